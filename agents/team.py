@@ -1,0 +1,341 @@
+"""A team at work: agents that hold their chats, the order of their turns, and the base class of every system.
+
+A system is a coroutine. Whoever plays it hands it a `Team`; the team numbers each call before anything is awaited, asks
+`ask` for the completion (an engine in training, a function in tests), and keeps every turn. Replaying is the same thing
+with recorded completions for the first calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+import json
+import math
+import random
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from .tools import Tool, parse_calls, resolve_tools, tool_prompt
+from .types import AgentSpec, Completion, Decision, Message, Sampling, SettingError, Task, Turn, nearest, to_json
+
+T = TypeVar("T")
+
+
+class ReplayError(RuntimeError):
+    """The system did not do what the recording says it did."""
+
+
+class LimitError(RuntimeError):
+    """An episode asked for more turns than it may have."""
+
+
+def derive_seed(*parts: Any) -> int:
+    """A 62-bit seed from JSON values, equal on every machine. Siblings of one request use the numbers that follow it."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 2
+
+
+async def gather(awaitables: Iterable[Awaitable[T]]) -> list[T]:
+    """Await all at once, results in the order given. If one fails, the others are cancelled and its error is raised."""
+    tasks: list[asyncio.Future[T]] = []
+    try:
+        for awaitable in awaitables:
+            tasks.append(asyncio.ensure_future(awaitable))
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request for completions: what `ask` gets. `previous` is the turn this chat goes on from, None for a new chat."""
+
+    index: int
+    agent: AgentSpec
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    n: int = 1
+    previous: Turn | None = None
+
+
+Ask = Callable[[Call], Awaitable[Sequence[Completion]]]
+Choose = Callable[[Sequence[Turn]], "int | Awaitable[int]"]
+
+
+@dataclass
+class System:
+    """Base of every interaction pattern: a dataclass of its settings, with one coroutine `run(task, team) -> output`.
+
+    `agents` takes names or `AgentSpec`s. Settings are JSON values, so a checkpoint can hold class and arguments.
+    """
+
+    agents: Sequence[str | AgentSpec] = ()
+
+    def __post_init__(self) -> None:
+        if not self.agents:
+            raise SettingError(f"{type(self).__name__}(agents=...): expected at least one agent name")
+        self.agents = tuple(a if isinstance(a, AgentSpec) else AgentSpec(a) for a in self.agents)
+        names = [agent.name for agent in self.specs]
+        for name in names:
+            if names.count(name) > 1:
+                raise SettingError(f"agents: two agents are named {name!r}; names are unique, only policies may be shared")
+
+    @property
+    def specs(self) -> tuple[AgentSpec, ...]:
+        return self.agents  # type: ignore[return-value]
+
+    def with_agents(self, agents: Sequence[AgentSpec]) -> System:
+        return replace(self, agents=tuple(agents))
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings besides the agents, as JSON: `type(system)(agents=..., **system.arguments())` rebuilds it."""
+        return {f.name: to_json(getattr(self, f.name)) for f in fields(self) if f.name != "agents"}
+
+    async def run(self, task: Task, team: Team) -> str:
+        raise TypeError(f"{type(self).__name__} has no run(task, team); write it as a coroutine that returns the output")
+
+
+class Agent:
+    """A seat in a running episode. Its chat grows by appending; `fresh()` opens a second, empty one."""
+
+    def __init__(self, team: Team, spec: AgentSpec) -> None:
+        self.team, self.spec = team, spec
+        self.chat: tuple[Message, ...] = ()
+        self._last: Turn | None = None
+        self._busy = False
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def __repr__(self) -> str:
+        return f"Agent({self.name!r}, {len(self.chat)} messages)"
+
+    def fresh(self) -> Agent:
+        """The same agent with an empty chat."""
+        return Agent(self.team, self.spec)
+
+    def reply(
+        self,
+        text: str,
+        *,
+        reads: Sequence[Turn] = (),
+        n: int = 1,
+        choose: Choose | None = None,
+        saw_gold: bool = False,
+        sampling: Sampling | None = None,
+    ) -> Awaitable[Turn]:
+        """Say `text` to the agent and await its answer. The turn's index is taken now, before anything is awaited.
+
+        Args:
+            reads: the turns whose text stands in `text`; required wherever agents read one another.
+            n, choose: sample n siblings in one request; `choose(turns) -> number` picks the one the chat goes on with
+                (the first if None). All siblings are recorded.
+            saw_gold: `text` tells the answer; the turn will never be trained on.
+            sampling: overrides the agent's for this call.
+        """
+        if n < 1:
+            raise SettingError(f"agent {self.name!r}: reply(n={n}), expected n >= 1")
+        if self._busy:
+            raise SettingError(f"agent {self.name!r} is still answering in this chat; await it, or use agent.fresh()")
+        tools = self.team.tools_of(self.spec)
+        if not self.chat:
+            self.chat = self.team.opening(self.spec, tools)
+        index = self.team.reserve(1 + (self.team.max_tool_calls if tools else 0))
+        self._busy = True
+        return self._answer(index, tools, Message("user", text), tuple(t.index for t in reads), n, choose, saw_gold, sampling)
+
+    async def _answer(
+        self,
+        index: int,
+        tools: Mapping[str, Tool],
+        said: Message,
+        reads: tuple[int, ...],
+        n: int,
+        choose: Choose | None,
+        saw_gold: bool,
+        sampling: Sampling | None,
+    ) -> Turn:
+        try:
+            for left in range(self.team.max_tool_calls if tools else 0, -1, -1):
+                self.chat += (said,)
+                call = Call(index, self.spec, self.chat, self.team.sampling_of(self.spec, index, sampling), n, self._last)
+                turn = await self.team.take(call, reads, choose, saw_gold)
+                self.chat += (Message("assistant", turn.text),)
+                self._last = turn
+                calls = parse_calls(turn.text) if tools and left else []
+                if not calls:
+                    break
+                results = [await self.team.tool(request, tools) for request in calls]
+                said, index, reads = Message("user", "\n".join(results)), index + 1, ()
+            return turn
+        finally:
+            self._busy = False
+
+
+class Team:
+    """The agents of one episode, in the order of their specs, and all they do.
+
+    Args:
+        agents: the seats. `ask`: gives completions for a `Call`.
+        seed: the episode's; every request's seed, `rng` and decisions follow from it.
+        values: texts and choices by name that a method may change (`NAME.prompt`, `NAME.demos`, a decision's logits).
+        given: recorded turns that answer the first calls. `replace`: completions by turn index that answer instead.
+        play: plays a child episode, for `team.play`.
+    """
+
+    def __init__(
+        self,
+        agents: Sequence[AgentSpec],
+        ask: Ask,
+        *,
+        seed: int = 0,
+        values: Mapping[str, Any] | None = None,
+        sampling: Sampling | None = None,
+        given: Iterable[Turn] = (),
+        replace: Mapping[int, Completion] | None = None,
+        decisions: Iterable[Decision] = (),
+        max_turns: int = 200,
+        max_tool_calls: int = 4,
+        play: Callable[[System, Sequence[Task]], Awaitable[list[Any]]] | None = None,
+    ) -> None:
+        self._agents = {spec.name: Agent(self, spec) for spec in agents}
+        self._ask, self.seed, self.sampling, self._play = ask, seed, sampling or Sampling(), play
+        self.values: dict[str, Any] = dict(values or {})
+        self.rng = random.Random(derive_seed(seed, "rng"))
+        self.max_turns, self.max_tool_calls = max_turns, max_tool_calls
+        self._turns: dict[int, list[Turn]] = {}
+        self.decisions: list[Decision] = []
+        self._next = 0
+        self._given: dict[int, list[Turn]] = {}
+        for turn in given:
+            self._given.setdefault(turn.index, []).append(turn)
+        self._replace = dict(replace or {})
+        self._given_decisions = {d.index: d for d in decisions}
+
+    def __getitem__(self, name: str) -> Agent:
+        if name not in self._agents:
+            raise SettingError(f"team[{name!r}]: no such agent; {nearest(name, self._agents)}")
+        return self._agents[name]
+
+    def __iter__(self) -> Iterator[Agent]:
+        return iter(self._agents.values())
+
+    def __len__(self) -> int:
+        return len(self._agents)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """All turns so far, siblings included, ordered by index."""
+        return tuple(turn for index in sorted(self._turns) for turn in self._turns[index])
+
+    def siblings(self, turn: Turn) -> tuple[Turn, ...]:
+        """Every answer sampled by the call that gave `turn`, itself included."""
+        return tuple(self._turns[turn.index])
+
+    def opening(self, spec: AgentSpec, tools: Mapping[str, Tool]) -> tuple[Message, ...]:
+        """System message and demonstrations that start an agent's chat: from `values` if named there, else from the spec."""
+        prompt = str(self.values.get(f"{spec.name}.prompt", spec.prompt))
+        text = "\n\n".join(part for part in (prompt, tool_prompt(tools)) if part)
+        demos = self.values.get(f"{spec.name}.demos", spec.demos)
+        head = (Message("system", text),) if text else ()
+        return head + tuple(d if isinstance(d, Message) else Message(**d) for d in demos)
+
+    def tools_of(self, spec: AgentSpec) -> Mapping[str, Tool]:
+        return resolve_tools(spec.tools)
+
+    def sampling_of(self, spec: AgentSpec, index: int, override: Sampling | None) -> Sampling:
+        chosen = override or spec.sampling or self.sampling
+        return replace(chosen, seed=derive_seed(self.seed, spec.name, index)) if chosen.seed is None else chosen
+
+    def reserve(self, count: int) -> int:
+        """The next index; `count` of them are kept for this call, so that a tool loop's turns do not depend on timing."""
+        index, self._next = self._next, self._next + count
+        if index >= self.max_turns:
+            raise LimitError(f"episode asked for turn {index}; max_turns is {self.max_turns}")
+        return index
+
+    async def take(self, call: Call, reads: tuple[int, ...], choose: Choose | None, saw_gold: bool) -> Turn:
+        """Get the completions of a call, recorded or live, and record them as turns. Returns the taken one."""
+        self._turns[call.index] = []  # the call is on record even if it fails or is cancelled
+        completions, sources = await self._completions(call)
+        turns = [
+            Turn(
+                index=call.index, agent=call.agent.name, messages=call.messages, reads=reads, sibling=k, taken=False,
+                source=source, saw_gold=saw_gold, sampling=call.sampling, **{f.name: getattr(c, f.name) for f in fields(c)},
+            )
+            for k, (c, source) in enumerate(zip(completions, sources, strict=True))
+        ]  # fmt: skip
+        self._turns[call.index] = turns
+        picked = choose(turns) if choose and len(turns) > 1 else 0
+        number = await picked if inspect.isawaitable(picked) else picked
+        if not 0 <= number < len(turns):
+            raise SettingError(f"agent {call.agent.name!r}: choose returned {number}, expected a number below {len(turns)}")
+        turns[number] = replace(turns[number], taken=True)
+        return turns[number]
+
+    async def _completions(self, call: Call) -> tuple[Sequence[Completion], list[Any]]:
+        if call.index in self._replace:
+            return [self._replace[call.index]], ["written" if not self._replace[call.index].token_ids else "sampled"]
+        if call.index in self._given:
+            recorded = self._given[call.index]
+            if recorded[0].agent != call.agent.name or recorded[0].messages != call.messages:
+                raise ReplayError(
+                    f"turn {call.index}: the system now asks {call.agent.name!r} something else than the recording did "
+                    f"({recorded[0].agent!r}); give only the turns before the first change"
+                )
+            return [turn.completion for turn in recorded], [turn.source for turn in recorded]
+        completions = await self._ask(call)
+        if len(completions) != call.n:
+            raise RuntimeError(f"agent {call.agent.name!r}: asked for {call.n} completions, got {len(completions)}")
+        return completions, ["sampled"] * len(completions)
+
+    def decide(self, name: str, options: Sequence[str]) -> str:
+        """Sample one of `options` and record it. `values[name]` may hold a logit per option; without it all are as likely."""
+        index = len(self.decisions)
+        logits = self.values.get(name) or {}
+        top = max((logits.get(o, 0.0) for o in options), default=0.0)
+        weights = [math.exp(logits.get(o, 0.0) - top) for o in options]
+        given = self._given_decisions.get(index)
+        if given and (given.name != name or given.choice not in options):
+            raise ReplayError(f"decision {index}: the system now decides {name!r} among {options}, the recording has {given}")
+        rng = random.Random(derive_seed(self.seed, "decide", index))
+        choice = given.choice if given else rng.choices(list(options), weights)[0]
+        logprob = math.log(weights[list(options).index(choice)] / sum(weights))
+        self.decisions.append(Decision(index, name, tuple(options), choice, logprob))
+        return choice
+
+    async def tool(self, request: Mapping[str, Any], tools: Mapping[str, Tool]) -> str:
+        """Run one tool call `{"name": ..., "arguments": {...}}`; a failing tool answers with its error as text."""
+        tool = tools.get(str(request.get("name")))
+        if tool is None:
+            return f'<tool_response>error: no tool {request.get("name")!r}; {nearest(str(request.get("name")), tools)}</tool_response>'
+        return await tool(request.get("arguments") or {})
+
+    async def play(self, system: System, tasks: Sequence[Task]) -> list[Any]:
+        """Play child episodes (their `parent` is this one) and return them in order."""
+        if self._play is None:
+            raise SettingError("team.play: this team cannot play child episodes; use rollouts.play.Rollouts")
+        return await self._play(system, tasks)
+
+
+@dataclass
+class Fake:
+    """Completions from a function `(agent name, messages) -> text`: a whole system runs in a test without any model."""
+
+    answer: Callable[[str, tuple[Message, ...]], str]
+    calls: list[Call] = field(default_factory=list)
+
+    async def __call__(self, call: Call) -> list[Completion]:
+        self.calls.append(call)
+        await asyncio.sleep(0)
+        return [Completion(self.answer(call.agent.name, call.messages), policy=call.agent.policy) for _ in range(call.n)]
+
+
+def fake_team(agents: Sequence[str | AgentSpec], answer: Callable[[str, tuple[Message, ...]], str], **settings: Any) -> Team:
+    """A team that answers by a function. `await system.run(task, fake_team(["a", "b"], lambda agent, messages: "4"))`."""
+    return Team([a if isinstance(a, AgentSpec) else AgentSpec(a) for a in agents], Fake(answer), **settings)

@@ -1,0 +1,76 @@
+"""The contract of an engine: tokens in, tokens and log-probabilities out, adapters by version.
+
+Three engines keep it, under one conformance suite (tests/rollouts/engine_conformance.py): `vllm`, `transformers`, `scripted`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from ...agents.types import Completion, Sampling
+
+
+class Ref(NamedTuple):
+    """Whose weights speak: a policy and the name of its adapter version (`solver-v12-3fa9`). Version "" is the bare base."""
+
+    policy: str
+    version: str = ""
+
+
+TeamVersion = Mapping[str, str]  # policy -> adapter version; a policy that is missing speaks with the bare base
+
+
+class EngineError(RuntimeError):
+    """The engine cannot go on; the message names it and gives the tail of its log where there is one."""
+
+
+class PromptTooLong(EngineError):
+    """A prompt and the tokens asked for do not fit the model's context; counted as data, not fatal."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """Facts of a running engine. `context`: tokens per sequence; `dtype`: of the served weights; `replicas`: places a version must reach."""
+
+    kind: str
+    base: str
+    context: int
+    dtype: str = "float32"
+    max_rank: int = 0
+    replicas: tuple[str, ...] = ("local",)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    async def generate(self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1) -> list[Completion]:
+        """Sample n replies to `ids` [P]. Sibling k draws with `sampling.seed + k`.
+
+        Raises `PromptTooLong`; `EngineError` when the engine is gone or does not know `ref`.
+        """
+        ...
+
+    async def score(self, ids: Sequence[int], ref: Ref, replica: str | None = None) -> list[float]:
+        """Log-probabilities [len(ids) - 1] of ids[1:] at temperature 1, each given all before it, on one replica (None: any)."""
+        ...
+
+    async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
+        """Load adapter folders, by policy, on every replica. The folder's name is the version's name. Returns {policy: version}.
+
+        Folders never change and no name is used twice. Other policies' versions stay as they are; nothing is retired here.
+        """
+        ...
+
+    async def retire(self, ref: Ref) -> None:
+        """Forget a version on every replica once nothing asks for it. Files may be deleted only after this returns."""
+        ...
+
+    async def adapters(self, replica: str) -> Mapping[str, str]:
+        """What a replica itself says it has loaded: {version: absolute folder}."""
+        ...
+
+    def info(self) -> EngineInfo: ...
+
+    async def close(self) -> None: ...

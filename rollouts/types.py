@@ -1,0 +1,99 @@
+"""What a rollout leaves behind: rewards, episodes, and the group of episodes of one task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..agents.types import Decision, Task, Turn
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One judgement of an episode.
+
+    `agent` None: the whole team's. `turn`: index of the one turn it is about, with `sibling` for its number among siblings.
+    `value` NaN: could not be scored (never 0: that would be a signal). `text`: feedback in words. `source`: the scorer's or turn's name.
+    A reward counts towards training if its name is in the run's reward weights (default: all but `format`-like ones, weight 0).
+    """
+
+    name: str
+    value: float
+    text: str = ""
+    agent: str | None = None
+    turn: int | None = None
+    sibling: int = 0
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one agent cost in one episode. `prompt_tokens` counts every prompt as sent; seconds are wall-clock, summed over calls."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    sampled_tokens: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.calls + other.calls,
+            self.prompt_tokens + other.prompt_tokens,
+            self.sampled_tokens + other.sampled_tokens,
+            self.seconds + other.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One team on one task, from start to score.
+
+    Args:
+        id: unique in the store. `group`: episodes that share it are compared with one another (one task, one step).
+        parent: id of the episode that played this one as a child.
+        split: of the task: train, eval, ...
+        seed: everything sampled follows from it. `team_version`: adapter version per policy that spoke.
+        values: texts and choices in force. turns, decisions: all of them, siblings included, ordered by index.
+        output: what the system returned; None if it failed. rewards: what scorers said.
+        usage: per agent. stop_reason: `done`, `error`, `context` (a prompt did not fit), `limit`, `timeout`.
+        error: the failure in one line; such an episode is kept as data and never trained on.
+    """
+
+    id: str
+    group: str
+    task: Task
+    seed: int = 0
+    parent: str | None = None
+    split: str = ""
+    step: int = 0
+    team_version: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    turns: tuple[Turn, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+    output: str | None = None
+    rewards: tuple[Reward, ...] = ()
+    usage: Mapping[str, Usage] = field(default_factory=dict)
+    stop_reason: str = "done"
+    error: str | None = None
+
+    def trajectory(self, agent: str) -> tuple[Turn, ...]:
+        """The turns one agent took, in order, without untaken siblings."""
+        return tuple(turn for turn in self.turns if turn.agent == agent and turn.taken)
+
+    def reward(self, name: str | None = None, agent: str | None = None) -> float:
+        """Sum of the rewards of this name (None: all) for this agent (None: the team's); NaN if there is none or one is NaN."""
+        values = [r.value for r in self.rewards if r.agent == agent and r.turn is None and name in (None, r.name)]
+        return sum(values) if values else math.nan
+
+
+Group = list[Episode]
+
+
+def groups(episodes: Iterable[Episode]) -> dict[str, Group]:
+    """Episodes by group, both in order of first appearance."""
+    found: dict[str, Group] = {}
+    for episode in episodes:
+        found.setdefault(episode.group, []).append(episode)
+    return found
