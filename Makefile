@@ -1,0 +1,50 @@
+# Every target does the set-up it needs; `make help` lists them.
+# A command-line PYTHON=... chooses another interpreter for a new .venv. Names that work but fail (version-manager shims) are passed over.
+CHECK_PYTHON := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON = $(shell for p in .venv/bin/python python3.11 python3.12 python3.13 python3 python; do \
+	if $$p -c '$(CHECK_PYTHON)' >/dev/null 2>&1; then echo $$p; break; fi; done)
+PY := .venv/bin/python
+PYTEST := $(PY) -m pytest
+
+# Set by module systems of clusters; they would put other packages before those of .venv.
+unexport PYTHONPATH PYTHONHOME
+# MODEL=path-or-hub-name reaches the demo through the environment.
+export MODEL
+
+.DEFAULT_GOAL := help
+.PHONY: help setup fmt check test-fast test test-full test-gpu demo demo-tiny
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+setup:  ## create .venv with what this machine can use (seconds if nothing changed)
+	@python='$(PYTHON)'; if [ -z "$$python" ]; then \
+	echo 'setup: no Python 3.11 to 3.13 with venv on PATH; install one (Debian, Ubuntu: apt install python3 python3-venv)' >&2; exit 1; fi; \
+	"$$python" .ci/setup.py
+
+fmt: setup  ## format and sort imports
+	@$(PY) -m ruff check --fix-only -q . && $(PY) -m ruff format .
+
+check: setup  ## ruff, types, layers
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PYTEST) -q tests/test_layout.py -m "not slow"
+
+test-fast: setup  ## under a minute: no server
+	$(PYTEST) -m "not slow and not server and not gpu"
+
+test: setup  ## about ten minutes: one vLLM server on a tiny model
+	$(PYTEST) -m "not slow and not gpu"
+
+test-full: check  ## what `make test` leaves out: checks and slow tests
+	$(PYTEST) -m "slow and not gpu"
+
+test-gpu: setup  ## tests that need an NVIDIA GPU
+	$(PYTEST) -m gpu
+
+demo: setup  ## train and evaluate a team of two on a real model (MODEL=... for another), into runs/demo
+	@$(PY) -m marlora.recipes.demo --output_dir runs/demo $${MODEL:+--model "$$MODEL"}
+
+demo-tiny: setup  ## the same with GRPO on a tiny model: a minute, no server
+	@$(PY) recipes/grpo_team.py --config recipes/grpo_team_tiny.yaml
