@@ -1,10 +1,10 @@
 """The record of a run: episodes as JSON lines, appended and never changed.
 
 A folder of `episodes-00000.jsonl, episodes-00001.jsonl, ...`, one episode per line. A line is on disk before `append` returns.
-`datasets.load_dataset("json", data_files="FOLDER/episodes-*.jsonl")` reads the files as they are: every line has the same columns with the
-same types. What has no fixed shape (an answer, private meta, values, sampling, decisions) stands there as JSON text, an optional
-text is "" when absent, an optional number -1, an unscorable reward null. (`datasets` takes a column's type from the first 10 MB: a
-list that is empty all that way, and then is not, needs its `features`.)
+`datasets.load_dataset("json", data_files="FOLDER/episodes-*.jsonl")` reads the files as they are: every line has the same columns
+with the same types. What has no fixed shape (an answer, private meta, values, sampling, decisions) stands there as JSON text, an
+optional text is "" when absent, an optional number -1, an unscorable reward null. (`datasets` takes a column's type from the first
+10 MB: a list that is empty all that way, and then is not, needs its `features`.)
 
 A turn is stored as what it adds: `extends` [index, sibling] names an earlier turn, and `messages` and `prompt_ids` hold only what
 comes after that turn's prompt and reply. Where `extends` names a sibling (the same index) the prompt is the same. [-1, 0]: nothing
@@ -255,7 +255,7 @@ class Store:
         return set(self._ids) if self._ids is not None else {data["id"] for data in self._lines()}
 
     def read(self, **filters: Any) -> Iterator[Episode]:
-        """Stored episodes in order. Filters are columns (`step=3`, `split=("eval", "test")`, `task="id of the task"`), all of which hold."""
+        """Stored episodes in order. Filters are columns, all of which hold: `step=3`, `split=("eval", "test")`, `task="a task's id"`."""
         for name in filters:
             if name not in FILTERS:
                 raise SettingError(f"read({name}=...): no such filter; {nearest(name, FILTERS)}")
@@ -289,9 +289,8 @@ class Store:
                     data = _parse(line)
                     if data is not None:
                         if data["schema"] != SCHEMA:
-                            raise StoreError(
-                                f"{path}, line {number}: schema {data['schema']!r}, this version of marlora reads {SCHEMA}; install a newer one"
-                            )
+                            what = f"schema {data['schema']!r}, this version of marlora reads {SCHEMA}"
+                            raise StoreError(f"{path}, line {number}: {what}; install a newer one")
                         yield data
                     elif following or path != files[-1]:
                         raise StoreError(

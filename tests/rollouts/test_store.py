@@ -6,6 +6,7 @@ import os
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from marlora.agents.types import Decision, Message, Sampling, SettingError, Task, Turn
 from marlora.rollouts.store import Store, StoreError, pack, unpack
 from marlora.rollouts.types import Episode, Reward, Usage
