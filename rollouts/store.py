@@ -255,7 +255,7 @@ class Store:
         return set(self._ids) if self._ids is not None else {data["id"] for data in self._lines()}
 
     def read(self, **filters: Any) -> Iterator[Episode]:
-        """Stored episodes in order. Filters are columns, all of which hold: `step=3`, `split=("eval", "test")`, `task="a task's id"`."""
+        """Stored episodes in order. Filters are columns; all must hold: `step=3`, `split=("eval", "test")`, `task="a task's id"`."""
         for name in filters:
             if name not in FILTERS:
                 raise SettingError(f"read({name}=...): no such filter; {nearest(name, FILTERS)}")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlora.agents.types import Decision, Message, Sampling, SettingError, Task, Turn
+from marlora.agents.types import Completion, Decision, Message, Sampling, SettingError, Task, Turn
 from marlora.rollouts.store import Store, StoreError, pack, unpack
 from marlora.rollouts.types import Episode, Reward, Usage
 
@@ -97,21 +97,14 @@ def chats(draw):
             old = draw(st.sampled_from(turns))
             chat = (*old.messages, Message("assistant", draw(st.sampled_from([old.text, "other"]))), *chat)
             prompt = old.prompt_ids + draw(st.sampled_from([old.token_ids, ()])) + prompt
-        agent, sampling = (
-            draw(st.sampled_from("ab")),
-            Sampling(stop=draw(st.sampled_from([(), ("x",)])), seed=draw(st.integers(0, 2**62))),
-        )
+        agent, source = draw(st.sampled_from("ab")), draw(st.sampled_from(["sampled", "written"]))
+        sampling = Sampling(stop=draw(st.sampled_from([(), ("x",)])), seed=draw(st.integers(0, 2**62)))
         for sibling in range(draw(st.integers(1, 3))):
             if draw(st.integers(0, 5)) == 0:
-                prompt = prompt + (9,)
-            tokens = draw(ids)
-            logprobs = tuple(-0.1 * t for t in tokens)
-            turns.append(
-                Turn(
-                    index, agent, chat, draw(ids), sibling, sibling == 0, draw(st.sampled_from(["sampled", "written"])), draw(st.booleans()),
-                    sampling, draw(words), prompt, tokens, logprobs, draw(words), draw(words), draw(words),
-                )
-            )  # fmt: skip
+                prompt = (*prompt, 9)
+            said = Completion(draw(words), prompt, tokens := draw(ids), tuple(-0.1 * t for t in tokens), draw(words), draw(words))
+            gold = draw(st.booleans())
+            turns.append(Turn(index, agent, chat, draw(ids), sibling, sibling == 0, source, gold, sampling, **vars(said)))
     return tuple(turns)
 
 
