@@ -69,7 +69,7 @@ def reason() -> str:
 
 
 def pip(*arguments: str | Path) -> None:
-    if not run([PYTHON, "-m", "pip", "install", *arguments]):
+    if not run([PYTHON, "-m", "pip", "install", "--no-compile", *arguments]):  # what is imported gets compiled then
         raise SetupError(f"pip: {reason()}")
 
 

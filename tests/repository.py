@@ -1,0 +1,43 @@
+"""The repository as data: its files, its Python modules, and a copy of it to run commands in."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("agents", "rollouts", "trainers", "recipes")  # lowest first: each may import those before it
+
+
+@functools.cache
+def files() -> tuple[Path, ...]:
+    """Every file git tracks or would track, relative to the root."""
+    git = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return tuple(sorted(path for path in map(Path, filter(None, listed.split("\0"))) if (ROOT / path).is_file()))
+
+
+def modules(*rooms: str) -> list[Path]:
+    """Python files of the rooms, relative to the root."""
+    return [path for path in files() if path.parts[0] in rooms and path.suffix == ".py"]
+
+
+def dotted(path: Path) -> str:
+    """`rollouts/engines/vllm.py` -> `marlora.rollouts.engines.vllm`."""
+    return ".".join(("marlora", *path.with_suffix("").parts))
+
+
+def copy_to(folder: Path) -> Path:
+    """A copy of the repository's files, with no .venv, runs or caches."""
+    for path in files():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / path, folder / path)
+    return folder
+
+
+def clean_environment(**settings: str) -> dict[str, str]:
+    """The environment without what would put other packages before those under test."""
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")} | settings
