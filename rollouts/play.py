@@ -1,0 +1,195 @@
+"""Play a system on tasks: many episodes at once, each reproducible from its seed, failures kept as data."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+import traceback
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..agents.team import Call, LimitError, System, Team, derive_seed
+from ..agents.types import AgentSpec, Completion, Decision, Sampling, SettingError, Task, Turn, nearest
+from .engines.engine import EngineError, PromptTooLong, TeamVersion
+from .rewards import RewardFn, score
+from .speakers import Speaker
+from .types import Episode, Usage
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of play. `max_turns` and `max_tool_calls` (per reply) per episode; `episode_timeout` in seconds; `concurrency` in episodes."""
+
+    max_turns: int = 200
+    max_tool_calls: int = 4
+    episode_timeout: float = 1200.0
+    concurrency: int = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """An episode to play. `group` is shared by the episodes of one task in one step; `sample` numbers them."""
+
+    task: Task
+    group: str
+    sample: int = 0
+    step: int = 0
+
+    @property
+    def id(self) -> str:
+        return f"{self.group}/{self.sample}"
+
+
+def jobs(tasks: Iterable[Task], *, label: str, num_generations: int = 1, step: int = 0) -> list[Job]:
+    """One job per task and sample; groups are named `label/TASK`."""
+    return [Job(task, f"{label}/{task.id}", k, step) for task in tasks for k in range(num_generations)]
+
+
+@dataclass
+class Rollouts:
+    """Plays `system` with one speaker per policy and scores what comes out.
+
+    `seed` is the run's: an episode's seed is derived from it and the job's id, whatever is played beside it.
+    `sampling` holds for agents that name none of their own.
+    """
+
+    system: System
+    speakers: Mapping[str, Speaker]
+    rewards: Sequence[RewardFn] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Sampling = Sampling()
+    limits: Limits = Limits()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for agent in self.system.specs:
+            if agent.policy not in self.speakers:
+                hint = nearest(agent.policy, list(self.speakers))
+                raise SettingError(f"agent {agent.name!r} speaks with policy {agent.policy!r}, which nobody serves; {hint}")
+
+    def greedy(self) -> Rollouts:
+        """The same, with every agent at temperature 0 and no other change of the distribution: the usual way to evaluate."""
+
+        def cold(sampling: Sampling) -> Sampling:
+            return Sampling(temperature=0.0, max_tokens=sampling.max_tokens, stop=sampling.stop)
+
+        agents = [dataclasses.replace(a, sampling=cold(a.sampling) if a.sampling else None) for a in self.system.specs]
+        return dataclasses.replace(self, system=self.system.with_agents(agents), sampling=cold(self.sampling))
+
+    async def play(
+        self,
+        job: Job,
+        version: TeamVersion | None = None,
+        *,
+        given: Iterable[Turn] = (),
+        replace: Mapping[int, Completion] | None = None,
+        decisions: Iterable[Decision] = (),
+        seed: int | None = None,
+    ) -> Episode:
+        """Play one episode and score it. `given` and `replace` are replayed (see `Team`); what they do not cover is played live.
+
+        A failing system, reward or prompt is data in the episode. Raises `EngineError` when an engine is gone and `SettingError`
+        when the system asks for what does not exist: both concern the whole run.
+        """
+        return (await self._play(job, version or {}, given, replace, decisions, seed, parent=None))[-1]
+
+    async def collect(self, plan: Sequence[Job], version: TeamVersion | None = None) -> AsyncIterator[Episode]:
+        """Play all jobs, at most `limits.concurrency` at once; yields episodes as they end, children before their parent.
+
+        Every episode keeps the team version it began with. Closing the iterator cancels what is open.
+        """
+        room = asyncio.Semaphore(self.limits.concurrency)
+
+        async def one(job: Job) -> list[Episode]:
+            async with room:
+                return await self._play(job, version or {}, (), None, (), None, parent=None)
+
+        tasks = [asyncio.create_task(one(job), name=job.id) for job in plan]
+        try:
+            for done in asyncio.as_completed(tasks):
+                for episode in await done:
+                    yield episode
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _play(
+        self,
+        job: Job,
+        version: TeamVersion,
+        given: Iterable[Turn],
+        replace: Mapping[int, Completion] | None,
+        decisions: Iterable[Decision],
+        seed: int | None,
+        parent: str | None,
+    ) -> list[Episode]:
+        seed = derive_seed(self.seed, job.id) if seed is None else seed
+        usage: dict[str, Usage] = {agent.name: Usage() for agent in self.system.specs}
+        children: list[Episode] = []
+
+        async def ask(call: Call) -> list[Completion]:
+            start = time.perf_counter()
+            completions = await self.speakers[call.agent.policy](call, version.get(call.agent.policy, ""))
+            prompts, sampled = sum(len(c.prompt_ids) for c in completions), sum(len(c.token_ids) for c in completions)
+            usage[call.agent.name] += Usage(1, prompts, sampled, time.perf_counter() - start)
+            return completions
+
+        async def play_children(system: System, tasks: Sequence[Task]) -> list[Episode]:
+            inner = dataclasses.replace(self, system=system)
+            first = len(children)
+            made = [
+                Job(task, f"{job.id}/{type(system).__name__}/{task.id}", first + k, job.step) for k, task in enumerate(tasks)
+            ]
+            played = await asyncio.gather(*(inner._play(j, version, (), None, (), None, parent=job.id) for j in made))
+            children.extend(episode for family in played for episode in family)
+            return [family[-1] for family in played]
+
+        team = Team(
+            self.system.specs, ask, seed=seed, values=self.values, sampling=self.sampling, given=given, replace=replace,
+            decisions=decisions, max_turns=self.limits.max_turns, max_tool_calls=self.limits.max_tool_calls, play=play_children,
+        )  # fmt: skip
+        output, stop_reason, error = await self._run(job.task, team)
+        spoke = {agent.policy: version[agent.policy] for agent in self.system.specs if agent.policy in version}
+        episode = Episode(
+            id=job.id, group=job.group, task=job.task, seed=seed, parent=parent, split=job.task.split, step=job.step,
+            team_version=spoke, values=dict(self.values), turns=team.turns, decisions=tuple(team.decisions), output=output,
+            usage=usage, stop_reason=stop_reason, error=error,
+        )  # fmt: skip
+        if error is None:
+            episode = dataclasses.replace(episode, rewards=await score(job.task, episode, self.rewards))
+        return [*children, episode]
+
+    async def _run(self, task: Task, team: Team) -> tuple[str | None, str, str | None]:
+        """(output, stop reason, error) of one run; only errors that concern the whole run get out."""
+        try:
+            async with asyncio.timeout(self.limits.episode_timeout):
+                output = await self.system.run(task.public(), team)
+            return None if output is None else str(output), "done", None
+        except PromptTooLong as error:
+            return None, "context", str(error)
+        except LimitError as error:
+            return None, "limit", str(error)
+        except (EngineError, SettingError):
+            raise
+        except TimeoutError:
+            return None, "timeout", f"not done after {self.limits.episode_timeout:g} s (episode_timeout)"
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            return None, "error", f"{type(error).__name__}: {error} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"
+
+
+def agents_of(system: System, changes: Mapping[str, Mapping[str, Any]]) -> tuple[AgentSpec, ...]:
+    """The system's agents with fields changed by name (the `agents:` mapping of a recipe)."""
+    from ..agents.types import from_json, to_json
+
+    known = {agent.name: agent for agent in system.specs}
+    for name in changes:
+        if name not in known:
+            raise SettingError(f"agents.{name}: no such agent in {type(system).__name__}; {nearest(name, known)}")
+    return tuple(
+        from_json(AgentSpec, {**to_json(agent), **dict(changes.get(agent.name, {})), "name": agent.name}, f"agents.{agent.name}")
+        for agent in known.values()
+    )

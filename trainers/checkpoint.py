@@ -1,0 +1,149 @@
+"""Checkpoints: plain PEFT folders and JSON, complete or absent.
+
+A checkpoint is staged under a dot name, every file and folder is fsynced, the manifest with each file's sha256 is written last,
+and one rename makes it visible. A kill at any moment leaves either the whole checkpoint or none; a torn or altered one fails its
+manifest and the loader walks back to the newest that holds, saying so. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..agents.types import SettingError
+
+SCHEMA = 1
+
+
+class CheckpointError(SettingError):
+    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Make a file's or a folder's content durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: a reader sees the old content or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged.write_text(json.dumps(value, indent=2) + "\n")
+    fsync(staged)
+    staged.replace(path)
+
+
+def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
+    """Let `write(staged)` fill a folder, add its manifest, make it durable and rename it to `target`. On error nothing stays."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        staged.mkdir()
+        write(staged)
+        files = sorted(path for path in staged.rglob("*") if path.is_file())
+        hashes = {str(path.relative_to(staged)): sha256_file(path) for path in files}
+        (staged / "manifest.json").write_text(json.dumps({"schema": SCHEMA, "sha256": hashes}, indent=2) + "\n")
+        for path in [*files, staged / "manifest.json", *(p for p in staged.rglob("*") if p.is_dir()), staged]:
+            fsync(path)
+        if target.exists():
+            shutil.rmtree(target)
+        staged.rename(target)
+        fsync(target.parent)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return target
+
+
+def verify(folder: Path) -> None:
+    """Raise `CheckpointError` unless every file of the manifest is there with its sha256."""
+    manifest = folder / "manifest.json"
+    try:
+        hashes = json.loads(manifest.read_text())["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{manifest}: no readable manifest ({type(error).__name__}); not a complete checkpoint") from error
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing, though the manifest lists it")
+        if sha256_file(path) != expected:
+            raise CheckpointError(f"{path}: its sha256 is not the manifest's; the file was altered or torn")
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete-looking checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
+
+
+def newest_valid(run: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose manifest holds; every one passed over is named through `say`."""
+    for folder in reversed(list_checkpoints(run)):
+        try:
+            verify(folder)
+            return folder
+        except CheckpointError as error:
+            say(f"skipping {folder.name}: {error}")
+    return None
+
+
+def prune(run: Path, keep: int, best: str | None) -> None:
+    """Delete the oldest checkpoints beyond `keep`; the newest and the best always stay."""
+    folders = list_checkpoints(run)
+    for folder in folders[: max(len(folders) - keep, 0)]:
+        if folder.name != best:
+            # Renamed first, so that a kill during deletion leaves no half folder under a checkpoint's name.
+            doomed = folder.with_name(f".{folder.name}.deleted")
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def split_optimizer(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A torch optimizer's `state_dict` as named tensors `INDEX.KEY` (step counts become tensors)."""
+    import torch
+
+    return {
+        f"{index}.{key}": value.detach().clone().contiguous() if isinstance(value, torch.Tensor) else torch.tensor(float(value))
+        for index, entry in state["state"].items()
+        for key, value in entry.items()
+    }
+
+
+def join_optimizer(optimizer: Any, tensors: Mapping[str, Any]) -> None:
+    """Put `split_optimizer`'s tensors back into a fresh optimizer over the same parameters in the same order."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    if state and set(state) != set(range(count)):
+        raise CheckpointError(
+            f"optimizer state holds {len(state)} tensors' moments, the adapter has {count}; its targets or rank changed"
+        )
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def read_system(folder: Path) -> dict[str, Any]:
+    """`system.json` of a checkpoint, or of a run folder (then its newest checkpoint's)."""
+    path = folder / "system.json"
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; expected a checkpoint such as RUN/checkpoints/step-000010") from error

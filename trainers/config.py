@@ -1,0 +1,163 @@
+"""Settings that every trainer shares. A method's own config adds its fields to these, and one flat YAML holds them all."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..agents.types import BASE, AdapterSpec, AgentSpec, PolicySpec, Sampling, SettingError, from_json, nearest, to_json
+
+
+def help_of(text: str, default: Any = None, factory: Any = None) -> Any:
+    """A dataclass field with the one line that `--help` shows."""
+    return field(default_factory=factory, metadata={"help": text}) if factory else field(default=default, metadata={"help": text})
+
+
+@dataclass
+class RunConfig:
+    """One training run: what is played, how it is learnt, what is kept.
+
+    Lists and mappings may be given as JSON on the command line; `agents`, `policies`, `system`, `task_args` and `engine_args` also by path
+    (`--agents.solver.prompt "..."`).
+    """
+
+    output_dir: str = help_of("run folder: config, episodes, metrics, checkpoints, report", "runs/team")
+    model: str = help_of("the shared base: a folder in the Hugging Face layout or a hub name", "")
+    seed: int = help_of("everything drawn in the run follows from it", 0)
+    # what is played
+    system: dict | str | None = help_of("`class` (module:Class of a System) and its arguments", factory=dict)
+    agents: dict | str | None = help_of(
+        "by agent name: fields of AgentSpec to change (prompt, policy, sampling, tools, demos)", factory=dict
+    )
+    policies: dict | str | None = help_of(
+        "by policy name: fields of PolicySpec (adapter, trainable, init, url, base)", factory=dict
+    )
+    tasks: str = help_of(
+        "task set: arithmetic, gsm8k, math, reasoning-gym:NAME, a JSONL/Parquet file, or module:function", "arithmetic"
+    )
+    task_args: dict | str | None = help_of("arguments of the task set", factory=dict)
+    num_eval_tasks: int = help_of("held-out tasks of an evaluation", 200)
+    rewards: list[str] = help_of(
+        "reward functions by name or module:function; the first one is the accuracy of evaluations", factory=lambda: ["correct"]
+    )
+    # how much
+    max_steps: int = help_of("steps of collect, learn, publish", 50)
+    tasks_per_step: int = help_of("tasks played in a step", 16)
+    num_generations: int = help_of("episodes per task: the group that credit compares", 8)
+    temperature: float = help_of("sampling temperature of agents that name no sampling of their own", 1.0)
+    max_completion_length: int = help_of("most tokens of a reply, for agents that name no sampling of their own", 256)
+    max_concurrency: int = help_of("episodes in play at once", 64)
+    # adapters and optimizer
+    lora_r: int = help_of("rank of adapters whose policy names none", 16)
+    lora_alpha: float = help_of("LoRA alpha of adapters whose policy names none", 32.0)
+    lora_target_modules: list[str] = help_of("modules that get a LoRA", factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    learning_rate: float = help_of("peak learning rate (LoRA wants 1e-5 and up)", 1e-4)
+    lr_scheduler_type: str = help_of("constant, linear or cosine (both decay to 0 at max_steps)", "constant")
+    warmup_steps: int = help_of("steps over which the learning rate rises from 0", 0)
+    weight_decay: float = help_of("AdamW's weight decay on adapters", 0.0)
+    max_grad_norm: float = help_of("gradient norm per adapter is clipped to this", 1.0)
+    num_iterations: int = help_of("optimizer updates per batch of episodes", 1)
+    tokens_per_batch: int = help_of("padded tokens of one forward pass", 8192)
+    layout: str = help_of("how batches are laid out: auto, padded or shared (one-level prompt sharing)", "auto")
+    gradient_checkpointing: bool = help_of("recompute activations in the backward pass: less memory, a third more time", False)
+    dtype: str = help_of("of the base in the trainer: auto (the model's own), float32 or bfloat16; adapters are float32", "auto")
+    # what is kept and checked
+    save_every: int = help_of("steps between checkpoints; the last step is always saved", 10)
+    save_total_limit: int = help_of("checkpoints kept, besides the best", 3)
+    eval_every: int = help_of("steps between evaluations; 0 evaluates only before and after", 0)
+    proof_every: int = help_of("publishes between live proofs; 1 proves every one", 1)
+    resume: bool = help_of("go on from the newest valid checkpoint of output_dir", False)
+    overwrite: bool = help_of("delete what an earlier run left in output_dir", False)
+    dry_run: bool = help_of("print the plan (policies, devices, memory, first prompt) and stop", False)
+    # engine
+    engine: str = help_of("who plays: auto, vllm or transformers (in this process)", "auto")
+    engine_args: dict | str | None = help_of("more arguments for the vLLM server, checked by its own parser", factory=dict)
+    server_urls: list[str] = help_of("vLLM servers already running (…/v1); empty starts our own", factory=list)
+    server_port: int = help_of("port of our server; 0 takes a free one", 0)
+    server_memory: float = help_of(
+        "share of the GPU's memory for the server (GiB of KV cache on a CPU); 0 = a printed estimate", 0.0
+    )
+    server_devices: str = help_of("CUDA_VISIBLE_DEVICES of the server; empty = the trainer's", "")
+    server_timeout: float = help_of("seconds a server may take to come up", 600.0)
+    max_model_len: int = help_of("context of the server in tokens; 0 = the model's own, at most 4096", 0)
+    allow_open_server: bool = help_of("accept servers by URL that answer without a key", False)
+
+    def __post_init__(self) -> None:
+        for name in ("system", "agents", "policies", "task_args", "engine_args"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    value = json.loads(value)
+                except ValueError as error:
+                    raise SettingError(f"{name}: expected a mapping (YAML, JSON or --{name}.KEY), got {value!r}") from error
+            if value is not None and not isinstance(value, Mapping):
+                raise SettingError(f"{name}: expected a mapping, got {value!r}")
+            setattr(self, name, dict(value or {}))
+        for f in fields(self):
+            check_type(f.name, f.type, getattr(self, f.name))
+        positive = ("tasks_per_step", "num_generations", "max_completion_length", "max_concurrency", "lora_r", "num_iterations")
+        for name in (*positive, "tokens_per_batch", "save_every", "save_total_limit", "num_eval_tasks", "proof_every"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name, allowed in (
+            ("engine", ("auto", "vllm", "transformers")),
+            ("dtype", ("auto", "float32", "bfloat16")),
+            ("lr_scheduler_type", ("constant", "linear", "cosine")),
+            ("layout", ("auto", "padded", "shared")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise SettingError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.resume and self.overwrite:
+            raise SettingError("resume and overwrite: choose one; resume goes on, overwrite begins anew")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir)
+
+    def sampling(self) -> Sampling:
+        return Sampling(temperature=self.temperature, max_tokens=self.max_completion_length)
+
+    def learning_rate_at(self, step: int, peak: float) -> float:
+        """Learning rate of step 1, 2, ...: a pure function, so a resumed run needs no scheduler state."""
+        if step <= self.warmup_steps:
+            return peak * step / self.warmup_steps
+        if self.lr_scheduler_type == "constant":
+            return peak
+        share = (step - self.warmup_steps - 1) / max(self.max_steps - self.warmup_steps, 1)
+        return peak * (1 - share if self.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
+
+    def policy_specs(self, agents: tuple[AgentSpec, ...]) -> dict[str, PolicySpec]:
+        """Every policy the agents speak with, with the fields the settings change. Order: first use by an agent."""
+        used = list(dict.fromkeys(agent.policy for agent in agents))
+        for name in self.policies:  # type: ignore[union-attr]
+            if name not in used:
+                raise SettingError(f"policies.{name}: no agent speaks with it; {nearest(name, used)}")
+        shape = AdapterSpec(self.lora_r, float(self.lora_alpha), tuple(self.lora_target_modules))
+        specs = {}
+        for name in used:
+            given = dict(self.policies.get(name, {}))  # type: ignore[union-attr]
+            given["adapter"] = {**to_json(shape), **given.get("adapter", {})}
+            spec = from_json(PolicySpec, {"name": name, **given}, f"policies.{name}")
+            if name == BASE and spec.trainable and "trainable" in given:
+                raise SettingError("policies.base.trainable: the base is never trained; give the agent a policy of its own")
+            specs[name] = spec
+        return specs
+
+
+def check_type(name: str, hint: Any, value: Any) -> None:
+    """YAML passes a value of any type through the parser: check numbers, texts, flags and lists here."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "int": (int,),
+        "float": (int, float),
+        "bool": (bool,),
+        "str": (str,),
+        "list[str]": (list,),
+    }
+    kind = kinds.get(str(hint))
+    wrong = kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind))
+    if wrong or (str(hint) == "list[str]" and not all(isinstance(item, str) for item in value)):
+        raise SettingError(f"{name}: expected {hint}, got {value!r}")

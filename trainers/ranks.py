@@ -1,0 +1,94 @@
+"""The processes of one training run: rank 0 plays and stores, every rank trains.
+
+Control traffic (JSON, flags) goes through a gloo group of its own with a long time-out, because rank 0 may play for an hour
+while the others wait. Adapter gradients are small: they are summed directly, without a wrapper around the model.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """One process or many; every method is a no-op for one. Made by `accelerate launch` or `torchrun` (their environment variables).
+
+    `hours` bounds how long a rank waits for another.
+    """
+
+    def __init__(self, hours: float = 12.0) -> None:
+        from accelerate import PartialState
+
+        cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
+        self._state = PartialState(cpu=cpu)
+        self.rank, self.size = self._state.process_index, self._state.num_processes
+        self.device = self._state.device
+        self._control = None
+        if self.size > 1:
+            self._control = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=hours))
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's JSON value on every rank (others pass anything)."""
+        if self.size == 1:
+            return value
+        data = json.dumps(value).encode() if self.main else b""
+        size = torch.tensor([len(data)])
+        dist.broadcast(size, 0, group=self._control)
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.main else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(buffer, 0, group=self._control)
+        return json.loads(bytes(buffer.numpy().tobytes()))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        data = json.dumps(value).encode()
+        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=self._control)
+        longest = max(int(size) for size in sizes)
+        padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(parts, padded, group=self._control)
+        return [json.loads(part.numpy().tobytes()[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+
+    def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Add the tensors over all ranks, in place, as one flat float32 vector."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([t.detach().float().flatten() for t in tensors])
+        dist.all_reduce(flat)
+        start = 0
+        for t in tensors:
+            t.copy_(flat[start : start + t.numel()].view_as(t))
+            start += t.numel()
+
+    def sum_dict(self, values: dict[str, float]) -> dict[str, float]:
+        """Add mappings of numbers over all ranks; every rank passes the same keys."""
+        if self.size == 1 or not values:
+            return values
+        keys = sorted(values)
+        vector = torch.tensor([values[k] for k in keys], dtype=torch.float64)
+        dist.all_reduce(vector, group=self._control)
+        return dict(zip(keys, vector.tolist(), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """True everywhere if it is true on some rank."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._control)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self._control)

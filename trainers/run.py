@@ -1,0 +1,470 @@
+"""A training run: everything that is not the method.
+
+`Run` owns the folder, the bases with their adapters and engines, the store of episodes, publishing, proof, checkpoints, evaluation
+and what people see. A method is a loop over it:
+
+    for step in run.steps():
+        episodes = run.collect(step)
+        run.learn(step, samples, loss)
+        run.finish(step)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..agents.team import System
+from ..agents.types import SettingError, Task, from_json, to_json
+from ..rollouts.engines.engine import Engine, EngineError
+from ..rollouts.engines.start import start_engine
+from ..rollouts.evaluate import Evaluation, evaluation, paired
+from ..rollouts.play import Job, Limits, Rollouts, agents_of, jobs
+from ..rollouts.rewards import RewardFn, resolve_rewards
+from ..rollouts.speakers import speakers
+from ..rollouts.store import Store
+from ..rollouts.tasks import load_tasks, split_hash
+from ..rollouts.types import Episode
+from . import checkpoint as ckpt
+from .bases import Base, group_by_base, load_base
+from .batches import Sample
+from .config import RunConfig
+from .progress import Progress
+from .publish import Publisher, probes
+from .ranks import Ranks
+from .snapshot import restore, save_checkpoint
+from .threads import Background, Stop
+from .update import LossFn, Updated, sample_to_json, update
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; everything finished before it is on disk."""
+
+
+class Run:
+    """State and services of one run. Rank 0 plays, stores and publishes; every rank holds the same adapters and learns.
+
+    Args:
+        config: the settings, resolved.
+        system: who talks to whom; None takes `config.system`.
+        tasks, eval_tasks: None loads `config.tasks`. Training and held-out tasks must not share an id.
+        rewards: functions or names; None takes `config.rewards`. The first one's name is the accuracy of evaluations.
+        engine: a running engine to use instead of starting one (tests); it serves every base.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        system: System | None = None,
+        *,
+        tasks: Sequence[Task] | None = None,
+        eval_tasks: Sequence[Task] | None = None,
+        rewards: Sequence[RewardFn | str] | None = None,
+        engine: Engine | None = None,
+        recipe: str = "",
+    ) -> None:
+        self.config, self.recipe = config, recipe
+        system = system or build_system(config.system)  # type: ignore[arg-type]
+        self.system = system.with_agents(agents_of(system, config.agents))  # type: ignore[arg-type]
+        check_importable(self.system)
+        self.policies = config.policy_specs(self.system.specs)
+        self.agents_of = {name: [a.name for a in self.system.specs if a.policy == name] for name in self.policies}
+        args = dict(config.task_args)  # type: ignore[arg-type]
+        self.tasks = list(tasks if tasks is not None else load_tasks(config.tasks, "train", seed=config.seed, **args))
+        held_out = eval_tasks if eval_tasks is not None else load_tasks(config.tasks, "eval", seed=config.seed, **args)
+        self.eval_tasks = list(held_out)[: config.num_eval_tasks]
+        check_tasks(self.tasks, self.eval_tasks, config)
+        self.rewards = resolve_rewards(rewards if rewards is not None else config.rewards)
+        self.metric = self.rewards[0].__name__
+        self.values: dict[str, Any] = {}
+        self.credit_state: dict[str, float] = {}
+        self.step = 0
+        self.aborted = 0
+        self.started = time.time()
+        self.seconds = {"total": 0.0, "rollout": 0.0, "train": 0.0, "publish": 0.0}
+        self.tokens = {"sampled": 0, "trained": 0}
+        self.evals: dict[str, dict[str, Any]] = {}
+        self.best: tuple[float, str] | None = None
+        self._given_engine = engine
+        self._opened = False
+        self._row: dict[str, Any] = {}
+
+    # opening and closing
+
+    def open(self) -> Run:
+        """Check the folder, load the bases, restore a checkpoint if asked, start engines, publish what is there. Idempotent."""
+        if self._opened:
+            return self
+        self._opened = True
+        self.ranks = Ranks()
+        self.progress = Progress(self.ranks.main)
+        self.stop = Stop()
+        found = group_by_base(self.policies, self.config.model)
+        self.bases = {name: load_base(name, specs, self.config, self.ranks.device) for name, specs in found.items()}
+        self.before = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
+        self.base_hashes = {name: base.adapters.base_sha256() for name, base in self.bases.items()}
+        if self.ranks.main:
+            self._prepare_folder()
+        self.ranks.barrier()
+        self._resume()
+        if self.ranks.main:
+            self.background = Background()
+            self.store = Store(self.config.folder / "episodes")
+            self._start_engines()
+            self._write_config()
+        return self
+
+    def _prepare_folder(self) -> None:
+        folder, config = self.config.folder, self.config
+        used = (folder / "config.yaml").exists()
+        if used and config.overwrite:
+            shutil.rmtree(folder)
+        elif used and not config.resume:
+            raise SettingError(
+                f"output_dir {folder}: holds an earlier run; set resume to go on, overwrite to replace it, or another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _resume(self) -> None:
+        name = None
+        if self.config.resume and self.ranks.main:
+            valid = ckpt.newest_valid(self.config.folder, self.progress.say)
+            name = str(valid) if valid else None
+            if name is None:
+                self.progress.say(f"resume: no valid checkpoint in {self.config.folder}; starting from step 0")
+        name = self.ranks.broadcast(name)
+        if name:
+            restore(self, Path(name))
+            self.progress.say(f"resumed from {Path(name).name}")
+        if self.ranks.main:
+            drop_rows_after(self.config.folder / "metrics.jsonl", self.step)
+
+    def _start_engines(self) -> None:
+        for base in self.bases.values():
+            if self._given_engine is not None:
+                base.engine = self._given_engine
+            else:
+                base.engine = self.background.run(
+                    start_engine(base.name, base.tokens, self._specs_on(base), self.config, self.progress.say)
+                )
+            root = self.config.folder / "versions"
+            base.publisher = Publisher(root, base.adapters, base.engine, seed=self.config.seed, proof_every=self.config.proof_every)
+            self.background.run(base.publisher.publish(self.step, base.policies))
+        engine_of = {p: (base.engine, base.tokens) for base in self.bases.values() for p in (*base.policies, "base")}
+        self.rollouts = Rollouts(
+            self.system, speakers(self.policies, engine_of), self.rewards, self.values, self.config.sampling(),
+            Limits(concurrency=self.config.max_concurrency), self.config.seed,
+        )  # fmt: skip
+
+    def _specs_on(self, base: Base) -> list[Any]:
+        return [self.policies[name] for name in base.policies]
+
+    def close(self) -> None:
+        """Stop engines that this run started. Idempotent."""
+        if not self._opened:
+            return
+        self._opened = False
+        self.progress.close()
+        if self.ranks.main:
+            for base in self.bases.values():
+                if base.engine is not None and base.engine is not self._given_engine:
+                    self.background.run(base.engine.close())
+            self.background.close()
+            self.store.close()
+        self.stop.close()
+
+    def __enter__(self) -> Run:
+        return self.open()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # the loop
+
+    def steps(self) -> Iterator[int]:
+        """Steps still to do: 1, 2, ... After each, call `finish`. Ends early, with a checkpoint, when the user or the cluster asks."""
+        self.progress.start(self.step, self.config.max_steps)
+        while self.step < self.config.max_steps:
+            yield self.step + 1
+            if self.ranks.any(self.stop.asked):
+                self.save()
+                raise KeyboardInterrupt
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The team version to play with. An untrained adapter is the base to the last bit, and the base is faster."""
+        found: dict[str, str] = {}
+        for base in self.bases.values():
+            assert base.publisher is not None
+            found |= {p: v for p, v in base.publisher.versions.items() if base.adapters.is_trained(p)}
+        return found
+
+    def tasks_of(self, step: int) -> list[Task]:
+        """The tasks of a step: a pure function of seed and step, so nothing that fails or is dropped can hold the cursor."""
+        import random
+
+        from ..agents.team import derive_seed
+
+        count, size = min(self.config.tasks_per_step, len(self.tasks)), len(self.tasks)
+        chosen: list[Task] = []
+        for at in range((step - 1) * count, step * count):
+            epoch, place = divmod(at, size)
+            order = list(range(size))
+            random.Random(derive_seed(self.config.seed, "epoch", epoch)).shuffle(order)
+            chosen.append(self.tasks[order[place]])
+        return list({task.id: task for task in chosen}.values())
+
+    def collect(self, step: int) -> list[Episode]:
+        """Play the step's episodes (on rank 0) and give them to every rank, in the order of tasks and samples.
+
+        Episodes of this step that are stored already, played by the same adapter versions, are taken as they are.
+        """
+        start = time.perf_counter()
+        plan = jobs(self.tasks_of(step), label=f"train-{step:06d}", num_generations=self.config.num_generations, step=step)
+        episodes = self._play(plan, self.rollouts, f"step {step}") if self.ranks.main else []
+        if self.ranks.size > 1:
+            episodes = [from_json(Episode, e) for e in self.ranks.broadcast([to_json(e) for e in episodes])]
+        self.seconds["rollout"] += time.perf_counter() - start
+        parents = [e for e in episodes if e.parent is None]
+        if all(e.error for e in parents):
+            raise RunError(f"step {step}: every episode failed; the first one: {parents[0].error}")
+        sampled = sum(u.sampled_tokens for e in episodes for u in e.usage.values())
+        self.tokens["sampled"] += sampled
+        values = [v for e in parents if not math.isnan(v := e.reward(self.metric))]
+        self._row = {
+            "step": step, "reward": sum(values) / len(values) if values else None, "episodes": len(parents),
+            "failed": sum(e.error is not None for e in parents), "unscorable": len(parents) - len(values),
+            "sampled_tokens": sampled, "tokens_per_s": sampled / max(time.perf_counter() - start, 1e-9),
+        }  # fmt: skip
+        return episodes
+
+    def _play(self, plan: Sequence[Job], rollouts: Rollouts, what: str, versions: Mapping[str, str] | None = None) -> list[Episode]:
+        versions = self.versions if versions is None else versions
+        wanted = {job.id: job for job in plan}
+        spoken = {a.policy for a in self.system.specs}
+        now = {policy: version for policy, version in versions.items() if policy in spoken}
+        found = {e.id: e for e in self.store.read(group={job.group for job in plan}) if e.id in wanted and e.team_version == now}
+
+        async def go() -> None:
+            todo = [job for job in plan if job.id not in found]
+            with self.progress.episodes(what, len(plan), len(found), self.metric) as tick:
+                async for episode in rollouts.collect(todo, versions):
+                    self.store.append(episode)
+                    found[episode.id] = episode
+                    tick(episode)
+
+        self.background.run(go(), self.stop)
+        order = {job.id: number for number, job in enumerate(plan)}
+        return sorted(found.values(), key=lambda e: (order.get(e.id, len(order)), e.id))
+
+    def learn(self, step: int, samples: Sequence[Sample], loss_fn: LossFn, *, reference: bool = False) -> dict[str, Updated]:
+        """Update every adapter that has samples. A loss or gradient that is not finite changes nothing and is dumped, aloud."""
+        start = time.perf_counter()
+        hashes = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
+        done: dict[str, Updated] = {}
+        for base in self.bases.values():
+            done |= update(base.optimizers, samples, loss_fn, step, self.ranks, reference=reference, measure=step == 1)
+        for base in self.bases.values():
+            for policy in base.policies:
+                if policy not in done and base.adapters.sha256(policy) != hashes[policy]:
+                    raise RunError(f"step {step}: adapter {policy!r} moved without samples of its own")
+        self._look(step, done, samples)
+        self.seconds["train"] += time.perf_counter() - start
+        self.tokens["trained"] += sum(u.tokens for u in done.values())
+        return done
+
+    def _look(self, step: int, done: Mapping[str, Updated], samples: Sequence[Sample]) -> None:
+        for policy, result in done.items():
+            if result.moved is not None and result.applied and result.moved < 1e-3:
+                self.progress.warn(
+                    f"policy {policy!r}: the first update moved its trained tokens by {result.moved:.1e} nat (below 1e-3); "
+                    f"learning_rate {result.learning_rate:g} may be too small for a LoRA"
+                )
+        problems = {policy: result.problem for policy, result in done.items() if not result.applied}
+        self.aborted = self.aborted + 1 if problems else 0
+        if not problems:
+            return
+        path = self.config.folder / "dumps" / f"step-{step:06d}.json"
+        if self.ranks.main:
+            ckpt.write_json(path, {"problems": problems, "samples": [sample_to_json(s) for s in samples if s.policy in problems]})
+        self.progress.warn(f"step {step}: not finite for {problems}; no update there, samples in {path}")
+        if self.aborted >= 3:
+            raise RunError(f"three steps in a row were not finite; samples of the last one: {path}")
+
+    def finish(self, step: int, episodes: Sequence[Episode], metrics: Mapping[str, Any]) -> None:
+        """Publish what moved, prove it, log, evaluate and save as the settings ask. The step counts as done after this."""
+        start = time.perf_counter()
+        self.step = step
+        if self.ranks.main:
+            self._publish(step, episodes, final=step == self.config.max_steps)
+            self.seconds["publish"] += time.perf_counter() - start
+            row = {**self._row, **metrics, "seconds": dict(self.seconds)}
+            append_row(self.config.folder / "metrics.jsonl", row)
+            self.progress.step(step, row)
+        if self.config.eval_every and step % self.config.eval_every == 0 and step < self.config.max_steps:
+            self.evaluate(f"step-{step:06d}")
+        if step % self.config.save_every == 0 or step == self.config.max_steps:
+            self.save()
+
+    def _publish(self, step: int, episodes: Sequence[Episode], final: bool) -> None:
+        for base in self.bases.values():
+            assert base.publisher is not None
+            found = {policy: probes(episodes, self.agents_of, policy) for policy in base.policies}
+            try:
+                self.background.run(base.publisher.publish(step, base.policies))
+                made = self.background.run(base.publisher.prove(step, found, final=final))
+            finally:
+                ckpt.write_json(
+                    self.config.folder / "proofs.json",
+                    [r for b in self.bases.values() if b.publisher for r in b.publisher.to_json()],
+                )
+            self._row.setdefault("proof", {}).update({p.policy: {"status": p.status, "residual": p.residual} for p in made})
+
+    # evaluation and keeping
+
+    def evaluate(
+        self, label: str, versions: Mapping[str, str] | None = None, tasks: Sequence[Task] | None = None
+    ) -> Evaluation | None:
+        """Held-out accuracy at temperature 0 (rank 0 only; None elsewhere). `versions` None: the team version in force."""
+        if not self.ranks.main:
+            return None
+        chosen = list(tasks if tasks is not None else self.eval_tasks)
+        episodes = self._play(
+            jobs(chosen, label=f"eval-{label}", step=self.step), self.rollouts.greedy(), f"eval {label}", versions
+        )
+        result = evaluation(chosen, episodes, self.metric)
+        self.evals[label] = result.summary()
+        if result.failed:
+            self.progress.warn(
+                f"eval {label}: {result.failed} of {len(chosen)} episodes failed and count 0; first: {result.errors[0]}"
+            )
+        self.progress.say(f"eval {label}: {self.metric} {result.accuracy:.3f} on {len(chosen)} held-out tasks")
+        if versions is None and (self.best is None or result.accuracy > self.best[0]):
+            self.best = (result.accuracy, f"step-{self.step:06d}")
+        return result
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of the last finished step."""
+        if not self.ranks.main:
+            return None
+        try:
+            path = save_checkpoint(self)
+        except OSError as error:
+            raise RunError(f"checkpoint of step {self.step} could not be written: {error}; earlier ones are whole") from error
+        ckpt.prune(self.config.folder, self.config.save_total_limit, self.best[1] if self.best else None)
+        return path
+
+    def _write_config(self) -> None:
+        import yaml
+
+        settings = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
+        (self.config.folder / "config.yaml").write_text(yaml.safe_dump(to_json(settings), sort_keys=False, allow_unicode=True))
+
+    def summarise(
+        self, before: Evaluation | None, after: Evaluation | None, extra: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """`summary.json`, with every pinned key."""
+        self.seconds["total"] = time.time() - self.started
+        publishers = [base.publisher for base in self.bases.values() if base.publisher]
+        proofs = [publisher.summary() for publisher in publishers]
+        total = {key: sum(p[key] for p in proofs) for key in ("checks", "passed", "untrained", "failed")}
+        policies = {}
+        for base in self.bases.values():
+            if base.adapters.base_sha256() != self.base_hashes[base.name]:
+                raise RunError(f"base {base.name}: its weights changed during the run; they must not")
+            for name in base.policies:
+                count = (
+                    sum(p.numel() for p in base.adapters.parameters(name).values()) if base.adapters.policies[name].trainable else 0
+                )
+                policies[name] = {
+                    "trainable_parameters": count,
+                    "sha256_before": self.before[name],
+                    "sha256_after": base.adapters.sha256(name),
+                }
+        result: dict[str, Any] = {
+            "recipe": self.recipe, "model": self.config.model, "engine": publishers[0].engine.info().kind if publishers else "none",
+            "steps": self.step, "seconds": self.seconds, "tokens": self.tokens, "policies": policies,
+            "live_proof": {**total, "max_residual": max((p["max_residual"] for p in proofs), default=0.0)},
+            "eval": {
+                "before": before.summary() if before else None, "after": after.summary() if after else None,
+                "paired": paired(before, after) if before and after else None,
+            },
+            **(extra or {}),
+        }  # fmt: skip
+        ckpt.write_json(self.config.folder / "summary.json", result)
+        return result
+
+
+def build_system(settings: Mapping[str, Any]) -> System:
+    """A System from `{class: module:Class, ...arguments}`; short names such as `Chain` mean `marlora.agents.chain:Chain`."""
+    given = dict(settings)
+    name = given.pop("class", None)
+    if not name:
+        raise SettingError("system.class: missing; expected module:Class, such as marlora.agents.chain:Chain")
+    module, _, cls = str(name).partition(":")
+    try:
+        found = getattr(importlib.import_module(module), cls)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingError(f"system.class {name!r}: cannot be imported ({error}); expected module:Class") from error
+    known = {f.name for f in dataclasses.fields(found)}
+    for key in given:
+        if key not in known:
+            from ..agents.types import nearest
+
+            raise SettingError(f"system.{key}: {cls} has no such setting; {nearest(key, sorted(known))}")
+    return found(**given)
+
+
+def check_importable(system: System) -> None:
+    """Refuse a System that a checkpoint could not name: evaluation has to import it again."""
+    cls = type(system)
+    module = importlib.import_module(cls.__module__) if cls.__module__ != "__main__" else None
+    if module is None or "<locals>" in cls.__qualname__ or getattr(module, cls.__qualname__, None) is not cls:
+        raise SettingError(
+            f"system {cls.__qualname__} is defined in {cls.__module__}: put it in a module of its own, so that checkpoints can import it"
+        )
+
+
+def check_tasks(train: Sequence[Task], held_out: Sequence[Task], config: RunConfig) -> None:
+    for name, found in (("training", train), ("held-out", held_out)):
+        if not found:
+            raise SettingError(f"tasks {config.tasks!r}: the {name} split is empty")
+    both = {task.id for task in train} & {task.id for task in held_out}
+    if both:
+        raise SettingError(f"tasks {config.tasks!r}: {len(both)} held-out tasks are also trained on, such as {sorted(both)[0]!r}")
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(to_json(row)) + "\n")
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """After a kill, metrics may be ahead of the checkpoint; those steps are done again."""
+    if path.exists():
+        rows = []
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue  # the line that the kill tore
+        ckpt_rows = [json.dumps(row) for row in rows if row["step"] <= step]
+        path.write_text("".join(f"{row}\n" for row in ckpt_rows))
+
+
+__all__ = ["EngineError", "Run", "RunError"]
+
+
+def split_of(run: Run) -> dict[str, Any]:
+    """What `system.json` says of the task set."""
+    return {
+        "name": run.config.tasks, "args": run.config.task_args, "seed": run.config.seed, "num_eval_tasks": len(run.eval_tasks),
+        "train": split_hash(run.tasks), "eval": split_hash(run.eval_tasks),
+    }  # fmt: skip

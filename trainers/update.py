@@ -1,0 +1,151 @@
+"""The optimizer step of a team: one AdamW per adapter, gradients summed over batches and ranks, nothing else moves.
+
+A method hands over samples and a loss on flat terms; how the tokens are laid out is `batches.py`'s business, what is learnt is the
+method's. The loss is divided by counts over all batches and ranks (per adapter), so packing, accumulation, the number of ranks and
+the number of agents do not change its scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .adapters import Adapters
+from .batches import Batch, Sample, deal, pack, token_logprobs
+from .checkpoint import join_optimizer, split_optimizer
+from .config import RunConfig
+from .losses import Denominators
+from .ranks import Ranks
+
+Stats = dict[str, float]
+# (batch, logp [N], entropy [N], reference log-probs [N] or None, counts) -> (loss, sums that may be added over batches and ranks)
+LossFn = Callable[[Batch, torch.Tensor, torch.Tensor, torch.Tensor | None, Denominators], tuple[torch.Tensor, Stats]]
+
+
+@dataclass
+class Updated:
+    """What one policy's update did. `stats` are sums from the loss; `moved`: mean |change| of trained tokens' log-probs, if measured."""
+
+    stats: Stats
+    tokens: int
+    sequences: int
+    learning_rate: float
+    grad_norm: float = 0.0
+    applied: bool = True
+    problem: str = ""
+    moved: float | None = None
+
+
+class Optimizers:
+    """An AdamW per trainable policy of one base, over the parameters found by the policy's exact name."""
+
+    def __init__(self, adapters: Adapters, config: RunConfig) -> None:
+        self.adapters, self.config = adapters, config
+        self.peak = {name: adapters.policies[name].learning_rate or config.learning_rate for name in adapters.trainable}
+        self.of = {
+            name: torch.optim.AdamW(
+                list(adapters.parameters(name).values()), lr=self.peak[name], weight_decay=config.weight_decay, foreach=False
+            )
+            for name in adapters.trainable
+        }
+
+    def state(self, name: str) -> dict[str, torch.Tensor]:
+        return split_optimizer(self.of[name].state_dict())
+
+    def load(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        join_optimizer(self.of[name], tensors)
+
+
+def update(
+    optimizers: Optimizers,
+    samples: Sequence[Sample],
+    loss_fn: LossFn,
+    step: int,
+    ranks: Ranks,
+    *,
+    reference: bool = False,
+    measure: bool = False,
+) -> dict[str, Updated]:
+    """Train every trainable policy that has samples, `num_iterations` times. Every rank passes the same samples.
+
+    Args:
+        reference: also give the loss the log-probs of the bare base (adapters off).
+        measure: recompute the log-probs of the first batch afterwards, to tell how far the update moved them.
+    """
+    done: dict[str, Updated] = {}
+    for name in optimizers.adapters.trainable:
+        own = [sample for sample in samples if sample.policy == name]
+        if own:
+            done[name] = _update_policy(optimizers, name, own, loss_fn, step, ranks, reference, measure)
+    return done
+
+
+def _update_policy(
+    optimizers: Optimizers,
+    name: str,
+    own: Sequence[Sample],
+    loss_fn: LossFn,
+    step: int,
+    ranks: Ranks,
+    reference: bool,
+    measure: bool,
+) -> Updated:
+    adapters, config, optimizer = optimizers.adapters, optimizers.config, optimizers.of[name]
+    counts = Denominators.of(own)
+    batches = pack(own, max_tokens=config.tokens_per_batch, layout=config.layout, device=adapters.device)
+    mine = deal(batches, ranks.size)[ranks.rank]
+    parameters = list(adapters.parameters(name).values())
+    rate = config.learning_rate_at(step, optimizers.peak[name])
+    result = Updated({}, counts.tokens, counts.sequences, rate)
+    with adapters.active(name):
+        before = _logprobs(adapters, mine[0]) if measure and mine else None
+    references = [_reference(adapters, batch) if reference else None for batch in mine]
+    for _ in range(config.num_iterations):
+        sums: Counter[str] = Counter()
+        optimizer.zero_grad(set_to_none=True)
+        with adapters.active(name):
+            for batch, ref in zip(mine, references, strict=True):
+                logp, entropy = token_logprobs(adapters.model, batch)
+                loss, stats = loss_fn(batch, logp, entropy, ref, counts)
+                loss.backward()
+                sums.update({**stats, "loss": float(loss.detach())})
+        for parameter in parameters:  # a rank without samples of this policy joins with zeros
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        ranks.sum_([p.grad for p in parameters])  # type: ignore[misc]
+        keys = {key for found in ranks.gather(sorted(sums)) for key in found}  # a rank without samples has none
+        result.stats = ranks.sum_dict({key: sums[key] for key in keys})
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+        if not (math.isfinite(norm) and math.isfinite(result.stats["loss"])):
+            optimizer.zero_grad(set_to_none=True)
+            result.applied, result.problem = False, f"loss {result.stats['loss']}, gradient norm {norm}"
+            return result
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        result.grad_norm = norm
+    optimizer.zero_grad(set_to_none=True)
+    if before is not None:
+        with adapters.active(name):
+            result.moved = float((_logprobs(adapters, mine[0]) - before).abs().mean())
+    return result
+
+
+@torch.no_grad()
+def _logprobs(adapters: Adapters, batch: Batch) -> torch.Tensor:
+    return token_logprobs(adapters.model, batch)[0]
+
+
+def _reference(adapters: Adapters, batch: Batch) -> torch.Tensor:
+    with adapters.active("base"):
+        return _logprobs(adapters, batch)
+
+
+def sample_to_json(sample: Sample) -> dict[str, Any]:
+    """A sample as plain values: what is dumped when its loss is not a number."""
+    return {name: getattr(sample, name) for name in sample.__dataclass_fields__}
