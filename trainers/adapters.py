@@ -210,6 +210,34 @@ class Adapters:
     def _base(self) -> str:
         return self.base_sha256()
 
+    def is_trained(self, name: str) -> bool:
+        """False while B is zero: the adapter is the bare base to the last bit."""
+        return any(bool(p.any()) for key, p in self.parameters(name).items() if ".lora_B." in key)
+
+    @contextlib.contextmanager
+    def disguised(self, name: str, factor: float, dtype: torch.dtype) -> Iterator[None]:
+        """The adapter as an engine of this dtype serves it, with its scaling times `factor`; put back bit for bit afterwards."""
+        layers = [m for m in self.model.modules() if isinstance(m, LoraLayer) and name in m.scaling]
+        kept = {key: p.detach().clone() for key, p in self.parameters(name).items()}
+        scalings = [layer.scaling[name] for layer in layers]
+        try:
+            with torch.no_grad():
+                for parameter in self.parameters(name).values():
+                    parameter.copy_(parameter.to(dtype))
+            for layer, scaling in zip(layers, scalings, strict=True):
+                layer.scaling[name] = scaling * factor
+            yield
+        finally:
+            with torch.no_grad():
+                for key, parameter in self.parameters(name).items():
+                    parameter.copy_(kept[key])
+            for layer, scaling in zip(layers, scalings, strict=True):
+                layer.scaling[name] = scaling
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def _known(self, name: str) -> str:
         if name not in self.policies:
             raise SettingError(f"policy {name!r} has no adapter here; {nearest(name, self.policies)}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,18 +63,6 @@ def load_base(name: str, policies: Sequence[PolicySpec], config: RunConfig, devi
                 f"policies.{policy.name}.adapter.dropout: 0 expected; log-probs of a dropout pass are not the served ones"
             )
     return Base(name, tokens, adapters, Optimizers(adapters, config))
-
-
-def files_sha256(model: str) -> str | None:
-    """A hash of a local model's tensor files by size and content; None for hub names (the trainer's tensors are hashed anyway)."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def group_by_base(specs: dict[str, PolicySpec], default: str) -> dict[str, list[PolicySpec]]:

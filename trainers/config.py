@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..agents.types import BASE, AdapterSpec, AgentSpec, PolicySpec, Sampling, SettingError, from_json, nearest, to_json
-
-
-def help_of(text: str, default: Any = None, factory: Any = None) -> Any:
-    """A dataclass field with the one line that `--help` shows."""
-    return field(default_factory=factory, metadata={"help": text}) if factory else field(default=default, metadata={"help": text})
+from ..rollouts.engines.start import EngineConfig, help_of
 
 
 @dataclass
-class RunConfig:
+class RunConfig(EngineConfig):
     """One training run: what is played, how it is learnt, what is kept.
 
     Lists and mappings may be given as JSON on the command line; `agents`, `policies`, `system`, `task_args` and `engine_args` also by path
@@ -73,18 +69,6 @@ class RunConfig:
     resume: bool = help_of("go on from the newest valid checkpoint of output_dir", False)
     overwrite: bool = help_of("delete what an earlier run left in output_dir", False)
     dry_run: bool = help_of("print the plan (policies, devices, memory, first prompt) and stop", False)
-    # engine
-    engine: str = help_of("who plays: auto, vllm or transformers (in this process)", "auto")
-    engine_args: dict | str | None = help_of("more arguments for the vLLM server, checked by its own parser", factory=dict)
-    server_urls: list[str] = help_of("vLLM servers already running (…/v1); empty starts our own", factory=list)
-    server_port: int = help_of("port of our server; 0 takes a free one", 0)
-    server_memory: float = help_of(
-        "share of the GPU's memory for the server (GiB of KV cache on a CPU); 0 = a printed estimate", 0.0
-    )
-    server_devices: str = help_of("CUDA_VISIBLE_DEVICES of the server; empty = the trainer's", "")
-    server_timeout: float = help_of("seconds a server may take to come up", 600.0)
-    max_model_len: int = help_of("context of the server in tokens; 0 = the model's own, at most 4096", 0)
-    allow_open_server: bool = help_of("accept servers by URL that answer without a key", False)
 
     def __post_init__(self) -> None:
         for name in ("system", "agents", "policies", "task_args", "engine_args"):
@@ -104,7 +88,6 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name, allowed in (
-            ("engine", ("auto", "vllm", "transformers")),
             ("dtype", ("auto", "float32", "bfloat16")),
             ("lr_scheduler_type", ("constant", "linear", "cosine")),
             ("layout", ("auto", "padded", "shared")),

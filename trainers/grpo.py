@@ -26,9 +26,9 @@ from ..rollouts.types import Episode
 from .batches import Batch
 from .config import RunConfig, help_of
 from .credit import CreditConfig, credit, has_signal
-from .losses import Denominators, LossConfig, policy_loss
+from .losses import LossConfig, policy_loss
 from .run import Run
-from .samples import samples
+from .samples import Denominators, samples
 from .update import Stats, Updated
 
 
@@ -106,8 +106,7 @@ class GRPOTrainer:
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """One update from the step's episodes; returns metrics."""
         advantages = credit(episodes, self.args, self.run.credit_state)
-        policy_of = {agent.name: agent.policy for agent in self.run.system.specs}
-        found, dropped = samples(episodes, advantages, policy_of)
+        found, dropped = samples(episodes, advantages, self.run.policy_of)
         if step == 1 and found:
             self.run.show(found)
         done = self.run.learn(step, found, self.loss, reference=self.args.beta > 0)

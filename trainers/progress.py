@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -97,6 +97,13 @@ class Progress:
         self.say(" | ".join(parts))
         if self._bars and self._steps is not None:
             self._bars.update(self._steps, completed=step, note="")
+
+    def sample(self, policy: str, pieces: Sequence[tuple[str, bool]]) -> None:
+        """A sample as it is trained: what the agent read is dim, what it learns from is green and underlined."""
+        text = Text(f"first batch of {policy!r} (trained tokens between the marks):\n", style="bold")
+        for piece, trained in pieces:
+            text.append(f"\u2038{piece}\u2038" if trained else piece, style="green underline" if trained else "dim")
+        self.console.print(text)
 
     def close(self) -> None:
         if self._bars:

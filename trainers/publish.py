@@ -29,8 +29,8 @@ from ..agents.team import derive_seed
 from ..agents.types import Sampling
 from ..rollouts.engines.engine import Engine, EngineError, Ref
 from ..rollouts.types import Episode
-from .adapters import Adapters
-from .checkpoint import fsync, sha256_file
+from .adapters import Adapters, folder_sha256
+from .checkpoint import fsync
 
 TARGET_NATS = 0.5  # mean |difference to base| that the amplified twin should show
 MAX_RESIDUAL = 0.2  # measured: right pairs 0.07 and 0.13, adapters one step apart 0.34 and 0.56
@@ -175,7 +175,7 @@ class Publisher:
             return f"the replica does not list {version!r}"
         if Path(folder).resolve() != self.root / version:
             return f"the replica serves {version!r} from {folder}, expected {self.root / version}"
-        if self.adapters.sha256_of_folder(self.root / version) != self.adapters.sha256(policy):
+        if folder_sha256(self.root / version) != self.adapters.sha256(policy):
             return f"the tensors in {folder} are not the trainer's"
         return ""
 
@@ -261,8 +261,3 @@ class Publisher:
 
     def to_json(self) -> list[dict[str, object]]:
         return [asdict(proof) for proof in self.records]
-
-
-def file_hash(folder: Path) -> str:
-    """sha256 of a version's tensor file."""
-    return sha256_file(folder / "adapter_model.safetensors")

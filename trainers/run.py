@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import shutil
@@ -23,11 +24,12 @@ from typing import Any
 
 from ..agents.team import System
 from ..agents.types import SettingError, Task, from_json, to_json
-from ..rollouts.engines.engine import Engine, EngineError
+from ..rollouts.engines.engine import Engine
 from ..rollouts.engines.start import start_engine
 from ..rollouts.evaluate import Evaluation, evaluation, paired
 from ..rollouts.play import Job, Limits, Rollouts, agents_of, jobs
 from ..rollouts.rewards import RewardFn, resolve_rewards
+from ..rollouts.served import build_system
 from ..rollouts.speakers import speakers
 from ..rollouts.store import Store
 from ..rollouts.tasks import load_tasks, split_hash
@@ -298,6 +300,20 @@ class Run:
         if self.aborted >= 3:
             raise RunError(f"three steps in a row were not finite; samples of the last one: {path}")
 
+    @property
+    def policy_of(self) -> dict[str, str]:
+        """Agent -> policy, for agents whose policy learns in this run."""
+        learning = {name for base in self.bases.values() for name in base.adapters.trainable}
+        return {agent.name: agent.policy for agent in self.system.specs if agent.policy in learning}
+
+    def show(self, samples: Sequence[Sample]) -> None:
+        """Print one sample per policy with its mask: read this before believing any curve."""
+        for policy in dict.fromkeys(sample.policy for sample in samples):
+            sample = next(s for s in samples if s.policy == policy)
+            tokens = next(b.tokens for b in self.bases.values() if policy in b.policies)
+            runs = itertools.groupby(zip(sample.ids, sample.mask, strict=True), key=lambda item: item[1])
+            self.progress.sample(policy, [(tokens.show([i for i, _ in run]), bool(mask)) for mask, run in runs])
+
     def finish(self, step: int, episodes: Sequence[Episode], metrics: Mapping[str, Any]) -> None:
         """Publish what moved, prove it, log, evaluate and save as the settings ask. The step counts as done after this."""
         start = time.perf_counter()
@@ -308,9 +324,10 @@ class Run:
             row = {**self._row, **metrics, "seconds": dict(self.seconds)}
             append_row(self.config.folder / "metrics.jsonl", row)
             self.progress.step(step, row)
-        if self.config.eval_every and step % self.config.eval_every == 0 and step < self.config.max_steps:
+        evaluated = self.config.eval_every and step % self.config.eval_every == 0 and step < self.config.max_steps
+        if evaluated:
             self.evaluate(f"step-{step:06d}")
-        if step % self.config.save_every == 0 or step == self.config.max_steps:
+        if evaluated or step % self.config.save_every == 0 or step == self.config.max_steps:
             self.save()
 
     def _publish(self, step: int, episodes: Sequence[Episode], final: bool) -> None:
@@ -402,26 +419,6 @@ class Run:
         return result
 
 
-def build_system(settings: Mapping[str, Any]) -> System:
-    """A System from `{class: module:Class, ...arguments}`; short names such as `Chain` mean `marlora.agents.chain:Chain`."""
-    given = dict(settings)
-    name = given.pop("class", None)
-    if not name:
-        raise SettingError("system.class: missing; expected module:Class, such as marlora.agents.chain:Chain")
-    module, _, cls = str(name).partition(":")
-    try:
-        found = getattr(importlib.import_module(module), cls)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SettingError(f"system.class {name!r}: cannot be imported ({error}); expected module:Class") from error
-    known = {f.name for f in dataclasses.fields(found)}
-    for key in given:
-        if key not in known:
-            from ..agents.types import nearest
-
-            raise SettingError(f"system.{key}: {cls} has no such setting; {nearest(key, sorted(known))}")
-    return found(**given)
-
-
 def check_importable(system: System) -> None:
     """Refuse a System that a checkpoint could not name: evaluation has to import it again."""
     cls = type(system)
@@ -457,9 +454,6 @@ def drop_rows_after(path: Path, step: int) -> None:
                 continue  # the line that the kill tore
         ckpt_rows = [json.dumps(row) for row in rows if row["step"] <= step]
         path.write_text("".join(f"{row}\n" for row in ckpt_rows))
-
-
-__all__ = ["EngineError", "Run", "RunError"]
 
 
 def split_of(run: Run) -> dict[str, Any]:

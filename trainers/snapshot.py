@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ..agents.types import SettingError, to_json
 from ..rollouts.rewards import reward_name
+from ..rollouts.served import files_sha256
 from . import checkpoint as ckpt
 from .bases import versions
 
@@ -25,7 +26,10 @@ def system_json(run: Run) -> dict[str, Any]:
     return {
         "schema": ckpt.SCHEMA, "recipe": run.recipe, "step": run.step,
         "base": {"name": run.config.model, "sha256": run.base_hashes.get(run.config.model)},
-        "bases": {n: {"sha256": run.base_hashes[n], "template": b.tokens.template_hash, "policies": list(b.policies)} for n, b in run.bases.items()},
+        "bases": {
+            n: {"sha256": run.base_hashes[n], "files": files_sha256(n), "template": b.tokens.template_hash, "policies": list(b.policies)}
+            for n, b in run.bases.items()
+        },
         "system": {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": run.system.arguments()},
         "agents": to_json(run.system.specs), "policies": {name: to_json(spec) for name, spec in run.policies.items()},
         "values": sorted(run.values),

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from .adapters import Adapters
-from .batches import Batch, Sample, deal, pack, token_logprobs
+from .batches import Batch, deal, pack
 from .checkpoint import join_optimizer, split_optimizer
 from .config import RunConfig
-from .losses import Denominators
+from .logprobs import choose_layout, token_logprobs
 from .ranks import Ranks
+from .samples import Denominators, Sample, denominators
 
 Stats = dict[str, float]
 # (batch, logp [N], entropy [N], reference log-probs [N] or None, counts) -> (loss, sums that may be added over batches and ranks)
@@ -46,6 +47,7 @@ class Optimizers:
 
     def __init__(self, adapters: Adapters, config: RunConfig) -> None:
         self.adapters, self.config = adapters, config
+        self.layout = choose_layout(adapters.model, config.layout)  # type: ignore[arg-type]
         self.peak = {name: adapters.policies[name].learning_rate or config.learning_rate for name in adapters.trainable}
         self.of = {
             name: torch.optim.AdamW(
@@ -96,12 +98,12 @@ def _update_policy(
     measure: bool,
 ) -> Updated:
     adapters, config, optimizer = optimizers.adapters, optimizers.config, optimizers.of[name]
-    counts = Denominators.of(own)
-    batches = pack(own, max_tokens=config.tokens_per_batch, layout=config.layout, device=adapters.device)
-    mine = deal(batches, ranks.size)[ranks.rank]
+    counts = denominators(own)[name]
+    batches = pack(own, max_tokens=config.tokens_per_batch, layout=optimizers.layout)
+    mine = [batch.to(ranks.device) for batch in deal(batches, ranks.size)[ranks.rank]]
     parameters = list(adapters.parameters(name).values())
     rate = config.learning_rate_at(step, optimizers.peak[name])
-    result = Updated({}, counts.tokens, counts.sequences, rate)
+    result = Updated({}, int(counts.tokens), int(counts.sequences), rate)
     with adapters.active(name):
         before = _logprobs(adapters, mine[0]) if measure and mine else None
     references = [_reference(adapters, batch) if reference else None for batch in mine]

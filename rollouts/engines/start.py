@@ -1,0 +1,63 @@
+"""Which engine plays, and its settings."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...agents.types import PolicySpec, SettingError
+from ..tokens import ChatTokens
+from .engine import Engine
+
+
+def help_of(text: str, default: Any = None, factory: Any = None) -> Any:
+    """A dataclass field with the one line that `--help` shows."""
+    return field(default_factory=factory, metadata={"help": text}) if factory else field(default=default, metadata={"help": text})
+
+
+@dataclass
+class EngineConfig:
+    """Settings of the engine that plays."""
+
+    engine: str = help_of("who plays: auto, vllm or transformers (in this process)", "auto")
+    engine_args: dict | str | None = help_of("more arguments for the vLLM server, checked by its own parser", factory=dict)
+    engine_dtype: str = help_of("of the served base: auto (the model's own), float32 or bfloat16", "auto")
+    server_urls: list[str] = help_of("vLLM servers already running (.../v1); empty starts our own", factory=list)
+    server_port: int = help_of("port of our server; 0 takes a free one", 0)
+    server_memory: float = help_of("share of the GPU's memory for our server (on a CPU: GiB of KV cache); 0 = a printed estimate", 0.0)
+    server_devices: str = help_of("CUDA_VISIBLE_DEVICES of our server; empty = the trainer's", "")
+    server_timeout: float = help_of("seconds our server may take to come up", 600.0)
+    max_model_len: int = help_of("context of our server in tokens; 0 = the model's own, at most 4096", 0)
+    allow_open_server: bool = help_of("accept servers by URL that answer without a key", False)
+
+
+def choose_engine(setting: str, urls: Sequence[str] = ()) -> tuple[str, str]:
+    """(kind, why) for the setting `engine`."""
+    if setting not in ("auto", "vllm", "transformers"):
+        raise SettingError(f"engine: expected one of auto, vllm, transformers; got {setting!r}")
+    found = importlib.util.find_spec("vllm") is not None
+    if setting != "auto":
+        if setting == "vllm" and not urls and not found:
+            raise SettingError("engine: vllm is not installed here; install the extra (make setup), give server_urls, or use transformers")
+        return setting, "as set"
+    if urls:
+        return "vllm", "server_urls are given"
+    return ("vllm", "vllm is installed") if found else ("transformers", "vllm is not installed")
+
+
+async def start_engine(
+    model: str, tokens: ChatTokens, policies: Sequence[PolicySpec], config: EngineConfig, *, folder: Path, say: Callable[[str], None]
+) -> Engine:
+    """A running engine for one base and its policies. `folder`: the run's, for the server's log, key and version folders."""
+    kind, why = choose_engine(config.engine, config.server_urls)
+    say(f"engine: {kind} ({why}) for {model}")
+    if kind == "transformers":
+        from .transformers import TransformersEngine
+
+        return TransformersEngine(model, dtype=config.engine_dtype)
+    from .vllm import start_vllm
+
+    return await start_vllm(model, tokens, policies, config, folder=folder, say=say)
