@@ -11,15 +11,11 @@ from typing import Any
 MAX_LENGTH = 400  # characters of an expression
 MAX_BITS = 4096  # of a whole number on the way
 
-_BINARY: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
+
+def _power(base: int | float, exponent: int | float) -> Any:
+    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * exponent > MAX_BITS:
+        raise ValueError("the power is too large")  # before it is worked out
+    return base**exponent
 
 
 def _round(value: float, digits: int = 0) -> int | float:
@@ -28,6 +24,15 @@ def _round(value: float, digits: int = 0) -> int | float:
     return round(value, digits) if digits else round(value)
 
 
+_BINARY: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: _power,
+}
 _UNARY: dict[type, Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 _NAMES = {"pi": math.pi, "e": math.e}
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -63,9 +68,6 @@ def _value(node: ast.expr) -> int | float:
         return _bounded(_UNARY[type(node.op)](_value(node.operand)))
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         left, right = _value(node.left), _value(node.right)
-        whole = isinstance(left, int) and isinstance(right, int)
-        if isinstance(node.op, ast.Pow) and whole and left.bit_length() * right > MAX_BITS:  # before it is worked out
-            raise ValueError("the power is too large")
         return _bounded(_BINARY[type(node.op)](left, right))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and not node.keywords:
         return _bounded(_FUNCTIONS[node.func.id](*map(_value, node.args)))

@@ -17,8 +17,8 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from .tools import Tool, parse_calls, resolve_tools, tool_prompt
-from .types import AgentSpec, Completion, Decision, Message, Sampling, SettingError, Task, Turn, nearest, to_json
+from .tools import Tool, parse_calls, resolve_tools, run_call, tool_prompt
+from .types import AgentSpec, Completion, Decision, Message, Sampling, SettingError, Task, Turn, from_json, nearest, to_json
 
 T = TypeVar("T")
 
@@ -66,11 +66,18 @@ Ask = Callable[[Call], Awaitable[Sequence[Completion]]]
 Choose = Callable[[Sequence[Turn]], "int | Awaitable[int]"]
 
 
+def _agent(given: Any) -> AgentSpec:
+    if isinstance(given, AgentSpec):
+        return given
+    return AgentSpec(given) if isinstance(given, str) else from_json(AgentSpec, given, "agents")
+
+
 @dataclass
 class System:
     """Base of every interaction pattern: a dataclass of its settings, with one coroutine `run(task, team) -> output`.
 
-    `agents` takes names or `AgentSpec`s. Settings are JSON values, so a checkpoint can hold class and arguments.
+    `agents` takes names, `AgentSpec`s or mappings of their fields. Settings are JSON values, so a checkpoint can hold class
+    and arguments.
     """
 
     agents: Sequence[str | AgentSpec] = ()
@@ -78,7 +85,9 @@ class System:
     def __post_init__(self) -> None:
         if not self.agents:
             raise SettingError(f"{type(self).__name__}(agents=...): expected at least one agent name")
-        self.agents = tuple(a if isinstance(a, AgentSpec) else AgentSpec(a) for a in self.agents)
+        if isinstance(self.agents, (str, AgentSpec)):
+            raise SettingError(f"{type(self).__name__}(agents={self.agents!r}): expected a list of agents, got one")
+        self.agents = tuple(_agent(a) for a in self.agents)
         names = [agent.name for agent in self.specs]
         for name in names:
             if names.count(name) > 1:
@@ -106,6 +115,7 @@ class Agent:
         self.team, self.spec = team, spec
         self.chat: tuple[Message, ...] = ()
         self._last: Turn | None = None
+        self._read: frozenset[int] = frozenset()  # turns shown in this chat so far
         self._busy = False
 
     @property
@@ -132,7 +142,8 @@ class Agent:
         """Say `text` to the agent and await its answer. The turn's index is taken now, before anything is awaited.
 
         Args:
-            reads: the turns whose text stands in `text`; required wherever agents read one another.
+            reads: the turns whose text stands in `text`; required wherever agents read one another. The turn's own `reads`
+                are these and those of the chat's earlier calls, whose messages it holds too.
             n, choose: sample n siblings in one request; `choose(turns) -> number` picks the one the chat goes on with
                 (the first if None). All siblings are recorded.
             saw_gold: `text` tells the answer; the turn will never be trained on.
@@ -147,14 +158,14 @@ class Agent:
             self.chat = self.team.opening(self.spec, tools)
         index = self.team.reserve(1 + (self.team.max_tool_calls if tools else 0))
         self._busy = True
-        return self._answer(index, tools, Message("user", text), tuple(t.index for t in reads), n, choose, saw_gold, sampling)
+        return self._answer(index, tools, Message("user", text), {t.index for t in reads}, n, choose, saw_gold, sampling)
 
     async def _answer(
         self,
         index: int,
         tools: Mapping[str, Tool],
         said: Message,
-        reads: tuple[int, ...],
+        reads: set[int],
         n: int,
         choose: Choose | None,
         saw_gold: bool,
@@ -162,16 +173,17 @@ class Agent:
     ) -> Turn:
         try:
             for left in range(self.team.max_tool_calls if tools else 0, -1, -1):
-                self.chat += (said,)
-                call = Call(index, self.spec, self.chat, self.team.sampling_of(self.spec, index, sampling), n, self._last)
-                turn = await self.team.take(call, reads, choose, saw_gold)
-                self.chat += (Message("assistant", turn.text),)
+                # The chat grows once the answer is there: after a failed call (a prompt too long) it is as it was before.
+                messages, read = self.chat + (said,), self._read | reads
+                call = Call(index, self.spec, messages, self.team.sampling_of(self.spec, index, sampling), n, self._last)
+                turn = await self.team.take(call, tuple(sorted(read)), choose, saw_gold)
+                self.chat, self._read = messages + (Message("assistant", turn.text),), read
                 self._last = turn
                 calls = parse_calls(turn.text) if tools and left else []
                 if not calls:
                     break
                 results = [await self.team.tool(request, tools) for request in calls]
-                said, index, reads = Message("user", "\n".join(results)), index + 1, ()
+                said, index = Message("user", "\n".join(results)), index + 1
             return turn
         finally:
             self._busy = False
@@ -185,6 +197,7 @@ class Team:
         seed: the episode's; every request's seed, `rng` and decisions follow from it.
         values: texts and choices by name that a method may change (`NAME.prompt`, `NAME.demos`, a decision's logits).
         given: recorded turns that answer the first calls. `replace`: completions by turn index that answer instead.
+        max_turns: bound on turn indices; a reply of an agent with tools takes 1 + `max_tool_calls` of them, used or not.
         play: plays a child episode, for `team.play`.
     """
 
@@ -243,7 +256,8 @@ class Team:
         text = "\n\n".join(part for part in (prompt, tool_prompt(tools)) if part)
         demos = self.values.get(f"{spec.name}.demos", spec.demos)
         head = (Message("system", text),) if text else ()
-        return head + tuple(d if isinstance(d, Message) else Message(**d) for d in demos)
+        where = f"{spec.name}.demos"
+        return head + tuple(d if isinstance(d, Message) else from_json(Message, d, where) for d in demos)
 
     def tools_of(self, spec: AgentSpec) -> Mapping[str, Tool]:
         return resolve_tools(spec.tools)
@@ -283,6 +297,8 @@ class Team:
             return [self._replace[call.index]], ["written" if not self._replace[call.index].token_ids else "sampled"]
         if call.index in self._given:
             recorded = self._given[call.index]
+            if len(recorded) not in (1, call.n):  # 1: only the taken one was given, or it had been replaced
+                raise ReplayError(f"turn {call.index}: the system now asks for {call.n} answers, the recording has {len(recorded)}")
             if recorded[0].agent != call.agent.name or recorded[0].messages != call.messages:
                 raise ReplayError(
                     f"turn {call.index}: the system now asks {call.agent.name!r} something else than the recording did "
@@ -296,6 +312,8 @@ class Team:
 
     def decide(self, name: str, options: Sequence[str]) -> str:
         """Sample one of `options` and record it. `values[name]` may hold a logit per option; without it all are as likely."""
+        if not options:
+            raise SettingError(f"team.decide({name!r}): expected at least one option")
         index = len(self.decisions)
         logits = self.values.get(name) or {}
         top = max((logits.get(o, 0.0) for o in options), default=0.0)
@@ -311,10 +329,7 @@ class Team:
 
     async def tool(self, request: Mapping[str, Any], tools: Mapping[str, Tool]) -> str:
         """Run one tool call `{"name": ..., "arguments": {...}}`; a failing tool answers with its error as text."""
-        tool = tools.get(str(request.get("name")))
-        if tool is None:
-            return f'<tool_response>error: no tool {request.get("name")!r}; {nearest(str(request.get("name")), tools)}</tool_response>'
-        return await tool(request.get("arguments") or {})
+        return await run_call(request, tools)
 
     async def play(self, system: System, tasks: Sequence[Task]) -> list[Any]:
         """Play child episodes (their `parent` is this one) and return them in order."""

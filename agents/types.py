@@ -75,6 +75,10 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         return value if isinstance(value, hint) else from_json(hint, value, where)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_build(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise SettingError(f"{where}: expected a mapping, got {value!r}")
+        return {key: _build(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is tuple:
         raise SettingError(f"{where}: expected a list, got {value!r}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -219,8 +223,8 @@ class Completion:
     """One sampled reply, as the engine returned it.
 
     `token_ids` [T] are the sampled tokens, the end-of-turn token included when it was sampled; `logprobs` [T] are theirs under
-    the distribution they were drawn from. `prompt_ids` [P] is what the engine read. All three are empty for outside models and fakes.
-    `version` names the adapter version that spoke ("" = base).
+    the distribution they were drawn from. `prompt_ids` [P] is what the engine read. All three are empty for outside models and
+    fakes. `version` names the adapter version that spoke ("" = base).
     """
 
     text: str
@@ -282,4 +286,3 @@ class Decision:
     choice: str
     logprob: float
     version: str = ""
-
