@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import disturb, random_model
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
 from marlora.trainers.adapters import Adapters, base_sha256, folder_sha256, linear_names, speaking
+from tests.trainers.random_models import disturb, random_model
 
 SMALL = AdapterSpec(r=2, alpha=4.0, targets=("q_proj", "v_proj"))
 WIDE = AdapterSpec(r=4, alpha=4.0, targets=("q_proj", "o_proj", "down_proj"))

@@ -1,0 +1,222 @@
+"""From samples to tensors, and from tensors to log-probabilities.
+
+A batch holds rows of one policy. A row is either one padded sample, or many samples that share prefixes, laid out as a prefix
+tree: every token once, in depth-first order, each seeing its ancestors only. What trainers get are flat terms, one per
+trained token; they never see rows, so the layout changes speed and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .samples import Sample
+
+Layout = Literal["auto", "padded", "shared"]
+
+# In a shared row every token is compared with every other one. This many comparisons cost about as much as one token's way
+# through the linear layers: 2 x parameters / (4 x hidden size x layers) is 800 for a tiny model, 4000 at 135M, 30000 at 8B.
+PAIRS_PER_TOKEN = 2048
+
+
+@dataclass(frozen=True)
+class Batch:
+    """R rows of L tokens of one policy, with N trained tokens (terms) of S turns (sequences).
+
+    input_ids, position_ids: [R, L].    attention_mask: [R, L] True at tokens, False at padding.
+    reach: [R, L] or None. None: rows are plain sequences. Else token k is seen by token q of its row if k <= q < reach[k]
+        (k's descendants are the tokens up to reach[k]).
+    row, column: [N] the position whose hidden state predicts the term.    target: [N] the sampled token.
+    behaviour: [N] its log-probability when sampled.    advantage, temperature: [N].
+    sequence: [N] number 0 .. S-1 of its turn within the batch; a turn is never split between batches.
+    turns: S pairs (episode id, turn index), for messages and dumps.
+    """
+
+    policy: str
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    reach: torch.Tensor | None
+    row: torch.Tensor
+    column: torch.Tensor
+    target: torch.Tensor
+    behaviour: torch.Tensor
+    advantage: torch.Tensor
+    temperature: torch.Tensor
+    sequence: torch.Tensor
+    turns: tuple[tuple[str, int], ...]
+
+    @property
+    def num_terms(self) -> int:
+        return self.target.numel()
+
+    @property
+    def cost(self) -> int:
+        """Relative cost of its forward: sum of squared row lengths, plus the linear layers in the same unit."""
+        rows, length = self.input_ids.shape
+        return rows * length * (length + PAIRS_PER_TOKEN)
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+
+    def sees(self) -> torch.Tensor:
+        """[R, 1, L, L] True where token q (third axis) may look at token k (fourth)."""
+        index = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        query, key = index[:, None], index[None, :]
+        reach = self.input_ids.shape[1] * torch.ones_like(self.input_ids) if self.reach is None else self.reach
+        seen = (key <= query)[None] & (query[None] < reach[:, None, :])
+        own = (key == query)[None]  # padding sees itself: a row of attention without any key is not a number
+        return ((seen & self.attention_mask[:, None, :]) | own)[:, None]
+
+
+@dataclass
+class _Row:
+    """One row as lists. `places`: per sample, the column of each of its input tokens."""
+
+    samples: list[Sample]
+    places: list[list[int]]
+    ids: list[int]
+    positions: list[int]
+    reach: list[int] | None
+
+
+def _inputs(sample: Sample) -> tuple[int, ...]:
+    """The tokens a forward needs: all before the last trained one."""
+    last = max(i for i, m in enumerate(sample.mask) if m)
+    if sample.mask[0]:
+        raise ValueError(f"episode {sample.episode}: the first token of a sample cannot be trained, nothing predicts it")
+    return sample.ids[:last]
+
+
+def pack(samples: Sequence[Sample], *, max_tokens: int, layout: Layout = "auto") -> list[Batch]:
+    """Batches of one policy each, within `max_tokens` computed positions (padding counts; one longer row goes alone).
+
+    Layout `padded` gives one sample per row, sorted by length. `shared` computes prefixes that samples have in common once,
+    in rows of at most `max_tokens`. `auto` shares where that is cheaper by `PAIRS_PER_TOKEN`. The result depends on the samples
+    only, not on their order.
+    """
+    batches: list[Batch] = []
+    for policy in sorted({s.policy for s in samples}):
+        mine = sorted(
+            (s for s in samples if s.policy == policy),
+            key=lambda s: (_inputs(s), s.ids, s.episode, s.sequence, s.logprobs, s.advantages),
+        )
+        if layout == "padded":
+            rows = [_tree([s]) for s in mine]
+        else:
+            rows = [_tree(group) for group in _share(mine, max_tokens, always=layout == "shared")]
+        rows.sort(key=lambda r: len(r.ids), reverse=True)
+        batches += [_batch(policy, group) for group in _fill(rows, max_tokens)]
+    return batches
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _share(samples: list[Sample], max_tokens: int, always: bool) -> list[list[Sample]]:
+    """Samples in the order of their tokens, cut into rows: one joins the row before it if the prefix saves more than it costs."""
+    rows: list[list[Sample]] = []
+    length = 0
+    for sample in samples:
+        own = len(_inputs(sample))
+        common = _common(_inputs(rows[-1][-1]), _inputs(sample)) if rows else 0
+        joined = length + own - common
+        extra_pairs = joined * joined - length * length - own * own
+        if rows and common and joined <= max_tokens and (always or extra_pairs < common * PAIRS_PER_TOKEN):
+            rows[-1].append(sample)
+            length = joined
+        else:
+            rows.append([sample])
+            length = own
+    return rows
+
+
+def _tree(samples: list[Sample]) -> _Row:
+    """Lay out samples, sorted by their tokens, as a prefix tree in depth-first order."""
+    ids: list[int] = []
+    positions: list[int] = []
+    reach: list[int] = []
+    path: list[int] = []  # columns of the tokens of the current sample
+    places: list[list[int]] = []
+    previous: Sequence[int] = ()
+    for sample in samples:
+        tokens = _inputs(sample)
+        common = _common(previous, tokens)
+        for column in path[common:]:
+            reach[column] = len(ids)
+        del path[common:]
+        for depth in range(common, len(tokens)):
+            path.append(len(ids))
+            ids.append(tokens[depth])
+            positions.append(depth)
+            reach.append(0)
+        places.append(list(path))
+        previous = tokens
+    for column in path:
+        reach[column] = len(ids)
+    plain = positions == list(range(len(ids)))
+    return _Row(samples, places, ids, positions, None if plain else reach)
+
+
+def _fill(rows: list[_Row], max_tokens: int) -> list[list[_Row]]:
+    """Rows, longest first, into batches whose padded size fits; plain and shared rows do not mix."""
+    groups: list[list[_Row]] = []
+    for plain in (True, False):
+        fresh = True
+        for row in (r for r in rows if (r.reach is None) is plain):
+            if fresh or len(groups[-1][0].ids) * (len(groups[-1]) + 1) > max_tokens:
+                groups.append([])
+            groups[-1].append(row)
+            fresh = False
+    return groups
+
+
+def _batch(policy: str, rows: list[_Row]) -> Batch:
+    length = max(len(r.ids) for r in rows)
+    shared = rows[0].reach is not None
+    terms: list[tuple[int, int, int, int]] = []  # row, column, target, sequence
+    values: list[tuple[float, float, float]] = []  # behaviour, advantage, temperature
+    turns: list[tuple[str, int]] = []
+    for r, row in enumerate(rows):
+        for sample, columns in zip(row.samples, row.places, strict=True):
+            numbers: dict[int, int] = {}
+            for i, trained in enumerate(sample.mask):
+                if trained:
+                    turn = sample.sequence[i]
+                    if turn not in numbers:
+                        numbers[turn] = len(turns)
+                        turns.append((sample.episode, turn))
+                    terms.append((r, columns[i - 1], sample.ids[i], numbers[turn]))
+                    values.append((sample.logprobs[i], sample.advantages[i], sample.temperatures[i]))
+    row_, column, target, sequence = torch.tensor(terms, dtype=torch.long).unbind(1)
+    behaviour, advantage, temperature = torch.tensor(values, dtype=torch.float32).unbind(1)
+
+    def grid(get: Callable[[_Row], Sequence[int]]) -> torch.Tensor:
+        return torch.tensor([list(get(r)) + [0] * (length - len(r.ids)) for r in rows], dtype=torch.long)
+
+    return Batch(
+        policy=policy,
+        input_ids=grid(lambda r: r.ids),
+        position_ids=grid(lambda r: r.positions),
+        attention_mask=grid(lambda r: [1] * len(r.ids)).bool(),
+        reach=grid(lambda r: r.reach or []) if shared else None,
+        row=row_, column=column, target=target, behaviour=behaviour, advantage=advantage, temperature=temperature,
+        sequence=sequence, turns=tuple(turns),
+    )  # fmt: skip
+
+
+def deal(batches: Sequence[Batch], num_ranks: int) -> list[list[Batch]]:
+    """Batches per rank with nearly equal cost: the costliest first, each to the rank with the least so far. Deterministic."""
+    ranks: list[list[Batch]] = [[] for _ in range(num_ranks)]
+    load = [0] * num_ranks
+    for batch in sorted(batches, key=lambda b: b.cost, reverse=True):
+        rank = min(range(num_ranks), key=lambda r: (load[r], r))
+        ranks[rank].append(batch)
+        load[rank] += batch.cost
+    return ranks
