@@ -109,6 +109,10 @@ class ChatTokens:
             end -= 1
         return self.tokenizer.decode(list(token_ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def show(self, ids: Sequence[int]) -> str:
+        """Any token ids as text for people, special tokens visible."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     def probe(self) -> dict[str, Any]:
         """What was found out about the template, as JSON values for logs and checkpoints."""
         ids = self.prompt([Message("user", "probe")])
@@ -124,7 +128,7 @@ class ChatTokens:
             "eos": [
                 self.tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False) for i in self.eos_ids
             ],
-            "bos": 0 if bos is None else ids.count(bos),
+            "bos": next(i for i, token in enumerate(ids) if token != bos),  # how many at the start: 2 would be one too many
         }
 
     # -- text: structure and content ------------------------------------------------------------------------------------------
