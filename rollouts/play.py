@@ -140,9 +140,7 @@ class Rollouts:
         async def play_children(system: System, tasks: Sequence[Task]) -> list[Episode]:
             inner = dataclasses.replace(self, system=system)
             first = len(children)
-            made = [
-                Job(task, f"{job.id}/{type(system).__name__}/{task.id}", first + k, job.step) for k, task in enumerate(tasks)
-            ]
+            made = [Job(task, f"{job.id}/{type(system).__name__}/{task.id}", first + k, job.step) for k, task in enumerate(tasks)]
             played = await asyncio.gather(*(inner._play(j, version, (), None, (), None, parent=job.id) for j in made))
             children.extend(episode for family in played for episode in family)
             return [family[-1] for family in played]

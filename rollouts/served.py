@@ -71,7 +71,9 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     for name, entry in data["adapters"].items():
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             if not (folder / "adapters" / name / file).is_file():
-                raise SettingError(f"{folder}/adapters/{name}/{file}: missing, though system.json names the adapter ({entry['sha256'][:8]})")
+                raise SettingError(
+                    f"{folder}/adapters/{name}/{file}: missing, though system.json names the adapter ({entry['sha256'][:8]})"
+                )
     return data
 
 
@@ -81,7 +83,9 @@ class ServedTeam:
     `rollouts` plays; `versions` is the team version with every trained adapter on; `tasks(...)` loads the held-out tasks.
     """
 
-    def __init__(self, data: dict[str, Any], rollouts: Rollouts, engines: Sequence[Engine], versions: dict[str, str], scratch: Path) -> None:
+    def __init__(
+        self, data: dict[str, Any], rollouts: Rollouts, engines: Sequence[Engine], versions: dict[str, str], scratch: Path
+    ) -> None:
         self.data, self.rollouts, self.engines, self.versions, self._scratch = data, rollouts, list(engines), versions, scratch
 
     @classmethod
@@ -125,7 +129,9 @@ class ServedTeam:
                 running = engine or await start_engine(path, tokens, own, config, folder=scratch, say=say)
                 engines.append(running)
                 engine_of |= {p.name: (running, tokens) for p in own} | {"base": (running, tokens)}
-                staged = {p.name: stage(folder, p.name, data, scratch) for p in own if data["adapters"].get(p.name, {}).get("trained")}
+                staged = {
+                    p.name: stage(folder, p.name, data, scratch) for p in own if data["adapters"].get(p.name, {}).get("trained")
+                }
                 versions |= await running.publish(staged) if staged else {}
         except BaseException:
             for running in engines:
@@ -175,7 +181,9 @@ def check_base(name: str, path: str, expected: str | None) -> None:
     if expected is None:
         return
     if not Path(path).is_dir():
-        raise SettingError(f"base {path!r}: no such folder; give --model FOLDER with the base the checkpoint was trained on ({name})")
+        raise SettingError(
+            f"base {path!r}: no such folder; give --model FOLDER with the base the checkpoint was trained on ({name})"
+        )
     if files_sha256(path) != expected:
         raise SettingError(f"base {path!r}: its files differ from those the checkpoint was trained on ({name})")
 

@@ -80,11 +80,15 @@ class OutsideSpeaker:
     def _completions(self, data: Mapping[str, Any], url: str) -> list[Completion]:
         try:
             return [
-                Completion(c["message"].get("content") or "", finish_reason=c.get("finish_reason") or "stop", policy=self.policy.name)
+                Completion(
+                    c["message"].get("content") or "", finish_reason=c.get("finish_reason") or "stop", policy=self.policy.name
+                )
                 for c in data["choices"]
             ]
         except (KeyError, TypeError, AttributeError) as error:
-            raise EngineError(f"policy {self.policy.name!r}: {url} sent no chat completion ({error!r}): {str(data)[:300]}") from error
+            raise EngineError(
+                f"policy {self.policy.name!r}: {url} sent no chat completion ({error!r}): {str(data)[:300]}"
+            ) from error
 
 
 def speakers(policies: Mapping[str, PolicySpec], engine_of: Mapping[str, tuple[Engine, ChatTokens]]) -> dict[str, Speaker]:

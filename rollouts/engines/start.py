@@ -27,7 +27,9 @@ class EngineConfig:
     engine_dtype: str = help_of("of the served base: auto (the model's own), float32 or bfloat16", "auto")
     server_urls: list[str] = help_of("vLLM servers already running (.../v1); empty starts our own", factory=list)
     server_port: int = help_of("port of our server; 0 takes a free one", 0)
-    server_memory: float = help_of("share of the GPU's memory for our server (on a CPU: GiB of KV cache); 0 = a printed estimate", 0.0)
+    server_memory: float = help_of(
+        "share of the GPU's memory for our server (on a CPU: GiB of KV cache); 0 = a printed estimate", 0.0
+    )
     server_devices: str = help_of("CUDA_VISIBLE_DEVICES of our server; empty = the trainer's", "")
     server_timeout: float = help_of("seconds our server may take to come up", 600.0)
     max_model_len: int = help_of("context of our server in tokens; 0 = the model's own, at most 4096", 0)
@@ -41,7 +43,9 @@ def choose_engine(setting: str, urls: Sequence[str] = ()) -> tuple[str, str]:
     found = importlib.util.find_spec("vllm") is not None
     if setting != "auto":
         if setting == "vllm" and not urls and not found:
-            raise SettingError("engine: vllm is not installed here; install the extra (make setup), give server_urls, or use transformers")
+            raise SettingError(
+                "engine: vllm is not installed here; install the extra (make setup), give server_urls, or use transformers"
+            )
         return setting, "as set"
     if urls:
         return "vllm", "server_urls are given"
@@ -49,7 +53,13 @@ def choose_engine(setting: str, urls: Sequence[str] = ()) -> tuple[str, str]:
 
 
 async def start_engine(
-    model: str, tokens: ChatTokens, policies: Sequence[PolicySpec], config: EngineConfig, *, folder: Path, say: Callable[[str], None]
+    model: str,
+    tokens: ChatTokens,
+    policies: Sequence[PolicySpec],
+    config: EngineConfig,
+    *,
+    folder: Path,
+    say: Callable[[str], None],
 ) -> Engine:
     """A running engine for one base and its policies. `folder`: the run's, for the server's log, key and version folders."""
     kind, why = choose_engine(config.engine, config.server_urls)

@@ -1,0 +1,28 @@
+"""
+Train a team by GRPO: play, compare the episodes of a task, update one adapter per agent, publish, prove, go on.
+
+accelerate launch recipes/grpo_team.py [--config recipes/grpo_team.yaml] [--field value] [--agents.NAME.prompt "..."]
+python -m marlora.recipes.grpo_team --dry_run true          (the plan: policies, devices, memory, first prompt)
+"""
+
+from __future__ import annotations
+
+from marlora.recipes.settings import parse, run
+from marlora.recipes.tables import summary_table
+from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
+from marlora.trainers.plan import print_plan
+
+
+def main() -> None:
+    config = parse(GRPOConfig, __file__)
+    trainer = GRPOTrainer(args=config)
+    if config.dry_run:
+        print_plan(trainer.run)
+        return
+    summary = trainer.train()
+    if trainer.run.ranks.main:
+        print(summary_table(summary, config.output_dir))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,70 @@
+"""Tables at the end of a run and of an evaluation, as plain text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def render(table: Table) -> str:
+    console = Console(file=io.StringIO(), width=110, highlight=False)
+    console.print(table)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    made = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        made.add_row(*row)
+    return render(made)
+
+
+def interval(low_high: Sequence[float]) -> str:
+    return f"{low_high[0]:+.3f} .. {low_high[1]:+.3f}" if min(low_high) < 0 else f"{low_high[0]:.3f} .. {low_high[1]:.3f}"
+
+
+def accuracy_rows(named: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Rows (name, accuracy, 95 % interval, tasks, difference to the first, its interval)."""
+    rows = []
+    for name, entry in named.items():
+        paired = entry.get("paired")
+        change = [f"{paired['difference']:+.3f}", f"{paired['ci95'][0]:+.3f} .. {paired['ci95'][1]:+.3f}"] if paired else ["", ""]
+        rows.append([name, f"{entry['accuracy']:.3f}", interval(entry["ci95"]), str(entry["num_tasks"]), *change])
+    return rows
+
+
+def summary_table(summary: Mapping[str, Any], folder: str) -> str:
+    """What a run did, from its `summary.json`."""
+    parts = []
+    found = summary["eval"]
+    if found["before"] and found["after"]:
+        named = {"base team": found["before"]}
+        named |= {f"only {name}": entry for name, entry in summary.get("adapters", {}).items()}
+        named["trained team"] = {**found["after"], "paired": found["paired"]}
+        columns = ("held-out accuracy", "mean", "95 % interval", "tasks", "against base", "95 % interval (paired)")
+        parts.append(table(f"{summary['recipe']}: {summary['model']}", columns, accuracy_rows(named)))
+    rows = [
+        [name, str(entry["trainable_parameters"]), entry["sha256_before"][:8], entry["sha256_after"][:8]]
+        for name, entry in summary["policies"].items()
+    ]
+    parts.append(table("adapters", ("policy", "trainable parameters", "hash before", "hash after"), rows))
+    proof, seconds, tokens = summary["live_proof"], summary["seconds"], summary["tokens"]
+    parts.append(
+        f"engine {summary['engine']}; {summary['steps']} steps in {seconds['total']:.0f} s (rollout {seconds['rollout']:.0f}, train "
+        f"{seconds['train']:.0f}, publish {seconds['publish']:.0f}); {tokens['sampled']} tokens sampled, {tokens['trained']} trained"
+    )
+    parts.append(
+        f"live proof: {proof['checks']} checks, {proof['passed']} passed, {proof['untrained']} untrained, {proof['failed']} failed, "
+        f"largest residual {proof['max_residual']:.3f} (at most 0.2 passes)"
+    )
+    last = f"{folder}/checkpoints/step-{summary['steps']:06d}"
+    parts.append(
+        f"next:\n  marlora eval {last} --ablate     accuracy of every adapter on and off\n  marlora play {last}              talk to the team"
+    )
+    return "\n".join(parts)
