@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -41,3 +43,27 @@ def copy_to(folder: Path) -> Path:
 def clean_environment(**settings: str) -> dict[str, str]:
     """The environment without what would put other packages before those under test."""
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")} | settings
+
+
+@functools.cache
+def names_of_tests() -> frozenset[str]:
+    """Every test there is, as `tests/agents/test_team.py::test_name` (parameters left out)."""
+    return frozenset(
+        f"{path}::{node.name}"
+        for path in modules("tests")
+        if path.name.startswith("test_")
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test_")
+    )
+
+
+def ci_targets() -> set[str]:
+    """The make targets that .ci/run reaches, with what they depend on."""
+    rules = dict(re.findall(r"^([a-z-]+):([^=#\n]*)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    found: set[str] = set()
+    waiting = re.findall(r"\bmake ([a-z-]+)$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    while waiting:
+        target = waiting.pop()
+        found.add(target)
+        waiting += [t for t in rules[target].split() if t not in found]
+    return found

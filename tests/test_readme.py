@@ -1,0 +1,83 @@
+"""Every command a document shows has been run: cheap ones here, dear ones by the test named for them.
+
+A new command in a ```bash block needs a line in COVERED; a command that left the documents takes its line with it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.repository import ROOT, ci_targets, clean_environment, copy_to, names_of_tests
+
+DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+
+RUN = "run here, in a copy of the repository"
+CI = "a target that .ci/run makes"
+COVERED = {
+    "make setup": CI,
+    "make check": CI,
+    "make test": CI,
+    "make test-full": CI,
+    "make help": RUN,
+    "make test-fast": "tests/test_setup.py::test_targets_do_their_own_set_up",
+}
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """The fenced code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands(document: str) -> list[str]:
+    """Commands of the bash blocks: continued lines joined, comments and spacing left out. Getting the clone is no test's business."""
+    lines = "\n".join(blocks(document, "bash")).replace("\\\n", " ").splitlines()
+    found = [" ".join(re.sub(r"(^|\s)#.*", "", line).split()) for line in lines]
+    return [line for line in found if line and not line.startswith(("git clone", "cd "))]
+
+
+def test_every_command_is_covered() -> None:
+    shown = {command for document in DOCUMENTS for command in commands(document)}
+    assert not shown - COVERED.keys(), "say in COVERED which test runs these commands"
+    assert not COVERED.keys() - shown, "no document shows these commands any more"
+
+
+@pytest.mark.parametrize("command", [c for c, how in COVERED.items() if how != RUN])
+def test_what_covers_a_command_exists(command: str) -> None:
+    how = COVERED[command]
+    if how == CI:
+        assert command.split()[1] in ci_targets()
+    else:
+        assert how in names_of_tests()
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository that borrows the running environment."""
+    folder = copy_to(tmp_path_factory.mktemp("clone"))
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+@pytest.mark.parametrize("command", [c for c, how in COVERED.items() if how == RUN])
+def test_command_runs(command: str, clone: Path) -> None:
+    assert not re.match(r"make (?!help)", command), "in the copy, make would install the borrowed environment anew"
+    path = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-ec", command], cwd=clone, env=clean_environment(PATH=path), capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+
+
+@pytest.mark.parametrize(("document", "block"), [(d, b) for d in DOCUMENTS for b in blocks(d, "python")])
+def test_python_in_documents_names_what_exists(document: str, block: str) -> None:
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("marlora."):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name), f"{document}: {node.module} has no {alias.name}"
