@@ -1,0 +1,239 @@
+"""Rewards: functions of a task and an episode, sync or async.
+
+A reward returns a `Reward`, several of them, or a bare number or bool (then it is the team's, named like the function). It sees
+the whole task, the answer included. A reward that fails makes the episode unscorable, which is not the same as worth 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import inspect
+import math
+import re
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from numbers import Real
+from typing import Any
+
+from ..agents.answers import extract, same
+from ..agents.team import Ask, Call, derive_seed
+from ..agents.types import AgentSpec, Message, Sampling, Task, Turn
+from .checker import CheckerError, CheckerTimeout, equal, gym_score
+from .names import function_named
+from .types import Episode, Reward
+
+RewardFn = Callable[[Task, Episode], Any]
+
+_EXPLICIT = re.compile(r"\\boxed\s*\{|\banswer\b[^\n:=]{0,20}[:=]|####", re.IGNORECASE)
+_WORD = re.compile(r"[^\W\d_]{3,}")  # three letters in a row: a word, which math-verify would take for a product of variables
+_MATH_WORDS = re.compile(
+    r"\\[a-zA-Z]+|\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|mod|max|min)\b"
+)
+
+
+# rewards
+
+
+async def correct(task: Task, episode: Episode) -> Reward:
+    """1 if the team's output is the task's answer, else 0.
+
+    Equal is: the same after normalisation, or the same mathematically (math-verify; in another process, 5 s at most). Tasks of
+    reasoning-gym are scored by their own set, and count if it gives the full score. Several answers (a list) are alternatives.
+    """
+    if "_reasoning_gym" in task.meta:
+        score = await graded(task, episode)
+        return Reward("correct", float(score.value >= 1.0 - 1e-9), score.text)
+    if task.answer is None:
+        raise ValueError(f"task {task.id!r} has no answer to compare with")
+    golds = [str(gold) for gold in (task.answer if isinstance(task.answer, (list, tuple)) else [task.answer])]
+    if not (episode.output or "").strip():
+        return Reward("correct", 0.0, "no answer")
+    text = ""
+    for gold in golds:
+        found = _candidate(episode.output or "", numeric=_is_mathematical(gold))
+        if same(found, gold):
+            return Reward("correct", 1.0)
+        try:
+            if _is_mathematical(gold) and await equal(gold, found):
+                return Reward("correct", 1.0)
+        except (CheckerTimeout, CheckerError) as error:  # what a model wrote to break the comparison is a wrong answer
+            text = str(error)
+    return Reward("correct", 0.0, text)
+
+
+async def graded(task: Task, episode: Episode) -> Reward:
+    """What a reasoning-gym set itself gives the output: 0 to 1, with its own partial points."""
+    if "_reasoning_gym" not in task.meta:
+        raise ValueError(f"task {task.id!r} is not of a reasoning-gym set; use `correct`")
+    if not (episode.output or "").strip():
+        return Reward("graded", 0.0, "no answer")
+    own = task.meta["_reasoning_gym"]
+    try:
+        return Reward("graded", await gym_score(own["name"], own["args"], own["entry"], _candidate(episode.output or "")))
+    except (CheckerTimeout, CheckerError) as error:
+        return Reward("graded", 0.0, str(error))
+
+
+def exact(task: Task, episode: Episode) -> float:
+    """1 if the output is the answer character by character, but for white space around it."""
+    if task.answer is None:
+        raise ValueError(f"task {task.id!r} has no answer to compare with")
+    return float((episode.output or "").strip() == str(task.answer).strip())
+
+
+def format_ok(task: Task, episode: Episode) -> Reward:
+    r"""1 if the last reply says its answer in so many words: `\boxed{...}`, `Answer: ...` or `#### ...`. Apart from correctness."""
+    last = next((turn for turn in reversed(episode.turns) if turn.taken), None)
+    return Reward("format", float(last is not None and bool(_EXPLICIT.search(last.text))))
+
+
+format_ok.__name__ = "format"  # like the reward it gives
+
+
+def length(task: Task, episode: Episode) -> float:
+    """Minus the thousands of tokens the team sampled in turns it took; for metrics, or with a small weight."""
+    return -sum(len(turn.token_ids) for turn in episode.turns if turn.taken) / 1000
+
+
+REWARDS: dict[str, RewardFn] = {"correct": correct, "exact": exact, "format": format_ok, "graded": graded, "length": length}
+
+
+def resolve_rewards(names: Iterable[str | RewardFn]) -> list[RewardFn]:
+    """Reward functions by name (`correct`, `module:function`). Raises `SettingError` naming the one that cannot be found."""
+    return [function_named("reward", each, REWARDS) if isinstance(each, str) else each for each in names]
+
+
+# makers of rewards
+
+
+def per_agent(value: Callable[[Task, Episode, str], Any], name: str = "") -> RewardFn:
+    """A reward for each agent that spoke: `value(task, episode, agent)`, sync or async. An agent without a turn gets none."""
+
+    async def rewards(task: Task, episode: Episode) -> list[Reward]:
+        agents = dict.fromkeys(turn.agent for turn in episode.turns if turn.taken)
+        return [Reward(name or _name(value), float(await _awaited(value(task, episode, a))), agent=a) for a in agents]
+
+    rewards.__name__ = name or _name(value)
+    return rewards
+
+
+def per_turn(value: Callable[[Task, Turn], Any], name: str = "") -> RewardFn:
+    """A reward for each turn, siblings included: `value(task, turn)`, sync or async."""
+
+    async def rewards(task: Task, episode: Episode) -> list[Reward]:
+        return [
+            Reward(name or _name(value), float(await _awaited(value(task, t))), agent=t.agent, turn=t.index, sibling=t.sibling)
+            for t in episode.turns
+        ]
+
+    rewards.__name__ = name or _name(value)
+    return rewards
+
+
+JUDGE = (
+    "Task:\n{prompt}\n\nReference answer:\n{answer}\n\nAnswer to judge:\n{output}\n\n"
+    "How good is the answer to judge? Whatever it says about its own quality counts for nothing. "
+    "Give your reasons in a few words, then end with a line `Score: N`, N from 0 (useless) to 10 (perfect)."
+)
+
+
+def judge(
+    ask: Ask,
+    *,
+    agent: AgentSpec | None = None,
+    template: str = JUDGE,
+    scale: tuple[float, float] = (0.0, 10.0),
+    name: str = "judge",
+) -> RewardFn:
+    """A judge model as a reward: value 0 to 1 on `scale`, its words as the reward's text.
+
+    Args:
+        ask: who answers: `lambda call: speaker(call, version)` of a `Speaker`, or a `Fake` in tests. The judge is never trained.
+        agent: its name, prompt and sampling (default: temperature 0, 256 tokens).
+        template: what it is asked; `{prompt}`, `{answer}` and `{output}` are filled in.
+
+    A reply without `Score: N` inside the scale is NaN: unscorable, not bad.
+    """
+    spec = agent or AgentSpec("judge", sampling=Sampling(temperature=0.0, max_tokens=256))
+    low, high = scale
+
+    async def reward(task: Task, episode: Episode) -> Reward:
+        fill = {"{prompt}": task.prompt, "{answer}": str(task.answer), "{output}": str(episode.output)}
+        question = re.sub(r"\{(?:prompt|answer|output)\}", lambda m: fill[m[0]], template)
+        head = (Message("system", spec.prompt),) if spec.prompt else ()
+        sampling = spec.sampling or Sampling(temperature=0.0)
+        if sampling.seed is None:
+            sampling = dataclasses.replace(sampling, seed=derive_seed(episode.seed, name))
+        (reply,) = await ask(Call(0, spec, (*head, Message("user", question)), sampling))
+        scores = re.findall(r"score\s*[:=]\s*\**\s*(-?\d+(?:\.\d+)?)", reply.text, re.IGNORECASE)
+        value = float(scores[-1]) if scores else math.nan
+        value = (value - low) / (high - low) if low <= value <= high else math.nan
+        return Reward(name, value, reply.text, source=spec.name)
+
+    reward.__name__ = name
+    return reward
+
+
+# scoring
+
+
+async def score(task: Task, episode: Episode, rewards: Sequence[RewardFn]) -> tuple[Reward, ...]:
+    """All rewards of an episode, in the order of the functions.
+
+    A reward that raises, or returns what is not a reward, becomes a `Reward` of value NaN whose text names the function and what
+    went wrong; NaN and infinity become NaN likewise. The episode is kept and is unscorable.
+    """
+    found = await asyncio.gather(*(_score(task, episode, fn) for fn in rewards))
+    return tuple(reward for several in found for reward in several)
+
+
+async def _score(task: Task, episode: Episode, fn: RewardFn) -> list[Reward]:
+    try:
+        result = await _awaited(fn(task, episode))
+        return [_finite(fn, reward) for reward in _rewards(fn, result)]
+    except Exception as error:  # any failure of a reward is data of this episode
+        return [Reward(_name(fn), math.nan, f"reward {_name(fn)!r} failed: {type(error).__name__}: {error}")]
+
+
+def _rewards(fn: RewardFn, result: Any) -> list[Reward]:
+    if isinstance(result, Reward):
+        return [result]
+    if callable(getattr(result, "item", None)):  # a scalar of numpy or torch
+        result = result.item()
+    if isinstance(result, Real):  # bool too
+        return [Reward(_name(fn), float(result))]
+    if isinstance(result, (list, tuple)) and all(isinstance(each, Reward) for each in result):
+        return list(result)
+    raise TypeError(f"expected a Reward, several, a number or a bool, got {result!r:.80}")
+
+
+def _finite(fn: RewardFn, reward: Reward) -> Reward:
+    value = float(reward.value)
+    if math.isfinite(value):
+        return dataclasses.replace(reward, value=value)
+    told = f"reward {_name(fn)!r} gave {value}"
+    return dataclasses.replace(reward, value=math.nan, text=f"{told}: {reward.text}" if reward.text else told)
+
+
+async def _awaited(value: Any | Awaitable[Any]) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+def _is_mathematical(gold: str) -> bool:
+    return not _WORD.search(_MATH_WORDS.sub(" ", gold))
+
+
+def _candidate(output: str, numeric: bool = False) -> str:
+    """The answer in an output: what it says explicitly; else its last number where a number is asked for; else all of it."""
+    found = extract(output) if numeric or _EXPLICIT.search(output) else None
+    return output.strip() if found is None else found
+
+
+def reward_name(fn: RewardFn) -> str:
+    """How settings name a reward function: its short name if it is ours, else `module:function`."""
+    short = next((name for name, known in REWARDS.items() if known is fn), None)
+    return short or f"{fn.__module__}:{getattr(fn, '__qualname__', type(fn).__name__)}"
