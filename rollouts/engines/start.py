@@ -26,11 +26,12 @@ class EngineConfig:
     engine_args: dict | str | None = help_of("more arguments for the vLLM server, checked by its own parser", factory=dict)
     engine_dtype: str = help_of("of the served base: auto (the model's own), float32 or bfloat16", "auto")
     server_urls: list[str] = help_of("vLLM servers already running (.../v1); empty starts our own", factory=list)
+    server_key: str = help_of("environment variable or 0600 file that holds the key of server_urls", "")
     server_port: int = help_of("port of our server; 0 takes a free one", 0)
     server_memory: float = help_of(
         "share of the GPU's memory for our server (on a CPU: GiB of KV cache); 0 = a printed estimate", 0.0
     )
-    server_devices: str = help_of("CUDA_VISIBLE_DEVICES of our server; empty = the trainer's", "")
+    server_devices: str = help_of('CUDA_VISIBLE_DEVICES of our server ("0;1" starts one on each); empty = the trainer\'s', "")
     server_timeout: float = help_of("seconds our server may take to come up", 600.0)
     max_model_len: int = help_of("context of our server in tokens; 0 = the model's own, at most 4096", 0)
     allow_open_server: bool = help_of("accept servers by URL that answer without a key", False)

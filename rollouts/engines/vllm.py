@@ -1,0 +1,273 @@
+"""The vLLM engine: token ids to `/v1/completions` of servers started by us or given by URL, adapters by version on all of them.
+
+Everything that shapes sampling is sent with every request, so no default of a server or model applies in silence: all fields of
+`Sampling`, and the tokens that end a reply (`ignore_eos` plus our own `stop_token_ids`, because vLLM would add those of the
+model's generation_config.json even under `--generation-config vllm`). Every reply is checked: the model's name is echoed, the
+prompt came back as sent, each sampled token has its log-probability. Text is decoded here, never taken from the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from ...agents.types import BASE, Completion, PolicySpec, Sampling, SettingError, nearest
+from .engine import EngineError, EngineInfo, PromptTooLong, Ref, TeamVersion
+from .start import EngineConfig
+from .vllm_args import ServerSettings, lora_sizes, served_dtype, vllm_version
+from .vllm_replica import Patience, Replica
+from .vllm_server import VLLMServer, served_base, start_servers
+from .vllm_urls import key_from, refuse_open, tidy
+from .vllm_wire import read_choices, read_scores, request_body
+
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+CHATS = 4096  # chats whose replica is remembered
+
+
+class Tokens(Protocol):
+    """The two things the engine needs from `ChatTokens`."""
+
+    eos_ids: tuple[int, ...]
+
+    def decode(self, ids: Sequence[int], /) -> str: ...
+
+
+class Routes:
+    """Keeps a chat on one replica, where its prefix is cached.
+
+    A chat's next prompt begins with its last one (design: chats grow by appending), so a prompt goes where the longest
+    prompt that it extends went, for the same policy. Prompts that extend none go to the replica with the fewest open requests.
+    Compared are whole earlier prompts, not first tokens: few-shot prompts share those across all chats.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._seen: OrderedDict[tuple[str, int], str] = OrderedDict()
+
+    def choose(self, policy: str, ids: Sequence[int], open_requests: Mapping[str, int]) -> str:
+        if len(self.names) == 1:
+            return self.names[0]
+        hashes = list(accumulate(ids, lambda seen, token: hash((seen, token)), initial=0))[1:]
+        found = next((self._seen[policy, h] for h in reversed(hashes) if (policy, h) in self._seen), None)
+        name = found or min(self.names, key=lambda one: open_requests[one])
+        self._seen[policy, hashes[-1]] = name
+        self._seen.move_to_end((policy, hashes[-1]))
+        if len(self._seen) > CHATS:
+            self._seen.popitem(last=False)
+        return name
+
+
+class VLLMEngine:
+    """Keeps the contract of `engine.Engine` over one or more vLLM servers.
+
+    Args:
+        servers: started `VLLMServer`s, which `close` stops, or URLs of servers that others run.
+        tokens: decodes, and names the tokens that end a reply.
+        adapter_root: the only folder adapters are loaded from.
+        key: for URLs: what they ask for as a bearer token ("" = none).
+        allow_open_server: accept URLs that generate or load adapters without a key.
+        dtype: of weights served by URL, which servers do not tell; ours know theirs.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[VLLMServer | str],
+        tokens: Tokens,
+        *,
+        adapter_root: str | Path,
+        key: str = "",
+        allow_open_server: bool = False,
+        dtype: str = "bfloat16",
+        patience: Patience | None = None,
+    ) -> None:
+        if not servers:
+            raise SettingError("engine vllm: expected at least one server or URL")
+        self.tokens, self.root = tokens, Path(adapter_root).resolve()
+        self.replicas: dict[str, Replica] = {}
+        self.max_rank, self.base, contexts = 0, "", []
+        for server in servers:
+            replica, context = _connect(server, key, allow_open_server, patience or Patience())
+            if replica.name in self.replicas:
+                raise SettingError(f"server_urls: {replica.name} is given twice")
+            self.replicas[replica.name] = replica
+            contexts.append(context)
+            if isinstance(server, VLLMServer):
+                sizes = lora_sizes(server.settings.policies, server.settings.staleness)
+                self.max_rank, self.base = sizes.max_rank if sizes else 0, server.settings.model
+                dtype = served_dtype(server.settings)
+        self.context, self.dtype = min(contexts), dtype
+        self.base = self.base or next(iter(self.replicas.values())).base
+        self._versions: dict[str, str] = {}  # version -> policy, of those that may be asked for
+        self._used: set[str] = set()  # every version name there ever was
+        self._routes = Routes(list(self.replicas))
+        self._draw = random.SystemRandom()
+
+    # tokens
+
+    async def generate(self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1) -> list[Completion]:
+        """See `Engine.generate`. At temperature 0 all n replies are equal, and sampled once."""
+        if len(ids) + sampling.max_tokens > self.context:
+            raise PromptTooLong(
+                f"{len(ids)} prompt tokens and max_tokens {sampling.max_tokens} exceed the context of {self.context}"
+            )
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=self._draw.getrandbits(62))  # drawn once, so that a retry repeats it
+        asked = n if sampling.temperature > 0 else 1  # vLLM refuses n > 1 for greedy sampling; sibling k draws with seed + k
+        replica = self._choose(ref, ids)
+        model = self._model(ref, replica)
+        body = request_body(ids, model, sampling, asked, self.tokens.eos_ids)
+        read = partial(read_choices, model=model, prompt=list(ids), n=asked, max_tokens=sampling.max_tokens)
+        replies = await self._send(replica, model, body, read)
+        made = [
+            Completion(self.tokens.decode(tokens), tuple(ids), tokens, logprobs, reason, ref.policy, ref.version)
+            for tokens, logprobs, reason in replies
+        ]
+        return made if asked == n else made * n
+
+    async def score(self, ids: Sequence[int], ref: Ref, replica: str | None = None) -> list[float]:
+        """See `Engine.score`. vLLM wants to generate a token, so at most context - 1 tokens can be scored."""
+        if len(ids) + 1 > self.context:
+            raise PromptTooLong(f"{len(ids)} tokens to score do not fit the context of {self.context} with one more")
+        place = self._replica(replica) if replica else self._choose(ref, ids)
+        model = self._model(ref, place)
+        body = request_body(ids, model, Sampling(max_tokens=1, seed=0), 1, self.tokens.eos_ids) | {"prompt_logprobs": 0}
+        return await self._send(place, model, body, partial(read_scores, model=model, prompt=list(ids)))
+
+    async def _send(self, replica: Replica, model: str, body: Mapping[str, Any], read: Any) -> Any:
+        replica.open[model] += 1
+        try:
+            return await replica.request("POST", "/v1/completions", body, read)
+        finally:
+            replica.open[model] -= 1
+
+    def _choose(self, ref: Ref, ids: Sequence[int]) -> Replica:
+        if not ids:
+            raise EngineError("an empty prompt: at least one token expected")
+        return self.replicas[self._routes.choose(ref.policy, ids, {n: r.open.total() for n, r in self.replicas.items()})]
+
+    def _replica(self, name: str) -> Replica:
+        if name not in self.replicas:
+            raise EngineError(f"unknown replica {name!r}; {nearest(name, list(self.replicas))}")
+        return self.replicas[name]
+
+    def _model(self, ref: Ref, replica: Replica) -> str:
+        """The name to ask for. An unknown version is an error, never the base."""
+        if not ref.version:
+            return replica.base
+        if ref.version not in self._versions:
+            why = "was retired" if ref.version in self._used else f"was never published; {nearest(ref.version, self._versions)}"
+            raise EngineError(f"adapter version {ref.version!r} of policy {ref.policy!r} {why}")
+        return ref.version
+
+    # versions
+
+    async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
+        """See `Engine.publish`. Raises `SettingError` for a folder that is not a plain adapter inside `adapter_root`."""
+        found = {policy: self._checked(Path(folder)) for policy, folder in adapters.items()}
+        names = [folder.name for folder in found.values()]
+        for name in names:
+            if name in self._used or names.count(name) > 1 or name == BASE or any(name == r.base for r in self.replicas.values()):
+                raise EngineError(f"adapter version {name!r}: the name was used before; every version needs a new one")
+        self._used.update(names)
+        for folder in found.values():
+            await asyncio.gather(*(replica.load(folder.name, str(folder)) for replica in self.replicas.values()))
+        self._versions |= {folder.name: policy for policy, folder in found.items()}
+        return {policy: folder.name for policy, folder in found.items()}
+
+    def _checked(self, folder: Path) -> Path:
+        """The real folder. A server loads any file it is told to, so what it is told is checked here."""
+        where = folder.resolve()
+        if where.parent != self.root or folder.is_symlink():
+            raise SettingError(f"adapter {folder}: expected a folder in {self.root}, not a link")
+        files = {file.name: file for file in where.iterdir()} if where.is_dir() else {}
+        if set(files) != ADAPTER_FILES or any(file.is_symlink() or not file.is_file() for file in files.values()):
+            raise SettingError(f"adapter {folder}: exactly {sorted(ADAPTER_FILES)} expected, as plain files; got {sorted(files)}")
+        rank = json.loads(files["adapter_config.json"].read_text()).get("r")
+        if self.max_rank and (not isinstance(rank, int) or rank > self.max_rank):
+            raise SettingError(
+                f"adapter {folder.name}: rank {rank} is above the server's {self.max_rank}; start it with this policy"
+            )
+        return where
+
+    async def retire(self, ref: Ref) -> None:
+        """See `Engine.retire`. Waits for the open requests of this version."""
+        self._model(ref, next(iter(self.replicas.values())))
+        if not ref.version:
+            raise EngineError("the bare base cannot be retired")
+        del self._versions[ref.version]
+        await asyncio.gather(*(replica.unload(ref.version) for replica in self.replicas.values()))
+
+    async def adapters(self, replica: str) -> Mapping[str, str]:
+        return await self._replica(replica).listed()
+
+    def info(self) -> EngineInfo:
+        servers = [replica.server for replica in self.replicas.values() if replica.server]
+        settings = {"urls": [replica.url for replica in self.replicas.values()]} | ({"vllm": servers[0].version} if servers else {})
+        return EngineInfo("vllm", self.base, self.context, self.dtype, self.max_rank, tuple(self.replicas), settings)
+
+    async def close(self) -> None:
+        """Close connections and stop the servers that are ours."""
+        await asyncio.gather(*(replica.close() for replica in self.replicas.values()))
+
+
+def _connect(server: VLLMServer | str, key: str, allow_open: bool, patience: Patience) -> tuple[Replica, int]:
+    if isinstance(server, VLLMServer):
+        if not server.alive:
+            raise EngineError(f"{server.name} is not running; start it before the engine")
+        name, url, key = server.name, server.url, server.key
+    else:
+        name = url = tidy(server)
+        if not allow_open:
+            refuse_open(url)
+    base, context = served_base(url, key)
+    return Replica(name, url, key, base, patience, server if isinstance(server, VLLMServer) else None), context
+
+
+async def start_vllm(
+    model: str,
+    tokens: Tokens,
+    policies: Sequence[PolicySpec],
+    config: EngineConfig,
+    *,
+    folder: Path,
+    say: Callable[[str], None],
+) -> VLLMEngine:
+    """Servers of ours, or those of `server_urls`, as an engine; adapters come from `folder/versions`.
+
+    `server_devices` "0" or "0,1" is one server on these; "0;1" is one server on each.
+    """
+    settings: dict[str, Any] = {"adapter_root": folder / "versions", "allow_open_server": config.allow_open_server}
+    if config.server_urls:
+        dtype = "bfloat16" if config.engine_dtype == "auto" else config.engine_dtype
+        return await asyncio.to_thread(
+            partial(VLLMEngine, config.server_urls, tokens, key=key_from(config.server_key), dtype=dtype, **settings)
+        )
+    devices = config.server_devices.split(";")
+    memory, on_cpu = config.server_memory, vllm_version()[1]
+    if not memory and not on_cpu:
+        memory = 0.9 if config.server_devices else 0.45
+        say(f"vLLM takes {memory:.0%} of its GPU's memory" + ("" if config.server_devices else ", the rest is the trainer's"))
+    wanted = ServerSettings(
+        model=model,
+        folder=folder,
+        label="vllm-" + re.sub(r"[^A-Za-z0-9.]+", "-", Path(model).name),
+        policies=policies,
+        dtype=config.engine_dtype,
+        max_model_len=config.max_model_len,
+        memory=memory,
+        devices=devices,
+        port=config.server_port,
+        timeout=config.server_timeout,
+        engine_args=dict(config.engine_args or {}),  # type: ignore[arg-type]
+    )
+    servers = await start_servers(wanted, len(devices), say)
+    return VLLMEngine(servers, tokens, **settings)

@@ -1,0 +1,271 @@
+"""One vLLM server as seen over HTTP: requests with bounded retries, a look at whether it still lives, and its revival.
+
+`/health` says that a server's front answers, not that its engine computes. A replica counts as dead when its process has ended, or
+when for `stall` seconds no request finished and no token was generated although requests were open, and it then cannot generate
+one token. A dead server of ours is started again (a bounded number of times) and loads its adapters again; requests that were
+open are sent again with their seeds, so the result is the one they would have had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import aiohttp
+
+from .engine import EngineError
+from .vllm_server import VLLMServer
+from .vllm_wire import Transient
+
+T = TypeVar("T")
+
+GROWTH = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:request_success_total")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait and how often to try, in seconds and counts.
+
+    Args:
+        retries: of one request after the first try. backoff: before the first retry, doubled each time, ±50 %, at most `longest`.
+        request: one try may take this long. stall: no sign of life for so long is followed by a probe, which may take `probe`.
+    """
+
+    retries: int = 6
+    backoff: float = 0.5
+    longest: float = 10.0
+    request: float = 1800.0
+    stall: float = 120.0
+    probe: float = 30.0
+
+
+class Dropped(Transient):
+    """The watch gave the server up while this request was open."""
+
+
+class Refused(EngineError):
+    """The server understood the request and said no (HTTP 4xx): sending it again would not help."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Replica:
+    """One server. `adapters` are those to be loaded again after a restart; `open` counts requests in flight by served name."""
+
+    def __init__(self, name: str, url: str, key: str, base: str, patience: Patience, server: VLLMServer | None = None) -> None:
+        self.name, self.url, self.key, self.base = name, url, key, base
+        self.patience, self.server = patience, server
+        self.adapters: dict[str, str] = {}
+        self.open: Counter[str] = Counter()
+        self.restarts = 0
+        self._dead = ""  # why the watch gave it up
+        self._finished = 0
+        self._jitter = random.Random()  # not the global one: retries must not move anybody's seeds
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._session: aiohttp.ClientSession
+
+    def __str__(self) -> str:
+        return f"server {self.name} ({self.url})" if self.name != self.url else f"server {self.url}"
+
+    # requests
+
+    async def request(self, method: str, path: str, body: Any = None, read: Callable[[Any], T] = lambda reply: reply) -> T:
+        """Send, and `read` the reply (it may raise `Transient`). Raises `Refused` for a 4xx, `EngineError` when tries are used up."""
+        await self._attach()
+        failure: Transient | None = None
+        for attempt in range(self.patience.retries + 1):
+            if attempt:
+                pause = min(self.patience.backoff * 2 ** (attempt - 1), self.patience.longest)
+                await asyncio.sleep(pause * self._jitter.uniform(0.5, 1.5))
+            try:
+                await self._revive()
+                reply = read(await self._watched(self._once(method, path, body, self.patience.request)))
+                self._finished += 1
+                return reply
+            except Transient as error:
+                failure = error
+                if isinstance(error, Dropped) and self.server is None:
+                    break  # not ours to start again
+        raise EngineError(f"{self}: {method} {path} failed {attempt + 1} times, last: {failure}{self._tail()}")
+
+    async def _once(self, method: str, path: str, body: Any, seconds: float) -> Any:
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        timeout = aiohttp.ClientTimeout(total=seconds)
+        try:
+            async with self._session.request(method, self.url + path, json=body, headers=headers, timeout=timeout) as response:
+                status, raw = response.status, await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Transient(f"{type(error).__name__}: {error or f'no answer for {seconds:.0f} s'}") from error
+        if status == 429 or status >= 500:
+            raise Transient(f"HTTP {status}: {message(raw)}")
+        if status >= 400:
+            raise Refused(f"{self}: {method} {path}: HTTP {status}: {message(raw)}", status)
+        if path == "/metrics" or path.endswith("_lora_adapter"):  # these answer in plain text
+            return raw.decode("utf-8", "replace")
+        try:
+            return json.loads(raw)
+        except ValueError as error:
+            raise Transient(f"the reply is no JSON: {raw[:80]!r}") from error
+
+    async def listed(self) -> dict[str, str]:
+        """What the server says it has loaded: {version: folder}."""
+
+        def read(reply: Any) -> dict[str, str]:
+            try:
+                return {entry["id"]: entry["root"] for entry in reply["data"] if entry.get("parent")}
+            except (KeyError, TypeError) as error:
+                raise Transient(f"the list of models has no such form: {error!r}") from error
+
+        return await self.request("GET", "/v1/models", read=read)
+
+    async def load(self, version: str, folder: str) -> None:
+        """Load an adapter. One that a lost reply had already loaded from this folder is taken as loaded."""
+        try:
+            await self.request("POST", "/v1/load_lora_adapter", {"lora_name": version, "lora_path": folder})
+        except Refused as error:
+            if "already been loaded" not in str(error) or (await self.listed()).get(version) != folder:
+                raise
+        self.adapters[version] = folder
+
+    async def unload(self, version: str) -> None:
+        """Forget an adapter, once no open request names it. After this no replica's cache can ask for its files."""
+        self.adapters.pop(version, None)
+        while self.open[version]:
+            await asyncio.sleep(0.02)
+        del self.open[version]
+        try:
+            await self.request("POST", "/v1/unload_lora_adapter", {"lora_name": version})
+        except Refused as error:
+            if error.status != 404 or version in await self.listed():
+                raise
+
+    async def close(self) -> None:
+        if self._loop is asyncio.get_running_loop():
+            await self._session.close()
+        self._loop = None
+        if self.server is not None:
+            await asyncio.to_thread(self.server.stop)
+
+    # life and death
+
+    async def _attach(self) -> None:
+        """Connections, locks and tasks belong to one event loop; a caller may use several, one after the other."""
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
+            return
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop of its connections is closed; closing frees their sockets first
+                await self._session.close()
+        self._loop = loop
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+        self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
+        self._lock = asyncio.Lock()
+        self._inflight: set[asyncio.Task[Any]] = set()
+        self._dropped: dict[asyncio.Task[Any], str] = {}
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await a request that the watch may drop; then it is `Transient`."""
+        task = asyncio.ensure_future(work)
+        self._inflight.add(task)
+        if self._watcher is None or self._watcher.done():
+            self._watcher = asyncio.ensure_future(self._watch())
+        try:
+            return await task
+        except asyncio.CancelledError:
+            me = asyncio.current_task()
+            if task in self._dropped and me is not None and not me.cancelling():
+                raise Dropped(self._dropped[task]) from None
+            raise
+        finally:
+            self._inflight.discard(task)
+            self._dropped.pop(task, None)
+            if not self._inflight:
+                self._watcher.cancel()
+
+    async def _watch(self) -> None:
+        """While requests are open: look for signs of life, and drop the requests of a server that has none."""
+        clock = asyncio.get_running_loop().time
+        seen, since = (-1, 0.0), clock()
+        while True:
+            await asyncio.sleep(min(self.patience.stall / 8, 5.0))
+            if self.server is not None and not self.server.alive:
+                return self._drop("its process ended")
+            tokens = await self._generated()
+            now = (self._finished, seen[1] if tokens is None else tokens)
+            if now != seen:
+                seen, since = now, clock()
+            elif clock() - since >= self.patience.stall:
+                reason = await self._probe()
+                if reason:
+                    waited = f"no request finished and no token came for {clock() - since:.0f} s"
+                    return self._drop(f"{waited}, then one token could not be generated either ({reason})")
+                since = clock()
+
+    async def _generated(self) -> float | None:
+        """Tokens read and generated so far, over all requests; None if the server does not say."""
+        try:
+            text = await self._once("GET", "/metrics", None, min(self.patience.probe, 5.0))
+        except (Transient, Refused):
+            return None
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(GROWTH))
+
+    async def _probe(self) -> str:
+        """Why one token could not be generated; "" if it could. With an adapter if there is one: that is what must work."""
+        model = next(reversed(self.adapters), self.base)
+        body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0.0}
+        try:
+            await self._once("POST", "/v1/completions", body, self.patience.probe)
+        except Transient as error:
+            return str(error)
+        except Refused:
+            return ""  # it took the trouble to say no
+        return ""
+
+    def _drop(self, reason: str) -> None:
+        self._dead = reason
+        for task in self._inflight:
+            self._dropped[task] = reason
+            task.cancel()
+
+    async def _revive(self) -> None:
+        """Before a try: start a dead server of ours again, once for all that wait. Raises `EngineError` when it may not be."""
+        async with self._lock:
+            if self.server is None:
+                self._dead = ""  # a server by URL may have come back; if not, this try says so
+                return
+            if self.server.alive and not self._dead:
+                return
+            self._dead = reason = self._dead or "its process ended"
+            if self.restarts >= self.server.settings.max_restarts:
+                raise EngineError(f"{self} is dead: {reason}; it was started again {self.restarts} times{self._tail()}")
+            self.restarts += 1
+            self.server.progress(f"{self} is dead: {reason}. Starting it again ({self.restarts})\n{self.server.tail()}")
+            await asyncio.to_thread(self.server.stop)
+            self.server.launch()
+            while not self.server.ready():
+                await asyncio.sleep(0.25)
+            self.url, self.key = self.server.url, self.server.key
+            for version, folder in self.adapters.items():
+                await self._once("POST", "/v1/load_lora_adapter", {"lora_name": version, "lora_path": folder}, 60.0)
+            self._dead = ""
+
+    def _tail(self) -> str:
+        return f". End of {self.server.log}:\n{self.server.tail()}" if self.server is not None else ""
+
+
+def message(raw: bytes) -> str:
+    """The words in an error's body."""
+    text = raw.decode("utf-8", "replace")
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        error = json.loads(text)["error"]
+        return str(error["message"] if isinstance(error, dict) else error)[:1000]
+    return text[:1000]
