@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from .answers import extract
 from .team import System, Team
@@ -51,9 +52,9 @@ class Chain(System):
                 raise SettingError(f"views.{name}: no such agent in the chain; {nearest(name, names)}")
             if not isinstance(template, str):
                 raise SettingError(f"views.{name}: expected a template such as '{{prompt}}', got {template!r}")
-            view(template, lambda key, name=name: self._check(key, name), f"views.{name}")
+            view(template, partial(self._check, name), f"views.{name}")
 
-    def _check(self, key: str, name: str) -> str:
+    def _check(self, name: str, key: str) -> str:
         """A field that cannot have been said when `name` speaks. Keys of `task.meta` are known only at play."""
         names = [spec.name for spec in self.specs]
         position = names.index(name)
