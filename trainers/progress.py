@@ -10,15 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress as Bars,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
 
 from ..rollouts.types import Episode
 
@@ -86,7 +80,7 @@ class Progress:
             if not stats.get("tokens"):
                 parts.append(f"{policy}: no signal")
                 continue
-            parts.append(f"{policy}: loss {stats['loss']:+.4f} kl {stats.get('kl', math.nan):.1e} grad {stats['grad_norm']:.2f}")
+            parts.append(f"{policy}: loss {stats['loss']:+.4f} kl {stats['mismatch_kl']:.1e} grad {stats['grad_norm']:.2f}")
         parts.append(f"{row.get('tokens_per_s', 0):.0f} tok/s")
         proof = row.get("proof") or {}
         if proof:

@@ -72,15 +72,6 @@ class Ranks:
             t.copy_(flat[start : start + t.numel()].view_as(t))
             start += t.numel()
 
-    def sum_dict(self, values: dict[str, float]) -> dict[str, float]:
-        """Add mappings of numbers over all ranks; every rank passes the same keys."""
-        if self.size == 1 or not values:
-            return values
-        keys = sorted(values)
-        vector = torch.tensor([values[k] for k in keys], dtype=torch.float64)
-        dist.all_reduce(vector, group=self._control)
-        return dict(zip(keys, vector.tolist(), strict=True))
-
     def any(self, flag: bool) -> bool:
         """True everywhere if it is true on some rank."""
         if self.size == 1:

@@ -154,7 +154,7 @@ class Run:
                 base.engine = self._given_engine
             else:
                 base.engine = self.background.run(
-                    start_engine(base.name, base.tokens, self._specs_on(base), self.config, self.progress.say)
+                    start_engine(base.path, base.tokens, self._specs_on(base), self.config, self.progress.say)
                 )
             root = self.config.folder / "versions"
             base.publisher = Publisher(root, base.adapters, base.engine, seed=self.config.seed, proof_every=self.config.proof_every)

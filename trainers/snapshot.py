@@ -27,7 +27,7 @@ def system_json(run: Run) -> dict[str, Any]:
         "schema": ckpt.SCHEMA, "recipe": run.recipe, "step": run.step,
         "base": {"name": run.config.model, "sha256": run.base_hashes.get(run.config.model)},
         "bases": {
-            n: {"sha256": run.base_hashes[n], "files": files_sha256(n), "template": b.tokens.template_hash, "policies": list(b.policies)}
+            n: {"sha256": run.base_hashes[n], "files": files_sha256(b.path), "template": b.tokens.template_hash, "policies": list(b.policies)}
             for n, b in run.bases.items()
         },
         "system": {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": run.system.arguments()},

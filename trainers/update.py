@@ -8,7 +8,6 @@ the number of agents do not change its scale.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,19 +19,19 @@ from .batches import Batch, deal, pack
 from .checkpoint import join_optimizer, split_optimizer
 from .config import RunConfig
 from .logprobs import choose_layout, token_logprobs
+from .losses import Stats, add_stats, summary
 from .ranks import Ranks
 from .samples import Denominators, Sample, denominators
 
-Stats = dict[str, float]
-# (batch, logp [N], entropy [N], reference log-probs [N] or None, counts) -> (loss, sums that may be added over batches and ranks)
+# (batch, logp [N], entropy [N], reference log-probs [N] or None, counts) -> (share of the loss, statistics for `losses.add_stats`)
 LossFn = Callable[[Batch, torch.Tensor, torch.Tensor, torch.Tensor | None, Denominators], tuple[torch.Tensor, Stats]]
 
 
 @dataclass
 class Updated:
-    """What one policy's update did. `stats` are sums from the loss; `moved`: mean |change| of trained tokens' log-probs, if measured."""
+    """What one policy's update did. `stats`: `losses.summary` of its last pass; `moved`: mean |change| of trained log-probs, if measured."""
 
-    stats: Stats
+    stats: dict[str, float]
     tokens: int
     sequences: int
     learning_rate: float
@@ -108,20 +107,19 @@ def _update_policy(
         before = _logprobs(adapters, mine[0]) if measure and mine else None
     references = [_reference(adapters, batch) if reference else None for batch in mine]
     for _ in range(config.num_iterations):
-        sums: Counter[str] = Counter()
+        sums: Stats = {}
         optimizer.zero_grad(set_to_none=True)
         with adapters.active(name):
             for batch, ref in zip(mine, references, strict=True):
                 logp, entropy = token_logprobs(adapters.model, batch)
                 loss, stats = loss_fn(batch, logp, entropy, ref, counts)
                 loss.backward()
-                sums.update({**stats, "loss": float(loss.detach())})
+                sums = add_stats(sums, stats)
         for parameter in parameters:  # a rank without samples of this policy joins with zeros
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         ranks.sum_([p.grad for p in parameters])  # type: ignore[misc]
-        keys = {key for found in ranks.gather(sorted(sums)) for key in found}  # a rank without samples has none
-        result.stats = ranks.sum_dict({key: sums[key] for key in keys})
+        result.stats = _joined(sums, ranks)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
         if not (math.isfinite(norm) and math.isfinite(result.stats["loss"])):
             optimizer.zero_grad(set_to_none=True)
@@ -136,6 +134,14 @@ def _update_policy(
         with adapters.active(name):
             result.moved = float((_logprobs(adapters, mine[0]) - before).abs().mean())
     return result
+
+
+def _joined(sums: Stats, ranks: Ranks) -> dict[str, float]:
+    """The statistics of all ranks, summarised; a rank without samples of the policy has none."""
+    joined: Stats = {}
+    for part in ranks.gather({key: value.tolist() for key, value in sums.items()}):
+        joined = add_stats(joined, {key: torch.tensor(value, dtype=torch.float64) for key, value in part.items()})
+    return summary(joined)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,34 @@ class EngineConfig:
     server_timeout: float = help_of("seconds our server may take to come up", 600.0)
     max_model_len: int = help_of("context of our server in tokens; 0 = the model's own, at most 4096", 0)
     allow_open_server: bool = help_of("accept servers by URL that answer without a key", False)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Does this CPU multiply bfloat16 itself? Without it bfloat16 is about nine times slower than float32 (measured, AVX2)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(word in flags for word in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def choose_dtype(model: str, setting: str, *, on_gpu: bool) -> str:
+    """`auto` becomes the dtype that the model's config names, but float32 on a CPU that would have to emulate bfloat16."""
+    if setting != "auto":
+        if setting not in ("float32", "bfloat16"):
+            raise SettingError(f"dtype: expected auto, float32 or bfloat16; got {setting!r}")
+        return setting
+    if not on_gpu and not cpu_has_bfloat16():
+        return "float32"
+    from transformers import AutoConfig
+
+    named = str(getattr(AutoConfig.from_pretrained(model), "dtype", None)).removeprefix("torch.")
+    return named if named in ("float32", "bfloat16") else "bfloat16" if on_gpu else "float32"
+
+
+def has_gpu() -> bool:
+    """Is there an NVIDIA device on this machine? Asked without torch."""
+    return Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/gpus").is_dir()
 
 
 def choose_engine(setting: str, urls: Sequence[str] = ()) -> tuple[str, str]:
@@ -68,7 +96,8 @@ async def start_engine(
     if kind == "transformers":
         from .transformers import TransformersEngine
 
-        return TransformersEngine(model, dtype=config.engine_dtype)
+        return TransformersEngine(model, dtype=choose_dtype(model, config.engine_dtype, on_gpu=has_gpu()))
     from .vllm import start_vllm
 
-    return await start_vllm(model, tokens, policies, config, folder=folder, say=say)
+    dtype = config.engine_dtype if config.server_urls else choose_dtype(model, config.engine_dtype, on_gpu=has_gpu())
+    return await start_vllm(model, tokens, policies, replace(config, engine_dtype=dtype), folder=folder, say=say)
