@@ -115,7 +115,8 @@ class Agent:
         self.team, self.spec = team, spec
         self.chat: tuple[Message, ...] = ()
         self._last: Turn | None = None
-        self._read: frozenset[int] = frozenset()  # turns shown in this chat so far
+        self._read: set[int] = set()  # turns shown in this chat so far
+        self._saw_gold = False  # in this chat so far
         self._busy = False
 
     @property
@@ -146,7 +147,7 @@ class Agent:
                 are these and those of the chat's earlier calls, whose messages it holds too.
             n, choose: sample n siblings in one request; `choose(turns) -> number` picks the one the chat goes on with
                 (the first if None). All siblings are recorded.
-            saw_gold: `text` tells the answer; the turn will never be trained on.
+            saw_gold: `text` tells the answer; neither this turn nor a later one of this chat will be trained on.
             sampling: overrides the agent's for this call.
         """
         if n < 1:
@@ -174,10 +175,10 @@ class Agent:
         try:
             for left in range(self.team.max_tool_calls if tools else 0, -1, -1):
                 # The chat grows once the answer is there: after a failed call (a prompt too long) it is as it was before.
-                messages, read = self.chat + (said,), self._read | reads
+                messages, read, gold = self.chat + (said,), self._read | reads, self._saw_gold or saw_gold
                 call = Call(index, self.spec, messages, self.team.sampling_of(self.spec, index, sampling), n, self._last)
-                turn = await self.team.take(call, tuple(sorted(read)), choose, saw_gold)
-                self.chat, self._read = messages + (Message("assistant", turn.text),), read
+                turn = await self.team.take(call, tuple(sorted(read)), choose, gold)
+                self.chat, self._read, self._saw_gold = messages + (Message("assistant", turn.text),), read, gold
                 self._last = turn
                 calls = parse_calls(turn.text) if tools and left else []
                 if not calls:
