@@ -78,7 +78,7 @@ class Replica:
     # requests
 
     async def request(self, method: str, path: str, body: Any = None, read: Callable[[Any], T] = lambda reply: reply) -> T:
-        """Send, and `read` the reply (it may raise `Transient`). Raises `Refused` for a 4xx, `EngineError` when tries are used up."""
+        """Send, and `read` the reply (may raise `Transient`). Raises `Refused` for a 4xx, `EngineError` after the last try."""
         await self._attach()
         failure: Transient | None = None
         for attempt in range(self.patience.retries + 1):
@@ -162,7 +162,7 @@ class Replica:
         if self._loop is loop:
             return
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop of its connections is closed; closing frees their sockets first
+            with contextlib.suppress(RuntimeError):  # the loop of its connections is closed and cannot say goodbye for them
                 await self._session.close()
         self._loop = loop
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
