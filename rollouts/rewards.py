@@ -25,6 +25,7 @@ from .types import Episode, Reward
 RewardFn = Callable[[Task, Episode], Any]
 
 _EXPLICIT = re.compile(r"\\boxed\s*\{|\banswer\b[^\n:=]{0,20}[:=]|####", re.IGNORECASE)
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _WORD = re.compile(r"[^\W\d_]{3,}")  # three letters in a row: a word, which math-verify would take for a product of variables
 _MATH_WORDS = re.compile(
     r"\\[a-zA-Z]+|\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|mod|max|min)\b"
@@ -37,7 +38,7 @@ _MATH_WORDS = re.compile(
 async def correct(task: Task, episode: Episode) -> Reward:
     """1 if the team's output is the task's answer, else 0.
 
-    Equal is: the same after normalisation, or the same mathematically (math-verify; in another process, 5 s at most). Tasks of
+    Equal is: the same after normalisation, or the same mathematically (math-verify; in another process, 3 s at most). Tasks of
     reasoning-gym are scored by their own set, and count if it gives the full score. Several answers (a list) are alternatives.
     """
     if "_reasoning_gym" in task.meta:
@@ -54,7 +55,7 @@ async def correct(task: Task, episode: Episode) -> Reward:
         if same(found, gold):
             return Reward("correct", 1.0)
         try:
-            if _is_mathematical(gold) and await equal(gold, found):
+            if not _both_numbers(gold, found) and _is_mathematical(gold) and await equal(gold, found):
                 return Reward("correct", 1.0)
         except (CheckerTimeout, CheckerError) as error:  # what a model wrote to break the comparison is a wrong answer
             text = str(error)
@@ -225,6 +226,11 @@ def _name(fn: Callable[..., Any]) -> str:
 
 def _is_mathematical(gold: str) -> bool:
     return not _WORD.search(_MATH_WORDS.sub(" ", gold))
+
+
+def _both_numbers(a: str, b: str) -> bool:
+    """Plain numbers that differ when read exactly do differ; no need to ask."""
+    return bool(_NUMBER.fullmatch(a.strip()) and _NUMBER.fullmatch(b.strip()))
 
 
 def _candidate(output: str, numeric: bool = False) -> str:
