@@ -22,10 +22,10 @@ from ..agents.types import SettingError, Task, to_json
 from ..rollouts.engines.engine import Engine
 from ..rollouts.evaluate import Evaluation, paired
 from ..rollouts.rewards import RewardFn
-from ..rollouts.types import Episode
+from ..rollouts.types import Episode, groups
 from .batches import Batch
 from .config import RunConfig, help_of
-from .credit import CreditConfig, credit, has_signal
+from .credit import Advantages, CreditConfig, credit
 from .losses import LossConfig, Stats, policy_loss
 from .run import Run
 from .samples import Denominators, samples
@@ -110,11 +110,14 @@ class GRPOTrainer:
         if step == 1 and found:
             self.run.show(found)
         done = self.run.learn(step, found, self.loss, reference=self.args.beta > 0)
-        signal = has_signal(advantages)
+        shares = {name: shares_of(episodes, self.run.agents_of[name], advantages) for name in self.run.policies}
         return {
-            "policies": {name: metrics(done.get(name)) for base in self.run.bases.values() for name in base.adapters.trainable},
+            "policies": {
+                name: {**metrics(done.get(name)), **shares[name]}
+                for base in self.run.bases.values()
+                for name in base.adapters.trainable
+            },
             "dropped": {f"{agent}: {reason}": count for (agent, reason), count in sorted(dropped.items())},
-            "signal": signal,
         }
 
     def loss(
@@ -144,4 +147,19 @@ def metrics(result: Updated | None) -> Mapping[str, Any]:
     """One policy's row in `metrics.jsonl`: how much was trained, at what rate, and the loss's statistics."""
     if result is None:
         return {"tokens": 0}
-    return {**{key: value for key, value in to_json(result).items() if key != "stats"}, **result.stats}
+    clipped = result.stats.get("clip_low", 0.0) + result.stats.get("clip_high", 0.0)
+    return {**{key: value for key, value in to_json(result).items() if key != "stats"}, **result.stats, "clipped": clipped}
+
+
+def shares_of(episodes: Sequence[Episode], agents: Sequence[str], advantages: Advantages) -> dict[str, float]:
+    """Share of the agents' turns that were cut off, and of groups whose comparison taught them nothing."""
+    turns = [turn for episode in episodes for turn in episode.turns if turn.agent in agents]
+    found = groups(episodes)
+    silent = sum(
+        not any(advantages.get((e.id, t.index, t.sibling)) for e in group for t in e.turns if t.agent in agents)
+        for group in found.values()
+    )
+    return {
+        "truncated": sum(turn.finish_reason == "length" for turn in turns) / max(len(turns), 1),
+        "constant_groups": silent / max(len(found), 1),
+    }

@@ -86,7 +86,9 @@ class Progress:
         if proof:
             parts.append(
                 "proof "
-                + " ".join(f"{p}:{r['status']}" + (f"({r['residual']:.2f})" if r["residual"] else "") for p, r in proof.items())
+                + " ".join(
+                    f"{p}:{r['status']}" + (f"({r['residual']:.2f})" if r["residual"] is not None else "") for p, r in proof.items()
+                )
             )
         self.say(" | ".join(parts))
         if self._bars and self._steps is not None:

@@ -202,11 +202,12 @@ class Publisher:
 
     def _amplify(self, policy: str, found: Sequence[Probe]) -> tuple[float, list[float]]:
         """The power of two that moves the probes' tokens by about half a nat, and the trainer's differences under it."""
-        base = [self._trainer_logprobs(probe, None, 1.0, 1.0) for probe in found]
+        level = [replace(probe, sampling=Sampling()) for probe in found]  # compared at temperature 1, as engines score
+        base = self._trainer_logprobs(level, None)
         factor = self._factor.get(policy, 1.0)
         for _ in range(12):
-            moved = [self._trainer_logprobs(probe, policy, factor, 1.0) for probe in found]
-            differences = [a - b for m, b in zip(moved, base, strict=True) for a, b in zip(m, b, strict=True)]
+            moved = self._trainer_logprobs(level, policy, factor)
+            differences = [a - b for a, b in zip(moved, base, strict=True)]
             mean = sum(map(abs, differences)) / len(differences)
             if TARGET_NATS / 2 <= mean <= TARGET_NATS * 2 or (factor == 1.0 and mean > TARGET_NATS):
                 break
@@ -232,21 +233,28 @@ class Publisher:
                 seed = derive_seed(self.seed, version, "proof", number, repeat)
                 sampling = Sampling(temperature=temperature, max_tokens=8, seed=seed)
                 (got,) = await self.engine.generate(prompt, Ref(policy, version), sampling)
-            fresh = Probe(prompt + got.token_ids, len(prompt), sampling)
-            ours = self._trainer_logprobs(fresh, adapter, 1.0, temperature)
+            ours = self._trainer_logprobs([Probe(prompt + got.token_ids, len(prompt), sampling)], adapter)
             gaps += [abs(a - b) for a, b in zip(ours, got.logprobs, strict=True)]
         return sum(gaps) / max(len(gaps), 1)
 
     @torch.no_grad()
-    def _trainer_logprobs(self, probe: Probe, policy: str | None, factor: float, temperature: float) -> list[float]:
-        """The trainer's log-probs of the probe's sampled tokens, adapter rounded to the served dtype, its scaling times `factor`."""
-        context = self.adapters.active("base") if policy is None else self._as_served(policy, factor)
-        with context:
-            ids = torch.tensor([probe.ids], device=self.adapters.device)
-            keep = len(probe.ids) - probe.prompt
-            logits = self.adapters.model(input_ids=ids, logits_to_keep=keep + 1).logits[0, :-1].float() / temperature
-            targets = ids[0, -keep:]
-            return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0].tolist()
+    def _trainer_logprobs(self, found: Sequence[Probe], policy: str | None, factor: float = 1.0) -> list[float]:
+        """The trainer's log-probs of the probes' sampled tokens, one after another, at each probe's own temperature.
+
+        The adapter is rounded to the served dtype and its scaling taken times `factor`; policy None is the bare base.
+        """
+        device, width = self.adapters.device, max(len(probe.ids) for probe in found)
+        ids = torch.tensor([list(p.ids) + [0] * (width - len(p.ids)) for p in found], device=device)
+        mask = torch.tensor([[1] * len(p.ids) + [0] * (width - len(p.ids)) for p in found], device=device)
+        with self.adapters.active("base") if policy is None else self._as_served(policy, factor):
+            first = min(probe.prompt for probe in found) - 1
+            logits = self.adapters.model(input_ids=ids, attention_mask=mask, logits_to_keep=width - first).logits.float()
+        values: list[float] = []
+        for row, probe in zip(logits, found, strict=True):
+            own = row[probe.prompt - 1 - first : len(probe.ids) - 1 - first] / (probe.sampling.temperature or 1.0)
+            targets = torch.tensor(probe.ids[probe.prompt :], device=device)
+            values += torch.log_softmax(own, -1).gather(1, targets[:, None])[:, 0].tolist()
+        return values
 
     @contextlib.contextmanager
     def _as_served(self, policy: str, factor: float) -> Iterator[None]:

@@ -38,6 +38,7 @@ from . import checkpoint as ckpt
 from .bases import Base, group_by_base, load_base
 from .batches import Sample
 from .config import RunConfig
+from .monitor import Monitor
 from .progress import Progress
 from .publish import Publisher, probes
 from .ranks import Ranks
@@ -87,6 +88,7 @@ class Run:
         self.metric = self.rewards[0].__name__
         self.values: dict[str, Any] = {}
         self.credit_state: dict[str, float] = {}
+        self.monitor = Monitor()
         self.step = 0
         self.aborted = 0
         self.started = time.time()
@@ -154,7 +156,9 @@ class Run:
                 base.engine = self._given_engine
             else:
                 base.engine = self.background.run(
-                    start_engine(base.path, base.tokens, self._specs_on(base), self.config, self.progress.say)
+                    start_engine(
+                        base.path, base.tokens, self._specs_on(base), self.config, folder=self.config.folder, say=self.progress.say
+                    )
                 )
             root = self.config.folder / "versions"
             base.publisher = Publisher(root, base.adapters, base.engine, seed=self.config.seed, proof_every=self.config.proof_every)
@@ -324,11 +328,20 @@ class Run:
             row = {**self._row, **metrics, "seconds": dict(self.seconds)}
             append_row(self.config.folder / "metrics.jsonl", row)
             self.progress.step(step, row)
+        self._watch(step, metrics.get("policies", {}))
         evaluated = self.config.eval_every and step % self.config.eval_every == 0 and step < self.config.max_steps
         if evaluated:
             self.evaluate(f"step-{step:06d}")
         if evaluated or step % self.config.save_every == 0 or step == self.config.max_steps:
             self.save()
+
+    def _watch(self, step: int, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        warnings, reason = self.monitor.check(rows)
+        for warning in warnings:
+            self.progress.warn(f"step {step}: {warning}")
+        if reason:
+            self.save()
+            raise RunError(f"step {step}: {reason}")
 
     def _publish(self, step: int, episodes: Sequence[Episode], final: bool) -> None:
         for base in self.bases.values():

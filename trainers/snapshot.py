@@ -13,6 +13,7 @@ from ..rollouts.rewards import reward_name
 from ..rollouts.served import files_sha256
 from . import checkpoint as ckpt
 from .bases import versions
+from .monitor import Monitor
 
 if TYPE_CHECKING:
     from .run import Run
@@ -54,7 +55,7 @@ def save_checkpoint(run: Run) -> Path:
             for policy in base.adapters.trainable:
                 save_file(base.optimizers.state(policy), folder / "trainer" / f"{policy}.safetensors")
         state = {
-            "step": run.step, "tokens": run.tokens, "seconds": run.seconds, "credit": run.credit_state, "evals": run.evals, "best": run.best,
+            "step": run.step, "tokens": run.tokens, "seconds": run.seconds, "credit": run.credit_state, "monitor": run.monitor.to_json(), "evals": run.evals, "best": run.best,
             "sha256_before": run.before, "aborted": run.aborted, "seed": run.config.seed,
         }  # fmt: skip
         ckpt.write_json(folder / "trainer" / "state.json", state)
@@ -92,4 +93,5 @@ def restore(run: Run, folder: Path) -> None:
     run.values.update({path.stem: json.loads(path.read_text()) for path in sorted((folder / "values").glob("*.json"))})
     run.step, run.tokens, run.seconds, run.aborted = state["step"], state["tokens"], state["seconds"], state["aborted"]
     run.credit_state.update(state["credit"])
+    run.monitor = Monitor(**state["monitor"])
     run.evals, run.best, run.before = state["evals"], tuple(state["best"]) if state["best"] else None, state["sha256_before"]

@@ -29,9 +29,11 @@ LossFn = Callable[[Batch, torch.Tensor, torch.Tensor, torch.Tensor | None, Denom
 
 @dataclass
 class Updated:
-    """What one policy's update did. `stats`: `losses.summary` of its last pass; `moved`: mean |change| of trained log-probs, if measured."""
+    """What one policy's update did. `stats`: `losses.summary` of its last pass; `first_mismatch_kl`: of its first, before
+    any change; `moved`: mean |change| of trained log-probs, if measured."""
 
     stats: dict[str, float]
+    first_mismatch_kl: float
     tokens: int
     sequences: int
     learning_rate: float
@@ -102,11 +104,11 @@ def _update_policy(
     mine = [batch.to(ranks.device) for batch in deal(batches, ranks.size)[ranks.rank]]
     parameters = list(adapters.parameters(name).values())
     rate = config.learning_rate_at(step, optimizers.peak[name])
-    result = Updated({}, int(counts.tokens), int(counts.sequences), rate)
+    result = Updated({}, 0.0, int(counts.tokens), int(counts.sequences), rate)
     with adapters.active(name):
         before = _logprobs(adapters, mine[0]) if measure and mine else None
     references = [_reference(adapters, batch) if reference else None for batch in mine]
-    for _ in range(config.num_iterations):
+    for iteration in range(config.num_iterations):
         sums: Stats = {}
         optimizer.zero_grad(set_to_none=True)
         with adapters.active(name):
@@ -120,6 +122,8 @@ def _update_policy(
                 parameter.grad = torch.zeros_like(parameter)
         ranks.sum_([p.grad for p in parameters])  # type: ignore[misc]
         result.stats = _joined(sums, ranks)
+        if iteration == 0:
+            result.first_mismatch_kl = result.stats.get("mismatch_kl", 0.0)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
         if not (math.isfinite(norm) and math.isfinite(result.stats["loss"])):
             optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,52 @@
+"""What goes wrong quietly, per policy: engine and trainer drifting apart, entropy gone, everything clipped, replies cut off, no signal.
+
+The engine's log-probs differ from the trainer's even with equal weights (bfloat16, kernels, batch sizes). How far is measured on the first
+step, where both hold the same weights; alarms compare with that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# (metric, worse when above, threshold): shares of trained tokens or turns, nats per token
+LIMITS = {"clipped": 0.5, "truncated": 0.5, "constant_groups": 0.9}
+ENTROPY_FLOOR = 0.01
+WARN_KL, STOP_KL, PATIENCE = 1e-3, 1e-2, 3
+
+
+@dataclass
+class Monitor:
+    """Keeps the noise of the first step per policy, and how often the mismatch was beyond all bounds. Its state goes to checkpoints."""
+
+    noise: dict[str, float] = field(default_factory=dict)
+    beyond: dict[str, int] = field(default_factory=dict)
+
+    def check(self, rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], str]:
+        """(warnings, reason to stop or "") for one step's metrics by policy. `first_mismatch_kl` is of the pass before any update."""
+        warnings: list[str] = []
+        stop = ""
+        for policy, row in rows.items():
+            if not row.get("tokens"):
+                continue
+            kl = float(row["first_mismatch_kl"])
+            noise = self.noise.setdefault(policy, kl)
+            if kl > max(WARN_KL, 10 * noise):
+                warnings.append(
+                    f"policy {policy!r}: engine and trainer disagree by {kl:.1e} nat per token (k3 KL); it was {noise:.1e} at the start"
+                )
+            self.beyond[policy] = self.beyond.get(policy, 0) + 1 if kl > max(STOP_KL, 100 * noise) else 0
+            if self.beyond[policy] >= PATIENCE:
+                stop = f"policy {policy!r}: engine and trainer disagreed by {kl:.1e} nat per token for {PATIENCE} steps; the served adapter is not the trained one"
+            for name, limit in LIMITS.items():
+                if float(row.get(name, 0.0)) > limit:
+                    warnings.append(f"policy {policy!r}: {name.replace('_', ' ')} {row[name]:.2f} (above {limit})")
+            if float(row.get("entropy", 1.0)) < ENTROPY_FLOOR:
+                warnings.append(
+                    f"policy {policy!r}: entropy {row['entropy']:.4f} nat per token (below {ENTROPY_FLOOR}): it hardly explores any more"
+                )
+        return warnings, stop
+
+    def to_json(self) -> dict[str, Any]:
+        return {"noise": self.noise, "beyond": self.beyond}
