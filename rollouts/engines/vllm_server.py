@@ -102,7 +102,7 @@ class VLLMServer:
         """Launch, and wait until it answers. Raises `SettingError` (a port in use) or `EngineError` with the end of the log."""
         self.launch()
         while not self.ready():
-            time.sleep(0.25)
+            time.sleep(0.1)
         return self
 
     def launch(self) -> None:
@@ -210,7 +210,7 @@ async def start_servers(settings: ServerSettings, replicas: int = 1, progress: P
         waiting = list(servers)
         while waiting:
             waiting = [server for server in waiting if not server.ready()]
-            await asyncio.sleep(0.25 if waiting else 0)
+            await asyncio.sleep(0.1 if waiting else 0)
     except BaseException:
         for server in servers:
             server.stop()

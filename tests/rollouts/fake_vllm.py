@@ -50,8 +50,8 @@ class FakeVLLM:
     """`with FakeVLLM() as fake: VLLMEngine([fake.url], ...)`.
 
     Attributes:
-        faults: what happens to the next completions, one each: a status (`"500"`), `reset`, `half`, `garbage`, `list`, `short`, `long`,
-            `nan`, `no logprobs`, `extra choice`, `twice`, `other model`, `other prompt`, `abort`, `slow`.
+        faults: what happens to the next completions, one each: a status (`"500"`), `reset`, `half`, `garbage`, `list`, `short`,
+            `long`, `nan`, `no logprobs`, `extra choice`, `twice`, `other model`, `other prompt`, `abort`, `slow`.
         dead: completions hang, while /health and /metrics go on answering. busy: they hang as long, but tokens are generated.
         requests: (path, key, body) of everything that came. loaded: adapters by name.
         key: if set, what must be sent as a bearer token. open_routes: answered without it.
@@ -111,9 +111,8 @@ class FakeVLLM:
             return web.Response(text=f'# HELP x\nvllm:generation_tokens_total{{engine="0"}} {self.tokens}.0\n')
         if request.path == "/v1/models":
             base = {"id": "served-base", "root": "/models/base", "parent": None, "max_model_len": self.context}
-            return web.json_response(
-                {"data": [base, *({"id": n, "root": p, "parent": "served-base"} for n, p in self.loaded.items())]}
-            )
+            adapters = [{"id": name, "root": path, "parent": "served-base"} for name, path in self.loaded.items()]
+            return web.json_response({"data": [base, *adapters]})
         if request.path.endswith("_lora_adapter") and body:
             return self._adapter(request.path, body)
         if request.path == "/v1/completions" and body:
@@ -163,7 +162,7 @@ class FakeVLLM:
 
     def _reply(self, body: dict[str, Any]) -> dict[str, Any]:
         choices = []
-        for k in range(body["n"] if "n" in body else 1):
+        for k in range(body.get("n", 1)):
             tokens = sampled(body["model"], body["prompt"], body.get("seed", 0) + k, body["max_tokens"])
             scored: list[Any] = [None, *({str(token): {"logprob": table(token)}} for token in body["prompt"][1:])]
             choices.append(

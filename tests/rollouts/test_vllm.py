@@ -258,7 +258,7 @@ def test_an_unknown_or_retired_version_is_an_error_and_never_the_base(tmp_path: 
     with FakeVLLM(key=KEY) as fake:
 
         async def work(engine: VLLMEngine) -> None:
-            with pytest.raises(EngineError, match="'solver-v1-ab'.*never published"):
+            with pytest.raises(EngineError, match=r"'solver-v1-ab'.*never published"):
                 await engine.generate(PROMPT, Ref("solver", "solver-v1-ab"), DRAW)
             await engine.publish({"solver": folder})
             await engine.retire(Ref("solver", "solver-v1-aa"))
@@ -316,7 +316,7 @@ def bad_folders(root: Path) -> dict[str, Path]:
 def test_only_plain_adapter_folders_inside_the_root_are_loaded(tmp_path: Path, kind: str):
     folder = {**bad_folders(tmp_path), "missing": tmp_path / "versions" / "missing"}[kind]
     with FakeVLLM(key=KEY) as fake:
-        with pytest.raises(SettingError, match="adapter .*expected"):
+        with pytest.raises(SettingError, match=r"adapter .*expected"):
             play(engine_on(fake, root=tmp_path / "versions"), lambda engine: engine.publish({"solver": folder}))
         assert fake.loaded == {}
 

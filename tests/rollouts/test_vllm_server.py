@@ -337,6 +337,6 @@ def test_vllms_own_parser_checks_engine_args():
     pytest.importorskip("vllm", reason="vLLM is not installed")
     with pytest.raises(SettingError, match=r"engine_args\.max_num_seqz.*did you mean 'max_num_seqs'"):
         check_engine_args({"max_num_seqz": 4})
-    with pytest.raises(SettingError, match="max-num-seqs.*invalid"):
+    with pytest.raises(SettingError, match=r"max-num-seqs.*invalid"):
         check_engine_args({"max_num_seqs": "many"})
     check_engine_args({"max_num_seqs": 4, "enable_prefix_caching": False, "block_size": 64})
