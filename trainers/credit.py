@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..agents.types import SettingError, Turn, nearest
+from ..rollouts.engines.start import help_of
 from ..rollouts.types import Episode, Reward, groups
-from .config import help_of
 from .samples import TurnKey
 
 Advantages = dict[TurnKey, float]  # (episode id, turn index, sibling) -> advantage; a turn that is missing is not trained

@@ -108,7 +108,7 @@ def chats(draw):
     return tuple(turns)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(turns=chats(), output=optional, answer=st.none() | st.integers() | words, parent=st.sampled_from([None, "p"]))
 def test_expansion_equals_what_was_sent(turns, output, answer, parent):
     task = Task("t", "?", answer, meta={"_tests": ["1"]})

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marlora.agents.types import SettingError, Task, Turn
@@ -30,9 +30,9 @@ def by_episode(found, episodes):
     return [found.get((e.id, 0, 0), 0.0) for e in episodes]
 
 
-def advantages(rule, rewards, **settings):
+def advantages(rule, rewards, **fields):
     episodes = group(rewards)
-    return by_episode(credit(episodes, CreditConfig(credit=rule, **settings)), episodes)
+    return by_episode(credit(episodes, CreditConfig(credit=rule, **fields)), episodes)
 
 
 def near(*values):
@@ -260,7 +260,7 @@ def test_an_episode_that_lacks_a_reward_of_its_group_is_unscorable():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("given_settings", "message"),
     [
         ({"credit": "gpro"}, "did you mean 'grpo'"),
         ({"scale_rewards": "std"}, "scale_rewards: expected one of group, batch, none"),
@@ -270,9 +270,9 @@ def test_an_episode_that_lacks_a_reward_of_its_group_is_unscorable():
         ({"reward_weights": "correct=1"}, "reward_weights: expected a mapping"),
     ],
 )
-def test_bad_settings_are_named(settings, message):
+def test_bad_settings_are_named(given_settings, message):
     with pytest.raises(SettingError, match=message):
-        CreditConfig(**settings)
+        CreditConfig(**given_settings)
 
 
 def test_weights_that_name_no_reward_and_twice_the_same_id_are_errors():
@@ -288,16 +288,19 @@ scores = st.lists(st.integers(-8, 8).map(lambda n: n / 8) | st.just(NAN), min_si
 centred = st.sampled_from(["grpo", "rloo", "dr_grpo", "dr_mas"])
 
 
+@settings(max_examples=40, deadline=None)
 @given(rewards=scores, rule=centred)
 def test_centred_rules_sum_to_zero(rewards, rule):
     assert sum(advantages(rule, rewards)) == pytest.approx(0, abs=1e-9)
 
 
+@settings(max_examples=40, deadline=None)
 @given(rewards=scores, rule=centred, shift=st.integers(-3, 3))
 def test_a_shift_of_all_rewards_changes_nothing(rewards, rule, shift):
     assert advantages(rule, [r + shift for r in rewards]) == pytest.approx(advantages(rule, rewards), abs=1e-9)
 
 
+@settings(max_examples=40, deadline=None)
 @given(rewards=scores, scale=st.sampled_from([0.5, 3.0]))
 def test_a_scale_changes_nothing_only_with_the_spread(rewards, scale):
     scaled = [r * scale for r in rewards]
@@ -307,6 +310,7 @@ def test_a_scale_changes_nothing_only_with_the_spread(rewards, scale):
     assert advantages("dr_grpo", scaled) == pytest.approx([a * scale for a in advantages("dr_grpo", rewards)], abs=1e-9)
 
 
+@settings(max_examples=40, deadline=None)
 @given(rewards=scores)
 def test_a_failed_episode_beside_the_others_changes_nothing(rewards):
     episodes = group(rewards)
@@ -314,6 +318,7 @@ def test_a_failed_episode_beside_the_others_changes_nothing(rewards):
     assert alone == beside
 
 
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), rule=st.sampled_from(sorted(RULES)))
 def test_renaming_agents_permutes_credit_and_order_does_not_matter(data, rule):
     other = {"a": "b", "b": "a"}
