@@ -404,6 +404,22 @@ def test_tool_loop_has_a_limit() -> None:
     assert [turn.sampling.seed for turn in team.turns] == [derive_seed(0, "a", k) for k in range(3)]
 
 
+COUNTED: list[str] = []
+
+
+def counted(word: str) -> int:
+    COUNTED.append(word)
+    return len(COUNTED)
+
+
+def test_a_call_beyond_the_limit_is_not_run() -> None:
+    COUNTED.clear()
+    call = '<tool_call>{"name": "counted", "arguments": {"word": "x"}}</tool_call>'
+    team = fake_team([AgentSpec("a", tools=(f"{__name__}:counted",))], lambda agent, messages: call, max_tool_calls=2)
+    run(lambda: team["a"].reply("go"))
+    assert (len(team.turns), len(COUNTED)) == (3, 2)
+
+
 def test_several_calls_of_one_reply_are_answered_together() -> None:
     two = CALL + '<tool_call>{"name": "calculator", "arguments": {"expression": "1/0"}}</tool_call>'
     team = fake_team([CALCULATING], lambda agent, messages: two if len(messages) == 2 else "done")
