@@ -7,6 +7,7 @@ is found by comparison at first use and goes through its own forward instead.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import weakref
 from typing import Any
@@ -109,7 +110,7 @@ def _same_adapter(model: Any, then: tuple[str, ...]) -> Any:
 def _head_works(base: Any) -> bool:
     """True if the decoder's last hidden state, through our head, gives the model's own logits."""
     device = base.get_input_embeddings().weight.device
-    ids = torch.arange(2, 10, device=device)[None] % base.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor([_words(base, 8)], device=device)
     training = base.training
     base.eval()
     try:
@@ -148,21 +149,23 @@ def _why_not_shared(model: Any) -> str:
     dropout = next((n for n, m in base.named_modules() if isinstance(m, torch.nn.Dropout) and m.p > 0), None)
     if dropout or getattr(_text_config(base), "attention_dropout", 0.0):
         return f"dropout is on ({dropout or 'attention_dropout'}), and tokens of a shared prefix would be dropped together"
-    prompt = tuple(range(2, 8))
-    samples = [_probe_sample(prompt + tail) for tail in ((8, 9, 10), (9, 8, 3), (8, 9, 4))]
+    word = _words(base, 30)
+    samples = [_probe_sample((*word[:8], *tail)) for tail in (word[8:16], [*word[8:10], *word[16:22]], word[22:])]
     training = base.training
     base.eval()
-    device = base.get_input_embeddings().weight.device
-    tolerance = 1e-3 if base.get_input_embeddings().weight.dtype == torch.float32 else 0.2
+    weight = base.get_input_embeddings().weight
     try:
         with torch.no_grad():
             (shared,), (padded,) = (pack(samples, max_tokens=1000, layout=kind) for kind in ("shared", "padded"))
-            one, other = (token_logprobs(model, b.to(device))[0] for b in (shared, padded))
+            blind = dataclasses.replace(shared, reach=None)  # what it would be if every branch saw those before it
+            right, tree, wrong = (_by_turn(b, token_logprobs(model, b.to(weight.device))[0]) for b in (padded, shared, blind))
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         return f"{type(base).__name__} does not take a 4-D mask: {type(error).__name__}: {error}"
     finally:
         base.train(training)
-    if not torch.allclose(_by_turn(shared, one), _by_turn(padded, other), atol=tolerance):
+    # Half precision moves log-probs by 0.1 and more, so the error is measured against that of a mask without effect.
+    noise = 1e-5 if weight.dtype == torch.float32 else 1e-2
+    if (tree - right).abs().mean() > max(noise, 0.5 * float((wrong - right).abs().mean())):
         return f"attention of {type(base).__name__} does not follow a 4-D mask"
     return ""
 
@@ -173,7 +176,12 @@ def _by_turn(batch: Batch, logp: torch.Tensor) -> torch.Tensor:
     return logp[torch.tensor([k[2] for k in sorted(keys)], device=logp.device)]
 
 
+def _words(base: Any, count: int) -> list[int]:
+    """Ids spread over the vocabulary: the first ones are often special tokens, on which half precision is off by whole nats."""
+    return [(101 + 1237 * k) % base.get_input_embeddings().weight.shape[0] for k in range(count)]
+
+
 def _probe_sample(ids: tuple[int, ...]) -> Sample:
-    trained = tuple(int(i >= 6) for i in range(len(ids)))
+    trained = tuple(int(i >= 8) for i in range(len(ids)))
     zeros = (0.0,) * len(ids)
     return Sample("probe", str(ids), ids, trained, zeros, zeros, (1.0,) * len(ids), tuple(m - 1 for m in trained))

@@ -256,7 +256,8 @@ def test_sharing_is_refused_where_it_is_not_exact(caplog):
     run = blind.model.forward
     blind.model.forward = lambda **inputs: run(**(inputs | {"attention_mask": None}))  # attention that ignores masks
     assert choose_layout(blind, "auto") == "padded" and "does not follow a 4-D mask" in caplog.text
-    assert choose_layout(random_model(), "auto") == "auto"
+    for dtype in (torch.float32, torch.bfloat16):
+        assert choose_layout(random_model().to(dtype), "auto") == "auto"
 
 
 def test_heads_of_other_shapes_are_found_and_go_through_the_model(caplog):
