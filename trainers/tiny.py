@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import inspect
 import os
 import random
 import shutil
@@ -105,11 +106,11 @@ def tiny_model(cache: Path | None = None, *, say: Callable[[str], None] | None =
     """The folder of the trained model: weights, configs, tokenizer with its chat template. Trained on first use, then cached.
 
     Args:
-        cache: where to keep it; None means `$MARLORA_CACHE` or `~/.cache/marlora`. Its name there is a hash of this file.
+        cache: where to keep it; None means `$MARLORA_CACHE` or `~/.cache/marlora`. Its name there is a hash of its code.
         say: gets a line of progress now and then while it trains.
     """
     root = Path(cache) if cache is not None else default_cache()
-    target = root / f"tiny-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
+    target = root / f"tiny-{_recipe()}"
     if target.is_dir():
         return target
     root.mkdir(parents=True, exist_ok=True)
@@ -166,6 +167,12 @@ def train(config: TinyConfig, say: Callable[[str], None]) -> Any:
             if step + 1 >= config.steps and recent <= config.max_loss:
                 return network.eval()
     raise RuntimeError(f"tiny model: loss {recent:.3f} after {2 * config.steps} steps, expected at most {config.max_loss}")
+
+
+def _recipe() -> str:
+    """A hash of all that the trained weights follow from."""
+    code = [inspect.getsource(part) for part in (tiny_network, tiny_tokenizer, teacher, train, _lessons, _loss, _digits, _held_out)]
+    return hashlib.sha256("\n".join([*code, repr((TinyConfig(), SLIP, VOCAB, SPECIALS, TEMPLATE))]).encode()).hexdigest()[:12]
 
 
 Lesson = tuple[list[int], list[tuple[list[int], float]]]  # prompt; answers with their weights

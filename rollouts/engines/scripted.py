@@ -33,14 +33,16 @@ Answer = Callable[[str, Ref, Sampling, int], str]  # the prompt with its special
 def _byte_order() -> list[int]:
     """All bytes in the order of the printable characters that byte-level tokenizers write for them; ids 5 to 260."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return sorted(range(256), key=lambda byte, code={b: b if b in printable else next(others) for b in range(256)}: code[byte])
+    stand_ins = iter(range(256, 512))
+    written = {byte: byte if byte in printable else next(stand_ins) for byte in range(256)}
+    return sorted(written, key=written.__getitem__)
 
 
 class ByteTokenizer:
     """Text as UTF-8 bytes, in plain Python: all that `ChatTokens` asks of a tokenizer."""
 
-    eos_token_id, bos_token_id = 1, None
+    eos_token_id: int | None = 1
+    bos_token_id: int | None = None
     vocab_size = len(SPECIALS) + 256
     added_tokens_decoder: Mapping[int, Any] = {i: SimpleNamespace(content=s, special=True) for i, s in enumerate(SPECIALS)}
     _BYTES = _byte_order()

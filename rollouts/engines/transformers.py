@@ -93,9 +93,8 @@ class TransformersEngine:
         self._context = int(getattr(self._model.config.get_text_config(), "max_position_embeddings", 0)) or 2**20
         self._base, self._dtype = str(model), str(self._model.dtype).removeprefix("torch.")
         self.max_batch, self.threads, self.max_adapters = max_batch, threads, max_adapters
-        self._worker = ThreadPoolExecutor(
-            1, "marlora-engine", torch.set_num_threads if threads else None, (threads,) if threads else ()
-        )
+        limit: Callable[[], None] | None = partial(torch.set_num_threads, threads) if threads else None
+        self._worker = ThreadPoolExecutor(1, "marlora-engine", limit)
         self._versions = Versions("transformers")
         self._waiting: list[_Request] = []
         self._wave: asyncio.Task[None] | None = None
