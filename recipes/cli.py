@@ -66,7 +66,7 @@ async def with_team(args: argparse.Namespace, work: Callable[[ServedTeam], Any])
         team = await ServedTeam.open(
             args.checkpoint,
             engine_config(args),
-            model=args.model,
+            locate=lambda name: args.model or local_model(name),
             system=args.system,
             scratch=Path(scratch),
             seed=args.seed,

@@ -124,7 +124,10 @@ for step in range(1, STEPS + 1):
         torch.nn.utils.clip_grad_norm_(weights[agent], 1.0)
         optimizers[agent].step()
     if step % 20 == 0 or step == STEPS:
-        print(f"step {step}: training reward {sum(rewards) / len(rewards):.3f}, held-out accuracy {accuracy(held_out):.3f}", flush=True)
+        print(
+            f"step {step}: training reward {sum(rewards) / len(rewards):.3f}, held-out accuracy {accuracy(held_out):.3f}",
+            flush=True,
+        )
 
 # 4. What is each adapter worth? Zero the other one's B matrix and look.
 kept_weights = {agent: [p.detach().clone() for p in weights[agent]] for agent in AGENTS}

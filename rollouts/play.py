@@ -52,7 +52,7 @@ class Rollouts:
     """Plays `system` with one speaker per policy and scores what comes out.
 
     `seed` is the run's: an episode's seed is derived from it and the job's id, whatever is played beside it.
-    `sampling` holds for agents that name none of their own.
+    `sampling` holds for agents that name none of their own. `pinned`: the team version of episodes played without naming one.
     """
 
     system: System
@@ -62,6 +62,7 @@ class Rollouts:
     sampling: Sampling = Sampling()
     limits: Limits = Limits()
     seed: int = 0
+    pinned: TeamVersion | None = None
 
     def __post_init__(self) -> None:
         for agent in self.system.specs:
@@ -93,7 +94,7 @@ class Rollouts:
         A failing system, reward or prompt is data in the episode. Raises `EngineError` when an engine is gone and `SettingError`
         when the system asks for what does not exist: both concern the whole run.
         """
-        return (await self._play(job, version or {}, given, replace, decisions, seed, parent=None))[-1]
+        return (await self._play(job, version or self.pinned or {}, given, replace, decisions, seed, parent=None))[-1]
 
     async def collect(self, plan: Sequence[Job], version: TeamVersion | None = None) -> AsyncIterator[Episode]:
         """Play all jobs, at most `limits.concurrency` at once; yields episodes as they end, children before their parent.
@@ -104,7 +105,7 @@ class Rollouts:
 
         async def one(job: Job) -> list[Episode]:
             async with room:
-                return await self._play(job, version or {}, (), None, (), None, parent=None)
+                return await self._play(job, version or self.pinned or {}, (), None, (), None, parent=None)
 
         tasks = [asyncio.create_task(one(job), name=job.id) for job in plan]
         try:

@@ -50,8 +50,8 @@ def build_system(settings: Mapping[str, Any]) -> System:
         found = getattr(importlib.import_module(module), cls)
     except (ImportError, AttributeError, ValueError) as error:
         raise SettingError(f"system.class {name!r}: cannot be imported ({error}); expected module:Class") from error
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
-        raise SettingError(f"system.class {name!r}: expected a System (a dataclass of its settings), found {found!r}")
+    if not (isinstance(found, type) and issubclass(found, System)):
+        raise SettingError(f"system.class {name!r}: expected a subclass of marlora.agents.team:System, found {found!r}")
     known = sorted(f.name for f in dataclasses.fields(found))
     for key in given:
         if key not in known:

@@ -20,16 +20,18 @@ import torch
 from ..agents.team import System
 from ..agents.types import SettingError, Task, to_json
 from ..rollouts.engines.engine import Engine
+from ..rollouts.engines.start import help_of
 from ..rollouts.evaluate import Evaluation, paired
 from ..rollouts.rewards import RewardFn
 from ..rollouts.types import Episode, groups
 from .batches import Batch
-from .config import RunConfig, help_of
+from .config import RunConfig
 from .credit import Advantages, CreditConfig, credit
 from .losses import LossConfig, Stats, policy_loss
+from .replay import counterfactual_rewards
 from .run import Run
 from .samples import Denominators, samples
-from .update import Updated
+from .update import How, Updated
 
 
 @dataclass
@@ -93,7 +95,7 @@ class GRPOTrainer:
         try:
             self.before = run.evaluate("before", versions={})
             for step in run.steps():
-                episodes = run.collect(step)
+                episodes = run.collect(step, self.replay if self.args.credit == "counterfactual" else None)
                 run.finish(step, episodes, self.learn(step, episodes))
             after = run.evaluate("after")
             return run.summarise(self.before, after, self.contributions())
@@ -109,7 +111,7 @@ class GRPOTrainer:
         found, dropped = samples(episodes, advantages, self.run.policy_of)
         if step == 1 and found:
             self.run.show(found)
-        done = self.run.learn(step, found, self.loss, reference=self.args.beta > 0)
+        done = self.run.learn(step, found, self.loss, How(reference=self.args.beta > 0, entropy_grad=self.args.entropy_coef > 0))
         shares = {name: shares_of(episodes, self.run.agents_of[name], advantages) for name in self.run.policies}
         return {
             "policies": {
@@ -119,6 +121,10 @@ class GRPOTrainer:
             },
             "dropped": {f"{agent}: {reason}": count for (agent, reason), count in sorted(dropped.items())},
         }
+
+    async def replay(self, episode: Episode) -> Episode:
+        """The episode with counterfactual rewards, from replays of each turn by the team that played it."""
+        return await counterfactual_rewards(self.run.player(episode.team_version), episode, self.args)
 
     def loss(
         self, batch: Batch, logp: torch.Tensor, entropy: torch.Tensor, reference: torch.Tensor | None, counts: Denominators

@@ -77,7 +77,7 @@ def probes(episodes: Iterable[Episode], agents_of: Mapping[str, Sequence[str]], 
     ]
     turns.sort(key=lambda item: len(item[1].prompt_ids) + len(item[1].token_ids))
     firsts: dict[str, None] = {}
-    chosen = [t for task, t in turns if task not in firsts and not firsts.update({task: None})]  # type: ignore[func-returns-value]
+    chosen = [t for task, t in turns if task not in firsts and not firsts.update({task: None})]
     chosen = (chosen + [t for _, t in turns if t not in chosen])[:count]
     return [Probe(t.prompt_ids + t.token_ids, len(t.prompt_ids), t.sampling) for t in chosen]
 
@@ -205,17 +205,18 @@ class Publisher:
         level = [replace(probe, sampling=Sampling()) for probe in found]  # compared at temperature 1, as engines score
         base = self._trainer_logprobs(level, None)
         factor = self._factor.get(policy, 1.0)
-        for _ in range(12):
+        tried: dict[float, tuple[float, list[float]]] = {}  # factor -> (how far from half a nat, in doublings; differences)
+        while factor not in tried and len(tried) < 12:
             moved = self._trainer_logprobs(level, policy, factor)
             differences = [a - b for a, b in zip(moved, base, strict=True)]
             mean = sum(map(abs, differences)) / len(differences)
-            if TARGET_NATS / 2 <= mean <= TARGET_NATS * 2 or (factor == 1.0 and mean > TARGET_NATS):
-                break
-            # Half a nat is in the linear range; from above it, or from noise, halve and double instead of extrapolating.
-            step = 2.0 ** max(-3, min(6, round(math.log2(TARGET_NATS / max(mean, 1e-9)))))
-            factor = min(max(factor * step, 1.0), MAX_FACTOR)
-        self._factor[policy] = factor
-        return factor, differences
+            doublings = math.log2(TARGET_NATS / max(mean, 1e-9))
+            tried[factor] = (abs(doublings), differences)
+            # In the linear range one jump would do; from noise, or from saturation, go in steps and look again.
+            factor = min(max(factor * 2.0 ** max(-3, min(6, round(doublings))), 1.0), MAX_FACTOR)
+        best = min(tried, key=lambda f: tried[f][0])
+        self._factor[policy] = best
+        return best, tried[best][1]
 
     async def _decoding(self, policy: str, version: str, found: Sequence[Probe]) -> tuple[float, float]:
         """(mean |server - trainer| log-prob of freshly sampled tokens, its tolerance)."""

@@ -18,11 +18,11 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..agents.team import System
+from ..agents.team import System, gather
 from ..agents.types import SettingError, Task, from_json, to_json
 from ..rollouts.engines.engine import Engine
 from ..rollouts.engines.start import start_engine
@@ -36,15 +36,15 @@ from ..rollouts.tasks import load_tasks, split_hash
 from ..rollouts.types import Episode
 from . import checkpoint as ckpt
 from .bases import Base, group_by_base, load_base
-from .batches import Sample
 from .config import RunConfig
 from .monitor import Monitor
 from .progress import Progress
 from .publish import Publisher, probes
 from .ranks import Ranks
+from .samples import Sample
 from .snapshot import restore, save_checkpoint
 from .threads import Background, Stop
-from .update import LossFn, Updated, sample_to_json, update
+from .update import How, LossFn, Updated, sample_to_json, update
 
 
 class RunError(RuntimeError):
@@ -163,7 +163,7 @@ class Run:
             root = self.config.folder / "versions"
             base.publisher = Publisher(root, base.adapters, base.engine, seed=self.config.seed, proof_every=self.config.proof_every)
             self.background.run(base.publisher.publish(self.step, base.policies))
-        engine_of = {p: (base.engine, base.tokens) for base in self.bases.values() for p in (*base.policies, "base")}
+        engine_of = {p: (b.engine, b.tokens) for b in self.bases.values() if b.engine is not None for p in (*b.policies, "base")}
         self.rollouts = Rollouts(
             self.system, speakers(self.policies, engine_of), self.rewards, self.values, self.config.sampling(),
             Limits(concurrency=self.config.max_concurrency), self.config.seed,
@@ -227,14 +227,21 @@ class Run:
             chosen.append(self.tasks[order[place]])
         return list({task.id: task for task in chosen}.values())
 
-    def collect(self, step: int) -> list[Episode]:
+    def player(self, versions: Mapping[str, str]) -> Rollouts:
+        """Rollouts that play with these versions whatever the caller asks for: replays speak as the episode did."""
+        return dataclasses.replace(self.rollouts, pinned=dict(versions))
+
+    def collect(self, step: int, after: Callable[[Episode], Awaitable[Episode]] | None = None) -> list[Episode]:
         """Play the step's episodes (on rank 0) and give them to every rank, in the order of tasks and samples.
 
+        `after` may add to a scored episode before the others see it (replays, judges of whole groups).
         Episodes of this step that are stored already, played by the same adapter versions, are taken as they are.
         """
         start = time.perf_counter()
         plan = jobs(self.tasks_of(step), label=f"train-{step:06d}", num_generations=self.config.num_generations, step=step)
         episodes = self._play(plan, self.rollouts, f"step {step}") if self.ranks.main else []
+        if after is not None and self.ranks.main:
+            episodes = self.background.run(gather([after(episode) for episode in episodes]), self.stop)
         if self.ranks.size > 1:
             episodes = [from_json(Episode, e) for e in self.ranks.broadcast([to_json(e) for e in episodes])]
         self.seconds["rollout"] += time.perf_counter() - start
@@ -270,13 +277,13 @@ class Run:
         order = {job.id: number for number, job in enumerate(plan)}
         return sorted(found.values(), key=lambda e: (order.get(e.id, len(order)), e.id))
 
-    def learn(self, step: int, samples: Sequence[Sample], loss_fn: LossFn, *, reference: bool = False) -> dict[str, Updated]:
+    def learn(self, step: int, samples: Sequence[Sample], loss_fn: LossFn, how: How = How()) -> dict[str, Updated]:
         """Update every adapter that has samples. A loss or gradient that is not finite changes nothing and is dumped, aloud."""
         start = time.perf_counter()
         hashes = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
         done: dict[str, Updated] = {}
         for base in self.bases.values():
-            done |= update(base.optimizers, samples, loss_fn, step, self.ranks, reference=reference, measure=step == 1)
+            done |= update(base.optimizers, samples, loss_fn, step, self.ranks, dataclasses.replace(how, measure=step == 1))
         for base in self.bases.values():
             for policy in base.policies:
                 if policy not in done and base.adapters.sha256(policy) != hashes[policy]:

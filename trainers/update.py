@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from ..agents.types import BASE
 from .adapters import Adapters
 from .batches import Batch, deal, pack
 from .checkpoint import join_optimizer, split_optimizer
 from .config import RunConfig
 from .logprobs import choose_layout, token_logprobs
-from .losses import Stats, add_stats, summary
+from .losses import NotFinite, Stats, add_stats, finite_or_raise, summary
 from .ranks import Ranks
 from .samples import Denominators, Sample, denominators
 
@@ -64,80 +65,88 @@ class Optimizers:
         join_optimizer(self.of[name], tensors)
 
 
-def update(
-    optimizers: Optimizers,
-    samples: Sequence[Sample],
-    loss_fn: LossFn,
-    step: int,
-    ranks: Ranks,
-    *,
-    reference: bool = False,
-    measure: bool = False,
-) -> dict[str, Updated]:
-    """Train every trainable policy that has samples, `num_iterations` times. Every rank passes the same samples.
+@dataclass(frozen=True)
+class How:
+    """How a method's loss is fed: `reference` adds the base's log-probs (adapters off), `entropy_grad` lets gradients through the entropy,
+    `measure` recomputes the first batch afterwards, to tell how far the update moved it."""
 
-    Args:
-        reference: also give the loss the log-probs of the bare base (adapters off).
-        measure: recompute the log-probs of the first batch afterwards, to tell how far the update moved them.
-    """
+    reference: bool = False
+    entropy_grad: bool = False
+    measure: bool = False
+
+
+def update(
+    optimizers: Optimizers, samples: Sequence[Sample], loss_fn: LossFn, step: int, ranks: Ranks, how: How = How()
+) -> dict[str, Updated]:
+    """Train every trainable policy that has samples, `num_iterations` times. Every rank passes the same samples."""
     done: dict[str, Updated] = {}
     for name in optimizers.adapters.trainable:
         own = [sample for sample in samples if sample.policy == name]
         if own:
-            done[name] = _update_policy(optimizers, name, own, loss_fn, step, ranks, reference, measure)
+            done[name] = _update_policy(optimizers, name, own, loss_fn, step, ranks, how)
+    optimizers.adapters.check()
     return done
 
 
 def _update_policy(
-    optimizers: Optimizers,
-    name: str,
-    own: Sequence[Sample],
-    loss_fn: LossFn,
-    step: int,
-    ranks: Ranks,
-    reference: bool,
-    measure: bool,
+    optimizers: Optimizers, name: str, own: Sequence[Sample], loss_fn: LossFn, step: int, ranks: Ranks, how: How
 ) -> Updated:
     adapters, config, optimizer = optimizers.adapters, optimizers.config, optimizers.of[name]
     counts = denominators(own)[name]
     batches = pack(own, max_tokens=config.tokens_per_batch, layout=optimizers.layout)
     mine = [batch.to(ranks.device) for batch in deal(batches, ranks.size)[ranks.rank]]
     parameters = list(adapters.parameters(name).values())
-    rate = config.learning_rate_at(step, optimizers.peak[name])
-    result = Updated({}, 0.0, int(counts.tokens), int(counts.sequences), rate)
-    with adapters.active(name):
-        before = _logprobs(adapters, mine[0]) if measure and mine else None
-    references = [_reference(adapters, batch) if reference else None for batch in mine]
+    result = Updated({}, 0.0, int(counts.tokens), int(counts.sequences), config.learning_rate_at(step, optimizers.peak[name]))
+    before = _logprobs(adapters, name, mine[0]) if how.measure and mine else None
+    references = [_logprobs(adapters, BASE, batch) if how.reference else None for batch in mine]
     for iteration in range(config.num_iterations):
-        sums: Stats = {}
         optimizer.zero_grad(set_to_none=True)
-        with adapters.active(name):
-            for batch, ref in zip(mine, references, strict=True):
-                logp, entropy = token_logprobs(adapters.model, batch)
-                loss, stats = loss_fn(batch, logp, entropy, ref, counts)
-                loss.backward()
-                sums = add_stats(sums, stats)
+        sums, problem = _backward(adapters, name, mine, references, loss_fn, counts, how)
         for parameter in parameters:  # a rank without samples of this policy joins with zeros
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        ranks.sum_([p.grad for p in parameters])  # type: ignore[misc]
+        problem = next(filter(None, ranks.gather(problem)), "")
+        ranks.sum_([p.grad for p in parameters])
         result.stats = _joined(sums, ranks)
+        result.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
         if iteration == 0:
             result.first_mismatch_kl = result.stats.get("mismatch_kl", 0.0)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-        if not (math.isfinite(norm) and math.isfinite(result.stats["loss"])):
+        if problem or not math.isfinite(result.grad_norm):
             optimizer.zero_grad(set_to_none=True)
-            result.applied, result.problem = False, f"loss {result.stats['loss']}, gradient norm {norm}"
+            result.applied, result.problem = False, problem or f"gradient norm {result.grad_norm}"
             return result
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = result.learning_rate
         optimizer.step()
-        result.grad_norm = norm
     optimizer.zero_grad(set_to_none=True)
     if before is not None:
-        with adapters.active(name):
-            result.moved = float((_logprobs(adapters, mine[0]) - before).abs().mean())
+        result.moved = float((_logprobs(adapters, name, mine[0]) - before).abs().mean())
     return result
+
+
+def _backward(
+    adapters: Adapters,
+    name: str,
+    batches: Sequence[Batch],
+    references: Sequence[torch.Tensor | None],
+    loss_fn: LossFn,
+    counts: Denominators,
+    how: How,
+) -> tuple[Stats, str]:
+    """Gradients of this rank's batches, their statistics, and what was not finite ("" if all was): other ranks wait, so nothing is raised."""
+    sums: Stats = {}
+    try:
+        with adapters.active(name):
+            for batch, reference in zip(batches, references, strict=True):
+                logp, entropy = token_logprobs(adapters.model, batch, entropy_grad=how.entropy_grad)
+                finite_or_raise("log-prob", logp, name, batch)
+                loss, stats = loss_fn(batch, logp, entropy, reference, counts)
+                finite_or_raise("loss", loss, name, batch)
+                loss.backward()
+                sums = add_stats(sums, stats)
+    except NotFinite as error:
+        return sums, str(error)
+    return sums, ""
 
 
 def _joined(sums: Stats, ranks: Ranks) -> dict[str, float]:
@@ -149,13 +158,9 @@ def _joined(sums: Stats, ranks: Ranks) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _logprobs(adapters: Adapters, batch: Batch) -> torch.Tensor:
-    return token_logprobs(adapters.model, batch)[0]
-
-
-def _reference(adapters: Adapters, batch: Batch) -> torch.Tensor:
-    with adapters.active("base"):
-        return _logprobs(adapters, batch)
+def _logprobs(adapters: Adapters, policy: str, batch: Batch) -> torch.Tensor:
+    with adapters.active(policy):
+        return token_logprobs(adapters.model, batch)[0]
 
 
 def sample_to_json(sample: Sample) -> dict[str, Any]:
