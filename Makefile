@@ -44,7 +44,7 @@ test-gpu: setup  ## tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu
 
 demo: setup  ## train and evaluate a team of two on a real model (MODEL=... for another), into runs/demo
-	@$(PY) -m marlora.recipes.demo --output_dir runs/demo $${MODEL:+--model "$$MODEL"}
+	@$(PY) -m marlora.recipes.demo --output_dir runs/demo --overwrite true $${MODEL:+--model "$$MODEL"}
 
 demo-tiny: setup  ## the same with GRPO on a tiny model: a minute, no server
-	@$(PY) recipes/grpo_team.py --config recipes/grpo_team_tiny.yaml
+	@$(PY) -m marlora.recipes.grpo_team --output_dir runs/demo-tiny --overwrite true

@@ -102,19 +102,22 @@ def arithmetic(
     level: int | Sequence[int] = 2,
     num_tasks: int = 2000,
     eval_fraction: float = 0.2,
+    largest: int | None = None,
     template: str = "What is {expression}?",
 ) -> Iterator[Task]:
     """Sums and products of whole numbers, without end (up to `num_tasks` are taken).
 
     Levels: 1 `a + b` and 2 `a + b + c` up to 9; 3 with minus and 4 with times, up to 99; 5 five operands up to 999. A list mixes
-    levels in turn. Public meta: the operands `a`, `b`, `c`, ... and the signs `op1`, `op2`, ..., `expression` and `level`, for views
-    such as `"{previous}+{c}"`; private `_steps`: the values of `a op1 b`, `a op1 b op2 c`, ...
+    levels in turn; `largest` is another bound of the operands. Public meta: the operands `a`, `b`, `c`, ... and the signs `op1`,
+    `op2`, ..., `expression` and `level`, for views such as `"{previous}+{c}"`; private `_steps`: the values of `a op1 b`, `a op1 b op2 c`, ...
     """
     levels = [level] if isinstance(level, int) else list(level)
     for each in levels:
         if each not in LEVELS:
             raise SettingError(f"task_args.level: expected one of {list(LEVELS)}, got {each!r}")
-    streams = [of_split(_sums(each, seed, template), split, eval_fraction) for each in levels]
+    if largest is not None and largest < 1:
+        raise SettingError(f"task_args.largest: expected at least 1, got {largest}")
+    streams = [of_split(_sums(each, seed, largest, template), split, eval_fraction) for each in levels]
     return itertools.islice(_in_turn(streams), num_tasks)
 
 
@@ -128,9 +131,10 @@ def _in_turn(streams: list[Iterator[Task]]) -> Iterator[Task]:
                 yield task
 
 
-def _sums(level: int, seed: int, template: str) -> Iterator[Task]:
+def _sums(level: int, seed: int, largest: int | None, template: str) -> Iterator[Task]:
     """Every sum of a small level once, in random order; of a large one, different sums for as long as they are asked for."""
-    count, high, signs = LEVELS[level]
+    count, usual, signs = LEVELS[level]
+    high = usual if largest is None else largest
     rng = random.Random(f"arithmetic {level} {seed}")
     size = (high + 1) ** count * len(signs) ** (count - 1)
     order: Iterable[int] = rng.sample(range(size), size) if size <= 20_000 else iter(lambda: rng.randrange(size), None)
