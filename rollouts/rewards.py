@@ -112,9 +112,9 @@ def per_agent(value: Callable[[Task, Episode, str], Any], name: str = "") -> Rew
 
     async def rewards(task: Task, episode: Episode) -> list[Reward]:
         agents = dict.fromkeys(turn.agent for turn in episode.turns if turn.taken)
-        return [Reward(name or _name(value), float(await _awaited(value(task, episode, a))), agent=a) for a in agents]
+        return [Reward(name or fn_name(value), float(await _awaited(value(task, episode, a))), agent=a) for a in agents]
 
-    rewards.__name__ = name or _name(value)
+    rewards.__name__ = name or fn_name(value)
     return rewards
 
 
@@ -123,11 +123,11 @@ def per_turn(value: Callable[[Task, Turn], Any], name: str = "") -> RewardFn:
 
     async def rewards(task: Task, episode: Episode) -> list[Reward]:
         return [
-            Reward(name or _name(value), float(await _awaited(value(task, t))), agent=t.agent, turn=t.index, sibling=t.sibling)
+            Reward(name or fn_name(value), float(await _awaited(value(task, t))), agent=t.agent, turn=t.index, sibling=t.sibling)
             for t in episode.turns
         ]
 
-    rewards.__name__ = name or _name(value)
+    rewards.__name__ = name or fn_name(value)
     return rewards
 
 
@@ -193,7 +193,7 @@ async def _score(task: Task, episode: Episode, fn: RewardFn) -> list[Reward]:
         result = await _awaited(fn(task, episode))
         return [_finite(fn, reward) for reward in _rewards(fn, result)]
     except Exception as error:  # any failure of a reward is data of this episode
-        return [Reward(_name(fn), math.nan, f"reward {_name(fn)!r} failed: {type(error).__name__}: {error}")]
+        return [Reward(fn_name(fn), math.nan, f"reward {fn_name(fn)!r} failed: {type(error).__name__}: {error}")]
 
 
 def _rewards(fn: RewardFn, result: Any) -> list[Reward]:
@@ -202,7 +202,7 @@ def _rewards(fn: RewardFn, result: Any) -> list[Reward]:
     if callable(getattr(result, "item", None)):  # a scalar of numpy or torch
         result = result.item()
     if isinstance(result, Real):  # bool too
-        return [Reward(_name(fn), float(result))]
+        return [Reward(fn_name(fn), float(result))]
     if isinstance(result, (list, tuple)) and all(isinstance(each, Reward) for each in result):
         return list(result)
     raise TypeError(f"expected a Reward, several, a number or a bool, got {result!r:.80}")
@@ -212,7 +212,7 @@ def _finite(fn: RewardFn, reward: Reward) -> Reward:
     value = float(reward.value)
     if math.isfinite(value):
         return dataclasses.replace(reward, value=value)
-    told = f"reward {_name(fn)!r} gave {value}"
+    told = f"reward {fn_name(fn)!r} gave {value}"
     return dataclasses.replace(reward, value=math.nan, text=f"{told}: {reward.text}" if reward.text else told)
 
 
@@ -220,7 +220,8 @@ async def _awaited(value: Any | Awaitable[Any]) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
-def _name(fn: Callable[..., Any]) -> str:
+def fn_name(fn: Callable[..., Any]) -> str:
+    """What a reward function is called, and its reward if it returns a bare number."""
     return getattr(fn, "__name__", type(fn).__name__)
 
 

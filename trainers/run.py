@@ -11,6 +11,7 @@ and what people see. A method is a loop over it:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -23,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from ..agents.team import System, gather
-from ..agents.types import SettingError, Task, from_json, to_json
+from ..agents.types import BASE, SettingError, Task, from_json, to_json
 from ..rollouts.engines.engine import Engine
 from ..rollouts.engines.start import start_engine
 from ..rollouts.evaluate import Evaluation, evaluation, paired
 from ..rollouts.play import Job, Limits, Rollouts, agents_of, jobs
-from ..rollouts.rewards import RewardFn, resolve_rewards
+from ..rollouts.rewards import RewardFn, fn_name, resolve_rewards
 from ..rollouts.served import build_system
 from ..rollouts.speakers import speakers
 from ..rollouts.store import Store
@@ -80,12 +81,17 @@ class Run:
         self.policies = config.policy_specs(self.system.specs)
         self.agents_of = {name: [a.name for a in self.system.specs if a.policy == name] for name in self.policies}
         args = dict(config.task_args)  # type: ignore[arg-type]
+        if tasks is not None and eval_tasks is None:
+            raise SettingError("eval_tasks: the training tasks are given as a list, so the held-out ones must be given too")
+        self.tasks_given = tasks is not None or eval_tasks is not None
         self.tasks = list(tasks if tasks is not None else load_tasks(config.tasks, "train", seed=config.seed, **args))
         held_out = eval_tasks if eval_tasks is not None else load_tasks(config.tasks, "eval", seed=config.seed, **args)
         self.eval_tasks = list(held_out)[: config.num_eval_tasks]
         check_tasks(self.tasks, self.eval_tasks, config)
         self.rewards = resolve_rewards(rewards if rewards is not None else config.rewards)
-        self.metric = self.rewards[0].__name__
+        if not self.rewards:
+            raise SettingError("rewards: empty; expected at least one function, whose name is the accuracy of evaluations")
+        self.metric = fn_name(self.rewards[0])
         self.values: dict[str, Any] = {}
         self.credit_state: dict[str, float] = {}
         self.monitor = Monitor()
@@ -97,19 +103,41 @@ class Run:
         self.evals: dict[str, dict[str, Any]] = {}
         self.best: tuple[float, str] | None = None
         self._given_engine = engine
-        self._opened = False
+        self._opened = self._loaded = False
+        self._exit = contextlib.ExitStack()  # what `open` started, in the order in which `close` has to end it
         self._row: dict[str, Any] = {}
 
     # opening and closing
 
     def open(self) -> Run:
-        """Check the folder, load the bases, restore a checkpoint if asked, start engines, publish what is there. Idempotent."""
+        """Check the folder, load the bases, restore a checkpoint if asked, start engines, publish what is there. Idempotent.
+
+        A closed run may be opened again: it goes on with the adapters it has, on engines started anew.
+        """
         if self._opened:
             return self
         self._opened = True
-        self.ranks = Ranks()
-        self.progress = Progress(self.ranks.main)
-        self.stop = Stop()
+        try:
+            if not self._loaded:
+                self.ranks = Ranks()
+            self.progress = Progress(self.ranks.main)
+            self._exit.callback(self.progress.close)
+            self.stop = Stop()
+            self._exit.callback(self.stop.close)
+            if not self._loaded:
+                self._load()
+            if self.ranks.main:
+                self._open_loop()
+                self.store = Store(self.config.folder / "episodes")
+                self._exit.callback(self.store.close)
+                self._start_engines()
+                self._write_config()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _load(self) -> None:
         found = group_by_base(self.policies, self.config.model)
         self.bases = {name: load_base(name, specs, self.config, self.ranks.device) for name, specs in found.items()}
         self.before = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
@@ -118,12 +146,15 @@ class Run:
             self._prepare_folder()
         self.ranks.barrier()
         self._resume()
-        if self.ranks.main:
+        self._loaded = True
+
+    def _open_loop(self) -> None:
+        """An engine given by the caller outlives `close`, so the loop it works in has to as well."""
+        if self._given_engine is None:
             self.background = Background()
-            self.store = Store(self.config.folder / "episodes")
-            self._start_engines()
-            self._write_config()
-        return self
+            self._exit.callback(self.background.close)
+        elif not hasattr(self, "background"):
+            self.background = Background()
 
     def _prepare_folder(self) -> None:
         folder, config = self.config.folder, self.config
@@ -152,39 +183,43 @@ class Run:
 
     def _start_engines(self) -> None:
         for base in self.bases.values():
-            if self._given_engine is not None:
-                base.engine = self._given_engine
-            else:
-                base.engine = self.background.run(
+            if self._given_engine is not None and base.publisher is not None:
+                continue  # opened again: the engine has kept what was published
+            engine = self._given_engine
+            if engine is None:
+                engine = self.background.run(
                     start_engine(
                         base.path, base.tokens, self._specs_on(base), self.config, folder=self.config.folder, say=self.progress.say
                     )
                 )
-            root = self.config.folder / "versions"
-            base.publisher = Publisher(root, base.adapters, base.engine, seed=self.config.seed, proof_every=self.config.proof_every)
+                self._exit.callback(self._close_engine, engine)
+            root, earlier = self.config.folder / "versions", base.publisher
+            base.engine = engine
+            base.publisher = Publisher(root, base.adapters, engine, seed=self.config.seed, proof_every=self.config.proof_every)
+            base.publisher.records = earlier.records if earlier is not None else []
             self.background.run(base.publisher.publish(self.step, base.policies))
-        engine_of = {p: (b.engine, b.tokens) for b in self.bases.values() if b.engine is not None for p in (*b.policies, "base")}
+        served = [(p, b) for b in self.bases.values() for p in (*b.policies, *([BASE] if b is self._base_of_base() else []))]
+        engine_of = {p: (b.engine, b.tokens) for p, b in served if b.engine is not None}
         self.rollouts = Rollouts(
             self.system, speakers(self.policies, engine_of), self.rewards, self.values, self.config.sampling(),
             Limits(concurrency=self.config.max_concurrency), self.config.seed,
         )  # fmt: skip
+
+    def _base_of_base(self) -> Base | None:
+        """The base that the policy `base` speaks as, in a team on several: the one its spec names, else the run's model."""
+        spec = self.policies.get(BASE)
+        return self.bases.get((spec.base if spec else None) or self.config.model)
+
+    def _close_engine(self, engine: Engine) -> None:
+        self.background.run(engine.close())
 
     def _specs_on(self, base: Base) -> list[Any]:
         return [self.policies[name] for name in base.policies]
 
     def close(self) -> None:
         """Stop engines that this run started. Idempotent."""
-        if not self._opened:
-            return
         self._opened = False
-        self.progress.close()
-        if self.ranks.main:
-            for base in self.bases.values():
-                if base.engine is not None and base.engine is not self._given_engine:
-                    self.background.run(base.engine.close())
-            self.background.close()
-            self.store.close()
-        self.stop.close()
+        self._exit.close()
 
     def __enter__(self) -> Run:
         return self.open()
@@ -248,6 +283,9 @@ class Run:
         parents = [e for e in episodes if e.parent is None]
         if all(e.error for e in parents):
             raise RunError(f"step {step}: every episode failed; the first one: {parents[0].error}")
+        if all(unscorable(e) for e in parents):
+            why = next(r.text for e in parents for r in e.rewards if math.isnan(r.value))
+            raise RunError(f"step {step}: no episode could be scored; the first one: {why}; mend it and go on with resume")
         sampled = sum(u.sampled_tokens for e in episodes for u in e.usage.values())
         self.tokens["sampled"] += sampled
         values = [v for e in parents if not math.isnan(v := e.reward(self.metric))]
@@ -264,6 +302,8 @@ class Run:
         spoken = {a.policy for a in self.system.specs}
         now = {policy: version for policy, version in versions.items() if policy in spoken}
         found = {e.id: e for e in self.store.read(group={job.group for job in plan}) if e.id in wanted and e.team_version == now}
+        if all(unscorable(e) for e in found.values()):
+            found = {}  # what ended the run before it was resumed
 
         async def go() -> None:
             todo = [job for job in plan if job.id not in found]
@@ -402,6 +442,11 @@ class Run:
         import yaml
 
         settings = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
+        settings |= {"resume": False, "overwrite": False, "dry_run": False}  # of one call, not of the run
+        cls = type(self.system)
+        names = [agent.name for agent in self.system.specs]
+        settings["system"] = {"class": f"{cls.__module__}:{cls.__qualname__}", "agents": names, **self.system.arguments()}
+        settings["agents"] = {a.name: {k: v for k, v in to_json(a).items() if k != "name"} for a in self.system.specs}
         (self.config.folder / "config.yaml").write_text(yaml.safe_dump(to_json(settings), sort_keys=False, allow_unicode=True))
 
     def summarise(
@@ -442,11 +487,20 @@ class Run:
 def check_importable(system: System) -> None:
     """Refuse a System that a checkpoint could not name: evaluation has to import it again."""
     cls = type(system)
-    module = importlib.import_module(cls.__module__) if cls.__module__ != "__main__" else None
+    try:
+        module = importlib.import_module(cls.__module__) if cls.__module__ != "__main__" else None
+    except ImportError:  # it came from a place that is on no path
+        module = None
     if module is None or "<locals>" in cls.__qualname__ or getattr(module, cls.__qualname__, None) is not cls:
         raise SettingError(
-            f"system {cls.__qualname__} is defined in {cls.__module__}: put it in a module of its own, so that checkpoints can import it"
+            f"system {cls.__qualname__} is defined in {cls.__module__}{' (inside a function)' if '<locals>' in cls.__qualname__ else ''}: "
+            f"put the class at the top of a module of its own, so that checkpoints can import it"
         )
+
+
+def unscorable(episode: Episode) -> bool:
+    """It failed, or a reward of it is NaN."""
+    return episode.error is not None or any(math.isnan(r.value) for r in episode.rewards)
 
 
 def check_tasks(train: Sequence[Task], held_out: Sequence[Task], config: RunConfig) -> None:
@@ -479,6 +533,6 @@ def drop_rows_after(path: Path, step: int) -> None:
 def split_of(run: Run) -> dict[str, Any]:
     """What `system.json` says of the task set."""
     return {
-        "name": run.config.tasks, "args": run.config.task_args, "seed": run.config.seed, "num_eval_tasks": len(run.eval_tasks),
+        "name": "" if run.tasks_given else run.config.tasks, "args": run.config.task_args, "seed": run.config.seed, "num_eval_tasks": len(run.eval_tasks),
         "train": split_hash(run.tasks), "eval": split_hash(run.eval_tasks),
     }  # fmt: skip
