@@ -1,12 +1,12 @@
 """A checkpoint at work again: its system, agents and adapters on an engine, without any trainer.
 
-`system.json` names all of it. Only classes of `marlora.agents` are imported from there; for another System the caller names the class.
+`system.json` names all of it. Only classes of `marlora.agents` are imported from there; for another System the caller names the
+class, and other code it names (rewards, tools, task sets), or models it would ask over the network, need the caller's `trust`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import json
 import shutil
@@ -15,28 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from ..agents.team import System
-from ..agents.types import AgentSpec, PolicySpec, Sampling, SettingError, Task, from_json, nearest
+from ..agents.types import BASE, AgentSpec, PolicySpec, Sampling, SettingError, Task, from_json, nearest
 from .engines.engine import Engine
 from .engines.start import EngineConfig, start_engine
 from .play import Limits, Rollouts
-from .rewards import resolve_rewards
+from .rewards import fn_name, resolve_rewards
+from .saved import FILES, files_sha256, foreign, read_checkpoint, strangers
 from .speakers import speakers
 from .tasks import load_tasks, split_hash
 from .tokens import ChatTokens, load_tokenizer
-
-
-def files_sha256(model: str) -> str | None:
-    """A hash of a local model's tensor files by name and content; None for a hub name."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def build_system(settings: Mapping[str, Any]) -> System:
@@ -59,22 +46,7 @@ def build_system(settings: Mapping[str, Any]) -> System:
     return found(**given)
 
 
-def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """`system.json` of a checkpoint. Raises `SettingError` with the path if it is none."""
-    path = folder / "system.json"
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise SettingError(f"{path}: {error.strerror}; expected a checkpoint such as RUN/checkpoints/step-000010") from error
-    except ValueError as error:
-        raise SettingError(f"{path}: not JSON ({error}); the checkpoint is damaged") from error
-    for name, entry in data["adapters"].items():
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (folder / "adapters" / name / file).is_file():
-                raise SettingError(
-                    f"{folder}/adapters/{name}/{file}: missing, though system.json names the adapter ({entry['sha256'][:8]})"
-                )
-    return data
+AGREE = "give --trust_checkpoint if you know where it comes from"
 
 
 class ServedTeam:
@@ -84,9 +56,16 @@ class ServedTeam:
     """
 
     def __init__(
-        self, data: dict[str, Any], rollouts: Rollouts, engines: Sequence[Engine], versions: dict[str, str], scratch: Path
+        self,
+        data: dict[str, Any],
+        rollouts: Rollouts,
+        engines: Sequence[Engine],
+        versions: dict[str, str],
+        scratch: Path,
+        trust: bool = False,
     ) -> None:
-        self.data, self.rollouts, self.engines, self.versions, self._scratch = data, rollouts, list(engines), versions, scratch
+        self.data, self.rollouts, self.engines, self.versions = data, rollouts, list(engines), versions
+        self._scratch, self._trust = scratch, trust
 
     @classmethod
     async def open(
@@ -100,6 +79,7 @@ class ServedTeam:
         scratch: Path,
         seed: int = 0,
         engine: Engine | None = None,
+        trust: bool = False,
         say: Callable[[str], None] = print,
     ) -> ServedTeam:
         """Start what the checkpoint needs.
@@ -109,10 +89,14 @@ class ServedTeam:
             system: `module:Class`, needed if the checkpoint's System is not one of `marlora.agents`.
             scratch: folder for version folders and the server's log; its `versions` part is deleted by `close`.
             engine: a running engine to use instead (tests).
+            trust: import rewards, tools and task sets the checkpoint names outside marlora, and ask models it names by URL.
         """
         folder = Path(checkpoint)
         data = read_checkpoint(folder)
+        if (found := strangers(data, rewards=rewards is None)) and not trust:
+            raise SettingError(f"{folder}: the checkpoint names {', '.join(found)}; {AGREE}")
         bases: dict[str, str] = {name: locate(name) for name in data["bases"]}
+        speaks_as_base = (data["policies"].get(BASE) or {}).get("base") or data["base"]["name"]
         for name, path in bases.items():
             check_base(name, path, data["bases"][name].get("files"))
         team = checkpoint_system(data, system)
@@ -128,7 +112,9 @@ class ServedTeam:
                 own = [policies[p] for p in data["bases"][name]["policies"]]
                 running = engine or await start_engine(path, tokens, own, config, folder=scratch, say=say)
                 engines.append(running)
-                engine_of |= {p.name: (running, tokens) for p in own} | {"base": (running, tokens)}
+                engine_of |= {p.name: (running, tokens) for p in own} | (
+                    {BASE: (running, tokens)} if name == speaks_as_base else {}
+                )
                 staged = {
                     p.name: stage(folder, p.name, data, scratch) for p in own if data["adapters"].get(p.name, {}).get("trained")
                 }
@@ -139,20 +125,24 @@ class ServedTeam:
             raise
         values = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "values").glob("*.json"))}
         rollouts = Rollouts(
-            team, speakers(policies, engine_of), resolve_rewards(rewards or data["rewards"]), values,
+            team, speakers(policies, engine_of), resolve_rewards(data["rewards"] if rewards is None else rewards), values,
             from_json(Sampling, data["sampling"]), Limits(), seed,
         )  # fmt: skip
-        return cls(data, rollouts, engines, {p: v for p, v in versions.items() if p in policies}, scratch)
+        return cls(data, rollouts, engines, {p: v for p, v in versions.items() if p in policies}, scratch, trust)
 
     @property
     def metric(self) -> str:
-        return self.rollouts.rewards[0].__name__
+        return fn_name(self.rollouts.rewards[0])
 
     def tasks(self, name: str = "", limit: int | None = None, split: str = "eval") -> list[Task]:
         """Tasks by name, or the checkpoint's own held-out ones, which must still have the hash they had."""
         own = self.data["tasks"]
+        if not own["name"] and not name:
+            raise SettingError("tasks: the checkpoint's were given as lists in Python; name a set (--tasks)")
         if name and name != own["name"]:
             return load_tasks(name, split, seed=own["seed"], limit=limit)
+        if not (name or self._trust) and foreign("tasks", own["name"]):
+            raise SettingError(f"the checkpoint's task set is {own['name']}; {AGREE}, or name a set with --tasks")
         found = load_tasks(own["name"], split, seed=own["seed"], **own["args"])
         if split == "eval":
             found = found[: own["num_eval_tasks"]]
@@ -192,6 +182,6 @@ def stage(checkpoint: Path, policy: str, data: Mapping[str, Any], scratch: Path)
     """A version folder for the engine: named by policy, step and hash, holding the two PEFT files only."""
     target = scratch.resolve() / "versions" / f"{policy}-v{data['step']}-{data['adapters'][policy]['sha256'][:8]}"
     target.mkdir(parents=True, exist_ok=True)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
+    for file in FILES:
         shutil.copyfile(checkpoint / "adapters" / policy / file, target / file)
     return target

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ..agents.types import SettingError, to_json
 from ..rollouts.rewards import reward_name
-from ..rollouts.served import files_sha256
+from ..rollouts.saved import files_sha256
 from . import checkpoint as ckpt
 from .bases import versions
 from .monitor import Monitor
