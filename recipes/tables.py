@@ -39,16 +39,21 @@ def accuracy_rows(named: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def eval_rows(result: Mapping[str, Any], trained: str = "trained team") -> list[list[str]]:
+    """Rows of base team, each adapter alone, trained team; `result` has `eval` and `adapters` as `summary.json` does."""
+    named = {"base team": result["eval"]["before"]}
+    named |= {f"only {name}": entry for name, entry in result.get("adapters", {}).items()}
+    named[trained] = {**result["eval"]["after"], "paired": result["eval"]["paired"]}
+    return accuracy_rows(named)
+
+
 def summary_table(summary: Mapping[str, Any], folder: str) -> str:
     """What a run did, from its `summary.json`."""
     parts = []
     found = summary["eval"]
     if found["before"] and found["after"]:
-        named = {"base team": found["before"]}
-        named |= {f"only {name}": entry for name, entry in summary.get("adapters", {}).items()}
-        named["trained team"] = {**found["after"], "paired": found["paired"]}
         columns = ("held-out accuracy", "mean", "95 % interval", "tasks", "against base", "95 % interval (paired)")
-        parts.append(table(f"{summary['recipe']}: {summary['model']}", columns, accuracy_rows(named)))
+        parts.append(table(f"{summary['recipe']}: {summary['model']}", columns, eval_rows(summary)))
     rows = [
         [name, str(entry["trainable_parameters"]), entry["sha256_before"][:8], entry["sha256_after"][:8]]
         for name, entry in summary["policies"].items()

@@ -13,6 +13,10 @@ from ..agents.types import BASE, AdapterSpec, AgentSpec, PolicySpec, Sampling, S
 from ..rollouts.engines.start import EngineConfig, help_of
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on; everything finished before it is on disk."""
+
+
 @dataclass
 class RunConfig(EngineConfig):
     """One training run: what is played, how it is learnt, what is kept.
