@@ -12,12 +12,8 @@ from marlora.rollouts.engines.vllm import VLLMEngine
 from marlora.rollouts.engines.vllm_args import ServerSettings
 from marlora.rollouts.engines.vllm_server import VLLMServer
 from marlora.rollouts.tokens import ChatTokens, load_tokenizer
+from marlora.trainers.tiny import tiny_random_model
 
-SPECIALS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-TEMPLATE = (
-    "{% for m in messages %}{{'<|'+m['role']+'|>'+m['content']+'<|end|>'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{'<|assistant|>'}}{% endif %}"
-)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 POLICIES = tuple(PolicySpec(name, adapter=AdapterSpec(r=4, alpha=8.0, targets=TARGETS)) for name in ("solver", "critic"))
 CONTEXT = 512
@@ -27,34 +23,8 @@ HOSTILE = {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.5, "rep
 
 
 def make_model(folder: Path) -> Path:
-    """A two-layer Llama of random weights over bytes (float32, head size 32, which vLLM serves on a CPU), with its tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    alphabet = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({text: index for index, text in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIALS)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=SPECIALS[0], eos_token=SPECIALS[1], chat_template=TEMPLATE
-    ).save_pretrained(folder)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=264,
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        dtype="float32",
-        **sizes,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    """The small random model, with a generation_config.json of the worst kind."""
+    tiny_random_model(folder, hidden_size=64)
     (folder / "generation_config.json").write_text(json.dumps(HOSTILE))
     return folder
 

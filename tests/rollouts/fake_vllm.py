@@ -17,6 +17,8 @@ from typing import Any
 
 from aiohttp import web
 
+from marlora.rollouts.engines.vllm_cpu_lora import MARK
+
 EOS = 1
 VOCAB = 50
 
@@ -208,5 +210,6 @@ def error(status: int, text: str) -> web.Response:
 
 
 if __name__ == "__main__":
+    print(MARK, flush=True)
     with FakeVLLM(key=Path(sys.argv[2]).read_text(), port=int(sys.argv[1])):
         threading.Event().wait()

@@ -20,6 +20,7 @@ from marlora.rollouts.engines.vllm_replica import Patience
 from marlora.rollouts.engines.vllm_server import VLLMServer, http
 from marlora.rollouts.engines.vllm_urls import open_doors
 from tests.live_server import CONTEXT, Live, settings_for
+from tests.rollouts.engine_conformance import CHECKS, OWNED_CHECKS, Bench, Check, name_of, run, top_k_one_is_certain
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 BASE = Ref("base")
@@ -37,6 +38,14 @@ def play(live: Live, work: Callable[[VLLMEngine], Awaitable[Any]]) -> Any:
             await engine.close()
 
     return asyncio.run(run())
+
+
+@pytest.mark.parametrize("check", [*CHECKS, *OWNED_CHECKS, top_k_one_is_certain], ids=name_of)
+def test_contract(check: Check, server: Live):
+    async def start() -> VLLMEngine:
+        return server.engine()
+
+    asyncio.run(run(check, Bench(start, server.adapter, server.tokens, tolerance=1e-3)))
 
 
 def routes(live: Live) -> list[tuple[str, str]]:
@@ -210,6 +219,26 @@ def test_more_versions_than_slots_go_through(server: Live):
     scores = play(server, work)
     for k in (0, 8):
         assert scores[k] == pytest.approx(peft_scores(server, folders[k], PROMPT), abs=1e-3)
+
+
+def test_the_base_stays_the_base_beside_adapters_in_every_slot(server: Live):
+    """vLLM 0.32 on a CPU gives base requests the adapter of the last slot; our workers' LoRA does not."""
+    folders = [server.adapter(f"solver-v{k}-slots", 40 + k) for k in range(6)]  # the server has five slots
+
+    async def work(engine: VLLMEngine) -> Any:
+        refs = []
+        for folder in folders:
+            await engine.publish({"solver": folder})
+            refs.append(Ref("solver", folder.name))
+        await asyncio.gather(*(engine.generate(PROMPT, ref, DRAW) for ref in refs))
+        together = await asyncio.gather(*(engine.generate(PROMPT, ref, DRAW) for ref in [BASE, refs[0], BASE, refs[1]]))
+        return together, await engine.generate(PROMPT, BASE, DRAW)
+
+    together, [alone] = play(server, work)
+    for place in (0, 2):
+        [beside] = together[place]
+        assert beside.token_ids == alone.token_ids
+        assert beside.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
 
 
 def test_the_context_is_used_to_its_end(server: Live):

@@ -308,6 +308,21 @@ def test_a_killed_server_comes_back_with_its_adapters_and_the_result_is_the_same
     assert not server.alive
 
 
+def test_a_cpu_server_whose_workers_lack_our_lora_is_refused(model: Path, tmp_path: Path, pretend: Callable[..., None]):
+    pretend(
+        lambda port, key_file: [
+            sys.executable,
+            "-c",
+            f"print = lambda *a, **k: None; exec({FAKE.read_text()!r})",
+            str(port),
+            str(key_file),
+        ]
+    )
+    with pytest.raises(EngineError, match=r"vllm-0: its workers did not load .*vllm_cpu_lora"):
+        VLLMServer(ServerSettings(str(model), tmp_path, policies=TEAM[:1]), progress=quiet).start()
+    assert not list(tmp_path.glob("*.key"))
+
+
 def test_an_adapter_above_the_servers_rank_is_named(model: Path, tmp_path: Path, pretend: Callable[..., None]):
     pretend(fake_program)
     server = VLLMServer(ServerSettings(str(model), tmp_path, policies=TEAM[:1]), progress=quiet).start()
