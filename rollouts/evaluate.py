@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..agents.types import SettingError, Task
+from ..agents.types import SettingError, Task, nearest
 from .engines.engine import TeamVersion
 from .play import Rollouts, jobs
 from .types import Episode
@@ -27,7 +27,7 @@ class Evaluation:
         return sum(self.scores.values()) / len(self.scores)
 
     def summary(self) -> dict[str, Any]:
-        low, high = wilson(self.accuracy, len(self.scores))
+        low, high = interval(list(self.scores.values()))
         return {"accuracy": self.accuracy, "ci95": [low, high], "num_tasks": len(self.scores), "failed": self.failed}
 
 
@@ -36,6 +36,15 @@ def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def interval(scores: Sequence[float], z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of the mean: Wilson's if all scores are 0 or 1, else the normal one, from their spread."""
+    count, mean = len(scores), sum(scores) / len(scores)
+    if all(score in (0.0, 1.0) for score in scores):
+        return wilson(mean, count, z)
+    half = z * math.sqrt(sum((s - mean) ** 2 for s in scores) / max(count - 1, 1) / count)
+    return mean - half, mean + half
 
 
 def paired(before: Evaluation, after: Evaluation, z: float = 1.959964) -> dict[str, Any]:
@@ -51,7 +60,18 @@ def paired(before: Evaluation, after: Evaluation, z: float = 1.959964) -> dict[s
 
 
 def evaluation(tasks: Sequence[Task], episodes: Iterable[Episode], metric: str | None = None) -> Evaluation:
-    """Score one episode per task by the team's reward named `metric` (None: the sum of all team rewards). Child episodes only cost tokens."""
+    """Score one episode per task by the team's reward named `metric` (None: the sum of all team rewards).
+
+    Child episodes only cost tokens. Raises `SettingError` if there are no tasks, or if rewards were given but none of that name.
+    """
+    if not tasks:
+        raise SettingError("evaluate: the task set is empty; expected at least one task")
+    episodes = list(episodes)
+    given = {r.name for e in episodes for r in e.rewards if e.parent is None and r.agent is None and r.turn is None}
+    if metric is not None and given and metric not in given:
+        raise SettingError(
+            f"rewards: the first one, {metric!r}, gives no reward of the team by its own name; {nearest(metric, sorted(given))}"
+        )
     scores: dict[str, float] = {}
     failed, tokens, errors = 0, 0, []
     for episode in episodes:
@@ -70,7 +90,5 @@ async def evaluate(
     rollouts: Rollouts, tasks: Sequence[Task], version: TeamVersion | None = None, *, metric: str | None = None, greedy: bool = True
 ) -> Evaluation:
     """Play every task once (at temperature 0 unless `greedy` is False) and score it."""
-    if not tasks:
-        raise SettingError("evaluate: the task set is empty; expected at least one task")
     player = rollouts.greedy() if greedy else rollouts
     return evaluation(tasks, [episode async for episode in player.collect(jobs(tasks, label="eval"), version)], metric)

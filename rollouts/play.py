@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..agents.team import Call, LimitError, System, Team, derive_seed
-from ..agents.types import AgentSpec, Completion, Decision, Sampling, SettingError, Task, Turn, nearest
+from ..agents.team import Call, LimitError, System, Team, derive_seed, gather
+from ..agents.types import AgentSpec, Completion, Decision, Sampling, SettingError, Task, Turn, from_json, nearest, to_json
 from .engines.engine import EngineError, PromptTooLong, TeamVersion
 from .rewards import RewardFn, score
 from .speakers import Speaker
@@ -99,7 +99,8 @@ class Rollouts:
     async def collect(self, plan: Sequence[Job], version: TeamVersion | None = None) -> AsyncIterator[Episode]:
         """Play all jobs, at most `limits.concurrency` at once; yields episodes as they end, children before their parent.
 
-        Every episode keeps the team version it began with. Closing the iterator cancels what is open.
+        Every episode keeps the team version it began with. Closing the iterator cancels what is open. An `EngineError` or
+        `SettingError` cancels it too, and is raised once every episode that had ended is yielded.
         """
         room = asyncio.Semaphore(self.limits.concurrency)
 
@@ -109,9 +110,22 @@ class Rollouts:
 
         tasks = [asyncio.create_task(one(job), name=job.id) for job in plan]
         try:
-            for done in asyncio.as_completed(tasks):
-                for episode in await done:
+            ended: asyncio.Queue[asyncio.Task[list[Episode]]] = asyncio.Queue()
+            for task in tasks:
+                task.add_done_callback(ended.put_nowait)
+            failed: asyncio.Task[list[Episode]] | None = None
+            for _ in tasks:
+                if failed is not None and ended.empty():
+                    break
+                task = await ended.get()
+                if task.cancelled() or task.exception() is not None:
+                    failed = failed or task
+                    await asyncio.sleep(0)  # others may have ended in this very turn of the loop
+                    continue
+                for episode in task.result():
                     yield episode
+            if failed is not None:
+                await failed  # raises
         finally:
             for task in tasks:
                 task.cancel()
@@ -142,7 +156,7 @@ class Rollouts:
             inner = dataclasses.replace(self, system=system)
             first = len(children)
             made = [Job(task, f"{job.id}/{type(system).__name__}/{task.id}", first + k, job.step) for k, task in enumerate(tasks)]
-            played = await asyncio.gather(*(inner._play(j, version, (), None, (), None, parent=job.id) for j in made))
+            played = await gather(inner._play(j, version, (), None, (), None, parent=job.id) for j in made)
             children.extend(episode for family in played for episode in family)
             return [family[-1] for family in played]
 
@@ -164,7 +178,7 @@ class Rollouts:
     async def _run(self, task: Task, team: Team) -> tuple[str | None, str, str | None]:
         """(output, stop reason, error) of one run; only errors that concern the whole run get out."""
         try:
-            async with asyncio.timeout(self.limits.episode_timeout):
+            async with asyncio.timeout(self.limits.episode_timeout) as clock:
                 output = await self.system.run(task.public(), team)
             return None if output is None else str(output), "done", None
         except PromptTooLong as error:
@@ -173,22 +187,31 @@ class Rollouts:
             return None, "limit", str(error)
         except (EngineError, SettingError):
             raise
-        except TimeoutError:
-            return None, "timeout", f"not done after {self.limits.episode_timeout:g} s (episode_timeout)"
         except Exception as error:
+            if isinstance(error, TimeoutError) and clock.expired():
+                return None, "timeout", f"not done after {self.limits.episode_timeout:g} s (episode_timeout)"
             frame = traceback.extract_tb(error.__traceback__)[-1]
             return None, "error", f"{type(error).__name__}: {error} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"
 
 
-def agents_of(system: System, changes: Mapping[str, Mapping[str, Any]]) -> tuple[AgentSpec, ...]:
-    """The system's agents with fields changed by name (the `agents:` mapping of a recipe)."""
-    from ..agents.types import from_json, to_json
+def agents_of(system: System, changes: Mapping[str, Mapping[str, Any]], sampling: Sampling = Sampling()) -> tuple[AgentSpec, ...]:
+    """The system's agents with fields changed by name (the `agents:` mapping of a recipe).
 
+    Of `sampling`, fields may be given alone; the others stay the agent's own, or the run's (`sampling`).
+    """
     known = {agent.name: agent for agent in system.specs}
-    for name in changes:
+    for name, change in changes.items():
         if name not in known:
             raise SettingError(f"agents.{name}: no such agent in {type(system).__name__}; {nearest(name, known)}")
-    return tuple(
-        from_json(AgentSpec, {**to_json(agent), **dict(changes.get(agent.name, {})), "name": agent.name}, f"agents.{agent.name}")
-        for agent in known.values()
-    )
+        if not isinstance(change, Mapping):
+            raise SettingError(f"agents.{name}: expected a mapping of fields to change, got {change!r}")
+        if change.get("name", name) != name:
+            raise SettingError(f"agents.{name}.name: the system names its agents, and this one {name!r}; got {change['name']!r}")
+    return tuple(_changed(agent, changes.get(agent.name, {}), sampling) for agent in known.values())
+
+
+def _changed(agent: AgentSpec, change: Mapping[str, Any], sampling: Sampling) -> AgentSpec:
+    fields = {**to_json(agent), **change}
+    if isinstance(change.get("sampling"), Mapping):
+        fields["sampling"] = {**to_json(agent.sampling or sampling), **change["sampling"]}
+    return from_json(AgentSpec, fields, f"agents.{agent.name}")

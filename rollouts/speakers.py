@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ..agents.team import Call
 from ..agents.types import BASE, Completion, PolicySpec, SettingError, to_json
-from .engines.engine import Engine, EngineError, Ref
+from .engines.engine import Engine, EngineError, PromptTooLong, Ref
 from .tokens import ChatTokens
+
+# how servers say that a prompt does not fit the model
+TOO_LONG = re.compile(r"context_length_exceeded|context length|context window|too long|too many tokens", re.IGNORECASE)
 
 
 class Speaker(Protocol):
@@ -34,14 +39,15 @@ class EngineSpeaker:
 class OutsideSpeaker:
     """A model that we do not serve, over `/chat/completions`. Its turns have text only, so they are never trained on.
 
-    The key is read from the environment variable `MARLORA_OUTSIDE_KEY` (absent: none is sent). Requests are tried up to four
-    times on 429, 5xx, time-outs and lost connections; anything else raises `EngineError` with the server's words.
+    The key is read from the environment variable `MARLORA_OUTSIDE_KEY` (absent: none is sent). On 429, 5xx, time-outs and lost
+    connections a request is tried again, `tries` times in all, after `pause` seconds and twice as long each time. Anything else
+    raises `EngineError` with the server's words, but `PromptTooLong` where these say that the prompt does not fit.
     """
 
-    def __init__(self, policy: PolicySpec, *, timeout: float = 120.0, tries: int = 4) -> None:
+    def __init__(self, policy: PolicySpec, *, timeout: float = 120.0, tries: int = 4, pause: float = 1.0) -> None:
         if not policy.url:
             raise SettingError(f"policy {policy.name!r}: url is empty; an outside model needs the address of its /v1")
-        self.policy, self.timeout, self.tries = policy, timeout, tries
+        self.policy, self.timeout, self.tries, self.pause = policy, timeout, tries, pause
 
     def _body(self, call: Call) -> dict[str, Any]:
         messages = [{k: v for k, v in to_json(m).items() if v not in (None, [])} for m in call.messages]
@@ -60,35 +66,40 @@ class OutsideSpeaker:
         problem = ""
         for attempt in range(self.tries):
             if attempt:
-                await asyncio.sleep(random.uniform(0.5, 1.0) * 2**attempt)
+                await asyncio.sleep(random.uniform(0.5, 1.0) * self.pause * 2**attempt)
             try:
                 timeout = aiohttp.ClientTimeout(total=self.timeout)
                 async with (
                     aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
                     session.post(url, json=self._body(call)) as response,
                 ):
-                    text = await response.text()
+                    text = await response.text(errors="replace")
                     if response.status == 200:
-                        return self._completions(await response.json(), url)
+                        return self._completions(text, url)
                     problem = f"{response.status} {text[:300]}"
+                    if response.status in (400, 413, 422) and TOO_LONG.search(text):
+                        raise PromptTooLong(f"policy {self.policy.name!r}: {url}: {problem}")
                     if response.status != 429 and response.status < 500:
                         break
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as error:
+            except aiohttp.InvalidURL as error:
+                raise SettingError(
+                    f"policies.{self.policy.name}.url: {self.policy.url!r} is no address; expected http://HOST:PORT/v1"
+                ) from error
+            except (aiohttp.ClientError, TimeoutError) as error:
                 problem = f"{type(error).__name__} {error}"
         raise EngineError(f"policy {self.policy.name!r}: outside model at {url} did not answer: {problem}")
 
-    def _completions(self, data: Mapping[str, Any], url: str) -> list[Completion]:
+    def _completions(self, text: str, url: str) -> list[Completion]:
         try:
+            data = json.loads(text)
             return [
                 Completion(
                     c["message"].get("content") or "", finish_reason=c.get("finish_reason") or "stop", policy=self.policy.name
                 )
                 for c in data["choices"]
             ]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise EngineError(
-                f"policy {self.policy.name!r}: {url} sent no chat completion ({error!r}): {str(data)[:300]}"
-            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EngineError(f"policy {self.policy.name!r}: {url} sent no chat completion ({error!r}): {text[:300]}") from error
 
 
 def speakers(policies: Mapping[str, PolicySpec], engine_of: Mapping[str, tuple[Engine, ChatTokens]]) -> dict[str, Speaker]:

@@ -28,7 +28,7 @@ from ..agents.types import BASE, SettingError, Task, from_json, to_json
 from ..rollouts.engines.engine import Engine
 from ..rollouts.engines.start import start_engine
 from ..rollouts.evaluate import Evaluation, evaluation, paired
-from ..rollouts.play import Job, Limits, Rollouts, agents_of, jobs
+from ..rollouts.play import Limits, Rollouts, agents_of
 from ..rollouts.rewards import RewardFn, fn_name, resolve_rewards
 from ..rollouts.served import build_system
 from ..rollouts.speakers import speakers
@@ -38,18 +38,16 @@ from ..rollouts.types import Episode
 from . import checkpoint as ckpt
 from .bases import Base, group_by_base, load_base
 from .config import RunConfig
+from .config import RunError as RunError
 from .monitor import Monitor
 from .progress import Progress
-from .publish import Publisher, probes
+from .publish import Proof, Publisher, probes
 from .ranks import Ranks
+from .recall import recall, unscorable
 from .samples import Sample
 from .snapshot import restore, save_checkpoint
-from .threads import Background, Stop
+from .threads import Background, Stop, Stopped
 from .update import How, LossFn, Updated, sample_to_json, update
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on; everything finished before it is on disk."""
 
 
 class Run:
@@ -76,7 +74,7 @@ class Run:
     ) -> None:
         self.config, self.recipe = config, recipe
         system = system or build_system(config.system)  # type: ignore[arg-type]
-        self.system = system.with_agents(agents_of(system, config.agents))  # type: ignore[arg-type]
+        self.system = system.with_agents(agents_of(system, config.agents, config.sampling()))  # type: ignore[arg-type]
         check_importable(self.system)
         self.policies = config.policy_specs(self.system.specs)
         self.agents_of = {name: [a.name for a in self.system.specs if a.policy == name] for name in self.policies}
@@ -102,6 +100,8 @@ class Run:
         self.tokens = {"sampled": 0, "trained": 0}
         self.evals: dict[str, dict[str, Any]] = {}
         self.best: tuple[float, str] | None = None
+        self.earlier_proofs: dict[str, list[dict[str, Any]]] = {}  # of the run that this one resumes, by base
+        self._saved: int | None = None  # the step whose checkpoint is on disk
         self._given_engine = engine
         self._opened = self._loaded = False
         self._exit = contextlib.ExitStack()  # what `open` started, in the order in which `close` has to end it
@@ -126,12 +126,7 @@ class Run:
             self._exit.callback(self.stop.close)
             if not self._loaded:
                 self._load()
-            if self.ranks.main:
-                self._open_loop()
-                self.store = Store(self.config.folder / "episodes")
-                self._exit.callback(self.store.close)
-                self._start_engines()
-                self._write_config()
+            self.ranks.on_main(self._open_main)
         except BaseException:
             self.close()
             raise
@@ -142,11 +137,16 @@ class Run:
         self.bases = {name: load_base(name, specs, self.config, self.ranks.device) for name, specs in found.items()}
         self.before = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
         self.base_hashes = {name: base.adapters.base_sha256() for name, base in self.bases.items()}
-        if self.ranks.main:
-            self._prepare_folder()
-        self.ranks.barrier()
+        self.ranks.on_main(self._prepare_folder)
         self._resume()
         self._loaded = True
+
+    def _open_main(self) -> None:
+        self._open_loop()
+        self.store = Store(self.config.folder / "episodes")
+        self._exit.callback(self.store.close)
+        self._start_engines()
+        self._write_config()
 
     def _open_loop(self) -> None:
         """An engine given by the caller outlives `close`, so the loop it works in has to as well."""
@@ -166,20 +166,24 @@ class Run:
                 f"output_dir {folder}: holds an earlier run; set resume to go on, overwrite to replace it, or another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
+        ckpt.sweep(folder)
 
     def _resume(self) -> None:
-        name = None
-        if self.config.resume and self.ranks.main:
-            valid = ckpt.newest_valid(self.config.folder, self.progress.say)
-            name = str(valid) if valid else None
-            if name is None:
-                self.progress.say(f"resume: no valid checkpoint in {self.config.folder}; starting from step 0")
-        name = self.ranks.broadcast(name)
+        def find() -> str | None:
+            folder = self.config.folder
+            valid = ckpt.newest_valid(folder, self.progress.say, lambda found: restore(self, found)) if self.config.resume else None
+            if valid is not None:
+                self.progress.say(f"resumed from {valid.name}")
+            elif self.config.resume:
+                self.progress.say(f"resume: no valid checkpoint in {folder}; starting from step 0")
+            drop_rows_after(folder / "metrics.jsonl", self.step)
+            return str(valid) if valid else None
+
+        name = self.ranks.on_main(find)
         if name:
-            restore(self, Path(name))
-            self.progress.say(f"resumed from {Path(name).name}")
-        if self.ranks.main:
-            drop_rows_after(self.config.folder / "metrics.jsonl", self.step)
+            if not self.ranks.main:
+                restore(self, Path(name))
+            self._saved = self.step
 
     def _start_engines(self) -> None:
         for base in self.bases.values():
@@ -196,7 +200,8 @@ class Run:
             root, earlier = self.config.folder / "versions", base.publisher
             base.engine = engine
             base.publisher = Publisher(root, base.adapters, engine, seed=self.config.seed, proof_every=self.config.proof_every)
-            base.publisher.records = earlier.records if earlier is not None else []
+            resumed = [Proof(**record) for record in self.earlier_proofs.get(base.name, ())]
+            base.publisher.records = earlier.records if earlier is not None else resumed
             self.background.run(base.publisher.publish(self.step, base.policies))
         served = [(p, b) for b in self.bases.values() for p in (*b.policies, *([BASE] if b is self._base_of_base() else []))]
         engine_of = {p: (b.engine, b.tokens) for p, b in served if b.engine is not None}
@@ -236,16 +241,18 @@ class Run:
             yield self.step + 1
             if self.ranks.any(self.stop.asked):
                 self.save()
-                raise KeyboardInterrupt
+                raise Stopped
 
     @property
     def versions(self) -> dict[str, str]:
-        """The team version to play with. An untrained adapter is the base to the last bit, and the base is faster."""
-        found: dict[str, str] = {}
-        for base in self.bases.values():
-            assert base.publisher is not None
-            found |= {p: v for p, v in base.publisher.versions.items() if base.adapters.is_trained(p)}
-        return found
+        """The team version to play with (rank 0 only). An untrained adapter is the base to the last bit, and the base is faster."""
+        trained, published = self.trained, [base.publisher.versions for base in self.bases.values() if base.publisher is not None]
+        return {policy: version for versions in published for policy, version in versions.items() if policy in trained}
+
+    @property
+    def trained(self) -> list[str]:
+        """Policies whose adapter is no longer the bare base."""
+        return [policy for base in self.bases.values() for policy in base.policies if base.adapters.is_trained(policy)]
 
     def tasks_of(self, step: int) -> list[Task]:
         """The tasks of a step: a pure function of seed and step, so nothing that fails or is dropped can hold the cursor."""
@@ -273,12 +280,18 @@ class Run:
         Episodes of this step that are stored already, played by the same adapter versions, are taken as they are.
         """
         start = time.perf_counter()
-        plan = jobs(self.tasks_of(step), label=f"train-{step:06d}", num_generations=self.config.num_generations, step=step)
-        episodes = self._play(plan, self.rollouts, f"step {step}") if self.ranks.main else []
-        if after is not None and self.ranks.main:
-            episodes = self.background.run(gather([after(episode) for episode in episodes]), self.stop)
-        if self.ranks.size > 1:
-            episodes = [from_json(Episode, e) for e in self.ranks.broadcast([to_json(e) for e in episodes])]
+        episodes: list[Episode] = []
+
+        def play() -> list[Any]:
+            found = self._play(self.tasks_of(step), f"train-{step:06d}", step, self.rollouts, self.config.num_generations)
+            if after is not None:
+                found = self.background.run(gather([after(episode) for episode in found]), self.stop)
+            episodes.extend(found)
+            return [to_json(e) for e in found] if self.ranks.size > 1 else []
+
+        sent = self.ranks.on_main(play)
+        if not self.ranks.main:
+            episodes = [from_json(Episode, e) for e in sent]
         self.seconds["rollout"] += time.perf_counter() - start
         parents = [e for e in episodes if e.parent is None]
         if all(e.error for e in parents):
@@ -296,26 +309,36 @@ class Run:
         }  # fmt: skip
         return episodes
 
-    def _play(self, plan: Sequence[Job], rollouts: Rollouts, what: str, versions: Mapping[str, str] | None = None) -> list[Episode]:
+    def _play(
+        self, tasks: Sequence[Task], label: str, step: int, rollouts: Rollouts, num_generations: int = 1,
+        versions: Mapping[str, str] | None = None,
+    ) -> list[Episode]:  # fmt: skip
+        """The episodes of these tasks, from the store where it has them, else played and stored."""
         versions = self.versions if versions is None else versions
-        wanted = {job.id: job for job in plan}
-        spoken = {a.policy for a in self.system.specs}
-        now = {policy: version for policy, version in versions.items() if policy in spoken}
-        found = {e.id: e for e in self.store.read(group={job.group for job in plan}) if e.id in wanted and e.team_version == now}
-        if all(unscorable(e) for e in found.values()):
-            found = {}  # what ended the run before it was resumed
+        now = {agent.policy: versions[agent.policy] for agent in self.system.specs if agent.policy in versions}
+        plan, found = recall(self.store, tasks, label, num_generations, step, now)
+        todo = [job for job in plan if job.id not in found]
+        if todo and all(base.engine.info().exact for base in self.bases.values() if base.engine is not None):
+            # Played alone, the missing ones would be decoded in other batches: right, but not to the last bit.
+            todo = plan
 
         async def go() -> None:
-            todo = [job for job in plan if job.id not in found]
-            with self.progress.episodes(what, len(plan), len(found), self.metric) as tick:
+            with self.progress.episodes(label, len(plan), len(plan) - len(todo), self.metric) as tick:
                 async for episode in rollouts.collect(todo, versions):
-                    self.store.append(episode)
-                    found[episode.id] = episode
+                    if episode.id not in found:
+                        self._keep(episode)
+                        found[episode.id] = episode
                     tick(episode)
 
         self.background.run(go(), self.stop)
         order = {job.id: number for number, job in enumerate(plan)}
         return sorted(found.values(), key=lambda e: (order.get(e.id, len(order)), e.id))
+
+    def _keep(self, episode: Episode) -> None:
+        try:
+            self.store.append(episode)
+        except OSError as error:
+            raise RunError(f"episode {episode.id} could not be stored in {self.store.folder}: {error}; earlier ones are whole") from error
 
     def learn(self, step: int, samples: Sequence[Sample], loss_fn: LossFn, how: How = How()) -> dict[str, Updated]:
         """Update every adapter that has samples. A loss or gradient that is not finite changes nothing and is dumped, aloud."""
@@ -369,12 +392,15 @@ class Run:
         """Publish what moved, prove it, log, evaluate and save as the settings ask. The step counts as done after this."""
         start = time.perf_counter()
         self.step = step
-        if self.ranks.main:
+
+        def publish() -> None:
             self._publish(step, episodes, final=step == self.config.max_steps)
             self.seconds["publish"] += time.perf_counter() - start
             row = {**self._row, **metrics, "seconds": dict(self.seconds)}
             append_row(self.config.folder / "metrics.jsonl", row)
             self.progress.step(step, row)
+
+        self.ranks.on_main(publish)
         self._watch(step, metrics.get("policies", {}))
         evaluated = self.config.eval_every and step % self.config.eval_every == 0 and step < self.config.max_steps
         if evaluated:
@@ -409,13 +435,14 @@ class Run:
     def evaluate(
         self, label: str, versions: Mapping[str, str] | None = None, tasks: Sequence[Task] | None = None
     ) -> Evaluation | None:
-        """Held-out accuracy at temperature 0 (rank 0 only; None elsewhere). `versions` None: the team version in force."""
-        if not self.ranks.main:
-            return None
+        """Held-out accuracy at temperature 0, for rank 0 (None elsewhere); every rank has to call it. `versions` None: those in force."""
+        found: list[Evaluation] = []
+        self.ranks.on_main(lambda: found.append(self._evaluate(label, versions, tasks)))
+        return found[0] if found else None
+
+    def _evaluate(self, label: str, versions: Mapping[str, str] | None, tasks: Sequence[Task] | None) -> Evaluation:
         chosen = list(tasks if tasks is not None else self.eval_tasks)
-        episodes = self._play(
-            jobs(chosen, label=f"eval-{label}", step=self.step), self.rollouts.greedy(), f"eval {label}", versions
-        )
+        episodes = self._play(chosen, f"eval-{label}", self.step, self.rollouts.greedy(), versions=versions)
         result = evaluation(chosen, episodes, self.metric)
         self.evals[label] = result.summary()
         if result.failed:
@@ -428,15 +455,26 @@ class Run:
         return result
 
     def save(self) -> Path | None:
-        """Write a checkpoint of the last finished step."""
-        if not self.ranks.main:
-            return None
+        """Write a checkpoint of the last finished step, unless it is there already."""
+        found: list[Path] = []
+        if self._saved != self.step:
+            self.ranks.on_main(lambda: found.append(self._save()))
+            self._saved = self.step
+        return found[0] if found else None
+
+    def _save(self) -> Path:
         try:
             path = save_checkpoint(self)
+            ckpt.prune(self.config.folder, self.config.save_total_limit, self.best[1] if self.best else None)
         except OSError as error:
             raise RunError(f"checkpoint of step {self.step} could not be written: {error}; earlier ones are whole") from error
-        ckpt.prune(self.config.folder, self.config.save_total_limit, self.best[1] if self.best else None)
         return path
+
+    def clock(self) -> None:
+        """Add the time since the last call to `seconds["total"]`, which goes on over resumes."""
+        now = time.time()
+        self.seconds["total"] += now - self.started
+        self.started = now
 
     def _write_config(self) -> None:
         import yaml
@@ -447,13 +485,13 @@ class Run:
         names = [agent.name for agent in self.system.specs]
         settings["system"] = {"class": f"{cls.__module__}:{cls.__qualname__}", "agents": names, **self.system.arguments()}
         settings["agents"] = {a.name: {k: v for k, v in to_json(a).items() if k != "name"} for a in self.system.specs}
-        (self.config.folder / "config.yaml").write_text(yaml.safe_dump(to_json(settings), sort_keys=False, allow_unicode=True))
+        ckpt.write_text(self.config.folder / "config.yaml", yaml.safe_dump(to_json(settings), sort_keys=False, allow_unicode=True))
 
     def summarise(
         self, before: Evaluation | None, after: Evaluation | None, extra: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """`summary.json`, with every pinned key."""
-        self.seconds["total"] = time.time() - self.started
+        self.clock()
         publishers = [base.publisher for base in self.bases.values() if base.publisher]
         proofs = [publisher.summary() for publisher in publishers]
         total = {key: sum(p[key] for p in proofs) for key in ("checks", "passed", "untrained", "failed")}
@@ -480,7 +518,8 @@ class Run:
             },
             **(extra or {}),
         }  # fmt: skip
-        ckpt.write_json(self.config.folder / "summary.json", result)
+        if self.ranks.main:
+            ckpt.write_json(self.config.folder / "summary.json", result)
         return result
 
 
@@ -496,11 +535,6 @@ def check_importable(system: System) -> None:
             f"system {cls.__qualname__} is defined in {cls.__module__}{' (inside a function)' if '<locals>' in cls.__qualname__ else ''}: "
             f"put the class at the top of a module of its own, so that checkpoints can import it"
         )
-
-
-def unscorable(episode: Episode) -> bool:
-    """It failed, or a reward of it is NaN."""
-    return episode.error is not None or any(math.isnan(r.value) for r in episode.rewards)
 
 
 def check_tasks(train: Sequence[Task], held_out: Sequence[Task], config: RunConfig) -> None:
@@ -526,8 +560,7 @@ def drop_rows_after(path: Path, step: int) -> None:
                 rows.append(json.loads(line))
             except ValueError:
                 continue  # the line that the kill tore
-        ckpt_rows = [json.dumps(row) for row in rows if row["step"] <= step]
-        path.write_text("".join(f"{row}\n" for row in ckpt_rows))
+        ckpt.write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= step))
 
 
 def split_of(run: Run) -> dict[str, Any]:
