@@ -23,11 +23,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ..agents.team import derive_seed
 from ..agents.types import BASE, PolicySpec, SettingError, nearest
+from .checkpoint import write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _LORA = re.compile(r"^(?P<module>.+\.lora_[AB])\.(?P<adapter>[^.]+)\.weight$")
@@ -156,7 +156,7 @@ class Adapters:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {key: p.detach().cpu().contiguous() for key, p in self.parameters(name).items()}
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "base_sha256": self._base, "policy": name})
+        write_tensors(folder / WEIGHTS, tensors, {"base_sha256": self._base, "policy": name})
         config = self.model.peft_config[name].to_dict()
         config |= {"inference_mode": True, "base_model_name_or_path": self.base_name or None}
         config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs between processes
@@ -215,23 +215,16 @@ class Adapters:
         return any(bool(p.any()) for key, p in self.parameters(name).items() if ".lora_B." in key)
 
     @contextlib.contextmanager
-    def disguised(self, name: str, factor: float, dtype: torch.dtype) -> Iterator[None]:
-        """The adapter as an engine of this dtype serves it, with its scaling times `factor`; put back bit for bit afterwards."""
+    def amplified(self, name: str, factor: float) -> Iterator[None]:
+        """The adapter's scaling times `factor`, as if `lora_alpha` were; `base` has none."""
         layers = [m for m in self.model.modules() if isinstance(m, LoraLayer) and name in m.scaling]
-        kept = {key: p.detach().clone() for key, p in self.parameters(name).items()}
-        scalings = [layer.scaling[name] for layer in layers]
+        before = [layer.scaling[name] for layer in layers]
         try:
-            with torch.no_grad():
-                for parameter in self.parameters(name).values():
-                    parameter.copy_(parameter.to(dtype))
-            for layer, scaling in zip(layers, scalings, strict=True):
+            for layer, scaling in zip(layers, before, strict=True):
                 layer.scaling[name] = scaling * factor
             yield
         finally:
-            with torch.no_grad():
-                for key, parameter in self.parameters(name).items():
-                    parameter.copy_(kept[key])
-            for layer, scaling in zip(layers, scalings, strict=True):
+            for layer, scaling in zip(layers, before, strict=True):
                 layer.scaling[name] = scaling
 
     @property

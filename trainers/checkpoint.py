@@ -18,6 +18,7 @@ from typing import Any
 from ..agents.types import SettingError
 
 SCHEMA = 1
+MANIFEST = "manifest.json"
 
 
 class CheckpointError(SettingError):
@@ -41,17 +42,48 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: a reader sees the old content or the new, never half."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: a reader sees the old content or the new, never half, and so does a reader after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(json.dumps(value, indent=2) + "\n")
-    fsync(staged)
-    staged.replace(path)
+    try:
+        staged.write_text(text)
+        fsync(staged)
+        staged.replace(path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of a JSON value."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file whose bytes follow from the tensors alone. A full disk raises `OSError`.
+
+    safetensors' own `save_file` writes its metadata in random order and raises an error of its own kind.
+    """
+    from safetensors.torch import save
+
+    data = save(dict(tensors), {"format": "pt", **(metadata or {})})
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) > size:
+        raise ValueError(f"{path}: the header of {len(tensors)} tensors grew when sorted, from {size} bytes to {len(text)}")
+    with path.open("wb") as file:
+        file.write(data[:8] + text.ljust(size))
+        file.write(memoryview(data)[8 + size :])
 
 
 def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
-    """Let `write(staged)` fill a folder, add its manifest, make it durable and rename it to `target`. On error nothing stays."""
+    """Let `write(staged)` fill a folder, add its manifest, make it durable and rename it to `target`. On error nothing stays.
+
+    A `target` that is there already is replaced: give a name that is in use only to mend what does not verify.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(staged, ignore_errors=True)
@@ -60,8 +92,8 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
         write(staged)
         files = sorted(path for path in staged.rglob("*") if path.is_file())
         hashes = {str(path.relative_to(staged)): sha256_file(path) for path in files}
-        (staged / "manifest.json").write_text(json.dumps({"schema": SCHEMA, "sha256": hashes}, indent=2) + "\n")
-        for path in [*files, staged / "manifest.json", *(p for p in staged.rglob("*") if p.is_dir()), staged]:
+        (staged / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "sha256": hashes}, indent=2) + "\n")
+        for path in [*files, staged / MANIFEST, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
             fsync(path)
         if target.exists():
             shutil.rmtree(target)
@@ -75,10 +107,10 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
 
 def verify(folder: Path) -> None:
     """Raise `CheckpointError` unless every file of the manifest is there with its sha256."""
-    manifest = folder / "manifest.json"
+    manifest = folder / MANIFEST
     try:
         hashes = json.loads(manifest.read_text())["sha256"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest}: no readable manifest ({type(error).__name__}); not a complete checkpoint") from error
     for name, expected in hashes.items():
         path = folder / name
@@ -93,15 +125,31 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
-def newest_valid(run: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose manifest holds; every one passed over is named through `say`."""
+def newest_valid(run: Path, say: Callable[[str], None], fits: Callable[[Path], None] = lambda folder: None) -> Path | None:
+    """The newest checkpoint whose manifest holds and that fits; every one passed over is named through `say`.
+
+    `fits(folder)` raises `SettingError` where a whole checkpoint is not one of this run's (another base, another rank). If such ones are
+    all there is, the newest one's error is raised: beginning anew is not what was asked for. None if there is no whole checkpoint.
+    """
+    misfit: SettingError | None = None
     for folder in reversed(list_checkpoints(run)):
         try:
             verify(folder)
+            fits(folder)
             return folder
-        except CheckpointError as error:
+        except SettingError as error:
+            if not isinstance(error, CheckpointError):
+                misfit = misfit or error
             say(f"skipping {folder.name}: {error}")
+    if misfit is not None:
+        raise misfit
     return None
+
+
+def sweep(run: Path) -> None:
+    """Delete what a kill left half written or half deleted. Only for the one process that writes this run."""
+    for folder in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(folder)
 
 
 def prune(run: Path, keep: int, best: str | None) -> None:
@@ -134,7 +182,7 @@ def join_optimizer(optimizer: Any, tensors: Mapping[str, Any]) -> None:
         state.setdefault(int(index), {})[key] = tensor
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     if state and set(state) != set(range(count)):
-        raise CheckpointError(
+        raise SettingError(
             f"optimizer state holds {len(state)} tensors' moments, the adapter has {count}; its targets or rank changed"
         )
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -31,6 +31,7 @@ from .losses import LossConfig, Stats, policy_loss
 from .replay import counterfactual_rewards
 from .run import Run
 from .samples import Denominators, samples
+from .threads import Stopped
 from .update import How, Updated
 
 
@@ -99,7 +100,7 @@ class GRPOTrainer:
                 run.finish(step, episodes, self.learn(step, episodes))
             after = run.evaluate("after")
             return run.summarise(self.before, after, self.contributions())
-        except KeyboardInterrupt:
+        except Stopped:
             run.save()
             raise
         finally:
@@ -134,12 +135,13 @@ class GRPOTrainer:
     def contributions(self) -> dict[str, Any]:
         """What each adapter is worth: held-out accuracy with one adapter on and the others off, paired against the base team."""
         run, found = self.run, {}
-        if not self.args.ablate_adapters or not run.ranks.main:
+        if not self.args.ablate_adapters:
             return {}
-        for policy, version in run.versions.items():
-            result = run.evaluate(f"only-{policy}", versions={policy: version})
-            assert result is not None and self.before is not None
-            found[policy] = {**result.summary(), "paired": paired(self.before, result)}
+        versions = run.versions
+        for policy in run.trained:
+            result = run.evaluate(f"only-{policy}", versions={p: v for p, v in versions.items() if p == policy})
+            if result is not None and self.before is not None:
+                found[policy] = {**result.summary(), "paired": paired(self.before, result)}
         return {"adapters": found}
 
     def evaluate(self, num_tasks: int | None = None) -> dict[str, Any]:

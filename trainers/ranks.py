@@ -9,11 +9,17 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from .threads import Stopped
+
+
+class RankError(RuntimeError):
+    """Rank 0 cannot go on; it has said why itself."""
 
 
 class Ranks:
@@ -47,6 +53,26 @@ class Ranks:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.main else torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(buffer, 0, group=self._control)
         return json.loads(bytes(buffer.numpy().tobytes()))
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Let rank 0 alone do `work`; its JSON value on every rank. If it fails or is stopped there, every rank raises.
+
+        Without this the others would wait for hours for a rank that has gone. Raises what `work` raises on rank 0, and `RankError`
+        or `Stopped` elsewhere.
+        """
+        if self.size == 1:
+            return work()
+        if not self.main:
+            value, problem = self.broadcast(None)
+            if problem:
+                raise Stopped if problem == "stopped" else RankError(problem)
+            return value
+        try:
+            value = work()
+        except BaseException as error:
+            self.broadcast((None, "stopped" if isinstance(error, Stopped) else f"rank 0: {type(error).__name__}: {error}"))
+            raise
+        return self.broadcast((value, ""))[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, in the order of ranks, on every rank."""

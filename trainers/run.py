@@ -101,6 +101,7 @@ class Run:
         self.evals: dict[str, dict[str, Any]] = {}
         self.best: tuple[float, str] | None = None
         self.earlier_proofs: dict[str, list[dict[str, Any]]] = {}  # of the run that this one resumes, by base
+        self.earlier_versions: dict[str, dict[str, str]] = {}
         self._saved: int | None = None  # the step whose checkpoint is on disk
         self._given_engine = engine
         self._opened = self._loaded = False
@@ -199,7 +200,10 @@ class Run:
                 self._exit.callback(self._close_engine, engine)
             root, earlier = self.config.folder / "versions", base.publisher
             base.engine = engine
-            base.publisher = Publisher(root, base.adapters, engine, seed=self.config.seed, proof_every=self.config.proof_every)
+            base.publisher = Publisher(
+                root, base.adapters, engine, seed=self.config.seed, proof_every=self.config.proof_every,
+                earlier=self.earlier_versions.get(base.name),
+            )  # fmt: skip
             resumed = [Proof(**record) for record in self.earlier_proofs.get(base.name, ())]
             base.publisher.records = earlier.records if earlier is not None else resumed
             self.background.run(base.publisher.publish(self.step, base.policies))
@@ -284,6 +288,7 @@ class Run:
 
         def play() -> list[Any]:
             found = self._play(self.tasks_of(step), f"train-{step:06d}", step, self.rollouts, self.config.num_generations)
+            self._prove(step - 1, found, start=True)
             if after is not None:
                 found = self.background.run(gather([after(episode) for episode in found]), self.stop)
             episodes.extend(found)
@@ -338,7 +343,9 @@ class Run:
         try:
             self.store.append(episode)
         except OSError as error:
-            raise RunError(f"episode {episode.id} could not be stored in {self.store.folder}: {error}; earlier ones are whole") from error
+            raise RunError(
+                f"episode {episode.id} could not be stored in {self.store.folder}: {error}; earlier ones are whole"
+            ) from error
 
     def learn(self, step: int, samples: Sequence[Sample], loss_fn: LossFn, how: How = How()) -> dict[str, Updated]:
         """Update every adapter that has samples. A loss or gradient that is not finite changes nothing and is dumped, aloud."""
@@ -419,10 +426,18 @@ class Run:
     def _publish(self, step: int, episodes: Sequence[Episode], final: bool) -> None:
         for base in self.bases.values():
             assert base.publisher is not None
+            self.background.run(base.publisher.publish(step, base.policies))
+        self._prove(step, episodes, final=final)
+
+    def _prove(self, step: int, episodes: Sequence[Episode], *, final: bool = False, start: bool = False) -> None:
+        """The live proof. `start`: of the versions this run began with (resumed, or from `init`), on the first tokens they sampled."""
+        for base in self.bases.values():
+            assert base.publisher is not None
+            if start and base.publisher.asked:
+                continue
             found = {policy: probes(episodes, self.agents_of, policy) for policy in base.policies}
             try:
-                self.background.run(base.publisher.publish(step, base.policies))
-                made = self.background.run(base.publisher.prove(step, found, final=final))
+                made = self.background.run(base.publisher.prove(step, found, final=final or start))
             finally:
                 ckpt.write_json(
                     self.config.folder / "proofs.json",
@@ -566,6 +581,6 @@ def drop_rows_after(path: Path, step: int) -> None:
 def split_of(run: Run) -> dict[str, Any]:
     """What `system.json` says of the task set."""
     return {
-        "name": "" if run.tasks_given else run.config.tasks, "args": run.config.task_args, "seed": run.config.seed, "num_eval_tasks": len(run.eval_tasks),
-        "train": split_hash(run.tasks), "eval": split_hash(run.eval_tasks),
+        "name": "" if run.tasks_given else run.config.tasks, "args": run.config.task_args, "seed": run.config.seed,
+        "num_eval_tasks": len(run.eval_tasks), "train": split_hash(run.tasks), "eval": split_hash(run.eval_tasks),
     }  # fmt: skip

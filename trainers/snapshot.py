@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..agents.types import SettingError, to_json
 from ..rollouts.rewards import reward_name
@@ -53,10 +53,14 @@ def save_checkpoint(run: Run) -> Path:
             for policy in base.policies:
                 base.adapters.save(policy, folder / "adapters" / policy)
             for policy in base.adapters.trainable:
-                save_file(base.optimizers.state(policy), folder / "trainer" / f"{policy}.safetensors")
+                ckpt.write_tensors(folder / "trainer" / f"{policy}.safetensors", base.optimizers.state(policy))
+        run.clock()
         state = {
-            "step": run.step, "tokens": run.tokens, "seconds": run.seconds, "credit": run.credit_state, "monitor": run.monitor.to_json(), "evals": run.evals, "best": run.best,
+            "step": run.step, "tokens": run.tokens, "seconds": run.seconds, "credit": run.credit_state,
+            "monitor": run.monitor.to_json(), "evals": run.evals, "best": run.best,
             "sha256_before": run.before, "aborted": run.aborted, "seed": run.config.seed,
+            "proofs": {name: base.publisher.to_json() for name, base in run.bases.items() if base.publisher},
+            "versions": {name: base.publisher.versions for name, base in run.bases.items() if base.publisher},
         }  # fmt: skip
         ckpt.write_json(folder / "trainer" / "state.json", state)
 
@@ -94,4 +98,5 @@ def restore(run: Run, folder: Path) -> None:
     run.step, run.tokens, run.seconds, run.aborted = state["step"], state["tokens"], state["seconds"], state["aborted"]
     run.credit_state.update(state["credit"])
     run.monitor = Monitor(**state["monitor"])
+    run.earlier_proofs, run.earlier_versions = state["proofs"], state["versions"]
     run.evals, run.best, run.before = state["evals"], tuple(state["best"]) if state["best"] else None, state["sha256_before"]

@@ -18,8 +18,13 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+class Stopped(KeyboardInterrupt):
+    """The user or the cluster asked to stop, noticed where the last finished step can be saved as it is."""
+
+
 class Stop:
-    """Set by the first SIGINT, SIGTERM or SIGUSR1 (what clusters send before the time limit); a second SIGINT interrupts at once.
+    """Set by the first SIGINT, SIGTERM or SIGUSR1 (what clusters send before the time limit), and noticed between two steps or while
+    episodes are played. A second SIGINT interrupts at once, wherever the run is, so nothing can be saved then.
 
     Handlers are installed in the main thread only and put back by `close`.
     """
@@ -52,21 +57,26 @@ class Background:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T], stop: Stop | None = None) -> T:
-        """The coroutine's result. If `stop` is asked meanwhile, the work is cancelled and KeyboardInterrupt raised."""
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        """The coroutine's result. If `stop` is asked meanwhile, the work is cancelled, waited for, and `Stopped` raised."""
+        started: concurrent.futures.Future[asyncio.Task[T]] = concurrent.futures.Future()
+        ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def begin() -> None:
+            task = self.loop.create_task(work)
+            task.add_done_callback(lambda _: ended.set_result(None))
+            started.set_result(task)
+
+        self.loop.call_soon_threadsafe(begin)
         try:
-            while True:
-                try:
-                    return future.result(timeout=0.2)
-                except concurrent.futures.TimeoutError:
-                    if future.done():
-                        return future.result()  # the work's own time-out
-                    if stop is not None and stop.asked:
-                        raise KeyboardInterrupt from None
+            while not concurrent.futures.wait([ended], timeout=0.2).done:
+                if stop is not None and stop.asked:
+                    raise Stopped
         except KeyboardInterrupt:
-            future.cancel()
-            concurrent.futures.wait([future], timeout=10)
+            task = started.result()
+            self.loop.call_soon_threadsafe(task.cancel)
+            concurrent.futures.wait([ended], timeout=10)  # what is open ends before the caller saves or closes anything
             raise
+        return started.result().result()
 
     def close(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)

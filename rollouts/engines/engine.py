@@ -33,7 +33,10 @@ class PromptTooLong(EngineError):
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """Facts of a running engine. `context`: tokens per sequence; `dtype`: of the served weights; `replicas`: places a version must reach."""
+    """Facts of a running engine. `context`: tokens per sequence; `dtype`: of the served weights; `replicas`: places a version must reach.
+
+    `exact`: the same requests, all asked again, get the same answers to the last bit; some of them asked alone may not.
+    """
 
     kind: str
     base: str
@@ -41,6 +44,7 @@ class EngineInfo:
     dtype: str = "float32"
     max_rank: int = 0
     replicas: tuple[str, ...] = ("local",)
+    exact: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -148,7 +148,7 @@ class TransformersEngine:
 
     def info(self) -> EngineInfo:
         settings = {"max_batch": self.max_batch, "threads": self.threads, "device": self.device}
-        return EngineInfo("transformers", self._base, self._context, self._dtype, settings=settings)
+        return EngineInfo("transformers", self._base, self._context, self._dtype, exact=True, settings=settings)
 
     async def close(self) -> None:
         """Stop after the batch in progress; requests still open fail. May be called twice."""

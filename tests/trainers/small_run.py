@@ -1,0 +1,143 @@
+"""A GRPO run so small that it can be killed twenty times: two agents on a random model, a few steps, one core.
+
+`python -m tests.trainers.small_run` reads one run per line as JSON from stdin, plays it in a forked child (so that the imports are
+paid once) and answers with the child's exit code; -9 is a SIGKILL. `fault` names a function; at its `at`-th call the child sends
+itself `signal`, before the call or after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal as signals
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marlora.agents.types import Task
+from marlora.recipes import settings
+from marlora.rollouts.store import Store
+from marlora.rollouts.types import Episode
+from marlora.trainers import checkpoint, publish, run, snapshot
+from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
+from marlora.trainers.tiny import tiny_chain
+from tests.repository import ROOT
+
+# name -> (owner, attribute): functions that a run calls again and again
+FAULTS: dict[str, tuple[Any, str]] = {
+    "fsync": (os, "fsync"),  # every write that is to last: episodes, versions, files of checkpoints
+    "store": (Store, "append"),
+    "learn": (run.Run, "learn"),
+    "publish": (publish.Publisher, "publish"),
+    "prove": (publish.Publisher, "prove"),
+    "metrics": (run, "append_row"),
+    "optimizer file": (checkpoint, "write_tensors"),
+    "rename": (Path, "rename"),
+    "save": (snapshot.ckpt, "publish_folder"),
+    "prune": (checkpoint, "prune"),
+    "delete": (shutil, "rmtree"),
+    "step": (torch.optim.AdamW, "step"),
+}
+
+
+def bytes_mod_7(task: Task, episode: Episode) -> float:
+    """A reward that no model has learnt and that differs between replies: there is always something to learn."""
+    return sum(str(episode.output).encode()) % 7 / 6
+
+
+def config(folder: str | Path, model: str | Path, **changes: Any) -> GRPOConfig:
+    small: dict[str, Any] = dict(
+        output_dir=str(folder), model=str(model), engine="transformers", tasks="marlora.trainers.tiny:tiny_tasks", num_eval_tasks=3,
+        max_steps=4, tasks_per_step=3, num_generations=3, max_completion_length=4, lora_r=4, lora_alpha=8.0, learning_rate=1e-2,
+        lora_target_modules=["q_proj", "v_proj"], save_every=1, save_total_limit=2,
+    )  # fmt: skip
+    return GRPOConfig(**{**small, **changes})
+
+
+def trainer(folder: str | Path, model: str | Path, **changes: Any) -> GRPOTrainer:
+    return GRPOTrainer(system=tiny_chain(), rewards=[bytes_mod_7], args=config(folder, model, **changes))
+
+
+def set_fault(name: str, at: int, signal: str, after: bool) -> Callable[[], int]:
+    """Make the `at`-th call of the named function end in a signal (0: never). Returns the counter of calls."""
+    owner, attribute = FAULTS[name]
+    real, calls = getattr(owner, attribute), [0]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        strike = calls[0] == at
+        if strike and not after:
+            os.kill(os.getpid(), signals.Signals[signal])
+        result = real(*args, **kwargs)
+        if strike and after:
+            os.kill(os.getpid(), signals.Signals[signal])
+        return result
+
+    setattr(owner, attribute, counted)
+    return lambda: calls[0]
+
+
+def play(folder: str, model: str, fault: str = "", at: int = 0, signal: str = "SIGKILL", after: bool = False, **changes: Any) -> None:
+    torch.set_num_threads(1)
+    count = set_fault(fault, at, signal, after) if fault else lambda: 0
+    settings.run(lambda: trainer(folder, model, **changes).train())
+    Path(f"{folder}.calls").write_text(str(count()))
+
+
+def child(order: dict[str, Any]) -> int:
+    """Play it in this process and tell the exit code; what it says goes to FOLDER.log."""
+    log = os.open(f"{order['folder']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        play(**order)
+    except SystemExit as error:
+        return int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 70
+    return 0
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            code = child(json.loads(line))
+            sys.stderr.flush()
+            os._exit(code)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+@contextmanager
+def runner() -> Iterator[Callable[..., int]]:
+    """A function that plays one run in a process of its own and returns its exit code."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.trainers.small_run"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def ask(folder: Path, model: Path, **order: Any) -> int:
+        stdin.write(json.dumps({"folder": str(folder), "model": str(model), **order}) + "\n")
+        stdin.flush()
+        return int(stdout.readline())
+
+    try:
+        yield ask
+    finally:
+        stdin.close()
+        process.wait(60)
+        stdout.close()
+
+
+if __name__ == "__main__":
+    serve()
