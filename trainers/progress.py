@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -26,12 +27,20 @@ class Progress:
         self._bars: Bars | None = None
         self._steps: TaskID | None = None
         self._total = 0
+        self._kept: Path | None = None
+
+    def keep_warnings(self, path: Path) -> None:
+        """Append warnings to this file too, from now on; the report shows them."""
+        self._kept = path
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
     def warn(self, text: str) -> None:
         self.console.print(f"warning: {text}", style="yellow", markup=False)
+        if self._kept is not None:
+            with self._kept.open("a") as file:
+                file.write(" ".join(text.split()) + "\n")
 
     def start(self, done: int, total: int) -> None:
         self._total = total

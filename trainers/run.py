@@ -29,6 +29,7 @@ from ..rollouts.engines.engine import Engine
 from ..rollouts.engines.start import start_engine
 from ..rollouts.evaluate import Evaluation, evaluation, paired
 from ..rollouts.play import Limits, Rollouts, agents_of
+from ..rollouts.report import write_report
 from ..rollouts.rewards import RewardFn, fn_name, resolve_rewards
 from ..rollouts.served import build_system
 from ..rollouts.speakers import speakers
@@ -144,6 +145,7 @@ class Run:
 
     def _open_main(self) -> None:
         self._open_loop()
+        self.progress.keep_warnings(self.config.folder / "warnings.log")
         self.store = Store(self.config.folder / "episodes")
         self._exit.callback(self.store.close)
         self._start_engines()
@@ -505,7 +507,7 @@ class Run:
     def summarise(
         self, before: Evaluation | None, after: Evaluation | None, extra: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """`summary.json`, with every pinned key."""
+        """`summary.json`, with every pinned key, and `report.html`."""
         self.clock()
         publishers = [base.publisher for base in self.bases.values() if base.publisher]
         proofs = [publisher.summary() for publisher in publishers]
@@ -535,6 +537,7 @@ class Run:
         }  # fmt: skip
         if self.ranks.main:
             ckpt.write_json(self.config.folder / "summary.json", result)
+            write_report(self.config.folder)
         return result
 
 
