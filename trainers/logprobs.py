@@ -32,7 +32,7 @@ def token_logprobs(model: Any, batch: Batch, *, chunk: int = 1024, entropy_grad:
     Args:
         model: a causal language model or its PEFT wrapper, with the batch's adapter active (`Adapters.active`), and still active
             in backward: anything else raises RuntimeError there, because gradient checkpointing would compute another policy.
-        chunk: terms whose logits exist at the same time.
+        chunk: positions whose logits exist at the same time.
         entropy_grad: let gradients flow through the entropy as well (an entropy bonus).
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -40,28 +40,40 @@ def token_logprobs(model: Any, batch: Batch, *, chunk: int = 1024, entropy_grad:
         _own_head[base] = _head_works(base)
     masks = _masks(base, batch)
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": masks, "use_cache": False}
+    # Terms of shared rows often stand at one position (equal replies, siblings): the head runs once per position and temperature.
+    key = torch.stack([batch.row.double(), batch.column.double(), batch.temperature.double()], dim=1)
+    places, place = key.unique(dim=0, return_inverse=True)  # [U, 3], [N]
+    row, column, temperature = places[:, 0].long(), places[:, 1].long(), places[:, 2].float()
     if _own_head[base]:
-        hidden = base.get_decoder()(**inputs).last_hidden_state[batch.row, batch.column]
+        hidden = base.get_decoder()(**inputs).last_hidden_state[row, column]
     else:  # the model's own head, on the union of the terms' columns
-        columns, where = batch.column.unique(return_inverse=True)
-        hidden = base(**inputs, logits_to_keep=columns).logits[batch.row, where]
-    parts = [
-        _score(base, hidden[i : i + chunk], batch.target[i : i + chunk], batch.temperature[i : i + chunk], entropy_grad)
-        for i in range(0, batch.num_terms, chunk)
-    ]
-    logp, entropy = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        columns, where = column.unique(return_inverse=True)
+        hidden = base(**inputs, logits_to_keep=columns).logits[row, where]
+    order = place.argsort(stable=True)
+    parts = []
+    for i in range(0, len(places), chunk):
+        mine = order[(place[order] >= i) & (place[order] < i + chunk)]
+        parts.append(
+            _score(base, hidden[i : i + chunk], temperature[i : i + chunk], place[mine] - i, batch.target[mine], entropy_grad)
+        )
+    back = order.argsort()
+    logp, entropy = torch.cat([p[0] for p in parts])[back], torch.cat([p[1] for p in parts])[back]
     if logp.requires_grad and isinstance(model, PeftModel):
         logp.register_hook(_same_adapter(model, speaking(model)))
     return logp, entropy
 
 
-def _score(base: Any, hidden: torch.Tensor, target: torch.Tensor, temperature: torch.Tensor, entropy_grad: bool) -> Any:
+def _score(
+    base: Any, hidden: torch.Tensor, temperature: torch.Tensor, place: torch.Tensor, target: torch.Tensor, entropy_grad: bool
+) -> Any:
+    """(log p(target) [M], entropy [M]) of terms at positions `place` [M] of `hidden` [U, H]."""
+
     def score(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = _head(base, hidden) if _own_head[base] else hidden
         logps = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_grad):
             entropy = -(logps.exp() * logps).sum(-1)
-        return logps.gather(1, target[:, None])[:, 0], entropy
+        return logps[place, target], entropy[place]
 
     return checkpoint(score, hidden, use_reentrant=False) if torch.is_grad_enabled() else score(hidden)
 
