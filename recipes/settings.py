@@ -27,7 +27,8 @@ def parse(cls: type[T], recipe: str | Path, argv: Sequence[str] | None = None) -
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
-            raise SettingError(f"{message.removeprefix('argument ')}; --help lists every setting")
+            told = re.sub(r"^argument (--\w+)(/--[\w-]+)*", r"\1", message)  # argparse lists every spelling of a flag
+            raise SettingError(f"{told}; --help lists every setting")
 
     path, args = config_file(Path(recipe).with_suffix(".yaml"), list(sys.argv[1:] if argv is None else argv))
     settings = read_yaml(path)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from ..agents.types import BASE, AdapterSpec, AgentSpec, PolicySpec, Sampling, SettingError, from_json, nearest, to_json
 from ..rollouts.engines.start import EngineConfig, help_of
@@ -86,12 +86,18 @@ class RunConfig(EngineConfig):
             if value is not None and not isinstance(value, Mapping):
                 raise SettingError(f"{name}: expected a mapping, got {value!r}")
             setattr(self, name, dict(value or {}))
+        hints = get_type_hints(type(self))  # not `field.type`: parsers write to it
         for f in fields(self):
-            check_type(f.name, f.type, getattr(self, f.name))
+            check_type(f.name, hints[f.name], getattr(self, f.name))
         positive = ("tasks_per_step", "num_generations", "max_completion_length", "max_concurrency", "lora_r", "num_iterations")
         for name in (*positive, "tokens_per_batch", "save_every", "save_total_limit", "num_eval_tasks", "proof_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "temperature", "lora_alpha"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingError(f"{name}: expected a number from 0, got {getattr(self, name)}")
+        if self.max_steps < 0 or self.warmup_steps < 0 or self.eval_every < 0:
+            raise SettingError("max_steps, warmup_steps and eval_every: expected at least 0")
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16")),
             ("lr_scheduler_type", ("constant", "linear", "cosine")),
@@ -127,13 +133,20 @@ class RunConfig(EngineConfig):
         shape = AdapterSpec(self.lora_r, float(self.lora_alpha), tuple(self.lora_target_modules))
         specs = {}
         for name in used:
-            given = dict(self.policies.get(name, {}))  # type: ignore[union-attr]
-            given["adapter"] = {**to_json(shape), **given.get("adapter", {})}
+            given = mapping(f"policies.{name}", self.policies.get(name))  # type: ignore[union-attr]
+            given["adapter"] = {**to_json(shape), **mapping(f"policies.{name}.adapter", given.get("adapter"))}
             spec = from_json(PolicySpec, {"name": name, **given}, f"policies.{name}")
             if name == BASE and spec.trainable and "trainable" in given:
                 raise SettingError("policies.base.trainable: the base is never trained; give the agent a policy of its own")
             specs[name] = spec
         return specs
+
+
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    """A copy of a mapping that may be left empty in YAML."""
+    if value is not None and not isinstance(value, Mapping):
+        raise SettingError(f"{name}: expected a mapping, got {value!r}")
+    return dict(value or {})
 
 
 def check_type(name: str, hint: Any, value: Any) -> None:
@@ -145,7 +158,10 @@ def check_type(name: str, hint: Any, value: Any) -> None:
         "str": (str,),
         "list[str]": (list,),
     }
-    kind = kinds.get(str(hint))
+    name_of_hint = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    kind = kinds.get(name_of_hint.removesuffix(" | None"))
+    if value is None and name_of_hint.endswith(" | None"):
+        return
     wrong = kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind))
-    if wrong or (str(hint) == "list[str]" and not all(isinstance(item, str) for item in value)):
-        raise SettingError(f"{name}: expected {hint}, got {value!r}")
+    if wrong or (kind == (list,) and not all(isinstance(item, str) for item in value)):
+        raise SettingError(f"{name}: expected {name_of_hint}, got {value!r}")
