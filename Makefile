@@ -8,7 +8,7 @@ PYTEST := $(PY) -m pytest
 
 # Set by module systems of clusters; they would put other packages before those of .venv.
 unexport PYTHONPATH PYTHONHOME
-# MODEL=path-or-hub-name reaches the demo through the environment.
+# MODEL=path-or-hub-name reaches the demo through the environment; ARGS="--field value ..." are more of its settings.
 export MODEL
 
 .DEFAULT_GOAL := help
@@ -44,7 +44,7 @@ test-gpu: setup  ## tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu
 
 demo: setup  ## train and evaluate a team of two on a real model (MODEL=... for another), into runs/demo
-	@$(PY) -m marlora.recipes.demo --output_dir runs/demo --overwrite true $${MODEL:+--model "$$MODEL"}
+	@$(PY) -m marlora.recipes.demo --output_dir runs/demo --overwrite true $${MODEL:+--model "$$MODEL"} $(ARGS)
 
 demo-tiny: setup  ## the same with GRPO on a tiny model: a minute, no server
-	@$(PY) -m marlora.recipes.grpo_team --output_dir runs/demo-tiny --overwrite true
+	@$(PY) -m marlora.recipes.grpo_team --output_dir runs/demo-tiny --overwrite true $(ARGS)

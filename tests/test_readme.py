@@ -21,7 +21,11 @@ DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 
 RUN = "run here, in a copy of the repository"
 CI = "a target that .ci/run makes"
+DEMO, TINY = "tests/recipes/test_demos.py::test_make_demo", "tests/recipes/test_demos.py::test_make_demo_tiny"
+SHOWN = "tests/recipes/test_demos.py::test_commands_of_the_readme"  # runs what the README shows, whatever it is
 COVERED = {
+    "make demo": DEMO,
+    "make demo-tiny": TINY,
     "make setup": CI,
     "make check": CI,
     "make test": CI,
@@ -45,6 +49,8 @@ def commands(document: str) -> list[str]:
 
 def test_every_command_is_covered() -> None:
     shown = {command for document in DOCUMENTS for command in commands(document)}
+    shown -= {command for command in commands("README.md") if not command.startswith("make ")}  # all run by SHOWN
+    assert SHOWN in names_of_tests()
     assert not shown - COVERED.keys(), "say in COVERED which test runs these commands"
     assert not COVERED.keys() - shown, "no document shows these commands any more"
 
