@@ -281,7 +281,7 @@ def cmd_bench(args: argparse.Namespace) -> None:
     if args.repeats < 1:
         raise SettingError(f"--repeats: expected at least 1, got {args.repeats}")
     result = SUITES[args.suite](args.repeats)
-    print(result.pop("table"))
+    print(table(result.pop("title"), result.pop("columns"), result.pop("rows")))
     write_json(args.json, {"command": f"marlora bench {args.suite} --repeats {args.repeats}", **result})
 
 
@@ -290,7 +290,7 @@ def cmd_doctor(args: argparse.Namespace) -> None:
     from marlora.recipes.doctor import examine
 
     rows, broken = examine()
-    print(table("marlora doctor", ("part", "found", "what to do"), rows))
+    print(table("marlora doctor", ("part", "found", "what to do"), rows, words=True))
     if broken:
         raise RunError(f"doctor: training cannot work here: {', '.join(broken)}")
 

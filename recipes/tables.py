@@ -16,10 +16,11 @@ def render(table: Table) -> str:
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> str:
+    """`words`: cells hold text rather than numbers, so all columns are flush left."""
     made = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else "right")
+        made.add_column(column, justify="left" if number == 0 or words else "right")
     for row in rows:
         made.add_row(*row)
     return render(made)
@@ -66,7 +67,7 @@ def summary_table(summary: Mapping[str, Any], folder: str) -> str:
     )
     parts.append(
         f"live proof: {proof['checks']} checks, {proof['passed']} passed, {proof['untrained']} untrained, {proof['failed']} failed, "
-        f"largest residual {proof['max_residual']:.3f} (at most 0.2 passes)"
+        f"largest residual {proof['max_residual']:.3f}"
     )
     last = f"{folder}/checkpoints/step-{summary['steps']:06d}"
     parts.append(

