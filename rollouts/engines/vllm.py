@@ -114,7 +114,9 @@ class VLLMEngine:
 
     # tokens
 
-    async def generate(self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1) -> list[Completion]:
+    async def generate(
+        self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1, *, replica: str | None = None
+    ) -> list[Completion]:
         """See `Engine.generate`. At temperature 0 all n replies are equal, and sampled once."""
         if len(ids) + sampling.max_tokens > self.context:
             raise PromptTooLong(
@@ -123,11 +125,11 @@ class VLLMEngine:
         if sampling.seed is None:
             sampling = replace(sampling, seed=self._draw.getrandbits(62))  # drawn once, so that a retry repeats it
         asked = n if sampling.temperature > 0 else 1  # vLLM refuses n > 1 for greedy sampling; sibling k draws with seed + k
-        replica = self._choose(ref, ids)
-        model = self._model(ref, replica)
+        place = self._replica(replica) if replica else self._choose(ref, ids)
+        model = self._model(ref, place)
         body = request_body(ids, model, sampling, asked, self.tokens.eos_ids)
         read = partial(read_choices, model=model, prompt=list(ids), n=asked, max_tokens=sampling.max_tokens)
-        replies = await self._send(replica, model, body, read)
+        replies = await self._send(place, model, body, read)
         made = [
             Completion(self.tokens.decode(tokens), tuple(ids), tokens, logprobs, reason, ref.policy, ref.version)
             for tokens, logprobs, reason in replies
@@ -217,7 +219,7 @@ class VLLMEngine:
     def info(self) -> EngineInfo:
         servers = [replica.server for replica in self.replicas.values() if replica.server]
         settings = {"urls": [replica.url for replica in self.replicas.values()]} | ({"vllm": servers[0].version} if servers else {})
-        return EngineInfo("vllm", self.base, self.context, self.dtype, self.max_rank, tuple(self.replicas), settings)
+        return EngineInfo("vllm", self.base, self.context, self.dtype, self.max_rank, tuple(self.replicas), settings=settings)
 
     async def close(self) -> None:
         """Close connections and stop the servers that are ours. Safe to call twice."""

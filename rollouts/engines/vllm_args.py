@@ -20,6 +20,7 @@ CPU_LORA = "marlora.rollouts.engines.vllm_cpu_lora.Extension"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 LONGEST = 4096  # context of a server when the settings name none
 CPU_CACHE_GIB = 2.0
+BATCH = 4096  # tokens of one step on a CPU
 OURS = {  # engine_args that would undo what the engine relies on -> what to do instead
     "model": "model",
     "served-model-name": "",
@@ -41,6 +42,7 @@ OURS = {  # engine_args that would undo what the engine relies on -> what to do 
     "max-model-len": "max_model_len",
     "trust-remote-code": "",
     "api-server-count": "",
+    "enable-chunked-prefill": "",
     "worker-extension-cls": "",
     "config": "",
 }
@@ -166,6 +168,9 @@ def command(settings: ServerSettings, port: int, on_cpu: bool) -> list[str]:
     }
     if on_cpu:
         flags["block-size"] = 32  # prefix-cache hits need whole blocks, and the CPU default of 128 is longer than most prompts
+        # A prompt with a seed that is read in two parts kills vLLM 0.32's engine on a CPU ("CPU Generator does not use offset").
+        flags["enable-chunked-prefill"] = False
+        flags["max-num-batched-tokens"] = max(BATCH, flags["max-model-len"])
     else:
         flags["gpu-memory-utilization"] = settings.memory or 0.9
     sizes = lora_sizes(settings.policies, settings.staleness)

