@@ -1,24 +1,30 @@
 """Adapter versions go to the engine, and a live proof shows that what is served is what was trained.
 
 A version is a folder that never changes (`solver-v12-3fa9c01b`: policy, step, hash of its tensors). A team version maps policies to
-adapter versions; it flips only when every new version is loaded and proven on every replica. What is proven, per policy and replica:
+adapter versions. A version is retired by the first publish that finds it neither in force nor held by anyone who plays with it.
+What is proven, per policy and replica:
 
-1. identity: the replica lists the version's name with our folder, and the file there has the sha256 that we wrote;
+1. identity: the replica lists the version's name with our folder, and the file there holds the tensors that are being trained;
 2. weights: the same safetensors, served for a moment as a twin whose `lora_alpha` is amplified until tokens just trained move by about
-   half a nat. The server's and the trainer's differences to the bare base must agree: ||d_server - d_trainer|| / ||d_trainer|| <= 0.2.
+   half a nat. The server's and the trainer's differences to the bare base must agree: ||d_server - d_trainer|| / ||d_trainer|| is small.
    Levels prove nothing: one step at lr 1e-5 moves a token by less than bfloat16's noise, and adapters one step apart correlate at 0.98;
-3. decoding: tokens sampled with the run's temperature after a prompt just served (so that the prefix cache is hit) have the trainer's
-   log-probabilities, within the noise measured at the start.
+3. decoding: tokens sampled at the run's temperature after a prompt just served (so that the prefix cache is hit) have the trainer's
+   log-probabilities. Scoring, which the twin is judged by, meets neither prefix cache nor penalties.
 
-While B is still zero there is nothing to compare and the record says `untrained`.
+How small is small follows the noise, measured on the same tokens with every adapter off: where engine and trainer agree to six digits,
+the version of one step ago is told apart even after a hundred steps. While B is zero there is nothing to compare and the record says
+`untrained`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
+import secrets
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,16 +32,25 @@ from pathlib import Path
 import torch
 
 from ..agents.team import derive_seed
-from ..agents.types import Sampling
+from ..agents.types import BASE, Sampling
 from ..rollouts.engines.engine import Engine, EngineError, Ref
 from ..rollouts.types import Episode
 from .adapters import Adapters, folder_sha256
 from .checkpoint import fsync
 
 TARGET_NATS = 0.5  # mean |difference to base| that the amplified twin should show
-MAX_RESIDUAL = 0.2  # measured: right pairs 0.07 and 0.13, adapters one step apart 0.34 and 0.56
 MAX_FACTOR = 2.0**24
-KEEP_VERSIONS = 3  # folders of retired versions kept: no replica's cache can still name older ones
+# Tolerances are MARGIN x the noise, but at least the first number here (float32) or the second (anything shorter on either side, where
+# the adapter's own rounding adds noise that the bare base does not show), and the residual's never above its second.
+MARGIN = 4.0
+RESIDUAL = (0.005, 0.2)  # measured in bfloat16: right pairs 0.07 and 0.13, adapters one step apart 0.34 and 0.56
+DECODE = (
+    0.002,
+    0.05,
+)  # nats per token; measured in bfloat16 on small models: up to 0.011 where the bare base agreed to the last bit
+REPLY = 64  # tokens of a turn that are compared
+SAMPLED = 8  # tokens decoded per probe
+KEEP_VERSIONS = 3  # folders of retired versions kept per policy, beyond what any replica can name
 
 
 class ProofError(EngineError):
@@ -44,16 +59,19 @@ class ProofError(EngineError):
 
 @dataclass(frozen=True)
 class Probe:
-    """A turn of the policy: `ids` [P + T], of which the last T were sampled, and how."""
+    """A turn of the policy: `ids` [P + T], of which those from `prompt` = P on were sampled, at `temperature`."""
 
     ids: tuple[int, ...]
     prompt: int
-    sampling: Sampling
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
 class Proof:
-    """One check of one version on one replica. `status`: passed, untrained or failed; the numbers are None where nothing was compared."""
+    """One check of one version on one replica. `status`: passed, untrained or failed; the numbers are None where nothing was compared.
+
+    `noise`: mean |server - trainer| in nats per token, with every adapter off. `amplified`: the twin's factor.
+    """
 
     step: int
     policy: str
@@ -61,79 +79,126 @@ class Proof:
     replica: str
     status: str
     reason: str = ""
-    residual: float | None = None
+    noise: float | None = None
     amplified: float | None = None
+    residual: float | None = None
+    residual_tolerance: float | None = None
     decode: float | None = None
     decode_tolerance: float | None = None
 
 
 def probes(episodes: Iterable[Episode], agents_of: Mapping[str, Sequence[str]], policy: str, count: int = 4) -> list[Probe]:
-    """Up to `count` turns of the policy, of different tasks first; the shortest ones that have at least two sampled tokens."""
+    """Up to `count` sampled turns of the policy, of different tasks first, then those with the shortest prompts; replies are cut."""
     turns = [
-        (episode.task.id, turn)
-        for episode in episodes
-        for turn in episode.turns
-        if turn.agent in agents_of[policy] and turn.source == "sampled" and len(turn.token_ids) > 1
+        (e.task.id, t) for e in episodes for t in e.turns if t.agent in agents_of[policy] and t.source == "sampled" and t.token_ids
     ]
-    turns.sort(key=lambda item: len(item[1].prompt_ids) + len(item[1].token_ids))
-    firsts: dict[str, None] = {}
-    chosen = [t for task, t in turns if task not in firsts and not firsts.update({task: None})]
-    chosen = (chosen + [t for _, t in turns if t not in chosen])[:count]
-    return [Probe(t.prompt_ids + t.token_ids, len(t.prompt_ids), t.sampling) for t in chosen]
+    turns.sort(key=lambda item: len(item[1].prompt_ids))
+    seen: Counter[str] = Counter()
+    ranked = []
+    for task, turn in turns:
+        ranked.append((seen[task], turn))
+        seen[task] += 1
+    chosen = [turn for _, turn in sorted(ranked, key=lambda item: item[0])[:count]]
+    return [
+        Probe(t.prompt_ids + t.token_ids[:REPLY], len(t.prompt_ids), t.sampling.temperature if t.sampling.on_policy else 1.0)
+        for t in chosen
+    ]
 
 
 class Publisher:
-    """Keeps the team version in force. `root` is where version folders live; `versions` maps policy to version."""
+    """Keeps the team version in force.
 
-    def __init__(self, root: Path, adapters: Adapters, engine: Engine, *, seed: int = 0, proof_every: int = 1) -> None:
+    `root` is where version folders live; `versions` maps policy to version. `earlier`: those of the checkpoint a run was resumed from;
+    an adapter that is still the same gets its name back.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        adapters: Adapters,
+        engine: Engine,
+        *,
+        seed: int = 0,
+        proof_every: int = 1,
+        earlier: Mapping[str, str] | None = None,
+    ) -> None:
         self.root, self.adapters, self.engine = root.resolve(), adapters, engine
-        self.seed, self.proof_every = seed, proof_every
+        self.seed, self.proof_every, self.earlier = seed, proof_every, dict(earlier or {})
         self.versions: dict[str, str] = {}
         self.records: list[Proof] = []
         self.unproven: set[str] = set()
+        self.asked = False  # whether `prove` was ever called
+        self._loaded: dict[str, tuple[str, str]] = {}  # version -> (policy, hash of its tensors), of those not yet retired
+        self._held: Counter[str] = Counter()
         self._factor: dict[str, float] = {}
-        self._noise: float | None = None
         self._retired: list[Path] = []
-        self._served_dtype = getattr(torch, engine.info().dtype)
+        served, trained = getattr(torch, engine.info().dtype), next(adapters.model.parameters()).dtype
+        self._coarse = int(served != torch.float32 or trained != torch.float32)
 
     # versions
 
-    def stage(self, policy: str, step: int) -> Path:
+    def stage(self, policy: str, step: int, digest: str) -> Path:
         """Write the adapter as an immutable version folder, durable before it has its name."""
-        digest = self.adapters.sha256(policy)
-        target = self.root / f"{policy}-v{step}-{digest[:8]}"
-        if not target.exists():
-            staged = target.with_name(f".{target.name}")
-            shutil.rmtree(staged, ignore_errors=True)
-            self.root.mkdir(parents=True, exist_ok=True)
-            self.adapters.save(policy, staged)
-            for path in [*staged.iterdir(), staged]:
-                fsync(path)
-            staged.rename(target)
-            fsync(self.root)
+        earlier = self.earlier.get(policy, "")
+        target = self.root / (earlier if earlier.endswith(f"-{digest[:8]}") else f"{policy}-v{step}-{digest[:8]}")
+        if target.exists():  # written before a resume
+            if folder_sha256(target) != digest:
+                raise EngineError(f"adapter {target}: its tensors were changed after it was written; versions never change")
+            return target
+        staged = target.with_name(f".{target.name}")
+        shutil.rmtree(staged, ignore_errors=True)
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.adapters.save(policy, staged)
+        for path in [*staged.iterdir(), staged]:
+            fsync(path)
+        staged.rename(target)
+        fsync(self.root)
         return target
 
     async def publish(self, step: int, policies: Sequence[str]) -> dict[str, str]:
-        """Load new versions of these policies on every replica and flip the team version. Prove them with `prove` before use."""
-        folders = {policy: self.stage(policy, step) for policy in policies}
-        new = {policy: folder for policy, folder in folders.items() if self.versions.get(policy) != folder.name}
+        """Load the adapters that changed on every replica and flip the team version. Prove them with `prove` before they are trusted."""
+        new: dict[str, Path] = {}
+        for policy in policies:
+            digest = self.adapters.sha256(policy)
+            if self._loaded.get(self.versions.get(policy, "")) != (policy, digest):
+                new[policy] = self.stage(policy, step, digest)
+                self._loaded[new[policy].name] = (policy, digest)
         if new:
             await self.engine.publish(new)
-        old = {policy: self.versions[policy] for policy in new if policy in self.versions}
         self.versions = {**self.versions, **{policy: folder.name for policy, folder in new.items()}}
         self.unproven |= set(new)
-        for policy, version in old.items():
-            await self.engine.retire(Ref(policy, version))
-            self._retired.append(self.root / version)
-        for folder in self._retired[: -KEEP_VERSIONS * max(len(self.versions), 1)]:
-            shutil.rmtree(folder, ignore_errors=True)
-            self._retired.remove(folder)
+        for version, (policy, _) in list(self._loaded.items()):
+            if self.versions[policy] != version and not self._held[version]:
+                del self._loaded[version]
+                await self._retire(policy, version)
         return dict(self.versions)
+
+    @contextlib.contextmanager
+    def hold(self, versions: Mapping[str, str]) -> Iterator[None]:
+        """These versions are being played with: until the block ends they stay loaded and their folders stay where they are."""
+        mine = [version for version in versions.values() if version in self._loaded]
+        self._held.update(mine)
+        try:
+            yield
+        finally:
+            self._held.subtract(mine)
+
+    async def _retire(self, policy: str, version: str) -> None:
+        """Unload a version once its last request has ended, and delete folders that were unloaded long ago."""
+        await self.engine.retire(Ref(policy, version))
+        self._retired.append(self.root / version)
+        for folder in self._retired[: -KEEP_VERSIONS * max(len(self.versions), 1)]:
+            shutil.rmtree(folder)
+            self._retired.remove(folder)
 
     # live proof
 
     async def prove(self, step: int, probes_of: Mapping[str, Sequence[Probe]], *, final: bool = False) -> list[Proof]:
-        """Prove every version published since the last proof, on every replica. Raises `ProofError` after recording all of them."""
+        """Prove every version published since the last proof, on every replica. Raises `ProofError` after recording all of them.
+
+        With `proof_every` N this happens at step 1 and every N-th; `final` asks for it now.
+        """
+        self.asked = True
         if not final and step % self.proof_every and step > 1:
             return []
         made: list[Proof] = []
@@ -156,15 +221,15 @@ class Publisher:
             return replace(proof, status="failed", reason=f"identity: {wrong}")
         if not self.adapters.is_trained(policy) or not found:
             return replace(proof, status="untrained", reason="B is zero" if found else "no turn of this policy to compare yet")
-        residual, factor = await self._weights(policy, version, replica, found)
-        proof = replace(proof, residual=residual, amplified=factor)
-        if not residual <= MAX_RESIDUAL:
-            reason = f"weights: the served differences to base are off by {residual:.3f} (at most {MAX_RESIDUAL})"
+        proof = await self._weights(proof, found)
+        if not proof.residual <= proof.residual_tolerance:  # type: ignore[operator]
+            reason = (
+                f"weights: the served differences to base are off by {proof.residual:.3f} (at most {proof.residual_tolerance:.3f})"
+            )
             return replace(proof, status="failed", reason=reason)
-        mean, tolerance = await self._decoding(policy, version, found)
-        proof = replace(proof, decode=mean, decode_tolerance=tolerance)
-        if not mean <= tolerance:
-            reason = f"decoding: sampled tokens' log-probs differ by {mean:.4f} nat (at most {tolerance:.4f})"
+        proof = await self._decoding(proof, found)
+        if not proof.decode <= proof.decode_tolerance:  # type: ignore[operator]
+            reason = f"decoding: sampled tokens' log-probs are off by {proof.decode:.4f} nat (at most {proof.decode_tolerance:.4f})"
             return replace(proof, status="failed", reason=reason)
         return proof
 
@@ -179,38 +244,45 @@ class Publisher:
             return f"the tensors in {folder} are not the trainer's"
         return ""
 
-    async def _weights(self, policy: str, version: str, replica: str, found: Sequence[Probe]) -> tuple[float, float]:
-        """(relative residual, amplification) of the served twin against the trainer."""
-        factor, trained = self._amplify(policy, found)
-        twin = self.root / f"{version}-twin-{len(self.records)}"
-        shutil.copytree(self.root / version, twin, dirs_exist_ok=True)
-        config = json.loads((twin / "adapter_config.json").read_text())
-        config["lora_alpha"] = config["lora_alpha"] * factor
-        (twin / "adapter_config.json").write_text(json.dumps(config))
-        await self.engine.publish({policy: twin})
+    async def _weights(self, proof: Proof, found: Sequence[Probe]) -> Proof:
+        """The proof with noise, amplification and relative residual of the served twin."""
+        base = self._trainer_logprobs(found, None)
+        factor, trained = self._amplify(proof.policy, found, base)
+        served_base = await self._scores(found, Ref(proof.policy), proof.replica)
+        twin = self._twin(proof.version, factor)
+        await self.engine.publish({proof.policy: twin})
         try:
-            served = []
-            for probe in found:
-                with_twin = await self.engine.score(probe.ids, Ref(policy, twin.name), replica)
-                without = await self.engine.score(probe.ids, Ref(policy, ""), replica)
-                served += [a - b for a, b in zip(with_twin, without, strict=True)][probe.prompt - 1 :]
+            served_twin = await self._scores(found, Ref(proof.policy, twin.name), proof.replica)
         finally:
-            await self.engine.retire(Ref(policy, twin.name))
-            self._retired.append(twin)
-        off = math.sqrt(sum((s - t) ** 2 for s, t in zip(served, trained, strict=True)))
-        return off / max(math.sqrt(sum(t * t for t in trained)), 1e-12), factor
+            await self._retire(proof.policy, twin.name)
+        served, gaps = _minus(served_twin, served_base), _minus(served_base, base)
+        size, low, high = max(_norm(trained), 1e-12), *RESIDUAL
+        noise = MARGIN * math.sqrt(2) * _norm(gaps) / size  # a difference of two log-probs has the noise of both
+        tolerance = high if self._coarse else min(max(low, noise), high)
+        residual = _norm(_minus(served, trained)) / size
+        return replace(proof, noise=_mean(gaps), amplified=factor, residual=residual, residual_tolerance=tolerance)
 
-    def _amplify(self, policy: str, found: Sequence[Probe]) -> tuple[float, list[float]]:
-        """The power of two that moves the probes' tokens by about half a nat, and the trainer's differences under it."""
-        level = [replace(probe, sampling=Sampling()) for probe in found]  # compared at temperature 1, as engines score
-        base = self._trainer_logprobs(level, None)
-        factor = self._factor.get(policy, 1.0)
-        tried: dict[float, tuple[float, list[float]]] = {}  # factor -> (how far from half a nat, in doublings; differences)
+    def _twin(self, version: str, factor: float) -> Path:
+        """A copy of the version's folder, under a name of its own, whose `lora_alpha` is times `factor`."""
+        twin = self.root / f"{version}-twin-{secrets.token_hex(4)}"
+        shutil.copytree(self.root / version, twin)
+        config = json.loads((twin / "adapter_config.json").read_text())
+        config["lora_alpha"] *= factor
+        (twin / "adapter_config.json").write_text(json.dumps(config))
+        return twin
+
+    async def _scores(self, found: Sequence[Probe], ref: Ref, replica: str) -> list[float]:
+        """The engine's log-probs of the probes' sampled tokens, one after another."""
+        scores = await asyncio.gather(*(self.engine.score(probe.ids, ref, replica) for probe in found))
+        return [value for probe, row in zip(found, scores, strict=True) for value in row[probe.prompt - 1 :]]
+
+    def _amplify(self, policy: str, found: Sequence[Probe], base: Sequence[float]) -> tuple[float, list[float]]:
+        """The power of two that moves the probes' tokens by about half a nat, and the trainer's differences to base under it."""
+        factor, tried = self._factor.get(policy, 1.0), dict[float, tuple[float, list[float]]]()
         while factor not in tried and len(tried) < 12:
-            moved = self._trainer_logprobs(level, policy, factor)
-            differences = [a - b for a, b in zip(moved, base, strict=True)]
-            mean = sum(map(abs, differences)) / len(differences)
-            doublings = math.log2(TARGET_NATS / max(mean, 1e-9))
+            differences = _minus(self._trainer_logprobs(found, policy, factor), base)
+            mean = _mean(differences)
+            doublings = math.log2(TARGET_NATS / max(mean, 1e-9)) if math.isfinite(mean) else -100.0
             tried[factor] = (abs(doublings), differences)
             # In the linear range one jump would do; from noise, or from saturation, go in steps and look again.
             factor = min(max(factor * 2.0 ** max(-3, min(6, round(doublings))), 1.0), MAX_FACTOR)
@@ -218,49 +290,55 @@ class Publisher:
         self._factor[policy] = best
         return best, tried[best][1]
 
-    async def _decoding(self, policy: str, version: str, found: Sequence[Probe]) -> tuple[float, float]:
-        """(mean |server - trainer| log-prob of freshly sampled tokens, its tolerance)."""
-        if self._noise is None:
-            self._noise = await self._sampled_gap(policy, "", None, found[:2])
-        mean = await self._sampled_gap(policy, version, policy, found[:2])
-        return mean, max(0.02, 4 * self._noise)
+    async def _decoding(self, proof: Proof, found: Sequence[Probe]) -> Proof:
+        """The proof with the mean |server - trainer| of freshly sampled tokens' log-probs."""
+        ref, prompts = Ref(proof.policy, proof.version), [probe.ids[: probe.prompt] for probe in found]
+        drawn = [
+            Sampling(temperature=p.temperature, max_tokens=SAMPLED, seed=derive_seed(self.seed, proof.version, "proof", number))
+            for number, p in enumerate(found)
+        ]
 
-    async def _sampled_gap(self, policy: str, version: str, adapter: str | None, found: Sequence[Probe]) -> float:
-        gaps: list[float] = []
-        for number, probe in enumerate(found):
-            temperature = probe.sampling.temperature if probe.sampling.on_policy else 1.0
-            prompt = probe.ids[: probe.prompt]
-            for repeat in range(2):  # the second request meets the prefix cache of the first
-                seed = derive_seed(self.seed, version, "proof", number, repeat)
-                sampling = Sampling(temperature=temperature, max_tokens=8, seed=seed)
-                (got,) = await self.engine.generate(prompt, Ref(policy, version), sampling)
-            ours = self._trainer_logprobs([Probe(prompt + got.token_ids, len(prompt), sampling)], adapter)
-            gaps += [abs(a - b) for a, b in zip(ours, got.logprobs, strict=True)]
-        return sum(gaps) / max(len(gaps), 1)
+        async def decode(max_tokens: int) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+            made = await asyncio.gather(
+                *(
+                    self.engine.generate(ids, ref, replace(sampling, max_tokens=max_tokens), replica=proof.replica)
+                    for ids, sampling in zip(prompts, drawn, strict=True)
+                )
+            )
+            return [(one.token_ids, one.logprobs) for (one,) in made]
+
+        await decode(1)  # so that the next requests meet the prefix cache
+        replies = await decode(SAMPLED)
+        again = [
+            Probe(ids + tokens, len(ids), sampling.temperature)
+            for ids, (tokens, _), sampling in zip(prompts, replies, drawn, strict=True)
+        ]
+        ours = self._trainer_logprobs(again, proof.policy, 1.0, tempered=True)
+        gap = _mean(_minus([value for _, logprobs in replies for value in logprobs], ours))
+        coldest = min(probe.temperature for probe in found)
+        tolerance = max(DECODE[self._coarse], MARGIN * (proof.noise or 0.0)) / min(coldest, 1.0)
+        return replace(proof, decode=gap, decode_tolerance=tolerance)
 
     @torch.no_grad()
-    def _trainer_logprobs(self, found: Sequence[Probe], policy: str | None, factor: float = 1.0) -> list[float]:
-        """The trainer's log-probs of the probes' sampled tokens, one after another, at each probe's own temperature.
+    def _trainer_logprobs(
+        self, found: Sequence[Probe], policy: str | None, factor: float = 1.0, *, tempered: bool = False
+    ) -> list[float]:
+        """The trainer's log-probs of the probes' sampled tokens, one after another: at temperature 1, as engines score, or at their own.
 
-        The adapter is rounded to the served dtype and its scaling taken times `factor`; policy None is the bare base.
+        policy None is the bare base; the adapter's scaling is taken times `factor`.
         """
         device, width = self.adapters.device, max(len(probe.ids) for probe in found)
         ids = torch.tensor([list(p.ids) + [0] * (width - len(p.ids)) for p in found], device=device)
         mask = torch.tensor([[1] * len(p.ids) + [0] * (width - len(p.ids)) for p in found], device=device)
-        with self.adapters.active("base") if policy is None else self._as_served(policy, factor):
-            first = min(probe.prompt for probe in found) - 1
-            logits = self.adapters.model(input_ids=ids, attention_mask=mask, logits_to_keep=width - first).logits.float()
+        first = min(probe.prompt for probe in found) - 1
+        with self.adapters.active(policy or BASE), self.adapters.amplified(policy or BASE, factor):
+            logits = self.adapters.model(input_ids=ids, attention_mask=mask, logits_to_keep=width - first).logits
         values: list[float] = []
         for row, probe in zip(logits, found, strict=True):
-            own = row[probe.prompt - 1 - first : len(probe.ids) - 1 - first] / (probe.sampling.temperature or 1.0)
+            own = row[probe.prompt - 1 - first : len(probe.ids) - 1 - first].float() / (probe.temperature if tempered else 1.0)
             targets = torch.tensor(probe.ids[probe.prompt :], device=device)
             values += torch.log_softmax(own, -1).gather(1, targets[:, None])[:, 0].tolist()
         return values
-
-    @contextlib.contextmanager
-    def _as_served(self, policy: str, factor: float) -> Iterator[None]:
-        with self.adapters.active(policy), self.adapters.disguised(policy, factor, self._served_dtype):
-            yield
 
     def summary(self) -> dict[str, float | int]:
         """Counts for `summary.json`."""
@@ -270,3 +348,16 @@ class Publisher:
 
     def to_json(self) -> list[dict[str, object]]:
         return [asdict(proof) for proof in self.records]
+
+
+def _minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def _norm(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value * value for value in values))
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean of the absolute values."""
+    return sum(map(abs, values)) / max(len(values), 1)

@@ -337,7 +337,11 @@ class Run:
                         found[episode.id] = episode
                     tick(episode)
 
-        self.background.run(go(), self.stop)
+        with contextlib.ExitStack() as held:
+            for base in self.bases.values():
+                if base.publisher is not None:
+                    held.enter_context(base.publisher.hold(versions))
+            self.background.run(go(), self.stop)
         order = {job.id: number for number, job in enumerate(plan)}
         return sorted(found.values(), key=lambda e: (order.get(e.id, len(order)), e.id))
 

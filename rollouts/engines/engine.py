@@ -49,8 +49,10 @@ class EngineInfo:
 
 
 class Engine(Protocol):
-    async def generate(self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1) -> list[Completion]:
-        """Sample n replies to `ids` [P]. Sibling k draws with `sampling.seed + k`.
+    async def generate(
+        self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1, *, replica: str | None = None
+    ) -> list[Completion]:
+        """Sample n replies to `ids` [P], on one replica (None: any). Sibling k draws with `sampling.seed + k`.
 
         Raises `PromptTooLong`; `EngineError` when the engine is gone or does not know `ref`.
         """

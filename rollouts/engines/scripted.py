@@ -128,7 +128,11 @@ class ScriptedEngine:
         self._contents: dict[str, dict[str, bytes]] = {}
         self._stalled: set[asyncio.Future[None]] = set()
 
-    async def generate(self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1) -> list[Completion]:
+    async def generate(
+        self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1, *, replica: str | None = None
+    ) -> list[Completion]:
+        if replica is not None:
+            self._versions.listed(replica)
         if len(ids) + sampling.max_tokens > self.context:
             asked = f"{len(ids)} prompt tokens and max_tokens={sampling.max_tokens}"
             raise PromptTooLong(f"scripted engine: {asked} do not fit a context of {self.context}")

@@ -101,7 +101,11 @@ class TransformersEngine:
 
     # -- the contract ---------------------------------------------------------------------------------------------------------
 
-    async def generate(self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1) -> list[Completion]:
+    async def generate(
+        self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1, *, replica: str | None = None
+    ) -> list[Completion]:
+        if replica is not None:
+            self._versions.listed(replica)
         if not ids:
             raise EngineError("transformers engine: an empty prompt; at least one token is needed")
         if len(ids) + sampling.max_tokens > self._context:
