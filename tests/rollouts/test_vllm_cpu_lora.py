@@ -51,6 +51,15 @@ def test_one_adapter_and_no_adapter():
     check([-1, -1])
 
 
+def test_narrow_weights_are_multiplied_in_float32():
+    a, b = ([weights.bfloat16() for weights in stack] for stack in stacked())
+    x, y = torch.ones(2, IN, dtype=torch.bfloat16), torch.zeros(2, sum(SIZES), dtype=torch.bfloat16)
+    add_lora(y, x, a, b, 1.0, SIZES, groups_of(torch.tensor([2, -1])))
+    exact = torch.cat([b[s][2, 0].float() @ (a[s][2, 0].float() @ x[0].float()) for s in range(2)])
+    assert torch.equal(y[0], exact.bfloat16())  # rounded once
+    assert not y[1].any()
+
+
 def test_importing_it_outside_a_worker_does_nothing():
     script = "import sys, marlora.rollouts.engines.vllm_cpu_lora; assert not {'torch', 'vllm'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == ""
