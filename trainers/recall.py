@@ -32,19 +32,13 @@ def recall(
         spent = known & {job.id for job in plan}
         if not spent:
             return plan, {}
-        found = _families(spent, {episode.id: episode for episode in store.read(step=step)})
-        parents = [found[name] for name in spent if name in found]
-        if len(parents) == len(spent) and all(e.team_version == version for e in parents) and not all(map(unscorable, parents)):
-            return plan, found
+        found = {episode.id: episode for episode in store.read(id=spent)}
+        if all(e.team_version == version for e in found.values()) and not all(map(unscorable, found.values())):
+            return plan, found | _children(store, spent)
     raise AssertionError("count() does not end")
 
 
-def _families(roots: Collection[str], stored: Mapping[str, Episode]) -> dict[str, Episode]:
-    """The episodes of these ids and all that they played as children."""
-
-    def root(episode: Episode) -> str:
-        while episode.parent is not None and episode.parent in stored:
-            episode = stored[episode.parent]
-        return episode.id
-
-    return {name: episode for name, episode in stored.items() if root(episode) in roots}
+def _children(store: Store, parents: Collection[str]) -> dict[str, Episode]:
+    """All that the episodes of these ids played as children, and these in turn."""
+    found = {episode.id: episode for episode in store.read(parent=parents)}
+    return found | _children(store, found.keys()) if found else {}

@@ -57,7 +57,7 @@ class Background:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T], stop: Stop | None = None) -> T:
-        """The coroutine's result. If `stop` is asked meanwhile, the work is cancelled, waited for, and `Stopped` raised."""
+        """The coroutine's result. If `stop` is asked meanwhile, the work is cancelled and waited for, and `Stopped` raised."""
         started: concurrent.futures.Future[asyncio.Task[T]] = concurrent.futures.Future()
         ended: concurrent.futures.Future[None] = concurrent.futures.Future()
 
@@ -76,7 +76,10 @@ class Background:
             self.loop.call_soon_threadsafe(task.cancel)
             concurrent.futures.wait([ended], timeout=10)  # what is open ends before the caller saves or closes anything
             raise
-        return started.result().result()
+        result = started.result().result()
+        if stop is not None and stop.asked:
+            raise Stopped
+        return result
 
     def close(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)

@@ -1,12 +1,13 @@
 """A GRPO run so small that it can be killed twenty times: two agents on a random model, a few steps, one core.
 
 `python -m tests.trainers.small_run` reads one run per line as JSON from stdin, plays it in a forked child (so that the imports are
-paid once) and answers with the child's exit code; -9 is a SIGKILL. `fault` names a function; at its `at`-th call the child sends
-itself `signal`, before the call or after it.
+paid once) and answers with the child's exit code; -9 is a SIGKILL. `fault` names a function; at its `at`-th call, before the call or
+after it, the child sends itself a signal, tears the line it is writing and dies, or finds the disk full.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,17 +24,22 @@ import torch
 
 from marlora.agents.types import Task
 from marlora.recipes import settings
+from marlora.rollouts.speakers import EngineSpeaker
 from marlora.rollouts.store import Store
 from marlora.rollouts.types import Episode
 from marlora.trainers import checkpoint, publish, run, snapshot
 from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
-from marlora.trainers.tiny import tiny_chain
+from marlora.trainers.tiny import tiny_chain, tiny_tasks
 from tests.repository import ROOT
+
+STEPS, EPISODES, EVAL = 3, 6, 2  # training steps, episodes of each, episodes of an evaluation
 
 # name -> (owner, attribute): functions that a run calls again and again
 FAULTS: dict[str, tuple[Any, str]] = {
     "fsync": (os, "fsync"),  # every write that is to last: episodes, versions, files of checkpoints
+    "torn line": (os, "write"),  # of episodes: nothing else is written through it
     "store": (Store, "append"),
+    "speak": (EngineSpeaker, "__call__"),
     "learn": (run.Run, "learn"),
     "publish": (publish.Publisher, "publish"),
     "prove": (publish.Publisher, "prove"),
@@ -54,37 +60,49 @@ def bytes_mod_7(task: Task, episode: Episode) -> float:
 
 def config(folder: str | Path, model: str | Path, **changes: Any) -> GRPOConfig:
     small: dict[str, Any] = dict(
-        output_dir=str(folder), model=str(model), engine="transformers", tasks="marlora.trainers.tiny:tiny_tasks", num_eval_tasks=3,
-        max_steps=4, tasks_per_step=3, num_generations=3, max_completion_length=4, lora_r=4, lora_alpha=8.0, learning_rate=1e-2,
-        lora_target_modules=["q_proj", "v_proj"], save_every=1, save_total_limit=2,
+        output_dir=str(folder), model=str(model), engine="transformers", num_eval_tasks=EVAL,
+        max_steps=STEPS, tasks_per_step=EPISODES // 3, num_generations=3, max_completion_length=4, lora_r=4, lora_alpha=8.0, learning_rate=1e-2,
+        lora_target_modules=["q_proj", "v_proj"], save_every=1, save_total_limit=2, proof_every=3,
     )  # fmt: skip
     return GRPOConfig(**{**small, **changes})
 
 
 def trainer(folder: str | Path, model: str | Path, **changes: Any) -> GRPOTrainer:
-    return GRPOTrainer(system=tiny_chain(), rewards=[bytes_mod_7], args=config(folder, model, **changes))
+    settings = config(folder, model, **changes)
+    tasks, held_out = tiny_tasks()[:40], tiny_tasks("eval")[:EVAL]
+    return GRPOTrainer(system=tiny_chain(), tasks=tasks, eval_tasks=held_out, rewards=[bytes_mod_7], args=settings)
 
 
 def set_fault(name: str, at: int, signal: str, after: bool) -> Callable[[], int]:
-    """Make the `at`-th call of the named function end in a signal (0: never). Returns the counter of calls."""
+    """Let `signal` (or ENOSPC) strike at the `at`-th call of the named function (0: never). Returns the counter of calls."""
     owner, attribute = FAULTS[name]
     real, calls = getattr(owner, attribute), [0]
 
+    def strike() -> None:
+        if signal == "ENOSPC":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        number, *again = signal.split()
+        for _ in range(2 if again else 1):
+            os.kill(os.getpid(), signals.Signals[number])
+
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
-        strike = calls[0] == at
-        if strike and not after:
-            os.kill(os.getpid(), signals.Signals[signal])
+        if calls[0] == at and name == "torn line":
+            real(args[0], bytes(args[1])[: len(args[1]) // 2])
+        if calls[0] == at and not after:
+            strike()
         result = real(*args, **kwargs)
-        if strike and after:
-            os.kill(os.getpid(), signals.Signals[signal])
+        if calls[0] == at and after:
+            strike()
         return result
 
     setattr(owner, attribute, counted)
     return lambda: calls[0]
 
 
-def play(folder: str, model: str, fault: str = "", at: int = 0, signal: str = "SIGKILL", after: bool = False, **changes: Any) -> None:
+def play(
+    folder: str, model: str, fault: str = "", at: int = 0, signal: str = "SIGKILL", after: bool = False, **changes: Any
+) -> None:
     torch.set_num_threads(1)
     count = set_fault(fault, at, signal, after) if fault else lambda: 0
     settings.run(lambda: trainer(folder, model, **changes).train())
