@@ -99,9 +99,10 @@ def length(task: Task, episode: Episode) -> float:
 REWARDS: dict[str, RewardFn] = {"correct": correct, "exact": exact, "format": format_ok, "graded": graded, "length": length}
 
 
-def resolve_rewards(names: Iterable[str | RewardFn]) -> list[RewardFn]:
-    """Reward functions by name (`correct`, `module:function`). Raises `SettingError` naming the one that cannot be found."""
-    return [function_named("reward", each, REWARDS) if isinstance(each, str) else each for each in names]
+def resolve_rewards(names: Iterable[str | RewardFn] | str | RewardFn) -> list[RewardFn]:
+    """Reward functions by name (`correct`, `module:function`), several or one. Raises `SettingError` naming the one that cannot be found."""
+    given = [names] if isinstance(names, str) or callable(names) else names
+    return [function_named("reward", each, REWARDS) if isinstance(each, str) else each for each in given]
 
 
 # makers of rewards

@@ -322,7 +322,9 @@ def _template(tokenizer: Tokenizer) -> str:
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:
-        raise SettingError(f"tokenizer: no chat template; use the instruct variant of the model, or add one ({error})") from error
+        raise SettingError(
+            "tokenizer: no chat template; use the instruct variant of the model, or add chat_template.jinja"
+        ) from error
     if not template:
         raise SettingError("tokenizer: its chat template is empty; use the instruct variant of the model, or add one")
     return template
@@ -332,10 +334,18 @@ def load_tokenizer(path: str | Path) -> Any:
     """The fast tokenizer of a model folder or hub name, checked to have a chat template. Raises `SettingError`."""
     from transformers import AutoTokenizer
 
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("token*")) and not (folder / "vocab.json").exists():
+        raise SettingError(
+            f"model {str(path)!r}: the folder has no tokenizer; copy tokenizer.json and its like from the model's source"
+        )
+    if not folder.is_dir() and (folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1):
+        raise SettingError(f"model {str(path)!r}: no such folder; expected one in the Hugging Face layout, or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise SettingError(f"model {str(path)!r}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # transformers and tokenizers raise whatever they meet in a file
+        where = "" if folder.is_dir() else "no such folder here, and from the hub "
+        raise SettingError(f"model {str(path)!r}: {where}no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
     if not tokenizer.is_fast:
         raise SettingError(f"model {str(path)!r}: a fast tokenizer (tokenizer.json) is needed, found {type(tokenizer).__name__}")
     try:

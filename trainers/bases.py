@@ -21,7 +21,10 @@ from .update import Optimizers
 
 @dataclass
 class Base:
-    """One base model. `name` is what the settings call it, `path` where it lies (a hub name may stay one). `engine` and `publisher` exist on rank 0 only, once the engine is up."""
+    """One base model. `name` is what the settings call it, `path` where it lies (a hub name may stay one).
+
+    `engine` and `publisher` exist on rank 0 only, once the engine is up.
+    """
 
     name: str
     path: str
@@ -49,7 +52,7 @@ def load_base(name: str, policies: Sequence[PolicySpec], config: RunConfig, devi
     tokens = ChatTokens(load_tokenizer(path))
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of(path, config.dtype, device))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a missing, torn or foreign file: transformers, safetensors and torch raise kinds of their own
         raise SettingError(f"model {name!r}: cannot be loaded as a causal language model: {str(error).splitlines()[0]}") from error
     model.to(device)
     model.config.use_cache = False

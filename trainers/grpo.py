@@ -89,6 +89,13 @@ class GRPOTrainer:
             self.args.tasks, tasks = tasks, None
         self.run = Run(self.args, system, tasks=tasks, eval_tasks=eval_tasks, rewards=rewards, engine=engine, recipe=recipe)
         self.before: Evaluation | None = None
+        for name, spec in self.run.policies.items():
+            speaks = [agent.sampling or self.args.sampling() for agent in self.run.system.specs if agent.policy == name]
+            if spec.trainable and spec.has_adapter and not any(sampling.on_policy for sampling in speaks):
+                raise SettingError(
+                    f"policies.{name}: its agents sample at temperature 0 or from a cut-off softmax (top_p, top_k, min_p, penalties), "
+                    "where a policy gradient is not defined; change their sampling or set trainable: false"
+                )
 
     def train(self) -> dict[str, Any]:
         """Evaluate, train, evaluate; returns what stands in `summary.json`. Ctrl-C saves the last finished step and goes on up."""

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from ..agents.team import Call, Team
-from ..agents.types import Completion
+from ..agents.types import Completion, PolicySpec, SettingError
 from ..rollouts.engines.start import choose_engine
 from ..rollouts.tokens import ChatTokens, load_tokenizer
 from .bases import dtype_of, group_by_base, versions
@@ -30,7 +30,14 @@ def first_call(run: Run) -> Call:
         asyncio.run(run.system.run(run.tasks_of(1)[0].public(), team))
     except _FirstCall as found:
         return found.call
-    raise ValueError(f"{type(run.system).__name__} asked no agent anything on task {run.tasks_of(1)[0].id!r}")
+    raise SettingError(f"{type(run.system).__name__} asked no agent anything on task {run.tasks_of(1)[0].id!r}")
+
+
+def reaches(spec: PolicySpec, module: str) -> bool:
+    """Does the policy's LoRA stand on this linear layer?"""
+    if spec.adapter.targets == ("all-linear",):
+        return "lm_head" not in module
+    return any(module == target or module.endswith(f".{target}") for target in spec.adapter.targets)
 
 
 def sizes(model: str) -> dict[str, Any]:
@@ -38,8 +45,13 @@ def sizes(model: str) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    load_tokenizer(model)  # first: it tells best what is wrong with a folder
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            made = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a config of any other kind of model
+        raise SettingError(f"model {model!r}: no causal language model ({str(error).splitlines()[0]})") from error
     linears = {name: m for name, m in made.named_modules() if isinstance(m, torch.nn.Linear)}
     return {"parameters": sum(p.numel() for p in made.parameters()), "linears": linears}
 
@@ -79,11 +91,13 @@ def print_plan(run: Run) -> None:
         adapters = sum(
             spec.adapter.r * (m.in_features + m.out_features)
             for spec in specs if spec.has_adapter
-            for name, m in found["linears"].items() if name.rsplit(".", 1)[-1] in spec.adapter.targets
+            for name, m in found["linears"].items() if reaches(spec, name)
         )  # fmt: skip
         trainer = (found["parameters"] * width + adapters * 16) / 2**30
-        print(f"memory       {base}: {found['parameters'] / 1e6:.1f}M parameters, adapters {adapters / 1e6:.2f}M; trainer about {trainer:.2f} GiB "
-              f"without activations (base at {width} bytes, adapters with gradients and AdamW's moments at 16)")  # fmt: skip
+        print(f"memory       {base}: {found['parameters'] / 1e6:.1f}M parameters, adapters {adapters / 1e6:.2f}M")
+        print(
+            f"             trainer about {trainer:.2f} GiB without activations (base at {width} bytes, adapters with AdamW at 16)"
+        )
     print("versions     " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     call = first_call(run)
     spec = run.policies[call.agent.policy]

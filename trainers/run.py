@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..agents.team import System, gather
+from ..agents.tools import resolve_tools
 from ..agents.types import BASE, SettingError, Task, from_json, to_json
 from ..rollouts.engines.engine import Engine
 from ..rollouts.engines.start import start_engine
@@ -77,6 +78,8 @@ class Run:
         system = system or build_system(config.system)  # type: ignore[arg-type]
         self.system = system.with_agents(agents_of(system, config.agents, config.sampling()))  # type: ignore[arg-type]
         check_importable(self.system)
+        for agent in self.system.specs:
+            resolve_tools(agent.tools)
         self.policies = config.policy_specs(self.system.specs)
         self.agents_of = {name: [a.name for a in self.system.specs if a.policy == name] for name in self.policies}
         args = dict(config.task_args)  # type: ignore[arg-type]
@@ -141,6 +144,8 @@ class Run:
         self.base_hashes = {name: base.adapters.base_sha256() for name, base in self.bases.items()}
         self.ranks.on_main(self._prepare_folder)
         self._resume()
+        if not self.policy_of:
+            self.progress.warn("no policy is trained: all of them are frozen, outside models or the base")
         self._loaded = True
 
     def _open_main(self) -> None:
@@ -161,6 +166,8 @@ class Run:
 
     def _prepare_folder(self) -> None:
         folder, config = self.config.folder, self.config
+        if folder.exists() and not folder.is_dir():
+            raise SettingError(f"output_dir {folder}: a file of that name is there; name a folder")
         used = (folder / "config.yaml").exists()
         if used and config.overwrite:
             shutil.rmtree(folder)
@@ -306,6 +313,10 @@ class Run:
         if all(unscorable(e) for e in parents):
             why = next(r.text for e in parents for r in e.rewards if math.isnan(r.value))
             raise RunError(f"step {step}: no episode could be scored; the first one: {why}; mend it and go on with resume")
+        lost = [e for e in parents if unscorable(e)]
+        if lost:
+            why = lost[0].error or next(r.text for r in lost[0].rewards if math.isnan(r.value))
+            self.progress.warn(f"step {step}: {len(lost)} of {len(parents)} episodes failed or have no score; the first: {why}")
         sampled = sum(u.sampled_tokens for e in episodes for u in e.usage.values())
         self.tokens["sampled"] += sampled
         values = [v for e in parents if not math.isnan(v := e.reward(self.metric))]
