@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from marlora.agents.types import AdapterSpec, Completion, PolicySpec, Sampling
 from marlora.rollouts.engines.engine import Engine, Ref, TeamVersion
+from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.trainers.adapters import WEIGHTS, Adapters
 from marlora.trainers.publish import Probe, Proof, ProofError, Publisher
 
@@ -27,6 +28,17 @@ def adapters_on(model: Path, dtype: torch.dtype = torch.float32, policies: Seque
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     spec = AdapterSpec(r=4, alpha=8.0, targets=TARGETS)
     return Adapters(base, [PolicySpec(name, adapter=spec) for name in policies], seed=seed, base_name=str(model))
+
+
+def with_engine(model: Path, work: Callable[[TransformersEngine], Awaitable[Any]], dtype: str = "float32") -> Any:
+    async def run() -> Any:
+        engine = TransformersEngine(model, dtype=dtype)
+        try:
+            return await work(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(run())
 
 
 class Learner:

@@ -1,0 +1,359 @@
+"""Versions and the live proof, with the in-process engine on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from marlora.agents.types import Completion, Sampling, Task, Turn
+from marlora.rollouts.engines.engine import EngineInfo, Ref, TeamVersion
+from marlora.rollouts.engines.transformers import TransformersEngine
+from marlora.rollouts.types import Episode
+from marlora.trainers.adapters import Adapters
+from marlora.trainers.publish import REPLY, Proof, Publisher, probes
+from marlora.trainers.tiny import tiny_random_model
+from tests.trainers.publishing import (
+    BareBase,
+    BareBaseButTwins,
+    Honest,
+    Learner,
+    Liar,
+    Penalised,
+    Previous,
+    PreviousButTwins,
+    Swapped,
+    adapters_on,
+    play,
+    published,
+    with_engine,
+)  # fmt: skip
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_random_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def proofs(
+    model: Path,
+    root: Path,
+    wrap: Callable[[TransformersEngine], Any] = lambda engine: engine,
+    *,
+    learning_rate: float = 1e-3,
+    steps: Sequence[int] = (1,),
+    temperature: float = 1.0,
+    served: str = "float32",
+    trained: torch.dtype = torch.float32,
+) -> list[Proof]:
+    adapters = adapters_on(model, trained)
+    learner = Learner(adapters, learning_rate)
+    return with_engine(model, lambda engine: published(wrap(engine), root, adapters, learner, steps, temperature), served)
+
+
+# right adapters
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "steps", "temperature"), [(1e-5, (1,), 1.0), (1e-3, (1, 1), 0.7), (1e-2, (15,), 1.0)], ids=str
+)
+def test_right_adapters_pass(model: Path, tmp_path: Path, learning_rate: float, steps: Sequence[int], temperature: float):
+    made = proofs(model, tmp_path, learning_rate=learning_rate, steps=steps, temperature=temperature)
+    assert [(proof.policy, proof.status) for proof in made] == [("reviewer", "passed"), ("solver", "passed")]
+    for proof in made:
+        assert proof.residual < 1e-4 and proof.decode < 1e-4 and proof.noise < 1e-5  # float32 on both sides
+        assert proof.step == len(steps) and proof.version.startswith(f"{proof.policy}-v{len(steps)}-")
+    assert all(proof.amplified > 1000 for proof in made) == (learning_rate == 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("served", "trained"), [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
+def test_right_adapters_pass_in_half_precision(model: Path, tmp_path: Path, served: str, trained: str):
+    made = proofs(model, tmp_path, learning_rate=1e-5, served=served, trained=getattr(torch, trained))
+    assert [proof.status for proof in made] == ["passed", "passed"]
+    for proof in made:  # half the tolerance at most
+        assert 1e-3 < proof.residual < 0.1 and proof.residual_tolerance == 0.2
+        assert proof.decode < 0.025 and proof.decode_tolerance >= 0.05
+
+
+# faults
+
+
+@pytest.mark.parametrize(
+    ("fault", "learning_rate", "steps", "part"),
+    [
+        (Swapped, 1e-5, (1,), "weights"),
+        (Swapped, 1e-2, (10,), "weights"),
+        (Previous, 1e-5, (1, 1), "weights"),
+        (Previous, 1e-5, (30, 1), "weights"),
+        (PreviousButTwins, 1e-2, (3, 1), "decoding"),
+        (BareBase, 1e-5, (1,), "weights"),
+        (BareBaseButTwins, 1e-2, (3,), "decoding"),
+        (Penalised, 1e-5, (1,), "decoding"),
+        (Penalised, 1e-2, (10,), "decoding"),
+    ],
+    ids=str,
+)
+def test_a_fault_fails_the_proof(
+    model: Path, tmp_path: Path, fault: type[Liar], learning_rate: float, steps: Sequence[int], part: str
+):
+    """All of them keep names and folders right: identity alone sees none."""
+    made = proofs(model, tmp_path, fault, learning_rate=learning_rate, steps=steps)
+    assert [(proof.policy, proof.status) for proof in made] == [("reviewer", "failed"), ("solver", "failed")]
+    assert all(proof.reason.startswith(f"{part}: ") for proof in made)
+
+
+def test_the_detour_of_the_faults_is_none_itself(model: Path, tmp_path: Path):
+    assert [proof.status for proof in proofs(model, tmp_path, Honest, steps=(1, 1))] == ["passed", "passed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [Swapped, Previous, BareBase])
+def test_a_fault_fails_the_proof_in_half_precision(model: Path, tmp_path: Path, fault: type[Liar]):
+    made = proofs(model, tmp_path, fault, learning_rate=1e-5, steps=(1, 1), served="bfloat16")
+    assert all(proof.reason.startswith("weights: ") for proof in made) and len(made) == 2
+
+
+class StalePrefix(Liar):
+    """An adapter reloaded in place: replies come from the new weights, behind keys and values that the old ones left of the prompt."""
+
+    true: TransformersEngine
+
+    def __init__(self, true: TransformersEngine) -> None:
+        super().__init__(true)
+        self.older: dict[str, str] = {}  # version -> the one before it
+        self.newest: dict[str, str] = {}
+
+    async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
+        for policy, folder in adapters.items():
+            if "-twin-" not in folder.name:
+                self.older[folder.name] = self.newest.get(policy, "")
+                self.newest[policy] = folder.name
+        return await self.true.publish(adapters)
+
+    async def retire(self, ref: Ref) -> None:
+        if "-twin-" in ref.version:
+            await self.true.retire(ref)
+
+    async def generate(
+        self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1, *, replica: str | None = None
+    ) -> list[Completion]:
+        return [await self.true._work(lambda: self._reply(tuple(ids), ref, sampling))]
+
+    @torch.inference_mode()
+    def _reply(self, ids: tuple[int, ...], ref: Ref, sampling: Sampling) -> Completion:
+        draw, tokens, logprobs = random.Random(sampling.seed), [], []
+        with self.true._speak_as(Ref(ref.policy, self.older.get(ref.version, ""))):
+            cache = self.true._model(input_ids=torch.tensor([ids[:-1]]), use_cache=True).past_key_values
+        with self.true._speak_as(ref):
+            for _ in range(sampling.max_tokens):
+                last = torch.tensor([[tokens[-1] if tokens else ids[-1]]])
+                logits = self.true._model(input_ids=last, past_key_values=cache, use_cache=True).logits[0, -1]
+                row = torch.log_softmax(logits / sampling.temperature, -1)
+                tokens.append(draw.choices(range(len(row)), row.exp().tolist())[0])
+                logprobs.append(float(row[tokens[-1]]))
+        return Completion("", ids, tuple(tokens), tuple(logprobs), "length", ref.policy, ref.version)
+
+
+def test_a_reload_in_place_fails_the_proof(model: Path, tmp_path: Path):
+    made = proofs(model, tmp_path, StalePrefix, learning_rate=1e-2, steps=(3, 1))
+    assert [proof.reason.partition(":")[0] for proof in made] == ["decoding", "decoding"]
+
+
+class TwoReplicas(Liar):
+    """Replica `b` is another engine than `a`. What is asked of none in particular goes to `a`."""
+
+    def __init__(self, a: Any, b: Any) -> None:
+        super().__init__(a)
+        self.of: dict[str | None, Any] = {None: a, "a": a, "b": b}
+
+    def info(self) -> EngineInfo:
+        return replace(self.of["a"].info(), replicas=("a", "b"))
+
+    async def generate(
+        self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1, *, replica: str | None = None
+    ) -> list[Completion]:
+        return await self.of[replica].generate(ids, ref, sampling, n)
+
+    async def score(self, ids: Sequence[int], ref: Ref, replica: str | None = None) -> list[float]:
+        return await self.of[replica].score(ids, ref)
+
+    async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
+        await self.of["b"].publish(adapters)
+        return await self.of["a"].publish(adapters)
+
+    async def retire(self, ref: Ref) -> None:
+        await self.of["b"].retire(ref)
+        await self.of["a"].retire(ref)
+
+    async def adapters(self, replica: str) -> Mapping[str, str]:
+        return await self.of[replica].adapters("local")
+
+
+@pytest.mark.parametrize(("fault", "part"), [(BareBase, "weights"), (Penalised, "decoding")])
+def test_every_replica_is_proven(model: Path, tmp_path: Path, fault: type[Liar], part: str):
+    made = proofs(model, tmp_path, lambda engine: TwoReplicas(engine, fault(TransformersEngine(model))))
+    assert [(proof.policy, proof.replica, proof.status) for proof in made] == [
+        ("reviewer", "a", "passed"), ("reviewer", "b", "failed"), ("solver", "a", "passed"), ("solver", "b", "failed"),
+    ]  # fmt: skip
+    assert made[1].reason.startswith(f"{part}: ")
+
+
+class Lists(Liar):
+    """Changes what replicas list."""
+
+    def __init__(self, true: TransformersEngine, change: Callable[[str, str], tuple[str, str]]) -> None:
+        super().__init__(true)
+        self.change = change
+
+    async def adapters(self, replica: str) -> Mapping[str, str]:
+        return dict(self.change(*item) for item in (await self.true.adapters(replica)).items())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda version, folder: (f"{version}-old", folder), "does not list"),
+        (lambda version, folder: (version, folder.replace("solver", "reviewer")), "serves 'solver-v1-.*' from"),
+    ],
+)
+def test_a_version_listed_otherwise_fails_the_proof(model: Path, tmp_path: Path, change: Any, reason: str):
+    solver = proofs(model, tmp_path, lambda engine: Lists(engine, change))[1]
+    assert solver.status == "failed" and solver.residual is None
+    assert re.match(f"identity: .*{reason}", solver.reason)
+
+
+# when there is nothing to prove, and when
+
+
+def test_untrained_then_trained_and_frozen_ones_once(model: Path, tmp_path: Path):
+    """Fresh: untrained. Not played yet: still to be proven. Unchanged, whether frozen or without signal: proven once, never sent again."""
+    adapters = adapters_on(model)
+    learner = Learner(adapters, 1e-3)
+    del learner.optimizers["reviewer"]  # the reviewer's adapter does not learn
+
+    async def work(engine: TransformersEngine) -> list[Proof]:
+        publisher = Publisher(tmp_path, adapters, engine)
+        first = await publisher.publish(0, adapters.trainable)
+        found = await play(engine, publisher)
+        await publisher.prove(0, found)
+        assert await publisher.publish(1, adapters.trainable) == first
+        assert await publisher.prove(1, found) == []
+        learner.step()
+        second = await publisher.publish(2, adapters.trainable)
+        assert second == {"reviewer": first["reviewer"], "solver": f"solver-v2-{adapters.sha256('solver')[:8]}"}
+        await publisher.prove(2, {"solver": []})
+        assert publisher.records[-1].reason == "no turn of this policy to compare yet"
+        await publisher.prove(3, found)
+        assert await publisher.prove(4, found) == []
+        return publisher.records
+
+    records = with_engine(model, work)
+    assert [(proof.step, proof.policy, proof.status) for proof in records] == [
+        (0, "reviewer", "untrained"), (0, "solver", "untrained"), (2, "solver", "untrained"), (3, "solver", "passed"),
+    ]  # fmt: skip
+    assert records[0].reason == "B is zero" and records[0].residual is None
+
+
+def test_a_frozen_adapter_that_came_trained_is_proven(model: Path, tmp_path: Path):
+    donor = adapters_on(model, seed=3)
+    Learner(donor, 1e-3, seed=7).step()
+    donor.save("solver", tmp_path / "donor")
+    spec = replace(donor.policies["solver"], trainable=False, init=str(tmp_path / "donor"))
+    adapters = Adapters(AutoModelForCausalLM.from_pretrained(model), [spec], seed=0, base_name=str(model))
+
+    async def work(engine: TransformersEngine) -> list[Proof]:
+        publisher = Publisher(tmp_path / "versions", adapters, engine)
+        await publisher.publish(0, ["solver"])
+        return await publisher.prove(0, await play(engine, publisher))
+
+    (proof,) = with_engine(model, work)
+    assert proof.status == "passed" and proof.residual < 1e-4
+
+
+def test_summary_and_how_often(model: Path, tmp_path: Path):
+    adapters = adapters_on(model, policies=["solver"])
+    learner = Learner(adapters, 1e-3)
+
+    async def work(engine: TransformersEngine) -> Publisher:
+        publisher = Publisher(tmp_path, adapters, engine, proof_every=3)
+        for step in range(1, 6):
+            learner.step()
+            await publisher.publish(step, ["solver"])
+            found = await play(engine, publisher)
+            await publisher.prove(step, found)
+        await publisher.prove(5, found, final=True)
+        return publisher
+
+    publisher = with_engine(model, work)
+    assert [proof.step for proof in publisher.records] == [1, 3, 5]
+    worst = max(proof.residual or 0.0 for proof in publisher.records)
+    assert publisher.summary() == {"checks": 3, "passed": 3, "untrained": 0, "failed": 0, "max_residual": worst}
+    assert [Proof(**record) for record in json.loads(json.dumps(publisher.to_json()))] == publisher.records
+
+
+def test_a_proof_leaves_the_trainer_as_it_was(model: Path, tmp_path: Path):
+    adapters = adapters_on(model)
+    learner = Learner(adapters, 1e-3)
+    seen: list[tuple[Any, ...]] = []
+
+    def state() -> tuple[Any, ...]:
+        grads = {full: p.requires_grad for full, p in adapters.model.named_parameters()}
+        scalings = [dict(m.scaling) for m in adapters.model.modules() if hasattr(m, "scaling") and isinstance(m.scaling, dict)]
+        return {name: adapters.sha256(name) for name in adapters.policies}, adapters.base_sha256(), grads, scalings
+
+    async def work(engine: TransformersEngine) -> None:
+        publisher = Publisher(tmp_path, adapters, engine)
+        learner.step()
+        await publisher.publish(1, adapters.trainable)
+        found = await play(engine, publisher)
+        seen.append(state())
+        await publisher.prove(1, found)
+        seen.append(state())
+
+    with_engine(model, work)
+    assert seen[0] == seen[1]
+
+
+def test_probes_take_every_task_once_first_then_short_prompts():
+    def turn(index: int, agent: str, prompt: int, reply: int, **more: Any) -> Turn:
+        sampling = more.pop("sampling", Sampling(temperature=0.7))
+        ids, tokens = tuple(range(prompt)), tuple(range(100, 100 + reply))
+        fields = {"source": "sampled", "text": "", "finish_reason": "stop", "policy": agent, "version": "", **more}
+        return Turn(
+            index=index,
+            agent=agent,
+            messages=(),
+            prompt_ids=ids,
+            token_ids=tokens,
+            logprobs=(0.0,) * reply,
+            sampling=sampling,
+            **fields,
+        )
+
+    def episode(task: str, *turns: Turn) -> Episode:
+        return Episode(id=task, group=task, task=Task(task, "?"), turns=turns)
+
+    episodes = [
+        episode("a", turn(0, "x", 3, 2), turn(1, "y", 4, 1), turn(2, "x", 9, 100)),
+        episode("b", turn(0, "x", 8, 1, sampling=Sampling(top_p=0.5, temperature=0.7))),
+        episode("c", turn(0, "x", 2, 0), turn(1, "x", 2, 3, source="written"), turn(2, "z", 1, 5)),
+    ]
+    found = probes(episodes, {"p": ["x", "y"]}, "p", count=4)
+    assert [(probe.prompt, len(probe.ids), probe.temperature) for probe in found] == [
+        (3, 5, 0.7),  # task a, its shortest prompt
+        (8, 9, 1.0),  # task b; drawn with top_p, so its temperature is nothing to go by
+        (4, 5, 0.7),  # the rest, shortest prompt first
+        (9, 9 + REPLY, 0.7),  # cut
+    ]
+    assert probes(episodes, {"p": ["x", "y"]}, "p", count=1) == found[:1] and probes(episodes, {"q": []}, "q") == []

@@ -1,0 +1,118 @@
+"""Adapter versions: named once, never changed, kept as long as anybody can ask for them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from marlora.agents.types import Sampling
+from marlora.rollouts.engines.engine import EngineError, Ref
+from marlora.rollouts.engines.transformers import TransformersEngine
+from marlora.trainers import publish
+from marlora.trainers.adapters import CONFIG, WEIGHTS, folder_sha256
+from marlora.trainers.publish import KEEP_VERSIONS, Publisher
+from marlora.trainers.tiny import tiny_random_model
+from tests.trainers.publishing import PROMPTS, Learner, adapters_on, with_engine
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_random_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def test_a_version_is_a_new_folder_durable_before_it_has_its_name(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    adapters = adapters_on(model, policies=["solver"])
+    learner = Learner(adapters, 1e-3)
+    events: list[tuple[str, str]] = []
+    rename, fsync = Path.rename, publish.fsync
+    monkeypatch.setattr(publish, "fsync", lambda path: (events.append(("fsync", path.name)), fsync(path))[1])
+    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append(("rename", self.name)), rename(self, to))[1])
+
+    async def work(engine: TransformersEngine) -> list[str]:
+        publisher, names = Publisher(tmp_path / "versions", adapters, engine), []
+        for step in range(4):
+            learner.step()
+            names.append((await publisher.publish(step, ["solver"]))["solver"])
+            assert await engine.adapters("local") == {names[-1]: str(tmp_path / "versions" / names[-1])}
+            assert folder_sha256(tmp_path / "versions" / names[-1]) == adapters.sha256("solver")
+        return names
+
+    names = with_engine(model, work)
+    assert len(set(names)) == 4 and all(re.fullmatch(rf"solver-v{step}-[0-9a-f]{{8}}", name) for step, name in enumerate(names))
+    one = [("fsync", CONFIG), ("fsync", WEIGHTS), ("fsync", f".{names[0]}"), ("rename", f".{names[0]}"), ("fsync", "versions")]
+    assert sorted(events[:2]) + events[2:5] == one and len(events) == 20
+    kept = sorted(path.name for path in (tmp_path / "versions").iterdir())
+    assert kept == sorted(names)[-KEEP_VERSIONS - 1 :]
+
+
+def test_a_resumed_run_gives_an_unchanged_adapter_its_name_back(model: Path, tmp_path: Path):
+    adapters = adapters_on(model)
+
+    async def publish_all(engine: TransformersEngine, step: int, earlier: Mapping[str, str]) -> dict[str, str]:
+        return await Publisher(tmp_path, adapters, engine, earlier=earlier).publish(step, adapters.trainable)
+
+    first = with_engine(model, lambda engine: publish_all(engine, 3, {}))
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert with_engine(model, lambda engine: publish_all(engine, 5, first)) == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == written
+    Learner(adapters, 1e-3).step()
+    assert with_engine(model, lambda engine: publish_all(engine, 5, first))["solver"].startswith("solver-v5-")
+    weights = tmp_path / first["solver"] / WEIGHTS
+    weights.write_bytes((tmp_path / first["reviewer"] / WEIGHTS).read_bytes())
+    adapters = adapters_on(model)  # as fresh as those published first
+    with pytest.raises(EngineError, match=f"{first['solver']}: its tensors were changed"):
+        with_engine(model, lambda engine: publish_all(engine, 5, first))
+
+
+def test_versions_in_play_outlive_five_publishes(model: Path, tmp_path: Path):
+    """A slow episode speaks with the version it began with; its folder stays until nobody can ask for it."""
+    adapters = adapters_on(model, policies=["solver"])
+    learner = Learner(adapters, 1e-3)
+    sampling = Sampling(max_tokens=6, seed=4)
+
+    async def work(engine: TransformersEngine) -> None:
+        publisher = Publisher(tmp_path, adapters, engine)
+        learner.step()
+        versions = await publisher.publish(1, ["solver"])
+        ref, folder = Ref("solver", versions["solver"]), tmp_path / versions["solver"]
+        with publisher.hold(versions), publisher.hold({"solver": versions["solver"], "other": "other-v1-00000000"}):
+            (first,) = await engine.generate(PROMPTS[0], ref, sampling)
+            for step in range(2, 7):
+                learner.step()
+                await publisher.publish(step, ["solver"])
+                assert set(await engine.adapters("local")) == {ref.version, publisher.versions["solver"]} and folder.is_dir()
+            assert (await engine.generate(PROMPTS[0], ref, sampling)) == [first]
+        for step in range(7, 7 + KEEP_VERSIONS):
+            assert folder.is_dir()
+            learner.step()
+            await publisher.publish(step, ["solver"])
+            assert list(await engine.adapters("local")) == [publisher.versions["solver"]]
+        assert not folder.exists()
+        with pytest.raises(EngineError, match=ref.version):
+            await engine.generate(PROMPTS[0], ref, sampling)
+
+    with_engine(model, work)
+
+
+def test_a_publish_waits_for_open_requests_of_the_old_version(model: Path, tmp_path: Path):
+    adapters = adapters_on(model, policies=["solver"])
+    learner = Learner(adapters, 1e-3)
+
+    async def work(engine: TransformersEngine) -> None:
+        publisher = Publisher(tmp_path, adapters, engine)
+        old = (await publisher.publish(0, ["solver"]))["solver"]
+        talking = asyncio.create_task(engine.generate(PROMPTS[0], Ref("solver", old), Sampling(max_tokens=40, seed=1)))
+        await asyncio.sleep(0)
+        learner.step()
+        new = (await publisher.publish(1, ["solver"]))["solver"]
+        assert talking.done() and talking.result()[0].version == old
+        assert list(await engine.adapters("local")) == [new]
+
+    with_engine(model, work)
