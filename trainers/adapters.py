@@ -137,8 +137,9 @@ class Adapters:
 
     def declare(self) -> None:
         """Set `requires_grad` of every parameter to the declared table."""
-        for full, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._declared(full))
+        for parameter, learns in self._table:
+            if parameter.requires_grad != learns:
+                parameter.requires_grad_(learns)
 
     def check(self) -> None:
         """Raise RuntimeError if any `requires_grad` differs from the declared table."""
@@ -230,6 +231,11 @@ class Adapters:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @functools.cached_property
+    def _table(self) -> list[tuple[nn.Parameter, bool]]:
+        """Every parameter and whether it is declared to learn. Kept, because walking a model costs as much as a small forward pass."""
+        return [(parameter, self._declared(full)) for full, parameter in self.model.named_parameters()]
 
     def _known(self, name: str) -> str:
         if name not in self.policies:

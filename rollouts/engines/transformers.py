@@ -9,7 +9,6 @@ nothing outside the process is reproduced bit for bit by the same number of thre
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +97,7 @@ class TransformersEngine:
         self._versions = Versions("transformers")
         self._waiting: list[_Request] = []
         self._wave: asyncio.Task[None] | None = None
+        self._speaking: str | None = None  # the version that is switched on, "" for the bare base, None if unknown
 
     # -- the contract ---------------------------------------------------------------------------------------------------------
 
@@ -211,6 +211,7 @@ class TransformersEngine:
     def _load(self, folder: Path) -> None:
         from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
+        self._speaking = None
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         if isinstance(self._model, PeftModel):
@@ -229,6 +230,7 @@ class TransformersEngine:
         self._model.eval()
 
     def _unload(self, version: str) -> None:
+        self._speaking = None
         others = [name for name in self._model.peft_config if name != version]
         if others:
             self._model.set_adapter(others[0])  # PEFT keeps one active
@@ -237,18 +239,23 @@ class TransformersEngine:
             self._model = self._model.unload()  # the base as it was; nothing was ever merged
         self._model.requires_grad_(False)
 
-    def _speak_as(self, ref: Ref) -> Any:
-        """A context in which the model is the base with this version's adapter, or the bare base."""
+    def _speak_as(self, ref: Ref) -> None:
+        """From now on the model is the base with this version's adapter, or the bare base. PEFT's switches cost as much as a token."""
+        if self._speaking == ref.version:
+            return
         if ref.version:
+            self._model.base_model.enable_adapter_layers()
             self._model.set_adapter(ref.version)
             self._model.requires_grad_(False)  # PEFT turns the gradients of the active adapter on
-            return contextlib.nullcontext()
-        return self._model.disable_adapter() if hasattr(self._model, "disable_adapter") else contextlib.nullcontext()
+        elif hasattr(self._model, "peft_config"):
+            self._model.base_model.disable_adapter_layers()
+        self._speaking = ref.version
 
     def _score(self, ids: tuple[int, ...], ref: Ref) -> list[float]:
         import torch
 
-        with torch.inference_mode(), self._speak_as(ref):
+        with torch.inference_mode():
+            self._speak_as(ref)
             tensor = torch.tensor([ids], device=self.device)
             logits = self._model(input_ids=tensor, use_cache=False).logits[0, :-1].float()
             return torch.log_softmax(logits, -1).gather(1, tensor[0, 1:, None])[:, 0].tolist()
@@ -260,7 +267,8 @@ class TransformersEngine:
         """
         import torch
 
-        with torch.inference_mode(), self._speak_as(batch[0].ref):
+        with torch.inference_mode():
+            self._speak_as(batch[0].ref)
             prompts = list(dict.fromkeys(request.ids for request in batch))
             width = max(map(len, prompts))
             ids = torch.tensor([(0,) * (width - len(p)) + p for p in prompts], device=self.device)

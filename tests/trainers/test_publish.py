@@ -153,15 +153,15 @@ class StalePrefix(Liar):
     @torch.inference_mode()
     def _reply(self, ids: tuple[int, ...], ref: Ref, sampling: Sampling) -> Completion:
         draw, tokens, logprobs = random.Random(sampling.seed), [], []
-        with self.true._speak_as(Ref(ref.policy, self.older.get(ref.version, ""))):
-            cache = self.true._model(input_ids=torch.tensor([ids[:-1]]), use_cache=True).past_key_values
-        with self.true._speak_as(ref):
-            for _ in range(sampling.max_tokens):
-                last = torch.tensor([[tokens[-1] if tokens else ids[-1]]])
-                logits = self.true._model(input_ids=last, past_key_values=cache, use_cache=True).logits[0, -1]
-                row = torch.log_softmax(logits / sampling.temperature, -1)
-                tokens.append(draw.choices(range(len(row)), row.exp().tolist())[0])
-                logprobs.append(float(row[tokens[-1]]))
+        self.true._speak_as(Ref(ref.policy, self.older.get(ref.version, "")))
+        cache = self.true._model(input_ids=torch.tensor([ids[:-1]]), use_cache=True).past_key_values
+        self.true._speak_as(ref)
+        for _ in range(sampling.max_tokens):
+            last = torch.tensor([[tokens[-1] if tokens else ids[-1]]])
+            logits = self.true._model(input_ids=last, past_key_values=cache, use_cache=True).logits[0, -1]
+            row = torch.log_softmax(logits / sampling.temperature, -1)
+            tokens.append(draw.choices(range(len(row)), row.exp().tolist())[0])
+            logprobs.append(float(row[tokens[-1]]))
         return Completion("", ids, tuple(tokens), tuple(logprobs), "length", ref.policy, ref.version)
 
 
