@@ -335,7 +335,7 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = Path(path)
-    if folder.is_dir() and not any(folder.glob("token*")) and not (folder / "vocab.json").exists():
+    if folder.is_dir() and not any(list(folder.glob(kind)) for kind in ("token*", "vocab*", "*.model")):
         raise SettingError(
             f"model {str(path)!r}: the folder has no tokenizer; copy tokenizer.json and its like from the model's source"
         )
