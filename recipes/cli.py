@@ -21,6 +21,7 @@ from marlora.rollouts.engines.start import EngineConfig, choose_engine
 from marlora.rollouts.engines.vllm import VLLMEngine
 from marlora.rollouts.evaluate import Evaluation, evaluation, paired
 from marlora.rollouts.play import Job, jobs
+from marlora.rollouts.saved import read_checkpoint
 from marlora.rollouts.served import ServedTeam
 from marlora.rollouts.store import Store, StoreError
 from marlora.rollouts.types import Episode
@@ -79,22 +80,26 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def asked_for(adapters: str, trained: Sequence[str]) -> list[str]:
+    """The policies that `--adapters` names."""
+    names = {"all": list(trained), "none": []}.get(adapters, adapters.split(","))
+    for name in names:
+        if name not in trained:
+            raise SettingError(
+                f"--adapters {name}: the checkpoint has no trained adapter of that name; it has {', '.join(trained) or 'none'}"
+            )
+    return names
+
+
 def chosen(team: ServedTeam, adapters: str) -> dict[str, str]:
     """The team version that `--adapters` asks for."""
-    if adapters == "all":
-        return dict(team.versions)
-    if adapters == "none":
-        return {}
-    names = adapters.split(",")
-    for name in names:
-        if name not in team.versions:
-            raise SettingError(
-                f"--adapters {name}: the checkpoint has no trained adapter of that name; it has {', '.join(team.versions) or 'none'}"
-            )
-    return {name: team.versions[name] for name in names}
+    return {name: team.versions[name] for name in asked_for(adapters, list(team.versions))}
 
 
 async def with_team(args: argparse.Namespace, work: Callable[[ServedTeam], Any]) -> Any:
+    """Open the checkpoint's team, work with it, close it."""
+    adapters = read_checkpoint(Path(args.checkpoint))["adapters"]
+    asked_for(args.adapters, [name for name, entry in adapters.items() if entry.get("trained")])  # before a server starts
     with tempfile.TemporaryDirectory(prefix="marlora-") as scratch:
         team = await ServedTeam.open(
             args.checkpoint,

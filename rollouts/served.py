@@ -136,6 +136,8 @@ class ServedTeam:
 
     def tasks(self, name: str = "", limit: int | None = None, split: str = "eval") -> list[Task]:
         """Tasks by name, or the checkpoint's own held-out ones, which must still have the hash they had."""
+        if limit is not None and limit < 1:
+            raise SettingError(f"num_tasks: expected at least 1, got {limit}")
         own = self.data["tasks"]
         if not own["name"] and not name:
             raise SettingError("tasks: the checkpoint's were given as lists in Python; name a set (--tasks)")
