@@ -2,8 +2,8 @@
 
 vLLM 0.32 marks a row of the base model with adapter index -1 and, on a CPU, reads the weights of slot -1: the *last* slot. Once
 that slot is taken, base requests decoded beside adapter requests speak with somebody's adapter (measured: 2 to 5 nat per token).
-It also copies an adapter's weights once per token. Here rows are grouped by adapter: each group is two matrix products (3 to 20 times
-faster on one core: shapes of SmolLM2-135M, rank 16, 32 to 1024 rows, bfloat16 or float32), and rows of the base are left alone.
+It also copies an adapter's weights once per token. Here rows are grouped by adapter: each group is two matrix products (3 to 20
+times faster on one core: SmolLM2-135M's shapes, rank 16, 32 to 1024 rows, bfloat16 or float32), and the base's are left alone.
 
 A server loads this with `--worker-extension-cls marlora.rollouts.engines.vllm_cpu_lora.Extension`; vLLM imports the class in each
 worker before it builds the model, and what importing does is the point. The line `MARK` in the log says that it was done.
