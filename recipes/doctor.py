@@ -95,7 +95,7 @@ def hardware(without_torch: bool) -> list[Row]:
     rows = [("CPU", f"{cores} cores, {bf16}", todo)]
     if without_torch:
         return rows
-    import torch
+    torch = importlib.import_module("torch")
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     rows.append(("torch build", f"{build}, {torch.get_num_threads()} threads", ""))
