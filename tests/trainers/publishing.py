@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from marlora.agents.types import AdapterSpec, Completion, PolicySpec, Sampling
 from marlora.rollouts.engines.engine import Engine, Ref, TeamVersion
 from marlora.rollouts.engines.transformers import TransformersEngine
+from marlora.rollouts.engines.vllm import VLLMEngine
 from marlora.trainers.adapters import WEIGHTS, Adapters
 from marlora.trainers.publish import Probe, Proof, ProofError, Publisher
 
@@ -210,3 +211,40 @@ class Penalised(Liar):
 
     def asked(self, ref: Ref, sampling: Sampling | None) -> tuple[Ref, Sampling | None]:
         return ref, sampling and replace(sampling, repetition_penalty=1.1)
+
+
+class InPlace(Liar):
+    """Every version of a policy behind one name and one path, which are written over and reloaded in place through vLLM's own call."""
+
+    true: VLLMEngine
+
+    def __init__(self, true: Engine) -> None:
+        super().__init__(true)
+        self.listed: dict[str, str] = {}
+
+    async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
+        for policy, folder in adapters.items():
+            live = folder.with_name(f"{policy}-live")
+            if "-twin-" in folder.name:
+                await self.true.publish({policy: folder})
+            elif not live.exists():
+                shutil.copytree(folder, live)
+                await self.true.publish({policy: live})
+            else:
+                shutil.copyfile(folder / WEIGHTS, live / WEIGHTS)
+                body = {"lora_name": live.name, "lora_path": str(live), "load_inplace": True}
+                for replica in self.true.replicas.values():
+                    await replica.request("POST", "/v1/load_lora_adapter", body)
+            self.listed[folder.name] = str(folder)
+        return {policy: folder.name for policy, folder in adapters.items()}
+
+    def asked(self, ref: Ref, sampling: Sampling | None) -> tuple[Ref, Sampling | None]:
+        return (ref if "-twin-" in ref.version or not ref.version else Ref(ref.policy, f"{ref.policy}-live")), sampling
+
+    async def retire(self, ref: Ref) -> None:
+        del self.listed[ref.version]
+        if "-twin-" in ref.version:
+            await self.true.retire(ref)
+
+    async def adapters(self, replica: str) -> Mapping[str, str]:
+        return self.listed

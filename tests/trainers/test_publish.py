@@ -102,7 +102,7 @@ def test_right_adapters_pass_in_half_precision(model: Path, tmp_path: Path, serv
         (Penalised, 1e-5, (1,), "decoding"),
         (Penalised, 1e-2, (10,), "decoding"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_fault_fails_the_proof(
     model: Path, tmp_path: Path, fault: type[Liar], learning_rate: float, steps: Sequence[int], part: str
