@@ -31,8 +31,8 @@ check: setup  ## ruff, types, layers
 	$(PY) -m mypy
 	$(PYTEST) -q tests/test_layout.py -m "not slow"
 
-test-fast: setup  ## under a minute: no server
-	$(PYTEST) -m "not slow and not server and not gpu"
+test-fast: setup  ## under a minute: no server, no processes that are killed
+	$(PYTEST) -m "not slow and not server and not process and not gpu"
 
 test: setup  ## about ten minutes: one vLLM server on a tiny model
 	$(PYTEST) -m "not slow and not gpu"

@@ -25,7 +25,7 @@ class RankError(RuntimeError):
 class Ranks:
     """One process or many; every method is a no-op for one. Made by `accelerate launch` or `torchrun` (their environment variables).
 
-    `hours` bounds how long a rank waits for another.
+    `hours` bounds how long a rank waits for another. `warning`: what people should know about how it was launched, or "".
     """
 
     def __init__(self, hours: float = 12.0) -> None:
@@ -36,6 +36,13 @@ class Ranks:
         self.rank, self.size = self._state.process_index, self._state.num_processes
         self.device = self._state.device
         self._control = None
+        # On a CPU, `accelerate launch --num_processes N` names a meeting place for N processes and starts one (without mpirun).
+        meant = "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ and cpu and self.size == 1
+        self.warning = (
+            "accelerate has started one process: on a CPU it leaves more to mpirun; "
+            "`torchrun --standalone --nproc_per_node N recipes/NAME.py` starts N"
+            if meant else ""
+        )  # fmt: skip
         if self.size > 1:
             self._control = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=hours))
 

@@ -127,6 +127,8 @@ class Run:
                 self.ranks = Ranks()
             self.progress = Progress(self.ranks.main)
             self._exit.callback(self.progress.close)
+            if self.ranks.warning:
+                self.progress.warn(self.ranks.warning)
             self.stop = Stop()
             self._exit.callback(self.stop.close)
             if not self._loaded:

@@ -1,0 +1,66 @@
+"""What two ranks do in `test_ranks.py`: `torchrun --nproc_per_node N -m tests.trainers.rank_program FOLDER MODEL`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marlora.trainers import update
+from marlora.trainers.ranks import RankError, Ranks
+from marlora.trainers.run import RunError
+from marlora.trainers.threads import Stopped
+from tests.trainers.small_run import trainer
+
+
+def talk(ranks: Ranks) -> dict[str, Any]:
+    """Every way in which ranks speak to one another."""
+    mine = [torch.tensor([1.0 + ranks.rank, 0.0]), torch.tensor([[float(10**ranks.rank)]])]
+    ranks.sum_(mine)
+    found: dict[str, Any] = {
+        "rank": ranks.rank, "size": ranks.size, "device": str(ranks.device), "sum": [t.tolist() for t in mine],
+        "broadcast": ranks.broadcast({"text": "häß", "rank": ranks.rank}), "gather": ranks.gather("x" * ranks.rank),
+        "any": ranks.any(ranks.rank == 1), "none": ranks.any(False), "on_main": ranks.on_main(lambda: ranks.rank), "raised": [],
+    }  # fmt: skip
+
+    def fail(error: BaseException) -> None:
+        raise error
+
+    for error in (RunError("the disk is full"), Stopped()):
+        try:
+            ranks.on_main(lambda error=error: fail(error))
+        except (RunError, RankError, Stopped) as raised:
+            found["raised"].append(f"{type(raised).__name__} {raised}".strip())
+    return found
+
+
+def learn(folder: Path, model: Path) -> dict[str, Any]:
+    """Three steps. In the second all turns of an agent fit one batch, so that one rank has none of them."""
+    made = trainer(folder, model)
+    run, real, batches = made.run.open(), update.deal, []
+
+    def counted(*args: Any) -> Any:
+        dealt = real(*args)
+        batches.append([len(part) for part in dealt])
+        return dealt
+
+    update.deal = counted
+    for step in run.steps():
+        made.args.tokens_per_batch = 8192 if step == 2 else 24
+        episodes = run.collect(step)
+        run.finish(step, episodes, made.learn(step, episodes))
+    result = run.evaluate("after")
+    made.train()  # nothing is left to do: evaluates, writes the summary on rank 0 alone, closes
+    hashes = {p: base.adapters.sha256(p) for base in run.bases.values() for p in base.policies}
+    return {"batches": batches, "sha256": hashes, "evaluated": result is not None}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, model = Path(sys.argv[1]), Path(sys.argv[2])
+    ranks = Ranks()
+    found = {**(talk(ranks) if ranks.size > 1 else {}), **learn(folder, model)}
+    Path(f"{folder}.rank{ranks.rank}.json").write_text(json.dumps(found))
