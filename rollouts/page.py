@@ -12,6 +12,7 @@ from typing import Any
 
 STYLE = Path(__file__).with_name("report.css").read_text()
 MAX_TEXT = 4000  # characters of one message
+BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they turn the order of what follows
 MAX_POINTS = 120  # of a curve that tell their value when pointed at
 
 Line = Sequence[tuple[int, float]]  # (step, value)
@@ -33,7 +34,7 @@ def text(value: Any, limit: int = MAX_TEXT) -> str:
     """Any value as text of the page: escaped, control characters made visible, cut at `limit`."""
     raw = str(value)
     cut = f" … ({len(raw) - limit} more characters)" if len(raw) > limit else ""
-    shown = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in raw[:limit])
+    shown = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "␦" if c in BIDI else c for c in raw[:limit])
     return html.escape(shown + cut)
 
 
@@ -87,7 +88,7 @@ def curves(title: str, note: str, lines: Mapping[str, Line], colours: Mapping[st
     def place(step: int, value: float) -> tuple[float, float]:
         return 44 + 268 * (step - start) / max(end - start, 1), 108 - 96 * ((value - low) / (high - low) if high > low else 0.5)
 
-    body = "".join(_curve(name, line, place, colours[name]) for name, line in lines.items())
+    body = "".join(_curve(name, line, place, colours[name]) for name, line in lines.items() if line)
     marks = {112: low, 16: high} if high > low else {64: low}
     labels = "".join(f'<text x="40" y="{y}">{number(value)}</text>' for y, value in marks.items())
     labels += f'<text class="start" x="44" y="124">{start}</text>' + (f'<text x="312" y="124">{end}</text>' if end > start else "")

@@ -283,6 +283,12 @@ def test_an_outside_model_is_asked_only_if_the_user_agrees(checkpoint: Path, cap
     assert "http://elsewhere/v1" in refused(capsys, "eval", checkpoint, *HERE)
 
 
+def test_a_checkpoint_of_tasks_given_in_python_asks_for_a_set(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite(checkpoint, lambda data: data["tasks"].update(name=""))
+    assert "--tasks" in refused(capsys, "eval", checkpoint, *TRUST)
+    assert marlora("eval", checkpoint, *TRUST, "--tasks", "marlora.trainers.tiny:tiny_tasks", "--num_tasks", 1) == 0
+
+
 # collect and play
 
 
