@@ -49,6 +49,13 @@ def test_mismatch_is_compared_with_the_noise_of_the_first_step() -> None:
     assert alarms(noisy, first_mismatch_kl=2e-3) == ([], "")  # less than ten times its own
 
 
+def test_a_mismatch_from_the_first_step_on_is_no_noise() -> None:
+    monitor = Monitor()
+    told = [alarms(monitor, first_mismatch_kl=0.3) for _ in range(3)]
+    assert all(len(warnings) == 1 and "disagree by 3.0e-01" in warnings[0] for warnings, _ in told)
+    assert [bool(reason) for _, reason in told] == [False, False, True]
+
+
 def test_three_steps_beyond_all_bounds_end_the_run_and_two_do_not() -> None:
     monitor = Monitor()
     alarms(monitor)
