@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import sys
 
+from marlora.recipes.grpo_team import train
 from marlora.recipes.settings import parse, run
-from marlora.recipes.tables import summary_table
 from marlora.rollouts.engines.start import has_gpu
-from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
-from marlora.trainers.plan import print_plan
+from marlora.trainers.grpo import GRPOConfig
 
 GPU_MODEL, CPU_MODEL = "Qwen/Qwen2.5-0.5B-Instruct", "smollm2-135m"
 
@@ -38,13 +37,7 @@ def main() -> None:
     config = parse(GRPOConfig, __file__)
     config.model, why = choose_model(config.model)
     print(f"model: {config.model} ({why})", file=sys.stderr)
-    trainer = GRPOTrainer(args=config, recipe="demo")
-    if config.dry_run:
-        print_plan(trainer.run)
-        return
-    summary = trainer.train()
-    if trainer.run.ranks.main:
-        print(summary_table(summary, config.output_dir))
+    train(config, "demo")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
 from marlora.trainers.plan import print_plan
 
 
-def main() -> None:
-    config = parse(GRPOConfig, __file__)
-    trainer = GRPOTrainer(args=config)
+def train(config: GRPOConfig, recipe: str) -> None:
+    """Train by these settings and print what came out, or print the plan if it is a dry run."""
+    trainer = GRPOTrainer(args=config, recipe=recipe)
     if config.dry_run:
         print_plan(trainer.run)
         return
@@ -25,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: train(parse(GRPOConfig, __file__), "grpo_team"))
