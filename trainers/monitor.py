@@ -29,7 +29,7 @@ class Monitor:
         warnings: list[str] = []
         stop = ""
         for policy, row in rows.items():
-            if not row.get("tokens"):
+            if not row.get("tokens") or not row.get("applied", True):
                 continue
             kl = float(row["first_mismatch_kl"])
             noise = self.noise.setdefault(policy, min(kl, WARN_KL))
@@ -39,7 +39,10 @@ class Monitor:
                 )
             self.beyond[policy] = self.beyond.get(policy, 0) + 1 if kl > max(STOP_KL, 100 * noise) else 0
             if self.beyond[policy] >= PATIENCE:
-                stop = f"policy {policy!r}: engine and trainer disagreed by {kl:.1e} nat per token for {PATIENCE} steps; the served adapter is not the trained one"
+                stop = (
+                    f"policy {policy!r}: engine and trainer disagreed by {kl:.1e} nat per token for {PATIENCE} steps; "
+                    "the served adapter is not the trained one"
+                )
             for name, limit in LIMITS.items():
                 if float(row.get(name, 0.0)) > limit:
                     warnings.append(f"policy {policy!r}: {name.replace('_', ' ')} {row[name]:.2f} (above {limit})")

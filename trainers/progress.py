@@ -89,6 +89,9 @@ class Progress:
             if not stats.get("tokens"):
                 parts.append(f"{policy}: no signal")
                 continue
+            if not stats.get("applied", True):
+                parts.append(f"{policy}: not finite, no update")
+                continue
             parts.append(f"{policy}: loss {stats['loss']:+.4f} kl {stats['mismatch_kl']:.1e} grad {stats['grad_norm']:.2f}")
         parts.append(f"{row.get('tokens_per_s', 0):.0f} tok/s")
         proof = row.get("proof") or {}

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import itertools
-import json
 import math
 import shutil
 import time
@@ -28,16 +26,17 @@ from ..agents.tools import resolve_tools
 from ..agents.types import BASE, SettingError, Task, from_json, to_json
 from ..rollouts.engines.engine import Engine
 from ..rollouts.engines.start import start_engine
-from ..rollouts.evaluate import Evaluation, evaluation, paired
+from ..rollouts.evaluate import Evaluation, evaluation
 from ..rollouts.play import Limits, Rollouts, agents_of
 from ..rollouts.report import write_report
 from ..rollouts.rewards import RewardFn, fn_name, resolve_rewards
 from ..rollouts.served import build_system
 from ..rollouts.speakers import speakers
 from ..rollouts.store import Store
-from ..rollouts.tasks import load_tasks, split_hash
+from ..rollouts.tasks import load_tasks
 from ..rollouts.types import Episode
 from . import checkpoint as ckpt
+from . import records
 from .bases import Base, group_by_base, load_base
 from .config import RunConfig
 from .config import RunError as RunError
@@ -77,7 +76,7 @@ class Run:
         self.config, self.recipe = config, recipe
         system = system or build_system(config.system)  # type: ignore[arg-type]
         self.system = system.with_agents(agents_of(system, config.agents, config.sampling()))  # type: ignore[arg-type]
-        check_importable(self.system)
+        records.check_importable(self.system)
         for agent in self.system.specs:
             resolve_tools(agent.tools)
         self.policies = config.policy_specs(self.system.specs)
@@ -89,7 +88,7 @@ class Run:
         self.tasks = list(tasks if tasks is not None else load_tasks(config.tasks, "train", seed=config.seed, **args))
         held_out = eval_tasks if eval_tasks is not None else load_tasks(config.tasks, "eval", seed=config.seed, **args)
         self.eval_tasks = list(held_out)[: config.num_eval_tasks]
-        check_tasks(self.tasks, self.eval_tasks, config)
+        records.check_tasks(self.tasks, self.eval_tasks, config)
         self.rewards = resolve_rewards(rewards if rewards is not None else config.rewards)
         if not self.rewards:
             raise SettingError("rewards: empty; expected at least one function, whose name is the accuracy of evaluations")
@@ -156,7 +155,7 @@ class Run:
         self.store = Store(self.config.folder / "episodes")
         self._exit.callback(self.store.close)
         self._start_engines()
-        self._write_config()
+        records.write_config(self)
 
     def _open_loop(self) -> None:
         """An engine given by the caller outlives `close`, so the loop it works in has to as well."""
@@ -188,7 +187,7 @@ class Run:
                 self.progress.say(f"resumed from {valid.name}")
             elif self.config.resume:
                 self.progress.say(f"resume: no valid checkpoint in {folder}; starting from step 0")
-            drop_rows_after(folder / "metrics.jsonl", self.step)
+            records.drop_rows_after(folder / "metrics.jsonl", self.step)
             return str(valid) if valid else None
 
         name = self.ranks.on_main(find)
@@ -270,19 +269,8 @@ class Run:
         return [policy for base in self.bases.values() for policy in base.policies if base.adapters.is_trained(policy)]
 
     def tasks_of(self, step: int) -> list[Task]:
-        """The tasks of a step: a pure function of seed and step, so nothing that fails or is dropped can hold the cursor."""
-        import random
-
-        from ..agents.team import derive_seed
-
-        count, size = min(self.config.tasks_per_step, len(self.tasks)), len(self.tasks)
-        chosen: list[Task] = []
-        for at in range((step - 1) * count, step * count):
-            epoch, place = divmod(at, size)
-            order = list(range(size))
-            random.Random(derive_seed(self.config.seed, "epoch", epoch)).shuffle(order)
-            chosen.append(self.tasks[order[place]])
-        return list({task.id: task for task in chosen}.values())
+        """The tasks of a step, see `records.tasks_of`."""
+        return records.tasks_of(self.tasks, self.config.tasks_per_step, self.config.seed, step)
 
     def player(self, versions: Mapping[str, str]) -> Rollouts:
         """Rollouts that play with these versions whatever the caller asks for: replays speak as the episode did."""
@@ -423,7 +411,7 @@ class Run:
             self._publish(step, episodes, final=step == self.config.max_steps)
             self.seconds["publish"] += time.perf_counter() - start
             row = {**self._row, **metrics, "seconds": dict(self.seconds)}
-            append_row(self.config.folder / "metrics.jsonl", row)
+            records.append_row(self.config.folder / "metrics.jsonl", row)
             self.progress.step(step, row)
 
         self.ranks.on_main(publish)
@@ -510,97 +498,16 @@ class Run:
         self.seconds["total"] += now - self.started
         self.started = now
 
-    def _write_config(self) -> None:
-        import yaml
-
-        settings = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
-        settings |= {"resume": False, "overwrite": False, "dry_run": False}  # of one call, not of the run
-        cls = type(self.system)
-        names = [agent.name for agent in self.system.specs]
-        settings["system"] = {"class": f"{cls.__module__}:{cls.__qualname__}", "agents": names, **self.system.arguments()}
-        settings["agents"] = {a.name: {k: v for k, v in to_json(a).items() if k != "name"} for a in self.system.specs}
-        ckpt.write_text(self.config.folder / "config.yaml", yaml.safe_dump(to_json(settings), sort_keys=False, allow_unicode=True))
-
     def summarise(
         self, before: Evaluation | None, after: Evaluation | None, extra: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """`summary.json`, with every pinned key, and `report.html`."""
         self.clock()
-        publishers = [base.publisher for base in self.bases.values() if base.publisher]
-        proofs = [publisher.summary() for publisher in publishers]
-        total = {key: sum(p[key] for p in proofs) for key in ("checks", "passed", "untrained", "failed")}
-        policies = {}
         for base in self.bases.values():
             if base.adapters.base_sha256() != self.base_hashes[base.name]:
                 raise RunError(f"base {base.name}: its weights changed during the run; they must not")
-            for name in base.policies:
-                count = (
-                    sum(p.numel() for p in base.adapters.parameters(name).values()) if base.adapters.policies[name].trainable else 0
-                )
-                policies[name] = {
-                    "trainable_parameters": count,
-                    "sha256_before": self.before[name],
-                    "sha256_after": base.adapters.sha256(name),
-                }
-        result: dict[str, Any] = {
-            "recipe": self.recipe, "model": self.config.model, "engine": publishers[0].engine.info().kind if publishers else "none",
-            "steps": self.step, "seconds": self.seconds, "tokens": self.tokens, "policies": policies,
-            "live_proof": {**total, "max_residual": max((p["max_residual"] for p in proofs), default=0.0)},
-            "eval": {
-                "before": before.summary() if before else None, "after": after.summary() if after else None,
-                "paired": paired(before, after) if before and after else None,
-            },
-            **(extra or {}),
-        }  # fmt: skip
+        result = records.summary(self, before, after) | dict(extra or {})
         if self.ranks.main:
             ckpt.write_json(self.config.folder / "summary.json", result)
             write_report(self.config.folder)
         return result
-
-
-def check_importable(system: System) -> None:
-    """Refuse a System that a checkpoint could not name: evaluation has to import it again."""
-    cls = type(system)
-    try:
-        module = importlib.import_module(cls.__module__) if cls.__module__ != "__main__" else None
-    except ImportError:  # it came from a place that is on no path
-        module = None
-    if module is None or "<locals>" in cls.__qualname__ or getattr(module, cls.__qualname__, None) is not cls:
-        raise SettingError(
-            f"system {cls.__qualname__} is defined in {cls.__module__}{' (inside a function)' if '<locals>' in cls.__qualname__ else ''}: "
-            f"put the class at the top of a module of its own, so that checkpoints can import it"
-        )
-
-
-def check_tasks(train: Sequence[Task], held_out: Sequence[Task], config: RunConfig) -> None:
-    for name, found in (("training", train), ("held-out", held_out)):
-        if not found:
-            raise SettingError(f"tasks {config.tasks!r}: the {name} split is empty")
-    both = {task.id for task in train} & {task.id for task in held_out}
-    if both:
-        raise SettingError(f"tasks {config.tasks!r}: {len(both)} held-out tasks are also trained on, such as {sorted(both)[0]!r}")
-
-
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(to_json(row)) + "\n")
-
-
-def drop_rows_after(path: Path, step: int) -> None:
-    """After a kill, metrics may be ahead of the checkpoint; those steps are done again."""
-    if path.exists():
-        rows = []
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue  # the line that the kill tore
-        ckpt.write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= step))
-
-
-def split_of(run: Run) -> dict[str, Any]:
-    """What `system.json` says of the task set."""
-    return {
-        "name": "" if run.tasks_given else run.config.tasks, "args": run.config.task_args, "seed": run.config.seed,
-        "num_eval_tasks": len(run.eval_tasks), "train": split_hash(run.tasks), "eval": split_hash(run.eval_tasks),
-    }  # fmt: skip
