@@ -14,6 +14,7 @@ from ..rollouts.saved import files_sha256
 from . import checkpoint as ckpt
 from .bases import versions
 from .monitor import Monitor
+from .records import split_of
 
 if TYPE_CHECKING:
     from .run import Run
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 def system_json(run: Run) -> dict[str, Any]:
     """All that `marlora eval` needs: base, system, agents, policies, values, adapters by hash, tasks, rewards, versions."""
-    from .run import split_of
-
     cls = type(run.system)
     return {
         "schema": ckpt.SCHEMA, "recipe": run.recipe, "step": run.step,

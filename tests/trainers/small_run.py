@@ -27,7 +27,7 @@ from marlora.recipes import settings
 from marlora.rollouts.speakers import EngineSpeaker
 from marlora.rollouts.store import Store
 from marlora.rollouts.types import Episode
-from marlora.trainers import checkpoint, publish, run, snapshot
+from marlora.trainers import checkpoint, publish, records, run, snapshot
 from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
 from marlora.trainers.tiny import tiny_chain, tiny_tasks
 from tests.repository import ROOT
@@ -43,7 +43,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "learn": (run.Run, "learn"),
     "publish": (publish.Publisher, "publish"),
     "prove": (publish.Publisher, "prove"),
-    "metrics": (run, "append_row"),
+    "metrics": (records, "append_row"),
     "optimizer file": (checkpoint, "write_tensors"),
     "rename": (Path, "rename"),
     "save": (snapshot.ckpt, "publish_folder"),
