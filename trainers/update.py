@@ -58,6 +58,14 @@ class Optimizers:
             for name in adapters.trainable
         }
 
+    def check(self) -> None:
+        """Raise RuntimeError unless every optimizer holds exactly its policy's tensors, and the table of gradients is as declared."""
+        self.adapters.check()
+        for name, optimizer in self.of.items():
+            held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+            if sorted(held) != sorted(map(id, self.adapters.parameters(name).values())):
+                raise RuntimeError(f"the optimizer of policy {name!r} does not hold exactly the tensors of its adapter")
+
     def state(self, name: str) -> dict[str, torch.Tensor]:
         return split_optimizer(self.of[name].state_dict())
 
@@ -80,11 +88,12 @@ def update(
 ) -> dict[str, Updated]:
     """Train every trainable policy that has samples, `num_iterations` times. Every rank passes the same samples."""
     done: dict[str, Updated] = {}
+    optimizers.check()
     for name in optimizers.adapters.trainable:
         own = [sample for sample in samples if sample.policy == name]
         if own:
             done[name] = _update_policy(optimizers, name, own, loss_fn, step, ranks, how)
-    optimizers.adapters.check()
+    optimizers.check()
     return done
 
 
