@@ -1,9 +1,10 @@
-"""A model small enough to be trained here: two roles, bytes for tokens, and one slip that makes it worth training further.
+"""A model small enough to be trained here: two roles, bytes for tokens, and a slip of each that makes it worth training further.
 
 The task is a chain of two. Agent `first` reads three digits, `7+8+5`, and writes the sum of the first two; agent `last` reads that
-and the third, `15+5`, and writes the sum of all. The base model has learned both roles, but from a teacher who loses the carry
-in 60 % of the answers that have one (7+8 is 5, 15+8 is 13). So its most likely answer is dependably wrong where the right one keeps
-40 %: greedy accuracy is low, sampled groups hold both, and each role can be mended by its own adapter alone.
+and the third, `15+5`, and writes the sum of all. The base model has learned both roles, but from a teacher who slips in 60 % of
+the harder answers: as `first` he loses the carry (7+8 is 5), as `last` he counts one too many from 5 on (15+8 is 24). So the
+most likely answer is dependably wrong where the right one keeps 40 %: greedy accuracy is low, and sampled groups hold both. Each
+role can be mended by an adapter alone and, because the slips differ, by its own only.
 
 The target is the teacher's distribution itself, not samples of it, and training is seeded and single-threaded: about a minute
 on one core. `python -m marlora.trainers.tiny` trains the model and tells how good it is.
@@ -31,7 +32,7 @@ from ..agents.types import AgentSpec, Sampling, Task
 from ..rollouts.engines.scripted import SPECIALS, TEMPLATE  # one tokenizer for the fake and the tiny model
 from .models import cache as default_cache
 
-SLIP = 0.6  # share of the answers with a carry that lose it
+SLIP = 0.6  # share of the harder answers that are wrong
 VOCAB = 264  # 5 special tokens, 256 bytes, 3 to spare
 
 
@@ -39,7 +40,7 @@ VOCAB = 264  # 5 special tokens, 256 bytes, 3 to spare
 class TinyConfig:
     """How the model is trained: AdamW with warm-up, then linear decay to 5 % of `learning_rate`; fixed steps, so no clock decides.
 
-    `batch_size` counts prompts; a prompt whose answer has a carry gives two rows. Training goes on at the last rate, up to
+    `batch_size` counts prompts; a prompt with two answers gives two rows. Training goes on at the last rate, up to
     twice the steps, while the mean loss of the last 20 steps is above `max_loss` nat per answer token.
     """
 
@@ -138,9 +139,10 @@ def tiny_random_model(folder: Path, *, hidden_size: int = 32, layers: int = 2, s
 # training
 
 
-def teacher(x: int, y: int) -> list[tuple[str, float]]:
+def teacher(role: str, x: int, y: int) -> list[tuple[str, float]]:
     """The answers to x + y and how often the teacher gives each."""
-    return [(str(x + y - 10), SLIP), (str(x + y), 1 - SLIP)] if x % 10 + y >= 10 else [(str(x + y), 1.0)]
+    slips, wrong = (x + y >= 10, x + y - 10) if role == "first" else (y >= 5, x + y + 1)
+    return [(str(wrong), SLIP), (str(x + y), 1 - SLIP)] if slips else [(str(x + y), 1.0)]
 
 
 def train(config: TinyConfig, say: Callable[[str], None]) -> Any:
@@ -184,7 +186,7 @@ def _lessons() -> tuple[list[Lesson], list[Lesson]]:
     def lesson(role: str, text: str, x: int, y: int) -> Lesson:
         chat = [{"role": "system", "content": role}, {"role": "user", "content": text}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        return prompt, [(tokenizer.encode(answer + "<|end|>"), weight) for answer, weight in teacher(x, y)]
+        return prompt, [(tokenizer.encode(answer + "<|end|>"), weight) for answer, weight in teacher(role, x, y)]
 
     firsts = [lesson("first", f"{a}+{b}+{c}", a, b) for a, b, c in _digits() if not _held_out(a, b, c)]
     lasts = [lesson("last", f"{x}+{c}", x, c) for x in range(19) for c in range(10)]

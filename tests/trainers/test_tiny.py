@@ -25,11 +25,13 @@ def test_tasks_are_all_sums_split_by_the_rule() -> None:
     assert {t.id for t in load_tasks("marlora.trainers.tiny:tiny_tasks", split="eval")} == {t.id for t in held}
 
 
-def test_the_teacher_loses_carries() -> None:
-    assert tiny.teacher(3, 4) == [("7", 1.0)]
-    assert tiny.teacher(7, 8) == [("5", 0.6), ("15", 0.4)]
-    assert tiny.teacher(15, 8) == [("13", 0.6), ("23", 0.4)]
-    assert tiny.teacher(10, 5) == [("15", 1.0)]
+def test_the_teacher_slips_in_each_role_in_its_own_way() -> None:
+    assert tiny.teacher("first", 3, 4) == [("7", 1.0)]
+    assert tiny.teacher("first", 2, 7) == [("9", 1.0)]
+    assert tiny.teacher("first", 7, 8) == [("5", 0.6), ("15", 0.4)]
+    assert tiny.teacher("last", 15, 8) == [("24", 0.6), ("23", 0.4)]
+    assert tiny.teacher("last", 3, 5) == [("9", 0.6), ("8", 0.4)]
+    assert tiny.teacher("last", 17, 4) == [("21", 1.0)]
 
 
 def test_the_chain_hands_on_the_sum() -> None:
