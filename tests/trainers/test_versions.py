@@ -17,6 +17,7 @@ from marlora.trainers import publish
 from marlora.trainers.adapters import CONFIG, WEIGHTS, folder_sha256
 from marlora.trainers.publish import KEEP_VERSIONS, Publisher
 from marlora.trainers.tiny import tiny_random_model
+from tests.repository import ROOT
 from tests.trainers.publishing import PROMPTS, Learner, adapters_on, with_engine
 
 torch.set_num_threads(1)
@@ -116,3 +117,9 @@ def test_a_publish_waits_for_open_requests_of_the_old_version(model: Path, tmp_p
         assert list(await engine.adapters("local")) == [new]
 
     with_engine(model, work)
+
+
+def test_nothing_of_ours_reloads_in_place():
+    sources = [path for room in ("agents", "rollouts", "trainers", "recipes") for path in (ROOT / room).rglob("*.py")]
+    assert len(sources) > 50
+    assert [str(path) for path in sources if "load_inplace" in path.read_text()] == []
