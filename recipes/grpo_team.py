@@ -24,5 +24,9 @@ def train(config: GRPOConfig, recipe: str) -> None:
         print(summary_table(summary, config.output_dir))
 
 
+def main() -> None:
+    train(parse(GRPOConfig, __file__), "grpo_team")
+
+
 if __name__ == "__main__":
-    run(lambda: train(parse(GRPOConfig, __file__), "grpo_team"))
+    run(main)
