@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from marlora.agents.types import Task
 from marlora.trainers.tiny import tiny_model, tiny_tasks
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 60
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 TASKS, EPISODES, NEW_TOKENS = 16, 8, 5  # tasks per step, episodes per task (the group), most tokens of a reply
 AGENTS = ("first", "last")
 torch.manual_seed(0)

@@ -148,9 +148,19 @@ class Adapters:
             raise RuntimeError(f"requires_grad of {len(wrong)} parameters differs from the policies' table, first: {wrong[0]}")
 
     def checkpoint_activations(self) -> None:
-        """Turn gradient checkpointing on, always non-reentrant: the reentrant kind loses LoRA gradients."""
+        """Turn gradient checkpointing on, always non-reentrant: the reentrant kind loses LoRA gradients.
+
+        transformers recomputes in training mode only, so the model is put there, with every dropout of the base at 0: the
+        log-probs of a dropout pass are not the served ones.
+        """
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in base.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+        self.model.train()
 
     def save(self, name: str, folder: str | Path) -> Path:
         """Write a plain PEFT folder that peft and vLLM load. The hash of the base goes into the file's metadata."""

@@ -309,7 +309,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(
         "policy     first: LoRA r=8 alpha=16 on q_proj, k_proj, v_proj; trained; init fresh",
         "policy     last: LoRA r=2 alpha=16 on q_proj, k_proj, v_proj; trained; init fresh",
         "800 to train on, 200 held out; rewards exact",
-        "60 of 16 tasks x 8 episodes",
+        "of 16 tasks x 8 episodes",
         "engine       transformers (as set)",
         "first prompt (to 'first'):\n<|system|>first<|end|><|user|>",
     ):

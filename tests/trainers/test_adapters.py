@@ -153,6 +153,21 @@ def test_steps_move_their_own_adapter_only_and_never_the_base(checkpointing, tmp
     }
 
 
+def test_checkpointing_computes_every_layer_again_in_backward():
+    adapters = make()
+    adapters.checkpoint_activations()
+    layers = [m for m in adapters.model.modules() if type(m).__name__.endswith("DecoderLayer")]
+    calls = []
+    hooks = [m.self_attn.register_forward_hook(lambda *_: calls.append(1)) for m in layers]
+    with adapters.active("a") as model:
+        value = loss(model)
+        assert len(calls) == len(layers) > 0
+        value.backward()
+    assert len(calls) == 2 * len(layers)
+    for hook in hooks:
+        hook.remove()
+
+
 def test_saved_folders_are_plain_peft_and_come_back_bit_for_bit(tmp_path):
     adapters = make()
     disturb(adapters)
