@@ -210,6 +210,7 @@ def environment(settings: ServerSettings, key_file: Path, on_cpu: bool, devices:
         drop.add("OMP_NUM_THREADS")  # set to 1 by launchers, for the trainer's ranks
     env = {k: v for k, v in os.environ.items() if k not in drop and not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
     env |= {KEY_FILE: str(key_file), "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "PYTHONUNBUFFERED": "1"}
+    env["VLLM_LOGGING_LEVEL"] = "INFO"  # importing trl sets it to ERROR, and the log would say little of a server that dies
     if Path(settings.model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
     if on_cpu:

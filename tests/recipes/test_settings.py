@@ -18,6 +18,7 @@ from marlora.rollouts.engines.engine import EngineError
 from marlora.rollouts.play import agents_of
 from marlora.rollouts.served import build_system
 from marlora.rollouts.store import StoreError
+from marlora.trainers import records
 from marlora.trainers.grpo import GRPOConfig
 from marlora.trainers.run import Run, RunError
 from tests.repository import ROOT
@@ -45,7 +46,7 @@ def told(text: str, *argv: str, folder: Path) -> str:
 
 def test_the_default_file_stands_beside_the_recipe_and_flags_win() -> None:
     config = parse(GRPOConfig, RECIPE, [])
-    assert (config.model, config.max_steps, config.learning_rate) == ("tiny", 60, 2e-3)
+    assert (config.model, config.max_steps, config.learning_rate) == ("tiny", 30, 2e-3)
     assert config.system["views"] == {"first": "{prompt}", "last": "{previous}+{c}"}  # type: ignore[index, call-overload]
     flags = ["--max_steps", "7", "--lora_target_modules", "q_proj", "v_proj", "--resume", "true", "--learning_rate=1e-5"]
     config = parse(GRPOConfig, RECIPE, flags)
@@ -194,7 +195,7 @@ def test_saved_settings_build_the_same_run_again(tmp_path: Path) -> None:
     config = GRPOConfig(output_dir=str(tmp_path / "run"), learning_rate=1e-5, policies={"a": {"adapter": {"r": 4}}}, overwrite=True)
     first = Run(config, Debate(agents, rounds=2))
     (tmp_path / "run").mkdir()
-    first._write_config()
+    records.write_config(first)
     again = parse(GRPOConfig, RECIPE, ["--config", str(tmp_path / "run" / "config.yaml")])
     other = Run(again)
     assert other.system == first.system and other.policies == first.policies

@@ -251,7 +251,7 @@ def test_errors_name_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"bare.*no chat template; use the instruct variant"):
         load_tokenizer(tmp_path / "bare")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SettingError, match="the folder has no tokenizer; copy tokenizer.json"):
+    with pytest.raises(SettingError, match=r"the folder has no tokenizer; copy tokenizer\.json"):
         load_tokenizer(tmp_path / "empty")
     endless = byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}", ("<s>",), "<s>", None)
     with pytest.raises(SettingError, match="never stop"):
