@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -261,12 +263,15 @@ def cmd_serve(args: argparse.Namespace) -> None:
         for policy, version in on.items():
             print(f"model {version} (policy {policy})")
         print('ask: POST URL/v1/completions with "Authorization: Bearer $(cat KEY_FILE)"; ready, Ctrl-C ends', flush=True)
-        await asyncio.Event().wait()
+        # Handlers of our own: a job started in the background of a script ignores Ctrl-C, and clusters send SIGTERM.
+        ended, loop = asyncio.Event(), asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, ended.set)
+        await ended.wait()
 
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # while it was starting
         asyncio.run(with_team(args, work))
-    except KeyboardInterrupt:
-        say("stopped")
+    say("stopped")
 
 
 def cmd_report(args: argparse.Namespace) -> None:
