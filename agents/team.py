@@ -115,7 +115,9 @@ class Agent:
         self.team, self.spec = team, spec
         self.chat: tuple[Message, ...] = ()
         self._last: Turn | None = None
+        self._opening = 0  # messages of the chat that stood there before anything was said
         self._read: set[int] = set()  # turns shown in this chat so far
+        self._said: set[int] = set()  # its own turns in this chat
         self._saw_gold = False  # in this chat so far
         self._busy = False
 
@@ -129,6 +131,24 @@ class Agent:
     def fresh(self) -> Agent:
         """The same agent with an empty chat."""
         return Agent(self.team, self.spec)
+
+    def take_over(self, other: Agent) -> Agent:
+        """A chat in which this agent goes on where `other` stands: what was said there, under this agent's own opening.
+
+        The other's replies stand as the assistant's, but only what this agent adds is its own (a critic that goes on for a
+        generator, a policy per round). Its turns' `reads` hold the other's turns.
+        """
+        if other._busy:
+            raise SettingError(f"agent {other.name!r} is still answering in the chat that {self.name!r} would take over; await it")
+        made = self.fresh()
+        made._open()
+        made.chat += other.chat[other._opening :]
+        made._read, made._saw_gold = other._read | other._said, other._saw_gold
+        return made
+
+    def _open(self) -> None:
+        self.chat = self.team.opening(self.spec, self.team.tools_of(self.spec))
+        self._opening = len(self.chat)
 
     def reply(
         self,
@@ -156,7 +176,7 @@ class Agent:
             raise SettingError(f"agent {self.name!r} is still answering in this chat; await it, or use agent.fresh()")
         tools = self.team.tools_of(self.spec)
         if not self.chat:
-            self.chat = self.team.opening(self.spec, tools)
+            self._open()
         index = self.team.reserve(1 + (self.team.max_tool_calls if tools else 0))
         self._busy = True
         return self._answer(index, tools, Message("user", text), {t.index for t in reads}, n, choose, saw_gold, sampling)
@@ -180,6 +200,7 @@ class Agent:
                 turn = await self.team.take(call, tuple(sorted(read)), choose, gold)
                 self.chat, self._read, self._saw_gold = messages + (Message("assistant", turn.text),), read, gold
                 self._last = turn
+                self._said.add(turn.index)
                 calls = parse_calls(turn.text) if tools and left else []
                 if not calls:
                     break

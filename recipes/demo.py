@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 
-from marlora.recipes.grpo_team import train
+from marlora.recipes.launch import train
 from marlora.recipes.settings import parse, run
 from marlora.rollouts.engines.start import has_gpu
-from marlora.trainers.grpo import GRPOConfig
+from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
 
 GPU_MODEL, CPU_MODEL = "Qwen/Qwen2.5-0.5B-Instruct", "smollm2-135m"
 
@@ -37,7 +37,7 @@ def main() -> None:
     config = parse(GRPOConfig, __file__)
     config.model, why = choose_model(config.model)
     print(f"model: {config.model} ({why})", file=sys.stderr)
-    train(config, "demo")
+    train(GRPOTrainer, config, "demo")
 
 
 if __name__ == "__main__":

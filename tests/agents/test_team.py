@@ -116,6 +116,28 @@ def test_a_chat_grows_by_appending_and_fresh_starts_a_new_one() -> None:
     assert [call.previous for call in calls] == [None, team.turns[0], None]
 
 
+def test_one_agent_takes_over_the_chat_of_another() -> None:
+    writer, critic = AgentSpec("writer", prompt="You write."), AgentSpec("critic", prompt="You criticise.")
+    team = fake_team([writer, critic], lambda agent, messages: f"{agent} says {len(messages)}")
+
+    async def play() -> Agent:
+        draft = await team["writer"].reply("Write.", saw_gold=True)
+        other = team["critic"].take_over(team["writer"])
+        turn = await other.reply("Is it good?")
+        assert (turn.agent, turn.reads, turn.saw_gold) == ("critic", (draft.index,), True)
+        return other
+
+    chat = [(m.role, m.content) for m in asyncio.run(play()).chat]
+    assert chat == [
+        ("system", "You criticise."),
+        ("user", "Write."),
+        ("assistant", "writer says 2"),
+        ("user", "Is it good?"),
+        ("assistant", "critic says 4"),
+    ]
+    assert len(team["writer"].chat) == 3 and team["critic"].chat == ()
+
+
 def test_a_busy_chat_refuses_a_second_question() -> None:
     async def play() -> None:
         agent = team["a"]

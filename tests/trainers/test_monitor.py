@@ -8,8 +8,8 @@ import pytest
 
 from marlora.agents.types import Task, Turn
 from marlora.rollouts.types import Episode
-from marlora.trainers.grpo import shares_of
 from marlora.trainers.monitor import Monitor
+from marlora.trainers.trainer import shares_of
 
 GOOD = {"tokens": 9, "first_mismatch_kl": 1e-5, "clipped": 0.5, "truncated": 0.5, "constant_groups": 0.9, "entropy": 0.01}
 

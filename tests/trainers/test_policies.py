@@ -104,7 +104,7 @@ def test_the_summary_has_every_pinned_key(model: Path, tmp_path: Path) -> None:
     for when in ("before", "after"):
         assert {"accuracy", "ci95", "num_tasks"} <= set(summary["eval"][when])
     assert {"difference", "ci95"} <= set(summary["eval"]["paired"])
-    assert (summary["recipe"], summary["engine"], summary["steps"]) == ("grpo_team", "transformers", 1)
+    assert (summary["recipe"], summary["engine"], summary["steps"]) == ("GRPOTrainer", "transformers", 1)
     assert moved(summary) == {"first": True, "last": True}
 
 

@@ -1,0 +1,27 @@
+"""The last lines of a recipe: settings, then the plan or the training, and a table of what came out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from marlora.recipes.settings import parse
+from marlora.recipes.tables import summary_table
+from marlora.trainers.plan import print_plan
+from marlora.trainers.trainer import Trainer
+
+
+def train(trainer: type[Trainer[Any]], config: Any, recipe: str) -> None:
+    """Train by these settings and print what came out, or print the plan if it is a dry run."""
+    made = trainer(args=config, recipe=recipe)
+    if config.dry_run:
+        print_plan(made.run)
+        return
+    summary = made.train()
+    if made.run.ranks.main:
+        print(summary_table(summary, config.output_dir))
+
+
+def launch(trainer: type[Trainer[Any]], file: str) -> None:
+    """A recipe's `main`: its settings are the trainer's, and their defaults stand in the YAML beside `file`."""
+    train(trainer, parse(trainer.Config, file), Path(file).stem)

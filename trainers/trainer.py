@@ -1,0 +1,166 @@
+"""
+What every trainer shares: evaluate, then rounds of collect -> learn -> publish, then evaluate again.
+
+A method is a subclass that names its settings and says what a step's episodes teach:
+
+    class MyTrainer(Trainer[MyConfig]):
+        Config = MyConfig
+
+        def learn(self, step, episodes):
+            done = self.run.learn(step, samples(...)[0], self.loss)
+            return self.rows(done, episodes)
+
+`Run` has the services (play, store, publish, prove, checkpoint, resume); a method that plays other than `tasks_per_step` tasks overrides
+`collect`, one that reports more than accuracies overrides `report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+from ..agents.team import System
+from ..agents.types import SettingError, Task, to_json
+from ..rollouts.engines.engine import Engine
+from ..rollouts.evaluate import Evaluation, paired
+from ..rollouts.rewards import RewardFn
+from ..rollouts.types import Episode, groups
+from .config import RunConfig
+from .credit import Advantages
+from .run import Run
+from .threads import Stopped
+from .update import Updated
+
+C = TypeVar("C", bound=RunConfig)
+
+
+class Trainer(Generic[C]):
+    """Trains a team by the method of a subclass.
+
+    Args:
+        model: the shared base, a folder or hub name; "" takes `args.model`.
+        system: who talks to whom; None takes `args.system`.
+        tasks: a task set's name, or a list of tasks (then give `eval_tasks` too); None takes `args.tasks`.
+        rewards: functions `(task, episode) -> Reward | float`, or names; None takes `args.rewards`.
+        engine: a running engine instead of one that the run starts.
+
+    Raises `SettingError` at once for settings that cannot work, `RunError` or `EngineError` for a run that cannot go on. Works in a notebook.
+    """
+
+    Config: ClassVar[type[RunConfig]]
+    ratios: ClassVar[bool] = False  # does the loss divide by the probability with which a token was sampled?
+
+    def __init__(
+        self,
+        model: str = "",
+        system: System | None = None,
+        tasks: str | Sequence[Task] | None = None,
+        args: C | None = None,
+        *,
+        eval_tasks: Sequence[Task] | None = None,
+        rewards: Sequence[RewardFn | str] | None = None,
+        engine: Engine | None = None,
+        recipe: str = "",
+    ) -> None:
+        self.args: C = args or self.Config()  # type: ignore[assignment]
+        self.args.model = model or self.args.model
+        if isinstance(tasks, str):
+            self.args.tasks, tasks = tasks, None
+        self.run = Run(
+            self.args,
+            system,
+            tasks=tasks,
+            eval_tasks=eval_tasks,
+            rewards=rewards,
+            engine=engine,
+            recipe=recipe or type(self).__name__,
+        )
+        self.before: Evaluation | None = None
+        if self.ratios:
+            self._check_sampling()
+
+    def _check_sampling(self) -> None:
+        for name, spec in self.run.policies.items():
+            speaks = [agent.sampling or self.args.sampling() for agent in self.run.system.specs if agent.policy == name]
+            if spec.trainable and spec.has_adapter and not any(sampling.on_policy for sampling in speaks):
+                raise SettingError(
+                    f"policies.{name}: its agents sample at temperature 0 or from a cut-off softmax (top_p, top_k, min_p, penalties), "
+                    "where a policy gradient is not defined; change their sampling or set trainable: false"
+                )
+
+    def train(self) -> dict[str, Any]:
+        """Evaluate, train, evaluate; returns what stands in `summary.json`. Ctrl-C saves the last finished step and goes on up."""
+        run = self.run.open()
+        try:
+            self.before = run.evaluate("before", versions={})
+            for step in run.steps():
+                episodes = self.collect(step)
+                run.finish(step, episodes, self.learn(step, episodes))
+            after = run.evaluate("after")
+            return run.summarise(self.before, after, self.report())
+        except Stopped:
+            run.save()
+            raise
+        finally:
+            run.close()
+
+    def collect(self, step: int) -> list[Episode]:
+        """The step's episodes, the same on every rank."""
+        return self.run.collect(step)
+
+    def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
+        """Update the adapters from the step's episodes; returns the step's metrics (see `rows`)."""
+        raise TypeError(f"{type(self).__name__} has no learn(step, episodes); it is what makes a method")
+
+    def report(self) -> dict[str, Any]:
+        """More keys of `summary.json`. Every rank calls it, for it may evaluate."""
+        return self.contributions()
+
+    def rows(
+        self, done: Mapping[str, Updated], episodes: Sequence[Episode], advantages: Advantages | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """`policies` of the step's metrics: per trainable policy what its update did, and the shares of its turns cut off or silent."""
+        trainable = [name for base in self.run.bases.values() for name in base.adapters.trainable]
+        return {
+            name: {**metrics(done.get(name)), **shares_of(episodes, self.run.agents_of[name], advantages)} for name in trainable
+        }
+
+    def contributions(self) -> dict[str, Any]:
+        """What each adapter is worth: held-out accuracy with one adapter on and the others off, paired against the base team."""
+        run, found = self.run, {}
+        if not self.args.ablate_adapters:
+            return {}
+        versions = run.versions
+        for policy in run.trained:
+            result = run.evaluate(f"only-{policy}", versions={p: v for p, v in versions.items() if p == policy})
+            if result is not None and self.before is not None:
+                found[policy] = {**result.summary(), "paired": paired(self.before, result)}
+        return {"adapters": found}
+
+    def evaluate(self, num_tasks: int | None = None) -> dict[str, Any]:
+        """Held-out accuracy of the team as it stands, with its 95 % interval."""
+        with self.run as run:
+            result = run.evaluate(f"step-{run.step:06d}", tasks=run.eval_tasks[:num_tasks])
+            return result.summary() if result else {}
+
+
+def metrics(result: Updated | None) -> Mapping[str, Any]:
+    """One policy's row in `metrics.jsonl`: how much was trained, at what rate, and the loss's statistics."""
+    if result is None:
+        return {"tokens": 0}
+    clipped = result.stats.get("clip_low", 0.0) + result.stats.get("clip_high", 0.0)
+    return {**{key: value for key, value in to_json(result).items() if key != "stats"}, **result.stats, "clipped": clipped}
+
+
+def shares_of(episodes: Sequence[Episode], agents: Sequence[str], advantages: Advantages | None) -> dict[str, float]:
+    """Share of the agents' turns that were cut off, and (given advantages) of groups whose comparison taught them nothing."""
+    turns = [turn for episode in episodes for turn in episode.turns if turn.agent in agents]
+    found = groups(episodes)
+    shares = {"truncated": sum(turn.finish_reason == "length" for turn in turns) / max(len(turns), 1)}
+    if advantages is None:
+        return shares
+    silent = sum(
+        not any(advantages.get((e.id, t.index, t.sibling)) for e in group for t in e.turns if t.agent in agents)
+        for group in found.values()
+    )
+    return {**shares, "constant_groups": silent / max(len(found), 1)}
