@@ -44,6 +44,7 @@ class RunConfig(EngineConfig):
     rewards: list[str] = help_of(
         "reward functions by name or module:function; the first one is the accuracy of evaluations", factory=lambda: ["correct"]
     )
+    episodes: str = help_of("learn from these stored episodes (a run, or its episodes folder) instead of playing", "")
     # how much
     max_steps: int = help_of("steps of collect, learn, publish", 50)
     tasks_per_step: int = help_of("tasks played in a step", 16)

@@ -1,15 +1,17 @@
-"""What a resumed run finds in its store: the episodes of a step that were played before it was cut off."""
+"""Episodes that are stored already: those of a step that a resumed run played before it was cut off, and those of another run."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
-from ..agents.types import Task
+from ..agents.types import AgentSpec, SettingError, Task
 from ..rollouts.play import Job, jobs
 from ..rollouts.store import Store
-from ..rollouts.types import Episode
+from ..rollouts.types import Episode, groups
+from .records import tasks_of
 
 
 def unscorable(episode: Episode) -> bool:
@@ -42,3 +44,37 @@ def _children(store: Store, parents: Collection[str]) -> dict[str, Episode]:
     """All that the episodes of these ids played as children, and these in turn."""
     found = {episode.id: episode for episode in store.read(parent=parents)}
     return found | _children(store, found.keys()) if found else {}
+
+
+class Given:
+    """The training episodes of a store that another run or `marlora collect` has filled.
+
+    Args:
+        folder: the store, or a run that holds one as `episodes`.
+        agents: of the team that learns from them; at least one of them has to have spoken there.
+
+    Raises `SettingError` if there is no store, no training episode in it, or none of these agents.
+    """
+
+    def __init__(self, folder: str | Path, agents: Sequence[AgentSpec]) -> None:
+        path = Path(folder)
+        path = path / "episodes" if (path / "episodes").is_dir() else path
+        if not path.is_dir():
+            raise SettingError(f"episodes {str(folder)!r}: no such folder; expected a run or a store of episodes")
+        # Evaluations are stored beside the training episodes; what was held out there must not be learnt from here.
+        self.episodes = [e for e in Store(path) if e.split != "eval" and not e.group.startswith("eval-")]
+        if not self.episodes:
+            raise SettingError(f"episodes {str(folder)!r}: the store holds no training episode")
+        spoke, names = {t.agent for e in self.episodes for t in e.turns}, [a.name for a in agents]
+        if not spoke & set(names):
+            raise SettingError(
+                f"episodes {str(folder)!r}: its agents are {', '.join(sorted(spoke))}, this team's are {', '.join(names)}"
+            )
+
+    def of(self, count: int, seed: int, step: int) -> list[Episode]:
+        """The groups of `count` tasks, chosen as a run that plays chooses its tasks."""
+        by_task: dict[str, list[Episode]] = {}
+        for group in groups(self.episodes).values():
+            by_task.setdefault(group[0].task.id, []).extend(group)
+        chosen = tasks_of([group[0].task for group in by_task.values()], count, seed, step)
+        return [episode for task in chosen for episode in by_task[task.id]]

@@ -44,7 +44,7 @@ from .monitor import Monitor
 from .progress import Progress
 from .publish import Proof, Publisher, probes
 from .ranks import Ranks
-from .recall import recall, unscorable
+from .recall import Given, recall, unscorable
 from .samples import Sample
 from .snapshot import restore, save_checkpoint
 from .threads import Background, Stop, Stopped
@@ -152,6 +152,9 @@ class Run:
     def _open_main(self) -> None:
         self._open_loop()
         self.progress.keep_warnings(self.config.folder / "warnings.log")
+        if self.config.episodes:
+            self.given = Given(self.config.episodes, self.system.specs)
+            records.check_tasks([e.task for e in self.given.episodes], self.eval_tasks, self.config)
         self.store = Store(self.config.folder / "episodes")
         self._exit.callback(self.store.close)
         self._start_engines()
@@ -279,6 +282,7 @@ class Run:
     def collect(self, step: int, after: Callable[[Episode], Awaitable[Episode]] | None = None) -> list[Episode]:
         """Play the step's episodes (on rank 0) and give them to every rank, in the order of tasks and samples.
 
+        With `config.episodes` they come from that store: the groups of `tasks_per_step` of its tasks, in the order `tasks_of` gives.
         `after` may add to a scored episode before the others see it (replays, judges of whole groups).
         Episodes of this step that are stored already, played by the same adapter versions, are taken as they are.
         """
@@ -286,7 +290,10 @@ class Run:
         episodes: list[Episode] = []
 
         def play() -> list[Any]:
-            found = self._play(self.tasks_of(step), f"train-{step:06d}", step, self.rollouts, self.config.num_generations)
+            if self.config.episodes:
+                found = self.given.of(self.config.tasks_per_step, self.config.seed, step)
+            else:
+                found = self._play(self.tasks_of(step), f"train-{step:06d}", step, self.rollouts, self.config.num_generations)
             self._prove(step - 1, found, start=True)
             if after is not None:
                 found = self.background.run(gather([after(episode) for episode in found]), self.stop)

@@ -14,6 +14,7 @@ import pytest
 from marlora.agents.chain import Chain
 from marlora.agents.debate import Debate
 from marlora.agents.team import (
+    Agent,
     Call,
     LimitError,
     ReplayError,
