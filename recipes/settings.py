@@ -167,6 +167,7 @@ def _is_text(head: str, path: Sequence[str]) -> bool:
 
 def run(main: Callable[[], Any]) -> None:
     """Exit codes of every recipe: 0 success, 1 a run that failed (one clear line on stderr), 2 wrong usage."""
+    from marlora.recipes.processes import start_all
     from marlora.rollouts.engines.engine import EngineError
     from marlora.rollouts.store import StoreError
     from marlora.trainers.ranks import RankError
@@ -174,6 +175,7 @@ def run(main: Callable[[], Any]) -> None:
     from marlora.trainers.threads import Stopped
 
     try:
+        start_all()
         main()
     except SettingError as error:
         print(f"error: {error}", file=sys.stderr)
