@@ -59,17 +59,22 @@ def same(a: str | None, b: str | None) -> bool:
     return a is not None and b is not None and normalise(a) == normalise(b)
 
 
+def vote(draft: Turn | str | None) -> str | None:
+    """The answer a draft votes for: what `extract` finds in it, or the whole draft if that is one to three words ("New York")."""
+    text = "" if draft is None else str(draft).strip()
+    return extract(text) or (text if 0 < len(text.split(maxsplit=4)) <= 3 else None)
+
+
 def majority(drafts: Iterable[Turn | str | None], rng: random.Random) -> str:
     """The answer most drafts give, as the first of them spelt it; "" if nobody answered.
 
-    A draft's vote is what `extract` finds in it, or the whole draft if that is one to three words ("New York"); drafts without
-    an answer do not vote. Answers are counted as `normalise` spells them. **Ties:** among the most frequent answers, in their
-    order of first appearance, one is drawn by `rng` with equal chances; with `team.rng` the episode's seed fixes which.
+    A draft's vote is what `vote` says; drafts without an answer do not vote. Answers are counted as `normalise` spells them.
+    **Ties:** among the most frequent answers, in their order of first appearance, one is drawn by `rng` with equal chances; with
+    `team.rng` the episode's seed fixes which.
     """
     votes: dict[str, list[str]] = {}
     for draft in drafts:
-        text = "" if draft is None else str(draft).strip()
-        answer = extract(text) or (text if 0 < len(text.split(maxsplit=4)) <= 3 else None)
+        answer = vote(draft)
         if answer:
             votes.setdefault(normalise(answer), []).append(answer)
     if not votes:

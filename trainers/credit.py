@@ -28,27 +28,12 @@ ASIDE = ("format", "counterfactual")  # rewards that count only if `reward_weigh
 
 
 @dataclass
-class CreditConfig:
-    """How rewards become advantages. `credit` names the rule (`RULES`); each other field says which rules read it."""
+class RewardWeights:
+    """Which of an episode's rewards count for learning, and how much."""
 
-    credit: str = help_of(
-        "rule: grpo, rloo, dr_grpo, dr_mas, at_grpo, rae, team, agent, turn, counterfactual, or success (keep correct episodes)",
-        "grpo",
-    )
-    scale_rewards: str = help_of(
-        "grpo, dr_mas, at_grpo: divide by the standard deviation of the group, the batch, or none", "group"
-    )
-    advantage_epsilon: float = help_of("added to that standard deviation", 1e-4)
     reward_weights: dict | str | None = help_of(
         "weight by reward name; empty: every reward counts 1, but for `format`", factory=dict
     )
-    discount: float = help_of("team, turn, rae: factor per turn between a turn and what it earned", 1.0)
-    turn_clock: str = help_of(
-        "turn: discount over all turns (global), or over the agent's own only, earning only its own (own)", "global"
-    )
-    team_weight: float = help_of("at_grpo: weight of the team's reward against the agent's own (alpha)", 1.0)
-    rae_decay: float = help_of("rae: decay of the running mean per task source and agent", 0.95)
-    success_threshold: float = help_of("success: team reward from which an episode is correct", 1.0)
 
     def __post_init__(self) -> None:
         if isinstance(self.reward_weights, str):
@@ -60,6 +45,36 @@ class CreditConfig:
         weights = self.reward_weights
         if not isinstance(weights, Mapping) or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights.values()):
             raise SettingError(f"reward_weights: expected a number by reward name, got {weights!r}")
+
+    def weight(self, name: str) -> float:
+        """What a reward of this name counts."""
+        if self.reward_weights:
+            return float(self.reward_weights.get(name, 0.0))  # type: ignore[union-attr]
+        return 0.0 if name in ASIDE else 1.0
+
+
+@dataclass
+class CreditConfig(RewardWeights):
+    """How rewards become advantages. `credit` names the rule (`RULES`); each other field says which rules read it."""
+
+    credit: str = help_of(
+        "rule: grpo, rloo, dr_grpo, dr_mas, at_grpo, rae, team, agent, turn, counterfactual, or success (keep correct episodes)",
+        "grpo",
+    )
+    scale_rewards: str = help_of(
+        "grpo, dr_mas, at_grpo: divide by the standard deviation of the group, the batch, or none", "group"
+    )
+    advantage_epsilon: float = help_of("added to that standard deviation", 1e-4)
+    discount: float = help_of("team, turn, rae: factor per turn between a turn and what it earned", 1.0)
+    turn_clock: str = help_of(
+        "turn: discount over all turns (global), or over the agent's own only, earning only its own (own)", "global"
+    )
+    team_weight: float = help_of("at_grpo: weight of the team's reward against the agent's own (alpha)", 1.0)
+    rae_decay: float = help_of("rae: decay of the running mean per task source and agent", 0.95)
+    success_threshold: float = help_of("success: team reward from which an episode is correct", 1.0)
+
+    def __post_init__(self) -> None:
+        RewardWeights.__post_init__(self)
         if self.credit not in RULES:
             raise SettingError(f"credit {self.credit!r}: no such rule; {nearest(self.credit, RULES)}")
         for name, allowed in (("scale_rewards", ("group", "batch", "none")), ("turn_clock", ("global", "own"))):
@@ -68,12 +83,6 @@ class CreditConfig:
         for name, low, high in (("discount", 0, 1), ("rae_decay", 0, 1), ("advantage_epsilon", 0, math.inf)):
             if not low <= getattr(self, name) <= high:
                 raise SettingError(f"{name}: expected a number from {low} to {high}, got {getattr(self, name)}")
-
-    def weight(self, name: str) -> float:
-        """What a reward of this name counts."""
-        if self.reward_weights:
-            return float(self.reward_weights.get(name, 0.0))  # type: ignore[union-attr]
-        return 0.0 if name in ASIDE else 1.0
 
 
 def credit(episodes: Iterable[Episode], config: CreditConfig, state: State | None = None) -> Advantages:
@@ -98,7 +107,7 @@ def has_signal(advantages: Mapping[TurnKey, float]) -> bool:
 # rewards of an episode
 
 
-def team_rewards(episodes: Sequence[Episode], config: CreditConfig) -> dict[str, float]:
+def team_rewards(episodes: Sequence[Episode], config: RewardWeights) -> dict[str, float]:
     """Weighted sum of the team's rewards by episode id.
 
     NaN if the episode failed, if a reward is NaN, if it has none, or if it lacks one that others of its group have.
@@ -113,13 +122,13 @@ def team_rewards(episodes: Sequence[Episode], config: CreditConfig) -> dict[str,
     return found
 
 
-def agent_reward(episode: Episode, agent: str, team: float, config: CreditConfig) -> float:
+def agent_reward(episode: Episode, agent: str, team: float, config: RewardWeights) -> float:
     """The agent's own rewards, weighted and summed; the team's reward where it has none."""
     own = [r for r in episode.rewards if r.agent == agent and r.turn is None and config.weight(r.name)]
     return math.nan if episode.error is not None else _total(own, config) if own else team
 
 
-def _total(rewards: Iterable[Reward], config: CreditConfig) -> float:
+def _total(rewards: Iterable[Reward], config: RewardWeights) -> float:
     return sum(config.weight(r.name) * r.value for r in rewards)
 
 
