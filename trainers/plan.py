@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from ..agents.team import Call, Team
-from ..agents.types import Completion, PolicySpec, SettingError
+from ..agents.types import Completion, SettingError
 from ..rollouts.engines.start import choose_engine
 from ..rollouts.tokens import ChatTokens, load_tokenizer
 from .bases import dtype_of, group_by_base, versions
+from .memory import GIB, Memory, estimate
 from .models import local_model
 from .run import Run
 
@@ -33,34 +33,17 @@ def first_call(run: Run) -> Call:
     raise SettingError(f"{type(run.system).__name__} asked no agent anything on task {run.tasks_of(1)[0].id!r}")
 
 
-def reaches(spec: PolicySpec, module: str) -> bool:
-    """Does the policy's LoRA stand on this linear layer?"""
-    if spec.adapter.targets == ("all-linear",):
-        return "lm_head" not in module
-    return any(module == target or module.endswith(f".{target}") for target in spec.adapter.targets)
-
-
-def sizes(model: str) -> dict[str, Any]:
-    """Parameters of the base and of one adapter's rank, without loading weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    load_tokenizer(model)  # first: it tells best what is wrong with a folder
-    try:
-        config = AutoConfig.from_pretrained(model)
-        with torch.device("meta"):
-            made = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # a config of any other kind of model
-        raise SettingError(f"model {model!r}: no causal language model ({str(error).splitlines()[0]})") from error
-    linears = {name: m for name, m in made.named_modules() if isinstance(m, torch.nn.Linear)}
-    return {"parameters": sum(p.numel() for p in made.parameters()), "linears": linears}
+def print_memory(base: str, need: Memory) -> None:
+    parts = {name: getattr(need, name) / GIB for name in ("weights", "adapters", "activations", "head")}
+    print(f"memory       {base}: {need.parameters / 1e6:.1f}M parameters, adapters {need.adapter_parameters / 1e6:.2f}M")
+    print(f"             trainer about {need.total / GIB:.2f} GiB ({', '.join(f'{n} {gib:.2f}' for n, gib in parts.items())})")
 
 
 def print_plan(run: Run) -> None:
     """Policies, engine, devices, a memory estimate, versions and the first rendered prompt, on stdout."""
     import torch
 
-    config = run.config
+    config, device = run.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, why = choose_engine(config.engine, config.server_urls)
     print(f"run folder   {config.output_dir}")
     print(f"system       {type(run.system).__name__} {run.system.arguments()}")
@@ -82,22 +65,7 @@ def print_plan(run: Run) -> None:
     print(f"devices      {torch.cuda.device_count()} GPUs, {torch.get_num_threads()} CPU threads")
     for base, specs in group_by_base(run.policies, config.model).items():
         path = local_model(base)
-        found, width = (
-            sizes(path),
-            2
-            if dtype_of(path, config.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu")) == torch.bfloat16
-            else 4,
-        )
-        adapters = sum(
-            spec.adapter.r * (m.in_features + m.out_features)
-            for spec in specs if spec.has_adapter
-            for name, m in found["linears"].items() if reaches(spec, name)
-        )  # fmt: skip
-        trainer = (found["parameters"] * width + adapters * 16) / 2**30
-        print(f"memory       {base}: {found['parameters'] / 1e6:.1f}M parameters, adapters {adapters / 1e6:.2f}M")
-        print(
-            f"             trainer about {trainer:.2f} GiB without activations (base at {width} bytes, adapters with AdamW at 16)"
-        )
+        print_memory(base, estimate(path, specs, config, dtype_of(path, config.dtype, device)))
     print("versions     " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     call = first_call(run)
     spec = run.policies[call.agent.policy]

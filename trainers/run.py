@@ -37,9 +37,10 @@ from ..rollouts.tasks import load_tasks
 from ..rollouts.types import Episode
 from . import checkpoint as ckpt
 from . import records
-from .bases import Base, group_by_base, load_base
+from .bases import Base, dtype_of, group_by_base, load_base
 from .config import RunConfig
 from .config import RunError as RunError
+from .memory import placed
 from .monitor import Monitor
 from .progress import Progress
 from .publish import Proof, Publisher, probes
@@ -200,15 +201,18 @@ class Run:
             self._saved = self.step
 
     def _start_engines(self) -> None:
+        config = self.config
+        if self._given_engine is None:
+            on = {base.path: self._specs_on(base) for base in self.bases.values()}
+            device = self.ranks.device
+            config = placed(config, on, device, lambda path: dtype_of(path, config.dtype, device), self.progress.say)
         for base in self.bases.values():
             if self._given_engine is not None and base.publisher is not None:
                 continue  # opened again: the engine has kept what was published
             engine = self._given_engine
             if engine is None:
                 engine = self.background.run(
-                    start_engine(
-                        base.path, base.tokens, self._specs_on(base), self.config, folder=self.config.folder, say=self.progress.say
-                    )
+                    start_engine(base.path, base.tokens, self._specs_on(base), config, folder=config.folder, say=self.progress.say)
                 )
                 self._exit.callback(self._close_engine, engine)
             root, earlier = self.config.folder / "versions", base.publisher

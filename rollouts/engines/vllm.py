@@ -262,8 +262,8 @@ async def start_vllm(
     devices = config.server_devices.split(";")
     memory, on_cpu = config.server_memory, vllm_version()[1]
     if not memory and not on_cpu:
-        memory = 0.9 if config.server_devices else 0.45
-        say(f"vLLM takes {memory:.0%} of its GPU's memory" + ("" if config.server_devices else ", the rest is the trainer's"))
+        memory = 0.9
+        say(f"vLLM takes {memory:.0%} of its GPU's memory")
     wanted = ServerSettings(
         model=model,
         folder=folder,

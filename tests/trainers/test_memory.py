@@ -1,0 +1,108 @@
+"""The memory estimate against counts by hand and against what a real backward pass keeps, and the split of a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
+from marlora.rollouts.engines import start
+from marlora.trainers import memory
+from marlora.trainers.adapters import Adapters
+from marlora.trainers.config import RunConfig
+from marlora.trainers.memory import GIB, Memory, estimate, placed, server_share
+from marlora.trainers.tiny import tiny_random_model
+
+SHAPE = dict(
+    hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=400
+)
+SPECS = [PolicySpec(name, adapter=AdapterSpec(8, 16.0, ("q_proj", "v_proj"))) for name in ("a", "b")]
+
+
+def folder_of(config: Any, folder: Path) -> Path:
+    """A model folder of this geometry; estimates read no weights, so it holds none."""
+    made = tiny_random_model(folder)
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": [type(config).__name__]}))
+    return made
+
+
+def kept_by(config: Any, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps of one row of a real model on the CPU, its adapter `a` active."""
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    adapters = Adapters(model, SPECS, seed=0)
+    own = {t.untyped_storage()._cdata for t in (*adapters.model.parameters(), *adapters.model.buffers())}
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            found[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with adapters.active("a"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ids = torch.zeros((1, tokens), dtype=torch.long)
+        adapters.model.get_base_model().get_decoder()(input_ids=ids, position_ids=torch.arange(tokens)[None], use_cache=False)
+    return sum(storage.nbytes() for storage in found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
+def test_activations_are_those_of_a_real_backward_within_15_percent(tmp_path: Path, kind: Any, dtype: torch.dtype) -> None:
+    config = kind(**SHAPE, head_dim=16)
+    settings = RunConfig(tokens_per_batch=512, layout="padded")
+    found = estimate(str(folder_of(config, tmp_path)), SPECS, settings, dtype)
+    assert found.activations == pytest.approx(kept_by(config, 512, dtype), rel=0.15)
+
+
+def test_parameters_are_counted(tmp_path: Path) -> None:
+    path = str(folder_of(LlamaConfig(**SHAPE, tie_word_embeddings=True), tmp_path))
+    found = estimate(path, [*SPECS, PolicySpec("base"), PolicySpec("out", url="http://x/v1")], RunConfig(), torch.bfloat16)
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 160 + 2 * 64  # q and o, k and v, gate, up and down, two norms
+    assert found.parameters == 400 * 64 + 3 * layer + 64
+    assert found.adapter_parameters == 2 * 3 * 8 * ((64 + 64) + (64 + 32))  # two policies, three layers: q_proj and v_proj
+    assert (found.weights, found.adapters) == (2 * found.parameters, 16 * found.adapter_parameters)
+    assert found.head == 4 * 4 * 1024 * 400
+    assert found.total == found.weights + found.adapters + found.activations + found.head
+
+
+def test_checkpointing_keeps_one_input_per_layer_and_one_layer(tmp_path: Path) -> None:
+    path = str(folder_of(LlamaConfig(**SHAPE), tmp_path))
+    plain = estimate(path, SPECS, RunConfig(tokens_per_batch=100, layout="padded"), torch.float32)
+    lean = estimate(path, SPECS, RunConfig(tokens_per_batch=100, layout="padded", gradient_checkpointing=True), torch.float32)
+    assert lean.activations == pytest.approx(100 * 3 * 64 * 4 + plain.activations / 3)
+
+
+def need(gib: float) -> Memory:
+    return Memory(1, 1, weights=gib * GIB, adapters=0.0, activations=0.0, head=0.0)
+
+
+def test_servers_divide_what_the_trainers_leave() -> None:
+    said: list[str] = []
+    assert server_share([need(10)], 80 * GIB, said.append) == pytest.approx(1 - 16.5 / 80)
+    assert "trainer about 16.5 GiB of the GPU's 80" in said[0] and "vLLM takes 79%" in said[0]
+    assert server_share([need(1), need(1)], 80 * GIB, said.append) == pytest.approx((1 - 4.5 / 80) / 2)
+    assert server_share([need(0.1)], 80 * GIB, said.append) == 0.9, "some of it is the driver's"
+    with pytest.raises(SettingError, match=r"server_memory: .*needs at least 60% and gets 19%; .*server_devices"):
+        server_share([need(12)], 24 * GIB, said.append)
+
+
+def test_only_a_shared_gpu_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Card:
+        total_memory = 80 * GIB
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    monkeypatch.setattr(memory, "estimate", lambda path, specs, config, dtype: need(10))
+    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: name)
+
+    def memory_of(device: str, **settings: Any) -> float:
+        found = placed(RunConfig(**settings), {"m": SPECS}, torch.device(device), lambda path: torch.bfloat16, lambda text: None)
+        return found.server_memory
+
+    assert memory_of("cuda") == pytest.approx(1 - 16.5 / 80)
+    assert memory_of("cuda", server_memory=0.3) == 0.3
+    assert memory_of("cpu") == memory_of("cuda", engine="transformers") == memory_of("cuda", server_devices="1") == 0
+    assert memory_of("cuda", server_urls=["http://host/v1"]) == 0

@@ -1,0 +1,163 @@
+"""
+What a trainer will need of its device's memory, before any weight is loaded.
+
+Parameters are counted, activations are measured: the model's decoder with its adapters runs on torch's meta device, where tensors
+have shapes and no data, and what autograd would keep for the backward pass is added up. Attention there keeps its score matrix,
+which the kernels used in training do not, so two lengths are measured and the part that grows with the square is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..agents.types import PolicySpec, SettingError
+from ..rollouts.engines.start import choose_engine
+from ..rollouts.tokens import load_tokenizer
+from .config import RunConfig
+
+GIB = 2**30
+HEAD_CHUNK = 1024  # positions whose logits exist at the same time, see `logprobs.token_logprobs`
+CONTEXT = 1.5 * GIB  # CUDA's own, its libraries' workspaces, and the allocator's gaps
+LARGEST_SHARE, SMALLEST_SHARE = 0.9, 0.1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one base in the trainer. `parameters`, `adapter_parameters`: counts; `activations`: of one batch, kept for backward."""
+
+    parameters: int
+    adapter_parameters: int
+    weights: float
+    adapters: float
+    activations: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.adapters + self.activations + self.head
+
+
+def reaches(spec: PolicySpec, module: str) -> bool:
+    """Does the policy's LoRA stand on this linear layer?"""
+    if spec.adapter.targets == ("all-linear",):
+        return "lm_head" not in module
+    return any(module == target or module.endswith(f".{target}") for target in spec.adapter.targets)
+
+
+def estimate(model: str, specs: Iterable[PolicySpec], config: RunConfig, dtype: torch.dtype) -> Memory:
+    """Memory of a trainer for the base in folder `model` and these policies. Raises `SettingError` if it is no causal language model."""
+    specs = [spec for spec in specs if spec.has_adapter]
+    made = _on_meta(model, dtype)
+    linears = {name: m for name, m in made.named_modules() if isinstance(m, nn.Linear)}
+    parameters, vocabulary = sum(p.numel() for p in made.parameters()), made.get_input_embeddings().weight.shape[0]
+    adapters = sum(
+        spec.adapter.r * (m.in_features + m.out_features)
+        for spec in specs for name, m in linears.items() if reaches(spec, name)
+    )  # fmt: skip
+    text = made.config.get_text_config()
+    layers, width, rows = text.num_hidden_layers, dtype.itemsize, config.tokens_per_batch
+    largest = max(specs, key=lambda spec: sum(reaches(spec, name) for name in linears) * spec.adapter.r, default=None)
+    per_token = _kept_per_token(made, largest, [n for n in linears if largest and reaches(largest, n)], dtype) if largest else 0.0
+    if config.gradient_checkpointing:  # the inputs of all layers, and all of one layer
+        per_token = text.hidden_size * width * layers + per_token / layers
+    return Memory(
+        parameters, adapters,
+        weights=parameters * width,
+        adapters=adapters * 16,  # float32 weights, gradients and AdamW's two moments
+        activations=per_token * rows + rows * rows * width * (config.layout != "padded"),  # shared rows need a mask
+        head=4 * 4 * min(HEAD_CHUNK, rows) * vocabulary,  # logits, log-softmax, probabilities and a gradient, float32
+    )  # fmt: skip
+
+
+def _on_meta(model: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    load_tokenizer(model)  # first: it tells best what is wrong with a folder
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # a config of any other kind of model
+        raise SettingError(f"model {model!r}: no causal language model ({str(error).splitlines()[0]})") from error
+
+
+def _kept_per_token(model: Any, spec: PolicySpec, modules: Sequence[str], dtype: torch.dtype) -> float:
+    """Bytes that autograd keeps per token of a row when this policy's adapter (float32) is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    model.requires_grad_(False)
+    wrapped = get_peft_model(model, LoraConfig(r=spec.adapter.r, lora_alpha=spec.adapter.alpha, target_modules=list(modules)))
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    decoder = wrapped.train().get_base_model().get_decoder()
+    own = {_storage(t) for t in (*wrapped.parameters(), *wrapped.buffers())}
+
+    def kept(length: int) -> int:
+        found: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if _storage(tensor) not in own:
+                found[_storage(tensor)] = tensor.untyped_storage()  # held, so that no other storage takes its number
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, _same):
+            decoder(
+                input_ids=torch.zeros((1, length), dtype=torch.long, device="meta"),
+                position_ids=torch.arange(length, device="meta")[None],
+                attention_mask=torch.zeros((1, 1, length, length), dtype=dtype, device="meta"),
+                use_cache=False,
+            )
+        return sum(storage.nbytes() for storage in found.values())
+
+    short, long = 16, 32
+    # kept(n) = a n + b n^2, so a = (4 kept(n) - kept(2 n)) / 2 n
+    return (4 * kept(short) - kept(long)) / long
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def server_share(needs: Sequence[Memory], device_bytes: float, say: Callable[[str], None]) -> float:
+    """Share of one GPU for each of the `len(needs)` servers that stand on it beside their trainers.
+
+    A trainer gets what it is estimated to need and half as much again; the servers divide the rest. Raises `SettingError` if less
+    is left than the weights of the largest base and a tenth of the GPU.
+    """
+    trainer = 1.5 * sum(need.total for need in needs) + CONTEXT
+    share = min((1 - trainer / device_bytes) / len(needs), LARGEST_SHARE)
+    least = max(need.weights for need in needs) / device_bytes + SMALLEST_SHARE
+    split = f"trainer about {trainer / GIB:.1f} GiB of the GPU's {device_bytes / GIB:.0f} (its estimate, half as much again, CUDA's own)"
+    if share < least:
+        raise SettingError(
+            f"server_memory: {split}; a server needs at least {least:.0%} and gets {max(share, 0):.0%}; give it a GPU of its own "
+            "(server_devices), set server_memory, or lower tokens_per_batch or set gradient_checkpointing"
+        )
+    say(f"memory: {split}; vLLM takes {share:.0%}")
+    return share
+
+
+def placed(
+    config: RunConfig, bases: Mapping[str, Sequence[PolicySpec]], device: torch.device, dtype: Callable[[str], torch.dtype],
+    say: Callable[[str], None],
+) -> RunConfig:  # fmt: skip
+    """The settings with `server_memory` set where servers of ours share the trainer's GPU and the user has not said how.
+
+    Args:
+        bases: the policies of every base, by the folder it lies in. dtype: of a base in the trainer.
+    """
+    ours = choose_engine(config.engine, config.server_urls)[0] == "vllm" and not config.server_urls
+    if device.type != "cuda" or not ours or config.server_memory or config.server_devices:
+        return config
+    needs = [estimate(path, specs, config, dtype(path)) for path, specs in bases.items()]
+    return replace(config, server_memory=server_share(needs, torch.cuda.get_device_properties(device).total_memory, say))
