@@ -16,7 +16,6 @@ can be anything, so whatever is wrong with a call becomes a sentence for the mod
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import re
@@ -27,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .arithmetic import evaluate
+from .names import function_named
 from .types import SettingError, nearest
 
 MAX_RESULT = 4000  # characters of a result that the model is shown
@@ -173,15 +173,7 @@ async def run_call(request: Mapping[str, Any], tools: Mapping[str, Tool]) -> str
 
 
 def _imported(name: str) -> Tool:
-    module, colon, attribute = name.partition(":")
-    if not (colon and module and attribute):
-        raise SettingError(f"tool {name!r}: no such tool; {nearest(name, SHIPPED)}; your own are named module:function")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise SettingError(f"tool {name!r}: cannot be imported ({error}); expected module:function") from error
-    if not callable(found):
-        raise SettingError(f"tool {name!r}: expected a function, found a {type(found).__name__}")
+    found = function_named("tool", name, SHIPPED)
     return found if isinstance(found, Tool) else tool(found)
 
 

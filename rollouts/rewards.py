@@ -16,10 +16,10 @@ from numbers import Real
 from typing import Any
 
 from ..agents.answers import extract, same
+from ..agents.names import function_named
 from ..agents.team import Ask, Call, derive_seed
 from ..agents.types import AgentSpec, Message, Sampling, Task, Turn
 from .checker import CheckerError, CheckerTimeout, equal, gym_score
-from .names import function_named
 from .types import Episode, Reward
 
 RewardFn = Callable[[Task, Episode], Any]

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..agents.names import function_named
 from ..agents.types import SettingError, Task, nearest, to_json
 from .checker import plain
-from .names import function_named
 from .rows import READERS, SPLITS, digest, file, gsm8k, hub, math, of_split
 
 NAMES = "abcdefgh"  # operands of `arithmetic`

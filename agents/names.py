@@ -1,4 +1,4 @@
-"""Functions that settings name: shipped ones by a short name, anyone's as `module:function`."""
+"""Functions that settings name: shipped ones by a short name, anyone's as `module:function`, made ones as `maker(text)`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..agents.types import SettingError, nearest
+from .types import SettingError, nearest
 
 
 def function_named(kind: str, name: str, shipped: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """The function that a setting names. Raises `SettingError` with `kind`, the name, and the nearest shipped one."""
+    """The function that a setting names. `maker(text)` is what the function named `maker` makes of the text.
+
+    Raises `SettingError` with `kind`, the name, and the nearest shipped one.
+    """
+    maker, bracket, text = name.partition("(")
+    if bracket and text.endswith(")"):
+        return function_named(kind, maker, shipped)(text[:-1])
     if name in shipped:
         return shipped[name]
     module, colon, attribute = name.partition(":")
