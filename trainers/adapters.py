@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..agents.team import derive_seed
-from ..agents.types import BASE, PolicySpec, SettingError, nearest
+from ..agents.types import BASE, AdapterSpec, PolicySpec, SettingError, nearest
 from .checkpoint import write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -88,22 +88,40 @@ class Adapters:
         _check_names(policies)
         self.base_name = base_name or getattr(base_model, "name_or_path", "")
         configs = {name: _config(base_model, spec, self.base_name) for name, spec in sorted(self.policies.items())}
+        self.aside: dict[str, PolicySpec] = {}  # adapters that no agent speaks with, see `add`
+        self.seed, self.dtype = seed, dtype
         self.model: Any = base_model.requires_grad_(False)
         for name, config in configs.items():
-            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Adapter name .* should not be contained in the prefix")
-                warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
-                if isinstance(self.model, PeftModel):
-                    self.model.add_adapter(name, config)
-                else:
-                    self.model = get_peft_model(self.model, config, adapter_name=name)
+            self._insert(name, config)
         for name, spec in self.policies.items():
-            for parameter in self.parameters(name).values():
-                parameter.data = parameter.data.to(dtype)
-            self._fresh(name, seed)
+            self._fresh(name)
             if spec.init != "fresh":
                 self.load(name, init_folder(spec.init))
         self.declare()
+
+    def add(self, name: str, shape: AdapterSpec) -> None:
+        """One more fresh adapter, which learns but is no policy: it is not in `policies` nor in `trainable`, so nothing publishes it.
+
+        Its name has to hold an `@`, which no policy's may. To be called before any optimizer is made.
+        """
+        if "@" not in name or "." in name or name in self.aside:
+            raise ValueError(f"adapter {name!r}: a name of its own with an '@' and no dot expected")
+        spec = PolicySpec(name, adapter=shape)
+        config = _config(self.model, spec, self.base_name)
+        self.aside[name] = spec
+        self._insert(name, config)
+        self.__dict__.pop("_table", None)  # of the parameters before this one
+        self._fresh(name)
+        self.declare()
+
+    def _insert(self, name: str, config: LoraConfig) -> None:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Adapter name .* should not be contained in the prefix")
+            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
+            if isinstance(self.model, PeftModel):
+                self.model.add_adapter(name, config)
+            else:
+                self.model = get_peft_model(self.model, config, adapter_name=name)
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -112,7 +130,7 @@ class Adapters:
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's tensors by the key they have in a saved file, sorted. Optimizers take their lists from here."""
-        self._known(name)
+        self._spec(name)
         found = {}
         for full, parameter in self.model.named_parameters():
             match = _LORA.match(full)
@@ -127,7 +145,7 @@ class Adapters:
         Backward has to run inside too: with gradient checkpointing it computes the forward again.
         """
         if name != BASE:
-            self._known(name)
+            self._spec(name)
         before = speaking(self.model)
         try:
             self._switch((name,) if name != BASE else ())
@@ -182,7 +200,8 @@ class Adapters:
         """
         where = f"policy {name!r}: adapter in {folder}"
         config, tensors, meta = _read(Path(folder), where)
-        spec, mine = self.policies[self._known(name)], self.parameters(name)
+        spec, mine = self._spec(name), self.parameters(name)
+        setting = f"policies.{name}.adapter" if name in self.policies else "the head's adapter"
         self._check_base(where, config, meta)
         for key in _UNSUPPORTED:
             if config.get(key):
@@ -193,12 +212,10 @@ class Adapters:
             )
         for key, value, field in (("r", spec.adapter.r, "r"), ("lora_alpha", spec.adapter.alpha, "alpha")):
             if config.get(key) != value:
-                raise SettingError(
-                    f"{where}: {key} is {config.get(key)}, the policy says {value}; set policies.{name}.adapter.{field}"
-                )
+                raise SettingError(f"{where}: {key} is {config.get(key)}, the policy says {value}; set {setting}.{field}")
         if set(tensors) != set(mine):
             odd = sorted(set(tensors) ^ set(mine))
-            raise SettingError(f"{where}: {len(odd)} tensors differ in name, first {odd[0]}; set policies.{name}.adapter.targets")
+            raise SettingError(f"{where}: {len(odd)} tensors differ in name, first {odd[0]}; set {setting}.targets")
         for key, tensor in tensors.items():
             if tensor.shape != mine[key].shape:
                 raise SettingError(f"{where}: {key} has shape {tuple(tensor.shape)}, expected {tuple(mine[key].shape)}")
@@ -247,14 +264,15 @@ class Adapters:
         """Every parameter and whether it is declared to learn. Kept, because walking a model costs as much as a small forward pass."""
         return [(parameter, self._declared(full)) for full, parameter in self.model.named_parameters()]
 
-    def _known(self, name: str) -> str:
-        if name not in self.policies:
+    def _spec(self, name: str) -> PolicySpec:
+        spec = self.policies.get(name) or self.aside.get(name)
+        if spec is None:
             raise SettingError(f"policy {name!r} has no adapter here; {nearest(name, self.policies)}")
-        return name
+        return spec
 
     def _declared(self, full: str) -> bool:
         match = _LORA.match(full)
-        spec = self.policies.get(match["adapter"]) if match else None
+        spec = (self.policies.get(match["adapter"]) or self.aside.get(match["adapter"])) if match else None
         return spec is not None and spec.trainable
 
     def _switch(self, names: tuple[str, ...]) -> None:
@@ -267,14 +285,16 @@ class Adapters:
             self.model.base_model.disable_adapter_layers()
         self.declare()
 
-    def _fresh(self, name: str, seed: int) -> None:
+    def _fresh(self, name: str) -> None:
         """Kaiming-uniform A and zero B, as PEFT does, but every tensor from a seed of its own (drawn on the CPU)."""
+        for parameter in self.parameters(name).values():
+            parameter.data = parameter.data.to(self.dtype)
         with torch.no_grad():
             for key, parameter in self.parameters(name).items():
                 if ".lora_B." in key:
                     parameter.zero_()
                     continue
-                generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", name, key))
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, "adapter", name, key))
                 bound = 1 / math.sqrt(parameter.shape[1])
                 parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
 

@@ -34,6 +34,8 @@ class Batch:
     behaviour: [N] its log-probability when sampled.    advantage, temperature: [N].
     sequence: [N] number 0 .. S-1 of its turn within the batch; a turn is never split between batches.
     turns: S pairs (episode id, turn index), for messages and dumps.
+    place: [N] where the term stands among all trained tokens of the samples given to `pack`, in their order: takes numbers that a
+        method keeps per trained token into the batch (`numbers[batch.place]`) and out of it.
     """
 
     policy: str
@@ -49,6 +51,7 @@ class Batch:
     temperature: torch.Tensor
     sequence: torch.Tensor
     turns: tuple[tuple[str, int], ...]
+    place: torch.Tensor
 
     @property
     def num_terms(self) -> int:
@@ -101,6 +104,11 @@ def pack(samples: Sequence[Sample], *, max_tokens: int, layout: Layout = "auto")
     only, not on their order.
     """
     batches: list[Batch] = []
+    starts: dict[int, list[int]] = {}  # of each sample, by identity: the number of its first trained token
+    count = 0
+    for sample in samples:
+        starts.setdefault(id(sample), []).append(count)
+        count += sample.num_trained
     for policy in sorted({s.policy for s in samples}):
         mine = sorted(
             (s for s in samples if s.policy == policy),
@@ -111,7 +119,7 @@ def pack(samples: Sequence[Sample], *, max_tokens: int, layout: Layout = "auto")
         else:
             rows = [_tree(group) for group in _share(mine, max_tokens, always=layout == "shared")]
         rows.sort(key=lambda r: len(r.ids), reverse=True)
-        batches += [_batch(policy, group) for group in _fill(rows, max_tokens)]
+        batches += [_batch(policy, group, starts) for group in _fill(rows, max_tokens)]
     return batches
 
 
@@ -177,15 +185,18 @@ def _fill(rows: list[_Row], max_tokens: int) -> list[list[_Row]]:
     return groups
 
 
-def _batch(policy: str, rows: list[_Row]) -> Batch:
+def _batch(policy: str, rows: list[_Row], starts: dict[int, list[int]]) -> Batch:
     length = max(len(r.ids) for r in rows)
     shared = rows[0].reach is not None
     terms: list[tuple[int, int, int, int]] = []  # row, column, target, sequence
     values: list[tuple[float, float, float]] = []  # behaviour, advantage, temperature
     turns: list[tuple[str, int]] = []
+    places: list[int] = []
     for r, row in enumerate(rows):
         for sample, columns in zip(row.samples, row.places, strict=True):
             numbers: dict[int, int] = {}
+            start = starts[id(sample)].pop(0)
+            places += range(start, start + sample.num_trained)
             for i, trained in enumerate(sample.mask):
                 if trained:
                     turn = sample.sequence[i]
@@ -207,7 +218,7 @@ def _batch(policy: str, rows: list[_Row]) -> Batch:
         attention_mask=grid(lambda r: [1] * len(r.ids)).bool(),
         reach=grid(lambda r: r.reach or []) if shared else None,
         row=row_, column=column, target=target, behaviour=behaviour, advantage=advantage, temperature=temperature,
-        sequence=sequence, turns=tuple(turns),
+        sequence=sequence, turns=tuple(turns), place=torch.tensor(places),
     )  # fmt: skip
 
 

@@ -38,17 +38,15 @@ def token_logprobs(model: Any, batch: Batch, *, chunk: int = 1024, entropy_grad:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if base not in _own_head:
         _own_head[base] = _head_works(base)
-    masks = _masks(base, batch)
-    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": masks, "use_cache": False}
     # Terms of shared rows often stand at one position (equal replies, siblings): the head runs once per position and temperature.
     key = torch.stack([batch.row.double(), batch.column.double(), batch.temperature.double()], dim=1)
     places, place = key.unique(dim=0, return_inverse=True)  # [U, 3], [N]
     row, column, temperature = places[:, 0].long(), places[:, 1].long(), places[:, 2].float()
     if _own_head[base]:
-        hidden = base.get_decoder()(**inputs).last_hidden_state[row, column]
+        hidden = last_hidden(model, batch, row, column)
     else:  # the model's own head, on the union of the terms' columns
         columns, where = column.unique(return_inverse=True)
-        hidden = base(**inputs, logits_to_keep=columns).logits[row, where]
+        hidden = base(**_inputs(base, batch), logits_to_keep=columns).logits[row, where]
     order = place.argsort(stable=True)
     parts = []
     for i in range(0, len(places), chunk):
@@ -58,9 +56,25 @@ def token_logprobs(model: Any, batch: Batch, *, chunk: int = 1024, entropy_grad:
         )
     back = order.argsort()
     logp, entropy = torch.cat([p[0] for p in parts])[back], torch.cat([p[1] for p in parts])[back]
-    if logp.requires_grad and isinstance(model, PeftModel):
-        logp.register_hook(_same_adapter(model, speaking(model)))
-    return logp, entropy
+    return guarded(model, logp), entropy
+
+
+def last_hidden(model: Any, batch: Batch, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """The decoder's last hidden states at these positions of the batch's rows, [U, H] in the model's dtype."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base.get_decoder()(**_inputs(base, batch)).last_hidden_state[row, column]
+
+
+def guarded(model: Any, values: torch.Tensor) -> torch.Tensor:
+    """`values` of a forward pass, whose backward raises RuntimeError unless the same adapters are active then."""
+    if values.requires_grad and isinstance(model, PeftModel):
+        values.register_hook(_same_adapter(model, speaking(model)))
+    return values
+
+
+def _inputs(base: Any, batch: Batch) -> dict[str, Any]:
+    masks = _masks(base, batch)
+    return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": masks, "use_cache": False}
 
 
 def _score(

@@ -104,33 +104,50 @@ def _update_policy(
     counts = denominators(own)[name]
     batches = pack(own, max_tokens=config.tokens_per_batch, layout=optimizers.layout)
     mine = [batch.to(ranks.device) for batch in deal(batches, ranks.size)[ranks.rank]]
-    parameters = list(adapters.parameters(name).values())
     result = Updated({}, 0.0, int(counts.tokens), int(counts.sequences), config.learning_rate_at(step, optimizers.peak[name]))
     before = _logprobs(adapters, name, mine[0]) if how.measure and mine else None
     references = [_logprobs(adapters, BASE, batch) if how.reference else None for batch in mine]
     for iteration in range(config.num_iterations):
-        optimizer.zero_grad(set_to_none=True)
-        sums, problem = _backward(adapters, name, mine, references, loss_fn, counts, how)
-        for parameter in parameters:  # a rank without samples of this policy joins with zeros
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        problem = next(filter(None, ranks.gather(problem)), "")
-        ranks.sum_([p.grad for p in parameters])
-        result.stats = _joined(sums, ranks)
-        result.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+        fit(
+            optimizer,
+            lambda: _backward(adapters, name, mine, references, loss_fn, counts, how),
+            result,
+            ranks,
+            config.max_grad_norm,
+        )
         if iteration == 0:
             result.first_mismatch_kl = result.stats.get("mismatch_kl", 0.0)
-        if problem or not math.isfinite(result.grad_norm):
-            optimizer.zero_grad(set_to_none=True)
-            result.applied, result.problem = False, problem or f"gradient norm {result.grad_norm}"
+        if not result.applied:
             return result
+    if before is not None:
+        result.moved = float((_logprobs(adapters, name, mine[0]) - before).abs().mean())
+    return result
+
+
+def fit(
+    optimizer: torch.optim.Optimizer, backward: Callable[[], tuple[Stats, str]], result: Updated, ranks: Ranks, max_grad_norm: float
+) -> None:
+    """One step at `result.learning_rate` along the gradients that `backward` leaves on every rank, summed; what it did goes into `result`.
+
+    `backward` returns its statistics and what was not finite ("" if all was). Then, on any rank, there is no step on any.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    sums, problem = backward()
+    for parameter in parameters:  # a rank without samples joins with zeros
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    problem = next(filter(None, ranks.gather(problem)), "")
+    ranks.sum_([p.grad for p in parameters])
+    result.stats = _joined(sums, ranks)
+    result.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    if problem or not math.isfinite(result.grad_norm):
+        result.applied, result.problem = False, problem or f"gradient norm {result.grad_norm}"
+    else:
         for group in optimizer.param_groups:
             group["lr"] = result.learning_rate
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if before is not None:
-        result.moved = float((_logprobs(adapters, name, mine[0]) - before).abs().mean())
-    return result
 
 
 def _backward(

@@ -97,6 +97,7 @@ def left_padded(samples: list[Sample]) -> Batch:
         torch.cat([b.row + i for i, b in enumerate(rows)]), torch.cat([b.column + g for b, g in zip(rows, gaps, strict=True)]),
         *(torch.cat([getattr(b, n) for b in rows]) for n in ("target", "behaviour", "advantage", "temperature")),
         torch.cat([b.sequence + o for b, o in zip(rows, offsets, strict=True)]), tuple(t for b in rows for t in b.turns),
+        torch.arange(sum(b.num_terms for b in rows)),
     )  # fmt: skip
 
 
