@@ -181,6 +181,29 @@ class Agent:
         self._busy = True
         return self._answer(index, tools, Message("user", text), {t.index for t in reads}, n, choose, saw_gold, sampling)
 
+    def answer(
+        self,
+        messages: Sequence[Message],
+        previous: Turn | None = None,
+        *,
+        reads: Sequence[int] = (),
+        n: int = 1,
+        sampling: Sampling | None = None,
+    ) -> Awaitable[Turn]:
+        """Answer a whole list of messages, as programs send that keep their chats themselves; the agent's own chat is not touched.
+
+        No prompt or demonstration of the agent's is added and no tool is run. The turn's index is taken now.
+
+        Args:
+            previous: the turn this list goes on from: it begins with that turn's messages and its text as the assistant's.
+            reads: indices of the turns whose text stands in `messages`.
+        """
+        if n < 1:
+            raise SettingError(f"agent {self.name!r}: answer(n={n}), expected n >= 1")
+        index = self.team.reserve(1)
+        chosen = self.team.sampling_of(self.spec, index, sampling)
+        return self.team.take(Call(index, self.spec, tuple(messages), chosen, n, previous), tuple(sorted(reads)), None, False)
+
     async def _answer(
         self,
         index: int,
@@ -245,6 +268,7 @@ class Team:
         self.max_turns, self.max_tool_calls = max_turns, max_tool_calls
         self._turns: dict[int, list[Turn]] = {}
         self.decisions: list[Decision] = []
+        self.rewards: list[Mapping[str, Any]] = []  # what the system itself is told the episode is worth: fields of a `Reward`
         self._next = 0
         self._given: dict[int, list[Turn]] = {}
         for turn in given:
@@ -313,6 +337,13 @@ class Team:
             raise SettingError(f"agent {call.agent.name!r}: choose returned {number}, expected a number below {len(turns)}")
         turns[number] = replace(turns[number], taken=True)
         return turns[number]
+
+    def settle(self, turn: Turn, *, taken: bool = True) -> None:
+        """Say afterwards which sibling the chat went on with (the others are then not taken), or that a turn was never read."""
+        self._turns[turn.index] = [
+            replace(each, taken=taken if each.sibling == turn.sibling else each.taken and not taken)
+            for each in self._turns[turn.index]
+        ]
 
     async def _completions(self, call: Call) -> tuple[Sequence[Completion], list[Any]]:
         if call.index in self._replace:

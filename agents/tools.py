@@ -131,9 +131,14 @@ def resolve_tools(names: Iterable[str]) -> dict[str, Tool]:
 
 def tool_prompt(tools: Mapping[str, Tool]) -> str:
     """The part of the system message that tells of the tools; "" if there are none."""
-    if not tools:
+    return schemas_prompt([each.schema() for each in tools.values()])
+
+
+def schemas_prompt(found: Iterable[Mapping[str, Any]]) -> str:
+    """The same for schemas as `Tool.schema` gives them, whoever runs the tools."""
+    schemas = "\n".join(json.dumps(each, ensure_ascii=False) for each in found)
+    if not schemas:
         return ""
-    schemas = "\n".join(json.dumps(each.schema(), ensure_ascii=False) for each in tools.values())
     return (
         f"# Tools\n\nYou may call these functions to help with the task:\n<tools>\n{schemas}\n</tools>\n\n"
         "To call one, write its name and arguments as a JSON object between these tags, then wait for the result:\n"

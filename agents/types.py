@@ -123,7 +123,8 @@ class Sampling:
     """How a reply is drawn. Every field is sent with every request, so that no server default applies in silence.
 
     `top_k` 0 means off. `seed` None means: derived from (run seed, episode, agent, turn), see `team.derive_seed`.
-    A `stop` string is kept in the reply: what was sampled is what is trained on.
+    A `stop` string is kept in the reply: what was sampled is what is trained on. `grammar` is JSON in vLLM's vocabulary, such as
+    `{"json": SCHEMA}`; `logit_bias` is added to the logits of these token ids.
     """
 
     temperature: float = 1.0
@@ -136,6 +137,8 @@ class Sampling:
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    grammar: str = ""
+    logit_bias: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.max_tokens < 1 or not 0 < self.top_p <= 1:
@@ -144,6 +147,8 @@ class Sampling:
     @property
     def on_policy(self) -> bool:
         """True if tokens were drawn from the whole softmax at a temperature above 0, so probability ratios are defined."""
+        if self.grammar or self.logit_bias:
+            return False
         off = (self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return self.temperature > 0 and off == (1.0, 0, 0.0, 1.0, 0.0, 0.0)
 

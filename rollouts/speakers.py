@@ -52,6 +52,10 @@ class OutsideSpeaker:
     def _body(self, call: Call) -> dict[str, Any]:
         messages = [{k: v for k, v in to_json(m).items() if v not in (None, [])} for m in call.messages]
         s = call.sampling
+        if s.grammar or s.logit_bias:
+            raise SettingError(
+                f"policy {self.policy.name!r}: an outside model is asked without grammar and logit_bias; leave them out"
+            )
         body = {"model": self.policy.base or self.policy.name, "messages": messages, "n": call.n, "temperature": s.temperature}
         body |= {"top_p": s.top_p, "max_tokens": s.max_tokens, "seed": (s.seed or 0) % 2**31}
         body |= {"presence_penalty": s.presence_penalty, "frequency_penalty": s.frequency_penalty}

@@ -43,7 +43,7 @@ class _Request:
     def batch(self) -> tuple[Any, ...]:
         s = self.sampling
         settings = (s.temperature, s.top_p, s.top_k, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
-        return (self.ref, settings, s.max_tokens, s.stop)
+        return (self.ref, settings, tuple(sorted(s.logit_bias.items())), s.max_tokens, s.stop)
 
     @property
     def order(self) -> tuple[Any, ...]:
@@ -108,6 +108,11 @@ class TransformersEngine:
             self._versions.listed(replica)
         if not ids:
             raise EngineError("transformers engine: an empty prompt; at least one token is needed")
+        if sampling.grammar:
+            raise SettingError("transformers engine: it cannot hold a reply to a grammar or schema; use engine: vllm")
+        for token in sampling.logit_bias:
+            if not (token.isdecimal() and int(token) < self._model.get_input_embeddings().num_embeddings):
+                raise SettingError(f"logit_bias: {token!r} is no token of {self._base}; its ids are below its vocabulary's size")
         if len(ids) + sampling.max_tokens > self._context:
             asked = f"{len(ids)} prompt tokens and max_tokens={sampling.max_tokens}"
             raise PromptTooLong(f"transformers engine: {asked} do not fit the {self._context} tokens of {self._base}")
@@ -334,7 +339,7 @@ class TransformersEngine:
 
 
 def shape_logits(logits: Any, sampling: Sampling, prompts: Sequence[Sequence[int]], sampled: Sequence[Sequence[int]]) -> Any:
-    """The logits [B, V] a token is drawn from: penalties, temperature, min_p, top_k, top_p, in this order.
+    """The logits [B, V] a token is drawn from: penalties, bias, temperature, min_p, top_k, top_p, in this order.
 
     Repetition counts prompt and reply, presence and frequency the reply alone. Temperature 0 stays at 1: its token is the largest.
     """
@@ -352,6 +357,9 @@ def shape_logits(logits: Any, sampling: Sampling, prompts: Sequence[Sequence[int
         for row, after in enumerate(sampled):
             counts[row] = torch.bincount(torch.tensor(after, dtype=torch.long), minlength=logits.shape[-1]).to(logits)
         logits = logits - sampling.frequency_penalty * counts - sampling.presence_penalty * (counts > 0)
+    if sampling.logit_bias:
+        logits = logits.clone()
+        logits[:, [int(token) for token in sampling.logit_bias]] += torch.tensor(list(sampling.logit_bias.values())).to(logits)
     if sampling.temperature == 0:
         return logits
     logits = logits / sampling.temperature

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,9 @@ class Transient(RuntimeError):
 
 def request_body(ids: Sequence[int], model: str, sampling: Sampling, n: int, eos_ids: Sequence[int]) -> dict[str, Any]:
     """A request with nothing left to a default. `logprobs` 0 asks for the sampled token's own."""
-    return {
+    shaped: dict[str, Any] = {"structured_outputs": json.loads(sampling.grammar)} if sampling.grammar else {}
+    shaped |= {"logit_bias": dict(sampling.logit_bias)} if sampling.logit_bias else {}
+    return shaped | {
         "model": model,
         "prompt": list(ids),
         "n": n,
