@@ -89,9 +89,10 @@ async def _check_replay(system: System, task: Task, answer: Answer, seed: int, f
 
 
 def _check_reads(turn: Turn, played: Played, where: str) -> None:
-    # What the agent said itself stands in its chat as the assistant's; everything else it was shown.
-    shown = "\n".join(message.content for message in turn.messages if message.role != "assistant")
-    stands = {index for marker, (index, _) in played.markers.items() if marker in shown}
+    # What the agent said itself stands in its chat as the assistant's; everything else it was shown, or took over with a chat.
+    own = {each.index for each in played.turns if each.agent == turn.agent}
+    said, shown = ("\n".join(m.content for m in turn.messages if (m.role == "assistant") is mine) for mine in (True, False))
+    stands = {index for marker, (index, _) in played.markers.items() if marker in shown or (marker in said and index not in own)}
     for index in sorted(stands - set(turn.reads)):
         _require(
             False, f"{where}: turn {turn.index} ({turn.agent}) is shown the text of turn {index}; reply(..., reads=...) lacks it"
