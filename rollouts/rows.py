@@ -26,11 +26,13 @@ def unit(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:7], "big") / 2**56
 
 
-def of_split(tasks: Iterable[Task], split: str, eval_fraction: float) -> Iterator[Task]:
-    """The tasks that the hash of their prompt puts in this split."""
+def of_split(
+    tasks: Iterable[Task], split: str, eval_fraction: float, key: Callable[[Task], str] = lambda task: task.prompt
+) -> Iterator[Task]:
+    """The tasks that the hash of their `key` (their prompt) puts in this split."""
     if not 0 < eval_fraction < 1:
         raise SettingError(f"task_args.eval_fraction: expected a number between 0 and 1, got {eval_fraction!r}")
-    return (task for task in tasks if (unit(f"split of {task.prompt}") < eval_fraction) == (split == "eval"))
+    return (task for task in tasks if (unit(f"split of {key(task)}") < eval_fraction) == (split == "eval"))
 
 
 # data sets
