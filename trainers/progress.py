@@ -92,7 +92,8 @@ class Progress:
             if not stats.get("applied", True):
                 parts.append(f"{policy}: not finite, no update")
                 continue
-            parts.append(f"{policy}: loss {stats['loss']:+.4f} kl {stats['mismatch_kl']:.1e} grad {stats['grad_norm']:.2f}")
+            kl = f" kl {stats['mismatch_kl']:.1e}" if "mismatch_kl" in stats else ""  # imitation does not compare with the engine
+            parts.append(f"{policy}: loss {stats['loss']:+.4f}{kl} grad {stats['grad_norm']:.2f}")
         parts.append(f"{row.get('tokens_per_s', 0):.0f} tok/s")
         proof = row.get("proof") or {}
         if proof:

@@ -46,7 +46,8 @@ from .progress import Progress
 from .publish import Proof, Publisher, probes
 from .ranks import Ranks
 from .recall import Given, recall, unscorable
-from .samples import Sample
+from .samples import Sample, TurnKey
+from .scoring import score
 from .snapshot import restore, save_checkpoint
 from .threads import Background, Stop, Stopped
 from .update import How, LossFn, Updated, sample_to_json, update
@@ -107,6 +108,7 @@ class Run:
         self.earlier_proofs: dict[str, list[dict[str, Any]]] = {}  # of the run that this one resumes, by base
         self.earlier_versions: dict[str, dict[str, str]] = {}
         self._saved: int | None = None  # the step whose checkpoint is on disk
+        self._measured = False  # how far the first update moved its tokens
         self._given_engine = engine
         self._opened = self._loaded = False
         self._exit = contextlib.ExitStack()  # what `open` started, in the order in which `close` has to end it
@@ -370,8 +372,9 @@ class Run:
         start = time.perf_counter()
         hashes = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
         done: dict[str, Updated] = {}
+        how, self._measured = dataclasses.replace(how, measure=step == 1 and not self._measured), True
         for base in self.bases.values():
-            done |= update(base.optimizers, samples, loss_fn, step, self.ranks, dataclasses.replace(how, measure=step == 1))
+            done |= update(base.optimizers, samples, loss_fn, step, self.ranks, how)
         for base in self.bases.values():
             for policy in base.policies:
                 if policy not in done and base.adapters.sha256(policy) != hashes[policy]:
@@ -398,6 +401,13 @@ class Run:
         self.progress.warn(f"step {step}: not finite for {problems}; no update there, samples in {path}")
         if self.aborted >= 3:
             raise RunError(f"three steps in a row were not finite; samples of the last one: {path}")
+
+    def score(self, samples: Sequence[Sample], *, reference: bool = False) -> dict[TurnKey, float]:
+        """log p of whole turns, now or as the run began, on every rank: see `scoring.score`."""
+        start = time.perf_counter()
+        found = score(self, samples, reference=reference)
+        self.seconds["train"] += time.perf_counter() - start
+        return found
 
     @property
     def policy_of(self) -> dict[str, str]:

@@ -149,7 +149,8 @@ def metrics(result: Updated | None) -> Mapping[str, Any]:
     if result is None:
         return {"tokens": 0}
     clipped = result.stats.get("clip_low", 0.0) + result.stats.get("clip_high", 0.0)
-    return {**{key: value for key, value in to_json(result).items() if key != "stats"}, **result.stats, "clipped": clipped}
+    # The update's own fields last: several minibatches share one row, and the statistics are the last one's.
+    return {**result.stats, **{key: value for key, value in to_json(result).items() if key != "stats"}, "clipped": clipped}
 
 
 def shares_of(episodes: Sequence[Episode], agents: Sequence[str], advantages: Advantages | None) -> dict[str, float]:

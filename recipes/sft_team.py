@@ -1,0 +1,20 @@
+"""
+SFT for a team: every agent imitates its own turns of successful episodes, played here or taken from a store.
+
+accelerate launch recipes/sft_team.py [--config recipes/sft_team.yaml] [--field value]
+accelerate launch recipes/sft_team.py --episodes runs/x/episodes       (learns from another run's episodes; plays evaluations only)
+"""
+
+from __future__ import annotations
+
+from marlora.recipes.launch import launch
+from marlora.recipes.settings import run
+from marlora.trainers.sft import SFTTrainer
+
+
+def main() -> None:
+    launch(SFTTrainer, __file__)
+
+
+if __name__ == "__main__":
+    run(main)
