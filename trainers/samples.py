@@ -25,6 +25,7 @@ class Sample:
     ids: prompt and reply tokens as the engine saw and returned them.    mask: 1 where trained.
     logprobs: behaviour log-probabilities (0 where mask is 0).           advantages: of the token's turn (0 where mask is 0).
     temperatures: it was sampled at (1 where mask is 0).                 sequence: index of its turn (-1 where mask is 0).
+    siblings: (turn index, sibling) of those trained turns that are not their call's first answer.
     """
 
     policy: str
@@ -35,10 +36,17 @@ class Sample:
     advantages: tuple[float, ...]
     temperatures: tuple[float, ...]
     sequence: tuple[int, ...]
+    siblings: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_trained(self) -> int:
         return sum(self.mask)
+
+    @property
+    def keys(self) -> list[TurnKey]:
+        """The turn of every trained token."""
+        number = dict(self.siblings)
+        return [(self.episode, turn, number.get(turn, 0)) for turn in self.sequence if turn >= 0]
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ class _Segment:
     advantages: list[float] = field(default_factory=list)
     temperatures: list[float] = field(default_factory=list)
     sequence: list[int] = field(default_factory=list)
+    siblings: list[tuple[int, int]] = field(default_factory=list)
 
     def read(self, ids: Iterable[int]) -> None:
         for token in ids:
@@ -89,6 +98,8 @@ class _Segment:
 
     def speak(self, turn: Turn, advantage: float, temperature: float) -> None:
         logprobs = turn.logprobs or (0.0,) * len(turn.token_ids)
+        if turn.sibling:
+            self.siblings.append((turn.index, turn.sibling))
         for token, logprob in zip(turn.token_ids, logprobs, strict=True):
             self._add(token, 1, logprob, advantage, temperature, turn.index)
 
@@ -104,7 +115,8 @@ class _Segment:
         """The finished sample, without the tokens after the last trained one."""
         end = max(i for i, m in enumerate(self.mask) if m) + 1
         columns = (self.ids, self.mask, self.logprobs, self.advantages, self.temperatures, self.sequence)
-        return Sample(self.policy, self.episode, *(tuple(c[:end]) for c in columns))  # type: ignore[arg-type]
+        made = (tuple(c[:end]) for c in columns)
+        return Sample(self.policy, self.episode, *made, siblings=tuple(self.siblings))  # type: ignore[arg-type]
 
 
 def samples(

@@ -1,0 +1,22 @@
+"""
+Train a team by preferences between its runs: play, pair the runs of a task by score, move all adapters by one joint loss, publish, prove.
+
+accelerate launch recipes/sysdpo.py [--config recipes/sysdpo.yaml] [--field value]
+python -m marlora.recipes.sysdpo --episodes runs/grpo_team          (offline: from the store of another run)
+python -m marlora.recipes.sysdpo --mode independent                 (the control: plain DPO for each agent)
+python -m marlora.recipes.sysdpo --policies.last.trainable false    (only the other agent learns)
+"""
+
+from __future__ import annotations
+
+from marlora.recipes.launch import launch
+from marlora.recipes.settings import run
+from marlora.trainers.preference import PreferenceTrainer
+
+
+def main() -> None:
+    launch(PreferenceTrainer, __file__)
+
+
+if __name__ == "__main__":
+    run(main)

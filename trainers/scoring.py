@@ -1,0 +1,75 @@
+"""Log-probabilities of whole turns, under the policies as they are or as the run began with them: what preferences compare."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..agents.types import BASE
+from .adapters import Adapters, init_folder
+from .batches import deal, pack
+from .config import RunError
+from .logprobs import token_logprobs
+from .samples import Sample, TurnKey
+
+if TYPE_CHECKING:
+    from .bases import Base
+    from .run import Run
+
+
+@torch.no_grad()
+def score(run: Run, samples: Sequence[Sample], *, reference: bool = False) -> dict[TurnKey, float]:
+    """log p of every trained turn of the samples, summed over its tokens, at temperature 1 if the samples were made for it.
+
+    The same on every rank; each computes its share. `reference`: under the policy as the run began, which is the base with adapters off
+    unless the policy has an `init`. Raises `RunError` at a log-prob that is not finite.
+    """
+    found: dict[TurnKey, float] = {}
+    for base in run.bases.values():
+        for policy in base.policies:
+            own = [sample for sample in samples if sample.policy == policy]
+            if own:
+                found |= _score(run, base, policy, own, reference)
+    for (episode, turn, _), value in found.items():
+        if not math.isfinite(value):
+            raise RunError(f"episode {episode}, turn {turn}: its log-probability is {value}; the policy has diverged")
+    return found
+
+
+def _score(run: Run, base: Base, policy: str, own: Sequence[Sample], reference: bool) -> dict[TurnKey, float]:
+    keys = [key for sample in own for key in sample.keys]
+    logps = torch.zeros(len(keys), device=run.ranks.device)
+    batches = pack(own, max_tokens=run.config.tokens_per_batch, layout=base.optimizers.layout)
+    with begun(base.adapters, policy) if reference else base.adapters.active(policy):
+        for batch in deal(batches, run.ranks.size)[run.ranks.rank]:
+            here = batch.to(run.ranks.device)
+            logps[here.place] = token_logprobs(base.adapters.model, here)[0]
+    run.ranks.sum_([logps])  # every token was computed on one rank and is 0 on the others
+    found: dict[TurnKey, list[float]] = {}
+    for key, value in zip(keys, logps.tolist(), strict=True):
+        found.setdefault(key, []).append(value)
+    return {key: math.fsum(values) for key, values in found.items()}
+
+
+@contextlib.contextmanager
+def begun(adapters: Adapters, policy: str) -> Iterator[None]:
+    """The model speaking as this policy did when the run began. Its weights of now are back afterwards, to the last bit."""
+    spec = adapters.policies[policy]
+    if spec.init == "fresh":  # B was zero: the base itself
+        with adapters.active(BASE):
+            yield
+        return
+    parameters = adapters.parameters(policy)
+    now = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+    try:
+        adapters.load(policy, init_folder(spec.init))
+        with adapters.active(policy):
+            yield
+    finally:
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(now[key])
