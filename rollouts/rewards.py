@@ -19,6 +19,7 @@ from ..agents.answers import extract, same
 from ..agents.names import function_named
 from ..agents.team import Ask, Call, derive_seed
 from ..agents.types import AgentSpec, Message, Sampling, Task, Turn
+from ..agents.verifiers import resolve_verifier, verify
 from .checker import CheckerError, CheckerTimeout, equal, gym_score
 from .types import Episode, Reward
 
@@ -96,11 +97,33 @@ def length(task: Task, episode: Episode) -> float:
     return -sum(len(turn.token_ids) for turn in episode.turns if turn.taken) / 1000
 
 
-REWARDS: dict[str, RewardFn] = {"correct": correct, "exact": exact, "format": format_ok, "graded": graded, "length": length}
+async def right(task: Task, episode: Episode) -> list[Reward]:
+    """Of each turn: `correct`, as if its text were the team's output. It reads the gold answer, so no agent is ever shown it."""
+    found = []
+    for turn in episode.turns:
+        value = await correct(task, dataclasses.replace(episode, output=turn.text))
+        found.append(dataclasses.replace(value, name="right", agent=turn.agent, turn=turn.index, sibling=turn.sibling))
+    return found
+
+
+def verified(name: str) -> RewardFn:
+    """Of each turn: what the verifier of this name says of its text, from 0 to 1 (see `agents.verifiers.resolve_verifier`)."""
+    verifier = resolve_verifier(name)
+    reward = per_turn(lambda task, turn: verify(verifier, task, turn.text), "verifier")
+    reward.__module__, reward.__qualname__ = __name__, f"verified({name})"  # what `reward_name` tells
+    return reward
+
+
+REWARDS: dict[str, Callable[..., Any]] = {
+    "correct": correct, "exact": exact, "format": format_ok, "graded": graded, "length": length, "right": right, "verified": verified,
+}  # fmt: skip
 
 
 def resolve_rewards(names: Iterable[str | RewardFn] | str | RewardFn) -> list[RewardFn]:
-    """Reward functions by name (`correct`, `module:function`), several or one. Raises `SettingError` naming the one that cannot be found."""
+    """Reward functions by name (`correct`, `verified(calculator)`, `module:function`), several or one.
+
+    Raises `SettingError` naming the one that cannot be found.
+    """
     given = [names] if isinstance(names, str) or callable(names) else names
     return [function_named("reward", each, REWARDS) if isinstance(each, str) else each for each in given]
 

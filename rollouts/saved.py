@@ -17,7 +17,9 @@ from ..agents.types import AgentSpec, PolicySpec, Sampling, SettingError, from_j
 
 SCHEMA = 1
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-OURS = {"reward": "marlora.", "tasks": "marlora.", "tool": "marlora.agents."}  # a tool is called with what a model writes
+# a tool is called with what a model writes
+OURS = {"reward": "marlora.", "tasks": "marlora.", "tool": "marlora.agents.", "verifier": "marlora.agents.verifiers:"}
+MAKERS = {"reward": ("verified", "marlora.rollouts.rewards:verified"), "verifier": ("marlora.trainers.verifier:learned",)}
 _PARTS = {
     "schema": int, "step": int, "bases": dict, "system": dict, "agents": list, "policies": dict, "adapters": dict, "tasks": dict,
     "rewards": list, "sampling": dict,
@@ -151,7 +153,13 @@ def files_sha256(model: str) -> str | None:
 
 
 def foreign(kind: str, name: str) -> bool:
-    """Would this name of a checkpoint import code that is not ours? `kind`: reward, tasks or tool."""
+    """Would this name of a checkpoint import code that is not ours? `kind`: reward, tasks, tool or verifier.
+
+    `maker(text)` calls the maker with a text of the checkpoint's: only those that are meant for it are ours.
+    """
+    maker, bracket, text = name.partition("(")
+    if bracket and name.endswith(")"):
+        return maker not in MAKERS.get(kind, ()) or (kind == "reward" and foreign("verifier", text[:-1]))
     return ":" in name and not name.startswith(("reasoning-gym:", "reasoning_gym:", "hub:")) and not name.startswith(OURS[kind])
 
 
@@ -159,5 +167,7 @@ def strangers(data: Mapping[str, Any], *, rewards: bool = True) -> list[str]:
     """What playing this checkpoint would import from elsewhere, or ask over the network: for people to read before they agree."""
     found = [f"reward {name}" for name in data["rewards"] if rewards and foreign("reward", name)]
     found += [f"tool {t} of {a['name']}" for a in data["agents"] for t in a.get("tools", ()) if foreign("tool", t)]
+    verifier = data["system"]["arguments"].get("verifier")
+    found += [f"verifier {verifier}"] if isinstance(verifier, str) and foreign("verifier", verifier) else []
     found += [f"the model at {p['url']} as {name}" for name, p in data["policies"].items() if p.get("url")]
     return found

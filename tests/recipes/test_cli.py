@@ -239,6 +239,8 @@ from marlora.agents.chain import Chain
 from marlora.trainers.tiny import tiny_tasks
 pathlib.Path(__file__).with_name("imported").touch()
 def reward(task, episode): return 1.0
+def verifier(task, text): return 1.0
+def maker(text): return reward
 def add(a: int, b: int) -> int:
     """Sum."""
     return a + b
@@ -248,6 +250,8 @@ class Mine(Chain): pass
 
 NAMES: dict[str, tuple[Callable[[dict[str, Any], str], Any], tuple[str, ...]]] = {
     "reward": (lambda d, m: d.update(rewards=[f"{m}:reward"]), ("--trust_checkpoint",)),
+    "verifier": (lambda d, m: d.update(rewards=["length", f"verified({m}:verifier)"]), ("--trust_checkpoint",)),
+    "maker": (lambda d, m: d.update(rewards=["length", f"{m}:maker(text)"]), ("--trust_checkpoint",)),
     "tool": (lambda d, m: d["agents"][0].update(tools=[f"{m}:add"]), ("--trust_checkpoint",)),
     "tasks": (lambda d, m: d["tasks"].update(name=f"{m}:tasks"), ("--trust_checkpoint",)),
     "system": (lambda d, m: d["system"].update({"class": f"{m}:Mine"}), ("--system", "{module}:Mine")),
@@ -275,6 +279,17 @@ def test_a_tool_of_ours_that_is_no_tool_is_foreign_too(checkpoint: Path, capsys:
     """A tool is called with what a model writes, so only the room of agents may be named: this one would write files."""
     rewrite(checkpoint, lambda data: data["agents"][0].update(tools=["marlora.trainers.checkpoint:write_json"]))
     assert "write_json" in refused(capsys, "eval", checkpoint, *HERE)
+
+
+@pytest.mark.parametrize("name", ["marlora.rollouts.rewards:fn_name(x)", "verified(marlora.trainers.checkpoint:sha256_file)"])
+def test_what_is_ours_but_not_meant_for_it_is_not_called(name: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite(checkpoint, lambda data: data.update(rewards=["length", name]))
+    assert name in refused(capsys, "eval", checkpoint, *HERE)
+
+
+def test_a_foreign_verifier_of_the_system_is_foreign(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite(checkpoint, lambda data: data["system"]["arguments"].update(verifier="elsewhere:verifier"))
+    assert "elsewhere:verifier" in refused(capsys, "eval", checkpoint, *HERE)
 
 
 def test_an_outside_model_is_asked_only_if_the_user_agrees(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from marlora.rollouts.rewards import (
     per_agent,
     per_turn,
     resolve_rewards,
+    reward_name,
     score,
 )
 from marlora.rollouts.tasks import load_tasks
@@ -296,6 +297,25 @@ def test_a_reward_that_fails_makes_the_episode_unscorable_and_says_why(reward, n
     bad, good = scored([reward, length], answer=answer)
     assert bad.name == name and math.isnan(bad.value) and told in bad.text
     assert good == Reward("length", -0.0)  # the others still count, so nothing is lost
+
+
+def test_every_turn_is_compared_with_the_answer_or_given_to_a_verifier():
+    one, episode = Task("t", "2+2", "4"), said("4", "4", "it is 5", "Answer: 4")
+    rewards = asyncio.run(score(one, episode, resolve_rewards(["right", "verified(calculator)"])))
+    told = [(r.name, r.agent, r.turn, r.value) for r in rewards]
+    values = [("a", 0, 1.0), ("b", 1, 0.0), ("c", 2, 1.0)]
+    assert told == [("right", *v) for v in values] + [("verifier", *v) for v in values]
+    assert math.isnan(episode.reward())  # none of them is the team's
+    (blind,) = asyncio.run(score(Task("t", "Who?", "4"), said("4", "4"), resolve_rewards("verified(calculator)")))
+    assert math.isnan(blind.value) and "no arithmetic expression" in blind.text
+
+
+def test_a_made_reward_has_a_name_that_makes_it_again():
+    name = reward_name(resolve_rewards("verified(calculator)")[0])
+    assert name == "marlora.rollouts.rewards:verified(calculator)"
+    assert reward_name(resolve_rewards(name)[0]) == name
+    with pytest.raises(SettingError, match="verifier 'calc': no such verifier"):
+        resolve_rewards("verified(calc)")
 
 
 def test_cancelling_is_not_a_failure_of_the_reward():
