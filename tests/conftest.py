@@ -10,6 +10,13 @@ import pytest
 from tests.live_server import Live, SharedServer, start
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file stay on one worker, for they share fixtures; those of the server all on one, for there is one server."""
+    for item in items:
+        group = "server" if item.get_closest_marker("server") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """The one real vLLM server of a test run, on a small random model; tests stay apart by the names of their adapters."""
