@@ -5,8 +5,8 @@ has a name among heads only (its adapter is called `head@NAME`, which no policy 
 team version. Like a policy it is created before any optimizer, seeded by its name, found by exact name, and leaves the base as it was.
 
     head = Head(adapters, HeadSpec("critic"), config)
-    values = head.read(samples, ranks)                                  # one tensor [trained tokens] per sample
-    head.learn(samples, {"returns": returns}, loss, step, ranks)        # one optimizer step on a loss of (scores, targets)
+    values = head.read(samples, ranks)                                # [N]: one number per trained token, in the order of samples
+    head.learn(samples, {"returns": returns}, loss, step, ranks)      # one optimizer step on a loss of (scores, targets)
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from torch import nn
 
 from ..agents.types import AdapterSpec, SettingError
 from .adapters import Adapters, tensors_sha256
-from .batches import Batch, Layout, deal, pack
+from .batches import Batch, Layout
 from .checkpoint import join_optimizer, split_optimizer, write_tensors
 from .logprobs import choose_layout, guarded, last_hidden
 from .losses import NotFinite, Stats, add_stats, finite_or_raise
 from .ranks import Ranks
 from .samples import Denominators, Sample
-from .update import Updated, fit
+from .update import Updated, batches_of, fit, read
 
 LINEAR = "head.safetensors"
-Targets = Mapping[str, Sequence[torch.Tensor]]  # by name: per sample a tensor [trained tokens]
-# (scores [N], targets by name [N] each, counts) -> (this batch's share of the loss, statistics for `losses.add_stats`)
-HeadLoss = Callable[[torch.Tensor, Mapping[str, torch.Tensor], Denominators], tuple[torch.Tensor, Stats]]
+Targets = Mapping[str, torch.Tensor]  # by name: [N], one number per trained token
+# (scores, targets, counts) -> (this batch's share of the loss, statistics for `losses.add_stats`)
+HeadLoss = Callable[[torch.Tensor, Targets, Denominators], tuple[torch.Tensor, Stats]]
 
 
 class HeadSettings(Protocol):
@@ -110,40 +110,32 @@ class Head:
         hidden = last_hidden(self.adapters.model, batch, batch.row, batch.column)
         return guarded(self.adapters.model, self.linear(hidden.float()).squeeze(-1))
 
-    @torch.no_grad()
-    def read(self, samples: Sequence[Sample], ranks: Ranks) -> list[torch.Tensor]:
-        """What the head says at every trained token: per sample a float32 tensor [trained tokens] on the CPU, equal on every rank."""
-        sizes = [sample.num_trained for sample in samples]
-        flat = torch.zeros(sum(sizes), device=ranks.device)
+    def read(self, samples: Sequence[Sample], ranks: Ranks) -> torch.Tensor:
+        """What the head says at every trained token of these samples, in their order: float32 on the CPU, equal on every rank."""
         with self.adapters.active(self.adapter):
-            for batch in self._batches(samples, ranks):
-                flat[batch.place] = self.scores(batch)
-        ranks.sum_([flat])  # every place was filled by one rank and is 0 on the others
-        return list(flat.cpu().split(sizes))
+            return read(self._own(samples), self.scores, self.config.tokens_per_batch, self.layout, ranks)
 
     def learn(self, samples: Sequence[Sample], targets: Targets, loss_fn: HeadLoss, step: int, ranks: Ranks) -> Updated:
         """One optimizer step on a loss of the scores at all trained tokens. Every rank passes the same samples and targets.
 
-        `step` sets the learning rate (`learning_rate_at`). What is not finite changes nothing; `Updated.problem` then says what.
+        `targets` are in the order of `read`; the loss gets a batch's share of them. `step` sets the learning rate (`learning_rate_at`).
+        What is not finite changes nothing; `Updated.problem` then says what.
         """
         self.check()
         counts = Denominators(sum(s.num_trained for s in samples), sum(len(set(s.sequence) - {-1}) for s in samples))
-        flat = {name: torch.cat(list(parts)).to(ranks.device, torch.float32) for name, parts in targets.items()}
+        given = {name: numbers.to(ranks.device, torch.float32) for name, numbers in targets.items()}
         rate = self.config.learning_rate_at(step, self.peak)
         result = Updated({}, 0.0, int(counts.tokens), int(counts.sequences), rate)
-        mine = self._batches(samples, ranks)
-        fit(self.optimizer, lambda: self._backward(mine, flat, loss_fn, counts), result, ranks, self.config.max_grad_norm)
+        mine = batches_of(self._own(samples), self.config.tokens_per_batch, self.layout, ranks)
+        fit(self.optimizer, lambda: self._backward(mine, given, loss_fn, counts), result, ranks, self.config.max_grad_norm)
         self.check()
         return result
 
-    def _batches(self, samples: Sequence[Sample], ranks: Ranks) -> list[Batch]:
-        own = [replace(sample, policy=self.adapter) for sample in samples]
-        batches = pack(own, max_tokens=self.config.tokens_per_batch, layout=self.layout)
-        return [batch.to(ranks.device) for batch in deal(batches, ranks.size)[ranks.rank]]
+    def _own(self, samples: Sequence[Sample]) -> list[Sample]:
+        """One batch holds samples of one policy: to a head, they are all its own."""
+        return [replace(sample, policy=self.adapter) for sample in samples]
 
-    def _backward(
-        self, batches: Sequence[Batch], targets: Mapping[str, torch.Tensor], loss_fn: HeadLoss, counts: Denominators
-    ) -> tuple[Stats, str]:
+    def _backward(self, batches: Sequence[Batch], targets: Targets, loss_fn: HeadLoss, counts: Denominators) -> tuple[Stats, str]:
         sums: Stats = {}
         try:
             with self.adapters.active(self.adapter):

@@ -16,7 +16,7 @@ import torch
 
 from ..agents.types import BASE
 from .adapters import Adapters
-from .batches import Batch, deal, pack
+from .batches import Batch, Layout, deal, pack
 from .checkpoint import join_optimizer, split_optimizer
 from .config import RunConfig
 from .logprobs import choose_layout, token_logprobs
@@ -102,8 +102,7 @@ def _update_policy(
 ) -> Updated:
     adapters, config, optimizer = optimizers.adapters, optimizers.config, optimizers.of[name]
     counts = denominators(own)[name]
-    batches = pack(own, max_tokens=config.tokens_per_batch, layout=optimizers.layout)
-    mine = [batch.to(ranks.device) for batch in deal(batches, ranks.size)[ranks.rank]]
+    mine = batches_of(own, config.tokens_per_batch, optimizers.layout, ranks)
     result = Updated({}, 0.0, int(counts.tokens), int(counts.sequences), config.learning_rate_at(step, optimizers.peak[name]))
     before = _logprobs(adapters, name, mine[0]) if how.measure and mine else None
     references = [_logprobs(adapters, BASE, batch) if how.reference else None for batch in mine]
@@ -122,6 +121,23 @@ def _update_policy(
     if before is not None:
         result.moved = float((_logprobs(adapters, name, mine[0]) - before).abs().mean())
     return result
+
+
+def batches_of(samples: Sequence[Sample], max_tokens: int, layout: Layout, ranks: Ranks) -> list[Batch]:
+    """This rank's share of the batches of these samples, on its device."""
+    return [batch.to(ranks.device) for batch in deal(pack(samples, max_tokens=max_tokens, layout=layout), ranks.size)[ranks.rank]]
+
+
+@torch.no_grad()
+def read(
+    samples: Sequence[Sample], score: Callable[[Batch], torch.Tensor], max_tokens: int, layout: Layout, ranks: Ranks
+) -> torch.Tensor:
+    """What `score` says of every trained token of these samples, in their order: float32 on the CPU, equal on every rank."""
+    found = torch.zeros(sum(sample.num_trained for sample in samples), device=ranks.device)
+    for batch in batches_of(samples, max_tokens, layout, ranks):
+        found[batch.place] = score(batch)
+    ranks.sum_([found])  # every place was filled by one rank and is 0 on the others
+    return found.cpu()
 
 
 def fit(
