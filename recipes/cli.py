@@ -10,173 +10,23 @@ import itertools
 import json
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from marlora.agents.types import SettingError, Task, nearest, to_json
-from marlora.recipes.tables import eval_rows, table
+from marlora.recipes.cli_eval import add_eval, cmd_eval
+from marlora.recipes.cli_team import add_team, chosen, play_all, say, with_team, write_json
+from marlora.recipes.tables import table
 from marlora.rollouts.engines.engine import EngineError
-from marlora.rollouts.engines.start import EngineConfig, choose_engine
+from marlora.rollouts.engines.start import choose_engine
 from marlora.rollouts.engines.vllm import VLLMEngine
-from marlora.rollouts.evaluate import Evaluation, evaluation, paired
 from marlora.rollouts.play import Job, jobs
-from marlora.rollouts.saved import read_checkpoint
 from marlora.rollouts.served import ServedTeam
 from marlora.rollouts.store import Store, StoreError
 from marlora.rollouts.types import Episode
 from marlora.trainers.config import RunError
-from marlora.trainers.models import local_model
-from marlora.trainers.progress import Progress
-
-
-def add_team(parser: argparse.ArgumentParser) -> None:
-    """Arguments of every command that puts a checkpoint to work."""
-    parser.add_argument("checkpoint", help="a checkpoint folder: RUN/checkpoints/step-NNNNNN")
-    parser.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        metavar="[NAME=]FOLDER",
-        help="where the base model lies now, if it moved; by NAME if the team has several",
-    )
-    parser.add_argument("--system", default="", help="module:Class, if the system is not one of marlora.agents")
-    parser.add_argument(
-        "--trust_checkpoint",
-        action="store_true",
-        help="import rewards, tools and task sets it names outside marlora, and ask models it names by URL",
-    )
-    parser.add_argument(
-        "--adapters", default="all", help="all, none, or names of policies separated by commas; the others speak as the bare base"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="everything sampled follows from it")
-    engine = parser.add_argument_group("engine")
-    for f in fields(EngineConfig):
-        value = getattr(EngineConfig(), f.name)
-        kind: dict[str, Any] = {"type": type(value), "default": value}
-        if isinstance(value, bool):
-            kind = {"action": "store_true"}
-        elif isinstance(value, list):
-            kind = {"nargs": "+", "default": value}
-        elif isinstance(value, dict):
-            kind = {"type": json.loads, "default": value, "metavar": "JSON"}
-        engine.add_argument(f"--{f.name}", help=f.metadata["help"].replace("%", "%%"), **kind)
-
-
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    return EngineConfig(**{f.name: getattr(args, f.name) for f in fields(EngineConfig)})
-
-
-def locate(given: Sequence[str]) -> Callable[[str], str]:
-    """From a base's name to where it lies: as `--model` says, else as the run named it."""
-    named = dict(entry.split("=", 1) for entry in given if "=" in entry)
-    plain = [entry for entry in given if "=" not in entry]
-    if len(plain) > 1:
-        raise SettingError(f"--model: given {len(plain)} times without a name; expected NAME=FOLDER for each")
-    return lambda name: named.get(name) or (plain[0] if plain else local_model(name))
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def asked_for(adapters: str, trained: Sequence[str]) -> list[str]:
-    """The policies that `--adapters` names."""
-    names = {"all": list(trained), "none": []}.get(adapters, adapters.split(","))
-    for name in names:
-        if name not in trained:
-            raise SettingError(
-                f"--adapters {name}: the checkpoint has no trained adapter of that name; it has {', '.join(trained) or 'none'}"
-            )
-    return names
-
-
-def chosen(team: ServedTeam, adapters: str) -> dict[str, str]:
-    """The team version that `--adapters` asks for."""
-    return {name: team.versions[name] for name in asked_for(adapters, list(team.versions))}
-
-
-async def with_team(args: argparse.Namespace, work: Callable[[ServedTeam], Any]) -> Any:
-    """Open the checkpoint's team, work with it, close it."""
-    adapters = read_checkpoint(Path(args.checkpoint))["adapters"]
-    asked_for(args.adapters, [name for name, entry in adapters.items() if entry.get("trained")])  # before a server starts
-    with tempfile.TemporaryDirectory(prefix="marlora-") as scratch:
-        team = await ServedTeam.open(
-            args.checkpoint,
-            engine_config(args),
-            locate=locate(args.model),
-            system=args.system,
-            trust=args.trust_checkpoint,
-            scratch=Path(scratch),
-            seed=args.seed,
-            say=say,
-        )
-        try:
-            return await work(team)
-        finally:
-            await team.close()
-
-
-async def play_all(
-    team: ServedTeam,
-    plan: Sequence[Job],
-    versions: Mapping[str, str],
-    *,
-    greedy: bool,
-    what: str,
-    keep: Callable[[Episode], Any] | None = None,
-) -> list[Episode]:
-    """Play with a bar; `keep` gets each episode as it ends."""
-    progress, found = Progress(), []
-    player = team.rollouts.greedy() if greedy else team.rollouts
-    try:
-        progress.start(0, 0)
-        with progress.episodes(what, len(plan), 0, team.metric) as tick:
-            async for episode in player.collect(plan, versions):
-                found.append(episode)
-                if keep is not None:
-                    keep(episode)
-                tick(episode)
-    finally:
-        progress.close()
-    return found
-
-
-async def measure(team: ServedTeam, tasks: Sequence[Task], versions: Mapping[str, str], what: str, greedy: bool) -> Evaluation:
-    return evaluation(tasks, await play_all(team, jobs(tasks, label="eval"), versions, greedy=greedy, what=what), team.metric)
-
-
-def cmd_eval(args: argparse.Namespace) -> None:
-    """Held-out accuracy of a checkpoint's team, paired against the same team with its adapters off."""
-
-    async def work(team: ServedTeam) -> dict[str, Any]:
-        tasks, versions, greedy = team.tasks(args.tasks, args.num_tasks), chosen(team, args.adapters), not args.sampled
-        before = await measure(team, tasks, {}, "base team", greedy)
-        alone: dict[str, Evaluation] = {}
-        for name, version in versions.items() if args.ablate and len(versions) > 1 else ():
-            alone[name] = await measure(team, tasks, {name: version}, f"only {name}", greedy)
-        after = await measure(team, tasks, versions, "trained team", greedy) if versions else before
-        return {
-            "checkpoint": str(args.checkpoint),
-            "metric": team.metric,
-            "tasks": args.tasks or team.data["tasks"]["name"],
-            "seed": args.seed,
-            "sampled": args.sampled,
-            "engine": team.engines[0].info().kind if team.engines else "none",
-            "adapters_on": list(versions),
-            "eval": {"before": before.summary(), "after": after.summary(), "paired": paired(before, after)},
-            "adapters": {name: {**found.summary(), "paired": paired(before, found)} for name, found in alone.items()},
-        }
-
-    result = asyncio.run(with_team(args, work))
-    if not result["adapters_on"]:
-        say("no adapter is on: the team as asked for is the base team")
-    columns = (result["metric"], "mean", "95 % interval", "tasks", "against base", "95 % interval (paired)")
-    asked = "trained team" if args.adapters == "all" else f"adapters: {', '.join(result['adapters_on']) or 'none'}"
-    print(table(f"{args.checkpoint} on {result['tasks']}", columns, eval_rows(result, asked)))
-    write_json(args.json, result)
 
 
 def cmd_collect(args: argparse.Namespace) -> None:
@@ -196,11 +46,6 @@ def cmd_collect(args: argparse.Namespace) -> None:
         print(f"{len(plan)} episodes appended to {args.output}")
 
     asyncio.run(with_team(args, work))
-
-
-def write_json(path: str, value: Any) -> None:
-    if path:
-        Path(path).write_text(json.dumps(value, indent=2) + "\n")
 
 
 def json_object(flag: str, text: str) -> dict[str, Any]:
@@ -316,13 +161,7 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(run_command=run)
         return made
 
-    made = command("eval", cmd_eval)
-    add_team(made)
-    made.add_argument("--tasks", default="", help="another task set; default is the checkpoint's own held-out tasks")
-    made.add_argument("--num_tasks", type=int, default=None, help="at most so many")
-    made.add_argument("--ablate", action="store_true", help="also each adapter alone")
-    made.add_argument("--sampled", action="store_true", help="at the run's temperature instead of 0")
-    made.add_argument("--json", default="", help="write the numbers here")
+    add_eval(command("eval", cmd_eval))
     made = command("collect", cmd_collect)
     add_team(made)
     made.add_argument("--output", required=True, help="folder of the store")

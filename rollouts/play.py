@@ -30,12 +30,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Job:
-    """An episode to play. `group` is shared by the episodes of one task in one step; `sample` numbers them."""
+    """An episode to play. `group` is shared by the episodes of one task in one step; `sample` numbers them.
+
+    `draw`: what its seed is derived from, beside the run's; "" is its id. Jobs of one `draw` draw the same random numbers.
+    """
 
     task: Task
     group: str
     sample: int = 0
     step: int = 0
+    draw: str = ""
 
     @property
     def id(self) -> str:
@@ -141,7 +145,7 @@ class Rollouts:
         seed: int | None,
         parent: str | None,
     ) -> list[Episode]:
-        seed = derive_seed(self.seed, job.id) if seed is None else seed
+        seed = derive_seed(self.seed, job.draw or job.id) if seed is None else seed
         usage: dict[str, Usage] = {agent.name: Usage() for agent in self.system.specs}
         children: list[Episode] = []
 

@@ -46,6 +46,14 @@ def build_system(settings: Mapping[str, Any]) -> System:
     return found(**given)
 
 
+@dataclasses.dataclass
+class Served:
+    """A running engine and the adapter versions it has loaded."""
+
+    engine: Engine
+    versions: set[str] = dataclasses.field(default_factory=set)
+
+
 AGREE = "give --trust_checkpoint if you know where it comes from"
 
 
@@ -63,9 +71,12 @@ class ServedTeam:
         versions: dict[str, str],
         scratch: Path,
         trust: bool = False,
+        served: Mapping[str, Served] | None = None,
+        own: Sequence[Engine] | None = None,
     ) -> None:
         self.data, self.rollouts, self.engines, self.versions = data, rollouts, list(engines), versions
-        self._scratch, self._trust = scratch, trust
+        self.served = dict(served or {})  # by the base's files: what another checkpoint on the same base can use too
+        self._scratch, self._trust, self._own = scratch, trust, list(engines if own is None else own)
 
     @classmethod
     async def open(
@@ -81,6 +92,8 @@ class ServedTeam:
         engine: Engine | None = None,
         trust: bool = False,
         say: Callable[[str], None] = print,
+        beside: Sequence[ServedTeam] = (),
+        guests: Sequence[PolicySpec] = (),
     ) -> ServedTeam:
         """Start what the checkpoint needs.
 
@@ -90,6 +103,8 @@ class ServedTeam:
             scratch: folder for version folders and the server's log; its `versions` part is deleted by `close`.
             engine: a running engine to use instead (tests).
             trust: import rewards, tools and task sets the checkpoint names outside marlora, and ask models it names by URL.
+            beside: open teams whose engines serve this one too, where the base is the same; they have to stay open as long.
+            guests: policies of teams that will be opened beside this one, so that the server has room for them.
         """
         folder = Path(checkpoint)
         data = read_checkpoint(folder)
@@ -103,24 +118,33 @@ class ServedTeam:
         policies = {name: from_json(PolicySpec, spec) for name, spec in data["policies"].items()}
         versions: dict[str, str] = {}
         engine_of: dict[str, tuple[Engine, ChatTokens]] = {}
+        served: dict[str, Served] = {key: found for other in beside for key, found in other.served.items()}
         engines: list[Engine] = []
+        started: list[Engine] = []
         try:
             for name, path in bases.items():
                 tokens = ChatTokens(load_tokenizer(path))
                 if tokens.template_hash != data["bases"][name]["template"]:
                     raise SettingError(f"{path}: its chat template is not the one the checkpoint was trained with")
                 own = [policies[p] for p in data["bases"][name]["policies"]]
-                running = engine or await start_engine(path, tokens, own, config, folder=scratch, say=say)
+                here = served.get(data["bases"][name].get("files") or path)
+                if here is None:
+                    running = engine or await start_engine(path, tokens, [*own, *guests], config, folder=scratch, say=say)
+                    started.append(running)
+                    here = served[data["bases"][name].get("files") or path] = Served(running)
+                running = here.engine
                 engines.append(running)
                 engine_of |= {p.name: (running, tokens) for p in own} | (
                     {BASE: (running, tokens)} if name == speaks_as_base else {}
                 )
-                staged = {
-                    p.name: stage(folder, p.name, data, scratch) for p in own if data["adapters"].get(p.name, {}).get("trained")
-                }
-                versions |= await running.publish(staged) if staged else {}
+                named = {p.name: version_name(p.name, data) for p in own if data["adapters"].get(p.name, {}).get("trained")}
+                new = {p: stage(folder, p, data, scratch) for p, version in named.items() if version not in here.versions}
+                if new:
+                    await running.publish(new)
+                here.versions.update(named.values())
+                versions |= named
         except BaseException:
-            for running in engines:
+            for running in started:
                 await running.close()
             raise
         values = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "values").glob("*.json"))}
@@ -128,7 +152,8 @@ class ServedTeam:
             team, speakers(policies, engine_of), resolve_rewards(data["rewards"] if rewards is None else rewards), values,
             from_json(Sampling, data["sampling"]), Limits(), seed,
         )  # fmt: skip
-        return cls(data, rollouts, engines, {p: v for p, v in versions.items() if p in policies}, scratch, trust)
+        spoken = {p: v for p, v in versions.items() if p in policies}
+        return cls(data, rollouts, engines, spoken, scratch, trust, served, started)
 
     @property
     def metric(self) -> str:
@@ -153,9 +178,11 @@ class ServedTeam:
         return found[:limit]
 
     async def close(self) -> None:
-        for engine in self.engines:
+        """Stop the engines that were started for this team; those of a team it was opened beside are that team's."""
+        for engine in self._own:
             await engine.close()
-        shutil.rmtree(self._scratch / "versions", ignore_errors=True)
+        if self._own:
+            shutil.rmtree(self._scratch / "versions", ignore_errors=True)
 
 
 def checkpoint_system(data: Mapping[str, Any], named: str) -> System:
@@ -180,9 +207,14 @@ def check_base(name: str, path: str, expected: str | None) -> None:
         raise SettingError(f"base {path!r}: its files differ from those the checkpoint was trained on ({name})")
 
 
+def version_name(policy: str, data: Mapping[str, Any]) -> str:
+    """Policy, step and hash of what a checkpoint holds for a policy."""
+    return f"{policy}-v{data['step']}-{data['adapters'][policy]['sha256'][:8]}"
+
+
 def stage(checkpoint: Path, policy: str, data: Mapping[str, Any], scratch: Path) -> Path:
-    """A version folder for the engine: named by policy, step and hash, holding the two PEFT files only."""
-    target = scratch.resolve() / "versions" / f"{policy}-v{data['step']}-{data['adapters'][policy]['sha256'][:8]}"
+    """A version folder for the engine, named by `version_name` and holding the two PEFT files only."""
+    target = scratch.resolve() / "versions" / version_name(policy, data)
     target.mkdir(parents=True, exist_ok=True)
     for file in FILES:
         shutil.copyfile(checkpoint / "adapters" / policy / file, target / file)

@@ -206,7 +206,7 @@ def _encode(episode: Episode) -> bytes:
 
 
 class Store:
-    """Episodes of a folder. Any number may read while one writes.
+    """Episodes of a folder. Any number may read while one writes, or several that each bear a name of their own.
 
     The first `append` takes the folder's lock (a second writer is refused), cuts off a torn last line, which a crash can leave
     behind, and goes on in the last file. A full disk raises its `OSError` and leaves the earlier lines whole.
@@ -215,14 +215,19 @@ class Store:
         folder: made at the first append.
         max_bytes: a file that has reached this size is closed and the next one begun.
         fsync: False trusts the operating system to write in its own time.
+        writer: letters and digits; writers of different names fill one folder at the same time, each its own files
+            `episodes-WRITER-00000.jsonl`. They must not play the same episodes: nobody compares ids while they write.
     """
 
-    def __init__(self, folder: str | Path, *, max_bytes: int = 64 << 20, fsync: bool = True) -> None:
+    def __init__(self, folder: str | Path, *, max_bytes: int = 64 << 20, fsync: bool = True, writer: str = "") -> None:
+        if writer and not writer.isalnum():
+            raise SettingError(f"store writer {writer!r}: letters and digits expected")
         self.folder, self.max_bytes, self.fsync = Path(folder), max_bytes, fsync
+        self._series, self._lock_name = (f"episodes-{writer}-", f".lock-{writer}") if writer else ("episodes-", ".lock")
         self._ids: set[str] | None = None  # ids on disk, known to the writer only
         self._lock: int | None = None
         self._file: int | None = None
-        self._path = self.folder / "episodes-00000.jsonl"
+        self._path = self._numbered(0)
 
     def __enter__(self) -> Self:
         return self
@@ -235,6 +240,9 @@ class Store:
 
     def files(self) -> list[Path]:
         return sorted(self.folder.glob("episodes-*.jsonl"))
+
+    def _numbered(self, number: int) -> Path:
+        return self.folder / f"{self._series}{number:05d}.jsonl"
 
     def append(self, episode: Episode) -> bool:
         """Write one episode. False, and nothing written, if an episode of this id is stored already."""
@@ -268,6 +276,11 @@ class Store:
     def __iter__(self) -> Iterator[Episode]:
         return self.read()
 
+    def asked(self) -> dict[str, str]:
+        """Prompt by task id of every episode but those of evaluations: what may have been trained on."""
+        lines = (data for data in self._lines() if not data["group"].startswith("eval-"))
+        return {data["task"]["id"]: data["task"]["prompt"] for data in lines}
+
     def __len__(self) -> int:
         return len(self.ids())
 
@@ -279,8 +292,9 @@ class Store:
         self._file = self._lock = self._ids = None
 
     def _lines(self) -> Iterator[dict[str, Any]]:
-        """Every line as JSON; a torn last line of the last file is left out, any other is a `StoreError`."""
+        """Every line as JSON; a torn last line of a writer's last file is left out, any other is a `StoreError`."""
         files = self.files()
+        last = {series_of(path): path for path in files}.values()
         for path in files:
             with path.open("rb") as file:
                 line, number = file.readline(), 1
@@ -292,7 +306,7 @@ class Store:
                             what = f"schema {data['schema']!r}, this version of marlora reads {SCHEMA}"
                             raise StoreError(f"{path}, line {number}: {what}; install a newer one")
                         yield data
-                    elif following or path != files[-1]:
+                    elif following or path not in last:
                         raise StoreError(
                             f"{path}, line {number}: not an episode; restore the file, or delete this line to lose one episode"
                         )
@@ -304,7 +318,7 @@ class Store:
         if self._ids is not None:
             return self._ids
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(self.folder / self._lock_name, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -314,8 +328,8 @@ class Store:
             raise StoreError(f"{self.folder}: another process or Store is writing here; one folder, one writer") from None
         self._lock = lock
         try:
-            if files := self.files():
-                self._path = files[-1]
+            if mine := [path for path in self.files() if series_of(path) == self._series]:
+                self._path = mine[-1]
                 _repair(self._path)
             self._ids = {data["id"] for data in self._lines()}
         except BaseException:
@@ -329,7 +343,7 @@ class Store:
             self._file = None
         if self._file is None:
             if self._path.exists() and self._path.stat().st_size >= self.max_bytes:
-                self._path = self.folder / f"episodes-{int(self._path.stem.split('-')[1]) + 1:05d}.jsonl"
+                self._path = self._numbered(int(self._path.stem.rpartition("-")[2]) + 1)
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             _sync_folder(self.folder)
         size = os.fstat(self._file).st_size
@@ -345,6 +359,11 @@ class Store:
             finally:
                 self.close()  # the next append looks at the files anew
             raise
+
+
+def series_of(path: Path) -> str:
+    """The part of a file's name that one writer's files share."""
+    return path.stem.rpartition("-")[0] + "-"
 
 
 def _is_choice(value: Any) -> bool:
