@@ -347,7 +347,8 @@ class Team:
 
     async def _completions(self, call: Call) -> tuple[Sequence[Completion], list[Any]]:
         if call.index in self._replace:
-            return [self._replace[call.index]], ["written" if not self._replace[call.index].token_ids else "sampled"]
+            # What was sampled has its log-probabilities; a text, or tokens that somebody else wrote for this prompt, has none.
+            return [self._replace[call.index]], ["sampled" if self._replace[call.index].logprobs else "written"]
         if call.index in self._given:
             recorded = self._given[call.index]
             if len(recorded) not in (1, call.n):  # 1: only the taken one was given, or it had been replaced

@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..agents.types import Message, SettingError, Turn
+from ..agents.types import Completion, Message, SettingError, Turn
 
 MARK = "\ue000slot"  # a private-use character: not whitespace, in no template
 OPEN, CLOSE = "<tool_response>", "</tool_response>"  # how tool results are shown; some templates look for this wrapping
@@ -101,6 +101,15 @@ class ChatTokens:
                 ended = self.end_of_turn is not None and previous.token_ids[-1:] == (self.end_of_turn,)
                 return previous.prompt_ids + previous.token_ids + tuple(tail[1:] if ended else tail)
         return tuple(self._encode(self._parts(messages)))
+
+    def write(self, prompt_ids: Sequence[int], text: str) -> Completion:
+        """`text` as an answer that somebody else wrote to this prompt, the end-of-turn token included: fit for imitation.
+
+        It has no log-probabilities, for nobody sampled it. The prompt stays as it was sent; a text that spells special tokens is cut
+        so that it has none. The completion's text is what its tokens say.
+        """
+        ids = self._encode([(_clean(text), True)])
+        return Completion(self.decode(ids), tuple(prompt_ids), (*ids, self.eos_ids[0]))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of an answer: without the end-of-turn tokens at its end; special tokens sampled before stay visible."""

@@ -93,11 +93,15 @@ class Adapters:
         self.model: Any = base_model.requires_grad_(False)
         for name, config in configs.items():
             self._insert(name, config)
-        for name, spec in self.policies.items():
-            self._fresh(name)
-            if spec.init != "fresh":
-                self.load(name, init_folder(spec.init))
+        for name in self.policies:
+            self.restart(name)
         self.declare()
+
+    def restart(self, name: str) -> None:
+        """Give a policy's adapter what its `init` says, whatever it has learnt."""
+        self._fresh(name)
+        if self.policies[name].init != "fresh":
+            self.load(name, init_folder(self.policies[name].init))
 
     def add(self, name: str, shape: AdapterSpec) -> None:
         """One more fresh adapter, which learns but is no policy: it is not in `policies` nor in `trainable`, so nothing publishes it.
