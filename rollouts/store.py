@@ -220,13 +220,13 @@ class Store:
     """
 
     def __init__(self, folder: str | Path, *, max_bytes: int = 64 << 20, fsync: bool = True, writer: str = "") -> None:
-        if writer and not writer.isalnum():
-            raise SettingError(f"store writer {writer!r}: letters and digits expected")
         self.folder, self.max_bytes, self.fsync = Path(folder), max_bytes, fsync
         self._series, self._lock_name = (f"episodes-{writer}-", f".lock-{writer}") if writer else ("episodes-", ".lock")
         self._ids: set[str] | None = None  # ids on disk, known to the writer only
         self._lock: int | None = None
         self._file: int | None = None
+        if writer and not writer.isalnum():
+            raise SettingError(f"store writer {writer!r}: letters and digits expected")
         self._path = self._numbered(0)
 
     def __enter__(self) -> Self:

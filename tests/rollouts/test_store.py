@@ -1,7 +1,9 @@
+import dataclasses
 import errno
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -259,3 +261,36 @@ def test_datasets_reads_the_files_as_they_are(tmp_path, monkeypatch):
     assert rows["id"] == ["e0", "e1", "e2", "e3"] and [json.loads(t["answer"]) for t in rows["task"]] == [2, ["4", 4.5], "x", 2]
     assert [unpack(row) for row in rows.select([0, 2, 3])] == [episodes[0], episodes[2], episodes[3]]
     assert math.isnan(unpack(rows[1]).rewards[0].value)
+
+
+def test_writers_with_names_fill_one_folder_at_the_same_time(tmp_path: Path) -> None:
+    one, two = chat_episode(), dataclasses.replace(chat_episode(), id="other")
+    with Store(tmp_path, writer="1") as first, Store(tmp_path, writer="2", max_bytes=1) as second:
+        first.append(one)
+        second.append(two)
+        second.append(dataclasses.replace(two, id="third"))
+        with pytest.raises(StoreError, match="another process or Store"):
+            Store(tmp_path, writer="1").append(two)
+    assert [f.name for f in Store(tmp_path).files()] == [
+        "episodes-1-00000.jsonl", "episodes-2-00000.jsonl", "episodes-2-00001.jsonl",
+    ]  # fmt: skip
+    assert Store(tmp_path).ids() == {one.id, "other", "third"}
+    with Store(tmp_path, writer="1") as first:
+        assert not first.append(one), "it goes on where it was"
+
+
+def test_a_torn_end_of_any_writers_last_file_is_left_out(tmp_path: Path) -> None:
+    for writer in ("1", "2"):
+        with Store(tmp_path, writer=writer) as store:
+            store.append(dataclasses.replace(chat_episode(), id=writer))
+        with (tmp_path / f"episodes-{writer}-00000.jsonl").open("ab") as file:
+            file.write(b'{"id": "torn')
+    assert Store(tmp_path).ids() == {"1", "2"}
+    with Store(tmp_path, writer="2") as store:
+        store.append(dataclasses.replace(chat_episode(), id="3"))
+    assert Store(tmp_path).ids() == {"1", "2", "3"}
+
+
+def test_a_writers_name_cannot_leave_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"writer '\.\./x'"):
+        Store(tmp_path, writer="../x")
