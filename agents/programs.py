@@ -1,0 +1,67 @@
+"""Programs that a model wrote: what one may use, and what became of it.
+
+A team is handed something that runs them (`Team(execute=...)`); nothing here runs anything, and nothing of a model's is ever run in
+the process of a team.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from .types import SettingError
+
+Externals = Mapping[str, Callable[..., Awaitable[Any]]]
+Status = Literal["done", "error", "syntax", "time", "memory", "output", "calls", "killed"]
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What one run of a program may use. All limits hold at once, and none can be raised from inside.
+
+    Args:
+        seconds: wall clock, waiting for externals left out. `cpu_seconds`: of its processes together.
+        memory: bytes of address space. `output`: bytes it may print. `scratch`: bytes it may write to `/tmp`, 0 for none.
+        calls: externals it may call. A plain program has none.
+    """
+
+    seconds: float = 10.0
+    cpu_seconds: int = 10
+    memory: int = 512 << 20
+    output: int = 64 << 10
+    scratch: int = 0
+    calls: int = 100
+
+    def __post_init__(self) -> None:
+        if min(self.seconds, self.cpu_seconds, self.memory, self.output) <= 0 or self.scratch < 0 or self.calls < 0:
+            raise SettingError(f"allowance: positive seconds, cpu_seconds, memory and output expected, got {self}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program.
+
+    Args:
+        status: `done`; `error` (it raised, or ended with another exit code than 0); `syntax` (it is no program); `time`, `memory`,
+            `output`, `calls` (the limit it met); `killed` (by a signal).
+        output: what it printed, cut at the limit. `error`: what went wrong, one line.
+        value: the value of a workflow program, made of None, bool, int, float, str, list, tuple and dict; None for a plain one.
+        seconds: how long it took, externals included.
+    """
+
+    status: Status
+    output: str = ""
+    error: str = ""
+    value: Any = None
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "done"
+
+
+class Execute(Protocol):
+    """Runs a program: with `externals` (even none, `{}`) a workflow program, which can call only these; without, plain Python."""
+
+    async def __call__(self, program: str, externals: Externals | None = None, limits: Allowance = ...) -> Outcome: ...
