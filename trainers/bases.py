@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..rollouts.engines.start import choose_dtype
 from ..rollouts.tokens import ChatTokens, load_tokenizer
 from .adapters import Adapters
 from .config import RunConfig
+from .heads import Head, HeadSpec
 from .models import local_model
 from .publish import Publisher
 from .update import Optimizers
@@ -21,7 +22,8 @@ from .update import Optimizers
 
 @dataclass
 class Base:
-    """One base model. `name` is what the settings call it, `path` where it lies (a hub name may stay one).
+    """One base model. `name` is what the settings call it, `path` where it lies (a hub name may stay one). `heads`: scalar heads of the
+    method, by name; they are no policies.
 
     `engine` and `publisher` exist on rank 0 only, once the engine is up.
     """
@@ -31,6 +33,7 @@ class Base:
     tokens: ChatTokens
     adapters: Adapters
     optimizers: Optimizers
+    heads: dict[str, Head] = field(default_factory=dict)
     engine: Engine | None = None
     publisher: Publisher | None = None
 
@@ -44,8 +47,13 @@ def dtype_of(model: str, setting: str, device: torch.device) -> torch.dtype:
     return getattr(torch, choose_dtype(model, setting, on_gpu=device.type == "cuda"))
 
 
-def load_base(name: str, policies: Sequence[PolicySpec], config: RunConfig, device: torch.device) -> Base:
-    """Load model and tokenizer and create every adapter, then the optimizers. Raises `SettingError` naming what is missing."""
+def load_base(
+    name: str, policies: Sequence[PolicySpec], config: RunConfig, device: torch.device, heads: Sequence[HeadSpec] = ()
+) -> Base:
+    """Load model and tokenizer and create every adapter, and those of `heads` that stand on this base; then the optimizers.
+
+    Raises `SettingError` naming what is missing.
+    """
     from transformers import AutoModelForCausalLM
 
     path = local_model(name)
@@ -64,7 +72,9 @@ def load_base(name: str, policies: Sequence[PolicySpec], config: RunConfig, devi
             raise SettingError(
                 f"policies.{policy.name}.adapter.dropout: 0 expected; log-probs of a dropout pass are not the served ones"
             )
-    return Base(name, path, tokens, adapters, Optimizers(adapters, config))
+    optimizers = Optimizers(adapters, config)
+    made = {spec.name: Head(adapters, spec, config, optimizers.layout) for spec in heads if (spec.base or config.model) == name}
+    return Base(name, path, tokens, adapters, optimizers, made)
 
 
 def group_by_base(specs: dict[str, PolicySpec], default: str) -> dict[str, list[PolicySpec]]:

@@ -118,9 +118,16 @@ def summary(run: Run, before: Evaluation | None, after: Evaluation | None) -> di
                 "sha256_before": run.before[name],
                 "sha256_after": base.adapters.sha256(name),
             }
+    heads = {
+        head.spec.name: {
+            "trainable_parameters": sum(p.numel() for p in head.parameters().values()),
+            "sha256_before": run.before[head.adapter], "sha256_after": head.sha256(),
+        }
+        for base in run.bases.values() for head in base.heads.values()
+    }  # fmt: skip
     return {
         "recipe": run.recipe, "model": run.config.model, "engine": publishers[0].engine.info().kind if publishers else "none",
-        "steps": run.step, "seconds": run.seconds, "tokens": run.tokens, "policies": policies,
+        "steps": run.step, "seconds": run.seconds, "tokens": run.tokens, "policies": policies, **({"heads": heads} if heads else {}),
         "live_proof": {**total, "max_residual": max((p["max_residual"] for p in proofs), default=0.0)},
         "eval": {
             "before": before.summary() if before else None, "after": after.summary() if after else None,

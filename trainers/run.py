@@ -26,7 +26,7 @@ from ..agents.tools import resolve_tools
 from ..agents.types import BASE, SettingError, Task, from_json, to_json
 from ..rollouts.engines.engine import Engine
 from ..rollouts.engines.start import start_engine
-from ..rollouts.evaluate import Evaluation, evaluation
+from ..rollouts.evaluate import Evaluation, best, evaluation
 from ..rollouts.play import Limits, Rollouts, agents_of
 from ..rollouts.report import write_report
 from ..rollouts.rewards import RewardFn, fn_name, resolve_rewards
@@ -40,6 +40,7 @@ from . import records
 from .bases import Base, dtype_of, group_by_base, load_base
 from .config import RunConfig
 from .config import RunError as RunError
+from .heads import Head, HeadLoss, HeadSpec, Targets
 from .memory import placed
 from .monitor import Monitor
 from .progress import Progress
@@ -95,11 +96,13 @@ class Run:
         if not self.rewards:
             raise SettingError("rewards: empty; expected at least one function, whose name is the accuracy of evaluations")
         self.metric = fn_name(self.rewards[0])
+        self.heads: tuple[HeadSpec, ...] = ()  # scalar heads that the method wants; made when the bases are loaded
         self.values: dict[str, Any] = {}
         self.credit_state: dict[str, float] = {}
         self.monitor = Monitor()
         self.step = 0
-        self.aborted = 0
+        self.aborted = 0  # steps in a row that were not finite
+        self._unsound = 0  # the last one of them
         self.started = time.time()
         self.seconds = {"total": 0.0, "rollout": 0.0, "train": 0.0, "publish": 0.0}
         self.tokens = {"sampled": 0, "trained": 0}
@@ -143,8 +146,9 @@ class Run:
 
     def _load(self) -> None:
         found = group_by_base(self.policies, self.config.model)
-        self.bases = {name: load_base(name, specs, self.config, self.ranks.device) for name, specs in found.items()}
+        self.bases = {name: load_base(name, specs, self.config, self.ranks.device, self.heads) for name, specs in found.items()}
         self.before = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
+        self.before |= {h.adapter: h.sha256() for b in self.bases.values() for h in b.heads.values()}
         self.base_hashes = {name: base.adapters.base_sha256() for name, base in self.bases.items()}
         self.ranks.on_main(self._prepare_folder)
         self._resume()
@@ -392,15 +396,32 @@ class Run:
                     f"learning_rate {result.learning_rate:g} may be too small for a LoRA"
                 )
         problems = {policy: result.problem for policy, result in done.items() if not result.applied}
-        self.aborted = self.aborted + 1 if problems else 0
         if not problems:
             return
+        if self._unsound != step:  # a method may update several times a step
+            self.aborted, self._unsound = self.aborted + 1, step
         path = self.config.folder / "dumps" / f"step-{step:06d}.json"
         if self.ranks.main:
             ckpt.write_json(path, {"problems": problems, "samples": [sample_to_json(s) for s in samples if s.policy in problems]})
         self.progress.warn(f"step {step}: not finite for {problems}; no update there, samples in {path}")
         if self.aborted >= 3:
             raise RunError(f"three steps in a row were not finite; samples of the last one: {path}")
+
+    def head(self, name: str) -> Head:
+        """The scalar head of this name."""
+        return next(base.heads[name] for base in self.bases.values() if name in base.heads)
+
+    def learn_head(self, step: int, name: str, samples: Sequence[Sample], targets: Targets, loss_fn: HeadLoss) -> Updated:
+        """One update of a scalar head, see `Head.learn`. No policy moves; what is not finite changes nothing and is dumped, aloud."""
+        start, head = time.perf_counter(), self.head(name)
+        hashes = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
+        done = head.learn(samples, targets, loss_fn, step, self.ranks)
+        moved = [p for b in self.bases.values() for p in b.policies if b.adapters.sha256(p) != hashes[p]]
+        if moved:
+            raise RunError(f"step {step}: adapter {moved[0]!r} moved while head {name!r} learnt")
+        self._look(step, {head.adapter: done}, [dataclasses.replace(s, policy=head.adapter) for s in samples])
+        self.seconds["train"] += time.perf_counter() - start
+        return done
 
     def score(self, samples: Sequence[Sample], *, reference: bool = False) -> dict[TurnKey, float]:
         """log p of whole turns, now or as the run began, on every rank: see `scoring.score`."""
@@ -427,6 +448,8 @@ class Run:
         """Publish what moved, prove it, log, evaluate and save as the settings ask. The step counts as done after this."""
         start = time.perf_counter()
         self.step = step
+        if self._unsound != step:
+            self.aborted = 0
 
         def publish() -> None:
             self._publish(step, episodes, final=step == self.config.max_steps)
@@ -476,17 +499,23 @@ class Run:
     # evaluation and keeping
 
     def evaluate(
-        self, label: str, versions: Mapping[str, str] | None = None, tasks: Sequence[Task] | None = None
+        self, label: str, versions: Mapping[str, str] | None = None, tasks: Sequence[Task] | None = None, best_of: int = 0
     ) -> Evaluation | None:
-        """Held-out accuracy at temperature 0, for rank 0 (None elsewhere); every rank has to call it. `versions` None: those in force."""
+        """Held-out accuracy at temperature 0, for rank 0 (None elsewhere); every rank has to call it. `versions` None: those in force.
+
+        `best_of` n: n episodes of every task at the run's own sampling, of which the best counts.
+        """
         found: list[Evaluation] = []
-        self.ranks.on_main(lambda: found.append(self._evaluate(label, versions, tasks)))
+        self.ranks.on_main(lambda: found.append(self._evaluate(label, versions, tasks, best_of)))
         return found[0] if found else None
 
-    def _evaluate(self, label: str, versions: Mapping[str, str] | None, tasks: Sequence[Task] | None) -> Evaluation:
+    def _evaluate(
+        self, label: str, versions: Mapping[str, str] | None, tasks: Sequence[Task] | None, best_of: int
+    ) -> Evaluation:
         chosen = list(tasks if tasks is not None else self.eval_tasks)
-        episodes = self._play(chosen, f"eval-{label}", self.step, self.rollouts.greedy(), versions=versions)
-        result = evaluation(chosen, episodes, self.metric)
+        player = self.rollouts if best_of else self.rollouts.greedy()
+        episodes = self._play(chosen, f"eval-{label}", self.step, player, best_of or 1, versions=versions)
+        result = evaluation(chosen, best(episodes, self.metric) if best_of else episodes, self.metric)
         self.evals[label] = result.summary()
         if result.failed:
             self.progress.warn(

@@ -53,10 +53,14 @@ def save_checkpoint(run: Run) -> Path:
                 base.adapters.save(policy, folder / "adapters" / policy)
             for policy in base.adapters.trainable:
                 ckpt.write_tensors(folder / "trainer" / f"{policy}.safetensors", base.optimizers.state(policy))
+            for head in base.heads.values():
+                path = head.save(folder / "trainer" / "heads" / head.spec.name)
+                ckpt.write_tensors(path / "optimizer.safetensors", head.state())
         run.clock()
         state = {
             "step": run.step, "tokens": run.tokens, "seconds": run.seconds, "credit": run.credit_state,
             "monitor": run.monitor.to_json(), "evals": run.evals, "best": run.best,
+            "heads": {h.spec.name: h.sha256() for b in run.bases.values() for h in b.heads.values()},
             "sha256_before": run.before, "aborted": run.aborted, "seed": run.config.seed,
             "proofs": {name: base.publisher.to_json() for name, base in run.bases.items() if base.publisher},
             "versions": {name: base.publisher.versions for name, base in run.bases.items() if base.publisher},
@@ -93,6 +97,14 @@ def restore(run: Run, folder: Path) -> None:
             if not path.exists():
                 raise SettingError(f"{folder}: no optimizer state of {policy!r}; it was not trainable in the earlier run")
             base.optimizers.load(policy, load_file(path))
+        for name, head in base.heads.items():
+            path = folder / "trainer" / "heads" / name
+            if not path.is_dir():
+                raise SettingError(f"{folder}: holds no head {name!r}; the earlier run was of another method or of other settings")
+            head.load(path)
+            head.load_state(load_file(path / "optimizer.safetensors"))
+            if head.sha256() != state["heads"][name]:
+                raise SettingError(f"{folder}: head {name!r} is not the one that state.json names")
     run.values.update({path.stem: json.loads(path.read_text()) for path in sorted((folder / "values").glob("*.json"))})
     run.step, run.tokens, run.seconds, run.aborted = state["step"], state["tokens"], state["seconds"], state["aborted"]
     run.credit_state.update(state["credit"])

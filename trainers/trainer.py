@@ -11,7 +11,7 @@ A method is a subclass that names its settings and says what a step's episodes t
             return self.rows(done, episodes)
 
 `Run` has the services (play, store, publish, prove, checkpoint, resume); a method that plays other than `tasks_per_step` tasks overrides
-`collect`, one that reports more than accuracies overrides `report`.
+`collect`, one that reports more than accuracies overrides `report`, one that learns scalar heads beside the policies overrides `heads`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..rollouts.rewards import RewardFn
 from ..rollouts.types import Episode, groups
 from .config import RunConfig
 from .credit import Advantages
+from .heads import HeadSpec
 from .run import Run
 from .threads import Stopped
 from .update import Updated
@@ -75,6 +76,7 @@ class Trainer(Generic[C]):
             engine=engine,
             recipe=recipe or type(self).__name__,
         )
+        self.run.heads = tuple(self.heads())
         self.before: Evaluation | None = None
         if self.ratios:
             self._check_sampling()
@@ -103,6 +105,10 @@ class Trainer(Generic[C]):
             raise
         finally:
             run.close()
+
+    def heads(self) -> Sequence[HeadSpec]:
+        """Scalar heads that the method learns beside the policies: critics, verifiers."""
+        return ()
 
     def collect(self, step: int) -> list[Episode]:
         """The step's episodes, the same on every rank."""
