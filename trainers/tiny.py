@@ -110,16 +110,21 @@ def tiny_model(cache: Path | None = None, *, say: Callable[[str], None] | None =
         cache: where to keep it; None means `$MARLORA_CACHE` or `~/.cache/marlora`. Its name there is a hash of its code.
         say: gets a line of progress now and then while it trains.
     """
+    return kept(f"tiny-{_recipe()}", lambda: train(TinyConfig(), say or (lambda line: None)), cache)
+
+
+def kept(name: str, make: Callable[[], Any], cache: Path | None = None) -> Path:
+    """The folder of a network of this name: from the cache, or made and put there. Other processes wait for the one that makes it."""
     root = Path(cache) if cache is not None else default_cache()
-    target = root / f"tiny-{_recipe()}"
+    target = root / name
     if target.is_dir():
         return target
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".tiny.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait for the one that trains
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_dir():
-            staged = root / f".{target.name}.{os.getpid()}"
-            _save(train(TinyConfig(), say or (lambda line: None)), staged)
+            staged = root / f".{name}.{os.getpid()}"
+            _save(make(), staged)
             staged.rename(target)
     return target
 
@@ -214,7 +219,7 @@ def _held_out(a: int, b: int, c: int) -> bool:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """The order of sums, and so every bit of the weights, depends on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -222,6 +227,9 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+_one_thread = one_thread  # the name in `train`, whose text is part of the model's name
 
 
 def _save(network: Any, folder: Path) -> None:
