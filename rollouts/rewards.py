@@ -12,10 +12,11 @@ import inspect
 import math
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from fractions import Fraction
 from numbers import Real
 from typing import Any
 
-from ..agents.answers import extract, same
+from ..agents.answers import extract, normalise, same
 from ..agents.names import function_named
 from ..agents.team import Ask, Call, derive_seed
 from ..agents.types import AgentSpec, Message, Sampling, Task, Turn
@@ -83,6 +84,22 @@ def exact(task: Task, episode: Episode) -> float:
     return float((episode.output or "").strip() == str(task.answer).strip())
 
 
+def close(task: Task, episode: Episode) -> float:
+    """1 if the output's number is near the answer: within 4 % of one with a decimal point, rounded to a whole one.
+
+    So SiriuS scores numbers (arXiv 2502.04780). Bounds count, and are exact: fractions, no floating point. Other answers have to read the
+    same.
+    """
+    if task.answer is None:
+        raise ValueError(f"task {task.id!r} has no answer to compare with")
+    gold, found = str(task.answer), _candidate(episode.output or "", numeric=True)
+    try:
+        value, said = Fraction(normalise(gold)), Fraction(normalise(found))
+    except (ValueError, ZeroDivisionError):
+        return float(same(found, gold))
+    return float(abs(said - value) <= abs(value) * Fraction(4, 100) if "." in gold else round(said) == value)
+
+
 def format_ok(task: Task, episode: Episode) -> Reward:
     r"""1 if the last reply says its answer in so many words: `\boxed{...}`, `Answer: ...` or `#### ...`. Apart from correctness."""
     last = next((turn for turn in reversed(episode.turns) if turn.taken), None)
@@ -114,8 +131,25 @@ def verified(name: str) -> RewardFn:
     return reward
 
 
+def returned(task: Task, episode: Episode) -> list[Reward]:
+    """What a program of the user's said itself that its episode is worth (see `own_programs`). NaN if it said nothing."""
+    return _told(episode, "returned")
+
+
+def posted(task: Task, episode: Episode) -> list[Reward]:
+    """What a holder of the reward token posted for the episode (see `proxy`). NaN if nobody did."""
+    return _told(episode, "posted")
+
+
+def _told(episode: Episode, source: str) -> list[Reward]:
+    return [r for r in episode.rewards if r.source == source] or [
+        Reward(source, math.nan, f"no reward was {source}", source=source)
+    ]
+
+
 REWARDS: dict[str, Callable[..., Any]] = {
-    "correct": correct, "exact": exact, "format": format_ok, "graded": graded, "length": length, "right": right, "verified": verified,
+    "correct": correct, "exact": exact, "close": close, "format": format_ok, "graded": graded, "length": length, "posted": posted,
+    "returned": returned, "right": right, "verified": verified,
 }  # fmt: skip
 
 
