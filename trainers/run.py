@@ -334,6 +334,19 @@ class Run:
         }  # fmt: skip
         return episodes
 
+    def play(
+        self, label: str, tasks: Sequence[Task], num_generations: int = 1, versions: Mapping[str, str] | None = None
+    ) -> list[Episode]:
+        """Sampled episodes of held-out tasks, scored and stored as `eval-LABEL`, on every rank. `versions` None: those in force."""
+        found: list[Episode] = []
+
+        def go() -> list[Any]:
+            found.extend(self._play(tasks, f"eval-{label}", self.step, self.rollouts, num_generations, versions))
+            return [to_json(e) for e in found] if self.ranks.size > 1 else []
+
+        sent = self.ranks.on_main(go)
+        return found if self.ranks.main else [from_json(Episode, e) for e in sent]
+
     def _play(
         self, tasks: Sequence[Task], label: str, step: int, rollouts: Rollouts, num_generations: int = 1,
         versions: Mapping[str, str] | None = None,
@@ -343,7 +356,7 @@ class Run:
         now = {agent.policy: versions[agent.policy] for agent in self.system.specs if agent.policy in versions}
         plan, found = recall(self.store, tasks, label, num_generations, step, now)
         todo = [job for job in plan if job.id not in found]
-        if todo and all(base.engine.info().exact for base in self.bases.values() if base.engine is not None):
+        if todo and self.exact:
             # Played alone, the missing ones would be decoded in other batches: right, but not to the last bit.
             todo = plan
 
@@ -351,24 +364,37 @@ class Run:
             with self.progress.episodes(label, len(plan), len(plan) - len(todo), self.metric) as tick:
                 async for episode in rollouts.collect(todo, versions):
                     if episode.id not in found:
-                        self._keep(episode)
+                        self.keep([episode])
                         found[episode.id] = episode
                     tick(episode)
 
-        with contextlib.ExitStack() as held:
-            for base in self.bases.values():
-                if base.publisher is not None:
-                    held.enter_context(base.publisher.hold(versions))
+        with self.holding(versions):
             self.background.run(go(), self.stop)
         order = {job.id: number for number, job in enumerate(plan)}
         return sorted(found.values(), key=lambda e: (order.get(e.id, len(order)), e.id))
 
-    def _keep(self, episode: Episode) -> None:
+    @contextlib.contextmanager
+    def holding(self, versions: Mapping[str, str]) -> Iterator[None]:
+        """Keeps these versions loaded while something plays with them (rank 0 only)."""
+        with contextlib.ExitStack() as held:
+            for base in self.bases.values():
+                if base.publisher is not None:
+                    held.enter_context(base.publisher.hold(versions))
+            yield
+
+    @property
+    def exact(self) -> bool:
+        """Do all engines repeat themselves to the last bit, given the same requests in the same company?"""
+        return all(base.engine.info().exact for base in self.bases.values() if base.engine is not None)
+
+    def keep(self, episodes: Sequence[Episode]) -> None:
+        """Store these episodes (rank 0 only): all or none of them."""
         try:
-            self.store.append(episode)
+            self.store.extend(episodes)
         except OSError as error:
+            named = ", ".join(e.id for e in episodes[:3])
             raise RunError(
-                f"episode {episode.id} could not be stored in {self.store.folder}: {error}; earlier ones are whole"
+                f"episode {named} could not be stored in {self.store.folder}: {error}; earlier ones are whole"
             ) from error
 
     def learn(self, step: int, samples: Sequence[Sample], loss_fn: LossFn, how: How = How()) -> dict[str, Updated]:
@@ -509,9 +535,7 @@ class Run:
         self.ranks.on_main(lambda: found.append(self._evaluate(label, versions, tasks, best_of)))
         return found[0] if found else None
 
-    def _evaluate(
-        self, label: str, versions: Mapping[str, str] | None, tasks: Sequence[Task] | None, best_of: int
-    ) -> Evaluation:
+    def _evaluate(self, label: str, versions: Mapping[str, str] | None, tasks: Sequence[Task] | None, best_of: int) -> Evaluation:
         chosen = list(tasks if tasks is not None else self.eval_tasks)
         player = self.rollouts if best_of else self.rollouts.greedy()
         episodes = self._play(chosen, f"eval-{label}", self.step, player, best_of or 1, versions=versions)
