@@ -86,6 +86,17 @@ def evaluation(tasks: Sequence[Task], episodes: Iterable[Episode], metric: str |
     return Evaluation({task.id: scores[task.id] for task in tasks}, failed, tuple(sorted(set(errors))), tokens)
 
 
+def best(episodes: Iterable[Episode], metric: str) -> list[Episode]:
+    """Of every task the episode with the highest reward of this name: best-of-n, picked by the metric itself."""
+    found: dict[str, Episode] = {}
+    for episode in episodes:
+        if episode.parent is None:
+            held = found.setdefault(episode.task.id, episode)
+            if math.isnan(held.reward(metric)) or episode.reward(metric) > held.reward(metric):
+                found[episode.task.id] = episode
+    return list(found.values())
+
+
 async def evaluate(
     rollouts: Rollouts, tasks: Sequence[Task], version: TeamVersion | None = None, *, metric: str | None = None, greedy: bool = True
 ) -> Evaluation:

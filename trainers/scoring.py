@@ -29,8 +29,10 @@ def score(run: Run, samples: Sequence[Sample], *, reference: bool = False) -> di
     unless the policy has an `init`. Raises `RunError` at a log-prob that is not finite.
     """
     found: dict[TurnKey, float] = {}
+    bare = run.policies.get(BASE)
     for base in run.bases.values():
-        for policy in base.policies:
+        speaks = bare is not None and (bare.base or run.config.model) == base.name
+        for policy in (*base.policies, *([BASE] if speaks else [])):
             own = [sample for sample in samples if sample.policy == policy]
             if own:
                 found |= _score(run, base, policy, own, reference)
@@ -58,8 +60,8 @@ def _score(run: Run, base: Base, policy: str, own: Sequence[Sample], reference: 
 @contextlib.contextmanager
 def begun(adapters: Adapters, policy: str) -> Iterator[None]:
     """The model speaking as this policy did when the run began. Its weights of now are back afterwards, to the last bit."""
-    spec = adapters.policies[policy]
-    if spec.init == "fresh":  # B was zero: the base itself
+    spec = adapters.policies.get(policy)
+    if spec is None or spec.init == "fresh":  # B was zero: the base itself
         with adapters.active(BASE):
             yield
         return
