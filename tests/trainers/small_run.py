@@ -38,7 +38,7 @@ STEPS, EPISODES, EVAL = 3, 6, 2  # training steps, episodes of each, episodes of
 FAULTS: dict[str, tuple[Any, str]] = {
     "fsync": (os, "fsync"),  # every write that is to last: episodes, versions, files of checkpoints
     "torn line": (os, "write"),  # of episodes: nothing else is written through it
-    "store": (Store, "append"),
+    "store": (Store, "extend"),
     "speak": (EngineSpeaker, "__call__"),
     "learn": (run.Run, "learn"),
     "publish": (publish.Publisher, "publish"),
