@@ -1,0 +1,183 @@
+"""`marlora eval` on two checkpoints of one tiny run: ladder, ablation, cross-play, what is refused, and a kill half-way."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from marlora.agents.types import SettingError
+from marlora.recipes.cli import main
+from marlora.recipes.cli_eval import beside, marks_of
+from marlora.rollouts.store import Store
+from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
+from marlora.trainers.tiny import tiny_chain, tiny_random_model
+from tests.repository import ROOT
+
+REWARD = "tests.trainers.small_run:bytes_mod_7"
+HERE = ("--engine", "transformers", "--trust_checkpoint")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps on a random model: two checkpoints whose adapters differ."""
+    folder = tmp_path_factory.mktemp("cli_eval")
+    torch.set_num_threads(1)
+    config = GRPOConfig(
+        output_dir=str(folder / "run"), model=str(tiny_random_model(folder / "model")), engine="transformers", rewards=[REWARD],
+        tasks="marlora.trainers.tiny:tiny_tasks", num_eval_tasks=5, max_steps=2, tasks_per_step=2, num_generations=3, learning_rate=0.05,
+        lora_r=4, lora_alpha=8.0, lora_target_modules=["q_proj", "v_proj"], max_completion_length=5, save_every=1,
+    )  # fmt: skip
+    GRPOTrainer(system=tiny_chain(), args=config).train()
+    return folder / "run"
+
+
+@pytest.fixture
+def two(run: Path) -> list[Path]:
+    return [run / "checkpoints" / f"step-00000{n}" for n in (1, 2)]
+
+
+def evaluate(*argv: object) -> int:
+    try:
+        main(["eval", *map(str, argv)])
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0
+
+
+def test_two_checkpoints_climb_the_ladder(two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert evaluate(*two, *HERE, "--output", out, "--cross", "--ablate", "--markdown", tmp_path / "e.md") == 0, (
+        capsys.readouterr().err
+    )
+    printed = capsys.readouterr()
+    result = json.loads((out / "eval.json").read_text())
+    (found,) = result["sets"].values()
+    one, other = result["checkpoints"]
+    assert (one, other) == ("run/step-000001", "run/step-000002")
+    names = list(found["contestants"])
+    for expected in (
+        f"{one}: single agent", f"{one}: base team", f"{one}: only first", f"{one}: only last",
+        f"{one}: trained team, per-agent LoRA", f"{other}: trained team, per-agent LoRA",
+        f"first of {one}, others of {other}", f"first of {other}, others of {one}",
+    ):  # fmt: skip
+        assert expected in names, expected
+    assert found["same_as"][f"{other}: base team"] == f"{one}: base team", "one base, played once"
+    last = found["comparisons"][-1]
+    assert (last["from"], last["to"]) == (f"{one}: trained team, per-agent LoRA", f"{other}: trained team, per-agent LoRA")
+    low, high = last["ci95"]
+    assert low <= last["difference"] <= high and last["p"] <= last["p_holm"]
+    first, second = found["contestants"][last["from"]], found["contestants"][last["to"]]
+    assert last["difference"] == pytest.approx(second["accuracy"] - first["accuracy"])
+    matrix = found["cross_play"]["first"]
+    assert matrix[one][one] == first["accuracy"] and matrix[other][other] == second["accuracy"]
+    assert matrix[one][other] == found["contestants"][f"first of {one}, others of {other}"]["accuracy"]
+    assert first["cost"]["calls"] == 2 and found["contestants"][f"{one}: single agent"]["cost"]["calls"] == 1
+    text = " ".join(printed.out.split())
+    assert "p (Holm)" in text and "Cross-play of first" in text and "Trained teams against each other" in text
+    assert (tmp_path / "e.md").read_text() == (out / "eval.md").read_text()
+    assert f"| {one}: base team |" in (out / "eval.md").read_text()
+
+
+def test_samples_give_pass_and_majority(two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(two[0], *HERE, "--output", tmp_path, "--num_tasks", 2, "--samples", 2, "--seeds", 3, 4) == 0
+    result = json.loads((tmp_path / "eval.json").read_text())
+    (found,) = result["sets"].values()
+    assert result["sampled"] is True and found["seeds"] == [3, 4]
+    for row in found["contestants"].values():
+        assert set(row["pass_at"]) == {"1", "2", "4"} and set(row["by_seed"]) == {"3", "4"}
+        assert row["pass_at"]["1"] <= row["pass_at"]["2"] <= row["pass_at"]["4"]
+    assert "pass@4" in capsys.readouterr().out
+    assert (
+        sum(len(Store(folder)) for folder in tmp_path.iterdir() if folder.is_dir()) == 2 * 2 * 2 * 2
+    )  # contestants, seeds, samples, tasks
+
+
+def test_tasks_that_were_trained_on_are_refused(
+    two: list[Path], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = next(e.task for e in Store(run / "episodes") if e.id.startswith("train-"))
+    rows = [{"id": "new", "prompt": f" {task.prompt.upper()} ", "answer": "1", "a": 1, "b": 2, "c": 3}]
+    (tmp_path / "set").mkdir()
+    for name in ("train", "eval"):
+        (tmp_path / "set" / f"{name}.jsonl").write_text("".join(json.dumps({**row, "id": row["id"] + name}) + "\n" for row in rows))
+    argv = [two[0], *HERE, "--output", tmp_path / "out", "--tasks", tmp_path / "set"]
+    assert evaluate(*argv) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "1 of 1 were trained on by run/step-000001, such as 'neweval'" in said and "--allow_trained_tasks" in said
+    assert not (tmp_path / "out").exists()
+    assert evaluate(*argv, "--allow_trained_tasks") == 0
+    (tmp_path / "empty").mkdir()
+    assert evaluate(two[0], *HERE, "--output", tmp_path / "out", "--trained_on", tmp_path / "empty") == 2
+    assert "no episodes there" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from marlora.recipes.cli import main
+from marlora.rollouts.store import Store
+real, calls = Store.append, [0]
+def append(self, episode):
+    done = real(self, episode)
+    calls[0] += 1
+    if calls[0] == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return done
+Store.append = append
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.process
+def test_killed_half_way_it_repeats_no_finished_task(two: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["eval", *map(str, two), *HERE, "--output", str(tmp_path / "out")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", KILLED, *argv], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*/episodes-*.jsonl")}
+    finished = {line.split(b'"id":"', 1)[1].split(b'"', 1)[0] for data in before.values() for line in data.splitlines()}
+    assert len(finished) == 7
+    played: list[str] = []
+    real = Store.append
+
+    def append(self: Store, episode: Any) -> bool:
+        played.append(episode.id)
+        return real(self, episode)
+
+    monkeypatch.setattr(Store, "append", append)
+    assert evaluate(*argv[1:]) == 0
+    assert played and not {id.encode() for id in played} & finished, "nothing finished is played again"
+    for path, data in before.items():
+        assert path.read_bytes().startswith(data)
+    (found,) = json.loads((tmp_path / "out" / "eval.json").read_text())["sets"].values()
+    assert len(played) + 7 == 5 * len(found["contestants"])
+    played.clear()
+    assert evaluate(*argv[1:]) == 0 and not played
+
+
+def test_wrong_usage(two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, words in (
+        ([two[0], "--cross"], "name at least two"),
+        ([two[0], two[0]], "named twice"),
+        ([two[0], "--markdown", "/nowhere/x.md"], "no such folder"),
+        ([two[0], "--samples", 0], "at least one each"),
+    ):
+        assert evaluate(*argv, *HERE, "--output", tmp_path / "out") == 2
+        assert re.search(words, capsys.readouterr().err)
+
+
+def test_names_and_folders() -> None:
+    assert marks_of(["a/checkpoints/step-1", "b/checkpoints/step-1", "c/copy"]) == ["a/step-1", "b/step-1", "c/copy"]
+    long = marks_of(["x/run/checkpoints/step-1", "y/run/checkpoints/step-1"])
+    assert len(set(long)) == 2 and all(name.endswith("run/checkpoints/step-1") for name in long)
+    with pytest.raises(SettingError, match="named twice"):
+        marks_of(["a/copy", "a/../a/copy"])
+    assert beside(Path("r/checkpoints/step-1")) == Path("r/eval").resolve() and beside(Path("r/copy")) == Path("r/eval").resolve()
