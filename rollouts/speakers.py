@@ -29,11 +29,14 @@ class EngineSpeaker:
     def __init__(self, engine: Engine, tokens: ChatTokens, policy: str) -> None:
         self.engine, self.tokens, self.policy = engine, tokens, policy
 
-    async def __call__(self, call: Call, version: str) -> list[Completion]:
+    def prompt(self, call: Call) -> list[int]:
+        """What the engine is to read."""
         # A written or outside turn has no tokens to go on from: its text is encoded like any other message.
         previous = call.previous if call.previous is not None and call.previous.token_ids else None
-        ids = self.tokens.prompt(call.messages, previous)
-        return await self.engine.generate(ids, Ref(self.policy, version), call.sampling, call.n)
+        return self.tokens.prompt(call.messages, previous)
+
+    async def __call__(self, call: Call, version: str) -> list[Completion]:
+        return await self.engine.generate(self.prompt(call), Ref(self.policy, version), call.sampling, call.n)
 
 
 class OutsideSpeaker:
