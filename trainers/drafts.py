@@ -60,7 +60,8 @@ def with_drafts(run: Run, step: int, pairs: Sequence[Pair], num_drafts: int) -> 
             async with room:
                 return await _drafted(player, group, f"drafts-{step:06d}.{number}", num_drafts, step)
 
-        made = run.background.run(gather(one(n, group) for n, group in enumerate(by_task.values())), run.stop)
+        with run.holding(run.versions):
+            made = run.background.run(gather(one(n, group) for n, group in enumerate(by_task.values())), run.stop)
         return [to_json(pair) for several in made for pair in several]
 
     found = [from_json(Pair, pair) for pair in run.ranks.on_main(play)]

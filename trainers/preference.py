@@ -21,6 +21,7 @@ import torch
 
 from ..agents.types import SettingError
 from ..rollouts.engines.start import help_of
+from ..rollouts.evaluate import best, evaluation
 from ..rollouts.types import Episode
 from .batches import Batch
 from .components import Component
@@ -221,8 +222,10 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         """Besides the adapters' shares: best-of-n without training, the team as it was, its best episode picked by the reward itself."""
         if not self.args.best_of:
             return super().report()
-        result = self.run.evaluate(f"best-of-{self.args.best_of}", versions={}, best_of=self.args.best_of)
-        return {**super().report(), "best_of": {"n": self.args.best_of, **(result.summary() if result else {})}}
+        run, count = self.run, self.args.best_of
+        episodes = run.play(f"best-of-{count}", run.eval_tasks, count, versions={})
+        result = evaluation(run.eval_tasks, best(episodes, run.metric), run.metric)
+        return {**super().report(), "best_of": {"n": count, **result.summary()}}
 
     def loss(
         self, batch: Batch, logp: torch.Tensor, entropy: torch.Tensor, reference: torch.Tensor | None, counts: Denominators

@@ -26,7 +26,7 @@ from ..agents.tools import resolve_tools
 from ..agents.types import BASE, SettingError, Task, from_json, to_json
 from ..rollouts.engines.engine import Engine
 from ..rollouts.engines.start import start_engine
-from ..rollouts.evaluate import Evaluation, best, evaluation
+from ..rollouts.evaluate import Evaluation, evaluation
 from ..rollouts.play import Limits, Rollouts, agents_of
 from ..rollouts.report import write_report
 from ..rollouts.rewards import RewardFn, fn_name, resolve_rewards
@@ -525,21 +525,17 @@ class Run:
     # evaluation and keeping
 
     def evaluate(
-        self, label: str, versions: Mapping[str, str] | None = None, tasks: Sequence[Task] | None = None, best_of: int = 0
+        self, label: str, versions: Mapping[str, str] | None = None, tasks: Sequence[Task] | None = None
     ) -> Evaluation | None:
-        """Held-out accuracy at temperature 0, for rank 0 (None elsewhere); every rank has to call it. `versions` None: those in force.
-
-        `best_of` n: n episodes of every task at the run's own sampling, of which the best counts.
-        """
+        """Held-out accuracy at temperature 0, for rank 0 (None elsewhere); every rank has to call it. `versions` None: those in force."""
         found: list[Evaluation] = []
-        self.ranks.on_main(lambda: found.append(self._evaluate(label, versions, tasks, best_of)))
+        self.ranks.on_main(lambda: found.append(self._evaluate(label, versions, tasks)))
         return found[0] if found else None
 
-    def _evaluate(self, label: str, versions: Mapping[str, str] | None, tasks: Sequence[Task] | None, best_of: int) -> Evaluation:
+    def _evaluate(self, label: str, versions: Mapping[str, str] | None, tasks: Sequence[Task] | None) -> Evaluation:
         chosen = list(tasks if tasks is not None else self.eval_tasks)
-        player = self.rollouts if best_of else self.rollouts.greedy()
-        episodes = self._play(chosen, f"eval-{label}", self.step, player, best_of or 1, versions=versions)
-        result = evaluation(chosen, best(episodes, self.metric) if best_of else episodes, self.metric)
+        episodes = self._play(chosen, f"eval-{label}", self.step, self.rollouts.greedy(), versions=versions)
+        result = evaluation(chosen, episodes, self.metric)
         self.evals[label] = result.summary()
         if result.failed:
             self.progress.warn(
