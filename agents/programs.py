@@ -16,6 +16,10 @@ Externals = Mapping[str, Callable[..., Awaitable[Any]]]
 Status = Literal["done", "error", "syntax", "time", "memory", "output", "calls", "killed"]
 
 
+class SandboxError(SettingError):
+    """Programs of a model cannot be run safely on this machine, or the machinery that runs them broke. Never a program's own doing."""
+
+
 @dataclass(frozen=True)
 class Allowance:
     """What one run of a program may use. All limits hold at once, and none can be raised from inside.

@@ -17,7 +17,8 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from .tools import Tool, parse_calls, resolve_tools, run_call, tool_prompt
+from .programs import Allowance, Execute, Externals, Outcome
+from .tools import Tool, parse_calls, python_tool, resolve_tools, run_call, tool_prompt
 from .types import AgentSpec, Completion, Decision, Message, Sampling, SettingError, Task, Turn, from_json, nearest, to_json
 
 T = TypeVar("T")
@@ -159,6 +160,7 @@ class Agent:
         choose: Choose | None = None,
         saw_gold: bool = False,
         sampling: Sampling | None = None,
+        index: int | None = None,
     ) -> Awaitable[Turn]:
         """Say `text` to the agent and await its answer. The turn's index is taken now, before anything is awaited.
 
@@ -169,6 +171,7 @@ class Agent:
                 (the first if None). All siblings are recorded.
             saw_gold: `text` tells the answer; neither this turn nor a later one of this chat will be trained on.
             sampling: overrides the agent's for this call.
+            index: one that `team.reserve` gave before, for a call whose number must not depend on when it comes.
         """
         if n < 1:
             raise SettingError(f"agent {self.name!r}: reply(n={n}), expected n >= 1")
@@ -177,7 +180,7 @@ class Agent:
         tools = self.team.tools_of(self.spec)
         if not self.chat:
             self._open()
-        index = self.team.reserve(1 + (self.team.max_tool_calls if tools else 0))
+        index = self.team.reserve(1 + (self.team.max_tool_calls if tools else 0)) if index is None else index
         self._busy = True
         return self._answer(index, tools, Message("user", text), {t.index for t in reads}, n, choose, saw_gold, sampling)
 
@@ -243,7 +246,7 @@ class Team:
         values: texts and choices by name that a method may change (`NAME.prompt`, `NAME.demos`, a decision's logits).
         given: recorded turns that answer the first calls. `replace`: completions by turn index that answer instead.
         max_turns: bound on turn indices; a reply of an agent with tools takes 1 + `max_tool_calls` of them, used or not.
-        play: plays a child episode, for `team.play`.
+        play: plays a child episode, for `team.play`. execute: runs programs, for `team.execute` and the tool `python`.
     """
 
     def __init__(
@@ -260,9 +263,11 @@ class Team:
         max_turns: int = 200,
         max_tool_calls: int = 4,
         play: Callable[[System, Sequence[Task]], Awaitable[list[Any]]] | None = None,
+        execute: Execute | None = None,
     ) -> None:
         self._agents = {spec.name: Agent(self, spec) for spec in agents}
         self._ask, self.seed, self.sampling, self._play = ask, seed, sampling or Sampling(), play
+        self._execute = execute
         self.values: dict[str, Any] = dict(values or {})
         self.rng = random.Random(derive_seed(seed, "rng"))
         self.max_turns, self.max_tool_calls = max_turns, max_tool_calls
@@ -306,7 +311,7 @@ class Team:
         return head + tuple(d if isinstance(d, Message) else from_json(Message, d, where) for d in demos)
 
     def tools_of(self, spec: AgentSpec) -> Mapping[str, Tool]:
-        return resolve_tools(spec.tools)
+        return resolve_tools(spec.tools, {"python": python_tool(self.execute)} if "python" in spec.tools else {})
 
     def sampling_of(self, spec: AgentSpec, index: int, override: Sampling | None) -> Sampling:
         chosen = override or spec.sampling or self.sampling
@@ -384,6 +389,12 @@ class Team:
     async def tool(self, request: Mapping[str, Any], tools: Mapping[str, Tool]) -> str:
         """Run one tool call `{"name": ..., "arguments": {...}}`; a failing tool answers with its error as text."""
         return await run_call(request, tools)
+
+    async def execute(self, program: str, externals: Externals | None = None, limits: Allowance = Allowance()) -> Outcome:
+        """Run a program that a model wrote, in the sandbox: with `externals` a workflow program that can call these, else plain Python."""
+        if self._execute is None:
+            raise SettingError("team.execute: this team has no sandbox; use rollouts.play.Rollouts, or give Team(execute=...)")
+        return await self._execute(program, externals, limits)
 
     async def play(self, system: System, tasks: Sequence[Task]) -> list[Any]:
         """Play child episodes (their `parent` is this one) and return them in order."""

@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 from .arithmetic import evaluate
 from .names import function_named
+from .programs import Allowance, Execute, Externals, Outcome, SandboxError
 from .types import SettingError, nearest
 
 MAX_RESULT = 4000  # characters of a result that the model is shown
@@ -63,6 +64,8 @@ class Tool:
             text = _as_text(await result if inspect.isawaitable(result) else result)
         except _WrongArguments as wrong:
             text = f"error: {self.name}: {wrong}"
+        except SandboxError:
+            raise  # it concerns the whole run
         except Exception as failure:  # a tool's failure is an answer to the model, not the end of the episode
             text = f"error: {self.name}: {type(failure).__name__}: {failure}"
         return response(text)
@@ -118,11 +121,11 @@ def tool(function: Callable[..., Any]) -> Tool:
     return Tool(name, description, parameters, function, {key: hints[key] for key in properties})
 
 
-def resolve_tools(names: Iterable[str]) -> dict[str, Tool]:
-    """Tools by name: shipped ones, or `module:function`. Raises `SettingError` naming the one that cannot be found."""
+def resolve_tools(names: Iterable[str], given: Mapping[str, Tool] = {}) -> dict[str, Tool]:
+    """Tools by name: `given` ones, shipped ones, or `module:function`. Raises `SettingError` naming the one that cannot be found."""
     found: dict[str, Tool] = {}
     for name in names:
-        made = SHIPPED[name] if name in SHIPPED else _imported(name)
+        made = given.get(name) or SHIPPED.get(name) or _imported(name)
         if made.name in found:
             raise SettingError(f"tools: {name!r} is the second tool called {made.name!r}; a model could not tell them apart")
         found[made.name] = made
@@ -278,4 +281,24 @@ def calculator(expression: str) -> str:
     return evaluate(expression)
 
 
-SHIPPED: Mapping[str, Tool] = {"calculator": calculator}
+def python_tool(execute: Execute) -> Tool:
+    """The tool `python`: programs go to `execute`, and the model reads what they print and how they end."""
+
+    @tool
+    async def python(program: str) -> str:
+        """Run a Python 3 program and read what it prints. Standard library only; no files, network, threads or other programs.
+
+        Args:
+            program: the whole program; nothing is kept from one run to the next.
+        """
+        outcome = await execute(program)
+        return outcome.output if outcome.ok else f"{outcome.output}\n{outcome.status}: {outcome.error}".lstrip()
+
+    return python
+
+
+async def _nowhere(program: str, externals: Externals | None = None, limits: Allowance = Allowance()) -> Outcome:
+    raise SandboxError("the tool 'python' needs a team: its programs run where the team's do")
+
+
+SHIPPED: Mapping[str, Tool] = {"calculator": calculator, "python": python_tool(_nowhere)}

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..agents.programs import Allowance
+from ..agents.programs import Allowance, SandboxError
 
 Kind = Literal["bubblewrap", "landlock"]
 Role = Literal["python", "candidate", "checker", "exec"]
@@ -52,10 +52,6 @@ FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)  # duplicate, flags, locks, size of
 IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # is it a terminal, bytes to read, blocking, inheritance
 PRCTL = (15, 16, 0x53564D41)  # a thread's name, names of memory; the signal at the parent's death stays
 CLONE_THREAD = 0x00010000
-
-
-class SandboxError(RuntimeError):
-    """Programs of a model cannot be run safely here, or the machinery that runs them broke. Never the fault of a program."""
 
 
 def _seccomp() -> Any:

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 
-from ..agents.programs import Allowance, Outcome, Status
-from .cage import ENVIRONMENT, Cage, Role, SandboxError, text_file
+from ..agents.programs import Allowance, Outcome, SandboxError, Status
+from .cage import ENVIRONMENT, Cage, Role, text_file
 from .warden import NO_PROGRAM
 
 START = 60.0  # seconds a cage may take until it is shut, on a busy machine

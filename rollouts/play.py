@@ -14,8 +14,9 @@ from ..agents.team import Call, LimitError, System, Team, derive_seed, gather
 from ..agents.types import AgentSpec, Completion, Decision, Sampling, SettingError, Task, Turn, from_json, nearest, to_json
 from .engines.engine import EngineError, PromptTooLong, TeamVersion
 from .rewards import RewardFn, score
+from .sandbox import run as execute
 from .speakers import Speaker
-from .types import Episode, Usage
+from .types import Episode, Reward, Usage
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ class Rollouts:
         team = Team(
             self.system.specs, ask, seed=seed, values=self.values, sampling=self.sampling, given=given, replace=replace,
             decisions=decisions, max_turns=self.limits.max_turns, max_tool_calls=self.limits.max_tool_calls, play=play_children,
+            execute=execute,
         )  # fmt: skip
         output, stop_reason, error = await self._run(job.task, team)
         spoke = {agent.policy: version[agent.policy] for agent in self.system.specs if agent.policy in version}
@@ -176,6 +178,7 @@ class Rollouts:
             usage=usage, stop_reason=stop_reason, error=error,
         )  # fmt: skip
         if error is None:
+            episode = dataclasses.replace(episode, rewards=tuple(Reward(**told) for told in team.rewards))
             episode = dataclasses.replace(episode, rewards=await score(job.task, episode, self.rewards))
         return [*children, episode]
 

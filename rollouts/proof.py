@@ -8,8 +8,8 @@ import os
 import platform
 import tempfile
 
-from ..agents.programs import Allowance
-from .cage import Cage, SandboxError
+from ..agents.programs import Allowance, SandboxError
+from .cage import Cage
 from .plain import run_plain
 
 PROOF = r'''

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ..agents.programs import Allowance, Externals, Outcome
-from .cage import Cage, SandboxError
+from ..agents.programs import Allowance, Externals, Outcome, SandboxError
+from .cage import Cage
 from .plain import Tests, Verdict, check_plain, run_plain
 from .proof import cage, cages
 from .workflows import Interpreter, ProgramError

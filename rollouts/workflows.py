@@ -19,9 +19,9 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
-from ..agents.programs import Allowance, Externals, Outcome, Status
+from ..agents.programs import Allowance, Externals, Outcome, SandboxError, Status
 from ..agents.team import gather
-from .cage import Cage, SandboxError
+from .cage import Cage
 
 WORKER = Allowance(seconds=1.0, cpu_seconds=10**6, memory=2 << 30)  # of a worker, which serves program after program
 EPOCH = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)  # what a program takes for now: nothing it does may hang on the clock
