@@ -11,17 +11,16 @@ import torch
 
 from ..agents.types import BASE
 from .adapters import Adapters, init_folder
-from .batches import deal, pack
 from .config import RunError
 from .logprobs import token_logprobs
 from .samples import Sample, TurnKey
+from .update import read
 
 if TYPE_CHECKING:
     from .bases import Base
     from .run import Run
 
 
-@torch.no_grad()
 def score(run: Run, samples: Sequence[Sample], *, reference: bool = False) -> dict[TurnKey, float]:
     """log p of every trained turn of the samples, summed over its tokens, at temperature 1 if the samples were made for it.
 
@@ -44,13 +43,9 @@ def score(run: Run, samples: Sequence[Sample], *, reference: bool = False) -> di
 
 def _score(run: Run, base: Base, policy: str, own: Sequence[Sample], reference: bool) -> dict[TurnKey, float]:
     keys = [key for sample in own for key in sample.keys]
-    logps = torch.zeros(len(keys), device=run.ranks.device)
-    batches = pack(own, max_tokens=run.config.tokens_per_batch, layout=base.optimizers.layout)
+    model, layout = base.adapters.model, base.optimizers.layout
     with begun(base.adapters, policy) if reference else base.adapters.active(policy):
-        for batch in deal(batches, run.ranks.size)[run.ranks.rank]:
-            here = batch.to(run.ranks.device)
-            logps[here.place] = token_logprobs(base.adapters.model, here)[0]
-    run.ranks.sum_([logps])  # every token was computed on one rank and is 0 on the others
+        logps = read(own, lambda batch: token_logprobs(model, batch)[0], run.config.tokens_per_batch, layout, run.ranks)
     found: dict[TurnKey, list[float]] = {}
     for key, value in zip(keys, logps.tolist(), strict=True):
         found.setdefault(key, []).append(value)
