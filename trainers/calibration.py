@@ -1,0 +1,62 @@
+"""Does a verifier mean what it says? Scores from 0 to 1 against what was right, held out. Pure Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, product
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One answer: its task's id, the score it got, and whether it is right."""
+
+    task: str
+    score: float
+    right: bool
+
+
+def calibration(judged: Sequence[Judged], bins: int = 10) -> dict[str, Any]:
+    """What scores are worth, as plain values for `summary.json`.
+
+    num, right: answers, and the share of right ones.    accuracy: of "right if the score is at least 0.5".
+    brier: mean (score - right)^2, beside `brier_constant`, that of always saying the share of right ones.
+    ece: expected calibration error, the mean over bins, by size, of |mean score - share right|.
+    ranked: of all pairs of a right and a wrong answer to one task, the share where the right one scores higher (a tie is half); None
+        without such pairs. It is 0.5 for a verifier that knows how hard a task is and nothing else.
+    bins: per bin that is not empty its bounds, number, mean score and share right.
+    """
+    if not judged:
+        raise ValueError("calibration: no answers; expected at least one")
+    total, share = len(judged), sum(j.right for j in judged) / len(judged)
+    cells: dict[int, list[Judged]] = {}
+    for each in judged:
+        cells.setdefault(min(int(each.score * bins), bins - 1), []).append(each)
+    rows = []
+    for k, cell in sorted(cells.items()):
+        score, right = _mean([j.score for j in cell]), _mean([j.right for j in cell])
+        rows.append({"low": k / bins, "high": (k + 1) / bins, "num": len(cell), "score": score, "right": right})
+    pairs = [
+        (good.score > bad.score) + 0.5 * (good.score == bad.score)
+        for _, same in groupby(sorted(judged, key=lambda j: j.task), key=lambda j: j.task)
+        for good, bad in product(*_split(list(same)))
+    ]
+    return {
+        "num": total,
+        "right": share,
+        "accuracy": _mean([(j.score >= 0.5) == j.right for j in judged]),
+        "brier": _mean([(j.score - j.right) ** 2 for j in judged]),
+        "brier_constant": share * (1 - share),
+        "ece": sum(row["num"] * abs(row["score"] - row["right"]) for row in rows) / total,
+        "ranked": _mean(pairs) if pairs else None,
+        "bins": rows,
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _split(judged: Sequence[Judged]) -> tuple[list[Judged], list[Judged]]:
+    return [j for j in judged if j.right], [j for j in judged if not j.right]
