@@ -8,7 +8,7 @@ written: a repaired turn re-encoded for its original prompt); prompts, tools and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -42,6 +42,26 @@ class ImitationConfig(TrainerChoice):
         for name in ("num_train_epochs", "train_batch_size"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class IterationConfig:
+    """Iterations of play and imitation. To come before `RunConfig` among the parents of a config: an iteration is a step of the run."""
+
+    max_iterations: int = help_of("iterations: play, select, imitate", 1)
+    max_steps: int = help_of("the same as max_iterations; leave it out", 0)
+    start_from: str = help_of("what an iteration trains: the last adapters (last), or new ones on the base (base)", "last")
+
+    def __post_init__(self) -> None:
+        if self.max_iterations < 0:
+            raise SettingError(f"max_iterations: expected at least 0, got {self.max_iterations}")
+        if self.max_steps not in (0, self.max_iterations):
+            raise SettingError(
+                f"max_steps: an iteration is a step, so set max_iterations alone; got {self.max_steps}, {self.max_iterations}"
+            )
+        self.max_steps = self.max_iterations
+        if self.start_from not in ("last", "base"):
+            raise SettingError(f"start_from: expected last or base, got {self.start_from!r}")
 
 
 @dataclass(frozen=True)
@@ -78,6 +98,15 @@ def imitate(
     learn = _with_trl if config.trainer == "trl" else _epochs
     updates = learn(run, step, found, config)
     return Imitated(updates, before, mean_nll(run, found), dropped)
+
+
+def restart(run: Run, policies: Collection[str]) -> None:
+    """Put these policies' adapters back to their `init`, with optimizers that remember nothing."""
+    for base in run.bases.values():
+        for policy in base.adapters.trainable:
+            if policy in policies:
+                base.adapters.restart(policy)
+                base.optimizers.of[policy].state.clear()
 
 
 def nll_loss(

@@ -46,6 +46,11 @@ def _children(store: Store, parents: Collection[str]) -> dict[str, Episode]:
     return found | _children(store, found.keys()) if found else {}
 
 
+def training(store: Store) -> list[Episode]:
+    """The episodes of a store that may be learnt from: evaluations are stored beside them, and stay held out."""
+    return [e for e in store if e.split != "eval" and not e.group.startswith("eval-")]
+
+
 class Given:
     """The training episodes of a store that another run or `marlora collect` has filled.
 
@@ -61,8 +66,7 @@ class Given:
         path = path / "episodes" if (path / "episodes").is_dir() else path
         if not path.is_dir():
             raise SettingError(f"episodes {str(folder)!r}: no such folder; expected a run or a store of episodes")
-        # Evaluations are stored beside the training episodes; what was held out there must not be learnt from here.
-        self.episodes = [e for e in Store(path) if e.split != "eval" and not e.group.startswith("eval-")]
+        self.episodes = training(Store(path))
         if not self.episodes:
             raise SettingError(f"episodes {str(folder)!r}: the store holds no training episode")
         spoke, names = {t.agent for e in self.episodes for t in e.turns}, [a.name for a in agents]
