@@ -33,12 +33,13 @@ def cmd_collect(args: argparse.Namespace) -> None:
     """Play tasks and append the scored episodes to a store; what it holds already is not played again."""
 
     async def work(team: ServedTeam) -> None:
-        tasks = team.tasks(args.tasks, args.num_tasks, args.split)
+        part, parts = shard(args.shard)
+        tasks = team.tasks(args.tasks, args.num_tasks, args.split)[part::parts]
         versions = chosen(team, args.adapters)
         # The label says who plays, so that another checkpoint's or choice of adapters' episodes are other ones.
         who = hashlib.sha256("\n".join([str(team.data["step"]), *sorted(versions.values())]).encode()).hexdigest()[:8]
         label = f"collect-{args.split}-{args.seed}-{who}"
-        with Store(Path(args.output)) as store:
+        with Store(Path(args.output), writer=str(part) if args.shard else "") as store:
             known = store.ids()
             plan = [job for job in jobs(tasks, label=label, num_generations=args.num_generations) if job.id not in known]
             say(f"{len(plan)} episodes to play; {args.output} holds {len(known)}")
@@ -46,6 +47,14 @@ def cmd_collect(args: argparse.Namespace) -> None:
         print(f"{len(plan)} episodes appended to {args.output}")
 
     asyncio.run(with_team(args, work))
+
+
+def shard(text: str) -> tuple[int, int]:
+    """`I/N` as two numbers; "" is all of it."""
+    part, _, parts = (text or "0/1").partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise SettingError(f"--shard {text!r}: expected I/N with I from 0 to N - 1, such as 0/8")
+    return int(part), int(parts)
 
 
 def json_object(flag: str, text: str) -> dict[str, Any]:
@@ -169,6 +178,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--split", default="train", choices=("train", "eval"))
     made.add_argument("--num_tasks", type=int, default=64)
     made.add_argument("--num_generations", type=int, default=1, help="episodes per task")
+    made.add_argument("--shard", default="", help="I/N: every N-th task from the I-th on; N such processes fill one store together")
     made = command("play", cmd_play)
     add_team(made)
     made.add_argument("--meta", default="", help="public meta of every task, as JSON (systems that show parts of a task need it)")
