@@ -90,32 +90,32 @@ def push(pairs: Sequence[Pair], votes: Mapping[K, Vote], config: MarginConfig) -
     Joint: -log sigmoid(beta [sum_v D_v(chosen) - sum_v D_v(rejected)]) with D_v = log p - log p_reference (eq. F3, F4). Independent: the
     same for each policy's own votes, summed. A side with several alternatives is log sum_a p(a), for policy and reference alike.
     """
-    keys = list(votes)
-    now = torch.tensor([votes[k].now for k in keys], dtype=torch.float64, requires_grad=True)
-    reference = torch.tensor([votes[k].reference for k in keys], dtype=torch.float64)
-    length = torch.tensor(_lengths(list(votes.values())) if config.length_normalised else [1.0] * len(keys), dtype=torch.float64)
+    keys, given = list(votes), list(votes.values())
+    length = torch.tensor(_lengths(given) if config.length_normalised else [1.0] * len(keys), dtype=torch.float64)
+    now = torch.tensor([vote.now for vote in given], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([vote.reference for vote in given], dtype=torch.float64)
     weight = torch.tensor([pair.weight for pair in pairs], dtype=torch.float64)
-    place = {name: i for i, name in enumerate(dict.fromkeys(e.id for pair in pairs for e in pair.episodes))}
-    policies = sorted({vote.policy for vote in votes.values()})
-    loss, margins = torch.zeros((), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.float64)
-    for unit in [[policy] for policy in policies] if config.mode == "independent" else [policies]:
-        mine = torch.tensor([i for i, k in enumerate(keys) if votes[k].policy in unit], dtype=torch.long)
-        at = torch.tensor([place[votes[keys[i]].episode] for i in mine.tolist()], dtype=torch.long)
-        ratio = []
-        for values in (now, reference):
-            runs = torch.zeros(len(place), dtype=torch.float64).index_add(0, at, (values / length)[mine])
-            chosen = torch.stack([_marginal(runs, [place[e.id] for e in pair.chosen]) for pair in pairs])
-            rejected = torch.stack([_marginal(runs, [place[e.id] for e in pair.rejected]) for pair in pairs])
-            ratio.append(chosen - rejected)
-        margin = ratio[0] - ratio[1]
-        loss = loss + (weight * preference_loss(margin, config)).sum() / len(pairs)
-        margins = margins + margin.detach()
-    (grad,) = torch.autograd.grad(loss, now) if keys else (now,)
-    return Push(loss.item(), dict(zip(keys, (-grad).tolist(), strict=True)), margins.tolist(), _by_agent(pairs, votes))
+    policies = sorted({vote.policy for vote in given}) if config.mode == "independent" else []
+    unit = {policy: number for number, policy in enumerate(policies)}  # what has a margin of its own; joint: all are unit 0
+    place = {name: number for number, name in enumerate(dict.fromkeys(e.id for pair in pairs for e in pair.episodes))}
+    at = torch.tensor([unit.get(vote.policy, 0) * len(place) + place[vote.episode] for vote in given], dtype=torch.long)
+    sides = [[[place[e.id] for e in side] for side in end] for end in zip(*((p.chosen, p.rejected) for p in pairs), strict=True)]
+
+    def margin_of(values: torch.Tensor) -> torch.Tensor:
+        runs = torch.zeros(max(1, len(unit)) * len(place), dtype=torch.float64).index_add(0, at, values / length)
+        chosen, rejected = (_marginals(runs.view(-1, len(place)), side) for side in sides)
+        return chosen - rejected
+
+    margin = margin_of(now) - margin_of(reference)  # [units, P]
+    loss = (weight * preference_loss(margin, config)).sum() / len(pairs)
+    (grad,) = torch.autograd.grad(loss, now)
+    return Push(
+        loss.item(), dict(zip(keys, (-grad).tolist(), strict=True)), margin.detach().sum(0).tolist(), _by_agent(pairs, votes)
+    )
 
 
 def preference_loss(margin: torch.Tensor, config: MarginConfig) -> torch.Tensor:
-    """Loss of every pair [P] from its margin without beta [P].
+    """Loss of every pair from its margin without beta; any shape.
 
     sigmoid: DPO (arXiv:2305.18290), with label smoothing cDPO; robust: arXiv:2403.00409; hinge: SLiC (2305.10425); ipo: (2310.12036), whose
     margin TRL takes per token (`length_normalised`).
@@ -131,9 +131,11 @@ def preference_loss(margin: torch.Tensor, config: MarginConfig) -> torch.Tensor:
     return (1 - flipped) * right + flipped * wrong
 
 
-def _marginal(runs: torch.Tensor, alternatives: list[int]) -> torch.Tensor:
-    """log sum exp over the alternatives that stand for a run."""
-    return runs[alternatives[0]] if len(alternatives) == 1 else torch.logsumexp(runs[alternatives], 0)
+def _marginals(runs: torch.Tensor, sides: list[list[int]]) -> torch.Tensor:
+    """[U, P] log sum exp over the alternatives of every side, from runs [U, E]."""
+    if all(len(side) == 1 for side in sides):
+        return runs[:, torch.tensor(sides)[:, 0]]
+    return torch.stack([torch.logsumexp(runs[:, side], 1) for side in sides], 1)
 
 
 def _lengths(votes: Sequence[Vote]) -> list[float]:
