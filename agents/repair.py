@@ -1,7 +1,7 @@
 """Repair of one turn: somebody who knows the answer says what was wrong, the agent writes it anew, then as if it had known all along.
 
 The augmentation of SiriuS (Zhao et al., arXiv 2502.04780). It is played as an episode of its own, on a task made by `repair_task`; what
-comes out is a text for the ORIGINAL prompt of the turn. All that was said on the way has seen the answer and is marked so.
+comes out is a text for the ORIGINAL prompt of the turn. What on the way has seen the answer, or read who has, is marked so.
 """
 
 from __future__ import annotations
@@ -52,16 +52,18 @@ class Repair(System):
     async def run(self, task: Task, team: Team) -> str:
         critic, agent = team
         known = {field: str(task.meta[field]) for field in _TASK if field != "prompt"} | {"prompt": task.prompt}
-        reads: list[Turn] = []
+        last: Turn | None = None  # the turn whose text is `feedback`, then `text`
+        gold = False  # does that text follow from the answer?
+        known["text"] = known["said"]
         if self.feedback:
-            said = await critic.reply(_filled("feedback", self.feedback, known), saw_gold=True)
-            known["feedback"], reads = said.text, [said]
-        known["text"], gold = known["said"], bool(self.feedback)
+            last, gold = await critic.reply(_filled("feedback", self.feedback, known), saw_gold=True), True
+            known["feedback"] = last.text
         for name, template in (("regenerate", self.regenerate), ("rephrase", self.rephrase)):
             if template:
-                shown = [turn for turn in reads if "{feedback}" in template or "{text}" in template]
-                said = await agent.fresh().reply(_filled(name, template, known), reads=shown, saw_gold=gold)
-                known["text"], reads = said.text.strip(), [said]
+                shown = [last] if last is not None and _fields(template) & {"feedback", "text"} else []
+                gold = gold and bool(shown)
+                last = await agent.fresh().reply(_filled(name, template, known), reads=shown, saw_gold=gold)
+                known["text"] = last.text.strip()
         return known["text"]
 
 
@@ -76,6 +78,12 @@ def repair_task(task: Task, turn: Turn, turns: tuple[Turn, ...], said: str = "")
         "transcript": "\n\n".join(f"[{t.agent}] {t.text}" for t in turns if t.taken),
     }  # fmt: skip
     return Task(task.id, task.prompt, None, task.source, task.split, meta)
+
+
+def _fields(template: str) -> set[str]:
+    found: list[str] = []
+    view(template, lambda field: found.append(field) or "", "template")  # type: ignore[func-returns-value]
+    return set(found)
 
 
 def _filled(name: str, template: str, known: dict[str, str]) -> str:

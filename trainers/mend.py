@@ -176,7 +176,8 @@ def broken(episodes: Sequence[Episode], repair: RepairConfig, selection: Selecti
     if repair.repair == "none":
         return []
     solved = {e.task.id for e in episodes if _team(e, selection) >= selection.success_threshold}
-    found, taken = [], set()
+    found: list[Episode] = []
+    taken: set[str] = set()
     for episode in episodes:
         failed = _team(episode, selection) < selection.success_threshold  # not if it has no score
         if failed and repair.repair == "unsolved" and episode.task.id in solved | taken:
