@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
 
 Table = Sequence[Mapping[str, float]]
-Horizon = Literal["discounted_sum", "last", "current"]
-Share = Literal["all", "individual"]
-Sign = Literal["off", "paper_sign", "code_sign"]
-HORIZONS, SHARES, SIGNS = get_args(Horizon), get_args(Share), get_args(Sign)
+HORIZONS, SHARES = ("discounted_sum", "last", "current"), ("all", "individual")
+SIGNS = ("off", "paper_sign", "code_sign")
 
 _PIECE = re.compile(r"\w+|[^\w\s]")
-_PATTERN, _REPEATS = 20, 3  # longest pattern that is looked for, and how often it may stand in a row
+_PATTERN, _REPEATS = 20, 3  # words and signs of the longest pattern, how often it may stand in a row
 
 
 def influence(
-    scores: Table, *, horizon: Horizon = "discounted_sum", share: Share = "all", discount: float = 0.3, own: Table | None = None
+    scores: Table, *, horizon: str = "discounted_sum", share: str = "all", discount: float = 0.3, own: Table | None = None
 ) -> list[dict[str, float]]:
     """R of every answer from the scores s of all, with T rounds and A members.
 
@@ -51,7 +48,7 @@ def influence(
     return [{member: reward(t, member) for member in row} for t, row in enumerate(scores)]
 
 
-def shaping(right: Table, weights: Sequence[float], sign: Sign) -> list[dict[str, float]]:
+def shaping(right: Table, weights: Sequence[float], sign: str) -> list[dict[str, float]]:
     """B of every answer from who was right when: a bonus for changing for the better and for changing others for the better.
 
     `paper_sign`, weights (alpha0, alpha1, beta0, beta1). Of round t > 0, if the member's own answer went
@@ -108,12 +105,13 @@ def _side(value: float) -> int:
 def invalid(text: str, *, min_words: int = 0, boxed: bool = False, repeats: int = _REPEATS) -> str:
     """Why an answer does not count; "" if it does: too short, a pattern in a row again and again, or no answer in a box.
 
-    A pattern is one to twenty words and signs (numbers do not count as one); the paper's code looks at tokens instead.
+    A pattern is one to twenty words and signs (numbers do not count as one), and may stand `repeats` times in a row (0: as often as it
+    likes); the paper's code looks at tokens instead.
     """
     pieces = _PIECE.findall(text)
     if len(pieces) < min_words:
         return f"{len(pieces)} words and signs, at least {min_words} expected"
-    for length in range(1, _PATTERN + 1):
+    for length in range(1, _PATTERN + 1 if repeats else 1):
         row = 0  # how many pieces in a row equal the one a pattern's length before
         for i in range(length, len(pieces)):
             row = row + 1 if pieces[i] == pieces[i - length] else 0

@@ -230,6 +230,7 @@ def one_thread() -> Iterator[None]:
 
 
 _one_thread = one_thread  # the name in `train`, whose text is part of the model's name
+lesson_loss = _loss  # likewise
 
 
 def _save(network: Any, folder: Path) -> None:

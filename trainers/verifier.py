@@ -18,6 +18,7 @@ import asyncio
 import dataclasses
 import functools
 import json
+import math
 import random
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -153,10 +154,9 @@ class VerifierTrainer(Trainer[VerifierConfig]):
 
     Config = VerifierConfig
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
+    def heads(self) -> Sequence[HeadSpec]:
         shape = AdapterSpec(self.args.lora_r, float(self.args.lora_alpha), tuple(self.args.lora_target_modules))
-        self.run.heads = (HeadSpec(NAME, adapter=shape),)
+        return (HeadSpec(NAME, adapter=shape),)
 
     @property
     def base(self) -> Base:
@@ -164,7 +164,7 @@ class VerifierTrainer(Trainer[VerifierConfig]):
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Several passes over the step's balanced answers; returns metrics."""
-        args, head = self.args, self.base.heads[NAME]
+        args = self.args
         found = answers_of(episodes, args.label)
         kept = balanced(found, args.per_task, args.seed, args.min_answers)
         numbers = {"answers": len(found), "right": sum(a.right for a in found), "kept": len(kept)}
@@ -174,11 +174,8 @@ class VerifierTrainer(Trainer[VerifierConfig]):
             sizes = torch.tensor([sample.num_trained for sample in samples])
             right = torch.tensor([float(a.right) for a in part])
             targets = {"right": right.repeat_interleave(sizes), "weight": (1 / sizes).repeat_interleave(sizes)}
-            done = head.learn(samples, targets, verifier_loss, step, self.run.ranks)
-            if not done.applied:
-                raise RunError(f"step {step}: the verifier's update was not made: {done.problem}")
-            self.run.tokens["trained"] += done.tokens
-            losses.append(done.stats["loss"])
+            done = self.run.learn_head(step, NAME, samples, targets, verifier_loss)
+            losses.append(done.stats.get("loss", math.nan))
         ends = {"loss_first": losses[0], "loss": sum(losses[-10:]) / len(losses[-10:]), "updates": len(losses)}
         return {"verifier": {**numbers, **ends}, "policies": self.rows({}, episodes)}
 
