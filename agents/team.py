@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from .programs import Allowance, Execute, Externals, Outcome
+from .programs import Allowance, Execute, Externals, Outcome, SandboxError
 from .tools import Tool, parse_calls, python_tool, resolve_tools, run_call, tool_prompt
 from .types import AgentSpec, Completion, Decision, Message, Sampling, SettingError, Task, Turn, from_json, nearest, to_json
 
@@ -393,7 +393,7 @@ class Team:
     async def execute(self, program: str, externals: Externals | None = None, limits: Allowance = Allowance()) -> Outcome:
         """Run a program that a model wrote, in the sandbox: with `externals` a workflow program that can call these, else plain Python."""
         if self._execute is None:
-            raise SettingError("team.execute: this team has no sandbox; use rollouts.play.Rollouts, or give Team(execute=...)")
+            raise SandboxError("team.execute: this team has no sandbox; use rollouts.play.Rollouts, or give Team(execute=...)")
         return await self._execute(program, externals, limits)
 
     async def play(self, system: System, tasks: Sequence[Task]) -> list[Any]:

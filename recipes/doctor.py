@@ -8,12 +8,12 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from marlora.rollouts import sandbox
 from marlora.rollouts.engines.start import choose_engine, cpu_has_bfloat16, has_gpu
 from marlora.trainers.models import cache
 
@@ -143,14 +143,5 @@ def storage() -> list[Row]:
 
 
 def machine() -> list[Row]:
-    """What some recipes use: Slurm for clusters, bubblewrap for the sandbox of arbitrary Python."""
-    slurm = "sbatch" if shutil.which("sbatch") else ""
-    rows = [("Slurm", f"{shutil.which('sbatch')}" if slurm else "none", "")]
-    bwrap = shutil.which("bwrap")
-    if bwrap is None:
-        return [
-            *rows,
-            ("bubblewrap", "none", "" if platform.system() != "Linux" else "apt install bubblewrap, to run code that models write"),
-        ]
-    works = subprocess.run([bwrap, "--unshare-all", "--ro-bind", "/", "/", "true"], capture_output=True, timeout=10).returncode == 0
-    return [*rows, ("bubblewrap", bwrap if works else f"{bwrap}, not allowed here", "" if works else "allow user namespaces")]
+    """What some recipes use: Slurm for clusters, a sandbox for programs that models write (found out by attacking it)."""
+    return [("Slurm", shutil.which("sbatch") or "none", ""), ("sandbox", *sandbox.state())]

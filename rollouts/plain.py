@@ -28,7 +28,7 @@ GRACE = 2.0  # seconds between a CPU limit that is met and the end
 
 
 @dataclass(frozen=True)
-class Tests:
+class Exam:
     """What a program has to pass.
 
     Args:
@@ -189,7 +189,7 @@ def _words(status: Status, code: int, errors: str, limits: Allowance) -> str:
     return "" if status == "done" else words.get(status, last)
 
 
-def check_plain(cage: Cage, program: str, tests: Tests, limits: Allowance, stop: int | None = None) -> Verdict:
+def check_plain(cage: Cage, program: str, tests: Exam, limits: Allowance, stop: int | None = None) -> Verdict:
     """What the tests say of a program. Blocks. Time, memory and output hold for both processes; a limit met fails the tests that are left."""
     nonce = secrets.token_hex(16)
     told = json.dumps({"nonce": nonce, "tests": tests.tests, "names": tests.names, "setup": tests.setup})

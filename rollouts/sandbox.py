@@ -2,7 +2,7 @@
 
     outcome = await run("await ask('2 + 2?')", {"ask": ask})       # a workflow program, in Monty: it can call `ask` and nothing else
     outcome = await run("print(2 + 2)")                            # plain Python, in a cage
-    verdict = await check(program, Tests(("assert f(2) == 4",), ("f",)))
+    verdict = await check(program, Exam(("assert f(2) == 4",), ("f",)))
 
 Nothing falls back: where no cage holds (`proof.py` tries), both raise `SandboxError`, which ends a run. Whatever a program does is an
 `Outcome`, and costs the episode that wrote it.
@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 
 from ..agents.programs import Allowance, Externals, Outcome, SandboxError
 from .cage import Cage
-from .plain import Tests, Verdict, check_plain, run_plain
+from .plain import Exam, Verdict, check_plain, run_plain
 from .proof import cage, cages
 from .workflows import Interpreter, ProgramError
 
-__all__ = ["Allowance", "Outcome", "ProgramError", "SandboxError", "Tests", "Verdict", "check", "run", "state"]
+__all__ = ["Allowance", "Outcome", "ProgramError", "SandboxError", "Exam", "Verdict", "check", "run", "state"]
 
 T = TypeVar("T")
 MAX_PROGRAM = 1 << 20  # characters
@@ -54,7 +54,7 @@ async def run(program: str, externals: Externals | None = None, limits: Allowanc
     return await _in_thread(run_plain, held, program, limits)
 
 
-async def check(program: str, tests: Tests, limits: Allowance = LIMITS) -> Verdict:
+async def check(program: str, tests: Exam, limits: Allowance = LIMITS) -> Verdict:
     """What hidden tests say of a program that cannot see them. Raises `SandboxError` if programs cannot be run here."""
     held = await _held()
     if len(program) > MAX_PROGRAM or "\0" in program:

@@ -464,7 +464,7 @@ def test_a_run_that_fails_is_exit_code_1(checkpoint: Path, tmp_path: Path, capsy
 def test_doctor_finds_this_machine_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert marlora("doctor") == 0
     said = capsys.readouterr().out
-    for part in ("Python", "torch build", "GPU", "transformers", "vLLM", "model cache", "disk", "Slurm", "bubblewrap", "bfloat16"):
+    for part in ("Python", "torch build", "GPU", "transformers", "vLLM", "model cache", "disk", "Slurm", "sandbox", "bfloat16"):
         assert part in said
 
 
