@@ -19,7 +19,7 @@ from ..agents.team import derive_seed
 from ..agents.types import SettingError
 from ..rollouts.engines.start import help_of
 from ..rollouts.types import Episode
-from .batches import Batch, deal, pack
+from .batches import Batch
 from .config import RunError
 from .epochs import joined, minibatches
 from .logprobs import token_logprobs
@@ -27,7 +27,7 @@ from .losses import Stats, weighted_nll
 from .run import Run
 from .samples import Denominators, Sample, TurnKey, samples
 from .trl_baseline import Lesson, Row, TrainerChoice, learn_with_trl
-from .update import Updated
+from .update import Updated, read
 
 
 @dataclass
@@ -140,22 +140,16 @@ def mean_nll(run: Run, found: Sequence[Sample], speaker: Mapping[str, str] | Non
     Args:
         speaker: whose weights judge a policy's samples (another policy, or `base`); a policy that is missing judges its own.
     """
-    sums: dict[str, list[float]] = {}
+    joint: dict[str, float] = {}
     for base in run.bases.values():
-        mine = [sample for sample in found if sample.policy in base.policies]
-        batches = pack(mine, max_tokens=run.config.tokens_per_batch, layout=base.optimizers.layout) if mine else []
-        for batch in deal(batches, run.ranks.size)[run.ranks.rank]:
-            with torch.no_grad(), base.adapters.active((speaker or {}).get(batch.policy, batch.policy)):
-                logp = token_logprobs(base.adapters.model, batch.to(run.ranks.device))[0]
-            total = sums.setdefault(batch.policy, [0.0, 0.0])
-            total[0] -= float(logp.double().sum())
-            total[1] += logp.numel()
-    joint: dict[str, list[float]] = {}
-    for part in run.ranks.gather(sums):
-        for policy, (nll, count) in part.items():
-            old = joint.get(policy, [0.0, 0.0])
-            joint[policy] = [old[0] + nll, old[1] + count]
-    return {policy: nll / count for policy, (nll, count) in sorted(joint.items())}
+        model, layout = base.adapters.model, base.optimizers.layout
+        for policy, own in by_policy([sample for sample in found if sample.policy in base.policies]).items():
+            with base.adapters.active((speaker or {}).get(policy, policy)):
+                logp = read(
+                    own, lambda batch, model=model: token_logprobs(model, batch)[0], run.config.tokens_per_batch, layout, run.ranks
+                )
+            joint[policy] = -float(logp.double().mean())
+    return joint
 
 
 def _with_trl(run: Run, step: int, found: Sequence[Sample], config: ImitationConfig) -> dict[str, Updated]:
