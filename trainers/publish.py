@@ -33,7 +33,7 @@ import torch
 
 from ..agents.team import derive_seed
 from ..agents.types import BASE, Sampling
-from ..rollouts.engines.engine import Engine, EngineError, Ref
+from ..rollouts.engines.engine import Engine, EngineError, Ref, ReplicaLost
 from ..rollouts.types import Episode
 from .adapters import Adapters, folder_sha256
 from .checkpoint import fsync
@@ -203,10 +203,13 @@ class Publisher:
             return []
         made: list[Proof] = []
         for policy in sorted(self.unproven):
+            mine: list[Proof] = []
             for replica in self.engine.info().replicas:
-                made.append(await self._prove(step, policy, replica, probes_of.get(policy, ())))
-            if made[-1].status != "untrained" or not self.adapters.is_trained(policy):
+                with contextlib.suppress(ReplicaLost):  # told by the engine, which lets it come back only with these adapters
+                    mine.append(await self._prove(step, policy, replica, probes_of.get(policy, ())))
+            if mine and (mine[-1].status != "untrained" or not self.adapters.is_trained(policy)):
                 self.unproven.discard(policy)
+            made += mine
         self.records += made
         failed = [proof for proof in made if proof.status == "failed"]
         if failed:

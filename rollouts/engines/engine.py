@@ -27,13 +27,18 @@ class EngineError(RuntimeError):
     """The engine cannot go on; the message names it and gives the tail of its log where there is one."""
 
 
+class ReplicaLost(EngineError):
+    """One of several replicas is gone for now and the others go on: what was asked of it by name cannot be had."""
+
+
 class PromptTooLong(EngineError):
     """A prompt and the tokens asked for do not fit the model's context; counted as data, not fatal."""
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """Facts of a running engine. `context`: tokens per sequence; `dtype`: of the served weights; `replicas`: places a version must reach.
+    """Facts of a running engine. `context`: tokens per sequence; `dtype`: of the served weights; `replicas`: places a version must reach,
+    those that are there now.
 
     `exact`: the same requests, all asked again, get the same answers to the last bit; some of them asked alone may not.
     """

@@ -13,7 +13,7 @@ import json
 import random
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -24,6 +24,7 @@ from ...agents.types import BASE, Completion, PolicySpec, Sampling, SettingError
 from .engine import EngineError, EngineInfo, PromptTooLong, Ref, TeamVersion
 from .start import EngineConfig
 from .vllm_args import ServerSettings, lora_sizes, served_dtype, vllm_version
+from .vllm_fleet import Fleet, hasty
 from .vllm_replica import Patience, Replica
 from .vllm_server import VLLMServer, served_base, start_servers
 from .vllm_urls import key_from, refuse_open, tidy
@@ -49,16 +50,15 @@ class Routes:
     Compared are whole earlier prompts, not first tokens: few-shot prompts share those across all chats.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
+    def __init__(self) -> None:
         self._seen: OrderedDict[tuple[str, int], str] = OrderedDict()
 
     def choose(self, policy: str, ids: Sequence[int], open_requests: Mapping[str, int]) -> str:
-        if len(self.names) == 1:
-            return self.names[0]
+        if len(open_requests) == 1:
+            return next(iter(open_requests))
         hashes = list(accumulate(ids, lambda seen, token: hash((seen, token)), initial=0))[1:]
         found = next((self._seen[policy, h] for h in reversed(hashes) if (policy, h) in self._seen), None)
-        name = found or min(self.names, key=lambda one: open_requests[one])
+        name = found if found in open_requests else min(open_requests, key=lambda one: open_requests[one])
         self._seen[policy, hashes[-1]] = name
         self._seen.move_to_end((policy, hashes[-1]))
         if len(self._seen) > CHATS:
@@ -94,8 +94,10 @@ class VLLMEngine:
         self.tokens, self.root = tokens, Path(adapter_root).resolve()
         self.replicas: dict[str, Replica] = {}
         self.max_rank, self.base, contexts = 0, "", []
+        patience = patience or Patience()
+        patience = hasty(patience) if len(servers) > 1 else patience
         for server in servers:
-            replica, context = _connect(server, key, allow_open_server, patience or Patience())
+            replica, context = _connect(server, key, allow_open_server, patience)
             if replica.name in self.replicas:
                 raise SettingError(f"server_urls: {replica.name} is given twice")
             self.replicas[replica.name] = replica
@@ -108,7 +110,8 @@ class VLLMEngine:
         self.base = self.base or next(iter(self.replicas.values())).base
         self._versions: dict[str, str] = {}  # version -> policy, of those that may be asked for
         self._used: set[str] = set()  # every version name there ever was
-        self._routes = Routes(list(self.replicas))
+        self.fleet = Fleet(self.replicas)
+        self._routes = Routes()
         self._draw = random.SystemRandom()
         self._closed = False
 
@@ -125,14 +128,16 @@ class VLLMEngine:
         if sampling.seed is None:
             sampling = replace(sampling, seed=self._draw.getrandbits(62))  # drawn once, so that a retry repeats it
         asked = n if sampling.temperature > 0 else 1  # vLLM refuses n > 1 for greedy sampling; sibling k draws with seed + k
-        place = self._replica(replica) if replica else self._choose(ref, ids)
-        model = self._model(ref, place)
-        body = request_body(ids, model, sampling, asked, self.tokens.eos_ids)
-        read = partial(read_choices, model=model, prompt=list(ids), n=asked, max_tokens=sampling.max_tokens)
-        replies = await self._send(place, model, body, read)
+
+        async def ask(place: Replica) -> Any:
+            model = self._model(ref, place)
+            body = request_body(ids, model, sampling, asked, self.tokens.eos_ids)
+            read = partial(read_choices, model=model, prompt=list(ids), n=asked, max_tokens=sampling.max_tokens)
+            return await self._send(place, model, body, read)
+
         made = [
             Completion(self.tokens.decode(tokens), tuple(ids), tokens, logprobs, reason, ref.policy, ref.version)
-            for tokens, logprobs, reason in replies
+            for tokens, logprobs, reason in await self._ask(ref, ids, replica, ask)
         ]
         return made if asked == n else made * n
 
@@ -140,10 +145,19 @@ class VLLMEngine:
         """See `Engine.score`. vLLM wants to generate a token, so at most context - 1 tokens can be scored."""
         if len(ids) + 1 > self.context:
             raise PromptTooLong(f"{len(ids)} tokens to score do not fit the context of {self.context} with one more")
-        place = self._replica(replica) if replica else self._choose(ref, ids)
-        model = self._model(ref, place)
-        body = request_body(ids, model, Sampling(max_tokens=1, seed=0), 1, self.tokens.eos_ids) | {"prompt_logprobs": 0}
-        return await self._send(place, model, body, partial(read_scores, model=model, prompt=list(ids)))
+
+        async def ask(place: Replica) -> Any:
+            model = self._model(ref, place)
+            body = request_body(ids, model, Sampling(max_tokens=1, seed=0), 1, self.tokens.eos_ids) | {"prompt_logprobs": 0}
+            return await self._send(place, model, body, partial(read_scores, model=model, prompt=list(ids)))
+
+        return await self._ask(ref, ids, replica, ask)
+
+    async def _ask(self, ref: Ref, ids: Sequence[int], name: str | None, ask: Callable[[Replica], Awaitable[Any]]) -> Any:
+        """On the replica of this name, or on the one where the chat is, and another if that is lost."""
+        if name is not None:
+            return await self.fleet.only(name, ask)
+        return await self.fleet.ask(lambda present: self._choose(ref, ids, present), ask)
 
     async def _send(self, replica: Replica, model: str, body: Mapping[str, Any], read: Any) -> Any:
         replica.open[model] += 1
@@ -152,15 +166,10 @@ class VLLMEngine:
         finally:
             replica.open[model] -= 1
 
-    def _choose(self, ref: Ref, ids: Sequence[int]) -> Replica:
+    def _choose(self, ref: Ref, ids: Sequence[int], present: Mapping[str, Replica]) -> Replica:
         if not ids:
             raise EngineError("an empty prompt: at least one token expected")
-        return self.replicas[self._routes.choose(ref.policy, ids, {n: r.open.total() for n, r in self.replicas.items()})]
-
-    def _replica(self, name: str) -> Replica:
-        if name not in self.replicas:
-            raise EngineError(f"unknown replica {name!r}; {nearest(name, list(self.replicas))}")
-        return self.replicas[name]
+        return present[self._routes.choose(ref.policy, ids, {name: r.open.total() for name, r in present.items()})]
 
     def _model(self, ref: Ref, replica: Replica) -> str:
         """The name to ask for. An unknown version, or another policy's, is an error and never the base."""
@@ -186,7 +195,7 @@ class VLLMEngine:
                 raise EngineError(f"adapter version {name!r}: the name was used before; every version needs a new one")
         self._used.update(names)
         for folder in found.values():
-            await asyncio.gather(*(replica.load(folder.name, str(folder)) for replica in self.replicas.values()))
+            await self.fleet.load(folder.name, folder)
         self._versions |= {folder.name: policy for policy, folder in found.items()}
         return {policy: folder.name for policy, folder in found.items()}
 
@@ -211,20 +220,21 @@ class VLLMEngine:
         if not ref.version:
             raise EngineError("the bare base cannot be retired")
         del self._versions[ref.version]
-        await asyncio.gather(*(replica.unload(ref.version) for replica in self.replicas.values()))
+        await self.fleet.unload(ref.version)
 
     async def adapters(self, replica: str) -> Mapping[str, str]:
-        return await self._replica(replica).listed()
+        return await self.fleet.only(replica, Replica.listed)
 
     def info(self) -> EngineInfo:
         servers = [replica.server for replica in self.replicas.values() if replica.server]
         settings = {"urls": [replica.url for replica in self.replicas.values()]} | ({"vllm": servers[0].version} if servers else {})
-        return EngineInfo("vllm", self.base, self.context, self.dtype, self.max_rank, tuple(self.replicas), settings=settings)
+        present = tuple(self.fleet.present)
+        return EngineInfo("vllm", self.base, self.context, self.dtype, self.max_rank, present, settings=settings)
 
     async def close(self) -> None:
         """Close connections and stop the servers that are ours. Safe to call twice."""
         self._closed = True
-        await asyncio.gather(*(replica.close() for replica in self.replicas.values()))
+        await self.fleet.close()
 
 
 def _connect(server: VLLMServer | str, key: str, allow_open: bool, patience: Patience) -> tuple[Replica, int]:

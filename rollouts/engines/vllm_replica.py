@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from .engine import EngineError
+from .engine import EngineError, ReplicaLost
 from .vllm_server import VLLMServer
 from .vllm_wire import Transient
 
@@ -30,11 +30,12 @@ GROWTH = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:requ
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to wait and how often to try, in seconds and counts.
+    """How long to wait and how often to try, in seconds and counts. Where there are several servers, see `vllm_fleet.hasty`.
 
     Args:
         retries: of one request after the first try. backoff: before the first retry, doubled each time, ±50 %, at most `longest`.
         request: one try may take this long. stall: no sign of life for so long is followed by a probe, which may take `probe`.
+        gone: when all of several servers are lost, one may take this long to come back (ours: besides the time it may take to start).
     """
 
     retries: int = 6
@@ -43,6 +44,7 @@ class Patience:
     request: float = 1800.0
     stall: float = 120.0
     probe: float = 30.0
+    gone: float = 60.0
 
 
 class Dropped(Transient):
@@ -58,7 +60,10 @@ class Refused(EngineError):
 
 
 class Replica:
-    """One server. `adapters` are those to be loaded again after a restart; `open` counts requests in flight by served name."""
+    """One server. `adapters` are those to be loaded again after a restart; `open` counts requests in flight by served name.
+
+    `alone`: there is no other, so requests wait while it is started again. Else they raise `ReplicaLost`, and `Fleet` brings it back.
+    """
 
     def __init__(self, name: str, url: str, key: str, base: str, patience: Patience, server: VLLMServer | None = None) -> None:
         self.name, self.url, self.key, self.base = name, url, key, base
@@ -66,6 +71,7 @@ class Replica:
         self.adapters: dict[str, str] = {}
         self.open: Counter[str] = Counter()
         self.restarts = 0
+        self.alone = True
         self._dead = ""  # why the watch gave it up
         self._finished = 0
         self._jitter = random.Random()  # not the global one: retries must not move anybody's seeds
@@ -78,7 +84,10 @@ class Replica:
     # requests
 
     async def request(self, method: str, path: str, body: Any = None, read: Callable[[Any], T] = lambda reply: reply) -> T:
-        """Send, and `read` the reply (may raise `Transient`). Raises `Refused` for a 4xx, `EngineError` after the last try."""
+        """Send, and `read` the reply (may raise `Transient`).
+
+        Raises `Refused` for a 4xx, after the last try `EngineError`, or `ReplicaLost` if there are others to ask.
+        """
         await self._attach()
         failure: Transient | None = None
         for attempt in range(self.patience.retries + 1):
@@ -92,9 +101,10 @@ class Replica:
                 return reply
             except Transient as error:
                 failure = error
-                if isinstance(error, Dropped) and self.server is None:
-                    break  # not ours to start again
-        raise EngineError(f"{self}: {method} {path} failed {attempt + 1} times, last: {failure}{self._tail()}")
+                if isinstance(error, Dropped) and (self.server is None or not self.alone):
+                    break  # not ours to start again, or not here
+        kind = EngineError if self.alone else ReplicaLost
+        raise kind(f"{self}: {method} {path} failed {attempt + 1} times, last: {failure}{self._tail()}")
 
     async def _once(self, method: str, path: str, body: Any, seconds: float) -> Any:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
@@ -117,14 +127,7 @@ class Replica:
 
     async def listed(self) -> dict[str, str]:
         """What the server says it has loaded: {version: folder}."""
-
-        def read(reply: Any) -> dict[str, str]:
-            try:
-                return {entry["id"]: entry["root"] for entry in reply["data"] if entry.get("parent")}
-            except (KeyError, TypeError) as error:
-                raise Transient(f"the list of models has no such form: {error!r}") from error
-
-        return await self.request("GET", "/v1/models", read=read)
+        return await self.request("GET", "/v1/models", read=loaded)
 
     async def load(self, version: str, folder: str) -> None:
         """Load an adapter. One that a lost reply had already loaded from this folder is taken as loaded."""
@@ -238,28 +241,72 @@ class Replica:
 
     async def _revive(self) -> None:
         """Before a try: start a dead server of ours again, once for all that wait. Raises `EngineError` when it may not be."""
+        if not self.alone:
+            if self._dead or (self.server is not None and not self.server.alive):
+                raise ReplicaLost(f"{self} is dead: {self._dead or 'its process ended'}{self._tail()}")
+            return
         async with self._lock:
             if self.server is None:
                 self._dead = ""  # a server by URL may have come back; if not, this try says so
                 return
             if self.server.alive and not self._dead:
                 return
-            self._dead = reason = self._dead or "its process ended"
-            if self.restarts >= self.server.settings.max_restarts:
-                raise EngineError(f"{self} is dead: {reason}; it was started again {self.restarts} times{self._tail()}")
-            self.restarts += 1
-            self.server.progress(f"{self} is dead: {reason}. Starting it again ({self.restarts})\n{self.server.tail()}")
-            await asyncio.to_thread(self.server.stop)
-            self.server.launch()
-            while not self.server.ready():
-                await asyncio.sleep(0.25)
-            self.url, self.key = self.server.url, self.server.key
+            await self._restart()
             for version, folder in self.adapters.items():
-                await self._once("POST", "/v1/load_lora_adapter", {"lora_name": version, "lora_path": folder}, 60.0)
+                await self.order("/v1/load_lora_adapter", {"lora_name": version, "lora_path": folder})
             self._dead = ""
+
+    async def _restart(self) -> None:
+        """Start a dead server of ours again. Raises `EngineError` when it may not be."""
+        assert self.server is not None
+        self._dead = reason = self._dead or "its process ended"
+        if self.restarts >= self.server.settings.max_restarts:
+            raise EngineError(f"{self} is dead: {reason}; it was started again {self.restarts} times{self._tail()}")
+        self.restarts += 1
+        self.server.progress(f"{self} is dead: {reason}. Starting it again ({self.restarts})\n{self.server.tail()}")
+        await asyncio.to_thread(self.server.stop)
+        self.server.launch()
+        while not self.server.ready():
+            await asyncio.sleep(0.25)
+        self.url, self.key = self.server.url, self.server.key
+
+    # coming back, one try each: `Transient` or `Refused` if it fails
+
+    @property
+    def comeback(self) -> float:
+        """Seconds in which a lost server may be back."""
+        return self.patience.gone + (self.server.settings.timeout if self.server is not None else 0.0)
+
+    async def rise(self) -> None:
+        """Let a lost server answer again: start it if it is ours and dead."""
+        await self._attach()
+        if self.server is not None and (self._dead or not self.server.alive):
+            await self._restart()
+        await self.look()
+        self._dead = ""
+
+    async def compute(self) -> None:
+        """Let its base generate a token."""
+        body = {"model": self.base, "prompt": [1], "max_tokens": 1, "temperature": 0.0}
+        await self._once("POST", "/v1/completions", body, self.patience.probe)
+
+    async def look(self) -> dict[str, str]:
+        """What it lists: {version: folder}."""
+        return loaded(await self._once("GET", "/v1/models", None, self.patience.probe))
+
+    async def order(self, path: str, body: Any) -> None:
+        await self._once("POST", path, body, 60.0)
 
     def _tail(self) -> str:
         return f". End of {self.server.log}:\n{self.server.tail()}" if self.server is not None else ""
+
+
+def loaded(reply: Any) -> dict[str, str]:
+    """The adapters in a reply to /v1/models: {version: folder}."""
+    try:
+        return {entry["id"]: entry["root"] for entry in reply["data"] if entry.get("parent")}
+    except (KeyError, TypeError) as error:
+        raise Transient(f"the list of models has no such form: {error!r}") from error
 
 
 def message(raw: bytes) -> str:

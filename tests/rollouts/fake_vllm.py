@@ -80,8 +80,13 @@ class FakeVLLM:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self.stop()
+
+    def stop(self) -> None:
+        """Be gone. Safe to call twice."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(10)
 
     def completions(self) -> list[dict[str, Any]]:
         return [body for path, _, body in self.requests if path == "/v1/completions" and body]
