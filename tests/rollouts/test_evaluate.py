@@ -10,7 +10,7 @@ import pytest
 from marlora.agents.chain import Chain
 from marlora.agents.types import SettingError, Task
 from marlora.rollouts.engines.scripted import ScriptedEngine
-from marlora.rollouts.evaluate import Evaluation, evaluate, evaluation, interval, paired, wilson
+from marlora.rollouts.evaluate import Evaluation, best, evaluate, evaluation, interval, paired, wilson
 from marlora.rollouts.play import Rollouts
 from marlora.rollouts.speakers import EngineSpeaker
 from marlora.rollouts.types import Episode, Reward, Usage
@@ -84,3 +84,12 @@ def test_evaluate_plays_every_task_once_and_greedily() -> None:
     found = asyncio.run(evaluate(rollouts, TASKS))
     assert found.scores == {"w": 0.0, "x": 1.0, "y": 0.0, "z": 0.0} and len(engine.calls) == 4
     assert asyncio.run(evaluate(rollouts, TASKS, greedy=False)).accuracy == 0.0
+
+
+def test_best_of_n_takes_the_highest_scored_episode_of_every_task() -> None:
+    def played(name: str, value: float, task: Task = TASKS[0], parent: str | None = None) -> Episode:
+        return Episode(name, "g", task, parent=parent, rewards=(Reward("r", value),))
+
+    several = [played("a", math.nan), played("b", 0.5), played("c", 0.7), played("d", 0.7), played("e", 0.9, parent="d")]
+    alone = [played("f", math.nan, TASKS[1])]
+    assert [episode.id for episode in best(several + alone, "r")] == ["c", "f"]
