@@ -84,9 +84,15 @@ async def _tail(stream: asyncio.StreamReader | None, into: bytearray) -> None:
 
 
 async def _wait(process: asyncio.subprocess.Process) -> None:
-    """Wait for the process, then end what it left running: that would hold its pipes open."""
-    await process.wait()
-    _send(process, signal.SIGKILL)
+    """Wait for the process itself, then end what it left running, which holds its pipes open: `wait` alone may wait for those too."""
+    waiting = asyncio.ensure_future(process.wait())
+    try:
+        while process.returncode is None:
+            await asyncio.wait([waiting], timeout=0.05)
+        _send(process, signal.SIGKILL)
+        await waiting
+    finally:
+        waiting.cancel()
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -68,8 +68,10 @@ class Program(System):
         async with self._door.admit(team, self.models, keep_sampling=self.keep_sampling) as visit:
             output = take_result(await visit.guard(self.play(task, visit)), visit)
             if self.reward_wait and not visit.rewarded.is_set():
-                async with asyncio.timeout(self.reward_wait):
-                    await visit.rewarded.wait()
+                try:
+                    await asyncio.wait_for(visit.rewarded.wait(), self.reward_wait)
+                except TimeoutError as error:
+                    raise ProgramError(f"no reward was posted in {self.reward_wait:g} s (system.reward_wait)") from error
             return output
 
     async def play(self, task: Task, visit: Visit) -> Any:

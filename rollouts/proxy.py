@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -44,9 +43,8 @@ class Door:
     def __init__(
         self, host: str = "127.0.0.1", *, max_body: int = 8 << 20, body_timeout: float = 30.0, call_timeout: float = 600.0
     ) -> None:
-        with contextlib.suppress(ValueError):
-            if ipaddress.ip_address(host).is_unspecified:
-                raise SettingError(f"host {host!r}: name the address that programs reach this machine by, such as 127.0.0.1")
+        if host in ("", "0.0.0.0", "::"):
+            raise SettingError(f"host {host!r}: name the address that programs reach this machine by, such as 127.0.0.1")
         self.host, self.max_body, self.body_timeout, self.call_timeout = host, max_body, body_timeout, call_timeout
         self._open: dict[asyncio.AbstractEventLoop, Listener] = {}
 

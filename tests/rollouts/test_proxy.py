@@ -1,0 +1,469 @@
+"""The door: what programs ask and are told, who may ask, and what becomes of retries."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import aiohttp
+import pytest
+
+from marlora.agents.team import fake_team
+from marlora.agents.types import AgentSpec, Message, Sampling, SettingError
+from marlora.rollouts.engines.engine import EngineError
+from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
+from marlora.rollouts.play import Limits
+from marlora.rollouts.proxy import Door
+from tests.rollouts.asking import Asker, chat, play, played
+
+CALC = {"type": "function", "function": {"name": "calc", "description": "adds", "parameters": {"type": "object", "properties": {}}}}
+CALL = 'Let me see.\n<tool_call>\n{"name": "calc", "arguments": {"x": 1}}\n</tool_call>'
+SCHEMA = {"type": "object"}
+USED = Sampling(max_tokens=64)
+
+
+def numbered() -> ScriptedEngine:
+    """Each engine call gives another number, each sibling too."""
+    engine = ScriptedEngine(lambda prompt, ref, sampling, k: f"{len(engine.calls)}.{k}")
+    return engine
+
+
+# what is asked
+
+
+def test_a_call_is_a_turn_of_the_agent_it_names() -> None:
+    async def body(asker: Asker) -> str:
+        reply = await asker.ask("a", {"role": "system", "content": "Be brief."}, "2+2?")
+        assert reply["object"] == "chat.completion" and reply["model"] == "a"
+        (choice,) = reply["choices"]
+        assert choice["message"] == {"role": "assistant", "content": "15", "refusal": None} and choice["finish_reason"] == "stop"
+        assert reply["usage"]["completion_tokens"] == 3  # two bytes and the end
+        return await asker.say("agent:b", f"check {choice['message']['content']}")
+
+    episode = played(body)
+    assert episode.output == "15" and [(t.index, t.agent, t.reads) for t in episode.turns] == [(0, "a", ()), (1, "b", (0,))]
+    assert episode.turns[0].messages == (Message("system", "Be brief."), Message("user", "2+2?"))
+    assert episode.turns[0].source == "sampled" and episode.usage["a"].calls == 1 and episode.usage["b"].sampled_tokens == 3
+
+
+def test_models_are_the_team_and_an_unknown_one_is_told_who_is_there() -> None:
+    async def body(asker: Asker) -> None:
+        status, found = await asker.get("/models")
+        assert status == 200 and [m["id"] for m in found["data"]] == ["a", "b", "gpt-4o"]
+        assert (await asker.get("/models/b"))[1]["owned_by"] == "b"
+        status, error = await asker.post("/chat/completions", chat("aa", "hi"))
+        assert status == 404 and error["error"]["code"] == "model_not_found"
+        assert error["error"]["message"] == "model 'aa': no such agent; did you mean 'a'? (all: a, b, gpt-4o)"
+        await asker.ask("gpt-4o", "hi")
+
+    episode = played(body, program={"models": {"gpt-4o": "b"}})
+    assert [t.agent for t in episode.turns] == ["b"]  # the refused call is no turn
+
+
+def test_a_call_that_extends_an_earlier_one_goes_on_with_its_tokens() -> None:
+    engine = numbered()
+
+    async def body(asker: Asker) -> None:
+        first = await asker.say("a", "one")
+        said = {"role": "assistant", "content": first}
+        await asker.say("a", "one", said, "two")
+        await asker.say("a", "one", {"role": "assistant", "content": "not what it said"}, "two")
+        await asker.say("b", "one", said, "two")  # another agent's chat: for b it is a new one
+
+    one, two, other, foreign = played(body, engine).turns
+    start = one.prompt_ids + one.token_ids
+    assert two.prompt_ids[: len(start)] == start and two.messages[:2] == (*one.messages, Message("assistant", one.text))
+    assert other.prompt_ids[: len(start)] != start
+    assert foreign.messages == two.messages and foreign.agent == "b"
+    assert foreign.reads == ()  # the answer stands as the assistant's
+
+
+def test_n_gives_siblings_and_the_one_gone_on_with_is_taken() -> None:
+    async def body(asker: Asker) -> None:
+        reply = await asker.ask("a", "pick", n=3)
+        texts = [c["message"]["content"] for c in reply["choices"]]
+        assert texts == ["1.0", "1.1", "1.2"] and reply["usage"]["completion_tokens"] == 12
+        await asker.say("a", "pick", {"role": "assistant", "content": "1.1"}, "why?")
+        await asker.say("a", "pick", {"role": "assistant", "content": "1.2"}, "why?")  # a second heir does not change it
+
+    *siblings, why, _ = played(body, numbered()).turns
+    assert [(t.index, t.sibling, t.taken) for t in siblings] == [(0, 0, False), (0, 1, True), (0, 2, False)]
+    assert why.prompt_ids[: len(siblings[1].prompt_ids) + 4] == siblings[1].prompt_ids + siblings[1].token_ids
+
+
+def test_tools_are_shown_called_and_answered() -> None:
+    engine = ScriptedEngine(lambda prompt, *_: "It is 15." if "tool_response" in prompt else CALL)
+
+    async def body(asker: Asker) -> str:
+        ask = {"role": "user", "content": "add"}
+        reply = await asker.ask("a", ask, tools=[CALC])
+        (choice,) = reply["choices"]
+        assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "Let me see."
+        (call,) = choice["message"]["tool_calls"]
+        assert call["type"] == "function" and call["function"] == {"name": "calc", "arguments": '{"x": 1}'}
+        call["function"]["arguments"] = '{"x":1}'  # clients write it again in their own way
+        answer = {"role": "tool", "tool_call_id": call["id"], "content": "15"}
+        return await asker.say("a", ask, choice["message"], answer, tools=[CALC])
+
+    one, two = played(body, engine).turns
+    assert one.messages[0].role == "system" and '"name": "calc"' in one.messages[0].content
+    assert one.text == CALL and two.messages[2].content == CALL  # what was sampled, not what the program was shown
+    start = one.prompt_ids + one.token_ids
+    assert two.prompt_ids[: len(start)] == start and two.text == "It is 15."
+    assert "<tool_response>\n15\n</tool_response>" in engine.tokens.show(two.prompt_ids)
+
+
+def test_calls_are_calls_only_where_tools_were_given_and_can_be_read() -> None:
+    texts = iter([CALL, "<tool_call>{broken</tool_call>", CALL])
+    engine = ScriptedEngine(lambda *_: next(texts))
+
+    async def body(asker: Asker) -> None:
+        assert await asker.say("a", "1") == CALL
+        assert await asker.say("a", "2", tools=[CALC]) == "<tool_call>{broken</tool_call>"
+        assert await asker.say("a", "3", tools=[CALC], tool_choice="none") == CALL
+
+    assert [len(t.messages) for t in played(body, engine).turns] == [1, 2, 1]
+
+
+def test_a_chat_of_another_model_can_be_brought_along() -> None:
+    calls = [{"id": "c1", "type": "function", "function": {"name": "calc", "arguments": '{"x":1}'}}]
+
+    async def body(asker: Asker) -> None:
+        called = {"role": "assistant", "content": None, "tool_calls": calls}
+        await asker.say("a", "add", called, {"role": "tool", "content": [{"type": "text", "text": "1"}]})
+
+    (turn,) = played(body).turns
+    assert turn.messages[1] == Message("assistant", '<tool_call>\n{"name": "calc", "arguments": {"x": 1}}\n</tool_call>')
+    assert turn.messages[2].content == "1"
+
+
+def test_streaming_tells_the_same_in_pieces() -> None:
+    async def body(asker: Asker) -> None:
+        status, text = await asker.post("/chat/completions", chat("a", "hi", stream=True, stream_options={"include_usage": True}))
+        *events, end = text.strip().split("\n\n")
+        chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+        assert status == 200 and end == "data: [DONE]" and {c["object"] for c in chunks} == {"chat.completion.chunk"}
+        assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": "15"}
+        assert chunks[1]["choices"][0]["finish_reason"] == "stop" and chunks[2]["usage"]["completion_tokens"] == 3
+
+    played(body)
+
+
+def test_log_probs_are_the_engines_by_token_id() -> None:
+    async def body(asker: Asker) -> list[Any]:
+        return (await asker.ask("a", "hi", logprobs=True))["choices"][0]["logprobs"]["content"]
+
+    episode = played(lambda asker: _as_json(body(asker)))
+    (turn,) = episode.turns
+    told = json.loads(str(episode.output))
+    assert [(t["token"], t["logprob"]) for t in told] == [
+        (f"token_id:{i}", x) for i, x in zip(turn.token_ids, turn.logprobs, strict=True)
+    ]
+
+
+async def _as_json(work: Any) -> str:
+    return json.dumps(await work)
+
+
+def test_the_run_samples_and_the_program_may_shorten() -> None:
+    async def body(asker: Asker) -> None:
+        asked = {"temperature": 0.3, "top_p": 0.5, "seed": 7, "max_tokens": 500}
+        assert await asker.say("a", "hi", **asked, stop=["5"]) == "1"  # the program is shown no stop string
+        await asker.say("a", "hi", max_completion_tokens=2, temperature=0)
+
+    one, two = played(body, sampling=USED).turns
+    assert one.text == "15" and one.sampling.stop == ("5",) and one.sampling.max_tokens == 64  # but it was sampled
+    assert (one.sampling.temperature, one.sampling.top_p, two.sampling.max_tokens) == (1.0, 1.0, 2)
+    assert one.sampling.on_policy and one.sampling.seed not in (7, two.sampling.seed)
+    one, two = played(body, sampling=USED, program={"keep_sampling": True}).turns
+    assert (one.sampling.temperature, one.sampling.top_p, two.sampling.temperature) == (0.3, 0.5, 0.0)
+    assert not one.sampling.on_policy  # marked: fit for SFT, refused for ratios
+
+
+@pytest.mark.parametrize(
+    ("asked", "held"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}, {"json": SCHEMA}),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, {"choice": ["yes", "no"]}),
+        ({"response_format": {"type": "text"}}, None),
+    ],
+)  # fmt: skip
+def test_what_is_held_to_a_grammar_is_marked(asked: dict[str, Any], held: Any) -> None:
+    (turn,) = played(lambda asker: asker.say("a", "hi", **asked)).turns
+    assert turn.sampling.grammar == (json.dumps(held) if held else "") and turn.sampling.on_policy == (held is None)
+
+
+def test_what_is_biased_is_marked() -> None:
+    (turn,) = played(lambda asker: asker.say("a", "hi", logit_bias={"15": -100})).turns
+    assert turn.sampling.logit_bias == {"15": -100.0} and not turn.sampling.on_policy
+
+
+def test_a_prompt_of_the_run_stands_in_place_of_the_programs() -> None:
+    spec = AgentSpec("a", prompt="Mine.", demos=(Message("user", "1"), Message("assistant", "2")))
+    (turn,) = played(lambda asker: asker.say("a", {"role": "developer", "content": "Yours."}, "hi"), agents=[spec]).turns
+    assert [(m.role, m.content) for m in turn.messages] == [("system", "Mine."), ("user", "1"), ("assistant", "2"), ("user", "hi")]
+    (turn,) = played(lambda asker: asker.say("a", "hi"), agents=["a"], values={"a.prompt": "Learnt."}).turns
+    assert turn.messages[0] == Message("system", "Learnt.")
+
+
+BAD = [
+    ([], "expected a JSON object"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "model: expected a text, got NoneType"),
+    (chat("a"), "messages: expected at least one"),
+    (chat("a", {"role": "king", "content": "x"}), "messages[0].role: expected one of"),
+    (chat("a", {"role": "user", "content": [{"type": "image_url"}]}), "messages[0].content: only text can be read here"),
+    (chat("a", {"role": "assistant", "content": "x"}), "messages: the last one is the assistant's"),
+    (chat("a", "x", n=0), "n: expected a whole number from 1 to 64, got 0"),
+    (chat("a", "x", n=True), "n: expected a whole number"),
+    (chat("a", "x", max_tokens=-1), "max_tokens: expected"),
+    (chat("a", "x", temprature=1), "temprature: not understood here; did you mean 'temperature'?"),
+    (chat("a", "x", temperature="hot"), "temperature: expected a finite number"),
+    (chat("a", "x", stop=[""]), "stop: expected"),
+    (chat("a", "x", top_logprobs=3), "top_logprobs: only 0"),
+    (chat("a", "x", tools=[{"type": "web_search"}]), "tools[0]: expected an object of type function"),
+    (chat("a", "x", tools=[CALC], tool_choice="required"), "tool_choice: expected auto or none"),
+    (chat("a", "x", response_format={"type": "xml"}), "response_format: expected type"),
+    (chat("a", "x", logit_bias={"word": 1}), "logit_bias: expected"),
+    ("{", "the body is not JSON"),
+    ("[" * 100_000, "the body is not JSON"),
+]  # fmt: skip
+
+
+def test_what_cannot_be_understood_is_refused_with_words() -> None:
+    async def body(asker: Asker) -> None:
+        for asked, problem in BAD:
+            status, error = await asker.post("/chat/completions", asked)
+            assert status == 400 and error["error"]["message"].startswith(problem), (asked, status, error)
+
+    episode = played(body)
+    assert episode.turns == () and episode.output == ""
+
+
+def test_responses_are_chats_too() -> None:
+    engine = ScriptedEngine(lambda prompt, *_: "It is 15." if "tool_response" in prompt else CALL)
+    tool = {"type": "function", **CALC["function"], "strict": True}  # type: ignore[dict-item]
+
+    async def body(asker: Asker) -> str:
+        first = {"model": "a", "input": "add", "instructions": "Be brief.", "tools": [tool]}
+        status, one = await asker.post("/responses", first)
+        assert status == 200 and one["status"] == "completed", one
+        text, call = one["output"]
+        assert text["content"][0]["text"] == "Let me see." and (call["type"], call["name"]) == ("function_call", "calc")
+        result = {"type": "function_call_output", "call_id": call["call_id"], "output": "15"}
+        items = [{"role": "user", "content": [{"type": "input_text", "text": "add"}]}, text, call, result]
+        _, two = await asker.post("/responses", {**first, "input": items})
+        _, three = await asker.post("/responses", {**first, "input": [result], "previous_response_id": one["id"]})
+        assert two["output"][0]["content"] == three["output"][0]["content"]
+        _, events = await asker.post("/responses", {**first, "stream": True})
+        kinds = [line.removeprefix("event: ") for line in events.splitlines() if line.startswith("event: ")]
+        assert kinds[0] == "response.created" and kinds[-1] == "response.completed" and "response.output_text.delta" in kinds
+        status, error = await asker.post("/responses", {**first, "previous_response_id": "gone"})
+        assert status == 404 and "no such response" in error["error"]["message"]
+        return two["output"][0]["content"][0]["text"]
+
+    episode = played(body, engine)
+    one, two, three, _ = episode.turns
+    assert episode.output == "It is 15." and two.messages[0].content.startswith("Be brief.\n\n# Tools")
+    assert two.prompt_ids == three.prompt_ids and two.prompt_ids[: len(one.prompt_ids)] == one.prompt_ids
+
+
+# failures
+
+
+def test_a_prompt_that_is_too_long_is_told_and_is_why_the_program_failed() -> None:
+    async def careless(asker: Asker) -> None:
+        status, error = await asker.post("/chat/completions", chat("a", "x" * 5000))
+        assert status == 400 and error["error"]["code"] == "context_length_exceeded"
+        raise RuntimeError("no reply")
+
+    async def careful(asker: Asker) -> str:
+        await asker.post("/chat/completions", chat("a", "x" * 5000))
+        return await asker.say("a", "short")
+
+    failed = play(careless)
+    assert failed.stop_reason == "context" and "do not fit" in str(failed.error)
+    assert played(careful).output == "15"
+
+
+def test_a_dead_engine_ends_the_episode_whatever_the_program_makes_of_it() -> None:
+    async def stubborn(asker: Asker) -> None:
+        while True:
+            await asker.post("/chat/completions", chat("a", "x"))
+
+    with pytest.raises(EngineError, match="scripted fault"):
+        play(stubborn, ScriptedEngine(lambda *_: "15", faults={1: Fault("raise")}))
+
+
+def test_too_many_turns_end_the_episode() -> None:
+    async def endless(asker: Asker) -> None:
+        while True:
+            await asker.post("/chat/completions", chat("a", "x"))
+
+    episode = play(endless, limits=Limits(max_turns=5))
+    assert episode.stop_reason == "limit" and len(episode.turns) == 5
+
+
+def test_a_call_without_an_answer_in_time_gets_an_error_and_the_episode_goes_on() -> None:
+    async def body(asker: Asker) -> str:
+        status, error = await asker.post("/chat/completions", chat("a", "x"))
+        assert status == 504 and error["error"]["code"] == "timeout"
+        return await asker.say("a", "y")
+
+    engine = ScriptedEngine(lambda *_: "15", faults={0: Fault("stall")})
+    episode = played(body, engine, program={"call_timeout": 0.2})
+    assert episode.output == "15" and [t.index for t in episode.turns] == [1]
+
+
+# retries
+
+
+def again(asker: Asker, count: int) -> Any:
+    return asker.ask("a", "same", headers={"x-stainless-retry-count": str(count)})
+
+
+def test_a_call_sent_again_is_the_same_turn() -> None:
+    async def body(asker: Asker) -> None:
+        keyed = {"Idempotency-Key": "k1"}
+        one, two = await asker.ask("a", "same", headers=keyed), await asker.ask("a", "same", headers=keyed)
+        assert one == two
+        status, error = await asker.post("/chat/completions", chat("a", "other"), keyed)
+        assert status == 422 and "was used for another request" in error["error"]["message"]
+        three = await asker.ask("a", "same", headers={"Idempotency-Key": "k2"})
+        four, five, six = await again(asker, 0), await again(asker, 1), await again(asker, 0)
+        assert three["id"] != one["id"] and four["id"] not in (one["id"], three["id"])
+        assert five == four and six["id"] != four["id"]
+        assert (await asker.ask("a", "same"))["id"] != six["id"]  # nothing says that it is a retry
+
+    assert [t.index for t in played(body, numbered()).turns] == [0, 1, 2, 3, 4]
+
+
+def test_equal_calls_at_the_same_time_are_one_unless_they_say_they_are_new() -> None:
+    async def body(asker: Asker) -> None:
+        one, two = await asyncio.gather(asker.ask("a", "same"), asker.ask("a", "same"))
+        assert one == two
+        three, four = await asyncio.gather(again(asker, 0), again(asker, 0))
+        assert three["id"] != four["id"]
+
+    engine = numbered()
+    engine.latency = 0.2
+    assert len(played(body, engine).turns) == 3
+
+
+def test_a_reply_that_found_nobody_is_kept_for_the_next_try() -> None:
+    async def body(asker: Asker) -> None:
+        for when in (0.0, 0.4):  # the next try comes while the engine still works, and after it is done
+            text = f"wait {when}"
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asker.ask("a", text), 0.1)
+            await asyncio.sleep(when)
+            assert await asker.say("a", text, headers={"x-stainless-retry-count": "0"}) == f"{1 if not when else 2}.0"
+
+    engine = numbered()
+    engine.latency = 0.3
+    assert [t.taken for t in played(body, engine).turns] == [True, True]
+
+
+def test_a_turn_that_nobody_read_is_not_taken() -> None:
+    async def body(asker: Asker) -> str:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asker.ask("a", "never mind"), 0.05)
+        await asyncio.sleep(0.2)
+        return await asker.say("b", "hi")
+
+    engine = numbered()
+    engine.latency = 0.1
+    assert [(t.agent, t.taken) for t in played(body, engine).turns] == [("a", False), ("b", True)]
+
+
+def test_a_failed_call_is_asked_again_not_repeated() -> None:
+    async def body(asker: Asker) -> None:
+        for _ in range(2):
+            status, _ = await asker.post("/chat/completions", chat("a", "x" * 5000), {"Idempotency-Key": "k"})
+            assert status == 400
+
+    played(body)
+
+
+# who may ask
+
+
+def test_only_the_key_of_an_episode_opens_it() -> None:
+    async def body(asker: Asker) -> None:
+        other = Door()
+        words = "no such episode, it is over, or this is not its key"
+        refused = {"message": words, "type": "invalid_request_error", "param": None, "code": "invalid_api_key"}
+        for key in ("", "wrong", f"{asker.visit.key}x"):
+            assert await asker.post("/chat/completions", chat("a", "x"), key=key) == (401, {"error": refused})
+        assert len(asker.visit.key) >= 32
+        async with other.admit(asker.visit.team) as second:
+            assert second.key != asker.visit.key and second.id != asker.visit.id
+            there = second.base_url.rsplit("/", 3)[0]
+            nowhere = f"{there}/episodes/{asker.visit.id}/v1/chat/completions"
+            assert await asker.post(nowhere, chat("a", "x")) == (401, {"error": refused})
+            assert (await asker.post(f"{second.base_url}/chat/completions", chat("a", "x"))) == (401, {"error": refused})
+
+    assert played(body).turns == ()
+
+
+def test_two_episodes_of_one_door_stay_apart_and_end_apart() -> None:
+    async def main() -> None:
+        door = Door()
+        one, two = (fake_team(["a"], lambda agent, messages, n=n: f"team {n}") for n in (1, 2))
+        async with aiohttp.ClientSession() as session:
+            async with door.admit(one) as first:
+                async with door.admit(two) as second:
+                    assert first.base_url.split("/episodes")[0] == second.base_url.split("/episodes")[0]  # one server
+                    asker = Asker(second, session)
+                    assert await asker.say("a", "x") == "team 2" and await Asker(first, session).say("a", "x") == "team 1"
+                    status, _ = await asker.post("/chat/completions", chat("a", "x"), key=first.key)
+                    assert status == 401
+                status, error = await asker.post("/chat/completions", chat("a", "x"))
+                assert status == 401 and "it is over" in error["error"]["message"]
+                await Asker(first, session).say("a", "y")
+            with pytest.raises(aiohttp.ClientError):  # nobody is inside: nobody listens
+                await Asker(first, session).say("a", "z")
+        assert len(one.turns) == 2 and len(two.turns) == 1
+
+    asyncio.run(main())
+
+
+def test_browsers_other_names_and_other_routes_are_refused() -> None:
+    async def body(asker: Asker) -> None:
+        url = asker.visit.base_url.split("/episodes")[0]
+        assert url.startswith("http://127.0.0.1:")  # loopback unless told otherwise
+        for headers, told in (({"Host": "evil.example"}, "Host"), ({"Origin": "http://127.0.0.1"}, "Origin")):
+            status, error = await asker.post("/chat/completions", chat("a", "x"), headers)
+            assert status == 403 and error["error"]["message"].startswith(told)
+        for path in ("/", "/metrics", f"/episodes/{asker.visit.id}", f"/episodes/{asker.visit.id}/v1/completions"):
+            status, error = await asker.post(url + path, {})
+            assert status == 404 and "error" in error
+        assert (await asker.get("/chat/completions"))[0] == 405
+
+    assert played(body).turns == ()
+
+
+def test_bodies_have_a_size_and_a_time() -> None:
+    async def main() -> None:
+        door = Door(max_body=1000, body_timeout=0.2)
+        async with door.admit(fake_team(["a"], lambda *_: "15")) as visit, aiohttp.ClientSession() as session:
+            asker = Asker(visit, session)
+            status, error = await asker.post("/chat/completions", chat("a", "x" * 2000))
+            assert status == 413 and error["error"]["type"] == "invalid_request_error"
+            host, port = visit.base_url.split("/")[2].split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            head = f"POST /episodes/{visit.id}/v1/chat/completions HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: Bearer {visit.key}\r\n"
+            writer.write(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            assert b" 408 " in await reader.readline()
+            writer.close()
+            assert await asker.say("a", "x") == "15"
+
+    asyncio.run(main())
+
+
+def test_an_address_that_is_none_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"host '0\.0\.0\.0': name the address that programs reach this machine by"):
+        Door("0.0.0.0")
+    with pytest.raises(SettingError, match="cannot listen there"):
+        play(lambda asker: asker.say("a", "x"), program={"host": "192.0.2.1"})
