@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from ..agents.team import System
 from ..agents.types import SettingError, Task, to_json
-from ..rollouts.engines.engine import Engine
+from ..rollouts.engines.engine import Engine, EngineError
 from ..rollouts.evaluate import Evaluation, paired
 from ..rollouts.rewards import RewardFn
 from ..rollouts.types import Episode, groups
@@ -91,7 +91,8 @@ class Trainer(Generic[C]):
                 )
 
     def train(self) -> dict[str, Any]:
-        """Evaluate, train, evaluate; returns what stands in `summary.json`. Ctrl-C saves the last finished step and goes on up."""
+        """Evaluate, train, evaluate; returns what stands in `summary.json`. Ctrl-C saves the last finished step and goes on up;
+        so does an engine that is gone."""
         run = self.run.open()
         try:
             self.before = run.evaluate("before", versions={})
@@ -102,6 +103,9 @@ class Trainer(Generic[C]):
             return run.summarise(self.before, after, self.report())
         except Stopped:
             run.save()
+            raise
+        except EngineError:
+            run.rescue()
             raise
         finally:
             run.close()
