@@ -111,6 +111,7 @@ class Run:
         self.earlier_proofs: dict[str, list[dict[str, Any]]] = {}  # of the run that this one resumes, by base
         self.earlier_versions: dict[str, dict[str, str]] = {}
         self._saved: int | None = None  # the step whose checkpoint is on disk
+        self._learning = False  # adapters are past the last finished step
         self._measured = False  # how far the first update moved its tokens
         self._given_engine = engine
         self._opened = self._loaded = False
@@ -399,7 +400,7 @@ class Run:
 
     def learn(self, step: int, samples: Sequence[Sample], loss_fn: LossFn, how: How = How()) -> dict[str, Updated]:
         """Update every adapter that has samples. A loss or gradient that is not finite changes nothing and is dumped, aloud."""
-        start = time.perf_counter()
+        start, self._learning = time.perf_counter(), True
         hashes = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
         done: dict[str, Updated] = {}
         how, self._measured = dataclasses.replace(how, measure=step == 1 and not self._measured), True
@@ -439,7 +440,7 @@ class Run:
 
     def learn_head(self, step: int, name: str, samples: Sequence[Sample], targets: Targets, loss_fn: HeadLoss) -> Updated:
         """One update of a scalar head, see `Head.learn`. No policy moves; what is not finite changes nothing and is dumped, aloud."""
-        start, head = time.perf_counter(), self.head(name)
+        start, head, self._learning = time.perf_counter(), self.head(name), True
         hashes = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
         done = head.learn(samples, targets, loss_fn, step, self.ranks)
         moved = [p for b in self.bases.values() for p in b.policies if b.adapters.sha256(p) != hashes[p]]
@@ -473,15 +474,17 @@ class Run:
     def finish(self, step: int, episodes: Sequence[Episode], metrics: Mapping[str, Any]) -> None:
         """Publish what moved, prove it, log, evaluate and save as the settings ask. The step counts as done after this."""
         start = time.perf_counter()
-        self.step = step
+        self.step, self._learning = step, False
         if self._unsound != step:
             self.aborted = 0
 
         def publish() -> None:
-            self._publish(step, episodes, final=step == self.config.max_steps)
-            self.seconds["publish"] += time.perf_counter() - start
-            row = {**self._row, **metrics, "seconds": dict(self.seconds)}
-            records.append_row(self.config.folder / "metrics.jsonl", row)
+            try:
+                self._publish(step, episodes, final=step == self.config.max_steps)
+            finally:  # what was learnt is on record even if no server is left
+                self.seconds["publish"] += time.perf_counter() - start
+                row = {**self._row, **metrics, "seconds": dict(self.seconds)}
+                records.append_row(self.config.folder / "metrics.jsonl", row)
             self.progress.step(step, row)
 
         self.ranks.on_main(publish)
@@ -553,6 +556,12 @@ class Run:
             self.ranks.on_main(lambda: found.append(self._save()))
             self._saved = self.step
         return found[0] if found else None
+
+    def rescue(self) -> None:
+        """After the engine has gone: save the last finished step, on the rank that saw it, unless an update was under way."""
+        if self._loaded and self.ranks.main and not self._learning and self._saved != self.step:
+            self._saved = self.step
+            self.progress.say(f"the engine is gone; step {self.step} is saved in {self._save()}")
 
     def _save(self) -> Path:
         try:
