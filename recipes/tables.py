@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from marlora.rollouts.transitions import transition_rows
+
 
 def render(table: Table) -> str:
     console = Console(file=io.StringIO(), width=110, highlight=False)
@@ -48,6 +50,17 @@ def eval_rows(result: Mapping[str, Any], trained: str = "trained team") -> list[
     return accuracy_rows(named)
 
 
+def calibration_table(found: Mapping[str, Any]) -> str:
+    """A verifier's scores against what was right (`trainers/calibration.py`)."""
+    rows = [[f"{b['low']:.1f} .. {b['high']:.1f}", str(b["num"]), f"{b['score']:.3f}", f"{b['right']:.3f}"] for b in found["bins"]]
+    ranked = "" if found["ranked"] is None else f", ranked {found['ranked']:.3f}"
+    return (
+        table("verifier, on held-out answers", ("score", "answers", "mean score", "right"), rows)
+        + f"\naccuracy {found['accuracy']:.3f} of {found['num']} answers, {found['right']:.3f} of them right; ECE {found['ece']:.3f}, Brier "
+        f"{found['brier']:.3f} (a constant: {found['brier_constant']:.3f}){ranked}"
+    )
+
+
 def summary_table(summary: Mapping[str, Any], folder: str) -> str:
     """What a run did, from its `summary.json`."""
     parts = []
@@ -55,6 +68,11 @@ def summary_table(summary: Mapping[str, Any], folder: str) -> str:
     if found["before"] and found["after"]:
         columns = ("held-out accuracy", "mean", "95 % interval", "tasks", "against base", "95 % interval (paired)")
         parts.append(table(f"{summary['recipe']}: {summary['model']}", columns, eval_rows(summary)))
+    if "collaboration" in summary:
+        head, told = transition_rows(summary["collaboration"])
+        parts.append(table("sampled debates, held out: accuracy of rounds and changes between them", head, told))
+    if "verifier" in summary:
+        parts.append(calibration_table(summary["verifier"]["calibration"]))
     rows = [
         [name, str(entry["trainable_parameters"]), entry["sha256_before"][:8], entry["sha256_after"][:8]]
         for name, entry in summary["policies"].items()
