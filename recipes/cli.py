@@ -17,6 +17,7 @@ from typing import Any
 
 from marlora.agents.types import SettingError, Task, nearest, to_json
 from marlora.recipes.cli_eval import add_eval, cmd_eval
+from marlora.recipes.cli_report import add_report, cmd_report
 from marlora.recipes.cli_team import add_team, chosen, play_all, say, with_team, write_json
 from marlora.recipes.tables import table
 from marlora.rollouts.engines.engine import EngineError
@@ -128,14 +129,6 @@ def cmd_serve(args: argparse.Namespace) -> None:
     say("stopped")
 
 
-def cmd_report(args: argparse.Namespace) -> None:
-    """Write report.html of a run: one file, opens from disk."""
-    from marlora.rollouts.report import write_report
-
-    for run in args.run:
-        print(write_report(Path(run)))
-
-
 def cmd_bench(args: argparse.Namespace) -> None:
     """Measure, interleaved in one run; every ratio stands behind a gate on equal results."""
     from marlora.trainers.bench import SUITES
@@ -185,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--sampled", action="store_true", help="at the run's temperature instead of 0")
     made.add_argument("--raw", action="store_true", help="print each episode as one line of JSON")
     add_team(command("serve", cmd_serve))
-    command("report", cmd_report).add_argument("run", nargs="+", help="run folders")
+    add_report(command("report", cmd_report))
     made = command("bench", cmd_bench)
     made.add_argument("suite", help="what to measure")
     made.add_argument("--json", default="", help="write the numbers here")

@@ -1,41 +1,68 @@
-"""Pieces of an HTML page: escaped text, numbers, tables and curves as inline SVG. No scripts, no style attributes, nothing fetched."""
+"""Pieces of an HTML page: escaped text, numbers, tables, and the document with its policy (CSP). No style attributes, nothing fetched."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import html
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 STYLE = Path(__file__).with_name("report.css").read_text()
+SCRIPT = Path(__file__).with_name("report.js").read_text()
 MAX_TEXT = 4000  # characters of one message
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they turn the order of what follows
 MAX_POINTS = 120  # of a curve that tell their value when pointed at
 
-Line = Sequence[tuple[int, float]]  # (step, value)
 
+def page(title: str, body: str, data: Any = None, *, follow: bool = False) -> str:
+    """A whole document of HTML `body`. Its policy allows the one style sheet and the one script by hash, and nothing else.
 
-def page(title: str, body: str) -> str:
-    """A whole document of HTML `body`. Its policy (CSP) allows the one style sheet by hash and nothing else."""
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    `data` goes in as JSON that the script reads; JSON is not run. `follow` lets the script ask the server the page came from.
+    """
+    policy = f"default-src 'none'; style-src '{digest(STYLE)}'; script-src '{digest(SCRIPT)}'; base-uri 'none'; form-action 'none'"
+    policy += "; connect-src 'self'" if follow else ""
+    facts = json.dumps({"follow": follow, **(data or {})}, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
+        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body>{body}\n"
+        f'<script type="application/json" id="data">{inert(facts)}</script>\n<script>{SCRIPT}</script></body></html>\n'
     )
 
 
-def text(value: Any, limit: int = MAX_TEXT) -> str:
-    """Any value as text of the page: escaped, control characters made visible, cut at `limit`."""
-    raw = str(value)
+def digest(source: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+
+
+def inert(source: str) -> str:
+    """JSON that no HTML parser takes for markup: what it would look at is written as an escape."""
+    for char in "<>&\u2028\u2029":
+        source = source.replace(char, f"\\u{ord(char):04x}")
+    return source
+
+
+def visible(raw: str, limit: int = MAX_TEXT) -> str:
+    """Control characters and such as turn the reading order made visible, cut at `limit`. Not escaped."""
     cut = f" … ({len(raw) - limit} more characters)" if len(raw) > limit else ""
-    shown = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "␦" if c in BIDI else c for c in raw[:limit])
-    return html.escape(shown + cut)
+    if not raw.isprintable():
+        raw = "".join(shown(c) for c in raw[:limit])
+    return raw[:limit] + cut
+
+
+def shown(char: str) -> str:
+    if ord(char) < 32 and char not in "\n\t":
+        return chr(0x2400 + ord(char))
+    return "␦" if char in BIDI or 0xD800 <= ord(char) < 0xE000 else char
+
+
+def text(value: Any, limit: int = MAX_TEXT) -> str:
+    """Any value as text of the page: visible, cut, escaped."""
+    return html.escape(visible(str(value), limit))
 
 
 def number(value: Any) -> str:
@@ -52,14 +79,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def section(title: str, body: str, kind: str = "") -> str:
-    return f'<section><h2>{title}</h2><div class="{kind}">{body}</div></section>' if body else ""
+def section(title: str, body: str, kind: str = "", name: str = "") -> str:
+    """A part of the page with a heading; "" if there is nothing in it. `name` makes it a target of links."""
+    at = f' id="{name}"' if name else ""
+    return f'<section{at}><h2>{title}</h2><div class="{kind}">{body}</div></section>' if body else ""
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     """Cells are HTML already."""
     cells = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr></thead><tbody>{cells}</tbody></table></div>'
+    heads = "".join(f'<th scope="col">{h}</th>' for h in head)
+    return f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
 
 
 def whisker(mean: float, low: float, high: float) -> str:
@@ -67,43 +97,11 @@ def whisker(mean: float, low: float, high: float) -> str:
     ends = f'x1="{200 * low:.1f}" y1="8" x2="{200 * high:.1f}" y2="8"'
     return (
         f'<svg class="whisker" viewBox="0 0 200 16" role="img" aria-label="{mean:.3f}">'
-        f'<line class="axis" x1="0" y1="8" x2="200" y2="8"/><line class="range" {ends}/>'
+        f'<line class="rule" x1="0" y1="8" x2="200" y2="8"/><line class="range" {ends}/>'
         f'<circle cx="{200 * mean:.1f}" cy="8"/></svg>'
     )
 
 
-def legend(colours: Mapping[str, str]) -> str:
+def legend(colours: dict[str, str]) -> str:
     names = "".join(f'<span class="{colour}">{text(name)}</span>' for name, colour in colours.items())
     return f'<p class="legend">{names}</p>'
-
-
-def curves(title: str, note: str, lines: Mapping[str, Line], colours: Mapping[str, str]) -> str:
-    """One curve per name, smallest and largest value at the side; pointing at a curve tells its value. "" if there is no point."""
-    every = [point for line in lines.values() for point in line]
-    if not every:
-        return ""
-    steps, values = [step for step, _ in every], [value for _, value in every]
-    start, end, low, high = min(steps), max(steps), min(values), max(values)
-
-    def place(step: int, value: float) -> tuple[float, float]:
-        return 44 + 268 * (step - start) / max(end - start, 1), 108 - 96 * ((value - low) / (high - low) if high > low else 0.5)
-
-    body = "".join(_curve(name, line, place, colours[name]) for name, line in lines.items() if line)
-    marks = {112: low, 16: high} if high > low else {64: low}
-    labels = "".join(f'<text x="40" y="{y}">{number(value)}</text>' for y, value in marks.items())
-    labels += f'<text class="start" x="44" y="124">{start}</text>' + (f'<text x="312" y="124">{end}</text>' if end > start else "")
-    return (
-        f"<figure><figcaption>{text(title)} <small>{text(note)}</small></figcaption>"
-        f'<svg viewBox="0 0 320 128"><path class="axis" d="M44 12V108H312"/>{labels}{body}</svg></figure>'
-    )
-
-
-def _curve(name: str, line: Line, place: Callable[[int, float], tuple[float, float]], colour: str) -> str:
-    at = " ".join("{:.1f},{:.1f}".format(*place(step, value)) for step, value in line)
-    few = len(line) < 8  # then points are drawn too
-    dots = []
-    for step, value in line[:: max(1, math.ceil(len(line) / MAX_POINTS))]:
-        x, y = place(step, value)
-        what = f"step {step}, {name + ' ' if name else ''}{number(value)}"
-        dots.append(f'<circle class="{"dot" if few else "hidden"}" cx="{x:.1f}" cy="{y:.1f}"><title>{text(what)}</title></circle>')
-    return f'<g class="{colour}"><polyline points="{at}"/>{"".join(dots)}</g>'

@@ -260,7 +260,7 @@ class Store:
 
     def ids(self) -> set[str]:
         """Ids of all stored episodes."""
-        return set(self._ids) if self._ids is not None else {data["id"] for data in self._lines()}
+        return set(self._ids) if self._ids is not None else {data["id"] for data in self.lines()}
 
     def read(self, **filters: Any) -> Iterator[Episode]:
         """Stored episodes in order. Filters are columns; all must hold: `step=3`, `split=("eval", "test")`, `task="a task's id"`."""
@@ -268,7 +268,7 @@ class Store:
             if name not in FILTERS:
                 raise SettingError(f"read({name}=...): no such filter; {nearest(name, FILTERS)}")
         wanted = {name: value if _is_choice(value) else (value,) for name, value in filters.items()}
-        for data in self._lines():
+        for data in self.lines():
             row = {**data, "task": data["task"]["id"], "parent": data["parent"] or None}
             if all(row[name] in values for name, values in wanted.items()):
                 yield unpack(data)
@@ -278,7 +278,7 @@ class Store:
 
     def asked(self) -> dict[str, str]:
         """Prompt by task id of every episode but those of evaluations: what may have been trained on."""
-        lines = (data for data in self._lines() if not data["group"].startswith("eval-"))
+        lines = (data for data in self.lines() if not data["group"].startswith("eval-"))
         return {data["task"]["id"]: data["task"]["prompt"] for data in lines}
 
     def __len__(self) -> int:
@@ -291,8 +291,8 @@ class Store:
                 os.close(handle)
         self._file = self._lock = self._ids = None
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        """Every line as JSON; a torn last line of a writer's last file is left out, any other is a `StoreError`."""
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Every line as JSON, packed as it is; a torn last line of a writer's last file is left out, any other is a `StoreError`."""
         files = self.files()
         last = {series_of(path): path for path in files}.values()
         for path in files:
@@ -331,7 +331,7 @@ class Store:
             if mine := [path for path in self.files() if series_of(path) == self._series]:
                 self._path = mine[-1]
                 _repair(self._path)
-            self._ids = {data["id"] for data in self._lines()}
+            self._ids = {data["id"] for data in self.lines()}
         except BaseException:
             self.close()
             raise

@@ -41,6 +41,7 @@ from .bases import Base, dtype_of, group_by_base, load_base
 from .config import RunConfig
 from .config import RunError as RunError
 from .heads import Head, HeadLoss, HeadSpec, Targets
+from .learned import Learned
 from .memory import placed
 from .monitor import Monitor
 from .progress import Progress
@@ -100,6 +101,7 @@ class Run:
         self.values: dict[str, Any] = {}
         self.credit_state: dict[str, float] = {}
         self.monitor = Monitor()
+        self.learned = Learned()
         self.step = 0
         self.aborted = 0  # steps in a row that were not finite
         self._unsound = 0  # the last one of them
@@ -198,7 +200,8 @@ class Run:
                 self.progress.say(f"resumed from {valid.name}")
             elif self.config.resume:
                 self.progress.say(f"resume: no valid checkpoint in {folder}; starting from step 0")
-            records.drop_rows_after(folder / "metrics.jsonl", self.step)
+            for name in ("metrics.jsonl", "learned.jsonl"):
+                records.drop_rows_after(folder / name, self.step)
             return str(valid) if valid else None
 
         name = self.ranks.on_main(find)
@@ -404,13 +407,15 @@ class Run:
         hashes = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
         done: dict[str, Updated] = {}
         how, self._measured = dataclasses.replace(how, measure=step == 1 and not self._measured), True
+        watched, noted = self.learned.watch(samples, loss_fn)
         for base in self.bases.values():
-            done |= update(base.optimizers, samples, loss_fn, step, self.ranks, how)
+            done |= update(base.optimizers, samples, watched, step, self.ranks, how)
         for base in self.bases.values():
             for policy in base.policies:
                 if policy not in done and base.adapters.sha256(policy) != hashes[policy]:
                     raise RunError(f"step {step}: adapter {policy!r} moved without samples of its own")
         self._look(step, done, samples)
+        self.learned.add(samples, noted)
         self.seconds["train"] += time.perf_counter() - start
         self.tokens["trained"] += sum(u.tokens for u in done.values())
         return done
@@ -485,6 +490,7 @@ class Run:
                 self.seconds["publish"] += time.perf_counter() - start
                 row = {**self._row, **metrics, "seconds": dict(self.seconds)}
                 records.append_row(self.config.folder / "metrics.jsonl", row)
+                self.learned.write(self.config.folder / "learned.jsonl", step)
             self.progress.step(step, row)
 
         self.ranks.on_main(publish)

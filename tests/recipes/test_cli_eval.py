@@ -8,18 +8,19 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from marlora.agents.types import SettingError
+from marlora.agents.types import SettingError, Task
 from marlora.recipes.cli import main
 from marlora.recipes.cli_eval import beside, marks_of
 from marlora.rollouts.store import Store
 from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
-from marlora.trainers.tiny import tiny_chain, tiny_random_model
+from marlora.trainers.tiny import tiny_chain, tiny_random_model, tiny_tasks
 from tests.repository import ROOT
 
 REWARD = "tests.trainers.small_run:bytes_mod_7"
@@ -51,6 +52,11 @@ def evaluate(*argv: object) -> int:
     except SystemExit as error:
         return int(error.code or 0)
     return 0
+
+
+def copied_tasks(*, split: str, seed: int) -> list[Task]:
+    """The training tasks under other ids, and in other letters."""
+    return [replace(task, id=f"copy of {task.id}", prompt=f" {task.prompt.upper()}\n") for task in tiny_tasks("train")]
 
 
 def test_two_checkpoints_climb_the_ladder(two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,17 +110,12 @@ def test_samples_give_pass_and_majority(two: list[Path], tmp_path: Path, capsys:
 def test_tasks_that_were_trained_on_are_refused(
     two: list[Path], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    task = next(e.task for e in Store(run / "episodes") if e.id.startswith("train-"))
-    rows = [{"id": "new", "prompt": f" {task.prompt.upper()} ", "answer": "1", "a": 1, "b": 2, "c": 3}]
-    (tmp_path / "set").mkdir()
-    for name in ("train", "eval"):
-        (tmp_path / "set" / f"{name}.jsonl").write_text("".join(json.dumps({**row, "id": row["id"] + name}) + "\n" for row in rows))
-    argv = [two[0], *HERE, "--output", tmp_path / "out", "--tasks", tmp_path / "set"]
+    argv = [two[0], *HERE, "--output", tmp_path / "out", "--tasks", f"{__name__}:copied_tasks"]
     assert evaluate(*argv) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "1 of 1 were trained on by run/step-000001, such as 'neweval'" in said and "--allow_trained_tasks" in said
+    assert "of 800 were trained on by run/step-000001, such as 'copy of " in said and "--allow_trained_tasks" in said
     assert not (tmp_path / "out").exists()
-    assert evaluate(*argv, "--allow_trained_tasks") == 0
+    assert evaluate(*argv, "--allow_trained_tasks", "--num_tasks", 2) == 0
     (tmp_path / "empty").mkdir()
     assert evaluate(two[0], *HERE, "--output", tmp_path / "out", "--trained_on", tmp_path / "empty") == 2
     assert "no episodes there" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ import pytest
 import yaml
 
 from marlora.agents.types import Message, SettingError, Task, Turn
-from marlora.rollouts.page import number, text
+from marlora.rollouts.charts import Line, chart
+from marlora.rollouts.gallery import Gallery, chosen, crc, even, row_of
+from marlora.rollouts.page import number, text, visible
 from marlora.rollouts.report import write_report
-from marlora.rollouts.store import Store
+from marlora.rollouts.report_parts import more
+from marlora.rollouts.store import Store, pack
 from marlora.rollouts.types import Episode, Reward
 
 EVIL = '<script src="https://evil.example/x.js">alert(1)</script><img src=x onerror=alert(2)>"\'&\x00\x1b\u202e'
-VOID = {"meta", "link", "br", "img"}
+VOID = {"meta", "link", "br", "img", "input"}
 
 
 class Page(HTMLParser):
@@ -84,6 +88,7 @@ def run(tmp_path: Path) -> Path:
         "policies": {"solver": {"trainable_parameters": 4096, "sha256_before": "a" * 64, "sha256_after": "b" * 64},
                      "critic": {"trainable_parameters": 0, "sha256_before": "c" * 64, "sha256_after": "c" * 64}},
         "live_proof": {"checks": 2, "passed": 1, "untrained": 0, "failed": 1, "max_residual": 0.3},
+        "rounds": [{"round": 1, "kept": 0.5}], "table": {"wrong": {"right": 3}},
         "eval": {"before": before, "after": after, "paired": paired}, "adapters": {"solver": {**before, "paired": paired}},
     }  # fmt: skip
     proofs = [
@@ -111,47 +116,139 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(run: Path) -> tuple[str, Page]:
+def read(run: Path) -> tuple[str, Page, dict[str, Any]]:
+    """The page's source, the page, and the data of its browser."""
     source = write_report(run).read_text()
-    return source, Page(source)
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', source, re.DOTALL)
+    return source, Page(source), json.loads(data)
+
+
+def words_of(page: Page) -> str:
+    return " ".join(" ".join(page.words).split())
 
 
 def test_the_report_tells_what_the_run_did(run: Path) -> None:
-    _, page = read(run)
-    words = " ".join(" ".join(page.words).split())
+    _, page, _ = read(run)
+    words = words_of(page)
     for expected in (
-        "grpo_team", "engine vllm", "0.250 → 0.500", "12 (rollout 5, train 3, publish 1)", "1,234 sampled, 567 trained",
-        "only solver", "+0.250 [+0.100, +0.400]", "4,096", "a" * 16, "b" * 16, "unchanged", "solver-v2-aa", "failed",
+        "grpo_team", "engine vllm", "Training helped: 0.250 → 0.500 on 50 held-out tasks (+0.250, 95 % interval +0.100 to +0.400)",
+        "By adapter: solver alone helps", "12 (rollout 5, train 3, publish 1)", "1,234 sampled, 567 trained", "only solver",
+        "+0.250 [+0.100, +0.400]", "4,096", "a" * 16, "b" * 16, "unchanged", "solver-v2-aa", "failed",
         "entropy of 'solver' fell", "6 of 12 episodes failed", "6 turns not trained on, solver: gold",
     ):  # fmt: skip
         assert expected in words, expected
-    assert "critic turn 1 · read solver (turn 0) · 0 tokens · base · cut off" in words
-    assert "correct 1" in words and "kind of critic 0.5" in words and "good of solver 1" in words
+    assert "rounds round kept 1 0.5" in words and "table right wrong 3" in words, "what a method adds is shown as it is"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.1, 0.4, "Training helped"), (-0.4, -0.1, "Training hurt"), (-0.1, 0.2, "No effect of training is shown")],
+)
+def test_the_verdict_follows_the_interval(run: Path, low: float, high: float, said: str) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    summary["eval"]["paired"]["ci95"] = [low, high]
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert f"{said}: 0.250" in words_of(read(run)[1])
+
+
+def test_the_verdict_names_episodes_to_read(run: Path) -> None:
+    with Store(run / "episodes") as store:
+        after = [e for e in store if e.split == "eval"]
+        old = [dataclasses.replace(e, id=e.id.replace("after", "before"), group=e.group.replace("after", "before")) for e in after]
+        wrong = {"e1": 0.0, "e0": 1.0}  # after: odd ones are right
+        store.extend([dataclasses.replace(e, rewards=(Reward("correct", wrong.get(e.task.id, e.reward("correct"))),)) for e in old])
+    folder = run / "episodes"
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    lines.sort(key=lambda line: "eval-after" in line)
+    for path in folder.glob("*.jsonl"):
+        path.unlink()
+    (folder / "episodes-00000.jsonl").write_text("".join(line + "\n" for line in lines))
+    _, page, _ = read(run)
+    links = [a["href"] for tag, a in page.tags if tag == "a" and str(a.get("href")).startswith("#e=")]
+    assert links == ["#e=0:eval-after/e1/0", "#e=0:eval-after/e0/0", "#e=0:eval-after/e2/0"]
 
 
 def test_curves_hold_the_points_that_are_numbers(run: Path) -> None:
-    source, page = read(run)
+    source, page, _ = read(run)
     titles = re.findall(r"<figcaption>([^<]+) <small>", source)
     assert titles == [
         "reward",
-        "tokens per second",
         "loss",
-        "gradient norm",
         "clipped share",
+        "gradient norm",
+        "trained tokens",
         "proof residual",
-    ]  # entropy was never a number
-    assert sum(tag == "polyline" for tag, _ in page.tags) == 6  # critic has no numbers
-    # Steps 1 to 3 lie at 44, 178 and 312; losses -0.1 to -0.3 at 12, 60 and 108.
-    assert 'points="44.0,12.0 178.0,60.0 312.0,108.0"' in source
-    assert "<title>step 2, solver -0.2</title>" in source
+        "tokens per second",
+        "failed",
+    ]
+    assert "<title>step 2, solver -0.2</title>" in source and "nan" not in " ".join(titles)
+    assert sum("band" in str(a.get("class")) for _, a in page.tags) == 1, "the reward's interval"
 
 
-def test_a_sample_of_episodes_is_shown(run: Path) -> None:
-    _, page = read(run)
-    shown = [w for w in page.words if re.fullmatch(r"[\w-]+/\w+/\d", w)]
-    assert len(shown) == len(set(shown)) == 18
-    assert shown[:2] == ["train-000001/t3/1", "train-000001/t1/1"]  # the best, of different tasks
-    assert {name.split("/")[0] for name in shown} == {"train-000001", "train-000003", "eval-after"}
+def test_a_chart_by_hand() -> None:
+    made = chart("x", "", {"a": Line([(1, 0.0), (3, 1.0)], [(1, -1.0, 0.5), (3, 0.5, 2.0)]), "b": Line([])}, {"a": "c0", "b": "c1"})
+    points = [tuple(map(float, pair.split(","))) for pair in re.search(r'<polyline points="([^"]+)"', made)[1].split()]  # type: ignore[index]
+    corners = [tuple(map(float, pair.split(","))) for pair in re.search(r'<polygon [^>]*points="([^"]+)"', made)[1].split()]  # type: ignore[index]
+    (x1, y1), (x2, y2) = points
+    assert x1 < x2 and y1 > y2 and [x for x, _ in corners] == [x1, x2, x2, x1]
+    unit = y1 - y2
+    assert [y for _, y in corners] == pytest.approx([y1 + unit, y1 - unit / 2, y1 - 2 * unit, y1 - unit / 2], abs=0.2)
+    assert "style=" not in made and chart("x", "", {"a": Line([])}, {"a": "c0"}) == ""
+    assert "polyline" in chart("one point", "", {"a": Line([(4, 0.0)])}, {"a": "c0"})
+
+
+def test_the_browser_has_every_episode(run: Path) -> None:
+    _, _, data = read(run)
+    text_of = data["strings"]
+    assert data["runs"] == [{"name": run.name, "episodes": 39, "listed": 39, "whole": 39}] and len(data["rows"]) == 39
+    found = data["episodes"]["0:train-000002/t1/0"]
+    assert text_of[found["prompt"]] == "task t1" and text_of[found["answer"]] == "7" and text_of[found["output"]] == "7"
+    assert [(text_of[name], value, why and text_of[why]) for name, value, why in found["rewards"]] == [
+        ("correct", 1.0, "because"), ("kind of critic", 0.5, None),
+    ]  # fmt: skip
+    solver, critic = found["turns"]
+    assert text_of[critic["agent"]] == "critic" and critic["reads"] == [0] and critic["marks"] == ["cut off"]
+    assert [(text_of[name], value) for name, value, _ in solver["rewards"]] == [("good of solver", 1.0)] and solver["n"] == 2
+    assert "tokens" not in solver, "no tokenizer was given"
+
+
+def test_tokens_come_with_advantage_ratio_and_log_prob(run: Path) -> None:
+    row = {
+        "step": 1,
+        "policy": "solver",
+        "episode": "train-000001/t1/0",
+        "turn": 0,
+        "ids": crc((1, 2)),
+        "advantage": 0.5,
+        "ratio": [1.0, 2.0],
+    }
+    other = {**row, "ids": crc((1, 3)), "advantage": 9}
+    (run / "learned.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(other) + '\n{"torn')
+    gallery = Gallery(lambda policy, ids: [f"<{i}>" for i in ids])
+    with Store(run / "episodes") as store:
+        rows = [row_of(pack(e), "correct") for e in store]
+    gallery.add(run, "run", rows)
+    turn = gallery.episodes["0:train-000001/t1/0"]["turns"][0]
+    assert [list(gallery.strings)[n] for n in turn["tokens"]] == ["<1>", "<2>"]
+    assert (turn["advantage"], turn["ratio"]) == (0.5, [1.0, 2.0]) and "logp" not in turn
+    assert "advantage" not in gallery.episodes["0:train-000002/t1/0"]["turns"][0]
+
+
+def test_a_large_run_is_sampled_and_says_so(run: Path) -> None:
+    failed = dataclasses.replace(episode(2, "t9", 0.0), error="boom", rewards=(), output=None)
+    with Store(run / "episodes") as store:
+        store.append(failed)
+        rows = [row_of(pack(e), "correct") for e in store]
+    kept = chosen(rows, 12)
+    assert len(kept) == 12 == len({row.id for row in kept}) and kept[0].id == failed.id and kept[0].marks == "fc"
+    assert {row.label for row in kept} >= {"train-000001", "train-000002"}
+    assert chosen(rows, 100) and len(chosen(rows, 100)) == 40
+    assert [rows.index(row) for row in even(rows, 4)] == [0, 10, 20, 30]
+    path = write_report(run, max_episodes=12)
+    (data,) = re.findall(r'id="data">(.*?)</script>', path.read_text(), re.DOTALL)
+    found = json.loads(data)
+    assert len(found["episodes"]) == 12 and len(found["rows"]) == 40
+    assert found["runs"] == [{"name": run.name, "episodes": 40, "listed": 40, "whole": 12}]
 
 
 def test_what_models_write_is_text(run: Path) -> None:
@@ -162,25 +259,57 @@ def test_what_models_write_is_text(run: Path) -> None:
         store.append(bad)
     (run / "warnings.log").write_text(EVIL)
     summary = json.loads((run / "summary.json").read_text())
-    summary["recipe"] = EVIL
+    summary["recipe"], summary["found"] = EVIL, {EVIL: {EVIL: EVIL}}
     summary["policies"][EVIL] = summary["policies"].pop("critic")
     (run / "summary.json").write_text(json.dumps(summary))
-    source, page = read(run)
-    assert any("<script src=" in word for word in page.words) and "unscorable" in " ".join(page.words)
-    assert {tag for tag, _ in page.tags} & {"script", "img", "iframe", "link", "object", "form"} == set()
+    source, page, data = read(run)
+    assert any("<script src=" in word for word in page.words)
+    assert visible(EVIL, 8000) in data["strings"] and "\x00" not in source and "\x1b" not in source and "\u202e" not in source
+    assert sum(tag == "script" for tag, _ in page.tags) == 2, "the data and the page's own"
+    assert {tag for tag, _ in page.tags} & {"img", "iframe", "link", "object"} == set()
     for tag, attributes in page.tags:
         for name, value in attributes.items():
-            assert not name.startswith("on") and name not in ("src", "href", "style", "action"), (tag, name, value)
-    assert not re.search(r"url\(|@import", source) and "\x00" not in source and "\x1b" not in source
+            assert not name.startswith("on") and name not in ("src", "style", "action"), (tag, name, value)
+            assert name != "href" or str(value).startswith("#"), value
+    assert not re.search(r"url\(|@import", source)
 
 
-def test_the_policy_allows_its_style_and_nothing_else(run: Path) -> None:
-    source, page = read(run)
+def test_the_policy_allows_its_style_and_script_and_nothing_else(run: Path) -> None:
+    source, page, _ = read(run)
     (policy,) = (a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     (style,) = re.findall(r"<style>(.*?)</style>", source, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    (script,) = re.findall(r"<script>(.*?)</script>", source, re.DOTALL)
+    style_hash, script_hash = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script))
+    expected = f"default-src 'none'; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'; base-uri 'none'; form-action 'none'"
+    assert policy == expected
     assert "prefers-color-scheme: dark" in style
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function", script)
+
+
+def test_data_cannot_end_its_script(run: Path) -> None:
+    with Store(run / "episodes") as store:
+        store.append(episode(9, "t0", 1.0, said="</script><!--<script>&amp;\u2028"))
+    source, _, data = read(run)
+    (raw,) = re.findall(r'id="data">(.*?)</script>', source, re.DOTALL)
+    assert not set("<>&\u2028") & set(raw)
+    assert any("</script><!--<script>&amp;" in each for each in data["strings"])
+
+
+def test_several_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("other"))
+    (other / "config.yaml").write_text(
+        yaml.safe_dump({"model": "tiny", "tasks": "arithmetic", "max_steps": 5, "learning_rate": 0.5})
+    )
+    path = write_report(run, other, output=tmp_path / "both.html")
+    page = Page(path.read_text())
+    words = words_of(page)
+    assert "Runs compared" in words and "1 settings differ" in words and "learning_rate" in words
+    assert {a.get("id") for _, a in page.tags} >= {"run-0", "run-1", "compare", "episodes"}
+    (data,) = re.findall(r'id="data">(.*?)</script>', path.read_text(), re.DOTALL)
+    assert [r["name"] for r in json.loads(data)["runs"]] == [run.name, "other"]
+    with pytest.raises(SettingError, match="named twice"):
+        write_report(run, run)
 
 
 def test_a_run_that_did_not_end_has_a_report_too(run: Path) -> None:
@@ -191,7 +320,7 @@ def test_a_run_that_did_not_end_has_a_report_too(run: Path) -> None:
     folder = run / "checkpoints" / "step-000002"
     (folder / "trainer").mkdir(parents=True)
     (folder / "system.json").write_text(json.dumps({"recipe": "grpo_team", "adapters": {"solver": {"sha256": "d" * 64}}}))
-    _, page = read(run)
+    _, page, _ = read(run)
     words = " ".join(page.words)
     assert "did not end" in words and "3 of 5" in words and "d" * 16 in words and "Live proof" not in words
 
@@ -203,6 +332,11 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
         write_report(tmp_path / "elsewhere")
 
 
+def test_what_a_method_adds_is_shown_whatever_its_shape() -> None:
+    assert "<td>0.5</td>" in more({"a": 0.5}) and '<th scope="col">x</th>' in more([{"x": 1}])
+    assert more({}) == more(None) == "" and "[1, 2]" in more([1, 2]) and "&lt;b&gt;" in more({"<b>": "<b>"})
+
+
 def test_numbers_are_short() -> None:
     found = [number(value) for value in (0, 3, 12345, 0.0, 0.25, 1071.6, 5e-06, -0.1613, None, True, math.nan)]
     assert found == ["0", "3", "12,345", "0", "0.25", "1,072", "5.0e-06", "-0.161", "–", "True", "nan"]
@@ -210,4 +344,4 @@ def test_numbers_are_short() -> None:
 
 def test_long_and_invisible_text_is_told() -> None:
     assert text("a" * 10, 4) == "aaaa … (6 more characters)"
-    assert text("a\x00b\tc\n\u202ed") == "a␀b\tc\n␦d"
+    assert text("a\x00b\tc\n\u202ed") == "a␀b\tc\n␦d" and visible("\ud800<") == "␦<"
