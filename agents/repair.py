@@ -20,6 +20,7 @@ FEEDBACK = (
 )
 REGENERATE = "{told}\n\nYou wrote:\n{said}\n\nFeedback on it:\n{feedback}\n\nWrite a corrected version, and nothing else."
 REPHRASE = "Rewrite the text below as if it had been written in one go: no hint that it was corrected, nothing new, the same form.\n\n{text}"
+SPLIT = "repair"  # of the tasks of repairs: nothing is learnt from their episodes
 _TASK = ("prompt", "told", "said", "agent", "transcript", "answer")
 
 
@@ -77,7 +78,7 @@ def repair_task(task: Task, turn: Turn, turns: tuple[Turn, ...], said: str = "")
         "told": told, "said": said or turn.text, "agent": turn.agent, "answer": str(task.answer),
         "transcript": "\n\n".join(f"[{t.agent}] {t.text}" for t in turns if t.taken),
     }  # fmt: skip
-    return Task(task.id, task.prompt, None, task.source, task.split, meta)
+    return Task(task.id, task.prompt, None, task.source, SPLIT, meta)
 
 
 def _fields(template: str) -> set[str]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from ..agents.repair import SPLIT
 from ..agents.types import AgentSpec, SettingError, Task
 from ..rollouts.play import Job, jobs
 from ..rollouts.store import Store
@@ -47,8 +48,9 @@ def _children(store: Store, parents: Collection[str]) -> dict[str, Episode]:
 
 
 def training(store: Store) -> list[Episode]:
-    """The episodes of a store that may be learnt from: evaluations are stored beside them, and stay held out."""
-    return [e for e in store if e.split != "eval" and not e.group.startswith("eval-")]
+    """The episodes of a store that may be learnt from: evaluations are stored beside them and stay held out, as do repairs, which were
+    told the answer."""
+    return [e for e in store if e.split not in ("eval", SPLIT) and not e.group.startswith("eval-")]
 
 
 class Given:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..agents.team import Call, Team
+from ..agents.types import Completion
 from ..rollouts.engines.start import help_of
 from ..rollouts.types import Episode
 from .config import RunConfig, RunError
@@ -58,4 +60,11 @@ def selected(run: Run, step: int, episodes: Sequence[Episode], config: Selection
 
 def openings(run: Run) -> Mapping[str, str]:
     """Per agent what stands at the head of all its chats: there an answer is no leak."""
-    return {spec.name: "\n".join([spec.prompt, *(demo.content for demo in spec.demos)]) for spec in run.system.specs}
+    team = Team(run.system.specs, _nobody, values=run.values)
+    return {
+        spec.name: "\n".join(message.content for message in team.opening(spec, team.tools_of(spec))) for spec in run.system.specs
+    }
+
+
+async def _nobody(call: Call) -> list[Completion]:
+    raise RuntimeError(f"agent {call.agent.name!r} is not to be asked here")

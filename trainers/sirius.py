@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..agents.repair import SPLIT
 from ..agents.types import BASE, AgentSpec, Completion, PolicySpec, SettingError, Turn, from_json, to_json
 from ..rollouts.engines.start import help_of
 from ..rollouts.types import Episode
@@ -94,7 +95,7 @@ class SiriusTrainer(Trainer[SiriusConfig]):
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Select from the library, then imitate; returns metrics."""
-        library = [*self.earlier(step), *episodes]
+        library = [*self.earlier(step), *(e for e in episodes if e.split != SPLIT)]
         selection = selected(self.run, step, library, self.args)
         if self.args.start_from == "base":
             restart(self.run, {self.run.policy_of[kept.agent] for kept in selection.kept})

@@ -51,7 +51,7 @@ def test_steps_can_be_left_out() -> None:
 
 def test_the_task_of_a_repair_starts_from_another_text_if_told() -> None:
     assert MEND.meta["said"] == "5" and repair_task(TASK, SAID[0], SAID, "15").meta["said"] == "15"
-    assert MEND.answer is None and MEND.meta["answer"] == "20" and MEND.id == "t"
+    assert MEND.answer is None and MEND.meta["answer"] == "20" and (MEND.id, MEND.split) == ("t", "repair")
 
 
 @pytest.mark.parametrize(
