@@ -119,6 +119,10 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
         before, after = run.play("sampled-base", tasks, versions={}), run.play("sampled", tasks)
         scored = {name: evaluation(tasks, played, run.metric) for name, played in (("before", before), ("after", after))}
         found: dict[str, Any] = {name: result.summary() for name, result in scored.items()}
+        run.progress.say(
+            f"sampled, {len(tasks)} held-out tasks: {run.metric} {scored['before'].accuracy:.3f} as the base, "
+            f"{scored['after'].accuracy:.3f} now"
+        )
         found["paired"] = paired(scored["before"], scored["after"])
         found["diversity"] = {"before": self.diversity(before, "base"), "after": self.diversity(after)}
         return {"sampled": found, **self.contributions()}

@@ -8,8 +8,9 @@ is learnt on some tasks holds for others. It has seen all prompts; held out are 
 **Haggling.** As `seller`, told `3 -` (its cost, the offer on the table), it names a price from 3 to 9, all equally likely; as `buyer`, told
 `8 5`, a price from 0 to 8. It never bargains itself into a loss, and nothing more: there is all to learn about the other.
 
-The target is the teacher's distribution itself; training is seeded, single-threaded and takes about METERED on one core.
-`python -m marlora.trainers.tiny_talk` trains the model and tells how far it is from its teacher.
+These are the shares of its teacher, whose distribution itself is the target. Training is seeded, single-threaded and short, about 25 s on
+one core, so the model keeps to them roughly (tests/trainers/test_tiny_talk.py has the distances). At temperature 0 the debater is
+always right, so what it learns shows in samples only. `python -m marlora.trainers.tiny_talk` trains the model.
 """
 
 from __future__ import annotations
@@ -130,11 +131,14 @@ def _lessons(rng: random.Random) -> list[list[Lesson]]:
     return [haggling, firsts, seconds]
 
 
-def train(config: TalkConfig, say: Callable[[str], None]) -> Any:
-    """Train the network. Raises `RuntimeError` if it stays further than `max_excess` from its teacher."""
+def train(config: TalkConfig, say: Callable[[str], None], make: Callable[[random.Random], list[list[Lesson]]] | None = None) -> Any:
+    """Train the network. Raises `RuntimeError` if it stays further than `max_excess` from its teacher.
+
+    `make`: lessons of another teacher, in as many parts as `config.shares` has.
+    """
     network = tiny_network(hidden_size=config.hidden_size, layers=config.layers, seed=config.seed).train()
     rng, digits = random.Random(config.seed), _digits()
-    lessons = _lessons(rng)
+    lessons = (make or _lessons)(rng)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     excesses: list[float] = []
     with one_thread():
