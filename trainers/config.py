@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from ..agents.types import BASE, AdapterSpec, AgentSpec, PolicySpec, Sampling, SettingError, from_json, nearest, to_json
 from ..rollouts.engines.start import EngineConfig, help_of
+from .trackers import check_names
 
 
 class RunError(RuntimeError):
@@ -72,8 +73,12 @@ class RunConfig(EngineConfig):
     eval_every: int = help_of("steps between evaluations; 0 evaluates only before and after", 0)
     ablate_adapters: bool = help_of("after training, also evaluate every adapter alone, the others off", False)
     proof_every: int = help_of("publishes between live proofs; 1 proves every one", 1)
+    report_to: list[str] = help_of("trackers beside metrics.jsonl: tensorboard, wandb, trackio, mlflow", factory=list)
     resume: bool = help_of("go on from the newest valid checkpoint of output_dir", False)
     overwrite: bool = help_of("delete what an earlier run left in output_dir", False)
+    serve_only: bool = help_of(
+        "start this run's servers here, write where they are into endpoints, and serve until a signal", False
+    )
     dry_run: bool = help_of("print the plan (policies, devices, memory, first prompt) and stop", False)
 
     def __post_init__(self) -> None:
@@ -106,6 +111,7 @@ class RunConfig(EngineConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise SettingError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_names(self.report_to)
         if self.resume and self.overwrite:
             raise SettingError("resume and overwrite: choose one; resume goes on, overwrite begins anew")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..agents.team import System, derive_seed
 from ..agents.types import SettingError, Task, to_json
 from ..rollouts.evaluate import Evaluation, paired
+from ..rollouts.gallery import Pieces
 from ..rollouts.tasks import split_hash
 from . import checkpoint as ckpt
 from .config import RunConfig
@@ -91,12 +93,24 @@ def tasks_of(tasks: Sequence[Task], count: int, seed: int, step: int) -> list[Ta
     return list({task.id: task for task in chosen}.values())
 
 
+def pieces_of(run: Run) -> Pieces:
+    """The text of every token, for the report; a policy without a base of its own is read with the first one's tokenizer."""
+    of = {policy: base.tokens for base in run.bases.values() for policy in base.policies}
+    usual = next(iter(run.bases.values())).tokens
+
+    @functools.cache
+    def piece(policy: str, token: int) -> str:
+        return of.get(policy, usual).show([token])
+
+    return lambda policy, ids: [piece(policy, token) for token in ids]
+
+
 def write_config(run: Run) -> None:
     """`config.yaml`: the resolved settings; it works as `--config` of another run."""
     import yaml
 
     settings = {f.name: getattr(run.config, f.name) for f in dataclasses.fields(run.config)}
-    settings |= {"resume": False, "overwrite": False, "dry_run": False}  # of one call, not of the run
+    settings |= {"resume": False, "overwrite": False, "dry_run": False, "serve_only": False}  # of one call, not of the run
     cls = type(run.system)
     names = [agent.name for agent in run.system.specs]
     settings["system"] = {"class": f"{cls.__module__}:{cls.__qualname__}", "agents": names, **run.system.arguments()}

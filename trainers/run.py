@@ -52,6 +52,7 @@ from .samples import Sample, TurnKey
 from .scoring import score
 from .snapshot import restore, save_checkpoint
 from .threads import Background, Stop, Stopped
+from .trackers import Trackers
 from .update import How, LossFn, Updated, sample_to_json, update
 
 
@@ -169,6 +170,8 @@ class Run:
         self._exit.callback(self.store.close)
         self._start_engines()
         records.write_config(self)
+        self.trackers = Trackers(self.config.report_to, self.config.folder, dataclasses.asdict(self.config))
+        self._exit.callback(self.trackers.close)
 
     def _open_loop(self) -> None:
         """An engine given by the caller outlives `close`, so the loop it works in has to as well."""
@@ -491,6 +494,7 @@ class Run:
                 row = {**self._row, **metrics, "seconds": dict(self.seconds)}
                 records.append_row(self.config.folder / "metrics.jsonl", row)
                 self.learned.write(self.config.folder / "learned.jsonl", step)
+            self.trackers.log(row, step)
             self.progress.step(step, row)
 
         self.ranks.on_main(publish)
@@ -546,6 +550,7 @@ class Run:
         episodes = self._play(chosen, f"eval-{label}", self.step, self.rollouts.greedy(), versions=versions)
         result = evaluation(chosen, episodes, self.metric)
         self.evals[label] = result.summary()
+        self.trackers.log({"eval": {"during" if label.startswith("step-") else label: result.accuracy}}, self.step)
         if result.failed:
             self.progress.warn(
                 f"eval {label}: {result.failed} of {len(chosen)} episodes failed and count 0; first: {result.errors[0]}"
@@ -594,5 +599,5 @@ class Run:
         result = records.summary(self, before, after) | dict(extra or {})
         if self.ranks.main:
             ckpt.write_json(self.config.folder / "summary.json", result)
-            write_report(self.config.folder)
+            write_report(self.config.folder, pieces=records.pieces_of(self))
         return result
