@@ -35,17 +35,19 @@ def ultimatum(
 
 
 def trade(
-    *, split: str, seed: int, num_tasks: int = 200, eval_fraction: float = 0.2, highest: int = 99, item: str = "lamp"
+    *, split: str, seed: int, num_tasks: int = 200, eval_fraction: float = 0.2, highest: int = 99, gap: int = 1, item: str = "lamp"
 ) -> Iterator[Task]:
-    """Every cost below a value, with prices from 0 to `highest`: a deal from which both gain exists, if there is room for it."""
+    """Every cost and value, the value higher by at least `gap`, with prices from 0 to `highest`: a deal from which both gain exists."""
 
     def draw(rng: random.Random) -> Task:
-        cost, value = sorted(rng.sample(range(highest + 1), 2))
+        cost = rng.randint(0, highest - gap)
+        value = rng.randint(cost + gap, highest)
         prompt = f"A {item} is for sale. Seller and buyer name prices, whole numbers from 0 to {highest}, until one is accepted."
         meta = {"highest": highest, "own": [{"cost": cost}, {"value": value}]}
         return Task(f"trade:{cost}:{value}:{highest}", prompt, source="trade", meta=meta)
 
     _between("highest", 1, highest, None)
+    _between("gap", 0, gap, highest)
     return _tasks(draw, split, seed, num_tasks, eval_fraction)
 
 
@@ -72,7 +74,9 @@ def exchange(
 
 def _between(name: str, low: int, value: int, high: int | None) -> None:
     if value < low or (high is not None and value > high):
-        raise SettingError(f"task_args.{name}: expected a whole number from {low}{f' to {high}' if high else ''}, got {value}")
+        raise SettingError(
+            f"task_args.{name}: expected a whole number from {low}{'' if high is None else f' to {high}'}, got {value}"
+        )
 
 
 def _tasks(draw: Callable[[random.Random], Task], split: str, seed: int, count: int, eval_fraction: float) -> Iterator[Task]:

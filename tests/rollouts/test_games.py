@@ -50,6 +50,13 @@ def test_numbers_of_the_sets_are_what_they_should_be() -> None:
     for task in tasks("trade", "train", highest=9):
         assert 0 <= task.meta["own"][0]["cost"] < task.meta["own"][1]["value"] <= 9
     assert len(tasks("trade", "train", highest=9)) + len(tasks("trade", "eval", highest=9)) == 45  # all pairs of ten prices
+    assert {t.meta["own"][1]["value"] - t.meta["own"][0]["cost"] for t in tasks("trade", "train", highest=9, gap=5)} == {
+        5,
+        6,
+        7,
+        8,
+        9,
+    }
     for task in tasks("exchange", "train", most=4, worth=1, num_tasks=50):
         assert all(0 <= n <= 4 for pair in task.meta["holdings"] for n in pair)
         assert [own["worth"] for own in task.meta["own"]] == [[1, 1], [1, 1]]
@@ -60,6 +67,7 @@ def test_numbers_of_the_sets_are_what_they_should_be() -> None:
     [
         ("ultimatum", {"least": 9, "most": 8}, "task_args.least: expected a whole number from 1 to 8, got 9"),
         ("trade", {"highest": 0}, "task_args.highest: expected a whole number from 1, got 0"),
+        ("trade", {"gap": 100}, "task_args.gap: expected a whole number from 0 to 99, got 100"),
         ("exchange", {"worth": 0}, "task_args.worth"),
         ("exchange", {"most": 0}, "task_args.most"),
         ("trade", {"eval_fraction": 2}, "task_args.eval_fraction"),
