@@ -18,7 +18,7 @@ from typing import Any
 from marlora.agents.types import SettingError, Task, nearest, to_json
 from marlora.recipes.cli_eval import add_eval, cmd_eval
 from marlora.recipes.cli_report import add_report, cmd_report
-from marlora.recipes.cli_team import add_team, chosen, play_all, say, with_team, write_json
+from marlora.recipes.cli_team import add_team, chosen, engine_config, play_all, say, with_team, write_json
 from marlora.recipes.tables import table
 from marlora.rollouts.engines.engine import EngineError
 from marlora.rollouts.engines.start import choose_engine
@@ -101,12 +101,12 @@ def cmd_play(args: argparse.Namespace) -> None:
 
 def cmd_serve(args: argparse.Namespace) -> None:
     """Serve a checkpoint's adapters on a vLLM server of ours until Ctrl-C; each adapter is a model by name."""
-    if choose_engine(args.engine, args.server_urls)[0] != "vllm":
+    if choose_engine(engine_config(args))[0] != "vllm":
         raise SettingError(
             "serve: needs vLLM, the transformers engine has no address; install the extra (make setup) and give --engine vllm"
         )
-    if args.server_urls:
-        raise SettingError("serve: starts a server of its own; leave --server_urls out")
+    if args.server_urls or args.endpoints:
+        raise SettingError("serve: starts a server of its own; leave --server_urls and --endpoints out")
 
     async def work(team: ServedTeam) -> None:
         on = chosen(team, args.adapters)

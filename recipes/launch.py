@@ -8,14 +8,18 @@ from typing import Any
 from marlora.recipes.settings import parse
 from marlora.recipes.tables import summary_table
 from marlora.trainers.plan import print_plan
+from marlora.trainers.serving import serve
 from marlora.trainers.trainer import Trainer
 
 
 def train(trainer: type[Trainer[Any]], config: Any, recipe: str) -> None:
-    """Train by these settings and print what came out, or print the plan if it is a dry run."""
+    """Train by these settings and print what came out; or print the plan (`dry_run`), or serve for others (`serve_only`)."""
     made = trainer(args=config, recipe=recipe)
     if config.dry_run:
         print_plan(made.run)
+        return
+    if config.serve_only:
+        serve(made.run)
         return
     summary = made.train()
     if made.run.ranks.main:

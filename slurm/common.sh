@@ -15,7 +15,7 @@ ranks() {
     first=$(scontrol show hostnames "$nodes" | head -n 1)
     export MASTER_ADDR=$first MASTER_PORT
     MASTER_PORT=$(free_port)
-    exec srun --nodelist="$nodes" --nodes="$(scontrol show hostnames "$nodes" | wc -l)" --ntasks="$processes" --kill-on-bad-exit=1 \
+    exec srun --overlap --nodelist="$nodes" --nodes="$(scontrol show hostnames "$nodes" | wc -l)" --ntasks="$processes" --kill-on-bad-exit=1 \
         bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank "$@"
 }
 

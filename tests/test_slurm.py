@@ -139,3 +139,27 @@ def test_a_failing_job_is_not_queued_again(node: SlurmNode, model: Path, tmp_pat
     job = train(node, tmp_path / "run", model, "--learning_ratee", "1")
     assert node.ended(job, 120) == "FAILED"
     assert "did you mean 'learning_rate'?" in (tmp_path / "run.log").read_text() and node.job(job)["Restarts"] == "0"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_server_nodes_and_trainer_nodes_of_one_job(node: SlurmNode, model: Path, tmp_path: Path) -> None:
+    """Both on the one node there is: a real vLLM server in a job step of its own, found by its file, proven at every publish."""
+    folder = tmp_path / "run"
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "MARLORA_PROCESSES": "1"}
+    sizes = [
+        "--gpus-per-node=0",
+        "--mem=0",
+        "--cpus-per-task=1",
+        "--time=20",
+        "--nodes=1",
+        "--ntasks=2",
+        f"--output={tmp_path}/run.log",
+    ]
+    settings = ["--model", str(model), "--max_steps", "2", "--server_memory", "1", "--max_model_len", "256"]
+    recipe = [*RECIPE[:1], *RECIPE[3:]]  # the job chooses the engine
+    job = node.submit(*sizes, "slurm/multinode.sbatch", str(folder), *recipe, *settings, env=env)
+    ended(node, job, tmp_path / "run.log")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["engine"] == "vllm" and summary["steps"] == 2 and summary["live_proof"]["failed"] == 0
+    assert not list(folder.glob("endpoints-*/*.json")) and not list(folder.glob("endpoints-*/*.key")), "the servers have ended"

@@ -156,7 +156,7 @@ def placed(
     Args:
         bases: the policies of every base, by the folder it lies in. dtype: of a base in the trainer.
     """
-    ours = choose_engine(config.engine, config.server_urls)[0] == "vllm" and not config.server_urls
+    ours = choose_engine(config)[0] == "vllm" and not (config.server_urls or config.endpoints)
     if device.type != "cuda" or not ours or config.server_memory or config.server_devices:
         return config
     needs = [estimate(path, specs, config, dtype(path)) for path, specs in bases.items()]

@@ -44,7 +44,7 @@ def print_plan(run: Run) -> None:
     import torch
 
     config, device = run.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, why = choose_engine(config.engine, config.server_urls)
+    kind, why = choose_engine(config)
     print(f"run folder   {config.output_dir}")
     print(f"system       {type(run.system).__name__} {run.system.arguments()}")
     for agent in run.system.specs:

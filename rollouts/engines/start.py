@@ -27,6 +27,9 @@ class EngineConfig:
     engine_dtype: str = help_of("of the served base: auto (the model's own), float32 or bfloat16", "auto")
     server_urls: list[str] = help_of("vLLM servers already running (.../v1); empty starts our own", factory=list)
     server_key: str = help_of("environment variable or 0600 file that holds the key of server_urls", "")
+    endpoints: str = help_of("file or folder of files in which server nodes write where their servers are; see serve_only", "")
+    num_servers: int = help_of("endpoints: how many servers to wait for", 1)
+    server_host: str = help_of("address that our servers listen on; other nodes reach only another one than this", "127.0.0.1")
     server_port: int = help_of("port of our server; 0 takes a free one", 0)
     server_memory: float = help_of(
         "share of the GPU's memory for our server (on a CPU: GiB of KV cache); 0 = a printed estimate", 0.0
@@ -65,19 +68,22 @@ def has_gpu() -> bool:
     return Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/gpus").is_dir()
 
 
-def choose_engine(setting: str, urls: Sequence[str] = ()) -> tuple[str, str]:
+def choose_engine(config: EngineConfig) -> tuple[str, str]:
     """(kind, why) for the setting `engine`."""
+    setting, elsewhere = config.engine, config.server_urls or config.endpoints
+    if config.server_urls and config.endpoints:
+        raise SettingError("server_urls and endpoints: choose one; both say where servers run already")
     if setting not in ("auto", "vllm", "transformers"):
         raise SettingError(f"engine: expected one of auto, vllm, transformers; got {setting!r}")
     found = importlib.util.find_spec("vllm") is not None
     if setting != "auto":
-        if setting == "vllm" and not urls and not found:
+        if setting == "vllm" and not elsewhere and not found:
             raise SettingError(
                 "engine: vllm is not installed here; install the extra (make setup), give server_urls, or use transformers"
             )
         return setting, "as set"
-    if urls:
-        return "vllm", "server_urls are given"
+    if elsewhere:
+        return "vllm", "servers that run already are named"
     return ("vllm", "vllm is installed") if found else ("transformers", "vllm is not installed")
 
 
@@ -91,7 +97,7 @@ async def start_engine(
     say: Callable[[str], None],
 ) -> Engine:
     """A running engine for one base and its policies. `folder`: the run's, for the server's log, key and version folders."""
-    kind, why = choose_engine(config.engine, config.server_urls)
+    kind, why = choose_engine(config)
     say(f"engine: {kind} ({why}) for {model}")
     if kind == "transformers":
         from .transformers import TransformersEngine
@@ -99,5 +105,9 @@ async def start_engine(
         return TransformersEngine(model, dtype=choose_dtype(model, config.engine_dtype, on_gpu=has_gpu()))
     from .vllm import start_vllm
 
-    dtype = config.engine_dtype if config.server_urls else choose_dtype(model, config.engine_dtype, on_gpu=has_gpu())
+    dtype = (
+        config.engine_dtype
+        if config.server_urls or config.endpoints
+        else choose_dtype(model, config.engine_dtype, on_gpu=has_gpu())
+    )
     return await start_vllm(model, tokens, policies, replace(config, engine_dtype=dtype), folder=folder, say=say)

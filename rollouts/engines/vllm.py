@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...agents.types import BASE, Completion, PolicySpec, Sampling, SettingError, nearest
+from .endpoints import Endpoint, wait_for_endpoints
 from .engine import EngineError, EngineInfo, PromptTooLong, Ref, TeamVersion
 from .start import EngineConfig
 from .vllm_args import ServerSettings, lora_sizes, served_dtype, vllm_version
@@ -58,7 +59,7 @@ class Routes:
             return next(iter(open_requests))
         hashes = list(accumulate(ids, lambda seen, token: hash((seen, token)), initial=0))[1:]
         found = next((self._seen[policy, h] for h in reversed(hashes) if (policy, h) in self._seen), None)
-        name = found if found in open_requests else min(open_requests, key=lambda one: open_requests[one])
+        name = found if found is not None and found in open_requests else min(open_requests, key=lambda one: open_requests[one])
         self._seen[policy, hashes[-1]] = name
         self._seen.move_to_end((policy, hashes[-1]))
         if len(self._seen) > CHATS:
@@ -70,7 +71,7 @@ class VLLMEngine:
     """Keeps the contract of `engine.Engine` over one or more vLLM servers.
 
     Args:
-        servers: started `VLLMServer`s, which `close` stops, or URLs of servers that others run.
+        servers: started `VLLMServer`s, which `close` stops, or endpoints or URLs of servers that others run.
         tokens: decodes, and names the tokens that end a reply.
         adapter_root: the only folder adapters are loaded from.
         key: for URLs: what they ask for as a bearer token ("" = none).
@@ -80,7 +81,7 @@ class VLLMEngine:
 
     def __init__(
         self,
-        servers: Sequence[VLLMServer | str],
+        servers: Sequence[VLLMServer | Endpoint | str],
         tokens: Tokens,
         *,
         adapter_root: str | Path,
@@ -237,17 +238,18 @@ class VLLMEngine:
         await self.fleet.close()
 
 
-def _connect(server: VLLMServer | str, key: str, allow_open: bool, patience: Patience) -> tuple[Replica, int]:
+def _connect(server: VLLMServer | Endpoint | str, key: str, allow_open: bool, patience: Patience) -> tuple[Replica, int]:
     if isinstance(server, VLLMServer):
         if not server.alive:
             raise EngineError(f"{server.name} is not running; start it before the engine")
-        name, url, key = server.name, server.url, server.key
-    else:
-        name = url = tidy(server)
-        if not allow_open:
-            refuse_open(url)
+        base, context = served_base(server.url, server.key)
+        return Replica(server.name, server.url, server.key, base, patience, server), context
+    key_file = server.key_file if isinstance(server, Endpoint) else ""
+    url, key = tidy(server.url if isinstance(server, Endpoint) else server), key_from(key_file) or key
+    if not allow_open:
+        refuse_open(url)
     base, context = served_base(url, key)
-    return Replica(name, url, key, base, patience, server if isinstance(server, VLLMServer) else None), context
+    return Replica(url, url, key, base, patience, key_file=key_file), context
 
 
 async def start_vllm(
@@ -259,33 +261,44 @@ async def start_vllm(
     folder: Path,
     say: Callable[[str], None],
 ) -> VLLMEngine:
-    """Servers of ours, or those of `server_urls`, as an engine; adapters come from `folder/versions`.
+    """Servers of ours, or those of `endpoints` or `server_urls`, as an engine; adapters come from `folder/versions`.
 
     `server_devices` "0" or "0,1" is one server on these; "0;1" is one server on each.
     """
     settings: dict[str, Any] = {"adapter_root": folder / "versions", "allow_open_server": config.allow_open_server}
+    if config.endpoints:
+        found = await wait_for_endpoints(Path(config.endpoints), model, config.num_servers, config.server_timeout, say)
+        dtype = next((e.dtype for e in found if e.dtype), "bfloat16") if config.engine_dtype == "auto" else config.engine_dtype
+        return await asyncio.to_thread(partial(VLLMEngine, found, tokens, dtype=dtype, **settings))
     if config.server_urls:
         dtype = "bfloat16" if config.engine_dtype == "auto" else config.engine_dtype
         return await asyncio.to_thread(
             partial(VLLMEngine, config.server_urls, tokens, key=key_from(config.server_key), dtype=dtype, **settings)
         )
-    devices = config.server_devices.split(";")
+    wanted = server_settings(model, policies, config, folder, say)
+    servers = await start_servers(wanted, len(wanted.devices), say)
+    return VLLMEngine(servers, tokens, **settings)
+
+
+def server_settings(
+    model: str, policies: Sequence[PolicySpec], config: EngineConfig, folder: Path, say: Callable[[str], None], where: str = ""
+) -> ServerSettings:
+    """How to start servers of this base here. `where`: part of their names, if servers on several nodes share the folder."""
     memory, on_cpu = config.server_memory, vllm_version()[1]
     if not memory and not on_cpu:
         memory = 0.9
         say(f"vLLM takes {memory:.0%} of its GPU's memory")
-    wanted = ServerSettings(
+    return ServerSettings(
         model=model,
         folder=folder,
-        label="vllm-" + re.sub(r"[^A-Za-z0-9.]+", "-", Path(model).name),
+        label="-".join(filter(None, ("vllm", re.sub(r"[^A-Za-z0-9.]+", "-", Path(model).name), where))),
         policies=policies,
         dtype=config.engine_dtype,
         max_model_len=config.max_model_len,
         memory=memory,
-        devices=devices,
+        devices=config.server_devices.split(";"),
+        host=config.server_host,
         port=config.server_port,
         timeout=config.server_timeout,
         engine_args=dict(config.engine_args or {}),  # type: ignore[arg-type]
     )
-    servers = await start_servers(wanted, len(devices), say)
-    return VLLMEngine(servers, tokens, **settings)

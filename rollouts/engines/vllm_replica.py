@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from .engine import EngineError, ReplicaLost
+from .guard import read_key
 from .vllm_server import VLLMServer
 from .vllm_wire import Transient
 
@@ -65,8 +66,10 @@ class Replica:
     `alone`: there is no other, so requests wait while it is started again. Else they raise `ReplicaLost`, and `Fleet` brings it back.
     """
 
-    def __init__(self, name: str, url: str, key: str, base: str, patience: Patience, server: VLLMServer | None = None) -> None:
-        self.name, self.url, self.key, self.base = name, url, key, base
+    def __init__(
+        self, name: str, url: str, key: str, base: str, patience: Patience, server: VLLMServer | None = None, key_file: str = ""
+    ) -> None:
+        self.name, self.url, self.key, self.base, self.key_file = name, url, key, base, key_file
         self.patience, self.server = patience, server
         self.adapters: dict[str, str] = {}
         self.open: Counter[str] = Counter()
@@ -282,6 +285,8 @@ class Replica:
         await self._attach()
         if self.server is not None and (self._dead or not self.server.alive):
             await self._restart()
+        if self.key_file:  # a server that was started again has a new key
+            self.key = await asyncio.to_thread(fresh_key, self.key_file)
         await self.look()
         self._dead = ""
 
@@ -299,6 +304,14 @@ class Replica:
 
     def _tail(self) -> str:
         return f". End of {self.server.log}:\n{self.server.tail()}" if self.server is not None else ""
+
+
+def fresh_key(path: str) -> str:
+    """The key that stands in the file now. `Transient` while there is none."""
+    try:
+        return read_key(path)
+    except (OSError, ValueError) as error:
+        raise Transient(f"key file {path}: {error}") from error
 
 
 def loaded(reply: Any) -> dict[str, str]:
