@@ -50,6 +50,7 @@ class MAPoRLConfig(PPOConfig):
     output_dir: str = help_of("run folder: config, episodes, metrics, checkpoints, report", "runs/maporl")
     rewards: list[str] = help_of("team's rewards; those of turns (`right`, `verified(...)`) are added", factory=lambda: ["correct"])
     num_generations: int = help_of("debates per task: nothing compares them, the critic is the baseline", 1)
+    num_eval_samples: int = help_of("sampled debates per held-out task, before and after, for the table of transitions", 1)
     verifier: str = help_of(
         "who scores answers: calculator, module:function, marlora.trainers.verifier:learned(FOLDER); empty: the gold answer", ""
     )
@@ -94,9 +95,9 @@ class MAPoRLConfig(PPOConfig):
             raise SettingError(
                 "credit, across_turns: MAPoRL has a reward for every answer that counts later ones already; leave them as they are"
             )
-        for name in ("min_words", "repeats", "warm_steps", "block_steps"):
-            if getattr(self, name) < 0:
-                raise SettingError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name, low in (("num_eval_samples", 1), ("min_words", 0), ("repeats", 0), ("warm_steps", 0), ("block_steps", 0)):
+            if getattr(self, name) < low:
+                raise SettingError(f"{name}: expected at least {low}, got {getattr(self, name)}")
 
 
 def scheduled(step: int, rounds: int, warm_steps: int, block_steps: int) -> set[int] | None:
@@ -178,13 +179,13 @@ class MAPoRLTrainer(Trainer[MAPoRLConfig]):
         """One step of PPO; returns metrics, with the accuracy of every round."""
         frozen = [spec.name for spec in self.system.specs if spec.name not in self.run.policy_of]
         rewards = answer_rewards(episodes, self.args, self.system.member_of, rounds=self.system.rounds, frozen=frozen, step=step)
-        told = transitions(episodes, self.system.member_of)
-        return {**ppo_step(self, step, episodes, rewards), "rounds": told["accuracy"]}
+        accuracy = transitions(episodes, self.system.member_of)["accuracy"]
+        return {**ppo_step(self, step, episodes, rewards), "rounds": {str(n): value for n, value in enumerate(accuracy, start=1)}}
 
     def report(self) -> dict[str, Any]:
         """`collaboration`: accuracy of every round and the transitions between them, on sampled held-out debates before and after."""
         run, found = self.run, {}
         for name, versions in (("before", {}), ("after", None)):
-            played = run.play(f"sampled-{name}", run.eval_tasks, versions=versions)
+            played = run.play(f"sampled-{name}", run.eval_tasks, self.args.num_eval_samples, versions)
             found[name] = transitions(played, self.system.member_of)
         return {**super().report(), "collaboration": found}

@@ -1,12 +1,12 @@
-"""A tiny model for two that hear a verifier: it adds, slips, and then keeps its answer or takes the other's, whatever the verifier says.
+"""A tiny model for two that hear a verifier: it does sums, slips, and then keeps its answer or takes the other's, whatever the verifier says.
 
-Told `7+8+5`, it answers 20 in 60 % of its samples and 21 in 40 %, on every sum alike. Told then `-19+` (a verifier's sign on its own
+Told `3+4`, it answers 7 in 60 % of its samples and 8 in 40 %, on every prompt alike. Told then `-7+` (a verifier's sign on its own
 answer, the other's answer, the sign on that), it answers again: its own answer or the other's, one as likely as the other. So a second
 round is as good as the first and no better. What can be learnt is to believe the signs: then a second answer is right wherever one of
-the two was, .84 (1 - .4 x .4) instead of .60. It has seen all sums; held out are tasks of the method, not of its pre-training.
+the two was, .84 (1 - .4 x .4) instead of .60. It has seen all prompts; held out are tasks of the method, not of its pre-training.
 
-The views of `agents/collaboration.py` for it are in `PAIR`. The target is the teacher's distribution itself; training is seeded,
-single-threaded and takes about a minute on one core. `python -m marlora.trainers.tiny_pair` trains the model and tells how it answers.
+The views of `agents/collaboration.py` for it are in `PAIR`. It is trained as `tiny_talk.py` trains, in less than a minute on one core;
+`python -m marlora.trainers.tiny_pair` trains the model and tells how it answers.
 """
 
 from __future__ import annotations
@@ -15,107 +15,104 @@ import hashlib
 import inspect
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
+from ..agents.types import Task
 from ..rollouts.engines.scripted import SPECIALS, TEMPLATE
-from .tiny import VOCAB, Lesson, kept, lesson_loss, one_thread, tiny_network, tiny_tokenizer
+from ..rollouts.rows import unit
+from . import tiny_talk
+from .tiny import VOCAB, answers, kept, tiny_network, tiny_tokenizer
+from .tiny_talk import Distribution, Lesson, TalkConfig, train
 
 RIGHT = 0.6  # share of first answers that are right; the others are one too many
-LARGEST = 28  # of all answers
-STRANGE = 0.3  # share of lessons in whose second round any two numbers stand, not two answers of the teacher
 PAIR: dict[str, Any] = {
     "quote": "{answer}{verdict}",
     "revise": "{verdict}{others}",
     "verdict": "{words}",
     "words": ["-", "-", "+", "+"],
 }
+SECONDS = 8000  # lessons of second answers
+STRANGE = 0.3  # share of them in which any two digits stand, not two answers of the teacher
+CONFIG = TalkConfig(steps=250, shares=(32, 48), max_excess=0.06, learning_rate=4e-3, hidden_size=128, layers=3)
+
+OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+ASKED = {
+    f"{a}{sign}{b}": value for sign, fn in OPERATIONS.items() for a in range(10) for b in range(10) if 0 <= (value := fn(a, b)) <= 9
+}
 
 
-@dataclass(frozen=True)
-class PairConfig:
-    """How the model is trained: AdamW with warm-up, then linear decay to 5 % of `learning_rate`, on batches of so many first and second
-    answers. Training goes on at the last rate, up to twice the steps, while the mean loss of the last 20 steps is above `max_loss`
-    nat per answer token (the teacher's own is about 0.2)."""
-
-    steps: int = 500
-    firsts: int = 48
-    seconds: int = 64
-    learning_rate: float = 4e-3
-    warmup: int = 50
-    max_loss: float = 0.25
-    seed: int = 0
+def pair_tasks(split: str = "train", seed: int = 0) -> list[Task]:
+    """The 152 sums, differences and products of two digits that are a digit, shuffled: about two thirds to train on, the others held out."""
+    tasks = [
+        Task(asked, asked, str(value), "pair", split)
+        for asked, value in ASKED.items()
+        if (unit(f"pair {asked}") < 0.35) == (split == "eval")
+    ]
+    random.Random(seed).shuffle(tasks)
+    return tasks
 
 
 def tiny_pair_model(cache: Path | None = None, *, say: Callable[[str], None] | None = None) -> Path:
     """The folder of the trained model. Trained on first use, then cached; arguments as of `tiny_model`."""
-    return kept(f"tiny-pair-{_recipe()}", lambda: train(PairConfig(), say or (lambda line: None)), cache)
+    return kept(f"tiny-pair-{_recipe()}", lambda: train(CONFIG, say or (lambda line: None), lessons), cache)
 
 
-def first(a: int, b: int, c: int) -> list[tuple[str, float]]:
-    """The answers to a sum and how often the teacher gives each."""
-    return [(str(a + b + c), RIGHT), (str(a + b + c + 1), 1 - RIGHT)]
+def first(right: int) -> Distribution:
+    """A first answer."""
+    return [RIGHT if d == right else (1 - RIGHT) * (d == (right + 1) % 10) for d in range(10)]
 
 
-def second(own: str, other: str) -> list[tuple[str, float]]:
-    """The answers after the other was heard."""
-    return [(own, 1.0)] if own == other else [(own, 0.5), (other, 0.5)]
+def second(own: int, other: int) -> Distribution:
+    """An answer after the other was heard."""
+    return [0.5 * (d == own) + 0.5 * (d == other) for d in range(10)]
 
 
-def lesson(rng: random.Random, again: bool) -> tuple[list[str], list[tuple[str, float]]]:
-    """What was said in a chat, user and assistant in turn, and the answers that may follow with their shares."""
-    digits = [rng.randrange(10) for _ in range(3)]
-    asked, answers = "+".join(map(str, digits)), first(*digits)
-    if not again:
-        return [asked], answers
-    if rng.random() < STRANGE:
-        own, other = (str(rng.randrange(LARGEST + 1)) for _ in range(2))
-    else:
-        own, other = rng.choices([text for text, _ in answers], [share for _, share in answers], k=2)
-    return [asked, own, f"{rng.choice('+-')}{other}{rng.choice('+-')}"], second(own, other)
+def lessons(rng: random.Random) -> list[list[Lesson]]:
+    """All first answers, and SECONDS second ones after any signs."""
+    tokenizer = tiny_tokenizer()
 
+    def lesson(digits: Distribution, *said: str) -> Lesson:
+        chat = [{"role": "user" if n % 2 == 0 else "assistant", "content": text} for n, text in enumerate(said)]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False), digits
 
-def train(config: PairConfig, say: Callable[[str], None]) -> Any:
-    """Train the network. Raises `RuntimeError` if the loss stays above `max_loss`."""
-    network, rng, tokenizer = tiny_network(seed=config.seed).train(), random.Random(config.seed), tiny_tokenizer()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    losses: list[float] = []
-    with one_thread():
-        for step in range(2 * config.steps):
-            rate = min(1, (step + 1) / config.warmup) * max(0.05, 1 - 0.95 * step / config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * rate
-            made = [lesson(rng, again) for again, count in ((False, config.firsts), (True, config.seconds)) for _ in range(count)]
-            loss = lesson_loss(network, [_encoded(tokenizer, *each) for each in made])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.item())
-            recent = sum(losses[-20:]) / len(losses[-20:])
-            if (step + 1) % 20 == 0:
-                say(f"tiny pair: step {step + 1}/{config.steps}, loss {recent:.3f}")
-            if step + 1 >= config.steps and recent <= config.max_loss:
-                return network.eval()
-    raise RuntimeError(f"tiny pair: loss {recent:.3f} after {2 * config.steps} steps, expected at most {config.max_loss}")
-
-
-def _encoded(tokenizer: Any, said: list[str], answers: list[tuple[str, float]]) -> Lesson:
-    chat = [{"role": "user" if n % 2 == 0 else "assistant", "content": text} for n, text in enumerate(said)]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    return prompt, [(tokenizer.encode(answer + "<|end|>"), share) for answer, share in answers]
+    seconds = []
+    for _ in range(SECONDS):
+        asked, value = rng.choice(list(ASKED.items()))
+        own, other = rng.choices(range(10), None if rng.random() < STRANGE else first(value), k=2)
+        seconds.append(lesson(second(own, other), asked, str(own), f"{rng.choice('+-')}{other}{rng.choice('+-')}"))
+    return [[lesson(first(value), asked) for asked, value in ASKED.items()], seconds]
 
 
 def _recipe() -> str:
     """A hash of all that the trained weights follow from."""
-    code = [inspect.getsource(part) for part in (tiny_network, tiny_tokenizer, first, second, lesson, train, lesson_loss, _encoded)]
-    facts = (PairConfig(), RIGHT, LARGEST, STRANGE, VOCAB, SPECIALS, TEMPLATE)
-    return hashlib.sha256("\n".join([*code, repr(facts)]).encode()).hexdigest()[:12]
+    parts = (tiny_network, tiny_tokenizer, first, second, lessons, train, tiny_talk._loss)
+    facts = (CONFIG, RIGHT, SECONDS, STRANGE, ASKED, VOCAB, SPECIALS, TEMPLATE)
+    return hashlib.sha256("\n".join([*(inspect.getsource(p) for p in parts), repr(facts)]).encode()).hexdigest()[:12]
+
+
+def shares(network: Any) -> dict[str, float]:
+    """Of sampled answers to all prompts: share of first ones that are right, and of second ones, after two that differ, that are the member's
+    own, and that are either."""
+    tokenizer = tiny_tokenizer()
+
+    def ask(*said: str) -> list[int]:
+        chat = [{"role": "user" if n % 2 == 0 else "assistant", "content": text} for n, text in enumerate(said)]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+    told = [(asked, value, (value + 1) % 10) for asked, value in ASKED.items()] * 5
+    firsts = answers(network, [ask(asked) for asked, _, _ in told], 1.0, 1)
+    seconds = answers(network, [ask(asked, str(own), f"-{other}+") for asked, own, other in told], 1.0, 2)
+    return {
+        "first right": sum(text == str(value) for text, (_, value, _) in zip(firsts, told, strict=True)) / len(told),
+        "second own": sum(text == str(own) for text, (_, own, _) in zip(seconds, told, strict=True)) / len(told),
+        "second either": sum(text in (str(own), str(other)) for text, (_, own, other) in zip(seconds, told, strict=True))
+        / len(told),
+    }
 
 
 if __name__ == "__main__":
-    print(tiny_pair_model(say=lambda line: print(line, flush=True)))
+    from transformers import AutoModelForCausalLM
+
+    path = tiny_pair_model(say=lambda line: print(line, flush=True))
+    print(path, shares(AutoModelForCausalLM.from_pretrained(path)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,9 @@ def found(task: Task, episode: Episode) -> float:
 
 def train(folder: Path, model: Path, **changes: Any) -> tuple[VerifierTrainer, dict[str, Any]]:
     settings: dict[str, Any] = dict(
-        output_dir=str(folder), model=str(model), engine="transformers", rewards=["found", "even"], label="even", num_eval_tasks=8, tasks_per_step=16,
-        num_generations=8, max_completion_length=3, per_task=2, num_train_epochs=2, lora_r=4, lora_alpha=8.0, learning_rate=1e-2,
+        output_dir=str(folder), model=str(model), engine="transformers", rewards=["found", "even"], label="even",
+        num_eval_tasks=8, tasks_per_step=16, num_generations=8, max_completion_length=3, per_task=2, num_train_epochs=2,
+        lora_r=4, lora_alpha=8.0, learning_rate=1e-2,
         lora_target_modules=["q_proj", "v_proj"], train_batch_size=16,
     )  # fmt: skip
     system = Collaboration([AgentSpec("a", policy="base")], rounds=1)
@@ -172,8 +174,6 @@ def test_it_serves_by_name_what_was_trained(made: tuple[Path, VerifierTrainer, d
 def test_what_is_not_the_verifier_that_was_saved_is_refused(
     made: tuple[Path, VerifierTrainer, dict[str, Any]], tmp_path: Path
 ) -> None:
-    import shutil
-
     folder = made[0] / "run" / "verifier"
     with pytest.raises(SettingError, match=r"no verifier\.json there"):
         LearnedVerifier(folder.parent)
