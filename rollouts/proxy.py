@@ -101,7 +101,7 @@ class Listener:
     async def _start(self) -> None:
         try:
             await self._runner.setup()
-            site = web.TCPSite(self._runner, self.door.host, 0)
+            site = web.TCPSite(self._runner, self.door.host, 0, backlog=4096)  # many programs knock at once
             await site.start()
         except OSError as error:
             raise SettingError(f"host {self.door.host!r}: cannot listen there ({error.strerror or error})") from error

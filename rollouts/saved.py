@@ -163,11 +163,18 @@ def foreign(kind: str, name: str) -> bool:
     return ":" in name and not name.startswith(("reasoning-gym:", "reasoning_gym:", "hub:")) and not name.startswith(OURS[kind])
 
 
+def own_program(system: Mapping[str, Any]) -> list[str]:
+    """What `marlora.rollouts.own_programs` would run for this system."""
+    told = system["arguments"].get("main"), system["arguments"].get("command")
+    return [f"the program {each if isinstance(each, str) else json.dumps(each)}" for each in told if each]
+
+
 def strangers(data: Mapping[str, Any], *, rewards: bool = True) -> list[str]:
     """What playing this checkpoint would import from elsewhere, or ask over the network: for people to read before they agree."""
     found = [f"reward {name}" for name in data["rewards"] if rewards and foreign("reward", name)]
     found += [f"tool {t} of {a['name']}" for a in data["agents"] for t in a.get("tools", ()) if foreign("tool", t)]
     verifier = data["system"]["arguments"].get("verifier")
     found += [f"verifier {verifier}"] if isinstance(verifier, str) and foreign("verifier", verifier) else []
+    found += own_program(data["system"])
     found += [f"the model at {p['url']} as {name}" for name, p in data["policies"].items() if p.get("url")]
     return found

@@ -23,7 +23,7 @@ from marlora.recipes import doctor
 from marlora.recipes.cli import main
 from marlora.rollouts.store import Store
 from marlora.rollouts.types import Episode
-from marlora.trainers import bench
+from marlora.trainers import bench, bench_proxy
 from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
 from marlora.trainers.tiny import tiny_chain, tiny_random_model
 from tests.repository import ROOT
@@ -425,6 +425,8 @@ def test_bench_gives_numbers_and_where_they_come_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "PROMPTS", (0, 20))
+    monkeypatch.setattr(bench_proxy, "CALLS", {1: 2, 8: 2})
+    monkeypatch.setattr(bench_proxy, "LATENCY", 0.01)
     for suite in bench.SUITES:
         assert marlora("bench", suite, "--repeats", 1, "--json", tmp_path / f"{suite}.json") == 0
         found = json.loads((tmp_path / f"{suite}.json").read_text())

@@ -1,0 +1,106 @@
+"""`marlora bench proxy`: what the door costs. The same calls, straight to the team and over HTTP, to an engine that answers after a
+fixed time and computes nothing. Client and server share one process and one core, so the price shown is that of both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import aiohttp
+
+from ..agents.team import Team, gather
+from ..agents.types import AgentSpec, Message, Sampling, Turn
+from ..rollouts.engines.scripted import ScriptedEngine
+from ..rollouts.proxy import Door
+from ..rollouts.speakers import EngineSpeaker
+from .bench import machine
+from .config import RunError
+
+CALLS = {1: 10, 64: 4, 512: 2}  # calls that each caller makes, one after the other, by the number of callers
+REPLY, PROMPT = 64, 400  # tokens
+LATENCY = 0.25  # seconds until the engine answers: about 64 tokens at 256 tokens/s
+SPEC = AgentSpec("solver", sampling=Sampling(max_tokens=REPLY, seed=0))
+
+Ask = Callable[[str], Awaitable[None]]
+
+
+def proxy(repeats: int) -> dict[str, Any]:
+    """Tokens per second of both ways at 1, 64 and 512 calls at once, and the processor time that the door adds to a call."""
+    results = [asyncio.run(_compare(callers, repeats)) for callers in CALLS]
+    rows = [
+        [str(r["concurrent"]), f"{r['direct']['tokens_per_s']:,.0f}", f"{r['proxy']['tokens_per_s']:,.0f}", f"{r['proxy_over_direct']:.2f}",
+         f"{r['direct']['ms_per_call']:.2f}", f"{r['proxy']['ms_per_call']:.2f}"]
+        for r in results
+    ]  # fmt: skip
+    columns = ["calls at once", "direct, tokens/s", "through the door", "ratio", "direct, ms of CPU a call", "through the door"]
+    return {"suite": "proxy", "repeats": repeats, "reply": REPLY, "prompt": PROMPT, "latency": LATENCY, **machine(), "results": results,
+            "title": f"proxy: an engine that answers after {LATENCY} s", "columns": columns, "rows": rows}  # fmt: skip
+
+
+async def _compare(callers: int, repeats: int) -> dict[str, Any]:
+    """Both ways in turns, after one round that does not count. Raises `RunError` if the turns on record differ."""
+    found: dict[str, list[tuple[float, float]]] = {"direct": [], "proxy": []}
+    for number in range(repeats + 1):
+        records = {}
+        for name, way in (("direct", _direct), ("proxy", _through)):
+            seconds, process, turns = await way(callers)
+            records[name] = sorted((t.messages[0].content, t.completion) for t in turns)  # type: ignore[type-var]
+            if number:
+                found[name].append((seconds, process))
+        if records["direct"] != records["proxy"]:
+            raise RunError("bench proxy: the door's turns are not those of direct calls; no numbers are given")
+    calls = callers * CALLS[callers]
+    made: dict[str, Any] = {"concurrent": callers, "calls": calls}
+    for name, times in found.items():
+        wall, process = statistics.median(w for w, _ in times), statistics.median(p for _, p in times)
+        made[name] = {"tokens_per_s": calls * REPLY / wall, "ms_per_call": 1000 * process / calls}
+    return made | {"proxy_over_direct": made["proxy"]["tokens_per_s"] / made["direct"]["tokens_per_s"]}
+
+
+def _team() -> Team:
+    engine = ScriptedEngine(lambda prompt, ref, sampling, k: "x" * REPLY, latency=LATENCY)  # cut off, so all are of one length
+    speaker = EngineSpeaker(engine, engine.tokens, "solver")
+    return Team([SPEC], lambda call: speaker(call, ""), max_turns=10**9)
+
+
+async def _measured(callers: int, team: Team, ask: Ask) -> tuple[float, float, Sequence[Turn]]:
+    async def caller(name: int) -> None:
+        for number in range(CALLS[callers]):
+            await ask(f"{name} {number} ".ljust(PROMPT, "y"))
+
+    start, process = time.perf_counter(), time.process_time()
+    await gather(caller(name) for name in range(callers))
+    return time.perf_counter() - start, time.process_time() - process, team.turns
+
+
+async def _direct(callers: int) -> tuple[float, float, Sequence[Turn]]:
+    team = _team()
+
+    async def ask(text: str) -> None:
+        await team["solver"].answer([Message("user", text)])
+
+    return await _measured(callers, team, ask)
+
+
+async def _through(callers: int) -> tuple[float, float, Sequence[Turn]]:
+    team = _team()
+    async with contextlib.AsyncExitStack() as stack:
+        visit = await stack.enter_async_context(Door().admit(team))
+        connector = aiohttp.TCPConnector(limit=0)
+        head = {"Authorization": f"Bearer {visit.key}"}
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, headers=head))
+        url = f"{visit.base_url}/chat/completions"
+
+        async def ask(text: str) -> None:
+            body = {"model": "solver", "messages": [{"role": "user", "content": text}]}
+            async with session.post(url, json=body) as reply:
+                if reply.status != 200:
+                    raise RunError(f"bench proxy: {reply.status} {await reply.text()}")
+                await reply.json()
+
+        return await _measured(callers, team, ask)
