@@ -130,7 +130,7 @@ def test_the_reference_is_what_the_run_began_with(tmp_path: Path, model: Path) -
     with made.run:
         (base,) = made.run.bases.values()
         episodes = made.run.collect(1)
-        own, _ = made.samples_of(pairs_of(episodes, made.args, 0))
+        own, _ = made.learner.samples_of(pairs_of(episodes, made.args, 0))
         begun = made.run.score(own)
         disturb(base.adapters)
         hashes = {name: base.adapters.sha256(name) for name in base.policies}
@@ -224,8 +224,8 @@ def test_sampling_trains_both_agents_and_hears_frozen_ones(tmp_path: Path, model
     assert all(policy["sha256_before"] != policy["sha256_after"] for policy in summary["policies"].values())
     made = trainer(tmp_path / "one", model, mode="sampling", max_steps=2, num_drafts=3, policies={"last": {"trainable": False}})
     heard: list[Push[Any]] = []
-    update = made.update
-    made.update = lambda *given: heard.append((found := update(*given))[1]) or found  # type: ignore[method-assign,func-returns-value]
+    update = made.learner.update
+    made.learner.update = lambda *given: heard.append((found := update(*given))[1]) or found  # type: ignore[method-assign,func-returns-value]
     summary = made.train()
     moved = {name: policy["sha256_before"] != policy["sha256_after"] for name, policy in summary["policies"].items()}
     assert moved == {"first": True, "last": False}

@@ -44,8 +44,8 @@ def test_dpo_of_one_agent_equals_trl(tmp_path: Path, model: Path, name: str) -> 
             (base,) = made.run.bases.values()
             before = {key: p.detach().clone() for key, p in adapters.parameters("first").items()}
             if made is ours:
-                own, _ = made.samples_of(pairs)
-                done, pushed = made.update(1, 0, pairs, own, made.reference_scores(own))
+                own, _ = made.learner.samples_of(pairs)
+                done, pushed = made.learner.update(1, 0, pairs, own, made.learner.reference_scores(own))
                 losses.append(pushed.loss)
                 moments = base.optimizers.of["first"].state
                 gradients.append({key: moments[p]["exp_avg"] * 10 for key, p in adapters.parameters("first").items()})
