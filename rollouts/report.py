@@ -17,7 +17,7 @@ from ..agents.types import SettingError
 from .evaluate import interval
 from .gallery import MAX_EPISODES, Gallery, Pieces, Row, json_lines, rows
 from .page import page, section, text
-from .report_parts import adapters, comparison, curves, facts, more, proofs, read_json, verdict, warnings
+from .report_parts import adapters, comparison, curves, facts, more, proofs, read_json, rounds, verdict, warnings
 from .store import Store
 
 KNOWN = (
@@ -31,8 +31,11 @@ KNOWN = (
     "live_proof",
     "eval",
     "adapters",
+    "collaboration",
     "unfinished",
 )  # keys of summary.json that have a place of their own; every other one is shown as it is
+
+EVALUATIONS = ("eval-before", "eval-after", "eval-step-")  # labels of the whole team's; other held-out episodes are a method's own
 
 
 @dataclass
@@ -82,7 +85,7 @@ class RunData:
         """(step, mean, low, high) of every evaluation of the whole team; a failed episode counts 0."""
         labels: dict[str, list[Row]] = defaultdict(list)
         for row in self.episodes:
-            if row.held_out and not row.label.startswith("eval-only-"):
+            if row.label.startswith(EVALUATIONS):
                 labels[row.label].append(row)
         found = {}
         for label, own in labels.items():
@@ -151,6 +154,7 @@ def parts_of(run: RunData, n: int, several: int) -> list[str]:
     return [
         f'<header id="run-{n}"><h1>{text(run.title)} <small>{text(run.name)}</small></h1>{verdict(run, n)}{facts(run)}</header>',
         *curves(run, n),
+        section("Rounds", rounds(run.summary.get("collaboration"))),
         section("Adapters", adapters(run.policies), name=f"adapters-{n}"),
         section("Live proof", proofs(run.summary.get("live_proof") or {}, read_json(run.folder / "proofs.json") or [])),
         *(section(text(key.replace("_", " ")), more(value)) for key, value in run.summary.items() if key not in KNOWN),

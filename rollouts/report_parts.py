@@ -11,6 +11,7 @@ from urllib.parse import quote
 from .charts import Line, chart
 from .gallery import Row
 from .page import is_number, legend, number, section, table, text, whisker
+from .transitions import transition_rows
 
 if TYPE_CHECKING:
     from .report import RunData
@@ -256,6 +257,14 @@ def proofs(counts: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> s
 def status(record: Mapping[str, Any]) -> str:
     name = text(record["status"])
     return f'<span class="{name}">{name}</span> {text(record["reason"])}'
+
+
+def rounds(found: Mapping[str, Any] | None) -> str:
+    """What the rounds of debates did to answers (`transitions.py`)."""
+    if not found:
+        return ""
+    head, rows = transition_rows(found)
+    return table(list(map(text, head)), [list(map(text, row)) for row in rows])
 
 
 def more(value: Any) -> str:

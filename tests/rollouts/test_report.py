@@ -20,7 +20,7 @@ from marlora.agents.types import Message, SettingError, Task, Turn
 from marlora.rollouts.charts import Line, chart
 from marlora.rollouts.gallery import Gallery, chosen, crc, even, row_of
 from marlora.rollouts.page import number, text, visible
-from marlora.rollouts.report import write_report
+from marlora.rollouts.report import RunData, write_report
 from marlora.rollouts.report_parts import more
 from marlora.rollouts.store import Store, pack
 from marlora.rollouts.types import Episode, Reward
@@ -345,3 +345,17 @@ def test_numbers_are_short() -> None:
 def test_long_and_invisible_text_is_told() -> None:
     assert text("a" * 10, 4) == "aaaa … (6 more characters)"
     assert text("a\x00b\tc\n\u202ed") == "a␀b\tc\n␦d" and visible("\ud800<") == "␦<"
+
+
+def test_rounds_of_debates_have_a_table_and_sampled_ones_are_no_evaluation(run: Path):
+    changes = [{"right_right": 6, "right_wrong": 1, "wrong_right": 2, "wrong_wrong": 1}]
+    entry = {"answers": [10, 10], "accuracy": [0.7, 0.8], "gain": 0.1, "changes": changes}
+    summary = json.loads((run / "summary.json").read_text()) | {"collaboration": {"after": entry}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    before = RunData.read(run).eval_points()
+    sampled = episode(3, "t9", 1.0, split="eval")
+    with Store(run / "episodes") as store:
+        store.append(dataclasses.replace(sampled, id="eval-sampled-after/t9/0", group="eval-sampled-after/t9"))
+    words = "".join(Page(write_report(run).read_text()).words)
+    assert "Rounds" in words and "2 of 3" in words and "+0.100" in words
+    assert RunData.read(run).eval_points() == before
