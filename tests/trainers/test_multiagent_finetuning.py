@@ -17,6 +17,7 @@ from marlora.agents.answers import majority
 from marlora.agents.chain import Chain
 from marlora.agents.debate import Debate
 from marlora.agents.types import Message, SettingError, Task, Turn
+from marlora.recipes.settings import parse
 from marlora.rollouts.evaluate import wilson
 from marlora.rollouts.store import Store
 from marlora.rollouts.types import Episode
@@ -32,6 +33,7 @@ from marlora.trainers.multiagent_finetuning import (
 from marlora.trainers.samples import samples
 from marlora.trainers.selection import Selection, SelectionConfig, select
 from marlora.trainers.tiny import tiny_random_model
+from tests.repository import ROOT
 
 torch.set_num_threads(1)
 SEATS = [("g1", "c1"), ("g2", "c2"), ("g3", "c3")]
@@ -92,6 +94,14 @@ def test_who_learns_what_from_one_debate() -> None:
     assert table["g3"] == {"kept": {}, "dropped": {"first answer differs": 1}}
     assert table["c3"] == {"kept": {}, "dropped": {"ends otherwise": 2}}
     assert table["c2"] == {"kept": {method.CORRECTED: 1}, "dropped": {"not the last answer": 1}}
+
+
+def test_a_summary_is_nobodys_lesson() -> None:
+    played = debate("e", "885", "888", "8")
+    summed = Turn(6, "sum", (Message("user", "z"),), text="8", prompt_ids=(9,), token_ids=(7,), logprobs=(-0.1,))
+    views = transcripts(Episode("e", "e", played.task, turns=(*played.turns, summed), output="8"), SEATS)
+    assert {turn.agent for view in views for turn in view.turns} == {"g1", "g2", "g3", "c1", "c2", "c3"}
+    assert [len(view.turns) for view in views] == [3, 6]
 
 
 def test_a_debate_without_a_majority_teaches_nothing() -> None:
@@ -162,6 +172,15 @@ def test_wrong_settings_are_named(settings: dict[str, Any], problem: str) -> Non
     system = settings.pop("system", None)
     with pytest.raises(SettingError, match=problem):
         MultiagentFinetuningTrainer("tiny", system, args=MultiagentFinetuningConfig(**settings))
+
+
+@pytest.mark.parametrize("name", ["multiagent_finetuning", "multiagent_finetuning_pooled"])
+def test_the_recipes_settings_make_a_trainer(name: str) -> None:
+    """Six agents on six policies, or on one."""
+    config = parse(MultiagentFinetuningConfig, ROOT / "recipes" / f"{name}.py", [])
+    trainer = MultiagentFinetuningTrainer(args=config)
+    assert trainer.seats == SEATS
+    assert list(trainer.run.policies) == (["shared"] if name.endswith("pooled") else ["g1", "g2", "g3", "c1", "c2", "c3"])
 
 
 # a run
