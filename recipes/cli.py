@@ -17,6 +17,7 @@ from typing import Any
 
 from marlora.agents.types import SettingError, Task, nearest, to_json
 from marlora.recipes.cli_eval import add_eval, cmd_eval
+from marlora.recipes.cli_export import add_export, cmd_export
 from marlora.recipes.cli_report import add_report, cmd_report
 from marlora.recipes.cli_team import add_team, chosen, engine_config, play_all, say, with_team, write_json
 from marlora.recipes.tables import table
@@ -179,6 +180,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--raw", action="store_true", help="print each episode as one line of JSON")
     add_team(command("serve", cmd_serve))
     add_report(command("report", cmd_report))
+    add_export(command("export", cmd_export))
     made = command("bench", cmd_bench)
     made.add_argument("suite", help="what to measure")
     made.add_argument("--json", default="", help="write the numbers here")

@@ -21,6 +21,7 @@ ROUTES = {
     ("GET", "/metrics"),
     ("GET", "/v1/models"),
     ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),  # for other people's programs at a served checkpoint; we send token ids
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
 }
