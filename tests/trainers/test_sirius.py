@@ -162,6 +162,12 @@ def test_who_may_give_feedback(tmp_path: Path, model: Path) -> None:
         trainer(tmp_path / "run", model, library="all", episodes="elsewhere")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("sirius*.yaml")), ids=lambda path: path.stem)
+def test_every_setting_of_the_recipe_can_be_built(path: Path) -> None:
+    made = SiriusTrainer(args=settings.parse(SiriusConfig, path, []))
+    assert made.args.max_steps == made.args.max_iterations >= 1 and made.run.tasks and made.run.eval_tasks
+
+
 # learning
 
 
