@@ -11,6 +11,7 @@ from ..agents.repair import SPLIT
 from ..agents.types import AgentSpec, SettingError, Task
 from ..rollouts.play import Job, jobs
 from ..rollouts.store import Store
+from ..rollouts.tokens import ChatTokens
 from ..rollouts.types import Episode, groups
 from .records import tasks_of
 
@@ -76,6 +77,17 @@ class Given:
             raise SettingError(
                 f"episodes {str(folder)!r}: its agents are {', '.join(sorted(spoke))}, this team's are {', '.join(names)}"
             )
+
+    def check_tokens(self, tokens_of: Mapping[str, ChatTokens], count: int = 50) -> None:
+        """Raise `SettingError` unless the first turns of every agent read the same in its own tokenizer: ids of another one are other words."""
+        for agent, tokens in tokens_of.items():
+            spoken = (t for e in self.episodes for t in e.turns if t.agent == agent and t.token_ids)
+            for turn in itertools.islice(spoken, count):
+                if tokens.decode(turn.token_ids) != turn.text:
+                    raise SettingError(
+                        f"episodes: a turn of {agent!r} says {turn.text[:40]!r}, but its tokens read {tokens.decode(turn.token_ids)[:40]!r} "
+                        "in this run's model; expected episodes that were sampled with the tokenizer that learns from them"
+                    )
 
     def of(self, count: int, seed: int, step: int) -> list[Episode]:
         """The groups of `count` tasks, chosen as a run that plays chooses its tasks."""

@@ -166,6 +166,8 @@ class Run:
         if self.config.episodes:
             self.given = Given(self.config.episodes, self.system.specs)
             records.check_tasks([e.task for e in self.given.episodes], self.eval_tasks, self.config)
+            tokens = {policy: base.tokens for base in self.bases.values() for policy in base.policies}
+            self.given.check_tokens({a.name: tokens[a.policy] for a in self.system.specs if a.policy in tokens})
         self.store = Store(self.config.folder / "episodes")
         self._exit.callback(self.store.close)
         self._start_engines()

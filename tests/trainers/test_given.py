@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from marlora.agents.chain import Chain
 from marlora.agents.types import SettingError
 from marlora.rollouts.store import Store
+from marlora.rollouts.tokens import ChatTokens
 from marlora.trainers.grpo import GRPOTrainer
 from marlora.trainers.recall import Given
-from marlora.trainers.tiny import tiny_chain, tiny_random_model, tiny_tasks
+from marlora.trainers.tiny import tiny_chain, tiny_random_model, tiny_tasks, tiny_tokenizer
 from tests.trainers import small_run
 
 
@@ -59,3 +61,14 @@ def test_stores_that_cannot_be_learnt_from_are_named(tmp_path: Path, model: Path
     learner = GRPOTrainer(system=tiny_chain(), tasks=others, eval_tasks=trained_on[:2], rewards=[small_run.bytes_mod_7], args=args)
     with pytest.raises(SettingError, match="held-out tasks are also trained on"):
         learner.train()
+
+
+def test_episodes_of_another_tokenizer_are_refused(played: Path) -> None:
+    """The ids of `played` shifted by one: other words, though every id is known."""
+    given, tokens = Given(played, tiny_chain().specs), ChatTokens(tiny_tokenizer())
+    given.check_tokens({"first": tokens, "last": tokens})
+    turns = [dataclasses.replace(t, token_ids=tuple(i - 1 for i in t.token_ids)) for t in given.episodes[0].turns]
+    given.episodes[0] = dataclasses.replace(given.episodes[0], turns=tuple(turns))
+    with pytest.raises(SettingError, match=r"a turn of 'first' says .* but its tokens read .* expected episodes that were sampled"):
+        given.check_tokens({"first": tokens, "last": tokens})
+    given.check_tokens({"nobody": tokens})
