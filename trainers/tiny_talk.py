@@ -8,7 +8,7 @@ is learnt on some tasks holds for others. It has seen all prompts; held out are 
 **Haggling.** As `seller`, told `3 -` (its cost, the offer on the table), it names a price from 3 to 9, all equally likely; as `buyer`, told
 `8 5`, a price from 0 to 8. It never bargains itself into a loss, and nothing more: there is all to learn about the other.
 
-These are the shares of its teacher, whose distribution itself is the target. Training is seeded, single-threaded and short, about 25 s on
+These are the shares of its teacher, whose distribution itself is the target. Training is seeded, single-threaded and short, about 40 s on
 one core, so the model keeps to them roughly (tests/trainers/test_tiny_talk.py has the distances). At temperature 0 the debater is
 always right, so what it learns shows in samples only. `python -m marlora.trainers.tiny_talk` trains the model.
 """
@@ -48,11 +48,11 @@ class TalkConfig:
     `max_excess`: the mean of KL(teacher | model) over the last 20 steps, in nats per reply, at which training is done; at most twice `steps`.
     """
 
-    steps: int = 300
+    steps: int = 500
     shares: tuple[int, ...] = (12, 12, 40)
     learning_rate: float = 5e-3
     warmup: int = 30
-    max_excess: float = 0.2
+    max_excess: float = 0.15
     hidden_size: int = 64
     layers: int = 2
     seed: int = 0
@@ -79,10 +79,8 @@ def tiny_talk_model(cache: Path | None = None, *, say: Callable[[str], None] | N
 
 def alone(right: int) -> Distribution:
     """A first answer."""
-    shares = Counter({right: RIGHT})
-    shares[(right + 1) % 10] += OVER
-    shares[(right - 1) % 10] += UNDER
-    return [shares[d] for d in range(10)]
+    wrong = {(right + 1) % 10: OVER, (right - 1) % 10: UNDER}
+    return [RIGHT if digit == right else wrong.get(digit, 0.0) for digit in range(10)]
 
 
 def revised(right: int, answers: Sequence[int]) -> Distribution:
