@@ -9,6 +9,8 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..agents.team import gather
+
 MAX_STDOUT = 4 << 20  # bytes; a program that writes more has failed
 MAX_STDERR = 2000  # bytes of its end that are kept
 GRACE = 2.0  # seconds between the wish and the order to stop
@@ -43,9 +45,8 @@ async def run_command(
     told, complained = bytearray(), bytearray()
     try:
         async with asyncio.timeout(bounds.timeout) as clock:
-            await asyncio.gather(
-                _write(process, stdin), _read(process.stdout, told, MAX_STDOUT), _tail(process.stderr, complained), _wait(process)
-            )
+            read, tail = _read(process.stdout, told, MAX_STDOUT), _tail(process.stderr, complained)
+            await gather([_write(process, stdin), read, tail, _wait(process)])
     except TimeoutError as error:
         if not clock.expired():
             raise
@@ -96,11 +97,12 @@ async def _wait(process: asyncio.subprocess.Process) -> None:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """End the process and its group."""
+    """End the process and its group, and let go of its pipes, whoever else holds them."""
     if process.returncode is None and _send(process, signal.SIGTERM):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), GRACE)
     _send(process, signal.SIGKILL)
+    vars(process)["_transport"].close()  # what was not read keeps them open, and nothing public closes them
     await process.wait()
 
 

@@ -49,7 +49,7 @@ async def _compare(callers: int, repeats: int) -> dict[str, Any]:
         records = {}
         for name, way in (("direct", _direct), ("proxy", _through)):
             seconds, process, turns = await way(callers)
-            records[name] = sorted((t.messages[0].content, t.completion) for t in turns)  # type: ignore[type-var]
+            records[name] = sorted((t.messages[0].content, t.completion) for t in turns)
             if number:
                 found[name].append((seconds, process))
         if records["direct"] != records["proxy"]:

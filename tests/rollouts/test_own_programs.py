@@ -26,6 +26,7 @@ from marlora.rollouts.play import Job, jobs
 from marlora.rollouts.rewards import resolve_rewards
 from marlora.rollouts.served import build_system
 from marlora.rollouts.types import Episode
+from tests.conformance import check_system
 from tests.rollouts.asking import TASK, Asker, play, played, rollouts
 
 TOKEN = "a-reward-token-of-24-chars"
@@ -81,6 +82,11 @@ def test_a_function_is_played_like_any_system() -> None:
     player = rollouts(engine, system)
     replayed = asyncio.run(player.play(Job(TASK, "g"), given=first.turns[:1]))
     assert replayed.turns == first.turns and len(engine.calls) == 5  # one of the third episode's turns was not asked for
+
+
+def test_a_program_that_asks_in_a_fixed_order_keeps_what_every_system_must() -> None:
+    """Repeatable, replayable turn for turn, what it was shown on record, no gold answer seen, rebuilt from its settings."""
+    check_system(function(), [TASK, Task("t2", "3+3?", "gold-6")])
 
 
 def test_many_episodes_at_once_and_greedy_evaluation() -> None:

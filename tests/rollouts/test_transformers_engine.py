@@ -196,3 +196,17 @@ def test_bad_models_and_adapters_are_told(model: Path, tokens: ChatTokens, tmp_p
         await engine.close()
 
     asyncio.run(work())
+
+
+def test_bias_bends_what_is_drawn_and_a_grammar_is_refused(model: Path, tokens: ChatTokens) -> None:
+    engine = TransformersEngine(model, tokens=tokens)
+    biased = Sampling(max_tokens=4, seed=1, logit_bias={"40": 1000.0})
+    asked = (tokens.prompt([Message("user", "hi")]), Ref(BASE, ""))
+    (bent,), (plain,) = play(engine, (*asked, biased), (*asked, Sampling(max_tokens=4, seed=1)))
+    assert bent.token_ids == (40,) * 4 and bent.logprobs == (0.0,) * 4 and plain.token_ids != bent.token_ids
+    for sampling, problem in (
+        (Sampling(grammar="{}"), "use engine: vllm"),
+        (Sampling(logit_bias={"9999": 1.0}), "'9999' is no token"),
+    ):
+        with pytest.raises(SettingError, match=problem):
+            play(TransformersEngine(model, tokens=tokens), (*asked, sampling))

@@ -85,6 +85,13 @@ def test_every_sampling_field_is_sent():
         ]
 
 
+def test_grammar_and_bias_are_sent_where_they_are_set():
+    with FakeVLLM(key=KEY) as fake:
+        generate(fake, Sampling(max_tokens=6, seed=1, grammar='{"json": {"type": "object"}}', logit_bias={"7": -100.0}))
+        (body,) = fake.completions()
+        assert body["structured_outputs"] == {"json": {"type": "object"}} and body["logit_bias"] == {"7": -100.0}
+
+
 def test_ids_and_logprobs_belong_together_and_text_is_ours():
     with FakeVLLM(key=KEY) as fake:
         first, second = generate(fake, n=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -109,6 +110,22 @@ def test_a_stop_string_is_kept(server: Live):
     [cut] = play(server, lambda engine: engine.generate(PROMPT, BASE, Sampling(max_tokens=60, seed=4, stop=(word,))))
     assert cut.finish_reason == "stop" and cut.text.endswith(word)
     assert cut.token_ids == free.token_ids[: len(cut.token_ids)] and len(cut.token_ids) < len(free.token_ids)
+
+
+def test_a_reply_is_held_to_a_grammar_or_biased(server: Live):
+    schema = {"type": "object", "properties": {"sum": {"type": "integer", "maximum": 9, "minimum": 1}}, "required": ["sum"]}
+    held = Sampling(max_tokens=200, seed=1, grammar=json.dumps({"json": {**schema, "additionalProperties": False}}))
+    chosen = Sampling(max_tokens=20, seed=2, grammar=json.dumps({"choice": ["yes", "no"]}))
+    biased = Sampling(max_tokens=5, seed=3, logit_bias={"40": 100.0})
+
+    async def work(engine: VLLMEngine) -> Any:
+        return [(await engine.generate(PROMPT, BASE, sampling))[0] for sampling in (held, chosen, biased)]
+
+    structured, choice, same = play(server, work)
+    if structured.finish_reason == "stop":  # a random model may go on with white space
+        assert 1 <= json.loads(structured.text)["sum"] <= 9
+    assert structured.text.lstrip().startswith("{") and choice.text in ("yes", "no") and choice.finish_reason == "stop"
+    assert same.token_ids == (40,) * 5
 
 
 def test_seeds_reproduce_alone_and_together(server: Live):
