@@ -166,7 +166,7 @@ def test_a_stored_run_is_learnt_from_and_its_references_are_computed_once(
     told = [row["preference"] for row in rows(tmp_path / "run")]
     assert [t["updates"] for t in told] == [2 * math.ceil(t["pairs"] / 2) for t in told]
     assert told[0]["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert told[-1]["loss"] < told[0]["loss"] and told[-1]["accuracy"] > 0.9, told
+    assert told[-1]["loss"] < 0.3 and told[-1]["accuracy"] == 1.0, told
     assert set(told[0]["margins"]) == {"first", "last"}
     assert told[-1]["margin"] == pytest.approx(sum(told[-1]["margins"].values()), abs=1e-6)
 
