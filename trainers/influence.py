@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 Table = Sequence[Mapping[str, float]]
 HORIZONS, SHARES = ("discounted_sum", "last", "current"), ("all", "individual")
-SIGNS = ("off", "paper_sign", "code_sign")
+SIGNS = ("none", "paper_sign", "code_sign")
 
 _PIECE = re.compile(r"\w+|[^\w\s]")
 _PATTERN, _REPEATS = 20, 3  # words and signs of the longest pattern, how often it may stand in a row
@@ -65,7 +65,7 @@ def shaping(right: Table, weights: Sequence[float], sign: str) -> list[dict[str,
     first round has none. The others' majority is their mean against one half; a tie gives no bonus. A member alone is never
     persuaded.
     """
-    if sign == "off":
+    if sign == "none":
         return [dict.fromkeys(row, 0.0) for row in right]
     alone, persuaded, mistake, persuader = weights
     if sign == "code_sign":

@@ -44,7 +44,7 @@ RIGHT, VERIFIER = "right", "verifier"  # rewards of turns: by the gold answer, b
 class MAPoRLConfig(PPOConfig):
     """`PPOConfig` with a verifier, the reward of an answer, and which rounds learn when. Ablations are settings:
 
-    no verifier: `verifier: ""`.    single-agent PPO: one member, or `horizon: current`, `share: individual`.    no shaping: `shaping: off`.
+    no verifier: `verifier: ""`.    single-agent PPO: one member, or `horizon: current`, `share: individual`.    no shaping: `shaping: none`.
     """
 
     output_dir: str = help_of("run folder: config, episodes, metrics, checkpoints, report", "runs/maporl")
@@ -58,7 +58,7 @@ class MAPoRLConfig(PPOConfig):
     horizon: str = help_of("what an answer is worth: discounted_sum, last or current (see trainers/influence.py)", "discounted_sum")
     share: str = help_of("whose later answers count: all or individual", "all")
     influence_discount: float = help_of("discounted_sum: factor per round", 0.3)
-    shaping: str = help_of("bonus for changes for the better: off, paper_sign or code_sign", "off")
+    shaping: str = help_of("bonus for changes for the better: none, paper_sign or code_sign", "none")
     shaping_weights: list[float] = help_of(
         "alpha0, alpha1 (own revision), beta0, beta1 (others')", factory=lambda: [1.0, 1.0, 1.0, 1.0]
     )

@@ -95,10 +95,10 @@ def test_a_tie_among_the_others_gives_no_bonus_and_one_alone_is_never_persuaded(
     assert shaping([{"a": 0}, {"a": 1}], WEIGHTS, "code_sign") == [{"a": 0.0}, {"a": 2.0}]
 
 
-def test_no_bonus_without_change_or_when_off():
+def test_no_bonus_without_change_or_when_there_is_none():
     for sign in ("paper_sign", "code_sign"):
         assert set(flat(shaping(table([0, 1], [0, 1], [0, 1]), WEIGHTS, sign))) == {0.0}
-    assert set(flat(shaping(table([0, 1], [1, 1]), WEIGHTS, "off"))) == {0.0}
+    assert set(flat(shaping(table([0, 1], [1, 1]), WEIGHTS, "none"))) == {0.0}
 
 
 @pytest.mark.parametrize(

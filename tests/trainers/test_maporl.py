@@ -52,7 +52,7 @@ def test_without_a_verifier_the_gold_answer_scores():
 
 def test_shaping_is_added():
     given = debate(verifier=SCORES, right=RIGHT)
-    plain, shaped = (worth(given, config(shaping=sign, shaping_weights=[1.0, 2.0, 0.5, 0.25])) for sign in ("off", "code_sign"))
+    plain, shaped = (worth(given, config(shaping=sign, shaping_weights=[1.0, 2.0, 0.5, 0.25])) for sign in ("none", "code_sign"))
     assert [s - p for s, p in zip(shaped, plain, strict=True)] == pytest.approx([0, 0, 1.0, 0, 0, 0])
 
 
@@ -89,7 +89,7 @@ def test_rounds_take_turns():
         ({"verifier": "right"}, "what knows that cannot be shown"),
         ({"horizon": "all"}, "horizon: expected one of discounted_sum"),
         ({"share": "none"}, "share: expected one of all"),
-        ({"shaping": "paper"}, "shaping: expected one of off, paper_sign"),
+        ({"shaping": "paper"}, "shaping: expected one of none, paper_sign"),
         ({"shaping_weights": [1.0]}, "shaping_weights: expected four"),
         ({"influence_discount": 2.0}, "influence_discount: 0 to 1"),
         ({"across_turns": True}, "credit, across_turns: MAPoRL has a reward"),
