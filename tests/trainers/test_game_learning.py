@@ -19,22 +19,12 @@ from tests.repository import ROOT
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 torch.set_num_threads(1)
 
-SETTINGS = yaml.safe_load((ROOT / "recipes" / "sirius_games.yaml").read_text())
-SHARED = ("system", "agents", "tasks", "task_args", "engine", "model", "max_completion_length", "max_concurrency")
-ADAPTERS = ("lora_r", "lora_alpha", "lora_target_modules", "num_eval_tasks")
+OTHER = {"seller": "buyer", "buyer": "seller"}
 
 
-def grpo(folder: Path, side: str, **changes: Any) -> GRPOTrainer:
-    """Group-relative credit of each player's own payoff; the other side is frozen."""
-    settings = {key: SETTINGS[key] for key in SHARED + ADAPTERS}
-    other = {"seller": "buyer", "buyer": "seller"}[side]
-    metric = {"seller": "first_payoff", "buyer": "second_payoff"}[side]
-    settings |= dict(
-        output_dir=str(folder), credit="dr_mas", rewards=[f"marlora.rollouts.games:{name}" for name in (metric, "payoff")],
-        policies={other: {"trainable": False}}, max_steps=8, tasks_per_step=16, num_generations=16, learning_rate=4e-3, save_every=1000,
-        proof_every=8,
-    )  # fmt: skip
-    return GRPOTrainer(args=GRPOConfig(**settings | changes))
+def settings(recipe: str, folder: Path) -> dict[str, Any]:
+    found = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())
+    return {**found, "output_dir": str(folder), "save_every": 1000, "proof_every": 1000}
 
 
 def payoffs(trained: Trainer[Any], games: int = 12) -> tuple[dict[str, float], dict[str, float]]:
@@ -65,9 +55,10 @@ def check(trained: Trainer[Any], side: str, gain: float) -> None:
 
 @pytest.mark.parametrize(("side", "seed"), [("seller", 0), ("seller", 1), ("seller", 2), ("buyer", 0)])
 def test_training_one_side_raises_its_payoff_against_the_frozen_other(tmp_path: Path, side: str, seed: int) -> None:
-    check(grpo(tmp_path / "run", side, seed=seed), side, gain=0.3)
+    args = settings("grpo_team_games", tmp_path / "run") | {"seed": seed, "policies": {OTHER[side]: {"trainable": False}}}
+    check(GRPOTrainer(args=GRPOConfig(**args)), side, gain=0.25)
 
 
 def test_imitating_won_games_raises_the_payoff(tmp_path: Path) -> None:
-    """The recipe as it stands: SiriuS on the seller's won games."""
-    check(SiriusTrainer(args=SiriusConfig(**SETTINGS | {"output_dir": str(tmp_path / "run")})), "seller", gain=0.15)
+    """SiriuS on the seller's won games."""
+    check(SiriusTrainer(args=SiriusConfig(**settings("sirius_games", tmp_path / "run"))), "seller", gain=0.1)
