@@ -74,20 +74,25 @@ def output(episode: Episode) -> Turn:
     return [turn for turn in episode.turns if turn.taken][-1]
 
 
+def place(end: Turn) -> tuple[Any, ...]:
+    """What makes an output: its place in the conversation, and its tokens."""
+    return end.index, end.agent, end.token_ids
+
+
 async def _drafted(player: Rollouts, pairs: Sequence[Pair], label: str, num_drafts: int, step: int) -> list[Pair]:
     """The pairs of one task with their alternatives."""
-    outputs = {(t := output(side[0])).token_ids: t for pair in pairs for side in (pair.chosen, pair.rejected)}
+    outputs = {place(t := output(side[0])): t for pair in pairs for side in (pair.chosen, pair.rejected)}
     task, first = pairs[0].chosen[0].task, next(iter(outputs.values()))
     played = await gather(_play(player, Job(task, f"{label}/draft", k, step), first) for k in range(num_drafts))
     drafts = {said(e)[:-1]: e for e in played + await _siblings(player, played, first) if _arrived(e, first)}
-    ends: dict[tuple[int, ...], tuple[Episode, ...]] = {}
-    for number, (ids, end) in enumerate(outputs.items()):
+    ends: dict[tuple[Any, ...], tuple[Episode, ...]] = {}
+    for number, (key, end) in enumerate(outputs.items()):
         again = await gather(
             _play(player, Job(task, f"{label}/{number}", k, step), end, [t for t in draft.turns if t.taken and t.index < end.index])
             for k, draft in enumerate(drafts.values())
         )
-        ends[ids] = tuple(e for e in again if _arrived(e, end))
-    sides = [(p, ends[output(p.chosen[0]).token_ids], ends[output(p.rejected[0]).token_ids]) for p in pairs]
+        ends[key] = tuple(e for e in again if _arrived(e, end))
+    sides = [(p, ends[place(output(p.chosen[0]))], ends[place(output(p.rejected[0]))]) for p in pairs]
     return [dataclasses.replace(p, chosen=c, rejected=r) for p, c, r in sides if c and r]
 
 
@@ -122,4 +127,4 @@ async def _siblings(player: Rollouts, drafts: Sequence[Episode], end: Turn) -> l
 def _arrived(episode: Episode, end: Turn) -> bool:
     """Did the conversation reach the place of the output, and end there?"""
     turns = [turn for turn in episode.turns if turn.taken]
-    return episode.error is None and bool(turns) and turns[-1].index == end.index and turns[-1].token_ids == end.token_ids
+    return episode.error is None and bool(turns) and place(turns[-1]) == place(end)

@@ -84,10 +84,10 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         pairs = pairs_of(episodes, self.args, self.args.seed + step)
         if self.args.trainer == "trl":
             return self.learn_with_trl(step, pairs, episodes)
-        if self.args.mode == "sampling":
-            pairs = with_drafts(self.run, step, pairs, self.args.num_drafts)
-        found = self.learner.learn(step, pairs)
-        return {"policies": self.rows(found.updates, episodes), "dropped": _counted(found.dropped), "preference": found.told}
+        drafted = with_drafts(self.run, step, pairs, self.args.num_drafts) if self.args.mode == "sampling" else pairs
+        found = self.learner.learn(step, drafted)
+        told = {**found.told, "without_drafts": len(pairs) - len(drafted)}
+        return {"policies": self.rows(found.updates, episodes), "dropped": _counted(found.dropped), "preference": told}
 
     def learn_with_trl(self, step: int, pairs: Sequence[Pair], episodes: Sequence[Episode]) -> dict[str, Any]:
         """The step by TRL's DPOTrainer, on the pairs of replies to one prompt (`agent_pairs`), one policy after the other."""

@@ -307,7 +307,7 @@ def test_without_a_difference_in_score_nothing_moves_and_it_is_said(tmp_path: Pa
     made = trainer(tmp_path / "run", model, min_gap=5.0)
     summary = made.train()
     assert all(policy["sha256_before"] == policy["sha256_after"] for policy in summary["policies"].values())
-    assert rows(tmp_path / "run")[0]["preference"] == {"pairs": 0, "updates": 0}
+    assert rows(tmp_path / "run")[0]["preference"] == {"pairs": 0, "updates": 0, "without_drafts": 0}
     assert "no two episodes of a task differ in score" in (tmp_path / "run" / "warnings.log").read_text()
 
 
