@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from marlora.agents.team import System, Team
 from marlora.agents.types import BASE, SettingError, Task
@@ -23,6 +24,7 @@ from marlora.trainers.preference import PreferenceConfig, PreferenceTrainer
 from marlora.trainers.preferences import pairs_of, said
 from marlora.trainers.samples import TurnKey, samples
 from marlora.trainers.tiny import tiny_chain, tiny_random_model, tiny_tasks
+from tests.repository import ROOT
 from tests.trainers import small_run
 from tests.trainers.random_models import disturb
 
@@ -301,6 +303,11 @@ def test_a_denoiser_learns_in_the_same_sum(tmp_path: Path, model: Path) -> None:
 def test_settings_that_cannot_work_are_refused_at_once(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         PreferenceConfig(**{"max_steps": 1, **changes})
+
+
+def test_the_recipes_yaml_holds_known_settings_only() -> None:
+    settings = yaml.safe_load((ROOT / "recipes" / "sysdpo.yaml").read_text())
+    assert PreferenceConfig(**settings).mode == "joint"
 
 
 def test_without_a_difference_in_score_nothing_moves_and_it_is_said(tmp_path: Path, model: Path) -> None:
