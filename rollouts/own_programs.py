@@ -67,9 +67,9 @@ class Program(System):
     async def run(self, task: Task, team: Team) -> str:
         async with self._door.admit(team, self.models, keep_sampling=self.keep_sampling) as visit:
             output = take_result(await visit.guard(self.play(task, visit)), visit)
-            if self.reward_wait and not visit.rewarded.is_set():
+            if self.reward_wait:
                 try:
-                    await asyncio.wait_for(visit.rewarded.wait(), self.reward_wait)
+                    await asyncio.wait_for(visit.posted.wait(), self.reward_wait)
                 except TimeoutError as error:
                     raise ProgramError(f"no reward was posted in {self.reward_wait:g} s (system.reward_wait)") from error
             return output
@@ -126,7 +126,7 @@ class Command(Program):
     `MARLORA_EPISODE` in its environment. The last line of its stdout is the output if it is a JSON object with an `output` (and perhaps a
     `reward`); else all of stdout is. Another exit code than 0 makes a failed episode, with the end of stderr as its error.
 
-    It is not a sandbox: the command runs with your rights.
+    As many run at once as the run's `max_concurrency` says. It is not a sandbox: the command runs with your rights.
 
     Args:
         command: program and arguments. folder: where it runs; "" is the current one. TMPDIR is its own, deleted afterwards.

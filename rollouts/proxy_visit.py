@@ -74,7 +74,7 @@ class Visit:
         self.base_url = ""  # the door's to say
         self.closed = False
         self.asked: list[Asked] = []
-        self.rewarded = asyncio.Event()
+        self.posted = asyncio.Event()  # a reward from outside has come
         self.too_long: PromptTooLong | None = None
         self._fatal: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._ended: dict[str, Turn] = {}  # chat as the program knows it -> the turn that ended it
@@ -205,6 +205,7 @@ class Visit:
     async def close(self) -> None:
         """Open calls are cancelled; turns whose reply nobody got are on record as not taken."""
         self.closed = True
+        await asyncio.sleep(0)  # a call that came this very moment starts, so that it can be cancelled
         for call in self.asked:
             call.answer.cancel()
         await asyncio.gather(*(call.answer for call in self.asked), return_exceptions=True)
@@ -270,7 +271,8 @@ class Visit:
                     "source": source,
                 }
             )
-        self.rewarded.set()
+        if source == "posted":
+            self.posted.set()
 
 
 def whole_sibling(value: Any, known: Sequence[Turn]) -> int:

@@ -5,7 +5,6 @@ fixed time and computes nothing. Client and server share one process and one cor
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -26,7 +25,7 @@ REPLY, PROMPT = 64, 400  # tokens
 LATENCY = 0.25  # seconds until the engine answers: about 64 tokens at 256 tokens/s
 SPEC = AgentSpec("solver", sampling=Sampling(max_tokens=REPLY, seed=0))
 
-Ask = Callable[[str], Awaitable[None]]
+Ask = Callable[[Team, Sequence[str]], Awaitable[None]]
 
 
 def proxy(repeats: int) -> dict[str, Any]:
@@ -65,42 +64,37 @@ async def _compare(callers: int, repeats: int) -> dict[str, Any]:
 def _team() -> Team:
     engine = ScriptedEngine(lambda prompt, ref, sampling, k: "x" * REPLY, latency=LATENCY)  # cut off, so all are of one length
     speaker = EngineSpeaker(engine, engine.tokens, "solver")
-    return Team([SPEC], lambda call: speaker(call, ""), max_turns=10**9)
+    return Team([SPEC], lambda call: speaker(call, ""))
 
 
-async def _measured(callers: int, team: Team, ask: Ask) -> tuple[float, float, Sequence[Turn]]:
-    async def caller(name: int) -> None:
-        for number in range(CALLS[callers]):
-            await ask(f"{name} {number} ".ljust(PROMPT, "y"))
-
+async def _measured(callers: int, ask: Ask) -> tuple[float, float, list[Turn]]:
+    """Each caller is an episode with a team of its own, and makes its calls one after the other."""
+    teams = [_team() for _ in range(callers)]
     start, process = time.perf_counter(), time.process_time()
-    await gather(caller(name) for name in range(callers))
-    return time.perf_counter() - start, time.process_time() - process, team.turns
+    await gather(ask(team, [f"{name} {n} ".ljust(PROMPT, "y") for n in range(CALLS[callers])]) for name, team in enumerate(teams))
+    return time.perf_counter() - start, time.process_time() - process, [turn for team in teams for turn in team.turns]
 
 
-async def _direct(callers: int) -> tuple[float, float, Sequence[Turn]]:
-    team = _team()
+async def _direct(callers: int) -> tuple[float, float, list[Turn]]:
+    async def ask(team: Team, texts: Sequence[str]) -> None:
+        for text in texts:
+            await team["solver"].answer([Message("user", text)])
 
-    async def ask(text: str) -> None:
-        await team["solver"].answer([Message("user", text)])
-
-    return await _measured(callers, team, ask)
+    return await _measured(callers, ask)
 
 
-async def _through(callers: int) -> tuple[float, float, Sequence[Turn]]:
-    team = _team()
-    async with contextlib.AsyncExitStack() as stack:
-        visit = await stack.enter_async_context(Door().admit(team))
-        connector = aiohttp.TCPConnector(limit=0)
-        head = {"Authorization": f"Bearer {visit.key}"}
-        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, headers=head))
-        url = f"{visit.base_url}/chat/completions"
+async def _through(callers: int) -> tuple[float, float, list[Turn]]:
+    door = Door()
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
-        async def ask(text: str) -> None:
-            body = {"model": "solver", "messages": [{"role": "user", "content": text}]}
-            async with session.post(url, json=body) as reply:
-                if reply.status != 200:
-                    raise RunError(f"bench proxy: {reply.status} {await reply.text()}")
-                await reply.json()
+        async def ask(team: Team, texts: Sequence[str]) -> None:
+            async with door.admit(team) as visit:
+                for text in texts:
+                    body = {"model": "solver", "messages": [{"role": "user", "content": text}]}
+                    head = {"Authorization": f"Bearer {visit.key}"}
+                    async with session.post(f"{visit.base_url}/chat/completions", json=body, headers=head) as reply:
+                        if reply.status != 200:
+                            raise RunError(f"bench proxy: {reply.status} {await reply.text()}")
+                        await reply.json()
 
-        return await _measured(callers, team, ask)
+        return await _measured(callers, ask)

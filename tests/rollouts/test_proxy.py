@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 import aiohttp
+import openai
+import pydantic
 import pytest
 
 from marlora.agents.team import fake_team
@@ -267,6 +269,51 @@ def test_responses_are_chats_too() -> None:
     one, two, three, _ = episode.turns
     assert episode.output == "It is 15." and two.messages[0].content.startswith("Be brief.\n\n# Tools")
     assert two.prompt_ids == three.prompt_ids and two.prompt_ids[: len(one.prompt_ids)] == one.prompt_ids
+
+
+def test_the_openai_client_gets_what_it_expects() -> None:
+    """The real client: chat, tools, a typed answer, streams, several answers, responses, models, errors of its own types."""
+    engine = ScriptedEngine(lambda prompt, ref, sampling, k: CALL if "# Tools" in prompt else '{"total": 15}')
+
+    class Total(pydantic.BaseModel):
+        total: int
+
+    async def body(asker: Asker) -> str:
+        async with openai.AsyncOpenAI(base_url=asker.visit.base_url, api_key=asker.visit.key) as client:
+            ask: Any = {"model": "a", "messages": [{"role": "user", "content": "7+8?"}]}
+            assert [m.id async for m in client.models.list()] == ["a", "b"]
+            called = (await client.chat.completions.create(**ask, tools=[CALC])).choices[0].message.tool_calls
+            assert called and called[0].function.name == "calc"
+            typed = await client.chat.completions.parse(**ask, response_format=Total)
+            assert typed.choices[0].message.parsed == Total(total=15)
+            async with client.chat.completions.stream(**ask, tools=[CALC]) as stream:
+                assert (await stream.get_final_completion()).choices[0].finish_reason == "tool_calls"
+            assert len((await client.chat.completions.create(**ask, n=3)).choices) == 3
+            async with client.responses.stream(model="b", input="7+8?") as events:
+                assert (await events.get_final_response()).output_text == '{"total": 15}'
+            with pytest.raises(openai.NotFoundError, match=r"no such agent; known: 'a', 'b' \(all: a, b\)"):
+                await client.chat.completions.create(model="zzz", messages=ask["messages"])
+            with pytest.raises(openai.BadRequestError, match="n: expected a whole number"):
+                await client.chat.completions.create(**ask, n=100)
+            return "done"
+
+    turns = played(body, engine).turns
+    assert [(t.agent, t.sibling) for t in turns] == [("a", 0)] * 4 + [("a", 1), ("a", 2), ("b", 0)]
+    assert [t.sampling.on_policy for t in turns] == [True, False, *[True] * 5]
+
+
+def test_the_openai_client_tries_again_without_a_second_turn() -> None:
+    """Its own retry after a time-out carries its count, so the turn that was asked for is the turn it gets."""
+
+    async def body(asker: Asker) -> str:
+        async with openai.AsyncOpenAI(base_url=asker.visit.base_url, api_key=asker.visit.key, max_retries=8, timeout=0.3) as client:
+            reply = await client.chat.completions.create(model="a", messages=[{"role": "user", "content": "x"}])
+            return str(reply.choices[0].message.content)
+
+    engine = numbered()
+    engine.latency = 0.8
+    episode = played(body, engine)
+    assert episode.output == "1.0" and [(t.index, t.taken) for t in episode.turns] == [(0, True)] and len(engine.calls) == 1
 
 
 # failures
