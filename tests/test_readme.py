@@ -23,6 +23,9 @@ RUN = "run here, in a copy of the repository"
 CI = "a target that .ci/run makes"
 DEMO, TINY = "tests/recipes/test_demos.py::test_make_demo", "tests/recipes/test_demos.py::test_make_demo_tiny"
 SHOWN = "tests/recipes/test_demos.py::test_commands_of_the_readme"  # runs what the README shows, whatever it is
+REQUEUED = "tests/test_slurm.py::test_a_job_requeued_twice_ends_as_one_that_was_not"
+NODES = "tests/test_slurm.py::test_server_nodes_and_trainer_nodes_of_one_job"
+COLLECT = "tests/test_slurm.py::test_an_array_fills_one_store_and_a_checkpoint_is_evaluated"
 COVERED = {
     "make demo": DEMO,
     "make demo-tiny": TINY,
@@ -32,6 +35,11 @@ COVERED = {
     "make test-full": CI,
     "make help": RUN,
     "make test-fast": "tests/test_setup.py::test_targets_do_their_own_set_up",
+    # On the one node of a test's Slurm, with its sizes and a tiny model.
+    "sbatch slurm/train.sbatch recipes/grpo_team.py --output_dir runs/mine": REQUEUED,
+    "sbatch --nodes=3 slurm/multinode.sbatch runs/mine recipes/grpo_team.py --max_steps 500": NODES,
+    "sbatch --array=0-7 slurm/collect_array.sbatch runs/mine/checkpoints/step-000030 --output runs/store --num_tasks 4000": COLLECT,
+    "sbatch slurm/eval.sbatch runs/mine/checkpoints/step-000030 --json runs/mine/eval.json": COLLECT,
 }
 
 
@@ -49,7 +57,7 @@ def commands(document: str) -> list[str]:
 
 def test_every_command_is_covered() -> None:
     shown = {command for document in DOCUMENTS for command in commands(document)}
-    shown -= {command for command in commands("README.md") if not command.startswith("make ")}  # all run by SHOWN
+    shown -= {command for command in commands("README.md") if not command.startswith(("make ", "sbatch "))}  # all run by SHOWN
     assert SHOWN in names_of_tests()
     assert not shown - COVERED.keys(), "say in COVERED which test runs these commands"
     assert not COVERED.keys() - shown, "no document shows these commands any more"
