@@ -175,6 +175,7 @@ class VerifierTrainer(Trainer[VerifierConfig]):
             right = torch.tensor([float(a.right) for a in part])
             targets = {"right": right.repeat_interleave(sizes), "weight": (1 / sizes).repeat_interleave(sizes)}
             done = self.run.learn_head(step, NAME, samples, targets, verifier_loss)
+            self.run.tokens["trained"] += done.tokens
             losses.append(done.stats.get("loss", math.nan))
         ends = {"loss_first": losses[0], "loss": sum(losses[-10:]) / len(losses[-10:]), "updates": len(losses)}
         return {"verifier": {**numbers, **ends}, "policies": self.rows({}, episodes)}

@@ -9,14 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from marlora.agents.collaboration import Collaboration
 from marlora.agents.debate import Debate
 from marlora.agents.types import SettingError, Task, Turn
+from marlora.rollouts.served import build_system
 from marlora.rollouts.types import Episode, Reward
+from marlora.trainers.config import RunConfig
 from marlora.trainers.maporl import MAPoRLConfig, MAPoRLTrainer, answer_rewards, scheduled
 from marlora.trainers.tiny import tiny_random_model, tiny_tasks
 from marlora.trainers.tiny_pair import PAIR
+from marlora.trainers.verifier import VerifierConfig
+from tests.repository import ROOT
 
 torch.set_num_threads(1)
 
@@ -106,6 +111,16 @@ def test_settings_say_all_that_is_played():
     assert made.rewards == ["exact", "right", "verified(calculator)"] and made.system == {"class": "x:Y", "verifier": "calculator"}
     again = MAPoRLConfig(**{**{name: getattr(made, name) for name in ("model", "rewards", "system", "verifier", "feedback")}})
     assert (again.rewards, again.system) == (made.rewards, made.system)
+
+
+@pytest.mark.parametrize(("recipe", "config_class"), [("maporl", MAPoRLConfig), ("verifier", VerifierConfig)])
+def test_the_recipes_settings_hold(recipe: str, config_class: type[RunConfig]):
+    found = sorted((ROOT / "recipes").glob(f"{recipe}*.yaml"))
+    assert len(found) == 2
+    for path in found:
+        made = config_class(**yaml.safe_load(path.read_text()))
+        system = build_system(made.system)  # type: ignore[arg-type]
+        assert isinstance(system, Collaboration) and set(made.policies) <= {spec.policy for spec in system.specs}
 
 
 # a run
