@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import math
 import os
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -59,9 +60,8 @@ class Program(System):
         for spec in self.specs:
             if spec.tools:
                 raise SettingError(f"agents.{spec.name}.tools: a program brings its own tools; leave them out")
-        for name in ("reward_wait", "call_timeout"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise SettingError(f"{name}: expected seconds, got {getattr(self, name)!r}")
+        if not (0 <= self.reward_wait < math.inf and 0 < self.call_timeout < math.inf):
+            raise SettingError(f"reward_wait, call_timeout: expected seconds, got {self.reward_wait!r} and {self.call_timeout!r}")
         self._door = Door(self.host, call_timeout=self.call_timeout)
 
     async def run(self, task: Task, team: Team) -> str:
@@ -149,7 +149,7 @@ class Command(Program):
             raise SettingError(f"environment: expected a list of names, got {self.environment!r}")
         if REWARD_TOKEN in self.environment:
             raise SettingError(f"environment: {REWARD_TOKEN} is not for programs; who has it sets rewards")
-        if not 0 < self.timeout < float("inf") or self.memory < 0 or self.cpu_seconds < 0:
+        if not 0 < self.timeout < math.inf or self.memory < 0 or self.cpu_seconds < 0:
             raise SettingError("timeout, memory, cpu_seconds: expected a timeout above 0, the others at least 0")
         if self.folder and not os.path.isdir(self.folder):
             raise SettingError(f"folder {self.folder!r}: no such folder")
