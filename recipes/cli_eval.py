@@ -15,6 +15,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,16 @@ def beside(checkpoint: Path) -> Path:
 
 
 def marks_of(checkpoints: Sequence[str]) -> list[str]:
-    """A short name for each checkpoint: the run's folder and the step, as far as that tells them apart."""
+    """A short name for each checkpoint: the run's folder, the step, or both, as far as it takes to tell them apart."""
     paths = [Path(name).resolve() for name in checkpoints]
-    short = [f"{p.parent.parent.name if p.parent.name == 'checkpoints' else p.parent.name}/{p.name}" for p in paths]
-    names = [s if short.count(s) == 1 else str(p) for s, p in zip(short, paths, strict=True)]
-    if len(set(names)) < len(names):
+    if len(set(paths)) < len(paths):
         raise SettingError("eval: a checkpoint is named twice; two different ones are needed to compare")
-    return names
+    runs = [p.parent.parent.name if p.parent.name == "checkpoints" else p.parent.name for p in paths]
+    steps = [p.name for p in paths]
+    for names in (runs, steps, [f"{run}/{step}" for run, step in zip(runs, steps, strict=True)]):
+        if len(set(names)) == len(names):
+            return names
+    return [str(p) for p in paths]
 
 
 async def evaluate_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -139,9 +143,10 @@ async def one_set(args: argparse.Namespace, teams: Mapping[str, ServedTeam], tas
     plan = Plan(tuple(tasks), metric, tuple(args.seeds or [args.seed]), args.samples, not args.sampled)
     wanted: list[Contestant] = []
     trained: list[str] = []
+    rungs = {mark: ladder(team) if args.ladder or len(teams) > 1 else [base_team(team)] for mark, team in teams.items()}
+    wanted += below(rungs, plan)
     for mark, team in teams.items():
         prefix, versions = f"{mark}: " if len(teams) > 1 else "", chosen(team, args.adapters)
-        wanted += ladder(team, prefix) if args.ladder or len(teams) > 1 else [base_team(team, prefix)]
         wanted += ablations(team, versions, prefix) if args.ablate else []
         if versions:
             wanted.append(trained_team(team, versions, prefix))
@@ -163,6 +168,18 @@ async def one_set(args: argparse.Namespace, teams: Mapping[str, ServedTeam], tas
         "cross_play": matrices(teams, crossed, found, trained),
         "first": first_pair(found, kept, trained),
     }  # fmt: skip
+
+
+def below(rungs: Mapping[str, Sequence[Contestant]], plan: Plan) -> list[Contestant]:
+    """The rungs of all checkpoints: once where they are the same team, else once for each, with the checkpoint's name."""
+    found = []
+    for name in dict.fromkeys(each.name for own in rungs.values() for each in own):
+        own = {mark: each for mark, several in rungs.items() for each in several if each.name == name}
+        if len({each.key(plan.seeds[0], plan.greedy) for each in own.values()}) == 1:
+            found.append(next(iter(own.values())))
+        else:
+            found += [replace(each, name=f"{mark}: {name}") for mark, each in own.items()]
+    return found
 
 
 @contextlib.contextmanager
@@ -203,7 +220,7 @@ def first_pair(found: Mapping[str, Measured], kept: Sequence[Contestant], traine
     """Base and trained team of the first checkpoint in the words of `summary.json`, and its adapters alone."""
     base = next(m for m in found.values() if m.name.endswith("base team"))
     after = found[trained[0]] if trained else base
-    prefix = base.name.removesuffix("base team")
+    prefix = after.name.partition("trained team")[0] if trained else ""
     alone = {each.name.removeprefix(f"{prefix}only "): found[each.name] for each in kept if each.name.startswith(f"{prefix}only ")}
     return {
         "eval": {

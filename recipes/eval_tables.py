@@ -7,11 +7,12 @@ from typing import Any
 
 from marlora.recipes.tables import interval, table
 
+WIDTH = 140  # of the plain text: contestants have long names
 Table = tuple[str, tuple[str, ...], list[list[str]]]  # title, columns, rows
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    return "\n".join(table(*each) for each in tables(result))
+    return "\n".join(table(*each, width=WIDTH) for each in tables(result))
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:

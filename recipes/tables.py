@@ -12,20 +12,20 @@ from rich.table import Table
 from marlora.rollouts.transitions import transition_rows
 
 
-def render(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=110, highlight=False)
+def render(table: Table, width: int = 110) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
     console.print(table)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> str:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False, width: int = 110) -> str:
     """`words`: cells hold text rather than numbers, so all columns are flush left."""
     made = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         made.add_column(column, justify="left" if number == 0 or words else "right")
     for row in rows:
         made.add_row(*row)
-    return render(made)
+    return render(made, width)
 
 
 def interval(low_high: Sequence[float]) -> str:

@@ -28,7 +28,7 @@ from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
 from marlora.trainers.tiny import tiny_chain, tiny_random_model
 from tests.repository import ROOT
 
-COMMANDS = ("eval", "collect", "serve", "play", "report", "bench", "doctor")
+COMMANDS = ("eval", "collect", "serve", "play", "report", "export", "bench", "doctor")
 HERE = ("--engine", "transformers")
 TRUST = (*HERE, "--trust_checkpoint")  # the run's reward is a function of these tests
 REWARD = "tests.trainers.small_run:bytes_mod_7"

@@ -68,15 +68,15 @@ def test_two_checkpoints_climb_the_ladder(two: list[Path], tmp_path: Path, capsy
     result = json.loads((out / "eval.json").read_text())
     (found,) = result["sets"].values()
     one, other = result["checkpoints"]
-    assert (one, other) == ("run/step-000001", "run/step-000002")
+    assert (one, other) == ("step-000001", "step-000002")
     names = list(found["contestants"])
     for expected in (
-        f"{one}: single agent", f"{one}: base team", f"{one}: only first", f"{one}: only last",
+        "single agent", "base team", f"{one}: only first", f"{one}: only last",
         f"{one}: trained team, per-agent LoRA", f"{other}: trained team, per-agent LoRA",
         f"first of {one}, others of {other}", f"first of {other}, others of {one}",
     ):  # fmt: skip
         assert expected in names, expected
-    assert found["same_as"][f"{other}: base team"] == f"{one}: base team", "one base, played once"
+    assert names.count("base team") == 1 and found["same_as"] == {}, "one base, played once"
     last = found["comparisons"][-1]
     assert (last["from"], last["to"]) == (f"{one}: trained team, per-agent LoRA", f"{other}: trained team, per-agent LoRA")
     low, high = last["ci95"]
@@ -86,11 +86,11 @@ def test_two_checkpoints_climb_the_ladder(two: list[Path], tmp_path: Path, capsy
     matrix = found["cross_play"]["first"]
     assert matrix[one][one] == first["accuracy"] and matrix[other][other] == second["accuracy"]
     assert matrix[one][other] == found["contestants"][f"first of {one}, others of {other}"]["accuracy"]
-    assert first["cost"]["calls"] == 2 and found["contestants"][f"{one}: single agent"]["cost"]["calls"] == 1
+    assert first["cost"]["calls"] == 2 and found["contestants"]["single agent"]["cost"]["calls"] == 1
     text = " ".join(printed.out.split())
     assert "p (Holm)" in text and "Cross-play of first" in text and "Trained teams against each other" in text
     assert (tmp_path / "e.md").read_text() == (out / "eval.md").read_text()
-    assert f"| {one}: base team |" in (out / "eval.md").read_text()
+    assert "| base team |" in (out / "eval.md").read_text()
 
 
 def test_samples_give_pass_and_majority(two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +113,7 @@ def test_tasks_that_were_trained_on_are_refused(
     argv = [two[0], *HERE, "--output", tmp_path / "out", "--tasks", f"{__name__}:copied_tasks"]
     assert evaluate(*argv) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "of 800 were trained on by run/step-000001, such as 'copy of " in said and "--allow_trained_tasks" in said
+    assert "of 800 were trained on by run, such as 'copy of " in said and "--allow_trained_tasks" in said
     assert not (tmp_path / "out").exists()
     assert evaluate(*argv, "--allow_trained_tasks", "--num_tasks", 2) == 0
     (tmp_path / "empty").mkdir()
@@ -176,7 +176,10 @@ def test_wrong_usage(two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_names_and_folders() -> None:
-    assert marks_of(["a/checkpoints/step-1", "b/checkpoints/step-1", "c/copy"]) == ["a/step-1", "b/step-1", "c/copy"]
+    assert marks_of(["a/checkpoints/step-1", "b/checkpoints/step-1", "c/copy"]) == ["a", "b", "c"]
+    assert marks_of(["a/checkpoints/step-1", "a/checkpoints/step-2"]) == ["step-1", "step-2"]
+    mixed = ["a/checkpoints/step-1", "a/checkpoints/step-2", "b/checkpoints/step-1"]
+    assert marks_of(mixed) == ["a/step-1", "a/step-2", "b/step-1"]
     long = marks_of(["x/run/checkpoints/step-1", "y/run/checkpoints/step-1"])
     assert len(set(long)) == 2 and all(name.endswith("run/checkpoints/step-1") for name in long)
     with pytest.raises(SettingError, match="named twice"):
