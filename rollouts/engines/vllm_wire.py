@@ -35,7 +35,8 @@ def request_body(ids: Sequence[int], model: str, sampling: Sampling, n: int, eos
         "min_tokens": 0,
         "stop": list(sampling.stop),
         "include_stop_str_in_output": True,
-        "ignore_eos": True,
+        # a grammar ends with whatever the model's own files call an end; going on after it, a reply would be held to nothing
+        "ignore_eos": not sampling.grammar,
         "stop_token_ids": list(eos_ids),
         "skip_special_tokens": False,
         "logprobs": 0,

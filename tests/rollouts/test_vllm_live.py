@@ -124,7 +124,9 @@ def test_a_reply_is_held_to_a_grammar_or_biased(server: Live):
     structured, choice, same = play(server, work)
     if structured.finish_reason == "stop":  # a random model may go on with white space
         assert 1 <= json.loads(structured.text)["sum"] <= 9
-    assert structured.text.lstrip().startswith("{") and choice.text in ("yes", "no") and choice.finish_reason == "stop"
+    assert structured.text.lstrip().startswith("{") and choice.finish_reason == "stop"
+    # the hostile generation config calls token 40 an end, and with a grammar vLLM believes it
+    assert choice.text.removesuffix(server.tokens.decode([40])) in ("yes", "no")
     assert same.token_ids == (40,) * 5
 
 
