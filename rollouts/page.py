@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 STYLE = Path(__file__).with_name("report.css").read_text()
 SCRIPT = Path(__file__).with_name("report.js").read_text()
@@ -75,7 +75,7 @@ def number(value: Any) -> str:
     return f"{value:.3g}" if 1e-3 <= size < 1000 else f"{value:.1e}"
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -50,11 +50,11 @@ class Learned:
             start[sample.policy] += sample.num_trained
             for turn, ids, advantages, own in turns_of(sample, ratios):
                 flat = len(set(advantages)) == 1
-                row = {
-                    "policy": sample.policy, "episode": sample.episode, "turn": turn, "ids": zlib.crc32(json.dumps(ids).encode()),
+                sampled = zlib.crc32(json.dumps(ids).encode())
+                self.rows[sample.policy, sample.episode, turn, sampled] = {
+                    "policy": sample.policy, "episode": sample.episode, "turn": turn, "ids": sampled,
                     "advantage": short(advantages[0]) if flat else [short(a) for a in advantages], "ratio": [short(r) for r in own],
                 }  # fmt: skip
-                self.rows[sample.policy, sample.episode, turn, row["ids"]] = row
 
     def write(self, path: Path, step: int) -> None:
         """Append the step's turns and forget them."""
