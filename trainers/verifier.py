@@ -58,6 +58,7 @@ class VerifierConfig(RunConfig):
     rewards: list[str] = help_of(
         "`correct` is the accuracy of the base, `right` labels the answers", factory=lambda: ["correct", "right"]
     )
+    instruction: str = help_of("system message before every question that the verifier reads; empty: none", "")
     label: str = help_of("the reward of turns that says whether an answer is right (from 0.5)", "right")
     per_task: int = help_of("right and wrong answers kept of a task, at most, of each", 10)
     min_answers: int = help_of("a step with fewer answers left after balancing is refused", 32)
@@ -125,9 +126,10 @@ def balanced(answers: Sequence[Answer], per_task: int, seed: int, min_answers: i
     return kept
 
 
-def reading(tokens: ChatTokens, prompt: str, text: str, number: int = 0) -> Sample:
-    """Question and answer as one chat, whose trained tokens are the answer's, its end included; for `Head`, at the tokens themselves."""
-    asked = tokens.prompt([Message("user", prompt)])
+def reading(tokens: ChatTokens, prompt: str, text: str, number: int = 0, instruction: str = "") -> Sample:
+    """Question and answer as one chat, after the instruction, if any. Its trained tokens are the answer's, its end included; for `Head`, at the
+    tokens themselves."""
+    asked = tokens.prompt([*([Message("system", instruction)] if instruction else []), Message("user", prompt)])
     said = tokens.write(asked, text).token_ids
     rest, own = len(asked), len(said)
     columns = [(0, 1), (0.0, 0.0), (0.0, 1.0), (1.0, 1.0), (-1, 0)]
@@ -170,7 +172,7 @@ class VerifierTrainer(Trainer[VerifierConfig]):
         numbers = {"answers": len(found), "right": sum(a.right for a in found), "kept": len(kept)}
         losses = []
         for part in minibatches(kept, args.train_batch_size, args.num_train_epochs, derive_seed(args.seed, NAME, step)):
-            samples = [reading(self.base.tokens, a.prompt, a.text, number) for number, a in enumerate(part)]
+            samples = self._readings(part)
             sizes = torch.tensor([sample.num_trained for sample in samples])
             right = torch.tensor([float(a.right) for a in part])
             targets = {"right": right.repeat_interleave(sizes), "weight": (1 / sizes).repeat_interleave(sizes)}
@@ -186,19 +188,23 @@ class VerifierTrainer(Trainer[VerifierConfig]):
         held_out = answers_of(run.play("verifier", run.eval_tasks, self.args.num_generations), self.args.label)
         if not held_out:
             raise RunError(f"verifier: no held-out answer has a reward {self.args.label!r}; it cannot be calibrated")
-        head, samples = self.base.heads[NAME], [reading(self.base.tokens, a.prompt, a.text, n) for n, a in enumerate(held_out)]
+        head, samples = self.base.heads[NAME], self._readings(held_out)
         ends = torch.tensor([sample.num_trained for sample in samples]).cumsum(0) - 1
         scores = head.read(samples, run.ranks)[ends].sigmoid().tolist()
         found = calibration([Judged(a.task, score, a.right) for a, score in zip(held_out, scores, strict=True)])
         run.ranks.on_main(lambda: self._save(found))
         return {NAME: {"folder": str(run.config.folder / NAME), "sha256": head.sha256(), "calibration": found}}
 
+    def _readings(self, answers: Sequence[Answer]) -> list[Sample]:
+        return [reading(self.base.tokens, a.prompt, a.text, number, self.args.instruction) for number, a in enumerate(answers)]
+
     def _save(self, found: Mapping[str, Any]) -> None:
         base = self.base
         head = base.heads[NAME]
         card = {
             "schema": ckpt.SCHEMA, "base": base.name, "files": files_sha256(base.path), "template": base.tokens.template_hash,
-            "adapter": to_json(head.spec.adapter), "dtype": self.args.dtype, "sha256": head.sha256(), "calibration": found,
+            "adapter": to_json(head.spec.adapter), "dtype": self.args.dtype, "instruction": self.args.instruction,
+            "sha256": head.sha256(), "calibration": found,
         }  # fmt: skip
 
         def write(folder: Path) -> None:
@@ -257,7 +263,9 @@ class LearnedVerifier:
     @torch.no_grad()
     def _score(self, prompt: str, text: str) -> float:
         head: Head = self.base.heads[NAME]
-        sample = dataclasses.replace(reading(self.base.tokens, prompt, text), policy=head.adapter)
+        sample = dataclasses.replace(
+            reading(self.base.tokens, prompt, text, instruction=self.card["instruction"]), policy=head.adapter
+        )
         (batch,) = pack([sample], max_tokens=len(sample.ids), layout="padded")
         with head.adapters.active(head.adapter):
             return float(head.scores(batch.to(head.adapters.device))[-1].sigmoid())
