@@ -142,6 +142,14 @@ def test_the_reference_is_what_the_run_began_with(tmp_path: Path, model: Path) -
         base.adapters.check()
 
 
+def moved(made: PreferenceTrainer) -> dict[str, str]:
+    """One step without publishing and evaluating; the hashes of the adapters that it has moved."""
+    with made.run as run:
+        made.learn(1, run.collect(1))
+        now = {policy: base.adapters.sha256(policy) for base in run.bases.values() for policy in base.policies}
+        return {policy: sha256 for policy, sha256 in now.items() if sha256 != run.before[policy]}
+
+
 def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -176,22 +184,20 @@ def test_a_stored_run_is_learnt_from_and_its_references_are_computed_once(
 @pytest.mark.parametrize("frozen", ["first", "last"])
 def test_a_frozen_agent_stands_in_the_team_and_counts_nothing(tmp_path: Path, model: Path, frozen: str) -> None:
     made = trainer(tmp_path / "run", model, policies={frozen: {"trainable": False}})
-    summary = made.train()
-    moved = {name: policy["sha256_before"] != policy["sha256_after"] for name, policy in summary["policies"].items()}
-    assert moved == {"first": frozen == "last", "last": frozen == "first"}
-    assert set(rows(tmp_path / "run")[0]["preference"]["margins"]) == {"first", "last"} - {frozen}
+    learns = {"first", "last"} - {frozen}
+    assert moved(made).keys() == learns and set(made.learner.run.policy_of) == learns
 
 
 def test_independent_policies_do_not_feel_one_another(tmp_path: Path, model: Path) -> None:
     """An adapter trained beside another is, to the last bit, the one trained alone; trained jointly it is not."""
-    found = {}
-    for name, changes in (
-        ("independent", {"mode": "independent"}),
-        ("alone", {"mode": "independent", "policies": {"last": {"trainable": False}}}),
-        ("joint", {}),
-    ):
-        made = trainer(tmp_path / name, model, train_batch_size=2, num_train_epochs=2, **changes)
-        found[name] = made.train()["policies"]["first"]["sha256_after"]
+    settings: dict[str, dict[str, Any]] = {
+        "independent": {"mode": "independent"},
+        "alone": {"mode": "independent", "policies": {"last": {"trainable": False}}},
+        "joint": {},
+    }
+    found = {
+        name: moved(trainer(tmp_path / name, model, num_train_epochs=2, **changes))["first"] for name, changes in settings.items()
+    }
     assert found["independent"] == found["alone"] != found["joint"]
 
 
@@ -222,16 +228,13 @@ def test_drafts_of_a_task_are_distinct_shared_by_both_sides_and_drawn_anew(tmp_p
 
 def test_sampling_trains_both_agents_and_hears_frozen_ones(tmp_path: Path, model: Path) -> None:
     """A frozen agent has no weight, but among drafts its probabilities say which draft led to the output."""
-    summary = trainer(tmp_path / "both", model, mode="sampling", max_steps=2, num_drafts=3).train()
-    assert all(policy["sha256_before"] != policy["sha256_after"] for policy in summary["policies"].values())
-    made = trainer(tmp_path / "one", model, mode="sampling", max_steps=2, num_drafts=3, policies={"last": {"trainable": False}})
+    both = trainer(tmp_path / "both", model, mode="sampling", num_drafts=3, tokens_per_batch=64)
+    assert moved(both).keys() == {"first", "last"}
+    one = trainer(tmp_path / "one", model, mode="sampling", num_drafts=3, policies={"last": {"trainable": False}})
     heard: list[Push[Any]] = []
-    update = made.learner.update
-    made.learner.update = lambda *given: heard.append((found := update(*given))[1]) or found  # type: ignore[method-assign,func-returns-value]
-    summary = made.train()
-    moved = {name: policy["sha256_before"] != policy["sha256_after"] for name, policy in summary["policies"].items()}
-    assert moved == {"first": True, "last": False}
-    assert set(heard[0].by_agent) == {"first", "last"}
+    update = one.learner.update
+    one.learner.update = lambda *given: heard.append((found := update(*given))[1]) or found  # type: ignore[method-assign,func-returns-value]
+    assert moved(one).keys() == {"first"} and set(heard[0].by_agent) == {"first", "last"}
 
 
 class Painter:

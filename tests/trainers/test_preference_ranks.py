@@ -13,7 +13,7 @@ from marlora.trainers.tiny import tiny_random_model
 from tests.trainers.preference_program import learn
 from tests.trainers.test_ranks import TORCHRUN, start
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def tensors(folder: Path, policy: str) -> torch.Tensor:
