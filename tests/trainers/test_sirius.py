@@ -13,10 +13,9 @@ import pytest
 import torch
 import yaml
 
-from marlora.agents.types import SettingError, Task
+from marlora.agents.types import SettingError
 from marlora.recipes import settings
 from marlora.rollouts.store import Store
-from marlora.rollouts.types import Episode
 from marlora.trainers import sirius
 from marlora.trainers.follow import follows
 from marlora.trainers.mend import MEND
@@ -24,35 +23,17 @@ from marlora.trainers.run import Run, RunError
 from marlora.trainers.samples import Sample
 from marlora.trainers.sft import SFTConfig, SFTTrainer
 from marlora.trainers.sirius import SiriusConfig, SiriusTrainer
-from marlora.trainers.tiny import tiny_chain, tiny_random_model, tiny_tasks
+from marlora.trainers.tiny import tiny_random_model
 from tests.repository import ROOT, clean_environment
+from tests.trainers.sirius_run import GOLD, trainer
 
 pytestmark = pytest.mark.timeout(1800)
 torch.set_num_threads(1)
-
-GOLD = "gold-5309"  # stands in no task and no model says it
-
-
-def even(task: Task, episode: Episode) -> float:
-    """A success that no model has learnt, and about every second reply is."""
-    return float(sum(str(episode.output).encode()) % 2 == 0)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_random_model(tmp_path_factory.mktemp("model"))
-
-
-def trainer(folder: Path, model: Path, **changes: Any) -> SiriusTrainer:
-    small: dict[str, Any] = dict(
-        output_dir=str(folder), model=str(model), engine="transformers", num_eval_tasks=2, tasks_per_step=6, num_generations=1,
-        max_completion_length=4, lora_r=4, lora_alpha=8.0, learning_rate=1e-2, lora_target_modules=["q_proj", "v_proj"], save_every=1,
-        proof_every=3, repair="all", max_regenerations=2,
-    )  # fmt: skip
-    tasks = [Task(t.id, t.prompt, GOLD, t.source, t.split, t.meta) for t in tiny_tasks()[:40]]
-    held_out = tiny_tasks("eval")[:2]
-    args = SiriusConfig(**{**small, **changes})
-    return SiriusTrainer(system=tiny_chain(), tasks=tasks, eval_tasks=held_out, rewards=[even], args=args)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -222,3 +203,21 @@ def test_the_recipe_runs_as_it_is_launched(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["recipe"] == "sirius" and summary["steps"] == 1 and summary["live_proof"]["failed"] == 0
     assert summary["eval"]["paired"]["ci95"][0] > 0.2 and set(summary["adapters"]) == {"first", "last"}
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_learns(tmp_path: Path, model: Path) -> None:
+    """Mending, an experience library of two iterations, and the loss measured on it: shared by ranks, the same on both."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, launcher in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *launcher, "-m", "tests.trainers.sirius_run", str(tmp_path / name), str(model)]
+        done = subprocess.run(command, cwd=ROOT, env=clean_environment(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [json.loads(Path(f"{tmp_path / 'two'}.rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [row["selection"] for row in one] == [row["selection"] for row in two] and one[0]["repairs"] == two[0]["repairs"]
+    for ours, theirs in zip(one, two, strict=True):
+        for policy in ("first", "last"):
+            for key in ("nll_before", "nll_after"):
+                assert ours["policies"][policy][key] == pytest.approx(theirs["policies"][policy][key], abs=1e-4)

@@ -1,0 +1,42 @@
+"""A SiriuS run on a tiny random model: `python -m tests.trainers.sirius_run FOLDER MODEL`, alone or under torchrun."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marlora.agents.types import Task
+from marlora.rollouts.types import Episode
+from marlora.trainers.sirius import SiriusConfig, SiriusTrainer
+from marlora.trainers.tiny import tiny_chain, tiny_tasks
+
+GOLD = "gold-5309"  # stands in no task and no model says it
+
+
+def even(task: Task, episode: Episode) -> float:
+    """A success that no model has learnt, and about every second reply is."""
+    return float(sum(str(episode.output).encode()) % 2 == 0)
+
+
+def trainer(folder: Path, model: Path, **changes: Any) -> SiriusTrainer:
+    small: dict[str, Any] = dict(
+        output_dir=str(folder), model=str(model), engine="transformers", num_eval_tasks=2, tasks_per_step=6, num_generations=1,
+        max_completion_length=4, lora_r=4, lora_alpha=8.0, learning_rate=1e-2, lora_target_modules=["q_proj", "v_proj"], save_every=1,
+        proof_every=3, repair="all", max_regenerations=2,
+    )  # fmt: skip
+    tasks = [Task(t.id, t.prompt, GOLD, t.source, t.split, t.meta) for t in tiny_tasks()[:40]]
+    held_out = tiny_tasks("eval")[:2]
+    args = SiriusConfig(**{**small, **changes})
+    return SiriusTrainer(system=tiny_chain(), tasks=tasks, eval_tasks=held_out, rewards=[even], args=args)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    made = trainer(Path(sys.argv[1]), Path(sys.argv[2]), max_iterations=2, library="all", tokens_per_batch=64)
+    made.train()
+    hashes = {p: base.adapters.sha256(p) for base in made.run.bases.values() for p in base.policies}
+    Path(f"{sys.argv[1]}.rank{made.run.ranks.rank}.json").write_text(json.dumps(hashes))
