@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from marlora.recipes.tables import interval, table
+from marlora.rollouts.transitions import transition_rows
 
 WIDTH = 140  # of the plain text: contestants have long names
 Table = tuple[str, tuple[str, ...], list[list[str]]]  # title, columns, rows
@@ -96,14 +97,9 @@ def crossed(found: Mapping[str, Any]) -> list[Table]:
 
 
 def rounds(found: Mapping[str, Any]) -> Table:
-    columns = ("rounds", "right, right", "right, wrong", "wrong, right", "wrong, wrong")
-    keys = ("right_right", "right_wrong", "wrong_right", "wrong_wrong")
-    rows = [
-        [f"{contestant}, {row['from']} to {row['to']}", *(str(row[key]) for key in keys)]
-        for contestant, entry in found["contestants"].items()
-        for row in entry["transitions"]
-    ]
-    return "Answers from round to round", columns, rows
+    spoken = {name: row["transitions"] for name, row in found["contestants"].items() if row["transitions"]}
+    head, rows = transition_rows(spoken)
+    return "Answers from round to round", tuple(head), rows
 
 
 def seeds(found: Mapping[str, Any]) -> Table:

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +23,13 @@ from ..agents.answers import extract, normalise, same
 from ..agents.types import SettingError, Task, to_json
 from .evaluate import Evaluation, paired
 from .play import Job, Rollouts
-from .rewards import RewardFn, reward_name, score
+from .rewards import reward_name, score
 from .stats import holm, majority_at_k, pass_at_k, quantile, sign_flip_p
 from .store import Store
-from .types import Episode, Usage
+from .transitions import rounds_of, transitions
+from .types import Episode, Reward, Usage
 
+ANSWER = "answer of a turn"  # the reward that says whether a turn's answer is right
 RIGHT = 1.0 - 1e-9  # a score from which an answer counts as right
 
 
@@ -183,7 +186,7 @@ async def measured(contestant: Contestant, plan: Plan, episodes: Sequence[Episod
         "cost": cost(everything),
         "agreement": agreement(episodes),
         "diversity": diversity(episodes),
-        "transitions": await transitions(episodes, contestant.rollouts.rewards[0], plan.metric),
+        "transitions": await rounds(episodes, contestant, plan.metric),
         "adapters_on": dict(contestant.versions),
     }
     return Measured(contestant.name, contestant.key(plan.seeds[0], plan.greedy), found, tuple(episodes), row)
@@ -261,30 +264,29 @@ def diversity(episodes: Sequence[Episode]) -> dict[str, float | None]:
     return {"agents": share(list(last_answers(e).values()) for e in episodes), "samples": share(samples)}
 
 
-async def transitions(episodes: Sequence[Episode], reward: RewardFn, metric: str) -> list[dict[str, Any]]:
-    """How answers change from an agent's round to its next: counts of right_right, right_wrong, wrong_right, wrong_wrong, all agents pooled.
+async def rounds(episodes: Sequence[Episode], contestant: Contestant, metric: str) -> dict[str, Any] | None:
+    """What rounds do to answers (`transitions.py`): every taken turn is scored as if it were the team's output. None if nobody speaks twice."""
+    system, reward = contestant.rollouts.system, contestant.rollouts.rewards[0]
+    member_of = getattr(system, "member_of", None) or {spec.name: spec.name for spec in system.specs}
+    if not any(len(rounds_of(episode, member_of)) > 1 for episode in episodes):
+        return None
+    known: dict[tuple[str, str], float] = {}
 
-    A round's answer is scored as if it were the team's output. Empty if no agent speaks twice.
-    """
-    known: dict[tuple[str, str], bool] = {}
-
-    async def right(episode: Episode, text: str) -> bool:
+    async def value(episode: Episode, text: str) -> float:
         if (episode.task.id, text) not in known:
             found = await score(episode.task, dataclasses.replace(episode, output=text, rewards=()), [reward])
-            known[episode.task.id, text] = any(r.name == metric and r.agent is None and r.value >= RIGHT for r in found)
+            known[episode.task.id, text] = next((r.value for r in found if r.name == metric and r.agent is None), math.nan)
         return known[episode.task.id, text]
 
-    rows: dict[int, dict[str, int]] = {}
+    labelled = []
     for episode in episodes:
-        for agent in dict.fromkeys(turn.agent for turn in episode.turns):
-            said = episode.trajectory(agent)
-            if len(said) < 2:
-                continue
-            marks = ["right" if await right(episode, turn.text) else "wrong" for turn in said]
-            for number, (a, b) in enumerate(itertools.pairwise(marks), 1):
-                row = rows.setdefault(number, dict.fromkeys(("right_right", "right_wrong", "wrong_right", "wrong_wrong"), 0))
-                row[f"{a}_{b}"] += 1
-    return [{"from": number, "to": number + 1, **rows[number]} for number in sorted(rows)]
+        rewards = [
+            Reward(ANSWER, await value(episode, turn.text), agent=turn.agent, turn=turn.index, sibling=turn.sibling)
+            for turn in episode.turns
+            if turn.taken
+        ]
+        labelled.append(dataclasses.replace(episode, rewards=tuple(rewards)))
+    return transitions(labelled, member_of, ANSWER)
 
 
 # between contestants

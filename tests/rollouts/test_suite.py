@@ -169,14 +169,17 @@ def test_measures_by_hand() -> None:
     assert row["agreement"] == 0.5, "0 and 0.0 agree, 2 and 1 do not"
     assert row["diversity"] == {"agents": 0.75, "samples": None}
     # t0: a 1 -> 0 wrong, right; b 0 -> 0.0 right, right.  t1: a 1 -> 2 right, wrong; b 5 -> 1 (the taken one) wrong, right
-    assert row["transitions"] == [{"from": 1, "to": 2, "right_right": 1, "right_wrong": 1, "wrong_right": 2, "wrong_wrong": 0}]
+    assert row["transitions"] == {
+        "answers": [4, 4], "accuracy": [0.5, 0.75], "gain": 0.25,
+        "changes": [{"right_right": 1, "right_wrong": 1, "wrong_right": 2, "wrong_wrong": 0}],
+    }  # fmt: skip
     assert "pass_at" not in row
 
 
 def test_a_failed_episode_counts_0_and_is_told() -> None:
     failed = episode(TASKS[0], None, rewards=(), error="boom", stop_reason="error")
     row = asyncio.run(measured(contestant(scripted()), Plan(TASKS[:1], "correct"), [failed])).row
-    assert (row["accuracy"], row["failed"], row["agreement"]) == (0, 1, None)
+    assert (row["accuracy"], row["failed"], row["agreement"], row["transitions"]) == (0, 1, None, None)
     with pytest.raises(SettingError, match="none of the team is named 'exact'"):
         asyncio.run(measured(contestant(scripted()), Plan(TASKS[:1], "exact"), [episode(TASKS[0], "0")]))
 
