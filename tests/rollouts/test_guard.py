@@ -61,7 +61,6 @@ PATHS = [
     "/adapters",
     "/tokenize",
     "/sleep",
-    "/v1/chat/completions",
     "/v1/completions/",
     "//v1/completions",
     "/metrics/x",
