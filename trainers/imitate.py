@@ -7,6 +7,7 @@ written: a repaired turn re-encoded for its original prompt); prompts, tools and
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from ..agents.team import derive_seed
-from ..agents.types import SettingError
+from ..agents.types import Completion, SettingError, Turn
 from ..rollouts.engines.start import help_of
 from ..rollouts.types import Episode
 from .batches import Batch
@@ -75,6 +76,11 @@ class Imitated:
     after: dict[str, float]
     dropped: Counter[tuple[str, str]]
 
+    @property
+    def untrained(self) -> dict[str, int]:
+        """`dropped` for metrics."""
+        return {f"{agent}: {reason}": count for (agent, reason), count in sorted(self.dropped.items())}
+
     def into(self, rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """The rows of a step's metrics (see `Trainer.rows`) with the loss on all kept turns before and after."""
         measured = {p: {"nll_before": self.before[p], "nll_after": self.after[p]} for p in self.after}
@@ -88,7 +94,7 @@ def imitate(
 
     Raises `RunError` if nothing is left to learn from; the store keeps what was played.
     """
-    found, dropped = samples(episodes, weights, run.policy_of, ratios=False)
+    found, dropped = samples([encoded(run, episode) for episode in episodes], weights, run.policy_of, ratios=False)
     if not found:
         told = ", ".join(f"{count} {agent}: {reason}" for (agent, reason), count in sorted(dropped.items())) or "no turn was kept"
         raise RunError(f"step {step}: nothing to learn from ({told}); the episodes are stored, no adapter was changed")
@@ -98,6 +104,25 @@ def imitate(
     learn = _with_trl if config.trainer == "trl" else _epochs
     updates = learn(run, step, found, config)
     return Imitated(updates, before, mean_nll(run, found), dropped)
+
+
+def written(run: Run, turn: Turn, text: str) -> Completion:
+    """A text as an answer to the turn's own prompt, in the tokens of its agent's base."""
+    tokens = next(base.tokens for base in run.bases.values() if run.policy_of[turn.agent] in base.policies)
+    return tokens.write(turn.prompt_ids or tokens.prompt(turn.messages), text)
+
+
+def encoded(run: Run, episode: Episode) -> Episode:
+    """The episode with tokens for written turns that are text only. What was sampled is never encoded."""
+
+    def with_tokens(turn: Turn) -> Turn:
+        if turn.source == "sampled" or turn.token_ids or not turn.text or turn.agent not in run.policy_of:
+            return turn
+        made = written(run, turn, turn.text)
+        return dataclasses.replace(turn, text=made.text, prompt_ids=made.prompt_ids, token_ids=made.token_ids)
+
+    turns = tuple(map(with_tokens, episode.turns))
+    return episode if turns == episode.turns else dataclasses.replace(episode, turns=turns)
 
 
 def restart(run: Run, policies: Collection[str]) -> None:

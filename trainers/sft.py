@@ -45,7 +45,11 @@ class SFTTrainer(Trainer[SFTConfig]):
         """Select, then imitate; returns metrics with the table of what was kept and dropped."""
         selection = selected(self.run, step, episodes, self.args)
         done = imitate(self.run, step, episodes, selection.weights, self.args)
-        return {"policies": done.into(self.rows(done.updates, episodes)), "selection": selection.table()}
+        return {
+            "policies": done.into(self.rows(done.updates, episodes)),
+            "selection": selection.table(),
+            "dropped": done.untrained,
+        }
 
 
 def selected(run: Run, step: int, episodes: Sequence[Episode], config: SelectionConfig, rule: Rule | None = None) -> Selection:

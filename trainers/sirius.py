@@ -20,15 +20,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..agents.repair import SPLIT
-from ..agents.types import BASE, AgentSpec, Completion, PolicySpec, SettingError, Turn, from_json, to_json
+from ..agents.types import BASE, AgentSpec, PolicySpec, SettingError, from_json, to_json
 from ..rollouts.engines.start import help_of
 from ..rollouts.types import Episode
 from .config import RunConfig
 from .follow import follow, follows
-from .imitate import ImitationConfig, IterationConfig, imitate, restart
+from .imitate import ImitationConfig, IterationConfig, imitate, restart, written
 from .mend import MEND, Mender, RepairConfig, broken, tally
 from .recall import training
 from .selection import SelectionConfig
@@ -84,14 +85,8 @@ class SiriusTrainer(Trainer[SiriusConfig]):
 
     async def mend(self, episode: Episode) -> list[Episode]:
         run = self.run
-        mender = Mender(run.player(run.versions), self.args, self.args, list(run.policy_of), self.write, openings(run))
+        mender = Mender(run.player(run.versions), self.args, self.args, list(run.policy_of), partial(written, run), openings(run))
         return await mender(episode)
-
-    def write(self, turn: Turn, text: str) -> Completion:
-        """A text as an answer to the turn's own prompt, in the tokens of its agent's base."""
-        policy = self.run.policy_of[turn.agent]
-        tokens = next(base.tokens for base in self.run.bases.values() if policy in base.policies)
-        return tokens.write(turn.prompt_ids, text)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Select from the library, then imitate; returns metrics."""
@@ -103,6 +98,7 @@ class SiriusTrainer(Trainer[SiriusConfig]):
         return {
             "policies": done.into(self.rows(done.updates, episodes)),
             "selection": selection.table(),
+            "dropped": done.untrained,
             "repairs": tally([e for e in episodes if follows(e, MEND)], self.args),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from marlora.agents.types import Message, SettingError, Task, Turn
 from marlora.rollouts.evaluate import Evaluation
 from marlora.rollouts.types import Episode, Reward
 from marlora.trainers.batches import Batch, pack
-from marlora.trainers.imitate import ImitationConfig, IterationConfig, mean_nll, nll_loss, restart
+from marlora.trainers.imitate import ImitationConfig, IterationConfig, encoded, mean_nll, nll_loss, restart
 from marlora.trainers.samples import denominators, samples
 from marlora.trainers.selection import SelectionConfig, select
 from marlora.trainers.sft import SFTConfig, SFTTrainer
@@ -201,6 +202,19 @@ def test_mean_nll_is_that_of_the_tokens_as_sampled_and_of_other_speakers(trained
         sampled = {p: [x for s in found if s.policy == p for x, m in zip(s.logprobs, s.mask, strict=True) if m] for p in own}
         assert own == pytest.approx({p: -sum(x) / len(x) for p, x in sampled.items()}, abs=1e-4)
         assert abs(base["first"] - own["first"]) > 1e-3 and base["last"] == pytest.approx(own["last"], abs=1e-6)
+
+
+def test_written_text_without_tokens_is_encoded_for_its_prompt_and_sampled_tokens_never(trained: SFTTrainer) -> None:
+    with trained.run as run:
+        (episode, *_) = run.collect(3)
+        first, last = episode.turns
+        text = dataclasses.replace(first, source="written", text="12", prompt_ids=(), token_ids=(), logprobs=())
+        made = encoded(run, dataclasses.replace(episode, turns=(text, last)))
+        assert made.turns[0].prompt_ids == first.prompt_ids and made.turns[1] is last
+        assert run.bases[run.config.model].tokens.show(made.turns[0].token_ids) == "12<|end|>"
+        assert made.turns[0].logprobs == () and encoded(run, episode) is episode
+        untold = dataclasses.replace(episode, turns=(dataclasses.replace(first, token_ids=()), last))
+        assert encoded(run, untold) is untold, "a sampled turn that lost its tokens is not made up"
 
 
 def test_restart_gives_back_what_init_gave(trained: SFTTrainer) -> None:
