@@ -136,7 +136,7 @@ def trained_on(checkpoint: Path, team: ServedTeam, more: Sequence[str] = ()) -> 
     for folder in stores:
         folder = folder / "episodes" if (folder / "episodes").is_dir() else folder
         if Store(folder).files():
-            found |= Store(folder).asked()
+            found |= asked(Store(folder))
             where.append(str(folder))
         elif str(folder) in more:
             raise SettingError(f"--trained_on {folder}: no episodes there; expected a run or a store")
@@ -145,6 +145,12 @@ def trained_on(checkpoint: Path, team: ServedTeam, more: Sequence[str] = ()) -> 
         found |= {task.id: task.prompt for task in tasks}
         where.append(f"the training split of {team.data['tasks']['name']}")
     return found, where
+
+
+def asked(store: Store) -> dict[str, str]:
+    """Prompt by task id of every episode but those of evaluations: what may have been trained on."""
+    lines = (data for data in store.lines() if not data["group"].startswith("eval-"))
+    return {data["task"]["id"]: data["task"]["prompt"] for data in lines}
 
 
 def _given(run: Path) -> list[Path]:

@@ -276,11 +276,6 @@ class Store:
     def __iter__(self) -> Iterator[Episode]:
         return self.read()
 
-    def asked(self) -> dict[str, str]:
-        """Prompt by task id of every episode but those of evaluations: what may have been trained on."""
-        lines = (data for data in self.lines() if not data["group"].startswith("eval-"))
-        return {data["task"]["id"]: data["task"]["prompt"] for data in lines}
-
     def __len__(self) -> int:
         return len(self.ids())
 

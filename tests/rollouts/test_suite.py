@@ -15,7 +15,7 @@ from marlora.agents.debate import Debate
 from marlora.agents.team import System, Team
 from marlora.agents.types import AgentSpec, Message, SettingError, Task, Turn
 from marlora.agents.vote import Vote
-from marlora.rollouts.contestants import distinct
+from marlora.rollouts.contestants import asked, distinct
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.evaluate import Evaluation
 from marlora.rollouts.play import Rollouts
@@ -204,4 +204,4 @@ def test_a_store_tells_what_was_asked_in_training(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         store.append(Episode("train-000001/t0/0", "train-000001/t0", TASKS[0]))
         store.append(Episode("eval-before/t1/0", "eval-before/t1", TASKS[1]))
-    assert Store(tmp_path).asked() == {"t0": "say 0"}
+    assert asked(Store(tmp_path)) == {"t0": "say 0"}
