@@ -163,7 +163,7 @@ def points(rows: Sequence[Mapping[str, Any]], key: str, policy: str = "", place:
     found = []
     for row in rows:
         value = (((row.get(place) or {}).get(policy) or {}) if policy else row).get(key)
-        if is_number(value):
+        if value is not None and is_number(value):
             found.append((row["step"], float(value)))
     return found
 

@@ -29,7 +29,7 @@ class EngineSpeaker:
     def __init__(self, engine: Engine, tokens: ChatTokens, policy: str) -> None:
         self.engine, self.tokens, self.policy = engine, tokens, policy
 
-    def prompt(self, call: Call) -> list[int]:
+    def prompt(self, call: Call) -> tuple[int, ...]:
         """What the engine is to read."""
         # A written or outside turn has no tokens to go on from: its text is encoded like any other message.
         previous = call.previous if call.previous is not None and call.previous.token_ids else None

@@ -187,7 +187,7 @@ def reference_logprobs(run: Run, found: Sequence[Sample]) -> torch.Tensor:
         with base.adapters.active(BASE) as model:
             flat = read(
                 [found[n] for n in mine],
-                lambda batch, model=model: token_logprobs(model, batch)[0],  # type: ignore[misc]
+                lambda batch, model=model: token_logprobs(model, batch)[0],
                 run.config.tokens_per_batch,
                 base.optimizers.layout,
                 run.ranks,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -186,7 +186,7 @@ def after(sample: Sample) -> Sample:
     Only for heads: the tokens to predict, log-probs and advantages are no longer those of the sample.
     """
     end = max(i for i, trained in enumerate(sample.mask) if trained) + 1
-    columns = {
+    columns: dict[str, Any] = {
         name: (rest, *getattr(sample, name)[:end])
         for name, rest in (("mask", 0), ("logprobs", 0.0), ("advantages", 0.0), ("temperatures", 1.0), ("sequence", -1))
     }

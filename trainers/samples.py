@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..agents.types import Turn
 from ..rollouts.types import Episode
@@ -114,9 +115,9 @@ class _Segment:
     def sample(self) -> Sample:
         """The finished sample, without the tokens after the last trained one."""
         end = max(i for i, m in enumerate(self.mask) if m) + 1
-        columns = (self.ids, self.mask, self.logprobs, self.advantages, self.temperatures, self.sequence)
-        made = (tuple(c[:end]) for c in columns)
-        return Sample(self.policy, self.episode, *made, siblings=tuple(self.siblings))  # type: ignore[arg-type]
+        columns = ("ids", "mask", "logprobs", "advantages", "temperatures", "sequence")
+        cut: dict[str, Any] = {name: tuple(getattr(self, name)[:end]) for name in columns}
+        return Sample(self.policy, self.episode, siblings=tuple(self.siblings), **cut)
 
 
 def samples(
