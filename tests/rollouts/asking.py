@@ -90,3 +90,9 @@ def played(body: Body, *args: Any, **settings: Any) -> Episode:
     episode = play(body, *args, **settings)
     assert episode.error is None, episode.error
     return episode
+
+
+def numbered() -> ScriptedEngine:
+    """Each engine call gives another number, each sibling too."""
+    engine = ScriptedEngine(lambda prompt, ref, sampling, k: f"{len(engine.calls)}.{k}")
+    return engine
