@@ -164,7 +164,7 @@ function lanes(turns, how) {
     const cell = el("div", "cell l" + (Math.min(agents.indexOf(taken.agent), 5) + 1), null, card(taken, turns, how));
     const others = own.filter((t) => t !== taken);
     if (others.length) {
-      cell.append(el("details", "siblings", null, el("summary", "", `${others.length} siblings not taken`), ...others.map((t) => card(t, turns, how))));
+      cell.append(el("details", "siblings", null, el("summary", "", others.length === 1 ? "1 sibling not taken" : `${others.length} siblings not taken`), ...others.map((t) => card(t, turns, how))));
     }
     const row = 1 + Math.max(1, ends.get(taken.agent) || 0, ...taken.reads.map((r) => rows.get(r) || 0));
     rows.set(i, row);

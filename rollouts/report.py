@@ -136,7 +136,8 @@ def build(
     title = f"{runs[0].title}: {runs[0].name}" if len(runs) == 1 else " and ".join(run.name for run in runs)
     links = [("compare", "Runs"), *((f"run-{n}", text(r.name)) for n, r in enumerate(runs))] if len(runs) > 1 else []
     links += [("accuracy-0", "Accuracy"), ("curves-0", "Curves"), ("adapters-0", "Adapters")] if len(runs) == 1 else []
-    nav = "".join(f'<a href="#{name}">{label}</a>' for name, label in [*links, ("episodes", "Episodes")])
+    there = [(name, label) for name, label in links if any(f'id="{name}"' in part for part in parts)]
+    nav = "".join(f'<a href="#{name}">{label}</a>' for name, label in [*there, ("episodes", "Episodes")])
     body = f'<nav>{nav}<span id="live"></span></nav><main>{"".join(parts)}{BROWSER}</main>'
     return page(title, body, gallery.to_json(), follow=follow), gallery
 

@@ -98,7 +98,7 @@ def test_opened_from_disk_it_works_and_fetches_nothing(run: Path, tmp_path: Path
         assert await page.run(lanes[0]) == 2
         rows = '[...document.querySelectorAll(".cell")].map((c) => [c.className, c.style.gridRowStart])'
         assert await page.run(rows) == [["cell l1", "2"], ["cell l2", "3"], ["cell l1", "4"]]
-        assert await page.run('document.querySelector(".siblings summary").textContent') == "1 siblings not taken"
+        assert await page.run('document.querySelector(".siblings summary").textContent') == "1 sibling not taken"
         assert "the last line is wrong" in await page.run('document.querySelector("#episode").textContent')
         tokens = (
             '[...document.querySelector(".cell .turn").querySelectorAll(".t")].map((t) => [t.textContent, t.className, t.title])'
