@@ -72,7 +72,7 @@ class VerifierConfig(RunConfig):
         for name in ("per_task", "min_answers", "num_train_epochs", "train_batch_size"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.label not in self.rewards:
+        if self.label not in [name.rpartition(":")[2] for name in self.rewards]:
             raise SettingError(
                 f"label {self.label!r}: not among the rewards {', '.join(self.rewards)}; `right` labels every answer"
             )
