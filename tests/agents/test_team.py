@@ -235,6 +235,36 @@ def test_an_agent_may_choose() -> None:
     assert team.turns[2].reads == (0,)
 
 
+def test_a_whole_list_of_messages_is_answered_as_it_is() -> None:
+    """As programs send it: no prompt of the agent's is added, its own chat is not touched, the index is taken at the call."""
+    team = fake_team([AgentSpec("a", prompt="Mine.")], lambda agent, messages: str(len(messages)), seed=3)
+    told = (Message("system", "Yours."), Message("user", "hi"))
+
+    async def play() -> list[Turn]:
+        late, soon = team["a"].answer(told, reads=(1, 0), n=2), team["a"].reply("hi")
+        await soon
+        first = await late
+        on = (*told, Message("assistant", first.text), Message("user", "go on"))
+        return [first, await team["a"].answer(on, first, sampling=Sampling(max_tokens=7))]
+
+    first, second = run(play)
+    assert (first.index, first.messages, first.reads, first.text) == (0, told, (0, 1), "2") and len(team["a"].chat) == 3
+    assert (second.index, second.text, second.sampling.max_tokens) == (2, "4", 7)
+    assert second.sampling.seed == derive_seed(3, "a", 2) and len(team.siblings(first)) == 2
+    with pytest.raises(SettingError, match=r"answer\(n=0\), expected n >= 1"):
+        team["a"].answer(told, n=0)
+
+
+def test_what_was_taken_can_be_settled_afterwards() -> None:
+    team = fake_team(["a"], lambda agent, messages: "x")
+    turn = run(lambda: team["a"].answer([Message("user", "hi")], n=3))
+    assert [t.taken for t in team.siblings(turn)] == [True, False, False]
+    team.settle(team.siblings(turn)[2])
+    assert [t.taken for t in team.siblings(turn)] == [False, False, True]
+    team.settle(team.siblings(turn)[2], taken=False)
+    assert [t.taken for t in team.siblings(turn)] == [False, False, False]
+
+
 def test_wrong_choices_and_counts() -> None:
     team, _ = slow_team("a", [0] * 4)
     with pytest.raises(SettingError, match="choose returned 2, expected a number below 2"):
