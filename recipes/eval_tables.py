@@ -38,7 +38,7 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """Every table that has something to say, by task set."""
     for name, found in result["sets"].items():
         yield accuracies(result["metric"], name, found)
-        for made in (between(found), costs(found), over_samples(found), *crossed(found), rounds(found), seeds(found)):
+        for made in (between(found), parts(found), costs(found), over_samples(found), *crossed(found), rounds(found), seeds(found)):
             if made[2]:
                 yield made
 
@@ -66,6 +66,14 @@ def between(found: Mapping[str, Any]) -> Table:
         for row in found["comparisons"] if row["from"] != base
     ]  # fmt: skip
     return "Trained teams against each other", columns, rows
+
+
+def parts(found: Mapping[str, Any]) -> Table:
+    """Means of all rewards, where there are several."""
+    contestants = found["contestants"]
+    names = list(dict.fromkeys(name for row in contestants.values() for name in row["rewards"]))
+    rows = [[each, *(number(row["rewards"].get(name)) for name in names)] for each, row in contestants.items()]
+    return "Reward parts", ("mean", *names), rows if len(names) > 1 else []
 
 
 def costs(found: Mapping[str, Any]) -> Table:
@@ -111,6 +119,10 @@ def seeds(found: Mapping[str, Any]) -> Table:
 
 def signed(value: float) -> str:
     return f"{value:+.3f}"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def share(value: float | None) -> str:

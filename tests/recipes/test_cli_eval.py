@@ -18,6 +18,7 @@ import torch
 from marlora.agents.types import SettingError, Task
 from marlora.recipes.cli import main
 from marlora.recipes.cli_eval import beside, marks_of
+from marlora.recipes.eval_tables import as_markdown, as_text
 from marlora.rollouts.store import Store
 from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
 from marlora.trainers.tiny import tiny_chain, tiny_random_model, tiny_tasks
@@ -115,7 +116,9 @@ def test_tasks_that_were_trained_on_are_refused(
     said = capsys.readouterr().err.splitlines()[-1]
     assert "of 800 were trained on by run, such as 'copy of " in said and "--allow_trained_tasks" in said
     assert not (tmp_path / "out").exists()
-    assert evaluate(*argv, "--allow_trained_tasks", "--num_tasks", 2) == 0
+    assert evaluate(*argv, "marlora.trainers.tiny:tiny_tasks", "--allow_trained_tasks", "--num_tasks", 2) == 0
+    sets = json.loads((tmp_path / "out" / "eval.json").read_text())["sets"]
+    assert list(sets) == [f"{__name__}:copied_tasks", "marlora.trainers.tiny:tiny_tasks"]
     (tmp_path / "empty").mkdir()
     assert evaluate(two[0], *HERE, "--output", tmp_path / "out", "--trained_on", tmp_path / "empty") == 2
     assert "no episodes there" in capsys.readouterr().err
@@ -185,3 +188,40 @@ def test_names_and_folders() -> None:
     with pytest.raises(SettingError, match="named twice"):
         marks_of(["a/copy", "a/../a/copy"])
     assert beside(Path("r/checkpoints/step-1")) == Path("r/eval").resolve() and beside(Path("r/copy")) == Path("r/eval").resolve()
+
+
+def test_tables_show_what_there_is() -> None:
+    row = {
+        "accuracy": 0.5,
+        "ci95": [0.1, 0.9],
+        "num_tasks": 2,
+        "failed": 0,
+        "agreement": None,
+        "diversity": {"agents": None, "samples": 0.5},
+    }
+    cost = {"calls": 2.0, "prompt_tokens": 7.0, "sampled_tokens": 3.0, "seconds": {"mean": 0.5, "median": 0.5, "p95": 1.0}}
+    spoken = {"answers": [2, 2], "accuracy": [0.5, 1.0], "gain": 0.5,
+              "changes": [{"right_right": 1, "right_wrong": 0, "wrong_right": 1, "wrong_wrong": 0}]}  # fmt: skip
+    full = {**row, "cost": cost, "rewards": {"exact": 0.5, "kind of a": 1.0}, "transitions": spoken, "by_seed": {"0": 0.5, "1": 0.5},
+            "pass_at": {"1": 0.5, "2": 0.75}, "majority_at": {"1": 0.5, "2": 0.25}}  # fmt: skip
+    change = {
+        "from": "base team",
+        "to": "b|c",
+        "difference": 0.0,
+        "ci95": [-0.1, 0.1],
+        "gained": 0,
+        "lost": 0,
+        "p": 1.0,
+        "p_holm": 1.0,
+    }
+    found = {"tasks": 2, "samples": 1, "seeds": [0, 1], "same_as": {"twin": "b|c"}, "contestants": {"base team": full, "b|c": full},
+             "comparisons": [change], "cross_play": {}}  # fmt: skip
+    result = {"checkpoints": {"x": "x/step"}, "engine": "vllm", "sampled": True, "metric": "exact", "sets": {"sums": found}}
+    made = as_markdown(result)
+    for expected in (
+        "## sums: 2 tasks, 1 samples x 2 seeds", "| b\\|c | 0.500 | 0.100 .. 0.900 | 2 | +0.000 | -0.100 .. +0.100 | 1.000 |",
+        "| twin (= b\\|c) |", "## Reward parts", "| kind of a |", "| 0.500 | 0.750 | 0.250 |", "1 of 1", "## By seed", "engine vllm, sampled",
+    ):  # fmt: skip
+        assert expected in made, expected
+    assert "Trained teams against each other" not in made and "Cross-play" not in made
+    assert "b|c" in as_text(result)
