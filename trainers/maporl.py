@@ -169,6 +169,10 @@ class MAPoRLTrainer(Trainer[MAPoRLConfig]):
             name = type(self.run.system).__name__
             raise SettingError(f"system.class: MAPoRL trains a marlora.agents.collaboration:Collaboration, got a {name}")
         self.system = self.run.system
+        if self.args.feedback and self.system.verifier != self.args.verifier:
+            raise SettingError(
+                f"feedback: the system was built with verifier {self.system.verifier!r}; expected {self.args.verifier!r}, the one that scores"
+            )
         if self.system.verifier:
             resolve_verifier(self.system.verifier)
 

@@ -182,6 +182,11 @@ def test_with_a_constant_reward_nothing_is_learnt(model: Path, tmp_path: Path):
     assert moved(summary) == {"a": False, "b": False}
 
 
+def test_feedback_needs_the_verifier_in_the_system(model: Path, tmp_path: Path):
+    with pytest.raises(SettingError, match="feedback: the system was built with verifier ''; expected"):
+        train(tmp_path / "run", model, Collaboration(["a", "b"], **PAIR), feedback=True)
+
+
 def test_only_a_collaboration_is_trained(model: Path, tmp_path: Path):
     with pytest.raises(SettingError, match="Collaboration, got a Debate"):
         train(tmp_path / "run", model, Debate(["a", "b"]))  # type: ignore[arg-type]
