@@ -84,23 +84,23 @@ async def _tail(stream: asyncio.StreamReader | None, into: bytearray) -> None:
         del into[:-MAX_STDERR]
 
 
+async def _exited(process: asyncio.subprocess.Process) -> None:
+    """Wait for the process alone: `process.wait` may also wait for its pipes, which a child it left behind holds open."""
+    while process.returncode is None:
+        await asyncio.sleep(0.02)
+
+
 async def _wait(process: asyncio.subprocess.Process) -> None:
-    """Wait for the process itself, then end what it left running, which holds its pipes open: `wait` alone may wait for those too."""
-    waiting = asyncio.ensure_future(process.wait())
-    try:
-        while process.returncode is None:
-            await asyncio.wait([waiting], timeout=0.05)
-        _send(process, signal.SIGKILL)
-        await waiting
-    finally:
-        waiting.cancel()
+    """Wait for the process, then end what it left running."""
+    await _exited(process)
+    _send(process, signal.SIGKILL)
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
     """End the process and its group, and let go of its pipes, whoever else holds them."""
     if process.returncode is None and _send(process, signal.SIGTERM):
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), GRACE)
+            await asyncio.wait_for(_exited(process), GRACE)
     _send(process, signal.SIGKILL)
     vars(process)["_transport"].close()  # what was not read keeps them open, and nothing public closes them
     await process.wait()
