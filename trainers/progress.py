@@ -93,7 +93,8 @@ class Progress:
                 parts.append(f"{policy}: not finite, no update")
                 continue
             kl = f" kl {stats['mismatch_kl']:.1e}" if "mismatch_kl" in stats else ""  # imitation does not compare with the engine
-            parts.append(f"{policy}: loss {stats['loss']:+.4f}{kl} grad {stats['grad_norm']:.2f}")
+            value = f" value loss {stats['value_loss']:.3f}" if "value_loss" in stats else ""
+            parts.append(f"{policy}: loss {stats['loss']:+.4f}{kl} grad {stats['grad_norm']:.2f}{value}")
         parts.append(f"{row.get('tokens_per_s', 0):.0f} tok/s")
         proof = row.get("proof") or {}
         if proof:

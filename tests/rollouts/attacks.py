@@ -106,7 +106,7 @@ def _processes() -> list[Attack]:
         Attack("the parent's priority", "os.getpriority(os.PRIO_PROCESS, PARENT)", True),
         Attack("own priority", "os.nice(1)", True),
         Attack("own cores", "os.sched_setaffinity(0, os.sched_getaffinity(0))", True),
-        Attack("a session of its own", "if os.getpid() != os.getsid(0):\n    os.setsid()\nelse:\n    raise SystemExit"),
+        Attack("a process group leader by setsid", "if os.getpid() != os.getsid(0):\n    os.setsid()\nelse:\n    raise SystemExit"),
         Attack("outlive the parent", "assert libc.prctl(1, 0, 0, 0, 0) == 0", True),
     ]  # fmt: skip
 

@@ -1,0 +1,20 @@
+"""
+Train a team by PPO: play, let a critic per agent say what it expected, update policies and critics, publish, prove, go on.
+
+accelerate launch recipes/ppo_team.py [--config recipes/ppo_team.yaml] [--field value] [--agents.NAME.prompt "..."]
+python -m marlora.recipes.ppo_team --dry_run true           (the plan: policies, devices, memory, first prompt)
+"""
+
+from __future__ import annotations
+
+from marlora.recipes.launch import launch
+from marlora.recipes.settings import run
+from marlora.trainers.ppo import PPOTrainer
+
+
+def main() -> None:
+    launch(PPOTrainer, __file__)
+
+
+if __name__ == "__main__":
+    run(main)
