@@ -4,7 +4,9 @@ Train a debate by MAPoRL: a verifier scores every answer, PPO learns what an ans
 accelerate launch recipes/maporl.py [--config recipes/maporl.yaml] [--field value]
 
 Ablations: --verifier "" --feedback false (no verifier: the gold answer alone), --shaping none,
---system.agents '[{"name": "ann", "policy": "pair"}]' (single-agent PPO). GSM8K on a GPU: first a verifier (the command is in recipes/maporl_gsm8k.yaml), then
+--system.agents '[{"name": "ann", "policy": "pair"}]' (single-agent PPO).
+
+GSM8K on a GPU: first a verifier (the command is in recipes/maporl_gsm8k.yaml), then
 accelerate launch recipes/maporl.py --config recipes/maporl_gsm8k.yaml
 """
 

@@ -10,7 +10,8 @@ import torch
 
 from tests.trainers.test_ppo import trainer
 
-SETTINGS = {"tokens_per_batch": 24, "num_ppo_epochs": 2, "num_mini_batches": 2, "kl_coef": 0.1, "max_steps": 2}
+# Four updates: AdamW makes more of rounding with each, and the contract is about three.
+SETTINGS = {"tokens_per_batch": 24, "num_ppo_epochs": 1, "num_mini_batches": 2, "kl_coef": 0.1, "max_steps": 2}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

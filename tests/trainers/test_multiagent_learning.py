@@ -24,19 +24,20 @@ def train(folder: Path, recipe: str, **changes: Any) -> tuple[dict[str, Any], li
     return summary, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_debate_teaches_itself(tmp_path: Path, seed: int) -> None:
-    summary, rows = train(tmp_path / "own", "multiagent_finetuning", seed=seed)
-    control, _ = train(tmp_path / "pooled", "multiagent_finetuning_pooled", seed=seed)
+def test_a_debate_learns_its_own_sets_and_its_members_stay_apart(tmp_path: Path) -> None:
+    """Every agent's loss on its own set falls in every iteration. On held-out debates its critics are further apart than those of the
+    control, whose six agents are one and the same. That accuracy rises was not shown (RESULTS.md); it does not fall by more than noise."""
+    summary, rows = train(tmp_path / "own", "multiagent_finetuning")
+    control, _ = train(tmp_path / "pooled", "multiagent_finetuning_pooled")
     sampled, pooled = summary["sampled"], control["sampled"]
     told = json.dumps({"own": sampled, "pooled": pooled})
     print(told)
     for row in rows:
         for name, policy in row["policies"].items():
             assert policy["nll_after"] < policy["nll_before"], f"{name} did not learn its own set: {policy}"
-    # On three seeds the majority's accuracy does not move measurably (recipes/RESULTS.md); a loss would show here.
     assert sampled["paired"]["ci95"][1] > 0, told
-    own, shared = sampled["diversity"]["after"], pooled["diversity"]["after"]
-    assert own["generators"]["cross_nll"] > shared["generators"]["cross_nll"], told
-    assert own["generators"]["kl"] > 0.0 == shared["generators"]["kl"], told
-    assert shared["generators"]["cross_nll"] < pooled["diversity"]["before"]["generators"]["cross_nll"], told
+    own, shared, base = (found["diversity"][when] for found, when in ((sampled, "after"), (pooled, "after"), (pooled, "before")))
+    assert own["critics"]["cross_nll"] > shared["critics"]["cross_nll"] + 0.02, told
+    for name in ("generators", "critics"):
+        assert own[name]["kl"] > 0.005 and shared[name]["kl"] == 0.0, told
+        assert shared[name]["cross_nll"] < base[name]["cross_nll"], f"the control is less diverse than at the start: {told}"
