@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         group = "server" if item.get_closest_marker("server") else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread: the order of sums, and so the last bits, depend on how many there are."""
+    from marlora.trainers import tiny
+
+    with tiny.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model that has learnt nothing."""
+    from marlora.trainers.tiny import tiny_random_model
+
+    return tiny_random_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -23,11 +23,6 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_random_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def tokens(model: Path) -> ChatTokens:
     return ChatTokens(load_tokenizer(model))
 

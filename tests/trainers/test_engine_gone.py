@@ -10,14 +10,8 @@ import pytest
 
 from marlora.rollouts.engines.engine import EngineError
 from marlora.rollouts.engines.transformers import TransformersEngine
-from marlora.trainers.tiny import tiny_random_model
 from marlora.trainers.update import Updated
 from tests.trainers import small_run
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_random_model(tmp_path_factory.mktemp("model"))
 
 
 def gone(*_: Any, **__: Any) -> Any:

@@ -13,13 +13,8 @@ from marlora.rollouts.store import Store
 from marlora.rollouts.tokens import ChatTokens
 from marlora.trainers.grpo import GRPOTrainer
 from marlora.trainers.recall import Given
-from marlora.trainers.tiny import tiny_chain, tiny_random_model, tiny_tasks, tiny_tokenizer
+from marlora.trainers.tiny import tiny_chain, tiny_tasks, tiny_tokenizer
 from tests.trainers import small_run
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_random_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from marlora.trainers.imitate import ImitationConfig, IterationConfig, encoded, 
 from marlora.trainers.samples import denominators, samples
 from marlora.trainers.selection import SelectionConfig, select
 from marlora.trainers.sft import SFTConfig, SFTTrainer
-from marlora.trainers.tiny import tiny_chain, tiny_random_model, tiny_tasks
+from marlora.trainers.tiny import tiny_chain, tiny_tasks
 from tests.trainers.small_run import bytes_mod_7
 
 torch.set_num_threads(1)
@@ -147,11 +147,6 @@ def test_published_accuracies_are_shares_of_their_test_sets() -> None:
 
 
 # in a run
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_random_model(tmp_path_factory.mktemp("model"))
 
 
 def trainer(folder: Path, model: Path, **changes: Any) -> SFTTrainer:

@@ -149,11 +149,6 @@ def moved(summary: dict[str, Any]) -> dict[str, bool]:
     return {name: entry["sha256_before"] != entry["sha256_after"] for name, entry in summary["policies"].items()}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_random_model(tmp_path_factory.mktemp("model") / "model")
-
-
 def test_two_bases_and_a_frozen_first_round(model: Path, tmp_path: Path):
     """`a` stands on one base, `b` on another; the first round's adapters stay as they were, to the last bit."""
     other = tiny_random_model(tmp_path / "other", hidden_size=64, seed=7)

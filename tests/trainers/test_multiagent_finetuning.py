@@ -32,7 +32,6 @@ from marlora.trainers.multiagent_finetuning import (
 )
 from marlora.trainers.samples import samples
 from marlora.trainers.selection import Selection, SelectionConfig, select
-from marlora.trainers.tiny import tiny_random_model
 from tests.repository import ROOT
 
 torch.set_num_threads(1)
@@ -202,11 +201,6 @@ def small(folder: Path, model: Path, gold: str, **changes: Any) -> MultiagentFin
     )  # fmt: skip
     settings = MultiagentFinetuningConfig(**args | changes)
     return MultiagentFinetuningTrainer(str(model), system, tasks[:8], settings, eval_tasks=tasks[8:])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_random_model(tmp_path_factory.mktemp("model"))
 
 
 def test_a_run_learns_from_its_majority_alone(tmp_path: Path, model: Path) -> None:

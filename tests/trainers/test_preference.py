@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,12 @@ from marlora.trainers.margins import Push
 from marlora.trainers.preference import PreferenceConfig, PreferenceTrainer
 from marlora.trainers.preferences import pairs_of, said
 from marlora.trainers.samples import TurnKey, samples
-from marlora.trainers.tiny import tiny_chain, tiny_random_model, tiny_tasks
+from marlora.trainers.tiny import tiny_chain, tiny_tasks
 from tests.repository import ROOT
 from tests.trainers import small_run
 from tests.trainers.random_models import disturb
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_random_model(tmp_path_factory.mktemp("model"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trainer(folder: Path, model: Path, system: System | None = None, components: Any = (), **changes: Any) -> PreferenceTrainer:

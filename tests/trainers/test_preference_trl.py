@@ -10,17 +10,11 @@ import pytest
 import torch
 
 from marlora.trainers.preferences import agent_pairs, pairs_of
-from marlora.trainers.tiny import tiny_random_model
 from marlora.trainers.trl_baseline import Lesson, learn_with_trl
 from tests.trainers.test_preference import played, trainer
 
-pytestmark = pytest.mark.slow  # importing the trainer takes longer than all other tests of preferences together
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return tiny_random_model(tmp_path_factory.mktemp("model"))
+# Importing the trainer takes longer than all other tests of preferences together.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

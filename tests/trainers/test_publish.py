@@ -20,7 +20,6 @@ from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.rollouts.types import Episode
 from marlora.trainers.adapters import Adapters
 from marlora.trainers.publish import REPLY, Proof, Publisher, probes
-from marlora.trainers.tiny import tiny_random_model
 from tests.trainers.publishing import (
     BareBase,
     BareBaseButTwins,
@@ -38,11 +37,6 @@ from tests.trainers.publishing import (
 )  # fmt: skip
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_random_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def proofs(

@@ -32,11 +32,6 @@ def play() -> Iterator[Callable[..., int]]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_random_model(tmp_path_factory.mktemp("models") / "random")
-
-
-@pytest.fixture(scope="module")
 def undisturbed(play, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     assert play(folder, model) == 0, log(folder)

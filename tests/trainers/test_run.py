@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,9 @@ from marlora.trainers.grpo import GRPOTrainer
 from marlora.trainers.recall import recall
 from marlora.trainers.run import Run, RunError
 from marlora.trainers.threads import Background, Stop, Stopped
-from marlora.trainers.tiny import tiny_random_model
 from tests.trainers.small_run import EPISODES, trainer
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_random_model(tmp_path_factory.mktemp("models") / "random")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def state(run: Run) -> dict[str, tuple[str, dict[str, list[float]]]]:

@@ -23,17 +23,11 @@ from marlora.trainers.run import Run, RunError
 from marlora.trainers.samples import Sample
 from marlora.trainers.sft import SFTConfig, SFTTrainer
 from marlora.trainers.sirius import SiriusConfig, SiriusTrainer
-from marlora.trainers.tiny import tiny_random_model
 from tests.repository import ROOT, clean_environment
 from tests.trainers.sirius_run import GOLD, trainer
 
 pytestmark = pytest.mark.timeout(1800)
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_random_model(tmp_path_factory.mktemp("model"))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -16,16 +16,10 @@ from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.trainers import publish
 from marlora.trainers.adapters import CONFIG, WEIGHTS, folder_sha256
 from marlora.trainers.publish import KEEP_VERSIONS, Publisher
-from marlora.trainers.tiny import tiny_random_model
 from tests.repository import ROOT
 from tests.trainers.publishing import PROMPTS, Learner, adapters_on, with_engine
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_random_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def test_a_version_is_a_new_folder_durable_before_it_has_its_name(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
