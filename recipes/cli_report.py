@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from marlora.agents.types import SettingError
-from marlora.recipes.cli_team import locate, say
+from marlora.recipes.cli_team import add_model, locate, say
 from marlora.rollouts.follow import Follow
 from marlora.rollouts.gallery import MAX_EPISODES, Pieces
 from marlora.rollouts.report import write_report
@@ -26,13 +26,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="+", help="run folders")
     parser.add_argument("--output", default="", help="the file; default is report.html in the first run's folder")
     parser.add_argument("--max_episodes", type=int, default=MAX_EPISODES, help="episodes whose whole text the page holds")
-    parser.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        metavar="[NAME=]FOLDER",
-        help="where the base's tokenizer lies, to show single tokens",
-    )
+    add_model(parser, "where the base's tokenizer lies, to show single tokens")
     parser.add_argument("--follow", action="store_true", help="serve the page on this machine while the run goes on; Ctrl-C ends")
     parser.add_argument("--port", type=int, default=0, help="of --follow; 0 takes a free one")
 

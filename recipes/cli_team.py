@@ -21,17 +21,16 @@ from marlora.trainers.models import local_model
 from marlora.trainers.progress import Progress
 
 
+def add_model(parser: argparse.ArgumentParser, why: str) -> None:
+    """The flag `--model [NAME=]FOLDER`, given once per base."""
+    parser.add_argument("--model", action="append", default=[], metavar="[NAME=]FOLDER", help=why)
+
+
 def add_team(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     """Arguments of every command that puts a checkpoint, or several, to work."""
     what = "checkpoint folders" if several else "a checkpoint folder"
     parser.add_argument("checkpoint", nargs="+" if several else None, help=f"{what}: RUN/checkpoints/step-NNNNNN")
-    parser.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        metavar="[NAME=]FOLDER",
-        help="where the base model lies now, if it moved; by NAME if the team has several",
-    )
+    add_model(parser, "where the base model lies now, if it moved; by NAME if the team has several")
     parser.add_argument("--system", default="", help="module:Class, if the system is not one of marlora.agents")
     parser.add_argument(
         "--trust_checkpoint",

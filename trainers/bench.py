@@ -7,7 +7,6 @@ medians of process time and wall time. If two ways do not give the same gradient
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import os
 import random
@@ -15,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from .logprobs import token_logprobs
 from .losses import LossConfig, policy_loss
 from .publish import Probe, Publisher
 from .samples import Sample, denominators
-from .tiny import tiny_network, tiny_random_model
+from .tiny import one_thread, tiny_network, tiny_random_model
 
 EQUAL = 1e-5  # relative norm of the difference of two gradients in float32
 GROUP, REPLY = 8, 32  # episodes of a task, tokens of a reply
@@ -64,17 +63,6 @@ def measure(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, di
         name: {"wall": statistics.median(w for w, _ in times), "process": statistics.median(p for _, p in times)}
         for name, times in found.items()
     }
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Threads that wait for a busy core spin, and would count as work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def disturb(adapters: Adapters, seed: int, std: float = 0.02) -> None:
@@ -153,7 +141,7 @@ def update(repeats: int) -> dict[str, Any]:
     """Forward and backward of a step on the tiny geometry, at several shares of common tokens."""
     adapters = Adapters(tiny_network(), [PolicySpec("solver", adapter=SPEC)], seed=0)
     disturb(adapters, seed=1)
-    with one_thread():
+    with one_thread():  # threads that wait for a busy core spin, and would count as work
         results, where = [compare(adapters, prompt, repeats) for prompt in PROMPTS], machine()
     rows = [
         [

@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -150,35 +150,68 @@ def teacher(role: str, x: int, y: int) -> list[tuple[str, float]]:
     return [(str(wrong), SLIP), (str(x + y), 1 - SLIP)] if slips else [(str(x + y), 1.0)]
 
 
-def train(config: TinyConfig, say: Callable[[str], None]) -> Any:
-    """Train the network on both roles. Raises `RuntimeError` if the loss stays above `max_loss`."""
-    network, rng = tiny_network(seed=config.seed).train(), random.Random(config.seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    firsts, lasts = _lessons()
-    losses: list[float] = []
-    with _one_thread():
-        for step in range(2 * config.steps):
-            rate = min(1, (step + 1) / config.warmup) * max(0.05, 1 - 0.95 * step / config.steps)
+class Schedule(Protocol):
+    """How long and how fast `fit` goes."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+
+
+def fit(
+    network: Any,
+    schedule: Schedule,
+    loss_of: Callable[[], tuple[torch.Tensor, float]],
+    limit: float,
+    say: Callable[[str], None],
+    name: str,
+) -> Any:
+    """Train on one thread for `steps`, and on, up to twice as many, until the mean over the last 20 is at most `limit`.
+
+    `loss_of`: the loss of a fresh batch, and the number that `limit` bounds. Raises `RuntimeError` if that stays above it.
+    """
+    optimizer = torch.optim.AdamW(network.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    told: list[float] = []
+    with one_thread():
+        for step in range(2 * schedule.steps):
+            rate = min(1, (step + 1) / schedule.warmup) * max(0.05, 1 - 0.95 * step / schedule.steps)
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * rate
-            share = config.batch_size * 5 // 8  # `first` has more to learn: which digit to leave out
-            loss = _loss(network, rng.sample(firsts, share) + rng.sample(lasts, config.batch_size - share))
+                group["lr"] = schedule.learning_rate * rate
+            loss, number = loss_of()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
-            losses.append(loss.item())
-            recent = sum(losses[-20:]) / len(losses[-20:])
+            told.append(number)
+            recent = sum(told[-20:]) / len(told[-20:])
             if (step + 1) % 20 == 0:
-                say(f"tiny model: step {step + 1}/{config.steps}, loss {recent:.3f}")
-            if step + 1 >= config.steps and recent <= config.max_loss:
+                say(f"{name}: step {step + 1}/{schedule.steps}, {recent:.3f}")
+            if step + 1 >= schedule.steps and recent <= limit:
                 return network.eval()
-    raise RuntimeError(f"tiny model: loss {recent:.3f} after {2 * config.steps} steps, expected at most {config.max_loss}")
+    raise RuntimeError(f"{name}: {recent:.3f} after {2 * schedule.steps} steps, expected at most {limit}")
+
+
+def train(config: TinyConfig, say: Callable[[str], None]) -> Any:
+    """Train the network on both roles. Raises `RuntimeError` if the loss stays above `max_loss`."""
+    network, rng = tiny_network(seed=config.seed).train(), random.Random(config.seed)
+    firsts, lasts = _lessons()
+    share = config.batch_size * 5 // 8  # `first` has more to learn: which digit to leave out
+
+    def loss_of() -> tuple[torch.Tensor, float]:
+        loss = _loss(network, rng.sample(firsts, share) + rng.sample(lasts, config.batch_size - share))
+        return loss, loss.item()
+
+    return fit(network, config, loss_of, config.max_loss, say, "tiny model, loss")
 
 
 def _recipe() -> str:
     """A hash of all that the trained weights follow from."""
-    code = [inspect.getsource(part) for part in (tiny_network, tiny_tokenizer, teacher, train, _lessons, _loss, _digits, _held_out)]
+    code = [
+        inspect.getsource(part) for part in (tiny_network, tiny_tokenizer, teacher, fit, train, _lessons, _loss, _digits, _held_out)
+    ]
     return hashlib.sha256("\n".join([*code, repr((TinyConfig(), SLIP, VOCAB, SPECIALS, TEMPLATE))]).encode()).hexdigest()[:12]
 
 
@@ -227,10 +260,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-_one_thread = one_thread  # the name in `train`, whose text is part of the model's name
-lesson_loss = _loss  # likewise
 
 
 def _save(network: Any, folder: Path) -> None:

@@ -22,7 +22,7 @@ from ..agents.types import Task
 from ..rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ..rollouts.rows import unit
 from . import tiny_talk
-from .tiny import VOCAB, answers, kept, tiny_network, tiny_tokenizer
+from .tiny import VOCAB, answers, fit, kept, tiny_network, tiny_tokenizer
 from .tiny_talk import Distribution, Lesson, TalkConfig, train
 
 RIGHT = 0.6  # share of first answers that are right; the others are one too many
@@ -86,7 +86,7 @@ def lessons(rng: random.Random) -> list[list[Lesson]]:
 
 def _recipe() -> str:
     """A hash of all that the trained weights follow from."""
-    parts = (tiny_network, tiny_tokenizer, first, second, lessons, train, tiny_talk._loss)
+    parts = (tiny_network, tiny_tokenizer, first, second, lessons, fit, train, tiny_talk._loss)
     facts = (CONFIG, RIGHT, SECONDS, STRANGE, ASKED, VOCAB, SPECIALS, TEMPLATE)
     return hashlib.sha256("\n".join([*(inspect.getsource(p) for p in parts), repr(facts)]).encode()).hexdigest()[:12]
 

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..agents.types import Task
 from ..rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ..rollouts.rows import unit
-from .tiny import VOCAB, kept, one_thread, tiny_network, tiny_tokenizer
+from .tiny import VOCAB, fit, kept, tiny_network, tiny_tokenizer
 
 RIGHT, OVER, UNDER = 0.55, 0.25, 0.2  # shares of an answer that is right, one too many, one too few
 FOLLOW = 0.85  # share of second answers that follow the others
@@ -137,26 +136,12 @@ def train(config: TalkConfig, say: Callable[[str], None], make: Callable[[random
     network = tiny_network(hidden_size=config.hidden_size, layers=config.layers, seed=config.seed).train()
     rng, digits = random.Random(config.seed), _digits()
     lessons = (make or _lessons)(rng)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    excesses: list[float] = []
-    with one_thread():
-        for step in range(2 * config.steps):
-            rate = min(1, (step + 1) / config.warmup) * max(0.05, 1 - 0.95 * step / config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * rate
-            batch = [each for part, share in zip(lessons, config.shares, strict=True) for each in rng.sample(part, share)]
-            loss, excess = _loss(network, batch, digits)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            excesses.append(excess)
-            recent = sum(excesses[-20:]) / len(excesses[-20:])
-            if (step + 1) % 20 == 0:
-                say(f"tiny talk: step {step + 1}/{config.steps}, {recent:.3f} nat from the teacher")
-            if step + 1 >= config.steps and recent <= config.max_excess:
-                return network.eval()
-    raise RuntimeError(f"tiny talk: {recent:.3f} nat from its teacher after {2 * config.steps} steps, expected {config.max_excess}")
+
+    def loss_of() -> tuple[torch.Tensor, float]:
+        batch = [each for part, share in zip(lessons, config.shares, strict=True) for each in rng.sample(part, share)]
+        return _loss(network, batch, digits)
+
+    return fit(network, config, loss_of, config.max_excess, say, "tiny talk, nat from its teacher")
 
 
 def _loss(network: Any, lessons: Sequence[Lesson], digits: Sequence[int]) -> tuple[torch.Tensor, float]:
@@ -185,7 +170,7 @@ def _digits() -> list[int]:
 
 def _recipe() -> str:
     """A hash of all that the trained weights follow from."""
-    parts = (tiny_network, tiny_tokenizer, alone, revised, price, others_said, _lessons, train, _loss, _digits)
+    parts = (tiny_network, tiny_tokenizer, alone, revised, price, others_said, _lessons, fit, train, _loss, _digits)
     facts = (TalkConfig(), RIGHT, OVER, UNDER, FOLLOW, SOLVE, SELLER, BUYER, SEATS, SECONDS, VOCAB, SPECIALS, TEMPLATE)
     return hashlib.sha256("\n".join([*(inspect.getsource(p) for p in parts), repr(facts)]).encode()).hexdigest()[:12]
 
