@@ -53,6 +53,25 @@ class Served:
     engine: Engine
     versions: set[str] = dataclasses.field(default_factory=set)
 
+    async def load(self, folder: Path, policies: Sequence[PolicySpec], data: Mapping[str, Any], scratch: Path) -> dict[str, str]:
+        """Publish what it lacks of a checkpoint's trained adapters; returns their versions by policy."""
+        named = {p.name: version_name(p.name, data) for p in policies if data["adapters"].get(p.name, {}).get("trained")}
+        new = {p: stage(folder, p, data, scratch) for p, version in named.items() if version not in self.versions}
+        if new:
+            await self.engine.publish(new)
+        self.versions.update(named.values())
+        return named
+
+
+def base_of(name: str, path: str, data: Mapping[str, Any]) -> tuple[ChatTokens, str]:
+    """The tokens of a checkpoint's base that lies at `path`, and what tells it from other bases. Raises `SettingError` if it is another."""
+    told = data["bases"][name]
+    check_base(name, path, told.get("files"))
+    tokens = ChatTokens(load_tokenizer(path))
+    if tokens.template_hash != told["template"]:
+        raise SettingError(f"{path}: its chat template is not the one the checkpoint was trained with")
+    return tokens, told.get("files") or path
+
 
 AGREE = "give --trust_checkpoint if you know where it comes from"
 
@@ -112,8 +131,7 @@ class ServedTeam:
             raise SettingError(f"{folder}: the checkpoint names {', '.join(found)}; {AGREE}")
         bases: dict[str, str] = {name: locate(name) for name in data["bases"]}
         speaks_as_base = (data["policies"].get(BASE) or {}).get("base") or data["base"]["name"]
-        for name, path in bases.items():
-            check_base(name, path, data["bases"][name].get("files"))
+        found_at = {name: base_of(name, path, data) for name, path in bases.items()}
         team = checkpoint_system(data, system)
         policies = {name: from_json(PolicySpec, spec) for name, spec in data["policies"].items()}
         versions: dict[str, str] = {}
@@ -123,26 +141,16 @@ class ServedTeam:
         started: list[Engine] = []
         try:
             for name, path in bases.items():
-                tokens = ChatTokens(load_tokenizer(path))
-                if tokens.template_hash != data["bases"][name]["template"]:
-                    raise SettingError(f"{path}: its chat template is not the one the checkpoint was trained with")
+                tokens, key = found_at[name]
                 own = [policies[p] for p in data["bases"][name]["policies"]]
-                here = served.get(data["bases"][name].get("files") or path)
-                if here is None:
-                    running = engine or await start_engine(path, tokens, [*own, *guests], config, folder=scratch, say=say)
-                    started.append(running)
-                    here = served[data["bases"][name].get("files") or path] = Served(running)
-                running = here.engine
-                engines.append(running)
-                engine_of |= {p.name: (running, tokens) for p in own} | (
-                    {BASE: (running, tokens)} if name == speaks_as_base else {}
-                )
-                named = {p.name: version_name(p.name, data) for p in own if data["adapters"].get(p.name, {}).get("trained")}
-                new = {p: stage(folder, p, data, scratch) for p, version in named.items() if version not in here.versions}
-                if new:
-                    await running.publish(new)
-                here.versions.update(named.values())
-                versions |= named
+                if key not in served:
+                    started.append(engine or await start_engine(path, tokens, [*own, *guests], config, folder=scratch, say=say))
+                    served[key] = Served(started[-1])
+                here = served[key]
+                engines.append(here.engine)
+                speak = [p.name for p in own] + [BASE] * (name == speaks_as_base)
+                engine_of |= dict.fromkeys(speak, (here.engine, tokens))
+                versions |= await here.load(folder, own, data, scratch)
         except BaseException:
             for running in started:
                 await running.close()
