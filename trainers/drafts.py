@@ -53,15 +53,15 @@ def with_drafts(run: Run, step: int, pairs: Sequence[Pair], num_drafts: int) -> 
             by_task.setdefault(pair.chosen[0].task.id, []).append(pair)
 
     def play() -> list[Any]:
-        player = dataclasses.replace(run.player(run.versions), rewards=())
+        player = dataclasses.replace(run.stage.player(run.versions), rewards=())
         room = asyncio.Semaphore(run.config.max_concurrency)
 
         async def one(number: int, group: Sequence[Pair]) -> list[Pair]:
             async with room:
                 return await _drafted(player, group, f"drafts-{step:06d}.{number}", num_drafts, step)
 
-        with run.holding(run.versions):
-            made = run.background.run(gather(one(n, group) for n, group in enumerate(by_task.values())), run.stop)
+        with run.stage.holding(run.versions):
+            made = run.stage.background.run(gather(one(n, group) for n, group in enumerate(by_task.values())), run.stop)
         return [to_json(pair) for several in made for pair in several]
 
     found = [from_json(Pair, pair) for pair in run.ranks.on_main(play)]

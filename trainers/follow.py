@@ -36,23 +36,23 @@ def follow(run: Run, step: int, episodes: Sequence[Episode], what: str, more: Mo
 
     def play() -> list[object]:
         stored: dict[str, list[Episode]] = {}
-        for child in run.store.read(parent={e.id for e in episodes}) if episodes else ():
+        for child in run.stage.store.read(parent={e.id for e in episodes}) if episodes else ():
             if follows(child, what):
                 stored.setdefault(str(child.parent), []).append(child)
         # Played alone, the missing ones would be decoded in other batches: right, but not to the last bit.
         missing = [e for e in episodes if e.id not in stored]
-        todo = list(episodes) if missing and run.exact else missing
+        todo = list(episodes) if missing and run.stage.exact else missing
         room = asyncio.Semaphore(run.config.max_concurrency)
 
         async def one(episode: Episode) -> None:
             async with room:
                 made = [dataclasses.replace(e, parent=episode.id) for e in await more(episode)]
             if episode.id not in stored:
-                run.keep(made)
+                run.stage.keep(made)
                 stored[episode.id] = made
 
-        with run.holding(run.versions):
-            run.background.run(gather([one(episode) for episode in todo]), run.stop)
+        with run.stage.holding(run.versions):
+            run.stage.background.run(gather([one(episode) for episode in todo]), run.stop)
         found.extend(child for e in episodes for child in stored.get(e.id, ()))
         return [to_json(e) for e in found] if run.ranks.size > 1 else []
 

@@ -77,7 +77,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
 
     async def replay(self, episode: Episode) -> Episode:
         """The episode with counterfactual rewards, from replays of each turn by the team that played it."""
-        return await counterfactual_rewards(self.run.player(episode.team_version), episode, self.args)
+        return await counterfactual_rewards(self.run.stage.player(episode.team_version), episode, self.args)
 
     def loss(
         self, batch: Batch, logp: torch.Tensor, entropy: torch.Tensor, reference: torch.Tensor | None, counts: Denominators

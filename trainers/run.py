@@ -1,7 +1,7 @@
 """A training run: everything that is not the method.
 
-`Run` owns the folder, the bases with their adapters and engines, the store of episodes, publishing, proof, checkpoints, evaluation
-and what people see. A method is a loop over it:
+`Run` owns the folder, the bases with their adapters, checkpoints, evaluation and what people see; rank 0 has a `Stage` besides, which
+plays, stores, publishes and proves. A method is a loop over it:
 
     for step in run.steps():
         episodes = run.collect(step)
@@ -23,35 +23,31 @@ from typing import Any
 
 from ..agents.team import System, gather
 from ..agents.tools import resolve_tools
-from ..agents.types import BASE, SettingError, Task, from_json, to_json
+from ..agents.types import SettingError, Task, from_json, to_json
 from ..rollouts.engines.engine import Engine
-from ..rollouts.engines.start import start_engine
 from ..rollouts.evaluate import Evaluation, evaluation
-from ..rollouts.play import Limits, Rollouts, agents_of
+from ..rollouts.play import agents_of
 from ..rollouts.report import write_report
 from ..rollouts.rewards import RewardFn, fn_name, resolve_rewards
 from ..rollouts.served import build_system
-from ..rollouts.speakers import speakers
-from ..rollouts.store import Store
 from ..rollouts.tasks import load_tasks
 from ..rollouts.types import Episode
 from . import checkpoint as ckpt
 from . import records
-from .bases import Base, dtype_of, group_by_base, load_base
+from .bases import group_by_base, load_base
 from .config import RunConfig
 from .config import RunError as RunError
 from .heads import Head, HeadLoss, HeadSpec, Targets
 from .learned import Learned
-from .memory import placed
 from .monitor import Monitor
 from .progress import Progress
-from .publish import Proof, Publisher, probes
 from .ranks import Ranks
-from .recall import Given, recall, unscorable
+from .recall import Given, unscorable
 from .samples import Sample, TurnKey
 from .scoring import score
 from .snapshot import restore, save_checkpoint
-from .threads import Background, Stop, Stopped
+from .stage import Stage
+from .threads import Stop, Stopped
 from .trackers import Trackers
 from .update import How, LossFn, Updated, sample_to_json, update
 
@@ -116,7 +112,7 @@ class Run:
         self._saved: int | None = None  # the step whose checkpoint is on disk
         self._learning = False  # adapters are past the last finished step
         self._measured = False  # how far the first update moved its tokens
-        self._given_engine = engine
+        self.stage = Stage(self, engine)  # rank 0's
         self._opened = self._loaded = False
         self._exit = contextlib.ExitStack()  # what `open` started, in the order in which `close` has to end it
         self._row: dict[str, Any] = {}
@@ -161,27 +157,16 @@ class Run:
         self._loaded = True
 
     def _open_main(self) -> None:
-        self._open_loop()
         self.progress.keep_warnings(self.config.folder / "warnings.log")
         if self.config.episodes:
             self.given = Given(self.config.episodes, self.system.specs)
             records.check_tasks([e.task for e in self.given.episodes], self.eval_tasks, self.config)
             tokens = {policy: base.tokens for base in self.bases.values() for policy in base.policies}
             self.given.check_tokens({a.name: tokens[a.policy] for a in self.system.specs if a.policy in tokens})
-        self.store = Store(self.config.folder / "episodes")
-        self._exit.callback(self.store.close)
-        self._start_engines()
+        self.stage.open(self._exit)
         records.write_config(self)
         self.trackers = Trackers(self.config.report_to, self.config.folder, dataclasses.asdict(self.config))
         self._exit.callback(self.trackers.close)
-
-    def _open_loop(self) -> None:
-        """An engine given by the caller outlives `close`, so the loop it works in has to as well."""
-        if self._given_engine is None:
-            self.background = Background()
-            self._exit.callback(self.background.close)
-        elif not hasattr(self, "background"):
-            self.background = Background()
 
     def _prepare_folder(self) -> None:
         folder, config = self.config.folder, self.config
@@ -214,48 +199,6 @@ class Run:
             if not self.ranks.main:
                 restore(self, Path(name))
             self._saved = self.step
-
-    def _start_engines(self) -> None:
-        config = self.config
-        if self._given_engine is None:
-            on = {base.path: self._specs_on(base) for base in self.bases.values()}
-            device = self.ranks.device
-            config = placed(config, on, device, lambda path: dtype_of(path, config.dtype, device), self.progress.say)
-        for base in self.bases.values():
-            if self._given_engine is not None and base.publisher is not None:
-                continue  # opened again: the engine has kept what was published
-            engine = self._given_engine
-            if engine is None:
-                engine = self.background.run(
-                    start_engine(base.path, base.tokens, self._specs_on(base), config, folder=config.folder, say=self.progress.say)
-                )
-                self._exit.callback(self._close_engine, engine)
-            root, earlier = self.config.folder / "versions", base.publisher
-            base.engine = engine
-            base.publisher = Publisher(
-                root, base.adapters, engine, seed=self.config.seed, proof_every=self.config.proof_every,
-                earlier=self.earlier_versions.get(base.name),
-            )  # fmt: skip
-            resumed = [Proof(**record) for record in self.earlier_proofs.get(base.name, ())]
-            base.publisher.records = earlier.records if earlier is not None else resumed
-            self.background.run(base.publisher.publish(self.step, base.policies))
-        served = [(p, b) for b in self.bases.values() for p in (*b.policies, *([BASE] if b is self._base_of_base() else []))]
-        engine_of = {p: (b.engine, b.tokens) for p, b in served if b.engine is not None}
-        self.rollouts = Rollouts(
-            self.system, speakers(self.policies, engine_of), self.rewards, self.values, self.config.sampling(),
-            Limits(concurrency=self.config.max_concurrency), self.config.seed,
-        )  # fmt: skip
-
-    def _base_of_base(self) -> Base | None:
-        """The base that the policy `base` speaks as, in a team on several: the one its spec names, else the run's model."""
-        spec = self.policies.get(BASE)
-        return self.bases.get((spec.base if spec else None) or self.config.model)
-
-    def _close_engine(self, engine: Engine) -> None:
-        self.background.run(engine.close())
-
-    def _specs_on(self, base: Base) -> list[Any]:
-        return [self.policies[name] for name in base.policies]
 
     def close(self) -> None:
         """Stop engines that this run started. Idempotent."""
@@ -294,10 +237,6 @@ class Run:
         """The tasks of a step, see `records.tasks_of`."""
         return records.tasks_of(self.tasks, self.config.tasks_per_step, self.config.seed, step)
 
-    def player(self, versions: Mapping[str, str]) -> Rollouts:
-        """Rollouts that play with these versions whatever the caller asks for: replays speak as the episode did."""
-        return dataclasses.replace(self.rollouts, pinned=dict(versions))
-
     def collect(self, step: int, after: Callable[[Episode], Awaitable[Episode]] | None = None) -> list[Episode]:
         """Play the step's episodes (on rank 0) and give them to every rank, in the order of tasks and samples.
 
@@ -312,10 +251,12 @@ class Run:
             if self.config.episodes:
                 found = self.given.of(self.config.tasks_per_step, self.config.seed, step)
             else:
-                found = self._play(self.tasks_of(step), f"train-{step:06d}", step, self.rollouts, self.config.num_generations)
-            self._prove(step - 1, found, start=True)
+                found = self.stage.play(
+                    self.tasks_of(step), f"train-{step:06d}", step, self.stage.rollouts, self.config.num_generations
+                )
+            self.stage.prove(step - 1, found, start=True)
             if after is not None:
-                found = self.background.run(gather([after(episode) for episode in found]), self.stop)
+                found = self.stage.background.run(gather([after(episode) for episode in found]), self.stop)
             episodes.extend(found)
             return [to_json(e) for e in found] if self.ranks.size > 1 else []
 
@@ -350,61 +291,11 @@ class Run:
         found: list[Episode] = []
 
         def go() -> list[Any]:
-            found.extend(self._play(tasks, f"eval-{label}", self.step, self.rollouts, num_generations, versions))
+            found.extend(self.stage.play(tasks, f"eval-{label}", self.step, self.stage.rollouts, num_generations, versions))
             return [to_json(e) for e in found] if self.ranks.size > 1 else []
 
         sent = self.ranks.on_main(go)
         return found if self.ranks.main else [from_json(Episode, e) for e in sent]
-
-    def _play(
-        self, tasks: Sequence[Task], label: str, step: int, rollouts: Rollouts, num_generations: int = 1,
-        versions: Mapping[str, str] | None = None,
-    ) -> list[Episode]:  # fmt: skip
-        """The episodes of these tasks, from the store where it has them, else played and stored."""
-        versions = self.versions if versions is None else versions
-        now = {agent.policy: versions[agent.policy] for agent in self.system.specs if agent.policy in versions}
-        plan, found = recall(self.store, tasks, label, num_generations, step, now)
-        todo = [job for job in plan if job.id not in found]
-        if todo and self.exact:
-            # Played alone, the missing ones would be decoded in other batches: right, but not to the last bit.
-            todo = plan
-
-        async def go() -> None:
-            with self.progress.episodes(label, len(plan), len(plan) - len(todo), self.metric) as tick:
-                async for episode in rollouts.collect(todo, versions):
-                    if episode.id not in found:
-                        self.keep([episode])
-                        found[episode.id] = episode
-                    tick(episode)
-
-        with self.holding(versions):
-            self.background.run(go(), self.stop)
-        order = {job.id: number for number, job in enumerate(plan)}
-        return sorted(found.values(), key=lambda e: (order.get(e.id, len(order)), e.id))
-
-    @contextlib.contextmanager
-    def holding(self, versions: Mapping[str, str]) -> Iterator[None]:
-        """Keeps these versions loaded while something plays with them (rank 0 only)."""
-        with contextlib.ExitStack() as held:
-            for base in self.bases.values():
-                if base.publisher is not None:
-                    held.enter_context(base.publisher.hold(versions))
-            yield
-
-    @property
-    def exact(self) -> bool:
-        """Do all engines repeat themselves to the last bit, given the same requests in the same company?"""
-        return all(base.engine.info().exact for base in self.bases.values() if base.engine is not None)
-
-    def keep(self, episodes: Sequence[Episode]) -> None:
-        """Store these episodes (rank 0 only): all or none of them."""
-        try:
-            self.store.extend(episodes)
-        except OSError as error:
-            named = ", ".join(e.id for e in episodes[:3])
-            raise RunError(
-                f"episode {named} could not be stored in {self.store.folder}: {error}; earlier ones are whole"
-            ) from error
 
     def learn(self, step: int, samples: Sequence[Sample], loss_fn: LossFn, how: How = How()) -> dict[str, Updated]:
         """Update every adapter that has samples. A loss or gradient that is not finite changes nothing and is dumped, aloud."""
@@ -490,10 +381,11 @@ class Run:
 
         def publish() -> None:
             try:
-                self._publish(step, episodes, final=step == self.config.max_steps)
+                self.stage.publish(step, episodes, final=step == self.config.max_steps)
             finally:  # what was learnt is on record even if no server is left
                 self.seconds["publish"] += time.perf_counter() - start
-                row = {**self._row, **metrics, "seconds": dict(self.seconds)}
+                proof = {"proof": self.stage.proofs} if self.stage.proofs else {}
+                row = {**self._row, **proof, **metrics, "seconds": dict(self.seconds)}
                 records.append_row(self.config.folder / "metrics.jsonl", row)
                 self.learned.write(self.config.folder / "learned.jsonl", step)
             self.trackers.log(row, step)
@@ -515,28 +407,6 @@ class Run:
             self.save()
             raise RunError(f"step {step}: {reason}")
 
-    def _publish(self, step: int, episodes: Sequence[Episode], final: bool) -> None:
-        for base in self.bases.values():
-            assert base.publisher is not None
-            self.background.run(base.publisher.publish(step, base.policies))
-        self._prove(step, episodes, final=final)
-
-    def _prove(self, step: int, episodes: Sequence[Episode], *, final: bool = False, start: bool = False) -> None:
-        """The live proof. `start`: of the versions this run began with (resumed, or from `init`), on the first tokens they sampled."""
-        for base in self.bases.values():
-            assert base.publisher is not None
-            if start and base.publisher.asked:
-                continue
-            found = {policy: probes(episodes, self.agents_of, policy) for policy in base.policies}
-            try:
-                made = self.background.run(base.publisher.prove(step, found, final=final or start))
-            finally:
-                ckpt.write_json(
-                    self.config.folder / "proofs.json",
-                    [r for b in self.bases.values() if b.publisher for r in b.publisher.to_json()],
-                )
-            self._row.setdefault("proof", {}).update({p.policy: {"status": p.status, "residual": p.residual} for p in made})
-
     # evaluation and keeping
 
     def evaluate(
@@ -549,7 +419,7 @@ class Run:
 
     def _evaluate(self, label: str, versions: Mapping[str, str] | None, tasks: Sequence[Task] | None) -> Evaluation:
         chosen = list(tasks if tasks is not None else self.eval_tasks)
-        episodes = self._play(chosen, f"eval-{label}", self.step, self.rollouts.greedy(), versions=versions)
+        episodes = self.stage.play(chosen, f"eval-{label}", self.step, self.stage.rollouts.greedy(), versions=versions)
         result = evaluation(chosen, episodes, self.metric)
         self.evals[label] = result.summary()
         self.trackers.log({"eval": {"during" if label.startswith("step-") else label: result.accuracy}}, self.step)

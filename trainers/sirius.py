@@ -85,7 +85,9 @@ class SiriusTrainer(Trainer[SiriusConfig]):
 
     async def mend(self, episode: Episode) -> list[Episode]:
         run = self.run
-        mender = Mender(run.player(run.versions), self.args, self.args, list(run.policy_of), partial(written, run), openings(run))
+        mender = Mender(
+            run.stage.player(run.versions), self.args, self.args, list(run.policy_of), partial(written, run), openings(run)
+        )
         return await mender(episode)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class SiriusTrainer(Trainer[SiriusConfig]):
         found: list[Episode] = []
 
         def read() -> list[Any]:
-            found.extend(e for e in training(self.run.store) if e.step < step)
+            found.extend(e for e in training(self.run.stage.store) if e.step < step)
             return [to_json(e) for e in found] if self.run.ranks.size > 1 else []
 
         sent = self.run.ranks.on_main(read)

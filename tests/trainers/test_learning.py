@@ -34,7 +34,7 @@ def swapped(trained: GRPOTrainer) -> float:
         for agent, other in (("first", "last"), ("last", "first")):
             folder = base.publisher.root / f"{agent}-swapped"
             shutil.copytree(base.publisher.root / run.versions[other], folder)
-            run.background.run(base.engine.publish({agent: folder}))
+            run.stage.background.run(base.engine.publish({agent: folder}))
         result = run.evaluate("swapped", versions={"first": "first-swapped", "last": "last-swapped"})
         assert result is not None
         return result.accuracy

@@ -166,7 +166,7 @@ def test_two_bases_in_one_team(model: Path, tmp_path: Path) -> None:
     assert [summary["policies"][name]["trainable_parameters"] for name in ("first", "last")] == [1024, 512]
     assert [base.policies for base in run.bases.values()] == [("first",), ("last",)]
     assert (summary["live_proof"]["passed"], summary["live_proof"]["failed"]) == (4, 0)
-    speaker = run.rollouts.speakers["base"]
+    speaker = run.stage.rollouts.speakers["base"]
     assert isinstance(speaker, EngineSpeaker) and speaker.engine.info().base == str(
         model
     )  # the run's own, not the last one started

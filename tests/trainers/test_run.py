@@ -87,7 +87,7 @@ def test_what_is_not_finite_is_no_step(
         dump = json.loads((tmp_path / "run/dumps/step-000002.json").read_text())
         assert what in dump["problems"]["first"] and "last" not in dump["problems"]
         assert {sample["policy"] for sample in dump["samples"]} == {"first"}
-        ids = {episode.id for episode in run.store.read(step=2)}
+        ids = {episode.id for episode in run.stage.store.read(step=2)}
         assert {sample["episode"] for sample in dump["samples"]} <= ids and all(s["ids"] for s in dump["samples"])
         monkeypatch.undo()
         made.__dict__.pop("loss", None)
@@ -182,11 +182,11 @@ def test_the_episodes_of_other_adapters_have_spent_their_ids(model: Path, tmp_pa
     made = trainer(tmp_path / "run", model)
     with made.run as run:
         tasks, count = run.tasks_of(1), EPISODES // len(run.tasks_of(1))
-        assert recall(run.store, tasks, "train-000001", count, 1, {})[1] == {}
+        assert recall(run.stage.store, tasks, "train-000001", count, 1, {})[1] == {}
         played = run.collect(1)
-        plan, found = recall(run.store, tasks, "train-000001", count, 1, {})
+        plan, found = recall(run.stage.store, tasks, "train-000001", count, 1, {})
         assert [job.id for job in plan] == [e.id for e in played] and found.keys() == {e.id for e in played}
-        plan, found = recall(run.store, tasks, "train-000001", count, 1, {"first": "first-v0-other"})
+        plan, found = recall(run.stage.store, tasks, "train-000001", count, 1, {"first": "first-v0-other"})
         assert found == {} and all(job.id.startswith("train-000001.1/") for job in plan)
         assert run.collect(1) == played, "the right ones are taken as they are"
 
