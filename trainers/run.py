@@ -384,8 +384,7 @@ class Run:
                 self.stage.publish(step, episodes, final=step == self.config.max_steps)
             finally:  # what was learnt is on record even if no server is left
                 self.seconds["publish"] += time.perf_counter() - start
-                proof = {"proof": self.stage.proofs} if self.stage.proofs else {}
-                row = {**self._row, **proof, **metrics, "seconds": dict(self.seconds)}
+                row = {**self._row, "proof": self.stage.proofs, **metrics, "seconds": dict(self.seconds)}
                 records.append_row(self.config.folder / "metrics.jsonl", row)
                 self.learned.write(self.config.folder / "learned.jsonl", step)
             self.trackers.log(row, step)
