@@ -123,13 +123,21 @@ class SlurmNode:
         """Wait for the job's end, starting it at once whenever it has been requeued; returns its last state."""
 
         def over() -> bool:
-            found = self.job(job)
-            if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":  # Slurm waits two minutes after a requeue
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-            return found["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+            self.hasten(job)
+            return self.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
 
         self.wait(over, seconds, f"job {job} never ended")
         return self.state(job)
+
+    def hasten(self, job: str) -> None:
+        """Start a job at once that was requeued, for which Slurm would wait two minutes.
+
+        Not within the second of its kill: slurmd tells a new start from the killed one by whole seconds, and refuses it ("already killed").
+        """
+        found = self.job(job)
+        if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
+            time.sleep(2.5)
+            self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def wait(self, done: object, seconds: float, problem: str) -> None:
         assert callable(done)

@@ -76,9 +76,8 @@ def preempt(node: SlurmNode, job: str, when: Callable[[], bool]) -> None:
     node.run("scancel", "--signal=USR1", "--batch", job)
 
     def requeued() -> bool:
+        node.hasten(job)
         found = node.job(job)
-        if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
-            node.run("scontrol", "update", f"JobId={job}", "StartTime=now")
         return int(found["Restarts"]) == restarts + 1 and found["JobState"] == "RUNNING"
 
     node.wait(requeued, 120, f"job {job} was not started again")
