@@ -65,6 +65,12 @@ def vote(draft: Turn | str | None) -> str | None:
     return extract(text) or (text if 0 < len(text.split(maxsplit=4)) <= 3 else None)
 
 
+def stands_in(text: str, told: str) -> bool:
+    """Does `told` hold all of a text, but for white space around it, and not as a part of a longer word or number?"""
+    text = text.strip()
+    return text in told and bool(text) and re.search(rf"(?<!\w){re.escape(text)}(?!\w)", told) is not None
+
+
 def majority(drafts: Iterable[Turn | str | None], rng: random.Random) -> str:
     """The answer most drafts give, as the first of them spelt it; "" if nobody answered.
 

@@ -8,12 +8,14 @@ settings can be saved and built again. No model, no clock: delays are turns of t
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .programs import Execute
 from .team import Call, System, Team
 from .types import Completion, Decision, Message, Task, Turn, from_json, to_json
 
@@ -42,49 +44,63 @@ class Played:
         return to_json((self.output, self.turns, self.decisions))
 
 
-def check_system(system: System, tasks: Sequence[Task], answer: Answer = number_alone, seeds: Iterable[int] = (0, 1)) -> None:
+def check_system(
+    system: System,
+    tasks: Sequence[Task],
+    answer: Answer = number_alone,
+    seeds: Iterable[int] = (0, 1),
+    execute: Execute | None = None,
+) -> None:
     """Check a system on tasks. Raises `AssertionError` saying what does not hold, for which task and turn.
 
     `answer(agent name, messages, marker) -> text` plays the agents; it must depend on its arguments alone and put `marker` into its
-    text (a judge may say `f"{marker} Verdict: wrong"`). From inside an event loop, await `check` instead.
+    text (a judge may say `f"{marker} Verdict: wrong"`). `execute`: what runs programs, for a system that has some run
+    (`rollouts.sandbox.run`). From inside an event loop, await `check` instead.
     """
-    asyncio.run(check(system, tasks, answer, seeds))
+    asyncio.run(check(system, tasks, answer, seeds, execute))
 
 
-async def check(system: System, tasks: Sequence[Task], answer: Answer = number_alone, seeds: Iterable[int] = (0, 1)) -> None:
+async def check(
+    system: System,
+    tasks: Sequence[Task],
+    answer: Answer = number_alone,
+    seeds: Iterable[int] = (0, 1),
+    execute: Execute | None = None,
+) -> None:
     """See `check_system`."""
     _require(bool(tasks), "tasks: expected at least one task to play")
     for task in tasks:
         for seed in seeds:
-            await _check_one(system, task, answer, seed)
+            await _check_one(system, task, answer, seed, execute)
 
 
-async def _check_one(system: System, task: Task, answer: Answer, seed: int) -> None:
+async def _check_one(system: System, task: Task, answer: Answer, seed: int, execute: Execute | None) -> None:
     where = f"{type(system).__name__} on task {task.id!r}, seed {seed}"
-    first = await _play(system, task, answer, seed)
+    play = functools.partial(_play, task=task, answer=answer, seed=seed, execute=execute)
+    first = await play(system)
     _require(first.turns != (), f"{where}: no agent was asked anything")
     for delays in (1, 2, 3):
-        again = await _play(system, task, answer, seed, delays=delays)
+        again = await play(system, delays=delays)
         _same(first, again, f"{where}: the same seed gave another episode when answers took longer or shorter")
     rebuilt = type(system)(agents=system.agents, **json.loads(json.dumps(system.arguments())))
-    _same(first, await _play(rebuilt, task, answer, seed), f"{where}: rebuilt from arguments() it plays another episode")
+    _same(first, await play(rebuilt), f"{where}: rebuilt from arguments() it plays another episode")
     _require(len(first.turns) == first.asked, f"{where}: {first.asked} answers were sampled, {len(first.turns)} turns recorded")
     _require(any(t.taken for t in first.turns), f"{where}: no turn is marked as taken")
-    await _check_replay(system, task, answer, seed, first, where)
+    await _check_replay(functools.partial(play, system), first, where)
     for turn in first.turns:
         _check_reads(turn, first, where)
     _check_gold(first, gold_of(task), where)
 
 
-async def _check_replay(system: System, task: Task, answer: Answer, seed: int, first: Played, where: str) -> None:
+async def _check_replay(play: Callable[..., Awaitable[Played]], first: Played, where: str) -> None:
     """All turns given, and half of them with the rest live, must reproduce the episode. Turns go through JSON as in a store."""
     turns = [from_json(Turn, json.loads(json.dumps(to_json(turn)))) for turn in first.turns]
-    all_given = await _play(system, task, answer, seed, given=turns, decisions=first.decisions)
+    all_given = await play(given=turns, decisions=first.decisions)
     _require(all_given.asked == 0, f"{where}: with all turns given it still asked for {all_given.asked} answers")
     _same(first, all_given, f"{where}: replaying all turns gave another episode")
     middle = max(turn.index for turn in turns) // 2 + 1
     half = [turn for turn in turns if turn.index < middle]
-    half_given = await _play(system, task, answer, seed, given=half, delays=4)
+    half_given = await play(given=half, delays=4)
     _same(first, half_given, f"{where}: with turns below {middle} given and the rest live, it gave another episode")
 
 
@@ -126,6 +142,7 @@ async def _play(
     delays: int = 0,
     given: Iterable[Turn] = (),
     decisions: Iterable[Decision] = (),
+    execute: Execute | None = None,
 ) -> Played:
     """Play one episode. `delays`: how long answers take. 0: all equally long; 1: later ones are sooner there; else a seed."""
     given = list(given)
@@ -154,9 +171,9 @@ async def _play(
     async def play_children(child: System, tasks: Sequence[Task]) -> list[Any]:
         for each in tasks:
             _require(GOLD not in str(to_json(each)), f"{type(system).__name__}: a child's task holds the gold answer")
-        return [(await _play(child, each, answer, seed)).output for each in tasks]
+        return [(await _play(child, each, answer, seed, execute=execute)).output for each in tasks]
 
-    team = Team(system.specs, ask, seed=seed, given=given, decisions=decisions, play=play_children)
+    team = Team(system.specs, ask, seed=seed, given=given, decisions=decisions, play=play_children, execute=execute)
     output = await system.run(secret.public(), team)
     return Played(output, team.turns, tuple(team.decisions), asked, markers)
 

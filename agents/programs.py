@@ -6,6 +6,7 @@ the process of a team.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -13,11 +14,16 @@ from typing import Any, Literal, Protocol
 from .types import SettingError
 
 Externals = Mapping[str, Callable[..., Awaitable[Any]]]
+_FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 Status = Literal["done", "error", "syntax", "time", "memory", "output", "calls", "killed"]
 
 
 class SandboxError(SettingError):
     """Programs of a model cannot be run safely on this machine, or the machinery that runs them broke. Never a program's own doing."""
+
+
+class ProgramError(ValueError):
+    """A function that a program can call was used wrongly; the program sees it as an exception and may go on."""
 
 
 @dataclass(frozen=True)
@@ -69,3 +75,9 @@ class Execute(Protocol):
     """Runs a program: with `externals` (even none, `{}`) a workflow program, which can call only these; without, plain Python."""
 
     async def __call__(self, program: str, externals: Externals | None = None, limits: Allowance = ...) -> Outcome: ...
+
+
+def program_in(text: str) -> str:
+    """The program of an answer: its last fenced block, or all of it where there is none."""
+    blocks = _FENCED.findall(text)
+    return str(blocks[-1] if blocks else text).strip("\n")

@@ -10,13 +10,13 @@ import asyncio
 import hashlib
 import json
 import math
-import re
 import secrets
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
+from ..agents.answers import stands_in
 from ..agents.team import Agent, LimitError, Team
 from ..agents.tools import schemas_prompt
 from ..agents.types import Message, Sampling, SettingError, Turn, nearest
@@ -330,8 +330,4 @@ def read_turns(turns: Sequence[Turn], messages: Sequence[Message], previous: Tur
     """
     told = "\n".join(message.content for message in messages if message.role != "assistant")
     found = set(previous.reads) if previous else set()
-    for turn in turns:
-        text = turn.text.strip()
-        if text and turn.taken and text in told and re.search(rf"(?<!\w){re.escape(text)}(?!\w)", told):
-            found.add(turn.index)
-    return tuple(sorted(found))
+    return tuple(sorted(found | {turn.index for turn in turns if turn.taken and stands_in(turn.text, told)}))

@@ -21,6 +21,7 @@ from ..agents.names import function_named
 from ..agents.team import Ask, Call, derive_seed
 from ..agents.types import AgentSpec, Message, Sampling, Task, Turn
 from ..agents.verifiers import resolve_verifier, verify
+from ..agents.workflow import SOURCE as WORKFLOW
 from .checker import CheckerError, CheckerTimeout, equal, gym_score
 from .types import Episode, Reward
 
@@ -141,6 +142,12 @@ def posted(task: Task, episode: Episode) -> list[Reward]:
     return _told(episode, "posted")
 
 
+def workflow(task: Task, episode: Episode) -> list[Reward]:
+    """Of each program that a designer wrote, by its turn: `valid`, could it be run, and `ran`, did its run give an answer; why not stands in
+    the text. Both count towards training only if `reward_weights` names them. See `marlora.agents.workflow`."""
+    return [r for r in episode.rewards if r.source == WORKFLOW]
+
+
 def _told(episode: Episode, source: str) -> list[Reward]:
     return [r for r in episode.rewards if r.source == source] or [
         Reward(source, math.nan, f"no reward was {source}", source=source)
@@ -149,7 +156,7 @@ def _told(episode: Episode, source: str) -> list[Reward]:
 
 REWARDS: dict[str, Callable[..., Any]] = {
     "correct": correct, "exact": exact, "close": close, "format": format_ok, "graded": graded, "length": length, "posted": posted,
-    "returned": returned, "right": right, "verified": verified,
+    "returned": returned, "right": right, "verified": verified, "workflow": workflow,
 }  # fmt: skip
 
 

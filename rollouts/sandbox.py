@@ -17,11 +17,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ..agents.programs import Allowance, Externals, Outcome, SandboxError
+from ..agents.programs import Allowance, Externals, Outcome, ProgramError, SandboxError
 from .cage import Cage
 from .plain import Exam, Verdict, check_plain, run_plain
 from .proof import cage, cages
-from .workflows import Interpreter, ProgramError
+from .workflows import Interpreter
 
 __all__ = ["Allowance", "Outcome", "ProgramError", "SandboxError", "Exam", "Verdict", "check", "run", "state"]
 

@@ -19,7 +19,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
-from ..agents.programs import Allowance, Externals, Outcome, SandboxError, Status
+from ..agents.programs import Allowance, Externals, Outcome, ProgramError, SandboxError, Status
 from ..agents.team import gather
 from .cage import Cage
 
@@ -27,10 +27,6 @@ WORKER = Allowance(seconds=1.0, cpu_seconds=10**6, memory=2 << 30)  # of a worke
 EPOCH = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)  # what a program takes for now: nothing it does may hang on the clock
 MAX_WORKERS = 256  # a worker is held while its program waits for externals
 DEPTH, ITEMS = 20, 100_000  # of a value that comes out
-
-
-class ProgramError(ValueError):
-    """An external was used wrongly; the program sees it as an exception and may go on."""
 
 
 class Interpreter:

@@ -24,7 +24,7 @@ from .samples import TurnKey
 
 Advantages = dict[TurnKey, float]  # (episode id, turn index, sibling) -> advantage; a turn that is missing is not trained
 State = dict[str, float]  # what a rule remembers between steps; a checkpoint keeps it
-ASIDE = ("format", "counterfactual")  # rewards that count only if `reward_weights` names them
+ASIDE = ("format", "counterfactual", "valid", "ran")  # rewards that count only if `reward_weights` names them
 
 
 @dataclass
@@ -32,7 +32,7 @@ class RewardWeights:
     """Which of an episode's rewards count for learning, and how much."""
 
     reward_weights: dict | str | None = help_of(
-        "weight by reward name; empty: every reward counts 1, but for `format`", factory=dict
+        "weight by reward name; empty: every reward counts 1, but for `format`, `valid` and `ran`", factory=dict
     )
 
     def __post_init__(self) -> None:
