@@ -1,4 +1,4 @@
-"""What each rank does in `test_ppo.py`: `torchrun --nproc_per_node N -m tests.trainers.ppo_program FOLDER MODEL`."""
+"""What each rank does in `test_ppo_ranks.py`: `torchrun --nproc_per_node N -m tests.trainers.ppo_program FOLDER MODEL`."""
 
 from __future__ import annotations
 

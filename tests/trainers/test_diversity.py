@@ -24,8 +24,10 @@ def table(*agents: tuple[float, ...]) -> dict[tuple[str, str], float]:
 
 
 def test_own_data_keeps_two_agents_apart_and_pooled_data_does_not() -> None:
-    own = divergence(table(A, B), ["a", "b"])
+    nll = table(A, B)
+    own = divergence(nll, ["a", "b"])
     assert own.cross_nll == pytest.approx(1.114031, abs=1e-6)
+    assert (nll["a", "b"] - nll["a", "a"], nll["b", "a"] - nll["b", "b"]) == pytest.approx((0.534111, 0.582685), abs=1e-6)
     assert own.kl == pytest.approx((0.534111 + 0.582685) / 2, abs=1e-6)
     mean = tuple((p + q) / 2 for p, q in zip(A, B, strict=True))
     assert mean == pytest.approx((0.55, 0.45))

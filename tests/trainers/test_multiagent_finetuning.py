@@ -22,7 +22,8 @@ from marlora.rollouts.evaluate import wilson
 from marlora.rollouts.store import Store
 from marlora.rollouts.types import Episode
 from marlora.trainers import multiagent_finetuning as method
-from marlora.trainers.imitate import mean_nll
+from marlora.trainers.batches import pack
+from marlora.trainers.imitate import mean_nll, nll_loss
 from marlora.trainers.multiagent_finetuning import (
     MultiagentFinetuningConfig,
     MultiagentFinetuningTrainer,
@@ -30,7 +31,7 @@ from marlora.trainers.multiagent_finetuning import (
     mixture,
     transcripts,
 )
-from marlora.trainers.samples import samples
+from marlora.trainers.samples import denominators, samples
 from marlora.trainers.selection import Selection, SelectionConfig, select
 from tests.repository import ROOT
 
@@ -130,22 +131,18 @@ def test_the_mixture_is_every_critics_own() -> None:
 
 @pytest.mark.parametrize(("loss", "nll"), [("all", 0.458923), ("last", 0.228393)])
 def test_a_critics_loss_on_the_last_answer_or_on_all(loss: str, nll: float) -> None:
-    """Probabilities of the wrong first answer .5, .4 and of the last one .7, .8, .9."""
+    """Probabilities of the wrong first answer .5, .4 and of the last one .7, .8, .9, through the loss that trains."""
     played = debate("e", "385", "885", "8")
-    logs = {"g1": (0.5, 0.4), "c1": (0.7, 0.8, 0.9)}
-    turns = [
-        Turn(**{**vars(t), "logprobs": tuple(torch.tensor(logs[t.agent], dtype=torch.float64).log().tolist())})
-        for t in played.turns
-        if t.agent in logs
-    ]
-    lessons, found = sets(
-        [Episode("e", "e", played.task, turns=tuple(turns), output="8")], MultiagentFinetuningConfig(critic_loss=loss)
-    )
-    (sample,), dropped = samples(lessons, found.weights, {"c1": "c1"}, ratios=False)
-    assert not dropped and sample.ids == (9, 5, 5, 9, 9, 6, 6, 6)
-    assert sample.mask == ((0, 1, 1, 0, 0, 1, 1, 1) if loss == "all" else (0, 0, 0, 0, 0, 1, 1, 1))
-    trained = [logp for logp, mask in zip(sample.logprobs, sample.mask, strict=True) if mask]
-    assert -sum(trained) / len(trained) == pytest.approx(nll, abs=1e-6)
+    turns = [turn for turn in played.turns if turn.agent in ("g1", "c1")]
+    args = MultiagentFinetuningConfig(critic_loss=loss)
+    lessons, found = sets([Episode("e", "e", played.task, turns=tuple(turns), output="8")], args)
+    made, dropped = samples(lessons, found.weights, {"c1": "c1"}, ratios=False)
+    assert not dropped and [sample.ids for sample in made] == [(9, 5, 5, 9, 9, 6, 6, 6)]
+    assert made[0].mask == ((0, 1, 1, 0, 0, 1, 1, 1) if loss == "all" else (0, 0, 0, 0, 0, 1, 1, 1))
+    (batch,) = pack(made, max_tokens=100, layout="padded")
+    chances = (0.5, 0.4, 0.7, 0.8, 0.9) if loss == "all" else (0.7, 0.8, 0.9)
+    logp = torch.tensor(chances, dtype=torch.float64).log()
+    assert nll_loss(batch, logp, logp, None, denominators(made)["c1"])[0].item() == pytest.approx(nll, abs=1e-6)
 
 
 def test_standard_errors_of_the_paper() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -154,18 +155,8 @@ def check_learning(folder: Path, seed: int) -> None:
     mended = SiriusTrainer(args=SiriusConfig(**{**given, "output_dir": str(folder / "sirius")})).train()
     (row,) = metrics(folder / "sirius")
     share = sum(sum(of["kept"].values()) for of in row["selection"].values()) / (2 * 96)
-    names = {
-        "max_iterations",
-        "start_from",
-        "library",
-        "repair",
-        "max_feedback",
-        "max_regenerations",
-        "feedback",
-        "regenerate",
-        "rephrase",
-    }
-    args = {key: value for key, value in given.items() if key not in names}
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    args = {key: value for key, value in given.items() if key in known}
     args |= {"output_dir": str(folder / "random"), "episodes": str(folder / "sirius"), "select": "random", "keep_share": share}
     control = SFTTrainer(args=SFTConfig(**{**args, "max_steps": 1})).train()
     before, after = mended["eval"]["before"]["accuracy"], mended["eval"]["after"]["accuracy"]
@@ -197,6 +188,8 @@ def test_the_recipe_runs_as_it_is_launched(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["recipe"] == "sirius" and summary["steps"] == 1 and summary["live_proof"]["failed"] == 0
     assert summary["eval"]["paired"]["ci95"][0] > 0.2 and set(summary["adapters"]) == {"first", "last"}
+    for alone in summary["adapters"].values():
+        assert alone["accuracy"] < summary["eval"]["after"]["accuracy"] - 0.1, "with the other agent back on the base it is worse"
 
 
 @pytest.mark.slow
