@@ -60,7 +60,7 @@ def paired(before: Evaluation, after: Evaluation, z: float = 1.959964) -> dict[s
 
 
 def evaluation(tasks: Sequence[Task], episodes: Iterable[Episode], metric: str | None = None) -> Evaluation:
-    """Score one episode per task by the team's reward named `metric` (None: the sum of all team rewards).
+    """Score every task by the team's reward named `metric` (None: the sum of all team rewards), in the mean over its episodes.
 
     Child episodes only cost tokens. Raises `SettingError` if there are no tasks, or if rewards were given but none of that name.
     """
@@ -72,7 +72,7 @@ def evaluation(tasks: Sequence[Task], episodes: Iterable[Episode], metric: str |
         raise SettingError(
             f"rewards: the first one, {metric!r}, gives no reward of the team by its own name; {nearest(metric, sorted(given))}"
         )
-    scores: dict[str, float] = {}
+    values: dict[str, list[float]] = {task.id: [] for task in tasks}
     failed, tokens, errors = 0, 0, []
     for episode in episodes:
         tokens += sum(usage.sampled_tokens for usage in episode.usage.values())
@@ -82,8 +82,9 @@ def evaluation(tasks: Sequence[Task], episodes: Iterable[Episode], metric: str |
         if math.isnan(value):
             failed += 1
             errors.append(episode.error or next((r.text for r in episode.rewards if math.isnan(r.value)), "no reward"))
-        scores[episode.task.id] = 0.0 if math.isnan(value) else value
-    return Evaluation({task.id: scores[task.id] for task in tasks}, failed, tuple(sorted(set(errors))), tokens)
+        values[episode.task.id].append(0.0 if math.isnan(value) else value)
+    scores = {task: sum(own) / len(own) for task, own in values.items()}
+    return Evaluation(scores, failed, tuple(sorted(set(errors))), tokens)
 
 
 def best(episodes: Iterable[Episode], metric: str) -> list[Episode]:

@@ -51,6 +51,7 @@ class MultiagentFinetuningConfig(IterationConfig, RunConfig, ImitationConfig):
         "w: share of transcripts that came to the majority's answer, against those that stayed with it", 0.5
     )
     critic_loss: str = help_of("answers of a transcript that a critic imitates: last, or all (the generator's too)", "last")
+    num_eval_samples: int = help_of("sampled debates per held-out task, before and after, for accuracy and diversity", 1)
     embedder: str = help_of("module:function from texts to vectors, for the embedding distance; empty: not measured", "")
 
     def __post_init__(self) -> None:
@@ -60,6 +61,8 @@ class MultiagentFinetuningConfig(IterationConfig, RunConfig, ImitationConfig):
             raise SettingError(f"correction_share: expected a number from 0 to 1, got {self.correction_share}")
         if self.critic_loss not in ("last", "all"):
             raise SettingError(f"critic_loss: expected last or all, got {self.critic_loss!r}")
+        if self.num_eval_samples < 1:
+            raise SettingError(f"num_eval_samples: expected at least 1, got {self.num_eval_samples}")
 
 
 class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
@@ -115,12 +118,12 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
 
     def report(self) -> dict[str, Any]:
         """Held-out tasks as the team plays in training, sampled: accuracy and diversity, the bare base beside it."""
-        run, tasks = self.run, self.run.eval_tasks
-        before, after = run.play("sampled-base", tasks, versions={}), run.play("sampled", tasks)
+        run, tasks, count = self.run, self.run.eval_tasks, self.args.num_eval_samples
+        before, after = run.play("sampled-base", tasks, count, versions={}), run.play("sampled", tasks, count)
         scored = {name: evaluation(tasks, played, run.metric) for name, played in (("before", before), ("after", after))}
         found: dict[str, Any] = {name: result.summary() for name, result in scored.items()}
         run.progress.say(
-            f"sampled, {len(tasks)} held-out tasks: {run.metric} {scored['before'].accuracy:.3f} as the base, "
+            f"sampled, {len(tasks)} held-out tasks x {count}: {run.metric} {scored['before'].accuracy:.3f} as the base, "
             f"{scored['after'].accuracy:.3f} now"
         )
         found["paired"] = paired(scored["before"], scored["after"])

@@ -69,6 +69,14 @@ def test_what_failed_or_cannot_be_scored_counts_0_and_is_counted() -> None:
     assert found.summary()["accuracy"] == 0.5
 
 
+def test_a_task_that_was_played_more_than_once_counts_by_the_mean() -> None:
+    """w: 1, 0, unscorable (0), 1; x: once."""
+    values = [1.0, 0.0, math.nan, 1.0]
+    played = [Episode(f"w{n}", "w", TASKS[0], rewards=(Reward("exact", value),)) for n, value in enumerate(values)]
+    found = evaluation(TASKS[:2], [*played, episode(TASKS[1], Reward("exact", 1.0))], "exact")
+    assert found.scores == {"w": 0.5, "x": 1.0} and found.failed == 1 and found.accuracy == 0.75
+
+
 def test_a_metric_that_no_reward_bears_is_told_rather_than_counted_0() -> None:
     with pytest.raises(
         SettingError, match="rewards: the first one, 'is_right', gives no reward of the team by its own name; known: 'ok'"

@@ -160,6 +160,7 @@ def test_standard_errors_of_the_paper() -> None:
     [
         ({"correction_share": 1.5}, "correction_share: expected a number from 0 to 1"),
         ({"critic_loss": "first"}, "critic_loss: expected last or all"),
+        ({"num_eval_samples": 0}, "num_eval_samples: expected at least 1"),
         ({"embedder": "nowhere:at_all", "system": Debate(["a", "b"])}, "embedder 'nowhere:at_all': cannot be imported"),
         ({"system": Chain(["a", "b"])}, "system: Multiagent Finetuning trains a marlora.agents.debate:Debate, got Chain"),
     ],
