@@ -17,7 +17,7 @@ from ..agents.types import SettingError
 from .evaluate import interval
 from .gallery import MAX_EPISODES, Gallery, Pieces, Row, json_lines, rows
 from .page import page, section, text
-from .report_parts import adapters, comparison, curves, facts, more, proofs, read_json, rounds, verdict, warnings
+from .report_parts import adapters, comparison, curves, facts, last_step, more, proofs, read_json, rounds, verdict, warnings
 from .store import Store
 
 KNOWN = (
@@ -156,6 +156,7 @@ def parts_of(run: RunData, n: int, several: int) -> list[str]:
         f'<header id="run-{n}"><h1>{text(run.title)} <small>{text(run.name)}</small></h1>{verdict(run, n)}{facts(run)}</header>',
         *curves(run, n),
         section("Rounds", rounds(run.summary.get("collaboration"))),
+        *last_step(run.metrics),
         section("Adapters", adapters(run.policies), name=f"adapters-{n}"),
         section("Live proof", proofs(run.summary.get("live_proof") or {}, read_json(run.folder / "proofs.json") or [])),
         *(section(text(key.replace("_", " ")), more(value)) for key, value in run.summary.items() if key not in KNOWN),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -32,7 +32,9 @@ POLICY_CURVES = (
     ("learning_rate", "learning rate", ""),
 )
 RUN_CURVES = (("tokens_per_s", "tokens per second", "sampled, while playing"), ("staleness", "staleness", "versions behind"))
+# what else of a row of metrics.jsonl has a place of its own: as a curve, or elsewhere on the page
 PLACED = {"step", "reward", "episodes", "sampled_tokens", *(key for key, *_ in RUN_CURVES)}
+ELSEWHERE = {"policies", "proof", "seconds", "dropped"}
 SPLIT = ("rollout", "train", "publish")
 
 
@@ -142,9 +144,12 @@ def curves(run: RunData, n: int) -> list[str]:
     drawn.append(chart("proof residual", "served against trained", per_policy(run, "residual", "proof"), colour))
     drawn += [chart(title, note, {"": Line(points(run.metrics, key))}, {"": "c6"}) for key, title, note in RUN_CURVES]
     drawn.append(chart("seconds of a step", "where the time went", time_split(run.metrics), colours(SPLIT)))
-    rest = [chart(text(key.replace("_", " ")), "", per_policy(run, key), colour) for key in every if key not in known]
-    others = dict.fromkeys(k for row in run.metrics for k, v in row.items() if is_number(v) and k not in PLACED)
-    rest += [chart(text(key.replace("_", " ")), "", {"": Line(points(run.metrics, key))}, {"": "c6"}) for key in others]
+    rest = [chart(key.replace("_", " "), "", per_policy(run, key), colour) for key in every if key not in known]
+    others: dict[str, list[tuple[float, float]]] = {}
+    for row in run.metrics:  # what critics say stands with their policies
+        for title, value in numbers({k: v for k, v in row.items() if k not in PLACED | ELSEWHERE | {"critics"}}):
+            others.setdefault(title, []).append((row["step"], value))
+    rest += [chart(title, "", {"": Line(found)}, {"": "c6"}) for title, found in others.items()]
     shown, hidden = "".join(drawn), "".join(rest)
     folded = f'<details class="wide"><summary>More curves</summary><div class="grid">{hidden}</div></details>' if hidden else ""
     split = legend(colours(SPLIT)) if len(run.policies) == 0 else ""
@@ -166,6 +171,24 @@ def points(rows: Sequence[Mapping[str, Any]], key: str, policy: str = "", place:
         if value is not None and is_number(value):
             found.append((row["step"], float(value)))
     return found
+
+
+def numbers(row: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in a row, and the words that lead to it."""
+    for key, value in row.items():
+        title = f"{path} {key}".strip().replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from numbers(value, title)
+        elif is_number(value):
+            yield title, float(value)
+
+
+def last_step(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a method told of the last step, a table each: turns kept and dropped, margins by agent, rounds."""
+    if not rows:
+        return []
+    told = {key: value for key, value in rows[-1].items() if isinstance(value, Mapping) and key not in ELSEWHERE}
+    return [section(text(f"{key.replace('_', ' ')}, step {rows[-1]['step']}"), more(value)) for key, value in told.items()]
 
 
 def per_policy(run: RunData, key: str, place: str = "policies") -> dict[str, Line]:

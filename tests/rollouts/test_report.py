@@ -106,7 +106,10 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "tasks": "arithmetic", "max_steps": 5}))
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps(row(s, failed=s, dropped={"solver: gold": 2})) + "\n" for s in (1, 2, 3))
+        "".join(
+            json.dumps(row(s, failed=s, dropped={"solver: gold": 2}, selection={"first": {"kept": {"success": s}}})) + "\n"
+            for s in (1, 2, 3)
+        )
     )
     (tmp_path / "proofs.json").write_text(json.dumps(proofs))
     (tmp_path / "warnings.log").write_text("step 2: entropy of 'solver' fell\n")
@@ -137,6 +140,7 @@ def test_the_report_tells_what_the_run_did(run: Path) -> None:
         "entropy of 'solver' fell", "6 of 12 episodes failed", "6 turns not trained on, solver: gold",
     ):  # fmt: skip
         assert expected in words, expected
+    assert "selection, step 3" in words and "first" in words and '{"success": 3}' in words, "what a method told of the last step"
     assert "rounds round kept 1 0.5" in words and "table right wrong 3" in words, "what a method adds is shown as it is"
 
 
@@ -180,6 +184,7 @@ def test_curves_hold_the_points_that_are_numbers(run: Path) -> None:
         "proof residual",
         "tokens per second",
         "failed",
+        "selection first kept success",
     ]
     assert "<title>step 2, solver -0.2</title>" in source and "nan" not in " ".join(titles)
     assert sum("band" in str(a.get("class")) for _, a in page.tags) == 1, "the reward's interval"
