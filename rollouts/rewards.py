@@ -18,11 +18,14 @@ from typing import Any
 
 from ..agents.answers import extract, normalise, same
 from ..agents.names import function_named
+from ..agents.programs import SandboxError
 from ..agents.team import Ask, Call, derive_seed
 from ..agents.types import AgentSpec, Message, Sampling, Task, Turn
 from ..agents.verifiers import resolve_verifier, verify
 from ..agents.workflow import SOURCE as WORKFLOW
 from .checker import CheckerError, CheckerTimeout, equal, gym_score
+from .coding import hidden_verdict
+from .reading import scores
 from .types import Episode, Reward
 
 RewardFn = Callable[[Task, Episode], Any]
@@ -43,7 +46,12 @@ async def correct(task: Task, episode: Episode) -> Reward:
 
     Equal is: the same after normalisation, or the same mathematically (math-verify; in another process, 3 s at most). Tasks of
     reasoning-gym are scored by their own set, and count if it gives the full score. Several answers (a list) are alternatives.
+    Programs have to pass every hidden test (`passed_tests`), HotpotQA and DROP ask for their exact match (`em`).
     """
+    if "_tests" in task.meta:
+        return dataclasses.replace(passed := await passed_tests(task, episode), name="correct", value=float(passed.value == 1.0))
+    if "_scorer" in task.meta:
+        return Reward("correct", em(task, episode))
     if "_reasoning_gym" in task.meta:
         score = await graded(task, episode)
         return Reward("correct", float(score.value >= 1.0 - 1e-9), score.text)
@@ -76,6 +84,25 @@ async def graded(task: Task, episode: Episode) -> Reward:
         return Reward("graded", await gym_score(own["name"], own["args"], own["entry"], _candidate(episode.output or "")))
     except (CheckerTimeout, CheckerError) as error:
         return Reward("graded", 0.0, str(error))
+
+
+async def passed_tests(task: Task, episode: Episode) -> Reward:
+    """Share of a coding task's hidden tests that the output's program passes, in the sandbox. Its text tells how many, never which."""
+    if not (episode.output or "").strip():
+        return Reward("passed_tests", 0.0, "no program")
+    verdict = await hidden_verdict(task, episode.output or "")
+    passed = sum(not result for result in verdict.results)
+    return Reward("passed_tests", verdict.share, f"{passed} of {len(verdict.results)} hidden tests passed")
+
+
+def em(task: Task, episode: Episode) -> float:
+    """Exact match of HotpotQA and DROP (see `reading.py`), for any task with a text for an answer."""
+    return scores(_candidate(episode.output or ""), task)[0]
+
+
+def f1(task: Task, episode: Episode) -> float:
+    """F1 of HotpotQA and DROP over words (see `reading.py`), for any task with a text for an answer."""
+    return scores(_candidate(episode.output or ""), task)[1]
 
 
 def exact(task: Task, episode: Episode) -> float:
@@ -155,8 +182,8 @@ def _told(episode: Episode, source: str) -> list[Reward]:
 
 
 REWARDS: dict[str, Callable[..., Any]] = {
-    "correct": correct, "exact": exact, "close": close, "format": format_ok, "graded": graded, "length": length, "posted": posted,
-    "returned": returned, "right": right, "verified": verified, "workflow": workflow,
+    "correct": correct, "exact": exact, "close": close, "em": em, "f1": f1, "format": format_ok, "graded": graded, "length": length,
+    "passed_tests": passed_tests, "posted": posted, "returned": returned, "right": right, "verified": verified, "workflow": workflow,
 }  # fmt: skip
 
 
@@ -247,7 +274,8 @@ async def score(task: Task, episode: Episode, rewards: Sequence[RewardFn]) -> tu
     """All rewards of an episode, in the order of the functions.
 
     A reward that raises, or returns what is not a reward, becomes a `Reward` of value NaN whose text names the function and what
-    went wrong; NaN and infinity become NaN likewise. The episode is kept and is unscorable.
+    went wrong; NaN and infinity become NaN likewise. The episode is kept and is unscorable. Where programs cannot be run at all
+    (`SandboxError`), that concerns the whole run and is raised.
     """
     found = await asyncio.gather(*(_score(task, episode, fn) for fn in rewards))
     return tuple(reward for several in found for reward in several)
@@ -257,6 +285,8 @@ async def _score(task: Task, episode: Episode, fn: RewardFn) -> list[Reward]:
     try:
         result = await _awaited(fn(task, episode))
         return [_finite(fn, reward) for reward in _rewards(fn, result)]
+    except SandboxError:
+        raise
     except Exception as error:  # any failure of a reward is data of this episode
         return [Reward(fn_name(fn), math.nan, f"reward {fn_name(fn)!r} failed: {type(error).__name__}: {error}")]
 

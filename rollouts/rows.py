@@ -7,6 +7,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,13 @@ def of_split(
 
 def gsm8k(*, split: str, seed: int, path: str = "openai/gsm8k") -> Iterator[Task]:
     """Grade-school word problems (arXiv:2110.14168) with the data set's own splits. `path`: hub name, local copy, or a file."""
-    rows = _rows("gsm8k", path, split, "main")
+    rows = rows_of("gsm8k", path, split, "main")
     return _own_split("gsm8k", rows, seed, {"prompt": "question", "answer": "answer"}, _after_hashes)
 
 
 def math(*, split: str, seed: int, path: str = "DigitalLearningGmbH/MATH-lighteval") -> Iterator[Task]:
     r"""Competition problems (MATH, arXiv:2103.03874) with their own splits; the answer is in the solution's last `\boxed{}`."""
-    rows = _rows("math", path, split, None)
+    rows = rows_of("math", path, split, None)
     return _own_split("math", rows, seed, {"prompt": "problem", "answer": "solution"}, _in_the_box)
 
 
@@ -55,7 +56,7 @@ def hub(path: str, *, split: str, seed: int, config: str | None = None, **column
 
     `columns`: `fields` and `public` as in `file`.
     """
-    return _own_split(path, _rows(path, path, split, config), seed, **columns)
+    return _own_split(path, rows_of(path, path, split, config), seed, **columns)
 
 
 def file(
@@ -81,9 +82,9 @@ def file(
             raise SettingError(
                 f"tasks {str(path)!r}: expected files train* and eval* (or test*), {', '.join(READERS)}, in the folder"
             )
-        rows = {each: [row for part in found for row in _read(part)] for each, found in parts.items()}
-        return _own_split(str(path), _Splits(rows, split), seed, fields, None, public)
-    tasks = list(_tasks(str(path), _read(path), fields, None, public))
+        rows = {each: [row for part in found for row in read(part)] for each, found in parts.items()}
+        return _own_split(str(path), Splits(rows, split), seed, fields, None, public)
+    tasks = list(_tasks(str(path), read(path), fields, None, public))
     if num_eval is not None:
         if not 0 < num_eval < len(tasks):
             raise SettingError(f"task_args.num_eval: expected 1 to {len(tasks) - 1} of the {len(tasks)} tasks, got {num_eval}")
@@ -92,14 +93,15 @@ def file(
         chosen: Iterable[Task] = (task for task in tasks if (task.prompt in kept) == (split == "eval"))
     else:
         chosen = of_split(tasks, split, eval_fraction)
-    return _shuffled(chosen, seed)
+    return shuffled(chosen, seed)
 
 
-class _Splits:
+@dataclass(frozen=True)
+class Splits:
     """Rows by split, and the split that is asked for."""
 
-    def __init__(self, rows: Mapping[str, list[dict[str, Any]]], split: str) -> None:
-        self.rows, self.split = rows, split
+    rows: Mapping[str, list[dict[str, Any]]]
+    split: str
 
 
 Answer = Callable[[str], "str | None"]
@@ -107,24 +109,29 @@ Answer = Callable[[str], "str | None"]
 
 def _own_split(
     name: str,
-    rows: _Splits,
+    rows: Splits,
     seed: int,
     fields: Mapping[str, str | None] | None = None,
     answer: Answer | None = None,
     public: Sequence[str] = (),
 ) -> Iterator[Task]:
-    """Tasks of a set that comes with splits; training tasks whose prompt is also held out are left out."""
-    tasks = {split: list(_tasks(name, found, fields, answer, public)) for split, found in rows.rows.items()}
+    """Rows with columns for prompt and answer, of a set that comes with splits (see `own_split`)."""
+    return own_split(name, rows, seed, lambda split, found: _tasks(name, found, fields, answer, public))
+
+
+def own_split(name: str, rows: Splits, seed: int, made: Callable[[str, list[dict[str, Any]]], Iterable[Task]]) -> Iterator[Task]:
+    """Tasks of a set that comes with splits; training tasks whose prompt is also held out are left out. `made`: the tasks of a split's rows."""
+    tasks = {split: list(made(split, found)) for split, found in rows.rows.items()}
     if rows.split == "eval":
-        return _shuffled(tasks["eval"], seed)
+        return shuffled(tasks["eval"], seed)
     held_out = {task.prompt for task in tasks["eval"]}
     kept = [task for task in tasks["train"] if task.prompt not in held_out]
     if len(kept) < len(tasks["train"]):
         log.warning("tasks %r: %d training tasks are also held out; left out of training", name, len(tasks["train"]) - len(kept))
-    return _shuffled(kept, seed)
+    return shuffled(kept, seed)
 
 
-def _shuffled(tasks: Iterable[Task], seed: int) -> Iterator[Task]:
+def shuffled(tasks: Iterable[Task], seed: int) -> Iterator[Task]:
     ordered = sorted(tasks, key=lambda task: task.id)
     random.Random(f"order {seed}").shuffle(ordered)
     return iter(ordered)
@@ -162,9 +169,9 @@ def _tasks(
                 continue
             seen.add(key)
         extra = {c: value for c, value in row.items() if c not in column.values()}
-        meta = {c if c in public else f"_{c}": _jsonable(value) for c, value in extra.items()}
+        meta = {c if c in public else f"_{c}": jsonable(value) for c, value in extra.items()}
         given = row.get(column["id"])
-        yield Task(key if given is None else str(given), prompt, _jsonable(gold), name, meta=meta)
+        yield Task(key if given is None else str(given), prompt, jsonable(gold), name, meta=meta)
 
 
 def digest(*parts: Any) -> str:
@@ -172,7 +179,7 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
@@ -187,7 +194,7 @@ def _in_the_box(text: str) -> str | None:
 # reading
 
 
-def _rows(name: str, path: str, split: str, config: str | None) -> _Splits:
+def rows_of(name: str, path: str, split: str, config: str | None) -> Splits:
     """Both splits of a data set by hub name or local folder, through `datasets`; a single file is cut in two by hash."""
     local = Path(path).expanduser()
     if local.is_file():
@@ -195,14 +202,15 @@ def _rows(name: str, path: str, split: str, config: str | None) -> _Splits:
     import datasets
 
     try:
-        found = datasets.load_dataset(str(local) if local.exists() else path, config)
+        named = config if not local.is_dir() or (local / "README.md").exists() else None  # plain folders have no configurations
+        found = datasets.load_dataset(str(local) if local.exists() else path, named)
     except Exception as error:  # no network, no such set, no such config: whatever `datasets` and the hub raise
         told = f"{type(error).__name__}: {str(error)[:300]}"
         raise SettingError(f"tasks {name!r}: {path} cannot be loaded ({told}); task_args.path takes a local copy") from error
     held_out = next((each for each in ("eval", "test", "validation") if each in found), None)
     if "train" not in found or held_out is None:
         raise SettingError(f"tasks {name!r}: {path} has the splits {sorted(found)}; expected train, and eval, test or validation")
-    return _Splits({"train": list(found["train"]), "eval": list(found[held_out])}, split)
+    return Splits({"train": list(found["train"]), "eval": list(found[held_out])}, split)
 
 
 def _files(folder: Path, split: str) -> list[Path]:
@@ -210,7 +218,7 @@ def _files(folder: Path, split: str) -> list[Path]:
     return [path for path in sorted(folder.iterdir()) if path.stem.startswith(starts) and path.suffix in READERS]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[dict[str, Any]]:
     if path.suffix not in READERS:
         raise SettingError(f"tasks {str(path)!r}: cannot read {path.suffix!r}; expected {', '.join(READERS)}")
     rows = READERS[path.suffix](path)

@@ -1,4 +1,4 @@
-"""Task sets by name: ours, reasoning-gym's, GSM8K and MATH, anyone's file or function.
+"""Task sets by name: ours, reasoning-gym's, GSM8K, MATH, HumanEval, MBPP, HotpotQA and DROP, anyone's file or function.
 
 Where a set has no split of its own, the hash of a task's prompt decides whether it is held out, whatever the seed: what one run
 trains on, no other run with another seed is evaluated on. `seed` orders the tasks and chooses among them.
@@ -19,6 +19,8 @@ from typing import Any
 from ..agents.names import function_named
 from ..agents.types import SettingError, Task, nearest, to_json
 from .checker import plain
+from .coding import humaneval, mbpp
+from .reading import drop, hotpotqa
 from .rows import READERS, SPLITS, digest, file, gsm8k, hub, math, of_split
 
 NAMES = "abcdefgh"  # operands of `arithmetic`
@@ -30,11 +32,12 @@ def load_tasks(name: str, split: str = "train", *, seed: int = 0, limit: int | N
     """The tasks of a set, in an order that `seed` gives.
 
     Args:
-        name: `arithmetic`, `gsm8k`, `math`, `reasoning-gym:SET` (or `reasoning_gym/SET`), `hub:OWNER/NAME`, a JSONL, JSON or Parquet
-            file, a folder of such files named `train*` and `eval*` (or `test*`), or `module:function`.
+        name: `arithmetic`, `gsm8k`, `math`, `humaneval`, `mbpp`, `hotpotqa`, `drop`, `reasoning-gym:SET` (or `reasoning_gym/SET`),
+            `hub:OWNER/NAME`, a JSONL, JSON or Parquet file, a folder of such files named `train*` and `eval*` (or `test*`), or
+            `module:function`.
         split: `train` or `eval`; tasks of one are never in the other.
         limit: at most so many.
-        args: of the set's function: see `arithmetic`, `reasoning_gym`, `gsm8k`, `math`, `hub`, `file`.
+        args: of the set's function: see `arithmetic`, `reasoning_gym`, `rows.py`, `coding.py`, `reading.py`.
 
     Raises `SettingError` for a set that cannot be found, has no tasks or other columns than expected, or holds an id twice.
     """
@@ -211,4 +214,6 @@ def _entries(set_name: str, entries: Any, config: dict[str, Any]) -> Iterator[Ta
             yield Task(f"{set_name}:{key}", entry["question"], answer, f"reasoning-gym:{set_name}", meta={"_reasoning_gym": own})
 
 
-SOURCES: dict[str, Callable[..., Iterable[Task]]] = {"arithmetic": arithmetic, "gsm8k": gsm8k, "math": math}
+SOURCES: dict[str, Callable[..., Iterable[Task]]] = {
+    "arithmetic": arithmetic, "gsm8k": gsm8k, "math": math, "humaneval": humaneval, "mbpp": mbpp, "hotpotqa": hotpotqa, "drop": drop,
+}  # fmt: skip

@@ -249,9 +249,8 @@ def tainted(episode: Episode) -> set[int]:
 def golds(task: Task) -> list[str]:
     """The spellings of a task's answer that a text must not hold."""
     given = task.answer if isinstance(task.answer, (list, tuple)) else [task.answer]
-    return list(
-        dict.fromkeys(form for gold in given if gold is not None for form in (str(gold).strip(), normalise(str(gold))) if form)
-    )
+    parts = [part for gold in given for part in (gold if isinstance(gold, (list, tuple)) else [gold]) if part is not None]
+    return list(dict.fromkeys(form for part in parts for form in (str(part).strip(), normalise(str(part))) if form))
 
 
 def tells(text: str, answers: Iterable[str]) -> bool:
