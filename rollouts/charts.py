@@ -15,11 +15,12 @@ from typing import Any
 import leather
 from leather.shapes import Shape
 
-from .page import MAX_POINTS, number, text
+from .page import MAX_POINTS, legend, number, text
 
 leather.theme.tick_font_char_width = leather.theme.tick_font_char_height = 6  # margins for the sheet's smaller letters
 leather.theme.margin = 0.02
-SIZE = (360, 170)
+leather.theme.legend_font_char_height = leather.theme.legend_gap = 0  # the legend is the page's
+SIZE = (360, 160)
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Curve(Shape):
     def validate_series(self, series: Any) -> None: ...
 
     def legend_to_svg(self, series: Any, palette: Any) -> list[ET.Element]:
-        return []  # the page has one legend for all charts
+        return []
 
     def to_svg(self, width: int, height: int, x_scale: Any, y_scale: Any, series: Any, palette: Any) -> ET.Element:
         group = ET.Element("g", {"class": self.kind})
@@ -71,8 +72,8 @@ class Band(Shape):
         return ET.Element("polygon", {"class": f"band {self.kind}", "points": " ".join(corners)})
 
 
-def chart(title: str, note: str, lines: Mapping[str, Line], colours: Mapping[str, str]) -> str:
-    """A figure with one curve per name; "" if none has a point."""
+def chart(title: str, note: str, lines: Mapping[str, Line], colours: Mapping[str, str], *, own_legend: bool = False) -> str:
+    """A figure with one curve per name; "" if none has a point. `own_legend`: its names are not those of the page's legend."""
     lines = {name: line for name, line in lines.items() if line.points}
     if not lines:
         return ""
@@ -91,7 +92,9 @@ def chart(title: str, note: str, lines: Mapping[str, Line], colours: Mapping[str
     svg = re.sub(r'<svg width="(\d+)" height="(\d+)"[^>]*>', r'<svg viewBox="0 0 \1 \2" role="img">', drawing)
     last = ", ".join(f"{name} {number(line.points[-1][1])}".strip() for name, line in lines.items())
     label = f"<title>{text(title)}: last {text(last)}</title>"
-    return f"<figure><figcaption>{text(title)} <small>{text(note)}</small></figcaption>{svg.replace('>', '>' + label, 1)}</figure>"
+    caption = f"<figcaption>{text(title)} <small>{text(note)}</small></figcaption>"
+    names = legend({name: colours[name] for name in lines}) if own_legend else ""
+    return f"<figure>{caption}{names}{svg.replace('>', '>' + label, 1)}</figure>"
 
 
 @functools.lru_cache(256)
@@ -101,6 +104,8 @@ def _scale(low: float, high: float) -> Any:
 
 
 def _domain(values: Sequence[float], alone: float) -> tuple[float, float]:
-    """Smallest and largest; a single value stands in the middle."""
+    """Smallest and largest; a single value stands in the middle, nothing but 0 at the bottom."""
     low, high = min(values), max(values)
-    return (low, high) if high > low else (low - alone, high + alone)
+    if low == high:
+        return (low - alone, high + alone) if low else (0.0, 1.0)
+    return low, high

@@ -23,6 +23,7 @@ from .types import Episode, Reward
 MAX_ROWS = 20_000  # episodes with a row in the list
 MAX_EPISODES = 2_000  # of them with all that was said
 MAX_BYTES = 12 << 20  # of that, as JSON
+EVALUATIONS = ("eval-before", "eval-after", "eval-step-")  # labels of the whole team's
 EACH = 3  # best and worst of every step and evaluation
 
 Pieces = Callable[[str, Sequence[int]], "list[str] | None"]  # (policy, token ids) -> the text of each, None without a tokenizer
@@ -46,6 +47,11 @@ class Row:
     @property
     def held_out(self) -> bool:
         return self.label.startswith("eval-")
+
+    @property
+    def evaluates_team(self) -> bool:
+        """Is it of an evaluation of the whole team? Other held-out episodes are of one adapter alone, or a method's own."""
+        return self.label.startswith(EVALUATIONS)
 
 
 def row_of(data: Mapping[str, Any], metric: str) -> Row:

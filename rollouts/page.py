@@ -7,7 +7,7 @@ import hashlib
 import html
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -102,6 +102,6 @@ def whisker(mean: float, low: float, high: float) -> str:
     )
 
 
-def legend(colours: dict[str, str]) -> str:
+def legend(colours: Mapping[str, str]) -> str:
     names = "".join(f'<span class="{colour}">{text(name)}</span>' for name, colour in colours.items())
     return f'<p class="legend">{names}</p>'

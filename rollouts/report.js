@@ -133,14 +133,14 @@ function said(turn, how) {
   return made;
 }
 
-function card(turn, turns, how) {
+function card(turn, turns, how, colour) {
   const made = el("div", "turn" + (turn.marks && turn.marks.includes("not taken") ? " untaken" : ""));
   made.dataset.turn = turn.i;
   made.dataset.reads = turn.reads.join(" ");
   const facts = [`turn ${turn.i}`, `${turn.n} tokens`, turn.version, ...(turn.marks || [])];
   if (turn.k) facts.push("sibling " + turn.k);
   if (turn.advantage !== undefined && !Array.isArray(turn.advantage)) facts.push("advantage " + num(turn.advantage));
-  made.append(el("h3", "", S[turn.agent] + " ", el("small", "", facts.join(" · "))));
+  made.append(el("h3", "", null, el("span", colour, S[turn.agent]), " ", el("small", "", facts.join(" · "))));
   if (turn.reads.length) {
     const read = turn.reads.map((i) => `${S[(turns.find((t) => t.i === i) || turn).agent]} (turn ${i})`);
     made.append(el("p", "reads", "read " + read.join(", ")));
@@ -161,10 +161,11 @@ function lanes(turns, how) {
   const rows = new Map(), ends = new Map(); // a turn stands below what it read and below its agent's last one
   calls.forEach((i) => {
     const own = turns.filter((t) => t.i === i), taken = own.find((t) => !(t.marks || []).includes("not taken")) || own[0];
-    const cell = el("div", "cell l" + (Math.min(agents.indexOf(taken.agent), 5) + 1), null, card(taken, turns, how));
+    const at = agents.indexOf(taken.agent), colour = "c" + (at % 6);
+    const cell = el("div", "cell l" + (Math.min(at, 5) + 1), null, card(taken, turns, how, colour));
     const others = own.filter((t) => t !== taken);
     if (others.length) {
-      cell.append(el("details", "siblings", null, el("summary", "", others.length === 1 ? "1 sibling not taken" : `${others.length} siblings not taken`), ...others.map((t) => card(t, turns, how))));
+      cell.append(el("details", "siblings", null, el("summary", "", others.length === 1 ? "1 sibling not taken" : `${others.length} siblings not taken`), ...others.map((t) => card(t, turns, how, colour))));
     }
     const row = 1 + Math.max(1, ends.get(taken.agent) || 0, ...taken.reads.map((r) => rows.get(r) || 0));
     rows.set(i, row);
@@ -198,11 +199,19 @@ function arrows(grid) {
 }
 
 const HOW = { advantage: "advantage", ratio: "ratio", logp: "log-prob", none: "none" };
+const MEANS = {
+  advantage: "green: trained towards, red: away from", ratio: "green: likelier after the step, red: less likely",
+  logp: "red: unlikely when it was sampled", none: "",
+};
 
 async function show(name) {
   const box = $("episode");
   state.open = name;
+  const at = state.found.findIndex((row) => key(row) === name);
+  if (at >= 0) state.page = Math.floor(at / PAGE);
   list();
+  const mine = document.querySelector("#rows tr.open"), view = $("list"), top = mine ? mine.offsetTop - view.scrollTop : 100;
+  if (top < 40 || top > view.clientHeight - 40) view.scrollTop += top - view.clientHeight / 2;
   box.hidden = name === "";
   if (name === "") return;
   const episode = data.episodes[name] || (data.follow ? await ask(name) : null), row = ROWS.find((r) => key(r) === name);
@@ -229,6 +238,7 @@ async function show(name) {
     button.addEventListener("click", () => { state.colour = how; show(state.open); });
     pick.append(button, " ");
   }
+  if (can(used)) pick.append(el("span", "soft", MEANS[used] + " "));
   if (!episode.turns.some((t) => t.tokens)) pick.append(el("span", "soft", "The texts of single tokens are not here: no tokenizer was at hand."));
   else if (used !== state.colour) pick.append(el("span", "soft", `No ${HOW[state.colour]} is known here: the episode was not trained on.`));
   const grid = lanes(episode.turns, used);
@@ -242,7 +252,6 @@ const go = (name) => { location.hash = "e=" + encodeURIComponent(name); };
 function move(by) {
   const at = state.found.findIndex((row) => key(row) === state.open), next = at < 0 ? 0 : at + by;
   if (next < 0 || next >= state.found.length) return;
-  state.page = Math.floor(next / PAGE);
   go(key(state.found[next]));
 }
 

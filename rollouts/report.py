@@ -7,14 +7,14 @@ nothing else. A run that was interrupted has no `summary.json`; the report then 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..agents.types import SettingError
-from .evaluate import interval
+from .evaluate import Evaluation, interval, paired
 from .gallery import MAX_EPISODES, Gallery, Pieces, Row, json_lines, rows
 from .page import page, section, text
 from .report_parts import adapters, comparison, curves, facts, last_step, more, proofs, read_json, rounds, verdict, warnings
@@ -28,14 +28,13 @@ KNOWN = (
     "seconds",
     "tokens",
     "policies",
+    "heads",
     "live_proof",
     "eval",
     "adapters",
     "collaboration",
     "unfinished",
 )  # keys of summary.json that have a place of their own; every other one is shown as it is
-
-EVALUATIONS = ("eval-before", "eval-after", "eval-step-")  # labels of the whole team's; other held-out episodes are a method's own
 
 
 @dataclass
@@ -57,10 +56,12 @@ class RunData:
         import yaml
 
         config = yaml.safe_load((folder / "config.yaml").read_text()) or {}
-        summary = read_json(folder / "summary.json") or unfinished(folder)
         metric = str((config.get("rewards") or [""])[0]).rpartition(":")[2]
-        found = rows(Store(folder / "episodes"), metric)
-        return cls(folder, name or folder.resolve().name, config, summary, list(json_lines(folder / "metrics.jsonl")), found)
+        found, metrics = rows(Store(folder / "episodes"), metric), list(json_lines(folder / "metrics.jsonl"))
+        summary = read_json(folder / "summary.json")
+        if summary is None or (metrics and metrics[-1]["step"] > summary.get("steps", 0)):  # it went on after an earlier end
+            summary = unfinished(folder, found)
+        return cls(folder, name or folder.resolve().name, config, summary, metrics, found)
 
     @property
     def policies(self) -> dict[str, Mapping[str, Any]]:
@@ -85,7 +86,7 @@ class RunData:
         """(step, mean, low, high) of every evaluation of the whole team; a failed episode counts 0."""
         labels: dict[str, list[Row]] = defaultdict(list)
         for row in self.episodes:
-            if row.label.startswith(EVALUATIONS):
+            if row.evaluates_team:
                 labels[row.label].append(row)
         found = {}
         for label, own in labels.items():
@@ -95,17 +96,36 @@ class RunData:
         return [found[step] for step in sorted(found)]
 
 
-def unfinished(run: Path) -> dict[str, Any]:
-    """What would stand in `summary.json`, as far as the newest checkpoint knows it."""
+def unfinished(run: Path, episodes: Sequence[Row]) -> dict[str, Any]:
+    """What would stand in `summary.json`, as far as the newest checkpoint, the proofs and the episodes tell."""
     found = sorted(run.glob("checkpoints/step-*/system.json"))
     system = read_json(found[-1]) if found else {}
     state = (read_json(found[-1].parent / "trainer" / "state.json") if found else None) or {}
-    adapters = {name: {"sha256_after": entry["sha256"]} for name, entry in system.get("adapters", {}).items()}
+    first, proofs = state.get("sha256_before", {}), read_json(run / "proofs.json") or []
+    before = {name: {"sha256_before": first[name]} if name in first else {} for name in system.get("adapters", {})}
+    adapters = {name: {**before[name], "sha256_after": entry["sha256"]} for name, entry in system.get("adapters", {}).items()}
+    counts = Counter(record["status"] for record in proofs)
     return {
         "recipe": system.get("recipe", ""), "engine": "", "steps": state.get("step", 0), "unfinished": True,
-        "seconds": state.get("seconds", {}), "tokens": state.get("tokens", {}), "policies": adapters, "live_proof": {},
-        "eval": {"before": state.get("evals", {}).get("before"), "after": None, "paired": None},
+        "seconds": state.get("seconds", {}), "tokens": state.get("tokens", {}), "policies": adapters,
+        "live_proof": {"checks": len(proofs), **{status: counts[status] for status in ("passed", "untrained", "failed")}},
+        "eval": so_far(episodes),
     }  # fmt: skip
+
+
+def so_far(episodes: Sequence[Row]) -> dict[str, Any]:
+    """`eval` of a run that did not end: the base team against the team as it was last evaluated on the same tasks."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in episodes:
+        if row.evaluates_team:
+            found[row.label][row.task].append(row.worth or 0.0)
+    scores = {label: {task: sum(own) / len(own) for task, own in tasks.items()} for label, tasks in found.items()}
+    if not (base := scores.pop("eval-before", None)):
+        return {"before": None, "after": None, "paired": None}
+    before, later = Evaluation(base), [Evaluation(own) for own in scores.values() if own.keys() == base.keys()]
+    if not later:
+        return {"before": before.summary(), "after": None, "paired": None}
+    return {"before": before.summary(), "after": later[-1].summary(), "paired": paired(before, later[-1])}
 
 
 def write_report(
@@ -158,6 +178,7 @@ def parts_of(run: RunData, n: int, several: int) -> list[str]:
         section("Rounds", rounds(run.summary.get("collaboration"))),
         *last_step(run.metrics),
         section("Adapters", adapters(run.policies), name=f"adapters-{n}"),
+        section("Scalar heads", adapters(run.summary.get("heads") or {}, "head")),
         section("Live proof", proofs(run.summary.get("live_proof") or {}, read_json(run.folder / "proofs.json") or [])),
         *(section(text(key.replace("_", " ")), more(value)) for key, value in run.summary.items() if key not in KNOWN),
         section("Warnings", warnings(run.folder, run.metrics)),

@@ -35,7 +35,7 @@ RUN_CURVES = (("tokens_per_s", "tokens per second", "sampled, while playing"), (
 # what else of a row of metrics.jsonl has a place of its own: as a curve, or elsewhere on the page
 PLACED = {"step", "reward", "episodes", "sampled_tokens", *(key for key, *_ in RUN_CURVES)}
 ELSEWHERE = {"policies", "proof", "seconds", "dropped"}
-SPLIT = ("rollout", "train", "publish")
+SPLIT = {"rollout": "c3", "train": "c4", "publish": "c5"}  # parts of a step's time and their colours
 
 
 def read_json(path: Path) -> Any:
@@ -51,16 +51,17 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 
 def verdict(run: RunData, n: int) -> str:
     """The answer in a sentence, which adapter it comes from, and three episodes to read."""
-    if run.summary.get("unfinished"):
-        return '<p class="note">This run did not end: there is no summary.json yet.</p>'
+    open_end = run.summary.get("unfinished")
+    lines = ['<p class="note">This run did not end, or has not yet: what follows is as far as it came.</p>'] if open_end else []
     found = run.summary.get("eval") or {}
     before, after, paired = (found.get(key) for key in ("before", "after", "paired"))
     if not (before and after and paired):
-        return ""
+        return "".join(lines)
     low, high = paired["ci95"]
     what = "Training helped" if low > 0 else "Training hurt" if high < 0 else "No effect of training is shown"
-    told = f"{what}: {before['accuracy']:.3f} → {after['accuracy']:.3f} on {after['num_tasks']} held-out tasks"
-    lines = [f'<p class="verdict {"good" if low > 0 else "bad" if high < 0 else ""}"><b>{told}</b> {change(paired)}.</p>']
+    told = f"{what}{' so far' if open_end else ''}: {before['accuracy']:.3f} → {after['accuracy']:.3f}"
+    told += f" on {after['num_tasks']} held-out tasks"
+    lines.append(f'<p class="verdict {"good" if low > 0 else "bad" if high < 0 else ""}"><b>{told}</b> {change(paired)}.</p>')
     alone = []
     for name, entry in (run.summary.get("adapters") or {}).items():
         first, last = entry["paired"]["ci95"]
@@ -79,7 +80,7 @@ def change(paired: Mapping[str, Any]) -> str:
 
 def examples(rows: Sequence[Row]) -> list[tuple[str, Row]]:
     """An episode that training mended, one that it broke, one that is still wrong: of the last evaluation of the whole team."""
-    labels = list(dict.fromkeys(r.label for r in rows if r.held_out and not r.label.startswith("eval-only-")))
+    labels = list(dict.fromkeys(r.label for r in rows if r.evaluates_team))
     if len(labels) < 2:
         return []
     before = {r.task: r.worth or 0.0 for r in rows if r.label == labels[0]}
@@ -143,7 +144,7 @@ def curves(run: RunData, n: int) -> list[str]:
     drawn += [chart(title, note, per_policy(run, key), colour) for key, title, note in POLICY_CURVES if key in every]
     drawn.append(chart("proof residual", "served against trained", per_policy(run, "residual", "proof"), colour))
     drawn += [chart(title, note, {"": Line(points(run.metrics, key))}, {"": "c6"}) for key, title, note in RUN_CURVES]
-    drawn.append(chart("seconds of a step", "where the time went", time_split(run.metrics), colours(SPLIT)))
+    drawn.append(chart("seconds of a step", "where the time went", time_split(run.metrics), SPLIT, own_legend=True))
     rest = [chart(key.replace("_", " "), "", per_policy(run, key), colour) for key in every if key not in known]
     others: dict[str, list[tuple[float, float]]] = {}
     for row in run.metrics:  # what critics say stands with their policies
@@ -152,10 +153,9 @@ def curves(run: RunData, n: int) -> list[str]:
     rest += [chart(title, "", {"": Line(found)}, {"": "c6"}) for title, found in others.items()]
     shown, hidden = "".join(drawn), "".join(rest)
     folded = f'<details class="wide"><summary>More curves</summary><div class="grid">{hidden}</div></details>' if hidden else ""
-    split = legend(colours(SPLIT)) if len(run.policies) == 0 else ""
     return [
         section("Held-out accuracy", accuracies(run.summary), name=f"accuracy-{n}"),
-        section("Curves", (legend(colour) or split) + shown + folded if shown else "", "grid", f"curves-{n}"),
+        section("Curves <small>by step</small>", legend(colour) + shown + folded if shown else "", "grid", f"curves-{n}"),
     ]
 
 
@@ -247,7 +247,7 @@ def comparison(runs: Sequence[RunData]) -> str:
 # adapters, proof, the rest
 
 
-def adapters(policies: Mapping[str, Mapping[str, Any]]) -> str:
+def adapters(policies: Mapping[str, Mapping[str, Any]], kind: str = "policy") -> str:
     colour = colours(list(policies))
     rows = [
         (
@@ -257,7 +257,7 @@ def adapters(policies: Mapping[str, Mapping[str, Any]]) -> str:
         )
         for name, entry in policies.items()
     ]  # fmt: skip
-    return table(("policy", "trainable parameters", "sha256 before", "sha256 after", ""), rows) if rows else ""
+    return table((kind, "trainable parameters", "sha256 before", "sha256 after", ""), rows) if rows else ""
 
 
 def proofs(counts: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:

@@ -439,11 +439,17 @@ class Run:
             self._saved = self.step
         return found[0] if found else None
 
-    def rescue(self) -> None:
-        """After the engine has gone: save the last finished step, on the rank that saw it, unless an update was under way."""
-        if self._loaded and self.ranks.main and not self._learning and self._saved != self.step:
+    def rescue(self, error: Exception) -> None:
+        """After the engine has gone: save the last finished step, on the rank that saw it, unless an update was under way.
+
+        Why the run ended is among its warnings, where its report finds it.
+        """
+        if not (self._loaded and self.ranks.main):
+            return
+        self.progress.warn(f"the run ended after step {self.step}: {error}")
+        if not self._learning and self._saved != self.step:
             self._saved = self.step
-            self.progress.say(f"the engine is gone; step {self.step} is saved in {self._save()}")
+            self.progress.say(f"step {self.step} is saved in {self._save()}")
 
     def _save(self) -> Path:
         try:

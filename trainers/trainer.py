@@ -104,8 +104,8 @@ class Trainer(Generic[C]):
         except Stopped:
             run.save()
             raise
-        except EngineError:
-            run.rescue()
+        except EngineError as error:
+            run.rescue(error)
             raise
         finally:
             run.close()

@@ -325,9 +325,34 @@ def test_a_run_that_did_not_end_has_a_report_too(run: Path) -> None:
     folder = run / "checkpoints" / "step-000002"
     (folder / "trainer").mkdir(parents=True)
     (folder / "system.json").write_text(json.dumps({"recipe": "grpo_team", "adapters": {"solver": {"sha256": "d" * 64}}}))
+    (folder / "trainer" / "state.json").write_text(json.dumps({"step": 2, "sha256_before": {"solver": "c" * 64}}))
     _, page, _ = read(run)
     words = " ".join(page.words)
     assert "did not end" in words and "3 of 5" in words and "d" * 16 in words and "Live proof" not in words
+    assert "Training helped" not in words and "Training hurt" not in words, "only one evaluation was finished"
+
+
+def test_a_run_that_went_on_after_its_end_says_how_far_it_came(run: Path) -> None:
+    """Its summary is of the earlier end. Before 1 of 4 tasks is right, at step 4 all are; an evaluation that was cut off does not count."""
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row(4)) + "\n")
+    shutil.rmtree(run / "episodes")
+    with Store(run / "episodes") as store:
+        for label, values in (
+            ("before", (1, 0, 0, 0)),
+            ("only-solver", (0, 0, 0, 0)),
+            ("step-000004", (1, 1, 1, 1)),
+            ("after", (0,)),
+        ):
+            for n, value in enumerate(values):
+                one = episode(4, f"t{n}", float(value), split="eval")
+                store.append(dataclasses.replace(one, id=f"eval-{label}/t{n}/0", group=f"eval-{label}/t{n}"))
+    found = RunData.read(run).summary
+    assert found["unfinished"] and found["eval"]["before"]["accuracy"] == 0.25 and found["eval"]["after"]["accuracy"] == 1.0
+    assert (found["eval"]["paired"]["difference"], found["eval"]["paired"]["gained"]) == (0.75, 3)
+    assert found["live_proof"] == {"checks": 2, "passed": 1, "untrained": 0, "failed": 1}
+    words = " ".join(read(run)[1].words)
+    assert "did not end" in words and "Training helped so far: 0.250 → 1.000 on 4 held-out tasks" in words and "4 of 5" in words
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:

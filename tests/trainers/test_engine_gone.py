@@ -10,6 +10,7 @@ import pytest
 
 from marlora.rollouts.engines.engine import EngineError
 from marlora.rollouts.engines.transformers import TransformersEngine
+from marlora.rollouts.report import write_report
 from marlora.trainers.update import Updated
 from tests.trainers import small_run
 
@@ -41,6 +42,8 @@ def test_the_last_finished_step_is_saved_and_resume_ends_like_a_run_that_was_nev
     with pytest.raises(EngineError, match="all 2 servers are gone"):
         run.train()
     assert [path.name for path in (cut / "checkpoints").iterdir()] == ["step-000002"] and steps(cut) == [1, 2]
+    report = write_report(cut).read_text()
+    assert "did not end" in report and "the run ended after step 2: all 2 servers are gone" in report
     monkeypatch.undo()
     found = small_run.trainer(cut, model, max_steps=3, resume=True).train()
     expected = small_run.trainer(whole, model, max_steps=3).train()
