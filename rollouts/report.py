@@ -84,16 +84,18 @@ class RunData:
 
     def eval_points(self) -> list[tuple[int, float, float, float]]:
         """(step, mean, low, high) of every evaluation of the whole team; a failed episode counts 0."""
-        labels: dict[str, list[Row]] = defaultdict(list)
-        for row in self.episodes:
-            if row.evaluates_team:
-                labels[row.label].append(row)
-        found = {}
-        for label, own in labels.items():
-            values = [row.worth or 0.0 for row in own]
-            step = 0 if label == "eval-before" else max(row.step for row in own)
-            found[step] = (step, sum(values) / len(values), *interval(values))
-        return [found[step] for step in sorted(found)]
+        steps = {row.label: 0 if row.label == "eval-before" else row.step for row in self.episodes}
+        found = {steps[label]: result for label, result in evaluations(self.episodes).items()}
+        return [(step, found[step].accuracy, *interval(list(found[step].scores.values()))) for step in sorted(found)]
+
+
+def evaluations(episodes: Sequence[Row]) -> dict[str, Evaluation]:
+    """By label every evaluation of the whole team: each task's mean over its episodes."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in episodes:
+        if row.evaluates_team:
+            found[row.label][row.task].append(row.worth or 0.0)
+    return {label: Evaluation({task: sum(own) / len(own) for task, own in tasks.items()}) for label, tasks in found.items()}
 
 
 def unfinished(run: Path, episodes: Sequence[Row]) -> dict[str, Any]:
@@ -115,14 +117,10 @@ def unfinished(run: Path, episodes: Sequence[Row]) -> dict[str, Any]:
 
 def so_far(episodes: Sequence[Row]) -> dict[str, Any]:
     """`eval` of a run that did not end: the base team against the team as it was last evaluated on the same tasks."""
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in episodes:
-        if row.evaluates_team:
-            found[row.label][row.task].append(row.worth or 0.0)
-    scores = {label: {task: sum(own) / len(own) for task, own in tasks.items()} for label, tasks in found.items()}
-    if not (base := scores.pop("eval-before", None)):
+    found = evaluations(episodes)
+    if (before := found.pop("eval-before", None)) is None:
         return {"before": None, "after": None, "paired": None}
-    before, later = Evaluation(base), [Evaluation(own) for own in scores.values() if own.keys() == base.keys()]
+    later = [result for result in found.values() if result.scores.keys() == before.scores.keys()]
     if not later:
         return {"before": before.summary(), "after": None, "paired": None}
     return {"before": before.summary(), "after": later[-1].summary(), "paired": paired(before, later[-1])}
