@@ -7,11 +7,11 @@ the process of a team.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from .types import SettingError
+from .types import SettingError, Task
 
 Externals = Mapping[str, Callable[..., Awaitable[Any]]]
 _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
@@ -77,7 +77,54 @@ class Execute(Protocol):
     async def __call__(self, program: str, externals: Externals | None = None, limits: Allowance = ...) -> Outcome: ...
 
 
+@dataclass(frozen=True)
+class Exam:
+    """What a program has to pass.
+
+    Args:
+        tests: programs that raise if the candidate is wrong; each runs in a fresh module.
+        names: functions of the candidate that they may call. Arguments and results cross as builtin types.
+        setup: run before each test, from the task alone: imports and helpers.
+    """
+
+    tests: tuple[str, ...]
+    names: tuple[str, ...]
+    setup: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Per test "" if it passed, else why not in one line."""
+
+    results: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        return sum(not result for result in self.results) / len(self.results) if self.results else 0.0
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.results) and not any(self.results)
+
+
+class Check(Protocol):
+    """What tests say of a program, which cannot see them."""
+
+    async def __call__(self, program: str, tests: Exam, limits: Allowance = ...) -> Verdict: ...
+
+
 def program_in(text: str) -> str:
     """The program of an answer: its last fenced block, or all of it where there is none."""
     blocks = _FENCED.findall(text)
     return str(blocks[-1] if blocks else text).strip("\n")
+
+
+def answered(task: Task, text: str, tests: Sequence[str]) -> tuple[str, Exam]:
+    """What a coding task has to check an answer: its program, and these tests over the task's functions.
+
+    The program stands after the task's own text (imports and helpers, `meta["setup"]`), so that it may be a whole function, or the body
+    that completes the last one there.
+    """
+    setup = str(task.meta.get("setup", ""))
+    program = "\n".join(part for part in (setup, program_in(text)) if part)
+    return program, Exam(tuple(tests), tuple(task.meta["names"]), setup)

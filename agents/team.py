@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from .programs import Allowance, Execute, Externals, Outcome, SandboxError
+from .programs import Allowance, Check, Exam, Execute, Externals, Outcome, SandboxError, Verdict
 from .tools import Tool, parse_calls, python_tool, resolve_tools, run_call, tool_prompt
 from .types import AgentSpec, Completion, Decision, Message, Sampling, SettingError, Task, Turn, from_json, nearest, to_json
 
@@ -246,7 +246,7 @@ class Team:
         values: texts and choices by name that a method may change (`NAME.prompt`, `NAME.demos`, a decision's logits).
         given: recorded turns that answer the first calls. `replace`: completions by turn index that answer instead.
         max_turns: bound on turn indices; a reply of an agent with tools takes 1 + `max_tool_calls` of them, used or not.
-        play: plays a child episode, for `team.play`. execute: runs programs, for `team.execute` and the tool `python`.
+        play: plays a child episode, for `team.play`. execute: runs programs, for `team.execute` and the tool `python`. check: tests them.
     """
 
     def __init__(
@@ -264,10 +264,11 @@ class Team:
         max_tool_calls: int = 4,
         play: Callable[[System, Sequence[Task]], Awaitable[list[Any]]] | None = None,
         execute: Execute | None = None,
+        check: Check | None = None,
     ) -> None:
         self._agents = {spec.name: Agent(self, spec) for spec in agents}
         self._ask, self.seed, self.sampling, self._play = ask, seed, sampling or Sampling(), play
-        self._execute = execute
+        self._execute, self._check = execute, check
         self.values: dict[str, Any] = dict(values or {})
         self.rng = random.Random(derive_seed(seed, "rng"))
         self.max_turns, self.max_tool_calls = max_turns, max_tool_calls
@@ -395,6 +396,12 @@ class Team:
         if self._execute is None:
             raise SandboxError("team.execute: this team has no sandbox; use rollouts.play.Rollouts, or give Team(execute=...)")
         return await self._execute(program, externals, limits)
+
+    async def check(self, program: str, tests: Exam, limits: Allowance = Allowance()) -> Verdict:
+        """What tests say of a program that a model wrote, in the sandbox. A team has public tests only; hidden ones are a reward's."""
+        if self._check is None:
+            raise SandboxError("team.check: this team has no sandbox; use rollouts.play.Rollouts, or give Team(check=...)")
+        return await self._check(program, tests, limits)
 
     async def play(self, system: System, tasks: Sequence[Task]) -> list[Any]:
         """Play child episodes (their `parent` is this one) and return them in order."""

@@ -12,20 +12,19 @@ import builtins
 import doctest
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..agents.programs import Allowance
+from ..agents.operators import CHECKS
+from ..agents.programs import Verdict, answered
 from ..agents.types import SettingError, Task
 from .rows import of_split, own_split, read, rows_of, shuffled
-from .sandbox import Exam, Verdict, check
+from .sandbox import check
 
 log = logging.getLogger(__name__)
 
-_FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 _GIVES = re.compile(r"\s*(?:==>|=>|==|->|➞|➡|→|should return|returns?|# ?=>?)\s*")
-CODING = Allowance(seconds=15.0, cpu_seconds=15, memory=512 << 20)  # of one check; FlowReasoner's limit of 15 s per unit test
 
 
 # sets
@@ -177,29 +176,13 @@ def _parsed(text: str) -> ast.expr | None:
 # what tests say
 
 
-def program_in(text: str) -> str:
-    """The program of an answer: its last fenced block, or all of it where there is none."""
-    blocks = _FENCED.findall(text)
-    return (blocks[-1] if blocks else text).strip("\n")
-
-
-def exam(task: Task, tests: Sequence[str]) -> Exam:
-    """These tests of a coding task, over its functions and with what its own text defines."""
-    return Exam(tuple(tests), tuple(task.meta["names"]), task.meta.get("setup", ""))
-
-
 async def public_verdict(task: Task, text: str) -> Verdict:
-    """What the public tests say of the program in `text`: for feedback while a team plays. No tests: no results, and not passed."""
-    return await check(_whole(task, text), exam(task, task.meta["tests"]), CODING)
+    """What the public tests say of the program in `text`. No tests: no results, and not passed."""
+    return await check(*answered(task, text, task.meta["tests"]), CHECKS)
 
 
 async def hidden_verdict(task: Task, text: str) -> Verdict:
     """What the hidden tests say of the program in `text`: for rewards and evaluation alone. Raises `ValueError` if the task has none."""
     if not task.meta.get("_tests"):
         raise ValueError(f"task {task.id!r} has no hidden tests; whoever plays never has them")
-    return await check(_whole(task, text), exam(task, task.meta["_tests"]), CODING)
-
-
-def _whole(task: Task, text: str) -> str:
-    """The answer's program after the task's own text (imports and helpers): a whole function, or the body that completes the last one."""
-    return "\n".join(part for part in (task.meta.get("setup", ""), program_in(text)) if part)
+    return await check(*answered(task, text, task.meta["_tests"]), CHECKS)

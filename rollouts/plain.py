@@ -16,45 +16,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from io import FileIO
 
-from ..agents.programs import Allowance, Outcome, SandboxError, Status
+from ..agents.programs import Allowance, Exam, Outcome, SandboxError, Status, Verdict
 from .cage import ENVIRONMENT, Cage, Role, text_file
 from .warden import NO_PROGRAM
 
 START = 60.0  # seconds a cage may take until it is shut, on a busy machine
 GRACE = 2.0  # seconds between a CPU limit that is met and the end
-
-
-@dataclass(frozen=True)
-class Exam:
-    """What a program has to pass.
-
-    Args:
-        tests: programs that raise if the candidate is wrong; each runs in a fresh module.
-        names: functions of the candidate that they may call. Arguments and results cross as builtin types.
-        setup: run before each test, from the task alone: imports and helpers.
-    """
-
-    tests: tuple[str, ...]
-    names: tuple[str, ...]
-    setup: str = ""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Per test "" if it passed, else why not in one line."""
-
-    results: tuple[str, ...]
-
-    @property
-    def share(self) -> float:
-        return sum(not result for result in self.results) / len(self.results) if self.results else 0.0
-
-    @property
-    def passed(self) -> bool:
-        return bool(self.results) and not any(self.results)
 
 
 class _Caged:

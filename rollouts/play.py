@@ -14,6 +14,7 @@ from ..agents.team import Call, LimitError, System, Team, derive_seed, gather
 from ..agents.types import AgentSpec, Completion, Decision, Sampling, SettingError, Task, Turn, from_json, nearest, to_json
 from .engines.engine import EngineError, PromptTooLong, TeamVersion
 from .rewards import RewardFn, score
+from .sandbox import check
 from .sandbox import run as execute
 from .speakers import Speaker
 from .types import Episode, Reward, Usage
@@ -168,7 +169,7 @@ class Rollouts:
         team = Team(
             self.system.specs, ask, seed=seed, values=self.values, sampling=self.sampling, given=given, replace=replace,
             decisions=decisions, max_turns=self.limits.max_turns, max_tool_calls=self.limits.max_tool_calls, play=play_children,
-            execute=execute,
+            execute=execute, check=check,
         )  # fmt: skip
         output, stop_reason, error = await self._run(job.task, team)
         spoke = {agent.policy: version[agent.policy] for agent in self.system.specs if agent.policy in version}

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ..agents.programs import Allowance, Externals, Outcome, ProgramError, SandboxError
+from ..agents.programs import Allowance, Exam, Externals, Outcome, ProgramError, SandboxError, Verdict
 from .cage import Cage
-from .plain import Exam, Verdict, check_plain, run_plain
+from .plain import check_plain, run_plain
 from .proof import cage, cages
 from .workflows import Interpreter
 

@@ -10,10 +10,10 @@ import logging
 
 import pytest
 
-from marlora.agents.programs import SandboxError
+from marlora.agents.programs import SandboxError, program_in
 from marlora.agents.types import SettingError, Task
-from marlora.rollouts import coding, sandbox
-from marlora.rollouts.coding import asserts_of, examples, hidden_verdict, program_in, public_verdict
+from marlora.rollouts import sandbox
+from marlora.rollouts.coding import asserts_of, examples, hidden_verdict, public_verdict
 from marlora.rollouts.rewards import correct, passed_tests, score
 from marlora.rollouts.tasks import load_tasks
 from marlora.rollouts.types import Episode
@@ -239,4 +239,3 @@ def test_nothing_hidden_reaches_the_candidate(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sandbox.check_plain.__globals__, "_started", spy)
     assert told(SQUARE, RIGHT) == (1.0, 1.0)
     assert handed["candidate"] == [RIGHT, RIGHT] and any("f(3) == 9" in text for text in handed["checker"])
-    assert coding.CODING.seconds == 15.0

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from marlora.agents.programs import Allowance, SandboxError
+from marlora.agents.programs import Allowance, Exam, SandboxError
 from marlora.agents.team import fake_team
 from marlora.agents.types import AgentSpec, Task
 from marlora.rollouts import cage as cages_module
 from marlora.rollouts import proof, sandbox
 from marlora.rollouts.cage import Cage
-from marlora.rollouts.plain import Exam, check_plain, run_plain
+from marlora.rollouts.plain import check_plain, run_plain
 from tests.rollouts.attacks import FORGERIES, PLAIN, SECRET, WORKFLOWS, Attack
 
 QUICK = Allowance(seconds=0.7, cpu_seconds=5, memory=256 << 20)
