@@ -24,6 +24,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..agents.team import derive_seed
 from ..agents.types import BASE, AdapterSpec, PolicySpec, SettingError, nearest
@@ -46,7 +47,8 @@ def tensors_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        digest.update(whole.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -114,7 +116,7 @@ class Adapters:
         config = _config(self.model, spec, self.base_name)
         self.aside[name] = spec
         self._insert(name, config)
-        self.__dict__.pop("_table", None)  # of the parameters before this one
+        self.refresh()
         self._fresh(name)
         self.declare()
 
@@ -189,7 +191,7 @@ class Adapters:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {key: p.detach().cpu().contiguous() for key, p in self.parameters(name).items()}
-        write_tensors(folder / WEIGHTS, tensors, {"base_sha256": self._base, "policy": name})
+        write_tensors(folder / WEIGHTS, tensors, {"base_sha256": self.loaded_sha256, "policy": name})
         config = self.model.peft_config[name].to_dict()
         config |= {"inference_mode": True, "base_model_name_or_path": self.base_name or None}
         config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs between processes
@@ -235,12 +237,18 @@ class Adapters:
         return tensors_sha256(self.parameters(name).items())
 
     def base_sha256(self) -> str:
-        """Hash of the base's parameters and persistent buffers as they are now; equal before and after wrapping."""
+        """Hash of the base's parameters and persistent buffers as they are now; equal before and after wrapping, and however they are
+        split over ranks (then every rank has to call it)."""
         return base_sha256(self.model)
 
     @functools.cached_property
-    def _base(self) -> str:
+    def loaded_sha256(self) -> str:
+        """`base_sha256` when it was first asked for: what saved adapters are stamped with."""
         return self.base_sha256()
+
+    def refresh(self) -> None:
+        """To be called when the base's parameters were replaced by others of the same names."""
+        self.__dict__.pop("_table", None)
 
     def is_trained(self, name: str) -> bool:
         """False while B is zero: the adapter is the bare base to the last bit."""
@@ -304,7 +312,7 @@ class Adapters:
 
     def _check_base(self, where: str, config: Mapping[str, Any], meta: Mapping[str, str]) -> None:
         if "base_sha256" in meta:
-            if meta["base_sha256"] != self._base:
+            if meta["base_sha256"] != self.loaded_sha256:
                 made = config.get("base_model_name_or_path")
                 raise SettingError(f"{where}: made for base {made!r}, whose weights differ from those of {self.base_name!r}")
         elif config.get("base_model_name_or_path") not in (None, "", self.base_name):

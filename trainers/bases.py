@@ -12,11 +12,13 @@ from ..agents.types import PolicySpec, SettingError
 from ..rollouts.engines.engine import Engine
 from ..rollouts.engines.start import choose_dtype
 from ..rollouts.tokens import ChatTokens, load_tokenizer
+from . import shard
 from .adapters import Adapters
 from .config import RunConfig
 from .heads import Head, HeadSpec
 from .models import local_model
 from .publish import Publisher
+from .ranks import Ranks
 from .update import Optimizers
 
 
@@ -48,11 +50,16 @@ def dtype_of(model: str, setting: str, device: torch.device) -> torch.dtype:
 
 
 def load_base(
-    name: str, policies: Sequence[PolicySpec], config: RunConfig, device: torch.device, heads: Sequence[HeadSpec] = ()
+    name: str,
+    policies: Sequence[PolicySpec],
+    config: RunConfig,
+    device: torch.device,
+    heads: Sequence[HeadSpec] = (),
+    among: Ranks | None = None,
 ) -> Base:
     """Load model and tokenizer and create every adapter, and those of `heads` that stand on this base; then the optimizers.
 
-    Raises `SettingError` naming what is missing.
+    `among`: the ranks to split it over, see `shard.split`; None keeps it whole. Raises `SettingError` naming what is missing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -62,7 +69,8 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of(path, config.dtype, device))
     except Exception as error:  # a missing, torn or foreign file: transformers, safetensors and torch raise kinds of their own
         raise SettingError(f"model {name!r}: cannot be loaded as a causal language model: {str(error).splitlines()[0]}") from error
-    model.to(device)
+    if among is None:
+        model.to(device)
     model.config.use_cache = False
     adapters = Adapters(model, policies, seed=config.seed, base_name=path)
     if config.gradient_checkpointing:
@@ -72,6 +80,8 @@ def load_base(
             raise SettingError(
                 f"policies.{policy.name}.adapter.dropout: 0 expected; log-probs of a dropout pass are not the served ones"
             )
+    if among is not None:
+        shard.split(adapters, among)
     optimizers = Optimizers(adapters, config)
     made = {spec.name: Head(adapters, spec, config, optimizers.layout) for spec in heads if (spec.base or config.model) == name}
     return Base(name, path, tokens, adapters, optimizers, made)

@@ -36,6 +36,7 @@ class Batch:
     turns: S pairs (episode id, turn index), for messages and dumps.
     place: [N] where the term stands among all trained tokens of the samples given to `pack`, in their order: takes numbers that a
         method keeps per trained token into the batch (`numbers[batch.place]`) and out of it.
+    muted: it goes through the model and counts for nothing, see `level`.
     """
 
     policy: str
@@ -52,6 +53,7 @@ class Batch:
     sequence: torch.Tensor
     turns: tuple[tuple[str, int], ...]
     place: torch.Tensor
+    muted: bool = False
 
     @property
     def num_terms(self) -> int:
@@ -231,3 +233,11 @@ def deal(batches: Sequence[Batch], num_ranks: int) -> list[list[Batch]]:
         ranks[rank].append(batch)
         load[rank] += batch.cost
     return ranks
+
+
+def level(dealt: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
+    """As many batches for every rank, so that all make as many passes: who has fewer repeats the cheapest of all, muted."""
+    filler = min((batch for mine in dealt for batch in mine), key=lambda b: b.cost, default=None)
+    most = max(map(len, dealt))
+    muted = [] if filler is None else [dataclasses.replace(filler, muted=True)]
+    return [[*mine, *muted * (most - len(mine))] for mine in dealt]

@@ -64,6 +64,7 @@ class RunConfig(EngineConfig):
     max_grad_norm: float = help_of("gradient norm per adapter is clipped to this", 1.0)
     num_iterations: int = help_of("optimizer updates per batch of episodes", 1)
     tokens_per_batch: int = help_of("padded tokens of one forward pass", 8192)
+    shard_base: bool = help_of("split the base's layers over the ranks (FSDP2): for a base that does not fit one device", False)
     layout: str = help_of("how batches are laid out: auto, padded or shared (one-level prompt sharing)", "auto")
     gradient_checkpointing: bool = help_of("recompute activations in the backward pass: less memory, a third more time", False)
     dtype: str = help_of("of the base in the trainer: auto (the model's own), float32 or bfloat16; adapters are float32", "auto")

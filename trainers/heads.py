@@ -25,10 +25,10 @@ from .adapters import Adapters, tensors_sha256
 from .batches import Batch, Layout
 from .checkpoint import join_optimizer, split_optimizer, write_tensors
 from .logprobs import choose_layout, guarded, last_hidden
-from .losses import NotFinite, Stats, add_stats, finite_or_raise
+from .losses import Stats
 from .ranks import Ranks
 from .samples import Denominators, Sample
-from .update import Updated, batches_of, fit, read
+from .update import Updated, accumulate, batches_of, fit, read
 
 LINEAR = "head.safetensors"
 Targets = Mapping[str, torch.Tensor]  # by name: [N], one number per trained token
@@ -136,19 +136,14 @@ class Head:
         return [replace(sample, policy=self.adapter) for sample in samples]
 
     def _backward(self, batches: Sequence[Batch], targets: Targets, loss_fn: HeadLoss, counts: Denominators) -> tuple[Stats, str]:
-        sums: Stats = {}
-        try:
-            with self.adapters.active(self.adapter):
-                for batch in batches:
-                    scores = self.scores(batch)
-                    finite_or_raise("score", scores, self.adapter, batch)
-                    loss, stats = loss_fn(scores, {name: t[batch.place] for name, t in targets.items()}, counts)
-                    finite_or_raise("loss", loss, self.adapter, batch)
-                    loss.backward()
-                    sums = add_stats(sums, stats)
-        except NotFinite as error:
-            return sums, str(error)
-        return sums, ""
+        with self.adapters.active(self.adapter):
+            return accumulate(
+                self.adapter,
+                "score",
+                batches,
+                lambda batch: (self.scores(batch),),
+                lambda _, batch, scores: loss_fn(scores, {name: t[batch.place] for name, t in targets.items()}, counts),
+            )
 
     def save(self, folder: str | Path) -> Path:
         """Write a plain PEFT folder, with the linear layer beside it in `head.safetensors`."""

@@ -49,8 +49,11 @@ def reaches(spec: PolicySpec, module: str) -> bool:
     return any(module == target or module.endswith(f".{target}") for target in spec.adapter.targets)
 
 
-def estimate(model: str, specs: Iterable[PolicySpec], config: RunConfig, dtype: torch.dtype) -> Memory:
-    """Memory of a trainer for the base in folder `model` and these policies. Raises `SettingError` if it is no causal language model."""
+def estimate(model: str, specs: Iterable[PolicySpec], config: RunConfig, dtype: torch.dtype, ranks: int = 1) -> Memory:
+    """Memory of one rank's trainer for the base in folder `model` and these policies. Raises `SettingError` if it is no causal language model.
+
+    `ranks`: how many share the base's layers (`shard_base`); of these, two are whole at a time: the one at work and the next.
+    """
     specs = [spec for spec in specs if spec.has_adapter]
     made = _on_meta(model, dtype)
     linears = {name: m for name, m in made.named_modules() if isinstance(m, nn.Linear)}
@@ -59,6 +62,7 @@ def estimate(model: str, specs: Iterable[PolicySpec], config: RunConfig, dtype: 
         spec.adapter.r * (m.in_features + m.out_features)
         for spec in specs for name, m in linears.items() if reaches(spec, name)
     )  # fmt: skip
+    inside = sum(p.numel() for p in getattr(made.get_decoder(), "layers", made).parameters())
     text = made.config.get_text_config()
     layers, width, rows = text.num_hidden_layers, dtype.itemsize, config.tokens_per_batch
     largest = max(specs, key=lambda spec: sum(reaches(spec, name) for name in linears) * spec.adapter.r, default=None)
@@ -67,7 +71,7 @@ def estimate(model: str, specs: Iterable[PolicySpec], config: RunConfig, dtype: 
         per_token = text.hidden_size * width * layers + per_token / layers
     return Memory(
         parameters, adapters,
-        weights=parameters * width,
+        weights=width * (parameters if ranks == 1 else parameters - inside + inside / ranks + 2 * inside / layers),
         adapters=adapters * 16,  # float32 weights, gradients and AdamW's two moments
         activations=per_token * rows + rows * rows * width * (config.layout != "padded"),  # shared rows need a mask
         head=4 * 4 * min(HEAD_CHUNK, rows) * vocabulary,  # logits, log-softmax, probabilities and a gradient, float32
@@ -149,15 +153,15 @@ def server_share(needs: Sequence[Memory], device_bytes: float, say: Callable[[st
 
 def placed(
     config: RunConfig, bases: Mapping[str, Sequence[PolicySpec]], device: torch.device, dtype: Callable[[str], torch.dtype],
-    say: Callable[[str], None],
+    say: Callable[[str], None], ranks: int = 1,
 ) -> RunConfig:  # fmt: skip
     """The settings with `server_memory` set where servers of ours share the trainer's GPU and the user has not said how.
 
     Args:
-        bases: the policies of every base, by the folder it lies in. dtype: of a base in the trainer.
+        bases: the policies of every base, by the folder it lies in. dtype: of a base in the trainer. ranks: see `estimate`.
     """
     ours = choose_engine(config)[0] == "vllm" and not (config.server_urls or config.endpoints)
     if device.type != "cuda" or not ours or config.server_memory or config.server_devices:
         return config
-    needs = [estimate(path, specs, config, dtype(path)) for path, specs in bases.items()]
+    needs = [estimate(path, specs, config, dtype(path), ranks) for path, specs in bases.items()]
     return replace(config, server_memory=server_share(needs, torch.cuda.get_device_properties(device).total_memory, say))

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import math
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -105,11 +106,33 @@ def probes(episodes: Iterable[Episode], agents_of: Mapping[str, Sequence[str]], 
     ]
 
 
+@torch.no_grad()
+def trainer_logprobs(
+    adapters: Adapters, found: Sequence[Probe], policy: str | None, factor: float = 1.0, tempered: bool = False
+) -> list[float]:
+    """The trainer's log-probs of the probes' sampled tokens, one after another: at temperature 1, as engines score, or at their own.
+
+    policy None is the bare base; the adapter's scaling is taken times `factor`.
+    """
+    device, width = adapters.device, max(len(probe.ids) for probe in found)
+    ids = torch.tensor([list(p.ids) + [0] * (width - len(p.ids)) for p in found], device=device)
+    mask = torch.tensor([[1] * len(p.ids) + [0] * (width - len(p.ids)) for p in found], device=device)
+    first = min(probe.prompt for probe in found) - 1
+    with adapters.active(policy or BASE), adapters.amplified(policy or BASE, factor):
+        logits = adapters.model(input_ids=ids, attention_mask=mask, logits_to_keep=width - first).logits
+    values: list[float] = []
+    for row, probe in zip(logits, found, strict=True):
+        own = row[probe.prompt - 1 - first : len(probe.ids) - 1 - first].float() / (probe.temperature if tempered else 1.0)
+        targets = torch.tensor(probe.ids[probe.prompt :], device=device)
+        values += torch.log_softmax(own, -1).gather(1, targets[:, None])[:, 0].tolist()
+    return values
+
+
 class Publisher:
     """Keeps the team version in force.
 
     `root` is where version folders live; `versions` maps policy to version. `earlier`: those of the checkpoint a run was resumed from;
-    an adapter that is still the same gets its name back.
+    an adapter that is still the same gets its name back. `forward`: the trainer's own log-probs, as `trainer_logprobs` gives them.
     """
 
     def __init__(
@@ -121,9 +144,11 @@ class Publisher:
         seed: int = 0,
         proof_every: int = 1,
         earlier: Mapping[str, str] | None = None,
+        forward: Callable[..., list[float]] | None = None,
     ) -> None:
         self.root, self.adapters, self.engine = root.resolve(), adapters, engine
         self.seed, self.proof_every, self.earlier = seed, proof_every, dict(earlier or {})
+        self._trainer_logprobs = forward or functools.partial(trainer_logprobs, adapters)
         self.versions: dict[str, str] = {}
         self.records: list[Proof] = []
         self.unproven: set[str] = set()
@@ -316,32 +341,11 @@ class Publisher:
             Probe(ids + tokens, len(ids), sampling.temperature)
             for ids, (tokens, _), sampling in zip(prompts, replies, drawn, strict=True)
         ]
-        ours = self._trainer_logprobs(again, proof.policy, 1.0, tempered=True)
+        ours = self._trainer_logprobs(again, proof.policy, 1.0, True)
         gap = _mean(_minus([value for _, logprobs in replies for value in logprobs], ours))
         coldest = min(probe.temperature for probe in found)
         tolerance = max(DECODE[self._coarse], MARGIN * (proof.noise or 0.0)) / min(coldest, 1.0)
         return replace(proof, decode=gap, decode_tolerance=tolerance)
-
-    @torch.no_grad()
-    def _trainer_logprobs(
-        self, found: Sequence[Probe], policy: str | None, factor: float = 1.0, *, tempered: bool = False
-    ) -> list[float]:
-        """The trainer's log-probs of the probes' sampled tokens, one after another: at temperature 1, as engines score, or at their own.
-
-        policy None is the bare base; the adapter's scaling is taken times `factor`.
-        """
-        device, width = self.adapters.device, max(len(probe.ids) for probe in found)
-        ids = torch.tensor([list(p.ids) + [0] * (width - len(p.ids)) for p in found], device=device)
-        mask = torch.tensor([[1] * len(p.ids) + [0] * (width - len(p.ids)) for p in found], device=device)
-        first = min(probe.prompt for probe in found) - 1
-        with self.adapters.active(policy or BASE), self.adapters.amplified(policy or BASE, factor):
-            logits = self.adapters.model(input_ids=ids, attention_mask=mask, logits_to_keep=width - first).logits
-        values: list[float] = []
-        for row, probe in zip(logits, found, strict=True):
-            own = row[probe.prompt - 1 - first : len(probe.ids) - 1 - first].float() / (probe.temperature if tempered else 1.0)
-            targets = torch.tensor(probe.ids[probe.prompt :], device=device)
-            values += torch.log_softmax(own, -1).gather(1, targets[:, None])[:, 0].tolist()
-        return values
 
     def summary(self) -> dict[str, float | int]:
         """Counts for `summary.json`."""

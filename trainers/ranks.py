@@ -36,6 +36,8 @@ class Ranks:
         self.rank, self.size = self._state.process_index, self._state.num_processes
         self.device = self._state.device
         self._control = None
+        self.lockstep = False  # is a base split over the ranks, so that all have to make the same passes through it?
+        self.joined: dict[str, Callable[..., Any]] = {}  # what every rank does when rank 0 asks for it, see `together`
         # On a CPU, `accelerate launch --num_processes N` names a meeting place for N processes and starts one (without mpirun).
         meant = "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ and cpu and self.size == 1
         self.warning = (
@@ -70,16 +72,25 @@ class Ranks:
         if self.size == 1:
             return work()
         if not self.main:
-            value, problem = self.broadcast(None)
+            value, problem, asked = self.broadcast(None)
+            while asked:
+                self.joined[asked[0]](*asked[1:])
+                value, problem, asked = self.broadcast(None)
             if problem:
                 raise Stopped if problem == "stopped" else RankError(problem)
             return value
         try:
             value = work()
         except BaseException as error:
-            self.broadcast((None, "stopped" if isinstance(error, Stopped) else f"rank 0: {type(error).__name__}: {error}"))
+            self.broadcast((None, "stopped" if isinstance(error, Stopped) else f"rank 0: {type(error).__name__}: {error}", None))
             raise
-        return self.broadcast((value, ""))[0]
+        return self.broadcast((value, "", None))[0]
+
+    def together(self, name: str, *args: Any) -> Any:
+        """Inside the work of `on_main`: let every rank do `joined[name]` with these JSON arguments, this one too; its result here."""
+        if self.size > 1:
+            self.broadcast((None, "", (name, *args)))
+        return self.joined[name](*args)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, in the order of ranks, on every rank."""

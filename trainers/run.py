@@ -33,7 +33,7 @@ from ..rollouts.served import build_system
 from ..rollouts.tasks import load_tasks
 from ..rollouts.types import Episode
 from . import checkpoint as ckpt
-from . import records
+from . import records, shard
 from .bases import group_by_base, load_base
 from .config import RunConfig
 from .config import RunError as RunError
@@ -129,7 +129,9 @@ class Run:
         self._opened = True
         try:
             if not self._loaded:
+                shard.wanted(self.config.shard_base)  # before accelerate looks for packages it may lack
                 self.ranks = Ranks()
+                shard.join_probes(self)
             self.progress = Progress(self.ranks.main)
             self._exit.callback(self.progress.close)
             if self.ranks.warning:
@@ -146,7 +148,12 @@ class Run:
 
     def _load(self) -> None:
         found = group_by_base(self.policies, self.config.model)
-        self.bases = {name: load_base(name, specs, self.config, self.ranks.device, self.heads) for name, specs in found.items()}
+        among = self.ranks if shard.wanted(self.config.shard_base) else None
+        self.bases = {
+            name: load_base(name, specs, self.config, self.ranks.device, self.heads, among) for name, specs in found.items()
+        }
+        if among is not None:
+            self.progress.say(f"shard_base: the base's layers are split over {self.ranks.size} ranks")
         self.before = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
         self.before |= {h.adapter: h.sha256() for b in self.bases.values() for h in b.heads.values()}
         self.base_hashes = {name: base.adapters.base_sha256() for name, base in self.bases.items()}

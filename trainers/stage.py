@@ -20,6 +20,7 @@ from .config import RunError
 from .memory import placed
 from .publish import Proof, Publisher, probes
 from .recall import recall
+from .shard import probed_together
 from .threads import Background
 
 if TYPE_CHECKING:
@@ -57,7 +58,14 @@ class Stage:
         if self._given is None:
             on = {base.path: self._specs_on(base) for base in run.bases.values()}
             device = run.ranks.device
-            config = placed(config, on, device, lambda path: dtype_of(path, config.dtype, device), run.progress.say)
+            config = placed(
+                config,
+                on,
+                device,
+                lambda path: dtype_of(path, config.dtype, device),
+                run.progress.say,
+                run.ranks.size if run.ranks.lockstep else 1,
+            )
         for base in run.bases.values():
             if self._given is not None and base.publisher is not None:
                 continue  # opened again: the engine has kept what was published
@@ -73,6 +81,7 @@ class Stage:
             base.publisher = Publisher(
                 config.folder / "versions", base.adapters, engine, seed=config.seed, proof_every=config.proof_every,
                 earlier=run.earlier_versions.get(base.name),
+                forward=probed_together(run, base.name) if run.ranks.lockstep else None,
             )  # fmt: skip
             resumed = [Proof(**record) for record in run.earlier_proofs.get(base.name, ())]
             base.publisher.records = earlier.records if earlier is not None else resumed

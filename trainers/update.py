@@ -16,7 +16,7 @@ import torch
 
 from ..agents.types import BASE
 from .adapters import Adapters
-from .batches import Batch, Layout, deal, pack
+from .batches import Batch, Layout, deal, level, pack
 from .checkpoint import join_optimizer, split_optimizer
 from .config import RunConfig
 from .logprobs import choose_layout, token_logprobs
@@ -125,7 +125,8 @@ def _update_policy(
 
 def batches_of(samples: Sequence[Sample], max_tokens: int, layout: Layout, ranks: Ranks) -> list[Batch]:
     """This rank's share of the batches of these samples, on its device."""
-    return [batch.to(ranks.device) for batch in deal(pack(samples, max_tokens=max_tokens, layout=layout), ranks.size)[ranks.rank]]
+    dealt = deal(pack(samples, max_tokens=max_tokens, layout=layout), ranks.size)
+    return [batch.to(ranks.device) for batch in (level(dealt) if ranks.lockstep else dealt)[ranks.rank]]
 
 
 @torch.no_grad()
@@ -135,7 +136,9 @@ def read(
     """What `score` says of every trained token of these samples, in their order: float32 on the CPU, equal on every rank."""
     found = torch.zeros(sum(sample.num_trained for sample in samples), device=ranks.device)
     for batch in batches_of(samples, max_tokens, layout, ranks):
-        found[batch.place] = score(batch)
+        scores = score(batch)
+        if not batch.muted:
+            found[batch.place] = scores
     ranks.sum_([found])  # every place was filled by one rank and is 0 on the others
     return found.cpu()
 
@@ -175,20 +178,45 @@ def _backward(
     counts: Denominators,
     how: How,
 ) -> tuple[Stats, str]:
-    """Gradients of this rank's batches, their statistics, and what was not finite ("" if all was): other ranks wait, so nothing is raised."""
+    """Gradients of this rank's batches, their statistics, and what was not finite ("" if all was): see `accumulate`."""
+    with adapters.active(name):
+        return accumulate(
+            name,
+            "log-prob",
+            batches,
+            lambda batch: token_logprobs(adapters.model, batch, entropy_grad=how.entropy_grad),
+            lambda number, batch, logp, entropy: loss_fn(batch, logp, entropy, references[number], counts),
+        )
+
+
+def accumulate(
+    name: str,
+    what: str,
+    batches: Sequence[Batch],
+    score: Callable[[Batch], tuple[torch.Tensor, ...]],
+    loss_of: Callable[..., tuple[torch.Tensor, Stats]],
+) -> tuple[Stats, str]:
+    """Let every batch's loss leave its gradients: statistics of all, and the first thing that was not finite ("" if all was).
+
+    `score`: what the model says of a batch; the first of it, `what`, is checked. `loss_of(number of the batch, batch, *score)`: loss
+    and statistics. Nothing is raised and no batch left out, for other ranks go on and may wait for this one in every pass.
+    """
     sums: Stats = {}
-    try:
-        with adapters.active(name):
-            for batch, reference in zip(batches, references, strict=True):
-                logp, entropy = token_logprobs(adapters.model, batch, entropy_grad=how.entropy_grad)
-                finite_or_raise("log-prob", logp, name, batch)
-                loss, stats = loss_fn(batch, logp, entropy, reference, counts)
-                finite_or_raise("loss", loss, name, batch)
-                loss.backward()
-                sums = add_stats(sums, stats)
-    except NotFinite as error:
-        return sums, str(error)
-    return sums, ""
+    problem = ""
+    for number, batch in enumerate(batches):
+        scores = score(batch)
+        try:
+            finite_or_raise(what, scores[0], name, batch)
+            loss, stats = loss_of(number, batch, *scores)
+            finite_or_raise("loss", loss, name, batch)
+        except NotFinite as error:
+            problem = problem or str(error)
+            loss, stats = scores[0].sum(), {}
+        if batch.muted:
+            loss, stats = 0 * loss, {}
+        loss.backward()
+        sums = add_stats(sums, stats)
+    return sums, problem
 
 
 def _joined(sums: Stats, ranks: Ranks) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What two ranks do in `test_ranks.py`: `torchrun --nproc_per_node N -m tests.trainers.rank_program FOLDER MODEL`."""
+"""What two ranks do in `test_ranks.py`: `torchrun --nproc_per_node N -m tests.trainers.rank_program FOLDER MODEL [SETTINGS]`."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def talk(ranks: Ranks) -> dict[str, Any]:
     return found
 
 
-def learn(folder: Path, model: Path) -> dict[str, Any]:
+def learn(folder: Path, model: Path, **settings: Any) -> dict[str, Any]:
     """Three steps. In the second all turns of an agent fit one batch, so that one rank has none of them."""
-    made = trainer(folder, model)
+    made = trainer(folder, model, **settings)
     run, real, batches = made.run.open(), update.deal, []
 
     def counted(*args: Any) -> Any:
@@ -55,12 +55,15 @@ def learn(folder: Path, model: Path) -> dict[str, Any]:
     result = run.evaluate("after")
     made.train()  # nothing is left to do: evaluates, writes the summary on rank 0 alone, closes
     hashes = {p: base.adapters.sha256(p) for base in run.bases.values() for p in base.policies}
-    return {"batches": batches, "sha256": hashes, "evaluated": result is not None}
+    split = {
+        str(tuple(p.to_local().shape)) for b in run.bases.values() for p in b.adapters.model.parameters() if hasattr(p, "to_local")
+    }
+    return {"batches": batches, "sha256": hashes, "evaluated": result is not None, "split": sorted(split)}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, model = Path(sys.argv[1]), Path(sys.argv[2])
     ranks = Ranks()
-    found = {**(talk(ranks) if ranks.size > 1 else {}), **learn(folder, model)}
+    found = {**(talk(ranks) if ranks.size > 1 else {}), **learn(folder, model, **json.loads("".join(sys.argv[3:]) or "{}"))}
     Path(f"{folder}.rank{ranks.rank}.json").write_text(json.dumps(found))

@@ -95,7 +95,7 @@ def test_only_a_shared_gpu_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
         total_memory = 80 * GIB
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
-    monkeypatch.setattr(memory, "estimate", lambda path, specs, config, dtype: need(10))
+    monkeypatch.setattr(memory, "estimate", lambda path, specs, config, dtype, ranks: need(10))
     monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: name)
 
     def memory_of(device: str, **settings: Any) -> float:
