@@ -1,4 +1,4 @@
-"""A SiriuS run on a tiny random model: `python -m tests.trainers.sirius_run FOLDER MODEL`, alone or under torchrun."""
+"""A SiriuS run on a tiny random model, and what two ranks do: `torchrun --nproc_per_node N -m tests.trainers.sirius_run FOLDER MODEL`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from marlora.agents.types import Task
 from marlora.rollouts.types import Episode
+from marlora.trainers.ranks import Ranks
 from marlora.trainers.sirius import SiriusConfig, SiriusTrainer
 from marlora.trainers.tiny import tiny_chain, tiny_tasks
 
@@ -34,9 +35,14 @@ def trainer(folder: Path, model: Path, **changes: Any) -> SiriusTrainer:
     return SiriusTrainer(system=tiny_chain(), tasks=tasks, eval_tasks=held_out, rewards=[even], args=args)
 
 
+def learn(folder: Path, model: Path) -> dict[str, str]:
+    """Adapters' hashes after two iterations that learn from one library, in batches small enough for two ranks."""
+    made = trainer(folder, model, max_iterations=2, library="all", tokens_per_batch=64)
+    made.train()
+    return {p: base.adapters.sha256(p) for base in made.run.bases.values() for p in base.policies}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    made = trainer(Path(sys.argv[1]), Path(sys.argv[2]), max_iterations=2, library="all", tokens_per_batch=64)
-    made.train()
-    hashes = {p: base.adapters.sha256(p) for base in made.run.bases.values() for p in base.policies}
-    Path(f"{sys.argv[1]}.rank{made.run.ranks.rank}.json").write_text(json.dumps(hashes))
+    ranks = Ranks()
+    Path(f"{sys.argv[1]}.rank{ranks.rank}.json").write_text(json.dumps(learn(Path(sys.argv[1]), Path(sys.argv[2]))))

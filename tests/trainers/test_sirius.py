@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,9 @@ from marlora.trainers.run import Run, RunError
 from marlora.trainers.samples import Sample
 from marlora.trainers.sft import SFTConfig, SFTTrainer
 from marlora.trainers.sirius import SiriusConfig, SiriusTrainer
-from tests.repository import ROOT, clean_environment
-from tests.trainers.sirius_run import GOLD, trainer
+from tests.repository import ROOT
+from tests.trainers.sirius_run import GOLD, learn, trainer
+from tests.trainers.test_ranks import ACCELERATE, TORCHRUN, start
 
 pytestmark = pytest.mark.timeout(1800)
 torch.set_num_threads(1)
@@ -37,11 +36,11 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def test_nothing_learnt_has_seen_the_answer(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learnt: list[Sample] = []
-    learn = Run.learn
+    update = Run.learn
 
     def spy(run: Run, step: int, samples: list[Sample], *args: Any) -> Any:
         learnt.extend(samples)
-        return learn(run, step, samples, *args)
+        return update(run, step, samples, *args)
 
     monkeypatch.setattr(Run, "learn", spy)
     made = trainer(tmp_path / "run", model, max_iterations=2, library="all")
@@ -122,8 +121,8 @@ def test_an_iteration_may_begin_at_the_base(tmp_path: Path, model: Path, monkeyp
         return imitate(run, *args)
 
     monkeypatch.setattr(sirius, "imitate", spy)
-    for start in ("base", "last"):
-        trainer(tmp_path / start, model, max_iterations=2, start_from=start, repair="none").train()
+    for begin in ("base", "last"):
+        trainer(tmp_path / begin, model, max_iterations=2, start_from=begin, repair="none").train()
     base, last = seen[str(tmp_path / "base")], seen[str(tmp_path / "last")]
     assert base[0] == base[1] == last[0] and all(last[1][p] != last[0][p] for p in last[0])
 
@@ -181,9 +180,8 @@ def test_one_iteration_learns_with_other_seeds(tmp_path: Path, seed: int) -> Non
 
 @pytest.mark.slow
 def test_the_recipe_runs_as_it_is_launched(tmp_path: Path) -> None:
-    command = ["-m", "accelerate.commands.launch", "recipes/sirius.py", "--config", "recipes/sirius_problem_solving.yaml"]
-    more = ["--max_iterations", "1", "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run([sys.executable, *command, *more], cwd=ROOT, env=clean_environment(), capture_output=True, text=True)
+    command = [*ACCELERATE, "recipes/sirius.py", "--config", "recipes/sirius_problem_solving.yaml"]
+    done = start([*command, "--max_iterations", "1", "--output_dir", str(tmp_path / "run")])
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["recipe"] == "sirius" and summary["steps"] == 1 and summary["live_proof"]["failed"] == 0
@@ -195,11 +193,9 @@ def test_the_recipe_runs_as_it_is_launched(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_learns(tmp_path: Path, model: Path) -> None:
     """Mending, an experience library of two iterations, and the loss measured on it: shared by ranks, the same on both."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for name, launcher in (("one", []), ("two", torchrun)):
-        command = [sys.executable, *launcher, "-m", "tests.trainers.sirius_run", str(tmp_path / name), str(model)]
-        done = subprocess.run(command, cwd=ROOT, env=clean_environment(OMP_NUM_THREADS="1"), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
+    done = start([*TORCHRUN, "-m", "tests.trainers.sirius_run", str(tmp_path / "two"), str(model)])
+    assert done.returncode == 0, done.stderr[-4000:]
+    learn(tmp_path / "one", model)
     ranks = [json.loads(Path(f"{tmp_path / 'two'}.rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
