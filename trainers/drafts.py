@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..agents.team import Call, gather
-from ..agents.types import Completion, SettingError, Turn, from_json, to_json
+from ..agents.types import Completion, Turn, from_json, to_json
 from ..rollouts.play import Job, Rollouts
 from ..rollouts.speakers import EngineSpeaker, Speaker
 from ..rollouts.types import Episode
@@ -103,8 +103,7 @@ async def _play(
     quoting: dict[str, Speaker] = {**player.speakers}
     agent = next(spec for spec in player.system.specs if spec.name == end.agent)
     live = quoting[agent.policy]
-    if not isinstance(live, EngineSpeaker):
-        raise SettingError(f"mode sampling: agent {agent.name!r} is an outside model, whose probabilities are unknown; use joint")
+    assert isinstance(live, EngineSpeaker)  # outside models are refused at start
     quoting[agent.policy] = Quoting(live, end)
     return await dataclasses.replace(player, speakers=quoting).play(job, given=given, replace=replace)
 

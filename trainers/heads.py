@@ -157,10 +157,10 @@ class Head:
         if not path.is_file():
             raise SettingError(f"head {self.spec.name!r}: no {path}; expected the folder of a saved head")
         tensors, mine = load_file(path), dict(self.linear.named_parameters())
-        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-        if shapes != {name: tuple(p.shape) for name, p in mine.items()} or not all(t.isfinite().all() for t in tensors.values()):
+        found, expected = ({name: tuple(t.shape) for name, t in given.items()} for given in (tensors, mine))
+        if found != expected or not all(t.isfinite().all() for t in tensors.values()):
             raise SettingError(
-                f"head {self.spec.name!r}: {path} holds {shapes}, or numbers that are not finite; expected {mine.keys()}"
+                f"head {self.spec.name!r}: {path} holds {found}, or numbers that are not finite; expected finite {expected}"
             )
         self.adapters.load(self.adapter, folder)
         with torch.no_grad():

@@ -78,7 +78,10 @@ class LossConfig:
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise SettingError("epsilon_high: cispo needs it; it is the cap of the ratio itself (5.0 is recommended)")
         if self.epsilon < 0 or self.beta < 0 or self.max_completion_length < 1:
-            raise SettingError(f"epsilon >= 0, beta >= 0 and max_completion_length >= 1 expected, got {self}")
+            raise SettingError(
+                "epsilon >= 0, beta >= 0 and max_completion_length >= 1 expected, "
+                f"got {self.epsilon}, {self.beta} and {self.max_completion_length}"
+            )
 
 
 class Terms(Protocol):

@@ -94,7 +94,7 @@ class PairLearner:
         """Agent -> policy of those whose turns are scored: what is frozen stands still, but among drafts its probabilities weigh."""
         if self.config.mode != "sampling":
             return self.run.policy_of
-        return {agent.name: agent.policy for agent in self.run.system.specs if not self.run.policies[agent.policy].url}
+        return {agent.name: agent.policy for agent in self.run.system.specs}
 
     def samples_of(self, pairs: Iterable[Pair]) -> tuple[list[Sample], Counter[tuple[str, str]]]:
         """The token sequences of every turn that has a vote."""

@@ -77,6 +77,11 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
 
     def __init__(self, *args: Any, components: Sequence[Component] = (), **settings: Any) -> None:
         super().__init__(*args, **settings)
+        outside = [agent.name for agent in self.run.system.specs if self.run.policies[agent.policy].url]
+        if self.args.mode == "sampling" and outside:
+            raise SettingError(
+                f"mode sampling: agent {outside[0]!r} is an outside model, whose probability of a draft or an output nobody knows; use joint"
+            )
         self.learner = PairLearner(self.run, self.args, components)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:

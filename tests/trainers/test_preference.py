@@ -225,6 +225,14 @@ def test_sampling_trains_both_agents_and_hears_frozen_ones(tmp_path: Path, model
     assert moved(one).keys() == {"first"} and set(heard[0].by_agent) == {"first", "last"}
 
 
+def test_drafts_of_an_outside_model_are_refused_at_start(tmp_path: Path, model: Path) -> None:
+    """Nobody knows how likely it made them; where only whole runs are compared it stands in the team and counts nothing."""
+    outside = {"first": {"url": "http://127.0.0.1:9/v1", "base": "wise-1"}}
+    with pytest.raises(SettingError, match="mode sampling: agent 'first' is an outside model"):
+        trainer(tmp_path / "run", model, mode="sampling", policies=outside)
+    assert trainer(tmp_path / "run", model, policies=outside).run.policies["first"].url
+
+
 class Painter:
     """A tiny denoiser that colours what the last agent wrote: noise is taken from a point that depends on the text."""
 
