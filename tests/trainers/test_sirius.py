@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 import torch
 import yaml
 
-from marlora.agents.types import SettingError
+from marlora.agents.actor_critic import ActorCritic
+from marlora.agents.types import SettingError, Task
 from marlora.recipes import settings
+from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.store import Store
 from marlora.trainers import sirius
 from marlora.trainers.follow import follows
@@ -67,6 +70,38 @@ def test_nothing_learnt_has_seen_the_answer(tmp_path: Path, model: Path, monkeyp
             "the library grows"
         )
     assert summary["steps"] == 2
+
+
+def scripted(prompt: str, *_: Any) -> str:
+    """An actor that is right when it answers again, a judge that knows sums, and a critic."""
+    last = prompt.rsplit("<|user|>", 1)[1].removesuffix("<|end|><|assistant|>")
+    if "Rewrite the text below" in last:
+        return last.rsplit("\n\n", 1)[1]
+    a, b = map(int, re.search(r"(\d)\+(\d)", prompt).groups())  # type: ignore[union-attr]
+    if "Is the answer right or wrong?" in last:
+        return "Verdict: right" if f"to this:\n{a + b}\n" in last else "Verdict: wrong"
+    if "It was judged wrong" in last:
+        return "count again"
+    return str(a + b) if "judged wrong" in last else "0"
+
+
+def test_actor_judge_and_critic_each_learn_what_they_did_well(tmp_path: Path, model: Path) -> None:
+    """Every actor is wrong at first, mended by its own second answer; its judge is right twice, its critic has helped."""
+    tasks = [Task(f"{n}", f"{n}+1", str(n + 1)) for n in range(1, 6)]
+    args = SiriusConfig(
+        output_dir=str(tmp_path / "run"), model=str(model), num_eval_tasks=1, tasks_per_step=4, num_generations=1, lora_r=4,
+        lora_target_modules=["q_proj", "v_proj"], learning_rate=1e-2, rewards=["exact", "marlora.rollouts.actor_critic:roles"],
+    )  # fmt: skip
+    system = ActorCritic(["actor", "judge", "critic"], max_rounds=1)
+    made = SiriusTrainer(system=system, tasks=tasks[:4], eval_tasks=tasks[4:], engine=ScriptedEngine(scripted), args=args)
+    with made.run as run:
+        (base,) = run.bases.values()
+        metrics = made.learn(1, made.collect(1))
+        moved = {name for name in base.policies if base.adapters.sha256(name) != run.before[name]}
+    assert moved == {"actor", "judge", "critic"}
+    kept = {agent: of["kept"] for agent, of in metrics["selection"].items()}
+    assert kept == {"actor": {"success": 4, "repaired": 4}, "judge": {"success": 8}, "critic": {"success": 4}}
+    assert metrics["selection"]["actor"]["dropped"] == {"no success": 4} and metrics["repairs"]["mended"] == {"actor": 4}
 
 
 def test_an_empty_library_stops_clearly_and_leaves_the_store(
