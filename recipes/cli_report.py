@@ -17,8 +17,7 @@ from marlora.rollouts.follow import Follow
 from marlora.rollouts.gallery import MAX_EPISODES, Pieces
 from marlora.rollouts.report import write_report
 from marlora.rollouts.tokens import load_tokenizer
-
-SHORT = ("tiny", "smollm2-135m")  # bases by short name: they lie on this machine once a run has used them
+from marlora.trainers.models import SHORT
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +73,7 @@ def pieces_of(folders: Sequence[Path], models: Sequence[str]) -> Pieces | None:
     where = locate(models)
     tokenizers: dict[str, Any] = {}
     for base in {*names, *bases.values()}:
-        if not (models or base in SHORT or Path(base).is_dir()):
+        if not (models or base in SHORT or Path(base).is_dir()):  # a short name lies here once a run has used it
             say(f"tokens are not shown one by one: the tokenizer of {base!r} is not here; name its folder with --model")
             return None
         tokenizers[base] = load_tokenizer(where(base))

@@ -42,7 +42,7 @@ class Row:
     rewards: Mapping[str, float | None]
     agents: tuple[str, ...]
     tokens: int
-    marks: str  # f failed, u unscorable, c a reply was cut off, m several siblings, g somebody saw the answer
+    marks: str  # f failed, u unscorable, c a reply was cut off, m several siblings, g somebody saw the answer, k a child of another
 
     @property
     def held_out(self) -> bool:
@@ -51,7 +51,12 @@ class Row:
     @property
     def evaluates_team(self) -> bool:
         """Is it of an evaluation of the whole team? Other held-out episodes are of one adapter alone, or a method's own."""
-        return self.label.startswith(EVALUATIONS)
+        return self.label.startswith(EVALUATIONS) and not self.follows
+
+    @property
+    def follows(self) -> bool:
+        """Was it played on behalf of another episode, such as one that is being mended?"""
+        return "k" in self.marks
 
 
 def row_of(data: Mapping[str, Any], metric: str) -> Row:
@@ -61,9 +66,9 @@ def row_of(data: Mapping[str, Any], metric: str) -> Row:
     values = [r["value"] for r in named]
     worth = None if not values or None in values else sum(values)
     turns = data["turns"]
-    marks = "f" * bool(data["error"]) + "u" * (worth is None and not data["error"])
+    marks = "f" * bool(data["error"]) + "u" * (worth is None and not data["error"] and not data["parent"])
     marks += "c" * any(t["finish_reason"] == "length" for t in turns) + "m" * any(t["sibling"] for t in turns)
-    marks += "g" * any(t["saw_gold"] for t in turns)
+    marks += "g" * any(t["saw_gold"] for t in turns) + "k" * bool(data["parent"])
     return Row(
         data["id"], data["group"].partition("/")[0], data["task"]["id"], visible(data["task"]["prompt"], 90), data["step"], worth,
         {r["name"] + (f" of {r['agent']}" if r["agent"] else ""): r["value"] for r in data["rewards"] if r["turn"] < 0},
@@ -72,8 +77,8 @@ def row_of(data: Mapping[str, Any], metric: str) -> Row:
 
 
 def rows(store: Store, metric: str) -> list[Row]:
-    """A row for every episode but children, in the order of the store."""
-    return [row_of(data, metric) for data in store.lines() if not data["parent"]]
+    """A row for every episode, in the order of the store."""
+    return [row_of(data, metric) for data in store.lines()]
 
 
 def chosen(found: Sequence[Row], limit: int) -> list[Row]:
@@ -135,7 +140,7 @@ class Gallery:
             "task": self.text(episode.task.id), "prompt": self.text(episode.task.prompt), "stop": episode.stop_reason,
             "answer": None if episode.task.answer is None else self.text(episode.task.answer),
             "output": None if episode.output is None else self.text(episode.output),
-            "error": None if episode.error is None else self.text(episode.error),
+            "error": None if episode.error is None else self.text(episode.error), "parent": episode.parent,
             "rewards": [self.reward(r) for r in whole],
             "versions": {policy: version for policy, version in episode.team_version.items()},
             "decisions": [[self.text(d.name), self.text(d.choice)] for d in episode.decisions],

@@ -4,7 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const S = data.strings || [], ROWS = data.rows || [], PAGE = 100;
 const [RUN, ID, LABEL, TASK, PROMPT, STEP, WORTH, AGENTS, TOKENS, MARKS] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9];
 const $ = (id) => document.getElementById(id);
-const MARK = { f: "failed", u: "unscorable", c: "cut off", m: "siblings", g: "saw the answer" };
+const MARK = { f: "failed", u: "unscorable", c: "cut off", m: "siblings", g: "saw the answer", k: "follows" };
 const FILTERS = ["q", "run", "label", "agent", "outcome", "low", "high"];
 const state = { found: [], page: 0, open: "", colour: "advantage", sort: null };
 
@@ -25,17 +25,17 @@ function options(select, values, all) {
   select.replaceChildren(new Option(all, ""), ...values.map(([value, label]) => new Option(label, value)));
 }
 
-const best = ROWS.reduce((top, row) => (row[WORTH] === null ? top : Math.max(top, row[WORTH])), -Infinity);
+const best = ROWS.reduce((top, row) => Math.max(top, row[WORTH] ?? -Infinity), -Infinity);
+const isRight = (row) => row[WORTH] > 0 && row[WORTH] >= Math.min(1, best); // an unscorable one is not: null > 0 is false
 
 function keep(row, f) {
-  const right = row[WORTH] !== null && row[WORTH] >= Math.min(1, best);
   return (
     (f.run === "" || row[RUN] === Number(f.run)) &&
     (f.label === "" || row[LABEL] === Number(f.label)) &&
     (f.agent === "" || row[AGENTS].includes(Number(f.agent))) &&
     (f.low === "" || (row[WORTH] !== null && row[WORTH] >= Number(f.low))) &&
     (f.high === "" || (row[WORTH] !== null && row[WORTH] <= Number(f.high))) &&
-    (f.outcome === "" || (f.outcome === "right" ? right : f.outcome === "wrong" ? !right
+    (f.outcome === "" || (f.outcome === "right" ? isRight(row) : f.outcome === "wrong" ? !isRight(row)
       : f.outcome === "t" ? key(row) in data.episodes : row[MARKS].includes(f.outcome))) &&
     (f.q === "" || [row[ID], S[row[TASK]], S[row[PROMPT]]].some((text) => text.toLowerCase().includes(f.q)))
   );
@@ -72,7 +72,7 @@ function line(row) {
   const when = (data.runs.length > 1 ? data.runs[row[RUN]].name + " " : "") + S[row[LABEL]];
   const made = el("tr", key(row) === state.open ? "open" : "", null,
     el("td", "id", null, link), el("td", "", when), el("td", "task", S[row[PROMPT]]),
-    el("td", "n " + (row[WORTH] === null ? "bad" : row[WORTH] >= Math.min(1, best) ? "good" : ""), num(row[WORTH])),
+    el("td", "n " + (row[WORTH] === null ? "bad" : isRight(row) ? "good" : ""), num(row[WORTH])),
     el("td", "n", num(row[TOKENS])), el("td", "", null, ...marks, ...whole));
   made.addEventListener("click", (event) => { if (event.target !== link) go(key(row)); });
   return made;
@@ -198,10 +198,24 @@ function arrows(grid) {
   grid.append(svg);
 }
 
+function family(episode, row) {
+  // links to the episode that this one follows from, and to those that follow from it: their names begin with its name
+  const links = [];
+  if (episode.parent) links.push(["the episode it follows from", "#e=" + encodeURIComponent(`${row ? row[RUN] : 0}:${episode.parent}`)]);
+  if (row && ROWS.some((r) => r[RUN] === row[RUN] && r[ID].startsWith(row[ID] + "/"))) {
+    links.push(["what followed from it", "#outcome=k&q=" + encodeURIComponent(row[ID] + "/")]);
+  }
+  return links.flatMap(([label, where]) => {
+    const made = el("a", "", label);
+    made.href = where;
+    return [" · ", made];
+  });
+}
+
 const HOW = { advantage: "advantage", ratio: "ratio", logp: "log-prob", none: "none" };
 const MEANS = {
-  advantage: "green: trained towards, red: away from", ratio: "green: likelier after the step, red: less likely",
-  logp: "red: unlikely when it was sampled", none: "",
+  advantage: "green: trained towards, red: away from.", ratio: "green: likelier after the step, red: less likely.",
+  logp: "red: unlikely when it was sampled.", none: "",
 };
 
 async function show(name) {
@@ -225,7 +239,7 @@ async function show(name) {
   }
   const values = episode.rewards.flatMap(reward), others = el("a", "", "all episodes of this task");
   others.href = "#q=" + encodeURIComponent(S[episode.task]);
-  box.append(el("p", "", null, ...values, " ", others));
+  box.append(el("p", "", null, ...values, " ", others, ...family(episode, row)));
   box.append(...field("task", episode.prompt), ...field("expected", episode.answer));
   box.append(...field(`the team's output (${episode.stop})`, episode.output), ...field("error", episode.error, "bad"));
   if (episode.decisions.length) box.append(el("p", "soft", episode.decisions.map(([n, c]) => `${S[n]}: ${S[c]}`).join(" · ")));

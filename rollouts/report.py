@@ -77,7 +77,7 @@ class RunData:
         """(step, mean, low, high) of the training episodes, the interval over tasks: those of one task are not independent."""
         steps: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row in self.episodes:
-            if not row.held_out and row.worth is not None:
+            if not (row.held_out or row.follows) and row.worth is not None:
                 steps[row.step][row.task].append(row.worth)
         means = {step: [sum(v) / len(v) for v in tasks.values()] for step, tasks in sorted(steps.items())}
         return [(step, sum(m) / len(m), *interval(m)) for step, m in means.items()]
@@ -191,7 +191,7 @@ BROWSER = """
 <label>agent <select id="agent"></select></label>
 <label>outcome <select id="outcome"><option value="">all</option><option value="right">right</option><option value="wrong">not right</option>
 <option value="f">failed</option><option value="u">unscorable</option><option value="c">a reply cut off</option>
-<option value="m">with siblings</option>
+<option value="m">with siblings</option><option value="k">follows from another</option>
 <option value="t">whole text here</option></select></label>
 <label>reward from <input id="low" type="number" step="any"></label><label>to <input id="high" type="number" step="any"></label>
 <button type="reset">clear</button></form>

@@ -304,9 +304,13 @@ def more(value: Any) -> str:
 
 
 def cell(value: Any) -> str:
-    if isinstance(value, (Mapping, list)):
-        return f"<code>{text(json.dumps(value), 400)}</code>"
-    return number(value)
+    """Numbers of a list or mapping stand in a line; what is nested deeper is JSON."""
+    inside = list(value.values() if isinstance(value, Mapping) else value) if isinstance(value, (Mapping, list)) else None
+    if inside is None or any(isinstance(each, (Mapping, list)) for each in inside):
+        return number(value) if inside is None else f"<code>{text(json.dumps(value), 400)}</code>"
+    if isinstance(value, Mapping):
+        return " · ".join(f"{text(key)} <b>{number(each)}</b>" for key, each in value.items())
+    return ", ".join(map(number, inside))
 
 
 def warnings(run: Path, rows: Sequence[Mapping[str, Any]]) -> str:

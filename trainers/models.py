@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..agents.types import SettingError
 
+SHORT = ("tiny", "tiny-talk", "tiny-pair", "smollm2-135m")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -140,7 +140,7 @@ def test_the_report_tells_what_the_run_did(run: Path) -> None:
         "entropy of 'solver' fell", "6 of 12 episodes failed", "6 turns not trained on, solver: gold",
     ):  # fmt: skip
         assert expected in words, expected
-    assert "selection, step 3" in words and "first" in words and '{"success": 3}' in words, "what a method told of the last step"
+    assert "selection, step 3" in words and "first" in words and "success" in words, "what a method told of the last step"
     assert "rounds round kept 1 0.5" in words and "table right wrong 3" in words, "what a method adds is shown as it is"
 
 
@@ -362,9 +362,23 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
         write_report(tmp_path / "elsewhere")
 
 
+def test_a_child_has_a_row_and_no_part_in_the_curves(run: Path) -> None:
+    before = RunData.read(run)
+    child = dataclasses.replace(episode(3, "t1", 1.0), id="train-000003/t1/0/mend/0", parent="train-000003/t1/0", rewards=())
+    with Store(run / "episodes") as store:
+        store.append(child)
+    after = RunData.read(run)
+    assert (len(after.episodes), after.episodes[-1].follows, after.episodes[-1].marks) == (len(before.episodes) + 1, True, "ck")
+    assert after.reward_points() == before.reward_points() and after.eval_points() == before.eval_points()
+    gallery = Gallery()
+    gallery.add(run, "run", after.episodes)
+    assert gallery.episodes[f"0:{child.id}"]["parent"] == "train-000003/t1/0"
+
+
 def test_what_a_method_adds_is_shown_whatever_its_shape() -> None:
+    assert more({"a": {"x": {"hits": 3, "<i>": 0.5}}}).count("hits <b>3</b> · &lt;i&gt; <b>0.5</b>") == 1
     assert "<td>0.5</td>" in more({"a": 0.5}) and '<th scope="col">x</th>' in more([{"x": 1}])
-    assert more({}) == more(None) == "" and "[1, 2]" in more([1, 2]) and "&lt;b&gt;" in more({"<b>": "<b>"})
+    assert more({}) == more(None) == "" and "<p>1, 2</p>" == more([1, 2]) and "&lt;b&gt;" in more({"<b>": "<b>"})
 
 
 def test_numbers_are_short() -> None:

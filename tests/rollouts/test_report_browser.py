@@ -125,6 +125,8 @@ def test_opened_from_disk_it_works_and_fetches_nothing(run: Path, tmp_path: Path
 
 
 def test_filters_and_deep_links(run: Path, tmp_path: Path) -> None:
+    with Store(run / "episodes", fsync=False) as store:
+        store.append(dataclasses.replace(episode(2, 3), id="train-000002/t3/0/mend/0", parent="train-000002/t3/0", rewards=()))
     path = write_report(run)
 
     async def choose(page: Browser, name: str, value: str) -> int:
@@ -139,15 +141,25 @@ def test_filters_and_deep_links(run: Path, tmp_path: Path) -> None:
         assert await page.run("location.hash") == "#q=TASK%203&outcome=right"
         assert await choose(page, "outcome", "f") == 0
         assert await choose(page, "q", "") == 1
-        assert await choose(page, "outcome", "") == 9
+        assert await choose(page, "outcome", "") == 10
+        await choose(page, "outcome", "k")
+        assert await page.run(ROWS) == 1, "the child"
+        await page.run('document.querySelector("#rows a").click()')
+        await page.until(f'{TITLE} === "train-000002/t3/0/mend/0"')
+        await page.run('[...document.querySelectorAll("#episode a")].find((a) => a.textContent.includes("follows from")).click()')
+        await page.until(f'{TITLE} === "train-000002/t3/0"')
+        await page.run('[...document.querySelectorAll("#episode a")].find((a) => a.textContent.includes("followed")).click()')
+        await page.until(f"{ROWS} === 1 && document.querySelector('#q').value === 'train-000002/t3/0/'")
+        await page.run('document.querySelector("#filters").reset()')
+        await page.until(f"{ROWS} === 10")
         assert await choose(page, "low", "0.5") == 4
-        assert await choose(page, "low", "") == 9
+        assert await choose(page, "low", "") == 10
         assert await choose(page, "high", "0") == 4
         await page.run('document.querySelector("#filters").reset()')
-        await page.until(f"{ROWS} === 9")
+        await page.until(f"{ROWS} === 10")
         labels = await page.run('[...document.querySelector("#label").options].map((o) => o.textContent)')
         assert labels == ["any time", "train-000001", "train-000002"]
-        assert await choose(page, "agent", await page.run('document.querySelector("#agent").options[2].value')) == 9
+        assert await choose(page, "agent", await page.run('document.querySelector("#agent").options[2].value')) == 10
         await page.call("Page.navigate", url="about:blank")
         await page.open(path.as_uri() + "#e=0:train-000002/t9/0")
         await page.until(f'{TITLE} === "train-000002/t9/0"')
