@@ -23,17 +23,16 @@ PROMPTS = (".prompt", ".demos")  # of `values`: texts that stand in an agent's c
 
 def contestant(team: ServedTeam, name: str, versions: Mapping[str, str], rollouts: Rollouts | None = None) -> Contestant:
     """The team's own players (or `rollouts`) with these adapter versions."""
-    return Contestant(name, rollouts or team.rollouts, dict(versions), hashes(team), base_of(team))
+    return Contestant(name, rollouts or team.rollouts, dict(versions), hashes(team), bases_of(team))
 
 
 def hashes(team: ServedTeam) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in team.data["adapters"].items()}
 
 
-def base_of(team: ServedTeam) -> str:
-    """Which weights are below the adapters: the bases by the hash of their files, or by name where they have none here."""
-    bases = team.data["bases"]
-    return " ".join(f"{bases[name].get('files') or name}" for name in sorted(bases))
+def bases_of(team: ServedTeam) -> dict[str, str]:
+    """By policy the weights below its adapter: its base by the hash of the base's files, or by name where it has none here."""
+    return {policy: base.get("files") or name for name, base in team.data["bases"].items() for policy in base["policies"]}
 
 
 def base_team(team: ServedTeam, mark: str = "") -> Contestant:
@@ -91,7 +90,7 @@ def cross_play(teams: Mapping[str, ServedTeam]) -> list[tuple[str, str, str, Con
     first, *rest = teams.values()
     names = list(first.versions)
     for mark, team in zip(list(teams)[1:], rest, strict=True):
-        if set(team.versions) != set(names) or base_of(team) != base_of(first):
+        if set(team.versions) != set(names) or bases_of(team) != bases_of(first):
             raise SettingError(
                 f"cross-play: {mark} has adapters {sorted(team.versions)} on its base, {next(iter(teams))} {sorted(names)}"
             )
@@ -103,7 +102,7 @@ def cross_play(teams: Mapping[str, ServedTeam]) -> list[tuple[str, str, str, Con
             versions = {**teams[host].versions, policy: teams[guest].versions[policy]}
             sha256 = {**hashes(teams[host]), policy: hashes(teams[guest])[policy]}
             name = f"{policy} of {guest}, others of {host}"
-            found.append((policy, guest, host, Contestant(name, teams[host].rollouts, versions, sha256, base_of(first))))
+            found.append((policy, guest, host, Contestant(name, teams[host].rollouts, versions, sha256, bases_of(first))))
     return found
 
 

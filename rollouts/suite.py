@@ -15,7 +15,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +39,30 @@ class Contestant:
 
     Args:
         name: in tables. rollouts: who plays, with their texts and rewards. versions: adapter version by policy, none speaks as the base.
-        sha256: what those versions hold, by policy; base: which base they are on. Together they say whose answers these are.
+        sha256: what those versions hold, by policy; bases: which base each policy is on. Together they say whose answers these are,
+            whatever the policies are called.
     """
 
     name: str
     rollouts: Rollouts
     versions: Mapping[str, str]
     sha256: Mapping[str, str]
-    base: str = ""
+    bases: Mapping[str, str] = field(default_factory=dict)
 
     def key(self, seed: int, greedy: bool) -> str:
         """16 hex digits of all that the answers depend on: system and its code, agents, values, adapters, base, sampling, rewards, seed."""
         player = self.player(seed, greedy)
-        system, spoken = player.system, {agent.policy for agent in player.system.specs}
+        system, specs = player.system, [{**to_json(agent), "policy": self.speaks(agent.policy)} for agent in player.system.specs]
         facts = [
-            f"{type(system).__module__}:{type(system).__qualname__}", to_json(system.arguments()), to_json(system.specs),
-            to_json(dict(player.values)), {p: self.sha256[p] for p in sorted(self.versions) if p in spoken}, self.base,
+            f"{type(system).__module__}:{type(system).__qualname__}", to_json(system.arguments()), specs, to_json(dict(player.values)),
             to_json(player.sampling), seed, [reward_name(fn) for fn in player.rewards], [code_of(type(system)), *map(code_of, player.rewards)],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def speaks(self, policy: str) -> list[str]:
+        """Which weights answer for a policy: its base, and the adapter that is on. A policy without a base of its own goes by its name."""
+        base = [self.bases[policy]] if policy in self.bases else [policy, *sorted(set(self.bases.values()))]
+        return [*base, self.sha256[policy]] if policy in self.versions else base
 
     def player(self, seed: int, greedy: bool) -> Rollouts:
         """The same with this seed, at temperature 0 if `greedy`."""

@@ -28,7 +28,7 @@ def team(*agents: str | AgentSpec, values: dict[str, Any] | None = None, mark: s
     speakers = {name: EngineSpeaker(engine, engine.tokens, name) for name in (*policies, BASE)}
     data = {
         "adapters": {p: {"sha256": mark * 64, "trained": True} for p in policies},
-        "bases": {base: {"files": f"files of {base}"}},
+        "bases": {base: {"files": f"files of {base}", "policies": policies}},
         "tasks": {"name": "own"},
     }
     return SimpleNamespace(
@@ -60,6 +60,19 @@ def test_a_trained_team_says_whether_its_agents_share() -> None:
     assert trained_name(shared, shared.versions) == "trained team, shared-policy LoRA"
     assert trained_name(own, {"a": "a-0"}) == "adapters: a" and trained_name(own, {}) == "adapters: none"
     assert trained_team(own, own.versions, "x: ").name == "x: trained team, per-agent LoRA"
+
+
+def test_what_policies_are_called_makes_no_other_team() -> None:
+    """Of a checkpoint with an adapter per agent and one with a shared adapter, the rungs below are the same teams."""
+    own, shared = team("a", "b", mark="1"), team(AgentSpec("a", policy="p"), AgentSpec("b", policy="p"), mark="2")
+    for one, other in zip(ladder(own), ladder(shared), strict=True):
+        assert one.key(0, True) == other.key(0, True), one.name
+    mine, theirs = (trained_team(each, each.versions) for each in (own, shared))
+    assert mine.key(0, True) != theirs.key(0, True)
+    twin = team(AgentSpec("a", policy="p"), AgentSpec("b", policy="p"), mark="1")
+    assert trained_team(twin, twin.versions).key(0, True) == mine.key(0, True), "both agents speak with the same weights"
+    swapped = team(AgentSpec("a", policy="b"), AgentSpec("b", policy="a"), mark="1")
+    assert trained_team(swapped, {"a": "a-1"}).key(0, True) != trained_team(own, {"a": "a-1"}).key(0, True)
 
 
 def test_each_adapter_alone_and_all_but_each() -> None:

@@ -43,7 +43,7 @@ def quiet(name: str, total: int, done: int) -> Iterator[Any]:
 
 
 def contestant(engine: ScriptedEngine, name: str = "team", **changes: Any) -> Contestant:
-    return dataclasses.replace(Contestant(name, rollouts(engine), {}, {}, "base"), **changes)
+    return dataclasses.replace(Contestant(name, rollouts(engine), {}, {}, {"a": "base", "b": "base"}), **changes)
 
 
 def test_what_is_stored_is_not_played_again(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_stopped_suite_goes_on_where_it_was(tmp_path: Path) -> None:
 
 KEYED: dict[str, Any] = {
     "adapters": lambda c: dataclasses.replace(c, versions={"a": "a-v1"}, sha256={"a": "f00"}),
-    "base": lambda c: dataclasses.replace(c, base="other"),
+    "base": lambda c: dataclasses.replace(c, bases={"a": "other", "b": "base"}),
     "values": lambda c: dataclasses.replace(c, rollouts=dataclasses.replace(c.rollouts, values={"a.prompt": "Think."})),
     "prompt": lambda c: dataclasses.replace(c, rollouts=dataclasses.replace(c.rollouts, system=Vote([AgentSpec("a", prompt="x"), "b"]))),
     "system": lambda c: dataclasses.replace(c, rollouts=dataclasses.replace(c.rollouts, system=Debate(["a", "b"]))),
@@ -103,13 +103,15 @@ def test_the_key_is_what_the_answers_depend_on(what: str) -> None:
 
 def test_contestants_that_are_the_same_are_one() -> None:
     engine = scripted()
-    kept, same = distinct([contestant(engine), contestant(engine, "twin"), contestant(engine, "other", base="x")], 0, True)
+    kept, same = distinct(
+        [contestant(engine), contestant(engine, "twin"), contestant(engine, "other", bases={"a": "x", "b": "x"})], 0, True
+    )
     assert [c.name for c in kept] == ["team", "other"] and same == {"twin": "team"}
 
 
 def test_samples_and_seeds_draw_the_same_numbers_for_all(tmp_path: Path) -> None:
     engine, plan = scripted(), Plan(TASKS, "correct", seeds=(0, 1), samples=2, greedy=False)
-    found = asyncio.run(suite([contestant(engine), contestant(engine, "other", base="x")], plan, tmp_path, quiet))
+    found = asyncio.run(suite([contestant(engine), contestant(engine, "other", bases={"a": "x", "b": "x"})], plan, tmp_path, quiet))
     one, two = found["team"], found["other"]
     assert len(one.episodes) == 16 and [e.output for e in one.episodes] == [e.output for e in two.episodes]
     assert len({e.seed for e in one.episodes}) == 16
