@@ -118,7 +118,10 @@ def cmd_serve(args: argparse.Namespace) -> None:
                 print(f"url {replica.url}\nkey_file {replica.server.key_file}\nmodel {replica.base} (base)")
         for policy, version in on.items():
             print(f"model {version} (policy {policy})")
-        print('ask: POST URL/v1/completions with "Authorization: Bearer $(cat KEY_FILE)"; ready, Ctrl-C ends', flush=True)
+        print(
+            'ask: POST URL/v1/chat/completions or /v1/completions with "Authorization: Bearer $(cat KEY_FILE)"; ready, Ctrl-C ends',
+            flush=True,
+        )
         # Handlers of our own: a job started in the background of a script ignores Ctrl-C, and clusters send SIGTERM.
         ended, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -13,7 +13,7 @@ from typing import Any
 from ..agents.team import Call, LimitError, System, Team, derive_seed, gather
 from ..agents.types import AgentSpec, Completion, Decision, Sampling, SettingError, Task, Turn, from_json, nearest, to_json
 from .engines.engine import EngineError, PromptTooLong, TeamVersion
-from .rewards import RewardFn, score
+from .rewards import TIMEOUT, RewardFn, score
 from .sandbox import check
 from .sandbox import run as execute
 from .speakers import Speaker
@@ -22,11 +22,13 @@ from .types import Episode, Reward, Usage
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of play. `max_turns` and `max_tool_calls` (per reply) per episode; `episode_timeout` in seconds; `concurrency` in episodes."""
+    """Bounds of play. `max_turns` and `max_tool_calls` (per reply) per episode; `episode_timeout` and `reward_timeout` (each reward
+    function's) in seconds; `concurrency` in episodes."""
 
     max_turns: int = 200
     max_tool_calls: int = 4
     episode_timeout: float = 1200.0
+    reward_timeout: float = TIMEOUT
     concurrency: int = 64
 
 
@@ -180,7 +182,7 @@ class Rollouts:
         )  # fmt: skip
         if error is None:
             episode = dataclasses.replace(episode, rewards=tuple(Reward(**told) for told in team.rewards))
-            episode = dataclasses.replace(episode, rewards=await score(job.task, episode, self.rewards))
+            episode = dataclasses.replace(episode, rewards=await score(job.task, episode, self.rewards, self.limits.reward_timeout))
         return [*children, episode]
 
     async def _run(self, task: Task, team: Team) -> tuple[str | None, str, str | None]:

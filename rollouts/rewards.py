@@ -29,6 +29,7 @@ from .reading import scores
 from .types import Episode, Reward
 
 RewardFn = Callable[[Task, Episode], Any]
+TIMEOUT = 600.0  # seconds that each reward of an episode may take
 
 _EXPLICIT = re.compile(r"\\boxed\s*\{|\banswer\b[^\n:=]{0,20}[:=]|####", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -270,25 +271,29 @@ def judge(
 # scoring
 
 
-async def score(task: Task, episode: Episode, rewards: Sequence[RewardFn]) -> tuple[Reward, ...]:
+async def score(task: Task, episode: Episode, rewards: Sequence[RewardFn], timeout: float = TIMEOUT) -> tuple[Reward, ...]:
     """All rewards of an episode, in the order of the functions.
 
     A reward that raises, or returns what is not a reward, becomes a `Reward` of value NaN whose text names the function and what
-    went wrong; NaN and infinity become NaN likewise. The episode is kept and is unscorable. Where programs cannot be run at all
+    went wrong; NaN and infinity become NaN likewise, and so does one that is not there after `timeout` seconds (an async one: a function
+    that blocks cannot be stopped). The episode is kept and is unscorable. Where programs cannot be run at all
     (`SandboxError`), that concerns the whole run and is raised.
     """
-    found = await asyncio.gather(*(_score(task, episode, fn) for fn in rewards))
+    found = await asyncio.gather(*(_score(task, episode, fn, timeout) for fn in rewards))
     return tuple(reward for several in found for reward in several)
 
 
-async def _score(task: Task, episode: Episode, fn: RewardFn) -> list[Reward]:
+async def _score(task: Task, episode: Episode, fn: RewardFn, timeout: float) -> list[Reward]:
+    clock = asyncio.timeout(timeout)
     try:
-        result = await _awaited(fn(task, episode))
+        async with clock:
+            result = await _awaited(fn(task, episode))
         return [_finite(fn, reward) for reward in _rewards(fn, result)]
     except SandboxError:
         raise
     except Exception as error:  # any failure of a reward is data of this episode
-        return [Reward(fn_name(fn), math.nan, f"reward {fn_name(fn)!r} failed: {type(error).__name__}: {error}")]
+        why = f"not there after {timeout:g} s (reward_timeout)" if clock.expired() else f"{type(error).__name__}: {error}"
+        return [Reward(fn_name(fn), math.nan, f"reward {fn_name(fn)!r} failed: {why}")]
 
 
 def _rewards(fn: RewardFn, result: Any) -> list[Reward]:

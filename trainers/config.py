@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from ..agents.types import BASE, AdapterSpec, AgentSpec, PolicySpec, Sampling, SettingError, from_json, nearest, to_json
 from ..rollouts.engines.start import EngineConfig, help_of
+from ..rollouts.play import Limits
 from .trackers import check_names
 
 
@@ -53,6 +54,8 @@ class RunConfig(EngineConfig):
     temperature: float = help_of("sampling temperature of agents that name no sampling of their own", 1.0)
     max_completion_length: int = help_of("most tokens of a reply, for agents that name no sampling of their own", 256)
     max_concurrency: int = help_of("episodes in play at once", 64)
+    episode_timeout: float = help_of("seconds until an episode that is still in play has failed", 1200.0)
+    reward_timeout: float = help_of("seconds until an async reward that has given nothing leaves its episode unscorable", 600.0)
     # adapters and optimizer
     lora_r: int = help_of("rank of adapters whose policy names none", 16)
     lora_alpha: float = help_of("LoRA alpha of adapters whose policy names none", 32.0)
@@ -103,6 +106,9 @@ class RunConfig(EngineConfig):
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "temperature", "lora_alpha"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SettingError(f"{name}: expected a number from 0, got {getattr(self, name)}")
+        for name in ("episode_timeout", "reward_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingError(f"{name}: expected seconds above 0, got {getattr(self, name)}")
         if self.max_steps < 0 or self.warmup_steps < 0 or self.eval_every < 0:
             raise SettingError("max_steps, warmup_steps and eval_every: expected at least 0")
         for name, allowed in (
@@ -122,6 +128,9 @@ class RunConfig(EngineConfig):
 
     def sampling(self) -> Sampling:
         return Sampling(temperature=self.temperature, max_tokens=self.max_completion_length)
+
+    def limits(self) -> Limits:
+        return Limits(episode_timeout=self.episode_timeout, reward_timeout=self.reward_timeout, concurrency=self.max_concurrency)
 
     def learning_rate_at(self, step: int, peak: float) -> float:
         """Learning rate of step 1, 2, ...: a pure function, so a resumed run needs no scheduler state."""

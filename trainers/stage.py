@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..agents.types import BASE, PolicySpec, Task
 from ..rollouts.engines.engine import Engine
 from ..rollouts.engines.start import start_engine
-from ..rollouts.play import Limits, Rollouts
+from ..rollouts.play import Rollouts
 from ..rollouts.speakers import speakers
 from ..rollouts.store import Store
 from ..rollouts.types import Episode
@@ -90,7 +90,7 @@ class Stage:
         engine_of = {p: (b.engine, b.tokens) for p, b in served if b.engine is not None}
         self.rollouts = Rollouts(
             run.system, speakers(run.policies, engine_of), run.rewards, run.values, config.sampling(),
-            Limits(concurrency=config.max_concurrency), config.seed,
+            config.limits(), config.seed,
         )  # fmt: skip
 
     def _close(self, engine: Engine) -> None:

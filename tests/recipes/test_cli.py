@@ -385,6 +385,9 @@ def test_serve_answers_until_ctrl_c(checkpoint: Path) -> None:
         assert set(models) <= {entry["id"] for entry in ask("/v1/models")["data"]}
         answer = ask("/v1/completions", {"model": models[0], "prompt": [2, 10, 11], "max_tokens": 3})
         assert answer["model"] == models[0] and answer["usage"]["completion_tokens"] >= 1
+        said = {"role": "user", "content": "1+2+3"}
+        chat = ask("/v1/chat/completions", {"model": models[1], "messages": [said], "max_tokens": 3})
+        assert chat["model"] == models[1] and chat["choices"][0]["message"]["role"] == "assistant"
         children = descendants(process.pid)
         assert children
         process.send_signal(signal.SIGINT)

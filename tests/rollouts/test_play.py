@@ -18,6 +18,7 @@ from marlora.agents.types import AgentSpec, Completion, Sampling, SettingError, 
 from marlora.rollouts.engines.engine import EngineError, Ref
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
 from marlora.rollouts.play import Job, Limits, Rollouts, agents_of, jobs
+from marlora.rollouts.rewards import exact
 from marlora.rollouts.speakers import EngineSpeaker
 from marlora.rollouts.store import Store
 from marlora.rollouts.types import Episode, Usage
@@ -148,6 +149,17 @@ def test_time_and_turns_are_limited() -> None:
     assert late.stop_reason == "timeout" and late.error == "not done after 0.05 s (episode_timeout)"
     long = one(Calls(["a"], endless), limits=Limits(max_turns=3))
     assert long.stop_reason == "limit" and len(long.turns) == 3
+
+
+def test_an_async_reward_that_never_comes_leaves_the_episode_unscorable() -> None:
+    async def judge(task: Task, episode: Episode) -> float:
+        await asyncio.sleep(60)
+        return 1.0
+
+    episode = one(Chain(["a"]), rewards=[judge, exact], limits=Limits(reward_timeout=0.05))
+    silent, other = episode.rewards
+    assert math.isnan(silent.value) and silent.text == "reward 'judge' failed: not there after 0.05 s (reward_timeout)"
+    assert episode.error is None and (other.name, other.value) == ("exact", 0.0)
 
 
 def test_a_timeout_of_the_systems_own_is_an_error_of_the_system() -> None:
