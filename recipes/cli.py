@@ -135,15 +135,21 @@ def cmd_serve(args: argparse.Namespace) -> None:
 
 def cmd_bench(args: argparse.Namespace) -> None:
     """Measure, interleaved in one run; every ratio stands behind a gate on equal results."""
-    from marlora.trainers.bench import SUITES
+    from marlora.trainers.bench.geometry import check_size
+    from marlora.trainers.bench.measure import Options
+    from marlora.trainers.bench.suites import SUITES
 
     if args.suite not in SUITES:
         raise SettingError(f"bench {args.suite!r}: no such suite; {nearest(args.suite, SUITES)}")
     if args.repeats < 1:
         raise SettingError(f"--repeats: expected at least 1, got {args.repeats}")
-    result = SUITES[args.suite](args.repeats)
+    options = Options(args.repeats, args.size, args.engine, tuple(args.opponents), *([args.device] if args.device else []))
+    check_size(args.size)
+    result = SUITES[args.suite](options)
     print(table(result.pop("title"), result.pop("columns"), result.pop("rows")))
-    write_json(args.json, {"command": f"marlora bench {args.suite} --repeats {args.repeats}", **result})
+    given = [f"--{name} {value}" for name in ("size", "repeats", "engine", "device") if (value := getattr(args, name))]
+    given += [f"--opponents {' '.join(args.opponents)}"] if args.opponents else []
+    write_json(args.json, {"command": " ".join(["marlora bench", args.suite, *given]), "repeats": args.repeats, **result})
 
 
 def cmd_doctor(args: argparse.Namespace) -> None:
@@ -185,9 +191,19 @@ def parser() -> argparse.ArgumentParser:
     add_report(command("report", cmd_report))
     add_export(command("export", cmd_export))
     made = command("bench", cmd_bench)
-    made.add_argument("suite", help="what to measure")
+    made.add_argument("suite", help="update, agents, serve, publish, loop, rollout, sandbox or proxy")
     made.add_argument("--json", default="", help="write the numbers here")
-    made.add_argument("--repeats", type=int, default=5, help="interleaved repeats")
+    made.add_argument("--repeats", type=int, default=3, help="interleaved repeats")
+    made.add_argument(
+        "--size", default="135m", help="geometry of the model: tiny, 135m, or on a GPU qwen3-0.6b, qwen3-4b, qwen3-8b"
+    )
+    made.add_argument(
+        "--engine", default="", choices=("", "transformers", "vllm"), help="of publish and loop; all that are here if not given"
+    )
+    made.add_argument("--device", default="", help="of update and agents: cpu or cuda; the GPU if there is one")
+    made.add_argument(
+        "--opponents", nargs="*", default=[], choices=("comlrl",), help="of loop: installed in an environment of their own first"
+    )
     command("doctor", cmd_doctor)
     return top
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import aiohttp
 
-from ..agents.team import Team, gather
-from ..agents.types import AgentSpec, Message, Sampling, Turn
-from ..rollouts.engines.scripted import ScriptedEngine
-from ..rollouts.proxy import Door
-from ..rollouts.speakers import EngineSpeaker
-from .bench import machine
-from .config import RunError
+from ...agents.team import Team, gather
+from ...agents.types import AgentSpec, Message, Sampling, Turn
+from ...rollouts.engines.scripted import ScriptedEngine
+from ...rollouts.proxy import Door
+from ...rollouts.speakers import EngineSpeaker
+from ..config import RunError
+from .measure import Options, machine, table
 
 CALLS = {1: 10, 64: 4, 512: 2}  # calls that each caller makes, one after the other, by the number of callers
 REPLY, PROMPT = 64, 400  # tokens
@@ -28,17 +28,17 @@ SPEC = AgentSpec("solver", sampling=Sampling(max_tokens=REPLY, seed=0))
 Ask = Callable[[Team, Sequence[str]], Awaitable[None]]
 
 
-def proxy(repeats: int) -> dict[str, Any]:
+def proxy(options: Options) -> dict[str, Any]:
     """Tokens per second of both ways at 1, 64 and 512 calls at once, and the processor time that the door adds to a call."""
-    results = [asyncio.run(_compare(callers, repeats)) for callers in CALLS]
+    results = [asyncio.run(_compare(callers, options.repeats)) for callers in CALLS]
     rows = [
         [str(r["concurrent"]), f"{r['direct']['tokens_per_s']:,.0f}", f"{r['proxy']['tokens_per_s']:,.0f}", f"{r['proxy_over_direct']:.2f}",
          f"{r['direct']['ms_per_call']:.2f}", f"{r['proxy']['ms_per_call']:.2f}"]
         for r in results
     ]  # fmt: skip
     columns = ["calls at once", "direct, tokens/s", "through the door", "ratio", "direct, ms of CPU a call", "through the door"]
-    return {"suite": "proxy", "repeats": repeats, "reply": REPLY, "prompt": PROMPT, "latency": LATENCY, **machine(), "results": results,
-            "title": f"proxy: an engine that answers after {LATENCY} s", "columns": columns, "rows": rows}  # fmt: skip
+    return {"suite": "proxy", "reply": REPLY, "prompt": PROMPT, "latency": LATENCY, **machine(), "results": results,
+            **table(f"proxy: an engine that answers after {LATENCY} s", columns, rows)}  # fmt: skip
 
 
 async def _compare(callers: int, repeats: int) -> dict[str, Any]:

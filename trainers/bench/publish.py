@@ -1,0 +1,133 @@
+"""`marlora bench publish`: from the last optimizer step to the first token that the new version says, and the live proof apart.
+
+Three adapters on one replica. Of the proof, the seconds of the trainer's own forward passes are told from the rest, which the engine takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...agents.types import PolicySpec, Sampling
+from ...rollouts.engines.engine import Engine, Ref
+from ...rollouts.engines.start import EngineConfig, choose_dtype, has_gpu, start_engine
+from ...rollouts.tokens import ChatTokens, load_tokenizer
+from ..adapters import Adapters
+from ..config import RunError
+from ..publish import Probe, Publisher
+from .geometry import served_folder
+from .measure import Options, machine, table
+from .update import Case, disturb, recorded
+
+POLICIES = ("planner", "solver", "reviewer")
+PROMPT, REPLY, PROBES = 80, 16, 4  # tokens; probes of a policy
+PARTS = {
+    "publish": "stage, hash and load",
+    "first_token": "until the first token",
+    "prove": "live proof",
+    "prove_trainer": "of it, the trainer's passes",
+}
+
+
+def engines(options: Options) -> list[str]:
+    """Those asked for, or all that are here."""
+    return [options.engine] if options.engine else ["transformers", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
+
+
+def say(line: str) -> None:
+    import sys
+
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def served(options: Options, kind: str, policies: list[PolicySpec], **settings: Any) -> Iterator[tuple[Any, ChatTokens, Path, str]]:
+    """(a function that starts the engine, tokens, scratch folder, the model's folder)."""
+    with tempfile.TemporaryDirectory(prefix="marlora-bench-") as scratch:
+        folder = Path(scratch)
+        model = served_folder(options.size, folder)
+        tokens = ChatTokens(load_tokenizer(model))
+        config = EngineConfig(engine=kind, max_model_len=512, **settings)
+        yield (lambda: start_engine(model, tokens, policies, config, folder=folder, say=say)), tokens, folder, model
+
+
+def publish(options: Options) -> dict[str, Any]:
+    """Seconds of every part, by engine."""
+    policies = [PolicySpec(name) for name in POLICIES]
+    found = {}
+    for kind in engines(options):
+        with served(options, kind, policies) as (start, _, folder, model):
+            found[kind] = asyncio.run(_measure(start, folder, model, policies, options.repeats))
+    median = {kind: {part: statistics.median(r[part] for r in laps) for part in PARTS} for kind, laps in found.items()}
+    rows = [
+        [kind, what, *(f"{f([r[part] for r in laps]):.3f}" for f in (statistics.median, min, max))]
+        for kind, laps in found.items() for part, what in PARTS.items()
+    ]  # fmt: skip
+    return {
+        "suite": "publish", "size": options.size, "clock": "wall", **machine(), "adapters": len(POLICIES), "results": found, "median": median,
+        **table(f"publish: {len(POLICIES)} adapters, {options.size}", ["engine", "part", "median, s", "smallest", "largest"], rows),
+    }  # fmt: skip
+
+
+async def _measure(start: Any, folder: Path, model: str, policies: list[PolicySpec], repeats: int) -> list[dict[str, float]]:
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, choose_dtype(model, "auto", on_gpu=has_gpu()))
+    adapters = Adapters(AutoModelForCausalLM.from_pretrained(model, dtype=dtype), policies, seed=0)
+    engine: Engine = await start()
+    publisher = Publisher(folder / "versions", adapters, engine)
+    trainer = _timed(publisher)
+    try:
+        laps = [await _lap(engine, publisher, adapters, trainer, step) for step in range(1, repeats + 2)]
+        return laps[1:]  # the first one warms up
+    finally:
+        await engine.close()
+
+
+async def _lap(engine: Engine, publisher: Publisher, adapters: Adapters, trainer: list[float], step: int) -> dict[str, float]:
+    """One step: something is learnt, published, spoken with and proven. Raises `RunError` if a proof does not pass."""
+    prompts = [s.ids[:PROMPT] for k in range(PROBES) for s in recorded(Case(1, PROMPT, 1), seed=step * PROBES + k)]
+    probes: dict[str, list[Probe]] = {}
+    for number, name in enumerate(POLICIES):  # what the step was learnt from: turns of the versions in force
+        ref, drawn = Ref(name, publisher.versions.get(name, "")), Sampling(max_tokens=REPLY, seed=number)
+        replies = [made for prompt in prompts for made in await engine.generate(prompt, ref, drawn)]
+        probes[name] = [Probe(one.prompt_ids + one.token_ids, len(one.prompt_ids)) for one in replies]
+    disturb(adapters, seed=step, std=0.002)
+    start = time.perf_counter()
+    await publisher.publish(step, POLICIES)
+    published = time.perf_counter()
+    await asyncio.gather(
+        *(engine.generate(prompts[0], Ref(n, v), Sampling(max_tokens=1, seed=0)) for n, v in publisher.versions.items())
+    )
+    spoke = time.perf_counter()
+    trainer.clear()
+    proofs = await publisher.prove(step, probes, final=True)  # a failed proof raises
+    proven = time.perf_counter()
+    if len(proofs) != len(POLICIES) or any(proof.status != "passed" for proof in proofs):
+        raise RunError(f"bench publish: a proof did not pass ({proofs}); no time is given")
+    return {"publish": published - start, "first_token": spoke - start, "prove": proven - spoke, "prove_trainer": sum(trainer),
+            "forwards": len(trainer), "residual": max(p.residual or 0.0 for p in proofs)}  # fmt: skip
+
+
+def _timed(publisher: Publisher) -> list[float]:
+    """The seconds of every forward pass of the trainer's that the publisher will ask for."""
+    seconds: list[float] = []
+    ask: Any = publisher._trainer_logprobs
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        found = ask(*args, **kwargs)
+        seconds.append(time.perf_counter() - start)
+        return found
+
+    publisher._trainer_logprobs = timed
+    return seconds
