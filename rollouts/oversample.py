@@ -83,7 +83,7 @@ async def collect_first(
                 left[job.group] -= episodes[-1].error is None
                 for episode in episodes:
                     yield episode
-            late = [task for task in open_ if left[tasks[task].group] <= 0]
+            late = [task for task in tasks if task in open_ and left[tasks[task].group] <= 0]
             await _cancel(late)
             dropped += [_drop(tasks[task], counts[tasks[task].id], begun) for task in late]
             open_ -= set(late)

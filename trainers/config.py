@@ -51,6 +51,9 @@ class RunConfig(EngineConfig):
     max_steps: int = help_of("steps of collect, learn, publish", 50)
     tasks_per_step: int = help_of("tasks played in a step", 16)
     num_generations: int = help_of("episodes per task: the group that credit compares", 8)
+    oversample: int = help_of(
+        "more episodes per task begin than num_generations, and as many are dropped, the slowest; counted in metrics.jsonl", 0
+    )
     temperature: float = help_of("sampling temperature of agents that name no sampling of their own", 1.0)
     max_completion_length: int = help_of("most tokens of a reply, for agents that name no sampling of their own", 256)
     max_concurrency: int = help_of("episodes in play at once", 64)
@@ -109,8 +112,9 @@ class RunConfig(EngineConfig):
         for name in ("episode_timeout", "reward_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"{name}: expected seconds above 0, got {getattr(self, name)}")
-        if self.max_steps < 0 or self.warmup_steps < 0 or self.eval_every < 0:
-            raise SettingError("max_steps, warmup_steps and eval_every: expected at least 0")
+        for name in ("max_steps", "warmup_steps", "eval_every", "oversample"):
+            if getattr(self, name) < 0:
+                raise SettingError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16")),
             ("lr_scheduler_type", ("constant", "linear", "cosine")),

@@ -259,8 +259,9 @@ class Run:
                 found = self.given.of(self.config.tasks_per_step, self.config.seed, step)
             else:
                 found = self.stage.play(
-                    self.tasks_of(step), f"train-{step:06d}", step, self.stage.rollouts, self.config.num_generations
-                )
+                    self.tasks_of(step), f"train-{step:06d}", step, self.stage.rollouts, self.config.num_generations,
+                    oversample=self.config.oversample,
+                )  # fmt: skip
             self.stage.prove(step - 1, found, start=True)
             if after is not None:
                 found = self.stage.background.run(gather([after(episode) for episode in found]), self.stop)
@@ -288,6 +289,7 @@ class Run:
             "step": step, "reward": sum(values) / len(values) if values else None, "episodes": len(parents),
             "failed": sum(e.error is not None for e in parents), "unscorable": len(parents) - len(values),
             "sampled_tokens": sampled, "tokens_per_s": sampled / max(time.perf_counter() - start, 1e-9),
+            **({"oversampled": self.stage.oversampled} if self.stage.oversampled else {}),
         }  # fmt: skip
         return episodes
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..agents.types import BASE, PolicySpec, Task
 from ..rollouts.engines.engine import Engine
 from ..rollouts.engines.start import start_engine
+from ..rollouts.oversample import Dropped, collect_first, told
 from ..rollouts.play import Rollouts
 from ..rollouts.speakers import speakers
 from ..rollouts.store import Store
@@ -40,6 +42,7 @@ class Stage:
 
     def __init__(self, run: Run, engine: Engine | None = None) -> None:
         self.run, self._given = run, engine
+        self.oversampled: dict[str, float | int] = {}  # what the last `play` dropped, see `oversample.told`
         self.proofs: dict[str, dict[str, Any]] = {}  # by policy, what the last `prove` found
 
     def open(self, closing: contextlib.ExitStack) -> None:
@@ -112,21 +115,29 @@ class Stage:
 
     def play(
         self, tasks: Sequence[Task], label: str, step: int, rollouts: Rollouts, num_generations: int = 1,
-        versions: Mapping[str, str] | None = None,
+        versions: Mapping[str, str] | None = None, oversample: int = 0,
     ) -> list[Episode]:  # fmt: skip
-        """The episodes of these tasks, from the store where it has them, else played and stored. `versions` None: those in force."""
+        """The episodes of these tasks, from the store where it has them, else played and stored. `versions` None: those in force.
+
+        `oversample`: as many more of each task begin, and the slowest are dropped; `oversampled` tells of the last call's.
+        """
         run = self.run
         versions = run.versions if versions is None else versions
         now = {agent.policy: versions[agent.policy] for agent in run.system.specs if agent.policy in versions}
-        plan, found = recall(self.store, tasks, label, num_generations, step, now)
+        plan, found = recall(self.store, tasks, label, num_generations + oversample, step, now)
         todo = [job for job in plan if job.id not in found]
-        if todo and self.exact:
+        if todo and self.exact and not oversample:
             # Played alone, the missing ones would be decoded in other batches: right, but not to the last bit.
             todo = plan
 
+        ended = Counter(episode.group for episode in found.values() if episode.parent is None and episode.error is None)
+        wanted = {job.group: num_generations - ended[job.group] for job in plan}
+        dropped: list[Dropped] = []
+
         async def go() -> None:
-            with run.progress.episodes(label, len(plan), len(plan) - len(todo), run.metric) as tick:
-                async for episode in rollouts.collect(todo, versions):
+            playing = collect_first(rollouts, todo, versions, wanted, dropped) if oversample else rollouts.collect(todo, versions)
+            with run.progress.episodes(label, len(tasks) * num_generations, len(plan) - len(todo), run.metric) as tick:
+                async for episode in playing:
                     if episode.id not in found:
                         self.keep([episode])
                         found[episode.id] = episode
@@ -134,6 +145,7 @@ class Stage:
 
         with self.holding(versions):
             self.background.run(go(), run.stop)
+        self.oversampled = told([e for e in found.values() if e.parent is None], dropped) if oversample else {}
         order = {job.id: number for number, job in enumerate(plan)}
         return sorted(found.values(), key=lambda e: (order.get(e.id, len(order)), e.id))
 

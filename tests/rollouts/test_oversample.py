@@ -84,7 +84,7 @@ def test_a_group_ends_with_the_last_one_that_is_wanted():
 def test_what_has_not_begun_is_dropped_too():
     plan = jobs(TASKS[:1], label="t", num_generations=3)
     order = [("one", "t/a/0"), ("two", "t/a/0")]
-    found, dropped, gated = asyncio.run(collected(plan, order, {"t/a": 1}, concurrency=1))
+    found, dropped, _ = asyncio.run(collected(plan, order, {"t/a": 1}, concurrency=1))
     assert [episode.id for episode in found] == ["t/a/0"]
     # The room was free for a moment before the group was seen to be complete, so the second may have begun; the third has not.
     assert [d.id for d in dropped] == ["t/a/1", "t/a/2"] and dropped[1].seconds == 0 and all(d.tokens == 0 for d in dropped)
@@ -122,7 +122,9 @@ def test_an_engine_that_is_gone_ends_it_all():
 
 def test_lengths_of_kept_and_dropped_stand_side_by_side():
     def episode(tokens: int) -> Episode:
-        return Episode(id="x", group="x", task=TASKS[0], seed=0, usage={"one": Usage(1, 5, tokens, 0.1), "two": Usage(1, 5, 1, 0.1)})
+        return Episode(
+            id="x", group="x", task=TASKS[0], seed=0, usage={"one": Usage(1, 5, tokens, 0.1), "two": Usage(1, 5, 1, 0.1)}
+        )
 
     found = told([episode(9), episode(19)], [Dropped("a", 2, 30, 1.0), Dropped("b", 0, 0, 0.0)])
     assert found == {

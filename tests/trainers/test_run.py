@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from marlora.agents.types import SettingError
-from marlora.rollouts.types import Episode
+from marlora.rollouts.types import Episode, groups
 from marlora.trainers import update
 from marlora.trainers.grpo import GRPOTrainer
 from marlora.trainers.recall import recall
@@ -230,3 +230,17 @@ def test_stopped_work_has_ended_before_the_caller_goes_on() -> None:
     finally:
         stop.close()
         background.close()
+
+
+def test_over_sampling_learns_from_as_many_as_asked_and_counts_what_it_drops(model: Path, tmp_path: Path) -> None:
+    """Two more episodes of each task begin; a resumed run finds its step complete and plays nothing."""
+    made = trainer(tmp_path / "run", model, oversample=2)
+    wanted = made.args.num_generations
+    with made.run as run:
+        row = step(made, 1)
+        stored = run.stage.play(run.tasks_of(1), "train-000001", 1, run.stage.rollouts, wanted, {}, oversample=2)
+        again = run.stage.oversampled
+    assert row["episodes"] == made.args.tasks_per_step * wanted == len(stored)
+    assert all(len(group) == wanted for group in groups(stored).values())
+    assert row["oversampled"]["dropped"] == 2 * made.args.tasks_per_step
+    assert row["oversampled"]["mean_tokens_kept"] > 0 and again["dropped"] == 0
