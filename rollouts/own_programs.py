@@ -40,6 +40,8 @@ class Program(System):
         models: other names that the program calls the agents by, such as `{gpt-4o: solver}`.
         keep_sampling: temperature, top_p and penalties are the program's where it names them. Otherwise the run's hold, so that
             training explores and evaluation is greedy whatever the program says; length and stop strings are the program's anyway.
+        unforced_tools: where the program wants to force the call of a tool (`tool_choice: required`, or one by name), the agent may call it
+            or not, as it would without. Otherwise such a request is refused: what is forced is not what the agent would have said.
         reward_wait: seconds to wait, after the program ended, for a reward that somebody posts.
         host: the address that agents are asked at; loopback unless the program runs elsewhere.
         call_timeout: seconds until a call without an answer gets an error.
@@ -47,6 +49,7 @@ class Program(System):
 
     models: Mapping[str, str] = field(default_factory=dict)
     keep_sampling: bool = False
+    unforced_tools: bool = False
     reward_wait: float = 0.0
     host: str = "127.0.0.1"
     call_timeout: float = 600.0
@@ -65,7 +68,8 @@ class Program(System):
         self._door = Door(self.host, call_timeout=self.call_timeout)
 
     async def run(self, task: Task, team: Team) -> str:
-        async with self._door.admit(team, self.models, keep_sampling=self.keep_sampling) as visit:
+        asked = {"keep_sampling": self.keep_sampling, "unforced_tools": self.unforced_tools}
+        async with self._door.admit(team, self.models, **asked) as visit:
             output = take_result(await visit.guard(self.play(task, visit)), visit)
             if self.reward_wait:
                 try:

@@ -50,11 +50,11 @@ class Door:
 
     @contextlib.asynccontextmanager
     async def admit(
-        self, team: Team, models: Mapping[str, str] | None = None, *, keep_sampling: bool = False
+        self, team: Team, models: Mapping[str, str] | None = None, *, keep_sampling: bool = False, unforced_tools: bool = False
     ) -> AsyncIterator[Visit]:
         """Let a program in for as long as the context lasts. See `Visit` for the arguments."""
         loop = asyncio.get_running_loop()
-        visit = Visit(team, models, keep_sampling=keep_sampling)
+        visit = Visit(team, models, keep_sampling=keep_sampling, unforced_tools=unforced_tools)
         listener = self._open.get(loop) or Listener(self)
         self._open[loop] = listener
         listener.guests += 1

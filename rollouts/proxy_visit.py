@@ -66,10 +66,13 @@ class Visit:
         team: answers; its turns are the record.
         models: other names than the agents' own that a program may call them by.
         keep_sampling: temperature and the like are the program's where it names them; else they are the run's alone.
+        unforced_tools: a call of a tool that the program wants to force is the agent's own to make; else such a request is refused.
     """
 
-    def __init__(self, team: Team, models: Mapping[str, str] | None = None, *, keep_sampling: bool = False) -> None:
-        self.team, self.models, self.keep_sampling = team, dict(models or {}), keep_sampling
+    def __init__(
+        self, team: Team, models: Mapping[str, str] | None = None, *, keep_sampling: bool = False, unforced_tools: bool = False
+    ) -> None:
+        self.team, self.models, self.keep_sampling, self.unforced_tools = team, dict(models or {}), keep_sampling, unforced_tools
         self.id, self.key = secrets.token_hex(12), secrets.token_urlsafe(24)
         self.base_url = ""  # the door's to say
         self.closed = False
@@ -137,6 +140,8 @@ class Visit:
 
     def _call(self, agent: Agent, request: Request) -> Awaitable[Turn]:
         """Number the call; awaiting it gives the taken turn."""
+        if request.forced and not self.unforced_tools:
+            raise Refused(400, "tool_choice: a call cannot be forced here; system.unforced_tools takes it for auto")
         previous, new = self._goes_on(agent, request)
         spoken = tuple(spoken_message(message) for message in request.messages[new:])
         if previous is None:

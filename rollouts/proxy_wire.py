@@ -42,7 +42,8 @@ class Refused(ValueError):
 class Request:
     """One call of a program. `model` is the name it gave; `messages` are its own words, with tool calls beside the text.
 
-    `sampling` holds what it asked for beyond length, stop strings, grammar and bias; `tools` are schemas as OpenAI writes them.
+    `sampling` holds what it asked for beyond length, stop strings, grammar and bias; `tools` are schemas as OpenAI writes them; `forced`: it
+    wants one of them called in any case.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Request:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    forced: bool = False
     sampling: Mapping[str, float] = field(default_factory=dict)
     grammar: str = ""
     logit_bias: Mapping[str, float] = field(default_factory=dict)
@@ -72,8 +74,8 @@ def read_chat(body: Any) -> Request:
     if body.get("top_logprobs"):
         raise Refused(400, "top_logprobs: only 0; the engine gives the log-probability of what was sampled")
     choice = body.get("tool_choice")
-    if choice not in (None, "auto", "none"):
-        raise Refused(400, f"tool_choice: expected auto or none, got {choice!r:.60}; a call cannot be forced here")
+    if choice not in (None, "auto", "none", "required") and not isinstance(choice, dict):
+        raise Refused(400, f"tool_choice: expected auto, none, required or a tool, got {choice!r:.60}")
     stream, options = bool(body.get("stream")), body.get("stream_options") or {}
     limit = body.get("max_completion_tokens") if body.get("max_completion_tokens") is not None else body.get("max_tokens")
     return Request(
@@ -83,6 +85,7 @@ def read_chat(body: Any) -> Request:
         max_tokens=whole(limit, "max_tokens", 1, 2**31),
         stop=read_stop(body.get("stop")),
         tools=() if choice == "none" else read_tools(body.get("tools")),
+        forced=choice == "required" or isinstance(choice, dict),
         sampling={key: number(body[key], key) for key in NUMBERS if body.get(key) is not None},
         grammar=read_grammar(body),
         logit_bias=read_bias(body.get("logit_bias")),

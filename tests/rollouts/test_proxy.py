@@ -118,6 +118,19 @@ def test_calls_are_calls_only_where_tools_were_given_and_can_be_read() -> None:
     assert [len(t.messages) for t in played(body, engine).turns] == [1, 2, 1]
 
 
+def test_a_call_that_a_program_forces_is_the_agents_own_if_the_run_says_so() -> None:
+    texts = iter([CALL, "No."])
+    engine = ScriptedEngine(lambda *_: next(texts))
+    forced = {"tools": [CALC], "tool_choice": {"type": "function", "function": {"name": "calc"}}}
+
+    async def body(asker: Asker) -> None:
+        (choice,) = (await asker.ask("a", "add", tools=[CALC], tool_choice="required"))["choices"]
+        assert choice["finish_reason"] == "tool_calls"
+        assert await asker.say("a", "add again", **forced) == "No."
+
+    assert all(t.sampling.on_policy for t in played(body, engine, program={"unforced_tools": True}).turns)
+
+
 def test_a_chat_of_another_model_can_be_brought_along() -> None:
     calls = [{"id": "c1", "type": "function", "function": {"name": "calc", "arguments": '{"x":1}'}}]
 
@@ -215,7 +228,8 @@ BAD = [
     (chat("a", "x", stop=[""]), "stop: expected"),
     (chat("a", "x", top_logprobs=3), "top_logprobs: only 0"),
     (chat("a", "x", tools=[{"type": "web_search"}]), "tools[0]: expected an object of type function"),
-    (chat("a", "x", tools=[CALC], tool_choice="required"), "tool_choice: expected auto or none"),
+    (chat("a", "x", tools=[CALC], tool_choice="any"), "tool_choice: expected auto, none, required or a tool, got 'any'"),
+    (chat("a", "x", tools=[CALC], tool_choice="required"), "tool_choice: a call cannot be forced here; system.unforced_tools"),
     (chat("a", "x", response_format={"type": "xml"}), "response_format: expected type"),
     (chat("a", "x", logit_bias={"word": 1}), "logit_bias: expected"),
     ("{", "the body is not JSON"),
