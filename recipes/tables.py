@@ -43,9 +43,11 @@ def accuracy_rows(named: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def eval_rows(result: Mapping[str, Any], trained: str = "trained team") -> list[list[str]]:
-    """Rows of base team, each adapter alone, trained team; `result` has `eval` and `adapters` as `summary.json` does."""
+    """Rows of base team, each adapter alone, best of n, trained team; `result` has their keys as `summary.json` does."""
     named = {"base team": result["eval"]["before"]}
     named |= {f"only {name}": entry for name, entry in result.get("adapters", {}).items()}
+    if "best_of" in result:
+        named[f"base team, best of {result['best_of']['n']}"] = result["best_of"]
     named[trained] = {**result["eval"]["after"], "paired": result["eval"]["paired"]}
     return accuracy_rows(named)
 
@@ -61,6 +63,17 @@ def calibration_table(found: Mapping[str, Any]) -> str:
     )
 
 
+def diversity_table(found: Mapping[str, Any]) -> str:
+    """How different the members of a debate are, before and after (`trainers/diversity.py`)."""
+    sides = [(side, name) for side in ("generators", "critics") for name in ("cross_nll", "kl")]
+    columns = ("diversity", "consensus", *(f"{side}: {name.replace('_', ' ')}" for side, name in sides))
+    rows = []
+    for when, entry in found.items():
+        numbers = [entry["consensus"], *(entry.get(side, {}).get(name) for side, name in sides)]
+        rows.append([when, *("" if value is None else f"{value:.3f}" for value in numbers)])
+    return table("sampled debates, held out: nats per token, and the share that agrees with the majority", columns, rows)
+
+
 def summary_table(summary: Mapping[str, Any], folder: str) -> str:
     """What a run did, from its `summary.json`."""
     parts = []
@@ -68,6 +81,12 @@ def summary_table(summary: Mapping[str, Any], folder: str) -> str:
     if found["before"] and found["after"]:
         columns = ("held-out accuracy", "mean", "95 % interval", "tasks", "against base", "95 % interval (paired)")
         parts.append(table(f"{summary['recipe']}: {summary['model']}", columns, eval_rows(summary)))
+    if "sampled" in summary:
+        found = summary["sampled"]
+        columns = ("sampled, held out", "mean", "95 % interval", "tasks", "against base", "95 % interval (paired)")
+        named = {"base team": found["before"], "trained team": {**found["after"], "paired": found["paired"]}}
+        parts += [table("accuracy of the majority as the team plays in training", columns, accuracy_rows(named))]
+        parts += [diversity_table(found["diversity"])]
     if "collaboration" in summary:
         head, told = transition_rows(summary["collaboration"])
         parts.append(table("sampled debates, held out: accuracy of rounds and changes between them", head, told))

@@ -1,4 +1,4 @@
-"""What is printed at the end of a run: tables of rounds and of a verifier's calibration, where there are any."""
+"""What is printed at the end of a run: tables of rounds, of a verifier's calibration, of sampled debates, where there are any."""
 
 from __future__ import annotations
 
@@ -32,3 +32,20 @@ def test_calibration():
     told = summary_table({**SUMMARY, "verifier": {"calibration": found}}, "runs/x")
     for each in ("0.9 .. 1.0", "0.950", "ECE 0.100", "a constant: 0.250", "ranked 1.000"):
         assert each in told
+
+
+def test_sampled_debates_and_their_diversity():
+    before, after = ({"accuracy": value, "ci95": [value - 0.1, value + 0.1], "num_tasks": 40} for value in (0.7, 0.75))
+    apart = {"generators": {"cross_nll": 0.5, "kl": 0.025}, "critics": {"cross_nll": 0.25, "kl": 0.125}}
+    diversity = {"before": {"consensus": 0.8}, "after": {"consensus": 0.9, **apart}}
+    sampled = {"before": before, "after": after, "paired": {"difference": 0.05, "ci95": [0.01, 0.09]}, "diversity": diversity}
+    told = summary_table({**SUMMARY, "sampled": sampled}, "runs/x")
+    for each in ("0.750", "+0.050", "+0.010 .. +0.090", "0.800", "0.900", "generators: cross nll", "0.025", "0.125"):
+        assert each in told
+
+
+def test_best_of_n_stands_between_the_base_and_the_trained_team():
+    entry = {"accuracy": 0.5, "ci95": [0.4, 0.6], "num_tasks": 100}
+    found = {"before": entry, "after": entry, "paired": {"difference": 0.0, "ci95": [-0.1, 0.1]}}
+    told = summary_table({**SUMMARY, "eval": found, "best_of": {**entry, "n": 4, "accuracy": 0.8}}, "runs/x")
+    assert told.index("base team") < told.index("base team, best of 4") < told.index("0.800") < told.index("trained team")
