@@ -133,7 +133,7 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
 
 def transcripts(episode: Episode, seats: Seats) -> list[Episode]:
     """A debate in two views, as the two sets are taken from it: the generators' first answers, and the critics' transcripts, in which a
-    generator's answer stands as the critic's own first one. The second has an id of its own."""
+    generator's answer stands as the critic's own first one. The second has an id of its own. Neither holds the gold answer."""
     first = {name: said[0].index for name, _ in seats if (said := episode.trajectory(name))}
     critic_of = dict(seats)
     opening = [turn for turn in episode.turns if first.get(turn.agent) == turn.index]
@@ -142,9 +142,10 @@ def transcripts(episode: Episode, seats: Seats) -> list[Episode]:
         for turn in episode.turns
         if turn.agent in critic_of or turn.agent in critic_of.values()
     ]
+    untold = dataclasses.replace(episode, task=episode.task.public())
     return [
-        dataclasses.replace(episode, turns=tuple(opening)),
-        dataclasses.replace(episode, id=f"{episode.id}#transcripts", turns=tuple(whole)),
+        dataclasses.replace(untold, turns=tuple(opening)),
+        dataclasses.replace(untold, id=f"{episode.id}#transcripts", turns=tuple(whole)),
     ]
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,17 @@ def test_a_summary_is_nobodys_lesson() -> None:
     views = transcripts(Episode("e", "e", played.task, turns=(*played.turns, summed), output="8"), SEATS)
     assert {turn.agent for view in views for turn in view.turns} == {"g1", "g2", "g3", "c1", "c2", "c3"}
     assert [len(view.turns) for view in views] == [3, 6]
+
+
+def test_what_is_learnt_does_not_depend_on_the_gold_answer_standing_in_a_prompt() -> None:
+    """A summary hits on the gold answer, which nobody else has said: still the critic learns, for nothing here reads it."""
+    played = debate("e", "335", "888", "8")
+    told = [replace(t, messages=(Message("user", "Somebody thinks 9."),)) if t.agent == "c1" else t for t in played.turns]
+    kept = [
+        {(k.agent, k.reason) for k in sets([replace(played, task=Task("e", "x", gold), turns=tuple(told))])[1].kept}
+        for gold in ("9", "8", None)
+    ]
+    assert kept[0] == kept[1] == kept[2] == {(f"c{n}", method.CORRECTED) for n in (1, 2, 3)}
 
 
 def test_a_debate_without_a_majority_teaches_nothing() -> None:
