@@ -27,7 +27,7 @@ from .losses import LossConfig, Stats, policy_loss
 from .replay import counterfactual_rewards
 from .samples import Denominators, samples
 from .trainer import Trainer
-from .update import How
+from .update import How, LossFn
 
 
 @dataclass
@@ -65,15 +65,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """One update from the step's episodes; returns metrics."""
-        advantages = credit(episodes, self.args, self.run.credit_state)
-        found, dropped = samples(episodes, advantages, self.run.policy_of)
-        if step == 1 and found:
-            self.run.show(found)
-        done = self.run.learn(step, found, self.loss, How(reference=self.args.beta > 0, entropy_grad=self.args.entropy_coef > 0))
-        return {
-            "policies": self.rows(done, episodes, advantages),
-            "dropped": {f"{agent}: {reason}": count for (agent, reason), count in sorted(dropped.items())},
-        }
+        return policy_gradient(self, step, episodes, self.args, self.loss)
 
     async def replay(self, episode: Episode) -> Episode:
         """The episode with counterfactual rewards, from replays of each turn by the team that played it."""
@@ -82,4 +74,32 @@ class GRPOTrainer(Trainer[GRPOConfig]):
     def loss(
         self, batch: Batch, logp: torch.Tensor, entropy: torch.Tensor, reference: torch.Tensor | None, counts: Denominators
     ) -> tuple[torch.Tensor, Stats]:
-        return policy_loss(logp, entropy, batch, self.args, counts, ref_logp=reference)
+        return grpo_loss(self.args, batch, logp, entropy, reference, counts)
+
+
+def grpo_loss(
+    config: LossConfig,
+    batch: Batch,
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    reference: torch.Tensor | None,
+    counts: Denominators,
+) -> tuple[torch.Tensor, Stats]:
+    """`policy_loss` as an update takes it, once its settings are given."""
+    return policy_loss(logp, entropy, batch, config, counts, ref_logp=reference)
+
+
+def policy_gradient(
+    trainer: Trainer[Any], step: int, episodes: Sequence[Episode], config: GRPOConfig, loss: LossFn
+) -> dict[str, Any]:
+    """Credit for a step's episodes, one update of every policy from it, and the step's metrics."""
+    run = trainer.run
+    advantages = credit(episodes, config, run.credit_state)
+    found, dropped = samples(episodes, advantages, run.policy_of)
+    if step == 1 and found:
+        run.show(found)
+    done = run.learn(step, found, loss, How(reference=config.beta > 0, entropy_grad=config.entropy_coef > 0))
+    return {
+        "policies": trainer.rows(done, episodes, advantages),
+        "dropped": {f"{agent}: {reason}": count for (agent, reason), count in sorted(dropped.items())},
+    }

@@ -10,11 +10,16 @@ import logging
 
 import pytest
 
+from marlora.agents.chain import Chain
+from marlora.agents.flowreasoner import FlowReasoner
 from marlora.agents.programs import SandboxError, program_in
-from marlora.agents.types import SettingError, Task
-from marlora.rollouts import sandbox
+from marlora.agents.team import System
+from marlora.agents.types import AgentSpec, Completion, SettingError, Task, to_json
+from marlora.agents.workflow import Workflow
+from marlora.rollouts import plain, sandbox, workflows
 from marlora.rollouts.coding import asserts_of, examples, hidden_verdict, public_verdict
-from marlora.rollouts.rewards import correct, passed_tests, score
+from marlora.rollouts.play import Job, Rollouts
+from marlora.rollouts.rewards import correct, passed_tests, resolve_rewards, score
 from marlora.rollouts.tasks import load_tasks
 from marlora.rollouts.types import Episode
 
@@ -239,3 +244,72 @@ def test_nothing_hidden_reaches_the_candidate(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sandbox.check_plain.__globals__, "_started", spy)
     assert told(SQUARE, RIGHT) == (1.0, 1.0)
     assert handed["candidate"] == [RIGHT, RIGHT] and any("f(3) == 9" in text for text in handed["checker"])
+
+
+# whoever plays
+
+HIDDEN = ("assert f(736451907) == 2", "736451907")  # a hidden test, and what of it must be nowhere
+SECRET = Task(
+    "s", "Write f(x).", "def f(x): return 1 + (x > 9)  # 853127", "humaneval", "train",
+    {"names": ["f"], "setup": "import math", "tests": ["assert f(2) == 1", "assert f(3) == 1"], "_tests": [HIDDEN[0], "assert f(1) == 1"]},
+)  # fmt: skip
+BAD, GOOD = "```python\ndef f(x): return x\n```", "```python\ndef f(x): return 1\n```"
+
+
+def speak(agent: str, asked: str) -> str:
+    """A designer that uses what there is, an executor that mends its program once it is told, and a solver with a tool."""
+    if agent == "designer":
+        return '<graph>\na = await custom("Write it.")\nb = await test(a)\nc = await programmer("Count.")\nb\n</graph>'
+    if agent == "solver":
+        return (
+            '<tool_call>{"name": "python", "arguments": {"program": "print(dir())"}}</tool_call>'
+            if "tool_resp" not in asked
+            else GOOD
+        )
+    return "```python\nprint(1)\n```" if "prints it" in asked else GOOD if "fails a test" in asked else BAD
+
+
+@pytest.mark.parametrize(
+    "system",
+    [
+        FlowReasoner(["designer", "executor"], rounds=2, stop_early=False), Workflow(["designer", "executor"]),
+        Chain([AgentSpec("solver", tools=("python",))]),
+    ],
+    ids=["flowreasoner", "workflow", "tool"],
+)  # fmt: skip
+def test_hidden_tests_reach_no_prompt_program_candidate_or_team(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spies where a text goes to a model, to an interpreter, to a caged process, or to a system. Only the checker's process has seen them."""
+    seen: dict[str, list[str]] = {"prompts": [], "workflows": [], "system": []}
+    started, interpret, run = plain._started, workflows.Interpreter.run, type(system).run
+
+    def start(cage, role, limits, text, pipes):  # type: ignore[no-untyped-def]
+        seen.setdefault(role, []).append(text)
+        return started(cage, role, limits, text, pipes)
+
+    async def interpreted(self, program, externals, limits):  # type: ignore[no-untyped-def]
+        seen["workflows"].append(program)
+        return await interpret(self, program, externals, limits)
+
+    async def played(self, task, team):  # type: ignore[no-untyped-def]
+        seen["system"].append(json.dumps(to_json(task)))
+        return await run(self, task, team)
+
+    async def speaker(call, version):  # type: ignore[no-untyped-def]
+        seen["prompts"] += [m.content for m in call.messages]
+        return [Completion(speak(call.agent.name, call.messages[-1].content), policy=call.agent.policy)]
+
+    monkeypatch.setattr(plain, "_started", start)
+    monkeypatch.setattr(workflows.Interpreter, "run", interpreted)
+    monkeypatch.setattr(type(system), "run", played)
+    speakers = {spec.policy: speaker for spec in system.specs}
+    rollouts = Rollouts(system, speakers, resolve_rewards(["correct", "passed_tests", "workflow"]))
+    episode = asyncio.run(rollouts.play(Job(SECRET, "g")))
+    assert episode.error is None and episode.reward("passed_tests") == 0.5 and episode.reward("correct") == 0.0
+    checked = seen.pop("checker")
+    assert sum(HIDDEN[1] in text for text in checked) == 2  # the control: each of the two rewards had them checked, once
+    assert set(seen) >= {"prompts", "system", "candidate"} and (seen["workflows"] or "python" in seen)
+    for where, texts in seen.items():
+        assert texts or where == "workflows", where
+        assert not [text for text in texts if HIDDEN[1] in text or "853127" in text or "_tests" in text], where
+    told = json.dumps(to_json([episode.turns, episode.rewards]))
+    assert HIDDEN[1] not in told and "853127" not in told
