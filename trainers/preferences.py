@@ -25,14 +25,15 @@ from .credit import RewardWeights, team_rewards
 class Pair:
     """Two runs of a system on one task, of which the first was scored higher by `gap`; `weight` is what the pair counts.
 
-    Each side is a tuple of alternatives that stand for one run (SysDPO-Sampling: the same output after different drafts); else
-    there is one.
+    `factors`: what the log-ratio of the chosen and of the rejected side count in the margin (Score-DPO: their scores). Each side is a
+    tuple of alternatives that stand for one run (SysDPO-Sampling: the same output after different drafts); else there is one.
     """
 
     chosen: tuple[Episode, ...]
     rejected: tuple[Episode, ...]
     gap: float
     weight: float = 1.0
+    factors: tuple[float, float] = (1.0, 1.0)
 
     @property
     def episodes(self) -> tuple[Episode, ...]:

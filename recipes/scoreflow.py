@@ -1,0 +1,22 @@
+"""
+Train a designer of workflow programs by their scores: write, run several times, draw pairs, Score-DPO, publish, prove.
+
+accelerate launch recipes/scoreflow.py [--config recipes/scoreflow.yaml] [--field value]
+python -m marlora.recipes.scoreflow --objective dpo                                      (the controls: dpo, sft, grpo)
+python -m marlora.recipes.scoreflow --episodes runs/scoreflow --objective sft            (on the programs of another run)
+accelerate launch recipes/scoreflow.py --config recipes/scoreflow_gsm8k.yaml             (a real model on a GPU)
+"""
+
+from __future__ import annotations
+
+from marlora.recipes.launch import launch
+from marlora.recipes.settings import run
+from marlora.trainers.scoreflow import ScoreFlowTrainer
+
+
+def main() -> None:
+    launch(ScoreFlowTrainer, __file__)
+
+
+if __name__ == "__main__":
+    run(main)
