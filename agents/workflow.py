@@ -18,7 +18,7 @@ from .chain import view
 from .operators import OPERATORS, Desk, Operator, QuotaError, externals, resolve_operators, told
 from .program_rules import Rules, program_of, whole
 from .programs import Allowance, Outcome
-from .team import System, Team
+from .team import LimitError, System, Team
 from .types import SettingError, Task, Turn, nearest
 
 TEMPLATE = 'solution = await custom("Solve the problem step by step.")\nsolution'
@@ -155,7 +155,7 @@ class Workflow(System):
         desk = Desk(team, task, design.turn, self.executors, self.prompts, self.max_calls, self.max_text)
         try:
             outcome = await team.execute(whole(design.program, task.prompt), externals(self.callable, desk), self.limits)
-        except QuotaError as error:
+        except (QuotaError, LimitError) as error:
             outcome = Outcome("calls", error=str(error))
         if outcome.ok and len(str(outcome.value)) > self.max_text:
             outcome = Outcome("output", error=f"an answer of more than {self.max_text} characters")

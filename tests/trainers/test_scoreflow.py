@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from marlora.agents.team import Call
 from marlora.agents.types import AgentSpec, Completion, Sampling, SettingError
 from marlora.agents.workflow import Workflow
 from marlora.rollouts.play import Job
+from marlora.rollouts.served import build_system
 from marlora.rollouts.speakers import EngineSpeaker
 from marlora.rollouts.store import Store
 from marlora.rollouts.types import Episode
 from marlora.trainers.scoreflow import RUNS, ScoreFlowConfig, ScoreFlowTrainer
 from marlora.trainers.tiny_programs import program_tasks, tiny_workflow
+from tests.repository import ROOT
 from tests.trainers import small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,7 +167,7 @@ def played(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"objective": "dpo"}, {"objective": "dpo", "alpha": 0.0, "invalid": "zero"}, {"score_weighting": "chosen"},
+        {"objective": "dpo", "alpha": 0.0, "invalid": "zero"}, {"score_weighting": "chosen"},
         {"objective": "sft", "sft": {"num_train_epochs": 1, "train_batch_size": 4}}, {"objective": "grpo", "grpo": {"epsilon": 0.1}},
         {"objective": "grpo", "invalid": "zero", "grpo": '{"beta": 0.01}'}, {"num_train_epochs": 2, "train_batch_size": 5},
     ],
@@ -214,3 +217,12 @@ def test_other_systems_are_refused(tmp_path: Path, model: Path) -> None:
         ScoreFlowTrainer(
             system=tiny_chain(), tasks=tiny_tasks()[:4], eval_tasks=tiny_tasks("eval")[:2], rewards=["exact"], args=args
         )
+
+
+@pytest.mark.parametrize("name", ["scoreflow", "scoreflow_gsm8k"])
+def test_the_recipes_settings_are_known_and_their_systems_can_be_built(name: str) -> None:
+    settings = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+    config = ScoreFlowConfig(**settings)
+    system = build_system(config.system)
+    assert isinstance(system, Workflow) and system.designer == "designer"
+    assert [spec.policy for spec in system.specs] == ["designer", "base"]
