@@ -65,6 +65,11 @@ class Debate(System):
         half = len(names) // 2
         return list(zip(names[:half], names[half:], strict=True)) if self.critics else [(name, name) for name in names]
 
+    @property
+    def member_of(self) -> dict[str, str]:
+        """Agent -> its seat, by the name of who answers there first. A summariser has none."""
+        return {name: first for first, later in self.seats for name in (first, later)}
+
     async def run(self, task: Task, team: Team) -> str:
         speakers = [team[first] for first, _ in self.seats]
         drafts = await gather(agent.reply(task.prompt) for agent in speakers)

@@ -178,6 +178,17 @@ def test_measures_by_hand() -> None:
     assert "pass_at" not in row
 
 
+def test_a_critics_answer_stands_beside_its_generators_and_a_summary_is_none() -> None:
+    system = Debate(["g", "h", "c", "d", "s"], critics=True, summariser="s")
+    one = dataclasses.replace(contestant(scripted()), rollouts=rollouts(scripted(), system))
+    turns = [turn(0, "g", "1"), turn(1, "h", "0"), turn(2, "s", "0"), turn(3, "s", "0"), turn(4, "c", "0"), turn(5, "d", "5")]
+    row = asyncio.run(measured(one, Plan(TASKS[:1], "correct"), [episode(TASKS[0], "0", *turns)])).row
+    assert row["transitions"] == {
+        "answers": [2, 2], "accuracy": [0.5, 0.5], "gain": 0.0,
+        "changes": [{"right_right": 0, "right_wrong": 1, "wrong_right": 1, "wrong_wrong": 0}],
+    }  # fmt: skip
+
+
 def test_a_failed_episode_counts_0_and_is_told() -> None:
     failed = episode(TASKS[0], None, rewards=(), error="boom", stop_reason="error")
     row = asyncio.run(measured(contestant(scripted()), Plan(TASKS[:1], "correct"), [failed])).row
