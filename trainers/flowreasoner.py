@@ -133,7 +133,7 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
                 values = [e.reward(run.metric) for e in played]
                 found[name] = {**self.designs(played), run.metric: sum(v for v in values if v == v) / len(values)}
                 run.progress.say(f"sampled, {name}: {found[name]}")
-        return {"sampled": found, **self.contributions()}
+        return {"stages": found, **self.contributions()}
 
     def stored(self, label: str) -> list[Episode]:
         """The episodes of an evaluation of this run, a resumed one too; on rank 0."""
@@ -164,13 +164,14 @@ def told(template: str, reply: str, feedback: str) -> str:
 def joined(episode: Episode, system: FlowReasoner, reasoning: str = REASONING) -> Episode:
     """A trajectory as a lesson: one turn that answers the bare query with the reasoning of all rounds and the kept program last.
 
-    It is `written` (nobody sampled it as a whole), unless the first round's program is kept: then it is that round's own turn.
+    It is `written` (nobody sampled it as a whole), unless the first round's program is kept: then it is that round's own turn, if
+    that has tokens (an outside teacher's has none).
     """
     rounds = rounds_of(episode, system)
     if not rounds:
         return dataclasses.replace(episode, turns=())
     (first, _), (last, _) = rounds[0], rounds[-1]
-    if len(rounds) > 1:
+    if len(rounds) > 1 or not last.token_ids:
         text = "".join(told(reasoning, turn.text.strip(), reward.text) for turn, reward in rounds[:-1]) + last.text
         unsaid: dict[str, Any] = {"token_ids": (), "logprobs": (), "source": "written", "reads": ()}
         last = dataclasses.replace(last, messages=first.messages, prompt_ids=first.prompt_ids, text=text, **unsaid)

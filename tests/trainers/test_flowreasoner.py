@@ -101,6 +101,8 @@ def test_a_trajectory_of_several_rounds_is_one_reply_to_the_bare_query() -> None
 def test_a_first_round_that_is_kept_stays_as_it_was_sampled() -> None:
     episode = trajectory("e", ("p1", 1.0, "2/2"))
     assert joined(episode, SYSTEM).turns == episode.turns[:1]
+    outside = dataclasses.replace(episode, turns=tuple(dataclasses.replace(t, token_ids=(), logprobs=()) for t in episode.turns))
+    assert [(t.text, t.source) for t in joined(outside, SYSTEM).turns] == [("p1", "written")]  # a teacher without tokens
     assert [t.text for t, _ in rounds_of(trajectory("e", ("p1", 0.5, ""), ("p2", 0.5, "")), SYSTEM)] == ["p1", "p2"]
     assert joined(dataclasses.replace(episode, rewards=()), SYSTEM).turns == ()
 
@@ -177,7 +179,7 @@ def test_both_stages_of_a_run(tmp_path: Path, model: Path, monkeypatch: pytest.M
     learnt, now = (row["policies"]["designer"] for row in rows)
     assert rows[0]["selection"]["designer"]["kept"] and learnt["nll_after"] < learnt["nll_before"]
     assert "selection" not in rows[1] and now["tokens"] > 0 and rows[1]["policies"]["executor"]["tokens"] > 0
-    assert set(summary["sampled"]) == {"base", "sft", "rl"} and summary["sampled"]["rl"]["rounds"] == 2.0
+    assert set(summary["stages"]) == {"base", "sft", "rl"} and summary["stages"]["rl"]["rounds"] == 2.0
     played = list(Store(tmp_path / "run/episodes"))
     assert all("no model says this" not in m.content for e in played for t in e.turns for m in t.messages)
     with pytest.raises(SettingError, match="FlowReasoner trains a"):
@@ -196,3 +198,21 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "save_every": 1000,
         **changes,
     }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_grpo_raises_reward_over_the_warm_up(tmp_path: Path) -> None:
+    """The recipe: the warm-up's loss falls, then GRPO raises what sampled programs earn, and fewer of them cannot be run."""
+    summary = FlowReasonerTrainer(args=FlowReasonerConfig(**settings(tmp_path / "run"))).train()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    told = summary["stages"]
+    print({name: {key: each[key] for key in ("performance", "reward", "exact", "invalid", "rounds")} for name, each in told.items()})
+    learnt = rows[0]["policies"]["designer"]
+    assert learnt["nll_after"] < learnt["nll_before"]
+    assert told["rl"]["performance"] > told["sft"]["performance"] + 0.1 and told["rl"]["reward"] > told["sft"]["reward"] + 0.1
+    assert told["rl"]["exact"] > told["base"]["exact"] + 0.1
+    assert sum(told["rl"]["invalid"].values()) < sum(told["base"]["invalid"].values())
+    assert summary["live_proof"]["failed"] == 0
+    entry = summary["policies"]["designer"]
+    assert entry["sha256_before"] != entry["sha256_after"]

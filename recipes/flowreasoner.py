@@ -1,0 +1,20 @@
+"""
+FlowReasoner: a designer learns to write a workflow for each task, first from its own rounds of trial, then from what its programs earn.
+
+accelerate launch recipes/flowreasoner.py [--config recipes/flowreasoner.yaml] [--field value]
+accelerate launch recipes/flowreasoner.py --config recipes/flowreasoner_humaneval.yaml         (HumanEval on a GPU)
+"""
+
+from __future__ import annotations
+
+from marlora.recipes.launch import launch
+from marlora.recipes.settings import run
+from marlora.trainers.flowreasoner import FlowReasonerTrainer
+
+
+def main() -> None:
+    launch(FlowReasonerTrainer, __file__)
+
+
+if __name__ == "__main__":
+    run(main)
