@@ -74,6 +74,16 @@ def diversity_table(found: Mapping[str, Any]) -> str:
     return table("sampled debates, held out: nats per token, and the share that agrees with the majority", columns, rows)
 
 
+def stages_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """FlowReasoner: what sampled trajectories of held-out tasks are worth as the base, after the warm-up and at the end."""
+    names = [name for name in next(iter(stages.values())) if name != "invalid"]
+    rows = [
+        [stage, *("-" if found[name] is None else f"{found[name]:.3f}" for name in names), f"{sum(found['invalid'].values()):.3f}"]
+        for stage, found in stages.items()
+    ]
+    return table("sampled trajectories, held out", ("stage", *names, "cannot be run"), rows)
+
+
 def summary_table(summary: Mapping[str, Any], folder: str) -> str:
     """What a run did, from its `summary.json`."""
     parts = []
@@ -87,6 +97,8 @@ def summary_table(summary: Mapping[str, Any], folder: str) -> str:
         named = {"base team": found["before"], "trained team": {**found["after"], "paired": found["paired"]}}
         parts += [table("accuracy of the majority as the team plays in training", columns, accuracy_rows(named))]
         parts += [diversity_table(found["diversity"])]
+    if "stages" in summary:
+        parts.append(stages_table(summary["stages"]))
     if "collaboration" in summary:
         head, told = transition_rows(summary["collaboration"])
         parts.append(table("sampled debates, held out: accuracy of rounds and changes between them", head, told))

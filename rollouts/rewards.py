@@ -171,8 +171,9 @@ def posted(task: Task, episode: Episode) -> list[Reward]:
 
 
 def workflow(task: Task, episode: Episode) -> list[Reward]:
-    """Of each program that a designer wrote, by its turn: `valid`, could it be run, and `ran`, did its run give an answer; why not stands in
-    the text. Both count towards training only if `reward_weights` names them. See `marlora.agents.workflow`."""
+    """What a workflow tells of itself. Of each program that a designer wrote, by its turn: `valid`, could it be run, and `ran`, did its run
+    give an answer; why not stands in the text. Both count towards training only if `reward_weights` names them. Over rounds also `val` of
+    each and, for the team, `performance`, `complexity` and `efficiency`. See `marlora.agents.workflow` and `flowreasoner`."""
     return [r for r in episode.rewards if r.source == WORKFLOW]
 
 

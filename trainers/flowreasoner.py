@@ -32,6 +32,7 @@ from ..agents.program_rules import program_of, similarity
 from ..agents.types import SettingError, Turn, nearest
 from ..agents.workflow import SOURCE
 from ..rollouts.engines.start import help_of
+from ..rollouts.rewards import workflow
 from ..rollouts.types import Episode, Reward, groups
 from .grpo import GRPOConfig, grpo_loss, policy_gradient
 from .imitate import ImitationConfig, imitate
@@ -81,6 +82,8 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
                 f"system: FlowReasoner trains a marlora.agents.flowreasoner:FlowReasoner, got {type(self.run.system).__name__}"
             )
         self.system: FlowReasoner = self.run.system
+        if workflow not in self.run.rewards:
+            self.run.rewards.append(workflow)  # what the system tells of each trajectory
 
     def collect(self, step: int) -> list[Episode]:
         if step == self.args.sft_steps + 1 > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from marlora.recipes.tables import summary_table
+from marlora.recipes.tables import stages_table, summary_table
 from marlora.trainers.calibration import Judged, calibration
 
 SUMMARY: dict[str, Any] = {
@@ -49,3 +49,16 @@ def test_best_of_n_stands_between_the_base_and_the_trained_team():
     found = {"before": entry, "after": entry, "paired": {"difference": 0.0, "ci95": [-0.1, 0.1]}}
     told = summary_table({**SUMMARY, "eval": found, "best_of": {**entry, "n": 4, "accuracy": 0.8}}, "runs/x")
     assert told.index("base team") < told.index("base team, best of 4") < told.index("0.800") < told.index("trained team")
+
+
+def test_the_stages_of_flowreasoner() -> None:
+    base = {
+        "performance": -0.125,
+        "diversity": None,
+        "reward": 0.5,
+        "rounds": 2.0,
+        "invalid": {"name": 0.25, "syntax": 0.125},
+        "exact": 0.4,
+    }
+    told = stages_table({"base": base, "rl": {**base, "performance": 1.0, "invalid": {}}})
+    assert [cell in told for cell in ("-0.125", "0.375", "1.000", "0.000", "base", "rl", "cannot be run")] == [True] * 7
