@@ -1,25 +1,30 @@
-"""From samples to tensors, and from tensors to log-probabilities.
+"""From samples to tensors.
 
-A batch holds rows of one policy. A row is either one padded sample, or many samples that share prefixes, laid out as a prefix
-tree: every token once, in depth-first order, each seeing its ancestors only. What trainers get are flat terms, one per
-trained token; they never see rows, so the layout changes speed and nothing else.
+A batch holds rows of one policy. A row is either one padded sample, or many samples end to end, laid out as prefix trees: what
+samples have in common stands there once, in depth-first order, and every token sees its ancestors only. What trainers get are
+flat terms, one per trained token; they never see rows, so the layout changes speed and nothing else.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
 
 from .samples import Sample
+from .trees import Tree, tree_of
 
-Layout = Literal["auto", "padded", "shared"]
+# padded: one sample per row.   packed: samples end to end, nothing shared.   shared: prefix trees end to end.   masked: one prefix tree per
+# row, for models whose attention takes nothing but a dense mask. Which one a model can have: `layouts.choose_layout`.
+Layout = Literal["padded", "packed", "shared", "masked"]
 
-# In a shared row every token is compared with every other one. This many comparisons cost about as much as one token's way
-# through the linear layers: 2 x parameters / (4 x hidden size x layers) is 800 for a tiny model, 4000 at 135M, 30000 at 8B.
+# This many comparisons of a query with a key cost about as much as one token's way through the linear layers:
+# 2 x parameters / (4 x hidden size x layers) is 800 for a tiny model, 4000 at 135M, 30000 at 8B.
 PAIRS_PER_TOKEN = 2048
 
 
@@ -61,9 +66,16 @@ class Batch:
 
     @property
     def cost(self) -> int:
-        """Relative cost of its forward: sum of squared row lengths, plus the linear layers in the same unit."""
+        """Relative cost of its forward: how many keys its queries see, plus the linear layers in the same unit."""
         rows, length = self.input_ids.shape
-        return rows * length * (length + PAIRS_PER_TOKEN)
+        pairs = rows * length * (length + 1) // 2 if self.reach is None else int((self.position_ids + 1).sum())
+        return pairs + rows * length * PAIRS_PER_TOKEN
+
+    @functools.cached_property
+    def tree(self) -> Tree:
+        """Its rows cut into branches; `reach` has to be set."""
+        assert self.reach is not None, "rows of plain sequences are no trees"
+        return tree_of(self.position_ids, self.reach, self.attention_mask.sum(1).tolist())
 
     def to(self, device: torch.device | str) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -81,13 +93,14 @@ class Batch:
 
 @dataclass
 class _Row:
-    """One row as lists. `places`: per sample, the column of each of its input tokens."""
+    """One row as lists. `places`: per sample, the column of each of its input tokens. `plain`: a sequence like any other."""
 
     samples: list[Sample]
     places: list[list[int]]
     ids: list[int]
     positions: list[int]
-    reach: list[int] | None
+    reach: list[int]
+    plain: bool = False
 
 
 def _inputs(sample: Sample) -> tuple[int, ...]:
@@ -98,12 +111,11 @@ def _inputs(sample: Sample) -> tuple[int, ...]:
     return sample.ids[:last]
 
 
-def pack(samples: Sequence[Sample], *, max_tokens: int, layout: Layout = "auto") -> list[Batch]:
-    """Batches of one policy each, within `max_tokens` computed positions (padding counts; one longer row goes alone).
+def pack(samples: Sequence[Sample], *, max_tokens: int, layout: Layout = "shared", parts: int = 1) -> list[Batch]:
+    """Batches of one policy each, within `max_tokens` computed positions (padding counts; one longer sample goes alone).
 
-    Layout `padded` gives one sample per row, sorted by length. `shared` computes prefixes that samples have in common once,
-    in rows of at most `max_tokens`. `auto` shares where that is cheaper by `PAIRS_PER_TOKEN`. The result depends on the samples
-    only, not on their order.
+    `parts`: over how many ranks they will be dealt; rows get smaller where a rank would have none. The result depends on the
+    samples only, not on their order.
     """
     batches: list[Batch] = []
     starts: dict[int, list[int]] = {}  # of each sample, by identity: the number of its first trained token
@@ -116,12 +128,15 @@ def pack(samples: Sequence[Sample], *, max_tokens: int, layout: Layout = "auto")
             (s for s in samples if s.policy == policy),
             key=lambda s: (_inputs(s), s.ids, s.episode, s.sequence, s.logprobs, s.advantages),
         )
-        if layout == "padded":
-            rows = [_tree([s]) for s in mine]
+        if layout in ("shared", "packed"):
+            trees = _cut(mine, max_tokens, parts) if layout == "shared" else [[s] for s in mine]
+            groups = [[_row(row)] for row in _end_to_end(trees, max_tokens, parts)]
         else:
-            rows = [_tree(group) for group in _share(mine, max_tokens, always=layout == "shared")]
-        rows.sort(key=lambda r: len(r.ids), reverse=True)
-        batches += [_batch(policy, group, starts) for group in _fill(rows, max_tokens)]
+            rows = [
+                _row([group], plain=True) for group in ([[s] for s in mine] if layout == "padded" else _share(mine, max_tokens))
+            ]
+            groups = _fill(sorted(rows, key=lambda r: len(r.ids), reverse=True), max_tokens)
+        batches += [_batch(policy, group, starts) for group in groups]
     return batches
 
 
@@ -129,8 +144,64 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _share(samples: list[Sample], max_tokens: int, always: bool) -> list[list[Sample]]:
-    """Samples in the order of their tokens, cut into rows: one joins the row before it if the prefix saves more than it costs."""
+class _Sizes:
+    """How many tokens a tree of neighbouring samples has. `common[i]`: what sample i shares with the one before it."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        ids = [_inputs(s) for s in samples]
+        self.common = [0, *(_common(a, b) for a, b in zip(ids, ids[1:], strict=False))]
+        self.ends = list(accumulate((len(x) - c for x, c in zip(ids, self.common, strict=True)), initial=0))
+
+    def __call__(self, start: int, end: int) -> int:
+        return self.ends[end] - self.ends[start] + self.common[start]
+
+
+def _cut(samples: list[Sample], max_tokens: int, parts: int) -> list[list[Sample]]:
+    """Samples in the order of their tokens, cut into trees: between samples that share nothing, and where a tree is too large, between
+    those that share least, as near to its middle as may be. Then, for ranks that would have none, the largest as evenly as possible."""
+    size = _Sizes(samples)
+    zeros = [i for i, common in enumerate(size.common) if not common]
+    open_, cut = list(zip(zeros, [*zeros[1:], len(samples)], strict=True)), []
+    while open_:
+        start, end = open_.pop()
+        if size(start, end) <= max_tokens or end - start == 1:
+            cut.append((start, end))
+            continue
+        at = min(range(start + 1, end), key=lambda i: (size.common[i], abs(size(start, i) - size(i, end)), i))
+        open_ += [(start, at), (at, end)]
+    while 0 < len(cut) < parts:
+        start, end = max(cut, key=lambda piece: (size(*piece), piece))
+        if end - start == 1:
+            break
+        at = min(range(start + 1, end), key=lambda i: (max(size(start, i), size(i, end)), i))
+        if max(size(start, at), size(at, end)) > 0.9 * size(start, end):
+            break  # nearly all of it is common
+        cut.remove((start, end))
+        cut += [(start, at), (at, end)]
+    return [samples[start:end] for start, end in sorted(cut)]
+
+
+def _end_to_end(trees: list[list[Sample]], max_tokens: int, parts: int) -> list[list[list[Sample]]]:
+    """Trees into rows of at most `max_tokens`, and of at most one of `parts` shares: the largest first, each into the first row with room."""
+    sizes = [_Sizes(tree)(0, len(tree)) for tree in trees]
+    most = min(max_tokens, max([-(-sum(sizes) // parts), *sizes]))
+    rows: list[list[list[Sample]]] = []
+    room: list[int] = []
+    for size, _, tree in sorted(
+        ((size, i, tree) for i, (size, tree) in enumerate(zip(sizes, trees, strict=True))), key=lambda x: (-x[0], x[1])
+    ):
+        at = next((i for i, left in enumerate(room) if size <= left), len(rows))
+        if at == len(rows):
+            rows.append([])
+            room.append(most)
+        rows[at].append(tree)
+        room[at] -= size
+    return rows
+
+
+def _share(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
+    """Samples in the order of their tokens, cut into rows with a dense mask: one joins the row before it if the prefix saves more than that
+    mask costs."""
     rows: list[list[Sample]] = []
     length = 0
     for sample in samples:
@@ -138,7 +209,7 @@ def _share(samples: list[Sample], max_tokens: int, always: bool) -> list[list[Sa
         common = _common(_inputs(rows[-1][-1]), _inputs(sample)) if rows else 0
         joined = length + own - common
         extra_pairs = joined * joined - length * length - own * own
-        if rows and common and joined <= max_tokens and (always or extra_pairs < common * PAIRS_PER_TOKEN):
+        if rows and common and joined <= max_tokens and extra_pairs < common * PAIRS_PER_TOKEN:
             rows[-1].append(sample)
             length = joined
         else:
@@ -147,39 +218,37 @@ def _share(samples: list[Sample], max_tokens: int, always: bool) -> list[list[Sa
     return rows
 
 
-def _tree(samples: list[Sample]) -> _Row:
-    """Lay out samples, sorted by their tokens, as a prefix tree in depth-first order."""
-    ids: list[int] = []
-    positions: list[int] = []
-    reach: list[int] = []
-    path: list[int] = []  # columns of the tokens of the current sample
-    places: list[list[int]] = []
-    previous: Sequence[int] = ()
-    for sample in samples:
-        tokens = _inputs(sample)
-        common = _common(previous, tokens)
-        for column in path[common:]:
-            reach[column] = len(ids)
-        del path[common:]
-        for depth in range(common, len(tokens)):
-            path.append(len(ids))
-            ids.append(tokens[depth])
-            positions.append(depth)
-            reach.append(0)
-        places.append(list(path))
-        previous = tokens
-    for column in path:
-        reach[column] = len(ids)
-    plain = positions == list(range(len(ids)))
-    return _Row(samples, places, ids, positions, None if plain else reach)
+def _row(trees: list[list[Sample]], plain: bool = False) -> _Row:
+    """Lay out samples, sorted by their tokens, as prefix trees in depth-first order. `plain`: one sequence alone needs no `reach`."""
+    row = _Row([], [], [], [], [])
+    for samples in trees:
+        path: list[int] = []  # columns of the tokens of the current sample
+        previous: Sequence[int] = ()
+        for sample in samples:
+            tokens = _inputs(sample)
+            common = _common(previous, tokens)
+            for column in path[common:]:
+                row.reach[column] = len(row.ids)
+            del path[common:]
+            path += range(len(row.ids), len(row.ids) + len(tokens) - common)
+            row.ids += tokens[common:]
+            row.positions += range(common, len(tokens))
+            row.reach += [0] * (len(tokens) - common)
+            row.samples.append(sample)
+            row.places.append(list(path))
+            previous = tokens
+        for column in path:
+            row.reach[column] = len(row.ids)
+    row.plain = plain and row.positions == list(range(len(row.ids)))
+    return row
 
 
 def _fill(rows: list[_Row], max_tokens: int) -> list[list[_Row]]:
-    """Rows, longest first, into batches whose padded size fits; plain and shared rows do not mix."""
+    """Rows, longest first, one under another into batches whose padded size fits; sequences and trees do not mix."""
     groups: list[list[_Row]] = []
     for plain in (True, False):
         fresh = True
-        for row in (r for r in rows if (r.reach is None) is plain):
+        for row in (r for r in rows if r.plain is plain):
             if fresh or len(groups[-1][0].ids) * (len(groups[-1]) + 1) > max_tokens:
                 groups.append([])
             groups[-1].append(row)
@@ -189,7 +258,7 @@ def _fill(rows: list[_Row], max_tokens: int) -> list[list[_Row]]:
 
 def _batch(policy: str, rows: list[_Row], starts: dict[int, list[int]]) -> Batch:
     length = max(len(r.ids) for r in rows)
-    shared = rows[0].reach is not None
+    shared = not rows[0].plain
     terms: list[tuple[int, int, int, int]] = []  # row, column, target, sequence
     values: list[tuple[float, float, float]] = []  # behaviour, advantage, temperature
     turns: list[tuple[str, int]] = []
@@ -218,7 +287,7 @@ def _batch(policy: str, rows: list[_Row], starts: dict[int, list[int]]) -> Batch
         input_ids=grid(lambda r: r.ids),
         position_ids=grid(lambda r: r.positions),
         attention_mask=grid(lambda r: [1] * len(r.ids)).bool(),
-        reach=grid(lambda r: r.reach or []) if shared else None,
+        reach=grid(lambda r: r.reach) if shared else None,
         row=row_, column=column, target=target, behaviour=behaviour, advantage=advantage, temperature=temperature,
         sequence=sequence, turns=tuple(turns), place=torch.tensor(places),
     )  # fmt: skip

@@ -69,9 +69,9 @@ class RunConfig(EngineConfig):
     weight_decay: float = help_of("AdamW's weight decay on adapters", 0.0)
     max_grad_norm: float = help_of("gradient norm per adapter is clipped to this", 1.0)
     num_iterations: int = help_of("optimizer updates per batch of episodes", 1)
-    tokens_per_batch: int = help_of("padded tokens of one forward pass", 8192)
+    tokens_per_batch: int = help_of("computed tokens of one forward pass", 8192)
     shard_base: bool = help_of("split the base's layers over the ranks (FSDP2): for a base that does not fit one device", False)
-    layout: str = help_of("how batches are laid out: auto, padded or shared (one-level prompt sharing)", "auto")
+    layout: str = help_of("how batches are laid out: auto, shared (prefix trees), packed or padded", "auto")
     gradient_checkpointing: bool = help_of("recompute activations in the backward pass: less memory, a third more time", False)
     dtype: str = help_of("of the base in the trainer: auto (the model's own), float32 or bfloat16; adapters are float32", "auto")
     # what is kept and checked
@@ -110,7 +110,7 @@ class RunConfig(EngineConfig):
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16")),
             ("lr_scheduler_type", ("constant", "linear", "cosine")),
-            ("layout", ("auto", "padded", "shared")),
+            ("layout", ("auto", "shared", "packed", "padded")),
         ):
             if getattr(self, name) not in allowed:
                 raise SettingError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -24,7 +24,8 @@ from ..agents.types import AdapterSpec, SettingError
 from .adapters import Adapters, tensors_sha256
 from .batches import Batch, Layout
 from .checkpoint import join_optimizer, split_optimizer, write_tensors
-from .logprobs import choose_layout, guarded, last_hidden
+from .layouts import choose_layout
+from .logprobs import guarded, last_hidden
 from .losses import Stats
 from .ranks import Ranks
 from .samples import Denominators, Sample
@@ -81,7 +82,7 @@ class Head:
         self.linear = nn.Linear(width, 1, device=adapters.device, dtype=torch.float32)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        self.layout = layout or choose_layout(adapters.model, config.layout)  # type: ignore[arg-type]
+        self.layout = layout or choose_layout(adapters.model, config.layout)
         self.peak = spec.learning_rate or config.learning_rate
         self.optimizer = torch.optim.AdamW(
             list(self.parameters().values()), lr=self.peak, weight_decay=config.weight_decay, foreach=False

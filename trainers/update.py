@@ -19,7 +19,8 @@ from .adapters import Adapters
 from .batches import Batch, Layout, deal, level, pack
 from .checkpoint import join_optimizer, split_optimizer
 from .config import RunConfig
-from .logprobs import choose_layout, token_logprobs
+from .layouts import choose_layout
+from .logprobs import token_logprobs
 from .losses import NotFinite, Stats, add_stats, finite_or_raise, summary
 from .ranks import Ranks
 from .samples import Denominators, Sample, denominators
@@ -49,7 +50,7 @@ class Optimizers:
 
     def __init__(self, adapters: Adapters, config: RunConfig) -> None:
         self.adapters, self.config = adapters, config
-        self.layout = choose_layout(adapters.model, config.layout)  # type: ignore[arg-type]
+        self.layout = choose_layout(adapters.model, config.layout)
         self.peak = {name: adapters.policies[name].learning_rate or config.learning_rate for name in adapters.trainable}
         self.of = {
             name: torch.optim.AdamW(
@@ -125,7 +126,7 @@ def _update_policy(
 
 def batches_of(samples: Sequence[Sample], max_tokens: int, layout: Layout, ranks: Ranks) -> list[Batch]:
     """This rank's share of the batches of these samples, on its device."""
-    dealt = deal(pack(samples, max_tokens=max_tokens, layout=layout), ranks.size)
+    dealt = deal(pack(samples, max_tokens=max_tokens, layout=layout, parts=ranks.size), ranks.size)
     return [batch.to(ranks.device) for batch in (level(dealt) if ranks.lockstep else dealt)[ranks.rank]]
 
 

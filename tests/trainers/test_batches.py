@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
 from marlora.trainers.adapters import Adapters
 from marlora.trainers.batches import Batch, deal, pack
-from marlora.trainers.logprobs import _head_works, choose_layout, token_logprobs
+from marlora.trainers.layouts import choose_layout
+from marlora.trainers.logprobs import _head_works, token_logprobs
 from marlora.trainers.samples import Sample
 from tests.trainers.random_models import FAMILIES, VOCAB, disturb, random_model
 
@@ -108,7 +109,8 @@ LAYOUTS = {
     "left": lambda s: [left_padded(s)],
     "shared": lambda s: pack(s, max_tokens=10_000, layout="shared"),
     "shared, small": lambda s: pack(s, max_tokens=30, layout="shared"),
-    "auto": lambda s: pack(s, max_tokens=200, layout="auto"),
+    "masked": lambda s: pack(s, max_tokens=200, layout="masked"),
+    "packed": lambda s: pack(s, max_tokens=10_000, layout="packed"),
     "two ranks": lambda s: [b for rank in deal(pack(s, max_tokens=60), 2) for b in rank],
     "another order": lambda s: pack(s[::-1], max_tokens=60),
 }
@@ -174,7 +176,7 @@ def test_a_tree_holds_every_sample_whatever_they_share(pairs, budget):
         sample(prompt + reply, list(range(len(prompt), len(prompt) + len(reply))), episode=str(i))
         for i, (prompt, reply) in enumerate(pairs)
     ]
-    for layout in ("shared", "auto", "padded"):
+    for layout in ("shared", "packed", "masked", "padded"):
         batches = pack(samples, max_tokens=budget, layout=layout)
         seen: dict[str, list[tuple]] = {}
         for batch in batches:
