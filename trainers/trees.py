@@ -189,7 +189,7 @@ def _block(group: list[_Branch]) -> tuple[Block, torch.Tensor, torch.Tensor]:
         before = torch.arange(ancestors).expand(len(group), -1)
         key = torch.cat([torch.stack([_padded(list(b.ancestors), ancestors) for b in group]), query], 1)
         key_depth = torch.cat([torch.where(before < depth, before, FAR), key_depth], 1)
-    query_depth = depth + own
+    query_depth = depth + torch.minimum(own, length - 1)  # one that is missing stands with the last, and so sees something
     if len({(b.depth, b.end - b.start) for b in group}) == 1:
         query_depth, key_depth = query_depth[:1], key_depth[:1]
     return Block(len(group), most, key.shape[1], query_depth, key_depth, not ancestors), query, key

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
 from marlora.trainers.adapters import Adapters
 from marlora.trainers.batches import Batch, deal, pack
-from marlora.trainers.layouts import choose_layout
+from marlora.trainers.layouts import choose_layout, forced, way_of
 from marlora.trainers.logprobs import _head_works, token_logprobs
 from marlora.trainers.samples import Sample
 from tests.trainers.random_models import FAMILIES, VOCAB, disturb, random_model
@@ -110,6 +110,7 @@ LAYOUTS = {
     "shared": lambda s: pack(s, max_tokens=10_000, layout="shared"),
     "shared, small": lambda s: pack(s, max_tokens=30, layout="shared"),
     "masked": lambda s: pack(s, max_tokens=200, layout="masked"),
+    "dense mask": lambda s: pack(s, max_tokens=60, layout="shared"),
     "packed": lambda s: pack(s, max_tokens=10_000, layout="packed"),
     "two ranks": lambda s: [b for rank in deal(pack(s, max_tokens=60), 2) for b in rank],
     "another order": lambda s: pack(s[::-1], max_tokens=60),
@@ -144,10 +145,13 @@ def test_every_layout_gives_the_same_gradients(family):
     adapters = Adapters(random_model(name, **more), [PolicySpec("a", adapter=TARGETS), PolicySpec("b", adapter=TARGETS)], seed=0)
     disturb(adapters)
     samples = crowd()
+    base = adapters.model.get_base_model()
     with adapters.active("a") as model:
-        assert choose_layout(model, "shared") == "shared"
+        base.set_attn_implementation("eager")  # another attention, which also caps scores as Gemma 2 wants it
         expected, loss = one_by_one(model, samples)
         loss.backward()
+        base.set_attn_implementation("sdpa")
+        assert choose_layout(model, "shared") == "shared" and way_of(model) == "branches"
     truth = torch.cat([p.grad.flatten() for p in adapters.parameters("a").values()])
     assert truth.norm() > 1e-2
     for checkpointing in (False, True):
@@ -155,9 +159,10 @@ def test_every_layout_gives_the_same_gradients(family):
             adapters.checkpoint_activations()
             adapters.model.train()
         for kind, layout in LAYOUTS.items():
-            if (checkpointing or family != "llama") and kind not in ("left", "padded", "shared", "shared, small"):
+            if (checkpointing or family != "llama") and kind not in ("left", "padded", "shared", "shared, small", "dense mask"):
                 continue
-            found, grad = gradients(adapters, layout(samples))
+            with forced(adapters.model, "mask" if kind in ("masked", "dense mask") else "branches"):
+                found, grad = gradients(adapters, layout(samples))
             assert found.keys() == expected.keys(), kind
             for key, values in expected.items():
                 assert found[key] == pytest.approx(values, abs=1e-4), (kind, key)
@@ -206,13 +211,48 @@ def test_a_shared_row_computes_every_token_once_and_the_terms_stay():
     assert batch.turns == (("0", 0), ("1", 0), ("2", 0), ("3", 0))
     (padded,) = pack(samples, max_tokens=100, layout="padded")
     assert padded.input_ids.shape == (4, 12) and padded.reach is None and padded.attention_mask.all()
-    assert pack(samples, max_tokens=100, layout="auto")[0].input_ids.shape == (1, 18)
+    assert pack(samples, max_tokens=100, layout="masked")[0].input_ids.shape == (1, 18)
+    (packed,) = pack(samples, max_tokens=100, layout="packed")
+    assert packed.input_ids.shape == (1, 48) and packed.position_ids.tolist() == [list(range(12)) * 4]
+    assert packed.reach.tolist() == [[12 * (1 + i // 12) for i in range(48)]]
 
 
-def test_auto_does_not_share_where_the_prefix_is_too_short_to_pay():
+def test_a_dense_mask_does_not_share_where_the_prefix_is_too_short_to_pay():
     samples = [sample([2, *[(g * 7 + i) % 30 + 3 for i in range(300)]], [300], episode=str(g)) for g in range(4)]
-    assert all(b.reach is None for b in pack(samples, max_tokens=5000))
-    assert any(b.reach is not None for b in pack(samples, max_tokens=5000, layout="shared"))
+    assert all(b.reach is None for b in pack(samples, max_tokens=5000, layout="masked"))
+    assert any(b.reach is not None for b in pack(samples, max_tokens=5000))
+
+
+def grown(*lengths: tuple[int, int, int]) -> list[Sample]:
+    """Of each (word, prompt, replies): a prompt of `prompt` tokens that begin with `word`, and as many replies of 10 tokens."""
+    return [
+        sample([word] * prompt + [g + 3] * 10, list(range(prompt, prompt + 10)), episode=f"{word}.{g}")
+        for word, prompt, replies in lengths
+        for g in range(replies)
+    ]
+
+
+def test_trees_that_are_too_large_are_cut_where_they_share_least():
+    system = [2] * 5
+    tasks = [
+        sample(system + [10 + t] * 40 + [20 + g] * 11, list(range(45, 56)), episode=f"{t}.{g}") for t in range(4) for g in range(4)
+    ]
+    rows = pack(tasks, max_tokens=190)  # a task is 5 + 40 + 4 x 10 tokens
+    assert [r.input_ids.shape[1] for r in rows] == [165, 165], "two tasks a row, the system prompt twice"
+    assert sorted({t[0][0] for t in row.turns} for row in rows) == [{"0", "1"}, {"2", "3"}]
+
+
+def test_small_trees_fill_rows_and_every_rank_gets_some():
+    samples = grown((10, 50, 3), (11, 30, 3), (12, 20, 3), (13, 9, 3))  # 77, 57, 47 and 36 tokens
+    assert [b.input_ids.shape[1] for b in pack(samples, max_tokens=120)] == [113, 104]
+    assert [b.input_ids.shape[1] for b in pack(samples, max_tokens=1000)] == [217]
+    assert [b.input_ids.shape[1] for b in pack(samples, max_tokens=1000, parts=2)] == [77, 104, 36]
+    one = grown((10, 20, 8))
+    assert [b.input_ids.shape[1] for b in pack(one, max_tokens=1000)] == [92]
+    assert [b.input_ids.shape[1] for b in pack(one, max_tokens=1000, parts=2)] == [56, 56], (
+        "the prompt twice, in place of an idle rank"
+    )
+    assert len(pack(grown((10, 500, 2)), max_tokens=1000, parts=2)) == 1, "nearly all of it is common"
 
 
 def test_policies_never_share_a_batch_even_with_equal_tokens():
@@ -252,15 +292,17 @@ def test_backward_outside_the_adapter_is_refused():
 
 def test_sharing_is_refused_where_it_is_not_exact(caplog):
     dropping = Adapters(random_model(), [PolicySpec("a", adapter=dataclasses.replace(TARGETS, dropout=0.1))], seed=0)
-    assert choose_layout(dropping.model, "auto") == "padded" and "dropout is on" in caplog.text
+    assert choose_layout(dropping.model, "auto") == "packed" and "dropout is on" in caplog.text
     with pytest.raises(SettingError, match="layout: shared rows cannot be used"):
         choose_layout(dropping.model, "shared")
     blind = random_model()
     run = blind.model.forward
-    blind.model.forward = lambda **inputs: run(**(inputs | {"attention_mask": None}))  # attention that ignores masks
-    assert choose_layout(blind, "auto") == "padded" and "does not follow a 4-D mask" in caplog.text
+    blind.model.forward = lambda tree=None, **inputs: run(  # attention that ignores masks and positions
+        **(inputs | {"attention_mask": None, "position_ids": torch.arange(inputs["input_ids"].shape[1])[None]})
+    )
+    assert choose_layout(blind, "auto") == "padded" and "mask: attention of LlamaForCausalLM does not follow it" in caplog.text
     for dtype in (torch.float32, torch.bfloat16):
-        assert choose_layout(random_model().to(dtype), "auto") == "auto"
+        assert choose_layout(random_model().to(dtype), "auto") == "shared"
 
 
 def test_heads_of_other_shapes_are_found_and_go_through_the_model(caplog):
