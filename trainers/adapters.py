@@ -186,6 +186,12 @@ class Adapters:
                 module.attention_dropout = 0.0
         self.model.train()
 
+    @property
+    def recomputes(self) -> bool:
+        """Are activations computed again in the backward pass?"""
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return bool(getattr(base, "is_gradient_checkpointing", False))
+
     def save(self, name: str, folder: str | Path) -> Path:
         """Write a plain PEFT folder that peft and vLLM load. The hash of the base goes into the file's metadata."""
         folder = Path(folder)

@@ -72,7 +72,10 @@ class RunConfig(EngineConfig):
     tokens_per_batch: int = help_of("computed tokens of one forward pass", 8192)
     shard_base: bool = help_of("split the base's layers over the ranks (FSDP2): for a base that does not fit one device", False)
     layout: str = help_of("how batches are laid out: auto, shared (prefix trees), packed or padded", "auto")
-    gradient_checkpointing: bool = help_of("recompute activations in the backward pass: less memory, a third more time", False)
+    gradient_checkpointing: str = help_of(
+        "recompute activations in the backward pass (less memory, a third more time): auto (where memory would not do without), true or false",
+        "auto",
+    )
     dtype: str = help_of("of the base in the trainer: auto (the model's own), float32 or bfloat16; adapters are float32", "auto")
     # what is kept and checked
     save_every: int = help_of("steps between checkpoints; the last step is always saved", 10)
@@ -91,6 +94,8 @@ class RunConfig(EngineConfig):
     def __post_init__(self) -> None:
         for name in ("system", "agents", "policies", "task_args", "engine_args"):
             setattr(self, name, parsed_mapping(name, getattr(self, name)))
+        if isinstance(self.gradient_checkpointing, bool):  # YAML's true is no text
+            self.gradient_checkpointing = str(self.gradient_checkpointing).lower()
         hints = get_type_hints(type(self))  # not `field.type`: parsers write to it
         for f in fields(self):
             check_type(f.name, hints[f.name], getattr(self, f.name))
@@ -110,6 +115,7 @@ class RunConfig(EngineConfig):
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16")),
             ("lr_scheduler_type", ("constant", "linear", "cosine")),
+            ("gradient_checkpointing", ("auto", "true", "false")),
             ("layout", ("auto", "shared", "packed", "padded")),
         ):
             if getattr(self, name) not in allowed:

@@ -3,13 +3,16 @@ What a trainer will need of its device's memory, before any weight is loaded.
 
 Parameters are counted, activations are measured: the model's decoder with its adapters runs on torch's meta device, where tensors
 have shapes and no data, and what autograd would keep for the backward pass is added up. Attention there keeps its score matrix,
-which the kernels used in training do not, so two lengths are measured and the part that grows with the square is left out.
+which the kernels used in training do not, so two lengths are measured and the part that grows with the square is left out. Prefix
+trees computed by branches keep the keys and values of a prefix once per branch that sees them, which is added.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ GIB = 2**30
 HEAD_CHUNK = 1024  # positions whose logits exist at the same time, see `logprobs.token_logprobs`
 CONTEXT = 1.5 * GIB  # CUDA's own, its libraries' workspaces, and the allocator's gaps
 LARGEST_SHARE, SMALLEST_SHARE = 0.9, 0.1
+KEYS_PER_TOKEN = 4.0  # of a row of trees: how often its keys are kept, where the episodes are not known yet
+CPU_SHARE = 0.5  # of a machine's memory, for the trainers on its CPU
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,16 @@ def reaches(spec: PolicySpec, module: str) -> bool:
     return any(module == target or module.endswith(f".{target}") for target in spec.adapter.targets)
 
 
-def estimate(model: str, specs: Iterable[PolicySpec], config: RunConfig, dtype: torch.dtype, ranks: int = 1) -> Memory:
+def estimate(
+    model: str, specs: Iterable[PolicySpec], config: RunConfig, dtype: torch.dtype, ranks: int = 1, *, recompute: bool = False,
+    keys_per_token: float | None = None,
+) -> Memory:  # fmt: skip
     """Memory of one rank's trainer for the base in folder `model` and these policies. Raises `SettingError` if it is no causal language model.
 
-    `ranks`: how many share the base's layers (`shard_base`); of these, two are whole at a time: the one at work and the next.
+    Args:
+        ranks: how many share the base's layers (`shard_base`); of these, two are whole at a time: the one at work and the next.
+        recompute: activations are computed again in the backward pass.
+        keys_per_token: keys that attention gathers, by token of a row; None: what `config.layout` is likely to need.
     """
     specs = [spec for spec in specs if spec.has_adapter]
     made = _on_meta(model, dtype)
@@ -67,15 +78,23 @@ def estimate(model: str, specs: Iterable[PolicySpec], config: RunConfig, dtype: 
     layers, width, rows = text.num_hidden_layers, dtype.itemsize, config.tokens_per_batch
     largest = max(specs, key=lambda spec: sum(reaches(spec, name) for name in linears) * spec.adapter.r, default=None)
     per_token = _kept_per_token(made, largest, [n for n in linears if largest and reaches(largest, n)], dtype) if largest else 0.0
-    if config.gradient_checkpointing:  # the inputs of all layers, and all of one layer
-        per_token = text.hidden_size * width * layers + per_token / layers
+    if keys_per_token is None:
+        keys_per_token = KEYS_PER_TOKEN if config.layout in ("auto", "shared") else 1.0
+    key_width = getattr(text, "num_key_value_heads", text.num_attention_heads) * _head_size(text) * width
+    per_token += 2 * layers * key_width * (keys_per_token - 1) * bool(largest)
+    if recompute:  # the inputs of all layers and of the last norm, and all of one layer
+        per_token = text.hidden_size * width * (layers + 1) + per_token / layers
     return Memory(
         parameters, adapters,
         weights=width * (parameters if ranks == 1 else parameters - inside + inside / ranks + 2 * inside / layers),
         adapters=adapters * 16,  # float32 weights, gradients and AdamW's two moments
-        activations=per_token * rows + rows * rows * width * (config.layout != "padded"),  # shared rows need a mask
+        activations=per_token * rows,
         head=4 * 4 * min(HEAD_CHUNK, rows) * vocabulary,  # logits, log-softmax, probabilities and a gradient, float32
     )  # fmt: skip
+
+
+def _head_size(text: Any) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _on_meta(model: str, dtype: torch.dtype) -> Any:
@@ -151,6 +170,53 @@ def server_share(needs: Sequence[Memory], device_bytes: float, say: Callable[[st
     return share
 
 
+def recomputes(
+    config: RunConfig, bases: Mapping[str, Sequence[PolicySpec]], device: torch.device, dtype: Callable[[str], torch.dtype],
+    say: Callable[[str], None], ranks: int = 1,
+) -> bool:  # fmt: skip
+    """Are activations computed again in the backward pass? `gradient_checkpointing: auto` does so only where memory would not do without.
+
+    Arguments as for `placed`. The answer depends on settings, models and the machine's size: every rank finds the same.
+    """
+    if config.gradient_checkpointing != "auto":
+        return config.gradient_checkpointing == "true"
+    needs = [estimate(path, specs, config, dtype(path), ranks) for path, specs in bases.items()]
+    room = trainer_room(config, needs, device)
+    need = sum(n.total for n in needs)
+    if need <= room:
+        return False
+    say(f"memory: the trainer would need about {need / GIB:.1f} GiB and has {room / GIB:.1f}: gradient checkpointing is on")
+    return True
+
+
+def trainer_room(config: RunConfig, needs: Sequence[Memory], device: torch.device) -> float:
+    """Bytes that the trainers of these bases may plan with: on a GPU what servers of ours on it do not take, less CUDA's own and an error of
+    the estimate; on a CPU half of the machine's memory, divided by the processes on it."""
+    if device.type != "cuda":
+        return CPU_SHARE * machine_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    total = torch.cuda.get_device_properties(device).total_memory
+    served = config.server_memory * len(needs)
+    if _shares_gpu(config) and not config.server_memory:  # the least that `server_share` grants
+        served = len(needs) * (max(need.weights for need in needs) / total + SMALLEST_SHARE)
+    elif not _shares_gpu(config):
+        served = 0.0
+    return (total * (1 - served) - CONTEXT) / 1.5
+
+
+def machine_bytes() -> float:
+    """Memory of this machine, or of the container we are in."""
+    found = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return found
+    return min(found, float(limit)) if limit.isdigit() else found
+
+
+def _shares_gpu(config: RunConfig) -> bool:
+    return choose_engine(config)[0] == "vllm" and not (config.server_urls or config.endpoints or config.server_devices)
+
+
 def placed(
     config: RunConfig, bases: Mapping[str, Sequence[PolicySpec]], device: torch.device, dtype: Callable[[str], torch.dtype],
     say: Callable[[str], None], ranks: int = 1,
@@ -160,8 +226,8 @@ def placed(
     Args:
         bases: the policies of every base, by the folder it lies in. dtype: of a base in the trainer. ranks: see `estimate`.
     """
-    ours = choose_engine(config)[0] == "vllm" and not (config.server_urls or config.endpoints)
-    if device.type != "cuda" or not ours or config.server_memory or config.server_devices:
+    if device.type != "cuda" or config.server_memory or not _shares_gpu(config):
         return config
-    needs = [estimate(path, specs, config, dtype(path), ranks) for path, specs in bases.items()]
+    recompute = recomputes(config, bases, device, dtype, say, ranks)
+    needs = [estimate(path, specs, config, dtype(path), ranks, recompute=recompute) for path, specs in bases.items()]
     return replace(config, server_memory=server_share(needs, torch.cuda.get_device_properties(device).total_memory, say))

@@ -15,7 +15,7 @@ from ..rollouts.engines.vllm_args import CPU_CACHE_GIB
 from ..rollouts.tokens import ChatTokens, load_tokenizer
 from .bases import dtype_of, group_by_base, versions
 from .config import RunConfig
-from .memory import GIB, Memory, estimate, server_share
+from .memory import GIB, Memory, estimate, recomputes, server_share
 from .models import local_model
 from .run import Run
 from .shard import wanted
@@ -154,12 +154,21 @@ def print_plan(run: Run) -> None:
     print(f"engine       {kind} ({why})")
     print(f"devices      {torch.cuda.device_count()} GPUs, {torch.get_num_threads()} CPU threads")
     node, needs = here(), {}
-    for base, specs in group_by_base(run.policies, config.model).items():
-        path = local_model(base)
+    bases = group_by_base(run.policies, config.model)
+    on = {local_model(base): specs for base, specs in bases.items()}
+    for path in on:
         load_tokenizer(path)  # first: it tells best what is wrong with a folder
-        ranks = node.world if wanted(config.shard_base) else 1
-        needs[base] = estimate(path, specs, config, dtype_of(path, config.dtype, device), ranks)
+    ranks = node.world if wanted(config.shard_base) else 1
+
+    def dtype(path: str) -> torch.dtype:
+        return dtype_of(path, config.dtype, device)
+
+    recompute = recomputes(config, on, device, dtype, lambda text: None, ranks)
+    for base, specs in bases.items():
+        path = local_model(base)
+        needs[base] = estimate(path, specs, config, dtype(path), ranks, recompute=recompute)
         print_memory(base, needs[base])
+    print(f"             gradient checkpointing {'on' if recompute else 'off'} ({config.gradient_checkpointing})")
     print("\n".join(placement(config, needs, node)))
     print("versions     " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     call = first_call(run)

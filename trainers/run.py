@@ -34,11 +34,13 @@ from ..rollouts.tasks import load_tasks
 from ..rollouts.types import Episode
 from . import checkpoint as ckpt
 from . import records, shard
-from .bases import group_by_base, load_base
+from .bases import dtype_of, group_by_base, load_base
 from .config import RunConfig
 from .config import RunError as RunError
 from .heads import Head, HeadLoss, HeadSpec, Targets
 from .learned import Learned
+from .memory import recomputes
+from .models import local_model
 from .monitor import Monitor
 from .progress import Progress
 from .ranks import Ranks
@@ -149,8 +151,12 @@ class Run:
     def _load(self) -> None:
         found = group_by_base(self.policies, self.config.model)
         among = self.ranks if shard.wanted(self.config.shard_base) else None
+        config, device = self.config, self.ranks.device
+        on = {local_model(name): specs for name, specs in found.items()}
+        size = 1 if among is None else among.size
+        recompute = recomputes(config, on, device, lambda path: dtype_of(path, config.dtype, device), self.progress.say, size)
         self.bases = {
-            name: load_base(name, specs, self.config, self.ranks.device, self.heads, among) for name, specs in found.items()
+            name: load_base(name, specs, config, device, self.heads, among, recompute) for name, specs in found.items()
         }
         if among is not None:
             self.progress.say(f"shard_base: the base's layers are split over {self.ranks.size} ranks")

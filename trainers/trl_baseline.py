@@ -74,7 +74,7 @@ def _learn(run: Run, base: Base, policy: str, step: int, lesson: Lesson, make: M
             "output_dir": str(folder / "trl"), "learning_rate": rate, "lr_scheduler_type": "constant", "optim": "adamw_torch",
             "weight_decay": run.config.weight_decay, "max_grad_norm": run.config.max_grad_norm, "max_length": None,
             "seed": derive_seed(run.config.seed, "trl", policy, step) % 2**31, "use_cpu": run.ranks.device.type == "cpu",
-            "gradient_checkpointing": run.config.gradient_checkpointing, "bf16": False, "report_to": "none",
+            "gradient_checkpointing": base.adapters.recomputes, "bf16": False, "report_to": "none",
             "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "dataloader_pin_memory": False,
         }  # fmt: skip
         trainer = make(model, base.tokens.tokenizer, lesson.rows, shared)

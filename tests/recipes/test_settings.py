@@ -158,7 +158,7 @@ def test_mappings_may_be_json(tmp_path: Path) -> None:
         ("agents: solver", [], "agents: expected a mapping (YAML, JSON or --agents.KEY), got 'solver'"),
         ("loss_type: gppo", [], "loss_type: expected one of grpo, bnpo, dapo, dr_grpo, luspo, cispo, got 'gppo'"),
         ("credit: grop", [], "credit 'grop': no such rule; did you mean 'grpo'?"),
-        ("layout: tree", [], "layout: expected one of auto, padded, shared, got 'tree'"),
+        ("layout: tree", [], "layout: expected one of auto, shared, packed, padded, got 'tree'"),
         ("lora_r: 0", [], "lora_r: expected at least 1, got 0"),
         ("reward_timeout: 0.0", [], "reward_timeout: expected seconds above 0, got 0.0"),
         ("num_generations: 1", [], "num_generations: credit 'grpo' compares episodes of one task, so at least 2; got 1"),

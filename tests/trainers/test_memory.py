@@ -14,8 +14,12 @@ from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
 from marlora.rollouts.engines import start
 from marlora.trainers import memory
 from marlora.trainers.adapters import Adapters
+from marlora.trainers.batches import Batch, pack
 from marlora.trainers.config import RunConfig
-from marlora.trainers.memory import GIB, Memory, estimate, placed, server_share
+from marlora.trainers.layouts import choose_layout
+from marlora.trainers.logprobs import last_hidden
+from marlora.trainers.memory import GIB, Memory, estimate, placed, recomputes, server_share, trainer_room
+from marlora.trainers.samples import Sample
 from marlora.trainers.tiny import tiny_random_model
 
 SHAPE = dict(
@@ -31,10 +35,24 @@ def folder_of(config: Any, folder: Path) -> Path:
     return made
 
 
-def kept_by(config: Any, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps of one row of a real model on the CPU, its adapter `a` active."""
+def replies(prompt: int, own: int, count: int) -> list[Sample]:
+    """So many sequences with a prompt in common; own tokens differ from the first on, and the last one is trained."""
+    made = []
+    for g in range(count):
+        ids = (*(i % 400 for i in range(prompt)), *((g + i + 1) % 400 for i in range(own)))
+        mask = (0,) * (len(ids) - 1) + (1,)
+        zeros = (0.0,) * len(ids)
+        made.append(Sample("a", str(g), ids, mask, zeros, zeros, (1.0,) * len(ids), tuple(m - 1 for m in mask)))
+    return made
+
+
+def kept_by(config: Any, batch: Batch, dtype: torch.dtype, recompute: bool = False) -> int:
+    """Bytes that autograd keeps of a batch's rows in a real model on the CPU, its adapter `a` active."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     adapters = Adapters(model, SPECS, seed=0)
+    assert choose_layout(adapters.model) == "shared"
+    if recompute:
+        adapters.checkpoint_activations()
     own = {t.untyped_storage()._cdata for t in (*adapters.model.parameters(), *adapters.model.buffers())}
     found: dict[int, torch.UntypedStorage] = {}
 
@@ -44,8 +62,7 @@ def kept_by(config: Any, tokens: int, dtype: torch.dtype) -> int:
         return tensor
 
     with adapters.active("a"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        ids = torch.zeros((1, tokens), dtype=torch.long)
-        adapters.model.get_base_model().get_decoder()(input_ids=ids, position_ids=torch.arange(tokens)[None], use_cache=False)
+        last_hidden(adapters.model, batch, batch.row, batch.column)
     return sum(storage.nbytes() for storage in found.values())
 
 
@@ -53,9 +70,31 @@ def kept_by(config: Any, tokens: int, dtype: torch.dtype) -> int:
 @pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
 def test_activations_are_those_of_a_real_backward_within_15_percent(tmp_path: Path, kind: Any, dtype: torch.dtype) -> None:
     config = kind(**SHAPE, head_dim=16)
+    (batch,) = pack([replies(513, 0, 1)[0]], max_tokens=512, layout="padded")
     settings = RunConfig(tokens_per_batch=512, layout="padded")
     found = estimate(str(folder_of(config, tmp_path)), SPECS, settings, dtype)
-    assert found.activations == pytest.approx(kept_by(config, 512, dtype), rel=0.15)
+    assert found.activations == pytest.approx(kept_by(config, batch, dtype), rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prompt, own, count", [(384, 48, 8), (90, 8, 32), (0, 100, 5)])
+def test_trees_keep_a_prefix_for_every_branch(tmp_path: Path, prompt: int, own: int, count: int, dtype: torch.dtype) -> None:
+    config = LlamaConfig(**SHAPE, head_dim=16)
+    (batch,) = pack(replies(prompt, own, count), max_tokens=10_000)
+    tokens = batch.input_ids.numel()
+    settings = RunConfig(tokens_per_batch=tokens)
+    found = estimate(str(folder_of(config, tmp_path)), SPECS, settings, dtype, keys_per_token=len(batch.tree.keys.index) / tokens)
+    assert found.activations == pytest.approx(kept_by(config, batch, dtype), rel=0.15)
+
+
+def test_recomputing_keeps_the_inputs_of_layers(tmp_path: Path) -> None:
+    """What autograd holds between the passes: the estimate adds one layer, which the backward pass has at a time."""
+    config = LlamaConfig(**SHAPE, head_dim=16)
+    (batch,) = pack(replies(384, 48, 8), max_tokens=10_000)
+    tokens = batch.input_ids.numel()
+    settings, path = RunConfig(tokens_per_batch=tokens), str(folder_of(config, tmp_path))
+    plain, lean = (estimate(path, SPECS, settings, torch.float32, recompute=r, keys_per_token=1).activations for r in (False, True))
+    assert lean - plain / 3 == pytest.approx(kept_by(config, batch, torch.float32, recompute=True), rel=0.15)
 
 
 def test_parameters_are_counted(tmp_path: Path) -> None:
@@ -72,8 +111,8 @@ def test_parameters_are_counted(tmp_path: Path) -> None:
 def test_checkpointing_keeps_one_input_per_layer_and_one_layer(tmp_path: Path) -> None:
     path = str(folder_of(LlamaConfig(**SHAPE), tmp_path))
     plain = estimate(path, SPECS, RunConfig(tokens_per_batch=100, layout="padded"), torch.float32)
-    lean = estimate(path, SPECS, RunConfig(tokens_per_batch=100, layout="padded", gradient_checkpointing=True), torch.float32)
-    assert lean.activations == pytest.approx(100 * 3 * 64 * 4 + plain.activations / 3)
+    lean = estimate(path, SPECS, RunConfig(tokens_per_batch=100, layout="padded"), torch.float32, recompute=True)
+    assert lean.activations == pytest.approx(100 * 4 * 64 * 4 + plain.activations / 3)
 
 
 def need(gib: float) -> Memory:
@@ -95,7 +134,7 @@ def test_only_a_shared_gpu_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
         total_memory = 80 * GIB
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
-    monkeypatch.setattr(memory, "estimate", lambda path, specs, config, dtype, ranks: need(10))
+    monkeypatch.setattr(memory, "estimate", lambda path, specs, config, dtype, ranks=1, recompute=False: need(10))
     monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: name)
 
     def memory_of(device: str, **settings: Any) -> float:
@@ -106,3 +145,40 @@ def test_only_a_shared_gpu_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory_of("cuda", server_memory=0.3) == 0.3
     assert memory_of("cpu") == memory_of("cuda", engine="transformers") == memory_of("cuda", server_devices="1") == 0
     assert memory_of("cuda", server_urls=["http://host/v1"]) == 0
+
+
+def test_checkpointing_is_on_only_where_the_trainer_would_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, said = str(folder_of(LlamaConfig(**SHAPE), tmp_path)), []
+
+    def chosen(setting: Any, gib: float, device: str = "cpu") -> bool:
+        monkeypatch.setattr(memory, "trainer_room", lambda config, needs, device: gib * GIB)
+        config = RunConfig(gradient_checkpointing=setting)
+        return recomputes(config, {path: SPECS}, torch.device(device), lambda path: torch.float32, said.append)
+
+    need = estimate(path, SPECS, RunConfig(), torch.float32).total / GIB
+    assert [chosen("auto", need + 0.01), chosen("auto", need - 0.01)] == [False, True]
+    assert said == [f"memory: the trainer would need about {need:.1f} GiB and has {need - 0.01:.1f}: gradient checkpointing is on"]
+    assert [chosen(True, 100), chosen("true", 100), chosen(False, 0), chosen("false", 0)] == [True, True, False, False]
+    with pytest.raises(SettingError, match="gradient_checkpointing: expected one of auto, true, false, got 'yes'"):
+        RunConfig(gradient_checkpointing="yes")
+
+
+def test_the_room_is_what_servers_and_other_processes_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Card:
+        total_memory = 80 * GIB
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: name)
+
+    def room(device: str, **settings: Any) -> float:
+        return trainer_room(RunConfig(**settings), [need(8)], torch.device(device)) / GIB
+
+    assert room("cuda", engine="transformers") == room("cuda", server_devices="1") == pytest.approx((80 - 1.5) / 1.5)
+    assert room("cuda", server_memory=0.5) == pytest.approx((40 - 1.5) / 1.5)
+    assert room("cuda") == pytest.approx((80 - 8 - 8 - 1.5) / 1.5), "the server needs its weights and a tenth of the GPU"
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 16 * GIB)
+    assert room("cpu") == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert room("cpu") == 2
+    monkeypatch.undo()
+    assert GIB / 4 < memory.machine_bytes() < 2**50
