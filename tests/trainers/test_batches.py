@@ -1,6 +1,7 @@
 """The oracle: every layout, padding, micro-batch size and deal gives the gradients of one unpadded sequence at a time."""
 
 import dataclasses
+import functools
 import math
 import random
 
@@ -196,6 +197,33 @@ def test_a_tree_holds_every_sample_whatever_they_share(pairs, budget):
         for i, (prompt, reply) in enumerate(pairs):
             whole = prompt + reply
             assert seen[str(i)] == [(tuple(whole[:j]), whole[j]) for j in range(len(prompt), len(whole))]
+
+
+@functools.cache
+def small_team() -> Adapters:
+    adapters = Adapters(random_model(), [PolicySpec("a", adapter=TARGETS)], seed=0)
+    disturb(adapters)
+    return adapters
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=6), st.integers(8, 60), st.sampled_from([1, 2, 3]))
+def test_gradients_are_those_of_separate_rows_whatever_they_share(pairs, budget, ranks):
+    """The same trees through a model: by branches and by a dense mask, in one go or many, on one rank or several."""
+    samples = [
+        sample(prompt + reply, list(range(len(prompt), len(prompt) + len(reply))), episode=str(i))
+        for i, (prompt, reply) in enumerate(pairs)
+    ]
+    adapters = small_team()
+    expected, truth = gradients(adapters, [single(s) for s in samples])
+    for way, layout in (("branches", "shared"), ("branches", "packed"), ("mask", "shared"), ("mask", "masked")):
+        dealt = deal(pack(samples, max_tokens=budget, layout=layout, parts=ranks), ranks)
+        with forced(adapters.model, way):
+            parts = [gradients(adapters, batches) for batches in dealt if batches]
+        found = {key: value for part, _ in parts for key, value in part.items()}
+        assert found.keys() == expected.keys()
+        assert all(found[key] == pytest.approx(values, abs=1e-4) for key, values in expected.items())
+        assert (sum(grad for _, grad in parts) - truth).norm() <= 1e-5 * truth.norm(), (way, layout)
 
 
 def test_a_shared_row_computes_every_token_once_and_the_terms_stay():
