@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -38,9 +39,12 @@ def talk(ranks: Ranks) -> dict[str, Any]:
 
 
 def learn(folder: Path, model: Path, **settings: Any) -> dict[str, Any]:
-    """Three steps. In the second all turns of an agent fit one batch, so that one rank has none of them."""
+    """Three steps. In the second all turns of an agent are packed as for one rank into one batch, so that the other has none of them."""
     made = trainer(folder, model, **settings)
     run, real, batches = made.run.open(), update.deal, []
+
+    def whole(pack: Any, samples: Any, **how: Any) -> Any:
+        return pack(samples, **(how | {"parts": 1}))
 
     def counted(*args: Any) -> Any:
         dealt = real(*args)
@@ -48,7 +52,9 @@ def learn(folder: Path, model: Path, **settings: Any) -> dict[str, Any]:
         return dealt
 
     update.deal = counted
+    pack = update.pack
     for step in run.steps():
+        update.pack = functools.partial(whole, pack) if step == 2 else pack
         made.args.tokens_per_batch = 8192 if step == 2 else 24
         episodes = run.collect(step)
         run.finish(step, episodes, made.learn(step, episodes))

@@ -28,7 +28,8 @@ import torch
 from ...agents.types import PolicySpec
 from ..adapters import Adapters
 from ..batches import Batch, pack
-from ..logprobs import choose_layout, token_logprobs
+from ..layouts import choose_layout
+from ..logprobs import token_logprobs
 from ..losses import LossConfig, policy_loss
 from ..samples import Sample, denominators
 from ..tiny import one_thread, tiny_tokenizer
