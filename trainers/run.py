@@ -155,9 +155,7 @@ class Run:
         on = {local_model(name): specs for name, specs in found.items()}
         size = 1 if among is None else among.size
         recompute = recomputes(config, on, device, lambda path: dtype_of(path, config.dtype, device), self.progress.say, size)
-        self.bases = {
-            name: load_base(name, specs, config, device, self.heads, among, recompute) for name, specs in found.items()
-        }
+        self.bases = {name: load_base(name, specs, config, device, self.heads, among, recompute) for name, specs in found.items()}
         if among is not None:
             self.progress.say(f"shard_base: the base's layers are split over {self.ranks.size} ranks")
         self.before = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
