@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import json
 import random
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from .vllm_wire import Transient
 
 T = TypeVar("T")
 
+ANSWERS = 4096  # completions whose ids are remembered
 GROWTH = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:request_success_total")
 
 
@@ -77,6 +78,7 @@ class Replica:
         self.alone = True
         self._dead = ""  # why the watch gave it up
         self._finished = 0
+        self._answered: OrderedDict[str, None] = OrderedDict()  # ids of completions that were read
         self._jitter = random.Random()  # not the global one: retries must not move anybody's seeds
         self._loop: asyncio.AbstractEventLoop | None = None
         self._session: aiohttp.ClientSession
@@ -99,7 +101,7 @@ class Replica:
                 await asyncio.sleep(pause * self._jitter.uniform(0.5, 1.5))
             try:
                 await self._revive()
-                reply = read(await self._watched(self._once(method, path, body, self.patience.request)))
+                reply = await self._watched(self._once(method, path, body, self.patience.request, read))
                 self._finished += 1
                 return reply
             except Transient as error:
@@ -109,14 +111,28 @@ class Replica:
         kind = EngineError if self.alone else ReplicaLost
         raise kind(f"{self}: {method} {path} failed {attempt + 1} times, last: {failure}{self._tail()}")
 
-    async def _once(self, method: str, path: str, body: Any, seconds: float) -> Any:
+    async def _once(
+        self, method: str, path: str, body: Any, seconds: float, read: Callable[[Any], Any] = lambda reply: reply
+    ) -> Any:
+        """One try. The connection of a reply that is not believed is closed: what comes on it next may belong to another request."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         timeout = aiohttp.ClientTimeout(total=seconds)
         try:
             async with self._session.request(method, self.url + path, json=body, headers=headers, timeout=timeout) as response:
-                status, raw = response.status, await response.read()
+                try:
+                    return read(self._reply(method, path, response.status, await response.read()))
+                except BaseException:
+                    response.close()
+                    raise
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Transient(f"{type(error).__name__}: {error or f'no answer for {seconds:.0f} s'}") from error
+
+    def _reply(self, method: str, path: str, status: int, raw: bytes) -> Any:
+        """What a reply says. Raises `Transient` or `Refused`.
+
+        A completion that comes a second time is refused by its id: a server or proxy that sends one twice leaves it on the kept connection,
+        where it would answer the next request, and a sibling's request differs from it in nothing but the seed.
+        """
         if status == 429 or status >= 500:
             raise Transient(f"HTTP {status}: {message(raw)}")
         if status >= 400:
@@ -124,9 +140,17 @@ class Replica:
         if path == "/metrics" or path.endswith("_lora_adapter"):  # these answer in plain text
             return raw.decode("utf-8", "replace")
         try:
-            return json.loads(raw)
+            reply = json.loads(raw)
         except ValueError as error:
             raise Transient(f"the reply is no JSON: {raw[:80]!r}") from error
+        name = reply.get("id") if isinstance(reply, dict) else None
+        if name in self._answered:
+            raise Transient(f"reply {name!r} came a second time")
+        if name:
+            self._answered[name] = None
+            if len(self._answered) > ANSWERS:
+                self._answered.popitem(last=False)
+        return reply
 
     async def listed(self) -> dict[str, str]:
         """What the server says it has loaded: {version: folder}."""

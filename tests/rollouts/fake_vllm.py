@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 import threading
+import uuid
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,7 +54,8 @@ class FakeVLLM:
 
     Attributes:
         faults: what happens to the next completions, one each: a status (`"500"`), `reset`, `half`, `garbage`, `list`, `short`,
-            `long`, `nan`, `no logprobs`, `extra choice`, `twice`, `other model`, `other prompt`, `abort`, `slow`.
+            `long`, `nan`, `no logprobs`, `extra choice`, `twice`, `other model`, `other prompt`, `abort`, `slow`,
+            `again` (the reply a second time, later, on the kept connection), `stall` (no answer), `drip` (a byte at a time, for ever).
         dead: completions hang, while /health and /metrics go on answering. busy: they hang as long, but tokens are generated.
         requests: (path, key, body) of everything that came. loaded: adapters by name.
         key: if set, what must be sent as a bearer token. open_routes: answered without it.
@@ -151,6 +153,14 @@ class FakeVLLM:
             return error(int(fault), f"scripted {fault}")
         if fault == "slow":
             await asyncio.sleep(0.5)
+        if fault == "stall":
+            await asyncio.Event().wait()
+        if fault == "drip":
+            response = web.StreamResponse(headers={"Content-Length": "1000000", "Content-Type": "application/json"})
+            await response.prepare(request)
+            while True:
+                await response.write(b" ")
+                await asyncio.sleep(0.02)
         reply = self._reply(body)
         spoil(reply, fault)
         text = json.dumps(reply)
@@ -158,6 +168,13 @@ class FakeVLLM:
             assert request.transport is not None
             request.transport.abort()
             return web.Response()
+        if fault == "again":
+            transport, head = (
+                request.transport,
+                f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n",
+            )
+            assert transport is not None
+            self._loop.call_later(0.03, transport.write, (head + text).encode())
         if fault == "half":
             response = web.StreamResponse(headers={"Content-Length": str(len(text)), "Content-Type": "application/json"})
             await response.prepare(request)
@@ -184,7 +201,7 @@ class FakeVLLM:
                 }
             )
         self.tokens += sum(len(choice["token_ids"]) for choice in choices)
-        return {"model": body["model"], "choices": choices[::-1]}  # order is not promised
+        return {"id": f"cmpl-{uuid.uuid4().hex}", "model": body["model"], "choices": choices[::-1]}  # order is not promised
 
 
 def spoil(reply: dict[str, Any], fault: str) -> None:
