@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,18 @@ def cmd_collect(args: argparse.Namespace) -> None:
             known = store.ids()
             plan = [job for job in jobs(tasks, label=label, num_generations=args.num_generations) if job.id not in known]
             say(f"{len(plan)} episodes to play; {args.output} holds {len(known)}")
-            await play_all(team, plan, versions, greedy=False, what="collect", keep=store.append)
+            await play_all(team, plan, versions, greedy=False, what="collect", keep=partial(keep, store))
         print(f"{len(plan)} episodes appended to {args.output}")
 
     asyncio.run(with_team(args, work))
+
+
+def keep(store: Store, episode: Episode) -> None:
+    """Store an episode. Raises `RunError` where that fails; what was stored before is whole."""
+    try:
+        store.append(episode)
+    except OSError as error:
+        raise RunError(f"episode {episode.id} could not be stored in {store.folder}: {error}; earlier ones are whole") from error
 
 
 def shard(text: str) -> tuple[int, int]:

@@ -7,6 +7,7 @@ manifest and the loader walks back to the newest that holds, saying so. No pickl
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -53,6 +54,18 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append lines to a log: all or none of them. Raises `OSError` that names the file."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write(text)
+    except OSError as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.truncate(path, size)  # half a line must not stand before the next one
+        raise OSError(error.errno, f"{error.strerror}; earlier lines are whole", str(path)) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -112,6 +125,8 @@ def verify(folder: Path) -> None:
         hashes = json.loads(manifest.read_text())["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest}: no readable manifest ({type(error).__name__}); not a complete checkpoint") from error
+    if not isinstance(hashes, dict) or not hashes:
+        raise CheckpointError(f"{manifest}: lists no file with its hash; not a complete checkpoint")
     for name, expected in hashes.items():
         path = folder / name
         if not path.is_file():
@@ -141,6 +156,13 @@ def newest_valid(run: Path, say: Callable[[str], None], fits: Callable[[Path], N
             if not isinstance(error, CheckpointError):
                 misfit = misfit or error
             say(f"skipping {folder.name}: {error}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            unread = SettingError(
+                f"{folder}: whole, but not in the form that this version of marlora writes ({what}); resume with its own"
+            )
+            misfit = misfit or unread
+            say(f"skipping {folder.name}: {unread}")
     if misfit is not None:
         raise misfit
     return None

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .batches import Batch
+from .checkpoint import append_text
 from .losses import Stats
 from .samples import Denominators, Sample
 from .update import LossFn
@@ -59,8 +60,7 @@ class Learned:
     def write(self, path: Path, step: int) -> None:
         """Append the step's turns and forget them."""
         if self.rows:
-            with path.open("a") as file:
-                file.writelines(json.dumps({"step": step, **row}) + "\n" for row in self.rows.values())
+            append_text(path, "".join(json.dumps({"step": step, **row}) + "\n" for row in self.rows.values()))
         self.rows = {}
 
 

@@ -16,6 +16,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from ..rollouts.types import Episode
+from .checkpoint import append_text
 
 
 class Progress:
@@ -39,8 +40,11 @@ class Progress:
     def warn(self, text: str) -> None:
         self.console.print(f"warning: {text}", style="yellow", markup=False)
         if self._kept is not None:
-            with self._kept.open("a") as file:
-                file.write(" ".join(text.split()) + "\n")
+            try:
+                append_text(self._kept, " ".join(text.split()) + "\n")
+            except OSError as error:  # a warning that cannot be kept has been shown, and ends no run
+                self._kept = None
+                self.console.print(f"warnings are shown only, no longer kept: {error}", style="yellow", markup=False)
 
     def start(self, done: int, total: int) -> None:
         self._total = total

@@ -48,8 +48,8 @@ def check_tasks(train: Sequence[Task], held_out: Sequence[Task], config: RunConf
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(finite(to_json(row)), allow_nan=False) + "\n")
+    """One line of a log. See `checkpoint.append_text`."""
+    ckpt.append_text(path, json.dumps(finite(to_json(row)), allow_nan=False) + "\n")
 
 
 def finite(value: Any) -> Any:

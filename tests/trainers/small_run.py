@@ -1,8 +1,9 @@
 """A GRPO run so small that it can be killed twenty times: two agents on a random model, a few steps, one core.
 
-`python -m tests.trainers.small_run` reads one run per line as JSON from stdin, plays it in a forked child (so that the imports are
-paid once) and answers with the child's exit code; -9 is a SIGKILL. `fault` names a function; at its `at`-th call, before the call or
-after it, the child sends itself a signal, tears the line it is writing and dies, or finds the disk full.
+`python -m tests.trainers.small_run` reads one run per line as JSON from stdin (or, with `argv`, one `marlora` command), plays it in a
+forked child (so that the imports are paid once) and answers with the child's exit code; -9 is a SIGKILL. `fault` names a function; at
+its `at`-th call, before the call or after it, the child sends itself a signal, tears the line it is writing and dies, or finds the disk
+full.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import signal as signals
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from marlora.agents.types import Task
-from marlora.recipes import settings
+from marlora.recipes import cli, settings
 from marlora.rollouts.speakers import EngineSpeaker
 from marlora.rollouts.store import Store
 from marlora.rollouts.types import Episode
@@ -101,11 +102,21 @@ def set_fault(name: str, at: int, signal: str, after: bool) -> Callable[[], int]
 
 
 def play(
-    folder: str, model: str, fault: str = "", at: int = 0, signal: str = "SIGKILL", after: bool = False, **changes: Any
+    folder: str,
+    model: str,
+    fault: str = "",
+    at: int = 0,
+    signal: str = "SIGKILL",
+    after: bool = False,
+    argv: Sequence[str] = (),
+    **changes: Any,
 ) -> None:
     torch.set_num_threads(1)
     count = set_fault(fault, at, signal, after) if fault else lambda: 0
-    settings.run(lambda: trainer(folder, model, **changes).train())
+    if argv:
+        cli.main(argv)
+    else:
+        settings.run(lambda: trainer(folder, model, **changes).train())
     Path(f"{folder}.calls").write_text(str(count()))
 
 

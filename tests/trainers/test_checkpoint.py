@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,19 @@ def test_nothing_is_pickled() -> None:
     for path in modules("agents", "rollouts", "trainers", "recipes"):
         found = forbidden.search((ROOT / path).read_text())
         assert found is None, f"{path}: {found.group()}" if found else ""
+
+
+def test_lines_of_a_log_are_appended_whole_or_not_at_all(tmp_path: Path) -> None:
+    """On a disk that takes 40 bytes more, by the limit on a file's size; the error names the file."""
+    path = tmp_path / "metrics.jsonl"
+    ckpt.append_text(path, "x" * 59 + "\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"earlier lines are whole: .*metrics\.jsonl"):
+            ckpt.append_text(path, "y" * 99 + "\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "x" * 59 + "\n"
+    ckpt.append_text(path, "z\n")
+    assert path.read_text() == "x" * 59 + "\nz\n"

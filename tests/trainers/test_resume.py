@@ -171,7 +171,7 @@ def test_stored_episodes_give_the_same_update_without_the_engine(play, model: Pa
     assert weights(folder) == weights(undisturbed) and metrics(folder) == metrics(undisturbed)
 
 
-@pytest.mark.parametrize("signal", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("signal", ["SIGINT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGUSR1"))])
 def test_asked_to_stop_it_saves_the_last_finished_step(signal: str, play, model: Path, undisturbed: Path, tmp_path: Path) -> None:
     """While an episode of step 3 is stored. Only every tenth step is saved by itself, so the checkpoint is the signal's."""
     folder = tmp_path / "run"
@@ -211,6 +211,17 @@ def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(play, model: Pat
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
     verify(folder / "checkpoints/step-000002")
     assert play(folder, model, resume=True) == 0
+    assert_same(folder, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_logging(play, model: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The step was learnt and published, and its line cannot be written; it is done again."""
+    folder = tmp_path / "run"
+    assert play(folder, model, fault="metrics", at=2, signal="ENOSPC") == 1
+    errors = [line for line in log(folder).splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "No space left on device" in errors[0] and "Traceback" not in log(folder)
+    assert play(folder, model, resume=True) == 0, log(folder)
     assert_same(folder, undisturbed)
 
 
