@@ -5,8 +5,9 @@ adapter versions. A version is retired by the first publish that finds it neithe
 What is proven, per policy and replica:
 
 1. identity: the replica lists the version's name with our folder, and the file there holds the tensors that are being trained;
-2. weights: the same safetensors, served for a moment as a twin whose `lora_alpha` is amplified until tokens just trained move by about
-   half a nat. The server's and the trainer's differences to the bare base must agree: ||d_server - d_trainer|| / ||d_trainer|| is small.
+2. weights: the same safetensors, served for a moment as a twin whose `lora_alpha` is amplified until the tokens of turns just trained,
+   and those before them, move by about half a nat. The server's and the trainer's differences to the bare base must agree:
+   ||d_server - d_trainer|| / ||d_trainer|| is small. (Trained tokens alone are soon so sure that one or two of them decide.)
    Levels prove nothing: one step at lr 1e-5 moves a token by less than bfloat16's noise, and adapters one step apart correlate at 0.98;
 3. decoding: tokens sampled at the run's temperature after a prompt just served (so that the prefix cache is hit) have the trainer's
    log-probabilities. Scoring, which the twin is judged by, meets neither prefix cache nor penalties.
@@ -44,13 +45,14 @@ MAX_FACTOR = 2.0**24
 # Tolerances are MARGIN x the noise, but at least the first number here (float32) or the second (anything shorter on either side, where
 # the adapter's own rounding adds noise that the bare base does not show), and the residual's never above its second.
 MARGIN = 4.0
-RESIDUAL = (0.005, 0.2)  # measured in bfloat16: right pairs 0.07 and 0.13, adapters one step apart 0.34 and 0.56
+RESIDUAL = (0.005, 0.2)  # measured in bfloat16, SmolLM2-135M at lr 1e-3: right pairs up to 0.12, adapters one step apart from 0.48
 DECODE = (
     0.002,
     0.05,
 )  # nats per token; measured in bfloat16 on small models: up to 0.011 where the bare base agreed to the last bit
-REPLY = 64  # tokens of a turn that are compared
-SAMPLED = 8  # tokens decoded per probe
+PROBES = 8  # turns that are compared
+REPLY = CONTEXT = 64  # their tokens that are: of the turn, and before it
+DECODED, SAMPLED = 4, 8  # turns whose prompt is decoded after, and tokens decoded
 KEEP_VERSIONS = 3  # folders of retired versions kept per policy, beyond what any replica can name
 
 
@@ -65,6 +67,11 @@ class Probe:
     ids: tuple[int, ...]
     prompt: int
     temperature: float = 1.0
+
+    @property
+    def first(self) -> int:
+        """The first token that is compared when the probe is scored."""
+        return max(1, self.prompt - CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Proof:
     decode_tolerance: float | None = None
 
 
-def probes(episodes: Iterable[Episode], agents_of: Mapping[str, Sequence[str]], policy: str, count: int = 4) -> list[Probe]:
+def probes(episodes: Iterable[Episode], agents_of: Mapping[str, Sequence[str]], policy: str, count: int = PROBES) -> list[Probe]:
     """Up to `count` sampled turns of the policy, of different tasks first, then those with the shortest prompts; replies are cut."""
     turns = [
         (e.task.id, t) for e in episodes for t in e.turns if t.agent in agents_of[policy] and t.source == "sampled" and t.token_ids
@@ -108,22 +115,24 @@ def probes(episodes: Iterable[Episode], agents_of: Mapping[str, Sequence[str]], 
 
 @torch.no_grad()
 def trainer_logprobs(
-    adapters: Adapters, found: Sequence[Probe], policy: str | None, factor: float = 1.0, tempered: bool = False
+    adapters: Adapters, found: Sequence[Probe], policy: str | None, factor: float = 1.0, sampled: bool = False
 ) -> list[float]:
-    """The trainer's log-probs of the probes' sampled tokens, one after another: at temperature 1, as engines score, or at their own.
+    """The trainer's log-probs of the probes' tokens, one after another: at temperature 1, as engines score; or of their sampled tokens
+    only, at the temperature of the draw.
 
     policy None is the bare base; the adapter's scaling is taken times `factor`.
     """
     device, width = adapters.device, max(len(probe.ids) for probe in found)
     ids = torch.tensor([list(p.ids) + [0] * (width - len(p.ids)) for p in found], device=device)
     mask = torch.tensor([[1] * len(p.ids) + [0] * (width - len(p.ids)) for p in found], device=device)
-    first = min(probe.prompt for probe in found) - 1
+    starts = [(probe.prompt if sampled else probe.first) - 1 for probe in found]
+    first = min(starts)
     with adapters.active(policy or BASE), adapters.amplified(policy or BASE, factor):
         logits = adapters.model(input_ids=ids, attention_mask=mask, logits_to_keep=width - first).logits
     values: list[float] = []
-    for row, probe in zip(logits, found, strict=True):
-        own = row[probe.prompt - 1 - first : len(probe.ids) - 1 - first].float() / (probe.temperature if tempered else 1.0)
-        targets = torch.tensor(probe.ids[probe.prompt :], device=device)
+    for row, probe, start in zip(logits, found, starts, strict=True):
+        own = row[start - first : len(probe.ids) - 1 - first].float() / (probe.temperature if sampled else 1.0)
+        targets = torch.tensor(probe.ids[start + 1 :], device=device)
         values += torch.log_softmax(own, -1).gather(1, targets[:, None])[:, 0].tolist()
     return values
 
@@ -300,9 +309,9 @@ class Publisher:
         return twin
 
     async def _scores(self, found: Sequence[Probe], ref: Ref, replica: str) -> list[float]:
-        """The engine's log-probs of the probes' sampled tokens, one after another."""
+        """The engine's log-probs of the probes' tokens, one after another."""
         scores = await asyncio.gather(*(self.engine.score(probe.ids, ref, replica) for probe in found))
-        return [value for probe, row in zip(found, scores, strict=True) for value in row[probe.prompt - 1 :]]
+        return [value for probe, row in zip(found, scores, strict=True) for value in row[probe.first - 1 :]]
 
     def _amplify(self, policy: str, found: Sequence[Probe], base: Sequence[float]) -> tuple[float, list[float]]:
         """The power of two that moves the probes' tokens by about half a nat, and the trainer's differences to base under it."""
@@ -320,6 +329,7 @@ class Publisher:
 
     async def _decoding(self, proof: Proof, found: Sequence[Probe]) -> Proof:
         """The proof with the mean |server - trainer| of freshly sampled tokens' log-probs."""
+        found = found[:DECODED]
         ref, prompts = Ref(proof.policy, proof.version), [probe.ids[: probe.prompt] for probe in found]
         drawn = [
             Sampling(temperature=p.temperature, max_tokens=SAMPLED, seed=derive_seed(self.seed, proof.version, "proof", number))
