@@ -78,7 +78,7 @@ class Probe:
 class Proof:
     """One check of one version on one replica. `status`: passed, untrained or failed; the numbers are None where nothing was compared.
 
-    `noise`: mean |server - trainer| in nats per token, with every adapter off. `amplified`: the twin's factor.
+    `noise`: mean |server - trainer| in nats per sampled token, with every adapter off. `amplified`: the twin's factor.
     """
 
     step: int
@@ -297,7 +297,12 @@ class Publisher:
         noise = MARGIN * math.sqrt(2) * _norm(gaps) / size  # a difference of two log-probs has the noise of both
         tolerance = high if self._coarse else min(max(low, noise), high)
         residual = _norm(_minus(served, trained)) / size
-        return replace(proof, noise=_mean(gaps), amplified=factor, residual=residual, residual_tolerance=tolerance)
+        replies = [
+            gap
+            for gap, sampled in zip(gaps, (i >= p.prompt for p in found for i in range(p.first, len(p.ids))), strict=True)
+            if sampled
+        ]
+        return replace(proof, noise=_mean(replies), amplified=factor, residual=residual, residual_tolerance=tolerance)
 
     def _twin(self, version: str, factor: float) -> Path:
         """A copy of the version's folder, under a name of its own, whose `lora_alpha` is times `factor`."""

@@ -19,7 +19,7 @@ from marlora.rollouts.engines.engine import EngineInfo, Ref, TeamVersion
 from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.rollouts.types import Episode
 from marlora.trainers.adapters import Adapters
-from marlora.trainers.publish import REPLY, Proof, Publisher, probes
+from marlora.trainers.publish import REPLY, Probe, Proof, Publisher, probes
 from tests.trainers.publishing import (
     BareBase,
     BareBaseButTwins,
@@ -351,3 +351,17 @@ def test_probes_take_every_task_once_first_then_short_prompts():
         (9, 9 + REPLY, 0.7),  # cut
     ]
     assert probes(episodes, {"p": ["x", "y"]}, "p", count=1) == found[:1] and probes(episodes, {"q": []}, "q") == []
+
+
+def test_tokens_before_a_turn_are_compared_too(model: Path, tmp_path: Path):
+    """A window of 64 before it, for trained tokens are soon so sure that one or two of them decide; nothing predicts the first token."""
+    short, long = Probe(tuple(range(5, 15)), 4), Probe(tuple(range(5, 95)), 80)
+    assert (short.first, long.first) == (1, 16)
+
+    async def count(engine: TransformersEngine) -> tuple[int, int, int]:
+        publisher = Publisher(tmp_path, adapters_on(model), engine)
+        ours = publisher._trainer_logprobs([short, long], None)
+        sampled = publisher._trainer_logprobs([short, long], None, 1.0, True)
+        return len(ours), len(sampled), len(await publisher._scores([short, long], Ref("solver"), engine.info().replicas[0]))
+
+    assert with_engine(model, count) == (9 + 74, 6 + 10, 9 + 74)
