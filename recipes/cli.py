@@ -20,7 +20,7 @@ from marlora.agents.types import SettingError, Task, nearest, to_json
 from marlora.recipes.cli_eval import add_eval, cmd_eval
 from marlora.recipes.cli_export import add_export, cmd_export
 from marlora.recipes.cli_report import add_report, cmd_report
-from marlora.recipes.cli_team import add_team, chosen, engine_config, play_all, say, with_team, write_json
+from marlora.recipes.cli_team import add_model, add_team, chosen, engine_config, play_all, say, with_team, write_json
 from marlora.recipes.tables import table
 from marlora.rollouts.engines.engine import EngineError
 from marlora.rollouts.engines.start import choose_engine
@@ -165,7 +165,7 @@ def cmd_doctor(args: argparse.Namespace) -> None:
     """What this machine can do for marlora, and what to mend."""
     from marlora.recipes.doctor import examine
 
-    rows, broken = examine()
+    rows, broken = examine(args.model, args.server_urls)
     print(table("marlora doctor", ("part", "found", "what to do"), rows, words=True))
     if broken:
         raise RunError(f"doctor: training cannot work here: {', '.join(broken)}")
@@ -213,7 +213,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--opponents", nargs="*", default=[], choices=("comlrl",), help="of loop: installed in an environment of their own first"
     )
-    command("doctor", cmd_doctor)
+    made = command("doctor", cmd_doctor)
+    add_model(made, "a model whose chat template is to be tried, besides those in the cache")
+    made.add_argument("--server_urls", nargs="+", default=[], help="servers that others run: tries what they answer without a key")
     return top
 
 

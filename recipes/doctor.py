@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.metadata as metadata
 import importlib.util
 import os
 import platform
+import secrets
 import shutil
+import socket
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
+from marlora.agents.types import SettingError
 from marlora.rollouts import sandbox
+from marlora.rollouts.engines.guard import Guard
 from marlora.rollouts.engines.start import EngineConfig, choose_engine, cpu_has_bfloat16, has_gpu
+from marlora.rollouts.engines.vllm_args import RANKS
+from marlora.rollouts.engines.vllm_server import free_port
+from marlora.rollouts.engines.vllm_urls import DOORS, open_doors, tidy
+from marlora.rollouts.tokens import ChatTokens, load_tokenizer
 from marlora.trainers.models import cache
 
 NEEDED = {  # package: a name that is only imported when the package is whole
@@ -29,8 +41,12 @@ SETUP = "run make setup"
 Row = tuple[str, str, str]
 
 
-def examine() -> tuple[list[Row], list[str]]:
-    """(rows, the parts among them without which nothing can be trained)."""
+def examine(models: Sequence[str] = (), server_urls: Sequence[str] = ()) -> tuple[list[Row], list[str]]:
+    """(rows, the parts among them without which nothing can be trained).
+
+    `models`: folders or hub names whose chat templates are tried, besides those in the cache. `server_urls`: servers that others run,
+    whose routes are tried without a key.
+    """
     rows: list[Row] = []
     broken: list[str] = []
 
@@ -46,8 +62,10 @@ def examine() -> tuple[list[Row], list[str]]:
         found, todo = installed(package, name, bounds)
         add(package, found, todo, stops=bool(todo))
     add("torchvision", *vision())
-    for part, found, todo in (*hardware("torch" in broken), *engine(), *storage(), *machine()):
+    for part, found, todo in (*hardware("torch" in broken), *engine(), *storage(), *network(), *machine()):
         add(part, found, todo)
+    for row in (*routes(server_urls), *([] if "transformers" in broken else templates(models))):
+        add(*row)
     return rows, broken
 
 
@@ -119,7 +137,8 @@ def engine() -> list[Row]:
             continue
     if not rows:
         rows.append(("vLLM", "not installed", "" if platform.system() != "Linux" else f"{SETUP} for faster rollouts"))
-    return [*rows, ("engine: auto", f"{kind} ({why})", "")]
+    limits = f"ranks up to {RANKS[-1]}; P policies, S versions behind: P x (S + 1) + 1 at once, P x (S + 2) + 1 in memory"
+    return [*rows, ("engine: auto", f"{kind} ({why})", ""), ("adapters in vLLM", limits, "")]
 
 
 def wrong_vllm(name: str) -> str:
@@ -139,7 +158,91 @@ def storage() -> list[Row]:
         rows.append(
             (part, f"{free:.0f} GiB free", "" if free >= FREE else f"free some: {FREE} GiB is little for a model and a run")
         )
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        free = shutil.disk_usage(shared).free / 2**30
+        rows.append(
+            ("/dev/shm", f"{free:.1f} GiB free", "" if free >= 1 else "give it 1 GiB: processes of vLLM and torch meet there")
+        )
     return rows
+
+
+def network() -> list[Row]:
+    """Can servers be given a port here, and does this machine know its own address (ranks and servers on several nodes ask for it)?"""
+    rows: list[Row] = []
+    try:
+        rows.append(("ports", f"free ones can be had on 127.0.0.1, such as {free_port('127.0.0.1')}", ""))
+    except OSError as error:
+        rows.append(("ports", f"none on 127.0.0.1 ({error})", "let processes bind to loopback, or use engine transformers"))
+    name = socket.gethostname()
+    try:
+        rows.append(("host", f"{name} is {socket.gethostbyname(name)}", ""))
+    except OSError as error:
+        rows.append(("host", f"{name} has no address ({error})", "put it into /etc/hosts; one node works without, several do not"))
+    return rows
+
+
+def routes(server_urls: Sequence[str]) -> list[Row]:
+    """What strangers could do: with servers of ours, whose guard is asked on every route without a key, and with those at these addresses."""
+    let_in = asyncio.run(past_the_guard())
+    todo = f"do not serve: marlora is not whole; {SETUP}" if let_in else ""
+    rows = [("routes of our servers", f"open: {', '.join(let_in)}" if let_in else "none without the key but /health", todo)]
+    for url in server_urls:
+        try:
+            found = open_doors(tidy(url))
+        except SettingError as error:
+            rows.append((f"routes of {url}", str(error).removeprefix("server_urls: "), "start it, or correct the address"))
+            continue
+        why = "start it with marlora's guard, or accept that with allow_open_server"
+        rows.append((f"routes of {url}", f"open: {', '.join(found)}" if found else "closed without the key", why if found else ""))
+    return rows
+
+
+async def past_the_guard() -> list[str]:
+    """Routes on which the guard lets a request without a key, or with a wrong one, through to the server."""
+    reached: list[str] = []
+
+    async def server(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(f"{scope['method']} {scope['path']}")
+
+    async def nothing(*_: Any) -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    with tempfile.TemporaryDirectory() as folder:
+        key = Path(folder) / "key"
+        key.touch(0o600)
+        key.write_text(secrets.token_hex(32))
+        guard = Guard(server, key_file=key)
+        for method, path in DOORS:
+            for header in ([], [(b"authorization", b"Bearer wrong")]):
+                await guard({"type": "http", "method": method, "path": path, "headers": header}, nothing, nothing)
+    return sorted(set(reached))
+
+
+def templates(models: Sequence[str]) -> list[Row]:
+    """What is found out about the chat templates of these models and of those in the cache."""
+    place = cache()
+    cached = [p for p in sorted(place.iterdir()) if (p / "tokenizer_config.json").is_file()] if place.is_dir() else []
+    return [(f"template of {Path(name).name}", *template(name)) for name in (*models, *map(str, cached))]
+
+
+def template(model: str) -> tuple[str, str]:
+    """(what the probes say of the model's chat template, what that means)."""
+    try:
+        found = ChatTokens(load_tokenizer(model)).probe()
+    except SettingError as error:
+        return str(error), "take a model with a chat template, such as its instruct variant"
+    words = ["append-only" if found["append_only"] else f"rewrites history ({found['rewrites']})", f"system {found['system']}"]
+    words += [
+        "ends its turns" if found["ends_turn"] else "ends its turns with no token of its own",
+        f"stops at {', '.join(found['eos'])}",
+    ]
+    todo = []
+    if found["bos"] > 1:
+        todo.append(f"it begins with {found['bos']} bos tokens: mend the template")
+    if not found["append_only"]:
+        todo.append("nothing: every turn is a segment of its own, and costs more to train")
+    return ", ".join(words), "; ".join(todo)
 
 
 def machine() -> list[Row]:

@@ -43,8 +43,8 @@ def read_key(path: str | Path) -> str:
 class Guard:
     """Answers 401 without the key and 403 for a route that is not ours; a server whose key cannot be read does not start."""
 
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        path = os.environ.get(KEY_FILE)
+    def __init__(self, app: Callable[..., Awaitable[None]], key_file: str | Path = "") -> None:
+        path = key_file or os.environ.get(KEY_FILE)
         if not path:
             raise ValueError(f"environment variable {KEY_FILE}: expected the path of the key file")
         self.app = app
