@@ -14,8 +14,10 @@ import datetime
 import os
 import shlex
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +50,25 @@ class Interpreter:
         self._pool: Any = self.monty.AsyncMonty(
             binary_path=start, min_processes=0, max_processes=MAX_WORKERS, max_checkouts_per_worker=1000
         )
-        self._open = False
+        self._first, self._entered = threading.Lock(), Future[None]()
+
+    async def _enter(self) -> None:
+        """Open the pool, once: whoever comes while it is being opened waits, in whichever event loop."""
+        if self._first.acquire(blocking=False):
+            try:
+                await self._pool.__aenter__()
+                self._entered.set_result(None)
+            except BaseException as error:
+                self._entered.set_exception(error)
+                raise
+        await asyncio.wrap_future(self._entered)
 
     async def run(self, program: str, externals: Externals, limits: Allowance) -> Outcome:
         """Run a program; the value of its last line, an expression, is the outcome's value.
 
         What an external raises ends the run and is raised here, but for `ProgramError`, which the program sees.
         """
-        if not self._open:
-            self._open = True
-            await self._pool.__aenter__()
+        await self._enter()
         printed = self.monty.CollectString(max_bytes=limits.output)
         start, monty = time.monotonic(), self.monty
         value, error, status = None, "", "done"
@@ -80,8 +91,8 @@ class Interpreter:
         return Outcome(status, printed.output[: limits.output], line, value, time.monotonic() - start)  # type: ignore[arg-type]
 
     async def close(self) -> None:
-        if self._open:
-            self._open = False
+        if self._entered.done():
+            self._first, self._entered = threading.Lock(), Future[None]()
             await self._pool.__aexit__(None, None, None)
 
 

@@ -21,6 +21,7 @@ from marlora.rollouts import cage as cages_module
 from marlora.rollouts import proof, sandbox
 from marlora.rollouts.cage import Cage
 from marlora.rollouts.plain import check_plain, run_plain
+from marlora.rollouts.workflows import Interpreter
 from tests.rollouts.attacks import FORGERIES, PLAIN, SECRET, WORKFLOWS, Attack
 
 QUICK = Allowance(seconds=0.7, cpu_seconds=5, memory=256 << 20)
@@ -342,3 +343,14 @@ def test_the_python_tool_without_a_sandbox_is_no_answer_but_an_end() -> None:
     team = fake_team([AgentSpec("solver", tools=("python",))], lambda agent, messages: call)
     with pytest.raises(SandboxError, match="has no sandbox"):
         asyncio.run(team["solver"].reply("?"))  # type: ignore[arg-type]
+
+
+def test_many_workflow_programs_at_once_may_be_the_first() -> None:
+    """None of them finds the pool half open: not in one event loop, nor in several."""
+    pool = Interpreter(proof.cage())
+
+    async def several(start: int) -> list[object]:
+        return [end.value for end in await asyncio.gather(*(pool.run(f"{start + n} + 1", {}, PATIENT) for n in range(4)))]
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(lambda start: asyncio.run(several(start)), (0, 10))) == [[1, 2, 3, 4], [11, 12, 13, 14]]
