@@ -28,7 +28,7 @@ from .measure import Options, machine, memory, table
 from .update import SCALE, Case, recorded
 
 NUMBERS = (1, 2, 4, 8)
-CASE = Case(8, 96, 16)
+CASE = Case(4, 48, 12)
 WAYS = ("adapters", "copies")
 
 

@@ -24,7 +24,7 @@ from .publish import served
 from .update import Case, disturb, recorded
 
 ADAPTERS = (0, 1, 2, 4, 8)
-CALLERS = {"tiny": 8}  # requests at once; of other sizes 16
+CALLERS = 8  # requests at once
 PROMPT, REPLY = 32, 32  # tokens of a wave's requests
 PREFIX = 384  # tokens of the prompt that is met anew, and met again
 POLICIES = [PolicySpec(f"agent{k}") for k in range(max(ADAPTERS))]
@@ -37,7 +37,7 @@ def serve(options: Options) -> dict[str, Any]:
     found = {}
     for guard in (True, False):
         with served(options, "vllm", POLICIES) as (start, _, folder, model), _guarded(guard):
-            found["guard" if guard else "open"] = asyncio.run(_measure(start, folder, model, options))
+            found["guard" if guard else "open"] = asyncio.run(_measure(start, folder, model, options.repeats))
     first = found["guard"]
     rows = [
         [way, what, f"{value:,.3f}" if value < 10 else f"{value:,.0f}"]
@@ -57,9 +57,9 @@ def serve(options: Options) -> dict[str, Any]:
         **{f"open_over_guard@{n}": found["open"]["tokens_per_second"][n] / v for n, v in first["tokens_per_second"].items()},
     }
     return {
-        "suite": "serve", "size": options.size, "clock": "wall", **machine(), "callers": CALLERS.get(options.size, 16), "prompt": PROMPT,
+        "suite": "serve", "size": options.size, "clock": "wall", **machine(), "callers": CALLERS, "prompt": PROMPT,
         "reply": REPLY, "prefix": PREFIX, "servers": found, "ratios": ratios,
-        **table(f"serve: vLLM, {options.size}, {CALLERS.get(options.size, 16)} requests at once", ["server", "what", "median"], rows),
+        **table(f"serve: vLLM, {options.size}, {CALLERS} requests at once", ["server", "what", "median"], rows),
     }  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def _guarded(guard: bool) -> Any:
     return mock.patch("marlora.rollouts.engines.vllm_server.command", command if guard else bare)
 
 
-async def _measure(start: Any, folder: Path, model: str, options: Options) -> dict[str, Any]:
+async def _measure(start: Any, folder: Path, model: str, repeats: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     adapters = Adapters(AutoModelForCausalLM.from_pretrained(model), POLICIES, seed=0)
@@ -81,7 +81,7 @@ async def _measure(start: Any, folder: Path, model: str, options: Options) -> di
     try:
         folders = {p.name: adapters.save(p.name, folder / "versions" / f"{p.name}-v1-bench") for p in POLICIES}
         refs = [Ref(policy, version) for policy, version in (await engine.publish(folders)).items()]
-        return await measured(engine, refs, CALLERS.get(options.size, 16), options.repeats)
+        return await measured(engine, refs, CALLERS, repeats)
     finally:
         await engine.close()
 
