@@ -29,12 +29,13 @@ EQUAL = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 @dataclass(frozen=True)
 class Options:
     """`repeats` of every way; `size` of the models; `engine` of suites that serve ("": all that are here); `opponents` that have to be
-    installed first; `device` of the update."""
+    installed first; `rho` of the update (none: all of them); `device` of the update."""
 
     repeats: int = 3
     size: str = "135m"
     engine: str = ""
     opponents: tuple[str, ...] = ()
+    rho: tuple[float, ...] = ()
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
