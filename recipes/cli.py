@@ -152,11 +152,14 @@ def cmd_bench(args: argparse.Namespace) -> None:
         raise SettingError(f"bench {args.suite!r}: no such suite; {nearest(args.suite, SUITES)}")
     if args.repeats < 1:
         raise SettingError(f"--repeats: expected at least 1, got {args.repeats}")
-    options = Options(args.repeats, args.size, args.engine, tuple(args.opponents), *([args.device] if args.device else []))
+    options = Options(
+        args.repeats, args.size, args.engine, tuple(args.opponents), tuple(args.rho), *([args.device] if args.device else [])
+    )  # fmt: skip
     check_size(args.size)
     result = SUITES[args.suite](options)
     print(table(result.pop("title"), result.pop("columns"), result.pop("rows")))
     given = [f"--{name} {value}" for name in ("size", "repeats", "engine", "device") if (value := getattr(args, name))]
+    given += [f"--rho {' '.join(f'{rho:g}' for rho in args.rho)}"] if args.rho else []
     given += [f"--opponents {' '.join(args.opponents)}"] if args.opponents else []
     write_json(args.json, {"command": " ".join(["marlora bench", args.suite, *given]), "repeats": args.repeats, **result})
 
@@ -210,6 +213,7 @@ def parser() -> argparse.ArgumentParser:
         "--engine", default="", choices=("", "transformers", "vllm"), help="of publish and loop; all that are here if not given"
     )
     made.add_argument("--device", default="", help="of update and agents: cpu or cuda; the GPU if there is one")
+    made.add_argument("--rho", nargs="*", type=float, default=[], help="of update: only these shares of raw over unique tokens")
     made.add_argument(
         "--opponents", nargs="*", default=[], choices=("comlrl",), help="of loop: installed in an environment of their own first"
     )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from marlora.agents.types import SettingError
 from marlora.rollouts.engines import vllm_server
 from marlora.rollouts.engines.engine import Ref
 from marlora.rollouts.engines.vllm_args import ServerSettings
@@ -136,6 +137,13 @@ def test_update_against_padded_rows_single_turns_and_trl(monkeypatch: pytest.Mon
     assert found["results"][1]["trl_old_s"] > 0 and "trl_old_s" not in found["results"][2]
     assert shared["ours"]["roofline"] > 0 and found["device_rates"]["flops_per_s"] > 0
     assert [row[0] for row in found["rows"]] == ["1", "2.8", "2"]
+
+
+def test_update_takes_the_cases_it_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(update, "CASES", (update.Case(4, 0, 4), update.Case(4, 8, 4)))
+    assert set(SUITES["update"](dataclasses.replace(TINY, rho=(2.0,)))["ratios"]) == {"padded@2"}
+    with pytest.raises(SettingError, match=r"--rho 9: expected some of 1, 2"):
+        update.update(dataclasses.replace(TINY, rho=(9.0,)))
 
 
 @pytest.mark.parametrize("broken", ["padded", "trl"])

@@ -25,6 +25,7 @@ from ...rollouts.engines.start import choose_dtype, has_gpu
 from ...rollouts.types import Episode
 from ..config import RunError
 from ..grpo import GRPOConfig, GRPOTrainer
+from .comlrl import against_comlrl
 from .geometry import served_folder
 from .measure import Options, machine, table
 from .publish import engines
@@ -113,9 +114,15 @@ def loop(options: Options) -> dict[str, Any]:
     ]  # fmt: skip
     ratios = {f"trl@{kind}": both["trl"]["seconds"] / both["ours"]["seconds"] for kind, both in found.items()}
     ratios |= {f"trl_per_token@{k}": b["ours"]["tokens_per_second"] / b["trl"]["tokens_per_second"] for k, b in found.items()}
+    comlrl = {}
+    if "comlrl" in options.opponents:
+        with tempfile.TemporaryDirectory(prefix="marlora-bench-") as scratch:
+            comlrl = against_comlrl(served_folder(options.size, Path(scratch)), work.group, work.reply, options.repeats)
+        ratios["comlrl@transformers"] = comlrl["comlrl"]["seconds"] / comlrl["ours"]["seconds"]
     columns = ["our engine", "whose step", "median, s", "tokens sampled", "tokens/s"]
     return {
-        "suite": "loop", "size": options.size, "clock": "wall", **machine(), "work": vars(work), "results": found, "ratios": ratios,
+        "suite": "loop", "size": options.size, "clock": "wall", **machine(), "work": vars(work), "results": found,
+        "two_agents": comlrl, "ratios": ratios,
         **table(f"loop: {options.size}, {work.tasks} x {work.group} replies a step", columns, rows),
     }  # fmt: skip
 
