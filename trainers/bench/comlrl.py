@@ -73,7 +73,7 @@ def theirs(model: str, group: int, reply: int, steps: int) -> list[float]:
         train_dataset=Dataset.from_dict({"prompt": [f"{k} + {k + 3}" for k in range(steps)]}), reward_func=reward, args=args,
         formatters=[lambda item, *more: item["prompt"]] * len(AGENTS),
     ).train()  # fmt: skip
-    return times
+    return times[group - 1 :: group]  # every reply of the group was scored by itself
 
 
 def ours(model: str, group: int, reply: int, steps: int, folder: Path) -> list[float]:
