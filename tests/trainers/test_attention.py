@@ -19,7 +19,7 @@ from marlora.trainers.layouts import choose_layout, forced, way_of
 from marlora.trainers.logprobs import last_hidden, token_logprobs
 from marlora.trainers.samples import Sample
 from marlora.trainers.trees import branches
-from tests.trainers.random_models import random_model
+from tests.trainers.random_models import disturb, random_model
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 
@@ -188,3 +188,29 @@ def test_what_a_tree_cannot_have_is_refused() -> None:
     linear = random_model("qwen2")
     linear.config.layer_types = ["linear_attention", "full_attention"]
     assert "it has layers of linear_attention" in layouts._tried(linear)[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_half_precision_trains_the_same_within_its_noise(family: str) -> None:
+    """A bfloat16 base, recomputed: trees are as far from float32 as separate rows are."""
+    pairs = [([2, 9, 4, 7] * 6, [3 + g, 4, 20 + g, 6]) for g in range(4)]
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        adapters = Adapters(
+            random_model(family).to(dtype), [PolicySpec("a", adapter=AdapterSpec(2, 4.0, ("q_proj", "v_proj")))], seed=0
+        )
+        disturb(adapters)
+        assert choose_layout(adapters.model) == "shared" and way_of(adapters.model) == "branches"
+        adapters.checkpoint_activations()
+        parameters = adapters.parameters("a")
+        for layout in ("padded", "shared"):
+            for p in parameters.values():
+                p.grad = None
+            with adapters.active("a") as model:
+                for batch in packed(pairs, layout=layout):
+                    token_logprobs(model, batch)[0].sum().backward()
+            found[dtype, layout] = torch.cat([p.grad.flatten() for p in parameters.values()])
+    right = found[torch.float32, "padded"]
+    assert (found[torch.float32, "shared"] - right).norm() < 1e-5 * right.norm()
+    noise, ours = ((found[torch.bfloat16, layout] - right).norm() / right.norm() for layout in ("padded", "shared"))
+    assert ours < max(2 * noise, 0.02) and noise < 0.3
