@@ -129,8 +129,8 @@ def test_update_against_padded_rows_single_turns_and_trl(monkeypatch: pytest.Mon
     assert set(found["ratios"]) == everyone | {"padded@2"} and all(ratio > 0 for ratio in found["ratios"].values())
     for result in found["results"]:
         assert all(way["difference"] <= 1e-5 for way in result["ways"].values())
-        # the head is computed again in backward, and padded rows compute what they have in common once for each
-        assert result["ways"]["ours"]["flops_spent"] >= result["flops_useful"] > 0
+        # nothing is computed again; the formula also charges the gradient of the first layer's input, which nobody needs
+        assert 1.5 * result["flops_useful"] > result["ways"]["ours"]["flops_spent"] > 0.7 * result["flops_useful"] > 0
     shared = found["results"][1]["ways"]
     assert shared["padded"]["flops_spent"] > 1.5 * shared["ours"]["flops_spent"]
     assert shared["trl"]["flops_spent"] > shared["trl_compact_head"]["flops_spent"]
