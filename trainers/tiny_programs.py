@@ -3,17 +3,18 @@
 **Tasks.** `m472` asks for the digit in the middle of three, `f472` for the first, `l472` for the last.
 
 **Executor** (system prompt `do`). Told `mf472`, an instruction and the problem, it names the digit that the instruction says, whatever the
-problem asks: right in two of three samples, else one too many. Told `m!f472` it takes care and is right. Told `A: 7`, `B: 8`, `C: 7`, it says
-a letter of what most say.
+problem asks: right in two of three samples, else one too many. Told `m!f472` it takes care and is right.
 
-**Designer** (`design`). Told `f472`, it writes a program that calls `custom` with an instruction: with one digit asked for, with care, or
-three times with a vote. In 40 % of its programs the instruction is what the problem asks for, in 25 % each of the two others; 10 % call
+**Designer** (`design`). Told `f472`, it writes a program that calls `custom` with an instruction: once, once with care, or three times, of
+which the least counts. In 40 % of its programs the instruction is what the problem asks for, in 25 % each of the two others; 10 % call
 what does not exist. So programs of one task are worth 0.1 to 1, most are worth little, and there is all to learn about what to ask for.
-Told then how many of two tests the program passed (`0/2`, `invalid`), it writes another: after a failure it asks for another digit, after
-a success it repeats itself. Nothing else helps it yet.
+Told then how many of two tests the program passed (`0/2`, `invalid`), it writes another: after a failure it should ask for another digit,
+after a success repeat itself.
 
-These are the shares of its teacher, whose distribution itself is the target. Training is seeded, single-threaded, about a minute on one
-core; `python -m marlora.trainers.tiny_programs` trains the model and tells what it does.
+These are the shares of its teacher, whose distribution itself is the target. It keeps to them in answers and first programs; of feedback it
+learns next to nothing (after `0/2` it asks for another digit in .71 of its programs, where one that does not listen would in two thirds).
+Training is seeded, single-threaded, about a minute on one core; `python -m marlora.trainers.tiny_programs` trains the model and tells
+what it does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import inspect
 import itertools
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,19 +44,19 @@ RIGHT = 2 / 3  # share of a careless executor's answers that are right; the othe
 FORMS: Mapping[str, float] = {  # programs and their shares; K stands for the instruction
     'await custom("K")': 0.5,
     'await custom("K!")': 0.2,
-    'await ensemble([await custom("K") for n in "123"])': 0.3,
+    'min([await custom("K") for n in "123"])': 0.3,
 }
 BROKEN = 'await magic("K")'
 DESIGN, DO = "design", "do"  # system prompts
 FEEDBACK = ("0/2", "1/2", "2/2", "invalid")
-LONGEST = 56  # tokens of a program, its end included
+LONGEST = 48  # tokens of a program, its end included
 WORKFLOW: dict[str, Any] = {
     "agents": [
         AgentSpec("designer", "writes programs", DESIGN, sampling=Sampling(max_tokens=LONGEST)),
         AgentSpec("executor", "answers what they ask", DO, policy="base", sampling=Sampling(max_tokens=2)),
     ],
-    "operators": ["custom", "ensemble"],
-    "prompts": {"custom": "{instruction}{problem}", "ensemble": "{solutions}"},
+    "operators": ["custom"],
+    "prompts": {"custom": "{instruction}{problem}"},
     "instruction": "{prompt}",
     "tag": "",
     "max_text": 60,
@@ -65,19 +65,18 @@ WORKFLOW: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ProgramsConfig:
-    """How the model is trained: AdamW with warm-up, then linear decay, on batches of so many designs, answers and votes of an executor.
+    """How the model is trained: AdamW with warm-up, then linear decay, on batches of so many designs and answers of an executor.
 
     `max_excess`: the mean of KL(teacher | model) over the last 20 steps, in nats per reply, at which training is done; at most twice
     `steps`.
     """
 
-    steps: int = 400
-    designs: int = 3
-    answers: int = 160
-    votes: int = 40
+    steps: int = 320
+    designs: int = 4
+    answers: int = 64
     learning_rate: float = 5e-3
     warmup: int = 30
-    max_excess: float = 0.3
+    max_excess: float = 0.55
     hidden_size: int = 64
     layers: int = 2
     seed: int = 0
@@ -120,13 +119,6 @@ def execute(instruction: str, problem: str) -> Answers:
     """An executor's answer to `custom`."""
     right = digit(instruction[0], problem)
     return {right: 1.0} if instruction.endswith("!") else {right: RIGHT, str((int(right) + 1) % 10): 1 - RIGHT}
-
-
-def vote(digits: Sequence[str]) -> Answers:
-    """An executor's answer to `ensemble`."""
-    counts = Counter(digits)
-    best = [letter for letter, each in zip("ABC", digits, strict=True) if counts[each] == max(counts.values())]
-    return {letter: 1 / len(best) for letter in best}
 
 
 def design(kind: str, history: Sequence[tuple[str, str, str]] = ()) -> Answers:
@@ -173,17 +165,11 @@ class _Lessons:
         problem, instruction = self.problem(), self.rng.choice(KINDS) + self.rng.choice(["", "!"])
         return self.of(execute(instruction, problem), DO, instruction + problem)
 
-    def vote(self) -> Lesson:
-        digits = [str(self.rng.randrange(10)) for _ in range(2)]
-        digits.append(self.rng.choice(digits))
-        self.rng.shuffle(digits)
-        return self.of(vote(digits), DO, "\n\n".join(f"{letter}: {each}" for letter, each in zip("ABC", digits, strict=True)))
-
     def design(self) -> Lesson:
         rng, problem = self.rng, self.problem()
         history: list[tuple[str, str, str]] = []
         said = [DESIGN, problem]
-        for _ in range(rng.choice([0, 0, 1, 2])):
+        for _ in range(rng.choice([0, 1, 1, 2])):
             kind, form = rng.choice(KINDS), rng.choice([*FORMS, BROKEN])
             feedback = "invalid" if form == BROKEN else rng.choice(FEEDBACK[:3])
             history.append((kind, form, feedback))
@@ -200,12 +186,9 @@ def train(config: ProgramsConfig, say: Callable[[str], None]) -> Any:
         parts = [
             [lessons.design() for _ in range(config.designs)],
             [lessons.answer() for _ in range(config.answers)],
-            [lessons.vote() for _ in range(config.votes)],
         ]
         losses = [tiny._loss(network, part) for part in parts]
-        return 2 * losses[0] + losses[1] + losses[2], max(
-            excess(loss.item(), part) for loss, part in zip(losses, parts, strict=True)
-        )
+        return 2 * losses[0] + losses[1], max(excess(loss.item(), part) for loss, part in zip(losses, parts, strict=True))
 
     return fit(network, config, loss_of, config.max_excess, say, "tiny programs, nat from its teacher")
 
@@ -219,7 +202,7 @@ def excess(loss: float, lessons: Sequence[Lesson]) -> float:
 
 def _recipe() -> str:
     """A hash of all that the trained weights follow from."""
-    parts = (tiny_network, tiny_tokenizer, digit, execute, vote, design, _Lessons, fit, train, excess, tiny._loss)
+    parts = (tiny_network, tiny_tokenizer, digit, execute, design, _Lessons, fit, train, excess, tiny._loss)
     facts = (ProgramsConfig(), KINDS, ASKED, INVALID, RIGHT, dict(FORMS), BROKEN, DESIGN, DO, FEEDBACK, VOCAB, SPECIALS, TEMPLATE)
     return hashlib.sha256("\n".join([*(inspect.getsource(p) for p in parts), repr(facts)]).encode()).hexdigest()[:12]
 
@@ -229,7 +212,7 @@ def _recipe() -> str:
 
 def shares(network: Any, count: int = 300) -> dict[str, float]:
     """Of sampled replies: programs that are one of the grammar, ask for what the problem asks, and are broken; second programs that ask
-    for something else after `0/2`; right answers of a careless and a careful executor; letters of the majority."""
+    for something else after `0/2`; right answers of a careless and a careful executor."""
     tasks = program_tasks("eval")[:count]
     tokenizer = tiny_tokenizer()
 
@@ -248,7 +231,6 @@ def shares(network: Any, count: int = 300) -> dict[str, float]:
     second = ask(1, *[(DESIGN, t.prompt, p, "0/2") for t, p in zip(tasks, tried, strict=True)])
     careless = ask(2, *[(DO, t.meta["kind"] + t.prompt) for t in tasks])
     careful = ask(3, *[(DO, t.meta["kind"] + "!" + t.prompt) for t in tasks])
-    voted = ask(4, *[(DO, f"A: {n % 10}\n\nB: {(n * 7 + 1) % 10}\n\nC: {n % 10}") for n in range(len(tasks))])
     total = len(tasks)
     return {
         "in grammar": sum(p in known or p in broken for p in first) / total,
@@ -257,7 +239,6 @@ def shares(network: Any, count: int = 300) -> dict[str, float]:
         "asks anew": sum(known.get(p, "") != known[q] for p, q in zip(second, tried, strict=True)) / total,
         "careless": sum(a == t.answer for a, t in zip(careless, tasks, strict=True)) / total,
         "careful": sum(a == t.answer for a, t in zip(careful, tasks, strict=True)) / total,
-        "majority": sum(a in ("A", "C") for a in voted) / total,
     }
 
 

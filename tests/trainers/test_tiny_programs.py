@@ -29,7 +29,6 @@ from marlora.trainers.tiny_programs import (
     shares,
     tiny_programs_model,
     tiny_workflow,
-    vote,
 )  # fmt: skip
 from tests.repository import ROOT
 
@@ -48,7 +47,6 @@ def test_tasks() -> None:
 
 def test_the_teacher() -> None:
     assert execute("m", "f472") == {"7": pytest.approx(2 / 3), "8": pytest.approx(1 / 3)} and execute("m!", "f472") == {"7": 1.0}
-    assert vote("727") == {"A": 0.5, "C": 0.5} and vote("123") == dict.fromkeys("ABC", pytest.approx(1 / 3))
     first = design("m")
     asks = {kind: sum(share for text, share in first.items() if f'custom("{kind}' in text) for kind in KINDS}
     assert asks == {"f": pytest.approx(0.25), "m": pytest.approx(0.4), "l": pytest.approx(0.25)}
@@ -63,7 +61,7 @@ def test_the_teacher() -> None:
 
 def test_lessons_are_prompts_of_play_with_their_replies() -> None:
     lessons = _Lessons(random.Random(0))
-    for made in (lessons.answer, lessons.vote, lessons.design):
+    for made in (lessons.answer, lessons.design):
         prompt, replies = made()
         assert sum(share for _, share in replies) == pytest.approx(1.0)
         assert max(len(tokens) for tokens, _ in replies) <= LONGEST and len(prompt) + LONGEST < 512
@@ -82,8 +80,6 @@ def test_the_recipes_workflow_is_the_tiny_one_and_its_programs_are_worth_what_th
             text = messages[-1].content
             if agent == "designer":
                 return program
-            if text.startswith("A: "):
-                return min(vote([line[3:] for line in text.split("\n\n")]))
             kind, rest = (text[0], text[2:]) if text[1] == "!" else (text[0], text[1:])
             return list(execute(text[: len(text) - len(rest)], f"{kind}{rest[1:]}"))[-1 if careless else 0]
 
@@ -102,5 +98,5 @@ def test_it_has_learnt_them() -> None:
 
     found = shares(AutoModelForCausalLM.from_pretrained(tiny_programs_model()))
     print(found)
-    assert found["in grammar"] > 0.9 and found["careful"] > 0.9 and found["majority"] > 0.8, found
+    assert found["in grammar"] > 0.9 and found["careful"] > 0.9, found
     assert found["careless"] == pytest.approx(2 / 3, abs=0.1) and found["asks right"] == pytest.approx(0.4, abs=0.12), found
