@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..agents.types import SettingError
+from ..agents.types import SettingError, from_json, to_json
 from .adapters import Adapters
 from .publish import Probe, trainer_logprobs
 from .ranks import Ranks
@@ -84,8 +84,8 @@ def split(adapters: Adapters, ranks: Ranks) -> None:
 def join_probes(run: Run) -> None:
     """Every rank is ready to compute a proof's log-probs when rank 0 asks, see `probed_together`."""
 
-    def compute(base: str, found: list[list[Any]], *how: Any) -> list[float]:
-        return trainer_logprobs(run.bases[base].adapters, [Probe(tuple(ids), prompt, t) for ids, prompt, t in found], *how)
+    def compute(base: str, found: list[dict[str, Any]], *how: Any) -> list[float]:
+        return trainer_logprobs(run.bases[base].adapters, [from_json(Probe, probe) for probe in found], *how)
 
     run.ranks.joined[PROBE] = compute
 
@@ -94,6 +94,6 @@ def probed_together(run: Run, base: str) -> Any:
     """`trainer_logprobs` of a base of this run (rank 0 only), with the other ranks taking part."""
 
     def forward(found: Any, *how: Any) -> list[float]:
-        return run.ranks.together(PROBE, base, [[list(p.ids), p.prompt, p.temperature] for p in found], *how)
+        return run.ranks.together(PROBE, base, to_json(list(found)), *how)
 
     return forward

@@ -144,9 +144,9 @@ class Replica:
         except ValueError as error:
             raise Transient(f"the reply is no JSON: {raw[:80]!r}") from error
         name = reply.get("id") if isinstance(reply, dict) else None
-        if name in self._answered:
-            raise Transient(f"reply {name!r} came a second time")
-        if name:
+        if name and isinstance(name, str):
+            if name in self._answered:
+                raise Transient(f"reply {name!r} came a second time")
             self._answered[name] = None
             if len(self._answered) > ANSWERS:
                 self._answered.popitem(last=False)
