@@ -71,6 +71,7 @@ class FlowReasoner(Workflow):
         feedback, invalid: what the designer is told after a round; fields `passed`, `total`, `failure`, `program`, and `fault` of one
             that cannot be run.
         parents: `chat` (a round goes on in the designer's chat) or `drawn` (from one of the first and the `num_parents` - 1 best programs).
+        worth: what `performance` is: the score of the `best` round, or the `mean` of all.
         free_nodes: calls of operators that a program may hold before `complexity` counts.
     """
 
@@ -81,6 +82,7 @@ class FlowReasoner(Workflow):
     invalid: str = INVALID
     parents: Literal["chat", "drawn"] = "chat"
     num_parents: int = 4
+    worth: Literal["best", "mean"] = "best"
     free_nodes: int = 5
 
     def __post_init__(self) -> None:
@@ -92,6 +94,8 @@ class FlowReasoner(Workflow):
             )
         if self.parents not in ("chat", "drawn"):
             raise SettingError(f"parents: expected chat or drawn, got {self.parents!r}")
+        if self.worth not in ("best", "mean"):
+            raise SettingError(f"worth: expected best or mean, got {self.worth!r}")
         if self.attempts > 1 or self.fallback:
             raise SettingError("attempts, fallback: rounds do their work; leave them out, and set rounds")
         for name in ("feedback", "invalid"):
@@ -113,7 +117,7 @@ class FlowReasoner(Workflow):
             reads = [turn for turn in parent.said if "{failure}" in self.feedback and stands_in(turn.text, parent.failure)]
             reads += [parent.design.turn] if self.parents == "drawn" and parent.design.turn else []
         kept = tried[best_round([each.score for each in tried])]
-        self.judge(kept, team)
+        self.judge(kept, tried, team)
         if kept.design.fault:
             return ""
         return kept.outputs[0] if kept.outputs else answer_of(await self.perform(kept.design, task, team))
@@ -166,13 +170,13 @@ class FlowReasoner(Workflow):
 
         return view(template, value, where)
 
-    def judge(self, kept: Round, team: Team) -> None:
-        """Tell what the kept program is worth to the team: `performance`, its score; `complexity`, minus the calls
+    def judge(self, kept: Round, tried: Sequence[Round], team: Team) -> None:
+        """Tell what the rounds were worth to the team: `performance`, see `worth`; of the kept program `complexity`, minus the calls
         of operators in it beyond `free_nodes`, over these; `efficiency`, minus the executor calls of its checks, over `max_calls`."""
         valid = not kept.design.fault
         written = nodes(kept.design.program, tuple(self.callable)) if valid else 0
         worth = {
-            "performance": kept.score,
+            "performance": kept.score if self.worth == "best" else sum(each.score for each in tried) / len(tried),
             "complexity": -max(0, written - self.free_nodes) / self.free_nodes,
             "efficiency": -kept.calls / self.max_calls if valid else 0.0,
         }

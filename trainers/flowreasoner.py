@@ -9,9 +9,10 @@ and `diversity`; hidden tests and the task's answer are evaluation's.
 
 Against the paper, whose training code and reward formulas are not published, so all of these are ours: the transcripts are the trained
 model's own, where theirs are DeepSeek-R1's (name another `init`, or learn from a teacher's store by `episodes`); the trajectories whose
-score reaches `success_threshold` are kept; the weights (`REWARD_WEIGHTS`), a trajectory being worth its best round; `diversity`, 1 - the
-mean similarity of a program to those of its group: one number per group, as the figure may be read, cancels in group-relative
-advantages. The spread of a group is that of a sample (n - 1). The reference of a KL term (`beta`) is the base, not the warm-up's end.
+kept program reaches `success_threshold` are imitated; the weights (`REWARD_WEIGHTS`); a trajectory is worth its best round, or the mean of
+all (`system.worth`); `diversity` is 1 - the mean similarity of a program to those of its group: one number per group, as the figure may
+be read, cancels in group-relative advantages. The spread of a group is that of a sample (n - 1). The reference of a KL term (`beta`) is
+the base, not the warm-up's end.
 
 accelerate launch recipes/flowreasoner.py [--config recipes/flowreasoner.yaml] [--sft_steps 2] [--field value]
 """
@@ -105,8 +106,8 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
         }  # fmt: skip
 
     def rule(self, episode: Episode, turn: Turn) -> tuple[float, str]:
-        """Trajectories that reach `success_threshold`, weight 1."""
-        score = episode.reward("performance")
+        """Trajectories whose kept program reaches `success_threshold`, weight 1."""
+        score = next((r.value for r in episode.rewards if r.name == "val" and r.turn == turn.index), math.nan)
         if turn.agent != self.system.designer:
             return 0.0, "no designer"
         if math.isnan(score) or score < self.args.success_threshold:

@@ -88,6 +88,12 @@ def test_what_a_program_is_worth() -> None:
     assert (told(team, "performance"), told(team, "complexity"), told(team, "efficiency")) == ([-1.0], [0.0], [0.0])
 
 
+def test_a_trajectory_may_be_worth_the_mean_of_its_rounds() -> None:
+    programs = ['await custom("Say.")', "def", 'await custom("Add.")']
+    _, team = play(FlowReasoner(AGENTS, worth="mean", **COUNTS), SUMS, programs, sums)
+    assert told(team, "val") == [0.0, -1.0, 1.0] and told(team, "performance") == [0.0]
+
+
 def test_several_runs_of_a_program_are_one_score() -> None:
     answers = iter(["2", "0", "0", "4", "7"])
     output, team = play(FlowReasoner(AGENTS, rounds=1, runs=2, **COUNTS), SUMS, ['await custom("?")'], lambda text: next(answers))
@@ -124,7 +130,8 @@ def test_chances_of_parents_by_hand(scores: list[float], shares: list[float]) ->
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"rounds": 0}, "rounds"), ({"parents": "best"}, "parents"), ({"feedback": "{score}"}, "feedback: unknown field"),
+        ({"rounds": 0}, "rounds"), ({"parents": "best"}, "parents"), ({"worth": "last"}, "worth"),
+        ({"feedback": "{score}"}, "feedback: unknown field"),
         ({"fallback": 'await custom("x")'}, "rounds do their work"), ({"attempts": 2}, "rounds do their work"),
     ],
 )  # fmt: skip
