@@ -51,12 +51,13 @@ async def collect_first(
     version: TeamVersion | Callable[[], TeamVersion] | None,
     wanted: Mapping[str, int],
     dropped: list[Dropped],
+    room: asyncio.Semaphore | None = None,
 ) -> AsyncIterator[Episode]:
     """Like `Rollouts.collect`, but the jobs of a group are cancelled as soon as `wanted[group]` of it have ended without an error.
 
     Failed episodes are given out and do not count. Cancelled ones are appended to `dropped`.
     """
-    room = asyncio.Semaphore(rollouts.limits.concurrency)
+    room = room or asyncio.Semaphore(rollouts.limits.concurrency)
     counts: dict[str, Counter[str]] = {job.id: Counter() for job in plan}
     begun: dict[str, float] = {}
 

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,17 +104,24 @@ class Rollouts:
         """
         return (await self._play(job, version or self.pinned or {}, given, replace, decisions, seed, parent=None))[-1]
 
-    async def collect(self, plan: Sequence[Job], version: TeamVersion | None = None) -> AsyncIterator[Episode]:
+    async def collect(
+        self,
+        plan: Sequence[Job],
+        version: TeamVersion | Callable[[], TeamVersion] | None = None,
+        room: asyncio.Semaphore | None = None,
+    ) -> AsyncIterator[Episode]:
         """Play all jobs, at most `limits.concurrency` at once; yields episodes as they end, children before their parent.
 
-        Every episode keeps the team version it began with. Closing the iterator cancels what is open. An `EngineError` or
+        Every episode keeps the team version it began with; a function as `version` is asked whenever one begins. `room`: shared with
+        other plans that are played at the same time. Closing the iterator cancels what is open. An `EngineError` or
         `SettingError` cancels it too, and is raised once every episode that had ended is yielded.
         """
-        room = asyncio.Semaphore(self.limits.concurrency)
+        room = room or asyncio.Semaphore(self.limits.concurrency)
 
         async def one(job: Job) -> list[Episode]:
             async with room:
-                return await self._play(job, version or self.pinned or {}, (), None, (), None, parent=None)
+                now = version() if callable(version) else version
+                return await self._play(job, now or self.pinned or {}, (), None, (), None, parent=None)
 
         tasks = [asyncio.create_task(one(job), name=job.id) for job in plan]
         try:

@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -206,7 +207,7 @@ def _encode(episode: Episode) -> bytes:
 
 
 class Store:
-    """Episodes of a folder. Any number may read while one writes, or several that each bear a name of their own.
+    """Episodes of a folder. Any number may read while one writes, or several that each bear a name of their own. Threads may share one.
 
     The first `append` takes the folder's lock (a second writer is refused), cuts off a torn last line, which a crash can leave
     behind, and goes on in the last file. A full disk raises its `OSError` and leaves the earlier lines whole.
@@ -222,6 +223,7 @@ class Store:
     def __init__(self, folder: str | Path, *, max_bytes: int = 64 << 20, fsync: bool = True, writer: str = "") -> None:
         self.folder, self.max_bytes, self.fsync = Path(folder), max_bytes, fsync
         self._series, self._lock_name = (f"episodes-{writer}-", f".lock-{writer}") if writer else ("episodes-", ".lock")
+        self._writing = threading.RLock()
         self._ids: set[str] | None = None  # ids on disk, known to the writer only
         self._lock: int | None = None
         self._file: int | None = None
@@ -250,17 +252,19 @@ class Store:
 
     def extend(self, episodes: Sequence[Episode]) -> int:
         """Write several with one flush to disk; returns how many were new. All or none of them in case of an error."""
-        known = self._open()
-        new = {e.id: e for e in reversed(episodes) if e.id not in known}
-        lines = [_encode(e) for e in episodes if new.get(e.id) is e]
-        if lines:
-            self._write(b"".join(lines))
-        known.update(new)
-        return len(lines)
+        with self._writing:
+            known = self._open()
+            new = {e.id: e for e in reversed(episodes) if e.id not in known}
+            lines = [_encode(e) for e in episodes if new.get(e.id) is e]
+            if lines:
+                self._write(b"".join(lines))
+            known.update(new)
+            return len(lines)
 
     def ids(self) -> set[str]:
         """Ids of all stored episodes."""
-        return set(self._ids) if self._ids is not None else {data["id"] for data in self.lines()}
+        with self._writing:
+            return set(self._ids) if self._ids is not None else {data["id"] for data in self.lines()}
 
     def read(self, **filters: Any) -> Iterator[Episode]:
         """Stored episodes in order. Filters are columns; all must hold: `step=3`, `split=("eval", "test")`, `task="a task's id"`."""
@@ -287,14 +291,18 @@ class Store:
         self._file = self._lock = self._ids = None
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Every line as JSON, packed as it is; a torn last line of a writer's last file is left out, any other is a `StoreError`."""
-        files = self.files()
-        last = {series_of(path): path for path in files}.values()
-        for path in files:
+        """Every line as JSON, packed as it is; a torn last line of a writer's last file is left out, any other is a `StoreError`.
+
+        What another thread appends through this store meanwhile is not seen.
+        """
+        with self._writing:
+            sizes = {path: path.stat().st_size for path in self.files()}
+        last = {series_of(path): path for path in sizes}.values()
+        for path, size in sizes.items():
             with path.open("rb") as file:
-                line, number = file.readline(), 1
+                line, number = file.readline(size), 1
                 while line:
-                    following = file.readline()
+                    following = file.readline(size - file.tell())
                     data = _parse(line)
                     if data is not None:
                         if data["schema"] != SCHEMA:

@@ -109,9 +109,11 @@ class RunConfig(EngineConfig):
         for name in ("episode_timeout", "reward_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"{name}: expected seconds above 0, got {getattr(self, name)}")
-        for name in ("max_steps", "warmup_steps", "eval_every", "oversample"):
+        for name in ("max_steps", "warmup_steps", "eval_every", "oversample", "max_staleness"):
             if getattr(self, name) < 0:
                 raise SettingError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.max_staleness and self.episodes:
+            raise SettingError("max_staleness: with `episodes` nothing is played, so nothing can be played ahead; leave it 0")
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16")),
             ("lr_scheduler_type", ("constant", "linear", "cosine")),

@@ -61,7 +61,7 @@ def with_drafts(run: Run, step: int, pairs: Sequence[Pair], num_drafts: int) -> 
                 return await _drafted(player, group, f"drafts-{step:06d}.{number}", num_drafts, step)
 
         with run.stage.holding(run.versions):
-            made = run.stage.background.run(gather(one(n, group) for n, group in enumerate(by_task.values())), run.stop)
+            made = run.stage.perform(gather(one(n, group) for n, group in enumerate(by_task.values())))
         return [to_json(pair) for several in made for pair in several]
 
     found = [from_json(Pair, pair) for pair in run.ranks.on_main(play)]

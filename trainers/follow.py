@@ -52,7 +52,7 @@ def follow(run: Run, step: int, episodes: Sequence[Episode], what: str, more: Mo
                 stored[episode.id] = made
 
         with run.stage.holding(run.versions):
-            run.stage.background.run(gather([one(episode) for episode in todo]), run.stop)
+            run.stage.perform(gather([one(episode) for episode in todo]))
         found.extend(child for e in episodes for child in stored.get(e.id, ()))
         return [to_json(e) for e in found] if run.ranks.size > 1 else []
 

@@ -24,8 +24,12 @@ class Monitor:
     noise: dict[str, float] = field(default_factory=dict)
     beyond: dict[str, int] = field(default_factory=dict)
 
-    def check(self, rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], str]:
-        """(warnings, reason to stop or "") for one step's metrics by policy. `first_mismatch_kl` is of the pass before any update."""
+    def check(self, rows: Mapping[str, Mapping[str, Any]], stale: bool = False) -> tuple[list[str], str]:
+        """(warnings, reason to stop or "") for one step's metrics by policy. `first_mismatch_kl` is of the pass before any update.
+
+        `stale`: the episodes were played by earlier versions. Then that distance holds what was learnt since, and is not judged: that the
+        server speaks as the trainer does is the live proof's to show.
+        """
         warnings: list[str] = []
         stop = ""
         for policy, row in rows.items():
@@ -33,11 +37,11 @@ class Monitor:
                 continue
             kl = float(row["first_mismatch_kl"])
             noise = self.noise.setdefault(policy, min(kl, WARN_KL))
-            if kl > max(WARN_KL, 10 * noise):
+            if not stale and kl > max(WARN_KL, 10 * noise):
                 warnings.append(
                     f"policy {policy!r}: engine and trainer disagree by {kl:.1e} nat per token (k3 KL); it was {noise:.1e} at the start"
                 )
-            self.beyond[policy] = self.beyond.get(policy, 0) + 1 if kl > max(STOP_KL, 100 * noise) else 0
+            self.beyond[policy] = self.beyond.get(policy, 0) + 1 if not stale and kl > max(STOP_KL, 100 * noise) else 0
             if self.beyond[policy] >= PATIENCE:
                 stop = (
                     f"policy {policy!r}: engine and trainer disagreed by {kl:.1e} nat per token for {PATIENCE} steps; "

@@ -24,8 +24,10 @@ import contextlib
 import functools
 import json
 import math
+import re
 import secrets
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -164,6 +166,7 @@ class Publisher:
         self.asked = False  # whether `prove` was ever called
         self._loaded: dict[str, tuple[str, str]] = {}  # version -> (policy, hash of its tensors), of those not yet retired
         self._held: Counter[str] = Counter()
+        self._holding = threading.Lock()
         self._factor: dict[str, float] = {}
         self._retired: list[Path] = []
         served, trained = getattr(torch, engine.info().dtype), next(adapters.model.parameters()).dtype
@@ -211,16 +214,47 @@ class Publisher:
     def hold(self, versions: Mapping[str, str]) -> Iterator[None]:
         """These versions are being played with: until the block ends they stay loaded and their folders stay where they are."""
         mine = [version for version in versions.values() if version in self._loaded]
-        self._held.update(mine)
+        with self._holding:
+            self._held.update(mine)
         try:
             yield
         finally:
-            self._held.subtract(mine)
+            with self._holding:
+                self._held.subtract(mine)
+
+    async def load_again(self, policy: str, version: str) -> bool:
+        """Load an earlier version of a run that is resumed, unless it is loaded. False if its folder is gone."""
+        if version in self._loaded:
+            return True
+        folder = self.root / version
+        if not folder.is_dir():
+            return False
+        digest = folder_sha256(folder)
+        if not version.endswith(f"-{digest[:8]}"):
+            raise EngineError(f"adapter {folder}: its tensors were changed after it was written; versions never change")
+        await self.engine.publish({policy: folder})
+        self._loaded[version] = (policy, digest)
+        return True
+
+    def sweep(self) -> None:
+        """Folders that a process which was killed has left behind: those half written and twins go now, versions as if retired here."""
+        own = re.compile(rf"\.?({'|'.join(map(re.escape, self.adapters.policies))})-v(\d+)-[0-9a-f]{{8}}(-twin-[0-9a-f]{{8}})?")
+        left = [(folder, own.fullmatch(folder.name)) for folder in self.root.iterdir()] if self.root.is_dir() else []
+        for folder, name in sorted((f, n) for f, n in left if n and f.name not in self._loaded):
+            if folder.name.startswith(".") or name[3]:
+                shutil.rmtree(folder)
+            elif folder not in self._retired:
+                self._retired.append(folder)
+        self._retired.sort(key=lambda folder: int(own.fullmatch(folder.name)[2]))  # type: ignore[index]
+        self._clear()
 
     async def _retire(self, policy: str, version: str) -> None:
         """Unload a version once its last request has ended, and delete folders that were unloaded long ago."""
         await self.engine.retire(Ref(policy, version))
         self._retired.append(self.root / version)
+        self._clear()
+
+    def _clear(self) -> None:
         for folder in self._retired[: -KEEP_VERSIONS * max(len(self.versions), 1)]:
             shutil.rmtree(folder)
             self._retired.remove(folder)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..agents.repair import SPLIT
 from ..agents.types import AgentSpec, SettingError, Task
@@ -13,6 +15,7 @@ from ..rollouts.play import Job, jobs
 from ..rollouts.store import Store
 from ..rollouts.tokens import ChatTokens
 from ..rollouts.types import Episode, groups
+from .config import RunError
 from .records import tasks_of
 
 
@@ -21,24 +24,57 @@ def unscorable(episode: Episode) -> bool:
     return episode.error is not None or any(math.isnan(r.value) for r in episode.rewards)
 
 
-def recall(
-    store: Store, tasks: Sequence[Task], label: str, num_generations: int, step: int, version: Mapping[str, str]
-) -> tuple[list[Job], dict[str, Episode]]:
-    """The episodes to play under this label, and those of them that are stored already, with their children, by id.
+def row_of(step: int, episodes: Sequence[Episode], metric: str, warn: Callable[[str], None], seconds: float) -> dict[str, Any]:
+    """What a step's row in `metrics.jsonl` says of its episodes, which took so long. Raises `RunError` if there is nothing to learn from."""
+    parents = [e for e in episodes if e.parent is None]
+    if all(e.error for e in parents):
+        raise RunError(f"step {step}: every episode failed; the first one: {parents[0].error}")
+    if all(unscorable(e) for e in parents):
+        why = next(r.text for e in parents for r in e.rewards if math.isnan(r.value))
+        raise RunError(f"step {step}: no episode could be scored; the first one: {why}; mend it and go on with resume")
+    lost = [e for e in parents if unscorable(e)]
+    if lost:
+        why = lost[0].error or next(r.text for r in lost[0].rewards if math.isnan(r.value))
+        warn(f"step {step}: {len(lost)} of {len(parents)} episodes failed or have no score; the first: {why}")
+    sampled = sum(u.sampled_tokens for e in episodes for u in e.usage.values())
+    values = [v for e in parents if not math.isnan(v := e.reward(metric))]
+    return {
+        "step": step, "reward": sum(values) / len(values) if values else None, "episodes": len(parents),
+        "failed": sum(e.error is not None for e in parents), "unscorable": len(parents) - len(values),
+        "sampled_tokens": sampled, "tokens_per_s": sampled / max(seconds, 1e-9),
+    }  # fmt: skip
 
-    Stored episodes count if this team version played them and some could be scored. Others have spent their ids (a run that
+
+@dataclass(frozen=True)
+class Recalled:
+    """Episodes to play, and those of them that are stored already, with their children, by id. `dropped`: stored, but by a team version
+    that does not fit."""
+
+    plan: list[Job]
+    found: dict[str, Episode]
+    dropped: list[Episode]
+
+
+def recall(
+    store: Store, tasks: Sequence[Task], label: str, num_generations: int, step: int, fits: Callable[[Episode], bool]
+) -> Recalled:
+    """What to play under this label.
+
+    Stored episodes count if their team version `fits` and some could be scored. Others have spent their ids (a run that
     was resumed on hardware that does not repeat itself to the last bit, or after its rewards were mended): then the label
     gets a number, so that what is trained on is always in the store.
     """
-    known = store.ids()
+    known, dropped = store.ids(), list[Episode]()
     for attempt in itertools.count():
         plan = jobs(tasks, label=f"{label}.{attempt}" if attempt else label, num_generations=num_generations, step=step)
         spent = known & {job.id for job in plan}
         if not spent:
-            return plan, {}
+            return Recalled(plan, {}, dropped)
         found = {episode.id: episode for episode in store.read(id=spent)}
-        if all(e.team_version == version for e in found.values()) and not all(map(unscorable, found.values())):
-            return plan, found | _children(store, spent)
+        fitting = all(map(fits, found.values()))
+        if fitting and not all(map(unscorable, found.values())):
+            return Recalled(plan, found | _children(store, spent), dropped)
+        dropped += [] if fitting else found.values()
     raise AssertionError("count() does not end")
 
 

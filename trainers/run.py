@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import math
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -44,7 +43,7 @@ from .models import local_model
 from .monitor import Monitor
 from .progress import Progress
 from .ranks import Ranks
-from .recall import Given, unscorable
+from .recall import Given, row_of
 from .samples import Sample, TurnKey
 from .scoring import score
 from .snapshot import restore, save_checkpoint
@@ -111,6 +110,7 @@ class Run:
         self.best: tuple[float, str] | None = None
         self.earlier_proofs: dict[str, list[dict[str, Any]]] = {}  # of the run that this one resumes, by base
         self.earlier_versions: dict[str, dict[str, str]] = {}
+        self.earlier_team: dict[int, dict[str, str]] = {}
         self._saved: int | None = None  # the step whose checkpoint is on disk
         self._learning = False  # adapters are past the last finished step
         self._measured = False  # how far the first update moved its tokens
@@ -251,24 +251,24 @@ class Run:
     def collect(self, step: int, after: Callable[[Episode], Awaitable[Episode]] | None = None) -> list[Episode]:
         """Play the step's episodes (on rank 0) and give them to every rank, in the order of tasks and samples.
 
+        With `max_staleness` the rollouts of later steps are begun too and go on while this one is learnt (`ahead.py`).
         With `config.episodes` they come from that store: the groups of `tasks_per_step` of its tasks, in the order `tasks_of` gives.
         `after` may add to a scored episode before the others see it (replays, judges of whole groups).
-        Episodes of this step that are stored already, played by the same adapter versions, are taken as they are.
+        Episodes of this step that are stored already, played by adapter versions that fit, are taken as they are.
         """
         start = time.perf_counter()
         episodes: list[Episode] = []
+        told: dict[str, Any] = {}
 
         def play() -> list[Any]:
             if self.config.episodes:
                 found = self.given.of(self.config.tasks_per_step, self.config.seed, step)
             else:
-                found = self.stage.play(
-                    self.tasks_of(step), f"train-{step:06d}", step, self.stage.rollouts, self.config.num_generations,
-                    oversample=self.config.oversample,
-                )  # fmt: skip
+                rollout = self.stage.ahead.take(step)
+                found, told["row"] = rollout.episodes, rollout.row(self.config.max_staleness)
             self.stage.prove(step - 1, found, start=True)
             if after is not None:
-                found = self.stage.background.run(gather([after(episode) for episode in found]), self.stop)
+                found = self.stage.perform(gather([after(episode) for episode in found]))
             episodes.extend(found)
             return [to_json(e) for e in found] if self.ranks.size > 1 else []
 
@@ -276,25 +276,8 @@ class Run:
         if not self.ranks.main:
             episodes = [from_json(Episode, e) for e in sent]
         self.seconds["rollout"] += time.perf_counter() - start
-        parents = [e for e in episodes if e.parent is None]
-        if all(e.error for e in parents):
-            raise RunError(f"step {step}: every episode failed; the first one: {parents[0].error}")
-        if all(unscorable(e) for e in parents):
-            why = next(r.text for e in parents for r in e.rewards if math.isnan(r.value))
-            raise RunError(f"step {step}: no episode could be scored; the first one: {why}; mend it and go on with resume")
-        lost = [e for e in parents if unscorable(e)]
-        if lost:
-            why = lost[0].error or next(r.text for r in lost[0].rewards if math.isnan(r.value))
-            self.progress.warn(f"step {step}: {len(lost)} of {len(parents)} episodes failed or have no score; the first: {why}")
-        sampled = sum(u.sampled_tokens for e in episodes for u in e.usage.values())
-        self.tokens["sampled"] += sampled
-        values = [v for e in parents if not math.isnan(v := e.reward(self.metric))]
-        self._row = {
-            "step": step, "reward": sum(values) / len(values) if values else None, "episodes": len(parents),
-            "failed": sum(e.error is not None for e in parents), "unscorable": len(parents) - len(values),
-            "sampled_tokens": sampled, "tokens_per_s": sampled / max(time.perf_counter() - start, 1e-9),
-            **({"oversampled": self.stage.oversampled} if self.stage.oversampled else {}),
-        }  # fmt: skip
+        self._row = {**row_of(step, episodes, self.metric, self.progress.warn, time.perf_counter() - start), **told.get("row", {})}
+        self.tokens["sampled"] += self._row["sampled_tokens"]
         return episodes
 
     def play(
@@ -412,7 +395,7 @@ class Run:
             self.save()
 
     def _watch(self, step: int, rows: Mapping[str, Mapping[str, Any]]) -> None:
-        warnings, reason = self.monitor.check(rows)
+        warnings, reason = self.monitor.check(rows, stale=self.config.max_staleness > 0 and step > 1)
         for warning in warnings:
             self.progress.warn(f"step {step}: {warning}")
         if reason:

@@ -64,6 +64,7 @@ def save_checkpoint(run: Run) -> Path:
             "sha256_before": run.before, "aborted": run.aborted, "seed": run.config.seed,
             "proofs": {name: base.publisher.to_json() for name, base in run.bases.items() if base.publisher},
             "versions": {name: base.publisher.versions for name, base in run.bases.items() if base.publisher},
+            "team": run.stage.team.of,
         }  # fmt: skip
         ckpt.write_json(folder / "trainer" / "state.json", state)
 
@@ -110,4 +111,6 @@ def restore(run: Run, folder: Path) -> None:
     run.credit_state.update(state["credit"])
     run.monitor = Monitor(**state["monitor"])
     run.earlier_proofs, run.earlier_versions = state["proofs"], state["versions"]
+    # absent in checkpoints from before runs could play ahead
+    run.earlier_team = {int(step): version for step, version in state.get("team", {}).items()}
     run.evals, run.best, run.before = state["evals"], tuple(state["best"]) if state["best"] else None, state["sha256_before"]

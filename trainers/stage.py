@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..agents.types import BASE, PolicySpec, Task
-from ..rollouts.engines.engine import Engine
+from ..rollouts.engines.engine import Engine, TeamVersion
 from ..rollouts.engines.start import start_engine
 from ..rollouts.oversample import Dropped, collect_first, told
 from ..rollouts.play import Rollouts
@@ -17,16 +19,19 @@ from ..rollouts.speakers import speakers
 from ..rollouts.store import Store
 from ..rollouts.types import Episode
 from . import checkpoint as ckpt
+from .ahead import Ahead, Rollout, TeamVersions
 from .bases import Base, dtype_of
 from .config import RunError
 from .memory import placed
 from .publish import Proof, Publisher, probes
-from .recall import recall
+from .recall import Recalled, recall
 from .shard import probed_together
-from .threads import Background
+from .threads import Background, Work
 
 if TYPE_CHECKING:
     from .run import Run
+
+T = TypeVar("T")
 
 
 class Stage:
@@ -39,11 +44,14 @@ class Stage:
     background: Background
     store: Store
     rollouts: Rollouts
+    ahead: Ahead
 
     def __init__(self, run: Run, engine: Engine | None = None) -> None:
         self.run, self._given = run, engine
         self.oversampled: dict[str, float | int] = {}  # what the last `play` dropped, see `oversample.told`
+        self.team = TeamVersions(run.config.max_staleness)
         self.proofs: dict[str, dict[str, Any]] = {}  # by policy, what the last `prove` found
+        self._held: dict[int, contextlib.ExitStack] = {}  # by step: keeps its team version loaded
 
     def open(self, closing: contextlib.ExitStack) -> None:
         """Open the store, start the engines, publish what is there. `closing` will end what was started, in the right order."""
@@ -55,9 +63,13 @@ class Stage:
         self.store = Store(self.run.config.folder / "episodes")
         closing.callback(self.store.close)
         self._start_engines(closing)
+        self._crowd = asyncio.Lock()
+        self.ahead = Ahead(self, self.run.tasks_of, self.run.config.max_steps)
+        closing.callback(self.ahead.close)
 
     def _start_engines(self, closing: contextlib.ExitStack) -> None:
         run, config = self.run, self.run.config
+        self.team = TeamVersions(config.max_staleness, self.team.of or run.earlier_team)  # opened again, or resumed
         if self._given is None:
             on = {base.path: self._specs_on(base) for base in run.bases.values()}
             device = run.ranks.device
@@ -89,6 +101,11 @@ class Stage:
             resumed = [Proof(**record) for record in run.earlier_proofs.get(base.name, ())]
             base.publisher.records = earlier.records if earlier is not None else resumed
             self.background.run(base.publisher.publish(run.step, base.policies))
+            if run.step < config.max_steps:
+                self._load_again(base.publisher)
+            base.publisher.sweep()
+        self._in_force(run.step)
+        closing.callback(self._let_go, None)
         served = [(p, b) for b in run.bases.values() for p in (*b.policies, *([BASE] if b is self._base_of_base() else []))]
         engine_of = {p: (b.engine, b.tokens) for p, b in served if b.engine is not None}
         self.rollouts = Rollouts(
@@ -119,35 +136,72 @@ class Stage:
     ) -> list[Episode]:  # fmt: skip
         """The episodes of these tasks, from the store where it has them, else played and stored. `versions` None: those in force.
 
-        `oversample`: as many more of each task begin, and the slowest are dropped; `oversampled` tells of the last call's.
+        `oversample`: see `begin`; `oversampled` tells of the last call's.
         """
-        run = self.run
-        versions = run.versions if versions is None else versions
-        now = {agent.policy: versions[agent.policy] for agent in run.system.specs if agent.policy in versions}
-        plan, found = recall(self.store, tasks, label, num_generations + oversample, step, now)
+        chosen = self.run.versions if versions is None else versions
+        now, count = self._spoken(chosen), num_generations + oversample
+        known = recall(self.store, tasks, label, count, step, lambda episode: episode.team_version == now)
+        with self.holding(chosen):
+            played = self.begin(label, known, rollouts, chosen, oversample=oversample).result(self.run.stop)
+        self.oversampled = played.oversampled
+        return played.episodes
+
+    def begin(
+        self, label: str, known: Recalled, rollouts: Rollouts, versions: TeamVersion | Callable[[], TeamVersion],
+        room: asyncio.Semaphore | None = None, oversample: int = 0,
+    ) -> Work[Rollout]:  # fmt: skip
+        """Let these episodes be played beside the caller, as `Rollouts.collect` plays, and stored; known ones are taken as they are.
+
+        `oversample`: so many of each task are more than is needed, and the slowest are dropped.
+        """
+        plan, found, run = known.plan, dict(known.found), self.run
         todo = [job for job in plan if job.id not in found]
         if todo and self.exact and not oversample:
             # Played alone, the missing ones would be decoded in other batches: right, but not to the last bit.
             todo = plan
 
         ended = Counter(episode.group for episode in found.values() if episode.parent is None and episode.error is None)
-        wanted = {job.group: num_generations - ended[job.group] for job in plan}
+        wanted = {group: count - oversample - ended[group] for group, count in Counter(job.group for job in plan).items()}
         dropped: list[Dropped] = []
 
-        async def go() -> None:
-            playing = collect_first(rollouts, todo, versions, wanted, dropped) if oversample else rollouts.collect(todo, versions)
-            with run.progress.episodes(label, len(tasks) * num_generations, len(plan) - len(todo), run.metric) as tick:
-                async for episode in playing:
-                    if episode.id not in found:
-                        self.keep([episode])
-                        found[episode.id] = episode
-                    tick(episode)
+        async def go() -> Rollout:
+            async with self.alone():
+                start = time.perf_counter()
+                playing = (
+                    collect_first(rollouts, todo, versions, wanted, dropped, room)
+                    if oversample
+                    else rollouts.collect(todo, versions, room)
+                )
+                total = len(plan) - oversample * len(wanted)
+                with run.progress.episodes(label, total, len(plan) - len(todo), run.metric) as tick:
+                    async for episode in playing:
+                        if episode.id not in found:
+                            self.keep([episode])
+                            found[episode.id] = episode
+                        tick(episode)
+            order = {job.id: number for number, job in enumerate(plan)}
+            episodes = sorted(found.values(), key=lambda e: (order.get(e.id, len(order)), e.id))
+            extra = told([e for e in episodes if e.parent is None], dropped) if oversample else {}
+            return Rollout(episodes, time.perf_counter() - start, oversampled=extra)
 
-        with self.holding(versions):
-            self.background.run(go(), run.stop)
-        self.oversampled = told([e for e in found.values() if e.parent is None], dropped) if oversample else {}
-        order = {job.id: number for number, job in enumerate(plan)}
-        return sorted(found.values(), key=lambda e: (order.get(e.id, len(order)), e.id))
+        return self.background.start(go())
+
+    def perform(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of other plays: replays, drafts, repairs. Ends with `Stopped` when the user or the cluster asks."""
+
+        async def go() -> T:
+            async with self.alone():
+                return await work
+
+        return self.background.run(go(), self.run.stop)
+
+    def alone(self) -> contextlib.AbstractAsyncContextManager[Any]:
+        """With an engine that is exact, one crowd plays after the other: which requests are decoded together must not depend on chance."""
+        return self._crowd if self.exact else contextlib.nullcontext()
+
+    def _spoken(self, versions: Mapping[str, str]) -> dict[str, str]:
+        """The part of a team version that episodes name."""
+        return {agent.policy: versions[agent.policy] for agent in self.run.system.specs if agent.policy in versions}
 
     @contextlib.contextmanager
     def holding(self, versions: Mapping[str, str]) -> Iterator[None]:
@@ -178,10 +232,33 @@ class Stage:
     def publish(self, step: int, episodes: Sequence[Episode], final: bool) -> None:
         """Load what moved on every replica and prove it on the step's episodes."""
         self.proofs = {}
+        self._let_go(step - self.team.bound)
         for base in self.run.bases.values():
             assert base.publisher is not None
             self.background.run(base.publisher.publish(step, base.policies))
         self.prove(step, episodes, final=final)
+        self._in_force(step)
+
+    def _in_force(self, step: int) -> None:
+        """Episodes begin with what is published now; those that began with versions of the last S steps may go on."""
+        self.team.put(step, self._spoken(self.run.versions))
+        for recent, version in self.team.of.items():
+            if recent not in self._held:
+                self._held[recent] = contextlib.ExitStack()
+                self._held[recent].enter_context(self.holding(version))
+
+    def _let_go(self, before: int | None = None) -> None:
+        """Nobody plays with the team versions before this step (None: with any) any more."""
+        for step in [step for step in self._held if before is None or step < before]:
+            self._held.pop(step).close()
+
+    def _load_again(self, publisher: Publisher) -> None:
+        """Of a resumed run: versions with which episodes of the next steps were begun, or would have been."""
+        for policy, version in dict.fromkeys(item for known in self.team.of.values() for item in known.items()):
+            if policy in publisher.versions and not self.background.run(publisher.load_again(policy, version)):
+                self.run.progress.warn(
+                    f"resume: the folder of {version} is gone, so what it would have played is played by {publisher.versions[policy]}"
+                )
 
     def prove(self, step: int, episodes: Sequence[Episode], *, final: bool = False, start: bool = False) -> None:
         """The live proof. `start`: of the versions this run began with (resumed, or from `init`), on the first tokens they sampled."""

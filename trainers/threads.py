@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Coroutine
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -48,6 +48,46 @@ class Stop:
         self._old = {}
 
 
+class Work(Generic[T]):
+    """A coroutine at work in the loop of another thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> None:
+        self._loop = loop
+        self._started: concurrent.futures.Future[asyncio.Task[T]] = concurrent.futures.Future()
+        self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def begin() -> None:
+            task = loop.create_task(coroutine)
+            task.add_done_callback(self._end)
+            self._started.set_result(task)
+
+        loop.call_soon_threadsafe(begin)
+
+    def _end(self, task: asyncio.Task[T]) -> None:
+        if not task.cancelled():
+            task.exception()  # looked at, so that work nobody asks for any more is not complained of
+        self._ended.set_result(None)
+
+    def result(self, stop: Stop | None = None) -> T:
+        """What came of it, once it has. If `stop` is asked meanwhile, the work is cancelled and waited for, and `Stopped` raised."""
+        try:
+            while not concurrent.futures.wait([self._ended], timeout=0.2).done:
+                if stop is not None and stop.asked:
+                    raise Stopped
+        except KeyboardInterrupt:
+            self.cancel()
+            raise
+        result = self._started.result().result()
+        if stop is not None and stop.asked:
+            raise Stopped
+        return result
+
+    def cancel(self) -> None:
+        """End it and wait until it has ended: what is open ends before the caller saves or closes anything."""
+        self._loop.call_soon_threadsafe(self._started.result().cancel)
+        concurrent.futures.wait([self._ended], timeout=10)
+
+
 class Background:
     """An event loop in a daemon thread."""
 
@@ -56,30 +96,13 @@ class Background:
         self._thread = threading.Thread(target=self.loop.run_forever, name="marlora-loop", daemon=True)
         self._thread.start()
 
-    def run(self, work: Coroutine[Any, Any, T], stop: Stop | None = None) -> T:
-        """The coroutine's result. If `stop` is asked meanwhile, the work is cancelled and waited for, and `Stopped` raised."""
-        started: concurrent.futures.Future[asyncio.Task[T]] = concurrent.futures.Future()
-        ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> Work[T]:
+        """Let it work beside the caller."""
+        return Work(self.loop, coroutine)
 
-        def begin() -> None:
-            task = self.loop.create_task(work)
-            task.add_done_callback(lambda _: ended.set_result(None))
-            started.set_result(task)
-
-        self.loop.call_soon_threadsafe(begin)
-        try:
-            while not concurrent.futures.wait([ended], timeout=0.2).done:
-                if stop is not None and stop.asked:
-                    raise Stopped
-        except KeyboardInterrupt:
-            task = started.result()
-            self.loop.call_soon_threadsafe(task.cancel)
-            concurrent.futures.wait([ended], timeout=10)  # what is open ends before the caller saves or closes anything
-            raise
-        result = started.result().result()
-        if stop is not None and stop.asked:
-            raise Stopped
-        return result
+    def run(self, coroutine: Coroutine[Any, Any, T], stop: Stop | None = None) -> T:
+        """The coroutine's result, see `Work.result`."""
+        return self.start(coroutine).result(stop)
 
     def close(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)

@@ -36,6 +36,9 @@ class EngineConfig:
     )
     server_devices: str = help_of('CUDA_VISIBLE_DEVICES of our server ("0;1" starts one on each); empty = the trainer\'s', "")
     server_timeout: float = help_of("seconds our server may take to come up", 600.0)
+    max_staleness: int = help_of(
+        "team versions an episode may be behind when it is learnt from: above 0, later steps are played while one is learnt", 0
+    )
     max_model_len: int = help_of("context of our server in tokens; 0 = the model's own, at most 4096", 0)
     allow_open_server: bool = help_of("accept servers by URL that answer without a key", False)
 

@@ -293,6 +293,7 @@ def server_settings(
         folder=folder,
         label="-".join(filter(None, ("vllm", re.sub(r"[^A-Za-z0-9.]+", "-", Path(model).name), where))),
         policies=policies,
+        staleness=config.max_staleness,
         dtype=config.engine_dtype,
         max_model_len=config.max_model_len,
         memory=memory,

@@ -58,7 +58,7 @@ def test_one_update_is_that_of_a_plain_implementation(layout: str, across: bool,
         for head in base.heads.values():
             for name, p in head.parameters().items():
                 p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
-        run.stage.background.run(base.publisher.publish(0, base.policies))  # type: ignore[union-attr]
+        run.stage.publish(0, (), final=False)
         episodes = run.collect(1)
         truth: dict[str, tuple[torch.Tensor, ...]] = {}
         for agent in ("first", "last"):

@@ -14,7 +14,7 @@ from marlora.agents.types import SettingError
 from marlora.rollouts.types import Episode, groups
 from marlora.trainers import update
 from marlora.trainers.grpo import GRPOTrainer
-from marlora.trainers.recall import recall
+from marlora.trainers.recall import Recalled, recall
 from marlora.trainers.run import Run, RunError
 from marlora.trainers.threads import Background, Stop, Stopped
 from tests.trainers.small_run import EPISODES, trainer
@@ -182,12 +182,18 @@ def test_the_episodes_of_other_adapters_have_spent_their_ids(model: Path, tmp_pa
     made = trainer(tmp_path / "run", model)
     with made.run as run:
         tasks, count = run.tasks_of(1), EPISODES // len(run.tasks_of(1))
-        assert recall(run.stage.store, tasks, "train-000001", count, 1, {})[1] == {}
+
+        def recalled(version: dict[str, str]) -> Recalled:
+            return recall(run.stage.store, tasks, "train-000001", count, 1, lambda episode: episode.team_version == version)
+
+        assert recalled({}).found == {}
         played = run.collect(1)
-        plan, found = recall(run.stage.store, tasks, "train-000001", count, 1, {})
-        assert [job.id for job in plan] == [e.id for e in played] and found.keys() == {e.id for e in played}
-        plan, found = recall(run.stage.store, tasks, "train-000001", count, 1, {"first": "first-v0-other"})
-        assert found == {} and all(job.id.startswith("train-000001.1/") for job in plan)
+        known = recalled({})
+        assert [job.id for job in known.plan] == [e.id for e in played] and known.found.keys() == {e.id for e in played}
+        assert known.dropped == []
+        known = recalled({"first": "first-v0-other"})
+        assert known.found == {} and all(job.id.startswith("train-000001.1/") for job in known.plan)
+        assert [e.id for e in known.dropped] == [e.id for e in played], "told, since they are not learnt from"
         assert run.collect(1) == played, "the right ones are taken as they are"
 
 
