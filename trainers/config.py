@@ -77,6 +77,9 @@ class RunConfig(EngineConfig):
         "auto",
     )
     dtype: str = help_of("of the base in the trainer: auto (the model's own), float32 or bfloat16; adapters are float32", "auto")
+    collective_timeout: float = help_of(
+        "seconds that ranks may wait for one another in an update; then all write their stacks and end", 1800.0
+    )
     # what is kept and checked
     save_every: int = help_of("steps between checkpoints; the last step is always saved", 10)
     save_total_limit: int = help_of("checkpoints kept, besides the best", 3)
@@ -103,6 +106,8 @@ class RunConfig(EngineConfig):
         for name in (*positive, "tokens_per_batch", "save_every", "save_total_limit", "num_eval_tasks", "proof_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 < self.collective_timeout < math.inf:
+            raise SettingError(f"collective_timeout: expected seconds above 0, got {self.collective_timeout}")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "temperature", "lora_alpha"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SettingError(f"{name}: expected a number from 0, got {getattr(self, name)}")

@@ -132,7 +132,7 @@ class Run:
         try:
             if not self._loaded:
                 shard.wanted(self.config.shard_base)  # before accelerate looks for packages it may lack
-                self.ranks = Ranks()
+                self.ranks = Ranks(seconds=self.config.collective_timeout)
                 shard.join_probes(self)
             self.progress = Progress(self.ranks.main)
             self._exit.callback(self.progress.close)

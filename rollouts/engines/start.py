@@ -27,6 +27,9 @@ class EngineConfig:
     engine_dtype: str = help_of("of the served base: auto (the model's own), float32 or bfloat16", "auto")
     server_urls: list[str] = help_of("vLLM servers already running (.../v1); empty starts our own", factory=list)
     server_key: str = help_of("environment variable or 0600 file that holds the key of server_urls", "")
+    router_url: str = help_of(
+        "vllm-router before these servers: it is asked to generate; adapters still go to every server, and are proven there", ""
+    )
     endpoints: str = help_of("file or folder of files in which server nodes write where their servers are; see serve_only", "")
     num_servers: int = help_of("endpoints: how many servers to wait for", 1)
     server_host: str = help_of("address that our servers listen on; other nodes reach only another one than this", "127.0.0.1")
@@ -76,6 +79,10 @@ def choose_engine(config: EngineConfig) -> tuple[str, str]:
     setting, elsewhere = config.engine, config.server_urls or config.endpoints
     if config.server_urls and config.endpoints:
         raise SettingError("server_urls and endpoints: choose one; both say where servers run already")
+    if config.router_url and not elsewhere:
+        raise SettingError(
+            "router_url: name the servers behind the router too (server_urls or endpoints); adapters go to each of them"
+        )
     if setting not in ("auto", "vllm", "transformers"):
         raise SettingError(f"engine: expected one of auto, vllm, transformers; got {setting!r}")
     found = importlib.util.find_spec("vllm") is not None

@@ -27,9 +27,10 @@ from .start import EngineConfig
 from .vllm_args import ServerSettings, lora_sizes, served_dtype, vllm_version
 from .vllm_fleet import Fleet, hasty
 from .vllm_replica import Patience, Replica
+from .vllm_router import Router
 from .vllm_server import VLLMServer, served_base, start_servers
 from .vllm_urls import key_from, refuse_open, tidy
-from .vllm_wire import read_choices, read_scores, request_body
+from .vllm_wire import Reply, read_choices, read_scores, request_body
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 CHATS = 4096  # chats whose replica is remembered
@@ -57,14 +58,26 @@ class Routes:
     def choose(self, policy: str, ids: Sequence[int], open_requests: Mapping[str, int]) -> str:
         if len(open_requests) == 1:
             return next(iter(open_requests))
-        hashes = list(accumulate(ids, lambda seen, token: hash((seen, token)), initial=0))[1:]
-        found = next((self._seen[policy, h] for h in reversed(hashes) if (policy, h) in self._seen), None)
+        found, last = self._earlier(policy, ids)
         name = found if found is not None and found in open_requests else min(open_requests, key=lambda one: open_requests[one])
-        self._seen[policy, hashes[-1]] = name
-        self._seen.move_to_end((policy, hashes[-1]))
+        return self._remember(policy, last, name)
+
+    def chat(self, policy: str, ids: Sequence[int]) -> str:
+        """The chat's id: its first prompt's hash, the same in every process. Chats that begin alike share one, as they share a prefix."""
+        found, last = self._earlier(policy, ids)
+        return self._remember(policy, last, found or f"{policy}-{last % 2**64:016x}")
+
+    def _earlier(self, policy: str, ids: Sequence[int]) -> tuple[str | None, int]:
+        """Where the longest prompt that this one extends went, and this one's hash."""
+        hashes = list(accumulate(ids, lambda seen, token: hash((seen, token)), initial=0))[1:]
+        return next((self._seen[policy, h] for h in reversed(hashes) if (policy, h) in self._seen), None), hashes[-1]
+
+    def _remember(self, policy: str, last: int, place: str) -> str:
+        self._seen[policy, last] = place
+        self._seen.move_to_end((policy, last))
         if len(self._seen) > CHATS:
             self._seen.popitem(last=False)
-        return name
+        return place
 
 
 class VLLMEngine:
@@ -77,6 +90,7 @@ class VLLMEngine:
         key: for URLs: what they ask for as a bearer token ("" = none).
         allow_open_server: accept URLs that generate or load adapters without a key.
         dtype: of weights served by URL, which servers do not tell; ours know theirs.
+        router: URL of a router before the servers ("" = none): it is asked to generate, they themselves for all else.
     """
 
     def __init__(
@@ -88,6 +102,7 @@ class VLLMEngine:
         key: str = "",
         allow_open_server: bool = False,
         dtype: str = "bfloat16",
+        router: str = "",
         patience: Patience | None = None,
     ) -> None:
         if not servers:
@@ -95,8 +110,8 @@ class VLLMEngine:
         self.tokens, self.root = tokens, Path(adapter_root).resolve()
         self.replicas: dict[str, Replica] = {}
         self.max_rank, self.base, contexts = 0, "", []
-        patience = patience or Patience()
-        patience = hasty(patience) if len(servers) > 1 else patience
+        calm = patience or Patience()
+        patience = hasty(calm) if len(servers) > 1 else calm
         for server in servers:
             replica, context = _connect(server, key, allow_open_server, patience)
             if replica.name in self.replicas:
@@ -112,9 +127,20 @@ class VLLMEngine:
         self._versions: dict[str, str] = {}  # version -> policy, of those that may be asked for
         self._used: set[str] = set()  # every version name there ever was
         self.fleet = Fleet(self.replicas)
+        self.router = self._routed_by(router, calm) if router else None
         self._routes = Routes()
         self._draw = random.SystemRandom()
         self._closed = False
+
+    def _routed_by(self, url: str, patience: Patience) -> Router:
+        """Raises `SettingError` unless the servers are told apart by nothing but their place."""
+        for what, found in (("key", {r.key for r in self.replicas.values()}), ("name", {r.base for r in self.replicas.values()})):
+            if len(found) > 1:
+                raise SettingError(
+                    f"router_url {url}: a router sends one {what} to all servers, but they have {len(found)}; start them with one"
+                )
+        first = next(iter(self.replicas.values()))
+        return Router(tidy(url), first.key, first.base, self.fleet, patience)
 
     # tokens
 
@@ -130,15 +156,23 @@ class VLLMEngine:
             sampling = replace(sampling, seed=self._draw.getrandbits(62))  # drawn once, so that a retry repeats it
         asked = n if sampling.temperature > 0 else 1  # vLLM refuses n > 1 for greedy sampling; sibling k draws with seed + k
 
-        async def ask(place: Replica) -> Any:
-            model = self._model(ref, place)
-            body = request_body(ids, model, sampling, asked, self.tokens.eos_ids)
+        def request(model: str) -> tuple[dict[str, Any], Callable[[Any], list[Reply]]]:
             read = partial(read_choices, model=model, prompt=list(ids), n=asked, max_tokens=sampling.max_tokens)
-            return await self._send(place, model, body, read)
+            return request_body(ids, model, sampling, asked, self.tokens.eos_ids), read
 
+        async def ask(place: Replica) -> Any:
+            model = self._model(ref, place.base)
+            return await self._send(place, model, *request(model))
+
+        if self.router is not None and replica is None:
+            self._some_of(ids)
+            chat = self._routes.chat(ref.policy, ids)
+            replies = await self.router.complete(chat, *request(self._model(ref, self.router.base)))
+        else:
+            replies = await self._ask(ref, ids, replica, ask)
         made = [
             Completion(self.tokens.decode(tokens), tuple(ids), tokens, logprobs, reason, ref.policy, ref.version)
-            for tokens, logprobs, reason in await self._ask(ref, ids, replica, ask)
+            for tokens, logprobs, reason in replies
         ]
         return made if asked == n else made * n
 
@@ -148,7 +182,7 @@ class VLLMEngine:
             raise PromptTooLong(f"{len(ids)} tokens to score do not fit the context of {self.context} with one more")
 
         async def ask(place: Replica) -> Any:
-            model = self._model(ref, place)
+            model = self._model(ref, place.base)
             body = request_body(ids, model, Sampling(max_tokens=1, seed=0), 1, self.tokens.eos_ids) | {"prompt_logprobs": 0}
             return await self._send(place, model, body, partial(read_scores, model=model, prompt=list(ids)))
 
@@ -168,16 +202,20 @@ class VLLMEngine:
             replica.open[model] -= 1
 
     def _choose(self, ref: Ref, ids: Sequence[int], present: Mapping[str, Replica]) -> Replica:
-        if not ids:
-            raise EngineError("an empty prompt: at least one token expected")
+        self._some_of(ids)
         return present[self._routes.choose(ref.policy, ids, {name: r.open.total() for name, r in present.items()})]
 
-    def _model(self, ref: Ref, replica: Replica) -> str:
-        """The name to ask for. An unknown version, or another policy's, is an error and never the base."""
+    @staticmethod
+    def _some_of(ids: Sequence[int]) -> None:
+        if not ids:
+            raise EngineError("an empty prompt: at least one token expected")
+
+    def _model(self, ref: Ref, base: str) -> str:
+        """The name to ask for, `base` for the bare base. An unknown version, or another policy's, is an error and never the base."""
         if self._closed:
             raise EngineError("the vLLM engine is closed")
         if not ref.version:
-            return replica.base
+            return base
         if ref.version not in self._versions:
             why = "was retired" if ref.version in self._used else f"was never published; {nearest(ref.version, self._versions)}"
             raise EngineError(f"adapter version {ref.version!r} of policy {ref.policy!r} {why}")
@@ -217,10 +255,12 @@ class VLLMEngine:
 
     async def retire(self, ref: Ref) -> None:
         """See `Engine.retire`. Waits for the open requests of this version."""
-        self._model(ref, next(iter(self.replicas.values())))
+        self._model(ref, BASE)
         if not ref.version:
             raise EngineError("the bare base cannot be retired")
         del self._versions[ref.version]
+        if self.router is not None:
+            await self.router.idle(ref.version)
         await self.fleet.unload(ref.version)
 
     async def adapters(self, replica: str) -> Mapping[str, str]:
@@ -235,6 +275,8 @@ class VLLMEngine:
     async def close(self) -> None:
         """Close connections and stop the servers that are ours. Safe to call twice."""
         self._closed = True
+        if self.router is not None:
+            await self.router.close()
         await self.fleet.close()
 
 
@@ -266,15 +308,16 @@ async def start_vllm(
     `server_devices` "0" or "0,1" is one server on these; "0;1" is one server on each.
     """
     settings: dict[str, Any] = {"adapter_root": folder / "versions", "allow_open_server": config.allow_open_server}
-    if config.endpoints:
-        found = await wait_for_endpoints(Path(config.endpoints), model, config.num_servers, config.server_timeout, say)
-        dtype = next((e.dtype for e in found if e.dtype), "bfloat16") if config.engine_dtype == "auto" else config.engine_dtype
-        return await asyncio.to_thread(partial(VLLMEngine, found, tokens, dtype=dtype, **settings))
-    if config.server_urls:
-        dtype = "bfloat16" if config.engine_dtype == "auto" else config.engine_dtype
-        return await asyncio.to_thread(
-            partial(VLLMEngine, config.server_urls, tokens, key=key_from(config.server_key), dtype=dtype, **settings)
-        )
+    if config.endpoints or config.server_urls:
+        settings |= {"router": config.router_url, "key": key_from(config.server_key)}
+        found: Sequence[Endpoint | str] = config.server_urls
+        if config.endpoints:
+            found = await wait_for_endpoints(Path(config.endpoints), model, config.num_servers, config.server_timeout, say)
+        named = next((e.dtype for e in found if isinstance(e, Endpoint) and e.dtype), "bfloat16")
+        dtype = named if config.engine_dtype == "auto" else config.engine_dtype
+        engine = await asyncio.to_thread(partial(VLLMEngine, found, tokens, dtype=dtype, **settings))
+        await engine.fleet.forget(engine.root)
+        return engine
     wanted = server_settings(model, policies, config, folder, say)
     servers = await start_servers(wanted, len(wanted.devices), say)
     return VLLMEngine(servers, tokens, **settings)

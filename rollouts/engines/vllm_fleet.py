@@ -100,6 +100,33 @@ class Fleet:
             self.progress(f"{replica} is lost, {len(self.present) - 1} of {len(self.replicas)} servers go on: {why}")
             self.lost[replica.name] = why
 
+    async def inspect(self) -> None:
+        """Look at every replica; those that do not list what they should are lost until they do. Waits for them a while."""
+
+        async def one(replica: Replica) -> None:
+            try:
+                listed = await replica.listed()
+            except ReplicaLost as error:
+                return self.lose(replica, str(error))
+            if listed != self.adapters:
+                self.lose(replica, f"it lists {len(listed)} adapters, not the {len(self.adapters)} that it should")
+
+        await asyncio.gather(*(one(replica) for replica in self.present.values()))
+        await self._some()
+        coming = [task for name, task in self._returns.items() if name in self.lost and not task.done()]
+        if coming:
+            await asyncio.wait(coming, timeout=PAUSES[1])
+
+    async def forget(self, root: Path) -> None:
+        """Unload what an earlier process has left loaded from this folder."""
+
+        async def one(replica: Replica) -> None:
+            for version, folder in (await replica.listed()).items():
+                if Path(folder).parent == root and version not in self.adapters:
+                    await replica.unload(version)
+
+        await self.everywhere(one)
+
     async def close(self) -> None:
         tasks = [task for task in self._returns.values() if task.get_loop() is asyncio.get_running_loop()]
         for task in tasks:

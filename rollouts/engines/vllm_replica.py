@@ -13,7 +13,7 @@ import contextlib
 import json
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -88,7 +88,14 @@ class Replica:
 
     # requests
 
-    async def request(self, method: str, path: str, body: Any = None, read: Callable[[Any], T] = lambda reply: reply) -> T:
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        read: Callable[[Any], T] = lambda reply: reply,
+        headers: Mapping[str, str] | None = None,
+    ) -> T:
         """Send, and `read` the reply (may raise `Transient`).
 
         Raises `Refused` for a 4xx, after the last try `EngineError`, or `ReplicaLost` if there are others to ask.
@@ -101,7 +108,7 @@ class Replica:
                 await asyncio.sleep(pause * self._jitter.uniform(0.5, 1.5))
             try:
                 await self._revive()
-                reply = await self._watched(self._once(method, path, body, self.patience.request, read))
+                reply = await self._watched(self._once(method, path, body, self.patience.request, read, headers))
                 self._finished += 1
                 return reply
             except Transient as error:
@@ -112,10 +119,16 @@ class Replica:
         raise kind(f"{self}: {method} {path} failed {attempt + 1} times, last: {failure}{self._tail()}")
 
     async def _once(
-        self, method: str, path: str, body: Any, seconds: float, read: Callable[[Any], Any] = lambda reply: reply
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        seconds: float,
+        read: Callable[[Any], Any] = lambda reply: reply,
+        more: Mapping[str, str] | None = None,
     ) -> Any:
         """One try. The connection of a reply that is not believed is closed: what comes on it next may belong to another request."""
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers = {**(more or {}), **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         timeout = aiohttp.ClientTimeout(total=seconds)
         try:
             async with self._session.request(method, self.url + path, json=body, headers=headers, timeout=timeout) as response:

@@ -162,3 +162,16 @@ def test_with_others_to_ask_patience_is_short() -> None:
     assert hasty(QUICK) == QUICK
     waiting = sum(Patience().backoff * 1.5 * 2**k for k in range(HASTE["retries"] - 1))  # type: ignore[arg-type]
     assert waiting <= 30 and HASTE["stall"] + HASTE["probe"] <= 30
+
+
+def test_what_an_earlier_process_left_loaded_is_unloaded_and_other_peoples_adapters_stay(tmp_path: Path) -> None:
+    mine, old, foreign = adapter(tmp_path, "solver-v3-cc"), str(tmp_path / "solver-v1-aa"), "/elsewhere/solver-v1-aa"
+    with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two:
+
+        async def work(engine: VLLMEngine) -> None:
+            await engine.publish({"solver": mine})
+            one.loaded["solver-v1-aa"], two.loaded["theirs"] = old, foreign
+            await engine.fleet.forget(tmp_path)
+            assert one.loaded == {"solver-v3-cc": str(mine)} and two.loaded == {"solver-v3-cc": str(mine), "theirs": foreign}
+
+        play(engine_on(one, two, root=tmp_path), work)

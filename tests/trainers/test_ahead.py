@@ -81,12 +81,16 @@ def test_too_old_or_with_a_foreign_turn_is_refused_at_consumption() -> None:
         team.ages([episode({"a": "a-v1", "b": "b-v1"})])
     with pytest.raises(RunError, match="more than max_staleness 1"):
         team.ages([episode({"a": "a-v3", "b": "b-v2"})])  # never in force together
-    with pytest.raises(RunError, match="turn 1: spoken by 'b-v3'.*an episode keeps its version"):
+    with pytest.raises(RunError, match=r"turn 1: spoken by 'b-v3'.*an episode keeps its version"):
         team.ages([episode(late, ("a", "a-v2", 1), ("b", "b-v3", 1))])
 
 
 def test_drops_are_counted_by_agent_and_length() -> None:
-    found = [episode({}, ("a", "", 3), ("b", "", 1), ("a", "", 2)), episode({}, ("a", "", 5)), episode({}, ("a", "", 64), ("b", "", 65))]
+    found = [
+        episode({}, ("a", "", 3), ("b", "", 1), ("a", "", 2)),
+        episode({}, ("a", "", 5)),
+        episode({}, ("a", "", 64), ("b", "", 65)),
+    ]
     assert by_length(found) == {"a": {"<=8": 2, "<=64": 1}, "b": {"<=1": 1, "<=128": 1}}
     assert Rollout([], 1.0, [], found).row(0) == {"dropped_stale": {"episodes": 3, "tokens": by_length(found)}}
     assert Rollout([], 1.0, [0, 1, 1]).row(1) == {"tokens_per_s": 0.0, "staleness": 2 / 3, "max_staleness": 1}
@@ -151,8 +155,8 @@ class World:
 
 
 def behind(episode: Episode, step: int) -> int:
-    """From the names alone: v3 at step 5 is one behind v4."""
-    played = {int(name.rpartition("v")[2]) for name in episode.team_version.values()} or {0}
+    """From the names alone: `a-v3-02dfb623` is one behind at step 5."""
+    played = {int(name.rpartition("v")[2].partition("-")[0]) for name in episode.team_version.values()} or {0}
     assert len(played) == 1, "a team version is of one step"
     return step - 1 - played.pop()
 
@@ -253,7 +257,9 @@ def weights(made: GRPOTrainer) -> dict[str, str]:
     return {p: base.adapters.sha256(p) for base in made.run.bases.values() for p in base.policies}
 
 
-def test_s_0_is_the_synchronous_run_bit_for_bit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+def test_s_0_is_the_synchronous_run_bit_for_bit(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
     """Against a loop that plays a step to its end before it learns it, and knows nothing of staleness."""
     ours = trainer(tmp_path / "ours", model)
     ours.train()
@@ -272,7 +278,9 @@ def test_s_0_is_the_synchronous_run_bit_for_bit(model: Path, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("bound", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_ahead_repeats_itself_and_says_how_old_its_episodes_were(bound: int, model: Path, tmp_path: Path, one_thread: None) -> None:
+def test_a_run_ahead_repeats_itself_and_says_how_old_its_episodes_were(
+    bound: int, model: Path, tmp_path: Path, one_thread: None
+) -> None:
     found = []
     for name in ("one", "two"):
         made = trainer(tmp_path / name, model, max_staleness=bound, max_steps=4, eval_every=2)

@@ -19,7 +19,13 @@ from tests.repository import ROOT, clean_environment
 pytestmark = pytest.mark.process
 
 BIN = Path(sys.executable).parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def torchrun(count: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+
+
+TORCHRUN = torchrun(2)
 ACCELERATE = [str(BIN / "accelerate"), "launch"]
 
 
@@ -39,6 +45,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         assert done.returncode == 0, done.stderr[-4000:]
         found.append(folder / name)
     return found[0], found[1]
+
+
+@pytest.fixture(scope="module")
+def four(runs: tuple[Path, Path]) -> Path:
+    """The same run of four."""
+    folder = runs[0].with_name("four")
+    done = start([*torchrun(4), "-m", "tests.trainers.rank_program", str(folder), str(folder.with_name("model"))])
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
 
 
 def said(folder: Path, rank: int) -> dict[str, Any]:
@@ -70,15 +85,27 @@ def test_what_ends_rank_0_ends_the_others(runs: tuple[Path, Path]) -> None:
 
 
 def test_two_ranks_train_what_one_trains(runs: tuple[Path, Path]) -> None:
-    one, two = runs
+    assert_trained_alike(runs[1], runs[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_four_ranks_train_what_one_trains(runs: tuple[Path, Path], four: Path) -> None:
+    assert_trained_alike(four, runs[0])
+    assert len({json.dumps(said(four, rank)["sha256"]) for rank in range(4)}) == 1
+    batches = said(four, 3)["batches"]
+    assert batches[2:4] == [[1, 0, 0, 0]] * 2, "in the second step three ranks have no samples of either agent, and join"
+
+
+def assert_trained_alike(ours: Path, theirs: Path) -> None:
+    """Equal within the determinism contract."""
     for policy in ("first", "last"):
-        mine, theirs = tensors(two, policy), tensors(one, policy)
-        assert (mine - theirs).abs().max() <= 1e-5
-    for mine, theirs in zip(rows(two), rows(one), strict=True):
+        assert (tensors(ours, policy) - tensors(theirs, policy)).abs().max() <= 1e-5
+    for mine, other in zip(rows(ours), rows(theirs), strict=True):
         for key in ("step", "reward", "episodes", "failed", "sampled_tokens", "dropped"):
-            assert mine[key] == theirs[key]
+            assert mine[key] == other[key]
         for policy in ("first", "last"):
-            a, b = mine["policies"][policy], theirs["policies"][policy]
+            a, b = mine["policies"][policy], other["policies"][policy]
             assert a.keys() == b.keys() and a["grad_norm"] > 0
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-6)
             for key in ("tokens", "sequences", "entropy", "truncated", "constant_groups", "clipped"):
@@ -133,6 +160,32 @@ def test_every_way_to_launch_a_recipe_gives_the_same_run(tmp_path: Path) -> None
         assert summary["tokens"] == first["tokens"], name
         if name == "accelerate launch":  # two ranks add in another order: equal within the contract, not to the last bit
             assert summary["policies"] == first["policies"], name
+
+
+def test_a_rank_that_stalls_ends_all_with_their_stacks() -> None:
+    """Rank 1 never joins the second sum. Rank 0, which waits for it, says so; the stacks show where rank 1 is; the launcher has code 1."""
+    done = start([*TORCHRUN, "-m", "tests.trainers.stalled_program", "sleep"])
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert line == (
+        "error: hung: rank 0 has waited 3 s in collective number 2 (sum of gradients) for "
+        "rank 1, which has been in none since number 1; stacks of all ranks follow"
+    )
+    stacks = done.stderr.split("stacks of rank ")[1:]
+    assert sorted(stack[0] for stack in stacks) == ["0", "1"]
+    mine, theirs = sorted(stacks)
+    assert "in sum_" in mine and "in stall_here" not in mine
+    assert "in stall_here" in theirs and "Thread" in theirs
+    assert "rank 1 ends too: hung: rank 0 has waited 3 s" in done.stderr
+    assert "was not reached" not in done.stdout
+
+
+@pytest.mark.slow
+def test_a_rank_that_keeps_the_interpreter_to_itself_ends_too() -> None:
+    """No thread of Python runs there: the timer in C writes the stacks and ends it, before it holds up anybody."""
+    done = start([*TORCHRUN, "-m", "tests.trainers.stalled_program", "frozen"])
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr and "in freeze_here" in done.stderr
 
 
 @pytest.mark.slow

@@ -42,9 +42,10 @@ def log(folder: Path) -> str:
     return Path(f"{folder}.log").read_text()
 
 
-def weights(folder: Path) -> dict[str, str]:
+def weights(folder: Path, step: int = STEPS) -> dict[str, str]:
     """sha256 of the files of adapters and optimizers of the last step's checkpoint."""
-    files = [*(folder / LAST / "adapters").rglob("*"), *(folder / LAST / "trainer").glob("*.safetensors")]
+    last = folder / f"checkpoints/step-{step:06d}"
+    files = [*(last / "adapters").rglob("*"), *(last / "trainer").glob("*.safetensors")]
     found = {str(path.relative_to(folder)): sha256_file(path) for path in files if path.is_file()}
     assert len(found) == 6  # two adapters of two files, two optimizers
     return found
@@ -157,6 +158,53 @@ def test_killed_anywhere_again_and_again(seed: int, play, model: Path, tmp_path:
             assert play(folder, model, seed=seed, resume=True, fault="fsync", at=rng.randint(1, 12), after=after) in (-9, 0)
         assert play(folder, model, seed=seed, resume=True) == 0, f"killed at write {at} of {writes}: {log(folder)}"
         assert_same(folder, whole)
+
+
+@pytest.fixture(scope="module")
+def ahead(play, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run whose rollouts are one step ahead."""
+    folder = tmp_path_factory.mktemp("runs") / "ahead"
+    assert play(folder, model, max_staleness=1) == 0, log(folder)
+    assert [row["staleness"] for row in metrics(folder)] == [0, 1, 1]
+    return folder
+
+
+AHEAD = {
+    "updated, not published, the next step in play": dict(fault="learn", at=2, after=True),
+    **{
+        point: pytest.param(order, marks=pytest.mark.slow)
+        for point, order in {
+            "an episode half written, of this step or the next": dict(fault="torn line", at=EVAL + EPISODES + 4),
+            "an episode of the last step": dict(fault="store", at=EVAL + 2 * EPISODES + 3),
+            "published, not proven": dict(fault="prove", at=2),
+            "logged, not saved": dict(fault="save", at=3),
+            "nothing saved at all": dict(fault="learn", at=3, after=True, save_every=10),
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("order", AHEAD.values(), ids=list(AHEAD))
+def test_killed_and_resumed_with_rollouts_ahead(order: dict[str, Any], play, model: Path, ahead: Path, tmp_path: Path) -> None:
+    """What was stored of later steps counts, what was not is played as it would have been: nothing is lost or counted twice."""
+    folder = tmp_path / "run"
+    assert play(folder, model, max_staleness=1, **order) == -9
+    assert play(folder, model, max_staleness=1, resume=True) == 0, log(folder)
+    assert_same(folder, ahead)
+
+
+@pytest.mark.slow
+def test_killed_anywhere_with_rollouts_ahead(play, model: Path, tmp_path: Path) -> None:
+    whole, rng, order = tmp_path / "whole", random.Random(5), dict(seed=5, max_staleness=2, max_steps=4)
+    assert play(whole, model, **order, fault="fsync") == 0
+    writes = int(Path(f"{whole}.calls").read_text())
+    for number in range(5):
+        folder = tmp_path / f"run-{number}"
+        at = rng.randint(1, writes)
+        assert play(folder, model, **order, fault="fsync", at=at) == -9
+        assert play(folder, model, **order, resume=True, fault="fsync", at=rng.randint(1, 12)) in (-9, 0)
+        assert play(folder, model, **order, resume=True) == 0, f"killed at write {at} of {writes}: {log(folder)}"
+        assert weights(folder, 4) == weights(whole, 4) and metrics(folder) == metrics(whole) and episodes(folder) == episodes(whole)
 
 
 def test_stored_episodes_give_the_same_update_without_the_engine(play, model: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_the_episodes_of_other_adapters_have_spent_their_ids(model: Path, tmp_pa
         assert known.dropped == []
         known = recalled({"first": "first-v0-other"})
         assert known.found == {} and all(job.id.startswith("train-000001.1/") for job in known.plan)
-        assert [e.id for e in known.dropped] == [e.id for e in played], "told, since they are not learnt from"
+        assert {e.id for e in known.dropped} == {e.id for e in played}, "told, since they are not learnt from"
         assert run.collect(1) == played, "the right ones are taken as they are"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -111,6 +112,59 @@ def test_a_publish_waits_for_open_requests_of_the_old_version(model: Path, tmp_p
         assert list(await engine.adapters("local")) == [new]
 
     with_engine(model, work)
+
+
+def test_what_a_killed_process_left_behind_goes_as_if_it_had_been_retired(model: Path, tmp_path: Path):
+    """Half-written versions and twins at once, versions one by one; other policies' and other people's folders stay."""
+    adapters = adapters_on(model, policies=["solver"])
+    learner = Learner(adapters, 1e-3)
+    left = [f"solver-v{step}-0000000{step}" for step in range(1, 7)]
+    others = ["critic-v1-00000000", "solver-old", "solver-v1-00000000-copy"]
+    for name in [*left, *others, ".solver-v7-00000007", "solver-v6-00000006-twin-0123abcd"]:
+        (tmp_path / name).mkdir()
+
+    async def work(engine: TransformersEngine) -> None:
+        publisher = Publisher(tmp_path, adapters, engine)
+        earlier = (await publisher.publish(6, ["solver"]))["solver"]
+        publisher.sweep()
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*left[-KEEP_VERSIONS:], *others, earlier])
+        for step in (7, 8, 9, 10):
+            learner.step()
+            await publisher.publish(step, ["solver"])
+        kept = sorted(path.name for path in tmp_path.iterdir() if path.name not in others)
+        assert len(kept) == KEEP_VERSIONS + 1 and publisher.versions["solver"] in kept and not set(left) & set(kept)
+
+    with_engine(model, work)
+
+
+def test_versions_of_a_resumed_run_are_loaded_again(model: Path, tmp_path: Path):
+    adapters = adapters_on(model, policies=["solver"])
+    learner = Learner(adapters, 1e-3)
+
+    async def before(engine: TransformersEngine) -> list[str]:
+        publisher, names = Publisher(tmp_path, adapters, engine), []
+        for step in (1, 2):
+            learner.step()
+            names.append((await publisher.publish(step, ["solver"]))["solver"])
+        return names
+
+    old, new = with_engine(model, before)
+
+    async def after(engine: TransformersEngine) -> None:
+        publisher = Publisher(tmp_path, adapters, engine, earlier={"solver": new})
+        await publisher.publish(2, ["solver"])
+        assert await publisher.load_again("solver", old) and await publisher.load_again("solver", new)
+        assert set(await engine.adapters("local")) == {old, new}
+        assert not await publisher.load_again("solver", "solver-v0-00000000"), "its folder is gone"
+        with publisher.hold({"solver": old}):
+            learner.step()
+            await publisher.publish(3, ["solver"])
+            assert set(await engine.adapters("local")) == {old, publisher.versions["solver"]}
+        shutil.copytree(tmp_path / old, tmp_path / "solver-v9-00000000")
+        with pytest.raises(EngineError, match="its tensors were changed"):
+            await publisher.load_again("solver", "solver-v9-00000000")
+
+    with_engine(model, after)
 
 
 def test_nothing_of_ours_reloads_in_place():
