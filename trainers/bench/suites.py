@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .agents import agents
+from .ahead import ahead
 from .loop import loop
 from .measure import Options
 from .proxy import proxy
@@ -17,5 +18,5 @@ from .update import update
 
 SUITES: dict[str, Callable[[Options], dict[str, Any]]] = {
     "update": update, "agents": agents, "serve": serve, "publish": publish, "loop": loop, "rollout": rollout, "sandbox": sandbox,
-    "proxy": proxy,
+    "proxy": proxy, "ahead": ahead,
 }  # fmt: skip
