@@ -8,7 +8,7 @@ import pytest
 
 from tests.repository import ROOT, names_of_tests
 
-NUMBERS = [*range(1, 38), 39, *range(41, 54)]
+NUMBERS = [*range(1, 54)]
 OPEN = "open"
 
 

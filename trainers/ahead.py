@@ -146,6 +146,10 @@ class Ahead:
         work, dropped = self._begun[step]
         played = work.result(self.stage.run.stop)
         del self._begun[step]
+        if dropped:
+            self.stage.run.progress.warn(
+                f"step {step}: {len(dropped)} stored episodes were played by team versions that are too old or unknown here; played anew"
+            )
         return replace(played, ages=self.stage.team.ages(played.episodes), dropped=dropped)
 
     def _label(self, step: int) -> str:

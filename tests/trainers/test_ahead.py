@@ -300,6 +300,8 @@ def test_a_run_ahead_repeats_itself_and_says_how_old_its_episodes_were(
     synchronous.train()
     assert weights(synchronous) != found[0], "else nothing was played ahead"
     assert "staleness" not in rows(tmp_path / "sync")[0]
+    told = {name: "versions behind" in (tmp_path / name / "report.html").read_text() for name in ("one", "two", "sync")}
+    assert told == {"one": True, "two": True, "sync": False}, "the report draws it"
 
 
 def test_settings_that_cannot_work() -> None:
