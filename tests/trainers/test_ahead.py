@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from marlora.agents.chain import Chain
@@ -176,6 +176,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     saved=st.integers(1, 3),
     same=st.booleans(),
 )
+@example(
+    bound=1, latencies=[5], room=1, exact=False, kills=[5], saved=3, same=True
+)  # stored by versions that are learnt again only later
+@example(bound=2, latencies=[9, 1], room=3, exact=False, kills=[6, 3], saved=3, same=False)
 def test_whatever_the_schedule_nothing_is_too_old_lost_or_counted_twice(
     folders: Iterator[Path], bound: int, latencies: list[int], room: int, exact: bool, kills: list[int], saved: int, same: bool
 ) -> None:
