@@ -66,7 +66,7 @@ async def collect_first(
         mine = dataclasses.replace(rollouts, speakers=speakers)
         async with room:
             begun[job.id] = time.perf_counter()
-            return [episode async for episode in mine.collect([job], version)]  # type: ignore[arg-type]
+            return [episode async for episode in mine.collect([job], version)]
 
     left = Counter({group: wanted[group] for group in {job.group for job in plan}})
     tasks = {asyncio.create_task(one(job), name=job.id): job for job in plan if left[job.group] > 0}

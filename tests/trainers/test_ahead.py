@@ -112,7 +112,7 @@ class World:
         self.folder, self.latencies, self.exact, self.last, self.asked = folder, latencies, exact, last, 0
         self.begun: dict[int, int] = {}  # by step: the step that was to be learnt when its first reply was asked for
         self.now, self.versions = 1, dict[str, str]()
-        self.config = SimpleNamespace(max_staleness=bound, max_concurrency=room, num_generations=2, max_steps=last)
+        self.config = SimpleNamespace(max_staleness=bound, max_concurrency=room, num_generations=2, oversample=0, max_steps=last)
         self.progress, self.metric, self.stop, self.system = Progress(False), "correct", None, Chain(["a", "b"])
         self.bases = {"m": SimpleNamespace(publisher=None, engine=SimpleNamespace(info=lambda: SimpleNamespace(exact=exact)))}
 

@@ -15,7 +15,7 @@ from marlora.agents.types import SettingError
 from marlora.rollouts.engines import vllm_server
 from marlora.rollouts.engines.engine import Ref
 from marlora.rollouts.engines.vllm_args import ServerSettings
-from marlora.trainers.bench import agents, geometry, loop, measure, publish, rollout, serve, update
+from marlora.trainers.bench import agents, ahead, geometry, loop, measure, publish, rollout, serve, update
 from marlora.trainers.bench.measure import Options, Time, Way, race
 from marlora.trainers.bench.suites import SUITES
 from marlora.trainers.config import RunError
@@ -196,6 +196,15 @@ def test_rollouts_play_the_same_with_and_without_a_barrier(monkeypatch: pytest.M
     assert set(found["ratios"]) == {"barrier@1", "oversampled@1"}
     # of ten of each task eight are kept (two may end in the same turn of the loop, then the later one is dropped all the same)
     assert (found["oversampled"]["begun"], found["oversampled"]["dropped"]) == (30, 6)
+
+
+@pytest.mark.slow
+def test_steps_are_counted_at_every_bound_of_staleness(monkeypatch: pytest.MonkeyPatch):
+    for name, value in dict(BOUNDS=(0, 1), STEPS=4, TASKS=2, SAMPLES=2, MEDIAN=0.02).items():
+        monkeypatch.setattr(ahead, name, value)
+    found = ahead.ahead(TINY)
+    assert [(r["bound"], len(r["seconds"]), r["oldest"]) for r in found["results"]] == [(0, 2, 0), (1, 2, 1)]
+    assert set(found["median"]) == {"0", "1"} and len(found["rows"]) == 2
 
 
 @pytest.mark.timeout(900)

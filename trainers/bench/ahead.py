@@ -28,7 +28,7 @@ from ..tiny import one_thread, tiny_random_model
 from .measure import Options, machine, table
 
 BOUNDS = (0, 1, 2)
-STEPS, TASKS, SAMPLES = 8, 4, 6
+STEPS, TASKS, SAMPLES = 7, 4, 6
 MEDIAN, SPREAD = 0.35, 0.8  # seconds of a reply, and the standard deviation of their logarithm
 
 
