@@ -203,6 +203,7 @@ class Publisher:
         if new:
             await self.engine.publish(new)
         self.versions = {**self.versions, **{policy: folder.name for policy, folder in new.items()}}
+        self._retired = [folder for folder in self._retired if folder.name not in self._loaded]  # a resumed run learnt it again
         self.unproven |= set(new)
         for version, (policy, _) in list(self._loaded.items()):
             if self.versions[policy] != version and not self._held[version]:
@@ -234,6 +235,7 @@ class Publisher:
             raise EngineError(f"adapter {folder}: its tensors were changed after it was written; versions never change")
         await self.engine.publish({policy: folder})
         self._loaded[version] = (policy, digest)
+        self._retired = [one for one in self._retired if one != folder]
         return True
 
     def sweep(self) -> None:

@@ -137,6 +137,29 @@ def test_what_a_killed_process_left_behind_goes_as_if_it_had_been_retired(model:
     with_engine(model, work)
 
 
+def test_a_version_that_is_learnt_again_is_no_leftover(model: Path, tmp_path: Path):
+    """Resumed from before it: the same adapter gets the folder that lies there, and keeps it while it is in force."""
+    adapters = adapters_on(model, policies=["solver"])
+    Learner(adapters, 1e-3).step()
+    publish_it = lambda engine: Publisher(tmp_path, adapters, engine).publish(1, ["solver"])  # noqa: E731
+    name = with_engine(model, publish_it)["solver"]
+    for step in range(2, 8):
+        (tmp_path / f"solver-v{step}-0000000{step}").mkdir()
+
+    async def work(engine: TransformersEngine) -> None:
+        publisher = Publisher(tmp_path, adapters, engine)
+        publisher.sweep()
+        assert not (tmp_path / name).exists() or len(list(tmp_path.iterdir())) <= KEEP_VERSIONS
+        assert (await publisher.publish(1, ["solver"]))["solver"] == name
+        await publisher._retire("solver", (await engine.publish({"solver": publisher._twin(name, 2.0)}))["solver"])
+        assert (tmp_path / name / WEIGHTS).is_file()
+        (tmp_path / "solver-v0-00000000").mkdir()
+        publisher.sweep()
+        assert (tmp_path / name / WEIGHTS).is_file()
+
+    with_engine(model, work)
+
+
 def test_versions_of_a_resumed_run_are_loaded_again(model: Path, tmp_path: Path):
     adapters = adapters_on(model, policies=["solver"])
     learner = Learner(adapters, 1e-3)
