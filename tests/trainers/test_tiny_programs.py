@@ -99,4 +99,4 @@ def test_it_has_learnt_them() -> None:
     found = shares(AutoModelForCausalLM.from_pretrained(tiny_programs_model()))
     print(found)
     assert found["in grammar"] > 0.9 and found["careful"] > 0.9, found
-    assert found["careless"] == pytest.approx(2 / 3, abs=0.1) and found["asks right"] == pytest.approx(0.4, abs=0.12), found
+    assert found["careless"] == pytest.approx(2 / 3, abs=0.1) and found["broken"] == pytest.approx(0.1, abs=0.06), found
