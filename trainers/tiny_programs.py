@@ -11,8 +11,9 @@ what does not exist. So programs of one task are worth 0.1 to 1, most are worth 
 Told then how many of two tests the program passed (`0/2`, `invalid`), it writes another: after a failure it should ask for another digit,
 after a success repeat itself.
 
-These are the shares of its teacher, whose distribution itself is the target. In answers it keeps to them. What
-it asks for it writes without a look at the problem (right in .33 of its programs, not .40), and of feedback it learns next to nothing (after `0/2` it asks for another digit in .71 of its programs, where one that does not listen would in two thirds).
+These are the shares of its teacher, whose distribution itself is the target. In answers it keeps to them. What it asks for it writes without
+a look at the problem (right in .33 of its programs, not .40), and of feedback it learns next to nothing (after `0/2` it asks for another
+digit in .71 of its programs, where one that does not listen would in two thirds).
 Training is seeded, single-threaded, about a minute on one core; `python -m marlora.trainers.tiny_programs` trains the model and tells
 what it does.
 """
