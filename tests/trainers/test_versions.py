@@ -143,18 +143,14 @@ def test_a_version_that_is_learnt_again_is_no_leftover(model: Path, tmp_path: Pa
     Learner(adapters, 1e-3).step()
     publish_it = lambda engine: Publisher(tmp_path, adapters, engine).publish(1, ["solver"])  # noqa: E731
     name = with_engine(model, publish_it)["solver"]
-    for step in range(2, 8):
+    for step in (2, 3):  # with these as many as are kept, so that the next one retired pushes the oldest out
         (tmp_path / f"solver-v{step}-0000000{step}").mkdir()
 
     async def work(engine: TransformersEngine) -> None:
         publisher = Publisher(tmp_path, adapters, engine)
         publisher.sweep()
-        assert not (tmp_path / name).exists() or len(list(tmp_path.iterdir())) <= KEEP_VERSIONS
         assert (await publisher.publish(1, ["solver"]))["solver"] == name
         await publisher._retire("solver", (await engine.publish({"solver": publisher._twin(name, 2.0)}))["solver"])
-        assert (tmp_path / name / WEIGHTS).is_file()
-        (tmp_path / "solver-v0-00000000").mkdir()
-        publisher.sweep()
         assert (tmp_path / name / WEIGHTS).is_file()
 
     with_engine(model, work)
