@@ -215,8 +215,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="", help="of update and agents: cpu or cuda; the GPU if there is one")
     made.add_argument("--rho", nargs="*", type=float, default=[], help="of update: only these shares of raw over unique tokens")
     made.add_argument(
-        "--opponents", nargs="*", default=[], choices=("comlrl",), help="of loop: installed in an environment of their own first"
-    )
+        "--opponents", nargs="*", default=[], choices=("padded", "per_turn", "trl", "trl_compact_head", "comlrl"),
+        help="of update: only these; of loop: comlrl, installed in an environment of its own first",
+    )  # fmt: skip
     made = command("doctor", cmd_doctor)
     add_model(made, "a model whose chat template is to be tried, besides those in the cache")
     made.add_argument("--server_urls", nargs="+", default=[], help="servers that others run: tries what they answer without a key")

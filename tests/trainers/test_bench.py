@@ -15,6 +15,7 @@ from marlora.agents.types import SettingError
 from marlora.rollouts.engines import vllm_server
 from marlora.rollouts.engines.engine import Ref
 from marlora.rollouts.engines.vllm_args import ServerSettings
+from marlora.trainers.batches import pack
 from marlora.trainers.bench import agents, ahead, geometry, loop, measure, publish, rollout, serve, update
 from marlora.trainers.bench.measure import Options, Time, Way, race
 from marlora.trainers.bench.suites import SUITES
@@ -99,7 +100,9 @@ def test_flops_of_a_step_by_hand():
     per_layer = 128 * (128 + 64 + 64 + 128) + 3 * 128 * 384
     assert work.linear == 3 * per_layer
     assert work.adapter == 16 * 3 * ((128 + 128) + 2 * (128 + 64) + (128 + 128) + 3 * (128 + 384))
-    assert work.flops == 4 * work.linear * 5 + 6 * work.adapter * 5 + 14 * 3 * 128 * 14 + 4 * work.head * 4
+    assert work.entrance == 128 * (128 + 64 + 64) + 3 * 16 * 128  # q, k and v of the first layer, and their A
+    through = 4 * work.linear + 6 * work.adapter - 2 * work.entrance
+    assert work.flops == through * 5 + 14 * 3 * 128 * 14 + 4 * work.head * 4
 
 
 @pytest.mark.parametrize(("size", "millions"), [("135m", 134.5), ("qwen3-0.6b", 596), ("qwen3-4b", 4022), ("qwen3-8b", 8191)])
@@ -127,10 +130,12 @@ def test_update_against_padded_rows_single_turns_and_trl(monkeypatch: pytest.Mon
     found = SUITES["update"](TINY)
     everyone = {f"{name}@{rho}" for name in update.OPPONENTS for rho in ("1", "2.8")}
     assert set(found["ratios"]) == everyone | {"padded@2"} and all(ratio > 0 for ratio in found["ratios"].values())
-    for result in found["results"]:
+    for case, result in zip(cases, found["results"], strict=True):
         assert all(way["difference"] <= 1e-5 for way in result["ways"].values())
-        # nothing is computed again; the formula also charges the gradient of the first layer's input, which nobody needs
-        assert 1.5 * result["flops_useful"] > result["ways"]["ours"]["flops_spent"] > 0.7 * result["flops_useful"] > 0
+        # to the last one: more than needed are only the pairs of a token and a later one, which the counter charges
+        (batch,) = pack(update.recorded(case), max_tokens=10_000, layout="shared")
+        unseen = sum(b.branches * b.queries * b.keys for b in batch.tree.blocks) - int((batch.position_ids + 1).sum())
+        assert result["ways"]["ours"]["flops_spent"] - result["flops_useful"] == 14 * 3 * 128 * unseen > 0
     shared = found["results"][1]["ways"]
     assert shared["padded"]["flops_spent"] > 1.5 * shared["ours"]["flops_spent"]
     assert shared["trl"]["flops_spent"] > shared["trl_compact_head"]["flops_spent"]
@@ -142,8 +147,13 @@ def test_update_against_padded_rows_single_turns_and_trl(monkeypatch: pytest.Mon
 def test_update_takes_the_cases_it_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(update, "CASES", (update.Case(4, 0, 4), update.Case(4, 8, 4)))
     assert set(SUITES["update"](dataclasses.replace(TINY, rho=(2.0,)))["ratios"]) == {"padded@2"}
+    assert set(SUITES["update"](dataclasses.replace(TINY, rho=(1.0,), opponents=("per_turn",)))["ratios"]) == {"per_turn@1"}
     with pytest.raises(SettingError, match=r"--rho 9: expected some of 1, 2"):
         update.update(dataclasses.replace(TINY, rho=(9.0,)))
+    with pytest.raises(
+        SettingError, match=r"--opponents comlrl: the update is raced against padded, per_turn, trl, trl_compact_head"
+    ):
+        update.update(dataclasses.replace(TINY, opponents=("comlrl",)))
 
 
 @pytest.mark.parametrize("broken", ["padded", "trl"])

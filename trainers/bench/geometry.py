@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3-8b": _qwen3(4096, 12288, 36, 32, False),
 }  # fmt: skip
 LORA = AdapterSpec(r=16, alpha=32.0, targets=("all-linear",))
+ENTRANCE = re.compile(r"\blayers\.0\.self_attn\.[qkv]_proj$")  # what reads the embeddings, in every geometry above
 
 
 def check_size(size: str) -> None:
@@ -73,7 +75,7 @@ class Needed:
     """What a step has to compute: `unique` tokens of the prefix trees, `pairs` of a token and one it sees, `terms` that are trained.
 
     After them the counts of the model: `linear` parameters that every token goes through, `head` parameters, `adapter` parameters of one
-    LoRA, `layers`, and `width` of all heads of a layer together.
+    LoRA, `entrance`: those of either that read the embeddings, `layers`, and `width` of all heads of a layer together.
     """
 
     unique: int
@@ -82,16 +84,19 @@ class Needed:
     linear: int
     head: int
     adapter: int
+    entrance: int
     layers: int
     width: int
 
     @property
     def flops(self) -> float:
-        """Of a forward and backward pass with a frozen base: 4 N U + 6 A U + 14 L d P + 4 H M, where A is the adapter's parameters.
+        """Of a forward and backward pass with a frozen base: (4 N + 6 A - 2 E) U + 14 L d P + 4 H M, where A is the adapter's parameters
+        and E those at the entrance: the embeddings are frozen, so nobody asks for their gradient.
 
-        The backward pass has no weight gradients but the adapter's; the head is not computed again.
+        The backward pass has no weight gradients but the adapter's; the head is not computed again. The last layer counts in full, though
+        tokens without a term need no more of it than keys and values: no way of the bench leaves the rest out.
         """
-        through = 4 * self.linear * self.unique + 6 * self.adapter * self.unique
+        through = (4 * self.linear + 6 * self.adapter - 2 * self.entrance) * self.unique
         return through + 14 * self.layers * self.width * self.pairs + 4 * self.head * self.terms
 
 
@@ -105,9 +110,11 @@ def needed(model: Any, samples: Sequence[Sample]) -> Needed:
         terms += batch.num_terms
     modules = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in linear_names(model)}
     sizes = [(m.in_features, m.out_features) for m in modules.values()]
+    first = [(m.in_features, m.out_features) for name, m in modules.items() if ENTRANCE.search(name)]
     config = model.config
     heads = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     return Needed(
         unique, pairs, terms, linear=sum(i * o for i, o in sizes), head=config.vocab_size * config.hidden_size,
-        adapter=LORA.r * sum(i + o for i, o in sizes), layers=config.num_hidden_layers, width=heads,
+        adapter=LORA.r * sum(i + o for i, o in sizes), entrance=sum(i * (o + LORA.r) for i, o in first),
+        layers=config.num_hidden_layers, width=heads,
     )  # fmt: skip

@@ -28,8 +28,8 @@ EQUAL = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 @dataclass(frozen=True)
 class Options:
-    """`repeats` of every way; `size` of the models; `engine` of suites that serve ("": all that are here); `opponents` that have to be
-    installed first; `rho` of the update (none: all of them); `device` of the update."""
+    """`repeats` of every way; `size` of the models; `engine` of suites that serve ("": all that are here); `opponents` of the update (none:
+    those of the case), and of the loop that have to be installed first; `rho` and `device` of the update (no rho: all of them)."""
 
     repeats: int = 3
     size: str = "135m"

@@ -45,7 +45,8 @@ TOKENS = 8192  # of a batch
 
 @dataclass(frozen=True)
 class Case:
-    """`group` replies of `reply` tokens to one prompt. Without a prompt the sequences share nothing. `full`: with every opponent."""
+    """`group` replies of `reply` tokens to one prompt. Without a prompt the sequences share nothing. `full`: with every opponent, and of the
+    length that agents' sequences have, on a GPU too."""
 
     group: int
     prompt: int
@@ -58,11 +59,11 @@ class Case:
         return self.group * (self.prompt + self.reply) / (self.prompt + self.group * self.reply)
 
     def times(self, scale: int) -> Case:
-        return dataclasses.replace(self, prompt=self.prompt * scale, reply=self.reply * scale)
+        return self if self.full else dataclasses.replace(self, prompt=self.prompt * scale, reply=self.reply * scale)
 
 
 CASES = (
-    Case(8, 0, 8), Case(8, 16, 12), Case(8, 32, 10), Case(8, 64, 8, full=True), Case(8, 80, 4), Case(16, 56, 4),
+    Case(8, 0, 8), Case(8, 16, 12), Case(8, 32, 10), Case(8, 384, 48, full=True), Case(8, 80, 4), Case(16, 112, 8),
 )  # fmt: skip
 SCALE = {"qwen3-0.6b": 8, "qwen3-4b": 8, "qwen3-8b": 4}  # sequences of a GPU's size
 
@@ -199,15 +200,17 @@ OPPONENTS = ("padded", "per_turn", "trl", "trl_compact_head")
 def compare(adapters: Adapters, case: Case, options: Options, best: dict[str, float]) -> dict[str, Any]:
     """One case: seconds, memory and FLOPs of every way, and their ratios to ours. Raises `RunError` if gradients differ."""
     samples = with_logprobs(adapters, recorded(case))
-    runs, old_s = ways(adapters, samples)[: 3 if case.full else 2], list[float]()
-    if case.full:
+    wanted = {"ours", *(options.opponents or (OPPONENTS if case.full else ("padded",)))}
+    runs, old_s = ways(adapters, samples), list[float]()
+    if wanted & {"trl", "trl_compact_head"}:
         theirs, old_s = trl_ways(adapters, samples, options)
         runs += theirs
+    runs = [way for way in runs if way.name in wanted]
     times = race("update", runs, options.repeats, apart, EQUAL[options.dtype], count=True)
     gc.collect()  # a trainer of TRL's holds itself, and its model
     work, label = needed(adapters.model.get_base_model(), samples), f"{case.rho:g}"
     found = ratios(times, "ours", label)
-    padded, ours = (times[name].bytes for name in ("padded", "ours"))
+    padded, ours = (times[name].bytes if name in times else None for name in ("padded", "ours"))
     row = [
         label, f"{max(t.difference for t in times.values()):.0e}", f"{times['ours'].seconds:.3f}",
         *(f"{found[f'{name}@{label}']:.2f}" if name in times else "" for name in OPPONENTS),
@@ -235,6 +238,8 @@ def update(options: Options) -> dict[str, Any]:
     chosen = [case for case in CASES if not options.rho or case.rho in options.rho]
     if missing := [f"{rho:g}" for rho in options.rho if rho not in {case.rho for case in CASES}]:
         raise SettingError(f"--rho {', '.join(missing)}: expected some of {', '.join(f'{case.rho:g}' for case in CASES)}")
+    if unknown := sorted(set(options.opponents) - set(OPPONENTS)):
+        raise SettingError(f"--opponents {', '.join(unknown)}: the update is raced against {', '.join(OPPONENTS)}")
     with one_thread():  # threads that wait for a busy core spin, and would count as work
         best = rates(options.device, options.dtype)
         adapters = Adapters(network(options.size, options.device, options.dtype), [PolicySpec(POLICY, adapter=LORA)], seed=0)
