@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import functools
+import hashlib
 import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +49,30 @@ def copy_to(folder: Path) -> Path:
 def clean_environment(**settings: str) -> dict[str, str]:
     """The environment without what would put other packages before those under test."""
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")} | settings
+
+
+def throw_away(packages: Sequence[str], *, atop: bool = False) -> Path:
+    """The Python of a throw-away environment with these packages; kept in the temporary folder while they are the same.
+
+    `atop`: it sees the packages of this environment too, and installs what they lack.
+    """
+    name = hashlib.sha256(repr((sys.version, packages, atop and sys.path)).encode()).hexdigest()[:10]
+    folder = Path(tempfile.gettempdir()) / f"marlora-programs-{name}"
+    with Path(f"{folder}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+            if atop:
+                here = sysconfig.get_path("purelib", vars={"base": str(folder)})
+                found = [
+                    path for path in sys.path if path.endswith("site-packages")
+                ]  # `addsitedir`: with what their .pth files name
+                Path(here, "atop.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in found))
+            install = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--no-compile", *packages]
+            done = subprocess.run(install, env=clean_environment(), capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-2000:]
+            (folder / "done").touch()
+    return folder / "bin/python"
 
 
 @functools.cache

@@ -42,12 +42,24 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted({n.removesuffix(".base_layer").rsplit(".", 1)[-1] for n in linear})
 
 
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor that may be split over ranks (then every rank has to call it), see `shard.split`."""
+    if isinstance(tensor, DTensor):
+        return tensor.detach().full_tensor()
+    if not hasattr(tensor, "ds_tensor"):
+        return tensor.detach()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().clone()
+
+
 def tensors_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """A hash of names, dtypes, shapes and bytes; equal on every device and in every process."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        whole = gathered(tensor)
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
         digest.update(whole.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

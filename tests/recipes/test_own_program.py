@@ -6,12 +6,7 @@ The slow tests install the real packages into a throw-away environment that know
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import hashlib
 import json
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +22,7 @@ from marlora.rollouts.store import Store
 from marlora.rollouts.types import Episode
 from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
 from marlora.trainers.tiny import tiny_random_model
-from tests.repository import ROOT, clean_environment
+from tests.repository import ROOT, throw_away
 from tests.trainers.small_run import bytes_mod_7
 
 torch.set_num_threads(1)
@@ -111,18 +106,7 @@ def test_a_plain_program_learns(tmp_path: Path, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def python() -> Path:
-    """The Python of a throw-away environment with the frameworks; kept in the temporary folder while the packages are the same."""
-    name = hashlib.sha256(repr((sys.version, PACKAGES)).encode()).hexdigest()[:10]
-    folder = Path(tempfile.gettempdir()) / f"marlora-programs-{name}"
-    with Path(f"{folder}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "done").exists():
-            subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-            install = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--no-compile", *PACKAGES]
-            done = subprocess.run(install, env=clean_environment(), capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-2000:]
-            (folder / "done").touch()
-    return folder / "bin/python"
+    return throw_away(PACKAGES)
 
 
 @pytest.mark.slow

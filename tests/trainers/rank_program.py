@@ -61,9 +61,9 @@ def learn(folder: Path, model: Path, **settings: Any) -> dict[str, Any]:
     result = run.evaluate("after")
     made.train()  # nothing is left to do: evaluates, writes the summary on rank 0 alone, closes
     hashes = {p: base.adapters.sha256(p) for base in run.bases.values() for p in base.policies}
-    split = {
-        str(tuple(p.to_local().shape)) for b in run.bases.values() for p in b.adapters.model.parameters() if hasattr(p, "to_local")
-    }
+    parameters = [p for base in run.bases.values() for p in base.adapters.model.parameters()]
+    split = {str(tuple(p.to_local().shape)) for p in parameters if hasattr(p, "to_local")}
+    split |= {f"{p.ds_tensor.numel()} of {p.ds_numel}" for p in parameters if hasattr(p, "ds_tensor")}
     return {"batches": batches, "sha256": hashes, "evaluated": result is not None, "split": sorted(split)}
 
 

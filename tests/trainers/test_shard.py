@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,23 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from marlora.agents.types import SettingError
+from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
 from marlora.trainers import shard
+from marlora.trainers.adapters import Adapters
 from marlora.trainers.bases import dtype_of
 from marlora.trainers.batches import deal, level, pack
 from marlora.trainers.config import RunConfig
 from marlora.trainers.memory import estimate
 from marlora.trainers.samples import Sample
 from marlora.trainers.tiny import tiny_random_model
-from tests.repository import ROOT
+from tests.repository import ROOT, throw_away
 from tests.trainers import small_run
-from tests.trainers.test_ranks import ACCELERATE, TORCHRUN, start
+from tests.trainers.test_ranks import TORCHRUN, start
 
+DEEPSPEED = ("deepspeed>=0.19.8,<0.20",)
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 YAMLS = sorted((ROOT / "recipes/accelerate").glob("*.yaml"))
 
 
@@ -43,9 +48,10 @@ def assert_within_the_contract(mine: Path, theirs: Path) -> None:
         assert float((a[name] - tensor).norm()) <= 1e-5 * float(tensor.norm()), name
 
 
-def run(program: str, folder: Path, model: Path, **settings: Any) -> list[dict[str, Any]]:
-    """What each of two ranks says."""
-    done = start([*TORCHRUN, "-m", f"tests.trainers.{program}", str(folder), str(model), json.dumps(settings)])
+def run(program: str, folder: Path, model: Path, python: Path | None = None, **settings: Any) -> list[dict[str, Any]]:
+    """What each of two ranks says; `python`: of an environment with DeepSpeed, which then splits the base."""
+    command = [str(python or TORCHRUN[0]), *TORCHRUN[1:], "-m", f"tests.trainers.{program}", str(folder), str(model)]
+    done = start([*command, json.dumps(settings)], **(ZERO3 if python else {}))
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(Path(f"{folder}.rank{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -59,6 +65,26 @@ def test_a_base_in_two_halves_learns_what_a_whole_one_learns(tmp_path: Path) -> 
     assert_within_the_contract(tmp_path / "halves", tmp_path / "whole")
     assert halves[0]["sha256"] == halves[1]["sha256"] and halves[1]["batches"][2:4] == [[1, 0], [1, 0]]
     assert halves[0]["split"] == ["(16, 32)", "(16, 96)", "(16,)", "(48, 32)"], "half of every matrix and norm of a layer"
+    summary = json.loads((tmp_path / "halves/summary.json").read_text())
+    assert summary["live_proof"]["passed"] == 4 and summary["live_proof"]["failed"] == 0
+
+
+@pytest.fixture(scope="session")
+def deepspeed() -> Path:
+    return throw_away(DEEPSPEED, atop=True)
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.timeout(900)
+def test_deepspeed_splits_a_base_as_fsdp2_does(tmp_path: Path, deepspeed: Path) -> None:
+    """As above, by ZeRO-3's hooks."""
+    model = tiny_random_model(tmp_path / "model")
+    halves = run("rank_program", tmp_path / "halves", model, deepspeed, gradient_checkpointing=True)
+    small_run.trainer(tmp_path / "whole", model).train()
+    assert_within_the_contract(tmp_path / "halves", tmp_path / "whole")
+    assert halves[0]["sha256"] == halves[1]["sha256"] and halves[1]["batches"][2:4] == [[1, 0], [1, 0]]
+    assert halves[0]["split"] == ["1536 of 3072", "16 of 32", "512 of 1024"], "half of every matrix and norm of a layer"
     summary = json.loads((tmp_path / "halves/summary.json").read_text())
     assert summary["live_proof"]["passed"] == 4 and summary["live_proof"]["failed"] == 0
 
@@ -85,17 +111,19 @@ def test_a_split_run_is_resumed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.process
-@pytest.mark.parametrize("name", ["cpu", "fsdp2"])
-def test_configurations_of_accelerate_start_a_run(tmp_path: Path, name: str) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["cpu", "fsdp2", "deepspeed_zero3"])
+def test_configurations_of_accelerate_start_a_run(tmp_path: Path, name: str, request: pytest.FixtureRequest) -> None:
     """On a CPU, with two processes; what the others need is a GPU."""
     model, folder = tiny_random_model(tmp_path / "model"), tmp_path / "run"
     sizes = ["--tasks_per_step", "2", "--num_generations", "2", "--num_eval_tasks", "2", "--max_completion_length", "4"]
     config = ["--config_file", f"recipes/accelerate/{name}.yaml", "--num_processes", "2"]
     settings = ["--model", str(model), "--engine", "transformers", "--max_steps", "1", "--output_dir", str(folder)]
-    done = start([*ACCELERATE, *config, "recipes/grpo_team.py", *settings, *sizes])
+    python = request.getfixturevalue("deepspeed") if name == "deepspeed_zero3" else sys.executable
+    done = start([str(python), "-m", "accelerate.commands.launch", *config, "recipes/grpo_team.py", *settings, *sizes])
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads((folder / "summary.json").read_text())["steps"] == 1
-    assert ("layers are split over 2 ranks" in done.stderr) == (name == "fsdp2")
+    assert ("layers are split over 2 ranks" in done.stderr) == (name != "cpu")
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
@@ -104,27 +132,44 @@ def test_accelerate_reads_its_configurations(path: Path) -> None:
 
     found = load_config_from_file(str(path))
     assert found.num_processes >= 1 and found.mixed_precision == "no"
-    assert set(yaml.safe_load(path.read_text())) <= {*vars(found), "fsdp_config"}
+    assert set(yaml.safe_load(path.read_text())) <= {*vars(found), "fsdp_config", "deepspeed_config"}
 
 
-def test_what_of_accelerate_is_not_ours_is_refused() -> None:
-    assert not shard.wanted(False, {}) and shard.wanted(True, {})
-    assert shard.wanted(False, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"})
+def test_what_of_accelerate_is_not_ours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    assert shard.wanted(False, {}) == "" and shard.wanted(True, {}) == "fsdp2"
+    assert shard.wanted(False, {**fsdp, "FSDP_OFFLOAD_PARAMS": "false"}) == "fsdp2"
     for environ, words in (
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported.*fsdp2.yaml"),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1, 2 expected"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        ({**fsdp, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        ({**ZERO3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "zero_stage 2, 3 expected.*deepspeed_zero3.yaml"),
+        ({**ZERO3, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, "offload_param_device nvme"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "deepspeed_config_file is not read"),
     ):
         with pytest.raises(SettingError, match=words):
             shard.wanted(False, environ)
+    monkeypatch.setattr(shard.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingError, match=r"marlora\[deepspeed\]"):
+        shard.wanted(False, ZERO3)
+    monkeypatch.setattr(shard.importlib.util, "find_spec", lambda name: name)
+    assert shard.wanted(False, {**ZERO3, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}) == "deepspeed"
 
 
 def test_one_process_has_nobody_to_share_with(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingError, match="one process has nobody to share the base with"):
         small_run.trainer(tmp_path / "run", model, shard_base=True).train()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(SettingError, match="DeepSpeed is not supported"):
+    with pytest.raises(SettingError, match="zero_stage None, 3 expected"):
         small_run.trainer(tmp_path / "other", model).train()
+
+
+def test_deepspeed_wants_adapters_on_the_same_linear_maps(model: Path) -> None:
+    """It gathers map by map, and the backward pass needs other maps' weights where the first layer's adapters stand elsewhere."""
+    base = AutoModelForCausalLM.from_pretrained(model)
+    specs = [PolicySpec("a", adapter=AdapterSpec(targets=("q_proj",))), PolicySpec("b", adapter=AdapterSpec(targets=("o_proj",)))]
+    with pytest.raises(SettingError, match=r"DeepSpeed.*policy 'b'.*targets"):
+        shard.same_targets(Adapters(base, specs, seed=0))
+    shard.same_targets(Adapters(AutoModelForCausalLM.from_pretrained(model), specs[:1], seed=0))
 
 
 def test_ranks_get_as_many_batches_and_the_added_ones_are_muted() -> None:
