@@ -56,11 +56,8 @@ def load_base(
     device: torch.device,
     heads: Sequence[HeadSpec] = (),
     among: Ranks | None = None,
-    recompute: bool = False,
 ) -> Base:
     """Load model and tokenizer and create every adapter, and those of `heads` that stand on this base; then the optimizers.
-
-    `recompute`: activations again in the backward pass, see `memory.recomputes`.
 
     `among`: the ranks to split it over, see `shard.split`; None keeps it whole. Raises `SettingError` naming what is missing.
     """
@@ -76,8 +73,6 @@ def load_base(
         model.to(device)
     model.config.use_cache = False
     adapters = Adapters(model, policies, seed=config.seed, base_name=path)
-    if recompute:
-        adapters.checkpoint_activations()
     for policy in adapters.policies.values():
         if policy.adapter.dropout and policy.trainable:
             raise SettingError(

@@ -39,7 +39,6 @@ from .config import RunError as RunError
 from .heads import Head, HeadLoss, HeadSpec, Targets
 from .learned import Learned
 from .memory import recomputes
-from .models import local_model
 from .monitor import Monitor
 from .progress import Progress
 from .ranks import Ranks
@@ -152,10 +151,12 @@ class Run:
         found = group_by_base(self.policies, self.config.model)
         among = self.ranks if shard.wanted(self.config.shard_base) else None
         config, device = self.config, self.ranks.device
-        on = {local_model(name): specs for name, specs in found.items()}
+        self.bases = {name: load_base(name, specs, config, device, self.heads, among) for name, specs in found.items()}
+        on = {base.path: found[name] for name, base in self.bases.items()}
         size = 1 if among is None else among.size
-        recompute = recomputes(config, on, device, lambda path: dtype_of(path, config.dtype, device), self.progress.say, size)
-        self.bases = {name: load_base(name, specs, config, device, self.heads, among, recompute) for name, specs in found.items()}
+        if recomputes(config, on, device, lambda path: dtype_of(path, config.dtype, device), self.progress.say, size):
+            for base in self.bases.values():
+                base.adapters.checkpoint_activations()
         if among is not None:
             self.progress.say(f"shard_base: the base's layers are split over {self.ranks.size} ranks")
         self.before = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}

@@ -89,7 +89,7 @@ def test_killed_and_called_again(point: str, collect: Collect, expected: list[st
     assert Store(store).files()[0].read_bytes().startswith(kept)
     balance(store, expected)
     assert f"{TASKS * SIBLINGS} episodes to play" not in collect.said or not kept
-    assert collect(store) == 0 and "0 episodes appended" in collect.said
+    assert collect(store) == 0 and "\n0 episodes to play" in collect.said
 
 
 def test_interrupted_it_says_so_and_loses_nothing(collect: Collect, expected: list[str], tmp_path: Path) -> None:

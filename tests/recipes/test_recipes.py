@@ -13,6 +13,7 @@ SETTINGS = sorted((ROOT / "recipes").glob("*.yaml"))
 NEEDS_A_NETWORK = {  # what these name is not at hand here: a task set of a hub, a verifier that another run trains
     "maporl_gsm8k": ["--tasks", "arithmetic", "--verifier", "calculator"],
     "verifier_gsm8k": ["--tasks", "arithmetic"],
+    "scoreflow_gsm8k": ["--tasks", "arithmetic"],
 }
 
 
