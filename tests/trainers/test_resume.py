@@ -18,6 +18,7 @@ from marlora.rollouts.store import Store
 from marlora.rollouts.types import Usage
 from marlora.trainers.checkpoint import sha256_file, verify
 from marlora.trainers.tiny import tiny_random_model
+from tests.chaos import ledger
 from tests.trainers.small_run import EPISODES, EVAL, STEPS, runner
 
 pytestmark = pytest.mark.process
@@ -68,8 +69,9 @@ def episodes(folder: Path) -> dict[str, Any]:
     return {e.id: dataclasses.replace(e, usage=timeless) for e in found}
 
 
-def assert_same(folder: Path, expected: Path) -> None:
-    assert weights(folder) == weights(expected)
+def assert_same(folder: Path, expected: Path, steps: int = STEPS) -> None:
+    ledger.balance_run(folder, steps, EPISODES)
+    assert weights(folder, steps) == weights(expected, steps)
     assert metrics(folder) == metrics(expected)
     assert episodes(folder) == episodes(expected)
     mine, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, expected))
@@ -204,7 +206,7 @@ def test_killed_anywhere_with_rollouts_ahead(play, model: Path, tmp_path: Path) 
         assert play(folder, model, **order, fault="fsync", at=at) == -9
         assert play(folder, model, **order, resume=True, fault="fsync", at=rng.randint(1, 12)) in (-9, 0)
         assert play(folder, model, **order, resume=True) == 0, f"killed at write {at} of {writes}: {log(folder)}"
-        assert weights(folder, 4) == weights(whole, 4) and metrics(folder) == metrics(whole) and episodes(folder) == episodes(whole)
+        assert_same(folder, whole, steps=4)
 
 
 def test_stored_episodes_give_the_same_update_without_the_engine(play, model: Path, undisturbed: Path, tmp_path: Path) -> None:
