@@ -61,6 +61,7 @@ class Rollouts:
 
     `seed` is the run's: an episode's seed is derived from it and the job's id, whatever is played beside it.
     `sampling` holds for agents that name none of their own. `pinned`: the team version of episodes played without naming one.
+    `pin`: what keeps the team version it began with, the "episode" or only the "call" (see `collect`).
     """
 
     system: System
@@ -71,6 +72,7 @@ class Rollouts:
     limits: Limits = Limits()
     seed: int = 0
     pinned: TeamVersion | None = None
+    pin: str = "episode"
 
     def __post_init__(self) -> None:
         for agent in self.system.specs:
@@ -112,16 +114,18 @@ class Rollouts:
     ) -> AsyncIterator[Episode]:
         """Play all jobs, at most `limits.concurrency` at once; yields episodes as they end, children before their parent.
 
-        Every episode keeps the team version it began with; a function as `version` is asked whenever one begins. `room`: shared with
-        other plans that are played at the same time. Closing the iterator cancels what is open. An `EngineError` or
-        `SettingError` cancels it too, and is raised once every episode that had ended is yielded.
+        Every episode keeps the team version it began with; a function as `version` is asked whenever one begins (with `pin` "call"
+        at every call of a policy too, and turns say who spoke). `room`: shared with other plans that are played at the same time.
+        Closing the iterator cancels what is open. An `EngineError` or `SettingError` cancels it too, and is raised once every
+        episode that had ended is yielded.
         """
         room = room or asyncio.Semaphore(self.limits.concurrency)
 
         async def one(job: Job) -> list[Episode]:
             async with room:
                 now = version() if callable(version) else version
-                return await self._play(job, now or self.pinned or {}, (), None, (), None, parent=None)
+                latest = version if callable(version) and self.pin == "call" else None
+                return await self._play(job, now or self.pinned or {}, (), None, (), None, parent=None, latest=latest)
 
         tasks = [asyncio.create_task(one(job), name=job.id) for job in plan]
         try:
@@ -155,6 +159,7 @@ class Rollouts:
         decisions: Iterable[Decision],
         seed: int | None,
         parent: str | None,
+        latest: Callable[[], TeamVersion] | None = None,
     ) -> list[Episode]:
         seed = derive_seed(self.seed, job.draw or job.id) if seed is None else seed
         usage: dict[str, Usage] = {agent.name: Usage() for agent in self.system.specs}
@@ -162,7 +167,8 @@ class Rollouts:
 
         async def ask(call: Call) -> list[Completion]:
             start = time.perf_counter()
-            completions = await self.speakers[call.agent.policy](call, version.get(call.agent.policy, ""))
+            now = version if latest is None else latest()
+            completions = await self.speakers[call.agent.policy](call, now.get(call.agent.policy, ""))
             prompts, sampled = sum(len(c.prompt_ids) for c in completions), sum(len(c.token_ids) for c in completions)
             usage[call.agent.name] += Usage(1, prompts, sampled, time.perf_counter() - start)
             return completions
@@ -171,7 +177,7 @@ class Rollouts:
             inner = dataclasses.replace(self, system=system)
             first = len(children)
             made = [Job(task, f"{job.id}/{type(system).__name__}/{task.id}", first + k, job.step) for k, task in enumerate(tasks)]
-            played = await gather(inner._play(j, version, (), None, (), None, parent=job.id) for j in made)
+            played = await gather(inner._play(j, version, (), None, (), None, job.id, latest) for j in made)
             children.extend(episode for family in played for episode in family)
             return [family[-1] for family in played]
 

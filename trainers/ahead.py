@@ -3,7 +3,8 @@ Rollouts ahead of the trainer, bounded by staleness: an episode may be at most S
 
 Collecting the episodes of step t begins the rollouts of steps t to t + S and waits for those of t. So the rollouts of later steps are
 played while step t is learnt, nothing is ever begun that would be too old when its turn comes, and with S = 0 nothing is played ahead:
-the synchronous run. An episode keeps the team version it began with. Where engines repeat themselves to the last bit a step's rollouts are
+the synchronous run. An episode keeps the team version it began with (`pin: call`: each call takes the one in force, so that turns are younger
+than their episode, never older). Where engines repeat themselves to the last bit a step's rollouts are
 played alone and by the version that the step's number names, so that such a run repeats itself too; elsewhere an episode begins as
 soon as there is room, with the version then in force. The bound is that of one-step-off and fully asynchronous RL (AReaL, arXiv:2505.24298,
 eq. 3) per episode instead of in sum: rollouts are paced, nothing is thrown away. What is thrown away after all (stored episodes of
@@ -34,10 +35,11 @@ class TeamVersions:
     Args:
         bound: S, how many versions behind an episode may be.
         known: {step: {policy: adapter version}}, of a run that is resumed.
+        pin: may an episode's turns be spoken by versions that came into force after it began ("call"), or not ("episode")?
     """
 
-    def __init__(self, bound: int, known: Mapping[int, Mapping[str, str]] | None = None) -> None:
-        self.bound = bound
+    def __init__(self, bound: int, known: Mapping[int, Mapping[str, str]] | None = None, pin: str = "episode") -> None:
+        self.bound, self.pin = bound, pin
         self.of: dict[int, dict[str, str]] = {step: dict(version) for step, version in sorted((known or {}).items())}
 
     def put(self, step: int, version: Mapping[str, str]) -> None:
@@ -46,7 +48,8 @@ class TeamVersions:
 
     @property
     def newest(self) -> dict[str, str]:
-        return self.of[max(self.of)]
+        of = self.of  # another thread may put the next one now
+        return of[max(of)]
 
     def named(self, ahead: int) -> dict[str, str]:
         """The version that plays the step `ahead` steps after the one to learn next, where it follows from the step's number: as old as
@@ -68,11 +71,13 @@ class TeamVersions:
                     f"episode {episode.id}: played by {dict(episode.team_version)}, which is more than max_staleness {self.bound} "
                     f"versions behind {self.newest}; nothing so old may be learnt from"
                 )
+            later = [v for step, v in self.of.items() if self.pin == "call" and step > max(self.of) - age]
             for turn in episode.turns:
-                if turn.source == "sampled" and turn.version != episode.team_version.get(turn.policy, ""):
+                if turn.source == "sampled" and all(turn.version != v.get(turn.policy, "") for v in (episode.team_version, *later)):
                     raise RunError(
                         f"episode {episode.id}, turn {turn.index}: spoken by {turn.version or 'the base'!r}, but the episode began with "
-                        f"{dict(episode.team_version)}; an episode keeps its version"
+                        f"{dict(episode.team_version)}; "
+                        + ("a turn is as young as its episode" if self.pin == "call" else "an episode keeps its version")
                     )
             found.append(age)
         return found

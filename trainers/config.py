@@ -58,6 +58,7 @@ class RunConfig(EngineConfig):
     max_completion_length: int = help_of("most tokens of a reply, for agents that name no sampling of their own", 256)
     max_concurrency: int = help_of("episodes in play at once", 64)
     episode_timeout: float = help_of("seconds until an episode that is still in play has failed", 1200.0)
+    pin: str = help_of("what keeps its team version when rollouts run ahead: an episode, or only a call of a policy", "episode")
     reward_timeout: float = help_of("seconds until an async reward that has given nothing leaves its episode unscorable", 600.0)
     # adapters and optimizer
     lora_r: int = help_of("rank of adapters whose policy names none", 16)
@@ -119,7 +120,10 @@ class RunConfig(EngineConfig):
                 raise SettingError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if self.max_staleness and self.episodes:
             raise SettingError("max_staleness: with `episodes` nothing is played, so nothing can be played ahead; leave it 0")
+        if self.pin == "call" and not self.max_staleness:
+            raise SettingError("pin: call changes nothing unless rollouts run ahead; set max_staleness above 0, or pin to episode")
         for name, allowed in (
+            ("pin", ("episode", "call")),
             ("dtype", ("auto", "float32", "bfloat16")),
             ("lr_scheduler_type", ("constant", "linear", "cosine")),
             ("gradient_checkpointing", ("auto", "true", "false")),

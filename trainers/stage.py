@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..agents.types import BASE, PolicySpec, Task
+from ..agents.types import BASE, PolicySpec, SettingError, Task
 from ..rollouts.engines.engine import Engine, TeamVersion
 from ..rollouts.engines.start import start_engine
 from ..rollouts.oversample import Dropped, collect_first, told
@@ -49,7 +49,7 @@ class Stage:
     def __init__(self, run: Run, engine: Engine | None = None) -> None:
         self.run, self._given = run, engine
         self.oversampled: dict[str, float | int] = {}  # what the last `play` dropped, see `oversample.told`
-        self.team = TeamVersions(run.config.max_staleness)
+        self.team = TeamVersions(run.config.max_staleness, pin=run.config.pin)
         self.proofs: dict[str, dict[str, Any]] = {}  # by policy, what the last `prove` found
         self._held: dict[int, contextlib.ExitStack] = {}  # by step: keeps its team version loaded
 
@@ -63,13 +63,18 @@ class Stage:
         self.store = Store(self.run.config.folder / "episodes")
         closing.callback(self.store.close)
         self._start_engines(closing)
+        if self.run.config.pin == "call" and self.exact:
+            raise SettingError(
+                "pin: call with an engine that repeats itself to the last bit: there a step's version follows from its number; "
+                "set pin to episode, or engine to vllm"
+            )
         self._crowd = asyncio.Lock()
         self.ahead = Ahead(self, self.run.tasks_of, self.run.config.max_steps)
         closing.callback(self.ahead.close)
 
     def _start_engines(self, closing: contextlib.ExitStack) -> None:
         run, config = self.run, self.run.config
-        self.team = TeamVersions(config.max_staleness, self.team.of or run.earlier_team)  # opened again, or resumed
+        self.team = TeamVersions(config.max_staleness, self.team.of or run.earlier_team, config.pin)  # opened again, or resumed
         if self._given is None:
             on = {base.path: self._specs_on(base) for base in run.bases.values()}
             device = run.ranks.device
@@ -110,7 +115,7 @@ class Stage:
         engine_of = {p: (b.engine, b.tokens) for p, b in served if b.engine is not None}
         self.rollouts = Rollouts(
             run.system, speakers(run.policies, engine_of), run.rewards, run.values, config.sampling(),
-            config.limits(), config.seed,
+            config.limits(), config.seed, pin=config.pin,
         )  # fmt: skip
 
     def _close(self, engine: Engine) -> None:

@@ -81,8 +81,14 @@ def test_too_old_or_with_a_foreign_turn_is_refused_at_consumption() -> None:
         team.ages([episode({"a": "a-v1", "b": "b-v1"})])
     with pytest.raises(RunError, match="more than max_staleness 1"):
         team.ages([episode({"a": "a-v3", "b": "b-v2"})])  # never in force together
+    mixed = episode(late, ("a", "a-v2", 1), ("b", "b-v3", 1))
     with pytest.raises(RunError, match=r"turn 1: spoken by 'b-v3'.*an episode keeps its version"):
-        team.ages([episode(late, ("a", "a-v2", 1), ("b", "b-v3", 1))])
+        team.ages([mixed])
+    team.pin = "call"
+    assert team.ages([mixed, *right]) == [1, 0, 1], "as old as what it began with"
+    for foreign in (("b", "b-v2", 1), ("b", "", 1), ("a", "b-v3", 1)):
+        with pytest.raises(RunError, match=r"turn 0: spoken by .*a turn is as young as its episode"):
+            team.ages([episode(fresh, foreign)])
 
 
 def test_drops_are_counted_by_agent_and_length() -> None:
@@ -108,11 +114,15 @@ class World:
         exact: does the engine repeat itself to the last bit?
     """
 
-    def __init__(self, folder: Path, bound: int, latencies: Sequence[int], room: int, exact: bool, last: int) -> None:
+    def __init__(
+        self, folder: Path, bound: int, latencies: Sequence[int], room: int, exact: bool, last: int, pin: str = "episode"
+    ) -> None:
         self.folder, self.latencies, self.exact, self.last, self.asked = folder, latencies, exact, last, 0
         self.begun: dict[int, int] = {}  # by step: the step that was to be learnt when its first reply was asked for
         self.now, self.versions = 1, dict[str, str]()
-        self.config = SimpleNamespace(max_staleness=bound, max_concurrency=room, num_generations=2, oversample=0, max_steps=last)
+        self.config = SimpleNamespace(
+            max_staleness=bound, max_concurrency=room, num_generations=2, oversample=0, max_steps=last, pin=pin
+        )
         self.progress, self.metric, self.stop, self.system = Progress(False), "correct", None, Chain(["a", "b"])
         self.bases = {"m": SimpleNamespace(publisher=None, engine=SimpleNamespace(info=lambda: SimpleNamespace(exact=exact)))}
 
@@ -132,9 +142,11 @@ class World:
     def open(self, step: int, team: dict[int, dict[str, str]]) -> None:
         self.stage = Stage(self)  # type: ignore[arg-type]
         self.stage.background, self.stage.store = Background(), Store(self.folder, fsync=False)
-        self.stage.rollouts = Rollouts(self.system, {"a": self.speak, "b": self.speak}, limits=Limits(concurrency=1000))
+        self.stage.rollouts = Rollouts(
+            self.system, {"a": self.speak, "b": self.speak}, limits=Limits(concurrency=1000), pin=self.config.pin
+        )
         self.stage._crowd = asyncio.Lock()
-        self.stage.team = TeamVersions(self.config.max_staleness, team)
+        self.stage.team = TeamVersions(self.config.max_staleness, team, self.config.pin)
         self.stage.ahead = Ahead(self.stage, self.tasks_of, self.last)
         self.stage._in_force(step)
 
@@ -217,6 +229,29 @@ def test_whatever_the_schedule_nothing_is_too_old_lost_or_counted_twice(
     assert len(stored) == len(set(stored)) and {e.id for es in consumed.values() for e in es} <= set(stored)
     if same:
         assert len(stored) == 4 * last, "each episode was played and stored once"
+
+
+@pytest.mark.parametrize(("pin", "spoke"), [("episode", ["a-v1", "b-v1"]), ("call", ["a-v1", "b-v2"])])
+def test_what_is_pinned_keeps_its_version(pin: str, spoke: list[str], tmp_path: Path) -> None:
+    """Step 2 is learnt between the two turns of step 3's episodes, which began before."""
+    world = World(tmp_path, 1, [2], 8, False, 4, pin)
+    speak = world.speak
+
+    async def slowly(call: Call, version: str) -> list[Completion]:
+        said = await speak(call, version)
+        while call.agent.name == "a" and call.messages[-1].content == "3" and world.now < 3:
+            await asyncio.sleep(0)
+        return said
+
+    world.speak = slowly  # type: ignore[method-assign]
+    world.open(0, {})
+    for step in (1, 2):
+        world.stage.ahead.take(step)
+        world.learn(step, "v")
+    taken = world.stage.ahead.take(3)
+    assert taken.ages == [1] * 4 and all(e.team_version == {"a": "a-v1", "b": "b-v1"} for e in taken.episodes)
+    assert [[turn.version for turn in e.turns] for e in taken.episodes] == [spoke] * 4
+    world.close()
 
 
 def test_stored_episodes_of_versions_that_nobody_knows_are_played_anew_and_counted(tmp_path: Path) -> None:
@@ -308,8 +343,12 @@ def test_a_run_ahead_repeats_itself_and_says_how_old_its_episodes_were(
     assert told == {"one": True, "two": True, "sync": False}, "the report draws it"
 
 
-def test_settings_that_cannot_work() -> None:
+def test_settings_that_cannot_work(model: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="max_staleness: expected at least 0, got -1"):
         config("x", "y", max_staleness=-1)
     with pytest.raises(SettingError, match="max_staleness: with `episodes` nothing is played"):
         config("x", "y", max_staleness=1, episodes="runs/other")
+    with pytest.raises(SettingError, match="pin: call changes nothing unless rollouts run ahead"):
+        config("x", "y", pin="call")
+    with pytest.raises(SettingError, match="pin: call with an engine that repeats itself to the last bit"):
+        trainer(tmp_path / "run", model, pin="call", max_staleness=1).train()
