@@ -29,18 +29,18 @@ import secrets
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ..agents.team import derive_seed
-from ..agents.types import BASE, Sampling
+from ..agents.types import Sampling
 from ..rollouts.engines.engine import Engine, EngineError, Ref, ReplicaLost
-from ..rollouts.types import Episode
 from .adapters import Adapters, folder_sha256
 from .checkpoint import fsync
+from .probes import Probe, trainer_logprobs
 
 TARGET_NATS = 0.5  # mean |difference to base| that the amplified twin should show
 MAX_FACTOR = 2.0**24
@@ -52,28 +52,12 @@ DECODE = (
     0.002,
     0.05,
 )  # nats per token; measured in bfloat16 on small models: up to 0.011 where the bare base agreed to the last bit
-PROBES = 8  # turns that are compared
-REPLY = CONTEXT = 64  # their tokens that are: of the turn, and before it
 DECODED, SAMPLED = 4, 8  # turns whose prompt is decoded after, and tokens decoded
 KEEP_VERSIONS = 3  # folders of retired versions kept per policy, beyond what any replica can name
 
 
 class ProofError(EngineError):
     """The served adapter is not the trained one; the message says which check failed and by how much."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A turn of the policy: `ids` [P + T], of which those from `prompt` = P on were sampled, at `temperature`."""
-
-    ids: tuple[int, ...]
-    prompt: int
-    temperature: float = 1.0
-
-    @property
-    def first(self) -> int:
-        """The first token that is compared when the probe is scored."""
-        return max(1, self.prompt - CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -95,48 +79,6 @@ class Proof:
     residual_tolerance: float | None = None
     decode: float | None = None
     decode_tolerance: float | None = None
-
-
-def probes(episodes: Iterable[Episode], agents_of: Mapping[str, Sequence[str]], policy: str, count: int = PROBES) -> list[Probe]:
-    """Up to `count` sampled turns of the policy, of different tasks first, then those with the shortest prompts; replies are cut."""
-    turns = [
-        (e.task.id, t) for e in episodes for t in e.turns if t.agent in agents_of[policy] and t.source == "sampled" and t.token_ids
-    ]
-    turns.sort(key=lambda item: len(item[1].prompt_ids))
-    seen: Counter[str] = Counter()
-    ranked = []
-    for task, turn in turns:
-        ranked.append((seen[task], turn))
-        seen[task] += 1
-    chosen = [turn for _, turn in sorted(ranked, key=lambda item: item[0])[:count]]
-    return [
-        Probe(t.prompt_ids + t.token_ids[:REPLY], len(t.prompt_ids), t.sampling.temperature if t.sampling.on_policy else 1.0)
-        for t in chosen
-    ]
-
-
-@torch.no_grad()
-def trainer_logprobs(
-    adapters: Adapters, found: Sequence[Probe], policy: str | None, factor: float = 1.0, sampled: bool = False
-) -> list[float]:
-    """The trainer's log-probs of the probes' tokens, one after another: at temperature 1, as engines score; or of their sampled tokens
-    only, at the temperature of the draw.
-
-    policy None is the bare base; the adapter's scaling is taken times `factor`.
-    """
-    device, width = adapters.device, max(len(probe.ids) for probe in found)
-    ids = torch.tensor([list(p.ids) + [0] * (width - len(p.ids)) for p in found], device=device)
-    mask = torch.tensor([[1] * len(p.ids) + [0] * (width - len(p.ids)) for p in found], device=device)
-    starts = [(probe.prompt if sampled else probe.first) - 1 for probe in found]
-    first = min(starts)
-    with adapters.active(policy or BASE), adapters.amplified(policy or BASE, factor):
-        logits = adapters.model(input_ids=ids, attention_mask=mask, logits_to_keep=width - first).logits
-    values: list[float] = []
-    for row, probe, start in zip(logits, found, starts, strict=True):
-        own = row[start - first : len(probe.ids) - 1 - first].float() / (probe.temperature if sampled else 1.0)
-        targets = torch.tensor(probe.ids[start + 1 :], device=device)
-        values += torch.log_softmax(own, -1).gather(1, targets[:, None])[:, 0].tolist()
-    return values
 
 
 class Publisher:

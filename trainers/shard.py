@@ -20,7 +20,7 @@ from torch import nn
 
 from ..agents.types import SettingError, from_json, to_json
 from .adapters import Adapters
-from .publish import Probe, trainer_logprobs
+from .probes import Probe, trainer_logprobs
 from .ranks import Ranks
 
 if TYPE_CHECKING:

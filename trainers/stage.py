@@ -23,7 +23,8 @@ from .ahead import Ahead, Rollout, TeamVersions
 from .bases import Base, dtype_of
 from .config import RunError
 from .memory import placed
-from .publish import Proof, Publisher, probes
+from .probes import probes
+from .publish import Proof, Publisher
 from .recall import Recalled, recall
 from .shard import probed_together
 from .threads import Background, Work

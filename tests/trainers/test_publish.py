@@ -19,7 +19,8 @@ from marlora.rollouts.engines.engine import EngineInfo, Ref, TeamVersion
 from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.rollouts.types import Episode
 from marlora.trainers.adapters import Adapters
-from marlora.trainers.publish import REPLY, Probe, Proof, Publisher, probes
+from marlora.trainers.probes import REPLY, Probe, probes, trainer_logprobs
+from marlora.trainers.publish import Proof, Publisher
 from tests.trainers.publishing import (
     BareBase,
     BareBaseButTwins,
@@ -365,3 +366,27 @@ def test_tokens_before_a_turn_are_compared_too(model: Path, tmp_path: Path):
         return len(ours), len(sampled), len(await publisher._scores([short, long], Ref("solver"), engine.info().replicas[0]))
 
     assert with_engine(model, count) == (9 + 74, 6 + 10, 9 + 74)
+
+
+def test_what_probes_have_in_common_is_computed_once(model: Path):
+    """The trainer's numbers are those of every probe alone; the tokens that go through the model are those of the tree."""
+    common = tuple(range(5, 45))
+    found = [Probe((*common, *range(50 + k, 60 + k)), 44, 0.5 + k) for k in range(3)]
+    adapters = adapters_on(model)
+    Learner(adapters, 1e-2).step()
+    tokens: list[int] = []
+    embed = adapters.model.get_input_embeddings()
+    trainer_logprobs(adapters, found, "solver", 8.0)  # the attention is tried at first use
+    with_hook = embed.register_forward_hook(lambda module, args, out: tokens.append(args[0].numel()))
+    for sampled in (False, True):
+        together = trainer_logprobs(adapters, found, "solver", 8.0, sampled)
+        assert tokens == [40 + 3 * 9]  # nobody asks what comes after the last
+        alone = [value for probe in found for value in trainer_logprobs(adapters, [probe], "solver", 8.0, sampled)]
+        assert together == pytest.approx(alone, abs=1e-5) and len(alone) == 3 * (6 if sampled else 49)
+        ids = torch.tensor([found[1].ids])
+        with torch.no_grad(), adapters.active("solver"), adapters.amplified("solver", 8.0):
+            logits = adapters.model(input_ids=ids).logits[0, :-1]
+        right = torch.log_softmax(logits / (1.5 if sampled else 1.0), -1).gather(1, ids[0, 1:, None])[43 if sampled else 0 :, 0]
+        assert together[len(right) : 2 * len(right)] == pytest.approx(right.tolist(), abs=1e-5)
+        tokens.clear()
+    with_hook.remove()

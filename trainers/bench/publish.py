@@ -25,7 +25,8 @@ from ..adapters import Adapters
 from ..config import RunError
 from ..grpo import GRPOConfig
 from ..losses import LossConfig, policy_loss
-from ..publish import Probe, Publisher
+from ..probes import Probe
+from ..publish import Publisher
 from ..ranks import Ranks
 from ..samples import Sample
 from ..update import Optimizers, update
