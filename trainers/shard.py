@@ -109,13 +109,14 @@ def _by_fsdp2(decoder: nn.Module, layers: nn.ModuleList, whole: set[nn.Parameter
 
 def _by_deepspeed(decoder: nn.Module, whole: set[nn.Parameter], ranks: Ranks) -> None:
     """ZeRO-3 of parameters alone: its hooks gather and release, it gets no optimizer, and what stays whole is hidden from it."""
-    if ranks.device.type == "cpu":
+    cpu = ranks.device.type == "cpu"
+    if cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # on a machine with GPUs too
     import deepspeed
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
-    # On a CPU it would compile an all-reduce through shared memory, for more than a minute; one that was killed locks out all later ones.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if cpu:  # else it compiles an all-reduce through shared memory: more than a minute, and once killed it locks out all later ones
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
     hidden = [
         (module, name, child)
