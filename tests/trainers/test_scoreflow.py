@@ -24,13 +24,13 @@ from marlora.rollouts.speakers import EngineSpeaker
 from marlora.rollouts.store import Store
 from marlora.rollouts.types import Episode
 from marlora.trainers.scoreflow import RUNS, ScoreFlowConfig, ScoreFlowTrainer
-from marlora.trainers.tiny_programs import program_tasks, tiny_workflow
+from marlora.trainers.tiny_programs import digit, program_tasks, tiny_workflow
 from tests.repository import ROOT
 from tests.trainers import small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WRITTEN = ['await custom("f")', 'await custom("m")', 'await custom("l")', "await magic('f')", 'while True:\n  await custom("f")\n1']
+WRITTEN = ['await custom("A")', 'await custom("B")', 'await custom("C")', "await magic('A')", 'while True:\n  await custom("A")\n1']
 
 
 def said(call: Call) -> str:
@@ -38,7 +38,7 @@ def said(call: Call) -> str:
     seed, text = call.sampling.seed or 0, call.messages[-1].content
     if call.agent.name == "designer":
         return WRITTEN[seed % len(WRITTEN)]
-    right = text[2 + "fml".index(text[0])]
+    right = digit(text[0].lower(), text)
     return right if seed % 3 else str((int(right) + 1) % 10)
 
 
@@ -149,7 +149,7 @@ def test_a_resumed_round_takes_what_was_run(tmp_path: Path, model: Path) -> None
 def test_without_an_informative_pair_the_round_is_skipped_aloud(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.trainers.test_scoreflow.WRITTEN", ["await magic('f')"])
+    monkeypatch.setattr("tests.trainers.test_scoreflow.WRITTEN", ["await magic('A')"])
     summary = put_words(trainer(tmp_path / "run", model)).train()
     assert all(p["sha256_before"] == p["sha256_after"] for p in summary["policies"].values())
     told = rows(tmp_path / "run")[0]["scoreflow"]

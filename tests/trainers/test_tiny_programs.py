@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Mapping
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from marlora.agents.workflow import Workflow
 from marlora.rollouts.sandbox import run as sandboxed
 from marlora.rollouts.served import build_system
 from marlora.trainers.tiny_programs import (
+    ASKED,
     BROKEN,
     DESIGN,
     DO,
@@ -37,8 +39,7 @@ def test_tasks() -> None:
     train, held_out = program_tasks(), program_tasks("eval")
     assert len(train) + len(held_out) == 3000 and not {t.id for t in train} & {t.id for t in held_out}
     assert program_tasks(seed=1) != train
-    task = next(t for t in train if t.prompt.startswith("m"))
-    assert task.answer == task.prompt[2] and digit("l", "f472") == "2"
+    assert [digit(kind, "b478") for kind in KINDS] == ["9", "2", "5"]  # 8 + 1, + 4, + 7
     for task in train[:50]:
         assert [[len(p), p[0], digit(p[0], p)] for p, _ in task.meta["examples"]] == [
             [4, task.prompt[0], a] for _, a in task.meta["examples"]
@@ -46,25 +47,37 @@ def test_tasks() -> None:
 
 
 def test_the_teacher() -> None:
-    assert execute("m", "f472") == {"7": pytest.approx(2 / 3), "8": pytest.approx(1 / 3)} and execute("m!", "f472") == {"7": 1.0}
-    first = design("m")
-    asks = {kind: sum(share for text, share in first.items() if f'custom("{kind}' in text) for kind in KINDS}
-    assert asks == {"f": pytest.approx(0.25), "m": pytest.approx(0.4), "l": pytest.approx(0.25)}
+    assert execute("A", "b472") == {"3": pytest.approx(2 / 3), "4": pytest.approx(1 / 3)} and execute("B!", "a472") == {"6": 1.0}
+    first = design("b")
+    assert asked(first) == {
+        "a": pytest.approx(0.1),
+        "b": pytest.approx(0.35),
+        "c": pytest.approx(0.45),
+    }  # c comes after b: the slip
+    assert asked(design("c")) == {"a": pytest.approx(0.45), "b": pytest.approx(0.1), "c": pytest.approx(0.35)}
     assert sum(first.values()) == pytest.approx(1.0) and sum(
         share for text, share in first.items() if "magic" in text
     ) == pytest.approx(0.1)
     careful = 'await custom("K!")'
-    assert design("m", [("f", careful, "2/2")])['await custom("f!")'] > 0.8
-    assert design("m", [("m", careful, "0/2")])['await custom("m!")'] < first['await custom("m!")'] / 5
-    assert max(design("m", [("f", BROKEN, "invalid")]).values()) > max(first.values())
+    again = asked(design("b", [("a", careful, "2/2")]))  # .1 twenty times, beside .35, .45, and .1 of none
+    assert again["a"] == pytest.approx(2 / 2.9)
+    assert design("b", [("b", careful, "0/2")])['await custom("B!")'] < first['await custom("B!")'] / 10
+    assert max(design("b", [("a", BROKEN, "invalid")]).values()) > max(first.values())
+
+
+def asked(programs: Mapping[str, float]) -> dict[str, float]:
+    """The shares of valid programs by the digit they ask for."""
+    return {kind: sum(share for text, share in programs.items() if f'custom("{kind.upper()}' in text) for kind in KINDS}
 
 
 def test_lessons_are_prompts_of_play_with_their_replies() -> None:
     lessons = _Lessons(random.Random(0))
-    for made in (lessons.answer, lessons.design):
+    for made in (lessons.answer, lessons.design, lessons.letter):
         prompt, replies = made()
         assert sum(share for _, share in replies) == pytest.approx(1.0)
         assert max(len(tokens) for tokens, _ in replies) <= LONGEST and len(prompt) + LONGEST < 512
+    (asked,) = {len(replies) for _, replies in (lessons.letter() for _ in range(20))}
+    assert asked == len(KINDS) and all(len(tokens) == 1 for tokens, _ in lessons.letter()[1])
     # two replies of two tokens, half and half, at a loss of 1 nat per token: 2 - ln 2 above the teacher
     assert excess(1.0, [([0], [([1, 2], 0.5), ([3, 4], 0.5)])]) == pytest.approx(2 - 0.693147, abs=1e-6)
 
@@ -80,15 +93,15 @@ def test_the_recipes_workflow_is_the_tiny_one_and_its_programs_are_worth_what_th
             text = messages[-1].content
             if agent == "designer":
                 return program
-            kind, rest = (text[0], text[2:]) if text[1] == "!" else (text[0], text[1:])
-            return list(execute(text[: len(text) - len(rest)], f"{kind}{rest[1:]}"))[-1 if careless else 0]
+            instruction, problem = text[:-4], text[-4:]
+            return list(execute(instruction, problem))[-1 if careless else 0]
 
         team = fake_team(system.specs, answer, execute=sandboxed)
-        return asyncio.run(system.run(Task("m472", "m472"), team))
+        return asyncio.run(system.run(Task("b472", "b472"), team))
 
-    assert [output(form.replace("K", "m"), False) for form in FORMS] == ["7", "7", "7"]
-    assert [output(form.replace("K", "m"), True) for form in FORMS] == ["8", "7", "8"]
-    assert output(BROKEN.replace("K", "m"), False) == ""
+    assert [output(form.replace("K", "B"), False) for form in FORMS] == ["6", "6"]
+    assert [output(form.replace("K", "B"), True) for form in FORMS] == ["7", "6"]
+    assert output(BROKEN.replace("K", "B"), False) == ""
 
 
 @pytest.mark.slow
@@ -98,5 +111,6 @@ def test_it_has_learnt_them() -> None:
 
     found = shares(AutoModelForCausalLM.from_pretrained(tiny_programs_model()))
     print(found)
-    assert found["in grammar"] > 0.9 and found["careful"] > 0.9, found
-    assert found["careless"] == pytest.approx(2 / 3, abs=0.1) and found["broken"] == pytest.approx(0.1, abs=0.06), found
+    assert found["in grammar"] > 0.97 and found["careful"] > 0.97, found
+    assert found["asks right"] == pytest.approx(ASKED, abs=0.03) and found["asks anew"] >= 0.85, found
+    assert found["careless"] == pytest.approx(2 / 3, abs=0.06) and found["broken"] == pytest.approx(0.1, abs=0.04), found
