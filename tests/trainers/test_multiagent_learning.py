@@ -40,4 +40,7 @@ def test_a_debate_learns_its_own_sets_and_its_members_stay_apart(tmp_path: Path)
     assert own["critics"]["cross_nll"] > shared["critics"]["cross_nll"] + 0.02, told
     for name in ("generators", "critics"):
         assert own[name]["kl"] > 0.005 and shared[name]["kl"] == 0.0, told
-        assert shared[name]["cross_nll"] < base[name]["cross_nll"], f"the control is less diverse than at the start: {told}"
+    assert shared["generators"]["cross_nll"] < base["generators"]["cross_nll"] - 0.05, (
+        f"the control's first answers are less diverse: {told}"
+    )
+    assert abs(shared["critics"]["cross_nll"] - base["critics"]["cross_nll"]) < 0.03, f"its critics stay as they were: {told}"
