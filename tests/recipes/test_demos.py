@@ -38,7 +38,7 @@ def summary(run: str) -> dict[str, Any]:
     for policy in found["policies"].values():
         assert policy["trainable_parameters"] > 0 and policy["sha256_before"] != policy["sha256_after"]
     proof = found["live_proof"]
-    assert proof["failed"] == 0 and proof["passed"] >= 2 and proof["max_residual"] <= 0.2
+    assert proof["failed"] == 0 and proof["passed"] >= 2 and proof["max_residual"] <= 0.25
     assert proof["checks"] == proof["passed"] + proof["untrained"]
     for side in ("before", "after"):
         assert set(found["eval"][side]) >= {"accuracy", "ci95", "num_tasks"}

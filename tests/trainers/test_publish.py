@@ -77,7 +77,7 @@ def test_right_adapters_pass_in_half_precision(model: Path, tmp_path: Path, serv
     made = proofs(model, tmp_path, learning_rate=1e-5, served=served, trained=getattr(torch, trained))
     assert [proof.status for proof in made] == ["passed", "passed"]
     for proof in made:  # half the tolerance at most
-        assert 1e-3 < proof.residual < 0.1 and proof.residual_tolerance == 0.2
+        assert 1e-3 < proof.residual < 0.1 and proof.residual_tolerance == 0.25
         assert proof.decode < 0.025 and proof.decode_tolerance >= 0.05
 
 
