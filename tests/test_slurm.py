@@ -13,6 +13,7 @@ import pytest
 
 from marlora.rollouts.store import Store
 from marlora.trainers.tiny import tiny_random_model
+from tests.chaos.ledger import balance_run
 from tests.repository import ROOT
 from tests.slurm_node import SlurmNode, missing
 
@@ -104,6 +105,22 @@ def test_a_job_requeued_twice_ends_as_one_that_was_not(node: SlurmNode, model: P
     )
     first, second = ({e.id: e.output for e in Store(folder / "episodes")} for folder in (whole, cut))
     assert first == second
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_job_on_vllm_requeued_twice_loses_no_episode(node: SlurmNode, model: Path, tmp_path: Path) -> None:
+    """A server does not repeat itself to the last bit, so it is the books that have to balance."""
+    folder = tmp_path / "run"
+    job = train(node, folder, model, "--engine", "vllm", "--server_memory", "1", "--max_model_len", "256")
+    preempt(node, job, lambda: steps_done(folder) >= 1)
+    before = steps_done(folder)
+    preempt(node, job, lambda: steps_done(folder) > before)
+    ended(node, job, tmp_path / "run.log")
+    log = (tmp_path / "run.log").read_text()
+    assert log.count("resumed from step-") == 2, log
+    assert json.loads((folder / "summary.json").read_text())["engine"] == "vllm"
+    balance_run(folder, STEPS, episodes=16)
 
 
 @pytest.mark.slow
