@@ -84,18 +84,23 @@ def preempt(node: SlurmNode, job: str, when: Callable[[], bool]) -> None:
     node.wait(requeued, 120, f"job {job} was not started again")
 
 
+def cut_twice(node: SlurmNode, job: str, folder: Path) -> None:
+    """Pre-empt a training job after its first steps, and once more after later ones; then it ends well."""
+    preempt(node, job, lambda: steps_done(folder) >= 1)
+    before = steps_done(folder)
+    preempt(node, job, lambda: steps_done(folder) > before)
+    ended(node, job, Path(f"{folder}.log"))
+    log = Path(f"{folder}.log").read_text()
+    assert log.count("resumed from step-") == 2, log
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_job_requeued_twice_ends_as_one_that_was_not(node: SlurmNode, model: Path, tmp_path: Path) -> None:
     """Bit-identical with the transformers engine: episodes, adapters and evaluation."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     job = train(node, cut, model)
-    preempt(node, job, lambda: steps_done(cut) >= 1)
-    before = steps_done(cut)
-    preempt(node, job, lambda: steps_done(cut) > before)
-    ended(node, job, tmp_path / "cut.log")
-    log = (tmp_path / "cut.log").read_text()
-    assert log.count("resumed from step-") == 2, log
+    cut_twice(node, job, cut)
     ended(node, train(node, whole, model), tmp_path / "whole.log")
     assert adapters(cut) == adapters(whole) and len(adapters(whole)) == 2
     one, two = (json.loads((folder / "summary.json").read_text()) for folder in (whole, cut))
@@ -113,12 +118,7 @@ def test_a_job_on_vllm_requeued_twice_loses_no_episode(node: SlurmNode, model: P
     """A server does not repeat itself to the last bit, so it is the books that have to balance."""
     folder = tmp_path / "run"
     job = train(node, folder, model, "--engine", "vllm", "--server_memory", "1", "--max_model_len", "256")
-    preempt(node, job, lambda: steps_done(folder) >= 1)
-    before = steps_done(folder)
-    preempt(node, job, lambda: steps_done(folder) > before)
-    ended(node, job, tmp_path / "run.log")
-    log = (tmp_path / "run.log").read_text()
-    assert log.count("resumed from step-") == 2, log
+    cut_twice(node, job, folder)
     assert json.loads((folder / "summary.json").read_text())["engine"] == "vllm"
     balance_run(folder, STEPS, episodes=16)
 

