@@ -107,6 +107,9 @@ def _by_branches(
     window: int | None, softcap: float | None,
 ) -> torch.Tensor:  # fmt: skip
     rows, heads, length, size = query.shape
+    dtype = query.dtype
+    if query.device.type == "cpu":  # SDPA's kernel there takes up to three times as long in half precision as in float32
+        query, key, value = query.float(), key.float(), value.float()
     q = tree.queries(_flat(query))
     k, v = tree.keys(_flat(key)), tree.keys(_flat(value))
     outputs, here, there = [], 0, 0
@@ -119,7 +122,7 @@ def _by_branches(
         )
         outputs.append(_block(tree, number, block, mine, scaling, dropout, window, softcap).reshape(to_here - here, -1))
         here, there = to_here, to_there
-    return tree.back(torch.cat(outputs)).view(rows, length, heads, -1)
+    return tree.back(torch.cat(outputs).to(dtype)).view(rows, length, heads, -1)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:

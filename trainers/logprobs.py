@@ -25,13 +25,15 @@ log = logging.getLogger(__name__)
 _own_head: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
-def token_logprobs(model: Any, batch: Batch, *, chunk: int = 1024, entropy_grad: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def token_logprobs(
+    model: Any, batch: Batch, *, chunk: int | None = None, entropy_grad: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """log p(target) and entropy of every term [N], float32, at each term's own temperature.
 
     Args:
         model: a causal language model or its PEFT wrapper, with the batch's adapter active (`Adapters.active`), and still active
             in backward: anything else raises RuntimeError there, because gradient checkpointing would compute another policy.
-        chunk: positions whose logits exist at the same time.
+        chunk: terms whose logits exist at the same time, see `lm_head.score`.
         entropy_grad: let gradients flow through the entropy as well (an entropy bonus).
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -22,9 +22,9 @@ from ..agents.types import PolicySpec, SettingError
 from ..rollouts.engines.start import choose_engine
 from ..rollouts.tokens import load_tokenizer
 from .config import RunConfig
+from .lm_head import chunk_of
 
 GIB = 2**30
-HEAD_CHUNK = 1024  # positions whose logits exist at the same time, see `logprobs.token_logprobs`
 CONTEXT = 1.5 * GIB  # CUDA's own, its libraries' workspaces, and the allocator's gaps
 LARGEST_SHARE, SMALLEST_SHARE = 0.9, 0.1
 KEYS_PER_TOKEN = 4.0  # of a row of trees: how often its keys are kept, where the episodes are not known yet
@@ -56,7 +56,7 @@ def reaches(spec: PolicySpec, module: str) -> bool:
 
 def estimate(
     model: str, specs: Iterable[PolicySpec], config: RunConfig, dtype: torch.dtype, ranks: int = 1, *, recompute: bool = False,
-    keys_per_token: float | None = None,
+    keys_per_token: float | None = None, on_cpu: bool = False,
 ) -> Memory:  # fmt: skip
     """Memory of one rank's trainer for the base in folder `model` and these policies. Raises `SettingError` if it is no causal language model.
 
@@ -64,6 +64,7 @@ def estimate(
         ranks: how many share the base's layers (`shard_base`); of these, two are whole at a time: the one at work and the next.
         recompute: activations are computed again in the backward pass.
         keys_per_token: keys that attention gathers, by token of a row; None: what `config.layout` is likely to need.
+        on_cpu: attention over trees takes float32 there, see `attention.attend`, and the head fewer terms at a time.
     """
     specs = [spec for spec in specs if spec.has_adapter]
     made = _on_meta(model, dtype)
@@ -78,10 +79,13 @@ def estimate(
     layers, width, rows = text.num_hidden_layers, dtype.itemsize, config.tokens_per_batch
     largest = max(specs, key=lambda spec: sum(reaches(spec, name) for name in linears) * spec.adapter.r, default=None)
     per_token = _kept_per_token(made, largest, [n for n in linears if largest and reaches(largest, n)], dtype) if largest else 0.0
+    trees = config.layout in ("auto", "shared")
     if keys_per_token is None:
-        keys_per_token = KEYS_PER_TOKEN if config.layout in ("auto", "shared") else 1.0
-    key_width = getattr(text, "num_key_value_heads", text.num_attention_heads) * _head_size(text) * width
-    per_token += 2 * layers * key_width * (keys_per_token - 1) * bool(largest)
+        keys_per_token = KEYS_PER_TOKEN if trees else 1.0
+    queries, keys = (layers * heads * _head_size(text) for heads in (text.num_attention_heads, _key_heads(text)))
+    attended = 4 if on_cpu and trees else width  # bytes of what attention keeps: queries, keys, values, outputs
+    if largest:
+        per_token += 2 * keys * (keys_per_token * attended - width) + 2 * queries * (attended - width)
     if recompute:  # the inputs of all layers and of the last norm, and all of one layer
         per_token = text.hidden_size * width * (layers + 1) + per_token / layers
     return Memory(
@@ -89,8 +93,13 @@ def estimate(
         weights=width * (parameters if ranks == 1 else parameters - inside + inside / ranks + 2 * inside / layers),
         adapters=adapters * 16,  # float32 weights, gradients and AdamW's two moments
         activations=per_token * rows,
-        head=4 * 4 * min(HEAD_CHUNK, rows) * vocabulary,  # logits, log-softmax, probabilities and a gradient, float32
+        # logits, log-softmax, probabilities and a gradient, float32
+        head=4 * 4 * min(chunk_of(vocabulary, "cpu" if on_cpu else "cuda"), rows) * vocabulary,
     )  # fmt: skip
+
+
+def _key_heads(text: Any) -> int:
+    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
 
 
 def _head_size(text: Any) -> int:
@@ -180,7 +189,7 @@ def recomputes(
     """
     if config.gradient_checkpointing != "auto":
         return config.gradient_checkpointing == "true"
-    needs = [estimate(path, specs, config, dtype(path), ranks) for path, specs in bases.items()]
+    needs = [estimate(path, specs, config, dtype(path), ranks, on_cpu=device.type == "cpu") for path, specs in bases.items()]
     room = trainer_room(config, needs, device)
     need = sum(n.total for n in needs)
     if need <= room:

@@ -166,7 +166,7 @@ def print_plan(run: Run) -> None:
     recompute = recomputes(config, on, device, dtype, lambda text: None, ranks)
     for base, specs in bases.items():
         path = local_model(base)
-        needs[base] = estimate(path, specs, config, dtype(path), ranks, recompute=recompute)
+        needs[base] = estimate(path, specs, config, dtype(path), ranks, recompute=recompute, on_cpu=device.type == "cpu")
         print_memory(base, needs[base])
     print(f"             gradient checkpointing {'on' if recompute else 'off'} ({config.gradient_checkpointing})")
     print("\n".join(placement(config, needs, node)))

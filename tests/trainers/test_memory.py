@@ -83,7 +83,8 @@ def test_trees_keep_a_prefix_for_every_branch(tmp_path: Path, prompt: int, own: 
     (batch,) = pack(replies(prompt, own, count), max_tokens=10_000)
     tokens = batch.input_ids.numel()
     settings = RunConfig(tokens_per_batch=tokens)
-    found = estimate(str(folder_of(config, tmp_path)), SPECS, settings, dtype, keys_per_token=len(batch.tree.keys.index) / tokens)
+    keys = len(batch.tree.keys.index) / tokens
+    found = estimate(str(folder_of(config, tmp_path)), SPECS, settings, dtype, keys_per_token=keys, on_cpu=True)
     assert found.activations == pytest.approx(kept_by(config, batch, dtype), rel=0.15)
 
 
@@ -104,7 +105,11 @@ def test_parameters_are_counted(tmp_path: Path) -> None:
     assert found.parameters == 400 * 64 + 3 * layer + 64
     assert found.adapter_parameters == 2 * 3 * 8 * ((64 + 64) + (64 + 32))  # two policies, three layers: q_proj and v_proj
     assert (found.weights, found.adapters) == (2 * found.parameters, 16 * found.adapter_parameters)
-    assert found.head == 4 * 4 * 1024 * 400
+    assert found.head == 4 * 4 * 8192 * 400, "a whole batch at a time"
+    assert (
+        estimate(path, SPECS, RunConfig(tokens_per_batch=50_000), torch.bfloat16, on_cpu=True).head
+        == 4 * 4 * (24 * 2**20 // 4 // 400) * 400
+    )
     assert found.total == found.weights + found.adapters + found.activations + found.head
 
 
@@ -134,7 +139,7 @@ def test_only_a_shared_gpu_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
         total_memory = 80 * GIB
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
-    monkeypatch.setattr(memory, "estimate", lambda path, specs, config, dtype, ranks=1, recompute=False: need(10))
+    monkeypatch.setattr(memory, "estimate", lambda path, specs, config, dtype, ranks=1, recompute=False, on_cpu=False: need(10))
     monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: name)
 
     def memory_of(device: str, **settings: Any) -> float:
