@@ -16,9 +16,18 @@ from .layouts import way_of
 from .logprobs import token_logprobs
 from .samples import Sample
 
-PROBES = 8  # turns that are compared
-REPLY = CONTEXT = 64  # their tokens that are: of the turn, and before it
+PROBES = 4  # turns that are compared
+REPLY = CONTEXT = 32  # their tokens that are: of the turn, and before it
 MAX_TOKENS = 8192  # of a forward pass of the trainer's
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Tokens of which those from `first` >= 1 on are scored, at `temperature`, each given those before it."""
+
+    ids: tuple[int, ...]
+    first: int = 1
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -30,9 +39,13 @@ class Probe:
     temperature: float = 1.0
 
     @property
-    def first(self) -> int:
-        """The first token that is compared when the probe is scored."""
-        return max(1, self.prompt - CONTEXT)
+    def window(self) -> Scored:
+        """The turn's begin and what stands just before it, as a sequence of its own: next to nothing is computed that is not compared,
+        however long the prompt. Behind the prompt's first token, without which many a model is out of its senses."""
+        start = max(0, self.prompt - CONTEXT)
+        if start < 2:
+            return Scored(self.ids)
+        return Scored((self.ids[0], *self.ids[start:]), first=2)
 
 
 def probes(episodes: Iterable[Episode], agents_of: Mapping[str, Sequence[str]], policy: str, count: int = PROBES) -> list[Probe]:
@@ -54,28 +67,24 @@ def probes(episodes: Iterable[Episode], agents_of: Mapping[str, Sequence[str]], 
 
 
 @torch.no_grad()
-def trainer_logprobs(
-    adapters: Adapters, found: Sequence[Probe], policy: str | None, factor: float = 1.0, sampled: bool = False
-) -> list[float]:
-    """The trainer's log-probs of the probes' tokens, one after another: at temperature 1, as engines score; or of their sampled tokens
-    only, at the temperature of the draw.
+def trainer_logprobs(adapters: Adapters, asked: Sequence[Scored], policy: str, factor: float = 1.0) -> list[float]:
+    """The trainer's log-probs of the scored tokens, one after another.
 
-    policy None is the bare base; the adapter's scaling is taken times `factor`. What probes begin with in common is computed once, where
-    the model's attention can do that.
+    Policy `base` is the bare base; the adapter's scaling is taken times `factor`. What the sequences begin with in common is computed
+    once, where the model's attention can do that.
     """
     layout: Layout = "shared" if way_of(adapters.model) in ("flex", "branches") else "padded"
-    asked = [_asked(str(number), probe, sampled) for number, probe in enumerate(found)]
-    values = torch.zeros(sum(sample.num_trained for sample in asked))
-    with adapters.active(policy or BASE), adapters.amplified(policy or BASE, factor):
-        for batch in pack(asked, max_tokens=MAX_TOKENS, layout=layout):
+    samples = [_sample(str(number), one) for number, one in enumerate(asked)]
+    values = torch.zeros(sum(sample.num_trained for sample in samples))
+    with adapters.active(policy), adapters.amplified(policy, factor):
+        for batch in pack(samples, max_tokens=MAX_TOKENS, layout=layout):
             values[batch.place] = token_logprobs(adapters.model, batch.to(adapters.device))[0].cpu()
     return values.tolist()
 
 
-def _asked(name: str, probe: Probe, sampled: bool) -> Sample:
-    """The probe as a sample, whose tokens are those that are compared."""
-    first, size = probe.prompt if sampled else probe.first, len(probe.ids)
-    mask, zeros = (0,) * first + (1,) * (size - first), (0.0,) * size
-    temperature = probe.temperature if sampled else 1.0
-    temperatures = (1.0,) * first + (temperature,) * (size - first)
-    return Sample(BASE, name, probe.ids, mask, zeros, zeros, temperatures, tuple(m - 1 for m in mask))
+def _sample(name: str, asked: Scored) -> Sample:
+    """The sequence as a sample, whose trained tokens are those that are scored."""
+    before, rest = asked.first, len(asked.ids) - asked.first
+    zeros = (0.0,) * len(asked.ids)
+    temperatures = (1.0,) * before + (asked.temperature,) * rest
+    return Sample(BASE, name, asked.ids, (0,) * before + (1,) * rest, zeros, zeros, temperatures, (-1,) * before + (0,) * rest)

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..agents.types import SettingError, from_json, to_json
 from .adapters import Adapters
-from .probes import Probe, trainer_logprobs
+from .probes import Scored, trainer_logprobs
 from .ranks import Ranks
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def join_probes(run: Run) -> None:
     """Every rank is ready to compute a proof's log-probs when rank 0 asks, see `probed_together`."""
 
     def compute(base: str, found: list[dict[str, Any]], *how: Any) -> list[float]:
-        return trainer_logprobs(run.bases[base].adapters, [from_json(Probe, probe) for probe in found], *how)
+        return trainer_logprobs(run.bases[base].adapters, [from_json(Scored, one) for one in found], *how)
 
     run.ranks.joined[PROBE] = compute
 

@@ -24,7 +24,8 @@ from .bases import Base, dtype_of
 from .config import RunError
 from .memory import placed
 from .probes import probes
-from .publish import Proof, Publisher
+from .proof import Proof
+from .publish import Publisher
 from .recall import Recalled, recall
 from .shard import probed_together
 from .threads import Background, Work

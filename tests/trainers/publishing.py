@@ -18,7 +18,8 @@ from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.rollouts.engines.vllm import VLLMEngine
 from marlora.trainers.adapters import WEIGHTS, Adapters
 from marlora.trainers.probes import Probe
-from marlora.trainers.publish import Proof, ProofError, Publisher
+from marlora.trainers.proof import Proof, ProofError
+from marlora.trainers.publish import Publisher
 
 POLICIES = ("reviewer", "solver")
 PROMPTS = [(3, *range(40 + 7 * k, 110 + 9 * k), 1, 4) for k in range(4)]  # of two cache blocks and more

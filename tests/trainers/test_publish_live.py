@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from marlora.trainers.publish import Proof
+from marlora.trainers.proof import Proof
 from tests.live_server import Live
 from tests.trainers.publishing import (
     BareBase,

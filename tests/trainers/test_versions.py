@@ -150,7 +150,8 @@ def test_a_version_that_is_learnt_again_is_no_leftover(model: Path, tmp_path: Pa
         publisher = Publisher(tmp_path, adapters, engine)
         publisher.sweep()
         assert (await publisher.publish(1, ["solver"]))["solver"] == name
-        await publisher._retire("solver", (await engine.publish({"solver": publisher._twin(name, 2.0)}))["solver"])
+        async with publisher.prover._twin("solver", name, 2.0) as twin:
+            assert (tmp_path / twin / WEIGHTS).is_file()
         assert (tmp_path / name / WEIGHTS).is_file()
 
     with_engine(model, work)

@@ -155,7 +155,7 @@ def _sample(policy: str, number: int, reply: Completion) -> Sample:
 def _timed(publisher: Publisher) -> list[float]:
     """The seconds of every forward pass of the trainer's that the publisher will ask for."""
     seconds: list[float] = []
-    ask: Any = publisher._trainer_logprobs
+    ask = publisher.prover.forward
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -163,5 +163,5 @@ def _timed(publisher: Publisher) -> list[float]:
         seconds.append(time.perf_counter() - start)
         return found
 
-    publisher._trainer_logprobs = timed
+    publisher.prover.forward = timed
     return seconds
