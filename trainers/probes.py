@@ -17,7 +17,7 @@ from .logprobs import token_logprobs
 from .samples import Sample
 
 PROBES = 4  # turns that are compared
-REPLY = CONTEXT = 32  # their tokens that are: of the turn, and before it
+REPLY = CONTEXT = 24  # their tokens that are: of the turn, and before it
 MAX_TOKENS = 8192  # of a forward pass of the trainer's
 
 

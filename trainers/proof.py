@@ -2,7 +2,7 @@
 
 1. identity: the replica lists the version's name with our folder, and the file there holds the tensors that are being trained;
 2. weights: the same safetensors, served for a moment as a twin whose `lora_alpha` is amplified until the tokens of turns just trained,
-   and those before them, move by about half a nat. Server and trainer must agree on how far they are from the trainer's bare base:
+   and those before them, move by half a nat or more. Server and trainer must agree on how far they are from the trainer's bare base:
    ||served - trained|| / ||trained - base|| is small. (Trained tokens alone are soon so sure that one or two of them decide.)
    Levels prove nothing: one step at lr 1e-5 moves a token by less than bfloat16's noise, and adapters one step apart correlate at 0.98;
 3. decoding: tokens sampled at the run's temperature after a prompt just served (so that the prefix cache is hit) have the trainer's
@@ -36,12 +36,12 @@ from .probes import Probe, Scored
 
 T = TypeVar("T")
 
-TARGET_NATS = 0.5  # mean |difference to base| that the amplified twin should show
+LEAST_NATS = 0.5  # mean |difference to base| that the amplified twin should show, and at most twice that
 MAX_FACTOR = 2.0**24
 # Tolerances are MARGIN x the noise, but at least the first number here (float32) or the second (anything shorter on either side, where
 # the adapter's own rounding adds noise that the bare base does not show), and the residual's never above its second.
 MARGIN = 4.0
-RESIDUAL = (0.005, 0.2)  # measured in bfloat16: right pairs up to 0.13, adapters one step apart from 0.24
+RESIDUAL = (0.005, 0.2)  # measured in bfloat16: right pairs up to 0.13, adapters one step apart from 0.30
 DECODE = (
     0.002,
     0.05,
@@ -197,17 +197,17 @@ class Prover:
                 await self.retire(policy, twin.name)
 
     async def _amplify(self, policy: str, asked: Sequence[Scored], base: Sequence[float]) -> tuple[float, list[float]]:
-        """The power of two that moves the tokens by about half a nat, and the trainer's log-probs under it."""
+        """The power of two that moves the tokens by half a nat to a whole one, and the trainer's log-probs under it."""
         factor, tried = self._factor.get(policy, 1.0), dict[float, tuple[float, list[float]]]()
         while factor not in tried and len(tried) < 12:
             trained = await self._trained(asked, policy, factor)
             mean = _mean(_minus(trained, base))
-            doublings = math.log2(TARGET_NATS / max(mean, 1e-9)) if math.isfinite(mean) else -100.0
-            tried[factor] = (abs(doublings), trained)
-            if -1.0 <= doublings <= 0.5:  # more than half a nat only drowns the noise further
+            doublings = math.log2(LEAST_NATS / max(mean, 1e-9)) if math.isfinite(mean) else -100.0
+            tried[factor] = (abs(doublings + 0.5), trained)
+            if -1.0 <= doublings <= 0.0:
                 break
             # In the linear range one jump would do; from noise, or from saturation, go in steps and look again.
-            factor = min(max(factor * 2.0 ** max(-3, min(6, round(doublings))), 1.0), MAX_FACTOR)
+            factor = min(max(factor * 2.0 ** max(-3, min(6, math.ceil(doublings))), 1.0), MAX_FACTOR)
         best = min(tried, key=lambda f: tried[f][0])
         self._factor[policy] = best
         return best, tried[best][1]
