@@ -306,10 +306,12 @@ class Adapters:
         return spec is not None and spec.trainable
 
     def _switch(self, names: tuple[str, ...]) -> None:
-        if not isinstance(self.model, PeftModel):
+        now = speaking(self.model)
+        if not isinstance(self.model, PeftModel) or names == now:
             return
         if names:
-            self.model.base_model.enable_adapter_layers()
+            if not now:
+                self.model.base_model.enable_adapter_layers()
             self.model.set_adapter(names[0])
         else:
             self.model.base_model.disable_adapter_layers()

@@ -16,8 +16,9 @@ from .layouts import way_of
 from .logprobs import token_logprobs
 from .samples import Sample
 
-PROBES = 4  # turns that are compared
+PROBES = 3  # turns that are compared
 REPLY = CONTEXT = 24  # their tokens that are: of the turn, and before it
+SURPRISED = 4  # of these, behind a cut, are not: they follow out of nothing, and bfloat16 can be off by whole nats there
 MAX_TOKENS = 8192  # of a forward pass of the trainer's
 
 
@@ -45,7 +46,7 @@ class Probe:
         start = max(0, self.prompt - CONTEXT)
         if start < 2:
             return Scored(self.ids)
-        return Scored((self.ids[0], *self.ids[start:]), first=2)
+        return Scored((self.ids[0], *self.ids[start:]), first=1 + SURPRISED)
 
 
 def probes(episodes: Iterable[Episode], agents_of: Mapping[str, Sequence[str]], policy: str, count: int = PROBES) -> list[Probe]:

@@ -24,7 +24,7 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,7 +36,7 @@ from .probes import Probe, Scored
 
 T = TypeVar("T")
 
-LEAST_NATS = 0.5  # mean |difference to base| that the amplified twin should show, and at most twice that
+NATS = (0.5, 1.5)  # mean |difference to base| that the amplified twin should show: between these
 MAX_FACTOR = 2.0**24
 # Tolerances are MARGIN x the noise, but at least the first number here (float32) or the second (anything shorter on either side, where
 # the adapter's own rounding adds noise that the bare base does not show), and the residual's never above its second.
@@ -149,7 +149,7 @@ class Prover:
             wrong = f"the replica does not list {proof.version!r}"
         elif Path(folder).resolve() != expected:
             wrong = f"the replica serves {proof.version!r} from {folder}, expected {expected}"
-        elif folder_sha256(expected) != self.adapters.sha256(proof.policy):
+        elif await asyncio.to_thread(folder_sha256, expected) != self.adapters.sha256(proof.policy):
             wrong = f"the tensors in {folder} are not the trainer's"
         else:
             return proof
@@ -197,14 +197,14 @@ class Prover:
                 await self.retire(policy, twin.name)
 
     async def _amplify(self, policy: str, asked: Sequence[Scored], base: Sequence[float]) -> tuple[float, list[float]]:
-        """The power of two that moves the tokens by half a nat to a whole one, and the trainer's log-probs under it."""
+        """The power of two that moves the tokens by half a nat or more, and the trainer's log-probs under it."""
         factor, tried = self._factor.get(policy, 1.0), dict[float, tuple[float, list[float]]]()
         while factor not in tried and len(tried) < 12:
             trained = await self._trained(asked, policy, factor)
             mean = _mean(_minus(trained, base))
-            doublings = math.log2(LEAST_NATS / max(mean, 1e-9)) if math.isfinite(mean) else -100.0
+            doublings = math.log2(NATS[0] / max(mean, 1e-9)) if math.isfinite(mean) else -100.0
             tried[factor] = (abs(doublings + 0.5), trained)
-            if -1.0 <= doublings <= 0.0:
+            if NATS[0] <= mean <= NATS[1]:
                 break
             # In the linear range one jump would do; from noise, or from saturation, go in steps and look again.
             factor = min(max(factor * 2.0 ** max(-3, min(6, math.ceil(doublings))), 1.0), MAX_FACTOR)
@@ -247,13 +247,22 @@ class Prover:
     async def _trained(self, asked: Sequence[Scored], policy: str, factor: float = 1.0) -> list[float]:
         """The trainer's log-probs of the scored tokens, one sequence after another."""
         async with self._trainer:
-            work = asyncio.ensure_future(asyncio.to_thread(self.forward, asked, policy, factor))
+            work = asyncio.ensure_future(asyncio.to_thread(self._pass, asked, policy, factor))
             try:
                 return await asyncio.shield(work)
             finally:  # a pass under way has switched the adapters: called off or not, nobody goes on before it has put them back
                 while not work.done():
                     with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.wait([work])
+
+    def _pass(self, *asked: Any) -> list[float]:
+        """One core is left to whoever serves: threads that wait for one another on a core that is taken make two slower than one."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads - 1))
+        try:
+            return self.forward(*asked)
+        finally:
+            torch.set_num_threads(threads)
 
     async def _served(self, replicas: Iterable[str], asked: Sequence[Scored], ref: Ref) -> dict[str, list[float]]:
         """The same of every replica that is not lost."""

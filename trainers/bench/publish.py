@@ -25,7 +25,7 @@ from ..adapters import Adapters
 from ..config import RunError
 from ..grpo import GRPOConfig
 from ..losses import LossConfig, policy_loss
-from ..probes import Probe
+from ..probes import PROBES, Probe
 from ..publish import Publisher
 from ..ranks import Ranks
 from ..samples import Sample
@@ -34,7 +34,7 @@ from .geometry import served_folder
 from .measure import Options, machine, table
 
 POLICIES = ("planner", "solver", "reviewer")
-REPLY, PROBES = 16, 4  # tokens; probes of a policy
+TURNS, REPLY = 4, 16  # of every policy, and tokens of each
 RATE, LOSS = 1e-4, LossConfig()
 # Words that the model knows: on ids drawn at random bfloat16 is off by whole nats.
 ASKED = (
@@ -111,13 +111,13 @@ async def _lap(
     engine: Engine, tokens: ChatTokens, publisher: Publisher, optimizers: Optimizers, trainer: list[float], step: int
 ) -> dict[str, float]:
     """One step: something is learnt, published, spoken with and proven. Raises `RunError` if a proof does not pass."""
-    prompts = [tokens.prompt([Message("user", ASKED.format(a=step, b=k + 3, c=step + k))]) for k in range(PROBES)]
+    prompts = [tokens.prompt([Message("user", ASKED.format(a=step, b=k + 3, c=step + k))]) for k in range(TURNS)]
     probes: dict[str, list[Probe]] = {}
     learnt: list[Sample] = []
     for number, name in enumerate(POLICIES):  # what the step was learnt from: turns of the versions in force
         ref, drawn = Ref(name, publisher.versions.get(name, "")), Sampling(max_tokens=REPLY, seed=number)
         replies = [made for (made,) in await asyncio.gather(*(engine.generate(prompt, ref, drawn) for prompt in prompts))]
-        probes[name] = [Probe(one.prompt_ids + one.token_ids, len(one.prompt_ids)) for one in replies]
+        probes[name] = [Probe(one.prompt_ids + one.token_ids, len(one.prompt_ids)) for one in replies[:PROBES]]
         learnt += [_sample(name, k, one) for k, one in enumerate(replies)]
     update(
         optimizers, learnt, lambda batch, logp, entropy, _, counts: policy_loss(logp, entropy, batch, LOSS, counts), step, Ranks()
