@@ -58,7 +58,7 @@ async def measure(engine: Engine, adapters: Adapters, config: GRPOConfig, episod
                step, Ranks())  # fmt: skip
         earlier = dict(publisher.versions)
         versions = await publisher.publish(step, names)
-        for name, other in zip(names, reversed(names), strict=True):
+        for name, other in zip(names, [*names[1:], names[0]], strict=True):
             if step > 1:
                 found = probes(episodes[step], {n: [n] for n in names}, name)
                 row = await residuals(publisher.prover, name, [versions[name], earlier[name], versions[other]], found)

@@ -108,7 +108,9 @@ def _by_branches(
 ) -> torch.Tensor:  # fmt: skip
     rows, heads, length, size = query.shape
     dtype = query.dtype
-    if query.device.type == "cpu":  # SDPA's kernel there takes up to three times as long in half precision as in float32
+    if (
+        query.device.type == "cpu" and dtype.itemsize < 4
+    ):  # SDPA's kernel there takes up to three times as long in half precision as in float32
         query, key, value = query.float(), key.float(), value.float()
     q = tree.queries(_flat(query))
     k, v = tree.keys(_flat(key)), tree.keys(_flat(value))

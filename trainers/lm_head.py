@@ -36,7 +36,8 @@ def score(
     """log p(target) and entropy [N], float32, of terms with these hidden states [N, H], at their temperatures [N].
 
     Args:
-        head: the output embedding: any module from hidden states to logits.    cap: `final_logit_softcapping` of the logits.
+        head: the output embedding: any module from hidden states to logits, whose `weight` is [V, H].
+        cap: `final_logit_softcapping` of the logits.
         entropy_grad: let gradients flow through the entropy as well.
         chunk: terms whose logits exist at the same time; None: as many as `chunk_of` says.
     """

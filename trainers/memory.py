@@ -64,7 +64,7 @@ def estimate(
         ranks: how many share the base's layers (`shard_base`); of these, two are whole at a time: the one at work and the next.
         recompute: activations are computed again in the backward pass.
         keys_per_token: keys that attention gathers, by token of a row; None: what `config.layout` is likely to need.
-        on_cpu: attention over trees takes float32 there, see `attention.attend`, and the head fewer terms at a time.
+        on_cpu: attention over trees takes float32 there, see `attention._by_branches`, and the head fewer terms at a time.
     """
     specs = [spec for spec in specs if spec.has_adapter]
     made = _on_meta(model, dtype)

@@ -8,9 +8,9 @@
 3. decoding: tokens sampled at the run's temperature after a prompt just served (so that the prefix cache is hit) have the trainer's
    log-probabilities. Scoring, which the twin is judged by, meets neither prefix cache nor penalties.
 
-How small is small follows the noise, measured once per replica with every adapter off: where engine and trainer agree to six digits,
-the version of one step ago is told apart even after a hundred steps. While B is zero there is nothing to compare and the record says
-`untrained`. The trainer's forward passes run beside the engine's work, one at a time, in a thread.
+How small is small follows the noise, measured with every adapter off when a replica is first proven: where engine and trainer agree to
+six digits, the version of one step ago is told apart even after a hundred steps. While B is zero there is nothing to compare and the
+record says `untrained`. The trainer's forward passes run beside the engine's work, one at a time, in a thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -36,16 +36,14 @@ from .probes import Probe, Scored
 
 T = TypeVar("T")
 
-NATS = (0.5, 1.5)  # mean |difference to base| that the amplified twin should show: between these
+NATS = (0.5, 1.5)  # mean |difference to base| that the amplified twin should show: between these, or more if it is no twin at all
 MAX_FACTOR = 2.0**24
 # Tolerances are MARGIN x the noise, but at least the first number here (float32) or the second (anything shorter on either side, where
-# the adapter's own rounding adds noise that the bare base does not show), and the residual's never above its second.
+# the adapter's own rounding adds noise that the bare base does not show). A residual's is never above its second, decoding's its third.
 MARGIN = 4.0
-RESIDUAL = (0.005, 0.2)  # measured in bfloat16: right pairs up to 0.13, adapters one step apart from 0.30
-DECODE = (
-    0.002,
-    0.05,
-)  # nats per token; measured in bfloat16 on small models: up to 0.011 where the bare base agreed to the last bit
+RESIDUAL = (0.005, 0.2)  # measured in bfloat16: right pairs up to 0.12, adapters one step apart from 0.29
+# Nats per token; measured in bfloat16: up to 0.011 where the bare base agreed to the last bit, up to 0.08 where it was off by 0.03.
+DECODE = (0.002, 0.05, 0.3)
 DECODED, SAMPLED = 2, 8  # turns whose prompt is decoded after, and tokens decoded
 
 
@@ -57,7 +55,8 @@ class ProofError(EngineError):
 class Proof:
     """One check of one version on one replica. `status`: passed, untrained or failed; the numbers are None where nothing was compared.
 
-    `noise`: mean |server - trainer| in nats per sampled token, with every adapter off. `amplified`: the twin's factor.
+    `noise`: mean |server - trainer| in nats per sampled token, with every adapter off, as first measured on the replica. `amplified`: the
+    twin's factor.
     """
 
     step: int
@@ -74,7 +73,7 @@ class Proof:
     decode_tolerance: float | None = None
 
     def judged(self) -> Proof:
-        """Failed if a number is beyond its tolerance, or none at all."""
+        """Failed if a number is beyond its tolerance, or is not a number."""
         if not self.residual <= self.residual_tolerance:  # type: ignore[operator]
             reason = (
                 f"weights: the served differences to base are off by {self.residual:.3f} (at most {self.residual_tolerance:.3f})"
@@ -109,7 +108,8 @@ class Prover:
         self.forward, self.retire = forward, retire
         self._factor: dict[str, float] = {}
         self._noise: dict[str, Noise] = {}
-        self._trainer, self._twins = asyncio.Lock(), asyncio.Lock()
+        self._trainer, self._twins, self._measuring = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
+        self._threads = torch.get_num_threads()
         served, trained = getattr(torch, engine.info().dtype), next(adapters.model.parameters()).dtype
         self._coarse = int(served != torch.float32 or trained != torch.float32)
 
@@ -133,7 +133,7 @@ class Prover:
             weighed = {
                 replica: replace(
                     proof, decode=decoded[replica].decode,
-                    decode_tolerance=max(DECODE[self._coarse], MARGIN * (proof.noise or 0.0)) / coldest,
+                    decode_tolerance=min(max(DECODE[self._coarse], MARGIN * (proof.noise or 0.0)), DECODE[2]) / coldest,
                 ).judged()
                 for replica, proof in weighed.items() if replica in decoded
             }  # fmt: skip
@@ -164,10 +164,9 @@ class Prover:
         size = max(_norm(_minus(trained, base)), 1e-12)
         async with self._twin(policy, some.version, factor) as twin:
             served = await self._served(proofs, asked, Ref(policy, twin))
-        for replica in proofs.keys() - self._noise.keys():
-            bare = await _unless_lost(self._scores(asked, Ref(policy), replica))
-            if bare is not None:
-                self._noise[replica] = _noise(found, asked, _minus(bare, base))
+        async with self._measuring:
+            bare = await self._served(proofs.keys() - self._noise.keys(), asked, Ref(policy))
+            self._noise |= {replica: _noise(found, asked, _minus(scores, base)) for replica, scores in bare.items()}
         made = {}
         for replica, scores in served.items():
             if replica not in self._noise:  # lost in between
@@ -184,17 +183,19 @@ class Prover:
     @contextlib.asynccontextmanager
     async def _twin(self, policy: str, version: str, factor: float) -> AsyncIterator[str]:
         """A copy of the version whose `lora_alpha` is times `factor`, served under a name of its own; one at a time finds room."""
-        twin = self.root / f"{version}-twin-{secrets.token_hex(4)}"
-        shutil.copytree(self.root / version, twin)
-        config = json.loads((twin / "adapter_config.json").read_text())
-        config["lora_alpha"] *= factor
-        (twin / "adapter_config.json").write_text(json.dumps(config))
         async with self._twins:
-            await self.engine.publish({policy: twin})
+            twin = self.root / f"{version}-twin-{secrets.token_hex(4)}"
+            shutil.copytree(self.root / version, twin)
+            config = json.loads((twin / "adapter_config.json").read_text())
+            config["lora_alpha"] *= factor
+            (twin / "adapter_config.json").write_text(json.dumps(config))
+            loading = asyncio.ensure_future(self.engine.publish({policy: twin}))
             try:
+                await _finished(loading)
                 yield twin.name
             finally:
-                await self.retire(policy, twin.name)
+                if not loading.exception():
+                    await self.retire(policy, twin.name)
 
     async def _amplify(self, policy: str, asked: Sequence[Scored], base: Sequence[float]) -> tuple[float, list[float]]:
         """The power of two that moves the tokens by half a nat or more, and the trainer's log-probs under it."""
@@ -246,26 +247,19 @@ class Prover:
 
     async def _trained(self, asked: Sequence[Scored], policy: str, factor: float = 1.0) -> list[float]:
         """The trainer's log-probs of the scored tokens, one sequence after another."""
-        async with self._trainer:
-            work = asyncio.ensure_future(asyncio.to_thread(self._pass, asked, policy, factor))
-            try:
-                return await asyncio.shield(work)
-            finally:  # a pass under way has switched the adapters: called off or not, nobody goes on before it has put them back
-                while not work.done():
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await asyncio.wait([work])
+        async with self._trainer:  # a pass switches the adapters: called off or not, nobody goes on before it has put them back
+            return await _finished(asyncio.to_thread(self._pass, asked, policy, factor))
 
-    def _pass(self, *asked: Any) -> list[float]:
+    def _pass(self, asked: Sequence[Scored], policy: str, factor: float) -> list[float]:
         """One core is left to whoever serves: threads that wait for one another on a core that is taken make two slower than one."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, threads - 1))
+        torch.set_num_threads(max(1, self._threads - 1))
         try:
-            return self.forward(*asked)
+            return self.forward(asked, policy, factor)
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(self._threads)
 
     async def _served(self, replicas: Iterable[str], asked: Sequence[Scored], ref: Ref) -> dict[str, list[float]]:
-        """The same of every replica that is not lost."""
+        """The log-probs of the scored tokens by every replica that is not lost."""
         names = list(replicas)
         scores = await gather(_unless_lost(self._scores(asked, ref, replica)) for replica in names)
         return {name: found for name, found in zip(names, scores, strict=True) if found is not None}
@@ -273,6 +267,17 @@ class Prover:
     async def _scores(self, asked: Sequence[Scored], ref: Ref, replica: str) -> list[float]:
         rows = await gather(self.engine.score(one.ids, ref, replica) for one in asked)
         return [value for one, row in zip(asked, rows, strict=True) for value in row[one.first - 1 :]]
+
+
+async def _finished(work: Awaitable[T]) -> T:
+    """Await to the end what must not stop halfway, also if called off in between."""
+    begun = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(begun)
+    finally:
+        while not begun.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([begun])
 
 
 async def _unless_lost(work: Awaitable[T]) -> T | None:

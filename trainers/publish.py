@@ -166,7 +166,8 @@ class Publisher:
         policies = sorted(self.unproven)
         found = await gather(self.prover.prove(step, p, self.versions[p], probes_of.get(p, ())) for p in policies)
         for policy, mine in zip(policies, found, strict=True):
-            if mine and (mine[-1].status != "untrained" or not self.adapters.is_trained(policy)):
+            looked_at = {proof.replica for proof in mine} >= set(self.engine.info().replicas)  # none was lost and is back unseen
+            if mine and looked_at and (mine[-1].status != "untrained" or not self.adapters.is_trained(policy)):
                 self.unproven.discard(policy)
         made = [proof for mine in found for proof in mine]
         self.records += made

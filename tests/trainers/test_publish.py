@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from marlora.agents.types import Completion, Sampling, Task, Turn
-from marlora.rollouts.engines.engine import EngineInfo, Ref, TeamVersion
+from marlora.rollouts.engines.engine import EngineInfo, Ref, ReplicaLost, TeamVersion
 from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.rollouts.types import Episode
 from marlora.trainers.adapters import Adapters
@@ -206,6 +206,79 @@ def test_every_replica_is_proven(model: Path, tmp_path: Path, fault: type[Liar],
         ("reviewer", "a", "passed"), ("reviewer", "b", "failed"), ("solver", "a", "passed"), ("solver", "b", "failed"),
     ]  # fmt: skip
     assert made[1].reason.startswith(f"{part}: ")
+
+
+class Blinks(Liar):
+    """Is lost the first time that a twin is scored, and back at once."""
+
+    lost = False
+
+    async def score(self, ids: Sequence[int], ref: Ref, replica: str | None = None) -> list[float]:
+        if "-twin-" in ref.version and not self.lost:
+            self.lost = True
+            raise ReplicaLost("gone for a moment")
+        return await super().score(ids, ref, replica)
+
+
+def test_a_replica_that_was_lost_for_a_moment_is_proven_next_time(model: Path, tmp_path: Path):
+    adapters = adapters_on(model, policies=["solver"])
+    Learner(adapters, 1e-3).step()
+
+    async def work(engine: TransformersEngine) -> list[Proof]:
+        both = TwoReplicas(engine, Blinks(TransformersEngine(model)))
+        publisher = Publisher(tmp_path, adapters, both)
+        await publisher.publish(1, ["solver"])
+        found = await play(both, publisher)
+        assert [(proof.replica, proof.status) for proof in await publisher.prove(1, found)] == [("a", "passed")]
+        assert publisher.unproven == {"solver"}
+        made = await publisher.prove(2, found)
+        assert publisher.unproven == set() and await publisher.prove(3, found) == []
+        return made
+
+    assert [(proof.replica, proof.status) for proof in with_engine(model, work)] == [("a", "passed"), ("b", "passed")]
+
+
+class Slow(Liar):
+    """Takes its time to load twins, and to be told that one is to go."""
+
+    def __init__(self, true: Any) -> None:
+        super().__init__(true)
+        self.loading, self.go_on = asyncio.Event(), asyncio.Event()
+        self.twins: set[str] = set()
+
+    async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
+        twins = {folder.name for folder in adapters.values() if "-twin-" in folder.name}
+        if twins:
+            self.loading.set()
+            await self.go_on.wait()
+        self.twins |= twins
+        return await super().publish(adapters)
+
+    async def retire(self, ref: Ref) -> None:
+        await super().retire(ref)
+        self.twins.discard(ref.version)
+
+
+def test_a_proof_that_is_called_off_leaves_no_twin_behind(model: Path, tmp_path: Path):
+    """An engine that was given outlives the run: what it has begun to load is unloaded again."""
+    adapters = adapters_on(model)
+    Learner(adapters, 1e-3).step()
+
+    async def work(true: TransformersEngine) -> None:
+        engine = Slow(true)
+        publisher = Publisher(tmp_path, adapters, engine)
+        await publisher.publish(1, adapters.trainable)
+        proving = asyncio.ensure_future(publisher.prove(1, await play(engine, publisher)))
+        await engine.loading.wait()
+        proving.cancel()
+        await asyncio.sleep(0.05)
+        engine.go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await proving
+        (replica,) = engine.info().replicas
+        assert engine.twins == set() and set(await engine.adapters(replica)) == set(publisher.versions.values())
+
+    with_engine(model, work)
 
 
 class Lists(Liar):
@@ -409,8 +482,8 @@ class Counting(Liar):
         return await super().publish(adapters)
 
     async def retire(self, ref: Ref) -> None:
-        self.loaded.remove(ref.version)
         await super().retire(ref)
+        self.loaded.remove(ref.version)
 
 
 def test_a_later_proof_asks_for_no_more_than_it_needs(model: Path, tmp_path: Path):
@@ -431,6 +504,7 @@ def test_a_later_proof_asks_for_no_more_than_it_needs(model: Path, tmp_path: Pat
             await publisher.publish(step, adapters.trainable)
             found = await play(engine, publisher)
             if step == 2:
+                assert engine.scored.count("base") == len(PROMPTS), "not once for every policy"
                 passes.clear()
                 engine.scored.clear()
             assert [proof.status for proof in await publisher.prove(step, found)] == ["passed", "passed"]

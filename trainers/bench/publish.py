@@ -1,6 +1,6 @@
 """`marlora bench publish`: from the last optimizer step to the first token that the new version says, and the live proof apart.
 
-Three adapters on one replica. Of the proof, the seconds of the trainer's own forward passes are told from the rest, which the engine takes.
+Three adapters on one replica. Of the proof, the seconds of the trainer's own forward passes are told, beside which the engine works.
 """
 
 from __future__ import annotations
