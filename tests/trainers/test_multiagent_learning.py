@@ -43,4 +43,4 @@ def test_a_debate_learns_its_own_sets_and_its_members_stay_apart(tmp_path: Path)
     assert shared["generators"]["cross_nll"] < base["generators"]["cross_nll"] - 0.05, (
         f"the control's first answers are less diverse: {told}"
     )
-    assert abs(shared["critics"]["cross_nll"] - base["critics"]["cross_nll"]) < 0.03, f"its critics stay as they were: {told}"
+    assert shared["critics"]["cross_nll"] < base["critics"]["cross_nll"] + 0.03, f"its critics grew more diverse: {told}"
