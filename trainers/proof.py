@@ -36,7 +36,7 @@ from .probes import Probe, Scored
 
 T = TypeVar("T")
 
-NATS = (0.5, 1.5)  # mean |difference to base| that the amplified twin should show: between these, or more if it is no twin at all
+NATS = (0.5, 1.5)  # mean |difference to base| that the amplified twin should show: between these, or more where factor 1 shows more
 MAX_FACTOR = 2.0**24
 # Tolerances are MARGIN x the noise, but at least the first number here (float32) or the second (anything shorter on either side, where
 # the adapter's own rounding adds noise that the bare base does not show). A residual's is never above its second, decoding's its third.
