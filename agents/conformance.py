@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .programs import Execute
+from .programs import Check, Execute
 from .team import Call, System, Team
 from .types import Completion, Decision, Message, Task, Turn, from_json, to_json
 
@@ -27,6 +27,14 @@ GOLD, HIDDEN = "gold-5309144207", "hidden-8675301932"  # stand in no task
 def number_alone(agent: str, messages: tuple[Message, ...], marker: str) -> str:
     """The usual fake answer: its marker, a number of ten digits that no other answer of the episode has."""
     return marker
+
+
+@dataclass(frozen=True)
+class Services:
+    """What runs and what tests the programs of a system under check (see `Team`)."""
+
+    execute: Execute | None = None
+    check: Check | None = None
 
 
 @dataclass(frozen=True)
@@ -50,14 +58,15 @@ def check_system(
     answer: Answer = number_alone,
     seeds: Iterable[int] = (0, 1),
     execute: Execute | None = None,
+    check: Check | None = None,
 ) -> None:
     """Check a system on tasks. Raises `AssertionError` saying what does not hold, for which task and turn.
 
     `answer(agent name, messages, marker) -> text` plays the agents; it must depend on its arguments alone and put `marker` into its
-    text (a judge may say `f"{marker} Verdict: wrong"`). `execute`: what runs programs, for a system that has some run
-    (`rollouts.sandbox.run`). From inside an event loop, await `check` instead.
+    text (a judge may say `f"{marker} Verdict: wrong"`). `execute` and `check`: what runs programs and what tests them, for a
+    system that has some run (`rollouts.sandbox.run` and `.check`). From inside an event loop, await `check` instead.
     """
-    asyncio.run(check(system, tasks, answer, seeds, execute))
+    asyncio.run(_check_all(system, tasks, answer, seeds, Services(execute, check)))
 
 
 async def check(
@@ -66,17 +75,24 @@ async def check(
     answer: Answer = number_alone,
     seeds: Iterable[int] = (0, 1),
     execute: Execute | None = None,
+    check: Check | None = None,
 ) -> None:
     """See `check_system`."""
+    await _check_all(system, tasks, answer, seeds, Services(execute, check))
+
+
+async def _check_all(
+    system: System, tasks: Sequence[Task], answer: Answer, seeds: Iterable[int], services: Services
+) -> None:
     _require(bool(tasks), "tasks: expected at least one task to play")
     for task in tasks:
         for seed in seeds:
-            await _check_one(system, task, answer, seed, execute)
+            await _check_one(system, task, answer, seed, services)
 
 
-async def _check_one(system: System, task: Task, answer: Answer, seed: int, execute: Execute | None) -> None:
+async def _check_one(system: System, task: Task, answer: Answer, seed: int, services: Services) -> None:
     where = f"{type(system).__name__} on task {task.id!r}, seed {seed}"
-    play = functools.partial(_play, task=task, answer=answer, seed=seed, execute=execute)
+    play = functools.partial(_play, task=task, answer=answer, seed=seed, services=services)
     first = await play(system)
     _require(first.turns != (), f"{where}: no agent was asked anything")
     for delays in (1, 2, 3):
@@ -142,7 +158,7 @@ async def _play(
     delays: int = 0,
     given: Iterable[Turn] = (),
     decisions: Iterable[Decision] = (),
-    execute: Execute | None = None,
+    services: Services,
 ) -> Played:
     """Play one episode. `delays`: how long answers take. 0: all equally long; 1: later ones are sooner there; else a seed."""
     given = list(given)
@@ -171,9 +187,12 @@ async def _play(
     async def play_children(child: System, tasks: Sequence[Task]) -> list[Any]:
         for each in tasks:
             _require(GOLD not in str(to_json(each)), f"{type(system).__name__}: a child's task holds the gold answer")
-        return [(await _play(child, each, answer, seed, execute=execute)).output for each in tasks]
+        return [(await _play(child, each, answer, seed, services=services)).output for each in tasks]
 
-    team = Team(system.specs, ask, seed=seed, given=given, decisions=decisions, play=play_children, execute=execute)
+    team = Team(
+        system.specs, ask, seed=seed, given=given, decisions=decisions, play=play_children,
+        execute=services.execute, check=services.check,
+    )  # fmt: skip
     output = await system.run(secret.public(), team)
     return Played(output, team.turns, tuple(team.decisions), asked, markers)
 

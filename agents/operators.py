@@ -18,8 +18,8 @@ from typing import Any
 from .answers import extract, stands_in
 from .chain import view
 from .names import function_named
-from .programs import Allowance, Externals, ProgramError, program_in
-from .team import Agent, Team, derive_seed
+from .programs import Allowance, Externals, ProgramError, answered, program_in
+from .team import Agent, Team
 from .types import SettingError, Task, Turn, nearest
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -255,14 +255,12 @@ async def test(call: Call, solution: str) -> str:
 
 async def _failing(call: Call, solution: str) -> str:
     """The first public test that a solution fails, and how; "" if it passes them all, or there are none."""
-    meta = call.desk.task.meta
-    for each in meta.get("tests") or ():
-        passed = f"passed {derive_seed(call.desk.team.seed, 'test', call.first)}"  # a program that ends early does not know it
-        parts = (meta.get("setup", ""), program_in(solution), each, f"print({passed!r})")
-        ended, why = await call.run("\n".join(map(str, parts)))
-        if not (ended and why.rstrip().endswith(passed)):
-            return f"{each}\n{'it ended before the test' if ended else why}"
-    return ""
+    task, team = call.desk.task, call.desk.team
+    tests = [str(test) for test in task.meta.get("tests") or ()]
+    if not tests:
+        return ""
+    verdict = await team.check(*answered(task, solution, tests), CHECKS)
+    return next((f"{t}\n{why}" for t, why in zip(tests, verdict.results, strict=True) if why), "")
 
 
 OPERATORS: Mapping[str, Operator] = {
@@ -283,7 +281,7 @@ def resolve_operators(names: Sequence[str]) -> dict[str, Operator]:
     """Operators by name: shipped ones, or `module:NAME` of an `Operator`. Raises `SettingError` naming the one that cannot be found."""
     found: dict[str, Operator] = {}
     for name in names:
-        made = OPERATORS.get(name) or function_named("operator", name, {n: o.function for n, o in OPERATORS.items()})
+        made = function_named("operator", name, OPERATORS)
         if not isinstance(made, Operator):
             raise SettingError(f"operator {name!r}: expected an Operator (marlora.agents.operators), found {made!r:.60}")
         found[made.name] = made

@@ -123,8 +123,14 @@ def answered(task: Task, text: str, tests: Sequence[str]) -> tuple[str, Exam]:
     """What a coding task has to check an answer: its program, and these tests over the task's functions.
 
     The program stands after the task's own text (imports and helpers, `meta["setup"]`), so that it may be a whole function, or the body
-    that completes the last one there.
+    that completes the last one there. Raises `SettingError` if the task names no functions for its tests to call.
     """
+    names = task.meta.get("names")
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+        raise SettingError(
+            f"task {task.id!r}: meta.names: expected a list of the functions that its tests call, got {names!r:.80}; "
+            "tests see a program only through the functions named there"
+        )
     setup = str(task.meta.get("setup", ""))
     program = "\n".join(part for part in (setup, program_in(text)) if part)
-    return program, Exam(tuple(tests), tuple(task.meta["names"]), setup)
+    return program, Exam(tuple(tests), tuple(names), setup)

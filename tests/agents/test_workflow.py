@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,11 @@ from marlora.agents.program_rules import Rules, nodes, program_of, similarity, w
 from marlora.agents.team import Team, fake_team
 from marlora.agents.types import Message, SettingError, Task
 from marlora.agents.workflow import Workflow
+from marlora.rollouts.sandbox import check
 from marlora.rollouts.sandbox import run as execute
 from tests.conformance import check_system
 
-TASK = Task("t", "3 + 4", meta={"tests": ["assert f(1) == 2"], "setup": "one = 1"})
+TASK = Task("t", "3 + 4", meta={"names": ["f"], "tests": ["assert f(1) == 2"], "setup": "one = 1"})
 AGENTS = ["designer", "solver", "judge"]
 
 
@@ -29,7 +31,7 @@ def play(system: Workflow, program: str, answers: list[str] | Callable[..., str]
             return f"Let me think.\n<graph>\n{program}\n</graph>"
         return answers(agent, messages) if callable(answers) else next(given)
 
-    team = fake_team(system.specs, answer, execute=execute)
+    team = fake_team(system.specs, answer, execute=execute, check=check)
     return asyncio.run(system.run(task.public(), team)), team
 
 
@@ -159,9 +161,65 @@ def test_solutions_are_mended_until_they_pass_the_public_tests() -> None:
     )
     assert output == right
     prompts = [t.messages[0].content for t in team.turns[2:]]
-    assert "assert f(1) == 2\nerror: AssertionError" in prompts[0] and "it ended before the test" in prompts[1]
+    assert "assert f(1) == 2\nAssertionError" in prompts[0] and "SystemExit: 0" in prompts[1]
     assert [t.reads for t in team.turns[2:]] == [(1,), (2,)]
     assert [t.index for t in team.turns] == [0, 1, 2, 3]
+
+
+FORGED = {  # for `assert f(1) == 2`; none of them is right
+    "the word in the checker's frame": (
+        "import os, sys\nat = sys._getframe()\nwhile at:\n    for word in at.f_code.co_consts:\n"
+        "        if isinstance(word, str) and word[:7] == 'passed ' and word[7:]:\n"
+        "            print(word, flush=True)\n            os._exit(0)\n    at = at.f_back\ndef f(x): return 0"
+    ),
+    "names of the frames": (
+        "import sys\ndef f(x):\n    at = sys._getframe()\n    while at:\n        for name in list(at.f_locals):\n"
+        "            at.f_locals[name] = ''\n        at = at.f_back\n    return 0"
+    ),
+    "printed": "print('passed 1')\nprint('ok')\ndef f(x): print('passed'); return 0",
+    "the end of the process": "import os\nos._exit(0)",
+    "the end in the test": "import os\ndef f(x): os._exit(0)",
+    "SystemExit": "raise SystemExit(0)",
+    "a number equal to all": (
+        "class All(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef f(x): return All(0)"
+    ),
+    "an object equal to all": "class All:\n    def __eq__(self, other): return True\ndef f(x): return All()",
+    "builtins": (
+        "import builtins\nbuiltins.AssertionError = type(None)\nfor name in ('exec', 'compile', 'print', 'isinstance'):\n"
+        "    setattr(builtins, name, lambda *a, **k: True)\ndef f(x): return 0"
+    ),
+    "a verdict to every descriptor": (
+        "import os\nfor fd in range(64):\n    try: os.write(fd, b'[\"\", \"\"]\\n' * 3)\n    except OSError: pass\n"
+        "def f(x): return 0"
+    ),
+    "the test in a text": "def f(x): return 0\n\'\'\'",
+}
+
+
+@pytest.mark.parametrize("program", FORGED.values(), ids=FORGED)
+def test_no_program_forges_the_public_tests_of_an_operator(program: str) -> None:
+    output, team = play(Workflow(AGENTS), "await test(await custom('Write f.'))", [program, "def f(x): return x + 1"])
+    assert output == "def f(x): return x + 1"  # the first was found wrong, and mended
+    (shown,) = [t.messages[0].content for t in team.turns[2:]]
+    assert "It fails a test:\n\nassert f(1) == 2\n" in shown
+
+
+def test_public_tests_without_the_functions_they_call_are_refused_by_name() -> None:
+    task = Task("t", "3 + 4", meta={"tests": ["assert f(1) == 2"]})
+    with pytest.raises(SettingError, match=r"task 't': meta\.names: expected a list of the functions"):
+        play(Workflow(AGENTS), "await test(await custom('Write f.'))", ["def f(x): return 0"], task)
+
+
+def mending(agent: str, messages: tuple[Message, ...], marker: str) -> str:
+    if agent == "designer":
+        return f"{marker}\n<graph>\nawait test(await custom('{marker}'))\n</graph>"
+    right = "It fails a test" in messages[-1].content
+    return f"# {marker}\ndef f(x):\n    return x + {int(right)}"
+
+
+def test_workflows_with_tests_conform() -> None:
+    tasks = [dataclasses.replace(TASK, answer="seven-and-no-other")]
+    check_system(Workflow(AGENTS), tasks, mending, seeds=[0], execute=execute, check=check)
 
 
 def test_similarity_to_the_template_and_complexity() -> None:
