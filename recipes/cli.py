@@ -30,6 +30,7 @@ from marlora.rollouts.served import ServedTeam
 from marlora.rollouts.store import Store, StoreError
 from marlora.rollouts.types import Episode
 from marlora.trainers.config import RunError
+from marlora.trainers.threads import stoppable
 
 
 def cmd_collect(args: argparse.Namespace) -> None:
@@ -131,7 +132,7 @@ def cmd_serve(args: argparse.Namespace) -> None:
             'ask: POST URL/v1/chat/completions or /v1/completions with "Authorization: Bearer $(cat KEY_FILE)"; ready, Ctrl-C ends',
             flush=True,
         )
-        # Handlers of our own: a job started in the background of a script ignores Ctrl-C, and clusters send SIGTERM.
+        # Handlers of our own: clusters send SIGTERM, and a served team ends the same way by either signal.
         ended, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, ended.set)
@@ -229,7 +230,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if getattr(args, "json", "") and not Path(args.json).absolute().parent.is_dir():
             raise SettingError(f"--json {args.json}: no such folder")
-        args.run_command(args)
+        with stoppable():
+            args.run_command(args)
     except SettingError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -49,4 +50,6 @@ def start_all() -> None:
         program = sys.orig_argv[1:]
         print(f"accelerate has started one of {count} processes; starting all of them by torchrun", file=sys.stderr, flush=True)
         run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # torchrun would end at the hang-up that `nohup` has it outlive
+            os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
         os.execv(sys.executable, [sys.executable, *run, *program])

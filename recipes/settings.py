@@ -172,11 +172,12 @@ def run(main: Callable[[], Any]) -> None:
     from marlora.rollouts.store import StoreError
     from marlora.trainers.ranks import RankError
     from marlora.trainers.run import RunError
-    from marlora.trainers.threads import Stopped
+    from marlora.trainers.threads import Stopped, stoppable
 
     try:
         start_all()
-        main()
+        with stoppable():
+            main()
     except SettingError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

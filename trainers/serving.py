@@ -21,7 +21,7 @@ from ..rollouts.engines.vllm import server_settings
 from .bases import group_by_base
 from .models import local_model
 from .run import Run
-from .threads import Stopped
+from .threads import Stopped, handled
 
 
 def serve(run: Run) -> None:
@@ -41,14 +41,11 @@ def serve(run: Run) -> None:
     def end(number: int, frame: FrameType | None) -> None:
         raise Stopped
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        serve_endpoints(wanted, folder / f"{node}-{os.getpid()}.json", say)
-    except Stopped:
-        say("stopped")
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handled(end, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)):
+        try:
+            serve_endpoints(wanted, folder / f"{node}-{os.getpid()}.json", say)
+        except Stopped:
+            say("stopped")
 
 
 def say(line: str) -> None:

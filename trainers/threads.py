@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +21,35 @@ T = TypeVar("T")
 
 class Stopped(KeyboardInterrupt):
     """The user or the cluster asked to stop, noticed where the last finished step can be saved as it is."""
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, FrameType | None], Any], numbers: tuple[int, ...]) -> Iterator[None]:
+    """Signal handlers for as long as the context lasts; outside the main thread, where Python allows none, nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():  # None: a handler that was not installed from Python cannot be put back
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM act as usual even in a program that was started with them ignored.
+
+    Shells without job control start `command &` with SIGINT ignored, and Python then installs no handler, so KeyboardInterrupt
+    never comes; programs started from here would inherit the same. SIGHUP stays ignored, which is what `nohup` is for.
+    """
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    with contextlib.ExitStack() as stack:
+        for number, handler in usual.items():
+            if signal.getsignal(number) == signal.SIG_IGN:
+                stack.enter_context(handled(handler, (number,)))  # type: ignore[arg-type]
+        yield
 
 
 class Stop:
@@ -31,10 +61,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
-        self._old: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._old[number] = signal.signal(number, self._handle)
+        self._handlers = contextlib.ExitStack()
+        self._handlers.enter_context(handled(self._handle, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
@@ -43,9 +71,7 @@ class Stop:
         print("stopping: the last finished step will be saved (Ctrl-C again stops at once)", file=sys.stderr)
 
     def close(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        self._old = {}
+        self._handlers.close()
 
 
 class Work(Generic[T]):

@@ -22,7 +22,12 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_keeper() -> None:
-    """Runs in the server's process before its program: if the keeper itself is killed, so is the server."""
+    """Runs in the server's process before its program: if the keeper itself is killed, so is the server.
+
+    The keeper ignores SIGINT, and its owner may have been started with signals ignored; the server has neither from them.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

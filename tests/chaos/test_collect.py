@@ -70,6 +70,7 @@ KILLS = {
     "a line written, not durable": dict(fault="fsync", at=6),
     "a line durable, not counted": dict(fault="fsync", at=6, after=True),
     "asked to end": dict(fault="fsync", at=5, signal="SIGTERM"),
+    "asked to end, started with signals ignored": dict(fault="fsync", at=5, signal="SIGTERM", ignored=["SIGTERM", "SIGHUP"]),
 }
 
 
@@ -92,8 +93,11 @@ def test_killed_and_called_again(point: str, collect: Collect, expected: list[st
     assert collect(store) == 0 and "\n0 episodes to play" in collect.said
 
 
-def test_interrupted_it_says_so_and_loses_nothing(collect: Collect, expected: list[str], tmp_path: Path) -> None:
-    assert collect(tmp_path / "store", fault="fsync", at=5, signal="SIGINT") == 1
+@pytest.mark.parametrize("ignored", [[], ["SIGINT", "SIGHUP"]], ids=["at a prompt", "in the background of a script"])
+def test_interrupted_it_says_so_and_loses_nothing(
+    ignored: list[str], collect: Collect, expected: list[str], tmp_path: Path
+) -> None:
+    assert collect(tmp_path / "store", fault="fsync", at=5, signal="SIGINT", ignored=ignored) == 1
     assert collect.said.splitlines()[-1] == "stopped"
     assert collect(tmp_path / "store") == 0, collect.said
     balance(tmp_path / "store", expected)

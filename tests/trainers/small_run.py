@@ -125,6 +125,9 @@ def child(order: dict[str, Any]) -> int:
     log = os.open(f"{order['folder']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    ignored = order.pop("ignored", [])  # signals that whoever starts the command has set to be ignored
+    for name, usual in (("SIGINT", signals.default_int_handler), ("SIGTERM", signals.SIG_DFL), ("SIGHUP", signals.SIG_DFL)):
+        signals.signal(signals.Signals[name], signals.SIG_IGN if name in ignored else usual)
     try:
         play(**order)
     except SystemExit as error:
