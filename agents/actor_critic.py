@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from .names import trusted
 from .team import System, Team
 from .types import SettingError, Task
 
@@ -36,6 +37,7 @@ def verdict(text: str) -> bool | None:
     return {"right": True, "wrong": False}.get(word)
 
 
+@trusted("system")
 @dataclass
 class ActorCritic(System):
     """Two or three agents; their order says who is who: actor, judge, critic. Of two, the judge's own words are the feedback.

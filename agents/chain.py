@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from .answers import extract
+from .names import trusted
 from .team import System, Team
 from .types import SettingError, Task, Turn, nearest
 
@@ -31,6 +32,7 @@ def view(template: str, value: Callable[[str], str], where: str) -> str:
     return _BRACES.sub(put, template)
 
 
+@trusted("system")
 @dataclass
 class Chain(System):
     """Each agent speaks once, in order.

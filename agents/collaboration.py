@@ -25,9 +25,10 @@ from dataclasses import dataclass, replace
 
 from .answers import extract, majority, normalise
 from .chain import view
+from .names import trusted
 from .team import Agent, System, Team, gather
 from .types import BASE, AgentSpec, SettingError, Task, Turn, nearest
-from .verifiers import WORDS, Verifier, in_words, resolve_verifier, verify
+from .verifiers import WORDS, Verifier, check_verifier, in_words, resolve_verifier, verify
 
 SEPARATIONS = ("single", "collaboration", "turn")
 REVISE = (
@@ -45,6 +46,7 @@ _FIELDS = {
 }
 
 
+@trusted("system")
 @dataclass
 class Collaboration(System):
     """One or more members; the output is the majority of the last answers (ties: see `answers.majority`).
@@ -77,6 +79,8 @@ class Collaboration(System):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.verifier:
+            check_verifier(self.verifier)
         if self.rounds < 1:
             raise SettingError(f"rounds: expected at least 1, got {self.rounds}")
         if self.separation not in SEPARATIONS:

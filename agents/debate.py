@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from .answers import majority
 from .chain import view
+from .names import trusted
 from .team import Agent, System, Team, gather
 from .types import SettingError, Task, Turn, nearest
 
@@ -25,6 +26,7 @@ SUMMARISE = (
 )
 
 
+@trusted("system")
 @dataclass
 class Debate(System):
     """At least two seats, `rounds` answers each (1: no debate, only a vote). Ties: see `answers.majority`.

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from .answers import same, stands_in
 from .chain import view
+from .names import trusted
 from .operators import CHECKS
 from .program_rules import nodes
 from .programs import answered
@@ -61,6 +62,7 @@ class Round:
         return self.passed / self.total if self.total else math.nan
 
 
+@trusted("system")
 @dataclass
 class FlowReasoner(Workflow):
     """A designer with rounds of feedback, and its executors. Settings of `Workflow`, and:

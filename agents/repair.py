@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from .chain import view
+from .names import trusted
 from .team import System, Team
 from .types import SettingError, Task, Turn, nearest
 
@@ -24,6 +25,7 @@ SPLIT = "repair"  # of the tasks of repairs: nothing is learnt from their episod
 _TASK = ("prompt", "told", "said", "agent", "transcript", "answer")
 
 
+@trusted("system")
 @dataclass
 class Repair(System):
     """Two agents: who gives feedback, and whose turn is mended. The output is the mended text.

@@ -125,7 +125,7 @@ def resolve_tools(names: Iterable[str], given: Mapping[str, Tool] = {}) -> dict[
     """Tools by name: `given` ones, shipped ones, or `module:function`. Raises `SettingError` naming the one that cannot be found."""
     found: dict[str, Tool] = {}
     for name in names:
-        made = given.get(name) or SHIPPED.get(name) or _imported(name)
+        made = given.get(name) or _imported(name)
         if made.name in found:
             raise SettingError(f"tools: {name!r} is the second tool called {made.name!r}; a model could not tell them apart")
         found[made.name] = made

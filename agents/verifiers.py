@@ -15,7 +15,7 @@ from typing import Any
 
 from .answers import extract, same
 from .arithmetic import evaluate
-from .names import function_named
+from .names import check_name, function_named
 from .types import Task
 
 Verifier = Callable[[Task, str], "float | Awaitable[float]"]  # (public task, answer) -> chance from 0 to 1 that it is right
@@ -47,6 +47,11 @@ VERIFIERS: dict[str, Callable[..., Any]] = {"calculator": calculator}
 def resolve_verifier(name: str) -> Verifier:
     """A verifier by name: `calculator`, `module:function`, or `module:maker(text)` such as a learned one and its folder."""
     return function_named("verifier", name, VERIFIERS)
+
+
+def check_verifier(name: str) -> None:
+    """Judge the name of a verifier that is made later (see `names.check_name`)."""
+    check_name("verifier", name, VERIFIERS)
 
 
 async def verify(verifier: Verifier, task: Task, text: str) -> float:

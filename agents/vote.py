@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .answers import majority
+from .names import trusted
 from .team import System, Team, gather
 from .types import SettingError, Task
 
 
+@trusted("system")
 @dataclass
 class Vote(System):
     """Each agent answers `samples` times, each time in a chat of its own: every answer has a vote, so every one is a turn of

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .chain import view
+from .names import trusted
 from .operators import OPERATORS, Desk, Operator, QuotaError, externals, resolve_operators, told
 from .program_rules import Rules, program_of, whole
 from .programs import Allowance, Outcome
@@ -50,6 +51,7 @@ class Design:
     turn: Turn | None = None
 
 
+@trusted("system")
 @dataclass
 class Workflow(System):
     """A designer and its executors.

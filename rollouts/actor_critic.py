@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 
 from ..agents.actor_critic import verdict
+from ..agents.names import trusted
 from ..agents.types import Task
 from .rewards import correct
 from .types import Episode, Reward
 
 
+@trusted("reward")
 async def roles(task: Task, episode: Episode) -> list[Reward]:
     """A reward named `role` for each taken turn, 1 or 0; its text is the judge's `label`.
 

@@ -13,11 +13,13 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..agents.names import trusted
 from ..agents.types import SettingError, Task
 from .rows import of_split
 from .types import Episode, Reward
 
 
+@trusted("tasks")
 def ultimatum(
     *, split: str, seed: int, num_tasks: int = 200, eval_fraction: float = 0.2, least: int = 10, most: int = 200
 ) -> Iterator[Task]:
@@ -34,6 +36,7 @@ def ultimatum(
     return _tasks(draw, split, seed, num_tasks, eval_fraction)
 
 
+@trusted("tasks")
 def trade(
     *, split: str, seed: int, num_tasks: int = 200, eval_fraction: float = 0.2, highest: int = 99, gap: int = 1, item: str = "lamp"
 ) -> Iterator[Task]:
@@ -51,6 +54,7 @@ def trade(
     return _tasks(draw, split, seed, num_tasks, eval_fraction)
 
 
+@trusted("tasks")
 def exchange(
     *, split: str, seed: int, num_tasks: int = 200, eval_fraction: float = 0.2, most: int = 30, worth: int = 9
 ) -> Iterator[Task]:
@@ -94,26 +98,31 @@ def _tasks(draw: Callable[[random.Random], Task], split: str, seed: int, count: 
 # rewards
 
 
+@trusted("reward")
 def payoff(task: Task, episode: Episode) -> list[Reward]:
     """What each player has of the game, as the referee says."""
     return _each(episode, "payoff", lambda own, other: own)
 
 
+@trusted("reward")
 def won(task: Task, episode: Episode) -> list[Reward]:
     """1 for the player with the higher payoff, 0 for the other, 1/2 for both if they are equal."""
     return _each(episode, "won", lambda own, other: 0.5 if own == other else float(own > other))
 
 
+@trusted("reward")
 def first_payoff(task: Task, episode: Episode) -> float:
     """Payoff of the player who moves first (the seller)."""
     return _payoffs(episode)[0][1]
 
 
+@trusted("reward")
 def second_payoff(task: Task, episode: Episode) -> float:
     """Payoff of the player who moves second (the buyer)."""
     return _payoffs(episode)[1][1]
 
 
+@trusted("reward")
 def deal(task: Task, episode: Episode) -> float:
     """1 if the players agreed, else 0."""
     return float(_record(episode)["ended"] == "deal")

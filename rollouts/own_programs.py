@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..agents.names import function_named
+from ..agents.names import function_named, needs_trust
 from ..agents.team import System, Team
 from ..agents.types import SettingError, Task, to_json
 from .own_process import Bounds, ProgramError, run_command
@@ -114,6 +114,7 @@ class Function(Program):
         super().__post_init__()
         if not isinstance(self.main, str) or ":" not in self.main:
             raise SettingError(f"main: expected module:function, got {self.main!r}")
+        needs_trust("the program", self.main)
         self._main: Callable[..., Awaitable[Any]] = function_named("main", self.main, {})
         if not inspect.iscoroutinefunction(self._main):
             raise SettingError(f"main {self.main!r}: expected an async function; a program that blocks is run as a Command")
@@ -151,6 +152,7 @@ class Command(Program):
             raise SettingError(f"command: expected a list of texts such as [python, my_script.py], got {self.command!r}")
         if isinstance(self.environment, str) or not all(isinstance(name, str) for name in self.environment):
             raise SettingError(f"environment: expected a list of names, got {self.environment!r}")
+        needs_trust("the program", json.dumps(list(self.command)))
         if REWARD_TOKEN in self.environment:
             raise SettingError(f"environment: {REWARD_TOKEN} is not for programs; who has it sets rewards")
         if not 0 < self.timeout < math.inf or self.memory < 0 or self.cpu_seconds < 0:

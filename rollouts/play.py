@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..agents.names import only_trusted
 from ..agents.team import Call, LimitError, System, Team, derive_seed, gather
 from ..agents.types import AgentSpec, Completion, Decision, Sampling, SettingError, Task, Turn, from_json, nearest, to_json
 from .engines.engine import EngineError, PromptTooLong, TeamVersion
@@ -62,6 +63,7 @@ class Rollouts:
     `seed` is the run's: an episode's seed is derived from it and the job's id, whatever is played beside it.
     `sampling` holds for agents that name none of their own. `pinned`: the team version of episodes played without naming one.
     `pin`: what keeps the team version it began with, the "episode" or only the "call" (see `collect`).
+    `untrusted`: the system is a stranger's, and so are names that it looks up while it runs (see `agents.names`).
     """
 
     system: System
@@ -73,6 +75,7 @@ class Rollouts:
     seed: int = 0
     pinned: TeamVersion | None = None
     pin: str = "episode"
+    untrusted: bool = False
 
     def __post_init__(self) -> None:
         for agent in self.system.specs:
@@ -202,7 +205,8 @@ class Rollouts:
         """(output, stop reason, error) of one run; only errors that concern the whole run get out."""
         try:
             async with asyncio.timeout(self.limits.episode_timeout) as clock:
-                output = await self.system.run(task.public(), team)
+                with only_trusted(self.untrusted):
+                    output = await self.system.run(task.public(), team)
             return None if output is None else str(output), "done", None
         except PromptTooLong as error:
             return None, "context", str(error)

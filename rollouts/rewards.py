@@ -17,7 +17,7 @@ from numbers import Real
 from typing import Any
 
 from ..agents.answers import extract, normalise, same
-from ..agents.names import function_named
+from ..agents.names import function_named, trusted
 from ..agents.programs import SandboxError
 from ..agents.team import Ask, Call, derive_seed
 from ..agents.types import AgentSpec, Message, Sampling, Task, Turn
@@ -29,10 +29,13 @@ from .reading import scores
 from .types import Episode, Reward
 
 RewardFn = Callable[[Task, Episode], Any]
+MAX_TOLD = 2000  # characters of an error that become a reward's text
 TIMEOUT = 600.0  # seconds that each reward of an episode may take
 
 _EXPLICIT = re.compile(r"\\boxed\s*\{|\banswer\b[^\n:=]{0,20}[:=]|####", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_EXACT = re.compile(r"[-+]?(?:\d{1,500}(?:\.\d{0,500})?|\.\d{1,500})(?:e[-+]?\d{1,3})?(?:/\d{1,500})?")
+_SCORE = re.compile(r"score\s{0,20}[:=]\s{0,20}\*{0,4}\s{0,20}(-?\d{1,30}(?:\.\d{1,30})?)(?!\d)", re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]{3,}")  # three letters in a row: a word, which math-verify would take for a product of variables
 _MATH_WORDS = re.compile(
     r"\\[a-zA-Z]+|\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|mod|max|min)\b"
@@ -123,7 +126,7 @@ def close(task: Task, episode: Episode) -> float:
         raise ValueError(f"task {task.id!r} has no answer to compare with")
     gold, found = str(task.answer), _candidate(episode.output or "", numeric=True)
     try:
-        value, said = Fraction(normalise(gold)), Fraction(normalise(found))
+        value, said = _fraction(gold), _fraction(found)
     except (ValueError, ZeroDivisionError):
         return float(same(found, gold))
     return float(abs(said - value) <= abs(value) * Fraction(4, 100) if "." in gold else round(said) == value)
@@ -152,6 +155,7 @@ async def right(task: Task, episode: Episode) -> list[Reward]:
     return found
 
 
+@trusted("reward maker")
 def verified(name: str) -> RewardFn:
     """Of each turn: what the verifier of this name says of its text, from 0 to 1 (see `agents.verifiers.resolve_verifier`)."""
     verifier = resolve_verifier(name)
@@ -260,7 +264,7 @@ def judge(
         if sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=derive_seed(episode.seed, name))
         (reply,) = await ask(Call(0, spec, (*head, Message("user", question)), sampling))
-        scores = re.findall(r"score\s*[:=]\s*\**\s*(-?\d+(?:\.\d+)?)", reply.text, re.IGNORECASE)
+        scores = _SCORE.findall(reply.text)
         value = float(scores[-1]) if scores else math.nan
         value = (value - low) / (high - low) if low <= value <= high else math.nan
         return Reward(name, value, reply.text, source=spec.name)
@@ -293,7 +297,7 @@ async def _score(task: Task, episode: Episode, fn: RewardFn, timeout: float) -> 
     except SandboxError:
         raise
     except Exception as error:  # any failure of a reward is data of this episode
-        why = f"not there after {timeout:g} s (reward_timeout)" if clock.expired() else f"{type(error).__name__}: {error}"
+        why = f"not there after {timeout:g} s (reward_timeout)" if clock.expired() else f"{type(error).__name__}: {str(error)[:MAX_TOLD]}"
         return [Reward(fn_name(fn), math.nan, f"reward {fn_name(fn)!r} failed: {why}")]
 
 
@@ -324,6 +328,14 @@ async def _awaited(value: Any | Awaitable[Any]) -> Any:
 def fn_name(fn: Callable[..., Any]) -> str:
     """What a reward function is called, and its reward if it returns a bare number."""
     return getattr(fn, "__name__", type(fn).__name__)
+
+
+def _fraction(text: str) -> Fraction:
+    """A number, exactly. Raises `ValueError` for what is none, and for one of so many digits that reading it would fill the memory."""
+    text = normalise(text)
+    if not _EXACT.fullmatch(text):
+        raise ValueError(f"not a number: {text[:40]!r}")
+    return Fraction(text)
 
 
 def _is_mathematical(gold: str) -> bool:

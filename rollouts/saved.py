@@ -6,22 +6,30 @@ is ours or the reader allows it, and what it names files by is checked first. No
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..agents.names import AGREE, Untrusted, only_trusted
 from ..agents.types import AgentSpec, PolicySpec, Sampling, SettingError, from_json
+from .secrecy import shown_url
 
 SCHEMA = 1
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-# a tool is called with what a model writes
-OURS = {"reward": "marlora.", "tasks": "marlora.", "tool": "marlora.agents.", "verifier": "marlora.agents.verifiers:"}
-MAKERS = {"reward": ("verified", "marlora.rollouts.rewards:verified"), "verifier": ("marlora.trainers.verifier:learned",)}
+DAMAGE = (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError, re.error)
+# What an adapter_config.json may say besides rank, alpha and modules; all else must be off. PEFT imports a module that
+# `megatron_core` names, and other settings change the base.
+PLAIN_LORA: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("none",), "init_lora_weights": (True, False),
+    "megatron_core": ("megatron.core",), "qalora_group_size": (16,), "inference_mode": (True, False),
+}  # fmt: skip
+FREE_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "peft_version", "revision")
 _PARTS = {
-    "schema": int, "step": int, "bases": dict, "system": dict, "agents": list, "policies": dict, "adapters": dict, "tasks": dict,
+    "schema": int, "step": int, "base": dict, "bases": dict, "system": dict, "agents": list, "policies": dict, "adapters": dict, "tasks": dict,
     "rewards": list, "sampling": dict,
 }  # fmt: skip
 _DTYPES = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
@@ -37,14 +45,14 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         if own := sorted(folder.glob("checkpoints/step-*")):
             hint = f"{folder} is a run; its newest checkpoint is {own[-1]}"
         raise SettingError(f"{path}: {error.strerror}; {hint}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingError(f"{path}: not JSON ({error}); the checkpoint is damaged") from error
     try:
         _check_parts(data)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise SettingError(f"{path}: damaged, {error!r} where a part of it should be") from error
     except SettingError as error:
         raise SettingError(f"{path}: {error}") from error
+    except DAMAGE as error:
+        raise SettingError(f"{path}: damaged, {error!r:.200} where a part of it should be") from error
     _check_files(folder)
     for name, entry in data["adapters"].items():
         _check_adapter(folder / "adapters" / name, entry["sha256"], data["policies"][name]["adapter"])
@@ -79,10 +87,13 @@ def _check_parts(data: Any) -> None:
     tasks, system = data["tasks"], data["system"]
     for value, kind in (
         (tasks["name"], str), (tasks["args"], dict), (tasks["seed"], int), (tasks["num_eval_tasks"], int), (tasks["eval"], str),
-        (system["class"], str), (system["arguments"], dict), *((name, str) for name in data["rewards"]),
+        (system["class"], str), (system["arguments"], dict), (data["base"]["name"], str),
+        *((name, str) for name in data["rewards"]),
     ):  # fmt: skip
         if type(value) is not kind:
-            raise SettingError(f"tasks, system or rewards: expected {kind.__name__}, got {value!r:.60}; the checkpoint is damaged")
+            raise SettingError(
+                f"tasks, system, base or rewards: expected {kind.__name__}, got {value!r:.60}; the checkpoint is damaged"
+            )
     from_json(Sampling, data["sampling"], "sampling")
 
 
@@ -119,9 +130,23 @@ def _check_adapter(folder: Path, expected: str, shape: Mapping[str, Any]) -> Non
         raise SettingError(f"{folder}: the adapter cannot be read ({type(error).__name__}: {error}); it is damaged") from error
     if found != expected:
         raise SettingError(f"{folder / FILES[1]}: its tensors are {found[:8]}, system.json names {expected[:8]}; they were swapped")
+    _check_plain(folder / FILES[0], config)
     for name, value in saved.items():
         if value != shape[name]:
             raise SettingError(f"{folder / FILES[0]}: {name} is {value}, system.json says {shape[name]}")
+
+
+def _check_plain(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse an adapter that is more than a plain LoRA: PEFT reads its settings, and acts on them, before any weight is compared."""
+    modules = config.get("target_modules")
+    if not isinstance(modules, list) or not all(isinstance(each, str) for each in modules):
+        raise SettingError(f"{path}: target_modules: expected a list of names, got {modules!r:.80}")
+    for name, value in config.items():
+        if name in PLAIN_LORA:
+            if value not in PLAIN_LORA[name]:
+                raise SettingError(f"{path}: {name} is {value!r:.80}; a checkpoint holds plain LoRA adapters only")
+        elif name not in FREE_LORA and value:
+            raise SettingError(f"{path}: {name} is set ({value!r:.80}); a checkpoint holds plain LoRA adapters only")
 
 
 def adapter_sha256(path: Path) -> str:
@@ -149,32 +174,47 @@ def files_sha256(model: str) -> str | None:
     return digest.hexdigest()
 
 
-# what a checkpoint may name
+# what a checkpoint names
 
 
-def foreign(kind: str, name: str) -> bool:
-    """Would this name of a checkpoint import code that is not ours? `kind`: reward, tasks, tool or verifier.
+@contextlib.contextmanager
+def as_data(folder: Path, data: Mapping[str, Any], trust: bool) -> Iterator[None]:
+    """Inside, what `system.json` names is looked up as a stranger's, unless its reader trusts it (see `agents.names`).
 
-    `maker(text)` calls the maker with a text of the checkpoint's: only those that are meant for it are ours.
+    Raises `SettingError` that says where in the file a refused name stands, or that what stands there cannot be used.
     """
-    maker, bracket, text = name.partition("(")
-    if bracket and name.endswith(")"):
-        return maker not in MAKERS.get(kind, ()) or (kind == "reward" and foreign("verifier", text[:-1]))
-    return ":" in name and not name.startswith(("reasoning-gym:", "reasoning_gym:", "hub:")) and not name.startswith(OURS[kind])
+    try:
+        with only_trusted(not trust):
+            yield
+    except Untrusted as refused:
+        where = ", ".join(places(data, refused.name)[:3])
+        told = f"{folder}: the checkpoint names {refused.kind} {refused.name}{where and f' ({where})'}"
+        raise SettingError(f"{told}; {AGREE}") from refused
+    except SettingError as error:
+        raise SettingError(f"{folder / 'system.json'}: {error}") from error
+    except DAMAGE as error:
+        told = f"{type(error).__name__}: {error}"
+        raise SettingError(f"{folder / 'system.json'}: cannot be used ({told:.300}); the checkpoint is damaged") from error
 
 
-def own_program(system: Mapping[str, Any]) -> list[str]:
-    """What `marlora.rollouts.own_programs` would run for this system."""
-    told = system["arguments"].get("main"), system["arguments"].get("command")
-    return [f"the program {each if isinstance(each, str) else json.dumps(each)}" for each in told if each]
+def places(data: Any, name: str, path: str = "") -> list[str]:
+    """Where in a checkpoint's `system.json` a text stands, as `system.arguments.operators[0]`; in longer texts too, if nowhere alone."""
+    leaves = list(_texts(data, path))
+    alone = [where for where, text in leaves if text == name]
+    return alone or [where for where, text in leaves if name in text]
 
 
-def strangers(data: Mapping[str, Any], *, rewards: bool = True) -> list[str]:
-    """What playing this checkpoint would import from elsewhere, or ask over the network: for people to read before they agree."""
-    found = [f"reward {name}" for name in data["rewards"] if rewards and foreign("reward", name)]
-    found += [f"tool {t} of {a['name']}" for a in data["agents"] for t in a.get("tools", ()) if foreign("tool", t)]
-    verifier = data["system"]["arguments"].get("verifier")
-    found += [f"verifier {verifier}"] if isinstance(verifier, str) and foreign("verifier", verifier) else []
-    found += own_program(data["system"])
-    found += [f"the model at {p['url']} as {name}" for name, p in data["policies"].items() if p.get("url")]
-    return found
+def _texts(data: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(data, str):
+        yield path, data
+    elif isinstance(data, Mapping):
+        for key, value in data.items():
+            yield from _texts(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(data, list):
+        for number, value in enumerate(data):
+            yield from _texts(value, f"{path}[{number}]")
+
+
+def outside_models(data: Mapping[str, Any]) -> list[str]:
+    """What playing this checkpoint would ask over the network: for people to read before they agree."""
+    return [f"the model at {shown_url(p['url'])} as {name}" for name, p in data["policies"].items() if p.get("url")]

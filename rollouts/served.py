@@ -1,26 +1,28 @@
 """A checkpoint at work again: its system, agents and adapters on an engine, without any trainer.
 
-`system.json` names all of it. Only classes of `marlora.agents` are imported from there; for another System the caller names the
-class, and other code it names (rewards, tools, task sets), or models it would ask over the network, need the caller's `trust`.
+`system.json` names all of it, and anyone may have written it. What may be imported for it is decided in one place, by the mark of
+what a name resolves to (`agents.names`): for another System the caller names the class; other code it names (rewards, tools,
+operators, task sets, programs) and models it would ask over the network need the caller's `trust`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..agents.names import AGREE, Untrusted, object_named, only_trusted
 from ..agents.team import System
+from ..agents.tools import resolve_tools
 from ..agents.types import BASE, AgentSpec, PolicySpec, Sampling, SettingError, Task, from_json, nearest
 from .engines.engine import Engine
 from .engines.start import EngineConfig, start_engine
 from .play import Limits, Rollouts
 from .rewards import fn_name, resolve_rewards
-from .saved import FILES, files_sha256, foreign, read_checkpoint, strangers
+from .saved import FILES, as_data, files_sha256, outside_models, read_checkpoint
 from .speakers import speakers
 from .tasks import load_tasks, split_hash
 from .tokens import ChatTokens, load_tokenizer
@@ -32,17 +34,28 @@ def build_system(settings: Mapping[str, Any]) -> System:
     name = given.pop("class", None)
     if not name:
         raise SettingError("system.class: missing; expected module:Class, such as marlora.agents.chain:Chain")
-    module, _, cls = str(name).partition(":")
+    return with_settings(system_class(str(name)), given)
+
+
+def system_class(name: str) -> type[System]:
+    """The System that `module:Class` names. Raises `SettingError`; `Untrusted` where a stranger named one that is not ours."""
     try:
-        found = getattr(importlib.import_module(module), cls)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SettingError(f"system.class {name!r}: cannot be imported ({error}); expected module:Class") from error
+        found = object_named("system", name, "module:Class")
+    except Untrusted:
+        raise
+    except SettingError as error:
+        raise SettingError(str(error).replace("system ", "system.class ", 1)) from error
     if not (isinstance(found, type) and issubclass(found, System)):
-        raise SettingError(f"system.class {name!r}: expected a subclass of marlora.agents.team:System, found {found!r}")
+        raise SettingError(f"system.class {name!r}: expected a subclass of marlora.agents.team:System, found {found!r:.80}")
+    return found
+
+
+def with_settings(found: type[System], given: Mapping[str, Any]) -> System:
+    """A System of this class. Raises `SettingError` at a setting that it does not have."""
     known = sorted(f.name for f in dataclasses.fields(found))
     for key in given:
         if key not in known:
-            raise SettingError(f"system.{key}: {cls} has no such setting; {nearest(key, known)}")
+            raise SettingError(f"system.{key}: {found.__name__} has no such setting; {nearest(key, known)}")
     return found(**given)
 
 
@@ -73,9 +86,6 @@ def base_of(name: str, path: str, data: Mapping[str, Any]) -> tuple[ChatTokens, 
     return tokens, told.get("files") or path
 
 
-AGREE = "give --trust_checkpoint if you know where it comes from"
-
-
 class ServedTeam:
     """A checkpoint's team on running engines. Make it with `await ServedTeam.open(...)`, end it with `await close()`.
 
@@ -92,10 +102,12 @@ class ServedTeam:
         trust: bool = False,
         served: Mapping[str, Served] | None = None,
         own: Sequence[Engine] | None = None,
+        folder: Path = Path(),
     ) -> None:
         self.data, self.rollouts, self.engines, self.versions = data, rollouts, list(engines), versions
         self.served = dict(served or {})  # by the base's files: what another checkpoint on the same base can use too
         self._scratch, self._trust, self._own = scratch, trust, list(engines if own is None else own)
+        self._folder = folder
 
     @classmethod
     async def open(
@@ -127,12 +139,17 @@ class ServedTeam:
         """
         folder = Path(checkpoint)
         data = read_checkpoint(folder)
-        if (found := strangers(data, rewards=rewards is None)) and not trust:
-            raise SettingError(f"{folder}: the checkpoint names {', '.join(found)}; {AGREE}")
+        if (outside := outside_models(data)) and not trust:
+            raise SettingError(f"{folder}: the checkpoint names {', '.join(outside)}; {AGREE}")
+        team = checkpoint_system(folder, data, system, trust)
+        if rewards is None:
+            with as_data(folder, data, trust):
+                scored = resolve_rewards(data["rewards"])
+        else:
+            scored = resolve_rewards(rewards)
         bases: dict[str, str] = {name: locate(name) for name in data["bases"]}
         speaks_as_base = (data["policies"].get(BASE) or {}).get("base") or data["base"]["name"]
         found_at = {name: base_of(name, path, data) for name, path in bases.items()}
-        team = checkpoint_system(data, system)
         policies = {name: from_json(PolicySpec, spec) for name, spec in data["policies"].items()}
         versions: dict[str, str] = {}
         engine_of: dict[str, tuple[Engine, ChatTokens]] = {}
@@ -157,11 +174,11 @@ class ServedTeam:
             raise
         values = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "values").glob("*.json"))}
         rollouts = Rollouts(
-            team, speakers(policies, engine_of), resolve_rewards(data["rewards"] if rewards is None else rewards), values,
-            from_json(Sampling, data["sampling"]), Limits(), seed,
+            team, speakers(policies, engine_of), scored, values, from_json(Sampling, data["sampling"]), Limits(), seed,
+            untrusted=not trust,
         )  # fmt: skip
         spoken = {p: v for p, v in versions.items() if p in policies}
-        return cls(data, rollouts, engines, spoken, scratch, trust, served, started)
+        return cls(data, rollouts, engines, spoken, scratch, trust, served, started, folder)
 
     @property
     def metric(self) -> str:
@@ -176,9 +193,8 @@ class ServedTeam:
             raise SettingError("tasks: the checkpoint's were given as lists in Python; name a set (--tasks)")
         if name and name != own["name"]:
             return load_tasks(name, split, seed=own["seed"], limit=limit)
-        if not (name or self._trust) and foreign("tasks", own["name"]):
-            raise SettingError(f"the checkpoint's task set is {own['name']}; {AGREE}, or name a set with --tasks")
-        found = load_tasks(own["name"], split, seed=own["seed"], **own["args"])
+        with as_data(self._folder, self.data, self._trust):
+            found = load_tasks(own["name"], split, seed=own["seed"], **own["args"])
         if split == "eval":
             found = found[: own["num_eval_tasks"]]
             if split_hash(found) != own["eval"]:
@@ -193,15 +209,26 @@ class ServedTeam:
             shutil.rmtree(self._scratch / "versions", ignore_errors=True)
 
 
-def checkpoint_system(data: Mapping[str, Any], named: str) -> System:
-    """The System a checkpoint names, with its agents. Other classes than ours are imported only if the caller names them."""
+def checkpoint_system(folder: Path, data: Mapping[str, Any], named: str, trust: bool = False) -> System:
+    """The System a checkpoint names, with its agents, whose tools can be found.
+
+    Another class than ours is imported only if the caller names it (`named`), trust or not. What its arguments name is the checkpoint's.
+    """
     cls = data["system"]["class"]
-    if named and named != cls:
-        cls = named
-    elif not named and not cls.startswith("marlora.agents."):
-        raise SettingError(f"the checkpoint's system is {cls}; give --system {cls} to import it")
-    agents = tuple(from_json(AgentSpec, agent) for agent in data["agents"])
-    return build_system({"class": cls, "agents": agents, **data["system"]["arguments"]})
+    if named:
+        found = system_class(named)
+    else:
+        try:
+            with only_trusted():
+                found = system_class(cls)
+        except Untrusted as refused:
+            raise SettingError(f"{folder}: the checkpoint's system is {cls}; give --system {cls} to import it") from refused
+    with as_data(folder, data, trust):
+        agents = tuple(from_json(AgentSpec, agent) for agent in data["agents"])
+        made = with_settings(found, {"agents": agents, **data["system"]["arguments"]})
+        for agent in made.specs:
+            resolve_tools(agent.tools)
+        return made
 
 
 def check_base(name: str, path: str, expected: str | None) -> None:

@@ -70,12 +70,22 @@ def _source(name: str) -> tuple[Callable[..., Iterable[Task]], tuple[Any, ...]]:
         return hub, (name.removeprefix("hub:"),)
     if name in SOURCES:
         return SOURCES[name], ()
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.exists():
         return file, (path,)
     if path.suffix in READERS or path.is_absolute():
         raise SettingError(f"tasks {name!r}: no such file")
     return function_named("tasks", name, SOURCES), ()
+
+
+def _path(name: str) -> Path:
+    """The path that a name may be. Raises `SettingError` for what no file can be called."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, half a character, ~NOBODY
+        raise SettingError(f"tasks {name[:200]!r}: no such task set or file ({error})") from error
+    return path
 
 
 def _checked(name: str, split: str, found: Iterable[Task], limit: int | None) -> list[Task]:

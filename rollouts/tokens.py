@@ -351,7 +351,7 @@ def load_tokenizer(path: str | Path) -> Any:
     if not folder.is_dir() and (folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1):
         raise SettingError(f"model {str(path)!r}: no such folder; expected one in the Hugging Face layout, or a hub name")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise whatever they meet in a file
         where = "" if folder.is_dir() else "no such folder here, and from the hub "
         raise SettingError(f"model {str(path)!r}: {where}no tokenizer could be loaded ({str(error).splitlines()[0]})") from error

@@ -66,7 +66,7 @@ def load_base(
     path = local_model(name)
     tokens = ChatTokens(load_tokenizer(path))
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of(path, config.dtype, device))
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of(path, config.dtype, device), trust_remote_code=False)
     except Exception as error:  # a missing, torn or foreign file: transformers, safetensors and torch raise kinds of their own
         raise SettingError(f"model {name!r}: cannot be loaded as a causal language model: {str(error).splitlines()[0]}") from error
     if among is None:

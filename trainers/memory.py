@@ -111,7 +111,7 @@ def _on_meta(model: str, dtype: torch.dtype) -> Any:
 
     load_tokenizer(model)  # first: it tells best what is wrong with a folder
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # a config of any other kind of model

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from ..agents.chain import Chain
+from ..agents.names import trusted
 from ..agents.types import AgentSpec, Sampling, Task
 from ..rollouts.engines.scripted import SPECIALS, TEMPLATE  # one tokenizer for the fake and the tiny model
 from .models import cache as default_cache
@@ -52,6 +53,7 @@ class TinyConfig:
     seed: int = 0
 
 
+@trusted("tasks")
 def tiny_tasks(split: str = "train", seed: int = 0) -> list[Task]:
     """All three-digit sums of a split, shuffled: 800 to train on, 200 held out of pre-training and training alike (`eval`)."""
     tasks = [

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..agents.names import trusted
 from ..agents.types import Task
 from ..rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ..rollouts.rows import unit
@@ -42,6 +43,7 @@ ASKED = {
 }
 
 
+@trusted("tasks")
 def pair_tasks(split: str = "train", seed: int = 0) -> list[Task]:
     """The 152 sums, differences and products of two digits that are a digit, shuffled: about two thirds to train on, the others held out."""
     tasks = [

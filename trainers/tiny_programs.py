@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..agents.names import trusted
 from ..agents.types import AgentSpec, Sampling, Task
 from ..agents.workflow import Workflow
 from ..rollouts.engines.scripted import SPECIALS, TEMPLATE
@@ -83,6 +84,7 @@ class ProgramsConfig:
     seed: int = 0
 
 
+@trusted("tasks")
 def program_tasks(split: str = "train", seed: int = 0) -> list[Task]:
     """The 3000 tasks in two halves, `train` and `eval`, shuffled. Public meta `examples`: two other problems of the kind, with answers."""
     rng, tasks = random.Random(seed), []

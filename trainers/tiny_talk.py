@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from ..agents.names import trusted
 from ..agents.types import Task
 from ..rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ..rollouts.rows import unit
@@ -57,6 +58,7 @@ class TalkConfig:
     seed: int = 0
 
 
+@trusted("tasks")
 def digit_tasks(split: str = "train", seed: int = 0) -> list[Task]:
     """The 1000 tasks of the debate in two halves, `train` and `eval`, shuffled."""
     tasks = [

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from ..agents.names import trusted
 from ..agents.team import derive_seed
 from ..agents.types import AdapterSpec, Message, SettingError, Task, from_json, to_json
 from ..rollouts.engines.start import help_of
@@ -271,6 +272,7 @@ class LearnedVerifier:
             return float(head.scores(batch.to(head.adapters.device))[-1].sigmoid())
 
 
+@trusted("verifier maker")
 @functools.cache
 def learned(folder: str) -> LearnedVerifier:
     """The verifier saved in a folder, loaded once per process: for settings that name it, as `marlora.trainers.verifier:learned(FOLDER)`."""

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..names import trusted
 from ..types import Task
 from .game import Game, Illegal, Offer, fact
 
 _TERMS = re.compile(r"([0-9]{1,9})\s*(\w+)\s+for\s+([0-9]{1,9})\s*(\w+)", re.IGNORECASE)
 
 
+@trusted("system")
 @dataclass
 class Exchange(Game):
     """Payoff: what a player's things are worth to it after the swap, less what they were worth before. See `Game`.

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..names import trusted
 from ..types import Task
 from .game import Game, Offer, fact, number
 
 
+@trusted("system")
 @dataclass
 class Trade(Game):
     """Agents: seller, buyer. Payoff at a price p: p - cost, and value - p; without a deal 0 each. A loss is a player's own affair.

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..names import trusted
 from ..types import Task
 from .game import Game, Offer, fact, number
 
 
+@trusted("system")
 @dataclass
 class Ultimatum(Game):
     """Payoff: the part of `meta.total` that a player ends with. See `Game`."""

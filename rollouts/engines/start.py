@@ -65,7 +65,7 @@ def choose_dtype(model: str, setting: str, *, on_gpu: bool) -> str:
         return "float32"
     from transformers import AutoConfig
 
-    named = str(getattr(AutoConfig.from_pretrained(model), "dtype", None)).removeprefix("torch.")
+    named = str(getattr(AutoConfig.from_pretrained(model, trust_remote_code=False), "dtype", None)).removeprefix("torch.")
     return named if named in ("float32", "bfloat16") else "bfloat16" if on_gpu else "float32"
 
 

@@ -85,7 +85,9 @@ class TransformersEngine:
         self.tokens = tokens or ChatTokens(load_tokenizer(model))
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
-            self._model = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype).to(self.device).eval()
+            # without False, transformers asks on the terminal whether to run the code that a model folder brings
+            found = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, trust_remote_code=False)
+            self._model = found.to(self.device).eval()
         except (OSError, ValueError) as error:
             raise SettingError(f"model {str(model)!r}: cannot be loaded ({str(error).splitlines()[0]})") from error
         self._model.requires_grad_(False)

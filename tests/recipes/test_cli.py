@@ -284,12 +284,15 @@ def test_a_tool_of_ours_that_is_no_tool_is_foreign_too(checkpoint: Path, capsys:
 @pytest.mark.parametrize("name", ["marlora.rollouts.rewards:fn_name(x)", "verified(marlora.trainers.checkpoint:sha256_file)"])
 def test_what_is_ours_but_not_meant_for_it_is_not_called(name: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rewrite(checkpoint, lambda data: data.update(rewards=["length", name]))
-    assert name in refused(capsys, "eval", checkpoint, *HERE)
+    said = refused(capsys, "eval", checkpoint, *HERE)
+    assert name.removeprefix("verified(").removesuffix("file)") in said and "(rewards[1])" in said
 
 
 def test_a_foreign_verifier_of_the_system_is_foreign(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rewrite(checkpoint, lambda data: data["system"]["arguments"].update(verifier="elsewhere:verifier"))
-    assert "elsewhere:verifier" in refused(capsys, "eval", checkpoint, *HERE)
+    debate = {"class": "marlora.agents.collaboration:Collaboration", "arguments": {"verifier": "elsewhere:verifier"}}
+    rewrite(checkpoint, lambda data: data.update(system=debate))
+    said = refused(capsys, "eval", checkpoint, *HERE)
+    assert "verifier elsewhere:verifier (system.arguments.verifier)" in said and "--trust_checkpoint" in said
 
 
 def test_an_outside_model_is_asked_only_if_the_user_agrees(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
