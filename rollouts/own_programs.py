@@ -25,8 +25,8 @@ from ..agents.team import System, Team
 from ..agents.types import SettingError, Task, to_json
 from .own_process import Bounds, ProgramError, run_command
 from .proxy import REWARD_TOKEN, Door
+from .proxy_fields import Refused
 from .proxy_visit import Visit
-from .proxy_wire import Refused
 
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR")
 RESULT = ("output", "reward", "rewards")

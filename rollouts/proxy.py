@@ -16,6 +16,7 @@ import contextlib
 import hmac
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -23,11 +24,13 @@ from aiohttp import web
 
 from ..agents.team import Team
 from ..agents.types import SettingError
+from .proxy_fields import Refused, parse_body
 from .proxy_responses import read_response, response, response_events
 from .proxy_visit import Asked, Visit, gone
-from .proxy_wire import Refused, Request, chat_chunks, chat_completion, read_chat, shown
+from .proxy_wire import Request, chat_chunks, chat_completion, read_chat, shown
 
 REWARD_TOKEN = "MARLORA_REWARD_TOKEN"  # environment variable of the run and of whoever posts rewards; never given to a program
+RETRIES = re.compile("[0-9]{1,9}")
 
 
 class Door:
@@ -95,7 +98,7 @@ class Listener:
                 web.post("/episodes/{episode}/rewards", self._rewards),
             ]
         )
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, auto_decompress=False)
         self.started = asyncio.get_running_loop().create_task(self._start())
 
     async def _start(self) -> None:
@@ -141,15 +144,14 @@ class Listener:
         return visit
 
     async def _body(self, request: web.Request) -> Any:
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise Refused(400, "Content-Encoding: expected none, bodies are read as they are sent")
         try:
             async with asyncio.timeout(self.door.body_timeout):
                 raw = await request.read()
         except TimeoutError as error:
             raise Refused(408, f"the request was not sent whole in {self.door.body_timeout:g} s", "timeout") from error
-        try:
-            return json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise Refused(400, f"the body is not JSON: {str(error)[:100]}") from error
+        return parse_body(raw)
 
     # what they may ask
 
@@ -186,7 +188,7 @@ class Listener:
         if visit.closed:  # while the body came in
             raise Refused(401, "the episode is over", "invalid_api_key")
         said = request.headers.get("x-stainless-retry-count", "")
-        retries = int(said) if said.isdecimal() else None
+        retries = int(said) if RETRIES.fullmatch(said) else None
         key = request.headers.get("Idempotency-Key", "")
         return visit.ask([request.path, body], read, request, key=key, retries=retries)
 
@@ -228,7 +230,10 @@ class Listener:
 
 def _bears(request: web.Request, key: str) -> bool:
     given = request.headers.getall("Authorization", [])
-    return len(given) == 1 and hmac.compare_digest(given[0].encode(), f"Bearer {key}".encode())
+    if len(given) != 1:
+        return False
+    raw = given[0].encode("utf-8", "surrogateescape")  # headers may hold any bytes
+    return hmac.compare_digest(raw, f"Bearer {key}".encode())
 
 
 def _allow(error: web.HTTPException) -> dict[str, str]:

@@ -9,20 +9,34 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..agents.types import Message, Turn, nearest
+from ..agents.types import Message, Turn
+from .proxy_fields import (
+    Refused,
+    brief,
+    flag,
+    items,
+    mapping,
+    only,
+    optional_mapping,
+    optional_text,
+    text,
+    whole,
+    wrong,
+)
 from .proxy_wire import (
     NUMBERS,
     WITHOUT_EFFECT,
-    Refused,
     Request,
-    number,
+    check_unused,
     plain_text,
-    read_chat,
+    read_choice,
+    read_form,
+    read_function,
     read_message,
+    read_sampling,
     shown,
-    text_of,
     usage,
-)  # fmt: skip
+)
 
 KNOWN = ("model", "input", "instructions", "tools", "tool_choice", "max_output_tokens", "text", "stream", "stream_options",
          "previous_response_id", "include", "truncation", "reasoning", *NUMBERS, *WITHOUT_EFFECT)  # fmt: skip
@@ -31,61 +45,85 @@ KNOWN = ("model", "input", "instructions", "tools", "tool_choice", "max_output_t
 def read_response(body: Any, chat_of: Callable[[str], tuple[Message, ...]]) -> Request:
     """The request of a body of `/responses`. `chat_of`: the chat that a `previous_response_id` stands for."""
     if not isinstance(body, dict):
-        raise Refused(400, "expected a JSON object")
-    for key in body:
-        if key not in KNOWN:
-            raise Refused(400, f"{key}: not understood here; {nearest(str(key), KNOWN)}", "unknown_parameter")
-    earlier = chat_of(str(body["previous_response_id"])) if body.get("previous_response_id") else ()
-    instructions = body.get("instructions")
+        raise Refused(400, f"expected a JSON object, got {brief(body)}")
+    only(body, KNOWN)
+    check_unused(body)
+    _check_ignored(body)
+    before = optional_text(body.get("previous_response_id"), "previous_response_id")
+    instructions = optional_text(body.get("instructions"), "instructions")
+    form = optional_mapping(body.get("text"), "text").get("format")
+    tools, choice = _read_tools(body.get("tools")), read_choice(body.get("tool_choice"))
+    said = read_items(body.get("input"))
+    earlier = chat_of(before) if before else ()
     if instructions is not None:  # they hold for this response only: those of an earlier one are not carried over
         earlier = tuple(m for i, m in enumerate(earlier) if i or m.role != "system")
-        earlier = (Message("system", text_of(instructions, "instructions")), *earlier)
-    form = (body.get("text") or {}).get("format") if isinstance(body.get("text") or {}, dict) else None
-    chat = {
-        "model": body.get("model"),
-        "messages": [{"role": "user", "content": ""}],
-        "max_tokens": body.get("max_output_tokens"),
-        "tools": [_chat_tool(tool) for tool in body.get("tools") or []],
-        "tool_choice": body.get("tool_choice"),
-        "stream": body.get("stream"),
-        "response_format": {"type": form.get("type"), "json_schema": form} if isinstance(form, dict) else None,
-        **{key: number(body[key], key) for key in NUMBERS if body.get(key) is not None},
-    }
-    made = read_chat(chat)
-    return Request(**{**made.__dict__, "messages": (*earlier, *read_items(body.get("input")))})
+        earlier = (Message("system", instructions), *earlier)
+    return Request(
+        model=text(body.get("model"), "model"),
+        messages=(*earlier, *said),
+        max_tokens=whole(body.get("max_output_tokens"), "max_output_tokens", 1, 2**31),
+        tools=() if choice == "none" else tools,
+        forced=choice == "required",
+        sampling=read_sampling(body),
+        grammar=read_form(form, "text.format"),
+        stream=flag(body.get("stream"), "stream"),
+        said_in="input",
+    )
 
 
-def _chat_tool(tool: Any) -> Any:
-    if not isinstance(tool, dict) or tool.get("type") != "function":
-        return tool
-    return {"type": "function", "function": {key: tool.get(key) for key in ("name", "description", "parameters")}}
+def _check_ignored(body: Mapping[str, Any]) -> None:
+    optional_mapping(body.get("stream_options"), "stream_options")
+    optional_text(optional_mapping(body.get("text"), "text").get("verbosity"), "text.verbosity")
+    optional_text(body.get("truncation"), "truncation")
+    for key, each in optional_mapping(body.get("reasoning"), "reasoning").items():
+        optional_text(each, f"reasoning.{key[:80]}")
+    for i, each in enumerate(items(body.get("include"), "include")):
+        text(each, f"include[{i}]")
 
 
-def read_items(items: Any) -> list[Message]:
+def _read_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
+    made = []
+    for i, each in enumerate(items(value, "tools")):
+        where = f"tools[{i}]"
+        if mapping(each, where).get("type") != "function":
+            told = "expected an object of type function; others cannot be shown to a model here"
+            raise Refused(400, f"{where}: {told}", param=f"{where}.type")
+        made.append(read_function(each, where))
+    return tuple(made)
+
+
+def read_items(given: Any) -> list[Message]:
     """Input items as messages; calls of functions that follow one another are one message of the assistant's."""
-    if isinstance(items, str):
-        return [Message("user", items)]
-    if not isinstance(items, list) or not items:
-        raise Refused(400, "input: expected a text or a list of items")
+    if isinstance(given, str):
+        return [Message("user", given)]
+    if not isinstance(given, list) or not given:
+        raise wrong("input", f"expected a text or a list of items, got {brief(given)}")
     found: list[Message] = []
-    for i, item in enumerate(items):
+    joins = False  # the item before was the assistant's, so a call belongs to its message
+    for i, item in enumerate(items(given, "input")):
         where = f"input[{i}]"
-        kind = item.get("type", "message") if isinstance(item, dict) else None
+        kind = mapping(item, where).get("type", "message")
         if kind == "message":
             found.append(read_message(item, where))
         elif kind == "function_call":
-            call = {"id": str(item.get("call_id") or ""), "name": text_of(item.get("name"), f"{where}.name"),
-                    "arguments": text_of(item.get("arguments") or "{}", f"{where}.arguments")}  # fmt: skip
-            if found and found[-1].role == "assistant" and i and items[i - 1].get("type") in ("function_call", "message"):
-                last = found.pop()
-                found.append(Message("assistant", last.content, tool_calls=(*last.tool_calls, call)))
-            else:
-                found.append(Message("assistant", "", tool_calls=(call,)))
+            call = _read_call(item, where)
+            last = found.pop() if joins and found[-1].role == "assistant" else Message("assistant", "")
+            found.append(Message("assistant", last.content, tool_calls=(*last.tool_calls, call)))
         elif kind == "function_call_output":
-            found.append(Message("tool", plain_text(item.get("output"), f"{where}.output"), tool_call_id=str(item.get("call_id"))))
+            output = plain_text(item.get("output"), f"{where}.output")
+            found.append(Message("tool", output, tool_call_id=optional_text(item.get("call_id"), f"{where}.call_id")))
         elif kind != "reasoning":  # ours have none
-            raise Refused(400, f"{where}: an item of type {kind!r:.40} cannot be read here")
+            raise wrong(f"{where}.type", f"an item of type {brief(kind)} cannot be read here")
+        joins = kind in ("function_call", "message")
     return found
+
+
+def _read_call(item: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {
+        "id": optional_text(item.get("call_id"), f"{where}.call_id") or "",
+        "name": text(item.get("name"), f"{where}.name"),
+        "arguments": optional_text(item.get("arguments"), f"{where}.arguments") or "{}",
+    }
 
 
 def response(name: str, created: int, request: Request, turns: Sequence[Turn]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import math
 import secrets
 import time
 from collections.abc import Awaitable, Mapping, Sequence
@@ -21,7 +20,9 @@ from ..agents.team import Agent, LimitError, Team
 from ..agents.tools import schemas_prompt
 from ..agents.types import Message, Sampling, SettingError, Turn, nearest
 from .engines.engine import PromptTooLong
-from .proxy_wire import Refused, Request, shown
+from .proxy_fields import Refused, loaded, wrong
+from .proxy_rewards import read_rewards
+from .proxy_wire import Request, shown
 
 T = TypeVar("T")
 
@@ -91,9 +92,8 @@ class Visit:
         known = {agent.name: agent.name for agent in self.team} | self.models
         name = model.removeprefix("agent:")
         if name not in known:
-            raise Refused(
-                404, f"model {model!r}: no such agent; {nearest(name, list(known))} (all: {', '.join(known)})", "model_not_found"
-            )
+            told = f"no such agent; {nearest(name[:80], list(known))} (all: {', '.join(known)})"
+            raise Refused(404, f"model {model[:80]!r}: {told}", "model_not_found", "model")
         return self.team[known[name]]
 
     def names(self) -> list[str]:
@@ -141,20 +141,23 @@ class Visit:
     def _call(self, agent: Agent, request: Request) -> Awaitable[Turn]:
         """Number the call; awaiting it gives the taken turn."""
         if request.forced and not self.unforced_tools:
-            raise Refused(400, "tool_choice: a call cannot be forced here; system.unforced_tools takes it for auto")
+            told = "a call cannot be forced here; system.unforced_tools takes it for auto"
+            raise wrong("tool_choice", told)
         previous, new = self._goes_on(agent, request)
         spoken = tuple(spoken_message(message) for message in request.messages[new:])
         if previous is None:
             messages = opening(self.team, agent, spoken, request.tools)
         else:
             messages = (*previous.messages, Message("assistant", previous.text), *spoken)
-            if previous.index not in self._went_on:  # the first of its siblings that is gone on with
-                self.team.settle(previous)
-                self._went_on.add(previous.index)
         if messages and messages[-1].role == "assistant":
-            raise Refused(400, "messages: the last one is the assistant's; expected one to answer")
+            raise wrong(request.said_in, "the last one is the assistant's; expected one to answer")
+        sampling = self._sampling(agent, request)
+        # Nothing is refused from here on: what follows goes on record.
+        if previous is not None and previous.index not in self._went_on:
+            self.team.settle(previous)  # the first of its siblings that is gone on with
+            self._went_on.add(previous.index)
         reads = read_turns(self.team.turns, spoken, previous)
-        return agent.answer(messages, previous, reads=reads, n=request.n, sampling=self._sampling(agent, request))
+        return agent.answer(messages, previous, reads=reads, n=request.n, sampling=sampling)
 
     def _sampling(self, agent: Agent, request: Request) -> Sampling:
         base = agent.spec.sampling or self.team.sampling
@@ -162,11 +165,11 @@ class Visit:
         if request.max_tokens is not None:
             asked["max_tokens"] = min(base.max_tokens, request.max_tokens)
         if self.keep_sampling:
-            asked |= {key: int(value) if key == "top_k" else value for key, value in request.sampling.items()}
-        try:
-            return replace(base, **asked)
-        except SettingError as error:
-            raise Refused(400, str(error)) from error
+            if request.sampling.get("top_p") == 0:  # harmless where it has no effect
+                raise wrong("top_p", "expected a number above 0, got 0")
+            asked |= request.sampling
+            asked["top_k"] = max(0, int(asked.get("top_k", base.top_k)))  # -1, as vLLM says it: off
+        return replace(base, **asked)
 
     async def _answer(self, call: Awaitable[Turn]) -> tuple[Turn, ...]:
         """All siblings of a call. What concerns the run or the episode ends the episode; the rest is an error for the program."""
@@ -243,47 +246,17 @@ class Visit:
 
     def response_chat(self, name: str) -> tuple[Message, ...]:
         if name not in self._remembered:
-            raise Refused(404, f"previous_response_id {name[:60]!r}: no such response in this episode")
+            told = f"previous_response_id {name[:60]!r}: no such response in this episode"
+            raise Refused(404, told, param="previous_response_id")
         return self._remembered[name]
 
     # rewards
 
     def reward(self, data: Any, source: str) -> None:
         """Put rewards on record (see `rewards.returned` and `rewards.posted`): a number, an object, or a list of objects."""
-        for each in data if isinstance(data, list) else [data]:
-            given = {"value": each} if type(each) in (int, float) else each
-            if not isinstance(given, Mapping) or type(given.get("value")) not in (int, float) or not math.isfinite(given["value"]):
-                raise Refused(400, f"reward: expected a finite number, or an object with one as `value`, got {given!r:.80}")
-            for key in given:
-                if key not in ("value", "name", "text", "agent", "turn", "sibling"):
-                    raise Refused(
-                        400, f"reward.{key}: not understood; {nearest(str(key), ('value', 'name', 'text', 'agent', 'turn'))}"
-                    )
-            agent, turn = given.get("agent"), given.get("turn")
-            if agent is not None and agent not in [a.name for a in self.team]:
-                raise Refused(400, f"reward.agent {agent!r}: no such agent; {nearest(str(agent), [a.name for a in self.team])}")
-            known = [t for t in self.team.turns if t.index == turn]
-            if turn is not None and not known:
-                raise Refused(400, f"reward.turn {turn!r:.40}: the episode has no such turn")
-            self.team.rewards.append(
-                {
-                    "name": str(given.get("name") or source),
-                    "value": float(given["value"]),
-                    "text": str(given.get("text") or ""),
-                    "agent": agent or (known[0].agent if known else None),
-                    "turn": turn,
-                    "sibling": whole_sibling(given.get("sibling"), known),
-                    "source": source,
-                }
-            )
+        self.team.rewards.extend(read_rewards(data, source, self.team))  # all of them or none
         if source == "posted":
             self.posted.set()
-
-
-def whole_sibling(value: Any, known: Sequence[Turn]) -> int:
-    if value is not None and value not in [turn.sibling for turn in known]:
-        raise Refused(400, f"reward.sibling {value!r:.40}: the turn has no such answer")
-    return value or 0
 
 
 def digests(agent: Agent, tools: Sequence[Any], messages: Sequence[Message]) -> list[tuple[Message, str]]:
@@ -298,10 +271,8 @@ def digests(agent: Agent, tools: Sequence[Any], messages: Sequence[Message]) -> 
 
 
 def _same_json(text: str) -> str:
-    try:
-        return json.dumps(json.loads(text), sort_keys=True)
-    except ValueError:
-        return text
+    found = loaded(text)
+    return found if isinstance(found, str) else json.dumps(found, sort_keys=True)
 
 
 def opening(team: Team, agent: Agent, messages: tuple[Message, ...], tools: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
@@ -319,11 +290,8 @@ def spoken_message(message: Message) -> Message:
         return message
     calls = []
     for call in message.tool_calls:
-        try:
-            arguments = json.loads(call["arguments"])
-        except ValueError:
-            arguments = call["arguments"]
-        written = json.dumps({"name": call["name"], "arguments": arguments}, ensure_ascii=False)
+        named = {"name": call["name"], "arguments": loaded(call["arguments"])}
+        written = json.dumps(named, ensure_ascii=False)
         calls.append(f"<tool_call>\n{written}\n</tool_call>")
     return Message(message.role, "\n".join([message.content, *calls] if message.content else calls), message.name)
 

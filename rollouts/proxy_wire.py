@@ -7,35 +7,49 @@ change nothing here are named in `WITHOUT_EFFECT`.
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..agents.tools import parse_calls
-from ..agents.types import Message, Turn, nearest
+from ..agents.types import Message, Turn
+from .proxy_fields import (
+    MAX_ITEMS,
+    Refused,
+    brief,
+    flag,
+    inside,
+    items,
+    mapping,
+    number,
+    one_of,
+    only,
+    optional_mapping,
+    optional_text,
+    text,
+    whole,
+    wrong,
+)
 
 MAX_N = 64  # answers of one call
 # `seed`: an episode's randomness follows from its own seed, or the episodes of a group would all be one.
 WITHOUT_EFFECT = ("seed", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
                   "reasoning_effort", "verbosity", "prompt_cache_retention")  # fmt: skip
-NUMBERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+UNUSED_TEXTS = ("user", "service_tier", "safety_identifier", "prompt_cache_key", "reasoning_effort", "verbosity",
+                "prompt_cache_retention")  # fmt: skip
+NUMBERS = {  # the least and the greatest that an engine takes
+    "temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "top_k": (-1, 2**31), "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.0, 100.0), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
+}  # fmt: skip
+LIMITS = ("max_completion_tokens", "max_tokens")  # the first that is given
 KNOWN = ("model", "messages", "n", "stream", "stream_options", "stop", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
          "tools", "tool_choice", "response_format", "structured_outputs", "logit_bias", *NUMBERS, *WITHOUT_EFFECT)  # fmt: skip
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+PARTS = ("text", "input_text", "output_text", "refusal")
+MAX_STOPS = 16
+TOKEN_ID = re.compile("[0-9]{1,10}")
 GRAMMARS = ("json", "regex", "choice", "grammar", "json_object")  # of `structured_outputs`, as vLLM names them
-
-
-class Refused(ValueError):
-    """A request that gets an error for an answer: HTTP status, code and words."""
-
-    def __init__(self, status: int, message: str, code: str = "invalid_request_error") -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
-
-    def body(self) -> dict[str, Any]:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class Request:
     """One call of a program. `model` is the name it gave; `messages` are its own words, with tool calls beside the text.
 
     `sampling` holds what it asked for beyond length, stop strings, grammar and bias; `tools` are schemas as OpenAI writes them; `forced`: it
-    wants one of them called in any case.
+    wants one of them called in any case; `said_in`: the field of its messages.
     """
 
     model: str
@@ -59,53 +73,87 @@ class Request:
     logprobs: bool = False
     stream: bool = False
     include_usage: bool = False
+    said_in: str = "messages"
 
 
 def read_chat(body: Any) -> Request:
     """The request of a body of `/chat/completions`."""
     if not isinstance(body, dict):
-        raise Refused(400, "expected a JSON object")
-    for key in body:
-        if key not in KNOWN:
-            raise Refused(400, f"{key}: not understood here; {nearest(str(key), KNOWN)}", "unknown_parameter")
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise Refused(400, "messages: expected at least one")
-    if body.get("top_logprobs"):
-        raise Refused(400, "top_logprobs: only 0; the engine gives the log-probability of what was sampled")
-    choice = body.get("tool_choice")
-    if choice not in (None, "auto", "none", "required") and not isinstance(choice, dict):
-        raise Refused(400, f"tool_choice: expected auto, none, required or a tool, got {choice!r:.60}")
-    stream, options = bool(body.get("stream")), body.get("stream_options") or {}
-    limit = body.get("max_completion_tokens") if body.get("max_completion_tokens") is not None else body.get("max_tokens")
+        raise Refused(400, f"expected a JSON object, got {brief(body)}")
+    only(body, KNOWN)
+    check_unused(body)
+    messages = items(body.get("messages"), "messages")
+    if not messages:
+        raise wrong("messages", "expected at least one")
+    if whole(body.get("top_logprobs"), "top_logprobs", 0, MAX_N):
+        told = "only 0; the engine gives the log-probability of what was sampled"
+        raise wrong("top_logprobs", told)
+    limits = [whole(body.get(key), key, 1, 2**31) for key in LIMITS]
+    tools, choice = read_tools(body.get("tools")), read_choice(body.get("tool_choice"))
+    options = optional_mapping(body.get("stream_options"), "stream_options")
+    usage_too = flag(options.get("include_usage"), "stream_options.include_usage")
+    stream = flag(body.get("stream"), "stream")
     return Request(
-        model=text_of(body.get("model"), "model"),
+        model=text(body.get("model"), "model"),
         messages=tuple(read_message(m, f"messages[{i}]") for i, m in enumerate(messages)),
         n=whole(body.get("n"), "n", 1, MAX_N) or 1,
-        max_tokens=whole(limit, "max_tokens", 1, 2**31),
+        max_tokens=next((limit for limit in limits if limit is not None), None),
         stop=read_stop(body.get("stop")),
-        tools=() if choice == "none" else read_tools(body.get("tools")),
-        forced=choice == "required" or isinstance(choice, dict),
-        sampling={key: number(body[key], key) for key in NUMBERS if body.get(key) is not None},
+        tools=() if choice == "none" else tools,
+        forced=choice == "required",
+        sampling=read_sampling(body),
         grammar=read_grammar(body),
         logit_bias=read_bias(body.get("logit_bias")),
-        logprobs=bool(body.get("logprobs")),
+        logprobs=flag(body.get("logprobs"), "logprobs"),
         stream=stream,
-        include_usage=stream and isinstance(options, dict) and bool(options.get("include_usage")),
+        include_usage=stream and usage_too,
     )
 
 
+def check_unused(body: Mapping[str, Any]) -> None:
+    """Settings without effect have their types all the same: a program that gets one wrong is told so."""
+    whole(body.get("seed"), "seed", -(2**63), 2**64)
+    for key in ("store", "parallel_tool_calls"):
+        flag(body.get(key), key)
+    for key in UNUSED_TEXTS:
+        optional_text(body.get(key), key)
+    for key, each in optional_mapping(body.get("metadata"), "metadata").items():
+        text(each, inside("metadata", key))
+
+
+def read_sampling(body: Mapping[str, Any]) -> dict[str, float]:
+    found = {key: number(body[key], key, low, high) for key, (low, high) in NUMBERS.items() if body.get(key) is not None}
+    if not found.get("top_k", 0.0).is_integer():
+        raise wrong("top_k", f"expected a whole number, got {brief(body['top_k'])}")
+    return found
+
+
+def read_choice(value: Any) -> str:
+    """`auto`, `none`, or `required`, which naming one tool is too."""
+    if value is None:
+        return "auto"
+    if isinstance(value, str):
+        if value not in ("auto", "none", "required"):
+            told = f"expected auto, none, required or a tool, got {brief(value)}"
+            raise wrong("tool_choice", told)
+        return value
+    if not isinstance(value, dict):
+        raise wrong("tool_choice", f"expected auto, none, required or a tool, got {brief(value)}")
+    one_of(value.get("type"), "tool_choice.type", ("function",))
+    if "function" in value:
+        function = mapping(value["function"], "tool_choice.function")
+        text(function.get("name"), "tool_choice.function.name")
+    else:
+        text(value.get("name"), "tool_choice.name")
+    return "required"
+
+
 def read_message(data: Any, where: str) -> Message:
-    if not isinstance(data, dict):
-        raise Refused(400, f"{where}: expected an object")
-    role = data.get("role")
-    if role not in ROLES:
-        raise Refused(400, f"{where}.role: expected one of {', '.join(ROLES)}, got {role!r:.40}")
-    calls = data.get("tool_calls") or []
-    if not isinstance(calls, list):
-        raise Refused(400, f"{where}.tool_calls: expected a list")
+    mapping(data, where)
+    role = ROLES[one_of(data.get("role"), f"{where}.role", ROLES)]
+    calls = items(data.get("tool_calls"), f"{where}.tool_calls")
     return Message(
-        ROLES[role],  # type: ignore[arg-type]
+        role,  # type: ignore[arg-type]
         plain_text(data.get("content"), f"{where}.content"),
         name=optional_text(data.get("name"), f"{where}.name"),
         tool_calls=tuple(_read_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)),
@@ -114,14 +162,13 @@ def read_message(data: Any, where: str) -> Message:
 
 
 def _read_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        raise Refused(400, f"{where}: expected an object with a function")
-    arguments = function.get("arguments") or "{}"
+    kind = mapping(call, where).get("type", "function")
+    one_of(kind, f"{where}.type", ("function",))
+    function = mapping(call.get("function"), f"{where}.function")
     return {
-        "id": str(call.get("id") or ""),
-        "name": text_of(function.get("name"), f"{where}.function.name"),
-        "arguments": text_of(arguments, f"{where}.function.arguments"),
+        "id": optional_text(call.get("id"), f"{where}.id") or "",
+        "name": text(function.get("name"), f"{where}.function.name"),
+        "arguments": optional_text(function.get("arguments"), f"{where}.function.arguments") or "{}",
     }
 
 
@@ -130,86 +177,106 @@ def plain_text(content: Any, where: str) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
-        raise Refused(400, f"{where}: expected a text or a list of parts")
+        raise wrong(where, f"expected a text or a list of parts, got {brief(content)}")
     texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "input_text", "output_text", "refusal"):
-            raise Refused(400, f"{where}: only text can be read here, got a part of type {kind!r:.40}")
-        texts.append(text_of(part.get("refusal" if kind == "refusal" else "text"), where))
+    for i, part in enumerate(items(content, where)):
+        kind = mapping(part, f"{where}[{i}]").get("type")
+        if not isinstance(kind, str) or kind not in PARTS:
+            told = f"only text can be read here, got a part of type {brief(kind)}"
+            raise wrong(f"{where}[{i}].type", told)
+        key = "refusal" if kind == "refusal" else "text"
+        texts.append(text(part.get(key), f"{where}[{i}].{key}"))
     return "".join(texts)
 
 
 def read_stop(value: Any) -> tuple[str, ...]:
-    found = [value] if isinstance(value, str) else value or []
-    if not isinstance(found, list) or len(found) > 16 or not all(isinstance(s, str) and s for s in found):
-        raise Refused(400, "stop: expected a text or at most 16 of them, none empty")
+    if value is None:
+        return ()
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or len(found) > MAX_STOPS:
+        raise wrong("stop", f"expected a text or at most {MAX_STOPS} of them, none empty")
+    for i, each in enumerate(found):
+        if not isinstance(each, str) or not each:
+            where = "stop" if isinstance(value, str) else f"stop[{i}]"
+            raise wrong(where, f"expected a text that is not empty, got {brief(each)}")
     return tuple(found)
 
 
 def read_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
-    found = value or []
-    if not isinstance(found, list):
-        raise Refused(400, "tools: expected a list")
     made = []
-    for i, each in enumerate(found):
-        function = each.get("function") if isinstance(each, dict) and each.get("type") == "function" else None
-        if not isinstance(function, dict):
-            raise Refused(400, f"tools[{i}]: expected an object of type function; others cannot be shown to a model here")
-        name = text_of(function.get("name"), f"tools[{i}].function.name")
-        described = {"name": name, "description": function.get("description") or ""}
-        parameters = function.get("parameters") or {"type": "object", "properties": {}}
-        made.append({"type": "function", "function": {**described, "parameters": parameters}})
+    for i, each in enumerate(items(value, "tools")):
+        if mapping(each, f"tools[{i}]").get("type") != "function":
+            told = "expected an object of type function; others cannot be shown to a model here"
+            raise Refused(400, f"tools[{i}]: {told}", param=f"tools[{i}].type")
+        where = f"tools[{i}].function"
+        made.append(read_function(mapping(each.get("function"), where), where))
     return tuple(made)
+
+
+def read_function(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A function that a model may call, as it is shown to it."""
+    described = {
+        "name": text(data.get("name"), f"{where}.name"),
+        "description": optional_text(data.get("description"), f"{where}.description") or "",
+    }
+    given = optional_mapping(data.get("parameters"), f"{where}.parameters")
+    parameters = given or {"type": "object", "properties": {}}
+    flag(data.get("strict"), f"{where}.strict")
+    return {"type": "function", "function": {**described, "parameters": parameters}}
 
 
 def read_grammar(body: Mapping[str, Any]) -> str:
     """What a reply is held to, in vLLM's words; "" if nothing."""
-    form, given = body.get("response_format"), body.get("structured_outputs")
-    if given is not None:
-        if not isinstance(given, dict) or len(given) != 1 or next(iter(given)) not in GRAMMARS:
-            raise Refused(400, f"structured_outputs: expected an object with one of {', '.join(GRAMMARS)}")
-        return json.dumps(given, sort_keys=True)
-    if form is None:
+    form = read_form(body.get("response_format"), "response_format")
+    if body.get("structured_outputs") is None:
+        return form
+    given = mapping(body["structured_outputs"], "structured_outputs")
+    if len(given) != 1 or next(iter(given)) not in GRAMMARS:
+        told = f"expected an object with one of {', '.join(GRAMMARS)}"
+        raise wrong("structured_outputs", told)
+    ((kind, value),) = given.items()
+    where = f"structured_outputs.{kind}"
+    if kind == "json_object":
+        if value is not True:
+            raise wrong(where, f"expected true, got {brief(value)}")
+    elif kind == "choice":
+        for i, each in enumerate(items(value, where)):
+            text(each, f"{where}[{i}]")
+        if not value:
+            raise wrong(where, "expected at least one")
+    elif kind != "json" or not isinstance(value, dict):
+        text(value, where)
+    return json.dumps(given, sort_keys=True)
+
+
+def read_form(value: Any, where: str) -> str:
+    """The grammar of a `response_format`, or of a `text.format`, which has no object of its own for the schema."""
+    if value is None:
         return ""
-    kind = form.get("type") if isinstance(form, dict) else None
+    kind = mapping(value, where).get("type")
+    if not isinstance(kind, str) or kind not in ("text", "json_object", "json_schema"):
+        told = "expected type text, json_object, or json_schema with a schema"
+        raise Refused(400, f"{where}: {told}, got {brief(kind)}", param=f"{where}.type")
     if kind == "text":
         return ""
     if kind == "json_object":
         return json.dumps({"json_object": True})
-    if kind == "json_schema":
-        schema = form.get("json_schema", form).get("schema") if isinstance(form.get("json_schema", form), dict) else None
-        if isinstance(schema, dict):
-            return json.dumps({"json": schema}, sort_keys=True)
-    raise Refused(400, "response_format: expected type text, json_object, or json_schema with a schema")
+    if "json_schema" in value:
+        value, where = mapping(value["json_schema"], f"{where}.json_schema"), f"{where}.json_schema"
+    optional_text(value.get("name"), f"{where}.name")
+    optional_text(value.get("description"), f"{where}.description")
+    flag(value.get("strict"), f"{where}.strict")
+    return json.dumps({"json": mapping(value.get("schema"), f"{where}.schema")}, sort_keys=True)
 
 
 def read_bias(value: Any) -> dict[str, float]:
-    if not isinstance(value or {}, dict) or not all(str(key).isdecimal() for key in value or {}):
-        raise Refused(400, "logit_bias: expected an object from token ids to numbers")
-    return {key: number(each, f"logit_bias[{key}]") for key, each in (value or {}).items()}
-
-
-def text_of(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise Refused(400, f"{where}: expected a text, got {type(value).__name__}")
-    return value
-
-
-def optional_text(value: Any, where: str) -> str | None:
-    return None if value is None else text_of(value, where)
-
-
-def whole(value: Any, where: str, low: int, high: int) -> int | None:
-    if value is not None and (type(value) is not int or not low <= value <= high):
-        raise Refused(400, f"{where}: expected a whole number from {low} to {high}, got {value!r:.40}")
-    return value
-
-
-def number(value: Any, where: str) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise Refused(400, f"{where}: expected a finite number, got {value!r:.40}")
-    return float(value)
+    given = optional_mapping(value, "logit_bias")
+    if len(given) > MAX_ITEMS:
+        raise wrong("logit_bias", f"expected at most {MAX_ITEMS} entries, got {len(given)}")
+    for key in given:
+        if not TOKEN_ID.fullmatch(key):
+            raise wrong("logit_bias", f"expected an object from token ids to numbers, got {key[:40]!r}")
+    return {key: number(each, f"logit_bias[{key}]") for key, each in given.items()}
 
 
 # answers

@@ -215,17 +215,17 @@ def test_a_prompt_of_the_run_stands_in_place_of_the_programs() -> None:
 
 BAD = [
     ([], "expected a JSON object"),
-    ({"messages": [{"role": "user", "content": "x"}]}, "model: expected a text, got NoneType"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "model: expected a text, got null"),
     (chat("a"), "messages: expected at least one"),
     (chat("a", {"role": "king", "content": "x"}), "messages[0].role: expected one of"),
-    (chat("a", {"role": "user", "content": [{"type": "image_url"}]}), "messages[0].content: only text can be read here"),
+    (chat("a", {"role": "user", "content": [{"type": "image_url"}]}), "messages[0].content[0].type: only text can be read here"),
     (chat("a", {"role": "assistant", "content": "x"}), "messages: the last one is the assistant's"),
     (chat("a", "x", n=0), "n: expected a whole number from 1 to 64, got 0"),
     (chat("a", "x", n=True), "n: expected a whole number"),
     (chat("a", "x", max_tokens=-1), "max_tokens: expected"),
     (chat("a", "x", temprature=1), "temprature: not understood here; did you mean 'temperature'?"),
     (chat("a", "x", temperature="hot"), "temperature: expected a finite number"),
-    (chat("a", "x", stop=[""]), "stop: expected"),
+    (chat("a", "x", stop=[""]), "stop[0]: expected"),
     (chat("a", "x", top_logprobs=3), "top_logprobs: only 0"),
     (chat("a", "x", tools=[{"type": "web_search"}]), "tools[0]: expected an object of type function"),
     (chat("a", "x", tools=[CALC], tool_choice="any"), "tool_choice: expected auto, none, required or a tool, got 'any'"),
@@ -233,7 +233,7 @@ BAD = [
     (chat("a", "x", response_format={"type": "xml"}), "response_format: expected type"),
     (chat("a", "x", logit_bias={"word": 1}), "logit_bias: expected"),
     ("{", "the body is not JSON"),
-    ("[" * 100_000, "the body is not JSON"),
+    ("[" * 100_000, "the body: nested more than 64 deep"),
 ]  # fmt: skip
 
 
