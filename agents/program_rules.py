@@ -8,9 +8,9 @@ from __future__ import annotations
 import ast
 import builtins
 import difflib
-import re
+import itertools
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .programs import program_in
@@ -21,6 +21,9 @@ GIVEN = frozenset({"problem"})  # what a program may read besides its operators
 _REFUSED = {
     "open", "exec", "eval", "compile", "input", "breakpoint", "globals", "locals", "vars", "memoryview", "exit", "quit", "help",
 }  # fmt: skip
+MAX_DEPTH, MAX_BITS = 100, 4096  # of a program's syntax tree, and of a number in it
+MAX_STEPS = 1_500_000  # of one comparison of two programs
+_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 BUILTINS = frozenset(name for name in dir(builtins) if not name.startswith("_")) - _REFUSED
 
 
@@ -55,7 +58,7 @@ class Rules:
             return f"length: {len(program)} characters, at most {self.max_chars}"
         try:
             tree = parsed(program)
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        except SyntaxError as error:
             return f"syntax: {' '.join(str(error).split())[:120]}"
         for text in self.banned:
             if text in program:
@@ -81,21 +84,53 @@ def program_of(text: str, tag: str) -> str | None:
     """
     if not tag:
         return program_in(text) or None
-    blocks = re.findall(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", text, re.DOTALL)
-    return (program_in(blocks[-1]) or None) if blocks else None
+    opening, ending, block, at = f"<{tag}>", f"</{tag}>", "", 0
+    while (start := text.find(opening, at)) >= 0 and (end := text.find(ending, start)) >= 0:
+        block, at = text[start + len(opening) : end], end + len(ending)
+    return program_in(block) or None
 
 
 def parsed(program: str) -> ast.Module:
-    """Raises what `ast.parse` does for texts that are no program."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # a model's regular expressions are none of our concern
-        return ast.parse(program)
+    """The one way to parse what a model wrote: every tree it returns can be walked and written again. Raises `SyntaxError`.
+
+    Time grows with the length of the program: `Rules.max_chars` bounds it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a model's regular expressions are none of our concern
+            tree = ast.parse(program)
+    except (ValueError, OverflowError) as error:  # NUL, lone surrogates
+        raise SyntaxError(" ".join(str(error).split())[:120]) from error
+    except (RecursionError, MemoryError) as error:
+        raise SyntaxError(_DEEP) from error
+    level: list[ast.AST] = [tree]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+        if any(type(n) is ast.Constant and type(n.value) is int and n.value.bit_length() > MAX_BITS for n in level):
+            raise SyntaxError(f"a number of more than {MAX_BITS} bits")
+        if not level:
+            return tree
+    raise SyntaxError(_DEEP)
+
+
+class _Matcher(difflib.SequenceMatcher[str]):
+    """difflib's matcher with a bound on its steps; beyond it nothing matches. Some texts take it seconds."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(None, first, second)
+        places: Mapping[str, Sequence[int]] = self.b2j  # type: ignore[attr-defined]
+        self.steps = [0, *itertools.accumulate(1 + len(places.get(char, ())) for char in first)]
+        self.left = MAX_STEPS
+
+    def find_longest_match(self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None) -> difflib.Match:
+        self.left -= self.steps[-1 if ahi is None else ahi] - self.steps[alo]
+        return difflib.Match(alo, blo, 0) if self.left < 0 else super().find_longest_match(alo, ahi, blo, bhi)
 
 
 def similarity(one: str, other: str) -> float:
     """How alike two programs are, from 0 to 1 (difflib's ratio, on their text without blanks at the ends of lines)."""
     first, second = ("\n".join(line.rstrip() for line in text.strip().splitlines()) for text in (one, other))
-    return difflib.SequenceMatcher(None, first, second).ratio()
+    return _Matcher(first, second).ratio()
 
 
 def nodes(program: str, operators: Collection[str]) -> int:
@@ -114,7 +149,11 @@ def whole(program: str, problem: str) -> str:
 
 
 def _entry(tree: ast.Module) -> bool:
-    return any(isinstance(n, ast.AsyncFunctionDef) and n.name == ENTRY and not ast.unparse(n.args) for n in tree.body)
+    return any(isinstance(n, ast.AsyncFunctionDef) and n.name == ENTRY and not _any_argument(n.args) for n in tree.body)
+
+
+def _any_argument(args: ast.arguments) -> bool:
+    return bool(args.posonlyargs or args.args or args.vararg or args.kwonlyargs or args.kwarg)
 
 
 def _answers(tree: ast.Module) -> bool:

@@ -32,7 +32,8 @@ class Allowance:
 
     Args:
         seconds: wall clock, waiting for externals left out. `cpu_seconds`: of its processes together.
-        memory: bytes of address space. `output`: bytes it may print. `scratch`: bytes it may write to `/tmp`, 0 for none.
+        memory: bytes of address space; of a workflow program's values, and then 64 MiB at most.
+        output: bytes it may print. `scratch`: bytes it may write to `/tmp`, 0 for none.
         calls: externals it may call. A plain program has none.
     """
 

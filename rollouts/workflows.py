@@ -9,9 +9,9 @@ episode can be replayed from its turns.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime
 import os
+import secrets
 import shlex
 import tempfile
 import threading
@@ -24,11 +24,13 @@ from typing import Any
 from ..agents.programs import Allowance, Externals, Outcome, ProgramError, SandboxError, Status
 from ..agents.team import gather
 from .cage import Cage
+from .crossing import BadValue, answering, plain_value, prelude
 
 WORKER = Allowance(seconds=1.0, cpu_seconds=10**6, memory=2 << 30)  # of a worker, which serves program after program
 EPOCH = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)  # what a program takes for now: nothing it does may hang on the clock
 MAX_WORKERS = 256  # a worker is held while its program waits for externals
-DEPTH, ITEMS = 20, 100_000  # of a value that comes out
+MEMORY = 64 << 20  # bytes a program may hold: it bounds what can cross at all, its error texts too
+WORDS = 2000  # characters of an error text that are read
 
 
 class Interpreter:
@@ -69,26 +71,30 @@ class Interpreter:
         What an external raises ends the run and is raised here, but for `ProgramError`, which the program sees.
         """
         await self._enter()
+        mark = f"__marlora_{secrets.token_hex(8)}"  # no program can name what begins with it
+        try:
+            program = answering(program, mark)
+        except SyntaxError as wrong:
+            return Outcome("syntax", error=_line(wrong))
         printed = self.monty.CollectString(max_bytes=limits.output)
         start, monty = time.monotonic(), self.monty
         value, error, status = None, "", "done"
         try:
             async with self._pool.checkout(limits=_bounds(limits), os_policy=_policy()) as session:
-                value = await _Run(monty, externals, limits).feed(session, program, printed)
+                value = await _Run(monty, externals, limits, mark).feed(session, program, printed)
         except monty.MontySyntaxError as wrong:
-            status, error = "syntax", str(wrong)
+            status, error = "syntax", _line(wrong)
         except _TooManyCalls:
             status, error = "calls", f"called more than {limits.calls} externals"
-        except _BadValue as wrong:
-            status, error = "error", str(wrong)
+        except BadValue as wrong:
+            status, error = "error", _line(wrong)
         except monty.MontyRuntimeError as wrong:
-            status, error = _met(wrong, limits), str(wrong)
+            status, error = _met(wrong, limits), _line(wrong)
         except monty.MontyCrashedError as wrong:
-            status, error = "killed", str(wrong)
+            status, error = "killed", _line(wrong)
         except monty.MontyError as wrong:
-            status, error = "error", str(wrong)
-        line = " ".join(error.split())[:300]
-        return Outcome(status, printed.output[: limits.output], line, value, time.monotonic() - start)  # type: ignore[arg-type]
+            status, error = "error", _line(wrong)
+        return Outcome(status, printed.output[: limits.output], error, value, time.monotonic() - start)  # type: ignore[arg-type]
 
     async def close(self) -> None:
         if self._entered.done():
@@ -96,9 +102,13 @@ class Interpreter:
             await self._pool.__aexit__(None, None, None)
 
 
+def _line(error: BaseException) -> str:
+    return " ".join(str(error)[:WORDS].split())[:300]
+
+
 def _bounds(limits: Allowance) -> dict[str, Any]:
     return {
-        "max_feed_duration_secs": min(limits.seconds, float(limits.cpu_seconds)), "max_memory": limits.memory,
+        "max_feed_duration_secs": min(limits.seconds, float(limits.cpu_seconds)), "max_memory": min(limits.memory, MEMORY),
         "max_recursion_depth": 200, "max_suspensions": 4 * limits.calls + 100,
     }  # fmt: skip
 
@@ -120,15 +130,11 @@ class _TooManyCalls(Exception):
     pass
 
 
-class _BadValue(Exception):
-    pass
-
-
 class _Run:
     """One program at work."""
 
-    def __init__(self, monty: Any, externals: Externals, limits: Allowance) -> None:
-        self.monty, self.externals, self.limits = monty, externals, limits
+    def __init__(self, monty: Any, externals: Externals, limits: Allowance, mark: str) -> None:
+        self.monty, self.externals, self.limits, self.mark = monty, externals, limits, mark
         self.open: dict[int, Awaitable[Any]] = {}  # calls by number
         self.answers: dict[int, dict[str, Any]] = {}  # of the round, not handed in yet
         self.calls = 0
@@ -137,7 +143,11 @@ class _Run:
         monty = self.monty
         try:
             # The names only: every call comes back as a snapshot, and is answered below.
-            at = await session.feed_start(program, external_lookup=dict.fromkeys(self.externals, _never), print_callback=printed)
+            raw = {f"{self.mark}_{name}": _never for name in self.externals}
+            at = await session.feed_start(prelude(self.mark, self.externals), external_lookup=raw, print_callback=printed)
+            while not isinstance(at, monty.MontyComplete):
+                at = await at.resume_auto()  # a name
+            at = await session.feed_start(program, external_lookup={}, print_callback=printed)
             while not isinstance(at, monty.MontyComplete):
                 if isinstance(at, monty.AsyncFunctionSnapshot):
                     at = await self._called(at)
@@ -155,16 +165,17 @@ class _Run:
     async def _called(self, at: Any) -> Any:
         if at.is_os_function:
             return await at.resume_not_handled()
-        if at.object_id is not None or at.function_name not in self.externals:
+        name = str(at.function_name).removeprefix(f"{self.mark}_")
+        if at.object_id is not None or name == at.function_name or name not in self.externals:
             return await at.resume({"exception": NameError(f"name {str(at.function_name)[:80]!r} is not defined")})
         self.calls += 1
         if self.calls > self.limits.calls:
             raise _TooManyCalls
         try:
             args, kwargs = plain_value(at.args), plain_value(at.kwargs)
-            self.open[at.call_id] = self.externals[at.function_name](*args, **kwargs)
-        except (ProgramError, TypeError, _BadValue) as error:
-            return await at.resume({"exception": ValueError(f"{at.function_name}: {error}"[:300])})
+            self.open[at.call_id] = self.externals[name](*args, **kwargs)
+        except (ProgramError, TypeError, BadValue) as error:
+            return await at.resume({"exception": ValueError(f"{name}: {error}"[:300])})
         return await at.resume({"future": ...})
 
     async def _next(self, wanted: list[int]) -> int:
@@ -184,16 +195,3 @@ class _Run:
 
 def _never(*args: Any, **kwargs: Any) -> None:
     raise AssertionError("externals are answered in rounds")
-
-
-def plain_value(value: Any, depth: int = 0) -> Any:
-    """A value that came out of a program, of exact builtin types. Raises `_BadValue` for what has none."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if depth < DEPTH:
-        with contextlib.suppress(_BadValue):
-            if type(value) in (list, tuple):
-                return type(value)(plain_value(item, depth + 1) for item in value)
-            if type(value) is dict:
-                return {plain_value(key, depth + 1): plain_value(item, depth + 1) for key, item in value.items()}
-    raise _BadValue(f"a {type(value).__name__} cannot come out of a program: None, bool, int, float, str, list, tuple and dict can")

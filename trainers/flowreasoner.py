@@ -29,7 +29,7 @@ from typing import Any
 
 from ..agents.chain import view
 from ..agents.flowreasoner import FlowReasoner, best_round
-from ..agents.program_rules import program_of, similarity
+from ..agents.program_rules import parsed, program_of, similarity
 from ..agents.types import SettingError, Turn, nearest
 from ..agents.workflow import SOURCE
 from ..rollouts.engines.start import help_of
@@ -203,7 +203,7 @@ def _program(episode: Episode, system: FlowReasoner) -> str | None:
     rounds = rounds_of(episode, system)
     if not rounds or rounds[-1][1].value < 0:
         return None
-    return ast.unparse(ast.parse(program_of(rounds[-1][0].text, system.tag) or ""))
+    return ast.unparse(parsed(program_of(rounds[-1][0].text, system.tag) or ""))
 
 
 def invalid_kinds(valid: Sequence[Reward]) -> dict[str, float]:
