@@ -8,6 +8,7 @@ that crossed.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Collection
 from typing import Any
@@ -86,13 +87,13 @@ def prelude(mark: str, names: Collection[str]) -> str:
 
 def answering(program: str, mark: str) -> str:
     """The program with its last expression, its answer, counted. Raises `SyntaxError`."""
-    last = (parsed(program).body or [None])[-1]
-    if type(last).__name__ != "Expr":
+    body = parsed(program).body
+    if not body or not isinstance(body[-1], ast.Expr):
         return program
-    text = program.encode()
+    last, text = body[-1], program.encode()
     starts = [0, *(match.end() for match in _LINE.finditer(text))]
-    start = starts[last.lineno - 1] + last.col_offset  # type: ignore[union-attr]
-    end = starts[last.end_lineno - 1] + last.end_col_offset  # type: ignore[union-attr]
+    start = starts[last.lineno - 1] + last.col_offset
+    end = starts[(last.end_lineno or 0) - 1] + (last.end_col_offset or 0)
     return (text[:start] + f"{mark}_out((".encode() + text[start:end] + b"))" + text[end:]).decode()
 
 

@@ -1,4 +1,4 @@
-"""Rules of workflow programs: what a model writes is valid or a fault in words, at a bounded cost."""
+"""Rules of workflow programs: valid, or a fault in words at a bounded cost."""
 
 from __future__ import annotations
 
