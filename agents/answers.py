@@ -15,7 +15,7 @@ from .types import Turn
 _TAIL = 20_000  # characters from the end that are looked at: a text may be a megabyte
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _LAST_NUMBER = re.compile(rf"(?:(?<![\w.)\]])[-−])?(?<![\w.])(?:{_NUMBER})(?:[eE][+-]?\d+)?(?:/\d+)?")
-_SAID = re.compile(r"(?:\banswer\b[*_\s]*(?::|=|\bis\b:?)|^\s*####)[*_\s]*(\S[^\n]*)", re.IGNORECASE | re.MULTILINE)
+_SAID = re.compile(r"(?:\banswer\b[*_\s]*(?::|=|\bis\b:?)|^[^\S\n]*####)[*_\s]*(\S[^\n]*)", re.IGNORECASE | re.MULTILINE)
 _VALUE = re.compile(r"([-+]?)(\d+(?:\.\d*)?|\.\d+)(?:e([-+]?\d{1,2}))?(?:/(\d+))?%?")
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 _WRAPPER = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boxed|fbox)\{([^{}]*)\}")

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from ..agents.programs import Allowance, SandboxError
 
 Kind = Literal["bubblewrap", "landlock"]
-Role = Literal["python", "candidate", "checker", "exec"]
+Role = Literal["python", "candidate", "checker", "exec", "scorer"]
 
 WARDEN = Path(__file__).with_name("warden.py")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8:backslashreplace"}
@@ -50,8 +50,11 @@ exit exit_group
 """
 FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)  # duplicate, flags, locks, size of a pipe; F_SETOWN would send signals
 IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # is it a terminal, bytes to read, blocking, inheritance
+PR_SET_SECCOMP = 22
 PRCTL = (15, 16, 0x53564D41)  # a thread's name, names of memory; the signal at the parent's death stays
 CLONE_THREAD = 0x00010000
+CLONE_SHARED = 0x7E032F00 | CLONE_THREAD  # whatever a fork shares with its parent, and namespaces
+PACKAGES = ("site-packages", "dist-packages")
 
 
 def _seccomp() -> Any:
@@ -62,8 +65,9 @@ def _seccomp() -> Any:
 
 
 @functools.cache
-def call_filter(executes: bool) -> str:
-    """The allow-list as the kernel reads it, in hex. `executes`: may also become another program, and start threads.
+def call_filter(executes: bool = False, forks: bool = False) -> str:
+    """The allow-list as the kernel reads it, in hex. `executes`: may also become another program, and start threads. `forks`: may
+    copy itself, wait for the copy, and load a second, narrower filter in it.
 
     What is not listed fails with EPERM; calls of another architecture end the process.
     """
@@ -75,7 +79,7 @@ def call_filter(executes: bool) -> str:
         if number >= 0:  # some architectures lack some
             made.add_rule(action, number, *arguments)
 
-    for name in [*CALLS.split(), *(["execve", "wait4"] if executes else [])]:
+    for name in [*CALLS.split(), *(["execve"] if executes else []), *(["wait4"] if executes or forks else [])]:
         allow(name)
     for name, argument, values in (("fcntl", 1, FCNTL), ("ioctl", 1, IOCTL), ("prctl", 0, PRCTL)):
         for value in values:
@@ -85,6 +89,10 @@ def call_filter(executes: bool) -> str:
     allow("clone3", action=seccomp.ERRNO(errno.ENOSYS))  # the C library then uses clone, whose flags can be looked at
     if executes:
         allow("clone", seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_THREAD, CLONE_THREAD))
+    if forks:
+        allow("fork")
+        allow("clone", seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_SHARED, 0))
+        allow("prctl", seccomp.Arg(0, seccomp.EQ, PR_SET_SECCOMP))
     with tempfile.TemporaryFile() as file:
         made.export_bpf(file)
         file.seek(0)
@@ -105,6 +113,31 @@ def interpreter() -> tuple[str, tuple[str, ...]]:
     return str(executable), tuple(sorted(path for path in paths if path and Path(path).exists()))
 
 
+def package_folders(path: str) -> list[str]:
+    """Folders of installed packages below a folder with Python's own library, or with one of several Pythons (`/usr/lib`)."""
+    inner = [entry for entry in sorted(Path(path).glob("python*")) if entry.is_dir()]
+    return [str(top / name) for top in (Path(path), *inner) for name in PACKAGES if (top / name).is_dir()]
+
+
+@functools.cache
+def without_packages(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(folders whose names can be listed, paths that can be read) so that of `paths` installed packages cannot be read.
+
+    Landlock adds rights and takes none back, so a folder that holds packages is named by what else is in it.
+    """
+    listed, readable = [], []
+    for path in dict.fromkeys(paths):
+        hidden = set(package_folders(path))
+        around = {path, *map(os.path.dirname, hidden)} if hidden else set()
+        listed += sorted(around)
+        if not hidden:
+            readable.append(path)
+        for folder in sorted(around):
+            entries = (os.path.join(folder, name) for name in sorted(os.listdir(folder)))
+            readable += [entry for entry in entries if entry not in hidden | around]
+    return listed, readable
+
+
 @dataclass(frozen=True)
 class Cage:
     """One way of confining processes. `command` says how to start one; nothing is started here."""
@@ -112,25 +145,33 @@ class Cage:
     kind: Kind
     readable: tuple[str, ...] = field(default_factory=lambda: interpreter()[1])
 
-    def command(self, role: Role, limits: Allowance, pipes: Mapping[str, int], argv: Sequence[str] = ()) -> list[str]:
+    def command(
+        self, role: Role, limits: Allowance, pipes: Mapping[str, int], argv: Sequence[str] = (), packages: Sequence[str] = ()
+    ) -> list[str]:
         """The command of a caged process.
 
         Args:
             role: what it does, see `warden.py`.
             pipes: file descriptors handed down, by the role's names for them; `text` holds the program, to `ready` it writes a byte
-                when it is shut in. argv: what `exec` becomes, an absolute path first.
+                when it is shut in. argv: what `exec` becomes, an absolute path first; what kind of `scorer` it is.
+            packages: files and folders of installed packages that can be read too, for a `scorer` alone.
         """
-        readable = (*self.readable, str(WARDEN), *argv[:1])
+        readable = (*self.readable, str(WARDEN), *(argv[:1] if role == "exec" else ()))
         scratch = limits.scratch if self.kind == "bubblewrap" else 0  # Landlock cannot bound what is written
         job = {
             "role": role, "argv": list(argv), "cpu_seconds": limits.cpu_seconds, "memory": limits.memory,
-            "scratch": scratch, "mount": self.kind == "bubblewrap", "filter": call_filter(role == "exec"),
-            "landlock": [*readable, *DEVICES, "/etc/ld.so.cache"] if self.kind == "landlock" else [], **pipes,
+            "scratch": scratch, "mount": self.kind == "bubblewrap", "filter": call_filter(role == "exec", role == "scorer"),
+            "inner_filter": call_filter() if role == "scorer" else "",
+            "landlock": [], "listed": [], "packages": list(dict.fromkeys(map(os.path.dirname, packages))), **pipes,
         }  # fmt: skip
+        if self.kind == "landlock":
+            job["listed"], job["landlock"] = without_packages((*readable, *DEVICES, "/etc/ld.so.cache"))
+            job["listed"] += job["packages"]
+            job["landlock"] += packages
         start = [interpreter()[0], "-I", "-S", "-B", str(WARDEN), json.dumps(job)]
-        return [*self._namespaces(readable), *start] if self.kind == "bubblewrap" else start
+        return [*self._namespaces(readable, packages), *start] if self.kind == "bubblewrap" else start
 
-    def _namespaces(self, readable: Sequence[str]) -> list[str]:
+    def _namespaces(self, readable: Sequence[str], packages: Sequence[str]) -> list[str]:
         found = shutil.which("bwrap")
         if found is None:
             raise SandboxError("bubblewrap is not installed (Debian, Ubuntu: apt install bubblewrap)")
@@ -144,9 +185,13 @@ class Cage:
             command += ["--ro-bind", resolved, path]
             if path != resolved and os.path.isfile(resolved):
                 command += ["--ro-bind", resolved, resolved]
-            for hidden in ("site-packages", "dist-packages"):
-                if os.path.isdir(os.path.join(resolved, hidden)):
-                    command += ["--tmpfs", os.path.join(path, hidden), "--remount-ro", os.path.join(path, hidden)]
+        hidden = [folder for path in dict.fromkeys(readable) for folder in package_folders(path)]
+        for folder in hidden:
+            command += ["--tmpfs", folder]
+        for path in packages:
+            command += ["--ro-bind", path, path]
+        for folder in hidden:
+            command += ["--remount-ro", folder]
         for device in DEVICES:
             command += ["--dev-bind", device, device]
         return [*command, "--dir", "/tmp", "--remount-ro", "/", "--"]

@@ -26,13 +26,16 @@ START = 60.0  # seconds a cage may take until it is shut, on a busy machine
 GRACE = 2.0  # seconds between a CPU limit that is met and the end
 
 
-class _Caged:
+class Caged:
     """A running process in a cage, from start to certain end."""
 
-    def __init__(self, cage: Cage, role: Role, limits: Allowance, text: str, pipes: Mapping[str, int]) -> None:
+    def __init__(
+        self, cage: Cage, role: Role, limits: Allowance, text: str, pipes: Mapping[str, int], argv: Sequence[str] = (),
+        packages: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         program, (ready, told) = text_file(text), os.pipe()
         try:
-            command = cage.command(role, limits, {"text": program, "ready": told, **pipes})
+            command = cage.command(role, limits, {"text": program, "ready": told, **pipes}, argv, packages)
             out = subprocess.PIPE if role == "python" else subprocess.DEVNULL  # standard error tells why a cage failed, too
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd="/",
@@ -46,11 +49,11 @@ class _Caged:
             os.close(told)
         self.kind, self.ready = cage.kind, ready
 
-    def wait_until_shut(self) -> None:
+    def wait_until_shut(self, seconds: float = START) -> None:
         """Raises `SandboxError` if the cage fails before the program begins."""
         with contextlib.closing(os.fdopen(self.ready, "rb", buffering=0)) as ready, selectors.DefaultSelector() as selector:
             selector.register(ready, selectors.EVENT_READ)
-            if selector.select(START) and ready.read(1) == b"r":
+            if selector.select(seconds) and ready.read(1) == b"r":
                 return
         self.end()
         assert self.process.stderr is not None
@@ -72,8 +75,8 @@ class _Caged:
 
 
 @contextlib.contextmanager
-def _started(cage: Cage, role: Role, limits: Allowance, text: str, pipes: Mapping[str, int]) -> Iterator[_Caged]:
-    caged = _Caged(cage, role, limits, text, pipes)
+def _started(cage: Cage, role: Role, limits: Allowance, text: str, pipes: Mapping[str, int]) -> Iterator[Caged]:
+    caged = Caged(cage, role, limits, text, pipes)
     try:
         caged.wait_until_shut()
         yield caged

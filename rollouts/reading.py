@@ -17,6 +17,8 @@ from ..agents.types import SettingError, Task
 from .rows import own_split, rows_of
 
 Scores = tuple[float, float]  # exact match, F1
+MAX_SAID = 20_000  # characters of an answer; a longer one is worth nothing, and would take long to compare
+MAX_NUMBER = 100  # characters of a number
 
 
 # sets
@@ -90,6 +92,8 @@ def scores(said: str, task: Task) -> Scores:
     """(exact match, F1) of a text, the better of all right answers. Raises `ValueError` for a task without one."""
     if task.answer is None or task.answer == []:
         raise ValueError(f"task {task.id!r} has no answer to compare with")
+    if len(said) > MAX_SAID:
+        return 0.0, 0.0
     answers = task.answer if isinstance(task.answer, (list, tuple)) else [task.answer]
     if task.meta.get("_scorer") == "drop":
         parts = [part for part in said.split("|") if part.strip()]
@@ -138,7 +142,7 @@ def _drop_word(word: str) -> str:
 
 
 def _number(word: str) -> float | None:
-    return float(word) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?", word) else None
+    return float(word) if len(word) <= MAX_NUMBER and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?", word) else None
 
 
 def _overlap(ours: frozenset[str], theirs: frozenset[str]) -> float:

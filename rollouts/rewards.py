@@ -297,7 +297,11 @@ async def _score(task: Task, episode: Episode, fn: RewardFn, timeout: float) -> 
     except SandboxError:
         raise
     except Exception as error:  # any failure of a reward is data of this episode
-        why = f"not there after {timeout:g} s (reward_timeout)" if clock.expired() else f"{type(error).__name__}: {str(error)[:MAX_TOLD]}"
+        why = (
+            f"not there after {timeout:g} s (reward_timeout)"
+            if clock.expired()
+            else f"{type(error).__name__}: {str(error)[:MAX_TOLD]}"
+        )
         return [Reward(fn_name(fn), math.nan, f"reward {fn_name(fn)!r} failed: {why}")]
 
 

@@ -6,8 +6,9 @@ JOB is JSON: limits, filter, what may be read (`Cage.command` makes it); what is
 `text`. Standard library alone, no import of ours: it is read as a file where nothing of marlora's is.
 
 From the moment the filter is on, this process cannot fork, open a socket, send a signal or read a file other than Python's own.
-Roles: `python` runs a program, `candidate` answers calls of a program's functions, `checker` runs tests that make these calls, `exec`
-becomes another executable.
+Roles: `python` runs a program, `candidate` answers calls of a program's functions, `checker` runs tests that make these
+calls, `exec` becomes another executable. `scorer` may fork, and nothing else: it runs `scorer.py`, which is ours, and each child
+that reads a model's answer gives that right up first.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 22, 24, 38, 47
 CAPSET = {"x86_64": 126, "aarch64": 91}
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # Landlock: the same numbers on every architecture
-READ = 0b1101  # execute, read file, read folder
+READ, LIST = 0b1101, 0b1000  # execute, read file, read folder
 # All that Landlock can refuse, by version of its interface: 13 rights of files, then refer, truncate, ioctl of devices.
 FILE_RIGHTS = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF, 5: 0xFFFF}
 MAX_LINE = 1 << 20  # bytes of one call or answer between checker and candidate
@@ -74,19 +75,23 @@ def drop_capabilities() -> None:
     must(libc.syscall(CAPSET[os.uname().machine], header, none), "capset")
 
 
-def landlock(paths: list[str]) -> None:
-    """Only what is below `paths` can be read, nothing written; no TCP, no signal or abstract socket to the outside."""
+def landlock(paths: list[str], listed: list[str]) -> None:
+    """Only what is below `paths` can be read, nothing written; no TCP, no signal or abstract socket to the outside.
+
+    Below `listed` the names of files can be read, not their contents.
+    """
     abi = must(libc.syscall(CREATE_RULESET, None, 0, 1), "landlock")
     files = FILE_RIGHTS[min(abi, 5)]
     # struct landlock_ruleset_attr: access_fs, access_net (from 4 on), scoped (from 6 on)
     attr = (ctypes.c_uint64 * 3)(files, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
     ruleset = must(libc.syscall(CREATE_RULESET, attr, 8 * (1 + (abi >= 4) + (abi >= 6)), 0), "landlock ruleset")
-    for path in paths:
+    for path, rights in [*((path, READ) for path in paths), *((path, LIST) for path in listed)]:
         try:
             handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except FileNotFoundError:
             continue
-        rights = READ if os.path.isdir(path) else READ & 0b101
+        if not os.path.isdir(path):
+            rights &= 0b101
         rule = rights.to_bytes(8, sys.byteorder) + handle.to_bytes(4, sys.byteorder)
         must(libc.syscall(ADD_RULE, ruleset, 1, rule, 0), "landlock rule")
         os.close(handle)
@@ -116,7 +121,7 @@ def shut_in(job: Job) -> None:
     drop_capabilities()
     must(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     if job["landlock"]:
-        landlock(job["landlock"])
+        landlock(job["landlock"], job["listed"])
     seccomp(bytes.fromhex(job["filter"]))
 
 
@@ -293,6 +298,22 @@ def run_checker(job: Job, text: str) -> None:
             say(told(error))
 
 
+def run_scorer(job: Job, text: str) -> None:
+    """Serve scores with the text of `scorer.py`. Ready is when its packages are imported."""
+
+    def ready() -> None:
+        os.write(job["ready"], b"r")
+        os.close(job["ready"])
+
+    space: dict[str, Any] = {"__name__": "scorer", "__builtins__": __builtins__}
+    exec(compile(text, "scorer.py", "exec", dont_inherit=True), space)
+    try:
+        space["serve"](job, ready, lambda: seccomp(bytes.fromhex(job["inner_filter"])))
+    except Exception as error:
+        os.write(2, ("scorer: " + told(error)).encode())
+        os._exit(1)
+
+
 def main() -> None:
     job = json.loads(sys.argv[1])
     try:
@@ -300,14 +321,16 @@ def main() -> None:
         shut_in(job)
         more = sys.argv[2:]
         sys.argv[:] = [""]
-        role = {"python": run_python, "candidate": run_candidate, "checker": run_checker}.get(job["role"])
+        roles = {"python": run_python, "candidate": run_candidate, "checker": run_checker, "scorer": run_scorer}
+        role = roles.get(job["role"])
         if role is None:
             os.execv(job["argv"][0], job["argv"] + more)
     except Exception as error:
         os.write(2, ("cage: " + type(error).__name__ + ": " + str(error)).encode())
         os._exit(BAD_JOB)
-    os.write(job["ready"], b"r")  # from here on, whatever happens is the program's doing
-    os.close(job["ready"])
+    if role is not run_scorer:
+        os.write(job["ready"], b"r")  # from here on, whatever happens is the program's doing
+        os.close(job["ready"])
     role(job, text)
 
 

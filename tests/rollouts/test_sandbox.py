@@ -192,7 +192,7 @@ except OSError:
 def test_where_no_cage_holds_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail closed: a machine without bubblewrap and Landlock, and one where they are there and do not hold."""
     proof._tried.cache_clear()
-    monkeypatch.setattr(cages_module, "call_filter", lambda executes: "060000000000ff7f")  # a filter that allows everything
+    monkeypatch.setattr(cages_module, "call_filter", lambda *rights: "060000000000ff7f")  # a filter that allows everything
     monkeypatch.setattr(proof, "Cage", lambda kind: Cage("landlock"))
     try:
         with pytest.raises(SandboxError, match=r"does not hold; what came through: .*fork.*internet"):
