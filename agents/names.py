@@ -88,7 +88,7 @@ def function_named(kind: str, name: str, shipped: Mapping[str, Callable[..., Any
     found = _found(kind, f"{kind} maker" if makes else kind, maker if makes else name, shipped, name)
     if not callable(found):
         raise SettingError(f"{kind} {name!r}: expected a function, found a {type(found).__name__}")
-    return found(text[:-1]) if makes else found  # type: ignore[no-any-return]
+    return found(text[:-1]) if makes else found
 
 
 def check_name(kind: str, name: str, shipped: Mapping[str, Callable[..., Any]]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from marlora.agents.types import SettingError, Task, nearest, to_json
 from marlora.recipes.cli_eval import add_eval, cmd_eval
@@ -175,8 +175,17 @@ def cmd_doctor(args: argparse.Namespace) -> None:
         raise RunError(f"doctor: training cannot work here: {', '.join(broken)}")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says which flags it does not know, and not what was typed after them: that may be a key."""
+
+    def error(self, message: str) -> NoReturn:
+        head, found, rest = message.partition("unrecognized arguments: ")
+        flags = [word.partition("=")[0] for word in rest.split() if word.startswith("-")]
+        super().error(f"{head}{found}{' '.join(flags) or '(not shown: no flag stands before them)'}" if found else message)
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="marlora", description=__doc__, allow_abbrev=False)
+    top = _Parser(prog="marlora", description=__doc__, allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from marlora.agents.types import SettingError
 from marlora.rollouts.engines.start import EngineConfig
 from marlora.rollouts.play import Job
 from marlora.rollouts.saved import read_checkpoint
+from marlora.rollouts.secrecy import not_shown
 from marlora.rollouts.served import ServedTeam
 from marlora.rollouts.types import Episode
 from marlora.trainers.models import local_model
@@ -50,8 +51,16 @@ def add_team(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
         elif isinstance(value, list):
             kind = {"nargs": "+", "default": value}
         elif isinstance(value, dict):
-            kind = {"type": json.loads, "default": value, "metavar": "JSON"}
+            kind = {"type": _json, "default": value, "metavar": "JSON"}
         engine.add_argument(f"--{f.name}", help=f.metadata["help"].replace("%", "%%"), **kind)
+
+
+def _json(text: str) -> Any:
+    """JSON on the command line. What is none is not repeated in the error: it may hold a key."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected JSON, {not_shown(text)}") from error
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

@@ -26,6 +26,7 @@ from marlora.rollouts.engines.start import EngineConfig, choose_engine, cpu_has_
 from marlora.rollouts.engines.vllm_args import RANKS
 from marlora.rollouts.engines.vllm_server import free_port
 from marlora.rollouts.engines.vllm_urls import DOORS, open_doors, tidy
+from marlora.rollouts.secrecy import shown_url
 from marlora.rollouts.tokens import ChatTokens, load_tokenizer
 from marlora.trainers.models import cache
 
@@ -191,7 +192,9 @@ def routes(server_urls: Sequence[str]) -> list[Row]:
         try:
             found = open_doors(tidy(url))
         except SettingError as error:
-            rows.append((f"routes of {url}", str(error).removeprefix("server_urls: "), "start it, or correct the address"))
+            rows.append(
+                (f"routes of {shown_url(url)}", str(error).removeprefix("server_urls: "), "start it, or correct the address")
+            )
             continue
         why = "start it with marlora's guard, or accept that with allow_open_server"
         rows.append((f"routes of {url}", f"open: {', '.join(found)}" if found else "closed without the key", why if found else ""))

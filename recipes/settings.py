@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from marlora.agents.types import AgentSpec, PolicySpec, SettingError, nearest
+from marlora.rollouts.secrecy import MAY_HOLD_KEYS
 
 T = TypeVar("T")
 
@@ -41,7 +42,8 @@ def parse(cls: type[T], recipe: str | Path, argv: Sequence[str] | None = None) -
     parser.set_defaults_with_config(**settings)
     config, rest = parser.parse_args_into_dataclasses(args=args, return_remaining_strings=True)
     if rest:
-        raise SettingError(f"unknown setting {rest[0]!r}; {nearest(rest[0].lstrip('-').split('=')[0], sorted(known))}")
+        flag = rest[0].partition("=")[0] if rest[0].startswith("-") else "(not shown: no flag stands before it)"
+        raise SettingError(f"unknown setting {flag!r}; {nearest(flag.lstrip('-'), sorted(known))}")
     return config
 
 
@@ -69,6 +71,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         settings = yaml.load(path.read_text(), Loader=_loader())
     except OSError as error:
         raise SettingError(f"--config {path}: {error.strerror}; expected a YAML file") from error
+    except yaml.MarkedYAMLError as error:  # as a text it quotes the line, which may hold a key
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = "found an alias of nothing" if isinstance(error, yaml.composer.ComposerError) else error.problem
+        raise SettingError(f"{path}: not YAML: {' '.join(filter(None, (error.context, problem)))}{where}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if settings is None:
@@ -156,7 +163,8 @@ def _put(settings: dict[str, Any], flag: str, path: Sequence[str], value: Any) -
             place[key] = {}
         place = place[key]
         if not isinstance(place, dict):
-            raise SettingError(f"{flag}: {'.'.join(path[: number + 1])} is {place!r}, so nothing can be set inside it")
+            told = f"a {type(place).__name__}" if path[0] in MAY_HOLD_KEYS else repr(place)
+            raise SettingError(f"{flag}: {'.'.join(path[: number + 1])} is {told}, so nothing can be set inside it")
     place[path[-1]] = value
 
 

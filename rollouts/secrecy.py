@@ -1,26 +1,119 @@
-"""What is said of a setting that may hold a key: never its value."""
+"""Settings that take a key, or an address in which one may stand: checked when they are read, and never shown.
+
+A key typed where the name of a file belongs would otherwise stand in an error, a log, `config.yaml`, a tracker or a checkpoint. So what
+cannot be such a name is refused before anything is written, and the error tells of the value's length only.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from ..agents.types import SettingError
+
 HIDDEN = "***"
+MAY_HOLD_KEYS = ("server_key", "server_urls", "router_url", "policies", "engine_args")  # settings
+_HOST = re.compile(r"[a-z0-9]([a-z0-9.-]{0,60}[a-z0-9])?:\d{1,5}(/v1)?/?", re.IGNORECASE)  # an address that lacks its http://
+_SECRET_ARGUMENT = re.compile(r"(^|[-_])(key|token|secret|password)$", re.IGNORECASE)
 
 
-def may_be_key(setting: str, value: str) -> str:
-    """How an error speaks of a value that should have been the name of a variable or of a file."""
-    return f"{setting}: its value (of {len(value)} characters, not shown, because it may be a key)"
+def not_shown(value: Any) -> str:
+    """What an error says in place of a value that may be a key."""
+    size = f"a text of {len(value)} characters" if isinstance(value, str) else f"a {type(value).__name__}"
+    return f"got {size} (not shown, because it may be a key)"
 
 
-def shown_url(url: str) -> str:
-    """An address as it may be shown: without user, password, query and fragment, where keys stand."""
+def told_value(setting: str, value: Any) -> str:
+    """What an error says of the wrong value of a setting: the value, unless it may hold a key."""
+    return not_shown(value) if setting.partition(".")[0] in MAY_HOLD_KEYS else f"got {value!r}"
+
+
+def check_key_name(setting: str, name: Any) -> None:
+    """Raise `SettingError` unless this is "", an environment variable that is set, or a file that is there."""
+    try:
+        found = isinstance(name, str) and (not name or name in os.environ or Path(name).is_file())
+    except (OSError, ValueError):  # what no file can be called
+        found = False
+    if not found:
+        raise SettingError(
+            f"{setting}: expected the name of an environment variable that is set, or of a file that is there and holds the key; "
+            f"{not_shown(name)}"
+        )
+
+
+def usable_key(setting: str, key: str) -> str:
+    """A key without the white space around it. Raises `SettingError` for one that no header can carry."""
+    key = key.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise SettingError(f"{setting}: a key is one line of printable ASCII; {not_shown(key)}")
+    return key
+
+
+def check_url(setting: str, url: Any) -> str:
+    """An address without user, password, query and fragment, where keys would stand. Raises `SettingError`."""
+    try:
+        parts = urlsplit(url) if isinstance(url, str) else None
+        usable = parts is not None and parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+        secret = parts is not None and ("@" in parts.netloc or parts.query or parts.fragment)
+    except ValueError:
+        usable, secret = False, True
+    if not usable or secret:
+        known = isinstance(url, str) and _HOST.fullmatch(url)
+        told = f"got {url!r}" if known else not_shown(url)
+        raise SettingError(f"{setting}: expected http://HOST:PORT/v1 without user, password, query or fragment; {told}")
+    return str(url)
+
+
+def shown_url(url: Any) -> str:
+    """Any address as it may be shown: without what may be a key."""
     try:
         parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-        if not (parts.scheme and host):
-            return f"(an address of {len(url)} characters, not shown, because it may be a key)"
-        user = f"{HIDDEN}@" if "@" in parts.netloc else ""
-        tail = f"?{HIDDEN}" if parts.query or parts.fragment else ""
-        return urlunsplit((parts.scheme, user + host, parts.path, "", "")) + tail
-    except ValueError:
-        return f"(an address of {len(url)} characters, not shown, because it may be a key)"
+        plain = parts.scheme in ("http", "https") and parts.port != 0  # a port that is no number raises
+    except (ValueError, AttributeError, TypeError):
+        plain = False
+    if not plain:
+        return f"an address ({not_shown(url)})"
+    host = parts.netloc.rpartition("@")[2]
+    tail = f"?{HIDDEN}" if parts.query or parts.fragment else ""
+    return urlunsplit((parts.scheme, f"{HIDDEN}@{host}" if "@" in parts.netloc else host, parts.path, "", "")) + tail
+
+
+def check_addresses(server_urls: Any, router_url: Any, server_key: Any) -> None:
+    """The settings of an engine that take addresses and keys."""
+    if isinstance(server_urls, Sequence) and not isinstance(server_urls, str):
+        for url in server_urls:
+            check_url("server_urls", url)
+    elif server_urls:
+        raise SettingError(f"server_urls: expected a list of addresses; {not_shown(server_urls)}")
+    if router_url != "":
+        check_url("router_url", router_url)
+    check_key_name("server_key", server_key)
+
+
+def check_policies(policies: Any) -> None:
+    """The addresses of outside models in `policies`."""
+    for name, given in policies.items() if isinstance(policies, Mapping) else ():
+        if given is not None and not isinstance(given, Mapping):
+            raise SettingError(f"policies.{name}: expected a mapping, {not_shown(given)}")
+        if given and given.get("url") is not None:
+            check_url(f"policies.{name}.url", given["url"])
+
+
+def check_arguments(arguments: Any) -> None:
+    """Keys among `engine_args`: they would stand in the list of processes, in logs and in `config.yaml`."""
+    for name, value in arguments.items() if isinstance(arguments, Mapping) else ():
+        check_arguments(value)
+        if _SECRET_ARGUMENT.search(str(name)):
+            raise SettingError(
+                f"engine_args.{name}: keys are not given here, where the list of processes and config.yaml would show them; "
+                "set the environment variable that vLLM reads, such as HF_TOKEN"
+            )
+
+
+def without(text: str, key: str) -> str:
+    """A server's words without the key that it was sent, which some repeat."""
+    return text.replace(key, HIDDEN) if key else text

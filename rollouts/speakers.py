@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from ..agents.team import Call
 from ..agents.types import BASE, Completion, PolicySpec, SettingError, to_json
 from .engines.engine import Engine, EngineError, PromptTooLong, Ref
+from .secrecy import check_url, usable_key, without
 from .tokens import ChatTokens
 
 # how servers say that a prompt does not fit the model
@@ -50,6 +51,7 @@ class OutsideSpeaker:
     def __init__(self, policy: PolicySpec, *, timeout: float = 120.0, tries: int = 4, pause: float = 1.0) -> None:
         if not policy.url:
             raise SettingError(f"policy {policy.name!r}: url is empty; an outside model needs the address of its /v1")
+        check_url(f"policies.{policy.name}.url", policy.url)
         self.policy, self.timeout, self.tries, self.pause = policy, timeout, tries, pause
 
     def _body(self, call: Call) -> dict[str, Any]:
@@ -68,7 +70,7 @@ class OutsideSpeaker:
         import aiohttp
 
         url = f"{str(self.policy.url).rstrip('/')}/chat/completions"
-        key = os.environ.get("MARLORA_OUTSIDE_KEY")
+        key = usable_key("environment variable MARLORA_OUTSIDE_KEY", os.environ.get("MARLORA_OUTSIDE_KEY", ""))
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         problem = ""
         for attempt in range(self.tries):
@@ -80,7 +82,7 @@ class OutsideSpeaker:
                     aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
                     session.post(url, json=self._body(call)) as response,
                 ):
-                    text = await response.text(errors="replace")
+                    text = without(await response.text(errors="replace"), key)
                     if response.status == 200:
                         return self._completions(text, url)
                     problem = f"{response.status} {text[:300]}"

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 from ..agents.types import BASE, AdapterSpec, AgentSpec, PolicySpec, Sampling, SettingError, from_json, nearest, to_json
 from ..rollouts.engines.start import EngineConfig, help_of
 from ..rollouts.play import Limits
+from ..rollouts.secrecy import check_policies, told_value
 from .trackers import check_names
 
 
@@ -98,6 +99,8 @@ class RunConfig(EngineConfig):
     def __post_init__(self) -> None:
         for name in ("system", "agents", "policies", "task_args", "engine_args"):
             setattr(self, name, parsed_mapping(name, getattr(self, name)))
+        super().__post_init__()  # before any other check shows a value
+        check_policies(self.policies)
         if isinstance(self.gradient_checkpointing, bool):  # YAML's true is no text
             self.gradient_checkpointing = str(self.gradient_checkpointing).lower()
         hints = get_type_hints(type(self))  # not `field.type`: parsers write to it
@@ -178,14 +181,15 @@ def parsed_mapping(name: str, value: Any) -> dict[str, Any]:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise SettingError(f"{name}: expected a mapping (YAML, JSON or --{name}.KEY), got {value!r}") from error
+            told = told_value(name, value)
+            raise SettingError(f"{name}: expected a mapping (YAML, JSON or --{name}.KEY), {told}") from error
     return mapping(name, value)
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:
     """A copy of a mapping that may be left empty in YAML."""
     if value is not None and not isinstance(value, Mapping):
-        raise SettingError(f"{name}: expected a mapping, got {value!r}")
+        raise SettingError(f"{name}: expected a mapping, {told_value(name, value)}")
     return dict(value or {})
 
 

@@ -10,11 +10,13 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ...agents.types import SettingError, from_json, to_json
+from ..secrecy import check_url, not_shown
 from .engine import EngineError
 from .vllm_args import ServerSettings, served_dtype
 from .vllm_server import VLLMServer, start_servers
@@ -27,7 +29,7 @@ class Endpoint:
     """A server that others started. `key_file` "" is a server without a key; `dtype` "" is one that does not say of its weights."""
 
     url: str
-    key_file: str = ""
+    key_file: str = field(default="", repr=False)  # if it is no path after all, it may be a key
     model: str = ""
     dtype: str = ""
 
@@ -47,7 +49,7 @@ def read_endpoints(path: Path, model: str) -> list[Endpoint]:
     for file in files:
         try:
             entries = json.loads(file.read_text())["servers"]
-            found += [from_json(Endpoint, entry, f"{file}: servers[{i}]") for i, entry in enumerate(entries)]
+            found += [_endpoint(entry, f"endpoints {file}: servers[{i}]") for i, entry in enumerate(entries)]
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, SettingError):
                 raise
@@ -55,6 +57,17 @@ def read_endpoints(path: Path, model: str) -> list[Endpoint]:
                 f'endpoints {file}: expected {{"servers": [{{"url": ..., "key_file": ...}}]}} ({error!r})'
             ) from error
     return [endpoint for endpoint in found if endpoint.model in ("", model)]
+
+
+def _endpoint(entry: Any, where: str) -> Endpoint:
+    """One server of a file. What may be a key is checked first, since other errors show the value that is wrong."""
+    if not isinstance(entry, Mapping):
+        raise SettingError(f"{where}: expected an object with url and key_file; {not_shown(entry)}")
+    if "url" in entry:
+        check_url(f"{where}.url", entry["url"])
+    if not isinstance(entry.get("key_file", ""), str):
+        raise SettingError(f"{where}.key_file: expected the path of a file; {not_shown(entry['key_file'])}")
+    return from_json(Endpoint, entry, where)
 
 
 async def wait_for_endpoints(path: Path, model: str, count: int, seconds: float, say: Callable[[str], None]) -> list[Endpoint]:

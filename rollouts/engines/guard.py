@@ -30,11 +30,16 @@ Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 
 
 def read_key(path: str | Path) -> str:
-    """The key in a file that only its owner may read. Raises `ValueError` when others may, or when it is short."""
+    """The key in a file that only its owner may read. Raises `ValueError` when others may, or when it is short or no line."""
     path = Path(path)
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise ValueError(f"key file {path}: only its owner may read it; run chmod 600 {path}")
-    key = path.read_text(encoding="ascii").strip()
+    try:
+        key = path.read_bytes().strip().decode("ascii")
+    except UnicodeDecodeError:
+        key = "\0"
+    if not key.isprintable():
+        raise ValueError(f"key file {path}: expected one line of printable ASCII")
     if len(key) < 16:
         raise ValueError(f"key file {path}: at least 16 characters expected, got {len(key)}")
     return key

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...agents.types import PolicySpec, SettingError
+from ..secrecy import check_addresses, check_arguments
 from ..tokens import ChatTokens
 from .engine import Engine
 
@@ -44,6 +45,10 @@ class EngineConfig:
     )
     max_model_len: int = help_of("context of our server in tokens; 0 = the model's own, at most 4096", 0)
     allow_open_server: bool = help_of("accept servers by URL that answer without a key", False)
+
+    def __post_init__(self) -> None:
+        check_addresses(self.server_urls, self.router_url, self.server_key)
+        check_arguments(self.engine_args)
 
 
 def cpu_has_bfloat16() -> bool:

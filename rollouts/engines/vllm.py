@@ -287,7 +287,7 @@ def _connect(server: VLLMServer | Endpoint | str, key: str, allow_open: bool, pa
         base, context = served_base(server.url, server.key)
         return Replica(server.name, server.url, server.key, base, patience, server), context
     key_file = server.key_file if isinstance(server, Endpoint) else ""
-    url, key = tidy(server.url if isinstance(server, Endpoint) else server), key_from(key_file) or key
+    url, key = tidy(server.url if isinstance(server, Endpoint) else server), key_from(key_file, "endpoints: key_file") or key
     if not allow_open:
         refuse_open(url)
     base, context = served_base(url, key)

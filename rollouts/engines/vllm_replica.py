@@ -347,8 +347,8 @@ def fresh_key(path: str) -> str:
     """The key that stands in the file now. `Transient` while there is none."""
     try:
         return read_key(path)
-    except (OSError, ValueError) as error:
-        raise Transient(f"key file {path}: {error}") from error
+    except (OSError, ValueError) as error:  # the path was refused at start-up if it was none, see `secrecy`
+        raise Transient(f"key file {path}: {error.strerror if isinstance(error, OSError) else error}") from error
 
 
 def loaded(reply: Any) -> dict[str, str]:

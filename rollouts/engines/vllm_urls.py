@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from urllib.parse import urlsplit
 
 from ...agents.types import SettingError
+from ..secrecy import check_key_name, check_url, usable_key
 from .guard import read_key
 from .vllm_server import http
 
@@ -24,23 +24,23 @@ CLOSED = (401, 403, 404, 405)
 
 
 def tidy(url: str) -> str:
-    """`http://host:8000/v1/` -> `http://host:8000`. Raises `SettingError` for what is no URL."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-        raise SettingError(f"server_urls: expected http://HOST:PORT, got {url!r}")
-    return url.rstrip("/").removesuffix("/v1")
+    """`http://host:8000/v1/` -> `http://host:8000`. Raises `SettingError` for what is no URL, or may hold a key."""
+    return check_url("server_urls", url).rstrip("/").removesuffix("/v1")
 
 
-def key_from(name: str) -> str:
+def key_from(name: str, setting: str = "server_key") -> str:
     """The key in the environment variable of this name, or in the file at this path (readable by its owner only). "" -> ""."""
+    check_key_name(setting, name)
     if not name:
         return ""
     if name in os.environ:
-        return os.environ[name]
+        return usable_key(f"{setting}: environment variable {name}", os.environ[name])
     try:
         return read_key(name)
-    except (OSError, ValueError) as error:
-        raise SettingError(f"server_key: {name!r} is neither an environment variable nor a usable key file ({error})") from error
+    except OSError as error:
+        raise SettingError(f"{setting}: the key file cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise SettingError(f"{setting}: {error}") from error
 
 
 def open_doors(url: str) -> list[str]:
