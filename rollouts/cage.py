@@ -157,17 +157,19 @@ class Cage:
             packages: files and folders of installed packages that can be read too, for a `scorer` alone.
         """
         readable = (*self.readable, str(WARDEN), *(argv[:1] if role == "exec" else ()))
+        listed: list[str] = []
+        allowed: list[str] = []
+        if self.kind == "landlock":
+            listed, allowed = without_packages((*readable, *DEVICES, "/etc/ld.so.cache"))
+            listed = [*listed, *dict.fromkeys(map(os.path.dirname, packages))]
         scratch = limits.scratch if self.kind == "bubblewrap" else 0  # Landlock cannot bound what is written
         job = {
             "role": role, "argv": list(argv), "cpu_seconds": limits.cpu_seconds, "memory": limits.memory,
             "scratch": scratch, "mount": self.kind == "bubblewrap", "filter": call_filter(role == "exec", role == "scorer"),
             "inner_filter": call_filter() if role == "scorer" else "",
-            "landlock": [], "listed": [], "packages": list(dict.fromkeys(map(os.path.dirname, packages))), **pipes,
+            "landlock": [*allowed, *packages] if self.kind == "landlock" else [], "listed": listed,
+            "packages": list(dict.fromkeys(map(os.path.dirname, packages))), **pipes,
         }  # fmt: skip
-        if self.kind == "landlock":
-            job["listed"], job["landlock"] = without_packages((*readable, *DEVICES, "/etc/ld.so.cache"))
-            job["listed"] += job["packages"]
-            job["landlock"] += packages
         start = [interpreter()[0], "-I", "-S", "-B", str(WARDEN), json.dumps(job)]
         return [*self._namespaces(readable, packages), *start] if self.kind == "bubblewrap" else start
 

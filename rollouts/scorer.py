@@ -15,11 +15,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import dis
+import functools
 import gc
 import importlib.machinery
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -41,17 +43,94 @@ FORBIDDEN = (
 )  # fmt: skip
 ALLOWED = ("os.listdir", "os.scandir", "os.walk", "os.fwalk")
 IMPORTER = "<frozen importlib._bootstrap>"
+NOT_FINITE = re.compile(r"(?<![a-z])(?:nan|inf|infinity)[ij]?(?![a-z])", re.IGNORECASE)
 # Instructions of displays and of arithmetic, over all versions of Python; no attribute, no function, no import, no loop.
 DISPLAY = frozenset(
-    "RESUME NOP CACHE EXTENDED_ARG LOAD_CONST LOAD_SMALL_INT BUILD_TUPLE BUILD_LIST BUILD_SET BUILD_MAP BUILD_CONST_KEY_MAP "
-    "LIST_EXTEND SET_UPDATE UNARY_NEGATIVE UNARY_POSITIVE UNARY_NOT UNARY_INVERT BINARY_OP CALL_INTRINSIC_1 "
-    "RETURN_VALUE RETURN_CONST".split()
+    [
+        "RESUME",
+        "NOP",
+        "CACHE",
+        "EXTENDED_ARG",
+        "LOAD_CONST",
+        "LOAD_SMALL_INT",
+        "BUILD_TUPLE",
+        "BUILD_LIST",
+        "BUILD_SET",
+        "BUILD_MAP",
+        "BUILD_CONST_KEY_MAP",
+        "LIST_EXTEND",
+        "SET_UPDATE",
+        "UNARY_NEGATIVE",
+        "UNARY_POSITIVE",
+        "UNARY_NOT",
+        "UNARY_INVERT",
+        "BINARY_OP",
+        "CALL_INTRINSIC_1",
+        "RETURN_VALUE",
+        "RETURN_CONST",
+    ]
 )
-ARITHMETIC = DISPLAY | frozenset("LOAD_NAME PUSH_NULL PRECALL CALL KW_NAMES CALL_KW COMPARE_OP".split())
+ARITHMETIC = DISPLAY | frozenset(["LOAD_NAME", "PUSH_NULL", "PRECALL", "CALL", "KW_NAMES", "CALL_KW", "COMPARE_OP"])
 MATHEMATICS = frozenset(
-    "Integer Float Rational Symbol Function Add Mul Pow sqrt cbrt root real_root exp log ln Mod Max Min Abs abs pow round max "
-    "min sum Eq Ne Lt Le Gt Ge Equality Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan And Or Not Tuple Interval Union "
-    "FiniteSet Integral Derivative pi E I oo zoo nan true false factor expand simplify".split()
+    [
+        "Integer",
+        "Float",
+        "Rational",
+        "Symbol",
+        "Function",
+        "Add",
+        "Mul",
+        "Pow",
+        "sqrt",
+        "cbrt",
+        "root",
+        "real_root",
+        "exp",
+        "log",
+        "ln",
+        "Mod",
+        "Max",
+        "Min",
+        "Abs",
+        "abs",
+        "pow",
+        "round",
+        "max",
+        "min",
+        "sum",
+        "Eq",
+        "Ne",
+        "Lt",
+        "Le",
+        "Gt",
+        "Ge",
+        "Equality",
+        "Unequality",
+        "StrictLessThan",
+        "LessThan",
+        "StrictGreaterThan",
+        "GreaterThan",
+        "And",
+        "Or",
+        "Not",
+        "Tuple",
+        "Interval",
+        "Union",
+        "FiniteSet",
+        "Integral",
+        "Derivative",
+        "pi",
+        "E",
+        "I",
+        "oo",
+        "zoo",
+        "nan",
+        "true",
+        "false",
+        "factor",
+        "expand",
+        "simplify",
+    ]
 )
 
 
@@ -157,8 +236,16 @@ def math_work(job: dict[str, Any]) -> Callable[[Any], Work]:
     return lambda setup: work
 
 
+def gym_score(dataset: Any, request: dict[str, Any]) -> Any:
+    """The set's own score. Not a number is within any bound that a set sets wrongly (`min(1, nan)` is 1), so no answer is one."""
+    answer, entry = request["answer"], unplain(request["entry"])
+    if (found := NOT_FINITE.search(answer)) and found[0].lower() not in str(entry["answer"]).lower():
+        raise ValueError(f"{found[0]} is no answer")
+    return dataset.score_answer(answer=answer, entry=entry)
+
+
 def gym_work(job: dict[str, Any]) -> Callable[[Any], Work]:
-    sys.meta_path.insert(0, Drawing)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Drawing)
     import reasoning_gym
 
     made: dict[str, Work] = {}
@@ -168,7 +255,7 @@ def gym_work(job: dict[str, Any]) -> Callable[[Any], Work]:
         if key not in made:
             name, args = setup
             dataset = reasoning_gym.create_dataset(name, **args)
-            made[key] = lambda request: dataset.score_answer(answer=request["answer"], entry=unplain(request["entry"]))
+            made[key] = functools.partial(gym_score, dataset)
         return made[key]
 
     return prepared

@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (an answer is a line)
 """Answers that attack whoever scores them. `MARK` stands for a file that must never be made."""
 
 from __future__ import annotations
@@ -83,15 +82,17 @@ LOADS: dict[str, str] = {
     "a forged verdict": '{"result": 1.0}',
     "forged verdicts": '{"result": 1.0}\n' * 100,
     "nan": "nan",
+    "imaginary nan": "nanj",
+    "nan in a list": "[nan, NaN]",
     "infinity": "float('inf')",
     "oo": "oo",
     "zoo": "zoo - zoo",
 }  # fmt: skip
 
 QUICK = (
-    "shell", "shell in a list", "open", "exec", "sqrt", "a string in a function", "strings in strings", "Symbol that is printed", "lambda",
+    "shell", "shell in a list", "open", "exec", "a string in a function", "strings in strings", "Symbol that is printed", "lambda",
     "the set patched", "names of the scorer", "end", "every descriptor", "a later writer", "equal to all", "nesting", "objects", "a megabyte",
-    "surrogates", "NUL", "a forged verdict", "nan", "oo",
+    "surrogates", "NUL", "a forged verdict", "nan", "imaginary nan", "nan in a list", "oo",
 )  # fmt: skip
 
 
