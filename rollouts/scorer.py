@@ -45,93 +45,20 @@ ALLOWED = ("os.listdir", "os.scandir", "os.walk", "os.fwalk")
 IMPORTER = "<frozen importlib._bootstrap>"
 NOT_FINITE = re.compile(r"(?<![a-z])(?:nan|inf|infinity)[ij]?(?![a-z])", re.IGNORECASE)
 # Instructions of displays and of arithmetic, over all versions of Python; no attribute, no function, no import, no loop.
-DISPLAY = frozenset(
-    [
-        "RESUME",
-        "NOP",
-        "CACHE",
-        "EXTENDED_ARG",
-        "LOAD_CONST",
-        "LOAD_SMALL_INT",
-        "BUILD_TUPLE",
-        "BUILD_LIST",
-        "BUILD_SET",
-        "BUILD_MAP",
-        "BUILD_CONST_KEY_MAP",
-        "LIST_EXTEND",
-        "SET_UPDATE",
-        "UNARY_NEGATIVE",
-        "UNARY_POSITIVE",
-        "UNARY_NOT",
-        "UNARY_INVERT",
-        "BINARY_OP",
-        "CALL_INTRINSIC_1",
-        "RETURN_VALUE",
-        "RETURN_CONST",
-    ]
-)
+_DISPLAY = """
+RESUME NOP CACHE EXTENDED_ARG LOAD_CONST LOAD_SMALL_INT BUILD_TUPLE BUILD_LIST BUILD_SET BUILD_MAP
+BUILD_CONST_KEY_MAP LIST_EXTEND SET_UPDATE UNARY_NEGATIVE UNARY_POSITIVE UNARY_NOT UNARY_INVERT BINARY_OP
+CALL_INTRINSIC_1 RETURN_VALUE RETURN_CONST
+"""
+DISPLAY = frozenset(_DISPLAY.split())
 ARITHMETIC = DISPLAY | frozenset(["LOAD_NAME", "PUSH_NULL", "PRECALL", "CALL", "KW_NAMES", "CALL_KW", "COMPARE_OP"])
-MATHEMATICS = frozenset(
-    [
-        "Integer",
-        "Float",
-        "Rational",
-        "Symbol",
-        "Function",
-        "Add",
-        "Mul",
-        "Pow",
-        "sqrt",
-        "cbrt",
-        "root",
-        "real_root",
-        "exp",
-        "log",
-        "ln",
-        "Mod",
-        "Max",
-        "Min",
-        "Abs",
-        "abs",
-        "pow",
-        "round",
-        "max",
-        "min",
-        "sum",
-        "Eq",
-        "Ne",
-        "Lt",
-        "Le",
-        "Gt",
-        "Ge",
-        "Equality",
-        "Unequality",
-        "StrictLessThan",
-        "LessThan",
-        "StrictGreaterThan",
-        "GreaterThan",
-        "And",
-        "Or",
-        "Not",
-        "Tuple",
-        "Interval",
-        "Union",
-        "FiniteSet",
-        "Integral",
-        "Derivative",
-        "pi",
-        "E",
-        "I",
-        "oo",
-        "zoo",
-        "nan",
-        "true",
-        "false",
-        "factor",
-        "expand",
-        "simplify",
-    ]
-)
+_MATHEMATICS = """
+Integer Float Rational Symbol Function Add Mul Pow sqrt cbrt root real_root exp log ln Mod Max Min Abs abs pow
+round max min sum Eq Ne Lt Le Gt Ge Equality Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan
+And Or Not Tuple Interval Union FiniteSet Integral Derivative pi E I oo zoo nan true false factor expand
+simplify
+"""
+MATHEMATICS = frozenset(_MATHEMATICS.split())
 
 
 class NotMathematics(BaseException):
