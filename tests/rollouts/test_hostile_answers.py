@@ -138,7 +138,9 @@ def test_no_set_runs_an_answer(secret: str, tmp_path: Path) -> None:
     first = of_set("countdown")
     for name in sorted(set(DATASETS) - {"composite"}):  # composite is made of others, named in its settings
         task = of_set(name)
-        hostile = answers(str(mark), quick=name not in SETS_THAT_EVALUATE)
+        hostile = answers(str(mark), quick=True)
+        if name in SETS_THAT_EVALUATE:
+            hostile |= {key: text for key, text in answers(str(mark)).items() if key in CODE or key == "power"}
         found = attack("graded", task, None, hostile, secret)
         if found and name not in READ_AS_NO:
             through[name] = found
