@@ -17,8 +17,8 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from .programs import Allowance, Check, Exam, Execute, Externals, Outcome, SandboxError, Verdict
-from .tools import Tool, parse_calls, python_tool, resolve_tools, run_call, tool_prompt
+from .execution import Allowance, Check, Exam, Execute, Externals, Outcome, SandboxError, Verdict
+from .tools.tools import Tool, parse_calls, python_tool, resolve_tools, run_call, tool_prompt
 from .types import AgentSpec, Completion, Decision, Message, Sampling, SettingError, Task, Turn, from_json, nearest, to_json
 
 T = TypeVar("T")

@@ -204,7 +204,7 @@ class AgentSpec:
         prompt: system message of the agent's chats; "" sends none. `team.values["NAME.prompt"]` overrides it.
         policy: whose weights speak; "" means the policy of the agent's own name. Agents may share one.
         sampling: None means the run's sampling.
-        tools: names of tools (`marlora.agents.tools`) or `module:function`; () means none.
+        tools: names of tools (`marlora.agents.tools.tools`) or `module:function`; () means none.
         demos: worked user/assistant messages put before every chat; `team.values["NAME.demos"]` overrides them.
     """
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 
-from marlora.recipes.launch import train
-from marlora.recipes.settings import parse, run
-from marlora.rollouts.engines.start import has_gpu
-from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
+from marlora.recipes.launch.launch import train
+from marlora.recipes.launch.settings import parse, run
+from marlora.rollouts.engines.factory import has_gpu
+from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
 
 GPU_MODEL, CPU_MODEL = "Qwen/Qwen2.5-0.5B-Instruct", "smollm2-135m"
 

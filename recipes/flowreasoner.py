@@ -7,9 +7,9 @@ accelerate launch recipes/flowreasoner.py --config recipes/flowreasoner_humaneva
 
 from __future__ import annotations
 
-from marlora.recipes.launch import launch
-from marlora.recipes.settings import run
-from marlora.trainers.flowreasoner import FlowReasonerTrainer
+from marlora.recipes.launch.launch import launch
+from marlora.recipes.launch.settings import run
+from marlora.trainers.methods.policy_gradient.flowreasoner import FlowReasonerTrainer
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ accelerate launch recipes/maporl.py --config recipes/maporl_gsm8k.yaml
 
 from __future__ import annotations
 
-from marlora.recipes.launch import launch
-from marlora.recipes.settings import run
-from marlora.trainers.maporl import MAPoRLTrainer
+from marlora.recipes.launch.launch import launch
+from marlora.recipes.launch.settings import run
+from marlora.trainers.methods.policy_gradient.maporl import MAPoRLTrainer
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marlora.agents.types import Task
-from marlora.trainers.tiny import tiny_model, tiny_tasks
+from marlora.trainers.testbeds.tiny import tiny_model, tiny_tasks
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 TASKS, EPISODES, NEW_TOKENS = 16, 8, 5  # tasks per step, episodes per task (the group), most tokens of a reply

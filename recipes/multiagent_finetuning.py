@@ -7,9 +7,9 @@ accelerate launch recipes/multiagent_finetuning.py --config recipes/multiagent_f
 
 from __future__ import annotations
 
-from marlora.recipes.launch import launch
-from marlora.recipes.settings import run
-from marlora.trainers.multiagent_finetuning import MultiagentFinetuningTrainer
+from marlora.recipes.launch.launch import launch
+from marlora.recipes.launch.settings import run
+from marlora.trainers.methods.imitation.multiagent_finetuning import MultiagentFinetuningTrainer
 
 
 def main() -> None:

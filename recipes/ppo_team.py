@@ -7,9 +7,9 @@ python -m marlora.recipes.ppo_team --dry_run true           (the plan: policies,
 
 from __future__ import annotations
 
-from marlora.recipes.launch import launch
-from marlora.recipes.settings import run
-from marlora.trainers.ppo import PPOTrainer
+from marlora.recipes.launch.launch import launch
+from marlora.recipes.launch.settings import run
+from marlora.trainers.methods.policy_gradient.ppo import PPOTrainer
 
 
 def main() -> None:

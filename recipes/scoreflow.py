@@ -9,9 +9,9 @@ accelerate launch recipes/scoreflow.py --config recipes/scoreflow_gsm8k.yaml    
 
 from __future__ import annotations
 
-from marlora.recipes.launch import launch
-from marlora.recipes.settings import run
-from marlora.trainers.scoreflow import ScoreFlowTrainer
+from marlora.recipes.launch.launch import launch
+from marlora.recipes.launch.settings import run
+from marlora.trainers.methods.preference.scoreflow import ScoreFlowTrainer
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ accelerate launch recipes/sft_team.py --episodes runs/x/episodes       (learns f
 
 from __future__ import annotations
 
-from marlora.recipes.launch import launch
-from marlora.recipes.settings import run
-from marlora.trainers.sft import SFTTrainer
+from marlora.recipes.launch.launch import launch
+from marlora.recipes.launch.settings import run
+from marlora.trainers.methods.imitation.sft import SFTTrainer
 
 
 def main() -> None:

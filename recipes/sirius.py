@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from marlora.recipes.launch import train
-from marlora.recipes.settings import parse, run
-from marlora.trainers.sirius import SiriusTrainer
+from marlora.recipes.launch.launch import train
+from marlora.recipes.launch.settings import parse, run
+from marlora.trainers.methods.imitation.sirius import SiriusTrainer
 
 
 def main() -> None:

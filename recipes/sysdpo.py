@@ -11,9 +11,9 @@ python -m marlora.recipes.sysdpo --max_steps 0 --best_of 4                      
 
 from __future__ import annotations
 
-from marlora.recipes.launch import launch
-from marlora.recipes.settings import run
-from marlora.trainers.preference import PreferenceTrainer
+from marlora.recipes.launch.launch import launch
+from marlora.recipes.launch.settings import run
+from marlora.trainers.methods.preference.sysdpo import PreferenceTrainer
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ python -m marlora.recipes.verifier --episodes runs/store       (from answers tha
 
 from __future__ import annotations
 
-from marlora.recipes.launch import launch
-from marlora.recipes.settings import run
-from marlora.trainers.verifier import VerifierTrainer
+from marlora.recipes.launch.launch import launch
+from marlora.recipes.launch.settings import run
+from marlora.trainers.methods.reward_model.verifier import VerifierTrainer
 
 
 def main() -> None:

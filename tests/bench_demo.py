@@ -12,17 +12,17 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from marlora.agents.types import AdapterSpec, PolicySpec
-from marlora.rollouts.engines.start import choose_dtype, has_gpu
-from marlora.rollouts.store import Store
-from marlora.trainers.adapters import Adapters
-from marlora.trainers.credit import credit
-from marlora.trainers.grpo import GRPOConfig
-from marlora.trainers.losses import policy_loss
-from marlora.trainers.models import local_model
-from marlora.trainers.ranks import Ranks
-from marlora.trainers.samples import samples
-from marlora.trainers.tiny import one_thread
-from marlora.trainers.update import Optimizers, update
+from marlora.rollouts.engines.factory import choose_dtype, has_gpu
+from marlora.rollouts.episodes.store import Store
+from marlora.trainers.batching.samples import samples
+from marlora.trainers.credit.rules import credit
+from marlora.trainers.distributed.ranks import Ranks
+from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig
+from marlora.trainers.model.adapters import Adapters
+from marlora.trainers.model.local_models import local_model
+from marlora.trainers.testbeds.tiny import one_thread
+from marlora.trainers.update.losses import policy_loss
+from marlora.trainers.update.optimizer_step import Optimizers, update
 
 REPEATS = 2
 

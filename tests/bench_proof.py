@@ -15,23 +15,23 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from marlora.agents.types import BASE, AdapterSpec, PolicySpec
-from marlora.rollouts.engines.engine import Engine, Ref
-from marlora.rollouts.engines.start import EngineConfig, choose_dtype, has_gpu, start_engine
-from marlora.rollouts.store import Store
-from marlora.rollouts.tokens import ChatTokens, load_tokenizer
+from marlora.rollouts.engines.base import Engine, Ref
+from marlora.rollouts.engines.factory import EngineConfig, choose_dtype, has_gpu, start_engine
+from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.renderer import ChatTokens, load_tokenizer
 from marlora.rollouts.types import Episode
-from marlora.trainers.adapters import Adapters
-from marlora.trainers.credit import credit
-from marlora.trainers.grpo import GRPOConfig
-from marlora.trainers.losses import policy_loss
-from marlora.trainers.models import local_model
-from marlora.trainers.probes import Probe, probes
-from marlora.trainers.proof import Prover, _minus, _norm
-from marlora.trainers.publish import Publisher
-from marlora.trainers.ranks import Ranks
-from marlora.trainers.samples import samples
-from marlora.trainers.tiny import one_thread
-from marlora.trainers.update import Optimizers, update
+from marlora.trainers.batching.samples import samples
+from marlora.trainers.credit.rules import credit
+from marlora.trainers.distributed.ranks import Ranks
+from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig
+from marlora.trainers.model.adapters import Adapters
+from marlora.trainers.model.local_models import local_model
+from marlora.trainers.testbeds.tiny import one_thread
+from marlora.trainers.update.losses import policy_loss
+from marlora.trainers.update.optimizer_step import Optimizers, update
+from marlora.trainers.weight_sync.probes import Probe, probes
+from marlora.trainers.weight_sync.publisher import Publisher
+from marlora.trainers.weight_sync.verification import Prover, _minus, _norm
 
 KEPT = ("loss_type", "epsilon_high", "credit", "tokens_per_batch")
 STEPS = 3

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import yaml
 
-from marlora.rollouts.report import write_report
-from marlora.rollouts.store import Store
+from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.report.report import write_report
 from tests.browser import browser
-from tests.rollouts.test_report_browser import episode
+from tests.rollouts.report.test_browser import episode
 
 
 async def measure(folder: Path) -> None:

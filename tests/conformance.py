@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from marlora.agents.conformance import check, check_system
+from marlora.agents.testing import check, check_system
 
 __all__ = ["check", "check_system"]

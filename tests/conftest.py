@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """torch on one thread: the order of sums, and so the last bits, depend on how many there are."""
-    from marlora.trainers import tiny
+    from marlora.trainers.testbeds import tiny
 
     with tiny.one_thread():
         yield
@@ -30,7 +30,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny model that has learnt nothing."""
-    from marlora.trainers.tiny import tiny_random_model
+    from marlora.trainers.testbeds.tiny import tiny_random_model
 
     return tiny_random_model(tmp_path_factory.mktemp("model") / "tiny")
 

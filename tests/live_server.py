@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from marlora.agents.types import AdapterSpec, PolicySpec
-from marlora.rollouts.engines.vllm import VLLMEngine
-from marlora.rollouts.engines.vllm_args import ServerSettings
-from marlora.rollouts.engines.vllm_server import VLLMServer
-from marlora.rollouts.tokens import ChatTokens, load_tokenizer
-from marlora.trainers.tiny import tiny_random_model
+from marlora.rollouts.engines.vllm.engine import VLLMEngine
+from marlora.rollouts.engines.vllm.server import VLLMServer
+from marlora.rollouts.engines.vllm.server_args import ServerSettings
+from marlora.rollouts.renderer import ChatTokens, load_tokenizer
+from marlora.trainers.testbeds.tiny import tiny_random_model
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 POLICIES = tuple(PolicySpec(name, adapter=AdapterSpec(r=4, alpha=8.0, targets=TARGETS)) for name in ("solver", "critic"))

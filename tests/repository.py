@@ -34,7 +34,7 @@ def modules(*rooms: str) -> list[Path]:
 
 
 def dotted(path: Path) -> str:
-    """`rollouts/engines/vllm.py` -> `marlora.rollouts.engines.vllm`."""
+    """`rollouts/engines/vllm/engine.py` -> `marlora.rollouts.engines.vllm.engine`."""
     return ".".join(("marlora", *path.with_suffix("").parts))
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from marlora.agents.programs import Allowance, SandboxError
-from marlora.recipes.cli import parser
-from marlora.rollouts.cage import Cage
-from marlora.rollouts.plain import run_plain
-from marlora.rollouts.proof import prove
+from marlora.agents.execution import Allowance, SandboxError
+from marlora.recipes.cli.main import parser
+from marlora.rollouts.sandbox.isolation import Cage
+from marlora.rollouts.sandbox.python import run_plain
+from marlora.rollouts.sandbox.self_test import prove
 from tests.repository import ROOT, files
 
 TEXT = (ROOT / "SECURITY.md").read_text()

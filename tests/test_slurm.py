@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from marlora.rollouts.store import Store
-from marlora.trainers.tiny import tiny_random_model
+from marlora.rollouts.episodes.store import Store
+from marlora.trainers.testbeds.tiny import tiny_random_model
 from tests.chaos.ledger import balance_run
 from tests.repository import ROOT
 from tests.slurm_node import SlurmNode, missing

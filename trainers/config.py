@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..agents.types import BASE, AdapterSpec, AgentSpec, PolicySpec, Sampling, SettingError, from_json, nearest, to_json
-from ..rollouts.engines.start import EngineConfig, help_of
-from ..rollouts.play import Limits
+from ..rollouts.engines.factory import EngineConfig, help_of
+from ..rollouts.episodes.runner import Limits
 from ..rollouts.secrecy import check_policies, told_value
-from .trackers import check_names
+from .monitoring.trackers import check_names
 
 
 class RunError(RuntimeError):

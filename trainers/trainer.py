@@ -21,16 +21,16 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from ..agents.team import System
 from ..agents.types import SettingError, Task, to_json
-from ..rollouts.engines.engine import Engine, EngineError
-from ..rollouts.evaluate import Evaluation, paired
-from ..rollouts.rewards import RewardFn
+from ..rollouts.engines.base import Engine, EngineError
+from ..rollouts.evaluation.accuracy import Evaluation, paired
+from ..rollouts.rewards.builtin import RewardFn
 from ..rollouts.types import Episode, groups
+from .collection.background import Stopped
 from .config import RunConfig
-from .credit import Advantages
-from .heads import HeadSpec
-from .run import Run
-from .threads import Stopped
-from .update import Updated
+from .credit.rules import Advantages
+from .loop.run import Run
+from .update.optimizer_step import Updated
+from .update.scalar_heads import HeadSpec
 
 C = TypeVar("C", bound=RunConfig)
 

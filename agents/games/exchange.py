@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..names import trusted
+from ..lookup import trusted
 from ..types import Task
-from .game import Game, Illegal, Offer, fact
+from .base import Game, Illegal, Offer, fact
 
 _TERMS = re.compile(r"([0-9]{1,9})\s*(\w+)\s+for\s+([0-9]{1,9})\s*(\w+)", re.IGNORECASE)
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..names import trusted
+from ..lookup import trusted
 from ..types import Task
-from .game import Game, Offer, fact, number
+from .base import Game, Offer, fact, number
 
 
 @trusted("system")

@@ -18,9 +18,9 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from ...agents.types import Completion, Sampling
-from ..tokens import ChatTokens
-from .engine import EngineError, EngineInfo, PromptTooLong, Ref, TeamVersion
-from .versions import FILES, Versions
+from ..renderer import ChatTokens
+from .adapter_versions import FILES, Versions
+from .base import EngineError, EngineInfo, PromptTooLong, Ref, TeamVersion
 
 SPECIALS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")  # ids 0 to 4
 TEMPLATE = (

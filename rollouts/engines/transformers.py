@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...agents.types import Completion, Sampling, SettingError
-from ..tokens import ChatTokens, load_tokenizer
-from .engine import EngineError, EngineInfo, PromptTooLong, Ref, TeamVersion
-from .versions import Versions
+from ..renderer import ChatTokens, load_tokenizer
+from .adapter_versions import Versions
+from .base import EngineError, EngineInfo, PromptTooLong, Ref, TeamVersion
 
 T = TypeVar("T")
 QUIET = 20  # turns of the event loop without a new request before a wave starts

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from marlora.rollouts.store import Store
+from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
 
 

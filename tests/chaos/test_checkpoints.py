@@ -11,7 +11,7 @@ import pytest
 
 from marlora.agents.types import SettingError
 from marlora.trainers import checkpoint as ckpt
-from marlora.trainers.tiny import tiny_random_model
+from marlora.trainers.testbeds.tiny import tiny_random_model
 from tests.trainers import small_run
 
 DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {

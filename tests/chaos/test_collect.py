@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from marlora.rollouts.store import Store
+from marlora.rollouts.episodes.store import Store
 from tests.chaos.ledger import balance
 from tests.trainers.small_run import runner
 
@@ -46,7 +46,7 @@ def collect(play: Callable[..., int], checkpoint: Path, model: Path, tmp_path_fa
     log = tmp_path_factory.mktemp("said") / "collect"
 
     def run(store: Path, **fault: object) -> int:
-        tasks = ["--tasks", "marlora.trainers.tiny:tiny_tasks", "--num_tasks", str(TASKS), "--num_generations", str(SIBLINGS)]
+        tasks = ["--tasks", "marlora.trainers.testbeds.tiny:tiny_tasks", "--num_tasks", str(TASKS), "--num_generations", str(SIBLINGS)]
         argv = ["collect", str(checkpoint), "--output", str(store), "--engine", "transformers", "--trust_checkpoint", *tasks]
         code = play(log, model, argv=argv, **fault)
         run.said = said(log)  # type: ignore[attr-defined]

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from marlora.rollouts.engines.engine import Ref
-from marlora.rollouts.engines.vllm import VLLMEngine
+from marlora.rollouts.engines.base import Ref
+from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from tests.repository import ROOT, clean_environment
+from tests.rollouts.engines.vllm.test_engine import BASE, DRAW, KEY, adapter, engine_on
 from tests.rollouts.fake_vllm import FakeVLLM
-from tests.rollouts.test_vllm import BASE, DRAW, KEY, adapter, engine_on
 
 STEPS, WARM = 200, 5  # of every tenth step, told; after so many of these caches are filled
 MIB = 2**20

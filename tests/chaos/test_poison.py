@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from marlora.agents.chain import Chain
+from marlora.agents.patterns.chain import Chain
 from marlora.agents.types import Message, Sampling, Task
 from marlora.rollouts.engines.scripted import SPECIALS, ByteTokenizer, ScriptedEngine
-from marlora.rollouts.play import Limits, Rollouts, jobs
-from marlora.rollouts.report import write_report
-from marlora.rollouts.rewards import resolve_rewards
-from marlora.rollouts.speakers import EngineSpeaker
-from marlora.rollouts.store import Store
-from marlora.rollouts.tokens import ChatTokens
+from marlora.rollouts.episodes.completers import EngineSpeaker
+from marlora.rollouts.episodes.runner import Limits, Rollouts, jobs
+from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.renderer import ChatTokens
+from marlora.rollouts.report.report import write_report
+from marlora.rollouts.rewards.builtin import resolve_rewards
 from marlora.rollouts.types import Episode
-from marlora.trainers.batches import pack
-from marlora.trainers.samples import samples
+from marlora.trainers.batching.batches import pack
+from marlora.trainers.batching.samples import samples
 from tests.chaos.ledger import balance
 
 TASK = Task("t1", "7+8", 15, "sums", "train", {})

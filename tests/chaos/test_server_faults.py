@@ -12,23 +12,23 @@ from typing import Any
 import pytest
 
 from marlora.agents.types import Sampling, Task
-from marlora.rollouts.engines.engine import EngineError
+from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.engines.scripted import ByteTokenizer
-from marlora.rollouts.engines.vllm import VLLMEngine
-from marlora.rollouts.engines.vllm_replica import Patience
-from marlora.rollouts.engines.vllm_server import VLLMServer
-from marlora.rollouts.play import Job, Limits, Rollouts, jobs
-from marlora.rollouts.speakers import EngineSpeaker
-from marlora.rollouts.store import Store
-from marlora.rollouts.tokens import ChatTokens
+from marlora.rollouts.engines.vllm.client import Patience
+from marlora.rollouts.engines.vllm.engine import VLLMEngine
+from marlora.rollouts.engines.vllm.server import VLLMServer
+from marlora.rollouts.episodes.completers import EngineSpeaker
+from marlora.rollouts.episodes.runner import Job, Limits, Rollouts, jobs
+from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.renderer import ChatTokens
 from marlora.rollouts.types import Episode
-from marlora.trainers.tiny import tiny_chain, tiny_tasks
+from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks
 from tests.chaos.ledger import balance
+from tests.rollouts.engines.vllm.test_engine import BASE, KEY, engine_on
+from tests.rollouts.engines.vllm.test_replicas import servers
+from tests.rollouts.engines.vllm.test_server import group_of
+from tests.rollouts.engines.vllm.test_server import model as folder_of_config
 from tests.rollouts.fake_vllm import FakeVLLM, sampled
-from tests.rollouts.test_vllm import BASE, KEY, engine_on
-from tests.rollouts.test_vllm_fleet import servers
-from tests.rollouts.test_vllm_server import group_of
-from tests.rollouts.test_vllm_server import model as folder_of_config
 
 __all__ = ["folder_of_config"]  # a fixture
 

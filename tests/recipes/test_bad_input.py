@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from marlora.agents.chain import Chain
+from marlora.agents.patterns.chain import Chain
 from marlora.agents.team import System, Team
 from marlora.agents.types import AdapterSpec, AgentSpec, PolicySpec, SettingError, Task
 from marlora.recipes import grpo_team
+from marlora.rollouts.checkpoints.team import build_system
 from marlora.rollouts.engines.scripted import ScriptedEngine
-from marlora.rollouts.engines.vllm_args import lora_sizes
-from marlora.rollouts.served import build_system
-from marlora.rollouts.store import Store
+from marlora.rollouts.engines.vllm.server_args import lora_sizes
+from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
-from marlora.trainers.grpo import GRPOTrainer
-from marlora.trainers.run import RunError
-from marlora.trainers.tiny import tiny_chain, tiny_random_model, tiny_tasks
+from marlora.trainers.loop.run import RunError
+from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
+from marlora.trainers.testbeds.tiny import tiny_chain, tiny_random_model, tiny_tasks
 from tests.trainers.small_run import bytes_mod_7, config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,13 +73,13 @@ def test_misspelt_agents_policies_and_views(model: Path, tmp_path: Path) -> None
     assert told(agents={"frist": {"prompt": "x"}}) == "agents.frist: no such agent in Chain; did you mean 'first'?"
     assert told(policies={"lats": {"trainable": False}}) == "policies.lats: no agent speaks with it; did you mean 'last'?"
     assert told(agents={"first": {"tools": ["calculatr"]}}).startswith("tool 'calculatr'")
-    chain = {"class": "marlora.agents.chain:Chain", "agents": ["first", "last"]}
-    assert told(system=None) == "system.class: missing; expected module:Class, such as marlora.agents.chain:Chain"
+    chain = {"class": "marlora.agents.patterns.chain:Chain", "agents": ["first", "last"]}
+    assert told(system=None) == "system.class: missing; expected module:Class, such as marlora.agents.patterns.chain:Chain"
     wrong = {"views": {"lst": "{prompt}"}}
     assert error_of(lambda: build_system(chain | wrong)) == "views.lst: no such agent in the chain; did you mean 'last'?"
     assert error_of(lambda: build_system(chain | {"view": {}})) == "system.view: Chain has no such setting; did you mean 'views'?"
-    assert "'marlora.agents.chain:Chian': cannot be imported" in error_of(
-        lambda: build_system({"class": "marlora.agents.chain:Chian"})
+    assert "'marlora.agents.patterns.chain:Chian': cannot be imported" in error_of(
+        lambda: build_system({"class": "marlora.agents.patterns.chain:Chian"})
     )
     assert not (tmp_path / "run").exists()
 
@@ -290,7 +290,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(
 ) -> None:
     flags = ["--dry_run", "true", "--model", str(model), "--output_dir", str(tmp_path / "run"), "--policies.last.adapter.r", "2"]
     monkeypatch.setattr("sys.argv", ["grpo_team.py", *flags])
-    monkeypatch.setattr("marlora.trainers.run.Run.open", lambda self: pytest.fail("a dry run opens nothing"))
+    monkeypatch.setattr("marlora.trainers.loop.run.Run.open", lambda self: pytest.fail("a dry run opens nothing"))
     grpo_team.main()
     shown = capsys.readouterr().out
     for expected in (

@@ -15,13 +15,13 @@ import torch
 import yaml
 
 from marlora.agents.types import SettingError, Task
-from marlora.rollouts.engines.start import EngineConfig
-from marlora.rollouts.play import Job
-from marlora.rollouts.served import ServedTeam
-from marlora.rollouts.store import Store
+from marlora.rollouts.checkpoints.team import ServedTeam
+from marlora.rollouts.engines.factory import EngineConfig
+from marlora.rollouts.episodes.runner import Job
+from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
-from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
-from marlora.trainers.tiny import tiny_random_model
+from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
+from marlora.trainers.testbeds.tiny import tiny_random_model
 from tests.repository import ROOT, throw_away
 from tests.trainers.small_run import bytes_mod_7
 
@@ -79,7 +79,7 @@ def test_a_program_is_trained_resumed_reported_and_evaluated(tmp_path: Path) -> 
 
 async def evaluated(checkpoint: Path, folder: Path) -> None:
     """The checkpoint plays again, once its reader agrees to run the program that it names."""
-    system, settings = "marlora.rollouts.own_programs:Function", EngineConfig(engine="transformers")
+    system, settings = "marlora.rollouts.gateway.programs:Function", EngineConfig(engine="transformers")
     with pytest.raises(SettingError, match=r"the program marlora\.recipes\.programs\.openai_roles:main.*--trust_checkpoint"):
         await ServedTeam.open(checkpoint, settings, system=system, rewards=["exact"], scratch=folder / "no")
     team = await ServedTeam.open(checkpoint, settings, system=system, rewards=["exact"], scratch=folder / "yes", trust=True)
@@ -114,7 +114,7 @@ def python() -> Path:
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_of_each_framework_is_trained_as_it_is(program: str, python: Path, tmp_path: Path) -> None:
     system = {
-        "class": "marlora.rollouts.own_programs:Command", "agents": ["first", "last"],
+        "class": "marlora.rollouts.gateway.programs:Command", "agents": ["first", "last"],
         "command": [str(python), str(ROOT / "recipes" / "programs" / f"{program}.py")],
     }  # fmt: skip
     changes: dict[str, Any] = {

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from marlora.recipes import processes
-from marlora.rollouts.engines import keeper
-from marlora.trainers.threads import Stop, handled, stoppable
+from marlora.recipes.launch import processes
+from marlora.rollouts.engines.vllm import supervisor
+from marlora.trainers.collection.background import Stop, handled, stoppable
 
 WAITS = """
 import sys, time
@@ -28,7 +28,7 @@ cli.main(["doctor"])
 """
 LOOPS = """
 import asyncio
-from marlora.trainers.threads import Background, Stop, Stopped
+from marlora.trainers.collection.background import Background, Stop, Stopped
 stop, background = Stop(), Background()
 print("ready", flush=True)
 try:
@@ -122,7 +122,7 @@ def test_a_server_of_a_deaf_owner_can_be_asked_to_end(tmp_path: Path) -> None:
     """What keeper.py starts has the usual SIGINT and SIGTERM, whatever the keeper's own owner was started with."""
     log = tmp_path / "log"
     shown = "import signal; print([signal.getsignal(n) != signal.SIG_IGN for n in (signal.SIGINT, signal.SIGTERM)])"
-    keep = [sys.executable, "-P", keeper.__file__, str(os.getpid()), str(log), sys.executable, "-c", shown]
+    keep = [sys.executable, "-P", supervisor.__file__, str(os.getpid()), str(log), sys.executable, "-c", shown]
     deaf = ["sh", "-c", "trap '' INT TERM HUP; exec \"$@\"", "sh", *keep]
     with subprocess.Popen(deaf, stdin=subprocess.PIPE) as kept:  # its end of the pipe, open, says that the owner lives
         assert kept.wait(30) == 0

@@ -12,10 +12,10 @@ import aiohttp
 
 from marlora.agents.types import Task
 from marlora.rollouts.engines.scripted import ScriptedEngine
-from marlora.rollouts.own_programs import Program
-from marlora.rollouts.play import Job, Rollouts
-from marlora.rollouts.proxy_visit import Visit
-from marlora.rollouts.speakers import EngineSpeaker
+from marlora.rollouts.episodes.completers import EngineSpeaker
+from marlora.rollouts.episodes.runner import Job, Rollouts
+from marlora.rollouts.gateway.programs import Program
+from marlora.rollouts.gateway.session import Visit
 from marlora.rollouts.types import Episode
 
 TASK = Task("t1", "7+8+5", "gold-20", "sums", "train", {"c": 5, "_hidden": "h"})

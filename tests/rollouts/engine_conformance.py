@@ -1,4 +1,4 @@
-"""One suite for every engine: what the contract in `rollouts/engines/engine.py` promises, as checks of a running engine.
+"""One suite for every engine: what the contract in `rollouts/engines/base.py` promises, as checks of a running engine.
 
 @pytest.mark.parametrize("check", CHECKS, ids=name_of)
 def test_contract(check, tmp_path):
@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from marlora.agents.types import BASE, Completion, Message, Sampling, SettingError
-from marlora.rollouts.engines.engine import Engine, EngineError, PromptTooLong, Ref
-from marlora.rollouts.tokens import ChatTokens
+from marlora.rollouts.engines.base import Engine, EngineError, PromptTooLong, Ref
+from marlora.rollouts.renderer import ChatTokens
 
 _NUMBERS = itertools.count()
 

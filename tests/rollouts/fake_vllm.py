@@ -18,7 +18,7 @@ from typing import Any
 
 from aiohttp import web
 
-from marlora.rollouts.engines.vllm_cpu_lora import MARK
+from marlora.rollouts.engines.vllm.cpu_lora import MARK
 
 EOS = 1
 VOCAB = 50

@@ -17,15 +17,16 @@ import pytest
 
 from marlora.agents.team import Call
 from marlora.agents.types import AgentSpec, Message, PolicySpec, Sampling, SettingError
-from marlora.recipes import cli, doctor, grpo_team
-from marlora.rollouts.engines.endpoints import read_endpoints
-from marlora.rollouts.engines.engine import EngineError
-from marlora.rollouts.engines.guard import read_key
-from marlora.rollouts.engines.start import EngineConfig
-from marlora.rollouts.engines.vllm_replica import Transient, fresh_key
-from marlora.rollouts.engines.vllm_urls import key_from, tidy
+from marlora.recipes import grpo_team
+from marlora.recipes.cli import doctor, main
+from marlora.rollouts.engines.base import EngineError
+from marlora.rollouts.engines.factory import EngineConfig
+from marlora.rollouts.engines.vllm.addresses import key_from, tidy
+from marlora.rollouts.engines.vllm.auth import read_key
+from marlora.rollouts.engines.vllm.client import Transient, fresh_key
+from marlora.rollouts.engines.vllm.discovery import read_endpoints
+from marlora.rollouts.episodes.completers import OutsideSpeaker
 from marlora.rollouts.secrecy import shown_url
-from marlora.rollouts.speakers import OutsideSpeaker
 from marlora.trainers.config import RunConfig
 from tests.repository import ROOT
 
@@ -141,7 +142,7 @@ def test_a_mistyped_flag_does_not_show_what_follows_it(
     argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["doctor", *argv])
+        main.main(["doctor", *argv])
     assert SECRET not in "".join(capsys.readouterr())
     monkeypatch.setattr("sys.argv", ["grpo_team.py", *argv])
     with pytest.raises(SettingError) as caught:
@@ -168,7 +169,7 @@ def test_no_command_prints_it(command: str, text: str, tmp_path: Path, capsys: p
     (tmp_path / "checkpoint").mkdir()
     for flag in ("--server_key", "--server_urls", "--router_url", "--engine_args"):
         with pytest.raises(SystemExit):
-            cli.main([command, str(tmp_path / "checkpoint"), *more, "--engine", "vllm", flag, text])
+            main.main([command, str(tmp_path / "checkpoint"), *more, "--engine", "vllm", flag, text])
         assert SECRET not in "".join(capsys.readouterr())
     assert not (tmp_path / "store").exists()
 

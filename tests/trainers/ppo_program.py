@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from marlora.trainers.ranks import Ranks
-from tests.trainers.test_ppo import trainer
+from marlora.trainers.distributed.ranks import Ranks
+from tests.trainers.methods.policy_gradient.test_ppo import trainer
 
 # Four updates: AdamW makes more of rounding with each, and the contract is about three.
 SETTINGS = {"tokens_per_batch": 24, "num_ppo_epochs": 1, "num_mini_batches": 2, "kl_coef": 0.1, "max_steps": 2}

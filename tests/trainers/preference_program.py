@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from marlora.trainers.ranks import Ranks
-from tests.trainers.test_preference import trainer
+from marlora.trainers.distributed.ranks import Ranks
+from tests.trainers.methods.preference.test_sysdpo import trainer
 
 
 def learn(folder: Path, model: Path) -> dict[str, Any]:

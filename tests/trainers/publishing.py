@@ -13,13 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from marlora.agents.types import AdapterSpec, Completion, PolicySpec, Sampling
-from marlora.rollouts.engines.engine import Engine, Ref, TeamVersion
+from marlora.rollouts.engines.base import Engine, Ref, TeamVersion
 from marlora.rollouts.engines.transformers import TransformersEngine
-from marlora.rollouts.engines.vllm import VLLMEngine
-from marlora.trainers.adapters import WEIGHTS, Adapters
-from marlora.trainers.probes import Probe
-from marlora.trainers.proof import Proof, ProofError
-from marlora.trainers.publish import Publisher
+from marlora.rollouts.engines.vllm.engine import VLLMEngine
+from marlora.trainers.model.adapters import WEIGHTS, Adapters
+from marlora.trainers.weight_sync.probes import Probe
+from marlora.trainers.weight_sync.publisher import Publisher
+from marlora.trainers.weight_sync.verification import Proof, ProofError
 
 POLICIES = ("reviewer", "solver")
 PROMPTS = [(3, *range(40 + 7 * k, 110 + 9 * k), 1, 4) for k in range(4)]  # of two cache blocks and more

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from marlora.trainers import update
-from marlora.trainers.ranks import RankError, Ranks
-from marlora.trainers.run import RunError
-from marlora.trainers.threads import Stopped
+from marlora.trainers.collection.background import Stopped
+from marlora.trainers.distributed.ranks import RankError, Ranks
+from marlora.trainers.loop.run import RunError
+from marlora.trainers.update import optimizer_step
 from tests.trainers.small_run import trainer
 
 
@@ -41,7 +41,7 @@ def talk(ranks: Ranks) -> dict[str, Any]:
 def learn(folder: Path, model: Path, **settings: Any) -> dict[str, Any]:
     """Three steps. In the second all turns of an agent are packed as for one rank into one batch, so that the other has none of them."""
     made = trainer(folder, model, **settings)
-    run, real, batches = made.run.open(), update.deal, []
+    run, real, batches = made.run.open(), optimizer_step.deal, []
 
     def whole(pack: Any, samples: Any, **how: Any) -> Any:
         return pack(samples, **(how | {"parts": 1}))
@@ -51,10 +51,10 @@ def learn(folder: Path, model: Path, **settings: Any) -> dict[str, Any]:
         batches.append([len(part) for part in dealt])
         return dealt
 
-    update.deal = counted
-    pack = update.pack
+    optimizer_step.deal = counted
+    pack = optimizer_step.pack
     for step in run.steps():
-        update.pack = functools.partial(whole, pack) if step == 2 else pack
+        optimizer_step.pack = functools.partial(whole, pack) if step == 2 else pack
         made.args.tokens_per_batch = 8192 if step == 2 else 24
         episodes = run.collect(step)
         run.finish(step, episodes, made.learn(step, episodes))

@@ -11,9 +11,9 @@ import torch
 
 from marlora.agents.types import Task
 from marlora.rollouts.types import Episode
-from marlora.trainers.ranks import Ranks
-from marlora.trainers.sirius import SiriusConfig, SiriusTrainer
-from marlora.trainers.tiny import tiny_chain, tiny_tasks
+from marlora.trainers.distributed.ranks import Ranks
+from marlora.trainers.methods.imitation.sirius import SiriusConfig, SiriusTrainer
+from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks
 
 GOLD = "gold-5309"  # stands in no task and no model says it
 

@@ -24,13 +24,17 @@ from typing import Any
 import torch
 
 from marlora.agents.types import Task
-from marlora.recipes import cli, settings
-from marlora.rollouts.speakers import EngineSpeaker
-from marlora.rollouts.store import Store
+from marlora.recipes.cli import main
+from marlora.recipes.launch import settings
+from marlora.rollouts.episodes.completers import EngineSpeaker
+from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
-from marlora.trainers import checkpoint, publish, records, run, snapshot
-from marlora.trainers.grpo import GRPOConfig, GRPOTrainer
-from marlora.trainers.tiny import tiny_chain, tiny_tasks
+from marlora.trainers import checkpoint
+from marlora.trainers.loop import checkpointing, run
+from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
+from marlora.trainers.monitoring import run_folder
+from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks
+from marlora.trainers.weight_sync import publisher
 from tests.repository import ROOT
 
 STEPS, EPISODES, EVAL = 3, 6, 2  # training steps, episodes of each, episodes of an evaluation
@@ -42,12 +46,12 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "store": (Store, "extend"),
     "speak": (EngineSpeaker, "__call__"),
     "learn": (run.Run, "learn"),
-    "publish": (publish.Publisher, "publish"),
-    "prove": (publish.Publisher, "prove"),
-    "metrics": (records, "append_row"),
+    "publish": (publisher.Publisher, "publish"),
+    "prove": (publisher.Publisher, "prove"),
+    "metrics": (run_folder, "append_row"),
     "optimizer file": (checkpoint, "write_tensors"),
     "rename": (Path, "rename"),
-    "save": (snapshot.ckpt, "publish_folder"),
+    "save": (checkpointing.ckpt, "publish_folder"),
     "prune": (checkpoint, "prune"),
     "delete": (shutil, "rmtree"),
     "step": (torch.optim.AdamW, "step"),
@@ -114,7 +118,7 @@ def play(
     torch.set_num_threads(1)
     count = set_fault(fault, at, signal, after) if fault else lambda: 0
     if argv:
-        cli.main(argv)
+        main.main(argv)
     else:
         settings.run(lambda: trainer(folder, model, **changes).train())
     Path(f"{folder}.calls").write_text(str(count()))

@@ -8,8 +8,8 @@ import time
 
 import torch
 
-from marlora.trainers import ranks as ranks_
-from marlora.trainers.ranks import Ranks
+from marlora.trainers.distributed import ranks as ranks_
+from marlora.trainers.distributed.ranks import Ranks
 
 
 def stall_here() -> None:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from ...agents.types import PolicySpec
-from ..adapters import Adapters
 from ..config import RunConfig, RunError
-from ..grpo import GRPOConfig
-from ..losses import policy_loss
-from ..ranks import Ranks
-from ..tiny import one_thread
-from ..update import Optimizers, update
+from ..distributed.ranks import Ranks
+from ..methods.policy_gradient.grpo import GRPOConfig
+from ..model.adapters import Adapters
+from ..testbeds.tiny import one_thread
+from ..update.losses import policy_loss
+from ..update.optimizer_step import Optimizers, update
 from .geometry import check_size, network
 from .measure import Options, machine, memory, table
 from .update import SCALE, Case, recorded

@@ -18,13 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...agents.chain import Chain
+from ...agents.patterns.chain import Chain
 from ...agents.types import Completion, Sampling, Task
-from ...rollouts.engines.engine import EngineInfo, Ref
+from ...rollouts.engines.base import EngineInfo, Ref
 from ...rollouts.engines.transformers import TransformersEngine
 from ...rollouts.types import Episode
-from ..grpo import GRPOConfig, GRPOTrainer
-from ..tiny import one_thread, tiny_random_model
+from ..methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
+from ..testbeds.tiny import one_thread, tiny_random_model
 from .measure import Options, machine, table
 
 BOUNDS = (0, 1, 2)

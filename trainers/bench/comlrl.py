@@ -53,7 +53,7 @@ def theirs(model: str, group: int, reply: int, steps: int) -> list[float]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ...rollouts.engines.start import choose_dtype, has_gpu
+    from ...rollouts.engines.factory import choose_dtype, has_gpu
 
     times: list[float] = []
 
@@ -78,10 +78,10 @@ def theirs(model: str, group: int, reply: int, steps: int) -> list[float]:
 
 def ours(model: str, group: int, reply: int, steps: int, folder: Path) -> list[float]:
     """When each of `steps` steps had sampled."""
-    from ...agents.chain import Chain
+    from ...agents.patterns.chain import Chain
     from ...agents.types import Task
     from ...rollouts.types import Episode
-    from ..grpo import GRPOConfig, GRPOTrainer
+    from ..methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
 
     times: list[float] = []
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from ...agents.types import AdapterSpec, SettingError, nearest
-from ..adapters import linear_names
-from ..batches import pack
-from ..models import local_model
-from ..samples import Sample
-from ..tiny import tiny_network, tiny_random_model
+from ..batching.batches import pack
+from ..batching.samples import Sample
+from ..model.adapters import linear_names
+from ..model.local_models import local_model
+from ..testbeds.tiny import tiny_network, tiny_random_model
 
 
 def _qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from ...agents.chain import Chain
+from ...agents.patterns.chain import Chain
 from ...agents.types import Task
-from ...rollouts.engines.start import choose_dtype, has_gpu
+from ...rollouts.engines.factory import choose_dtype, has_gpu
 from ...rollouts.types import Episode
 from ..config import RunError
-from ..grpo import GRPOConfig, GRPOTrainer
+from ..methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
 from .comlrl import against_comlrl
 from .geometry import served_folder
 from .measure import Options, machine, table

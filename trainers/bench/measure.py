@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..bases import versions
 from ..config import RunError
+from ..update.learner import versions
 
 # Largest relative norm of the difference of two gradients. In bfloat16 two exact ways differ by its rounding.
 EQUAL = {torch.float32: 1e-5, torch.bfloat16: 0.05}

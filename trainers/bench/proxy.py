@@ -15,8 +15,8 @@ import aiohttp
 from ...agents.team import Team, gather
 from ...agents.types import AgentSpec, Message, Sampling, Turn
 from ...rollouts.engines.scripted import ScriptedEngine
-from ...rollouts.proxy import Door
-from ...rollouts.speakers import EngineSpeaker
+from ...rollouts.episodes.completers import EngineSpeaker
+from ...rollouts.gateway.server import Door
 from ..config import RunError
 from .measure import Options, machine, table
 

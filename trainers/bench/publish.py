@@ -18,18 +18,18 @@ from typing import Any
 import torch
 
 from ...agents.types import Completion, Message, PolicySpec, Sampling
-from ...rollouts.engines.engine import Engine, Ref
-from ...rollouts.engines.start import EngineConfig, choose_dtype, has_gpu, start_engine
-from ...rollouts.tokens import ChatTokens, load_tokenizer
-from ..adapters import Adapters
+from ...rollouts.engines.base import Engine, Ref
+from ...rollouts.engines.factory import EngineConfig, choose_dtype, has_gpu, start_engine
+from ...rollouts.renderer import ChatTokens, load_tokenizer
+from ..batching.samples import Sample
 from ..config import RunError
-from ..grpo import GRPOConfig
-from ..losses import LossConfig, policy_loss
-from ..probes import PROBES, Probe
-from ..publish import Publisher
-from ..ranks import Ranks
-from ..samples import Sample
-from ..update import Optimizers, update
+from ..distributed.ranks import Ranks
+from ..methods.policy_gradient.grpo import GRPOConfig
+from ..model.adapters import Adapters
+from ..update.losses import LossConfig, policy_loss
+from ..update.optimizer_step import Optimizers, update
+from ..weight_sync.probes import PROBES, Probe
+from ..weight_sync.publisher import Publisher
 from .geometry import served_folder
 from .measure import Options, machine, table
 

@@ -18,13 +18,13 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from ...agents.chain import Chain
+from ...agents.patterns.chain import Chain
 from ...agents.types import Completion, Sampling, Task
-from ...rollouts.engines.engine import Ref
+from ...rollouts.engines.base import Ref
 from ...rollouts.engines.scripted import ScriptedEngine
-from ...rollouts.oversample import Dropped, collect_first, told
-from ...rollouts.play import Limits, Rollouts, jobs
-from ...rollouts.speakers import EngineSpeaker
+from ...rollouts.episodes.completers import EngineSpeaker
+from ...rollouts.episodes.oversampling import Dropped, collect_first, told
+from ...rollouts.episodes.runner import Limits, Rollouts, jobs
 from ...rollouts.types import Episode
 from .measure import Options, Way, machine, race, same, table
 

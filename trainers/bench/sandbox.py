@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from ...rollouts import sandbox as run_in
+from ...rollouts.sandbox import sandbox as run_in
 from ..config import RunError
 from .measure import Options, machine, table
 

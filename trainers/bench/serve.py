@@ -15,10 +15,10 @@ from typing import Any
 from unittest import mock
 
 from ...agents.types import PolicySpec, Sampling
-from ...rollouts.engines.engine import Engine, Ref
-from ...rollouts.engines.vllm_args import command
-from ..adapters import Adapters
+from ...rollouts.engines.base import Engine, Ref
+from ...rollouts.engines.vllm.server_args import command
 from ..config import RunError
+from ..model.adapters import Adapters
 from .measure import Options, machine, table
 from .publish import served
 from .update import Case, disturb, recorded
@@ -69,7 +69,7 @@ def _guarded(guard: bool) -> Any:
     def bare(*args: Any, **kwargs: Any) -> list[str]:
         return [flag for flag in command(*args, **kwargs) if not flag.startswith("--middleware")]
 
-    return mock.patch("marlora.rollouts.engines.vllm_server.command", command if guard else bare)
+    return mock.patch("marlora.rollouts.engines.vllm.server.command", command if guard else bare)
 
 
 async def _measure(start: Any, folder: Path, model: str, repeats: int) -> dict[str, Any]:

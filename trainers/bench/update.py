@@ -3,7 +3,7 @@
 All train on the same tokens, drawn from a seed (no engine is needed for them), with rewards +1 and -1 in every group and the behaviour's
 log-probabilities equal to the trainer's, so that all losses have one gradient: ours within 1e-5 of it, or there is no ratio.
 
-    ours      what `trainers/update.py` does, laid out as `layout: auto` says
+    ours      what `trainers/update/optimizer_step.py` does, laid out as `layout: auto` says
     padded    one sample a row, rows padded to one length, our head (trained positions only)
     per_turn  one sample at a time
     trl       TRL's `GRPOTrainer`, fed by `rollout_func`: the log-probs of the old policy that it computes for rollouts of an engine, its
@@ -29,13 +29,13 @@ from unittest import mock
 import torch
 
 from ...agents.types import PolicySpec, SettingError
-from ..adapters import Adapters
-from ..batches import Batch, pack
-from ..layouts import choose_layout
-from ..logprobs import token_logprobs
-from ..losses import LossConfig, policy_loss
-from ..samples import Sample, denominators
-from ..tiny import one_thread, tiny_tokenizer
+from ..batching.batches import Batch, pack
+from ..batching.samples import Sample, denominators
+from ..model.adapters import Adapters
+from ..model.layouts import choose_layout
+from ..model.logprobs import token_logprobs
+from ..testbeds.tiny import one_thread, tiny_tokenizer
+from ..update.losses import LossConfig, policy_loss
 from .geometry import LORA, Needed, check_size, needed, network
 from .measure import EQUAL, Options, Time, Way, apart, machine, race, rates, ratios, table
 

@@ -1,0 +1,32 @@
+"""A vote: every agent answers on its own, without reading anyone; the majority's answer counts.
+
+With one agent and several samples this is self-consistency (Wang et al., arXiv 2203.11171).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..lookup import trusted
+from ..team import System, Team, gather
+from ..text.answers import majority
+from ..types import SettingError, Task
+
+
+@trusted("system")
+@dataclass
+class Vote(System):
+    """Each agent answers `samples` times, each time in a chat of its own: every answer has a vote, so every one is a turn of
+    its own and none a sibling that was not taken. Ties: see `answers.majority`.
+    """
+
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples < 1:
+            raise SettingError(f"Vote: samples >= 1 expected, got {self.samples}")
+
+    async def run(self, task: Task, team: Team) -> str:
+        drafts = await gather(agent.fresh().reply(task.prompt) for agent in team for _ in range(self.samples))
+        return majority(drafts, team.rng)

@@ -1,0 +1,288 @@
+"""Operators: what a workflow program can call, each answered by an executor agent.
+
+An operator is a coroutine `(call, arguments...) -> text`; its docstring is what a designer is told. It asks through `call.ask`, so every
+word of an executor is an ordinary turn: metered, recorded, replayed, and fit to be trained on. A program knows neither agents nor
+turns; what a turn reads is told by where texts stand.
+
+After the operators of ScoreFlow (arXiv:2502.04306) and AFlow (arXiv:2410.10762).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..execution import Allowance, Externals, ProgramError, answered, program_in
+from ..lookup import function_named
+from ..patterns.chain import view
+from ..team import Agent, Team
+from ..text.answers import extract, stands_in
+from ..types import SettingError, Task, Turn, nearest
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LETTER = re.compile(r"\b([A-Z])\b")
+PROMPTS: Mapping[str, str] = {
+    "custom": "{problem}\n\n{instruction}",
+    "answer_generate": "{problem}\n\nThink step by step, then end with a line `Answer: ` and the answer alone.",
+    "ensemble": "{problem}\n\nSeveral solutions:\n\n{solutions}\n\nWhich of them is right, or agrees with most others? "
+    "End with its letter alone on the last line.",
+    "review": "{problem}\n\nA solution:\n\n{solution}\n\nCheck it. Say what is wrong with it, if anything, and why.",
+    "revise": "{problem}\n\nA solution:\n\n{solution}\n\nA review of it:\n\n{feedback}\n\nWrite the solution again, mended.",
+    "programmer": "{problem}\n\n{analysis}\n\nWrite a Python program that works out the answer and prints it. Standard library only.{failure}",
+    "test": "{problem}\n\nA solution:\n\n{solution}\n\nIt fails a test:\n\n{failure}\n\nSay why, then write the whole solution again.",
+}
+CHECKS = Allowance(seconds=15.0, cpu_seconds=15)  # of one program that an operator runs
+
+
+class QuotaError(RuntimeError):
+    """A program asked its executors more often than it may; it cannot catch this."""
+
+
+@dataclass
+class Desk:
+    """Where the operators of one run of a program work: who answers, what may be spent, what was said.
+
+    Args:
+        task: as a team sees it, without answers. `author`: the turn in which the program stands, None if nobody of the team wrote it.
+        executors: agent by operator; others go to the agent named by the key "".
+        prompts: templates by operator that replace those of `PROMPTS`.
+        max_calls: calls of executors in the run. `max_text`: characters of one argument.
+    """
+
+    team: Team
+    task: Task
+    author: Turn | None
+    executors: Mapping[str, str]
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    max_calls: int = 20
+    max_text: int = 20_000
+    asked: int = 0
+    said: list[Turn] = field(default_factory=list)
+
+    def executor(self, operator: str) -> Agent:
+        return self.team[self.executors.get(operator, self.executors[""])]
+
+    def reads(self, given: Sequence[str]) -> list[Turn]:
+        """The turns whose text stands in what a program passed on: executors', and the author's for words that none of them said."""
+        turns: list[Turn] = []
+        for text in filter(str.strip, given):
+            same = [turn for turn in self.said if turn.text.strip() == text.strip()]
+            held = same or [turn for turn in self.said if stands_in(turn.text, text)]
+            turns += held + ([] if same or self.author is None else [self.author])
+        return list({turn.index: turn for turn in turns}.values())
+
+
+class Call:
+    """One call of an operator at work. Its turns' indices are reserved when the program calls, so they do not depend on timing."""
+
+    def __init__(self, desk: Desk, operator: Operator) -> None:
+        self.desk, self.operator = desk, operator
+        agent = desk.executor(operator.name)
+        width = 1 + (desk.team.max_tool_calls if desk.team.tools_of(agent.spec) else 0)
+        self.first = desk.team.reserve(width * operator.calls)
+        self._indices: Iterator[int] = iter(range(self.first, self.first + width * operator.calls, width))
+
+    async def ask(self, fields: Mapping[str, str], given: Sequence[str]) -> str:
+        """Ask the executor with this operator's template; `given`: the texts among the fields that come from the program.
+
+        Raises `QuotaError` beyond the run's calls.
+        """
+        desk = self.desk
+        if desk.asked >= desk.max_calls:
+            raise QuotaError(f"asked its executors more than {desk.max_calls} times")
+        desk.asked += 1
+        text = told(self.operator.name, desk.prompts, {"problem": desk.task.prompt, **fields})
+        reads = desk.reads(given)
+        turn = await desk.executor(self.operator.name).fresh().reply(text, reads=reads, index=next(self._indices))
+        desk.said.append(turn)
+        return turn.text
+
+    async def run(self, program: str) -> tuple[bool, str]:
+        """Run plain Python in the sandbox: (did it end well, what it printed or why not)."""
+        outcome = await self.desk.team.execute(program, None, CHECKS)
+        return outcome.ok, outcome.output if outcome.ok else f"{outcome.status}: {outcome.error}"
+
+
+def told(operator: str, prompts: Mapping[str, str], fields: Mapping[str, str]) -> str:
+    """An operator's prompt, filled in. Raises `SettingError` at a field that the template has and the operator has not."""
+
+    def value(key: str) -> str:
+        if key not in fields:
+            raise SettingError(f"prompts.{operator}: unknown field {{{key}}}; {nearest(key, fields)}")
+        return fields[key]
+
+    return view(prompts.get(operator) or PROMPTS.get(operator, "{problem}"), value, f"prompts.{operator}").strip()
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What a program may call.
+
+    Args:
+        function: `(call, arguments...) -> value`, a coroutine; parameters are `str` or `list[str]`.
+        calls: executor calls that one call of it takes at most.
+        sketch: `(arguments...) -> value`, what the dry run answers in its place.
+    """
+
+    function: Callable[..., Awaitable[Any]]
+    calls: int
+    sketch: Callable[..., Any]
+
+    def __call__(self, call: Call, **given: Any) -> Awaitable[Any]:
+        return self.function(call, **given)
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def signature(self) -> inspect.Signature:
+        whole = inspect.signature(self.function)
+        return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+    def __str__(self) -> str:
+        """For the designer: how it is called, and what it does."""
+        shown = ", ".join(
+            f"{name}: {p.annotation}" + ("" if p.default is p.empty else f" = {p.default!r}")
+            for name, p in self.signature.parameters.items()
+        )
+        words = " ".join((inspect.getdoc(self.function) or "").split())
+        return f"await {self.name}({shown}) -> {self.signature.return_annotation}: {words}"
+
+    def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any], max_text: int) -> dict[str, Any]:
+        """What a program passed, by name. Raises `TypeError` or `ProgramError`, which the program sees."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return {
+            name: [text_of(each, name, max_text) for each in _listed(value, name)]
+            if self.signature.parameters[name].annotation == "list[str]"
+            else text_of(value, name, max_text)
+            for name, value in bound.arguments.items()
+        }
+
+
+def text_of(value: Any, name: str, longest: int) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ProgramError(f"{name}: expected a text, got a {type(value).__name__}")
+    if len(text := str(value)) > longest:
+        raise ProgramError(f"{name}: a text of {len(text)} characters; at most {longest} are read")
+    return text.encode("utf-8", "replace").decode()  # lone surrogates
+
+
+def _listed(value: Any, name: str) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)) or not 0 < len(value) <= len(LETTERS):
+        raise ProgramError(f"{name}: expected a list of 1 to {len(LETTERS)} texts, got {value!r:.80}")
+    return value
+
+
+def externals(operators: Mapping[str, Operator], desk: Desk | None, max_text: int = 20_000) -> Externals:
+    """The functions that a program can call. Without a desk they answer with sketches: a dry run."""
+
+    def external(operator: Operator) -> Callable[..., Awaitable[Any]]:
+        def call(
+            *args: Any, **kwargs: Any
+        ) -> Awaitable[Any]:  # not async: indices are reserved in the order of the program's calls
+            given = operator.arguments(args, kwargs, desk.max_text if desk else max_text)
+            return operator(Call(desk, operator), **given) if desk else _sketched(operator, given)
+
+        return call
+
+    return {name: external(operator) for name, operator in operators.items()}
+
+
+async def _sketched(operator: Operator, given: Mapping[str, Any]) -> Any:
+    return operator.sketch(**given)
+
+
+# what there is
+
+
+async def custom(call: Call, instruction: str) -> str:
+    """One answer of a language model to the problem, as your instruction says. The instruction may quote earlier results."""
+    return await call.ask({"instruction": instruction}, [instruction])
+
+
+async def answer_generate(call: Call) -> str:
+    """One answer to the problem, thought out step by step and given without the thoughts."""
+    text = await call.ask({}, [])
+    return extract(text) or text
+
+
+async def ensemble(call: Call, solutions: list[str]) -> str:
+    """The best of several solutions, chosen by a language model."""
+    shown = "\n\n".join(f"{letter}: {solution}" for letter, solution in zip(LETTERS, solutions, strict=False))
+    text = await call.ask({"solutions": shown}, solutions)
+    letters = [letter for letter in _LETTER.findall(text) if letter in LETTERS[: len(solutions)]]
+    if not letters:
+        raise ProgramError(f"ensemble: nobody chose one of {len(solutions)} solutions; the reply was {text[:60]!r}")
+    return solutions[LETTERS.index(letters[-1])]
+
+
+async def review(call: Call, solution: str) -> str:
+    """What is wrong with a solution, in words."""
+    return await call.ask({"solution": solution}, [solution])
+
+
+async def revise(call: Call, solution: str, feedback: str) -> str:
+    """A solution written again after feedback."""
+    return await call.ask({"solution": solution, "feedback": feedback}, [solution, feedback])
+
+
+async def programmer(call: Call, analysis: str = "") -> str:
+    """What a Python program prints that a language model writes for the problem; it has three tries."""
+    failure, said = "", ""
+    for _ in range(call.operator.calls):
+        said = await call.ask({"analysis": analysis, "failure": failure}, [analysis, said])
+        ended, printed = await call.run(program_in(said))
+        if ended:
+            return printed.strip()
+        failure = f"\n\nAn earlier program was:\n\n{said}\n\nIt failed: {printed}"
+    raise ProgramError(f"programmer: no program ran; the last one: {printed[:200]}")
+
+
+async def test(call: Call, solution: str) -> str:
+    """A solution that is a program, mended until it passes the problem's public tests, or as it is after three tries."""
+    for _ in range(call.operator.calls):
+        failure = await _failing(call, solution)
+        if not failure:
+            break
+        solution = await call.ask({"solution": solution, "failure": failure}, [solution])
+    return solution
+
+
+async def _failing(call: Call, solution: str) -> str:
+    """The first public test that a solution fails, and how; "" if it passes them all, or there are none."""
+    task, team = call.desk.task, call.desk.team
+    tests = [str(test) for test in task.meta.get("tests") or ()]
+    if not tests:
+        return ""
+    verdict = await team.check(*answered(task, solution, tests), CHECKS)
+    return next((f"{t}\n{why}" for t, why in zip(tests, verdict.results, strict=True) if why), "")
+
+
+OPERATORS: Mapping[str, Operator] = {
+    each.name: each
+    for each in (
+        Operator(custom, 1, lambda instruction: "1"),
+        Operator(answer_generate, 1, lambda: "1"),
+        Operator(ensemble, 1, lambda solutions: solutions[0]),
+        Operator(review, 1, lambda solution: "It is right."),
+        Operator(revise, 1, lambda solution, feedback: solution),
+        Operator(programmer, 3, lambda analysis: "1"),
+        Operator(test, 3, lambda solution: solution),
+    )
+}
+
+
+def resolve_operators(names: Sequence[str]) -> dict[str, Operator]:
+    """Operators by name: shipped ones, or `module:NAME` of an `Operator`. Raises `SettingError` naming the one that cannot be found."""
+    found: dict[str, Operator] = {}
+    for name in names:
+        made = function_named("operator", name, OPERATORS)
+        if not isinstance(made, Operator):
+            raise SettingError(f"operator {name!r}: expected an Operator (marlora.agents.programs.operators), found {made!r:.60}")
+        found[made.name] = made
+    return found

@@ -1,0 +1,189 @@
+"""A workflow: a designer writes a program for the task at hand, and the program calls operators, which executor agents answer.
+
+The program runs in the sandbox and can do nothing but call operators (`operators.py`). What it is worth is scored like any team's output;
+who is trained is the policies' business: the designer, the executors, or both. A program that cannot be run is a fact of its episode:
+a reward named `valid` says of each of the designer's turns whether its program was one, and why not, and `ran` how its run ended.
+
+Setting after ScoreFlow (arXiv:2502.04306): the designer sees the problem, the operators and an example, never an answer, test or score.
+Not copied: its class with a constructor; here a program is a few lines whose last expression, or whose `async def workflow()`, is the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..execution import Allowance, Outcome
+from ..lookup import trusted
+from ..patterns.chain import view
+from ..team import LimitError, System, Team
+from ..types import SettingError, Task, Turn, nearest
+from .operators import OPERATORS, Desk, Operator, QuotaError, externals, resolve_operators, told
+from .restrictions import Rules, program_of, whole
+
+TEMPLATE = 'solution = await custom("Solve the problem step by step.")\nsolution'
+DESIGN = """Write a Python program that solves the problem below by calling these functions:
+
+{operators}
+
+`problem` holds the text of the problem, and every function sees it. Do not solve the problem yourself and do not write its numbers \
+into the program: write how it should be solved. Loops, conditions and asyncio.gather are allowed; files, other modules and new functions \
+of a language model are not. The value of the last line, an expression, is the answer. An example, to be improved on:
+
+<graph>
+{template}
+</graph>
+
+Problem:
+{prompt}
+
+End with your program between <graph> and </graph>."""
+SOURCE = "workflow"  # of the rewards that the system tells
+
+
+@dataclass(frozen=True)
+class Design:
+    """A program that a designer wrote. `fault`: why it cannot be run, "" if it can. `turn`: None for one that nobody of the team wrote."""
+
+    program: str
+    fault: str = ""
+    turn: Turn | None = None
+
+
+@trusted("system")
+@dataclass
+class Workflow(System):
+    """A designer and its executors.
+
+    Args:
+        designer: who writes programs; "" is the first agent. All others are executors.
+        operators: what programs may call: names of `OPERATORS`, or `module:NAME` of your own.
+        executors: agent by operator; "" names the one for all others, by default the first executor.
+        prompts: templates by operator, in place of `operators.PROMPTS`.
+        instruction: what the designer is told; fields `prompt`, `operators`, `template`. `template`: the example it is shown.
+        tag: the program stands between `<tag>` and `</tag>`; "" takes the last fenced block, or the whole reply.
+        attempts: a designer whose program is invalid is asked anew, up to so many times in all. Its earlier turns then count as not taken.
+        fallback: a program that is run in place of an invalid one, which stays invalid; "" runs nothing, and the output is empty.
+        max_similarity, banned, max_nodes, max_chars: see `Rules`. dry_run: try a program with sketched answers before it counts as valid.
+        max_calls: calls of executors in one run. max_text: characters that an operator takes, and of the answer. seconds: of computing.
+    """
+
+    designer: str = ""
+    operators: Sequence[str] = tuple(OPERATORS)
+    executors: Mapping[str, str] = field(default_factory=dict)
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    instruction: str = DESIGN
+    template: str = TEMPLATE
+    tag: str = "graph"
+    attempts: int = 1
+    fallback: str = ""
+    max_similarity: float = 1.0
+    banned: Sequence[str] = ()
+    max_nodes: int = 20
+    max_chars: int = 8000
+    dry_run: bool = True
+    max_calls: int = 20
+    max_text: int = 20_000
+    seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [spec.name for spec in self.specs]
+        self.designer = self.designer or names[0]
+        others = [name for name in names if name != self.designer]
+        if self.designer not in names or not others:
+            raise SettingError(
+                f"Workflow: a designer and at least one executor expected, got {names} and designer={self.designer!r}"
+            )
+        self.executors = {"": others[0], **self.executors}
+        for key, name in self.executors.items():
+            if name not in others:
+                raise SettingError(f"executors.{key}: {name!r} is no executor; {nearest(name, others)}")
+        self.callable = resolve_operators(self.operators)
+        for key in {*self.executors, *self.prompts} - {"", *self.callable}:
+            raise SettingError(f"executors, prompts: {key!r} is no operator of this workflow; {nearest(key, self.callable)}")
+        for name, operator in self.callable.items():
+            _check_prompt(name, operator, self.prompts)
+        if self.attempts < 1 or self.max_calls < 1 or self.max_text < 1:
+            raise SettingError(
+                f"attempts, max_calls, max_text: at least 1 expected, got {self.attempts}, {self.max_calls}, {self.max_text}"
+            )
+        self.rules = Rules(
+            tuple(self.callable), self.template, self.max_similarity, tuple(self.banned), self.max_nodes, self.max_chars
+        )
+        self.limits = Allowance(seconds=self.seconds, calls=4 * self.max_calls)
+        if self.fallback and (fault := self.rules.fault(self.fallback)):
+            raise SettingError(f"fallback: no valid program ({fault})")
+        self.instructed(Task("", ""))  # checks the template
+
+    async def run(self, task: Task, team: Team) -> str:
+        for left in reversed(range(self.attempts)):
+            turn = await team[self.designer].fresh().reply(self.instructed(task))
+            design = await self.read(turn, team)
+            if not design.fault or not left:
+                break
+            team.settle(turn, taken=False)
+        if design.fault and not self.fallback:
+            return ""
+        return answer_of(await self.perform(Design(self.fallback) if design.fault else design, task, team))
+
+    # the parts, for systems that design in several rounds
+
+    def instructed(self, task: Task) -> str:
+        """What the designer is told of a task."""
+        docs = "\n".join(f"- {operator}" for operator in self.callable.values())
+        fields = {"prompt": task.prompt, "operators": docs, "template": self.template}
+
+        def value(key: str) -> str:
+            if key not in fields:
+                raise SettingError(f"instruction: unknown field {{{key}}}; {nearest(key, fields)}")
+            return fields[key]
+
+        return view(self.instruction, value, "instruction")
+
+    async def read(self, turn: Turn, team: Team) -> Design:
+        """The program in a designer's turn, checked and tried out; what is wrong with it is told as the turn's reward `valid`."""
+        program = program_of(turn.text, self.tag)
+        fault = "missing: the reply holds no program" if program is None else self.rules.fault(program)
+        if program is not None and not fault and self.dry_run:
+            tried = await team.execute(whole(program, "1"), externals(self.callable, None, self.max_text), self.limits)
+            fault = "" if tried.ok and tried.value is None else _failed(tried)  # sketches may well lead to no answer
+        _tell(team, turn, "valid", fault)
+        return Design(program or "", fault, turn)
+
+    async def perform(self, design: Design, task: Task, team: Team) -> Outcome:
+        """Run a valid program on a task. Whatever it does is the outcome; how it ended is told as its turn's reward `ran`."""
+        desk = Desk(team, task, design.turn, self.executors, self.prompts, self.max_calls, self.max_text)
+        try:
+            outcome = await team.execute(whole(design.program, task.prompt), externals(self.callable, desk), self.limits)
+        except (QuotaError, LimitError) as error:
+            outcome = Outcome("calls", error=str(error))
+        if outcome.ok and len(str(outcome.value)) > self.max_text:
+            outcome = Outcome("output", error=f"an answer of more than {self.max_text} characters")
+        if design.turn is not None:
+            _tell(team, design.turn, "ran", _failed(outcome))
+        return outcome
+
+
+def answer_of(outcome: Outcome) -> str:
+    """A run's answer as a text; "" if it has none."""
+    return "" if _failed(outcome) else str(outcome.value)
+
+
+def _failed(outcome: Outcome) -> str:
+    """Why a run gave no answer, as its status and some words; "" if it gave one."""
+    if not outcome.ok:
+        return f"{outcome.status}: {outcome.error}"
+    if outcome.value is None:
+        return "answer: None"
+    return "answer: an operator was called without await" if str(outcome.value).startswith("<coroutine ") else ""
+
+
+def _tell(team: Team, turn: Turn, name: str, fault: str) -> None:
+    told: dict[str, Any] = {"name": name, "value": float(not fault), "text": fault, "source": SOURCE}
+    team.rewards.append({**told, "agent": turn.agent, "turn": turn.index, "sibling": turn.sibling})
+
+
+def _check_prompt(name: str, operator: Operator, prompts: Mapping[str, str]) -> None:
+    told(name, prompts, dict.fromkeys(("problem", *operator.signature.parameters, "failure"), ""))

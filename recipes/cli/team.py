@@ -1,0 +1,147 @@
+"""What commands share that put a checkpoint to work: its arguments, opening its team, playing with a bar."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from marlora.agents.types import SettingError
+from marlora.rollouts.checkpoints.reader import read_checkpoint
+from marlora.rollouts.checkpoints.team import ServedTeam
+from marlora.rollouts.engines.factory import EngineConfig
+from marlora.rollouts.episodes.runner import Job
+from marlora.rollouts.secrecy import not_shown
+from marlora.rollouts.types import Episode
+from marlora.trainers.model.local_models import local_model
+from marlora.trainers.monitoring.progress import Progress
+
+
+def add_model(parser: argparse.ArgumentParser, why: str) -> None:
+    """The flag `--model [NAME=]FOLDER`, given once per base."""
+    parser.add_argument("--model", action="append", default=[], metavar="[NAME=]FOLDER", help=why)
+
+
+def add_team(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Arguments of every command that puts a checkpoint, or several, to work."""
+    what = "checkpoint folders" if several else "a checkpoint folder"
+    parser.add_argument("checkpoint", nargs="+" if several else None, help=f"{what}: RUN/checkpoints/step-NNNNNN")
+    add_model(parser, "where the base model lies now, if it moved; by NAME if the team has several")
+    parser.add_argument("--system", default="", help="module:Class, if the system is not one of marlora.agents")
+    parser.add_argument(
+        "--trust_checkpoint",
+        action="store_true",
+        help="import rewards, tools and task sets it names outside marlora, and ask models it names by URL",
+    )
+    parser.add_argument(
+        "--adapters", default="all", help="all, none, or names of policies separated by commas; the others speak as the bare base"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="everything sampled follows from it")
+    engine = parser.add_argument_group("engine")
+    for f in fields(EngineConfig):
+        value = getattr(EngineConfig(), f.name)
+        kind: dict[str, Any] = {"type": type(value), "default": value}
+        if isinstance(value, bool):
+            kind = {"action": "store_true"}
+        elif isinstance(value, list):
+            kind = {"nargs": "+", "default": value}
+        elif isinstance(value, dict):
+            kind = {"type": _json, "default": value, "metavar": "JSON"}
+        engine.add_argument(f"--{f.name}", help=f.metadata["help"].replace("%", "%%"), **kind)
+
+
+def _json(text: str) -> Any:
+    """JSON on the command line. What is none is not repeated in the error: it may hold a key."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected JSON, {not_shown(text)}") from error
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(**{f.name: getattr(args, f.name) for f in fields(EngineConfig)})
+
+
+def locate(given: Sequence[str]) -> Callable[[str], str]:
+    """From a base's name to where it lies: as `--model` says, else as the run named it."""
+    named = dict(entry.split("=", 1) for entry in given if "=" in entry)
+    plain = [entry for entry in given if "=" not in entry]
+    if len(plain) > 1:
+        raise SettingError(f"--model: given {len(plain)} times without a name; expected NAME=FOLDER for each")
+    return lambda name: named.get(name) or (plain[0] if plain else local_model(name))
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def asked_for(adapters: str, trained: Sequence[str]) -> list[str]:
+    """The policies that `--adapters` names."""
+    names = {"all": list(trained), "none": []}.get(adapters, adapters.split(","))
+    for name in names:
+        if name not in trained:
+            raise SettingError(
+                f"--adapters {name}: the checkpoint has no trained adapter of that name; it has {', '.join(trained) or 'none'}"
+            )
+    return names
+
+
+def chosen(team: ServedTeam, adapters: str) -> dict[str, str]:
+    """The team version that `--adapters` asks for."""
+    return {name: team.versions[name] for name in asked_for(adapters, list(team.versions))}
+
+
+async def with_team(args: argparse.Namespace, work: Callable[[ServedTeam], Any]) -> Any:
+    """Open the checkpoint's team, work with it, close it."""
+    adapters = read_checkpoint(Path(args.checkpoint))["adapters"]
+    asked_for(args.adapters, [name for name, entry in adapters.items() if entry.get("trained")])  # before a server starts
+    with tempfile.TemporaryDirectory(prefix="marlora-") as scratch:
+        team = await ServedTeam.open(
+            args.checkpoint,
+            engine_config(args),
+            locate=locate(args.model),
+            system=args.system,
+            trust=args.trust_checkpoint,
+            scratch=Path(scratch),
+            seed=args.seed,
+            say=say,
+        )
+        try:
+            return await work(team)
+        finally:
+            await team.close()
+
+
+async def play_all(
+    team: ServedTeam,
+    plan: Sequence[Job],
+    versions: Mapping[str, str],
+    *,
+    greedy: bool,
+    what: str,
+    keep: Callable[[Episode], Any] | None = None,
+) -> list[Episode]:
+    """Play with a bar; `keep` gets each episode as it ends."""
+    progress, found = Progress(), []
+    player = team.rollouts.greedy() if greedy else team.rollouts
+    try:
+        progress.start(0, 0)
+        with progress.episodes(what, len(plan), 0, team.metric) as tick:
+            async for episode in player.collect(plan, versions):
+                found.append(episode)
+                if keep is not None:
+                    keep(episode)
+                tick(episode)
+    finally:
+        progress.close()
+    return found
+
+
+def write_json(path: str, value: Any) -> None:
+    if path:
+        Path(path).write_text(json.dumps(value, indent=2) + "\n")

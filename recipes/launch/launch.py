@@ -1,0 +1,31 @@
+"""The last lines of a recipe: settings, then the plan or the training, and a table of what came out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from marlora.recipes.launch.settings import parse
+from marlora.recipes.launch.tables import summary_table
+from marlora.trainers.loop.dry_run import print_plan
+from marlora.trainers.loop.serve_only import serve
+from marlora.trainers.trainer import Trainer
+
+
+def train(trainer: type[Trainer[Any]], config: Any, recipe: str) -> None:
+    """Train by these settings and print what came out; or print the plan (`dry_run`), or serve for others (`serve_only`)."""
+    made = trainer(args=config, recipe=recipe)
+    if config.dry_run:
+        print_plan(made.run)
+        return
+    if config.serve_only:
+        serve(made.run)
+        return
+    summary = made.train()
+    if made.run.ranks.main:
+        print(summary_table(summary, config.output_dir))
+
+
+def launch(trainer: type[Trainer[Any]], file: str) -> None:
+    """A recipe's `main`: its settings are the trainer's, and their defaults stand in the YAML beside `file`."""
+    train(trainer, parse(trainer.Config, file), Path(file).stem)

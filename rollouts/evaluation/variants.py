@@ -1,0 +1,161 @@
+"""Who is measured against whom: the rungs of the ladder, one adapter at a time, and teams of agents from two checkpoints.
+
+All are `Contestant`s made from open checkpoints (`ServedTeam`). Names begin with `mark` (of a checkpoint, when there are several).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...agents.patterns.chain import Chain
+from ...agents.types import BASE, AgentSpec, SettingError, Task
+from ..checkpoints.team import ServedTeam
+from ..episodes.runner import Rollouts
+from ..episodes.store import Store
+from .suite import Contestant
+
+PROMPTS = (".prompt", ".demos")  # of `values`: texts that stand in an agent's chat
+
+
+def contestant(team: ServedTeam, name: str, versions: Mapping[str, str], rollouts: Rollouts | None = None) -> Contestant:
+    """The team's own players (or `rollouts`) with these adapter versions."""
+    return Contestant(name, rollouts or team.rollouts, dict(versions), hashes(team), bases_of(team))
+
+
+def hashes(team: ServedTeam) -> dict[str, str]:
+    return {name: entry["sha256"] for name, entry in team.data["adapters"].items()}
+
+
+def bases_of(team: ServedTeam) -> dict[str, str]:
+    """By policy the weights below its adapter: its base by the hash of the base's files, or by name where it has none here."""
+    return {policy: base.get("files") or name for name, base in team.data["bases"].items() for policy in base["policies"]}
+
+
+def base_team(team: ServedTeam, mark: str = "") -> Contestant:
+    """The agents as specified, every adapter off, without the texts that training found."""
+    return contestant(team, f"{mark}base team", {}, dataclasses.replace(team.rollouts, values={}))
+
+
+def trained_team(team: ServedTeam, versions: Mapping[str, str], mark: str = "") -> Contestant:
+    return contestant(team, f"{mark}{trained_name(team, versions)}", versions)
+
+
+def trained_name(team: ServedTeam, versions: Mapping[str, str]) -> str:
+    """`trained team, per-agent LoRA`, or shared-policy if all agents speak with one adapter; the adapters if only some are on."""
+    if set(versions) != set(team.versions) or not versions:
+        return f"adapters: {', '.join(versions) or 'none'}"
+    shared = len(team.rollouts.system.specs) > 1 and len({agent.policy for agent in team.rollouts.system.specs}) == 1
+    return f"trained team, {'shared-policy' if shared else 'per-agent'} LoRA"
+
+
+def ladder(team: ServedTeam, mark: str = "") -> list[Contestant]:
+    """The rungs below the trained team: single agent, team without prompts, base team, and prompts that training found alone."""
+    player, system = team.rollouts, team.rollouts.system
+    plain = {k: v for k, v in player.values.items() if not k.endswith(PROMPTS)}
+    bare = [dataclasses.replace(agent, prompt="", demos=()) for agent in system.specs]
+    alone = Chain((AgentSpec("agent", policy=BASE, sampling=system.specs[-1].sampling),))
+    rungs = []
+    if BASE in player.speakers:
+        rungs.append(contestant(team, f"{mark}single agent", {}, dataclasses.replace(player, system=alone, values={})))
+    if any(agent.prompt or agent.demos for agent in system.specs):
+        without = dataclasses.replace(player, system=system.with_agents(bare), values=plain)
+        rungs.append(contestant(team, f"{mark}team without prompts", {}, without))
+    rungs.append(base_team(team, mark))
+    if player.values:
+        rungs.append(contestant(team, f"{mark}prompt-only team", {}))
+    return rungs
+
+
+def ablations(team: ServedTeam, versions: Mapping[str, str], mark: str = "") -> list[Contestant]:
+    """Each adapter alone, and (of three and more) all but each."""
+    if len(versions) < 2:
+        return []
+    alone = [contestant(team, f"{mark}only {name}", {name: version}) for name, version in versions.items()]
+    if len(versions) == 2:
+        return alone
+    return alone + [
+        contestant(team, f"{mark}all but {name}", {p: v for p, v in versions.items() if p != name}) for name in versions
+    ]
+
+
+def cross_play(teams: Mapping[str, ServedTeam]) -> list[tuple[str, str, str, Contestant]]:
+    """(policy, checkpoint it is from, checkpoint of the others, team): every adapter in every other checkpoint's team.
+
+    Of two policies one matrix tells all: the other is its transpose. Raises `SettingError` unless all have the same policies and base.
+    """
+    first, *rest = teams.values()
+    names = list(first.versions)
+    for mark, team in zip(list(teams)[1:], rest, strict=True):
+        if set(team.versions) != set(names) or bases_of(team) != bases_of(first):
+            raise SettingError(
+                f"cross-play: {mark} has adapters {sorted(team.versions)} on its base, {next(iter(teams))} {sorted(names)}"
+            )
+    if len(teams) < 2 or len(names) < 2:
+        raise SettingError(f"cross-play: at least two checkpoints of at least two adapters; got {len(teams)} of {names}")
+    found = []
+    for policy in names[:1] if len(names) == 2 else names:
+        for guest, host in itertools.permutations(teams, 2):
+            versions = {**teams[host].versions, policy: teams[guest].versions[policy]}
+            sha256 = {**hashes(teams[host]), policy: hashes(teams[guest])[policy]}
+            name = f"{policy} of {guest}, others of {host}"
+            found.append((policy, guest, host, Contestant(name, teams[host].rollouts, versions, sha256, bases_of(first))))
+    return found
+
+
+def distinct(contestants: Iterable[Contestant], seed: int, greedy: bool) -> tuple[list[Contestant], dict[str, str]]:
+    """The contestants without those that are the same as an earlier one, and {name: the earlier one's} of those."""
+    kept: dict[str, Contestant] = {}
+    same: dict[str, str] = {}
+    for each in contestants:
+        first = kept.setdefault(each.key(seed, greedy), each)
+        if first is not each:
+            same[each.name] = first.name
+    return list(kept.values()), same
+
+
+# what was trained on
+
+
+def trained_on(checkpoint: Path, team: ServedTeam, more: Sequence[str] = ()) -> tuple[dict[str, str], list[str]]:
+    """Prompt by task id of what a checkpoint may have learnt from, and where that is written.
+
+    The run's own store, the stores its settings name, and `more`; where the run is not beside the checkpoint, the training split of
+    its task set. An empty list: nobody can say.
+    """
+    stores = [Path(name) for name in more]
+    if checkpoint.resolve().parent.name == "checkpoints":
+        run = checkpoint.resolve().parent.parent
+        stores += [run / "episodes", *_given(run)]
+    found: dict[str, str] = {}
+    where = []
+    for folder in stores:
+        folder = folder / "episodes" if (folder / "episodes").is_dir() else folder
+        if Store(folder).files():
+            found |= asked(Store(folder))
+            where.append(str(folder))
+        elif str(folder) in more:
+            raise SettingError(f"--trained_on {folder}: no episodes there; expected a run or a store")
+    if not where and team.data["tasks"]["name"]:
+        tasks: Sequence[Task] = team.tasks(split="train")
+        found |= {task.id: task.prompt for task in tasks}
+        where.append(f"the training split of {team.data['tasks']['name']}")
+    return found, where
+
+
+def asked(store: Store) -> dict[str, str]:
+    """Prompt by task id of every episode but those of evaluations: what may have been trained on."""
+    lines = (data for data in store.lines() if not data["group"].startswith("eval-"))
+    return {data["task"]["id"]: data["task"]["prompt"] for data in lines}
+
+
+def _given(run: Path) -> list[Path]:
+    """Stores that a run learnt from instead of playing (setting `episodes`)."""
+    import yaml
+
+    path = run / "config.yaml"
+    config: Any = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    return [Path(config["episodes"])] if config.get("episodes") else []

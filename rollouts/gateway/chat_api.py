@@ -1,0 +1,364 @@
+"""Chat completions as plain data: what a program asks for, and what it is told. No network here.
+
+What is not understood is refused with words for the program's author (`Refused`), never ignored in silence; the few settings that
+change nothing here are named in `WITHOUT_EFFECT`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...agents.tools.tools import parse_calls
+from ...agents.types import Message, Turn
+from .fields import (
+    MAX_ITEMS,
+    Refused,
+    brief,
+    flag,
+    inside,
+    items,
+    mapping,
+    number,
+    one_of,
+    only,
+    optional_mapping,
+    optional_text,
+    text,
+    whole,
+    wrong,
+)
+
+MAX_N = 64  # answers of one call
+# `seed`: an episode's randomness follows from its own seed, or the episodes of a group would all be one.
+WITHOUT_EFFECT = ("seed", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
+                  "reasoning_effort", "verbosity", "prompt_cache_retention")  # fmt: skip
+UNUSED_TEXTS = ("user", "service_tier", "safety_identifier", "prompt_cache_key", "reasoning_effort", "verbosity",
+                "prompt_cache_retention")  # fmt: skip
+NUMBERS = {  # the least and the greatest that an engine takes
+    "temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "top_k": (-1, 2**31), "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.0, 100.0), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
+}  # fmt: skip
+LIMITS = ("max_completion_tokens", "max_tokens")  # the first that is given
+KNOWN = ("model", "messages", "n", "stream", "stream_options", "stop", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
+         "tools", "tool_choice", "response_format", "structured_outputs", "logit_bias", *NUMBERS, *WITHOUT_EFFECT)  # fmt: skip
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+PARTS = ("text", "input_text", "output_text", "refusal")
+MAX_STOPS = 16
+TOKEN_ID = re.compile("[0-9]{1,10}")
+GRAMMARS = ("json", "regex", "choice", "grammar", "json_object")  # of `structured_outputs`, as vLLM names them
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of a program. `model` is the name it gave; `messages` are its own words, with tool calls beside the text.
+
+    `sampling` holds what it asked for beyond length, stop strings, grammar and bias; `tools` are schemas as OpenAI writes them; `forced`: it
+    wants one of them called in any case; `said_in`: the field of its messages.
+    """
+
+    model: str
+    messages: tuple[Message, ...]
+    n: int = 1
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    forced: bool = False
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    grammar: str = ""
+    logit_bias: Mapping[str, float] = field(default_factory=dict)
+    logprobs: bool = False
+    stream: bool = False
+    include_usage: bool = False
+    said_in: str = "messages"
+
+
+def read_chat(body: Any) -> Request:
+    """The request of a body of `/chat/completions`."""
+    if not isinstance(body, dict):
+        raise Refused(400, f"expected a JSON object, got {brief(body)}")
+    only(body, KNOWN)
+    check_unused(body)
+    messages = items(body.get("messages"), "messages")
+    if not messages:
+        raise wrong("messages", "expected at least one")
+    if whole(body.get("top_logprobs"), "top_logprobs", 0, MAX_N):
+        told = "only 0; the engine gives the log-probability of what was sampled"
+        raise wrong("top_logprobs", told)
+    limits = [whole(body.get(key), key, 1, 2**31) for key in LIMITS]
+    tools, choice = read_tools(body.get("tools")), read_choice(body.get("tool_choice"))
+    options = optional_mapping(body.get("stream_options"), "stream_options")
+    usage_too = flag(options.get("include_usage"), "stream_options.include_usage")
+    stream = flag(body.get("stream"), "stream")
+    return Request(
+        model=text(body.get("model"), "model"),
+        messages=tuple(read_message(m, f"messages[{i}]") for i, m in enumerate(messages)),
+        n=whole(body.get("n"), "n", 1, MAX_N) or 1,
+        max_tokens=next((limit for limit in limits if limit is not None), None),
+        stop=read_stop(body.get("stop")),
+        tools=() if choice == "none" else tools,
+        forced=choice == "required",
+        sampling=read_sampling(body),
+        grammar=read_grammar(body),
+        logit_bias=read_bias(body.get("logit_bias")),
+        logprobs=flag(body.get("logprobs"), "logprobs"),
+        stream=stream,
+        include_usage=stream and usage_too,
+    )
+
+
+def check_unused(body: Mapping[str, Any]) -> None:
+    """Settings without effect have their types all the same: a program that gets one wrong is told so."""
+    whole(body.get("seed"), "seed", -(2**63), 2**64)
+    for key in ("store", "parallel_tool_calls"):
+        flag(body.get(key), key)
+    for key in UNUSED_TEXTS:
+        optional_text(body.get(key), key)
+    for key, each in optional_mapping(body.get("metadata"), "metadata").items():
+        text(each, inside("metadata", key))
+
+
+def read_sampling(body: Mapping[str, Any]) -> dict[str, float]:
+    found = {key: number(body[key], key, low, high) for key, (low, high) in NUMBERS.items() if body.get(key) is not None}
+    if not found.get("top_k", 0.0).is_integer():
+        raise wrong("top_k", f"expected a whole number, got {brief(body['top_k'])}")
+    return found
+
+
+def read_choice(value: Any) -> str:
+    """`auto`, `none`, or `required`, which naming one tool is too."""
+    if value is None:
+        return "auto"
+    if isinstance(value, str):
+        if value not in ("auto", "none", "required"):
+            told = f"expected auto, none, required or a tool, got {brief(value)}"
+            raise wrong("tool_choice", told)
+        return value
+    if not isinstance(value, dict):
+        raise wrong("tool_choice", f"expected auto, none, required or a tool, got {brief(value)}")
+    one_of(value.get("type"), "tool_choice.type", ("function",))
+    if "function" in value:
+        function = mapping(value["function"], "tool_choice.function")
+        text(function.get("name"), "tool_choice.function.name")
+    else:
+        text(value.get("name"), "tool_choice.name")
+    return "required"
+
+
+def read_message(data: Any, where: str) -> Message:
+    mapping(data, where)
+    role = ROLES[one_of(data.get("role"), f"{where}.role", ROLES)]
+    calls = items(data.get("tool_calls"), f"{where}.tool_calls")
+    return Message(
+        role,  # type: ignore[arg-type]
+        plain_text(data.get("content"), f"{where}.content"),
+        name=optional_text(data.get("name"), f"{where}.name"),
+        tool_calls=tuple(_read_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)),
+        tool_call_id=optional_text(data.get("tool_call_id"), f"{where}.tool_call_id"),
+    )
+
+
+def _read_call(call: Any, where: str) -> dict[str, Any]:
+    kind = mapping(call, where).get("type", "function")
+    one_of(kind, f"{where}.type", ("function",))
+    function = mapping(call.get("function"), f"{where}.function")
+    return {
+        "id": optional_text(call.get("id"), f"{where}.id") or "",
+        "name": text(function.get("name"), f"{where}.function.name"),
+        "arguments": optional_text(function.get("arguments"), f"{where}.function.arguments") or "{}",
+    }
+
+
+def plain_text(content: Any, where: str) -> str:
+    """Content as one text: None is "", parts are joined. Images and sound are refused."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise wrong(where, f"expected a text or a list of parts, got {brief(content)}")
+    texts = []
+    for i, part in enumerate(items(content, where)):
+        kind = mapping(part, f"{where}[{i}]").get("type")
+        if not isinstance(kind, str) or kind not in PARTS:
+            told = f"only text can be read here, got a part of type {brief(kind)}"
+            raise wrong(f"{where}[{i}].type", told)
+        key = "refusal" if kind == "refusal" else "text"
+        texts.append(text(part.get(key), f"{where}[{i}].{key}"))
+    return "".join(texts)
+
+
+def read_stop(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or len(found) > MAX_STOPS:
+        raise wrong("stop", f"expected a text or at most {MAX_STOPS} of them, none empty")
+    for i, each in enumerate(found):
+        if not isinstance(each, str) or not each:
+            where = "stop" if isinstance(value, str) else f"stop[{i}]"
+            raise wrong(where, f"expected a text that is not empty, got {brief(each)}")
+    return tuple(found)
+
+
+def read_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
+    made = []
+    for i, each in enumerate(items(value, "tools")):
+        if mapping(each, f"tools[{i}]").get("type") != "function":
+            told = "expected an object of type function; others cannot be shown to a model here"
+            raise Refused(400, f"tools[{i}]: {told}", param=f"tools[{i}].type")
+        where = f"tools[{i}].function"
+        made.append(read_function(mapping(each.get("function"), where), where))
+    return tuple(made)
+
+
+def read_function(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A function that a model may call, as it is shown to it."""
+    described = {
+        "name": text(data.get("name"), f"{where}.name"),
+        "description": optional_text(data.get("description"), f"{where}.description") or "",
+    }
+    given = optional_mapping(data.get("parameters"), f"{where}.parameters")
+    parameters = given or {"type": "object", "properties": {}}
+    flag(data.get("strict"), f"{where}.strict")
+    return {"type": "function", "function": {**described, "parameters": parameters}}
+
+
+def read_grammar(body: Mapping[str, Any]) -> str:
+    """What a reply is held to, in vLLM's words; "" if nothing."""
+    form = read_form(body.get("response_format"), "response_format")
+    if body.get("structured_outputs") is None:
+        return form
+    given = mapping(body["structured_outputs"], "structured_outputs")
+    if len(given) != 1 or next(iter(given)) not in GRAMMARS:
+        told = f"expected an object with one of {', '.join(GRAMMARS)}"
+        raise wrong("structured_outputs", told)
+    ((kind, value),) = given.items()
+    where = f"structured_outputs.{kind}"
+    if kind == "json_object":
+        if value is not True:
+            raise wrong(where, f"expected true, got {brief(value)}")
+    elif kind == "choice":
+        for i, each in enumerate(items(value, where)):
+            text(each, f"{where}[{i}]")
+        if not value:
+            raise wrong(where, "expected at least one")
+    elif kind != "json" or not isinstance(value, dict):
+        text(value, where)
+    return json.dumps(given, sort_keys=True)
+
+
+def read_form(value: Any, where: str) -> str:
+    """The grammar of a `response_format`, or of a `text.format`, which has no object of its own for the schema."""
+    if value is None:
+        return ""
+    kind = mapping(value, where).get("type")
+    if not isinstance(kind, str) or kind not in ("text", "json_object", "json_schema"):
+        told = "expected type text, json_object, or json_schema with a schema"
+        raise Refused(400, f"{where}: {told}, got {brief(kind)}", param=f"{where}.type")
+    if kind == "text":
+        return ""
+    if kind == "json_object":
+        return json.dumps({"json_object": True})
+    if "json_schema" in value:
+        value, where = mapping(value["json_schema"], f"{where}.json_schema"), f"{where}.json_schema"
+    optional_text(value.get("name"), f"{where}.name")
+    optional_text(value.get("description"), f"{where}.description")
+    flag(value.get("strict"), f"{where}.strict")
+    return json.dumps({"json": mapping(value.get("schema"), f"{where}.schema")}, sort_keys=True)
+
+
+def read_bias(value: Any) -> dict[str, float]:
+    given = optional_mapping(value, "logit_bias")
+    if len(given) > MAX_ITEMS:
+        raise wrong("logit_bias", f"expected at most {MAX_ITEMS} entries, got {len(given)}")
+    for key in given:
+        if not TOKEN_ID.fullmatch(key):
+            raise wrong("logit_bias", f"expected an object from token ids to numbers, got {key[:40]!r}")
+    return {key: number(each, f"logit_bias[{key}]") for key, each in given.items()}
+
+
+# answers
+
+
+def shown(turn: Turn, request: Request) -> Message:
+    """A turn as the program is shown it: without the stop string it ended with, tool calls beside the text.
+
+    A call that cannot be read stays text: the program sees what was said.
+    """
+    text = turn.text
+    ends = [at for stop in request.stop if (at := text.find(stop)) >= 0]
+    text = text[: min(ends)] if ends else text
+    calls = [call for call in parse_calls(text) if "error" not in call] if request.tools else []
+    if not calls:
+        return Message("assistant", text)
+    made = tuple(
+        {
+            "id": f"call_{turn.index}_{turn.sibling}_{number}",
+            "name": call["name"],
+            "arguments": call["arguments"]
+            if isinstance(call["arguments"], str)
+            else json.dumps(call["arguments"], ensure_ascii=False),
+        }
+        for number, call in enumerate(calls)
+    )
+    return Message("assistant", text[: text.index("<tool_call>")].rstrip(), tool_calls=made)
+
+
+def usage(turns: Sequence[Turn]) -> dict[str, int]:
+    """Tokens of one call: its prompt once, all its answers."""
+    read, said = len(turns[0].prompt_ids), sum(len(turn.token_ids) for turn in turns)
+    return {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
+
+
+def call_json(call: Mapping[str, Any]) -> dict[str, Any]:
+    return {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
+
+
+def _logprobs(turn: Turn) -> dict[str, Any]:
+    """Tokens by id, as vLLM writes them (`token_id:15`): what was sampled is ids, and some are no text alone."""
+    pairs = zip(turn.token_ids, turn.logprobs, strict=True)
+    return {
+        "content": [{"token": f"token_id:{i}", "logprob": x, "bytes": None, "top_logprobs": []} for i, x in pairs],
+        "refusal": None,
+    }
+
+
+def chat_completion(head: Mapping[str, Any], request: Request, turns: Sequence[Turn]) -> dict[str, Any]:
+    """The reply to a call. `head`: its id and time."""
+    choices = []
+    for turn in turns:
+        said = shown(turn, request)
+        message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
+        if said.tool_calls:
+            message |= {"content": said.content or None, "tool_calls": [call_json(call) for call in said.tool_calls]}
+        choices.append(
+            {
+                "index": turn.sibling,
+                "message": message,
+                "logprobs": _logprobs(turn) if request.logprobs else None,
+                "finish_reason": "tool_calls" if said.tool_calls else turn.finish_reason,
+            }
+        )
+    return {**head, "object": "chat.completion", "model": request.model, "choices": choices, "usage": usage(turns)}
+
+
+def chat_chunks(head: Mapping[str, Any], request: Request, turns: Sequence[Turn]) -> list[str]:
+    """The same as server-sent events. The engine answers at once, so each answer is one piece."""
+    whole_reply = chat_completion(head, request, turns)
+    base = {**head, "object": "chat.completion.chunk", "model": request.model}
+
+    def chunk(index: int, delta: Mapping[str, Any], logprobs: Any = None, finish: str | None = None) -> dict[str, Any]:
+        return {**base, "choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]}
+
+    chunks = []
+    for choice in whole_reply["choices"]:
+        message, at = choice["message"], choice["index"]
+        delta = {"role": "assistant", "content": message["content"]}
+        if "tool_calls" in message:
+            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(message["tool_calls"])]
+        chunks += [chunk(at, delta, choice["logprobs"]), chunk(at, {}, None, choice["finish_reason"])]
+    if request.include_usage:
+        chunks.append({**base, "choices": [], "usage": whole_reply["usage"]})
+    return [f"data: {json.dumps(each)}\n\n" for each in chunks] + ["data: [DONE]\n\n"]

@@ -1,0 +1,107 @@
+"""`marlora report --follow`: the report of a running run, served on loopback.
+
+The address holds a token, and everything without it is a 404: other users of the machine, and pages in the same browser, cannot read
+what the models wrote. The page asks every two seconds whether files of the run have changed and then loads again; episodes that it
+does not hold are fetched by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..episodes.store import Store
+from .episode_index import MAX_EPISODES, Gallery, Pieces, read_learned
+from .report import build
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+WATCHED = ("config.yaml", "metrics.jsonl", "summary.json", "proofs.json", "warnings.log", "learned.jsonl")
+HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
+
+
+class Follow:
+    """Serves the report of these runs. `await start(port)` gives the address; `await close()` ends it."""
+
+    def __init__(self, folders: Sequence[Path], pieces: Pieces | None = None, max_episodes: int = MAX_EPISODES) -> None:
+        self.folders, self.pieces, self.max_episodes = list(folders), pieces, max_episodes
+        self.token = secrets.token_urlsafe(24)
+        self._runner: web.AppRunner | None = None
+        self._page: tuple[str, str] = ("", "")  # version, page
+        self._building = asyncio.Lock()
+
+    def version(self) -> str:
+        """Changes whenever a run has written something."""
+        files = [run / name for run in self.folders for name in WATCHED]
+        files += [path for run in self.folders for path in Store(run / "episodes").files()]
+        return " ".join(f"{s.st_size}.{s.st_mtime_ns}" for s in (path.stat() for path in files if path.is_file()))
+
+    async def start(self, port: int = 0) -> str:
+        """The address, on loopback; port 0 takes a free one."""
+        from aiohttp import web
+
+        app = web.Application()
+        app.router.add_get("/{token}/", self._guarded(self.report))
+        app.router.add_get("/{token}/version", self._guarded(self.tell_version))
+        app.router.add_get("/{token}/episode", self._guarded(self.episode))
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", port)
+        await site.start()
+        return f"http://127.0.0.1:{self._runner.addresses[0][1]}/{self.token}/"
+
+    async def close(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    def _guarded(self, handler: web.Handler) -> web.Handler:  # type: ignore[name-defined]
+        from aiohttp import web
+
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            if not hmac.compare_digest(request.match_info["token"].encode(), self.token.encode()):
+                raise web.HTTPNotFound()
+            response = await handler(request)
+            response.headers.update(HEADERS)
+            return response
+
+        return guarded
+
+    async def report(self, request: web.Request) -> web.Response:
+        """The page, made anew if something has changed."""
+        from aiohttp import web
+
+        async with self._building:
+            now = self.version()
+            if self._page[0] != now:
+                made, _ = await asyncio.to_thread(build, self.folders, self.pieces, self.max_episodes, True)
+                self._page = (now, made)
+        return web.Response(body=self._page[1].encode(errors="replace"), content_type="text/html", charset="utf-8")
+
+    async def tell_version(self, request: web.Request) -> web.Response:
+        from aiohttp import web
+
+        return web.Response(text=self.version())
+
+    async def episode(self, request: web.Request) -> web.Response:
+        """One episode by the name the list has for it, `RUN:ID`, with its texts."""
+        from aiohttp import web
+
+        number, _, wanted = request.query.get("name", "").partition(":")
+        if not number.isdecimal() or int(number) >= len(self.folders):
+            raise web.HTTPNotFound()
+        run, gallery = self.folders[int(number)], Gallery(self.pieces or (lambda policy, ids: None))
+
+        def find() -> dict[str, object] | None:
+            learned = read_learned(run / "learned.jsonl", {wanted}).get(wanted, {})
+            found = next(iter(Store(run / "episodes").read(id=wanted)), None)
+            return None if found is None else {"episode": gallery.pack(found, learned), "strings": list(gallery.strings)}
+
+        found = await asyncio.to_thread(find)
+        if found is None:
+            raise web.HTTPNotFound()
+        return web.json_response(found)

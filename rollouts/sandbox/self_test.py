@@ -1,0 +1,92 @@
+"""The proof that a cage holds on this machine: attacks from inside, before anything of a model's is run."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import tempfile
+
+from ...agents.execution import Allowance, SandboxError
+from .isolation import Cage
+from .python import run_plain
+
+PROOF = r'''
+import ctypes, json, os, resource, socket, sys
+libc, told = ctypes.CDLL(None, use_errno=True), {}
+def attack(name, act):
+    try:
+        act()
+        told[name] = "done"
+    except BaseException as error:
+        told[name] = type(error).__name__
+def called(number, *arguments):
+    if libc.syscall(number, *arguments) < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+attack("control", lambda: open(os.__file__).read(1))
+attack("read a file of ours", lambda: open(PATH).read())
+attack("read the passwords", lambda: open("/etc/passwd").read())
+attack("write beside it", lambda: open(PATH + "x", "w").write("x"))
+attack("write to /dev/shm", lambda: open("/dev/shm/marlora-proof", "w").write("x"))
+attack("our environment", lambda: open("/proc/%d/environ" % os.getppid()).read())
+attack("fork", lambda: os.fork() or os._exit(0))
+attack("another program", lambda: os.posix_spawn(sys.executable, [sys.executable, "-c", ""], {}))
+attack("become another program", lambda: os.execv("/bin/true", ["true"]))
+attack("signal", lambda: os.kill(PARENT, 0))
+attack("internet", lambda: socket.socket(socket.AF_INET))
+attack("unix socket", lambda: socket.socket(socket.AF_UNIX))
+attack("netlink", lambda: socket.socket(socket.AF_NETLINK))
+attack("trace", lambda: called(101 if os.uname().machine == "x86_64" else 117, 16, PARENT, 0, 0))
+attack("io_uring", lambda: called(425, 1, ctypes.create_string_buffer(120)))
+attack("namespaces", lambda: called(272 if os.uname().machine == "x86_64" else 97, 0x10000000))
+attack("more memory", lambda: resource.setrlimit(resource.RLIMIT_AS, (-1, -1)))
+attack("memory", lambda: bytearray(MEMORY))
+print(json.dumps(told))
+'''  # fmt: skip
+
+
+def prove(made: Cage) -> None:
+    """Attack the cage from inside. Raises `SandboxError` naming what came through, or why nothing ran at all."""
+    limits = Allowance(seconds=20.0, cpu_seconds=10, memory=256 << 20)
+    with tempfile.NamedTemporaryFile("w", prefix="marlora-proof-") as canary:
+        canary.write("canary")
+        canary.flush()
+        known = f"PATH, PARENT, MEMORY = {canary.name!r}, {os.getpid()}, {2 * limits.memory}\n"
+        ran = run_plain(made, known + PROOF, limits)
+        left = os.path.exists(canary.name + "x")
+    try:
+        told = json.loads(ran.output)
+    except ValueError as error:
+        raise SandboxError(f"{made.kind}: a harmless program does not work in it ({ran.status}: {ran.error})") from error
+    if told.pop("control", "") != "done":
+        raise SandboxError(f"{made.kind}: Python's own library cannot be read inside, so the attacks prove nothing")
+    through = [name for name, what in told.items() if what == "done"] + (["write beside it"] if left else [])
+    if through or len(told) != PROOF.count("\nattack(") - 1:
+        raise SandboxError(f"{made.kind}: does not hold; what came through: {', '.join(through) or 'the report was cut'}")
+
+
+@functools.cache
+def _tried() -> tuple[tuple[Cage, ...], tuple[str, ...]]:
+    if platform.system() != "Linux":
+        return (), (f"no cage for processes on {platform.system()}",)
+    held, reasons = [], []
+    for kind in ("bubblewrap", "landlock"):
+        try:
+            prove(made := Cage(kind))
+            held.append(made)
+        except SandboxError as error:
+            reasons.append(str(error))
+    return tuple(held), tuple(reasons)
+
+
+def cages() -> tuple[Cage, ...]:
+    """The kinds of cage that hold on this machine, the better one first. Proven once per process."""
+    return _tried()[0]
+
+
+def cage() -> Cage:
+    """The best one that holds here. Raises `SandboxError` with all reasons: nothing a model wrote is run without."""
+    if not cages():
+        raise SandboxError("programs of a model cannot be run on this machine: " + "; ".join(_tried()[1]))
+    return cages()[0]

@@ -1,0 +1,90 @@
+"""`marlora export`: what is copied, what the card says, and that nothing is uploaded unasked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import yaml
+
+from marlora.recipes.cli.export import card
+from marlora.recipes.cli.main import main
+from marlora.rollouts.checkpoints.reader import read_checkpoint
+from marlora.trainers.testbeds.tiny import tiny_random_model
+from tests.trainers import small_run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    small_run.trainer(folder / "run", tiny_random_model(folder / "model"), max_steps=1).train()
+    return folder / "run" / "checkpoints" / "step-000001"
+
+
+class Hub:
+    """Stands in for the hub: keeps what it is asked."""
+
+    asked: list[tuple[str, Any]] = []
+
+    def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> str:
+        Hub.asked.append((name, private))
+        return f"https://hub/{name}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        Hub.asked.append((repo_id, sorted(str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file())))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "asked", [])
+    return Hub.asked
+
+
+def export(*argv: object) -> int:
+    try:
+        main(["export", *map(str, argv)])
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0
+
+
+def test_a_folder_to_give_away(
+    checkpoint: Path, tmp_path: Path, hub: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(checkpoint, "--output", tmp_path / "team") == 0
+    assert hub == [] and "nothing was uploaded" in capsys.readouterr().err
+    found = {str(p.relative_to(tmp_path / "team")) for p in (tmp_path / "team").rglob("*") if p.is_file()}
+    adapters = {f"adapters/{p}/{f}" for p in ("first", "last") for f in ("adapter_config.json", "adapter_model.safetensors")}
+    assert found == {"README.md", "system.json", *adapters}
+    assert read_checkpoint(tmp_path / "team") == read_checkpoint(checkpoint), "it is a checkpoint still"
+    assert export(checkpoint, "--output", tmp_path / "team") == 2 and "name a new folder" in capsys.readouterr().err
+
+
+def test_the_card_says_who_and_how_well(checkpoint: Path, tmp_path: Path) -> None:
+    data, summary = read_checkpoint(checkpoint), json.loads((checkpoint.parent.parent / "summary.json").read_text())
+    made = card(data, summary, "someone/team")
+    _, head, body = made.split("---\n", 2)
+    assert yaml.safe_load(head) == {"library_name": "peft", "tags": ["lora", "multi-agent", "marlora"]}
+    assert str(checkpoint.parent.parent.parent) not in made, "no path of this machine"
+    for agent in ("first", "last"):
+        assert f"| {agent} |" in body and data["adapters"][agent]["sha256"][:16] in body
+    assert f"{summary['eval']['after']['accuracy']:.3f}" in body and "# team" in body
+    data["base"]["name"] = "Qwen/Qwen2.5-0.5B-Instruct"
+    made = card(data, {}, "team")
+    assert "base_model: Qwen/Qwen2.5-0.5B-Instruct" in made and "Measured" not in made
+
+
+def test_it_is_uploaded_only_if_told_where_to(
+    checkpoint: Path, tmp_path: Path, hub: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(checkpoint, "--output", tmp_path / "a", "--push_to_hub", "someone") == 2
+    assert "OWNER/NAME" in capsys.readouterr().err and not (tmp_path / "a").exists() and hub == []
+    assert export(checkpoint, "--output", tmp_path / "a", "--push_to_hub", "someone/team") == 0
+    assert export(checkpoint, "--output", tmp_path / "b", "--push_to_hub", "someone/team", "--public") == 0
+    (first, private), (_, names), (_, public), _ = hub
+    assert (first, private, public) == ("someone/team", True, False) and "README.md" in names
+    assert "https://hub/someone/team" in capsys.readouterr().out

@@ -1,0 +1,228 @@
+"""ScoreFlow as a run: programs are written, run several times, stored, paired and learnt from; the controls learn from the same data.
+
+The network knows nothing. What it says is put into its mouth (`Saying`); what it learns from is real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from marlora.agents.programs.workflow import Workflow
+from marlora.agents.team import Call
+from marlora.agents.types import AgentSpec, Completion, Sampling, SettingError
+from marlora.rollouts.checkpoints.team import build_system
+from marlora.rollouts.episodes.completers import EngineSpeaker
+from marlora.rollouts.episodes.runner import Job
+from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.types import Episode
+from marlora.trainers.methods.preference.scoreflow import RUNS, ScoreFlowConfig, ScoreFlowTrainer
+from marlora.trainers.testbeds.programs import digit, program_tasks, tiny_workflow
+from tests.repository import ROOT
+from tests.trainers import small_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WRITTEN = ['await custom("A")', 'await custom("B")', 'await custom("C")', "await magic('A')", 'while True:\n  await custom("A")\n1']
+
+
+def said(call: Call) -> str:
+    """A designer's program by the seed of the call, the second task's always the same; an executor's digit, wrong where the seed says."""
+    seed, text = call.sampling.seed or 0, call.messages[-1].content
+    if call.agent.name == "designer":
+        return WRITTEN[seed % len(WRITTEN)]
+    right = digit(text[0].lower(), text)
+    return right if seed % 3 else str((int(right) + 1) % 10)
+
+
+class Saying(EngineSpeaker):
+    """Speaks these words, in the tokens and on the prompt of the real speaker."""
+
+    async def __call__(self, call: Call, version: str) -> list[Completion]:
+        await asyncio.sleep(0)
+        made = self.tokens.write(self.prompt(call), said(call))
+        return [dataclasses.replace(made, logprobs=(-1.0,) * len(made.token_ids), policy=self.policy, version=version)] * call.n
+
+
+def put_words(made: ScoreFlowTrainer) -> ScoreFlowTrainer:
+    """Open the run and let its agents say what `said` says."""
+    run = made.run.open()
+    spoken = {p: Saying(s.engine, s.tokens, p) for p, s in run.stage.rollouts.speakers.items() if isinstance(s, EngineSpeaker)}
+    run.stage.rollouts = dataclasses.replace(run.stage.rollouts, speakers=spoken)
+    return made
+
+
+def trainer(folder: Path, model: Path, system: Workflow | None = None, **changes: Any) -> ScoreFlowTrainer:
+    small = {f.name: getattr(small_run.config(folder, model), f.name) for f in dataclasses.fields(small_run.GRPOConfig)}
+    known = {f.name for f in dataclasses.fields(ScoreFlowConfig)} - {"beta", "loss_type"}
+    fields = {n: v for n, v in small.items() if n in known} | {
+        "max_steps": 1, "tasks_per_step": 3, "num_generations": 6, "num_pairs": 12, "num_eval_tasks": 2,
+    }  # fmt: skip
+    args = ScoreFlowConfig(**{**fields, **changes})
+    return ScoreFlowTrainer(
+        system=system or tiny_workflow(seconds=0.5), tasks=program_tasks()[:12], eval_tasks=program_tasks("eval")[:2],
+        rewards=["exact"], args=args,
+    )  # fmt: skip
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def runs_of(episodes: Sequence[Episode], parent: Episode) -> list[Episode]:
+    return [e for e in episodes if e.parent == parent.id]
+
+
+def test_a_round_runs_every_valid_program_again_and_learns_from_pairs(tmp_path: Path, model: Path) -> None:
+    made = put_words(trainer(tmp_path / "run", model))
+    summary = made.train()
+    episodes = [e for e in Store(tmp_path / "run" / "episodes") if not e.group.startswith("eval-")]
+    parents = [e for e in episodes if e.parent is None]
+    assert len(parents) == 18
+    for parent in parents:
+        (valid,) = [r for r in parent.rewards if r.name == "valid"]
+        again = runs_of(episodes, parent)
+        assert len(again) == (2 if valid.value else 0)
+        for child in again:
+            assert child.group == f"{parent.id}/{RUNS}/all" and child.task.answer == parent.task.answer
+            assert child.turns[0].completion == parent.turns[0].completion, "the program is given, to the token"
+            assert "designer" not in {name for name, usage in child.usage.items() if usage.calls}, "and not paid for again"
+            assert {r.name for r in child.rewards} >= {"exact", "valid", "ran"}
+    outputs = {tuple(e.output for e in [p, *runs_of(episodes, p)]) for p in parents if runs_of(episodes, p)}
+    assert any(len(set(each)) > 1 for each in outputs), "executors are sampled anew"
+    (row,) = rows(tmp_path / "run")
+    told = row["scoreflow"]
+    assert told["programs"] == 18 and 0 < told["valid"] < 1 and told["updates"] == 1 and told["pairs"] == 12 <= 12 * told["pool"]
+    assert set(told["faults"]) <= {"name", "calls"} and sum(told["faults"].values()) == 18 - round(18 * told["valid"])
+    assert told["loss"] == pytest.approx(0.693147, abs=1e-5)  # the policy is the base still
+    table, _ = made.table(episodes)
+    assert told["score"] == pytest.approx(sum(r.score for r in table) / 18)
+    assert {round(3 * r.score, 6) for r in table} <= {0.0, 1.0, 2.0, 3.0}
+    policies = summary["policies"]
+    assert policies["designer"]["sha256_before"] != policies["designer"]["sha256_after"] and set(policies) == {"designer"}
+
+
+def test_every_episode_can_be_replayed_from_the_store(tmp_path: Path, model: Path) -> None:
+    made = put_words(trainer(tmp_path / "run", model))
+    with made.run:
+        episodes = made.collect(1)
+        silent = dataclasses.replace(made.run.stage.rollouts, speakers=dict.fromkeys(made.run.stage.rollouts.speakers, nobody))
+
+        async def again(e: Episode) -> Episode:
+            return await silent.play(Job(e.task, e.group, int(e.id.rsplit("/", 1)[1]), e.step), given=e.turns, seed=e.seed)
+
+        for episode in Store(tmp_path / "run" / "episodes"):
+            replayed = made.run.stage.background.run(again(episode))
+            assert (replayed.output, replayed.turns, replayed.rewards) == (episode.output, episode.turns, episode.rewards)
+        assert len(episodes) > 18
+
+
+async def nobody(call: Call, version: str) -> list[Completion]:
+    raise AssertionError(f"{call.agent.name} is asked in a replay")
+
+
+def test_a_resumed_round_takes_what_was_run(tmp_path: Path, model: Path) -> None:
+    """Cut off after the programs and the runs of the first: what is stored is not played again, and the update is the same."""
+    whole = put_words(trainer(tmp_path / "whole", model))
+    whole.train()
+    cut = put_words(trainer(tmp_path / "run", model))
+    with cut.run:
+        cut.collect(1)
+    stored = len(list(Store(tmp_path / "run" / "episodes")))
+    resumed = put_words(trainer(tmp_path / "run", model, resume=True))
+    with resumed.run:
+        for policy in resumed.run.stage.rollouts.speakers.values():
+            policy.__class__ = type("Silent", (Saying,), {"__call__": lambda self, call, version: nobody(call, version)})
+        resumed.learn(1, resumed.collect(1))
+        assert len(list(Store(tmp_path / "run" / "episodes"))) == stored
+        (one,), (other,) = whole.run.bases.values(), resumed.run.bases.values()
+        assert one.adapters.sha256("designer") == other.adapters.sha256("designer")
+
+
+def test_without_an_informative_pair_the_round_is_skipped_aloud(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.trainers.methods.preference.test_scoreflow.WRITTEN", ["await magic('A')"])
+    summary = put_words(trainer(tmp_path / "run", model)).train()
+    assert all(p["sha256_before"] == p["sha256_after"] for p in summary["policies"].values())
+    told = rows(tmp_path / "run")[0]["scoreflow"]
+    assert told["pairs"] == told["pool"] == 0 and told["valid"] == 0 and told["faults"] == {"name": 18}
+    assert "nothing to learn from" in (tmp_path / "run" / "warnings.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("played") / "run"
+    put_words(trainer(folder, model)).train()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "dpo", "alpha": 0.0, "invalid": "zero"}, {"score_weighting": "chosen"},
+        {"objective": "sft", "sft": {"num_train_epochs": 1, "train_batch_size": 4}}, {"objective": "grpo", "grpo": {"epsilon": 0.1}},
+        {"objective": "grpo", "invalid": "zero", "grpo": '{"beta": 0.01}'}, {"num_train_epochs": 2, "train_batch_size": 5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_objectives_learn_from_one_store(tmp_path: Path, model: Path, played: Path, changes: dict[str, Any]) -> None:
+    summary = trainer(tmp_path / "run", model, episodes=str(played), tasks_per_step=3, **changes).train()
+    assert summary["policies"]["designer"]["sha256_before"] != summary["policies"]["designer"]["sha256_after"]
+    assert {e.group.split("-")[0] for e in Store(tmp_path / "run" / "episodes")} == {"eval"}
+    told = rows(tmp_path / "run")[0]["scoreflow"]
+    assert told["score"] == rows(played)[0]["scoreflow"]["score"]
+    if changes.get("num_train_epochs") == 2:
+        assert told["updates"] == 6
+    if changes.get("objective") == "sft":
+        assert 0 < told["kept"] <= 3 and told["nll_after"]["designer"] < told["nll_before"]["designer"]
+
+
+def test_executors_are_trained_too_by_the_runs_of_one_program(tmp_path: Path, model: Path) -> None:
+    agents = [AgentSpec("designer", sampling=Sampling(max_tokens=60)), AgentSpec("executor", sampling=Sampling(max_tokens=2))]
+    system = tiny_workflow(agents=agents, seconds=0.5)
+    summary = put_words(trainer(tmp_path / "run", model, system, objective="grpo")).train()
+    assert all(p["sha256_before"] != p["sha256_after"] for p in summary["policies"].values())
+    assert set(summary["policies"]) == {"designer", "executor"}
+    with pytest.raises(SettingError, match=r"policies.executor: objective score_dpo trains the designer alone"):
+        trainer(tmp_path / "other", model, system)
+    trainer(tmp_path / "frozen", model, system, policies={"executor": {"trainable": False}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"objective": "ppo"}, "objective"), ({"invalid": "keep"}, "invalid"), ({"num_runs": 0}, "num_runs"), ({"alpha": -1.0}, "alpha"),
+        ({"mode": "sampling"}, "mode"), ({"num_generations": 1}, "num_generations"), ({"sft": {"epochs": 1}}, "sft.epochs: unknown"),
+        ({"grpo": "{"}, "grpo: expected a mapping"), ({"policies": {"designer": {"trainable": False}}}, "policies.designer"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, model: Path, changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(SettingError, match=why):
+        trainer(tmp_path / "run", model, **changes)
+
+
+def test_other_systems_are_refused(tmp_path: Path, model: Path) -> None:
+    from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks
+
+    args = ScoreFlowConfig(output_dir=str(tmp_path), model=str(model), engine="transformers")
+    with pytest.raises(SettingError, match="designer of a Workflow, got Chain"):
+        ScoreFlowTrainer(
+            system=tiny_chain(), tasks=tiny_tasks()[:4], eval_tasks=tiny_tasks("eval")[:2], rewards=["exact"], args=args
+        )
+
+
+@pytest.mark.parametrize("name", ["scoreflow", "scoreflow_gsm8k"])
+def test_the_recipes_settings_are_known_and_their_systems_can_be_built(name: str) -> None:
+    settings = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+    config = ScoreFlowConfig(**settings)
+    system = build_system(config.system)
+    assert isinstance(system, Workflow) and system.designer == "designer"
+    assert [spec.policy for spec in system.specs] == ["designer", "base"]

@@ -1,0 +1,202 @@
+"""From episodes to token sequences: the only place that decides which tokens are trained on. Pure Python.
+
+An agent's successive turns whose prompt extends what was said before form one segment, so a chat is one token sequence. A
+turn that does not extend (a template that drops past thinking, a new chat, an untaken sibling) is a segment of its own. The
+mask is 1 exactly on tokens the agent's policy sampled in turns that are trained; prompts, tools, other agents are 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...agents.types import Turn
+from ...rollouts.types import Episode
+
+TurnKey = tuple[str, int, int]  # episode id, turn index, sibling
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One token sequence of one policy; all tuples have one entry per token.
+
+    ids: prompt and reply tokens as the engine saw and returned them.    mask: 1 where trained.
+    logprobs: behaviour log-probabilities (0 where mask is 0).           advantages: of the token's turn (0 where mask is 0).
+    temperatures: it was sampled at (1 where mask is 0).                 sequence: index of its turn (-1 where mask is 0).
+    siblings: (turn index, sibling) of those trained turns that are not their call's first answer.
+    """
+
+    policy: str
+    episode: str
+    ids: tuple[int, ...]
+    mask: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    advantages: tuple[float, ...]
+    temperatures: tuple[float, ...]
+    sequence: tuple[int, ...]
+    siblings: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_trained(self) -> int:
+        return sum(self.mask)
+
+    @property
+    def keys(self) -> list[TurnKey]:
+        """The turn of every trained token."""
+        number = dict(self.siblings)
+        return [(self.episode, turn, number.get(turn, 0)) for turn in self.sequence if turn >= 0]
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """What a policy's loss is divided by: its trained tokens and turns in the whole step, over all batches and ranks.
+
+    A step's gradient therefore does not depend on packing, accumulation, number of ranks or number of agents.
+    """
+
+    tokens: float
+    sequences: float
+
+    def __add__(self, other: Denominators) -> Denominators:
+        return Denominators(self.tokens + other.tokens, self.sequences + other.sequences)
+
+
+def denominators(samples: Iterable[Sample]) -> dict[str, Denominators]:
+    """Trained tokens and turns per policy; add over ranks before use."""
+    found: dict[str, Denominators] = {}
+    for sample in samples:
+        here = Denominators(sample.num_trained, len(set(sample.sequence) - {-1}))
+        found[sample.policy] = found.get(sample.policy, Denominators(0, 0)) + here
+    return found
+
+
+@dataclass
+class _Segment:
+    """A sample under construction.
+
+    `goes_on`: later turns may extend it (False for an untaken sibling). `gold`: its prompt held the answer, so nothing that
+    extends it is trained either.
+    """
+
+    policy: str
+    episode: str
+    goes_on: bool = True
+    gold: bool = False
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
+    temperatures: list[float] = field(default_factory=list)
+    sequence: list[int] = field(default_factory=list)
+    siblings: list[tuple[int, int]] = field(default_factory=list)
+
+    def read(self, ids: Iterable[int]) -> None:
+        for token in ids:
+            self._add(token, 0, 0.0, 0.0, 1.0, -1)
+
+    def speak(self, turn: Turn, advantage: float, temperature: float) -> None:
+        logprobs = turn.logprobs or (0.0,) * len(turn.token_ids)
+        if turn.sibling:
+            self.siblings.append((turn.index, turn.sibling))
+        for token, logprob in zip(turn.token_ids, logprobs, strict=True):
+            self._add(token, 1, logprob, advantage, temperature, turn.index)
+
+    def _add(self, token: int, mask: int, logprob: float, advantage: float, temperature: float, sequence: int) -> None:
+        self.ids.append(token)
+        self.mask.append(mask)
+        self.logprobs.append(logprob)
+        self.advantages.append(advantage)
+        self.temperatures.append(temperature)
+        self.sequence.append(sequence)
+
+    def sample(self) -> Sample:
+        """The finished sample, without the tokens after the last trained one."""
+        end = max(i for i, m in enumerate(self.mask) if m) + 1
+        columns = ("ids", "mask", "logprobs", "advantages", "temperatures", "sequence")
+        cut: dict[str, Any] = {name: tuple(getattr(self, name)[:end]) for name in columns}
+        return Sample(self.policy, self.episode, siblings=tuple(self.siblings), **cut)
+
+
+def samples(
+    episodes: Iterable[Episode],
+    advantages: Mapping[TurnKey, float],
+    policy_of: Mapping[str, str],
+    *,
+    ratios: bool = True,
+) -> tuple[list[Sample], Counter[tuple[str, str]]]:
+    """Token sequences of all turns that are trained, and counts by (agent, reason) of those that were asked for but dropped.
+
+    Args:
+        advantages: per turn; for SFT its weight. A turn that is missing or 0 is read as context but not trained.
+        policy_of: agent -> policy; agents that are missing (frozen, outside models) give no sample.
+        ratios: True for policy gradients, which need the probability every token was drawn with: written turns, turns sampled off
+            the softmax (top_p, T = 0, ...) or without log-probs are dropped. False for SFT and preferences, which score at T = 1.
+
+    Turns that saw the answer, or extend one that did, are never trained. Raises ValueError at an advantage that is not finite.
+    """
+    made: list[Sample] = []
+    dropped: Counter[tuple[str, str]] = Counter()
+    for episode in episodes:
+        open_by_agent: dict[str, list[_Segment]] = {}
+        for turn in episode.turns:
+            if turn.agent not in policy_of:
+                continue
+            advantage = advantages.get((episode.id, turn.index, turn.sibling), 0.0)
+            if not math.isfinite(advantage):
+                raise ValueError(
+                    f"episode {episode.id}, turn {turn.index} of {turn.agent!r}: advantage {advantage}; credit must be finite"
+                )
+            segments = open_by_agent.setdefault(turn.agent, [])
+            segment = _place(segments, turn, policy_of[turn.agent], episode.id)
+            reason = _unfit(episode, turn, segment, ratios) if advantage else "zero advantage"
+            if not reason:
+                segment.speak(turn, advantage, turn.sampling.temperature if ratios else 1.0)
+                continue
+            if (episode.id, turn.index, turn.sibling) in advantages:
+                dropped[turn.agent, reason] += 1
+            segment.read(turn.token_ids)
+        made += [s.sample() for segments in open_by_agent.values() for s in segments if any(s.mask)]
+    return made, dropped
+
+
+def _place(segments: list[_Segment], turn: Turn, policy: str, episode: str) -> _Segment:
+    """The segment this turn speaks into, its prompt read: the longest it extends, else a new one (a fork).
+
+    An untaken sibling always gets a segment of its own, in which all that was said before is context.
+    """
+    prompt = list(turn.prompt_ids)
+    extended = [s for s in segments if s.goes_on and s.ids and prompt[: len(s.ids)] == s.ids]
+    segment = max(extended, key=lambda s: len(s.ids), default=None)
+    gold = turn.saw_gold or (segment is not None and segment.gold)
+    if segment is None or not turn.taken:
+        segment = _Segment(policy, episode, goes_on=turn.taken)
+        segments.append(segment)
+    segment.gold = gold
+    segment.read(prompt[len(segment.ids) :])
+    return segment
+
+
+def _unfit(episode: Episode, turn: Turn, segment: _Segment, ratios: bool) -> str:
+    """Why a turn cannot be trained; "" if it can."""
+    if episode.error:
+        return "failed episode"
+    if segment.gold:
+        return "saw the answer"
+    if not turn.token_ids:
+        return "no tokens"
+    if not turn.prompt_ids:
+        return "no prompt"
+    if len(turn.token_ids) != len(turn.logprobs) and (ratios or turn.logprobs):
+        return "as many log-probs as tokens expected"
+    if ratios and turn.policy not in ("", segment.policy):
+        return f"spoken by policy {turn.policy!r}"
+    if ratios and turn.source == "written":
+        return "written, not sampled"
+    if ratios and not turn.sampling.on_policy:
+        return "sampled off the softmax"
+    if ratios and not all(math.isfinite(x) for x in turn.logprobs):
+        return "log-prob not finite"
+    return ""

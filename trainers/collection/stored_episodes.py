@@ -1,0 +1,134 @@
+"""Episodes that are stored already: those of a step that a resumed run played before it was cut off, and those of another run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...agents.patterns.self_correction import SPLIT
+from ...agents.types import AgentSpec, SettingError, Task
+from ...rollouts.episodes.runner import Job, jobs
+from ...rollouts.episodes.store import Store
+from ...rollouts.renderer import ChatTokens
+from ...rollouts.types import Episode, groups
+from ..config import RunError
+from ..monitoring.run_folder import tasks_of
+
+
+def unscorable(episode: Episode) -> bool:
+    """It failed, or a reward of it is NaN."""
+    return episode.error is not None or any(math.isnan(r.value) for r in episode.rewards)
+
+
+def row_of(step: int, episodes: Sequence[Episode], metric: str, warn: Callable[[str], None], seconds: float) -> dict[str, Any]:
+    """What a step's row in `metrics.jsonl` says of its episodes, which took so long. Raises `RunError` if there is nothing to learn from."""
+    parents = [e for e in episodes if e.parent is None]
+    if all(e.error for e in parents):
+        raise RunError(f"step {step}: every episode failed; the first one: {parents[0].error}")
+    if all(unscorable(e) for e in parents):
+        why = next(r.text for e in parents for r in e.rewards if math.isnan(r.value))
+        raise RunError(f"step {step}: no episode could be scored; the first one: {why}; mend it and go on with resume")
+    lost = [e for e in parents if unscorable(e)]
+    if lost:
+        why = lost[0].error or next(r.text for r in lost[0].rewards if math.isnan(r.value))
+        warn(f"step {step}: {len(lost)} of {len(parents)} episodes failed or have no score; the first: {why}")
+    sampled = sum(u.sampled_tokens for e in episodes for u in e.usage.values())
+    values = [v for e in parents if not math.isnan(v := e.reward(metric))]
+    return {
+        "step": step, "reward": sum(values) / len(values) if values else None, "episodes": len(parents),
+        "failed": sum(e.error is not None for e in parents), "unscorable": len(parents) - len(values),
+        "sampled_tokens": sampled, "tokens_per_s": sampled / max(seconds, 1e-9),
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """Episodes to play, and those of them that are stored already, with their children, by id. `dropped`: stored, but by a team version
+    that does not fit."""
+
+    plan: list[Job]
+    found: dict[str, Episode]
+    dropped: list[Episode]
+
+
+def recall(
+    store: Store, tasks: Sequence[Task], label: str, num_generations: int, step: int, fits: Callable[[Episode], bool]
+) -> Recalled:
+    """What to play under this label.
+
+    Stored episodes count if their team version `fits` and some could be scored. Others have spent their ids (a run that
+    was resumed on hardware that does not repeat itself to the last bit, or after its rewards were mended): then the label
+    gets a number, so that what is trained on is always in the store.
+    """
+    known, dropped = store.ids(), list[Episode]()
+    for attempt in itertools.count():
+        plan = jobs(tasks, label=f"{label}.{attempt}" if attempt else label, num_generations=num_generations, step=step)
+        spent = known & {job.id for job in plan}
+        if not spent:
+            return Recalled(plan, {}, dropped)
+        found = {episode.id: episode for episode in store.read(id=spent)}
+        fitting = all(map(fits, found.values()))
+        if fitting and not all(map(unscorable, found.values())):
+            return Recalled(plan, found | _children(store, spent), dropped)
+        dropped += [] if fitting else found.values()
+    raise AssertionError("count() does not end")
+
+
+def _children(store: Store, parents: Collection[str]) -> dict[str, Episode]:
+    """All that the episodes of these ids played as children, and these in turn."""
+    found = {episode.id: episode for episode in store.read(parent=parents)}
+    return found | _children(store, found.keys()) if found else {}
+
+
+def training(store: Store) -> list[Episode]:
+    """The episodes of a store that may be learnt from: evaluations are stored beside them and stay held out, as do repairs, which were
+    told the answer."""
+    return [e for e in store if e.split not in ("eval", SPLIT) and not e.group.startswith("eval-")]
+
+
+class Given:
+    """The training episodes of a store that another run or `marlora collect` has filled.
+
+    Args:
+        folder: the store, or a run that holds one as `episodes`.
+        agents: of the team that learns from them; at least one of them has to have spoken there.
+
+    Raises `SettingError` if there is no store, no training episode in it, or none of these agents.
+    """
+
+    def __init__(self, folder: str | Path, agents: Sequence[AgentSpec]) -> None:
+        path = Path(folder)
+        path = path / "episodes" if (path / "episodes").is_dir() else path
+        if not path.is_dir():
+            raise SettingError(f"episodes {str(folder)!r}: no such folder; expected a run or a store of episodes")
+        self.episodes = training(Store(path))
+        if not self.episodes:
+            raise SettingError(f"episodes {str(folder)!r}: the store holds no training episode")
+        spoke, names = {t.agent for e in self.episodes for t in e.turns}, [a.name for a in agents]
+        if not spoke & set(names):
+            raise SettingError(
+                f"episodes {str(folder)!r}: its agents are {', '.join(sorted(spoke))}, this team's are {', '.join(names)}"
+            )
+
+    def check_tokens(self, tokens_of: Mapping[str, ChatTokens], count: int = 50) -> None:
+        """Raise `SettingError` unless the first turns of every agent read the same in its own tokenizer: ids of another one are other words."""
+        for agent, tokens in tokens_of.items():
+            spoken = (t for e in self.episodes for t in e.turns if t.agent == agent and t.token_ids)
+            for turn in itertools.islice(spoken, count):
+                if tokens.decode(turn.token_ids) != turn.text:
+                    raise SettingError(
+                        f"episodes: a turn of {agent!r} says {turn.text[:40]!r}, but its tokens read {tokens.decode(turn.token_ids)[:40]!r} "
+                        "in this run's model; expected episodes that were sampled with the tokenizer that learns from them"
+                    )
+
+    def of(self, count: int, seed: int, step: int) -> list[Episode]:
+        """The groups of `count` tasks, chosen as a run that plays chooses its tasks."""
+        by_task: dict[str, list[Episode]] = {}
+        for group in groups(self.episodes).values():
+            by_task.setdefault(group[0].task.id, []).extend(group)
+        chosen = tasks_of([group[0].task for group in by_task.values()], count, seed, step)
+        return [episode for task in chosen for episode in by_task[task.id]]

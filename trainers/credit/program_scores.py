@@ -1,0 +1,140 @@
+"""The score table of written programs: one row per program and task, from the episodes that ran it. Pure Python.
+
+The episode in which a program was written is its first run; the others are that episode's children. A run that failed is worth 0, and so
+is one that is missing: the sum is divided by the number of runs that were asked for. What the scorer could not score is not known, and a
+program with such a run has no row.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ...agents.team import derive_seed
+from ...agents.types import SettingError, Turn
+from ...rollouts.types import Episode
+from .pairs import Pair
+from .rules import RewardWeights, team_rewards
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A program and what it is worth.
+
+    Args:
+        turn: of the designer, that holds it. `episode`: in which it was written, and ran for the first time.
+        runs: all its runs, that episode first. `score`: their mean, from 0 to 1; 0 if the program is invalid.
+        fault: why it is invalid, "" if it is valid.
+    """
+
+    episode: Episode
+    turn: Turn
+    runs: tuple[Episode, ...]
+    score: float
+    fault: str = ""
+
+    @property
+    def view(self) -> Episode:
+        """The episode as the designer's alone: what learns from it, and how much, is a matter of this one turn."""
+        return replace(self.episode, turns=(self.turn,))
+
+
+def score_table(
+    episodes: Iterable[Episode], designer: str, num_runs: int, config: RewardWeights, what: str
+) -> tuple[list[Scored], Counter[str]]:
+    """The programs of these episodes with their scores, in order, and counts of those that have none, by reason.
+
+    `what`: names the children that are runs, see `follow`. Raises `SettingError` if an episode does not say whether its program is valid,
+    or if a score is outside 0 to 1.
+    """
+    parents = [e for e in episodes if e.parent is None]
+    again: dict[str, list[Episode]] = {}
+    for episode in episodes:
+        if episode.parent is not None and episode.group.startswith(f"{episode.parent}/{what}/"):
+            again.setdefault(episode.parent, []).append(episode)
+    table: list[Scored] = []
+    without: Counter[str] = Counter()
+    for episode in parents:
+        turn = next((t for t in reversed(episode.turns) if t.agent == designer and t.taken), None)
+        if turn is None or episode.error is not None:
+            without["failed episode"] += 1
+            continue
+        fault = _fault(episode, turn)
+        runs = (episode, *([] if fault else again.get(episode.id, [])))
+        score = 0.0 if fault else _mean(runs, num_runs, config)
+        if math.isnan(score):
+            without["no score"] += 1
+        elif not 0 <= score <= 1:
+            raise SettingError(
+                f"rewards: episode {episode.id} scores {score:g}; scores of programs are from 0 to 1. reward_weights says which rewards count"
+            )
+        else:
+            table.append(Scored(episode, turn, runs, score, fault))
+    return table, without
+
+
+def _fault(episode: Episode, turn: Turn) -> str:
+    said = [r for r in episode.rewards if r.name == "valid" and (r.turn, r.sibling) == (turn.index, turn.sibling)]
+    if not said:
+        raise SettingError(f"rewards: episode {episode.id} does not say whether its program is valid; add the reward `workflow`")
+    return "" if said[0].value else said[0].text or "invalid"
+
+
+def _mean(runs: Sequence[Episode], num_runs: int, config: RewardWeights) -> float:
+    found = team_rewards(runs, config)
+    return sum(0.0 if run.error is not None else found[run.id] for run in runs) / num_runs
+
+
+def ordered_pairs(table: Iterable[Scored], invalid: bool) -> list[tuple[Scored, Scored]]:
+    """Every two programs of one task of which the first scores higher (arXiv:2502.04306). Two of the same text are no pair.
+
+    `invalid`: programs that cannot be run take part, with their score of 0.
+    """
+    by_task: dict[str, list[Scored]] = {}
+    for row in table:
+        if invalid or not row.fault:
+            by_task.setdefault(row.episode.task.id, []).append(row)
+    return [
+        (one, other)
+        for rows in by_task.values()
+        for one in rows
+        for other in rows
+        if one.score > other.score and one.turn.text != other.turn.text
+    ]
+
+
+def distances(pairs: Sequence[tuple[Scored, Scored]], alpha: float) -> list[float]:
+    """d = (s_w - s_l)^alpha of each pair, to which its chance of being drawn is proportional."""
+    return [(one.score - other.score) ** alpha for one, other in pairs]
+
+
+def drawn(pairs: Sequence[tuple[Scored, Scored]], count: int, alpha: float, seed: int) -> list[tuple[Scored, Scored]]:
+    """`count` pairs drawn with replacement, with chances as `distances` says. None if there are none."""
+    if not pairs:
+        return []
+    return random.Random(derive_seed(seed, "programs")).choices(pairs, distances(pairs, alpha), k=count)
+
+
+def preference(chosen: Scored, rejected: Scored, weighting: str, power: float = 1.0) -> Pair:
+    """A pair for Score-DPO: r*(w) = f(s_w) r(w), r*(l) = (1 - f(s_l)) r(l) with f(s) = s^power.
+
+    `weighting`: which sides are weighed: both, chosen, rejected, or none (plain DPO).
+    """
+    factors = (
+        chosen.score**power if weighting in ("both", "chosen") else 1.0,
+        1 - rejected.score**power if weighting in ("both", "rejected") else 1.0,
+    )
+    return Pair((chosen.view,), (rejected.view,), chosen.score - rejected.score, factors=factors)
+
+
+def best_programs(table: Iterable[Scored]) -> list[Scored]:
+    """Of every task the valid program that scores highest, the first of equals; none where all score 0."""
+    found: dict[str, Scored] = {}
+    for row in table:
+        held = found.get(row.episode.task.id)
+        if not row.fault and row.score > 0 and (held is None or row.score > held.score):
+            found[row.episode.task.id] = row
+    return list(found.values())

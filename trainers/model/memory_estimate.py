@@ -1,0 +1,242 @@
+"""
+What a trainer will need of its device's memory, before any weight is loaded.
+
+Parameters are counted, activations are measured: the model's decoder with its adapters runs on torch's meta device, where tensors
+have shapes and no data, and what autograd would keep for the backward pass is added up. Attention there keeps its score matrix,
+which the kernels used in training do not, so two lengths are measured and the part that grows with the square is left out. Prefix
+trees computed by branches keep the keys and values of a prefix once per branch that sees them, which is added.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...agents.types import PolicySpec, SettingError
+from ...rollouts.engines.factory import choose_engine
+from ...rollouts.renderer import load_tokenizer
+from ..config import RunConfig
+from .lm_head import chunk_of
+
+GIB = 2**30
+CONTEXT = 1.5 * GIB  # CUDA's own, its libraries' workspaces, and the allocator's gaps
+LARGEST_SHARE, SMALLEST_SHARE = 0.9, 0.1
+KEYS_PER_TOKEN = 4.0  # of a row of trees: how often its keys are kept, where the episodes are not known yet
+CPU_SHARE = 0.5  # of a machine's memory, for the trainers on its CPU
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one base in the trainer. `parameters`, `adapter_parameters`: counts; `activations`: of one batch, kept for backward."""
+
+    parameters: int
+    adapter_parameters: int
+    weights: float
+    adapters: float
+    activations: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.adapters + self.activations + self.head
+
+
+def reaches(spec: PolicySpec, module: str) -> bool:
+    """Does the policy's LoRA stand on this linear layer?"""
+    if spec.adapter.targets == ("all-linear",):
+        return "lm_head" not in module
+    return any(module == target or module.endswith(f".{target}") for target in spec.adapter.targets)
+
+
+def estimate(
+    model: str, specs: Iterable[PolicySpec], config: RunConfig, dtype: torch.dtype, ranks: int = 1, *, recompute: bool = False,
+    keys_per_token: float | None = None, on_cpu: bool = False,
+) -> Memory:  # fmt: skip
+    """Memory of one rank's trainer for the base in folder `model` and these policies. Raises `SettingError` if it is no causal language model.
+
+    Args:
+        ranks: how many share the base's layers (`shard_base`); of these, two are whole at a time: the one at work and the next.
+        recompute: activations are computed again in the backward pass.
+        keys_per_token: keys that attention gathers, by token of a row; None: what `config.layout` is likely to need.
+        on_cpu: attention over trees takes float32 there, see `attention._by_branches`, and the head fewer terms at a time.
+    """
+    specs = [spec for spec in specs if spec.has_adapter]
+    made = _on_meta(model, dtype)
+    linears = {name: m for name, m in made.named_modules() if isinstance(m, nn.Linear)}
+    parameters, vocabulary = sum(p.numel() for p in made.parameters()), made.get_input_embeddings().weight.shape[0]
+    adapters = sum(
+        spec.adapter.r * (m.in_features + m.out_features)
+        for spec in specs for name, m in linears.items() if reaches(spec, name)
+    )  # fmt: skip
+    inside = sum(p.numel() for p in getattr(made.get_decoder(), "layers", made).parameters())
+    text = made.config.get_text_config()
+    layers, width, rows = text.num_hidden_layers, dtype.itemsize, config.tokens_per_batch
+    largest = max(specs, key=lambda spec: sum(reaches(spec, name) for name in linears) * spec.adapter.r, default=None)
+    per_token = _kept_per_token(made, largest, [n for n in linears if largest and reaches(largest, n)], dtype) if largest else 0.0
+    trees = config.layout in ("auto", "shared")
+    if keys_per_token is None:
+        keys_per_token = KEYS_PER_TOKEN if trees else 1.0
+    queries, keys = (layers * heads * _head_size(text) for heads in (text.num_attention_heads, _key_heads(text)))
+    attended = 4 if on_cpu and trees else width  # bytes of what attention keeps: queries, keys, values, outputs
+    if largest:
+        per_token += 2 * keys * (keys_per_token * attended - width) + 2 * queries * (attended - width)
+    if recompute:  # the inputs of all layers and of the last norm, and all of one layer
+        per_token = text.hidden_size * width * (layers + 1) + per_token / layers
+    return Memory(
+        parameters, adapters,
+        weights=width * (parameters if ranks == 1 else parameters - inside + inside / ranks + 2 * inside / layers),
+        adapters=adapters * 16,  # float32 weights, gradients and AdamW's two moments
+        activations=per_token * rows,
+        # logits, log-softmax, probabilities and a gradient, float32
+        head=4 * 4 * min(chunk_of(vocabulary, "cpu" if on_cpu else "cuda"), rows) * vocabulary,
+    )  # fmt: skip
+
+
+def _key_heads(text: Any) -> int:
+    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
+
+def _head_size(text: Any) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _on_meta(model: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    load_tokenizer(model)  # first: it tells best what is wrong with a folder
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # a config of any other kind of model
+        raise SettingError(f"model {model!r}: no causal language model ({str(error).splitlines()[0]})") from error
+
+
+def _kept_per_token(model: Any, spec: PolicySpec, modules: Sequence[str], dtype: torch.dtype) -> float:
+    """Bytes that autograd keeps per token of a row when this policy's adapter (float32) is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    model.requires_grad_(False)
+    wrapped = get_peft_model(model, LoraConfig(r=spec.adapter.r, lora_alpha=spec.adapter.alpha, target_modules=list(modules)))
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    decoder = wrapped.train().get_base_model().get_decoder()
+    own = {_storage(t) for t in (*wrapped.parameters(), *wrapped.buffers())}
+
+    def kept(length: int) -> int:
+        found: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if _storage(tensor) not in own:
+                found[_storage(tensor)] = tensor.untyped_storage()  # held, so that no other storage takes its number
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, _same):
+            decoder(
+                input_ids=torch.zeros((1, length), dtype=torch.long, device="meta"),
+                position_ids=torch.arange(length, device="meta")[None],
+                attention_mask=torch.zeros((1, 1, length, length), dtype=dtype, device="meta"),
+                use_cache=False,
+            )
+        return sum(storage.nbytes() for storage in found.values())
+
+    short, long = 16, 32
+    # kept(n) = a n + b n^2, so a = (4 kept(n) - kept(2 n)) / 2 n
+    return (4 * kept(short) - kept(long)) / long
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def server_share(needs: Sequence[Memory], device_bytes: float, say: Callable[[str], None]) -> float:
+    """Share of one GPU for each of the `len(needs)` servers that stand on it beside their trainers.
+
+    A trainer gets what it is estimated to need and half as much again; the servers divide the rest. Raises `SettingError` if less
+    is left than the weights of the largest base and a tenth of the GPU.
+    """
+    trainer = 1.5 * sum(need.total for need in needs) + CONTEXT
+    share = min((1 - trainer / device_bytes) / len(needs), LARGEST_SHARE)
+    least = max(need.weights for need in needs) / device_bytes + SMALLEST_SHARE
+    split = f"trainer about {trainer / GIB:.1f} GiB of the GPU's {device_bytes / GIB:.0f} (its estimate, half as much again, CUDA's own)"
+    if share < least:
+        raise SettingError(
+            f"server_memory: {split}; a server needs at least {least:.0%} and gets {max(share, 0):.0%}; give it a GPU of its own "
+            "(server_devices), set server_memory, or lower tokens_per_batch or set gradient_checkpointing"
+        )
+    say(f"memory: {split}; vLLM takes {share:.0%}")
+    return share
+
+
+def recomputes(
+    config: RunConfig, bases: Mapping[str, Sequence[PolicySpec]], device: torch.device, dtype: Callable[[str], torch.dtype],
+    say: Callable[[str], None], ranks: int = 1,
+) -> bool:  # fmt: skip
+    """Are activations computed again in the backward pass? `gradient_checkpointing: auto` does so only where memory would not do without.
+
+    Arguments as for `placed`. The answer depends on settings, models and the machine's size: every rank finds the same.
+    """
+    if config.gradient_checkpointing != "auto":
+        return config.gradient_checkpointing == "true"
+    needs = [estimate(path, specs, config, dtype(path), ranks, on_cpu=device.type == "cpu") for path, specs in bases.items()]
+    room = trainer_room(config, needs, device)
+    need = sum(n.total for n in needs)
+    if need <= room:
+        return False
+    say(f"memory: the trainer would need about {need / GIB:.1f} GiB and has {room / GIB:.1f}: gradient checkpointing is on")
+    return True
+
+
+def trainer_room(config: RunConfig, needs: Sequence[Memory], device: torch.device) -> float:
+    """Bytes that the trainers of these bases may plan with: on a GPU what servers of ours on it do not take, less CUDA's own and an error of
+    the estimate; on a CPU half of the machine's memory, divided by the processes on it."""
+    if device.type != "cuda":
+        return CPU_SHARE * machine_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    total = torch.cuda.get_device_properties(device).total_memory
+    served = config.server_memory * len(needs)
+    if _shares_gpu(config) and not config.server_memory:  # the least that `server_share` grants
+        served = len(needs) * (max(need.weights for need in needs) / total + SMALLEST_SHARE)
+    elif not _shares_gpu(config):
+        served = 0.0
+    return (total * (1 - served) - CONTEXT) / 1.5
+
+
+def machine_bytes() -> float:
+    """Memory of this machine, or of the container we are in."""
+    found = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return found
+    return min(found, float(limit)) if limit.isdigit() else found
+
+
+def _shares_gpu(config: RunConfig) -> bool:
+    return choose_engine(config)[0] == "vllm" and not (config.server_urls or config.endpoints or config.server_devices)
+
+
+def placed(
+    config: RunConfig, bases: Mapping[str, Sequence[PolicySpec]], device: torch.device, dtype: Callable[[str], torch.dtype],
+    say: Callable[[str], None], ranks: int = 1,
+) -> RunConfig:  # fmt: skip
+    """The settings with `server_memory` set where servers of ours share the trainer's GPU and the user has not said how.
+
+    Args:
+        bases: the policies of every base, by the folder it lies in. dtype: of a base in the trainer. ranks: see `estimate`.
+    """
+    if device.type != "cuda" or config.server_memory or not _shares_gpu(config):
+        return config
+    recompute = recomputes(config, bases, device, dtype, say, ranks)
+    needs = [estimate(path, specs, config, dtype(path), ranks, recompute=recompute) for path, specs in bases.items()]
+    return replace(config, server_memory=server_share(needs, torch.cuda.get_device_properties(device).total_memory, say))

@@ -1,0 +1,75 @@
+"""Trackers beside `metrics.jsonl`: Accelerate's own, by name (`report_to: [tensorboard, wandb, trackio, mlflow]`).
+
+Rank 0 logs every number of a step's row under its path (`policies/solver/loss`), and every evaluation. What a tracker writes to disk goes to
+`tracking/` in the run folder; where the others send it is their own configuration (environment variables, login).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...agents.types import SettingError, nearest
+
+NAMES = ("tensorboard", "wandb", "trackio", "mlflow")
+PROJECT = "marlora"
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises `SettingError` for a tracker that is not known, given twice, or not installed."""
+    for name in names:
+        if name not in NAMES:
+            raise SettingError(f"report_to: no tracker {name!r}; {nearest(name, NAMES)}")
+        if importlib.util.find_spec(name) is None:
+            raise SettingError(f"report_to: {name} is not installed; pip install 'marlora[{name}]'")
+    if len(set(names)) < len(names):
+        raise SettingError(f"report_to: a tracker is named twice in {list(names)}")
+
+
+class Trackers:
+    """Open trackers of one run. `config`: its settings, told once."""
+
+    def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> None:
+        self.open: list[Any] = []
+        if not names:
+            return
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        for name in names:
+            kind = LOGGER_TYPE_TO_CLASS[name]
+            tracker = kind(PROJECT, str(folder / "tracking")) if kind.requires_logging_directory else kind(PROJECT)
+            tracker.start()
+            self.open.append(tracker)
+            tracker.store_init_configuration(dict(plain(config)))
+
+    def log(self, row: Mapping[str, Any], step: int) -> None:
+        """Every number of a row, under its path."""
+        values = dict(numbers(row))
+        for tracker in self.open:
+            tracker.log(values, step=step)
+
+    def close(self) -> None:
+        for tracker in self.open:
+            tracker.finish()
+        self.open = []
+
+
+def numbers(row: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
+    """(path, number) of a nested mapping; what is no finite number, and the step, are left out."""
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from numbers(value, f"{before}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and before + key != "step":
+            yield f"{before}{key}", float(value)
+
+
+def plain(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value) of settings as trackers take them: numbers, flags and texts."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from plain(value, f"{before}{key}/")
+        else:
+            yield f"{before}{key}", value if isinstance(value, (bool, int, float)) else str(value)

@@ -1,0 +1,239 @@
+"""The optimizer step of a team: one AdamW per adapter, gradients summed over batches and ranks, nothing else moves.
+
+A method hands over samples and a loss on flat terms; how the tokens are laid out is `batches.py`'s business, what is learnt is the
+method's. The loss is divided by counts over all batches and ranks (per adapter), so packing, accumulation, the number of ranks and
+the number of agents do not change its scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...agents.types import BASE
+from ..batching.batches import Batch, Layout, deal, level, pack
+from ..batching.samples import Denominators, Sample, denominators
+from ..checkpoint import join_optimizer, split_optimizer
+from ..config import RunConfig
+from ..distributed.ranks import Ranks
+from ..model.adapters import Adapters
+from ..model.layouts import choose_layout
+from ..model.logprobs import token_logprobs
+from .losses import NotFinite, Stats, add_stats, finite_or_raise, summary
+
+# (batch, logp [N], entropy [N], reference log-probs [N] or None, counts) -> (share of the loss, statistics for `losses.add_stats`)
+LossFn = Callable[[Batch, torch.Tensor, torch.Tensor, torch.Tensor | None, Denominators], tuple[torch.Tensor, Stats]]
+
+
+@dataclass
+class Updated:
+    """What one policy's update did. `stats`: `losses.summary` of its last pass; `first_mismatch_kl`: of its first, before
+    any change; `moved`: mean |change| of trained log-probs, if measured."""
+
+    stats: dict[str, float]
+    first_mismatch_kl: float
+    tokens: int
+    sequences: int
+    learning_rate: float
+    grad_norm: float = 0.0
+    applied: bool = True
+    problem: str = ""
+    moved: float | None = None
+
+
+class Optimizers:
+    """An AdamW per trainable policy of one base, over the parameters found by the policy's exact name."""
+
+    def __init__(self, adapters: Adapters, config: RunConfig) -> None:
+        self.adapters, self.config = adapters, config
+        self.layout = choose_layout(adapters.model, config.layout)
+        self.peak = {name: adapters.policies[name].learning_rate or config.learning_rate for name in adapters.trainable}
+        self.of = {
+            name: torch.optim.AdamW(
+                list(adapters.parameters(name).values()), lr=self.peak[name], weight_decay=config.weight_decay, foreach=False
+            )
+            for name in adapters.trainable
+        }
+
+    def check(self) -> None:
+        """Raise RuntimeError unless every optimizer holds exactly its policy's tensors, and the table of gradients is as declared."""
+        self.adapters.check()
+        for name, optimizer in self.of.items():
+            held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+            if sorted(held) != sorted(map(id, self.adapters.parameters(name).values())):
+                raise RuntimeError(f"the optimizer of policy {name!r} does not hold exactly the tensors of its adapter")
+
+    def state(self, name: str) -> dict[str, torch.Tensor]:
+        return split_optimizer(self.of[name].state_dict())
+
+    def load(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        join_optimizer(self.of[name], tensors)
+
+
+@dataclass(frozen=True)
+class How:
+    """How a method's loss is fed: `reference` adds the base's log-probs (adapters off), `entropy_grad` lets gradients through the entropy,
+    `measure` recomputes the first batch afterwards, to tell how far the update moved it."""
+
+    reference: bool = False
+    entropy_grad: bool = False
+    measure: bool = False
+
+
+def update(
+    optimizers: Optimizers, samples: Sequence[Sample], loss_fn: LossFn, step: int, ranks: Ranks, how: How = How()
+) -> dict[str, Updated]:
+    """Train every trainable policy that has samples, `num_iterations` times. Every rank passes the same samples."""
+    done: dict[str, Updated] = {}
+    optimizers.check()
+    for name in optimizers.adapters.trainable:
+        own = [sample for sample in samples if sample.policy == name]
+        if own:
+            done[name] = _update_policy(optimizers, name, own, loss_fn, step, ranks, how)
+    optimizers.check()
+    return done
+
+
+def _update_policy(
+    optimizers: Optimizers, name: str, own: Sequence[Sample], loss_fn: LossFn, step: int, ranks: Ranks, how: How
+) -> Updated:
+    adapters, config, optimizer = optimizers.adapters, optimizers.config, optimizers.of[name]
+    counts = denominators(own)[name]
+    mine = batches_of(own, config.tokens_per_batch, optimizers.layout, ranks)
+    result = Updated({}, 0.0, int(counts.tokens), int(counts.sequences), config.learning_rate_at(step, optimizers.peak[name]))
+    before = _logprobs(adapters, name, mine[0]) if how.measure and mine else None
+    references = [_logprobs(adapters, BASE, batch) if how.reference else None for batch in mine]
+    for iteration in range(config.num_iterations):
+        fit(
+            optimizer,
+            lambda: _backward(adapters, name, mine, references, loss_fn, counts, how),
+            result,
+            ranks,
+            config.max_grad_norm,
+        )
+        if iteration == 0:
+            result.first_mismatch_kl = result.stats.get("mismatch_kl", 0.0)
+        if not result.applied:
+            return result
+    if before is not None:
+        result.moved = float((_logprobs(adapters, name, mine[0]) - before).abs().mean())
+    return result
+
+
+def batches_of(samples: Sequence[Sample], max_tokens: int, layout: Layout, ranks: Ranks) -> list[Batch]:
+    """This rank's share of the batches of these samples, on its device."""
+    dealt = deal(pack(samples, max_tokens=max_tokens, layout=layout, parts=ranks.size), ranks.size)
+    return [batch.to(ranks.device) for batch in (level(dealt) if ranks.lockstep else dealt)[ranks.rank]]
+
+
+@torch.no_grad()
+def read(
+    samples: Sequence[Sample], score: Callable[[Batch], torch.Tensor], max_tokens: int, layout: Layout, ranks: Ranks
+) -> torch.Tensor:
+    """What `score` says of every trained token of these samples, in their order: float32 on the CPU, equal on every rank."""
+    found = torch.zeros(sum(sample.num_trained for sample in samples), device=ranks.device)
+    for batch in batches_of(samples, max_tokens, layout, ranks):
+        scores = score(batch)
+        if not batch.muted:
+            found[batch.place] = scores
+    ranks.sum_([found])  # every place was filled by one rank and is 0 on the others
+    return found.cpu()
+
+
+def fit(
+    optimizer: torch.optim.Optimizer, backward: Callable[[], tuple[Stats, str]], result: Updated, ranks: Ranks, max_grad_norm: float
+) -> None:
+    """One step at `result.learning_rate` along the gradients that `backward` leaves on every rank, summed; what it did goes into `result`.
+
+    `backward` returns its statistics and what was not finite ("" if all was). Then, on any rank, there is no step on any.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    sums, problem = backward()
+    for parameter in parameters:  # a rank without samples joins with zeros
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    problem = next(filter(None, ranks.gather(problem)), "")
+    ranks.sum_([p.grad for p in parameters])
+    result.stats = _joined(sums, ranks)
+    result.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    if problem or not math.isfinite(result.grad_norm):
+        result.applied, result.problem = False, problem or f"gradient norm {result.grad_norm}"
+    else:
+        for group in optimizer.param_groups:
+            group["lr"] = result.learning_rate
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _backward(
+    adapters: Adapters,
+    name: str,
+    batches: Sequence[Batch],
+    references: Sequence[torch.Tensor | None],
+    loss_fn: LossFn,
+    counts: Denominators,
+    how: How,
+) -> tuple[Stats, str]:
+    """Gradients of this rank's batches, their statistics, and what was not finite ("" if all was): see `accumulate`."""
+    with adapters.active(name):
+        return accumulate(
+            name,
+            "log-prob",
+            batches,
+            lambda batch: token_logprobs(adapters.model, batch, entropy_grad=how.entropy_grad),
+            lambda number, batch, logp, entropy: loss_fn(batch, logp, entropy, references[number], counts),
+        )
+
+
+def accumulate(
+    name: str,
+    what: str,
+    batches: Sequence[Batch],
+    score: Callable[[Batch], tuple[torch.Tensor, ...]],
+    loss_of: Callable[..., tuple[torch.Tensor, Stats]],
+) -> tuple[Stats, str]:
+    """Let every batch's loss leave its gradients: statistics of all, and the first thing that was not finite ("" if all was).
+
+    `score`: what the model says of a batch; the first of it, `what`, is checked. `loss_of(number of the batch, batch, *score)`: loss
+    and statistics. Nothing is raised and no batch left out, for other ranks go on and may wait for this one in every pass.
+    """
+    sums: Stats = {}
+    problem = ""
+    for number, batch in enumerate(batches):
+        scores = score(batch)
+        try:
+            finite_or_raise(what, scores[0], name, batch)
+            loss, stats = loss_of(number, batch, *scores)
+            finite_or_raise("loss", loss, name, batch)
+        except NotFinite as error:
+            problem = problem or str(error)
+            loss, stats = scores[0].sum(), {}
+        if batch.muted:
+            loss, stats = 0 * loss, {}
+        loss.backward()
+        sums = add_stats(sums, stats)
+    return sums, problem
+
+
+def _joined(sums: Stats, ranks: Ranks) -> dict[str, float]:
+    """The statistics of all ranks, summarised; a rank without samples of the policy has none."""
+    joined: Stats = {}
+    for part in ranks.gather({key: value.tolist() for key, value in sums.items()}):
+        joined = add_stats(joined, {key: torch.tensor(value, dtype=torch.float64) for key, value in part.items()})
+    return summary(joined)
+
+
+@torch.no_grad()
+def _logprobs(adapters: Adapters, policy: str, batch: Batch) -> torch.Tensor:
+    with adapters.active(policy):
+        return token_logprobs(adapters.model, batch)[0]
+
+
+def sample_to_json(sample: Sample) -> dict[str, Any]:
+    """A sample as plain values: what is dumped when its loss is not a number."""
+    return {name: getattr(sample, name) for name in sample.__dataclass_fields__}
