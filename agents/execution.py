@@ -27,7 +27,7 @@ class ProgramError(ValueError):
 
 
 @dataclass(frozen=True)
-class Allowance:
+class Limits:
     """What one run of a program may use. All limits hold at once, and none can be raised from inside.
 
     Args:
@@ -50,7 +50,7 @@ class Allowance:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ExecutionResult:
     """What became of a program.
 
     Args:
@@ -75,11 +75,11 @@ class Outcome:
 class Execute(Protocol):
     """Runs a program: with `externals` (even none, `{}`) a workflow program, which can call only these; without, plain Python."""
 
-    async def __call__(self, program: str, externals: Externals | None = None, limits: Allowance = ...) -> Outcome: ...
+    async def __call__(self, program: str, externals: Externals | None = None, limits: Limits = ...) -> ExecutionResult: ...
 
 
 @dataclass(frozen=True)
-class Exam:
+class TestSuite:
     """What a program has to pass.
 
     Args:
@@ -94,7 +94,7 @@ class Exam:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TestResult:
     """Per test "" if it passed, else why not in one line."""
 
     results: tuple[str, ...]
@@ -111,7 +111,7 @@ class Verdict:
 class Check(Protocol):
     """What tests say of a program, which cannot see them."""
 
-    async def __call__(self, program: str, tests: Exam, limits: Allowance = ...) -> Verdict: ...
+    async def __call__(self, program: str, tests: TestSuite, limits: Limits = ...) -> TestResult: ...
 
 
 def program_in(text: str) -> str:
@@ -120,7 +120,7 @@ def program_in(text: str) -> str:
     return str(blocks[-1] if blocks else text).strip("\n")
 
 
-def answered(task: Task, text: str, tests: Sequence[str]) -> tuple[str, Exam]:
+def answered(task: Task, text: str, tests: Sequence[str]) -> tuple[str, TestSuite]:
     """What a coding task has to check an answer: its program, and these tests over the task's functions.
 
     The program stands after the task's own text (imports and helpers, `meta["setup"]`), so that it may be a whole function, or the body
@@ -134,4 +134,4 @@ def answered(task: Task, text: str, tests: Sequence[str]) -> tuple[str, Exam]:
         )
     setup = str(task.meta.get("setup", ""))
     program = "\n".join(part for part in (setup, program_in(text)) if part)
-    return program, Exam(tuple(tests), tuple(names), setup)
+    return program, TestSuite(tuple(tests), tuple(names), setup)

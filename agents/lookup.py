@@ -76,7 +76,7 @@ def needs_trust(kind: str, name: str) -> None:
         raise Untrusted(kind, name)
 
 
-def function_named(kind: str, name: str, shipped: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+def load_function(kind: str, name: str, shipped: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """The function that a setting names. `maker(text)` is what the function named `maker` makes of the text.
 
     Raises `SettingError` with `kind`, the name, and the nearest shipped one; `Untrusted` under `only_trusted()`.

@@ -17,9 +17,9 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from .execution import Allowance, Check, Exam, Execute, Externals, Outcome, SandboxError, Verdict
-from .tools.tools import Tool, parse_calls, python_tool, resolve_tools, run_call, tool_prompt
-from .types import AgentSpec, Completion, Decision, Message, Sampling, SettingError, Task, Turn, from_json, nearest, to_json
+from .execution import (Limits, Check, TestSuite, Execute, Externals, ExecutionResult, SandboxError, TestResult)
+from .tools.tools import (Tool, parse_calls, python_tool, resolve_tools, run_call, tool_prompt)
+from .types import (AgentSpec, Completion, Decision, Message, Sampling, SettingError, Task, Turn, from_json, nearest, to_json)
 
 T = TypeVar("T")
 
@@ -391,13 +391,13 @@ class Team:
         """Run one tool call `{"name": ..., "arguments": {...}}`; a failing tool answers with its error as text."""
         return await run_call(request, tools)
 
-    async def execute(self, program: str, externals: Externals | None = None, limits: Allowance = Allowance()) -> Outcome:
+    async def execute(self, program: str, externals: Externals | None = None, limits: Limits = Limits()) -> ExecutionResult:
         """Run a program that a model wrote, in the sandbox: with `externals` a workflow program that can call these, else plain Python."""
         if self._execute is None:
             raise SandboxError("team.execute: this team has no sandbox; use rollouts.play.Rollouts, or give Team(execute=...)")
         return await self._execute(program, externals, limits)
 
-    async def check(self, program: str, tests: Exam, limits: Allowance = Allowance()) -> Verdict:
+    async def check(self, program: str, tests: TestSuite, limits: Limits = Limits()) -> TestResult:
         """What tests say of a program that a model wrote, in the sandbox. A team has public tests only; hidden ones are a reward's."""
         if self._check is None:
             raise SandboxError("team.check: this team has no sandbox; use rollouts.play.Rollouts, or give Team(check=...)")

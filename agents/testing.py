@@ -17,7 +17,7 @@ from typing import Any
 
 from .execution import Check, Execute
 from .team import Call, System, Team
-from .types import Completion, Decision, Message, Task, Turn, from_json, to_json
+from .types import (Completion, Decision, Message, Task, Turn, from_json, to_json)
 
 Answer = Callable[[str, "tuple[Message, ...]", str], str]
 

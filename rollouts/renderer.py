@@ -29,7 +29,7 @@ Part = tuple[str, bool]  # text, and whether it is the content of a message
 
 
 class Tokenizer(Protocol):
-    """What `ChatTokens` asks of a tokenizer; every fast tokenizer of transformers has it, and `scripted.ByteTokenizer`."""
+    """What `ChatRenderer` asks of a tokenizer; every fast tokenizer of transformers has it, and `scripted.ByteTokenizer`."""
 
     eos_token_id: int | None
     bos_token_id: int | None
@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Any, *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> Any: ...
 
 
-class ChatTokens:
+class ChatRenderer:
     """The chats of one tokenizer and its chat template.
 
     Args:

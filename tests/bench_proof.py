@@ -15,10 +15,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from marlora.agents.types import BASE, AdapterSpec, PolicySpec
-from marlora.rollouts.engines.base import Engine, Ref
+from marlora.rollouts.engines.base import Engine, ModelRef
 from marlora.rollouts.engines.factory import EngineConfig, choose_dtype, has_gpu, start_engine
 from marlora.rollouts.episodes.store import Store
-from marlora.rollouts.renderer import ChatTokens, load_tokenizer
+from marlora.rollouts.renderer import ChatRenderer, load_tokenizer
 from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import samples
 from marlora.trainers.credit.rules import credit
@@ -31,13 +31,13 @@ from marlora.trainers.update.losses import policy_loss
 from marlora.trainers.update.optimizer_step import Optimizers, update
 from marlora.trainers.weight_sync.probes import Probe, probes
 from marlora.trainers.weight_sync.publisher import Publisher
-from marlora.trainers.weight_sync.verification import Prover, _minus, _norm
+from marlora.trainers.weight_sync.verification import WeightVerifier, _minus, _norm
 
 KEPT = ("loss_type", "epsilon_high", "credit", "tokens_per_batch")
 STEPS = 3
 
 
-async def residuals(prover: Prover, policy: str, versions: list[str], found: list[Probe]) -> list[float]:
+async def residuals(prover: WeightVerifier, policy: str, versions: list[str], found: list[Probe]) -> list[float]:
     """Of the adapter that the trainer has, against each of these versions as served."""
     asked = [probe.window for probe in found]
     base = await prover._trained(asked, BASE)
@@ -45,7 +45,7 @@ async def residuals(prover: Prover, policy: str, versions: list[str], found: lis
     made = []
     for version in versions:
         async with prover._twin(policy, version, factor) as twin:
-            served = await prover._scores(asked, Ref(policy, twin), prover.engine.info().replicas[0])
+            served = await prover._scores(asked, ModelRef(policy, twin), prover.engine.info().replicas[0])
         made.append(_norm(_minus(served, trained)) / _norm(_minus(trained, base)))
     return made
 
@@ -74,7 +74,7 @@ async def main(run: Path) -> None:
     store = Store(run / "episodes")
     episodes = {step: [e for e in store.read(step=step) if e.split == "train"] for step in range(1, STEPS + 1)}
     settings = EngineConfig(engine="vllm", max_model_len=given["max_model_len"])
-    engine = await start_engine(model, ChatTokens(load_tokenizer(model)), policies, settings, folder=folder, say=print)
+    engine = await start_engine(model, ChatRenderer(load_tokenizer(model)), policies, settings, folder=folder, say=print)
     try:
         for rate in (1e-5, 1e-4):
             dtype = getattr(torch, choose_dtype(model, "auto", on_gpu=has_gpu()))

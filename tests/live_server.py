@@ -11,7 +11,7 @@ from marlora.agents.types import AdapterSpec, PolicySpec
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from marlora.rollouts.engines.vllm.server import VLLMServer
 from marlora.rollouts.engines.vllm.server_args import ServerSettings
-from marlora.rollouts.renderer import ChatTokens, load_tokenizer
+from marlora.rollouts.renderer import ChatRenderer, load_tokenizer
 from marlora.trainers.testbeds.tiny import tiny_random_model
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -47,7 +47,7 @@ class Live:
     server: VLLMServer
     model: Path
     root: Path
-    tokens: ChatTokens
+    tokens: ChatRenderer
 
     def engine(self, **settings: Any) -> VLLMEngine:
         """A new engine on the server; closing it leaves the server running."""
@@ -83,4 +83,4 @@ def start(folder: Path) -> Live:
     except BaseException:
         server.end()
         raise
-    return Live(server, model, root, ChatTokens(load_tokenizer(str(model))))
+    return Live(server, model, root, ChatRenderer(load_tokenizer(str(model))))

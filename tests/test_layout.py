@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.repository import ROOMS, ROOT, clean_environment, copy_to, dotted, files, modules
+from tests.repository import (ROOMS, ROOT, clean_environment, copy_to, dotted, files, modules)
 
 HEAVY = ("torch", "peft", "trl", "accelerate", "vllm")
 LARGEST = 1_000_000  # bytes of one file in the repository

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from marlora.agents.execution import Allowance, SandboxError
+from marlora.agents.execution import Limits, SandboxError
 from marlora.recipes.cli.main import parser
-from marlora.rollouts.sandbox.isolation import Cage
+from marlora.rollouts.sandbox.isolation import Isolation
 from marlora.rollouts.sandbox.python import run_plain
-from marlora.rollouts.sandbox.self_test import prove
+from marlora.rollouts.sandbox.self_test import run_self_test
 from tests.repository import ROOT, files
 
 TEXT = (ROOT / "SECURITY.md").read_text()
@@ -59,16 +59,16 @@ print(json.dumps({
 
 @pytest.mark.parametrize("kind", ["landlock", "bubblewrap"])
 def test_what_the_cage_hides(kind: str, tmp_path: Path) -> None:
-    cage = Cage(kind)  # type: ignore[arg-type]
+    cage = Isolation(kind)  # type: ignore[arg-type]
     try:
-        prove(cage)
+        run_self_test(cage)
     except SandboxError as error:
         pytest.skip(f"{kind} does not hold on this machine: {error}")
     file, link = tmp_path / "secret", tmp_path / "link"
     file.write_text("seven77")
     link.symlink_to(file)
     known = f"FILE, LINK, PARENT = {str(file)!r}, {str(link)!r}, {os.getpid()}\n"
-    ran = run_plain(cage, known + LOOKS, Allowance(seconds=20.0, cpu_seconds=10, memory=256 << 20))
+    ran = run_plain(cage, known + LOOKS, Limits(seconds=20.0, cpu_seconds=10, memory=256 << 20))
     told = json.loads(ran.output)
     for name in ("text", "names", "environment", "written"):
         assert told[name][0] is False, (name, told[name])

@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from ..agents.types import BASE, AdapterSpec, AgentSpec, PolicySpec, Sampling, SettingError, from_json, nearest, to_json
+from ..agents.types import (BASE, AdapterSpec, AgentSpec, PolicySpec, Sampling, SettingError, from_json, nearest, to_json)
 from ..rollouts.engines.factory import EngineConfig, help_of
-from ..rollouts.episodes.runner import Limits
+from ..rollouts.episodes.runner import EpisodeLimits
 from ..rollouts.secrecy import check_policies, told_value
 from .monitoring.trackers import check_names
 
@@ -145,8 +145,8 @@ class RunConfig(EngineConfig):
     def sampling(self) -> Sampling:
         return Sampling(temperature=self.temperature, max_tokens=self.max_completion_length)
 
-    def limits(self) -> Limits:
-        return Limits(episode_timeout=self.episode_timeout, reward_timeout=self.reward_timeout, concurrency=self.max_concurrency)
+    def limits(self) -> EpisodeLimits:
+        return EpisodeLimits(episode_timeout=self.episode_timeout, reward_timeout=self.reward_timeout, concurrency=self.max_concurrency)
 
     def learning_rate_at(self, step: int, peak: float) -> float:
         """Learning rate of step 1, 2, ...: a pure function, so a resumed run needs no scheduler state."""

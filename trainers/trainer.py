@@ -29,7 +29,7 @@ from .collection.background import Stopped
 from .config import RunConfig
 from .credit.rules import Advantages
 from .loop.run import Run
-from .update.optimizer_step import Updated
+from .update.optimizer_step import UpdateResult
 from .update.scalar_heads import HeadSpec
 
 C = TypeVar("C", bound=RunConfig)
@@ -127,7 +127,7 @@ class Trainer(Generic[C]):
         return self.contributions()
 
     def rows(
-        self, done: Mapping[str, Updated], episodes: Sequence[Episode], advantages: Advantages | None = None
+        self, done: Mapping[str, UpdateResult], episodes: Sequence[Episode], advantages: Advantages | None = None
     ) -> dict[str, dict[str, Any]]:
         """`policies` of the step's metrics: per trainable policy what its update did, and the shares of its turns cut off or silent."""
         trainable = [name for base in self.run.bases.values() for name in base.adapters.trainable]
@@ -154,7 +154,7 @@ class Trainer(Generic[C]):
             return result.summary() if result else {}
 
 
-def metrics(result: Updated | None) -> Mapping[str, Any]:
+def metrics(result: UpdateResult | None) -> Mapping[str, Any]:
     """One policy's row in `metrics.jsonl`: how much was trained, at what rate, and the loss's statistics."""
     if result is None:
         return {"tokens": 0}

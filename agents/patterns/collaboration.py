@@ -26,8 +26,8 @@ from dataclasses import dataclass, replace
 from ..lookup import trusted
 from ..team import Agent, System, Team, gather
 from ..text.answers import extract, majority, normalise
-from ..tools.verifiers import WORDS, Verifier, check_verifier, in_words, resolve_verifier, verify
-from ..types import BASE, AgentSpec, SettingError, Task, Turn, nearest
+from ..tools.verifiers import (WORDS, Verifier, check_verifier, in_words, resolve_verifier, verify)
+from ..types import (BASE, AgentSpec, SettingError, Task, Turn, nearest)
 from .chain import view
 
 SEPARATIONS = ("single", "collaboration", "turn")

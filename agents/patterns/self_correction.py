@@ -27,7 +27,7 @@ _TASK = ("prompt", "told", "said", "agent", "transcript", "answer")
 
 @trusted("system")
 @dataclass
-class Repair(System):
+class SelfCorrection(System):
     """Two agents: who gives feedback, and whose turn is mended. The output is the mended text.
 
     Args:
@@ -70,7 +70,7 @@ class Repair(System):
         return known["text"]
 
 
-def repair_task(task: Task, turn: Turn, turns: tuple[Turn, ...], said: str = "") -> Task:
+def correction_task(task: Task, turn: Turn, turns: tuple[Turn, ...], said: str = "") -> Task:
     """The task of mending `turn` of an episode on `task`: here the answer is public, and the system marks who is shown it.
 
     `said` is the text to start from, if it is not the turn's own.

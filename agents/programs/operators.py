@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..execution import Allowance, Externals, ProgramError, answered, program_in
-from ..lookup import function_named
+from ..execution import Limits, Externals, ProgramError, answered, program_in
+from ..lookup import load_function
 from ..patterns.chain import view
 from ..team import Agent, Team
 from ..text.answers import extract, stands_in
@@ -34,7 +34,7 @@ PROMPTS: Mapping[str, str] = {
     "programmer": "{problem}\n\n{analysis}\n\nWrite a Python program that works out the answer and prints it. Standard library only.{failure}",
     "test": "{problem}\n\nA solution:\n\n{solution}\n\nIt fails a test:\n\n{failure}\n\nSay why, then write the whole solution again.",
 }
-CHECKS = Allowance(seconds=15.0, cpu_seconds=15)  # of one program that an operator runs
+CHECKS = Limits(seconds=15.0, cpu_seconds=15)  # of one program that an operator runs
 
 
 class QuotaError(RuntimeError):
@@ -42,7 +42,7 @@ class QuotaError(RuntimeError):
 
 
 @dataclass
-class Desk:
+class OperatorContext:
     """Where the operators of one run of a program work: who answers, what may be spent, what was said.
 
     Args:
@@ -75,10 +75,10 @@ class Desk:
         return list({turn.index: turn for turn in turns}.values())
 
 
-class Call:
+class OperatorCall:
     """One call of an operator at work. Its turns' indices are reserved when the program calls, so they do not depend on timing."""
 
-    def __init__(self, desk: Desk, operator: Operator) -> None:
+    def __init__(self, desk: OperatorContext, operator: Operator) -> None:
         self.desk, self.operator = desk, operator
         agent = desk.executor(operator.name)
         width = 1 + (desk.team.max_tool_calls if desk.team.tools_of(agent.spec) else 0)
@@ -94,7 +94,7 @@ class Call:
         if desk.asked >= desk.max_calls:
             raise QuotaError(f"asked its executors more than {desk.max_calls} times")
         desk.asked += 1
-        text = told(self.operator.name, desk.prompts, {"problem": desk.task.prompt, **fields})
+        text = prompt_for(self.operator.name, desk.prompts, {"problem": desk.task.prompt, **fields})
         reads = desk.reads(given)
         turn = await desk.executor(self.operator.name).fresh().reply(text, reads=reads, index=next(self._indices))
         desk.said.append(turn)
@@ -106,7 +106,7 @@ class Call:
         return outcome.ok, outcome.output if outcome.ok else f"{outcome.status}: {outcome.error}"
 
 
-def told(operator: str, prompts: Mapping[str, str], fields: Mapping[str, str]) -> str:
+def prompt_for(operator: str, prompts: Mapping[str, str], fields: Mapping[str, str]) -> str:
     """An operator's prompt, filled in. Raises `SettingError` at a field that the template has and the operator has not."""
 
     def value(key: str) -> str:
@@ -131,7 +131,7 @@ class Operator:
     calls: int
     sketch: Callable[..., Any]
 
-    def __call__(self, call: Call, **given: Any) -> Awaitable[Any]:
+    def __call__(self, call: OperatorCall, **given: Any) -> Awaitable[Any]:
         return self.function(call, **given)
 
     @property
@@ -178,7 +178,7 @@ def _listed(value: Any, name: str) -> Sequence[Any]:
     return value
 
 
-def externals(operators: Mapping[str, Operator], desk: Desk | None, max_text: int = 20_000) -> Externals:
+def externals(operators: Mapping[str, Operator], desk: OperatorContext | None, max_text: int = 20_000) -> Externals:
     """The functions that a program can call. Without a desk they answer with sketches: a dry run."""
 
     def external(operator: Operator) -> Callable[..., Awaitable[Any]]:
@@ -186,7 +186,7 @@ def externals(operators: Mapping[str, Operator], desk: Desk | None, max_text: in
             *args: Any, **kwargs: Any
         ) -> Awaitable[Any]:  # not async: indices are reserved in the order of the program's calls
             given = operator.arguments(args, kwargs, desk.max_text if desk else max_text)
-            return operator(Call(desk, operator), **given) if desk else _sketched(operator, given)
+            return operator(OperatorCall(desk, operator), **given) if desk else _sketched(operator, given)
 
         return call
 
@@ -200,18 +200,18 @@ async def _sketched(operator: Operator, given: Mapping[str, Any]) -> Any:
 # what there is
 
 
-async def custom(call: Call, instruction: str) -> str:
+async def custom(call: OperatorCall, instruction: str) -> str:
     """One answer of a language model to the problem, as your instruction says. The instruction may quote earlier results."""
     return await call.ask({"instruction": instruction}, [instruction])
 
 
-async def answer_generate(call: Call) -> str:
+async def answer_generate(call: OperatorCall) -> str:
     """One answer to the problem, thought out step by step and given without the thoughts."""
     text = await call.ask({}, [])
     return extract(text) or text
 
 
-async def ensemble(call: Call, solutions: list[str]) -> str:
+async def ensemble(call: OperatorCall, solutions: list[str]) -> str:
     """The best of several solutions, chosen by a language model."""
     shown = "\n\n".join(f"{letter}: {solution}" for letter, solution in zip(LETTERS, solutions, strict=False))
     text = await call.ask({"solutions": shown}, solutions)
@@ -221,17 +221,17 @@ async def ensemble(call: Call, solutions: list[str]) -> str:
     return solutions[LETTERS.index(letters[-1])]
 
 
-async def review(call: Call, solution: str) -> str:
+async def review(call: OperatorCall, solution: str) -> str:
     """What is wrong with a solution, in words."""
     return await call.ask({"solution": solution}, [solution])
 
 
-async def revise(call: Call, solution: str, feedback: str) -> str:
+async def revise(call: OperatorCall, solution: str, feedback: str) -> str:
     """A solution written again after feedback."""
     return await call.ask({"solution": solution, "feedback": feedback}, [solution, feedback])
 
 
-async def programmer(call: Call, analysis: str = "") -> str:
+async def programmer(call: OperatorCall, analysis: str = "") -> str:
     """What a Python program prints that a language model writes for the problem; it has three tries."""
     failure, said = "", ""
     for _ in range(call.operator.calls):
@@ -243,7 +243,7 @@ async def programmer(call: Call, analysis: str = "") -> str:
     raise ProgramError(f"programmer: no program ran; the last one: {printed[:200]}")
 
 
-async def test(call: Call, solution: str) -> str:
+async def test(call: OperatorCall, solution: str) -> str:
     """A solution that is a program, mended until it passes the problem's public tests, or as it is after three tries."""
     for _ in range(call.operator.calls):
         failure = await _failing(call, solution)
@@ -253,7 +253,7 @@ async def test(call: Call, solution: str) -> str:
     return solution
 
 
-async def _failing(call: Call, solution: str) -> str:
+async def _failing(call: OperatorCall, solution: str) -> str:
     """The first public test that a solution fails, and how; "" if it passes them all, or there are none."""
     task, team = call.desk.task, call.desk.team
     tests = [str(test) for test in task.meta.get("tests") or ()]
@@ -281,7 +281,7 @@ def resolve_operators(names: Sequence[str]) -> dict[str, Operator]:
     """Operators by name: shipped ones, or `module:NAME` of an `Operator`. Raises `SettingError` naming the one that cannot be found."""
     found: dict[str, Operator] = {}
     for name in names:
-        made = function_named("operator", name, OPERATORS)
+        made = load_function("operator", name, OPERATORS)
         if not isinstance(made, Operator):
             raise SettingError(f"operator {name!r}: expected an Operator (marlora.agents.programs.operators), found {made!r:.60}")
         found[made.name] = made

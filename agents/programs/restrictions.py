@@ -28,7 +28,7 @@ BUILTINS = frozenset(name for name in dir(builtins) if not name.startswith("_"))
 
 
 @dataclass(frozen=True)
-class Rules:
+class Restrictions:
     """What a valid program is.
 
     Args:

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..execution import Allowance, Outcome
+from ..execution import Limits, ExecutionResult
 from ..lookup import trusted
 from ..patterns.chain import view
 from ..team import LimitError, System, Team
 from ..types import SettingError, Task, Turn, nearest
-from .operators import OPERATORS, Desk, Operator, QuotaError, externals, resolve_operators, told
-from .restrictions import Rules, program_of, whole
+from .operators import (OPERATORS, OperatorContext, Operator, QuotaError, externals, resolve_operators, prompt_for)
+from .restrictions import Restrictions, program_of, whole
 
 TEMPLATE = 'solution = await custom("Solve the problem step by step.")\nsolution'
 DESIGN = """Write a Python program that solves the problem below by calling these functions:
@@ -65,7 +65,7 @@ class Workflow(System):
         tag: the program stands between `<tag>` and `</tag>`; "" takes the last fenced block, or the whole reply.
         attempts: a designer whose program is invalid is asked anew, up to so many times in all. Its earlier turns then count as not taken.
         fallback: a program that is run in place of an invalid one, which stays invalid; "" runs nothing, and the output is empty.
-        max_similarity, banned, max_nodes, max_chars: see `Rules`. dry_run: try a program with sketched answers before it counts as valid.
+        max_similarity, banned, max_nodes, max_chars: see `Restrictions`. dry_run: try a program with sketched answers before it counts as valid.
         max_calls: calls of executors in one run. max_text: characters that an operator takes, and of the answer. seconds: of computing.
     """
 
@@ -109,10 +109,10 @@ class Workflow(System):
             raise SettingError(
                 f"attempts, max_calls, max_text: at least 1 expected, got {self.attempts}, {self.max_calls}, {self.max_text}"
             )
-        self.rules = Rules(
+        self.rules = Restrictions(
             tuple(self.callable), self.template, self.max_similarity, tuple(self.banned), self.max_nodes, self.max_chars
         )
-        self.limits = Allowance(seconds=self.seconds, calls=4 * self.max_calls)
+        self.limits = Limits(seconds=self.seconds, calls=4 * self.max_calls)
         if self.fallback and (fault := self.rules.fault(self.fallback)):
             raise SettingError(f"fallback: no valid program ({fault})")
         self.instructed(Task("", ""))  # checks the template
@@ -152,26 +152,26 @@ class Workflow(System):
         _tell(team, turn, "valid", fault)
         return Design(program or "", fault, turn)
 
-    async def perform(self, design: Design, task: Task, team: Team) -> Outcome:
+    async def perform(self, design: Design, task: Task, team: Team) -> ExecutionResult:
         """Run a valid program on a task. Whatever it does is the outcome; how it ended is told as its turn's reward `ran`."""
-        desk = Desk(team, task, design.turn, self.executors, self.prompts, self.max_calls, self.max_text)
+        desk = OperatorContext(team, task, design.turn, self.executors, self.prompts, self.max_calls, self.max_text)
         try:
             outcome = await team.execute(whole(design.program, task.prompt), externals(self.callable, desk), self.limits)
         except (QuotaError, LimitError) as error:
-            outcome = Outcome("calls", error=str(error))
+            outcome = ExecutionResult("calls", error=str(error))
         if outcome.ok and len(str(outcome.value)) > self.max_text:
-            outcome = Outcome("output", error=f"an answer of more than {self.max_text} characters")
+            outcome = ExecutionResult("output", error=f"an answer of more than {self.max_text} characters")
         if design.turn is not None:
             _tell(team, design.turn, "ran", _failed(outcome))
         return outcome
 
 
-def answer_of(outcome: Outcome) -> str:
+def answer_of(outcome: ExecutionResult) -> str:
     """A run's answer as a text; "" if it has none."""
     return "" if _failed(outcome) else str(outcome.value)
 
 
-def _failed(outcome: Outcome) -> str:
+def _failed(outcome: ExecutionResult) -> str:
     """Why a run gave no answer, as its status and some words; "" if it gave one."""
     if not outcome.ok:
         return f"{outcome.status}: {outcome.error}"
@@ -186,4 +186,4 @@ def _tell(team: Team, turn: Turn, name: str, fault: str) -> None:
 
 
 def _check_prompt(name: str, operator: Operator, prompts: Mapping[str, str]) -> None:
-    told(name, prompts, dict.fromkeys(("problem", *operator.signature.parameters, "failure"), ""))
+    prompt_for(name, prompts, dict.fromkeys(("problem", *operator.signature.parameters, "failure"), ""))

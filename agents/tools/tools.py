@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..execution import Allowance, Execute, Externals, Outcome, SandboxError
-from ..lookup import function_named
+from ..execution import Limits, Execute, Externals, ExecutionResult, SandboxError
+from ..lookup import load_function
 from ..types import SettingError, nearest
 from .calculator import evaluate
 
@@ -181,7 +181,7 @@ async def run_call(request: Mapping[str, Any], tools: Mapping[str, Tool]) -> str
 
 
 def _imported(name: str) -> Tool:
-    found = function_named("tool", name, SHIPPED)
+    found = load_function("tool", name, SHIPPED)
     return found if isinstance(found, Tool) else tool(found)
 
 
@@ -297,7 +297,7 @@ def python_tool(execute: Execute) -> Tool:
     return python
 
 
-async def _nowhere(program: str, externals: Externals | None = None, limits: Allowance = Allowance()) -> Outcome:
+async def _nowhere(program: str, externals: Externals | None = None, limits: Limits = Limits()) -> ExecutionResult:
     raise SandboxError("the tool 'python' needs a team: its programs run where the team's do")
 
 

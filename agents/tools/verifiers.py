@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from ..lookup import check_name, function_named
+from ..lookup import check_name, load_function
 from ..text.answers import extract, same
 from ..types import Task
 from .calculator import evaluate
@@ -46,7 +46,7 @@ VERIFIERS: dict[str, Callable[..., Any]] = {"calculator": calculator}
 
 def resolve_verifier(name: str) -> Verifier:
     """A verifier by name: `calculator`, `module:function`, or `module:maker(text)` such as a learned one and its folder."""
-    return function_named("verifier", name, VERIFIERS)
+    return load_function("verifier", name, VERIFIERS)
 
 
 def check_verifier(name: str) -> None:

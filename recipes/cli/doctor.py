@@ -21,11 +21,11 @@ from packaging.requirements import Requirement
 
 from marlora.agents.types import SettingError
 from marlora.rollouts.engines.factory import EngineConfig, choose_engine, cpu_has_bfloat16, has_gpu
-from marlora.rollouts.engines.vllm.addresses import DOORS, open_doors, tidy
+from marlora.rollouts.engines.vllm.addresses import ROUTES, open_routes, tidy
 from marlora.rollouts.engines.vllm.auth import Guard
 from marlora.rollouts.engines.vllm.server import free_port
 from marlora.rollouts.engines.vllm.server_args import RANKS
-from marlora.rollouts.renderer import ChatTokens, load_tokenizer
+from marlora.rollouts.renderer import ChatRenderer, load_tokenizer
 from marlora.rollouts.sandbox import sandbox
 from marlora.rollouts.secrecy import shown_url
 from marlora.trainers.model.local_models import cache
@@ -190,7 +190,7 @@ def routes(server_urls: Sequence[str]) -> list[Row]:
     rows = [("routes of our servers", f"open: {', '.join(let_in)}" if let_in else "none without the key but /health", todo)]
     for url in server_urls:
         try:
-            found = open_doors(tidy(url))
+            found = open_routes(tidy(url))
         except SettingError as error:
             rows.append(
                 (f"routes of {shown_url(url)}", str(error).removeprefix("server_urls: "), "start it, or correct the address")
@@ -216,7 +216,7 @@ async def past_the_guard() -> list[str]:
         key.touch(0o600)
         key.write_text(secrets.token_hex(32))
         guard = Guard(server, key_file=key)
-        for method, path in DOORS:
+        for method, path in ROUTES:
             for header in ([], [(b"authorization", b"Bearer wrong")]):
                 await guard({"type": "http", "method": method, "path": path, "headers": header}, nothing, nothing)
     return sorted(set(reached))
@@ -232,7 +232,7 @@ def templates(models: Sequence[str]) -> list[Row]:
 def template(model: str) -> tuple[str, str]:
     """(what the probes say of the model's chat template, what that means)."""
     try:
-        found = ChatTokens(load_tokenizer(model)).probe()
+        found = ChatRenderer(load_tokenizer(model)).probe()
     except SettingError as error:
         return str(error), "take a model with a chat template, such as its instruct variant"
     words = ["append-only" if found["append_only"] else f"rewrites history ({found['rewrites']})", f"system {found['system']}"]

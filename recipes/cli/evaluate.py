@@ -21,12 +21,12 @@ from typing import Any
 
 from marlora.agents.types import PolicySpec, SettingError, Task, from_json
 from marlora.recipes.cli.eval_tables import as_markdown, as_text
-from marlora.recipes.cli.team import add_team, asked_for, chosen, engine_config, locate, say, write_json
+from marlora.recipes.cli.team import (add_team, asked_for, chosen, engine_config, locate, say, write_json)
 from marlora.rollouts.checkpoints.reader import read_checkpoint
-from marlora.rollouts.checkpoints.team import ServedTeam
+from marlora.rollouts.checkpoints.team import LoadedTeam
 from marlora.rollouts.evaluation.accuracy import paired
-from marlora.rollouts.evaluation.suite import Contestant, Measured, Plan, Tick, compare, prompt_hash, seen, suite
-from marlora.rollouts.evaluation.variants import ablations, base_team, cross_play, distinct, ladder, trained_on, trained_team
+from marlora.rollouts.evaluation.suite import (Variant, Measured, Plan, Tick, compare, prompt_hash, seen, suite)
+from marlora.rollouts.evaluation.variants import (ablations, base_team, cross_play, distinct, ladder, trained_on, trained_team)
 from marlora.trainers.monitoring.progress import Progress
 
 
@@ -104,10 +104,10 @@ async def evaluate_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]
         asked_for(args.adapters, [name for name, entry in each["adapters"].items() if entry.get("trained")])
     guests = [from_json(PolicySpec, spec) for each in data[1:] for spec in each["policies"].values()]
     with tempfile.TemporaryDirectory(prefix="marlora-") as scratch:
-        teams: dict[str, ServedTeam] = {}
+        teams: dict[str, LoadedTeam] = {}
         try:
             for mark, checkpoint in zip(marks, args.checkpoint, strict=True):
-                teams[mark] = await ServedTeam.open(
+                teams[mark] = await LoadedTeam.open(
                     checkpoint, engine_config(args), locate=locate(args.model), system=args.system, trust=args.trust_checkpoint,
                     scratch=Path(scratch), seed=args.seed, say=say, beside=list(teams.values()), guests=guests,
                 )  # fmt: skip
@@ -121,7 +121,7 @@ async def evaluate_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]
     return summary_of(args, teams, sets)
 
 
-def tasks_for(args: argparse.Namespace, teams: Mapping[str, ServedTeam], name: str) -> list[Task]:
+def tasks_for(args: argparse.Namespace, teams: Mapping[str, LoadedTeam], name: str) -> list[Task]:
     """The tasks to evaluate on; refuses those that a checkpoint may have been trained on."""
     tasks = next(iter(teams.values())).tasks(name, args.num_tasks)
     for (mark, team), checkpoint in zip(teams.items(), args.checkpoint, strict=True):
@@ -137,11 +137,11 @@ def tasks_for(args: argparse.Namespace, teams: Mapping[str, ServedTeam], name: s
     return tasks
 
 
-async def one_set(args: argparse.Namespace, teams: Mapping[str, ServedTeam], tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
+async def one_set(args: argparse.Namespace, teams: Mapping[str, LoadedTeam], tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
     """All contestants on one task set: their rows, the comparisons and the cross-play matrices."""
     metric = next(iter(teams.values())).metric
     plan = Plan(tuple(tasks), metric, tuple(args.seeds or [args.seed]), args.samples, not args.sampled)
-    wanted: list[Contestant] = []
+    wanted: list[Variant] = []
     trained: list[str] = []
     rungs = {mark: ladder(team) if args.ladder or len(teams) > 1 else [base_team(team)] for mark, team in teams.items()}
     wanted += below(rungs, plan)
@@ -170,7 +170,7 @@ async def one_set(args: argparse.Namespace, teams: Mapping[str, ServedTeam], tas
     }  # fmt: skip
 
 
-def below(rungs: Mapping[str, Sequence[Contestant]], plan: Plan) -> list[Contestant]:
+def below(rungs: Mapping[str, Sequence[Variant]], plan: Plan) -> list[Variant]:
     """The rungs of all checkpoints: once where they are the same team, else once for each, with the checkpoint's name."""
     found = []
     for name in dict.fromkeys(each.name for own in rungs.values() for each in own):
@@ -191,7 +191,7 @@ def bar(progress: Progress, name: str, total: int, done: int, metric: str) -> It
 
 
 def pairs(
-    found: Mapping[str, Measured], kept: Sequence[Contestant], trained: Sequence[str], same: Mapping[str, str]
+    found: Mapping[str, Measured], kept: Sequence[Variant], trained: Sequence[str], same: Mapping[str, str]
 ) -> list[tuple[Measured, Measured]]:
     """The first base team against every other contestant, then trained teams against one another."""
     base = next(each.name for each in kept if each.name.endswith("base team"))
@@ -202,8 +202,8 @@ def pairs(
 
 
 def matrices(
-    teams: Mapping[str, ServedTeam],
-    crossed: Sequence[tuple[str, str, str, Contestant]],
+    teams: Mapping[str, LoadedTeam],
+    crossed: Sequence[tuple[str, str, str, Variant]],
     found: Mapping[str, Measured],
     trained: Sequence[str],
 ) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def matrices(
     return tables
 
 
-def first_pair(found: Mapping[str, Measured], kept: Sequence[Contestant], trained: Sequence[str]) -> dict[str, Any]:
+def first_pair(found: Mapping[str, Measured], kept: Sequence[Variant], trained: Sequence[str]) -> dict[str, Any]:
     """Base and trained team of the first checkpoint in the words of `summary.json`, and its adapters alone."""
     base = next(m for m in found.values() if m.name.endswith("base team"))
     after = found[trained[0]] if trained else base
@@ -232,7 +232,7 @@ def first_pair(found: Mapping[str, Measured], kept: Sequence[Contestant], traine
     }  # fmt: skip
 
 
-def summary_of(args: argparse.Namespace, teams: Mapping[str, ServedTeam], sets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summary_of(args: argparse.Namespace, teams: Mapping[str, LoadedTeam], sets: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What goes into JSON: the first checkpoint's numbers as a run's `summary.json` has them, then everything by task set."""
     team = next(iter(teams.values()))
     firsts = [each.pop("first") for each in sets.values()]

@@ -20,13 +20,13 @@ from marlora.agents.types import SettingError, Task, nearest, to_json
 from marlora.recipes.cli.evaluate import add_eval, cmd_eval
 from marlora.recipes.cli.export import add_export, cmd_export
 from marlora.recipes.cli.report import add_report, cmd_report
-from marlora.recipes.cli.team import add_model, add_team, chosen, engine_config, play_all, say, with_team, write_json
+from marlora.recipes.cli.team import (add_model, add_team, chosen, engine_config, play_all, say, with_team, write_json)
 from marlora.recipes.launch.tables import table
-from marlora.rollouts.checkpoints.team import ServedTeam
+from marlora.rollouts.checkpoints.team import LoadedTeam
 from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.engines.factory import choose_engine
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
-from marlora.rollouts.episodes.runner import Job, jobs
+from marlora.rollouts.episodes.runner import EpisodeRequest, episode_requests
 from marlora.rollouts.episodes.store import Store, StoreError
 from marlora.rollouts.types import Episode
 from marlora.trainers.collection.background import stoppable
@@ -36,7 +36,7 @@ from marlora.trainers.config import RunError
 def cmd_collect(args: argparse.Namespace) -> None:
     """Play tasks and append the scored episodes to a store; what it holds already is not played again."""
 
-    async def work(team: ServedTeam) -> None:
+    async def work(team: LoadedTeam) -> None:
         part, parts = shard(args.shard)
         tasks = team.tasks(args.tasks, args.num_tasks, args.split)[part::parts]
         versions = chosen(team, args.adapters)
@@ -45,7 +45,7 @@ def cmd_collect(args: argparse.Namespace) -> None:
         label = f"collect-{args.split}-{args.seed}-{who}"
         with Store(Path(args.output), writer=str(part) if args.shard else "") as store:
             known = store.ids()
-            plan = [job for job in jobs(tasks, label=label, num_generations=args.num_generations) if job.id not in known]
+            plan = [job for job in episode_requests(tasks, label=label, num_generations=args.num_generations) if job.id not in known]
             say(f"{len(plan)} episodes to play; {args.output} holds {len(known)}")
             await play_all(team, plan, versions, greedy=False, what="collect", keep=partial(keep, store))
         print(f"{len(plan)} episodes appended to {args.output}")
@@ -92,7 +92,7 @@ def cmd_play(args: argparse.Namespace) -> None:
     """Talk to a team; every line you type is a task and each agent's words are shown."""
     meta = json_object("--meta", args.meta)
 
-    async def work(team: ServedTeam) -> None:
+    async def work(team: LoadedTeam) -> None:
         versions = chosen(team, args.adapters)
         # Typed tasks have no answer, so nothing is scored.
         player = replace(team.rollouts if args.sampled else team.rollouts.greedy(), rewards=())
@@ -103,7 +103,7 @@ def cmd_play(args: argparse.Namespace) -> None:
             if not line:
                 break
             if line.strip():
-                job = Job(Task(f"typed-{number}", line.strip(), meta=meta), f"play-{args.seed}", number)
+                job = EpisodeRequest(Task(f"typed-{number}", line.strip(), meta=meta), f"play-{args.seed}", number)
                 episode = await player.play(job, versions)
                 print(json.dumps(to_json(episode)) if args.raw else show_episode(episode), flush=True)
 
@@ -119,7 +119,7 @@ def cmd_serve(args: argparse.Namespace) -> None:
     if args.server_urls or args.endpoints:
         raise SettingError("serve: starts a server of its own; leave --server_urls and --endpoints out")
 
-    async def work(team: ServedTeam) -> None:
+    async def work(team: LoadedTeam) -> None:
         on = chosen(team, args.adapters)
         for engine in team.engines:
             assert isinstance(engine, VLLMEngine)

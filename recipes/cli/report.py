@@ -15,7 +15,7 @@ from marlora.agents.types import SettingError
 from marlora.recipes.cli.team import add_model, locate, say
 from marlora.rollouts.renderer import load_tokenizer
 from marlora.rollouts.report.episode_index import MAX_EPISODES, Pieces
-from marlora.rollouts.report.live import Follow
+from marlora.rollouts.report.live import LiveReport
 from marlora.rollouts.report.report import write_report
 from marlora.trainers.model.local_models import SHORT
 
@@ -40,12 +40,12 @@ def cmd_report(args: argparse.Namespace) -> None:
         raise SettingError(f"--max_episodes: expected at least 1, got {args.max_episodes}")
     pieces = pieces_of(folders, args.model)
     if args.follow:
-        asyncio.run(serve(Follow(folders, pieces, args.max_episodes), args.port))
+        asyncio.run(serve(LiveReport(folders, pieces, args.max_episodes), args.port))
         return
     print(write_report(*folders, output=Path(args.output) if args.output else None, pieces=pieces, max_episodes=args.max_episodes))
 
 
-async def serve(follow: Follow, port: int) -> None:
+async def serve(follow: LiveReport, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     print(f"{await follow.start(port)}\nthe address is the key: who has it can read the run; Ctrl-C ends", flush=True)
     ended, loop = asyncio.Event(), asyncio.get_running_loop()

@@ -13,9 +13,9 @@ from typing import Any
 
 from marlora.agents.types import SettingError
 from marlora.rollouts.checkpoints.reader import read_checkpoint
-from marlora.rollouts.checkpoints.team import ServedTeam
+from marlora.rollouts.checkpoints.team import LoadedTeam
 from marlora.rollouts.engines.factory import EngineConfig
-from marlora.rollouts.episodes.runner import Job
+from marlora.rollouts.episodes.runner import EpisodeRequest
 from marlora.rollouts.secrecy import not_shown
 from marlora.rollouts.types import Episode
 from marlora.trainers.model.local_models import local_model
@@ -91,17 +91,17 @@ def asked_for(adapters: str, trained: Sequence[str]) -> list[str]:
     return names
 
 
-def chosen(team: ServedTeam, adapters: str) -> dict[str, str]:
+def chosen(team: LoadedTeam, adapters: str) -> dict[str, str]:
     """The team version that `--adapters` asks for."""
     return {name: team.versions[name] for name in asked_for(adapters, list(team.versions))}
 
 
-async def with_team(args: argparse.Namespace, work: Callable[[ServedTeam], Any]) -> Any:
+async def with_team(args: argparse.Namespace, work: Callable[[LoadedTeam], Any]) -> Any:
     """Open the checkpoint's team, work with it, close it."""
     adapters = read_checkpoint(Path(args.checkpoint))["adapters"]
     asked_for(args.adapters, [name for name, entry in adapters.items() if entry.get("trained")])  # before a server starts
     with tempfile.TemporaryDirectory(prefix="marlora-") as scratch:
-        team = await ServedTeam.open(
+        team = await LoadedTeam.open(
             args.checkpoint,
             engine_config(args),
             locate=locate(args.model),
@@ -118,8 +118,8 @@ async def with_team(args: argparse.Namespace, work: Callable[[ServedTeam], Any])
 
 
 async def play_all(
-    team: ServedTeam,
-    plan: Sequence[Job],
+    team: LoadedTeam,
+    plan: Sequence[EpisodeRequest],
     versions: Mapping[str, str],
     *,
     greedy: bool,

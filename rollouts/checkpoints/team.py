@@ -17,12 +17,12 @@ from typing import Any
 from ...agents.lookup import AGREE, Untrusted, object_named, only_trusted
 from ...agents.team import System
 from ...agents.tools.tools import resolve_tools
-from ...agents.types import BASE, AgentSpec, PolicySpec, Sampling, SettingError, Task, from_json, nearest
+from ...agents.types import (BASE, AgentSpec, PolicySpec, Sampling, SettingError, Task, from_json, nearest)
 from ..engines.base import Engine
 from ..engines.factory import EngineConfig, start_engine
-from ..episodes.completers import speakers
-from ..episodes.runner import Limits, Rollouts
-from ..renderer import ChatTokens, load_tokenizer
+from ..episodes.completers import completers
+from ..episodes.runner import EpisodeLimits, EpisodeRunner
+from ..renderer import ChatRenderer, load_tokenizer
 from ..rewards.builtin import fn_name, resolve_rewards
 from ..tasks.registry import load_tasks, split_hash
 from .reader import FILES, as_data, files_sha256, outside_models, read_checkpoint
@@ -60,7 +60,7 @@ def with_settings(found: type[System], given: Mapping[str, Any]) -> System:
 
 
 @dataclasses.dataclass
-class Served:
+class LoadedEngine:
     """A running engine and the adapter versions it has loaded."""
 
     engine: Engine
@@ -69,25 +69,25 @@ class Served:
     async def load(self, folder: Path, policies: Sequence[PolicySpec], data: Mapping[str, Any], scratch: Path) -> dict[str, str]:
         """Publish what it lacks of a checkpoint's trained adapters; returns their versions by policy."""
         named = {p.name: version_name(p.name, data) for p in policies if data["adapters"].get(p.name, {}).get("trained")}
-        new = {p: stage(folder, p, data, scratch) for p, version in named.items() if version not in self.versions}
+        new = {p: copy_adapter(folder, p, data, scratch) for p, version in named.items() if version not in self.versions}
         if new:
             await self.engine.publish(new)
         self.versions.update(named.values())
         return named
 
 
-def base_of(name: str, path: str, data: Mapping[str, Any]) -> tuple[ChatTokens, str]:
+def base_of(name: str, path: str, data: Mapping[str, Any]) -> tuple[ChatRenderer, str]:
     """The tokens of a checkpoint's base that lies at `path`, and what tells it from other bases. Raises `SettingError` if it is another."""
     told = data["bases"][name]
     check_base(name, path, told.get("files"))
-    tokens = ChatTokens(load_tokenizer(path))
+    tokens = ChatRenderer(load_tokenizer(path))
     if tokens.template_hash != told["template"]:
         raise SettingError(f"{path}: its chat template is not the one the checkpoint was trained with")
     return tokens, told.get("files") or path
 
 
-class ServedTeam:
-    """A checkpoint's team on running engines. Make it with `await ServedTeam.open(...)`, end it with `await close()`.
+class LoadedTeam:
+    """A checkpoint's team on running engines. Make it with `await LoadedTeam.open(...)`, end it with `await close()`.
 
     `rollouts` plays; `versions` is the team version with every trained adapter on; `tasks(...)` loads the held-out tasks.
     """
@@ -95,12 +95,12 @@ class ServedTeam:
     def __init__(
         self,
         data: dict[str, Any],
-        rollouts: Rollouts,
+        rollouts: EpisodeRunner,
         engines: Sequence[Engine],
         versions: dict[str, str],
         scratch: Path,
         trust: bool = False,
-        served: Mapping[str, Served] | None = None,
+        served: Mapping[str, LoadedEngine] | None = None,
         own: Sequence[Engine] | None = None,
         folder: Path = Path(),
     ) -> None:
@@ -123,9 +123,9 @@ class ServedTeam:
         engine: Engine | None = None,
         trust: bool = False,
         say: Callable[[str], None] = print,
-        beside: Sequence[ServedTeam] = (),
+        beside: Sequence[LoadedTeam] = (),
         guests: Sequence[PolicySpec] = (),
-    ) -> ServedTeam:
+    ) -> LoadedTeam:
         """Start what the checkpoint needs.
 
         Args:
@@ -152,8 +152,8 @@ class ServedTeam:
         found_at = {name: base_of(name, path, data) for name, path in bases.items()}
         policies = {name: from_json(PolicySpec, spec) for name, spec in data["policies"].items()}
         versions: dict[str, str] = {}
-        engine_of: dict[str, tuple[Engine, ChatTokens]] = {}
-        served: dict[str, Served] = {key: found for other in beside for key, found in other.served.items()}
+        engine_of: dict[str, tuple[Engine, ChatRenderer]] = {}
+        served: dict[str, LoadedEngine] = {key: found for other in beside for key, found in other.served.items()}
         engines: list[Engine] = []
         started: list[Engine] = []
         try:
@@ -162,7 +162,7 @@ class ServedTeam:
                 own = [policies[p] for p in data["bases"][name]["policies"]]
                 if key not in served:
                     started.append(engine or await start_engine(path, tokens, [*own, *guests], config, folder=scratch, say=say))
-                    served[key] = Served(started[-1])
+                    served[key] = LoadedEngine(started[-1])
                 here = served[key]
                 engines.append(here.engine)
                 speak = [p.name for p in own] + [BASE] * (name == speaks_as_base)
@@ -173,8 +173,8 @@ class ServedTeam:
                 await running.close()
             raise
         values = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "values").glob("*.json"))}
-        rollouts = Rollouts(
-            team, speakers(policies, engine_of), scored, values, from_json(Sampling, data["sampling"]), Limits(), seed,
+        rollouts = EpisodeRunner(
+            team, completers(policies, engine_of), scored, values, from_json(Sampling, data["sampling"]), EpisodeLimits(), seed,
             untrusted=not trust,
         )  # fmt: skip
         spoken = {p: v for p, v in versions.items() if p in policies}
@@ -247,7 +247,7 @@ def version_name(policy: str, data: Mapping[str, Any]) -> str:
     return f"{policy}-v{data['step']}-{data['adapters'][policy]['sha256'][:8]}"
 
 
-def stage(checkpoint: Path, policy: str, data: Mapping[str, Any], scratch: Path) -> Path:
+def copy_adapter(checkpoint: Path, policy: str, data: Mapping[str, Any], scratch: Path) -> Path:
     """A version folder for the engine, named by `version_name` and holding the two PEFT files only."""
     target = scratch.resolve() / "versions" / version_name(policy, data)
     target.mkdir(parents=True, exist_ok=True)

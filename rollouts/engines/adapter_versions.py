@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...agents.types import BASE, SettingError, nearest
-from .base import EngineError, Ref
+from .base import EngineError, ModelRef
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-class Versions:
+class AdapterRegistry:
     """`engine` is named in errors. Counts open requests per version, so that none is retired under a request's feet."""
 
     def __init__(self, engine: str) -> None:
@@ -24,7 +24,7 @@ class Versions:
         self._used: set[str] = set()
         self._open: dict[str, set[asyncio.Future[None]]] = {}
 
-    def check(self, ref: Ref) -> None:
+    def check(self, ref: ModelRef) -> None:
         """Raises `EngineError` if the engine is closed or the version is not loaded for this policy."""
         if self.closed:
             raise EngineError(f"{self.engine} engine: it is closed")
@@ -41,7 +41,7 @@ class Versions:
 
         Raises `SettingError` for a folder that holds no adapter, `EngineError` for a name that was used before.
         """
-        self.check(Ref(BASE))
+        self.check(ModelRef(BASE))
         found = {policy: Path(folder).resolve() for policy, folder in adapters.items()}
         names = [folder.name for folder in found.values()]
         for folder in found.values():
@@ -56,7 +56,7 @@ class Versions:
     def add(self, policy: str, folder: Path) -> None:
         self.folders[folder.name], self._policies[folder.name] = folder, policy
 
-    async def forget(self, ref: Ref) -> None:
+    async def forget(self, ref: ModelRef) -> None:
         """Take no new requests for this version, then wait for the open ones."""
         self.check(ref)
         if not ref.version:
@@ -66,7 +66,7 @@ class Versions:
             await asyncio.wait(self._open[ref.version])
 
     @contextmanager
-    def request(self, ref: Ref) -> Iterator[None]:
+    def request(self, ref: ModelRef) -> Iterator[None]:
         """A request for this version is open. Raises like `check`."""
         self.check(ref)
         ended = asyncio.get_running_loop().create_future()

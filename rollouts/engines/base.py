@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from ...agents.types import Completion, Sampling
 
 
-class Ref(NamedTuple):
+class ModelRef(NamedTuple):
     """Whose weights speak: a policy and the name of its adapter version (`solver-v12-3fa9`). Version "" is the bare base."""
 
     policy: str
@@ -55,7 +55,7 @@ class EngineInfo:
 
 class Engine(Protocol):
     async def generate(
-        self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1, *, replica: str | None = None
+        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, n: int = 1, *, replica: str | None = None
     ) -> list[Completion]:
         """Sample n replies to `ids` [P], on one replica (None: any). Sibling k draws with `sampling.seed + k`.
 
@@ -63,7 +63,7 @@ class Engine(Protocol):
         """
         ...
 
-    async def score(self, ids: Sequence[int], ref: Ref, replica: str | None = None) -> list[float]:
+    async def score(self, ids: Sequence[int], ref: ModelRef, replica: str | None = None) -> list[float]:
         """Log-probabilities [len(ids) - 1] of ids[1:] at temperature 1, each given all before it, on one replica (None: any)."""
         ...
 
@@ -74,7 +74,7 @@ class Engine(Protocol):
         """
         ...
 
-    async def retire(self, ref: Ref) -> None:
+    async def retire(self, ref: ModelRef) -> None:
         """Forget a version on every replica once nothing asks for it. Files may be deleted only after this returns."""
         ...
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...agents.types import PolicySpec, SettingError
-from ..renderer import ChatTokens
+from ..renderer import ChatRenderer
 from ..secrecy import check_addresses, check_arguments
 from .base import Engine
 
@@ -104,7 +104,7 @@ def choose_engine(config: EngineConfig) -> tuple[str, str]:
 
 async def start_engine(
     model: str,
-    tokens: ChatTokens,
+    tokens: ChatRenderer,
     policies: Sequence[PolicySpec],
     config: EngineConfig,
     *,

@@ -18,16 +18,16 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from ...agents.types import Completion, Sampling
-from ..renderer import ChatTokens
-from .adapter_versions import FILES, Versions
-from .base import EngineError, EngineInfo, PromptTooLong, Ref, TeamVersion
+from ..renderer import ChatRenderer
+from .adapter_versions import FILES, AdapterRegistry
+from .base import EngineError, EngineInfo, PromptTooLong, ModelRef, TeamVersion
 
 SPECIALS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")  # ids 0 to 4
 TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-Answer = Callable[[str, Ref, Sampling, int], str]  # the prompt with its special tokens as text, who speaks, how, sibling -> text
+Answer = Callable[[str, ModelRef, Sampling, int], str]  # the prompt with its special tokens as text, who speaks, how, sibling -> text
 
 
 def _byte_order() -> list[int]:
@@ -39,7 +39,7 @@ def _byte_order() -> list[int]:
 
 
 class ByteTokenizer:
-    """Text as UTF-8 bytes, in plain Python: all that `ChatTokens` asks of a tokenizer."""
+    """Text as UTF-8 bytes, in plain Python: all that `ChatRenderer` asks of a tokenizer."""
 
     eos_token_id: int | None = 1
     bos_token_id: int | None = None
@@ -115,21 +115,21 @@ class ScriptedEngine:
     def __init__(
         self,
         answer: Answer,
-        tokens: ChatTokens | None = None,
+        tokens: ChatRenderer | None = None,
         *,
         faults: Mapping[int, Fault] | None = None,
         latency: float | Callable[[int], float] = 0.0,
         context: int = 4096,
     ) -> None:
-        self.answer, self.tokens = answer, tokens or ChatTokens(ByteTokenizer())
+        self.answer, self.tokens = answer, tokens or ChatRenderer(ByteTokenizer())
         self.faults, self.latency, self.context = dict(faults or {}), latency, context
-        self.calls: list[tuple[tuple[int, ...], Ref, Sampling, int]] = []  # every generate call: ids, ref, sampling, n
-        self._versions = Versions("scripted")
+        self.calls: list[tuple[tuple[int, ...], ModelRef, Sampling, int]] = []  # every generate call: ids, ref, sampling, n
+        self._versions = AdapterRegistry("scripted")
         self._contents: dict[str, dict[str, bytes]] = {}
         self._stalled: set[asyncio.Future[None]] = set()
 
     async def generate(
-        self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1, *, replica: str | None = None
+        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, n: int = 1, *, replica: str | None = None
     ) -> list[Completion]:
         if replica is not None:
             self._versions.listed(replica)
@@ -147,7 +147,7 @@ class ScriptedEngine:
             made = [self._completion(tuple(ids), ref, sampling, k, kind == "miscount") for k in range(n)]
             return made[:-1] if kind == "drop" else made
 
-    async def score(self, ids: Sequence[int], ref: Ref, replica: str | None = None) -> list[float]:
+    async def score(self, ids: Sequence[int], ref: ModelRef, replica: str | None = None) -> list[float]:
         if replica is not None:
             self._versions.listed(replica)
         with self._versions.request(ref):
@@ -162,7 +162,7 @@ class ScriptedEngine:
             self._contents[folder.name] = _contents(folder)
         return {policy: folder.name for policy, folder in found.items()}
 
-    async def retire(self, ref: Ref) -> None:
+    async def retire(self, ref: ModelRef) -> None:
         await self._versions.forget(ref)
         del self._contents[ref.version]
 
@@ -179,7 +179,7 @@ class ScriptedEngine:
             if not stalled.done():
                 stalled.set_exception(EngineError("scripted engine: closed while a call stalled"))
 
-    def _unchanged(self, ref: Ref) -> None:
+    def _unchanged(self, ref: ModelRef) -> None:
         if ref.version and _contents(self._versions.folders[ref.version]) != self._contents[ref.version]:
             raise EngineError(f"scripted engine: the folder of {ref.version!r} changed or went while it was loaded")
 
@@ -200,7 +200,7 @@ class ScriptedEngine:
                 self._stalled.discard(stalled)
         return fault.kind
 
-    def _completion(self, ids: tuple[int, ...], ref: Ref, sampling: Sampling, k: int, miscount: bool) -> Completion:
+    def _completion(self, ids: tuple[int, ...], ref: ModelRef, sampling: Sampling, k: int, miscount: bool) -> Completion:
         prompt = self.tokens.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         text = self.answer(prompt, ref, sampling, k)
         stops = [at + len(s) for s in sampling.stop if (at := text.find(s)) >= 0]
@@ -211,7 +211,7 @@ class ScriptedEngine:
         logprobs = self._logprobs(ref, ids + sampled, len(ids))[: -1 if miscount else None]
         return Completion(self.tokens.decode(sampled), ids, sampled, tuple(logprobs), reason, ref.policy, ref.version)
 
-    def _logprobs(self, ref: Ref, ids: tuple[int, ...], start: int) -> list[float]:
+    def _logprobs(self, ref: ModelRef, ids: tuple[int, ...], start: int) -> list[float]:
         weights = hashlib.sha256(self._contents[ref.version][FILES[1]]).hexdigest() if ref.version else ""
         return [scripted_logprob(weights, ids[max(0, i - 8) : i], ids[i]) for i in range(start, len(ids))]
 

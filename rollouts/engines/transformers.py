@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...agents.types import Completion, Sampling, SettingError
-from ..renderer import ChatTokens, load_tokenizer
-from .adapter_versions import Versions
-from .base import EngineError, EngineInfo, PromptTooLong, Ref, TeamVersion
+from ..renderer import ChatRenderer, load_tokenizer
+from .adapter_versions import AdapterRegistry
+from .base import EngineError, EngineInfo, PromptTooLong, ModelRef, TeamVersion
 
 T = TypeVar("T")
 QUIET = 20  # turns of the event loop without a new request before a wave starts
@@ -31,7 +31,7 @@ class _Request:
     """One sibling: what it reads, how it is drawn, and what came of it."""
 
     ids: tuple[int, ...]
-    ref: Ref
+    ref: ModelRef
     sampling: Sampling  # without its seed, so that requests can be compared
     seed: int
     future: asyncio.Future[Completion]
@@ -75,14 +75,14 @@ class TransformersEngine:
         max_batch: int = 64,
         threads: int | None = None,
         max_adapters: int = 64,
-        tokens: ChatTokens | None = None,
+        tokens: ChatRenderer | None = None,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         if max_batch < 1:
             raise SettingError(f"max_batch: expected at least 1, got {max_batch}")
-        self.tokens = tokens or ChatTokens(load_tokenizer(model))
+        self.tokens = tokens or ChatRenderer(load_tokenizer(model))
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
             # without False, transformers asks on the terminal whether to run the code that a model folder brings
@@ -96,7 +96,7 @@ class TransformersEngine:
         self.max_batch, self.threads, self.max_adapters = max_batch, threads, max_adapters
         limit: Callable[[], None] | None = partial(torch.set_num_threads, threads) if threads else None
         self._worker = ThreadPoolExecutor(1, "marlora-engine", limit)
-        self._versions = Versions("transformers")
+        self._versions = AdapterRegistry("transformers")
         self._waiting: list[_Request] = []
         self._wave: asyncio.Task[None] | None = None
         self._speaking: str | None = None  # the version that is switched on, "" for the bare base, None if unknown
@@ -104,7 +104,7 @@ class TransformersEngine:
     # -- the contract ---------------------------------------------------------------------------------------------------------
 
     async def generate(
-        self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1, *, replica: str | None = None
+        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, n: int = 1, *, replica: str | None = None
     ) -> list[Completion]:
         if replica is not None:
             self._versions.listed(replica)
@@ -127,7 +127,7 @@ class TransformersEngine:
                 self._wave = asyncio.create_task(self._play_waves(), name="transformers engine")
             return list(await asyncio.gather(*(request.future for request in requests)))
 
-    async def score(self, ids: Sequence[int], ref: Ref, replica: str | None = None) -> list[float]:
+    async def score(self, ids: Sequence[int], ref: ModelRef, replica: str | None = None) -> list[float]:
         if replica is not None:
             self._versions.listed(replica)
         if not ids:
@@ -150,7 +150,7 @@ class TransformersEngine:
             self._versions.add(policy, folder)
         return {policy: folder.name for policy, folder in found.items()}
 
-    async def retire(self, ref: Ref) -> None:
+    async def retire(self, ref: ModelRef) -> None:
         await self._versions.forget(ref)
         await self._work(partial(self._unload, ref.version))
 
@@ -246,7 +246,7 @@ class TransformersEngine:
             self._model = self._model.unload()  # the base as it was; nothing was ever merged
         self._model.requires_grad_(False)
 
-    def _speak_as(self, ref: Ref) -> None:
+    def _speak_as(self, ref: ModelRef) -> None:
         """From now on the model is the base with this version's adapter, or the bare base. PEFT's switches cost as much as a token."""
         if self._speaking == ref.version:
             return
@@ -258,7 +258,7 @@ class TransformersEngine:
             self._model.base_model.disable_adapter_layers()
         self._speaking = ref.version
 
-    def _score(self, ids: tuple[int, ...], ref: Ref) -> list[float]:
+    def _score(self, ids: tuple[int, ...], ref: ModelRef) -> list[float]:
         import torch
 
         with torch.inference_mode():

@@ -12,22 +12,22 @@ from typing import Any, Protocol
 
 from ...agents.team import Call
 from ...agents.types import BASE, Completion, PolicySpec, SettingError, to_json
-from ..engines.base import Engine, EngineError, PromptTooLong, Ref
-from ..renderer import ChatTokens
+from ..engines.base import Engine, EngineError, PromptTooLong, ModelRef
+from ..renderer import ChatRenderer
 from ..secrecy import check_url, usable_key, without
 
 # how servers say that a prompt does not fit the model
 TOO_LONG = re.compile(r"context_length_exceeded|context length|context window|too long|too many tokens", re.IGNORECASE)
 
 
-class Speaker(Protocol):
+class Completer(Protocol):
     async def __call__(self, call: Call, version: str) -> list[Completion]: ...
 
 
-class EngineSpeaker:
+class EngineCompleter:
     """A policy of ours: the chat becomes token ids once, and the engine answers with the adapter version it is told."""
 
-    def __init__(self, engine: Engine, tokens: ChatTokens, policy: str) -> None:
+    def __init__(self, engine: Engine, tokens: ChatRenderer, policy: str) -> None:
         self.engine, self.tokens, self.policy = engine, tokens, policy
 
     def prompt(self, call: Call) -> tuple[int, ...]:
@@ -37,10 +37,10 @@ class EngineSpeaker:
         return self.tokens.prompt(call.messages, previous)
 
     async def __call__(self, call: Call, version: str) -> list[Completion]:
-        return await self.engine.generate(self.prompt(call), Ref(self.policy, version), call.sampling, call.n)
+        return await self.engine.generate(self.prompt(call), ModelRef(self.policy, version), call.sampling, call.n)
 
 
-class OutsideSpeaker:
+class APICompleter:
     """A model that we do not serve, over `/chat/completions`. Its turns have text only, so they are never trained on.
 
     The key is read from the environment variable `MARLORA_OUTSIDE_KEY` (absent: none is sent). On 429, 5xx, time-outs and lost
@@ -111,11 +111,11 @@ class OutsideSpeaker:
             raise EngineError(f"policy {self.policy.name!r}: {url} sent no chat completion ({error!r}): {text[:300]}") from error
 
 
-def speakers(policies: Mapping[str, PolicySpec], engine_of: Mapping[str, tuple[Engine, ChatTokens]]) -> dict[str, Speaker]:
+def completers(policies: Mapping[str, PolicySpec], engine_of: Mapping[str, tuple[Engine, ChatRenderer]]) -> dict[str, Completer]:
     """A speaker per policy. `engine_of` gives engine and tokens by policy name; outside policies need none."""
-    found: dict[str, Speaker] = {}
+    found: dict[str, Completer] = {}
     for name, policy in policies.items():
-        found[name] = OutsideSpeaker(policy) if policy.url else EngineSpeaker(*engine_of[name], policy=name)
+        found[name] = APICompleter(policy) if policy.url else EngineCompleter(*engine_of[name], policy=name)
     if BASE not in found and BASE in engine_of:
-        found[BASE] = EngineSpeaker(*engine_of[BASE], policy=BASE)
+        found[BASE] = EngineCompleter(*engine_of[BASE], policy=BASE)
     return found

@@ -18,12 +18,12 @@ from ...agents.team import Call
 from ...agents.types import Completion
 from ..engines.base import TeamVersion
 from ..types import Episode
-from .completers import Speaker
-from .runner import Job, Rollouts
+from .completers import Completer
+from .runner import EpisodeRequest, EpisodeRunner
 
 
 @dataclass(frozen=True)
-class Dropped:
+class CancelledEpisode:
     """An episode that was cancelled. `turns`, `tokens`: sampled in turns that had ended; `seconds`: since it began (0: it had not)."""
 
     id: str
@@ -32,10 +32,10 @@ class Dropped:
     seconds: float
 
 
-class _Counted:
+class _TokenCounter:
     """A speaker that counts what an episode has sampled."""
 
-    def __init__(self, speaker: Speaker, count: Counter[str]) -> None:
+    def __init__(self, speaker: Completer, count: Counter[str]) -> None:
         self.speaker, self.count = speaker, count
 
     async def __call__(self, call: Call, version: str) -> list[Completion]:
@@ -45,12 +45,12 @@ class _Counted:
         return found
 
 
-async def collect_first(
-    rollouts: Rollouts,
-    plan: Sequence[Job],
+async def first_finished(
+    rollouts: EpisodeRunner,
+    plan: Sequence[EpisodeRequest],
     version: TeamVersion | Callable[[], TeamVersion] | None,
     wanted: Mapping[str, int],
-    dropped: list[Dropped],
+    dropped: list[CancelledEpisode],
     room: asyncio.Semaphore | None = None,
 ) -> AsyncIterator[Episode]:
     """Like `Rollouts.collect`, but the jobs of a group are cancelled as soon as `wanted[group]` of it have ended without an error.
@@ -61,8 +61,8 @@ async def collect_first(
     counts: dict[str, Counter[str]] = {job.id: Counter() for job in plan}
     begun: dict[str, float] = {}
 
-    async def one(job: Job) -> list[Episode]:
-        speakers = {policy: _Counted(speaker, counts[job.id]) for policy, speaker in rollouts.speakers.items()}
+    async def one(job: EpisodeRequest) -> list[Episode]:
+        speakers = {policy: _TokenCounter(speaker, counts[job.id]) for policy, speaker in rollouts.speakers.items()}
         mine = dataclasses.replace(rollouts, speakers=speakers)
         async with room:
             begun[job.id] = time.perf_counter()
@@ -98,12 +98,12 @@ async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _drop(job: Job, count: Counter[str], begun: Mapping[str, float]) -> Dropped:
+def _drop(job: EpisodeRequest, count: Counter[str], begun: Mapping[str, float]) -> CancelledEpisode:
     seconds = time.perf_counter() - begun[job.id] if job.id in begun else 0.0
-    return Dropped(job.id, count["turns"], count["tokens"], seconds)
+    return CancelledEpisode(job.id, count["turns"], count["tokens"], seconds)
 
 
-def told(kept: Sequence[Episode], dropped: Sequence[Dropped]) -> dict[str, float | int]:
+def drop_statistics(kept: Sequence[Episode], dropped: Sequence[CancelledEpisode]) -> dict[str, float | int]:
     """For the step's metrics: how many were dropped, what they had cost, and how long they were beside those that were kept."""
     lengths = [sum(usage.sampled_tokens for usage in episode.usage.values()) for episode in kept]
     started = [d for d in dropped if d.seconds]

@@ -11,18 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...agents.lookup import only_trusted
-from ...agents.team import Call, LimitError, System, Team, derive_seed, gather
-from ...agents.types import AgentSpec, Completion, Decision, Sampling, SettingError, Task, Turn, from_json, nearest, to_json
+from ...agents.team import (Call, LimitError, System, Team, derive_seed, gather)
+from ...agents.types import (AgentSpec, Completion, Decision, Sampling, SettingError, Task, Turn, from_json, nearest, to_json)
 from ..engines.base import EngineError, PromptTooLong, TeamVersion
 from ..rewards.builtin import TIMEOUT, RewardFn, score
 from ..sandbox.sandbox import check
 from ..sandbox.sandbox import run as execute
 from ..types import Episode, Reward, Usage
-from .completers import Speaker
+from .completers import Completer
 
 
 @dataclass(frozen=True)
-class Limits:
+class EpisodeLimits:
     """Bounds of play. `max_turns` and `max_tool_calls` (per reply) per episode; `episode_timeout` and `reward_timeout` (each reward
     function's) in seconds; `concurrency` in episodes."""
 
@@ -34,7 +34,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Job:
+class EpisodeRequest:
     """An episode to play. `group` is shared by the episodes of one task in one step; `sample` numbers them.
 
     `draw`: what its seed is derived from, beside the run's; "" is its id. Jobs of one `draw` draw the same random numbers.
@@ -51,13 +51,13 @@ class Job:
         return f"{self.group}/{self.sample}"
 
 
-def jobs(tasks: Iterable[Task], *, label: str, num_generations: int = 1, step: int = 0) -> list[Job]:
+def episode_requests(tasks: Iterable[Task], *, label: str, num_generations: int = 1, step: int = 0) -> list[EpisodeRequest]:
     """One job per task and sample; groups are named `label/TASK`."""
-    return [Job(task, f"{label}/{task.id}", k, step) for task in tasks for k in range(num_generations)]
+    return [EpisodeRequest(task, f"{label}/{task.id}", k, step) for task in tasks for k in range(num_generations)]
 
 
 @dataclass
-class Rollouts:
+class EpisodeRunner:
     """Plays `system` with one speaker per policy and scores what comes out.
 
     `seed` is the run's: an episode's seed is derived from it and the job's id, whatever is played beside it.
@@ -67,11 +67,11 @@ class Rollouts:
     """
 
     system: System
-    speakers: Mapping[str, Speaker]
+    speakers: Mapping[str, Completer]
     rewards: Sequence[RewardFn] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
     sampling: Sampling = Sampling()
-    limits: Limits = Limits()
+    limits: EpisodeLimits = EpisodeLimits()
     seed: int = 0
     pinned: TeamVersion | None = None
     pin: str = "episode"
@@ -83,7 +83,7 @@ class Rollouts:
                 hint = nearest(agent.policy, list(self.speakers))
                 raise SettingError(f"agent {agent.name!r} speaks with policy {agent.policy!r}, which nobody serves; {hint}")
 
-    def greedy(self) -> Rollouts:
+    def greedy(self) -> EpisodeRunner:
         """The same, with every agent at temperature 0 and no other change of the distribution: the usual way to evaluate."""
 
         def cold(sampling: Sampling) -> Sampling:
@@ -94,7 +94,7 @@ class Rollouts:
 
     async def play(
         self,
-        job: Job,
+        job: EpisodeRequest,
         version: TeamVersion | None = None,
         *,
         given: Iterable[Turn] = (),
@@ -111,7 +111,7 @@ class Rollouts:
 
     async def collect(
         self,
-        plan: Sequence[Job],
+        plan: Sequence[EpisodeRequest],
         version: TeamVersion | Callable[[], TeamVersion] | None = None,
         room: asyncio.Semaphore | None = None,
     ) -> AsyncIterator[Episode]:
@@ -124,7 +124,7 @@ class Rollouts:
         """
         room = room or asyncio.Semaphore(self.limits.concurrency)
 
-        async def one(job: Job) -> list[Episode]:
+        async def one(job: EpisodeRequest) -> list[Episode]:
             async with room:
                 now = version() if callable(version) else version
                 latest = version if callable(version) and self.pin == "call" else None
@@ -155,7 +155,7 @@ class Rollouts:
 
     async def _play(
         self,
-        job: Job,
+        job: EpisodeRequest,
         version: TeamVersion,
         given: Iterable[Turn],
         replace: Mapping[int, Completion] | None,
@@ -179,7 +179,7 @@ class Rollouts:
         async def play_children(system: System, tasks: Sequence[Task]) -> list[Episode]:
             inner = dataclasses.replace(self, system=system)
             first = len(children)
-            made = [Job(task, f"{job.id}/{type(system).__name__}/{task.id}", first + k, job.step) for k, task in enumerate(tasks)]
+            made = [EpisodeRequest(task, f"{job.id}/{type(system).__name__}/{task.id}", first + k, job.step) for k, task in enumerate(tasks)]
             played = await gather(inner._play(j, version, (), None, (), None, job.id, latest) for j in made)
             children.extend(episode for family in played for episode in family)
             return [family[-1] for family in played]
@@ -221,7 +221,7 @@ class Rollouts:
             return None, "error", f"{type(error).__name__}: {error} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"
 
 
-def agents_of(system: System, changes: Mapping[str, Mapping[str, Any]], sampling: Sampling = Sampling()) -> tuple[AgentSpec, ...]:
+def override_agents(system: System, changes: Mapping[str, Mapping[str, Any]], sampling: Sampling = Sampling()) -> tuple[AgentSpec, ...]:
     """The system's agents with fields changed by name (the `agents:` mapping of a recipe).
 
     Of `sampling`, fields may be given alone; the others stay the agent's own, or the run's (`sampling`).

@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from ...agents.types import Decision, Message, Sampling, SettingError, Task, Turn, from_json, nearest, to_json
+from ...agents.types import (Decision, Message, Sampling, SettingError, Task, Turn, from_json, nearest, to_json)
 from ..types import Episode, Reward, Usage
 
 SCHEMA = 1

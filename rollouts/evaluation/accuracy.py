@@ -9,7 +9,7 @@ from typing import Any
 
 from ...agents.types import SettingError, Task, nearest
 from ..engines.base import TeamVersion
-from ..episodes.runner import Rollouts, jobs
+from ..episodes.runner import EpisodeRunner, episode_requests
 from ..types import Episode
 
 
@@ -99,8 +99,8 @@ def best(episodes: Iterable[Episode], metric: str) -> list[Episode]:
 
 
 async def evaluate(
-    rollouts: Rollouts, tasks: Sequence[Task], version: TeamVersion | None = None, *, metric: str | None = None, greedy: bool = True
+    rollouts: EpisodeRunner, tasks: Sequence[Task], version: TeamVersion | None = None, *, metric: str | None = None, greedy: bool = True
 ) -> Evaluation:
     """Play every task once (at temperature 0 unless `greedy` is False) and score it."""
     player = rollouts.greedy() if greedy else rollouts
-    return evaluation(tasks, [episode async for episode in player.collect(jobs(tasks, label="eval"), version)], metric)
+    return evaluation(tasks, [episode async for episode in player.collect(episode_requests(tasks, label="eval"), version)], metric)

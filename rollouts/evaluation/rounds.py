@@ -11,7 +11,7 @@ from ..types import Episode
 CHANGES = ("right_right", "right_wrong", "wrong_right", "wrong_wrong")
 
 
-def rounds_of(episode: Episode, member_of: Mapping[str, str]) -> list[dict[str, Turn]]:
+def answers_by_round(episode: Episode, member_of: Mapping[str, str]) -> list[dict[str, Turn]]:
     """The taken turns of a debate by round and member: a member's n-th answer is of round n. Agents that are nobody's seat are left out."""
     rounds: list[dict[str, Turn]] = []
     count: dict[str, int] = {}
@@ -43,7 +43,7 @@ def transitions(episodes: Iterable[Episode], member_of: Mapping[str, str], name:
         values = {(r.turn, r.sibling): r.value for r in episode.rewards if r.name == name and r.value == r.value}
         before: dict[str, bool] = {}
         first: dict[str, bool] = {}
-        for number, row in enumerate(rounds_of(episode, member_of)):
+        for number, row in enumerate(answers_by_round(episode, member_of)):
             if number == len(right):
                 right.append([0, 0])
                 changes.append(dict.fromkeys(CHANGES, 0))

@@ -1,6 +1,6 @@
 """Suites of evaluations: contestants on tasks, every finished episode kept, so that a suite goes on where it was stopped.
 
-A `Contestant` is a team as it is to be measured: players, texts and adapter versions. The single agent, the base team, one adapter alone
+A `Variant` is a team as it is to be measured: players, texts and adapter versions. The single agent, the base team, one adapter alone
 and a team of agents from two checkpoints are contestants, and so is whatever you think of next. What it played is stored under a key
 of all that its answers depend on; two contestants with one key are one, and are played once.
 """
@@ -21,12 +21,12 @@ from typing import Any
 
 from ...agents.text.answers import extract, normalise, same
 from ...agents.types import SettingError, Task, to_json
-from ..episodes.runner import Job, Rollouts
+from ..episodes.runner import EpisodeRequest, EpisodeRunner
 from ..episodes.store import Store
 from ..rewards.builtin import reward_name, score
 from ..types import Episode, Reward, Usage
 from .accuracy import Evaluation, paired
-from .rounds import rounds_of, transitions
+from .rounds import answers_by_round, transitions
 from .statistics import holm, majority_at_k, pass_at_k, quantile, sign_flip_p
 
 ANSWER = "answer of a turn"  # the reward that says whether a turn's answer is right
@@ -34,7 +34,7 @@ RIGHT = 1.0 - 1e-9  # a score from which an answer counts as right
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Variant:
     """A team as it is measured.
 
     Args:
@@ -44,7 +44,7 @@ class Contestant:
     """
 
     name: str
-    rollouts: Rollouts
+    rollouts: EpisodeRunner
     versions: Mapping[str, str]
     sha256: Mapping[str, str]
     bases: Mapping[str, str] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Contestant:
         base = [self.bases[policy]] if policy in self.bases else [policy, *sorted(set(self.bases.values()))]
         return [*base, self.sha256[policy]] if policy in self.versions else base
 
-    def player(self, seed: int, greedy: bool) -> Rollouts:
+    def player(self, seed: int, greedy: bool) -> EpisodeRunner:
         """The same with this seed, at temperature 0 if `greedy`."""
         return dataclasses.replace(self.rollouts.greedy() if greedy else self.rollouts, seed=seed)
 
@@ -96,11 +96,11 @@ class Plan:
         if self.greedy and (self.samples > 1 or len(self.seeds) > 1):
             raise SettingError("samples, seeds: at temperature 0 every sample is the same; set sampled to draw several")
 
-    def jobs(self, contestant: Contestant, seed: int) -> list[Job]:
+    def jobs(self, contestant: Variant, seed: int) -> list[EpisodeRequest]:
         """Its episodes. Equal tasks and samples draw equal random numbers, whoever plays, so that differences are the players'."""
         key = contestant.key(seed, self.greedy)
         return [
-            Job(task, f"eval-{key}/{task_digest(task)}/{task.id}", k, draw=f"eval/{task.id}/{k}")
+            EpisodeRequest(task, f"eval-{key}/{task_digest(task)}/{task.id}", k, draw=f"eval/{task.id}/{k}")
             for task in self.tasks
             for k in range(self.samples)
         ]
@@ -115,7 +115,7 @@ Tick = Callable[[Episode], None]
 Told = Callable[[str, int, int], Any]  # (contestant, episodes in all, found) -> context manager giving a Tick
 
 
-async def play(contestant: Contestant, plan: Plan, folder: Path, told: Told) -> list[Episode]:
+async def play(contestant: Variant, plan: Plan, folder: Path, told: Told) -> list[Episode]:
     """Its episodes in the order of the plan, then their children; those stored in `folder/KEY` are taken, the others played and stored."""
     found: list[Episode] = []
     children: list[Episode] = []
@@ -177,7 +177,7 @@ def evaluation_of(plan: Plan, episodes: Sequence[Episode]) -> Evaluation:
     return Evaluation(scores, len(lost), tuple(sorted(errors)), tokens)
 
 
-async def measured(contestant: Contestant, plan: Plan, episodes: Sequence[Episode]) -> Measured:
+async def measured(contestant: Variant, plan: Plan, episodes: Sequence[Episode]) -> Measured:
     """All measures of what a contestant played."""
     everything, episodes = episodes, [e for e in episodes if e.parent is None]
     found = evaluation_of(plan, episodes)
@@ -269,11 +269,11 @@ def diversity(episodes: Sequence[Episode]) -> dict[str, float | None]:
     return {"agents": share(list(last_answers(e).values()) for e in episodes), "samples": share(samples)}
 
 
-async def rounds(episodes: Sequence[Episode], contestant: Contestant, metric: str) -> dict[str, Any] | None:
+async def rounds(episodes: Sequence[Episode], contestant: Variant, metric: str) -> dict[str, Any] | None:
     """What rounds do to answers (`transitions.py`): every taken turn is scored as if it were the team's output. None if nobody speaks twice."""
     system, reward = contestant.rollouts.system, contestant.rollouts.rewards[0]
     member_of = getattr(system, "member_of", None) or {spec.name: spec.name for spec in system.specs}
-    if not any(len(rounds_of(episode, member_of)) > 1 for episode in episodes):
+    if not any(len(answers_by_round(episode, member_of)) > 1 for episode in episodes):
         return None
     known: dict[tuple[str, str], float] = {}
 
@@ -318,7 +318,7 @@ def prompt_hash(prompt: str) -> str:
     return hashlib.sha256(" ".join(prompt.split()).casefold().encode()).hexdigest()
 
 
-async def suite(contestants: Sequence[Contestant], plan: Plan, folder: Path, told: Told) -> dict[str, Measured]:
+async def suite(contestants: Sequence[Variant], plan: Plan, folder: Path, told: Told) -> dict[str, Measured]:
     """Play and measure all, in order; a contestant that is the same as an earlier one under another name shares its episodes."""
     found: dict[str, Measured] = {}
     for contestant in contestants:

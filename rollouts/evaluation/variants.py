@@ -1,6 +1,6 @@
 """Who is measured against whom: the rungs of the ladder, one adapter at a time, and teams of agents from two checkpoints.
 
-All are `Contestant`s made from open checkpoints (`ServedTeam`). Names begin with `mark` (of a checkpoint, when there are several).
+All are `Variant`s made from open checkpoints (`LoadedTeam`). Names begin with `mark` (of a checkpoint, when there are several).
 """
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ from typing import Any
 
 from ...agents.patterns.chain import Chain
 from ...agents.types import BASE, AgentSpec, SettingError, Task
-from ..checkpoints.team import ServedTeam
-from ..episodes.runner import Rollouts
+from ..checkpoints.team import LoadedTeam
+from ..episodes.runner import EpisodeRunner
 from ..episodes.store import Store
-from .suite import Contestant
+from .suite import Variant
 
 PROMPTS = (".prompt", ".demos")  # of `values`: texts that stand in an agent's chat
 
 
-def contestant(team: ServedTeam, name: str, versions: Mapping[str, str], rollouts: Rollouts | None = None) -> Contestant:
+def variant(team: LoadedTeam, name: str, versions: Mapping[str, str], rollouts: EpisodeRunner | None = None) -> Variant:
     """The team's own players (or `rollouts`) with these adapter versions."""
-    return Contestant(name, rollouts or team.rollouts, dict(versions), hashes(team), bases_of(team))
+    return Variant(name, rollouts or team.rollouts, dict(versions), hashes(team), bases_of(team))
 
 
-def hashes(team: ServedTeam) -> dict[str, str]:
+def hashes(team: LoadedTeam) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in team.data["adapters"].items()}
 
 
-def bases_of(team: ServedTeam) -> dict[str, str]:
+def bases_of(team: LoadedTeam) -> dict[str, str]:
     """By policy the weights below its adapter: its base by the hash of the base's files, or by name where it has none here."""
     return {policy: base.get("files") or name for name, base in team.data["bases"].items() for policy in base["policies"]}
 
 
-def base_team(team: ServedTeam, mark: str = "") -> Contestant:
+def base_team(team: LoadedTeam, mark: str = "") -> Variant:
     """The agents as specified, every adapter off, without the texts that training found."""
-    return contestant(team, f"{mark}base team", {}, dataclasses.replace(team.rollouts, values={}))
+    return variant(team, f"{mark}base team", {}, dataclasses.replace(team.rollouts, values={}))
 
 
-def trained_team(team: ServedTeam, versions: Mapping[str, str], mark: str = "") -> Contestant:
-    return contestant(team, f"{mark}{trained_name(team, versions)}", versions)
+def trained_team(team: LoadedTeam, versions: Mapping[str, str], mark: str = "") -> Variant:
+    return variant(team, f"{mark}{trained_name(team, versions)}", versions)
 
 
-def trained_name(team: ServedTeam, versions: Mapping[str, str]) -> str:
+def trained_name(team: LoadedTeam, versions: Mapping[str, str]) -> str:
     """`trained team, per-agent LoRA`, or shared-policy if all agents speak with one adapter; the adapters if only some are on."""
     if set(versions) != set(team.versions) or not versions:
         return f"adapters: {', '.join(versions) or 'none'}"
@@ -52,7 +52,7 @@ def trained_name(team: ServedTeam, versions: Mapping[str, str]) -> str:
     return f"trained team, {'shared-policy' if shared else 'per-agent'} LoRA"
 
 
-def ladder(team: ServedTeam, mark: str = "") -> list[Contestant]:
+def ladder(team: LoadedTeam, mark: str = "") -> list[Variant]:
     """The rungs below the trained team: single agent, team without prompts, base team, and prompts that training found alone."""
     player, system = team.rollouts, team.rollouts.system
     plain = {k: v for k, v in player.values.items() if not k.endswith(PROMPTS)}
@@ -60,29 +60,29 @@ def ladder(team: ServedTeam, mark: str = "") -> list[Contestant]:
     alone = Chain((AgentSpec("agent", policy=BASE, sampling=system.specs[-1].sampling),))
     rungs = []
     if BASE in player.speakers:
-        rungs.append(contestant(team, f"{mark}single agent", {}, dataclasses.replace(player, system=alone, values={})))
+        rungs.append(variant(team, f"{mark}single agent", {}, dataclasses.replace(player, system=alone, values={})))
     if any(agent.prompt or agent.demos for agent in system.specs):
         without = dataclasses.replace(player, system=system.with_agents(bare), values=plain)
-        rungs.append(contestant(team, f"{mark}team without prompts", {}, without))
+        rungs.append(variant(team, f"{mark}team without prompts", {}, without))
     rungs.append(base_team(team, mark))
     if player.values:
-        rungs.append(contestant(team, f"{mark}prompt-only team", {}))
+        rungs.append(variant(team, f"{mark}prompt-only team", {}))
     return rungs
 
 
-def ablations(team: ServedTeam, versions: Mapping[str, str], mark: str = "") -> list[Contestant]:
+def ablations(team: LoadedTeam, versions: Mapping[str, str], mark: str = "") -> list[Variant]:
     """Each adapter alone, and (of three and more) all but each."""
     if len(versions) < 2:
         return []
-    alone = [contestant(team, f"{mark}only {name}", {name: version}) for name, version in versions.items()]
+    alone = [variant(team, f"{mark}only {name}", {name: version}) for name, version in versions.items()]
     if len(versions) == 2:
         return alone
     return alone + [
-        contestant(team, f"{mark}all but {name}", {p: v for p, v in versions.items() if p != name}) for name in versions
+        variant(team, f"{mark}all but {name}", {p: v for p, v in versions.items() if p != name}) for name in versions
     ]
 
 
-def cross_play(teams: Mapping[str, ServedTeam]) -> list[tuple[str, str, str, Contestant]]:
+def cross_play(teams: Mapping[str, LoadedTeam]) -> list[tuple[str, str, str, Variant]]:
     """(policy, checkpoint it is from, checkpoint of the others, team): every adapter in every other checkpoint's team.
 
     Of two policies one matrix tells all: the other is its transpose. Raises `SettingError` unless all have the same policies and base.
@@ -102,13 +102,13 @@ def cross_play(teams: Mapping[str, ServedTeam]) -> list[tuple[str, str, str, Con
             versions = {**teams[host].versions, policy: teams[guest].versions[policy]}
             sha256 = {**hashes(teams[host]), policy: hashes(teams[guest])[policy]}
             name = f"{policy} of {guest}, others of {host}"
-            found.append((policy, guest, host, Contestant(name, teams[host].rollouts, versions, sha256, bases_of(first))))
+            found.append((policy, guest, host, Variant(name, teams[host].rollouts, versions, sha256, bases_of(first))))
     return found
 
 
-def distinct(contestants: Iterable[Contestant], seed: int, greedy: bool) -> tuple[list[Contestant], dict[str, str]]:
+def distinct(contestants: Iterable[Variant], seed: int, greedy: bool) -> tuple[list[Variant], dict[str, str]]:
     """The contestants without those that are the same as an earlier one, and {name: the earlier one's} of those."""
-    kept: dict[str, Contestant] = {}
+    kept: dict[str, Variant] = {}
     same: dict[str, str] = {}
     for each in contestants:
         first = kept.setdefault(each.key(seed, greedy), each)
@@ -120,7 +120,7 @@ def distinct(contestants: Iterable[Contestant], seed: int, greedy: bool) -> tupl
 # what was trained on
 
 
-def trained_on(checkpoint: Path, team: ServedTeam, more: Sequence[str] = ()) -> tuple[dict[str, str], list[str]]:
+def trained_on(checkpoint: Path, team: LoadedTeam, more: Sequence[str] = ()) -> tuple[dict[str, str], list[str]]:
     """Prompt by task id of what a checkpoint may have learnt from, and where that is written.
 
     The run's own store, the stores its settings name, and `more`; where the run is not beside the checkpoint, the training split of

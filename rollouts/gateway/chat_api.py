@@ -14,23 +14,7 @@ from typing import Any
 
 from ...agents.tools.tools import parse_calls
 from ...agents.types import Message, Turn
-from .fields import (
-    MAX_ITEMS,
-    Refused,
-    brief,
-    flag,
-    inside,
-    items,
-    mapping,
-    number,
-    one_of,
-    only,
-    optional_mapping,
-    optional_text,
-    text,
-    whole,
-    wrong,
-)
+from .fields import (MAX_ITEMS, BadRequest, brief, flag, inside, items, mapping, number, one_of, only, optional_mapping, optional_text, text, whole, wrong)
 
 MAX_N = 64  # answers of one call
 # `seed`: an episode's randomness follows from its own seed, or the episodes of a group would all be one.
@@ -79,7 +63,7 @@ class Request:
 def read_chat(body: Any) -> Request:
     """The request of a body of `/chat/completions`."""
     if not isinstance(body, dict):
-        raise Refused(400, f"expected a JSON object, got {brief(body)}")
+        raise BadRequest(400, f"expected a JSON object, got {brief(body)}")
     only(body, KNOWN)
     check_unused(body)
     messages = items(body.get("messages"), "messages")
@@ -207,7 +191,7 @@ def read_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     for i, each in enumerate(items(value, "tools")):
         if mapping(each, f"tools[{i}]").get("type") != "function":
             told = "expected an object of type function; others cannot be shown to a model here"
-            raise Refused(400, f"tools[{i}]: {told}", param=f"tools[{i}].type")
+            raise BadRequest(400, f"tools[{i}]: {told}", param=f"tools[{i}].type")
         where = f"tools[{i}].function"
         made.append(read_function(mapping(each.get("function"), where), where))
     return tuple(made)
@@ -256,7 +240,7 @@ def read_form(value: Any, where: str) -> str:
     kind = mapping(value, where).get("type")
     if not isinstance(kind, str) or kind not in ("text", "json_object", "json_schema"):
         told = "expected type text, json_object, or json_schema with a schema"
-        raise Refused(400, f"{where}: {told}, got {brief(kind)}", param=f"{where}.type")
+        raise BadRequest(400, f"{where}: {told}, got {brief(kind)}", param=f"{where}.type")
     if kind == "text":
         return ""
     if kind == "json_object":

@@ -24,7 +24,7 @@ HALF = "half of a surrogate pair, which is no character"
 _MARKS = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
-class Refused(ValueError):
+class BadRequest(ValueError):
     """A request that gets an error for an answer: HTTP status, code, words, and the field if one is meant."""
 
     def __init__(self, status: int, message: str, code: str = "invalid_request_error", param: str | None = None) -> None:
@@ -37,9 +37,9 @@ class Refused(ValueError):
         return {"error": told}
 
 
-def wrong(where: str, problem: str, code: str = "invalid_request_error") -> Refused:
+def wrong(where: str, problem: str, code: str = "invalid_request_error") -> BadRequest:
     """A 400 about the field at `where`."""
-    return Refused(400, f"{where}: {problem}", code, where)
+    return BadRequest(400, f"{where}: {problem}", code, where)
 
 
 def brief(value: Any) -> str:
@@ -61,15 +61,15 @@ def parse_body(raw: bytes) -> Any:
     try:
         said = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Refused(400, f"the body is not UTF-8: byte {error.start} cannot be read") from error
+        raise BadRequest(400, f"the body is not UTF-8: byte {error.start} cannot be read") from error
     try:
         body = json.loads(said, parse_int=_whole_number, object_pairs_hook=_unique)
     except RecursionError as error:
         raise _too_deep(said) from error
     except ValueError as error:
-        if isinstance(error, Refused):
+        if isinstance(error, BadRequest):
             raise
-        raise Refused(400, f"the body is not JSON: {str(error)[:100]}") from error
+        raise BadRequest(400, f"the body is not JSON: {str(error)[:100]}") from error
     check_bounds(body)
     return body
 
@@ -89,7 +89,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _too_deep(said: str) -> Refused:
+def _too_deep(said: str) -> BadRequest:
     """The error of a body too deep for Python's parser, with the field of the outermost object it stands in."""
     depth, field = 0, ""
     for match in _MARKS.finditer(said):
@@ -158,7 +158,7 @@ def loaded(said: str) -> Any:
     """The JSON in a text of the program's or a model's, or the text itself where it is none within bounds."""
     try:
         return parse_body(said.encode())
-    except Refused:
+    except BadRequest:
         return said
 
 

@@ -24,7 +24,7 @@ class ProgramError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Bounds:
+class ProcessLimits:
     """`timeout` in seconds, `memory` in MiB of address space and `cpu_seconds` per process; 0: no limit."""
 
     timeout: float
@@ -33,7 +33,7 @@ class Bounds:
 
 
 async def run_command(
-    command: Sequence[str], stdin: str, environment: Mapping[str, str], folder: str | None, bounds: Bounds
+    command: Sequence[str], stdin: str, environment: Mapping[str, str], folder: str | None, bounds: ProcessLimits
 ) -> str:
     """What the command wrote to stdout. Raises `ProgramError` with the end of stderr if it failed, or exceeded a bound."""
     limits = (str(bounds.memory * 1024), str(bounds.cpu_seconds))

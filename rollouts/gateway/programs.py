@@ -20,20 +20,20 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...agents.lookup import function_named, needs_trust
+from ...agents.lookup import load_function, needs_trust
 from ...agents.team import System, Team
 from ...agents.types import SettingError, Task, to_json
-from .fields import Refused
-from .process import Bounds, ProgramError, run_command
-from .server import REWARD_TOKEN, Door
-from .session import Visit
+from .fields import BadRequest
+from .process import ProcessLimits, ProgramError, run_command
+from .server import REWARD_TOKEN, GatewayServer
+from .session import Session
 
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR")
 RESULT = ("output", "reward", "rewards")
 
 
 @dataclass
-class Program(System):
+class ExternalProgram(System):
     """What both kinds share.
 
     Args:
@@ -65,7 +65,7 @@ class Program(System):
                 raise SettingError(f"agents.{spec.name}.tools: a program brings its own tools; leave them out")
         if not (0 <= self.reward_wait < math.inf and 0 < self.call_timeout < math.inf):
             raise SettingError(f"reward_wait, call_timeout: expected seconds, got {self.reward_wait!r} and {self.call_timeout!r}")
-        self._door = Door(self.host, call_timeout=self.call_timeout)
+        self._door = GatewayServer(self.host, call_timeout=self.call_timeout)
 
     async def run(self, task: Task, team: Team) -> str:
         asked = {"keep_sampling": self.keep_sampling, "unforced_tools": self.unforced_tools}
@@ -78,12 +78,12 @@ class Program(System):
                     raise ProgramError(f"no reward was posted in {self.reward_wait:g} s (system.reward_wait)") from error
             return output
 
-    async def play(self, task: Task, visit: Visit) -> Any:
+    async def play(self, task: Task, visit: Session) -> Any:
         """Run the program; what it returns is the output, see `take_result`."""
         raise TypeError(f"{type(self).__name__} has no play(task, visit)")
 
 
-def take_result(result: Any, visit: Visit) -> str:
+def take_result(result: Any, visit: Session) -> str:
     """The output of what a program returned: a value, or a mapping of `output` and `reward` (a number, an object, or a list of objects).
 
     A reward counts only if the run's `rewards` name `returned`.
@@ -94,13 +94,13 @@ def take_result(result: Any, visit: Visit) -> str:
         for key in ("reward", "rewards"):
             if result.get(key) is not None:
                 visit.reward(result[key], "returned")
-    except Refused as error:
+    except BadRequest as error:
         raise ProgramError(f"the program returned a {error}") from error
     return "" if result["output"] is None else str(result["output"])
 
 
 @dataclass
-class Function(Program):
+class Function(ExternalProgram):
     """An async function `main(task, base_url, api_key) -> output`, in this process.
 
     Args:
@@ -115,16 +115,16 @@ class Function(Program):
         if not isinstance(self.main, str) or ":" not in self.main:
             raise SettingError(f"main: expected module:function, got {self.main!r}")
         needs_trust("the program", self.main)
-        self._main: Callable[..., Awaitable[Any]] = function_named("main", self.main, {})
+        self._main: Callable[..., Awaitable[Any]] = load_function("main", self.main, {})
         if not inspect.iscoroutinefunction(self._main):
             raise SettingError(f"main {self.main!r}: expected an async function; a program that blocks is run as a Command")
 
-    async def play(self, task: Task, visit: Visit) -> Any:
+    async def play(self, task: Task, visit: Session) -> Any:
         return await self._main(task, visit.base_url, visit.key)
 
 
 @dataclass
-class Command(Program):
+class Command(ExternalProgram):
     """Any command, one process per episode; its Python, if it is one, need not be ours.
 
     It reads the task as JSON from stdin (id, prompt, source, split, meta; no answer) and finds `OPENAI_BASE_URL`, `OPENAI_API_KEY` and
@@ -160,7 +160,7 @@ class Command(Program):
         if self.folder and not os.path.isdir(self.folder):
             raise SettingError(f"folder {self.folder!r}: no such folder")
 
-    async def play(self, task: Task, visit: Visit) -> Any:
+    async def play(self, task: Task, visit: Session) -> Any:
         public = {key: value for key, value in to_json(task).items() if key != "answer"}
         with tempfile.TemporaryDirectory(prefix="marlora-program-") as scratch:
             environment = {name: os.environ[name] for name in self.environment if name in os.environ}
@@ -170,7 +170,7 @@ class Command(Program):
                 "OPENAI_API_KEY": visit.key,
                 "MARLORA_EPISODE": visit.id,
             }
-            bounds = Bounds(self.timeout, self.memory, self.cpu_seconds)
+            bounds = ProcessLimits(self.timeout, self.memory, self.cpu_seconds)
             told = await run_command(list(self.command), json.dumps(public), environment, self.folder or None, bounds)
         last = told.strip().rpartition("\n")[2]
         try:

@@ -10,21 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...agents.types import Message, Turn
-from .chat_api import (
-    NUMBERS,
-    WITHOUT_EFFECT,
-    Request,
-    check_unused,
-    plain_text,
-    read_choice,
-    read_form,
-    read_function,
-    read_message,
-    read_sampling,
-    shown,
-    usage,
-)
-from .fields import Refused, brief, flag, items, mapping, only, optional_mapping, optional_text, text, whole, wrong
+from .chat_api import (NUMBERS, WITHOUT_EFFECT, Request, check_unused, plain_text, read_choice, read_form, read_function, read_message, read_sampling, shown, usage)
+from .fields import (BadRequest, brief, flag, items, mapping, only, optional_mapping, optional_text, text, whole, wrong)
 
 KNOWN = ("model", "input", "instructions", "tools", "tool_choice", "max_output_tokens", "text", "stream", "stream_options",
          "previous_response_id", "include", "truncation", "reasoning", *NUMBERS, *WITHOUT_EFFECT)  # fmt: skip
@@ -33,7 +20,7 @@ KNOWN = ("model", "input", "instructions", "tools", "tool_choice", "max_output_t
 def read_response(body: Any, chat_of: Callable[[str], tuple[Message, ...]]) -> Request:
     """The request of a body of `/responses`. `chat_of`: the chat that a `previous_response_id` stands for."""
     if not isinstance(body, dict):
-        raise Refused(400, f"expected a JSON object, got {brief(body)}")
+        raise BadRequest(400, f"expected a JSON object, got {brief(body)}")
     only(body, KNOWN)
     check_unused(body)
     _check_ignored(body)
@@ -75,7 +62,7 @@ def _read_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
         where = f"tools[{i}]"
         if mapping(each, where).get("type") != "function":
             told = "expected an object of type function; others cannot be shown to a model here"
-            raise Refused(400, f"{where}: {told}", param=f"{where}.type")
+            raise BadRequest(400, f"{where}: {told}", param=f"{where}.type")
         made.append(read_function(each, where))
     return tuple(made)
 

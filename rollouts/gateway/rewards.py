@@ -7,7 +7,7 @@ from typing import Any
 
 from ...agents.team import Team
 from ...agents.types import Turn, nearest
-from .fields import MAX_ITEMS, Refused, brief, number, only, optional_text, wrong
+from .fields import (MAX_ITEMS, BadRequest, brief, number, only, optional_text, wrong)
 
 KNOWN = ("value", "name", "text", "agent", "turn", "sibling")
 
@@ -49,9 +49,9 @@ def read_reward(data: Any, where: str, source: str, team: Team) -> dict[str, Any
 def _value(given: Mapping[str, Any], where: str, shown: str) -> float:
     try:
         return number(given.get("value"), where)
-    except Refused as error:
+    except BadRequest as error:
         told = f"expected a finite number, or an object with one as `value`, got {shown}"
-        raise Refused(400, f"{where}: {told}", param=f"{where}.value") from error
+        raise BadRequest(400, f"{where}: {told}", param=f"{where}.value") from error
 
 
 def _sibling(value: Any, where: str, about: Sequence[Turn]) -> int:
@@ -62,5 +62,5 @@ def _sibling(value: Any, where: str, about: Sequence[Turn]) -> int:
     return value
 
 
-def _absent(where: str, value: Any, problem: str) -> Refused:
-    return Refused(400, f"{where} {brief(value)}: {problem}", param=where)
+def _absent(where: str, value: Any, problem: str) -> BadRequest:
+    return BadRequest(400, f"{where} {brief(value)}: {problem}", param=where)

@@ -25,15 +25,15 @@ from aiohttp import web
 from ...agents.team import Team
 from ...agents.types import SettingError
 from .chat_api import Request, chat_chunks, chat_completion, read_chat, shown
-from .fields import Refused, parse_body
+from .fields import BadRequest, parse_body
 from .responses_api import read_response, response, response_events
-from .session import Asked, Visit, gone
+from .session import Asked, Session, disconnected
 
 REWARD_TOKEN = "MARLORA_REWARD_TOKEN"  # environment variable of the run and of whoever posts rewards; never given to a program
 RETRIES = re.compile("[0-9]{1,9}")
 
 
-class Door:
+class GatewayServer:
     """Where programs ask.
 
     Args:
@@ -54,10 +54,10 @@ class Door:
     @contextlib.asynccontextmanager
     async def admit(
         self, team: Team, models: Mapping[str, str] | None = None, *, keep_sampling: bool = False, unforced_tools: bool = False
-    ) -> AsyncIterator[Visit]:
-        """Let a program in for as long as the context lasts. See `Visit` for the arguments."""
+    ) -> AsyncIterator[Session]:
+        """Let a program in for as long as the context lasts. See `Session` for the arguments."""
         loop = asyncio.get_running_loop()
-        visit = Visit(team, models, keep_sampling=keep_sampling, unforced_tools=unforced_tools)
+        visit = Session(team, models, keep_sampling=keep_sampling, unforced_tools=unforced_tools)
         listener = self._open.get(loop) or Listener(self)
         self._open[loop] = listener
         listener.guests += 1
@@ -78,9 +78,9 @@ class Door:
 class Listener:
     """A door's server in one event loop."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: GatewayServer) -> None:
         self.door = door
-        self.visits: dict[str, Visit] = {}
+        self.visits: dict[str, Session] = {}
         self.guests = 0  # who is inside or about to enter
         self.url = ""
         self._hosts: frozenset[str] = frozenset()
@@ -126,31 +126,31 @@ class Listener:
         """Check who asks; tell errors as OpenAI does."""
         try:
             if request.headers.get("Host") not in self._hosts:  # a name somebody made to point here
-                raise Refused(403, "Host: not an address of this server", "forbidden")
+                raise BadRequest(403, "Host: not an address of this server", "forbidden")
             if "Origin" in request.headers:  # a page in a browser
-                raise Refused(403, "Origin: browsers are not served", "forbidden")
+                raise BadRequest(403, "Origin: browsers are not served", "forbidden")
             return await handler(request)
-        except Refused as error:
+        except BadRequest as error:
             return web.json_response(error.body(), status=error.status)
         except web.HTTPException as error:
-            told = Refused(error.status, error.reason)
+            told = BadRequest(error.status, error.reason)
             return web.json_response(told.body(), status=error.status, headers=_allow(error))
 
-    def _visit(self, request: web.Request) -> Visit:
+    def _visit(self, request: web.Request) -> Session:
         """The episode of the address, for who has its key. Without it, episodes there and not there are alike."""
         visit = self.visits.get(request.match_info["episode"])
         if visit is None or visit.closed or not _bears(request, visit.key):
-            raise Refused(401, "no such episode, it is over, or this is not its key", "invalid_api_key")
+            raise BadRequest(401, "no such episode, it is over, or this is not its key", "invalid_api_key")
         return visit
 
     async def _body(self, request: web.Request) -> Any:
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise Refused(400, "Content-Encoding: expected none, bodies are read as they are sent")
+            raise BadRequest(400, "Content-Encoding: expected none, bodies are read as they are sent")
         try:
             async with asyncio.timeout(self.door.body_timeout):
                 raw = await request.read()
         except TimeoutError as error:
-            raise Refused(408, f"the request was not sent whole in {self.door.body_timeout:g} s", "timeout") from error
+            raise BadRequest(408, f"the request was not sent whole in {self.door.body_timeout:g} s", "timeout") from error
         return parse_body(raw)
 
     # what they may ask
@@ -184,9 +184,9 @@ class Listener:
             return await self._deliver(request, call, "text/event-stream", "".join(response_events(made)))
         return await self._deliver(request, call, "application/json", json.dumps(made))
 
-    def _ask(self, visit: Visit, request: web.Request, body: Any, read: Request) -> Asked:
+    def _ask(self, visit: Session, request: web.Request, body: Any, read: Request) -> Asked:
         if visit.closed:  # while the body came in
-            raise Refused(401, "the episode is over", "invalid_api_key")
+            raise BadRequest(401, "the episode is over", "invalid_api_key")
         said = request.headers.get("x-stainless-retry-count", "")
         retries = int(said) if RETRIES.fullmatch(said) else None
         key = request.headers.get("Idempotency-Key", "")
@@ -197,16 +197,16 @@ class Listener:
             async with asyncio.timeout(self.door.call_timeout):
                 return await asyncio.shield(call.answer)
         except TimeoutError as error:
-            raise Refused(504, f"no answer in {self.door.call_timeout:g} s", "timeout") from error
+            raise BadRequest(504, f"no answer in {self.door.call_timeout:g} s", "timeout") from error
         except asyncio.CancelledError:
             if call.answer.cancelled():
-                raise Refused(401, "the episode is over", "invalid_api_key") from None
+                raise BadRequest(401, "the episode is over", "invalid_api_key") from None
             raise
 
     async def _deliver(self, request: web.Request, call: Asked, kind: str, text: str) -> web.StreamResponse:
         """Send the reply, and note that it was sent; a reply that nobody waits for is kept for the call's next try."""
         reply = web.StreamResponse(headers={"Content-Type": kind, "Cache-Control": "no-store"})
-        if gone(request):
+        if disconnected(request):
             return reply
         if kind == "application/json":
             reply.content_length = len(text.encode())
@@ -220,10 +220,10 @@ class Listener:
     async def _rewards(self, request: web.Request) -> web.StreamResponse:
         """Rewards from outside the program, for the holder of the reward token."""
         if not self._reward_token:
-            raise Refused(403, f"no rewards are taken here: set {REWARD_TOKEN} for the run and for who posts them", "forbidden")
+            raise BadRequest(403, f"no rewards are taken here: set {REWARD_TOKEN} for the run and for who posts them", "forbidden")
         visit = self.visits.get(request.match_info["episode"])
         if visit is None or visit.closed or not _bears(request, self._reward_token):
-            raise Refused(401, "no such episode, it is over, or this is not the reward token", "invalid_api_key")
+            raise BadRequest(401, "no such episode, it is over, or this is not the reward token", "invalid_api_key")
         visit.reward(await self._body(request), "posted")
         return web.json_response({"rewards": len(visit.team.rewards)})
 

@@ -21,7 +21,7 @@ from ...agents.tools.tools import schemas_prompt
 from ...agents.types import Message, Sampling, SettingError, Turn, nearest
 from ..engines.base import PromptTooLong
 from .chat_api import Request, shown
-from .fields import Refused, loaded, wrong
+from .fields import BadRequest, loaded, wrong
 from .rewards import read_rewards
 
 T = TypeVar("T")
@@ -53,14 +53,14 @@ class Asked:
     @property
     def abandoned(self) -> bool:
         """Every connection that asked for it broke before the reply was sent."""
-        return not self.delivered and all(gone(connection) for connection in self.waiting)
+        return not self.delivered and all(disconnected(connection) for connection in self.waiting)
 
 
-def gone(connection: Connection) -> bool:
+def disconnected(connection: Connection) -> bool:
     return connection.transport is None or connection.transport.is_closing()
 
 
-class Visit:
+class Session:
     """A program in an episode.
 
     Args:
@@ -93,7 +93,7 @@ class Visit:
         name = model.removeprefix("agent:")
         if name not in known:
             told = f"no such agent; {nearest(name[:80], list(known))} (all: {', '.join(known)})"
-            raise Refused(404, f"model {model[:80]!r}: {told}", "model_not_found", "model")
+            raise BadRequest(404, f"model {model[:80]!r}: {told}", "model_not_found", "model")
         return self.team[known[name]]
 
     def names(self) -> list[str]:
@@ -116,7 +116,7 @@ class Visit:
                 numbered = self._call(agent, request)
             except LimitError as error:
                 self.fail(error)
-                raise Refused(429, str(error), "episode_over") from error
+                raise BadRequest(429, str(error), "episode_over") from error
             answer = asyncio.ensure_future(self._answer(numbered))
             call = Asked(body, key, request, answer)
             answer.add_done_callback(lambda done: self._remember(agent, call, done))
@@ -128,7 +128,7 @@ class Visit:
         for call in reversed(self.asked):
             if key and call.key == key and not call.failed:
                 if call.body != body:
-                    raise Refused(422, f"Idempotency-Key {key[:40]!r} was used for another request", "idempotency_error")
+                    raise BadRequest(422, f"Idempotency-Key {key[:40]!r} was used for another request", "idempotency_error")
                 return call
         for call in reversed(self.asked):
             if call.body != body or call.failed or (key and call.key):
@@ -177,12 +177,12 @@ class Visit:
             return self.team.siblings(await call)
         except PromptTooLong as error:
             self.too_long = error
-            raise Refused(400, str(error), "context_length_exceeded") from error
+            raise BadRequest(400, str(error), "context_length_exceeded") from error
         except SettingError as error:
-            raise Refused(400, str(error)) from error
+            raise BadRequest(400, str(error)) from error
         except Exception as error:
             self.fail(error)
-            raise Refused(500, "the episode is over", "episode_over") from error
+            raise BadRequest(500, "the episode is over", "episode_over") from error
 
     def fail(self, error: BaseException) -> None:
         """End the episode with this error, whatever the program makes of it."""
@@ -247,7 +247,7 @@ class Visit:
     def response_chat(self, name: str) -> tuple[Message, ...]:
         if name not in self._remembered:
             told = f"previous_response_id {name[:60]!r}: no such response in this episode"
-            raise Refused(404, told, param="previous_response_id")
+            raise BadRequest(404, told, param="previous_response_id")
         return self._remembered[name]
 
     # rewards

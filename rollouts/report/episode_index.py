@@ -30,7 +30,7 @@ Pieces = Callable[[str, Sequence[int]], "list[str] | None"]  # (policy, token id
 
 
 @dataclass
-class Row:
+class EpisodeRow:
     """What the list says of an episode, read without unpacking its turns."""
 
     id: str
@@ -59,7 +59,7 @@ class Row:
         return "k" in self.marks
 
 
-def row_of(data: Mapping[str, Any], metric: str) -> Row:
+def episode_row(data: Mapping[str, Any], metric: str) -> EpisodeRow:
     """A row from one line of the store. `worth`: the reward named `metric`, else the sum of the team's; null if not scorable."""
     team = [r for r in data["rewards"] if not r["agent"] and r["turn"] < 0]
     named = [r for r in team if r["name"] == metric] or team
@@ -69,22 +69,22 @@ def row_of(data: Mapping[str, Any], metric: str) -> Row:
     marks = "f" * bool(data["error"]) + "u" * (worth is None and not data["error"] and not data["parent"])
     marks += "c" * any(t["finish_reason"] == "length" for t in turns) + "m" * any(t["sibling"] for t in turns)
     marks += "g" * any(t["saw_gold"] for t in turns) + "k" * bool(data["parent"])
-    return Row(
+    return EpisodeRow(
         data["id"], data["group"].partition("/")[0], data["task"]["id"], visible(data["task"]["prompt"], 90), data["step"], worth,
         {r["name"] + (f" of {r['agent']}" if r["agent"] else ""): r["value"] for r in data["rewards"] if r["turn"] < 0},
         tuple(dict.fromkeys(t["agent"] for t in turns)), sum(u["sampled_tokens"] for u in data["usage"]), marks,
     )  # fmt: skip
 
 
-def rows(store: Store, metric: str) -> list[Row]:
+def rows(store: Store, metric: str) -> list[EpisodeRow]:
     """A row for every episode, in the order of the store."""
-    return [row_of(data, metric) for data in store.lines()]
+    return [episode_row(data, metric) for data in store.lines()]
 
 
-def chosen(found: Sequence[Row], limit: int) -> list[Row]:
+def chosen(found: Sequence[EpisodeRow], limit: int) -> list[EpisodeRow]:
     """The rows whose episodes tell most, most telling first; at most `limit`."""
-    order: dict[str, Row] = {row.id: row for row in [r for r in found if "f" in r.marks or "u" in r.marks][: limit // 4]}
-    labels: dict[str, list[Row]] = defaultdict(list)
+    order: dict[str, EpisodeRow] = {row.id: row for row in [r for r in found if "f" in r.marks or "u" in r.marks][: limit // 4]}
+    labels: dict[str, list[EpisodeRow]] = defaultdict(list)
     for row in found:
         labels[row.label].append(row)
     ends = [ranked[-EACH:] + ranked[:EACH] for ranked in (sorted(own, key=rank) for own in labels.values())]
@@ -94,12 +94,12 @@ def chosen(found: Sequence[Row], limit: int) -> list[Row]:
     return list(order.values())[:limit]
 
 
-def rank(row: Row) -> tuple[float, str]:
+def rank(row: EpisodeRow) -> tuple[float, str]:
     return (-math.inf if row.worth is None else row.worth, row.id)
 
 
 @dataclass
-class Gallery:
+class EpisodeIndex:
     """The browser's data, filled run by run."""
 
     pieces: Pieces = lambda policy, ids: None
@@ -109,7 +109,7 @@ class Gallery:
     runs: list[dict[str, Any]] = field(default_factory=list)
     size: int = 0
 
-    def add(self, run: Path, name: str, found: Sequence[Row], max_episodes: int = MAX_EPISODES) -> None:
+    def add(self, run: Path, name: str, found: Sequence[EpisodeRow], max_episodes: int = MAX_EPISODES) -> None:
         """A run's rows and the episodes chosen among them."""
         number, store = len(self.runs), Store(run / "episodes")
         listed = found if len(found) <= MAX_ROWS else even(found, MAX_ROWS)
@@ -174,7 +174,7 @@ class Gallery:
         return {"runs": self.runs, "strings": list(self.strings), "rows": self.rows, "episodes": self.episodes}
 
 
-def even(found: Sequence[Row], limit: int) -> list[Row]:
+def even(found: Sequence[EpisodeRow], limit: int) -> list[EpisodeRow]:
     """Every n-th row, `limit` of them, in order."""
     return [found[i * len(found) // limit] for i in range(limit)]
 

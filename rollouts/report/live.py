@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..episodes.store import Store
-from .episode_index import MAX_EPISODES, Gallery, Pieces, read_learned
+from .episode_index import MAX_EPISODES, EpisodeIndex, Pieces, read_learned
 from .report import build
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ WATCHED = ("config.yaml", "metrics.jsonl", "summary.json", "proofs.json", "warni
 HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
 
 
-class Follow:
+class LiveReport:
     """Serves the report of these runs. `await start(port)` gives the address; `await close()` ends it."""
 
     def __init__(self, folders: Sequence[Path], pieces: Pieces | None = None, max_episodes: int = MAX_EPISODES) -> None:
@@ -94,7 +94,7 @@ class Follow:
         number, _, wanted = request.query.get("name", "").partition(":")
         if not number.isdecimal() or int(number) >= len(self.folders):
             raise web.HTTPNotFound()
-        run, gallery = self.folders[int(number)], Gallery(self.pieces or (lambda policy, ids: None))
+        run, gallery = self.folders[int(number)], EpisodeIndex(self.pieces or (lambda policy, ids: None))
 
         def find() -> dict[str, object] | None:
             learned = read_learned(run / "learned.jsonl", {wanted}).get(wanted, {})

@@ -16,9 +16,9 @@ from typing import Any
 from ...agents.types import SettingError
 from ..episodes.store import Store
 from ..evaluation.accuracy import Evaluation, interval, paired
-from .episode_index import MAX_EPISODES, Gallery, Pieces, Row, json_lines, rows
+from .episode_index import (MAX_EPISODES, EpisodeIndex, Pieces, EpisodeRow, json_lines, rows)
 from .html import page, section, text
-from .sections import adapters, comparison, curves, facts, last_step, more, proofs, read_json, rounds, verdict, warnings
+from .sections import (adapters, comparison, curves, facts, last_step, more, proofs, read_json, rounds, verdict, warnings)
 
 KNOWN = (
     "recipe",
@@ -46,7 +46,7 @@ class RunData:
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
-    episodes: Sequence[Row]
+    episodes: Sequence[EpisodeRow]
 
     @classmethod
     def read(cls, folder: Path, name: str = "") -> RunData:
@@ -89,7 +89,7 @@ class RunData:
         return [(step, found[step].accuracy, *interval(list(found[step].scores.values()))) for step in sorted(found)]
 
 
-def evaluations(episodes: Sequence[Row]) -> dict[str, Evaluation]:
+def evaluations(episodes: Sequence[EpisodeRow]) -> dict[str, Evaluation]:
     """By label every evaluation of the whole team: each task's mean over its episodes."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in episodes:
@@ -98,7 +98,7 @@ def evaluations(episodes: Sequence[Row]) -> dict[str, Evaluation]:
     return {label: Evaluation({task: sum(own) / len(own) for task, own in tasks.items()}) for label, tasks in found.items()}
 
 
-def unfinished(run: Path, episodes: Sequence[Row]) -> dict[str, Any]:
+def unfinished(run: Path, episodes: Sequence[EpisodeRow]) -> dict[str, Any]:
     """What would stand in `summary.json`, as far as the newest checkpoint, the proofs and the episodes tell."""
     found = sorted(run.glob("checkpoints/step-*/system.json"))
     system = read_json(found[-1]) if found else {}
@@ -115,7 +115,7 @@ def unfinished(run: Path, episodes: Sequence[Row]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def so_far(episodes: Sequence[Row]) -> dict[str, Any]:
+def so_far(episodes: Sequence[EpisodeRow]) -> dict[str, Any]:
     """`eval` of a run that did not end: the base team against the team as it was last evaluated on the same tasks."""
     found = evaluations(episodes)
     if (before := found.pop("eval-before", None)) is None:
@@ -143,10 +143,10 @@ def write_report(
 
 def build(
     folders: Sequence[Path], pieces: Pieces | None = None, max_episodes: int = MAX_EPISODES, follow: bool = False
-) -> tuple[str, Gallery]:
+) -> tuple[str, EpisodeIndex]:
     """The page as text, and the data of its episode browser."""
     runs = [RunData.read(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
-    gallery = Gallery(pieces or (lambda policy, ids: None))
+    gallery = EpisodeIndex(pieces or (lambda policy, ids: None))
     for run in runs:
         gallery.add(run.folder, run.name, run.episodes, max_episodes // len(runs))
     parts = [comparison(runs)] if len(runs) > 1 else []

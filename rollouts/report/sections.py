@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 from ..evaluation.rounds import transition_rows
 from .charts import Line, chart
-from .episode_index import Row
-from .html import is_number, legend, number, section, table, text, whisker
+from .episode_index import EpisodeRow
+from .html import (is_number, legend, number, section, table, text, whisker)
 
 if TYPE_CHECKING:
     from .report import RunData
@@ -78,7 +78,7 @@ def change(paired: Mapping[str, Any]) -> str:
     return f"({paired['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}{counts})"
 
 
-def examples(rows: Sequence[Row]) -> list[tuple[str, Row]]:
+def examples(rows: Sequence[EpisodeRow]) -> list[tuple[str, EpisodeRow]]:
     """An episode that training mended, one that it broke, one that is still wrong: of the last evaluation of the whole team."""
     labels = list(dict.fromkeys(r.label for r in rows if r.evaluates_team))
     if len(labels) < 2:

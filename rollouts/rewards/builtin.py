@@ -17,7 +17,7 @@ from numbers import Real
 from typing import Any
 
 from ...agents.execution import SandboxError
-from ...agents.lookup import function_named, trusted
+from ...agents.lookup import load_function, trusted
 from ...agents.programs.workflow import SOURCE as WORKFLOW
 from ...agents.team import Ask, Call, derive_seed
 from ...agents.text.answers import extract, normalise, same
@@ -199,7 +199,7 @@ def resolve_rewards(names: Iterable[str | RewardFn] | str | RewardFn) -> list[Re
     Raises `SettingError` naming the one that cannot be found.
     """
     given = [names] if isinstance(names, str) or callable(names) else names
-    return [function_named("reward", each, REWARDS) if isinstance(each, str) else each for each in given]
+    return [load_function("reward", each, REWARDS) if isinstance(each, str) else each for each in given]
 
 
 # makers of rewards
@@ -247,7 +247,7 @@ def judge(
     """A judge model as a reward: value 0 to 1 on `scale`, its words as the reward's text.
 
     Args:
-        ask: who answers: `lambda call: speaker(call, version)` of a `Speaker`, or a `Fake` in tests. The judge is never trained.
+        ask: who answers: `lambda call: speaker(call, version)` of a `Completer`, or a `Fake` in tests. The judge is never trained.
         agent: its name, prompt and sampling (default: temperature 0, 256 tokens).
         template: what it is asked; `{prompt}`, `{answer}` and `{output}` are filled in.
 

@@ -24,10 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ...agents.execution import Allowance, SandboxError
-from ..sandbox.python import Caged
+from ...agents.execution import Limits, SandboxError
+from ..sandbox.python import IsolatedProcess
 from ..sandbox.scorer import unplain
-from ..sandbox.self_test import cage
+from ..sandbox.self_test import isolation
 
 __all__ = ["Checker", "CheckerError", "CheckerTimeout", "equal", "gym_score", "plain", "unplain"]
 
@@ -81,7 +81,7 @@ class Checker:
 
     def __init__(self, kind: str, timeout: float) -> None:
         self.kind, self.timeout = kind, timeout
-        self._caged: Caged | None = None
+        self._caged: IsolatedProcess | None = None
         self._requests = self._verdicts = -1
         self._slow: dict[str, None] = {}  # answers that ran out of time: a policy that found one will say it again
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"checker-{kind}")
@@ -138,7 +138,7 @@ class Checker:
     def _start(self) -> None:
         self.stop()
         packages = packages_of(PACKAGES[self.kind])
-        limits = Allowance(seconds=self.timeout, cpu_seconds=LIVES, memory=MEMORY)
+        limits = Limits(seconds=self.timeout, cpu_seconds=LIVES, memory=MEMORY)
         with contextlib.ExitStack() as theirs:
             ends: list[int] = []
             for ours in (1, 0):  # requests we write, verdicts we read
@@ -148,7 +148,7 @@ class Checker:
             self._requests, requests, self._verdicts, verdicts = ends
             try:
                 pipes = {"requests": requests, "verdicts": verdicts}
-                self._caged = Caged(cage(), "scorer", limits, SCORER.read_text("utf-8"), pipes, [self.kind], packages)
+                self._caged = IsolatedProcess(isolation(), "scorer", limits, SCORER.read_text("utf-8"), pipes, [self.kind], packages)
             except SandboxError:
                 os.close(self._requests)
                 os.close(self._verdicts)

@@ -24,12 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ...agents.execution import Allowance, SandboxError
+from ...agents.execution import Limits, SandboxError
 
 Kind = Literal["bubblewrap", "landlock"]
 Role = Literal["python", "candidate", "checker", "exec", "scorer"]
 
-WARDEN = Path(__file__).with_name("init.py")
+INIT = Path(__file__).with_name("init.py")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8:backslashreplace"}
 LIBRARIES = ("/lib", "/lib64", "/lib32", "/usr/lib", "/usr/lib64", "/usr/local/lib/libpython3.so")
 DEVICES = ("/dev/null", "/dev/urandom")
@@ -139,14 +139,14 @@ def without_packages(paths: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 @dataclass(frozen=True)
-class Cage:
+class Isolation:
     """One way of confining processes. `command` says how to start one; nothing is started here."""
 
     kind: Kind
     readable: tuple[str, ...] = field(default_factory=lambda: interpreter()[1])
 
     def command(
-        self, role: Role, limits: Allowance, pipes: Mapping[str, int], argv: Sequence[str] = (), packages: Sequence[str] = ()
+        self, role: Role, limits: Limits, pipes: Mapping[str, int], argv: Sequence[str] = (), packages: Sequence[str] = ()
     ) -> list[str]:
         """The command of a caged process.
 
@@ -156,7 +156,7 @@ class Cage:
                 when it is shut in. argv: what `exec` becomes, an absolute path first; what kind of `scorer` it is.
             packages: files and folders of installed packages that can be read too, for a `scorer` alone.
         """
-        readable = (*self.readable, str(WARDEN), *(argv[:1] if role == "exec" else ()))
+        readable = (*self.readable, str(INIT), *(argv[:1] if role == "exec" else ()))
         listed: list[str] = []
         allowed: list[str] = []
         if self.kind == "landlock":
@@ -170,7 +170,7 @@ class Cage:
             "landlock": [*allowed, *packages] if self.kind == "landlock" else [], "listed": listed,
             "packages": list(dict.fromkeys(map(os.path.dirname, packages))), **pipes,
         }  # fmt: skip
-        start = [interpreter()[0], "-I", "-S", "-B", str(WARDEN), json.dumps(job)]
+        start = [interpreter()[0], "-I", "-S", "-B", str(INIT), json.dumps(job)]
         return [*self._namespaces(readable, packages), *start] if self.kind == "bubblewrap" else start
 
     def _namespaces(self, readable: Sequence[str], packages: Sequence[str]) -> list[str]:

@@ -18,19 +18,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 
-from ...agents.execution import Allowance, Exam, Outcome, SandboxError, Status, Verdict
+from ...agents.execution import (Limits, TestSuite, ExecutionResult, SandboxError, Status, TestResult)
 from .init import NO_PROGRAM
-from .isolation import ENVIRONMENT, Cage, Role, text_file
+from .isolation import ENVIRONMENT, Isolation, Role, text_file
 
 START = 60.0  # seconds a cage may take until it is shut, on a busy machine
 GRACE = 2.0  # seconds between a CPU limit that is met and the end
 
 
-class Caged:
+class IsolatedProcess:
     """A running process in a cage, from start to certain end."""
 
     def __init__(
-        self, cage: Cage, role: Role, limits: Allowance, text: str, pipes: Mapping[str, int], argv: Sequence[str] = (),
+        self, cage: Isolation, role: Role, limits: Limits, text: str, pipes: Mapping[str, int], argv: Sequence[str] = (),
         packages: Sequence[str] = (),
     ) -> None:  # fmt: skip
         program, (ready, told) = text_file(text), os.pipe()
@@ -75,8 +75,8 @@ class Caged:
 
 
 @contextlib.contextmanager
-def _started(cage: Cage, role: Role, limits: Allowance, text: str, pipes: Mapping[str, int]) -> Iterator[Caged]:
-    caged = Caged(cage, role, limits, text, pipes)
+def _started(cage: Isolation, role: Role, limits: Limits, text: str, pipes: Mapping[str, int]) -> Iterator[IsolatedProcess]:
+    caged = IsolatedProcess(cage, role, limits, text, pipes)
     try:
         caged.wait_until_shut()
         yield caged
@@ -84,7 +84,7 @@ def _started(cage: Cage, role: Role, limits: Allowance, text: str, pipes: Mappin
         caged.close()
 
 
-def run_plain(cage: Cage, program: str, limits: Allowance, stop: int | None = None) -> Outcome:
+def run_plain(cage: Isolation, program: str, limits: Limits, stop: int | None = None) -> ExecutionResult:
     """Run a program as `__main__`, with what it prints as the output. Blocks.
 
     `stop`: a file descriptor; when it can be read (or its other end is closed), the program is ended. Raises `SandboxError` if the cage fails.
@@ -103,11 +103,11 @@ def run_plain(cage: Cage, program: str, limits: Allowance, stop: int | None = No
         code = caged.process.returncode
     output, errors = out.decode(errors="replace"), err.decode(errors="replace")
     status = met or _status(code, errors, seconds, limits)
-    return Outcome(status, output, _words(status, code, errors, limits), seconds=seconds)
+    return ExecutionResult(status, output, _words(status, code, errors, limits), seconds=seconds)
 
 
 def _read(
-    process: subprocess.Popen[bytes], limits: Allowance, start: float, stop: int | None
+    process: subprocess.Popen[bytes], limits: Limits, start: float, stop: int | None
 ) -> tuple[bytearray, bytearray, Status | None]:
     """Both outputs to their ends, or up to the limit that was met first."""
     assert process.stdout is not None and process.stderr is not None
@@ -136,7 +136,7 @@ def _read(
     return out[: limits.output], err[: limits.output], met  # type: ignore[return-value]
 
 
-def _status(code: int, errors: str, seconds: float, limits: Allowance) -> Status:
+def _status(code: int, errors: str, seconds: float, limits: Limits) -> Status:
     if code == 0:
         return "done"
     number = -code if code < 0 else code - 128
@@ -150,7 +150,7 @@ def _status(code: int, errors: str, seconds: float, limits: Allowance) -> Status
     return "syntax" if code == NO_PROGRAM else "error"
 
 
-def _words(status: Status, code: int, errors: str, limits: Allowance) -> str:
+def _words(status: Status, code: int, errors: str, limits: Limits) -> str:
     last = (errors.strip().splitlines() or [f"exit code {code}"])[-1][:300]
     words = {
         "time": f"not done within {limits.seconds:g} s ({limits.cpu_seconds} s of CPU)",
@@ -161,7 +161,7 @@ def _words(status: Status, code: int, errors: str, limits: Allowance) -> str:
     return "" if status == "done" else words.get(status, last)
 
 
-def check_plain(cage: Cage, program: str, tests: Exam, limits: Allowance, stop: int | None = None) -> Verdict:
+def check_plain(cage: Isolation, program: str, tests: TestSuite, limits: Limits, stop: int | None = None) -> TestResult:
     """What the tests say of a program. Blocks. Time, memory and output hold for both processes; a limit met fails the tests that are left."""
     nonce = secrets.token_hex(16)
     told = json.dumps({"nonce": nonce, "tests": tests.tests, "names": tests.names, "setup": tests.setup})
@@ -176,7 +176,7 @@ def check_plain(cage: Cage, program: str, tests: Exam, limits: Allowance, stop: 
         drained = [p.stderr for p in (candidate.process, checker.process) if p.stderr is not None]
         lines, reason = _verdict(verdict_out.fileno(), [pipe.fileno() for pipe in drained], limits, stop)
     results = [result for key, result in map(json.loads, lines) if secrets.compare_digest(key, nonce)]
-    return Verdict(tuple(results + [reason] * (len(tests.tests) - len(results))))
+    return TestResult(tuple(results + [reason] * (len(tests.tests) - len(results))))
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
@@ -184,7 +184,7 @@ def _pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
     return stack.enter_context(FileIO(out, "rb")), stack.enter_context(FileIO(into, "wb"))
 
 
-def _verdict(verdict: int, drained: Sequence[int], limits: Allowance, stop: int | None) -> tuple[list[bytes], str]:
+def _verdict(verdict: int, drained: Sequence[int], limits: Limits, stop: int | None) -> tuple[list[bytes], str]:
     """(whole lines of the verdict, why the rest is missing). What the processes say beside it is read and dropped."""
     read, end, printed = b"", time.monotonic() + limits.seconds, 0
     with selectors.DefaultSelector() as selector:

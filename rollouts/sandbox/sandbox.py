@@ -5,7 +5,7 @@
     verdict = await check(program, Exam(("assert f(2) == 4",), ("f",)))
 
 Nothing falls back: where no cage holds (`proof.py` tries), both raise `SandboxError`, which ends a run. Whatever a program does is an
-`Outcome`, and costs the episode that wrote it.
+`ExecutionResult`, and costs the episode that wrote it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ...agents.execution import Allowance, Exam, Externals, Outcome, ProgramError, SandboxError, Verdict
-from .isolation import Cage
+from ...agents.execution import (Limits, TestSuite, Externals, ExecutionResult, ProgramError, SandboxError, TestResult)
+from .isolation import Isolation
 from .python import check_plain, run_plain
-from .self_test import cage, cages
+from .self_test import isolation, isolations
 from .workflow import Interpreter
 
-__all__ = ["Allowance", "Outcome", "ProgramError", "SandboxError", "Exam", "Verdict", "check", "run", "state"]
+__all__ = ["Limits", "ExecutionResult", "ProgramError", "SandboxError", "TestSuite", "TestResult", "check", "run", "state"]
 
 T = TypeVar("T")
 MAX_PROGRAM = 1 << 20  # characters
-LIMITS = Allowance()
+LIMITS = Limits()
 
 
 @functools.cache
@@ -37,47 +37,47 @@ def _threads() -> ThreadPoolExecutor:
 
 
 @functools.cache
-def _interpreter(held: Cage) -> Interpreter:
+def _interpreter(held: Isolation) -> Interpreter:
     return Interpreter(held)
 
 
-async def run(program: str, externals: Externals | None = None, limits: Allowance = LIMITS) -> Outcome:
+async def run(program: str, externals: Externals | None = None, limits: Limits = LIMITS) -> ExecutionResult:
     """Run a program: with `externals` (even none, `{}`) a workflow program, without them plain Python.
 
     Raises `SandboxError` if programs cannot be run here, and what an external raises (but `ProgramError`, which the program sees).
     """
     held = await _held()
     if len(program) > MAX_PROGRAM or "\0" in program:
-        return Outcome("syntax", error=f"no program: more than {MAX_PROGRAM} characters, or a NUL among them")
+        return ExecutionResult("syntax", error=f"no program: more than {MAX_PROGRAM} characters, or a NUL among them")
     if externals is not None:
         return await _interpreter(held).run(program, externals, limits)
     return await _in_thread(run_plain, held, program, limits)
 
 
-async def check(program: str, tests: Exam, limits: Allowance = LIMITS) -> Verdict:
+async def check(program: str, tests: TestSuite, limits: Limits = LIMITS) -> TestResult:
     """What hidden tests say of a program that cannot see them. Raises `SandboxError` if programs cannot be run here."""
     held = await _held()
     if len(program) > MAX_PROGRAM or "\0" in program:
-        return Verdict(("no program",) * len(tests.tests))
+        return TestResult(("no program",) * len(tests.tests))
     return await _in_thread(check_plain, held, program, tests, limits)
 
 
 def state() -> tuple[str, str]:
     """(what runs programs here, what to do): for `marlora doctor`."""
     try:
-        held = cage()
+        held = isolation()
         _interpreter(held)
     except SandboxError as error:
         return "none", str(error)
-    names = " and ".join(each.kind for each in cages())
+    names = " and ".join(each.kind for each in isolations())
     words = f"Monty, plain Python in {held.kind} (held against attacks: {names})"
     if held.kind == "landlock":
         return f"{words}: reduced, names and sizes of files can be told", "allow user namespaces, and install bubblewrap"
     return words, ""
 
 
-async def _held() -> Cage:
-    return await asyncio.get_running_loop().run_in_executor(_threads(), cage)
+async def _held() -> Isolation:
+    return await asyncio.get_running_loop().run_in_executor(_threads(), isolation)
 
 
 async def _in_thread(function: Callable[..., T], *args: Any) -> T:

@@ -8,11 +8,11 @@ import os
 import platform
 import tempfile
 
-from ...agents.execution import Allowance, SandboxError
-from .isolation import Cage
+from ...agents.execution import Limits, SandboxError
+from .isolation import Isolation
 from .python import run_plain
 
-PROOF = r'''
+ATTACKS = r'''
 import ctypes, json, os, resource, socket, sys
 libc, told = ctypes.CDLL(None, use_errno=True), {}
 def attack(name, act):
@@ -46,14 +46,14 @@ print(json.dumps(told))
 '''  # fmt: skip
 
 
-def prove(made: Cage) -> None:
+def run_self_test(made: Isolation) -> None:
     """Attack the cage from inside. Raises `SandboxError` naming what came through, or why nothing ran at all."""
-    limits = Allowance(seconds=20.0, cpu_seconds=10, memory=256 << 20)
+    limits = Limits(seconds=20.0, cpu_seconds=10, memory=256 << 20)
     with tempfile.NamedTemporaryFile("w", prefix="marlora-proof-") as canary:
         canary.write("canary")
         canary.flush()
         known = f"PATH, PARENT, MEMORY = {canary.name!r}, {os.getpid()}, {2 * limits.memory}\n"
-        ran = run_plain(made, known + PROOF, limits)
+        ran = run_plain(made, known + ATTACKS, limits)
         left = os.path.exists(canary.name + "x")
     try:
         told = json.loads(ran.output)
@@ -62,31 +62,31 @@ def prove(made: Cage) -> None:
     if told.pop("control", "") != "done":
         raise SandboxError(f"{made.kind}: Python's own library cannot be read inside, so the attacks prove nothing")
     through = [name for name, what in told.items() if what == "done"] + (["write beside it"] if left else [])
-    if through or len(told) != PROOF.count("\nattack(") - 1:
+    if through or len(told) != ATTACKS.count("\nattack(") - 1:
         raise SandboxError(f"{made.kind}: does not hold; what came through: {', '.join(through) or 'the report was cut'}")
 
 
 @functools.cache
-def _tried() -> tuple[tuple[Cage, ...], tuple[str, ...]]:
+def _tried() -> tuple[tuple[Isolation, ...], tuple[str, ...]]:
     if platform.system() != "Linux":
         return (), (f"no cage for processes on {platform.system()}",)
     held, reasons = [], []
     for kind in ("bubblewrap", "landlock"):
         try:
-            prove(made := Cage(kind))
+            run_self_test(made := Isolation(kind))
             held.append(made)
         except SandboxError as error:
             reasons.append(str(error))
     return tuple(held), tuple(reasons)
 
 
-def cages() -> tuple[Cage, ...]:
+def isolations() -> tuple[Isolation, ...]:
     """The kinds of cage that hold on this machine, the better one first. Proven once per process."""
     return _tried()[0]
 
 
-def cage() -> Cage:
+def isolation() -> Isolation:
     """The best one that holds here. Raises `SandboxError` with all reasons: nothing a model wrote is run without."""
-    if not cages():
+    if not isolations():
         raise SandboxError("programs of a model cannot be run on this machine: " + "; ".join(_tried()[1]))
-    return cages()[0]
+    return isolations()[0]

@@ -21,12 +21,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from ...agents.execution import Allowance, Externals, Outcome, ProgramError, SandboxError, Status
+from ...agents.execution import (Limits, Externals, ExecutionResult, ProgramError, SandboxError, Status)
 from ...agents.team import gather
 from .crossing import BadValue, answering, plain_value, prelude
-from .isolation import Cage
+from .isolation import Isolation
 
-WORKER = Allowance(seconds=1.0, cpu_seconds=10**6, memory=2 << 30)  # of a worker, which serves program after program
+WORKER = Limits(seconds=1.0, cpu_seconds=10**6, memory=2 << 30)  # of a worker, which serves program after program
 EPOCH = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)  # what a program takes for now: nothing it does may hang on the clock
 MAX_WORKERS = 256  # a worker is held while its program waits for externals
 MEMORY = 64 << 20  # bytes a program may hold: it bounds what can cross at all, its error texts too
@@ -36,7 +36,7 @@ WORDS = 2000  # characters of an error text that are read
 class Interpreter:
     """A pool of caged Monty workers, for every event loop of this process. Raises `SandboxError` where it cannot work."""
 
-    def __init__(self, cage: Cage) -> None:
+    def __init__(self, cage: Isolation) -> None:
         try:
             import pydantic_monty
             from pydantic_monty import _binary
@@ -65,7 +65,7 @@ class Interpreter:
                 raise
         await asyncio.wrap_future(self._entered)
 
-    async def run(self, program: str, externals: Externals, limits: Allowance) -> Outcome:
+    async def run(self, program: str, externals: Externals, limits: Limits) -> ExecutionResult:
         """Run a program; the value of its last line, an expression, is the outcome's value.
 
         What an external raises ends the run and is raised here, but for `ProgramError`, which the program sees.
@@ -75,7 +75,7 @@ class Interpreter:
         try:
             program = answering(program, mark)
         except SyntaxError as wrong:
-            return Outcome("syntax", error=_line(wrong))
+            return ExecutionResult("syntax", error=_line(wrong))
         printed = self.monty.CollectString(max_bytes=limits.output)
         start, monty = time.monotonic(), self.monty
         value, error, status = None, "", "done"
@@ -94,7 +94,7 @@ class Interpreter:
             status, error = "killed", _line(wrong)
         except monty.MontyError as wrong:
             status, error = "error", _line(wrong)
-        return Outcome(status, printed.output[: limits.output], error, value, time.monotonic() - start)  # type: ignore[arg-type]
+        return ExecutionResult(status, printed.output[: limits.output], error, value, time.monotonic() - start)  # type: ignore[arg-type]
 
     async def close(self) -> None:
         if self._entered.done():
@@ -106,7 +106,7 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error)[:WORDS].split())[:300]
 
 
-def _bounds(limits: Allowance) -> dict[str, Any]:
+def _bounds(limits: Limits) -> dict[str, Any]:
     return {
         "max_feed_duration_secs": min(limits.seconds, float(limits.cpu_seconds)), "max_memory": min(limits.memory, MEMORY),
         "max_recursion_depth": 200, "max_suspensions": 4 * limits.calls + 100,
@@ -117,7 +117,7 @@ def _policy() -> dict[str, Any]:
     return {"datetime": EPOCH, "timezone": "utc", "sleep": "zero", "process_time": "zero", "random_start": {"seed": 0}}
 
 
-def _met(wrong: Any, limits: Allowance) -> Status:
+def _met(wrong: Any, limits: Limits) -> Status:
     inner = wrong.exception()
     if isinstance(inner, TimeoutError):
         return "time"
@@ -133,7 +133,7 @@ class _TooManyCalls(Exception):
 class _Run:
     """One program at work."""
 
-    def __init__(self, monty: Any, externals: Externals, limits: Allowance, mark: str) -> None:
+    def __init__(self, monty: Any, externals: Externals, limits: Limits, mark: str) -> None:
         self.monty, self.externals, self.limits, self.mark = monty, externals, limits, mark
         self.open: dict[int, Awaitable[Any]] = {}  # calls by number
         self.answers: dict[int, dict[str, Any]] = {}  # of the round, not handed in yet

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...agents.lookup import function_named
+from ...agents.lookup import load_function
 from ...agents.types import SettingError, Task, nearest, to_json
 from ..rewards.math_check import plain
 from .code import humaneval, mbpp
-from .datasets import READERS, SPLITS, digest, file, gsm8k, hub, math, of_split
+from .datasets import (READERS, SPLITS, digest, file, gsm8k, hub, math, of_split)
 from .qa import drop, hotpotqa
 
 NAMES = "abcdefgh"  # operands of `arithmetic`
@@ -75,7 +75,7 @@ def _source(name: str) -> tuple[Callable[..., Iterable[Task]], tuple[Any, ...]]:
         return file, (path,)
     if path.suffix in READERS or path.is_absolute():
         raise SettingError(f"tasks {name!r}: no such file")
-    return function_named("tasks", name, SOURCES), ()
+    return load_function("tasks", name, SOURCES), ()
 
 
 def _path(name: str) -> Path:

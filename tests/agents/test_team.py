@@ -13,8 +13,8 @@ import pytest
 
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.patterns.debate import Debate
-from marlora.agents.team import Agent, Call, LimitError, ReplayError, System, Team, derive_seed, fake_team, gather
-from marlora.agents.types import AgentSpec, Completion, Decision, Message, Sampling, SettingError, Task, Turn, from_json, to_json
+from marlora.agents.team import (Agent, Call, LimitError, ReplayError, System, Team, derive_seed, fake_team, gather)
+from marlora.agents.types import (AgentSpec, Completion, Decision, Message, Sampling, SettingError, Task, Turn, from_json, to_json)
 
 T = TypeVar("T")
 

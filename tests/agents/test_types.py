@@ -10,21 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marlora.agents.types import (
-    AdapterSpec,
-    AgentSpec,
-    Completion,
-    Decision,
-    Message,
-    PolicySpec,
-    Sampling,
-    SettingError,
-    Task,
-    Turn,
-    from_json,
-    nearest,
-    to_json,
-)
+from marlora.agents.types import (AdapterSpec, AgentSpec, Completion, Decision, Message, PolicySpec, Sampling, SettingError, Task, Turn, from_json, nearest, to_json)
 from marlora.rollouts.types import Episode, Usage
 
 COMPLETION = Completion("4", (1, 2), (3,), (-0.25,), "length", "solver", "solver-v1-3fa9")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from marlora.rollouts.engines.base import Ref
+from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from tests.repository import ROOT, clean_environment
 from tests.rollouts.engines.vllm.test_engine import BASE, DRAW, KEY, adapter, engine_on
@@ -50,10 +50,10 @@ def test_two_hundred_publishes_and_eight_hundred_requests(tmp_path: Path) -> Non
                 version = f"solver-v{number}-aa"
                 await engine.publish({"solver": adapter(tmp_path, version)})
                 await asyncio.gather(
-                    *(engine.generate([2, k], Ref("solver", version), DRAW) for k in range(3)), engine.score([2, 3], BASE)
+                    *(engine.generate([2, k], ModelRef("solver", version), DRAW) for k in range(3)), engine.score([2, 3], BASE)
                 )
                 if before is not None:
-                    await engine.retire(Ref("solver", before))
+                    await engine.retire(ModelRef("solver", before))
                 before = version
                 fake.requests.clear()
                 held.append((len(os.listdir("/proc/self/fd")), threading.active_count(), len(asyncio.all_tasks())))

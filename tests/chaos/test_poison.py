@@ -11,10 +11,10 @@ import pytest
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.types import Message, Sampling, Task
 from marlora.rollouts.engines.scripted import SPECIALS, ByteTokenizer, ScriptedEngine
-from marlora.rollouts.episodes.completers import EngineSpeaker
-from marlora.rollouts.episodes.runner import Limits, Rollouts, jobs
+from marlora.rollouts.episodes.completers import EngineCompleter
+from marlora.rollouts.episodes.runner import EpisodeLimits, EpisodeRunner, episode_requests
 from marlora.rollouts.episodes.store import Store
-from marlora.rollouts.renderer import ChatTokens
+from marlora.rollouts.renderer import ChatRenderer
 from marlora.rollouts.report.report import write_report
 from marlora.rollouts.rewards.builtin import resolve_rewards
 from marlora.rollouts.types import Episode
@@ -49,11 +49,11 @@ def play(
     """Two siblings of a chain whose every agent says this."""
     engine = ScriptedEngine(lambda *asked: text, context=10_000_000)
     system = Chain(list(agents))
-    speakers = {agent.policy: EngineSpeaker(engine, engine.tokens, agent.policy) for agent in system.specs}
-    player = Rollouts(system, speakers, resolve_rewards(["correct"]), sampling=Sampling(max_tokens=most), limits=Limits(**settings))
+    speakers = {agent.policy: EngineCompleter(engine, engine.tokens, agent.policy) for agent in system.specs}
+    player = EpisodeRunner(system, speakers, resolve_rewards(["correct"]), sampling=Sampling(max_tokens=most), limits=EpisodeLimits(**settings))
 
     async def go() -> list[Episode]:
-        return [episode async for episode in player.collect(jobs([task], label="train-000001", num_generations=2, step=1))]
+        return [episode async for episode in player.collect(episode_requests([task], label="train-000001", num_generations=2, step=1))]
 
     return asyncio.run(go())
 
@@ -108,11 +108,11 @@ def test_a_megabyte_to_be_read_is_a_prompt_too_long_for_its_episode_alone() -> N
     engine_limit = 4096
     engine = ScriptedEngine(lambda *asked: "15", context=engine_limit)
     system = Chain(["first"])
-    player = Rollouts(system, {"first": EngineSpeaker(engine, engine.tokens, "first")}, resolve_rewards(["correct"]))
+    player = EpisodeRunner(system, {"first": EngineCompleter(engine, engine.tokens, "first")}, resolve_rewards(["correct"]))
     tasks = [Task("big", "7+8" * 350_000, 15), TASK]
 
     async def go() -> dict[str, Episode]:
-        return {e.task.id: e async for e in player.collect(jobs(tasks, label="x"))}
+        return {e.task.id: e async for e in player.collect(episode_requests(tasks, label="x"))}
 
     found = asyncio.run(go())
     assert found["big"].stop_reason == "context" and found["t1"].error is None
@@ -127,7 +127,7 @@ def test_lone_surrogates_are_no_crash_anywhere(tmp_path: Path) -> None:
     episodes = play("15", task)
     assert [e.error for e in episodes] == [None, None]
     found = kept(episodes, tmp_path)
-    assert "\ufffd" in ChatTokens(ByteTokenizer()).show(found[0].turns[0].prompt_ids)
+    assert "\ufffd" in ChatRenderer(ByteTokenizer()).show(found[0].turns[0].prompt_ids)
     assert [t.token_ids for t in found[0].turns] == [t.token_ids for t in episodes[0].turns]
     said = Message("user", "x"), Message("assistant", "y")
     for chat in (
@@ -135,4 +135,4 @@ def test_lone_surrogates_are_no_crash_anywhere(tmp_path: Path) -> None:
         [*said, Message("user", SURROGATES)],
         [*said, Message("tool", SURROGATES)],
     ):
-        assert ChatTokens(ByteTokenizer()).prompt(chat)
+        assert ChatRenderer(ByteTokenizer()).prompt(chat)

@@ -14,13 +14,13 @@ import pytest
 from marlora.agents.types import Sampling, Task
 from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.engines.scripted import ByteTokenizer
-from marlora.rollouts.engines.vllm.client import Patience
+from marlora.rollouts.engines.vllm.client import RetryPolicy
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from marlora.rollouts.engines.vllm.server import VLLMServer
-from marlora.rollouts.episodes.completers import EngineSpeaker
-from marlora.rollouts.episodes.runner import Job, Limits, Rollouts, jobs
+from marlora.rollouts.episodes.completers import EngineCompleter
+from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeLimits, EpisodeRunner, episode_requests
 from marlora.rollouts.episodes.store import Store
-from marlora.rollouts.renderer import ChatTokens
+from marlora.rollouts.renderer import ChatRenderer
 from marlora.rollouts.types import Episode
 from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks
 from tests.chaos.ledger import balance
@@ -32,7 +32,7 @@ from tests.rollouts.fake_vllm import FakeVLLM, sampled
 
 __all__ = ["folder_of_config"]  # a fixture
 
-QUICK = Patience(retries=3, backoff=0.01, longest=0.02, request=1.0, stall=30.0, probe=0.2, gone=0.1)
+QUICK = RetryPolicy(retries=3, backoff=0.01, longest=0.02, request=1.0, stall=30.0, probe=0.2, gone=0.1)
 SERVED = {"key": KEY, "context": 4096}
 
 
@@ -40,9 +40,9 @@ def length(task: Task, episode: Episode) -> float:
     return float(len(str(episode.output)))
 
 
-def plan() -> list[Job]:
+def plan() -> list[EpisodeRequest]:
     """Two agents, six tasks, two siblings of each: 24 requests."""
-    return jobs(tiny_tasks()[:6], label="train-000001", num_generations=2, step=1)
+    return episode_requests(tiny_tasks()[:6], label="train-000001", num_generations=2, step=1)
 
 
 def collect(engine: VLLMEngine, folder: Path, after: Callable[[int], None] = lambda count: None, concurrency: int = 4) -> None:
@@ -52,9 +52,9 @@ def collect(engine: VLLMEngine, folder: Path, after: Callable[[int], None] = lam
         try:
             with Store(folder) as store:
                 system = tiny_chain()
-                speakers = {a.policy: EngineSpeaker(engine, engine.tokens, "base") for a in system.specs}  # type: ignore[arg-type]
-                rollouts = Rollouts(
-                    system, speakers, [length], sampling=Sampling(max_tokens=6), limits=Limits(concurrency=concurrency)
+                speakers = {a.policy: EngineCompleter(engine, engine.tokens, "base") for a in system.specs}  # type: ignore[arg-type]
+                rollouts = EpisodeRunner(
+                    system, speakers, [length], sampling=Sampling(max_tokens=6), limits=EpisodeLimits(concurrency=concurrency)
                 )
                 known = store.ids()
                 count = len(known)
@@ -68,9 +68,9 @@ def collect(engine: VLLMEngine, folder: Path, after: Callable[[int], None] = lam
     asyncio.run(go())
 
 
-def on(*fakes: FakeVLLM, patience: Patience = QUICK) -> VLLMEngine:
+def on(*fakes: FakeVLLM, patience: RetryPolicy = QUICK) -> VLLMEngine:
     engine = engine_on(*fakes, patience=patience)
-    engine.tokens = ChatTokens(ByteTokenizer())
+    engine.tokens = ChatRenderer(ByteTokenizer())
     return engine
 
 
@@ -115,7 +115,7 @@ def test_a_reply_that_comes_again_is_not_the_next_ones() -> None:
 
 def test_a_busy_server_is_waited_for(undisturbed: dict[str, Episode], tmp_path: Path) -> None:
     """For several times the patience with a silent one: tokens are being generated."""
-    patience = Patience(retries=1, backoff=0.01, request=60.0, stall=0.2, probe=0.1)
+    patience = RetryPolicy(retries=1, backoff=0.01, request=60.0, stall=0.2, probe=0.1)
     with FakeVLLM(**SERVED) as fake:
 
         def rest(count: int) -> None:
@@ -132,7 +132,7 @@ def test_a_busy_server_is_waited_for(undisturbed: dict[str, Episode], tmp_path: 
 def test_a_server_that_stays_away_ends_with_its_name_and_the_rest_is_played_later(
     how: str, undisturbed: dict[str, Episode], tmp_path: Path
 ) -> None:
-    patience = Patience(retries=2, backoff=0.01, longest=0.02, request=10.0, stall=0.3, probe=0.2)
+    patience = RetryPolicy(retries=2, backoff=0.01, longest=0.02, request=10.0, stall=0.3, probe=0.2)
     with FakeVLLM(**SERVED) as fake:
 
         def fail(count: int) -> None:
@@ -159,7 +159,7 @@ def test_sigkill_of_a_server_of_ours(
 ) -> None:
     """Of two: before the first request, or in the middle of them. The other one goes on, or the killed one is started again."""
     made: list[VLLMServer] = servers(folder_of_config, tmp_path, monkeypatch, restarts=2)
-    engine = VLLMEngine(made, ChatTokens(ByteTokenizer()), adapter_root=tmp_path, patience=Patience(backoff=0.05, stall=1.0))
+    engine = VLLMEngine(made, ChatRenderer(ByteTokenizer()), adapter_root=tmp_path, patience=RetryPolicy(backoff=0.05, stall=1.0))
     engine.context = 4096  # what pretends to be a server says 64
 
     def kill(count: int) -> None:

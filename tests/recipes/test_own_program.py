@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from marlora.agents.types import SettingError, Task
-from marlora.rollouts.checkpoints.team import ServedTeam
+from marlora.rollouts.checkpoints.team import LoadedTeam
 from marlora.rollouts.engines.factory import EngineConfig
-from marlora.rollouts.episodes.runner import Job
+from marlora.rollouts.episodes.runner import EpisodeRequest
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
@@ -81,10 +81,10 @@ async def evaluated(checkpoint: Path, folder: Path) -> None:
     """The checkpoint plays again, once its reader agrees to run the program that it names."""
     system, settings = "marlora.rollouts.gateway.programs:Function", EngineConfig(engine="transformers")
     with pytest.raises(SettingError, match=r"the program marlora\.recipes\.programs\.openai_roles:main.*--trust_checkpoint"):
-        await ServedTeam.open(checkpoint, settings, system=system, rewards=["exact"], scratch=folder / "no")
-    team = await ServedTeam.open(checkpoint, settings, system=system, rewards=["exact"], scratch=folder / "yes", trust=True)
+        await LoadedTeam.open(checkpoint, settings, system=system, rewards=["exact"], scratch=folder / "no")
+    team = await LoadedTeam.open(checkpoint, settings, system=system, rewards=["exact"], scratch=folder / "yes", trust=True)
     try:
-        episode = await team.rollouts.play(Job(Task("t", "1+2+3", "6"), "g"), team.versions)
+        episode = await team.rollouts.play(EpisodeRequest(Task("t", "1+2+3", "6"), "g"), team.versions)
         check_turns(episode)
         assert [t.version for t in episode.turns] == [team.versions["first"], team.versions["last"]]
     finally:

@@ -13,7 +13,7 @@ import pytest
 
 from marlora.recipes.launch import processes
 from marlora.rollouts.engines.vllm import supervisor
-from marlora.trainers.collection.background import Stop, handled, stoppable
+from marlora.trainers.collection.background import StopSignal, handled, stoppable
 
 WAITS = """
 import sys, time
@@ -84,7 +84,7 @@ def test_handlers_are_put_back() -> None:
         with stoppable():
             assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        stop = Stop()
+        stop = StopSignal()
         assert signal.getsignal(signal.SIGINT) == stop._handle
         stop.close()
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -104,7 +104,7 @@ def test_in_another_thread_nothing_is_installed_and_nothing_fails() -> None:
 
     def work() -> None:
         with stoppable():
-            stop = Stop()
+            stop = StopSignal()
             found.append(signal.getsignal(signal.SIGINT))
             stop.close()
 

@@ -12,10 +12,10 @@ import aiohttp
 
 from marlora.agents.types import Task
 from marlora.rollouts.engines.scripted import ScriptedEngine
-from marlora.rollouts.episodes.completers import EngineSpeaker
-from marlora.rollouts.episodes.runner import Job, Rollouts
-from marlora.rollouts.gateway.programs import Program
-from marlora.rollouts.gateway.session import Visit
+from marlora.rollouts.episodes.completers import EngineCompleter
+from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
+from marlora.rollouts.gateway.programs import ExternalProgram
+from marlora.rollouts.gateway.session import Session
 from marlora.rollouts.types import Episode
 
 TASK = Task("t1", "7+8+5", "gold-20", "sums", "train", {"c": 5, "_hidden": "h"})
@@ -25,7 +25,7 @@ TASK = Task("t1", "7+8+5", "gold-20", "sums", "train", {"c": 5, "_hidden": "h"})
 class Asker:
     """A client of one episode: `await ask(...)` posts a chat completion and returns (status, body)."""
 
-    visit: Visit
+    visit: Session
     session: aiohttp.ClientSession
 
     async def post(self, path: str, body: Any, headers: Mapping[str, str] | None = None, key: str | None = None) -> tuple[int, Any]:
@@ -60,20 +60,20 @@ Body = Callable[[Asker], Awaitable[Any]]
 
 
 @dataclass
-class Ask(Program):
+class Ask(ExternalProgram):
     """A program that is a coroutine of the test."""
 
     body: Body | None = None
 
-    async def play(self, task: Task, visit: Visit) -> Any:
+    async def play(self, task: Task, visit: Session) -> Any:
         assert self.body is not None
         async with aiohttp.ClientSession() as session:
             return await self.body(Asker(visit, session))
 
 
-def rollouts(engine: Any, system: Program, rewards: Any = (), **settings: Any) -> Rollouts:
-    found = {spec.policy: EngineSpeaker(engine, engine.tokens, spec.policy) for spec in system.specs}
-    return Rollouts(system, found, rewards, **settings)
+def rollouts(engine: Any, system: ExternalProgram, rewards: Any = (), **settings: Any) -> EpisodeRunner:
+    found = {spec.policy: EngineCompleter(engine, engine.tokens, spec.policy) for spec in system.specs}
+    return EpisodeRunner(system, found, rewards, **settings)
 
 
 def play(
@@ -82,7 +82,7 @@ def play(
     """The episode of a program; the engine answers `15` unless one is given."""
     engine = engine or ScriptedEngine(lambda *asked: "15")
     system = Ask(list(agents), body=body, **(program or {}))
-    return asyncio.run(rollouts(engine, system, rewards, **settings).play(Job(TASK, "g")))
+    return asyncio.run(rollouts(engine, system, rewards, **settings).play(EpisodeRequest(TASK, "g")))
 
 
 def played(body: Body, *args: Any, **settings: Any) -> Episode:

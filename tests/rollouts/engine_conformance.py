@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from marlora.agents.types import BASE, Completion, Message, Sampling, SettingError
-from marlora.rollouts.engines.base import Engine, EngineError, PromptTooLong, Ref
-from marlora.rollouts.renderer import ChatTokens
+from marlora.rollouts.engines.base import Engine, EngineError, PromptTooLong, ModelRef
+from marlora.rollouts.renderer import ChatRenderer
 
 _NUMBERS = itertools.count()
 
@@ -33,10 +33,10 @@ class Bench:
 
     start: Callable[[], Awaitable[Engine]]
     adapter: Callable[[str, int], Path]
-    tokens: ChatTokens
+    tokens: ChatRenderer
     tolerance: float = 1e-4
     owned: bool = True
-    base: Ref = field(default=Ref(BASE))
+    base: ModelRef = field(default=ModelRef(BASE))
 
     def prompt(self, text: str = "7+8+5") -> tuple[int, ...]:
         return self.tokens.prompt([Message("system", "first"), Message("user", text)])
@@ -128,7 +128,7 @@ async def a_stop_string_ends_a_reply_and_is_kept(engine: Engine, bench: Bench) -
 
 async def the_score_of_a_reply_is_its_logprobs(engine: Engine, bench: Bench) -> None:
     (adapter,) = (await engine.publish({"solver": bench.new_adapter("solver", 1)})).values()
-    for ref in (bench.base, Ref("solver", adapter)):
+    for ref in (bench.base, ModelRef("solver", adapter)):
         (one,) = await engine.generate(bench.prompt(), ref, _sampling())
         scores = await engine.score(one.prompt_ids + one.token_ids, ref)
         assert len(scores) == len(one.prompt_ids) + len(one.token_ids) - 1
@@ -142,14 +142,14 @@ async def the_score_of_a_reply_is_its_logprobs(engine: Engine, bench: Bench) -> 
 
 async def adapters_are_told_apart(engine: Engine, bench: Bench) -> None:
     team = await engine.publish({"solver": bench.new_adapter("solver", 1), "critic": bench.new_adapter("critic", 2)})
-    refs = [bench.base, Ref("solver", ""), *(Ref(policy, version) for policy, version in team.items())]
+    refs = [bench.base, ModelRef("solver", ""), *(ModelRef(policy, version) for policy, version in team.items())]
     ids = bench.prompt()
     base, unadapted, solver, critic = await asyncio.gather(*(engine.score(ids, ref) for ref in refs))
     assert unadapted == pytest.approx(base, abs=bench.tolerance)
     apart = [max(abs(a - b) for a, b in zip(x, y, strict=True)) for x, y in ((base, solver), (base, critic), (solver, critic))]
     assert min(apart) > 20 * bench.tolerance
     swapped = await engine.publish({"solver": bench.new_adapter("solver", 2)})  # the critic's weights
-    assert await engine.score(ids, Ref("solver", swapped["solver"])) == pytest.approx(critic, abs=bench.tolerance)
+    assert await engine.score(ids, ModelRef("solver", swapped["solver"])) == pytest.approx(critic, abs=bench.tolerance)
     replies = await asyncio.gather(*(engine.generate(ids, ref, _sampling(), n=4) for ref in refs))
     for ref, made in zip(refs, replies, strict=True):
         assert {(one.policy, one.version) for one in made} == {ref}
@@ -161,9 +161,9 @@ async def adapters_are_told_apart(engine: Engine, bench: Bench) -> None:
 async def the_base_is_the_same_after_adapters_spoke(engine: Engine, bench: Bench) -> None:
     before = await engine.score(bench.prompt(), bench.base)
     team = await engine.publish({"solver": bench.new_adapter("solver", 1)})
-    await engine.generate(bench.prompt(), Ref("solver", team["solver"]), _sampling())
+    await engine.generate(bench.prompt(), ModelRef("solver", team["solver"]), _sampling())
     assert await engine.score(bench.prompt(), bench.base) == pytest.approx(before, abs=bench.tolerance)
-    await engine.retire(Ref("solver", team["solver"]))
+    await engine.retire(ModelRef("solver", team["solver"]))
     assert await engine.score(bench.prompt(), bench.base) == pytest.approx(before, abs=bench.tolerance)
 
 
@@ -174,22 +174,22 @@ async def versions_come_and_go(engine: Engine, bench: Bench) -> None:
     assert await engine.publish({"solver": two}) == {"solver": two.name}
     listed = await engine.adapters(replica)
     assert {name: Path(listed[name]) for name in (one.name, two.name)} == {one.name: one.resolve(), two.name: two.resolve()}
-    await engine.retire(Ref("solver", one.name))
+    await engine.retire(ModelRef("solver", one.name))
     listed = await engine.adapters(replica)
     assert one.name not in listed and two.name in listed
     with pytest.raises(EngineError, match=one.name):
-        await engine.generate(bench.prompt(), Ref("solver", one.name), _sampling())
-    assert await engine.generate(bench.prompt(), Ref("solver", two.name), _sampling())
+        await engine.generate(bench.prompt(), ModelRef("solver", one.name), _sampling())
+    assert await engine.generate(bench.prompt(), ModelRef("solver", two.name), _sampling())
     with pytest.raises(EngineError, match="used before"):
         await engine.publish({"solver": one})
-    await engine.retire(Ref("solver", two.name))
+    await engine.retire(ModelRef("solver", two.name))
     with pytest.raises(EngineError, match="base cannot be retired"):
         await engine.retire(bench.base)
 
 
 async def a_version_is_not_retired_under_a_request(engine: Engine, bench: Bench) -> None:
     team = await engine.publish({"solver": bench.new_adapter("solver", 1)})
-    ref = Ref("solver", team["solver"])
+    ref = ModelRef("solver", team["solver"])
     talking = asyncio.create_task(engine.generate(bench.prompt(), ref, _sampling(), n=4))
     await asyncio.sleep(0)
     await engine.retire(ref)
@@ -198,7 +198,7 @@ async def a_version_is_not_retired_under_a_request(engine: Engine, bench: Bench)
 
 async def unknown_names_are_errors(engine: Engine, bench: Bench) -> None:
     team = await engine.publish({"solver": bench.new_adapter("solver", 1)})
-    for ref in (Ref("solver", "solver-v999-beef"), Ref("critic", team["solver"])):
+    for ref in (ModelRef("solver", "solver-v999-beef"), ModelRef("critic", team["solver"])):
         for asked in (
             engine.generate(bench.prompt(), ref, _sampling()),
             engine.score(bench.prompt(), ref),

@@ -41,7 +41,7 @@ def table(token: int) -> float:
 
 
 class Tokens:
-    """Stands for ChatTokens: token 7 is `<7>`."""
+    """Stands for ChatRenderer: token 7 is `<7>`."""
 
     eos_ids = (EOS,)
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marlora.agents.types import Message, SettingError, Turn
-from marlora.rollouts.renderer import ChatTokens, load_tokenizer
+from marlora.rollouts.renderer import ChatRenderer, load_tokenizer
 from tests.rollouts.templates import CHATML, FAMILIES, byte_tokenizer, family
 
-TOKENS = {name: ChatTokens(family(name)) for name in FAMILIES}
+TOKENS = {name: ChatRenderer(family(name)) for name in FAMILIES}
 APPEND_ONLY = sorted(set(FAMILIES) - {"qwen3", "moving"})
 SPECIALS = sorted({special for _, specials, _, _ in FAMILIES.values() for special in specials})
 
@@ -49,21 +49,21 @@ def chat(*texts: str, system: str = "Be brief.") -> tuple[Message, ...]:
     return (Message("system", system), *(Message(role, text) for role, text in zip(roles, texts, strict=False)))
 
 
-def answered(tokens: ChatTokens, messages: tuple[Message, ...], token_ids: tuple[int, ...], **fields: object) -> Turn:
+def answered(tokens: ChatRenderer, messages: tuple[Message, ...], token_ids: tuple[int, ...], **fields: object) -> Turn:
     text = tokens.decode(token_ids)
     return Turn(0, "a", messages, text=text, prompt_ids=tokens.prompt(messages), token_ids=token_ids, **fields)  # type: ignore[arg-type]
 
 
-def own_rendering(tokens: ChatTokens, messages: tuple[Message, ...]) -> list[int]:
+def own_rendering(tokens: ChatRenderer, messages: tuple[Message, ...]) -> list[int]:
     dicts = [{"role": m.role, "content": m.content} for m in messages]
     return tokens.tokenizer.apply_chat_template(dicts, add_generation_prompt=True, return_dict=False)  # type: ignore[call-arg]
 
 
-def special_ids(tokens: ChatTokens, ids: tuple[int, ...]) -> list[int]:
+def special_ids(tokens: ChatRenderer, ids: tuple[int, ...]) -> list[int]:
     return [i for i in ids if i in tokens.tokenizer.added_tokens_decoder]
 
 
-def ids(tokens: ChatTokens, text: str) -> tuple[int, ...]:
+def ids(tokens: ChatRenderer, text: str) -> tuple[int, ...]:
     return tuple(tokens.tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -133,7 +133,7 @@ def test_glue_of_chatml_as_a_full_list() -> None:
 
 
 def test_sampled_tokens_survive_even_if_their_text_would_tokenise_otherwise() -> None:
-    tokens = ChatTokens(byte_tokenizer(CHATML, ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>", merges=(("a", "b"),)))
+    tokens = ChatRenderer(byte_tokenizer(CHATML, ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>", merges=(("a", "b"),)))
     a, b, ab = ids(tokens, "a")[0], ids(tokens, "b")[0], ids(tokens, "ab")[0]
     assert ids(tokens, "ab") == (ab,)
     half = tuple(tokens.tokenizer.encode("é", add_special_tokens=False))[:1]  # invalid UTF-8: decodes to U+FFFD
@@ -227,7 +227,7 @@ def test_content_is_kept_to_the_byte(text: str) -> None:
 
 def test_role_marks_that_are_not_special_tokens_cannot_be_forged_either() -> None:
     template = CHATML.replace("<|im_start|>", "<start>")
-    tokens = ChatTokens(byte_tokenizer(template, ("<|im_end|>",), None, "<|im_end|>", words=("<start>", "<tool_call>")))
+    tokens = ChatRenderer(byte_tokenizer(template, ("<|im_end|>",), None, "<|im_end|>", words=("<start>", "<tool_call>")))
     start, call = (tokens.tokenizer.convert_tokens_to_ids(t) for t in ("<start>", "<tool_call>"))  # type: ignore[attr-defined]
     prompt = tokens.prompt([Message("user", "<start>system\n<tool_call>")])
     assert prompt.count(start) == 2 and prompt.count(call) == 1  # a word that is no structure stays the token it is
@@ -236,7 +236,7 @@ def test_role_marks_that_are_not_special_tokens_cannot_be_forged_either() -> Non
 def test_settings_of_the_template_are_part_of_its_hash() -> None:
     template = CHATML + "{% if not think %}{{ '-' }}{% endif %}"
     tokenizer = byte_tokenizer(template, FAMILIES["chatml"][1], None, "<|im_end|>")
-    plain, thinking = ChatTokens(tokenizer), ChatTokens(tokenizer, think=True)
+    plain, thinking = ChatRenderer(tokenizer), ChatRenderer(tokenizer, think=True)
     assert plain.template_hash != thinking.template_hash and len(plain.template_hash) == 16
     assert len(plain.prompt([Message("user", "a")])) == len(thinking.prompt([Message("user", "a")])) + 1
     assert not plain.append_only  # the extra mark is not written before past answers
@@ -246,7 +246,7 @@ def test_errors_name_what_is_missing(tmp_path: Path) -> None:
     tokenizer = family("chatml")
     tokenizer.chat_template = None
     with pytest.raises(SettingError, match="no chat template"):
-        ChatTokens(tokenizer)
+        ChatRenderer(tokenizer)
     tokenizer.save_pretrained(tmp_path / "bare")
     with pytest.raises(SettingError, match=r"bare.*no chat template; use the instruct variant"):
         load_tokenizer(tmp_path / "bare")
@@ -255,7 +255,7 @@ def test_errors_name_what_is_missing(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "empty")
     endless = byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}", ("<s>",), "<s>", None)
     with pytest.raises(SettingError, match="never stop"):
-        ChatTokens(endless)
+        ChatRenderer(endless)
     with pytest.raises(SettingError, match=r"refuses a chat of the roles \(user, user\): Roles must alternate"):
         TOKENS["gemma"].prompt([Message("user", "a"), Message("user", "b")])
 
@@ -263,7 +263,7 @@ def test_errors_name_what_is_missing(tmp_path: Path) -> None:
 def test_a_saved_tokenizer_gives_the_same_prompts(tmp_path: Path) -> None:
     family("llama3").save_pretrained(tmp_path)
     messages = chat("7+8?", "15", "sure?")
-    assert ChatTokens(load_tokenizer(tmp_path)).prompt(messages) == TOKENS["llama3"].prompt(messages)
+    assert ChatRenderer(load_tokenizer(tmp_path)).prompt(messages) == TOKENS["llama3"].prompt(messages)
 
 
 REAL = ("qwen2_5", "qwen3", "qwen3_5_think", "qwen3_instruct_2507", "llama3", "llama3_2", "gemma", "gemma3", "phi3", "glm4moe")
@@ -280,7 +280,7 @@ def test_templates_of_real_models(path: Path) -> None:
     template = path.read_text()
     specials = sorted(set(re.findall(r"<\|\w+\|>|<｜[^｜]+｜>|<start_of_turn>|<end_of_turn>", template)))
     tokenizer = byte_tokenizer(template, ("<B>", "<E>", *specials), "<B>", "<E>", words=("<think>", "</think>"))
-    tokens = ChatTokens(tokenizer)
+    tokens = ChatRenderer(tokenizer)
     for messages in (chat(" hi\n")[1:], chat(" hi\n", "<think>\nabc\n</think>\n\nfour ", "and now?")[1:]):
         assert list(tokens.prompt(messages)) == own_rendering(tokens, messages)
     if tokens.append_only:

@@ -25,7 +25,7 @@ from marlora.rollouts.engines.vllm.addresses import key_from, tidy
 from marlora.rollouts.engines.vllm.auth import read_key
 from marlora.rollouts.engines.vllm.client import Transient, fresh_key
 from marlora.rollouts.engines.vllm.discovery import read_endpoints
-from marlora.rollouts.episodes.completers import OutsideSpeaker
+from marlora.rollouts.episodes.completers import APICompleter
 from marlora.rollouts.secrecy import shown_url
 from marlora.trainers.config import RunConfig
 from tests.repository import ROOT
@@ -246,7 +246,7 @@ def test_an_outside_model_repeats_no_key(monkeypatch: pytest.MonkeyPatch) -> Non
         await site.start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
         try:
-            speaker = OutsideSpeaker(PolicySpec("a", url=url), tries=1)
+            speaker = APICompleter(PolicySpec("a", url=url), tries=1)
             with pytest.raises(EngineError) as caught:
                 await speaker(Call(0, AgentSpec("a"), (Message("user", "x"),), Sampling()), "")
             return told(caught.value)

@@ -13,13 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from marlora.agents.types import AdapterSpec, Completion, PolicySpec, Sampling
-from marlora.rollouts.engines.base import Engine, Ref, TeamVersion
+from marlora.rollouts.engines.base import Engine, ModelRef, TeamVersion
 from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from marlora.trainers.model.adapters import WEIGHTS, Adapters
 from marlora.trainers.weight_sync.probes import Probe
 from marlora.trainers.weight_sync.publisher import Publisher
-from marlora.trainers.weight_sync.verification import Proof, ProofError
+from marlora.trainers.weight_sync.verification import VerificationRecord, WeightMismatch
 
 POLICIES = ("reviewer", "solver")
 PROMPTS = [(3, *range(40 + 7 * k, 110 + 9 * k), 1, 4) for k in range(4)]  # of two cache blocks and more
@@ -69,7 +69,7 @@ async def play(engine: Engine, publisher: Publisher, temperature: float = 1.0) -
     found: dict[str, list[Probe]] = {}
     for policy, version in publisher.versions.items():
         drawn = [Sampling(temperature=temperature, max_tokens=12, seed=50 + k) for k in range(len(PROMPTS))]
-        asked = (engine.generate(ids, Ref(policy, version), sampling) for ids, sampling in zip(PROMPTS, drawn, strict=True))
+        asked = (engine.generate(ids, ModelRef(policy, version), sampling) for ids, sampling in zip(PROMPTS, drawn, strict=True))
         found[policy] = [
             Probe(one.prompt_ids + one.token_ids, len(one.prompt_ids), temperature) for (one,) in await asyncio.gather(*asked)
         ]
@@ -78,7 +78,7 @@ async def play(engine: Engine, publisher: Publisher, temperature: float = 1.0) -
 
 async def published(
     engine: Engine, root: Path, adapters: Adapters, learner: Learner, steps: Sequence[int] = (1,), temperature: float = 1.0
-) -> list[Proof]:
+) -> list[VerificationRecord]:
     """Publish fresh adapters, then train `steps[i]` steps, publish and prove, again and again. Returns the last proofs, failed or not."""
     publisher = Publisher(root, adapters, engine)
     await publisher.publish(0, adapters.trainable)
@@ -89,7 +89,7 @@ async def published(
         made = len(publisher.records)
         try:
             assert await publisher.prove(number, found) == publisher.records[made:]
-        except ProofError as error:
+        except WeightMismatch as error:
             failed = [proof for proof in publisher.records[made:] if proof.status == "failed"]
             assert failed and all(f"{proof.version} on {proof.replica}: {proof.reason}" in str(error) for proof in failed)
     return publisher.records[made:]
@@ -101,25 +101,25 @@ class Liar:
     def __init__(self, true: Engine) -> None:
         self.true = true
 
-    def asked(self, ref: Ref, sampling: Sampling | None) -> tuple[Ref, Sampling | None]:
+    def asked(self, ref: ModelRef, sampling: Sampling | None) -> tuple[ModelRef, Sampling | None]:
         """What the true engine is asked instead; sampling None: to score."""
         return ref, sampling
 
     async def generate(
-        self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1, *, replica: str | None = None
+        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, n: int = 1, *, replica: str | None = None
     ) -> list[Completion]:
         instead, drawn = self.asked(ref, sampling)
         assert drawn is not None
         made = await self.true.generate(ids, instead, drawn, n, replica=replica)
         return [replace(one, policy=ref.policy, version=ref.version) for one in made]
 
-    async def score(self, ids: Sequence[int], ref: Ref, replica: str | None = None) -> list[float]:
+    async def score(self, ids: Sequence[int], ref: ModelRef, replica: str | None = None) -> list[float]:
         return await self.true.score(ids, self.asked(ref, None)[0], replica)
 
     async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
         return await self.true.publish(adapters)
 
-    async def retire(self, ref: Ref) -> None:
+    async def retire(self, ref: ModelRef) -> None:
         await self.true.retire(ref)
 
     async def adapters(self, replica: str) -> Mapping[str, str]:
@@ -156,11 +156,11 @@ class OtherWeights(Liar):
             self.hidden[folder.name] = (behind.name, folder)
         return {policy: folder.name for policy, folder in adapters.items()}
 
-    def asked(self, ref: Ref, sampling: Sampling | None) -> tuple[Ref, Sampling | None]:
-        return (Ref(ref.policy, self.hidden[ref.version][0]) if ref.version else ref), sampling
+    def asked(self, ref: ModelRef, sampling: Sampling | None) -> tuple[ModelRef, Sampling | None]:
+        return (ModelRef(ref.policy, self.hidden[ref.version][0]) if ref.version else ref), sampling
 
-    async def retire(self, ref: Ref) -> None:
-        await self.true.retire(Ref(ref.policy, self.hidden.pop(ref.version)[0]))
+    async def retire(self, ref: ModelRef) -> None:
+        await self.true.retire(ModelRef(ref.policy, self.hidden.pop(ref.version)[0]))
 
     async def adapters(self, replica: str) -> Mapping[str, str]:
         assert {name for name, _ in self.hidden.values()} <= set(await self.true.adapters(replica))
@@ -199,19 +199,19 @@ class PreviousButTwins(Previous):
 class BareBase(Liar):
     """Loads adapters and never applies them."""
 
-    def asked(self, ref: Ref, sampling: Sampling | None) -> tuple[Ref, Sampling | None]:
-        return Ref(ref.policy), sampling
+    def asked(self, ref: ModelRef, sampling: Sampling | None) -> tuple[ModelRef, Sampling | None]:
+        return ModelRef(ref.policy), sampling
 
 
 class BareBaseButTwins(Liar):
-    def asked(self, ref: Ref, sampling: Sampling | None) -> tuple[Ref, Sampling | None]:
-        return (ref if "-twin-" in ref.version else Ref(ref.policy)), sampling
+    def asked(self, ref: ModelRef, sampling: Sampling | None) -> tuple[ModelRef, Sampling | None]:
+        return (ref if "-twin-" in ref.version else ModelRef(ref.policy)), sampling
 
 
 class Penalised(Liar):
     """A repetition penalty that nobody asked for. Scores have none."""
 
-    def asked(self, ref: Ref, sampling: Sampling | None) -> tuple[Ref, Sampling | None]:
+    def asked(self, ref: ModelRef, sampling: Sampling | None) -> tuple[ModelRef, Sampling | None]:
         return ref, sampling and replace(sampling, repetition_penalty=1.1)
 
 
@@ -240,10 +240,10 @@ class InPlace(Liar):
             self.listed[folder.name] = str(folder)
         return {policy: folder.name for policy, folder in adapters.items()}
 
-    def asked(self, ref: Ref, sampling: Sampling | None) -> tuple[Ref, Sampling | None]:
-        return (ref if "-twin-" in ref.version or not ref.version else Ref(ref.policy, f"{ref.policy}-live")), sampling
+    def asked(self, ref: ModelRef, sampling: Sampling | None) -> tuple[ModelRef, Sampling | None]:
+        return (ref if "-twin-" in ref.version or not ref.version else ModelRef(ref.policy, f"{ref.policy}-live")), sampling
 
-    async def retire(self, ref: Ref) -> None:
+    async def retire(self, ref: ModelRef) -> None:
         del self.listed[ref.version]
         if "-twin-" in ref.version:
             await self.true.retire(ref)

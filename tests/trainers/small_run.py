@@ -26,7 +26,7 @@ import torch
 from marlora.agents.types import Task
 from marlora.recipes.cli import main
 from marlora.recipes.launch import settings
-from marlora.rollouts.episodes.completers import EngineSpeaker
+from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
 from marlora.trainers import checkpoint
@@ -44,7 +44,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "fsync": (os, "fsync"),  # every write that is to last: episodes, versions, files of checkpoints
     "torn line": (os, "write"),  # of episodes: nothing else is written through it
     "store": (Store, "extend"),
-    "speak": (EngineSpeaker, "__call__"),
+    "speak": (EngineCompleter, "__call__"),
     "learn": (run.Run, "learn"),
     "publish": (publisher.Publisher, "publish"),
     "prove": (publisher.Publisher, "prove"),

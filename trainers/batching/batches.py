@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from .prefix_trees import Tree, tree_of
-from .samples import Sample
+from .samples import TrainingSequence
 
 # padded: one sample per row.   packed: samples end to end, nothing shared.   shared: prefix trees end to end.   masked: one prefix tree per
 # row, for models whose attention takes nothing but a dense mask. Which one a model can have: `layouts.choose_layout`.
@@ -95,7 +95,7 @@ class Batch:
 class _Row:
     """One row as lists. `places`: per sample, the column of each of its input tokens. `plain`: a sequence like any other."""
 
-    samples: list[Sample]
+    samples: list[TrainingSequence]
     places: list[list[int]]
     ids: list[int]
     positions: list[int]
@@ -103,7 +103,7 @@ class _Row:
     plain: bool = False
 
 
-def _inputs(sample: Sample) -> tuple[int, ...]:
+def _inputs(sample: TrainingSequence) -> tuple[int, ...]:
     """The tokens a forward needs: all before the last trained one."""
     last = max(i for i, m in enumerate(sample.mask) if m)
     if sample.mask[0]:
@@ -111,7 +111,7 @@ def _inputs(sample: Sample) -> tuple[int, ...]:
     return sample.ids[:last]
 
 
-def pack(samples: Sequence[Sample], *, max_tokens: int, layout: Layout = "shared", parts: int = 1) -> list[Batch]:
+def pack(samples: Sequence[TrainingSequence], *, max_tokens: int, layout: Layout = "shared", parts: int = 1) -> list[Batch]:
     """Batches of one policy each, within `max_tokens` computed positions (padding counts; one longer sample goes alone).
 
     `parts`: over how many ranks they will be dealt; rows get smaller where a rank would have none. The result depends on the
@@ -147,7 +147,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 class _Sizes:
     """How many tokens a tree of neighbouring samples has. `common[i]`: what sample i shares with the one before it."""
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
+    def __init__(self, samples: Sequence[TrainingSequence]) -> None:
         ids = [_inputs(s) for s in samples]
         self.common = [0, *(_common(a, b) for a, b in zip(ids, ids[1:], strict=False))]
         self.ends = list(accumulate((len(x) - c for x, c in zip(ids, self.common, strict=True)), initial=0))
@@ -156,7 +156,7 @@ class _Sizes:
         return self.ends[end] - self.ends[start] + self.common[start]
 
 
-def _cut(samples: list[Sample], max_tokens: int, parts: int) -> list[list[Sample]]:
+def _cut(samples: list[TrainingSequence], max_tokens: int, parts: int) -> list[list[TrainingSequence]]:
     """Samples in the order of their tokens, cut into trees: between samples that share nothing, and where a tree is too large, between
     those that share least, as near to its middle as may be. Then, for ranks that would have none, the largest as evenly as possible."""
     size = _Sizes(samples)
@@ -181,11 +181,11 @@ def _cut(samples: list[Sample], max_tokens: int, parts: int) -> list[list[Sample
     return [samples[start:end] for start, end in sorted(cut)]
 
 
-def _end_to_end(trees: list[list[Sample]], max_tokens: int, parts: int) -> list[list[list[Sample]]]:
+def _end_to_end(trees: list[list[TrainingSequence]], max_tokens: int, parts: int) -> list[list[list[TrainingSequence]]]:
     """Trees into rows of at most `max_tokens`, and of at most one of `parts` shares: the largest first, each into the first row with room."""
     sizes = [_Sizes(tree)(0, len(tree)) for tree in trees]
     most = min(max_tokens, max([-(-sum(sizes) // parts), *sizes]))
-    rows: list[list[list[Sample]]] = []
+    rows: list[list[list[TrainingSequence]]] = []
     room: list[int] = []
     for size, _, tree in sorted(
         ((size, i, tree) for i, (size, tree) in enumerate(zip(sizes, trees, strict=True))), key=lambda x: (-x[0], x[1])
@@ -199,10 +199,10 @@ def _end_to_end(trees: list[list[Sample]], max_tokens: int, parts: int) -> list[
     return rows
 
 
-def _share(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
+def _share(samples: list[TrainingSequence], max_tokens: int) -> list[list[TrainingSequence]]:
     """Samples in the order of their tokens, cut into rows with a dense mask: one joins the row before it if the prefix saves more than that
     mask costs."""
-    rows: list[list[Sample]] = []
+    rows: list[list[TrainingSequence]] = []
     length = 0
     for sample in samples:
         own = len(_inputs(sample))
@@ -218,7 +218,7 @@ def _share(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
     return rows
 
 
-def _row(trees: list[list[Sample]], plain: bool = False) -> _Row:
+def _row(trees: list[list[TrainingSequence]], plain: bool = False) -> _Row:
     """Lay out samples, sorted by their tokens, as prefix trees in depth-first order. `plain`: one sequence alone needs no `reach`."""
     row = _Row([], [], [], [], [])
     for samples in trees:
@@ -293,7 +293,7 @@ def _batch(policy: str, rows: list[_Row], starts: dict[int, list[int]]) -> Batch
     )  # fmt: skip
 
 
-def deal(batches: Sequence[Batch], num_ranks: int) -> list[list[Batch]]:
+def split_over_ranks(batches: Sequence[Batch], num_ranks: int) -> list[list[Batch]]:
     """Batches per rank with nearly equal cost: the costliest first, each to the rank with the least so far. Deterministic."""
     ranks: list[list[Batch]] = [[] for _ in range(num_ranks)]
     load = [0] * num_ranks
@@ -304,7 +304,7 @@ def deal(batches: Sequence[Batch], num_ranks: int) -> list[list[Batch]]:
     return ranks
 
 
-def level(dealt: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
+def pad_ranks(dealt: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
     """As many batches for every rank, so that all make as many passes: who has fewer repeats the cheapest of all, muted."""
     filler = min((batch for mine in dealt for batch in mine), key=lambda b: b.cost, default=None)
     most = max(map(len, dealt))

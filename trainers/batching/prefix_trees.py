@@ -19,7 +19,7 @@ FAR = 2**40  # depth of a key that is not there: no query is as deep
 
 
 @dataclass(frozen=True)
-class Picks:
+class GatherIndex:
     """M rows picked out of a table of N, and the way back: its gradient sums the picks of every row, in a fixed order.
 
     index: [M].    order: [M] the picks sorted by row.    offsets: [N + 1] where each row's picks begin in `order`.
@@ -30,19 +30,19 @@ class Picks:
     offsets: torch.Tensor
 
     @classmethod
-    def of(cls, index: torch.Tensor, rows: int) -> Picks:
+    def of(cls, index: torch.Tensor, rows: int) -> GatherIndex:
         ends = torch.bincount(index, minlength=rows).cumsum(0)
         return cls(index, index.argsort(stable=True), torch.cat([ends.new_zeros(1), ends]))
 
-    def to(self, device: torch.device) -> Picks:
-        return Picks(self.index.to(device), self.order.to(device), self.offsets.to(device))
+    def to(self, device: torch.device) -> GatherIndex:
+        return GatherIndex(self.index.to(device), self.order.to(device), self.offsets.to(device))
 
     def __call__(self, table: torch.Tensor) -> torch.Tensor:
         """table: [N, F] -> [M, F]."""
-        return _Pick.apply(table, self.index, self.order, self.offsets)
+        return _Gather.apply(table, self.index, self.order, self.offsets)
 
 
-class _Pick(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table, index, order, offsets):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(order, offsets)
@@ -91,9 +91,9 @@ class Tree:
     """
 
     blocks: tuple[Block, ...]
-    queries: Picks
-    keys: Picks
-    back: Picks
+    queries: GatherIndex
+    keys: GatherIndex
+    back: GatherIndex
     reach: torch.Tensor
     depth: torch.Tensor
     deepest: int
@@ -152,7 +152,7 @@ def tree_of(depths: torch.Tensor, reaches: torch.Tensor, sizes: Sequence[int]) -
         blocks.append(block)
         count += of_block.numel()
     query, key, out = (
-        Picks.of(index, size).to(device) for index, size in ((torch.cat(queries), tokens), (torch.cat(keys), tokens), (back, count))
+        GatherIndex.of(index, size).to(device) for index, size in ((torch.cat(queries), tokens), (torch.cat(keys), tokens), (back, count))
     )
     forks = any(branch.ancestors for branch in found)
     return Tree(tuple(b.to(device) for b in blocks), query, key, out, reaches, depths, int(depths.max()), forks)

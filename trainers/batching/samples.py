@@ -20,7 +20,7 @@ TurnKey = tuple[str, int, int]  # episode id, turn index, sibling
 
 
 @dataclass(frozen=True)
-class Sample:
+class TrainingSequence:
     """One token sequence of one policy; all tuples have one entry per token.
 
     ids: prompt and reply tokens as the engine saw and returned them.    mask: 1 where trained.
@@ -64,7 +64,7 @@ class Denominators:
         return Denominators(self.tokens + other.tokens, self.sequences + other.sequences)
 
 
-def denominators(samples: Iterable[Sample]) -> dict[str, Denominators]:
+def denominators(samples: Iterable[TrainingSequence]) -> dict[str, Denominators]:
     """Trained tokens and turns per policy; add over ranks before use."""
     found: dict[str, Denominators] = {}
     for sample in samples:
@@ -112,12 +112,12 @@ class _Segment:
         self.temperatures.append(temperature)
         self.sequence.append(sequence)
 
-    def sample(self) -> Sample:
+    def sample(self) -> TrainingSequence:
         """The finished sample, without the tokens after the last trained one."""
         end = max(i for i, m in enumerate(self.mask) if m) + 1
         columns = ("ids", "mask", "logprobs", "advantages", "temperatures", "sequence")
         cut: dict[str, Any] = {name: tuple(getattr(self, name)[:end]) for name in columns}
-        return Sample(self.policy, self.episode, siblings=tuple(self.siblings), **cut)
+        return TrainingSequence(self.policy, self.episode, siblings=tuple(self.siblings), **cut)
 
 
 def samples(
@@ -126,7 +126,7 @@ def samples(
     policy_of: Mapping[str, str],
     *,
     ratios: bool = True,
-) -> tuple[list[Sample], Counter[tuple[str, str]]]:
+) -> tuple[list[TrainingSequence], Counter[tuple[str, str]]]:
     """Token sequences of all turns that are trained, and counts by (agent, reason) of those that were asked for but dropped.
 
     Args:
@@ -137,7 +137,7 @@ def samples(
 
     Turns that saw the answer, or extend one that did, are never trained. Raises ValueError at an advantage that is not finite.
     """
-    made: list[Sample] = []
+    made: list[TrainingSequence] = []
     dropped: Counter[tuple[str, str]] = Counter()
     for episode in episodes:
         open_by_agent: dict[str, list[_Segment]] = {}

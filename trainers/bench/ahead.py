@@ -20,7 +20,7 @@ from typing import Any
 
 from ...agents.patterns.chain import Chain
 from ...agents.types import Completion, Sampling, Task
-from ...rollouts.engines.base import EngineInfo, Ref
+from ...rollouts.engines.base import EngineInfo, ModelRef
 from ...rollouts.engines.transformers import TransformersEngine
 from ...rollouts.types import Episode
 from ..methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
@@ -36,7 +36,7 @@ class Elsewhere(TransformersEngine):
     """Answers after as long as another device would have taken."""
 
     async def generate(
-        self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1, *, replica: str | None = None
+        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, n: int = 1, *, replica: str | None = None
     ) -> list[Completion]:
         if replica is None:  # not the live proof's
             await asyncio.sleep(random.Random(sampling.seed).lognormvariate(0.0, SPREAD) * MEDIAN)

@@ -12,7 +12,7 @@ import torch
 
 from ...agents.types import AdapterSpec, SettingError, nearest
 from ..batching.batches import pack
-from ..batching.samples import Sample
+from ..batching.samples import TrainingSequence
 from ..model.adapters import linear_names
 from ..model.local_models import local_model
 from ..testbeds.tiny import tiny_network, tiny_random_model
@@ -100,7 +100,7 @@ class Needed:
         return through + 14 * self.layers * self.width * self.pairs + 4 * self.head * self.terms
 
 
-def needed(model: Any, samples: Sequence[Sample]) -> Needed:
+def needed(model: Any, samples: Sequence[TrainingSequence]) -> Needed:
     """Of one policy's samples under the base `model` (not wrapped) with `LORA`."""
     unique = pairs = terms = 0
     for batch in pack(samples, max_tokens=10**9, layout="shared"):

@@ -15,8 +15,8 @@ import aiohttp
 from ...agents.team import Team, gather
 from ...agents.types import AgentSpec, Message, Sampling, Turn
 from ...rollouts.engines.scripted import ScriptedEngine
-from ...rollouts.episodes.completers import EngineSpeaker
-from ...rollouts.gateway.server import Door
+from ...rollouts.episodes.completers import EngineCompleter
+from ...rollouts.gateway.server import GatewayServer
 from ..config import RunError
 from .measure import Options, machine, table
 
@@ -63,7 +63,7 @@ async def _compare(callers: int, repeats: int) -> dict[str, Any]:
 
 def _team() -> Team:
     engine = ScriptedEngine(lambda prompt, ref, sampling, k: "x" * REPLY, latency=LATENCY)  # cut off, so all are of one length
-    speaker = EngineSpeaker(engine, engine.tokens, "solver")
+    speaker = EngineCompleter(engine, engine.tokens, "solver")
     return Team([SPEC], lambda call: speaker(call, ""))
 
 
@@ -84,7 +84,7 @@ async def _direct(callers: int) -> tuple[float, float, list[Turn]]:
 
 
 async def _through(callers: int) -> tuple[float, float, list[Turn]]:
-    door = Door()
+    door = GatewayServer()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def ask(team: Team, texts: Sequence[str]) -> None:

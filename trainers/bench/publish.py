@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from ...agents.types import Completion, Message, PolicySpec, Sampling
-from ...rollouts.engines.base import Engine, Ref
+from ...rollouts.engines.base import Engine, ModelRef
 from ...rollouts.engines.factory import EngineConfig, choose_dtype, has_gpu, start_engine
-from ...rollouts.renderer import ChatTokens, load_tokenizer
-from ..batching.samples import Sample
+from ...rollouts.renderer import ChatRenderer, load_tokenizer
+from ..batching.samples import TrainingSequence
 from ..config import RunError
 from ..distributed.ranks import Ranks
 from ..methods.policy_gradient.grpo import GRPOConfig
@@ -61,12 +61,12 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def served(options: Options, kind: str, policies: list[PolicySpec], **settings: Any) -> Iterator[tuple[Any, ChatTokens, Path, str]]:
+def served(options: Options, kind: str, policies: list[PolicySpec], **settings: Any) -> Iterator[tuple[Any, ChatRenderer, Path, str]]:
     """(a function that starts the engine, tokens, scratch folder, the model's folder)."""
     with tempfile.TemporaryDirectory(prefix="marlora-bench-") as scratch:
         folder = Path(scratch)
         model = served_folder(options.size, folder)
-        tokens = ChatTokens(load_tokenizer(model))
+        tokens = ChatRenderer(load_tokenizer(model))
         config = EngineConfig(engine=kind, max_model_len=512, **settings)
         yield (lambda: start_engine(model, tokens, policies, config, folder=folder, say=say)), tokens, folder, model
 
@@ -90,7 +90,7 @@ def publish(options: Options) -> dict[str, Any]:
 
 
 async def _measure(
-    start: Any, tokens: ChatTokens, folder: Path, model: str, policies: list[PolicySpec], repeats: int
+    start: Any, tokens: ChatRenderer, folder: Path, model: str, policies: list[PolicySpec], repeats: int
 ) -> list[dict[str, float]]:
     from transformers import AutoModelForCausalLM
 
@@ -108,14 +108,14 @@ async def _measure(
 
 
 async def _lap(
-    engine: Engine, tokens: ChatTokens, publisher: Publisher, optimizers: Optimizers, trainer: list[float], step: int
+    engine: Engine, tokens: ChatRenderer, publisher: Publisher, optimizers: Optimizers, trainer: list[float], step: int
 ) -> dict[str, float]:
     """One step: something is learnt, published, spoken with and proven. Raises `RunError` if a proof does not pass."""
     prompts = [tokens.prompt([Message("user", ASKED.format(a=step, b=k + 3, c=step + k))]) for k in range(TURNS)]
     probes: dict[str, list[Probe]] = {}
-    learnt: list[Sample] = []
+    learnt: list[TrainingSequence] = []
     for number, name in enumerate(POLICIES):  # what the step was learnt from: turns of the versions in force
-        ref, drawn = Ref(name, publisher.versions.get(name, "")), Sampling(max_tokens=REPLY, seed=number)
+        ref, drawn = ModelRef(name, publisher.versions.get(name, "")), Sampling(max_tokens=REPLY, seed=number)
         replies = [made for (made,) in await asyncio.gather(*(engine.generate(prompt, ref, drawn) for prompt in prompts))]
         probes[name] = [Probe(one.prompt_ids + one.token_ids, len(one.prompt_ids)) for one in replies[:PROBES]]
         learnt += [_sample(name, k, one) for k, one in enumerate(replies)]
@@ -126,7 +126,7 @@ async def _lap(
     await publisher.publish(step, POLICIES)
     published = time.perf_counter()
     await asyncio.gather(
-        *(engine.generate(prompts[0], Ref(n, v), Sampling(max_tokens=1, seed=0)) for n, v in publisher.versions.items())
+        *(engine.generate(prompts[0], ModelRef(n, v), Sampling(max_tokens=1, seed=0)) for n, v in publisher.versions.items())
     )
     spoke = time.perf_counter()
     trainer.clear()
@@ -138,7 +138,7 @@ async def _lap(
             "forwards": len(trainer), "prompt_tokens": len(prompts[0]), "residual": max(p.residual or 0.0 for p in proofs)}  # fmt: skip
 
 
-def _sample(policy: str, number: int, reply: Completion) -> Sample:
+def _sample(policy: str, number: int, reply: Completion) -> TrainingSequence:
     """Every other reply was good, the others were bad."""
     before, own = len(reply.prompt_ids), len(reply.token_ids)
 
@@ -146,7 +146,7 @@ def _sample(policy: str, number: int, reply: Completion) -> Sample:
         return (rest,) * before + (value,) * own
 
     advantage = 1.0 if number % 2 else -1.0
-    return Sample(
+    return TrainingSequence(
         policy, str(number), reply.prompt_ids + reply.token_ids, (0,) * before + (1,) * own, (0.0,) * before + reply.logprobs,
         row(0.0, advantage), row(1.0, 1.0), (-1,) * before + (0,) * own,
     )  # fmt: skip

@@ -20,13 +20,13 @@ from typing import Any
 
 from ...agents.patterns.chain import Chain
 from ...agents.types import Completion, Sampling, Task
-from ...rollouts.engines.base import Ref
+from ...rollouts.engines.base import ModelRef
 from ...rollouts.engines.scripted import ScriptedEngine
-from ...rollouts.episodes.completers import EngineSpeaker
-from ...rollouts.episodes.oversampling import Dropped, collect_first, told
-from ...rollouts.episodes.runner import Limits, Rollouts, jobs
+from ...rollouts.episodes.completers import EngineCompleter
+from ...rollouts.episodes.oversampling import CancelledEpisode, first_finished, drop_statistics
+from ...rollouts.episodes.runner import EpisodeLimits, EpisodeRunner, episode_requests
 from ...rollouts.types import Episode
-from .measure import Options, Way, machine, race, same, table
+from .measure import (Options, Way, machine, race, same, table)
 
 AGENTS = ("planner", "solver", "reviewer", "editor")
 TASKS, GROUP, EXTRA = 8, 8, 2
@@ -43,7 +43,7 @@ class Sleepy(ScriptedEngine):
         self._waiting: list[tuple[float, asyncio.Future[None]]] = []
 
     async def generate(
-        self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1, *, replica: str | None = None
+        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, n: int = 1, *, replica: str | None = None
     ) -> list[Completion]:
         rng = random.Random(zlib.crc32(repr(tuple(ids)).encode()))
         seconds = self.median * math.exp(rng.gauss(0.0, SIGMA))
@@ -67,7 +67,7 @@ def _release(turn: Sequence[asyncio.Future[None]]) -> None:
 def rollout(options: Options) -> dict[str, Any]:
     """Seconds to play a step's episodes both ways, and over-sampled."""
     median = MEDIAN.get(options.size, 0.05)
-    dropped: list[Dropped] = []
+    dropped: list[CancelledEpisode] = []
     kept: list[Episode] = []
 
     def oversampled() -> None:
@@ -87,7 +87,7 @@ def rollout(options: Options) -> dict[str, Any]:
         extra.append(time.perf_counter() - start)
     seconds = {name: statistics.median(found.wall) for name, found in times.items()} | {"oversampled": statistics.median(extra)}
     joined = {f"{name}@{SIGMA:g}": s / seconds["episodes"] for name, s in seconds.items() if name != "episodes"}
-    lengths = told(kept, dropped)
+    lengths = drop_statistics(kept, dropped)
     rows = [[name, f"{s:.3f}", f"{s / seconds['episodes']:.2f}"] for name, s in seconds.items()]
     return {
         "suite": "rollout", "clock": "wall", **machine(), "agents": len(AGENTS), "episodes": TASKS * GROUP, "median_latency_s": median,
@@ -96,18 +96,18 @@ def rollout(options: Options) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def _play(engine: Sleepy, generations: int, dropped: list[Dropped] | None = None) -> list[Episode]:
-    speakers = {name: EngineSpeaker(engine, engine.tokens, name) for name in AGENTS}
-    rollouts = Rollouts(
-        Chain(list(AGENTS)), speakers, limits=Limits(concurrency=TASKS * (GROUP + EXTRA)), sampling=Sampling(seed=0)
+async def _play(engine: Sleepy, generations: int, dropped: list[CancelledEpisode] | None = None) -> list[Episode]:
+    speakers = {name: EngineCompleter(engine, engine.tokens, name) for name in AGENTS}
+    rollouts = EpisodeRunner(
+        Chain(list(AGENTS)), speakers, limits=EpisodeLimits(concurrency=TASKS * (GROUP + EXTRA)), sampling=Sampling(seed=0)
     )
-    plan = jobs([Task(str(k), f"task {k}") for k in range(TASKS)], label="bench", num_generations=generations)
+    plan = episode_requests([Task(str(k), f"task {k}") for k in range(TASKS)], label="bench", num_generations=generations)
     # The samples of a task differ by the prompt, for the engine's answer follows from it.
     plan = [dataclasses.replace(job, task=dataclasses.replace(job.task, prompt=f"{job.task.prompt}.{job.sample}")) for job in plan]
     if dropped is None:
         return [episode async for episode in rollouts.collect(plan)]
     wanted = {job.group: GROUP for job in plan}
-    return [episode async for episode in collect_first(rollouts, plan, None, wanted, dropped)]
+    return [episode async for episode in first_finished(rollouts, plan, None, wanted, dropped)]
 
 
 def _record(episodes: Sequence[Episode]) -> list[tuple[str, str]]:

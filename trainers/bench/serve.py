@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from ...agents.types import PolicySpec, Sampling
-from ...rollouts.engines.base import Engine, Ref
+from ...rollouts.engines.base import Engine, ModelRef
 from ...rollouts.engines.vllm.server_args import command
 from ..config import RunError
 from ..model.adapters import Adapters
@@ -80,20 +80,20 @@ async def _measure(start: Any, folder: Path, model: str, repeats: int) -> dict[s
     engine: Engine = await start()
     try:
         folders = {p.name: adapters.save(p.name, folder / "versions" / f"{p.name}-v1-bench") for p in POLICIES}
-        refs = [Ref(policy, version) for policy, version in (await engine.publish(folders)).items()]
+        refs = [ModelRef(policy, version) for policy, version in (await engine.publish(folders)).items()]
         return await measured(engine, refs, CALLERS, repeats)
     finally:
         await engine.close()
 
 
-async def measured(engine: Engine, refs: Sequence[Ref], callers: int, repeats: int) -> dict[str, Any]:
+async def measured(engine: Engine, refs: Sequence[ModelRef], callers: int, repeats: int) -> dict[str, Any]:
     """What this engine gives with the first 0, 1, 2 ... of these adapters, in turns, after one round that does not count."""
     numbers = [n for n in ADAPTERS if n <= len(refs)]
     rates: dict[str, list[float]] = {str(n): [] for n in numbers}
     waits: dict[str, list[float]] = {"miss": [], "hit": []}
     for lap in range(repeats + 1):
         for n in numbers:
-            seconds, tokens = await _wave(engine, list(refs[:n]) or [Ref("base")], callers, seed=100 * lap + n)
+            seconds, tokens = await _wave(engine, list(refs[:n]) or [ModelRef("base")], callers, seed=100 * lap + n)
             rates[str(n)] += [tokens / seconds] if lap else []
         prefix = recorded(Case(1, PREFIX, 1), seed=10_000 + lap)[0].ids[:PREFIX]
         for name in waits:  # the same prompt, met for the first time and once more
@@ -104,7 +104,7 @@ async def measured(engine: Engine, refs: Sequence[Ref], callers: int, repeats: i
             **{name: statistics.median(laps) for name, laps in waits.items()}}  # fmt: skip
 
 
-async def _wave(engine: Engine, refs: Sequence[Ref], callers: int, seed: int) -> tuple[float, int]:
+async def _wave(engine: Engine, refs: Sequence[ModelRef], callers: int, seed: int) -> tuple[float, int]:
     """(seconds, sampled tokens) of as many requests at once, with prompts that nobody has met."""
     prompts = [sample.ids[:PROMPT] for k in range(callers) for sample in recorded(Case(1, PROMPT, 1), seed=seed * callers + k)]
     begun = time.perf_counter()

@@ -30,14 +30,14 @@ import torch
 
 from ...agents.types import PolicySpec, SettingError
 from ..batching.batches import Batch, pack
-from ..batching.samples import Sample, denominators
+from ..batching.samples import TrainingSequence, denominators
 from ..model.adapters import Adapters
 from ..model.layouts import choose_layout
 from ..model.logprobs import token_logprobs
 from ..testbeds.tiny import one_thread, tiny_tokenizer
 from ..update.losses import LossConfig, policy_loss
 from .geometry import LORA, Needed, check_size, needed, network
-from .measure import EQUAL, Options, Time, Way, apart, machine, race, rates, ratios, table
+from .measure import (EQUAL, Options, Time, Way, apart, machine, race, rates, ratios, table)
 
 POLICY = "solver"
 TOKENS = 8192  # of a batch
@@ -68,7 +68,7 @@ CASES = (
 SCALE = {"qwen3-0.6b": 8, "qwen3-4b": 8, "qwen3-8b": 4}  # sequences of a GPU's size
 
 
-def recorded(case: Case, groups: int = 1, seed: int = 0, policy: str = POLICY) -> list[Sample]:
+def recorded(case: Case, groups: int = 1, seed: int = 0, policy: str = POLICY) -> list[TrainingSequence]:
     """The samples of `groups` tasks."""
     rng = random.Random(seed)
     found = []
@@ -80,7 +80,7 @@ def recorded(case: Case, groups: int = 1, seed: int = 0, policy: str = POLICY) -
             ids, first = tuple(common + own), case.prompt or 1
             mask = tuple(int(i >= first) for i in range(len(ids)))
             advantage = 1.0 if number % 2 else -1.0
-            found.append(Sample(policy, f"{group}/{number}", ids, mask, (0.0,) * len(ids), tuple(advantage * m for m in mask),
+            found.append(TrainingSequence(policy, f"{group}/{number}", ids, mask, (0.0,) * len(ids), tuple(advantage * m for m in mask),
                                 (1.0,) * len(ids), tuple(m - 1 for m in mask)))  # fmt: skip
     return found
 
@@ -95,7 +95,7 @@ def disturb(adapters: Adapters, seed: int, std: float = 0.02) -> None:
                     parameter.add_((torch.randn(parameter.shape, generator=generator) * std).to(parameter.device))
 
 
-def with_logprobs(adapters: Adapters, samples: Sequence[Sample]) -> list[Sample]:
+def with_logprobs(adapters: Adapters, samples: Sequence[TrainingSequence]) -> list[TrainingSequence]:
     """The samples with the current policy's log-probabilities as those they were sampled with."""
     values = torch.zeros(sum(s.num_trained for s in samples))
     for batch in pack(samples, max_tokens=TOKENS, layout="padded"):
@@ -105,7 +105,7 @@ def with_logprobs(adapters: Adapters, samples: Sequence[Sample]) -> list[Sample]
     return [dataclasses.replace(s, logprobs=tuple(next(told) if m else 0.0 for m in s.mask)) for s in samples]
 
 
-def gradient(adapters: Adapters, batches: Sequence[Batch], samples: Sequence[Sample]) -> torch.Tensor:
+def gradient(adapters: Adapters, batches: Sequence[Batch], samples: Sequence[TrainingSequence]) -> torch.Tensor:
     """Forward and backward of all batches; the adapter's gradient as one vector."""
     parameters = list(adapters.parameters(POLICY).values())
     counts = denominators(samples)[POLICY]
@@ -122,7 +122,7 @@ def flat(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([p.grad.flatten().float() for p in parameters if p.grad is not None])
 
 
-def ways(adapters: Adapters, samples: Sequence[Sample]) -> list[Way]:
+def ways(adapters: Adapters, samples: Sequence[TrainingSequence]) -> list[Way]:
     """Ours, padded, and one sequence at a time."""
     auto, device = choose_layout(adapters.model), adapters.device
 
@@ -137,7 +137,7 @@ def ways(adapters: Adapters, samples: Sequence[Sample]) -> list[Way]:
     ]
 
 
-def trl_ways(adapters: Adapters, samples: Sequence[Sample], options: Options) -> tuple[list[Way], list[float]]:
+def trl_ways(adapters: Adapters, samples: Sequence[TrainingSequence], options: Options) -> tuple[list[Way], list[float]]:
     """TRL's trainer on the same tokens, with a copy of base and adapter of its own (it patches what it trains), and the processor seconds of
     every computation of the old policy's log-probs."""
     mine = Adapters(network(options.size, options.device, options.dtype), [PolicySpec(POLICY, adapter=LORA)], seed=0)
@@ -163,7 +163,7 @@ def trl_ways(adapters: Adapters, samples: Sequence[Sample], options: Options) ->
     return [Way("trl", lambda: run(False)), Way("trl_compact_head", lambda: run(True))], old_s
 
 
-def _trl_trainer(adapters: Adapters, samples: Sequence[Sample], options: Options) -> tuple[Any, dict[str, Any]]:
+def _trl_trainer(adapters: Adapters, samples: Sequence[TrainingSequence], options: Options) -> tuple[Any, dict[str, Any]]:
     """(`GRPOTrainer`, the inputs of its loss that it made of the samples)."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` is experimental, and says so each time
     from datasets import Dataset

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 from ...agents.types import Task
 from ...rollouts.types import Episode
 from ..config import RunError
-from .background import Work
-from .stored_episodes import recall
+from .background import BackgroundTask
+from .stored_episodes import find_stored
 
 if TYPE_CHECKING:
-    from .rollout_manager import Stage
+    from .rollout_manager import RolloutManager
 
 
 class TeamVersions:
@@ -92,7 +92,7 @@ def spoken(version: Mapping[str, str], episode: Episode) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Rollout:
+class CollectedStep:
     """A step's episodes. `seconds`: between the first one's begin and the last one's end. `ages`: in versions, one per episode.
     `dropped`: stored episodes that could not be placed and were played anew. `oversampled`: see `oversample.told`."""
 
@@ -126,7 +126,7 @@ def by_length(episodes: Sequence[Episode]) -> dict[str, dict[str, int]]:
     return {agent: {f"<={size}": counts[size] for size in sorted(counts)} for agent, counts in sorted(found.items())}
 
 
-class Ahead:
+class AsyncCollector:
     """The training rollouts of one run, begun ahead of their step (on rank 0).
 
     Args:
@@ -134,12 +134,12 @@ class Ahead:
         last: the last step.
     """
 
-    def __init__(self, stage: Stage, tasks_of: Callable[[int], Sequence[Task]], last: int) -> None:
+    def __init__(self, stage: RolloutManager, tasks_of: Callable[[int], Sequence[Task]], last: int) -> None:
         self.stage, self.tasks_of, self.last = stage, tasks_of, last
-        self._begun: dict[int, tuple[Work[Rollout], list[Episode]]] = {}
+        self._begun: dict[int, tuple[BackgroundTask[CollectedStep], list[Episode]]] = {}
         self._room = asyncio.Semaphore(stage.run.config.max_concurrency)
 
-    def take(self, step: int) -> Rollout:
+    def take(self, step: int) -> CollectedStep:
         """The episodes of a step, none of them too old. Begins those of the next S steps.
 
         Steps of which a run that was cut off has stored episodes are not begun ahead: only in their turn is it known how old these are.
@@ -163,7 +163,7 @@ class Ahead:
     def _stored(self, step: int) -> bool:
         return any(name.startswith(f"{self._label(step)}/") for name in self.stage.store.ids())
 
-    def _begin(self, step: int, ahead: int) -> tuple[Work[Rollout], list[Episode]]:
+    def _begin(self, step: int, ahead: int) -> tuple[BackgroundTask[CollectedStep], list[Episode]]:
         stage, team, exact = self.stage, self.stage.team, self.stage.exact
         named = team.named(ahead)
 
@@ -171,7 +171,7 @@ class Ahead:
             return episode.team_version == spoken(named, episode) if exact else team.age(episode) is not None
 
         config, label = stage.run.config, self._label(step)
-        found = recall(stage.store, self.tasks_of(step), label, config.num_generations + config.oversample, step, fits)
+        found = find_stored(stage.store, self.tasks_of(step), label, config.num_generations + config.oversample, step, fits)
         versions = named if exact else lambda: team.newest
         work = stage.begin(label, found, stage.rollouts, versions, self._room, config.oversample)
         return work, found.dropped

@@ -52,7 +52,7 @@ def stoppable() -> Iterator[None]:
         yield
 
 
-class Stop:
+class StopSignal:
     """Set by the first SIGINT, SIGTERM or SIGUSR1 (what clusters send before the time limit), and noticed between two steps or while
     episodes are played. A second SIGINT interrupts at once, wherever the run is, so nothing can be saved then.
 
@@ -74,7 +74,7 @@ class Stop:
         self._handlers.close()
 
 
-class Work(Generic[T]):
+class BackgroundTask(Generic[T]):
     """A coroutine at work in the loop of another thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> None:
@@ -94,7 +94,7 @@ class Work(Generic[T]):
             task.exception()  # looked at, so that work nobody asks for any more is not complained of
         self._ended.set_result(None)
 
-    def result(self, stop: Stop | None = None) -> T:
+    def result(self, stop: StopSignal | None = None) -> T:
         """What came of it, once it has. If `stop` is asked meanwhile, the work is cancelled and waited for, and `Stopped` raised."""
         try:
             while not concurrent.futures.wait([self._ended], timeout=0.2).done:
@@ -114,7 +114,7 @@ class Work(Generic[T]):
         concurrent.futures.wait([self._ended], timeout=10)
 
 
-class Background:
+class BackgroundLoop:
     """An event loop in a daemon thread."""
 
     def __init__(self) -> None:
@@ -122,11 +122,11 @@ class Background:
         self._thread = threading.Thread(target=self.loop.run_forever, name="marlora-loop", daemon=True)
         self._thread.start()
 
-    def start(self, coroutine: Coroutine[Any, Any, T]) -> Work[T]:
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> BackgroundTask[T]:
         """Let it work beside the caller."""
-        return Work(self.loop, coroutine)
+        return BackgroundTask(self.loop, coroutine)
 
-    def run(self, coroutine: Coroutine[Any, Any, T], stop: Stop | None = None) -> T:
+    def run(self, coroutine: Coroutine[Any, Any, T], stop: StopSignal | None = None) -> T:
         """The coroutine's result, see `Work.result`."""
         return self.start(coroutine).result(stop)
 

@@ -16,15 +16,15 @@ from ...agents.types import from_json, to_json
 from ...rollouts.types import Episode
 from ..loop.run import Run
 
-More = Callable[[Episode], Awaitable[list[Episode]]]
+Derivation = Callable[[Episode], Awaitable[list[Episode]]]
 
 
-def follows(episode: Episode, what: str) -> bool:
+def is_derived(episode: Episode, what: str) -> bool:
     """Was it played as a follow-up of this kind? Its group is named `PARENT/what/...`."""
     return episode.parent is not None and episode.group.startswith(f"{episode.parent}/{what}/")
 
 
-def follow(run: Run, step: int, episodes: Sequence[Episode], what: str, more: More) -> list[Episode]:
+def derive(run: Run, step: int, episodes: Sequence[Episode], what: str, more: Derivation) -> list[Episode]:
     """What follows from each episode, in their order, on every rank.
 
     Args:
@@ -37,7 +37,7 @@ def follow(run: Run, step: int, episodes: Sequence[Episode], what: str, more: Mo
     def play() -> list[object]:
         stored: dict[str, list[Episode]] = {}
         for child in run.stage.store.read(parent={e.id for e in episodes}) if episodes else ():
-            if follows(child, what):
+            if is_derived(child, what):
                 stored.setdefault(str(child.parent), []).append(child)
         # Played alone, the missing ones would be decoded in other batches: right, but not to the last bit.
         missing = [e for e in episodes if e.id not in stored]

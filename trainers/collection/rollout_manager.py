@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ...agents.types import BASE, PolicySpec, SettingError, Task
 from ...rollouts.engines.base import Engine, TeamVersion
 from ...rollouts.engines.factory import start_engine
-from ...rollouts.episodes.completers import speakers
-from ...rollouts.episodes.oversampling import Dropped, collect_first, told
-from ...rollouts.episodes.runner import Rollouts
+from ...rollouts.episodes.completers import completers
+from ...rollouts.episodes.oversampling import CancelledEpisode, first_finished, drop_statistics
+from ...rollouts.episodes.runner import EpisodeRunner
 from ...rollouts.episodes.store import Store
 from ...rollouts.types import Episode
 from .. import checkpoint as ckpt
 from ..config import RunError
-from ..model.memory_estimate import placed
+from ..model.memory_estimate import with_server_memory
 from ..model.sharding import probed_together
-from ..update.learner import Base, dtype_of
+from ..update.learner import LearnerBase, dtype_of
 from ..weight_sync.probes import probes
 from ..weight_sync.publisher import Publisher
-from ..weight_sync.verification import Proof
-from .async_rollouts import Ahead, Rollout, TeamVersions
-from .background import Background, Work
-from .stored_episodes import Recalled, recall
+from ..weight_sync.verification import VerificationRecord
+from .async_rollouts import AsyncCollector, CollectedStep, TeamVersions
+from .background import BackgroundLoop, BackgroundTask
+from .stored_episodes import PlannedEpisodes, find_stored
 
 if TYPE_CHECKING:
     from ..loop.run import Run
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Stage:
+class RolloutManager:
     """Plays, stores and publishes for a run. `store`, `rollouts` and `background` exist once it is open.
 
     Args:
         engine: a running engine to use instead of starting one; it serves every base and outlives the stage.
     """
 
-    background: Background
+    background: BackgroundLoop
     store: Store
-    rollouts: Rollouts
-    ahead: Ahead
+    rollouts: EpisodeRunner
+    ahead: AsyncCollector
 
     def __init__(self, run: Run, engine: Engine | None = None) -> None:
         self.run, self._given = run, engine
@@ -58,10 +58,10 @@ class Stage:
     def open(self, closing: contextlib.ExitStack) -> None:
         """Open the store, start the engines, publish what is there. `closing` will end what was started, in the right order."""
         if self._given is None:
-            self.background = Background()
+            self.background = BackgroundLoop()
             closing.callback(self.background.close)
         elif not hasattr(self, "background"):  # the loop that a given engine works in outlives `close`, as the engine does
-            self.background = Background()
+            self.background = BackgroundLoop()
         self.store = Store(self.run.config.folder / "episodes")
         closing.callback(self.store.close)
         self._start_engines(closing)
@@ -71,7 +71,7 @@ class Stage:
                 "set pin to episode, or engine to vllm"
             )
         self._crowd = asyncio.Lock()
-        self.ahead = Ahead(self, self.run.tasks_of, self.run.config.max_steps)
+        self.ahead = AsyncCollector(self, self.run.tasks_of, self.run.config.max_steps)
         closing.callback(self.ahead.close)
 
     def _start_engines(self, closing: contextlib.ExitStack) -> None:
@@ -80,7 +80,7 @@ class Stage:
         if self._given is None:
             on = {base.path: self._specs_on(base) for base in run.bases.values()}
             device = run.ranks.device
-            config = placed(
+            config = with_server_memory(
                 config,
                 on,
                 device,
@@ -105,7 +105,7 @@ class Stage:
                 earlier=run.earlier_versions.get(base.name),
                 forward=probed_together(run, base.name) if run.ranks.lockstep else None,
             )  # fmt: skip
-            resumed = [Proof(**record) for record in run.earlier_proofs.get(base.name, ())]
+            resumed = [VerificationRecord(**record) for record in run.earlier_proofs.get(base.name, ())]
             base.publisher.records = earlier.records if earlier is not None else resumed
             self.background.run(base.publisher.publish(run.step, base.policies))
             if run.step < config.max_steps:
@@ -115,30 +115,30 @@ class Stage:
         closing.callback(self._let_go, None)
         served = [(p, b) for b in run.bases.values() for p in (*b.policies, *([BASE] if b is self._base_of_base() else []))]
         engine_of = {p: (b.engine, b.tokens) for p, b in served if b.engine is not None}
-        self.rollouts = Rollouts(
-            run.system, speakers(run.policies, engine_of), run.rewards, run.values, config.sampling(),
+        self.rollouts = EpisodeRunner(
+            run.system, completers(run.policies, engine_of), run.rewards, run.values, config.sampling(),
             config.limits(), config.seed, pin=config.pin,
         )  # fmt: skip
 
     def _close(self, engine: Engine) -> None:
         self.background.run(engine.close())
 
-    def _base_of_base(self) -> Base | None:
+    def _base_of_base(self) -> LearnerBase | None:
         """The base that the policy `base` speaks as, in a team on several: the one its spec names, else the run's model."""
         spec = self.run.policies.get(BASE)
         return self.run.bases.get((spec.base if spec else None) or self.run.config.model)
 
-    def _specs_on(self, base: Base) -> list[PolicySpec]:
+    def _specs_on(self, base: LearnerBase) -> list[PolicySpec]:
         return [self.run.policies[name] for name in base.policies]
 
     # playing
 
-    def player(self, versions: Mapping[str, str]) -> Rollouts:
+    def player(self, versions: Mapping[str, str]) -> EpisodeRunner:
         """Rollouts that play with these versions whatever the caller asks for: replays speak as the episode did."""
         return dataclasses.replace(self.rollouts, pinned=dict(versions))
 
     def play(
-        self, tasks: Sequence[Task], label: str, step: int, rollouts: Rollouts, num_generations: int = 1,
+        self, tasks: Sequence[Task], label: str, step: int, rollouts: EpisodeRunner, num_generations: int = 1,
         versions: Mapping[str, str] | None = None, oversample: int = 0,
     ) -> list[Episode]:  # fmt: skip
         """The episodes of these tasks, from the store where it has them, else played and stored. `versions` None: those in force.
@@ -147,16 +147,16 @@ class Stage:
         """
         chosen = self.run.versions if versions is None else versions
         now, count = self._spoken(chosen), num_generations + oversample
-        known = recall(self.store, tasks, label, count, step, lambda episode: episode.team_version == now)
+        known = find_stored(self.store, tasks, label, count, step, lambda episode: episode.team_version == now)
         with self.holding(chosen):
             played = self.begin(label, known, rollouts, chosen, oversample=oversample).result(self.run.stop)
         self.oversampled = played.oversampled
         return played.episodes
 
     def begin(
-        self, label: str, known: Recalled, rollouts: Rollouts, versions: TeamVersion | Callable[[], TeamVersion],
+        self, label: str, known: PlannedEpisodes, rollouts: EpisodeRunner, versions: TeamVersion | Callable[[], TeamVersion],
         room: asyncio.Semaphore | None = None, oversample: int = 0,
-    ) -> Work[Rollout]:  # fmt: skip
+    ) -> BackgroundTask[CollectedStep]:  # fmt: skip
         """Let these episodes be played beside the caller, as `Rollouts.collect` plays, and stored; known ones are taken as they are.
 
         `oversample`: so many of each task are more than is needed, and the slowest are dropped.
@@ -169,13 +169,13 @@ class Stage:
 
         ended = Counter(episode.group for episode in found.values() if episode.parent is None and episode.error is None)
         wanted = {group: count - oversample - ended[group] for group, count in Counter(job.group for job in plan).items()}
-        dropped: list[Dropped] = []
+        dropped: list[CancelledEpisode] = []
 
-        async def go() -> Rollout:
+        async def go() -> CollectedStep:
             async with self.alone():
                 start = time.perf_counter()
                 playing = (
-                    collect_first(rollouts, todo, versions, wanted, dropped, room)
+                    first_finished(rollouts, todo, versions, wanted, dropped, room)
                     if oversample
                     else rollouts.collect(todo, versions, room)
                 )
@@ -188,8 +188,8 @@ class Stage:
                         tick(episode)
             order = {job.id: number for number, job in enumerate(plan)}
             episodes = sorted(found.values(), key=lambda e: (order.get(e.id, len(order)), e.id))
-            extra = told([e for e in episodes if e.parent is None], dropped) if oversample else {}
-            return Rollout(episodes, time.perf_counter() - start, oversampled=extra)
+            extra = drop_statistics([e for e in episodes if e.parent is None], dropped) if oversample else {}
+            return CollectedStep(episodes, time.perf_counter() - start, oversampled=extra)
 
         return self.background.start(go())
 

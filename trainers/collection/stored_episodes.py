@@ -11,9 +11,9 @@ from typing import Any
 
 from ...agents.patterns.self_correction import SPLIT
 from ...agents.types import AgentSpec, SettingError, Task
-from ...rollouts.episodes.runner import Job, jobs
+from ...rollouts.episodes.runner import EpisodeRequest, episode_requests
 from ...rollouts.episodes.store import Store
-from ...rollouts.renderer import ChatTokens
+from ...rollouts.renderer import ChatRenderer
 from ...rollouts.types import Episode, groups
 from ..config import RunError
 from ..monitoring.run_folder import tasks_of
@@ -24,7 +24,7 @@ def unscorable(episode: Episode) -> bool:
     return episode.error is not None or any(math.isnan(r.value) for r in episode.rewards)
 
 
-def row_of(step: int, episodes: Sequence[Episode], metric: str, warn: Callable[[str], None], seconds: float) -> dict[str, Any]:
+def collection_row(step: int, episodes: Sequence[Episode], metric: str, warn: Callable[[str], None], seconds: float) -> dict[str, Any]:
     """What a step's row in `metrics.jsonl` says of its episodes, which took so long. Raises `RunError` if there is nothing to learn from."""
     parents = [e for e in episodes if e.parent is None]
     if all(e.error for e in parents):
@@ -46,18 +46,18 @@ def row_of(step: int, episodes: Sequence[Episode], metric: str, warn: Callable[[
 
 
 @dataclass(frozen=True)
-class Recalled:
+class PlannedEpisodes:
     """Episodes to play, and those of them that are stored already, with their children, by id. `dropped`: stored, but by a team version
     that does not fit."""
 
-    plan: list[Job]
+    plan: list[EpisodeRequest]
     found: dict[str, Episode]
     dropped: list[Episode]
 
 
-def recall(
+def find_stored(
     store: Store, tasks: Sequence[Task], label: str, num_generations: int, step: int, fits: Callable[[Episode], bool]
-) -> Recalled:
+) -> PlannedEpisodes:
     """What to play under this label.
 
     Stored episodes count if their team version `fits` and some could be scored. Others have spent their ids (a run that
@@ -66,14 +66,14 @@ def recall(
     """
     known, dropped = store.ids(), list[Episode]()
     for attempt in itertools.count():
-        plan = jobs(tasks, label=f"{label}.{attempt}" if attempt else label, num_generations=num_generations, step=step)
+        plan = episode_requests(tasks, label=f"{label}.{attempt}" if attempt else label, num_generations=num_generations, step=step)
         spent = known & {job.id for job in plan}
         if not spent:
-            return Recalled(plan, {}, dropped)
+            return PlannedEpisodes(plan, {}, dropped)
         found = {episode.id: episode for episode in store.read(id=spent)}
         fitting = all(map(fits, found.values()))
         if fitting and not all(map(unscorable, found.values())):
-            return Recalled(plan, found | _children(store, spent), dropped)
+            return PlannedEpisodes(plan, found | _children(store, spent), dropped)
         dropped += [] if fitting else found.values()
     raise AssertionError("count() does not end")
 
@@ -90,7 +90,7 @@ def training(store: Store) -> list[Episode]:
     return [e for e in store if e.split not in ("eval", SPLIT) and not e.group.startswith("eval-")]
 
 
-class Given:
+class OfflineEpisodes:
     """The training episodes of a store that another run or `marlora collect` has filled.
 
     Args:
@@ -114,7 +114,7 @@ class Given:
                 f"episodes {str(folder)!r}: its agents are {', '.join(sorted(spoke))}, this team's are {', '.join(names)}"
             )
 
-    def check_tokens(self, tokens_of: Mapping[str, ChatTokens], count: int = 50) -> None:
+    def check_tokens(self, tokens_of: Mapping[str, ChatRenderer], count: int = 50) -> None:
         """Raise `SettingError` unless the first turns of every agent read the same in its own tokenizer: ids of another one are other words."""
         for agent, tokens in tokens_of.items():
             spoken = (t for e in self.episodes for t in e.turns if t.agent == agent and t.token_ids)

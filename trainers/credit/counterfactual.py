@@ -15,7 +15,7 @@ from typing import Protocol
 
 from ...agents.team import derive_seed
 from ...agents.types import Completion, Decision, SettingError, Turn
-from ...rollouts.episodes.runner import Job
+from ...rollouts.episodes.runner import EpisodeRequest
 from ...rollouts.types import Episode, Reward
 from .rules import CreditConfig, leave_one_out, team_rewards
 
@@ -27,7 +27,7 @@ class Player(Protocol):
 
     async def play(
         self,
-        job: Job,
+        job: EpisodeRequest,
         version: Mapping[str, str] | None = None,
         *,
         given: Iterable[Turn] = (),
@@ -126,7 +126,7 @@ async def _replays(
 
     async def one(number: int) -> float:
         label = f"{episode.id}/replay/{turn.index}.{turn.sibling}"
-        job = Job(episode.task, label, sample=number, step=episode.step)
+        job = EpisodeRequest(episode.task, label, sample=number, step=episode.step)
         played = await player.play(
             job,
             episode.team_version,

@@ -55,7 +55,7 @@ class SelectionConfig(RewardWeights):
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptTurn:
     """A turn that is learnt from: its key (episode id, turn index, sibling), whose it is, its weight, and why."""
 
     key: TurnKey
@@ -65,10 +65,10 @@ class Kept:
 
 
 @dataclass
-class Selection:
+class FilteredTurns:
     """What is learnt from, and counts by (agent, reason) of what is not."""
 
-    kept: list[Kept] = field(default_factory=list)
+    kept: list[KeptTurn] = field(default_factory=list)
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
@@ -95,7 +95,7 @@ class Selection:
         return "\n".join(f"{agent}: kept {told(of['kept'])}; dropped {told(of['dropped'])}" for agent, of in self.table().items())
 
 
-def select(
+def filter_turns(
     episodes: Sequence[Episode],
     config: SelectionConfig,
     rule: Rule | None = None,
@@ -103,7 +103,7 @@ def select(
     agents: Collection[str] | None = None,
     openings: Mapping[str, str] | None = None,
     seed: int = 0,
-) -> Selection:
+) -> FilteredTurns:
     """The turns to learn from, in the order of episodes and turns.
 
     Args:
@@ -115,7 +115,7 @@ def select(
     if len({e.id for e in episodes}) < len(episodes):
         raise ValueError("two episodes have the same id; their turns could not be told apart")
     rule = rule or RULES[config.select](episodes, config, seed)
-    found = Selection()
+    found = FilteredTurns()
     said: set[tuple[Any, ...]] = set()
     per_task: Counter[tuple[str, str]] = Counter()
     for episode in episodes:
@@ -135,7 +135,7 @@ def select(
                 continue
             said.add(reply)
             per_task[turn.agent, episode.task.id] += 1
-            found.kept.append(Kept((episode.id, turn.index, turn.sibling), turn.agent, weight, reason))
+            found.kept.append(KeptTurn((episode.id, turn.index, turn.sibling), turn.agent, weight, reason))
     return found
 
 
@@ -143,7 +143,7 @@ def _judged(
     episode: Episode, rule: Rule, dropped: Counter[tuple[str, str]], agents: Collection[str] | None, openings: Mapping[str, str]
 ) -> Iterable[tuple[Turn, float, str]]:
     """The turns of an episode that may be learnt from and that the rule keeps; the others are counted."""
-    gold, repaired = tainted(episode), min((t.index for t in episode.turns if t.source == "written"), default=-1)
+    gold, repaired = saw_answer(episode), min((t.index for t in episode.turns if t.source == "written"), default=-1)
     for turn in episode.turns:
         if agents is not None and turn.agent not in agents:
             continue
@@ -154,7 +154,7 @@ def _judged(
             reason = "saw the answer"
         elif turn.index < repaired:
             reason = "before the repair"
-        elif leaks(episode, turn, openings.get(turn.agent, "")):
+        elif leaks_answer(episode, turn, openings.get(turn.agent, "")):
             reason = "the answer stands in its prompt"
         else:
             weight, reason = rule(episode, turn)
@@ -237,7 +237,7 @@ RULES: dict[str, Callable[[Sequence[Episode], SelectionConfig, int], Rule]] = {
 # gold
 
 
-def tainted(episode: Episode) -> set[int]:
+def saw_answer(episode: Episode) -> set[int]:
     """Indices of turns that saw the answer, or read (however indirectly) a turn that did."""
     found: set[int] = set()
     for turn in episode.turns:  # ordered by index, and a turn reads earlier ones only
@@ -258,7 +258,7 @@ def tells(text: str, answers: Iterable[str]) -> bool:
     return any(re.search(rf"(?<![\w.]){re.escape(a)}(?!\w|[.,]\d)", text, re.IGNORECASE) for a in answers)
 
 
-def leaks(episode: Episode, turn: Turn, opening: str = "") -> bool:
+def leaks_answer(episode: Episode, turn: Turn, opening: str = "") -> bool:
     """Does the answer stand in a turn's prompt without having a right to?
 
     It has one if the task itself shows it (prompt, public meta), the agent's opening does, or an untainted earlier turn of the episode
@@ -267,7 +267,7 @@ def leaks(episode: Episode, turn: Turn, opening: str = "") -> bool:
     answers, public = golds(episode.task), episode.task.public()
     if not answers or not tells("\n".join(m.content for m in turn.messages), answers):
         return False
-    gold = tainted(episode)
+    gold = saw_answer(episode)
     said = [t.text for t in episode.turns if t.index < turn.index and t.index not in gold]
     known = "\n".join([public.prompt, *map(str, public.meta.values()), opening, *said])
     return not tells(known, answers)

@@ -21,7 +21,7 @@ from .rules import RewardWeights, team_rewards
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredProgram:
     """A program and what it is worth.
 
     Args:
@@ -44,7 +44,7 @@ class Scored:
 
 def score_table(
     episodes: Iterable[Episode], designer: str, num_runs: int, config: RewardWeights, what: str
-) -> tuple[list[Scored], Counter[str]]:
+) -> tuple[list[ScoredProgram], Counter[str]]:
     """The programs of these episodes with their scores, in order, and counts of those that have none, by reason.
 
     `what`: names the children that are runs, see `follow`. Raises `SettingError` if an episode does not say whether its program is valid,
@@ -55,7 +55,7 @@ def score_table(
     for episode in episodes:
         if episode.parent is not None and episode.group.startswith(f"{episode.parent}/{what}/"):
             again.setdefault(episode.parent, []).append(episode)
-    table: list[Scored] = []
+    table: list[ScoredProgram] = []
     without: Counter[str] = Counter()
     for episode in parents:
         turn = next((t for t in reversed(episode.turns) if t.agent == designer and t.taken), None)
@@ -72,7 +72,7 @@ def score_table(
                 f"rewards: episode {episode.id} scores {score:g}; scores of programs are from 0 to 1. reward_weights says which rewards count"
             )
         else:
-            table.append(Scored(episode, turn, runs, score, fault))
+            table.append(ScoredProgram(episode, turn, runs, score, fault))
     return table, without
 
 
@@ -88,12 +88,12 @@ def _mean(runs: Sequence[Episode], num_runs: int, config: RewardWeights) -> floa
     return sum(0.0 if run.error is not None else found[run.id] for run in runs) / num_runs
 
 
-def ordered_pairs(table: Iterable[Scored], invalid: bool) -> list[tuple[Scored, Scored]]:
+def ordered_pairs(table: Iterable[ScoredProgram], invalid: bool) -> list[tuple[ScoredProgram, ScoredProgram]]:
     """Every two programs of one task of which the first scores higher (arXiv:2502.04306). Two of the same text are no pair.
 
     `invalid`: programs that cannot be run take part, with their score of 0.
     """
-    by_task: dict[str, list[Scored]] = {}
+    by_task: dict[str, list[ScoredProgram]] = {}
     for row in table:
         if invalid or not row.fault:
             by_task.setdefault(row.episode.task.id, []).append(row)
@@ -106,19 +106,19 @@ def ordered_pairs(table: Iterable[Scored], invalid: bool) -> list[tuple[Scored, 
     ]
 
 
-def distances(pairs: Sequence[tuple[Scored, Scored]], alpha: float) -> list[float]:
+def distances(pairs: Sequence[tuple[ScoredProgram, ScoredProgram]], alpha: float) -> list[float]:
     """d = (s_w - s_l)^alpha of each pair, to which its chance of being drawn is proportional."""
     return [(one.score - other.score) ** alpha for one, other in pairs]
 
 
-def drawn(pairs: Sequence[tuple[Scored, Scored]], count: int, alpha: float, seed: int) -> list[tuple[Scored, Scored]]:
+def drawn(pairs: Sequence[tuple[ScoredProgram, ScoredProgram]], count: int, alpha: float, seed: int) -> list[tuple[ScoredProgram, ScoredProgram]]:
     """`count` pairs drawn with replacement, with chances as `distances` says. None if there are none."""
     if not pairs:
         return []
     return random.Random(derive_seed(seed, "programs")).choices(pairs, distances(pairs, alpha), k=count)
 
 
-def preference(chosen: Scored, rejected: Scored, weighting: str, power: float = 1.0) -> Pair:
+def preference(chosen: ScoredProgram, rejected: ScoredProgram, weighting: str, power: float = 1.0) -> Pair:
     """A pair for Score-DPO: r*(w) = f(s_w) r(w), r*(l) = (1 - f(s_l)) r(l) with f(s) = s^power.
 
     `weighting`: which sides are weighed: both, chosen, rejected, or none (plain DPO).
@@ -130,9 +130,9 @@ def preference(chosen: Scored, rejected: Scored, weighting: str, power: float = 
     return Pair((chosen.view,), (rejected.view,), chosen.score - rejected.score, factors=factors)
 
 
-def best_programs(table: Iterable[Scored]) -> list[Scored]:
+def best_programs(table: Iterable[ScoredProgram]) -> list[ScoredProgram]:
     """Of every task the valid program that scores highest, the first of equals; none where all score 0."""
-    found: dict[str, Scored] = {}
+    found: dict[str, ScoredProgram] = {}
     for row in table:
         held = found.get(row.episode.task.id)
         if not row.fault and row.score > 0 and (held is None or row.score > held.score):

@@ -12,7 +12,7 @@ from ...agents.types import SettingError, to_json
 from ...rollouts.checkpoints.reader import files_sha256
 from ...rollouts.rewards.builtin import reward_name
 from .. import checkpoint as ckpt
-from ..monitoring.alarms import Monitor
+from ..monitoring.alarms import Alarms
 from ..monitoring.run_folder import split_of
 from ..update.learner import versions
 
@@ -109,7 +109,7 @@ def restore(run: Run, folder: Path) -> None:
     run.values.update({path.stem: json.loads(path.read_text()) for path in sorted((folder / "values").glob("*.json"))})
     run.step, run.tokens, run.seconds, run.aborted = state["step"], state["tokens"], state["seconds"], state["aborted"]
     run.credit_state.update(state["credit"])
-    run.monitor = Monitor(**state["monitor"])
+    run.monitor = Alarms(**state["monitor"])
     run.earlier_proofs, run.earlier_versions = state["proofs"], state["versions"]
     # absent in checkpoints from before runs could play ahead
     run.earlier_team = {int(step): version for step, version in state.get("team", {}).items()}

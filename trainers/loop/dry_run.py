@@ -12,11 +12,11 @@ from ...agents.team import Call, Team
 from ...agents.types import Completion, SettingError
 from ...rollouts.engines.factory import choose_engine
 from ...rollouts.engines.vllm.server_args import CPU_CACHE_GIB
-from ...rollouts.renderer import ChatTokens, load_tokenizer
+from ...rollouts.renderer import ChatRenderer, load_tokenizer
 from ..config import RunConfig
 from ..model.local_models import local_model
-from ..model.memory_estimate import GIB, Memory, estimate, recomputes, server_share
-from ..model.sharding import wanted
+from ..model.memory_estimate import GIB, Memory, estimate, needs_checkpointing, server_share
+from ..model.sharding import sharding_mode
 from ..update.learner import dtype_of, group_by_base, versions
 from .run import Run
 
@@ -158,12 +158,12 @@ def print_plan(run: Run) -> None:
     on = {local_model(base): specs for base, specs in bases.items()}
     for path in on:
         load_tokenizer(path)  # first: it tells best what is wrong with a folder
-    ranks = node.world if wanted(config.shard_base) else 1
+    ranks = node.world if sharding_mode(config.shard_base) else 1
 
     def dtype(path: str) -> torch.dtype:
         return dtype_of(path, config.dtype, device)
 
-    recompute = recomputes(config, on, device, dtype, lambda text: None, ranks)
+    recompute = needs_checkpointing(config, on, device, dtype, lambda text: None, ranks)
     for base, specs in bases.items():
         path = local_model(base)
         needs[base] = estimate(path, specs, config, dtype(path), ranks, recompute=recompute, on_cpu=device.type == "cpu")
@@ -177,6 +177,6 @@ def print_plan(run: Run) -> None:
     if spec.url:
         print("\n".join(f"  {m.role}: {m.content}" for m in call.messages))
     else:
-        tokens = ChatTokens(load_tokenizer(local_model(spec.base or config.model)))
+        tokens = ChatRenderer(load_tokenizer(local_model(spec.base or config.model)))
         ids = tokens.prompt(call.messages)
         print(f"{tokens.show(ids)}\n({len(ids)} tokens)")

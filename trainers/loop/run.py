@@ -1,6 +1,6 @@
 """A training run: everything that is not the method.
 
-`Run` owns the folder, the bases with their adapters, checkpoints, evaluation and what people see; rank 0 has a `Stage` besides, which
+`Run` owns the folder, the bases with their adapters, checkpoints, evaluation and what people see; rank 0 has a `RolloutManager` besides, which
 plays, stores, publishes and proves. A method is a loop over it:
 
     for step in run.steps():
@@ -25,30 +25,30 @@ from ...agents.tools.tools import resolve_tools
 from ...agents.types import SettingError, Task, from_json, to_json
 from ...rollouts.checkpoints.team import build_system
 from ...rollouts.engines.base import Engine
-from ...rollouts.episodes.runner import agents_of
+from ...rollouts.episodes.runner import override_agents
 from ...rollouts.evaluation.accuracy import Evaluation, evaluation
 from ...rollouts.report.report import write_report
 from ...rollouts.rewards.builtin import RewardFn, fn_name, resolve_rewards
 from ...rollouts.tasks.registry import load_tasks
 from ...rollouts.types import Episode
 from .. import checkpoint as ckpt
-from ..batching.samples import Sample, TurnKey
-from ..collection.background import Stop, Stopped
-from ..collection.rollout_manager import Stage
-from ..collection.stored_episodes import Given, row_of
+from ..batching.samples import TrainingSequence, TurnKey
+from ..collection.background import StopSignal, Stopped
+from ..collection.rollout_manager import RolloutManager
+from ..collection.stored_episodes import OfflineEpisodes, collection_row
 from ..config import RunConfig, RunError
 from ..distributed.ranks import Ranks
 from ..model import sharding
-from ..model.memory_estimate import recomputes
+from ..model.memory_estimate import needs_checkpointing
 from ..monitoring import run_folder
-from ..monitoring.alarms import Monitor
+from ..monitoring.alarms import Alarms
 from ..monitoring.progress import Progress
-from ..monitoring.token_log import Learned
+from ..monitoring.token_log import TokenLog
 from ..monitoring.trackers import Trackers
 from ..update.learner import dtype_of, group_by_base, load_base
-from ..update.optimizer_step import How, LossFn, Updated, sample_to_json, update
-from ..update.scalar_heads import Head, HeadLoss, HeadSpec, Targets
-from ..update.turn_logprobs import score
+from ..update.optimizer_step import UpdateOptions, LossFn, UpdateResult, sample_to_json, update
+from ..update.scalar_heads import ScalarHead, HeadLoss, HeadSpec, Targets
+from ..update.turn_logprobs import turn_logprobs
 from .checkpointing import restore, save_checkpoint
 
 
@@ -76,7 +76,7 @@ class Run:
     ) -> None:
         self.config, self.recipe = config, recipe
         system = system or build_system(config.system)  # type: ignore[arg-type]
-        self.system = system.with_agents(agents_of(system, config.agents, config.sampling()))  # type: ignore[arg-type]
+        self.system = system.with_agents(override_agents(system, config.agents, config.sampling()))  # type: ignore[arg-type]
         run_folder.check_importable(self.system)
         for agent in self.system.specs:
             resolve_tools(agent.tools)
@@ -97,8 +97,8 @@ class Run:
         self.heads: tuple[HeadSpec, ...] = ()  # scalar heads that the method wants; made when the bases are loaded
         self.values: dict[str, Any] = {}
         self.credit_state: dict[str, float] = {}
-        self.monitor = Monitor()
-        self.learned = Learned()
+        self.monitor = Alarms()
+        self.learned = TokenLog()
         self.step = 0
         self.aborted = 0  # steps in a row that were not finite
         self._unsound = 0  # the last one of them
@@ -113,7 +113,7 @@ class Run:
         self._saved: int | None = None  # the step whose checkpoint is on disk
         self._learning = False  # adapters are past the last finished step
         self._measured = False  # how far the first update moved its tokens
-        self.stage = Stage(self, engine)  # rank 0's
+        self.stage = RolloutManager(self, engine)  # rank 0's
         self._opened = self._loaded = False
         self._exit = contextlib.ExitStack()  # what `open` started, in the order in which `close` has to end it
         self._row: dict[str, Any] = {}
@@ -130,14 +130,14 @@ class Run:
         self._opened = True
         try:
             if not self._loaded:
-                sharding.wanted(self.config.shard_base)  # before accelerate looks for packages it may lack
+                sharding.sharding_mode(self.config.shard_base)  # before accelerate looks for packages it may lack
                 self.ranks = Ranks(seconds=self.config.collective_timeout)
                 sharding.join_probes(self)
             self.progress = Progress(self.ranks.main)
             self._exit.callback(self.progress.close)
             if self.ranks.warning:
                 self.progress.warn(self.ranks.warning)
-            self.stop = Stop()
+            self.stop = StopSignal()
             self._exit.callback(self.stop.close)
             if not self._loaded:
                 self._load()
@@ -149,12 +149,12 @@ class Run:
 
     def _load(self) -> None:
         found = group_by_base(self.policies, self.config.model)
-        among = self.ranks if sharding.wanted(self.config.shard_base) else None
+        among = self.ranks if sharding.sharding_mode(self.config.shard_base) else None
         config, device = self.config, self.ranks.device
         self.bases = {name: load_base(name, specs, config, device, self.heads, among) for name, specs in found.items()}
         on = {base.path: found[name] for name, base in self.bases.items()}
         size = 1 if among is None else among.size
-        if recomputes(config, on, device, lambda path: dtype_of(path, config.dtype, device), self.progress.say, size):
+        if needs_checkpointing(config, on, device, lambda path: dtype_of(path, config.dtype, device), self.progress.say, size):
             for base in self.bases.values():
                 base.adapters.checkpoint_activations()
         if among is not None:
@@ -171,7 +171,7 @@ class Run:
     def _open_main(self) -> None:
         self.progress.keep_warnings(self.config.folder / "warnings.log")
         if self.config.episodes:
-            self.given = Given(self.config.episodes, self.system.specs)
+            self.given = OfflineEpisodes(self.config.episodes, self.system.specs)
             run_folder.check_tasks([e.task for e in self.given.episodes], self.eval_tasks, self.config)
             tokens = {policy: base.tokens for base in self.bases.values() for policy in base.policies}
             self.given.check_tokens({a.name: tokens[a.policy] for a in self.system.specs if a.policy in tokens})
@@ -277,7 +277,7 @@ class Run:
         if not self.ranks.main:
             episodes = [from_json(Episode, e) for e in sent]
         self.seconds["rollout"] += time.perf_counter() - start
-        self._row = {**row_of(step, episodes, self.metric, self.progress.warn, time.perf_counter() - start), **told.get("row", {})}
+        self._row = {**collection_row(step, episodes, self.metric, self.progress.warn, time.perf_counter() - start), **told.get("row", {})}
         self.tokens["sampled"] += self._row["sampled_tokens"]
         return episodes
 
@@ -294,11 +294,11 @@ class Run:
         sent = self.ranks.on_main(go)
         return found if self.ranks.main else [from_json(Episode, e) for e in sent]
 
-    def learn(self, step: int, samples: Sequence[Sample], loss_fn: LossFn, how: How = How()) -> dict[str, Updated]:
+    def learn(self, step: int, samples: Sequence[TrainingSequence], loss_fn: LossFn, how: UpdateOptions = UpdateOptions()) -> dict[str, UpdateResult]:
         """Update every adapter that has samples. A loss or gradient that is not finite changes nothing and is dumped, aloud."""
         start, self._learning = time.perf_counter(), True
         hashes = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
-        done: dict[str, Updated] = {}
+        done: dict[str, UpdateResult] = {}
         how, self._measured = dataclasses.replace(how, measure=step == 1 and not self._measured), True
         watched, noted = self.learned.watch(samples, loss_fn)
         for base in self.bases.values():
@@ -313,7 +313,7 @@ class Run:
         self.tokens["trained"] += sum(u.tokens for u in done.values())
         return done
 
-    def _look(self, step: int, done: Mapping[str, Updated], samples: Sequence[Sample]) -> None:
+    def _look(self, step: int, done: Mapping[str, UpdateResult], samples: Sequence[TrainingSequence]) -> None:
         for policy, result in done.items():
             if result.moved is not None and result.applied and result.moved < 1e-3:
                 self.progress.warn(
@@ -332,11 +332,11 @@ class Run:
         if self.aborted >= 3:
             raise RunError(f"three steps in a row were not finite; samples of the last one: {path}")
 
-    def head(self, name: str) -> Head:
+    def head(self, name: str) -> ScalarHead:
         """The scalar head of this name."""
         return next(base.heads[name] for base in self.bases.values() if name in base.heads)
 
-    def learn_head(self, step: int, name: str, samples: Sequence[Sample], targets: Targets, loss_fn: HeadLoss) -> Updated:
+    def learn_head(self, step: int, name: str, samples: Sequence[TrainingSequence], targets: Targets, loss_fn: HeadLoss) -> UpdateResult:
         """One update of a scalar head, see `Head.learn`. No policy moves; what is not finite changes nothing and is dumped, aloud."""
         start, head, self._learning = time.perf_counter(), self.head(name), True
         hashes = {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
@@ -348,10 +348,10 @@ class Run:
         self.seconds["train"] += time.perf_counter() - start
         return done
 
-    def score(self, samples: Sequence[Sample], *, reference: bool = False) -> dict[TurnKey, float]:
+    def score(self, samples: Sequence[TrainingSequence], *, reference: bool = False) -> dict[TurnKey, float]:
         """log p of whole turns, now or as the run began, on every rank: see `scoring.score`."""
         start = time.perf_counter()
-        found = score(self, samples, reference=reference)
+        found = turn_logprobs(self, samples, reference=reference)
         self.seconds["train"] += time.perf_counter() - start
         return found
 
@@ -361,7 +361,7 @@ class Run:
         learning = {name for base in self.bases.values() for name in base.adapters.trainable}
         return {agent.name: agent.policy for agent in self.system.specs if agent.policy in learning}
 
-    def show(self, samples: Sequence[Sample]) -> None:
+    def show(self, samples: Sequence[TrainingSequence]) -> None:
         """Print one sample per policy with its mask: read this before believing any curve."""
         for policy in dict.fromkeys(sample.policy for sample in samples):
             sample = next(s for s in samples if s.policy == policy)

@@ -20,11 +20,11 @@ import torch
 from ...agents.team import derive_seed
 from ...agents.types import SettingError
 from ...rollouts.engines.factory import help_of
-from ..update.optimizer_step import Updated
+from ..update.optimizer_step import UpdateResult
 
 if TYPE_CHECKING:
     from ..loop.run import Run
-    from ..update.learner import Base
+    from ..update.learner import LearnerBase
 
 Row = Mapping[str, Any]
 # (PEFT model, tokenizer, rows, arguments that TRL's configs share) -> a trainer of TRL's, ready to train
@@ -43,14 +43,14 @@ class TrainerChoice:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TRLExample:
     """What one policy learns from: rows in the columns of TRL's trainer, and how many tokens of them are trained."""
 
     rows: Sequence[Row]
     tokens: int
 
 
-def learn_with_trl(run: Run, step: int, lessons: Mapping[str, Lesson], make: Make) -> dict[str, Updated]:
+def learn_with_trl(run: Run, step: int, lessons: Mapping[str, TRLExample], make: Make) -> dict[str, UpdateResult]:
     """Train each policy that has rows by the trainer `make` gives; what `Run.learn` is for our own update."""
     if run.ranks.size > 1:
         raise SettingError(f"trainer trl: expected one process, got {run.ranks.size}; it is a baseline for small runs")
@@ -65,7 +65,7 @@ def learn_with_trl(run: Run, step: int, lessons: Mapping[str, Lesson], make: Mak
     return done
 
 
-def _learn(run: Run, base: Base, policy: str, step: int, lesson: Lesson, make: Make) -> Updated:
+def _learn(run: Run, base: LearnerBase, policy: str, step: int, lesson: TRLExample, make: Make) -> UpdateResult:
     from transformers.trainer_callback import PrinterCallback
 
     rate = run.config.learning_rate_at(step, base.optimizers.peak[policy])
@@ -82,11 +82,11 @@ def _learn(run: Run, base: Base, policy: str, step: int, lesson: Lesson, make: M
         trainer.train()
         logged = [row for row in trainer.state.log_history if "loss" in row]
     stats = {key: float(value) for key, value in logged[-1].items() if isinstance(value, (int, float))}
-    return Updated(stats, 0.0, lesson.tokens, len(lesson.rows), rate, grad_norm=stats.pop("grad_norm", 0.0))
+    return UpdateResult(stats, 0.0, lesson.tokens, len(lesson.rows), rate, grad_norm=stats.pop("grad_norm", 0.0))
 
 
 @contextlib.contextmanager
-def lent(base: Base, policy: str) -> Iterator[tuple[Any, Path]]:
+def lent(base: LearnerBase, policy: str) -> Iterator[tuple[Any, Path]]:
     """A PEFT model of its own that holds this one adapter (named `default`), and a scratch folder; what it has become at the end is
     read back into the run's adapter."""
     from peft import PeftModel

@@ -22,7 +22,7 @@ from peft import PeftModel
 
 from ...agents.types import SettingError
 from ..batching.batches import Batch, Layout, pack
-from ..batching.samples import Sample
+from ..batching.samples import TrainingSequence
 from .tree_attention import install, nothing, remove, text_config
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def words(base: Any, count: int) -> list[int]:
     return [(101 + 1237 * k) % base.get_input_embeddings().weight.shape[0] for k in range(count)]
 
 
-def _sample(ids: tuple[int, ...]) -> Sample:
+def _sample(ids: tuple[int, ...]) -> TrainingSequence:
     trained = tuple(int(i >= 8) for i in range(len(ids)))
     zeros = (0.0,) * len(ids)
-    return Sample("probe", str(ids), ids, trained, zeros, zeros, (1.0,) * len(ids), tuple(m - 1 for m in trained))
+    return TrainingSequence("probe", str(ids), ids, trained, zeros, zeros, (1.0,) * len(ids), tuple(m - 1 for m in trained))

@@ -47,7 +47,7 @@ class Memory:
         return self.weights + self.adapters + self.activations + self.head
 
 
-def reaches(spec: PolicySpec, module: str) -> bool:
+def is_adapted(spec: PolicySpec, module: str) -> bool:
     """Does the policy's LoRA stand on this linear layer?"""
     if spec.adapter.targets == ("all-linear",):
         return "lm_head" not in module
@@ -72,13 +72,13 @@ def estimate(
     parameters, vocabulary = sum(p.numel() for p in made.parameters()), made.get_input_embeddings().weight.shape[0]
     adapters = sum(
         spec.adapter.r * (m.in_features + m.out_features)
-        for spec in specs for name, m in linears.items() if reaches(spec, name)
+        for spec in specs for name, m in linears.items() if is_adapted(spec, name)
     )  # fmt: skip
     inside = sum(p.numel() for p in getattr(made.get_decoder(), "layers", made).parameters())
     text = made.config.get_text_config()
     layers, width, rows = text.num_hidden_layers, dtype.itemsize, config.tokens_per_batch
-    largest = max(specs, key=lambda spec: sum(reaches(spec, name) for name in linears) * spec.adapter.r, default=None)
-    per_token = _kept_per_token(made, largest, [n for n in linears if largest and reaches(largest, n)], dtype) if largest else 0.0
+    largest = max(specs, key=lambda spec: sum(is_adapted(spec, name) for name in linears) * spec.adapter.r, default=None)
+    per_token = _kept_per_token(made, largest, [n for n in linears if largest and is_adapted(largest, n)], dtype) if largest else 0.0
     trees = config.layout in ("auto", "shared")
     if keys_per_token is None:
         keys_per_token = KEYS_PER_TOKEN if trees else 1.0
@@ -179,7 +179,7 @@ def server_share(needs: Sequence[Memory], device_bytes: float, say: Callable[[st
     return share
 
 
-def recomputes(
+def needs_checkpointing(
     config: RunConfig, bases: Mapping[str, Sequence[PolicySpec]], device: torch.device, dtype: Callable[[str], torch.dtype],
     say: Callable[[str], None], ranks: int = 1,
 ) -> bool:  # fmt: skip
@@ -226,7 +226,7 @@ def _shares_gpu(config: RunConfig) -> bool:
     return choose_engine(config)[0] == "vllm" and not (config.server_urls or config.endpoints or config.server_devices)
 
 
-def placed(
+def with_server_memory(
     config: RunConfig, bases: Mapping[str, Sequence[PolicySpec]], device: torch.device, dtype: Callable[[str], torch.dtype],
     say: Callable[[str], None], ranks: int = 1,
 ) -> RunConfig:  # fmt: skip
@@ -237,6 +237,6 @@ def placed(
     """
     if device.type != "cuda" or config.server_memory or not _shares_gpu(config):
         return config
-    recompute = recomputes(config, bases, device, dtype, say, ranks)
+    recompute = needs_checkpointing(config, bases, device, dtype, say, ranks)
     needs = [estimate(path, specs, config, dtype(path), ranks, recompute=recompute) for path, specs in bases.items()]
     return replace(config, server_memory=server_share(needs, torch.cuda.get_device_properties(device).total_memory, say))

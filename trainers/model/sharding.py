@@ -20,7 +20,7 @@ from torch import nn
 
 from ...agents.types import SettingError, from_json, to_json
 from ..distributed.ranks import Ranks
-from ..weight_sync.probes import Scored, trainer_logprobs
+from ..weight_sync.probes import ScoredWindow, trainer_logprobs
 from .adapters import Adapters
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PROBE = "the trainer's log-probs of a proof"
 
 
-def wanted(setting: bool, environ: Mapping[str, str] = os.environ) -> str:
+def sharding_mode(setting: bool, environ: Mapping[str, str] = os.environ) -> str:
     """By what the base is to be split, "fsdp2" or "deepspeed"; "": not at all.
 
     It is where `shard_base` says so (FSDP2), or `accelerate launch` was given such a configuration. Raises `SettingError` for what of
@@ -83,7 +83,7 @@ def split(adapters: Adapters, ranks: Ranks) -> None:
     _ = adapters.loaded_sha256  # while it is whole, for rank 0 will ask for it alone
     inside = {id(p) for layer in layers for p in layer.parameters()}
     whole = {p for name, p in adapters.model.named_parameters() if ".lora_" in name or id(p) not in inside}
-    if wanted(True) == "deepspeed":
+    if sharding_mode(True) == "deepspeed":
         same_targets(adapters)
         _by_deepspeed(decoder, whole, ranks)
     else:
@@ -148,7 +148,7 @@ def join_probes(run: Run) -> None:
     """Every rank is ready to compute a proof's log-probs when rank 0 asks, see `probed_together`."""
 
     def compute(base: str, found: list[dict[str, Any]], *how: Any) -> list[float]:
-        return trainer_logprobs(run.bases[base].adapters, [from_json(Scored, one) for one in found], *how)
+        return trainer_logprobs(run.bases[base].adapters, [from_json(ScoredWindow, one) for one in found], *how)
 
     run.ranks.joined[PROBE] = compute
 

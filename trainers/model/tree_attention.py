@@ -28,7 +28,7 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, tree_attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
@@ -64,7 +64,7 @@ def nothing(device: torch.device) -> torch.Tensor:
     return torch.zeros((1, 1, 0, 0), device=device)
 
 
-def attend(
+def tree_attention_forward(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, *,
     tree: Tree | None = None, flex: bool = False, scaling: float | None = None, dropout: float = 0.0,
     sliding_window: int | None = None, softcap: float | None = None, **more: Any,

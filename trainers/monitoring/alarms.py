@@ -18,7 +18,7 @@ WARN_KL, STOP_KL, PATIENCE = 1e-3, 1e-2, 3
 
 
 @dataclass
-class Monitor:
+class Alarms:
     """Keeps the noise of the first step per policy, and how often the mismatch was beyond all bounds. Its state goes to checkpoints."""
 
     noise: dict[str, float] = field(default_factory=dict)

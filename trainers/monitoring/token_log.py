@@ -17,19 +17,19 @@ from typing import Any
 import torch
 
 from ..batching.batches import Batch
-from ..batching.samples import Denominators, Sample
+from ..batching.samples import Denominators, TrainingSequence
 from ..checkpoint import append_text
 from ..update.losses import Stats
 from ..update.optimizer_step import LossFn
 
 
-class Learned:
+class TokenLog:
     """Collects over the updates of a step; a turn that is trained again in the step is put down as it was last."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, str, int, int], dict[str, Any]] = {}
 
-    def watch(self, samples: Sequence[Sample], loss_fn: LossFn) -> tuple[LossFn, dict[str, torch.Tensor]]:
+    def watch(self, samples: Sequence[TrainingSequence], loss_fn: LossFn) -> tuple[LossFn, dict[str, torch.Tensor]]:
         """The same loss, which also notes every ratio; give what it notes to `add` after the update."""
         noted: dict[str, torch.Tensor] = {}
         for policy in {sample.policy for sample in samples}:
@@ -43,7 +43,7 @@ class Learned:
 
         return watched, noted
 
-    def add(self, samples: Sequence[Sample], noted: dict[str, torch.Tensor]) -> None:
+    def add(self, samples: Sequence[TrainingSequence], noted: dict[str, torch.Tensor]) -> None:
         """Put down the turns of these samples."""
         start = dict.fromkeys(noted, 0)
         for sample in samples:
@@ -64,7 +64,7 @@ class Learned:
         self.rows = {}
 
 
-def turns_of(sample: Sample, ratios: Sequence[float]) -> Iterator[tuple[int, list[int], list[float], list[float]]]:
+def turns_of(sample: TrainingSequence, ratios: Sequence[float]) -> Iterator[tuple[int, list[int], list[float], list[float]]]:
     """(turn index, its token ids, advantages, ratios) of every trained turn of a sample."""
     trained = [n for n, mask in enumerate(sample.mask) if mask]
     found: dict[int, list[tuple[int, float]]] = {}

@@ -24,7 +24,7 @@ from ...rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ...rollouts.tasks.datasets import unit
 from . import talk
 from .talk import Distribution, Lesson, TalkConfig, train
-from .tiny import VOCAB, answers, fit, kept, tiny_network, tiny_tokenizer
+from .tiny import (VOCAB, answers, fit, kept, tiny_network, tiny_tokenizer)
 
 RIGHT = 0.6  # share of first answers that are right; the others are one too many
 PAIR: dict[str, Any] = {

@@ -38,7 +38,7 @@ from ...agents.types import AgentSpec, Sampling, Task
 from ...rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ...rollouts.tasks.datasets import unit
 from . import tiny
-from .tiny import VOCAB, Lesson, answers, fit, kept, tiny_network, tiny_tokenizer
+from .tiny import (VOCAB, Lesson, answers, fit, kept, tiny_network, tiny_tokenizer)
 
 KINDS: Mapping[str, int] = {"a": 1, "b": 4, "c": 7}  # what each adds to the last digit; as an instruction it is a capital
 ASKED, SLIPS, INVALID = 0.35, 0.45, 0.1  # shares of programs that ask for the digit wanted, for the next one, and that are none

@@ -11,7 +11,7 @@ import torch
 from ...agents.types import PolicySpec, SettingError
 from ...rollouts.engines.base import Engine
 from ...rollouts.engines.factory import choose_dtype
-from ...rollouts.renderer import ChatTokens, load_tokenizer
+from ...rollouts.renderer import ChatRenderer, load_tokenizer
 from ..config import RunConfig
 from ..distributed.ranks import Ranks
 from ..model import sharding
@@ -19,11 +19,11 @@ from ..model.adapters import Adapters
 from ..model.local_models import local_model
 from ..weight_sync.publisher import Publisher
 from .optimizer_step import Optimizers
-from .scalar_heads import Head, HeadSpec
+from .scalar_heads import ScalarHead, HeadSpec
 
 
 @dataclass
-class Base:
+class LearnerBase:
     """One base model. `name` is what the settings call it, `path` where it lies (a hub name may stay one). `heads`: scalar heads of the
     method, by name; they are no policies.
 
@@ -32,10 +32,10 @@ class Base:
 
     name: str
     path: str
-    tokens: ChatTokens
+    tokens: ChatRenderer
     adapters: Adapters
     optimizers: Optimizers
-    heads: dict[str, Head] = field(default_factory=dict)
+    heads: dict[str, ScalarHead] = field(default_factory=dict)
     engine: Engine | None = None
     publisher: Publisher | None = None
 
@@ -56,7 +56,7 @@ def load_base(
     device: torch.device,
     heads: Sequence[HeadSpec] = (),
     among: Ranks | None = None,
-) -> Base:
+) -> LearnerBase:
     """Load model and tokenizer and create every adapter, and those of `heads` that stand on this base; then the optimizers.
 
     `among`: the ranks to split it over, see `shard.split`; None keeps it whole. Raises `SettingError` naming what is missing.
@@ -64,7 +64,7 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     path = local_model(name)
-    tokens = ChatTokens(load_tokenizer(path))
+    tokens = ChatRenderer(load_tokenizer(path))
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of(path, config.dtype, device), trust_remote_code=False)
     except Exception as error:  # a missing, torn or foreign file: transformers, safetensors and torch raise kinds of their own
@@ -81,8 +81,8 @@ def load_base(
     if among is not None:
         sharding.split(adapters, among)
     optimizers = Optimizers(adapters, config)
-    made = {spec.name: Head(adapters, spec, config, optimizers.layout) for spec in heads if (spec.base or config.model) == name}
-    return Base(name, path, tokens, adapters, optimizers, made)
+    made = {spec.name: ScalarHead(adapters, spec, config, optimizers.layout) for spec in heads if (spec.base or config.model) == name}
+    return LearnerBase(name, path, tokens, adapters, optimizers, made)
 
 
 def group_by_base(specs: dict[str, PolicySpec], default: str) -> dict[str, list[PolicySpec]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from ...agents.team import derive_seed
-from .optimizer_step import Updated
+from .optimizer_step import UpdateResult
 
 T = TypeVar("T")
 
@@ -21,10 +21,10 @@ def minibatches(items: Sequence[T], size: int, epochs: int, seed: int) -> Iterat
         yield from (order[i : i + size] for i in range(0, len(order), size))
 
 
-def joined(updates: Sequence[Mapping[str, Updated]]) -> dict[str, Updated]:
+def merge_results(updates: Sequence[Mapping[str, UpdateResult]]) -> dict[str, UpdateResult]:
     """One row per policy for several calls of `Run.learn`: tokens and sequences are summed, statistics are the last update's,
     and an update that was not applied shows."""
-    found: dict[str, Updated] = {}
+    found: dict[str, UpdateResult] = {}
     for update in updates:
         for policy, now in update.items():
             before = found.get(policy)
@@ -32,7 +32,7 @@ def joined(updates: Sequence[Mapping[str, Updated]]) -> dict[str, Updated]:
     return found
 
 
-def _after(before: Updated, now: Updated) -> Updated:
+def _after(before: UpdateResult, now: UpdateResult) -> UpdateResult:
     return dataclasses.replace(
         now,
         tokens=before.tokens + now.tokens,

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ...agents.types import BASE
-from ..batching.batches import Batch, Layout, deal, level, pack
-from ..batching.samples import Denominators, Sample, denominators
+from ..batching.batches import Batch, Layout, split_over_ranks, pad_ranks, pack
+from ..batching.samples import Denominators, TrainingSequence, denominators
 from ..checkpoint import join_optimizer, split_optimizer
 from ..config import RunConfig
 from ..distributed.ranks import Ranks
@@ -30,7 +30,7 @@ LossFn = Callable[[Batch, torch.Tensor, torch.Tensor, torch.Tensor | None, Denom
 
 
 @dataclass
-class Updated:
+class UpdateResult:
     """What one policy's update did. `stats`: `losses.summary` of its last pass; `first_mismatch_kl`: of its first, before
     any change; `moved`: mean |change| of trained log-probs, if measured."""
 
@@ -75,7 +75,7 @@ class Optimizers:
 
 
 @dataclass(frozen=True)
-class How:
+class UpdateOptions:
     """How a method's loss is fed: `reference` adds the base's log-probs (adapters off), `entropy_grad` lets gradients through the entropy,
     `measure` recomputes the first batch afterwards, to tell how far the update moved it."""
 
@@ -85,10 +85,10 @@ class How:
 
 
 def update(
-    optimizers: Optimizers, samples: Sequence[Sample], loss_fn: LossFn, step: int, ranks: Ranks, how: How = How()
-) -> dict[str, Updated]:
+    optimizers: Optimizers, samples: Sequence[TrainingSequence], loss_fn: LossFn, step: int, ranks: Ranks, how: UpdateOptions = UpdateOptions()
+) -> dict[str, UpdateResult]:
     """Train every trainable policy that has samples, `num_iterations` times. Every rank passes the same samples."""
-    done: dict[str, Updated] = {}
+    done: dict[str, UpdateResult] = {}
     optimizers.check()
     for name in optimizers.adapters.trainable:
         own = [sample for sample in samples if sample.policy == name]
@@ -99,16 +99,16 @@ def update(
 
 
 def _update_policy(
-    optimizers: Optimizers, name: str, own: Sequence[Sample], loss_fn: LossFn, step: int, ranks: Ranks, how: How
-) -> Updated:
+    optimizers: Optimizers, name: str, own: Sequence[TrainingSequence], loss_fn: LossFn, step: int, ranks: Ranks, how: UpdateOptions
+) -> UpdateResult:
     adapters, config, optimizer = optimizers.adapters, optimizers.config, optimizers.of[name]
     counts = denominators(own)[name]
     mine = batches_of(own, config.tokens_per_batch, optimizers.layout, ranks)
-    result = Updated({}, 0.0, int(counts.tokens), int(counts.sequences), config.learning_rate_at(step, optimizers.peak[name]))
+    result = UpdateResult({}, 0.0, int(counts.tokens), int(counts.sequences), config.learning_rate_at(step, optimizers.peak[name]))
     before = _logprobs(adapters, name, mine[0]) if how.measure and mine else None
     references = [_logprobs(adapters, BASE, batch) if how.reference else None for batch in mine]
     for iteration in range(config.num_iterations):
-        fit(
+        optimizer_step(
             optimizer,
             lambda: _backward(adapters, name, mine, references, loss_fn, counts, how),
             result,
@@ -124,15 +124,15 @@ def _update_policy(
     return result
 
 
-def batches_of(samples: Sequence[Sample], max_tokens: int, layout: Layout, ranks: Ranks) -> list[Batch]:
+def batches_of(samples: Sequence[TrainingSequence], max_tokens: int, layout: Layout, ranks: Ranks) -> list[Batch]:
     """This rank's share of the batches of these samples, on its device."""
-    dealt = deal(pack(samples, max_tokens=max_tokens, layout=layout, parts=ranks.size), ranks.size)
-    return [batch.to(ranks.device) for batch in (level(dealt) if ranks.lockstep else dealt)[ranks.rank]]
+    dealt = split_over_ranks(pack(samples, max_tokens=max_tokens, layout=layout, parts=ranks.size), ranks.size)
+    return [batch.to(ranks.device) for batch in (pad_ranks(dealt) if ranks.lockstep else dealt)[ranks.rank]]
 
 
 @torch.no_grad()
-def read(
-    samples: Sequence[Sample], score: Callable[[Batch], torch.Tensor], max_tokens: int, layout: Layout, ranks: Ranks
+def forward_only(
+    samples: Sequence[TrainingSequence], score: Callable[[Batch], torch.Tensor], max_tokens: int, layout: Layout, ranks: Ranks
 ) -> torch.Tensor:
     """What `score` says of every trained token of these samples, in their order: float32 on the CPU, equal on every rank."""
     found = torch.zeros(sum(sample.num_trained for sample in samples), device=ranks.device)
@@ -144,8 +144,8 @@ def read(
     return found.cpu()
 
 
-def fit(
-    optimizer: torch.optim.Optimizer, backward: Callable[[], tuple[Stats, str]], result: Updated, ranks: Ranks, max_grad_norm: float
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, backward: Callable[[], tuple[Stats, str]], result: UpdateResult, ranks: Ranks, max_grad_norm: float
 ) -> None:
     """One step at `result.learning_rate` along the gradients that `backward` leaves on every rank, summed; what it did goes into `result`.
 
@@ -177,7 +177,7 @@ def _backward(
     references: Sequence[torch.Tensor | None],
     loss_fn: LossFn,
     counts: Denominators,
-    how: How,
+    how: UpdateOptions,
 ) -> tuple[Stats, str]:
     """Gradients of this rank's batches, their statistics, and what was not finite ("" if all was): see `accumulate`."""
     with adapters.active(name):
@@ -234,6 +234,6 @@ def _logprobs(adapters: Adapters, policy: str, batch: Batch) -> torch.Tensor:
         return token_logprobs(adapters.model, batch)[0]
 
 
-def sample_to_json(sample: Sample) -> dict[str, Any]:
+def sample_to_json(sample: TrainingSequence) -> dict[str, Any]:
     """A sample as plain values: what is dumped when its loss is not a number."""
     return {name: getattr(sample, name) for name in sample.__dataclass_fields__}

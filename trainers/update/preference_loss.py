@@ -53,7 +53,7 @@ class MarginConfig:
 
 
 @dataclass(frozen=True)
-class Vote:
+class RunLogRatio:
     """One part of one run: what `agent` said in a turn, or what another component made.
 
     `now` and `reference` are its log-probabilities (of a component without one: the surrogate of their difference, and 0).
@@ -68,7 +68,7 @@ class Vote:
 
 
 @dataclass(frozen=True)
-class Push(Generic[K]):
+class MarginGradient(Generic[K]):
     """What a set of pairs says. `weights`: -dLoss/dlog p of every vote. `margins`: of every pair, without beta (of independent policies:
     their sum). `by_agent`: its mean over pairs of the votes' difference, chosen - rejected; the margins' mean is their sum, but for
     factors, length normalisation and drafts."""
@@ -84,7 +84,7 @@ class Push(Generic[K]):
         return sum(margin > 0 for margin in self.margins) / len(self.margins)
 
 
-def push(pairs: Sequence[Pair], votes: Mapping[K, Vote], config: MarginConfig) -> Push[K]:
+def margin_gradient(pairs: Sequence[Pair], votes: Mapping[K, RunLogRatio], config: MarginConfig) -> MarginGradient[K]:
     """The mean loss of the pairs, and how far it pushes every vote. An episode without votes (all its parts frozen) counts 0.
 
     Joint: -log sigmoid(beta [sum_v D_v(chosen) - sum_v D_v(rejected)]) with D_v = log p - log p_reference (eq. F3, F4). Independent: the
@@ -111,7 +111,7 @@ def push(pairs: Sequence[Pair], votes: Mapping[K, Vote], config: MarginConfig) -
     margin = margin_of(now) - margin_of(reference)  # [units, P]
     loss = (weight * preference_loss(margin, config)).sum() / len(pairs)
     (grad,) = torch.autograd.grad(loss, now)
-    return Push(
+    return MarginGradient(
         loss.item(), dict(zip(keys, (-grad).tolist(), strict=True)), margin.detach().sum(0).tolist(), _by_agent(pairs, votes)
     )
 
@@ -140,7 +140,7 @@ def _marginals(runs: torch.Tensor, sides: list[list[int]]) -> torch.Tensor:
     return torch.stack([torch.logsumexp(runs[:, side], 1) for side in sides], 1)
 
 
-def _lengths(votes: Sequence[Vote]) -> list[float]:
+def _lengths(votes: Sequence[RunLogRatio]) -> list[float]:
     """Per vote, the tokens of its agent in its episode."""
     total: dict[tuple[str, str], int] = {}
     for vote in votes:
@@ -148,7 +148,7 @@ def _lengths(votes: Sequence[Vote]) -> list[float]:
     return [float(max(1, total[vote.episode, vote.agent])) for vote in votes]
 
 
-def _by_agent(pairs: Sequence[Pair], votes: Mapping[K, Vote]) -> dict[str, float]:
+def _by_agent(pairs: Sequence[Pair], votes: Mapping[K, RunLogRatio]) -> dict[str, float]:
     ratio: dict[tuple[str, str], float] = {}
     for vote in votes.values():
         ratio[vote.agent, vote.episode] = ratio.get((vote.agent, vote.episode), 0.0) + vote.now - vote.reference

@@ -22,14 +22,14 @@ from torch import nn
 
 from ...agents.types import AdapterSpec, SettingError
 from ..batching.batches import Batch, Layout
-from ..batching.samples import Denominators, Sample
+from ..batching.samples import Denominators, TrainingSequence
 from ..checkpoint import join_optimizer, split_optimizer, write_tensors
 from ..distributed.ranks import Ranks
 from ..model.adapters import Adapters, tensors_sha256
 from ..model.layouts import choose_layout
 from ..model.logprobs import guarded, last_hidden
 from .losses import Stats
-from .optimizer_step import Updated, accumulate, batches_of, fit, read
+from .optimizer_step import UpdateResult, accumulate, batches_of, optimizer_step, forward_only
 
 LINEAR = "head.safetensors"
 Targets = Mapping[str, torch.Tensor]  # by name: [N], one number per trained token
@@ -65,7 +65,7 @@ class HeadSpec:
             raise SettingError(f"head name {self.name!r}: letters, digits, '_' and '-' expected (it names a folder)")
 
 
-class Head:
+class ScalarHead:
     """One scalar per token: w . h + b in float32, with h the last hidden state of the base with the head's LoRA on.
 
     w and b begin at 0, so that an untrained head says 0 of everything. Policies on the same `adapters` are not touched, whatever it learns.
@@ -111,12 +111,12 @@ class Head:
         hidden = last_hidden(self.adapters.model, batch, batch.row, batch.column)
         return guarded(self.adapters.model, self.linear(hidden.float()).squeeze(-1))
 
-    def read(self, samples: Sequence[Sample], ranks: Ranks) -> torch.Tensor:
+    def read(self, samples: Sequence[TrainingSequence], ranks: Ranks) -> torch.Tensor:
         """What the head says at every trained token of these samples, in their order: float32 on the CPU, equal on every rank."""
         with self.adapters.active(self.adapter):
-            return read(self._own(samples), self.scores, self.config.tokens_per_batch, self.layout, ranks)
+            return forward_only(self._own(samples), self.scores, self.config.tokens_per_batch, self.layout, ranks)
 
-    def learn(self, samples: Sequence[Sample], targets: Targets, loss_fn: HeadLoss, step: int, ranks: Ranks) -> Updated:
+    def learn(self, samples: Sequence[TrainingSequence], targets: Targets, loss_fn: HeadLoss, step: int, ranks: Ranks) -> UpdateResult:
         """One optimizer step on a loss of the scores at all trained tokens. Every rank passes the same samples and targets.
 
         `targets` are in the order of `read`; the loss gets a batch's share of them. `step` sets the learning rate (`learning_rate_at`).
@@ -126,13 +126,13 @@ class Head:
         counts = Denominators(sum(s.num_trained for s in samples), sum(len(set(s.sequence) - {-1}) for s in samples))
         given = {name: numbers.to(ranks.device, torch.float32) for name, numbers in targets.items()}
         rate = self.config.learning_rate_at(step, self.peak)
-        result = Updated({}, 0.0, int(counts.tokens), int(counts.sequences), rate)
+        result = UpdateResult({}, 0.0, int(counts.tokens), int(counts.sequences), rate)
         mine = batches_of(self._own(samples), self.config.tokens_per_batch, self.layout, ranks)
-        fit(self.optimizer, lambda: self._backward(mine, given, loss_fn, counts), result, ranks, self.config.max_grad_norm)
+        optimizer_step(self.optimizer, lambda: self._backward(mine, given, loss_fn, counts), result, ranks, self.config.max_grad_norm)
         self.check()
         return result
 
-    def _own(self, samples: Sequence[Sample]) -> list[Sample]:
+    def _own(self, samples: Sequence[TrainingSequence]) -> list[TrainingSequence]:
         """One batch holds samples of one policy: to a head, they are all its own."""
         return [replace(sample, policy=self.adapter) for sample in samples]
 
@@ -176,7 +176,7 @@ class Head:
         join_optimizer(self.optimizer, tensors)
 
 
-def after(sample: Sample) -> Sample:
+def after(sample: TrainingSequence) -> TrainingSequence:
     """The sample with its terms one position later: a head then reads the hidden states of the trained tokens themselves.
 
     Only for heads: the tokens to predict, log-probs and advantages are no longer those of the sample.

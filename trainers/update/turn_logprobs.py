@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...agents.types import BASE
-from ..batching.samples import Sample, TurnKey
+from ..batching.samples import TrainingSequence, TurnKey
 from ..config import RunError
 from ..model.adapters import Adapters, init_folder
 from ..model.logprobs import token_logprobs
-from .optimizer_step import read
+from .optimizer_step import forward_only
 
 if TYPE_CHECKING:
     from ..loop.run import Run
-    from .learner import Base
+    from .learner import LearnerBase
 
 
-def score(run: Run, samples: Sequence[Sample], *, reference: bool = False) -> dict[TurnKey, float]:
+def turn_logprobs(run: Run, samples: Sequence[TrainingSequence], *, reference: bool = False) -> dict[TurnKey, float]:
     """log p of every trained turn of the samples, summed over its tokens, at temperature 1 if the samples were made for it.
 
     The same on every rank; each computes its share. `reference`: under the policy as the run began, which is the base with adapters off
@@ -41,11 +41,11 @@ def score(run: Run, samples: Sequence[Sample], *, reference: bool = False) -> di
     return found
 
 
-def _score(run: Run, base: Base, policy: str, own: Sequence[Sample], reference: bool) -> dict[TurnKey, float]:
+def _score(run: Run, base: LearnerBase, policy: str, own: Sequence[TrainingSequence], reference: bool) -> dict[TurnKey, float]:
     keys = [key for sample in own for key in sample.keys]
     model, layout = base.adapters.model, base.optimizers.layout
-    with begun(base.adapters, policy) if reference else base.adapters.active(policy):
-        logps = read(own, lambda batch: token_logprobs(model, batch)[0], run.config.tokens_per_batch, layout, run.ranks)
+    with initial_weights(base.adapters, policy) if reference else base.adapters.active(policy):
+        logps = forward_only(own, lambda batch: token_logprobs(model, batch)[0], run.config.tokens_per_batch, layout, run.ranks)
     found: dict[TurnKey, list[float]] = {}
     for key, value in zip(keys, logps.tolist(), strict=True):
         found.setdefault(key, []).append(value)
@@ -53,7 +53,7 @@ def _score(run: Run, base: Base, policy: str, own: Sequence[Sample], reference: 
 
 
 @contextlib.contextmanager
-def begun(adapters: Adapters, policy: str) -> Iterator[None]:
+def initial_weights(adapters: Adapters, policy: str) -> Iterator[None]:
     """The model speaking as this policy did when the run began. Its weights of now are back afterwards, to the last bit."""
     spec = adapters.policies.get(policy)
     if spec is None or spec.init == "fresh":  # B was zero: the base itself

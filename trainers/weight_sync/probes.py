@@ -11,7 +11,7 @@ import torch
 from ...agents.types import BASE
 from ...rollouts.types import Episode
 from ..batching.batches import Layout, pack
-from ..batching.samples import Sample
+from ..batching.samples import TrainingSequence
 from ..model.adapters import Adapters
 from ..model.layouts import way_of
 from ..model.logprobs import token_logprobs
@@ -23,7 +23,7 @@ MAX_TOKENS = 8192  # of a forward pass of the trainer's
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredWindow:
     """Tokens of which those from `first` >= 1 on are scored, at `temperature`, each given those before it."""
 
     ids: tuple[int, ...]
@@ -40,13 +40,13 @@ class Probe:
     temperature: float = 1.0
 
     @property
-    def window(self) -> Scored:
+    def window(self) -> ScoredWindow:
         """The turn's begin and what stands just before it, as a sequence of its own: next to nothing is computed that is not compared,
         however long the prompt. Behind the prompt's first token, without which many a model is out of its senses."""
         start = max(0, self.prompt - CONTEXT)
         if start < 2:
-            return Scored(self.ids)
-        return Scored((self.ids[0], *self.ids[start:]), first=1 + SURPRISED)
+            return ScoredWindow(self.ids)
+        return ScoredWindow((self.ids[0], *self.ids[start:]), first=1 + SURPRISED)
 
 
 def probes(episodes: Iterable[Episode], agents_of: Mapping[str, Sequence[str]], policy: str, count: int = PROBES) -> list[Probe]:
@@ -68,7 +68,7 @@ def probes(episodes: Iterable[Episode], agents_of: Mapping[str, Sequence[str]], 
 
 
 @torch.no_grad()
-def trainer_logprobs(adapters: Adapters, asked: Sequence[Scored], policy: str, factor: float = 1.0) -> list[float]:
+def trainer_logprobs(adapters: Adapters, asked: Sequence[ScoredWindow], policy: str, factor: float = 1.0) -> list[float]:
     """The trainer's log-probs of the scored tokens, one after another.
 
     Policy `base` is the bare base; the adapter's scaling is taken times `factor`. What the sequences begin with in common is computed
@@ -83,9 +83,9 @@ def trainer_logprobs(adapters: Adapters, asked: Sequence[Scored], policy: str, f
     return values.tolist()
 
 
-def _sample(name: str, asked: Scored) -> Sample:
+def _sample(name: str, asked: ScoredWindow) -> TrainingSequence:
     """The sequence as a sample, whose trained tokens are those that are scored."""
     before, rest = asked.first, len(asked.ids) - asked.first
     zeros = (0.0,) * len(asked.ids)
     temperatures = (1.0,) * before + (asked.temperature,) * rest
-    return Sample(BASE, name, asked.ids, (0,) * before + (1,) * rest, zeros, zeros, temperatures, (-1,) * before + (0,) * rest)
+    return TrainingSequence(BASE, name, asked.ids, (0,) * before + (1,) * rest, zeros, zeros, temperatures, (-1,) * before + (0,) * rest)

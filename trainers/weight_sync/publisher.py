@@ -17,11 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ...agents.team import gather
-from ...rollouts.engines.base import Engine, EngineError, Ref
+from ...rollouts.engines.base import Engine, EngineError, ModelRef
 from ..checkpoint import fsync
 from ..model.adapters import Adapters, folder_sha256
 from .probes import Probe, trainer_logprobs
-from .verification import Proof, ProofError, Prover
+from .verification import VerificationRecord, WeightMismatch, WeightVerifier
 
 KEEP_VERSIONS = 3  # folders of retired versions kept per policy, beyond what any replica can name
 
@@ -48,14 +48,14 @@ class Publisher:
         self.root, self.adapters, self.engine = root.resolve(), adapters, engine
         self.proof_every, self.earlier = proof_every, dict(earlier or {})
         self.versions: dict[str, str] = {}
-        self.records: list[Proof] = []
+        self.records: list[VerificationRecord] = []
         self.unproven: set[str] = set()
         self.asked = False  # whether `prove` was ever called
         self._loaded: dict[str, tuple[str, str]] = {}  # version -> (policy, hash of its tensors), of those not yet retired
         self._held: Counter[str] = Counter()
         self._holding = threading.Lock()
         self._retired: list[Path] = []
-        self.prover = Prover(
+        self.prover = WeightVerifier(
             self.root,
             adapters,
             engine,
@@ -144,7 +144,7 @@ class Publisher:
 
     async def _retire(self, policy: str, version: str) -> None:
         """Unload a version once its last request has ended, and delete folders that were unloaded long ago."""
-        await self.engine.retire(Ref(policy, version))
+        await self.engine.retire(ModelRef(policy, version))
         self._retired.append(self.root / version)
         self._clear()
 
@@ -155,8 +155,8 @@ class Publisher:
 
     # live proof
 
-    async def prove(self, step: int, probes_of: Mapping[str, Sequence[Probe]], *, final: bool = False) -> list[Proof]:
-        """Prove every version published since the last proof, on every replica. Raises `ProofError` after recording all of them.
+    async def prove(self, step: int, probes_of: Mapping[str, Sequence[Probe]], *, final: bool = False) -> list[VerificationRecord]:
+        """Prove every version published since the last proof, on every replica. Raises `WeightMismatch` after recording all of them.
 
         With `proof_every` N this happens at step 1 and every N-th; `final` asks for it now.
         """
@@ -173,7 +173,7 @@ class Publisher:
         self.records += made
         failed = [proof for proof in made if proof.status == "failed"]
         if failed:
-            raise ProofError("; ".join(f"{p.version} on {p.replica}: {p.reason}" for p in failed))
+            raise WeightMismatch("; ".join(f"{p.version} on {p.replica}: {p.reason}" for p in failed))
         return made
 
     def summary(self) -> dict[str, float | int]:

@@ -30,9 +30,9 @@ import torch
 
 from ...agents.team import derive_seed, gather
 from ...agents.types import BASE, Completion, Sampling
-from ...rollouts.engines.base import Engine, EngineError, Ref, ReplicaLost
+from ...rollouts.engines.base import Engine, EngineError, ModelRef, ReplicaLost
 from ..model.adapters import Adapters, folder_sha256
-from .probes import Probe, Scored
+from .probes import Probe, ScoredWindow
 
 T = TypeVar("T")
 
@@ -47,12 +47,12 @@ DECODE = (0.002, 0.05, 0.3)
 DECODED, SAMPLED = 2, 8  # turns whose prompt is decoded after, and tokens decoded
 
 
-class ProofError(EngineError):
+class WeightMismatch(EngineError):
     """The served adapter is not the trained one; the message says which check failed and by how much."""
 
 
 @dataclass(frozen=True)
-class Proof:
+class VerificationRecord:
     """One check of one version on one replica. `status`: passed, untrained or failed; the numbers are None where nothing was compared.
 
     `noise`: mean |server - trainer| in nats per sampled token, with every adapter off, as first measured on the replica. `amplified`: the
@@ -72,7 +72,7 @@ class Proof:
     decode: float | None = None
     decode_tolerance: float | None = None
 
-    def judged(self) -> Proof:
+    def judged(self) -> VerificationRecord:
         """Failed if a number is beyond its tolerance, or is not a number."""
         if not self.residual <= self.residual_tolerance:  # type: ignore[operator]
             reason = (
@@ -93,7 +93,7 @@ class Noise:
     sampled: float
 
 
-class Prover:
+class WeightVerifier:
     """Proves versions. It remembers how far each policy had to be amplified, and how noisy each replica is.
 
     `root`: where version folders live. `forward`: the trainer's log-probs, see `probes.trainer_logprobs`. `retire`: unload a version
@@ -113,15 +113,15 @@ class Prover:
         served, trained = getattr(torch, engine.info().dtype), next(adapters.model.parameters()).dtype
         self._coarse = int(served != torch.float32 or trained != torch.float32)
 
-    async def prove(self, step: int, policy: str, version: str, found: Sequence[Probe]) -> list[Proof]:
+    async def prove(self, step: int, policy: str, version: str, found: Sequence[Probe]) -> list[VerificationRecord]:
         """The proof of a version on every replica that is there."""
-        looked = await gather(self._identity(Proof(step, policy, version, r, "passed")) for r in self.engine.info().replicas)
+        looked = await gather(self._identity(VerificationRecord(step, policy, version, r, "passed")) for r in self.engine.info().replicas)
         proofs = {proof.replica: proof for proof in looked if proof is not None}
         open_ = [replica for replica, proof in proofs.items() if proof.status == "passed"]
         if not self.adapters.is_trained(policy) or not found:
             why = "B is zero" if found else "no turn of this policy to compare yet"
             return [replace(p, status="untrained", reason=why) if p.replica in open_ else p for p in proofs.values()]
-        weighed: dict[str, Proof] = {}
+        weighed: dict[str, VerificationRecord] = {}
         if open_:
             weighed, decoded = await gather(
                 [
@@ -139,7 +139,7 @@ class Prover:
             }  # fmt: skip
         return [weighed.get(replica, proof) for replica, proof in proofs.items() if replica in weighed or replica not in open_]
 
-    async def _identity(self, proof: Proof) -> Proof | None:
+    async def _identity(self, proof: VerificationRecord) -> VerificationRecord | None:
         """The proof, failed if the replica lists something else; None if it is lost."""
         listed = await _unless_lost(self.engine.adapters(proof.replica))
         if listed is None:
@@ -155,7 +155,7 @@ class Prover:
             return proof
         return replace(proof, status="failed", reason=f"identity: {wrong}")
 
-    async def _weights(self, proofs: dict[str, Proof], found: Sequence[Probe]) -> dict[str, Proof]:
+    async def _weights(self, proofs: dict[str, VerificationRecord], found: Sequence[Probe]) -> dict[str, VerificationRecord]:
         """By replica, the proof with noise, amplification and relative residual of the served twin; lost ones are left out."""
         some = next(iter(proofs.values()))
         policy, asked = some.policy, [probe.window for probe in found]
@@ -163,9 +163,9 @@ class Prover:
         factor, trained = await self._amplify(policy, asked, base)
         size = max(_norm(_minus(trained, base)), 1e-12)
         async with self._twin(policy, some.version, factor) as twin:
-            served = await self._served(proofs, asked, Ref(policy, twin))
+            served = await self._served(proofs, asked, ModelRef(policy, twin))
         async with self._measuring:
-            bare = await self._served(proofs.keys() - self._noise.keys(), asked, Ref(policy))
+            bare = await self._served(proofs.keys() - self._noise.keys(), asked, ModelRef(policy))
             self._noise |= {replica: _noise(found, asked, _minus(scores, base)) for replica, scores in bare.items()}
         made = {}
         for replica, scores in served.items():
@@ -197,7 +197,7 @@ class Prover:
                 if not loading.exception():
                     await self.retire(policy, twin.name)
 
-    async def _amplify(self, policy: str, asked: Sequence[Scored], base: Sequence[float]) -> tuple[float, list[float]]:
+    async def _amplify(self, policy: str, asked: Sequence[ScoredWindow], base: Sequence[float]) -> tuple[float, list[float]]:
         """The power of two that moves the tokens by half a nat or more, and the trainer's log-probs under it."""
         factor, tried = self._factor.get(policy, 1.0), dict[float, tuple[float, list[float]]]()
         while factor not in tried and len(tried) < 12:
@@ -213,7 +213,7 @@ class Prover:
         self._factor[policy] = best
         return best, tried[best][1]
 
-    async def _decoding(self, proofs: dict[str, Proof], found: Sequence[Probe]) -> dict[str, Proof]:
+    async def _decoding(self, proofs: dict[str, VerificationRecord], found: Sequence[Probe]) -> dict[str, VerificationRecord]:
         """By replica, the proof with the mean |server - trainer| of freshly sampled tokens' log-probs; lost ones are left out."""
         some = next(iter(proofs.values()))
         drawn = [
@@ -222,7 +222,7 @@ class Prover:
         ]
 
         async def decode(replica: str, max_tokens: int) -> list[Completion]:
-            ref = Ref(some.policy, some.version)
+            ref = ModelRef(some.policy, some.version)
             made = await gather(
                 self.engine.generate(probe.ids[: probe.prompt], ref, replace(sampling, max_tokens=max_tokens), replica=replica)
                 for probe, sampling in zip(found, drawn, strict=True)
@@ -238,19 +238,19 @@ class Prover:
         for replica, said in replies.items():
             if said is not None:
                 asked = [
-                    Scored(p.ids[: p.prompt] + one.token_ids, p.prompt, p.temperature) for p, one in zip(found, said, strict=True)
+                    ScoredWindow(p.ids[: p.prompt] + one.token_ids, p.prompt, p.temperature) for p, one in zip(found, said, strict=True)
                 ]
                 ours = await self._trained(asked, some.policy)
                 gap = _mean(_minus([value for one in said for value in one.logprobs], ours))
                 made[replica] = replace(proofs[replica], decode=gap)
         return made
 
-    async def _trained(self, asked: Sequence[Scored], policy: str, factor: float = 1.0) -> list[float]:
+    async def _trained(self, asked: Sequence[ScoredWindow], policy: str, factor: float = 1.0) -> list[float]:
         """The trainer's log-probs of the scored tokens, one sequence after another."""
         async with self._trainer:  # a pass switches the adapters: called off or not, nobody goes on before it has put them back
             return await _finished(asyncio.to_thread(self._pass, asked, policy, factor))
 
-    def _pass(self, asked: Sequence[Scored], policy: str, factor: float) -> list[float]:
+    def _pass(self, asked: Sequence[ScoredWindow], policy: str, factor: float) -> list[float]:
         """One core is left to whoever serves: threads that wait for one another on a core that is taken make two slower than one."""
         torch.set_num_threads(max(1, self._threads - 1))
         try:
@@ -258,13 +258,13 @@ class Prover:
         finally:
             torch.set_num_threads(self._threads)
 
-    async def _served(self, replicas: Iterable[str], asked: Sequence[Scored], ref: Ref) -> dict[str, list[float]]:
+    async def _served(self, replicas: Iterable[str], asked: Sequence[ScoredWindow], ref: ModelRef) -> dict[str, list[float]]:
         """The log-probs of the scored tokens by every replica that is not lost."""
         names = list(replicas)
         scores = await gather(_unless_lost(self._scores(asked, ref, replica)) for replica in names)
         return {name: found for name, found in zip(names, scores, strict=True) if found is not None}
 
-    async def _scores(self, asked: Sequence[Scored], ref: Ref, replica: str) -> list[float]:
+    async def _scores(self, asked: Sequence[ScoredWindow], ref: ModelRef, replica: str) -> list[float]:
         rows = await gather(self.engine.score(one.ids, ref, replica) for one in asked)
         return [value for one, row in zip(asked, rows, strict=True) for value in row[one.first - 1 :]]
 
@@ -288,7 +288,7 @@ async def _unless_lost(work: Awaitable[T]) -> T | None:
         return None
 
 
-def _noise(found: Sequence[Probe], asked: Sequence[Scored], gaps: Sequence[float]) -> Noise:
+def _noise(found: Sequence[Probe], asked: Sequence[ScoredWindow], gaps: Sequence[float]) -> Noise:
     """`gaps`: server - trainer of all scored tokens."""
     sampled: list[float] = []
     place = 0

@@ -12,7 +12,7 @@ from .server import http
 # An empty body is invalid for each of these, so nothing happens; but only an open door says so. vLLM's own --api-key leaves
 # /invocations and /adapters open. Routes that do something without a body (/sleep) are not tried; /server_info shows the
 # developer mode that opens them.
-DOORS = (
+ROUTES = (
     ("POST", "/v1/completions"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
@@ -43,10 +43,10 @@ def key_from(name: str, setting: str = "server_key") -> str:
         raise SettingError(f"{setting}: {error}") from error
 
 
-def open_doors(url: str) -> list[str]:
+def open_routes(url: str) -> list[str]:
     """Routes that answer without a key."""
     found = []
-    for method, path in DOORS:
+    for method, path in ROUTES:
         try:
             status, _ = http(url + path, "", method, {} if method == "POST" else None)
         except OSError as error:
@@ -58,7 +58,7 @@ def open_doors(url: str) -> list[str]:
 
 def refuse_open(url: str) -> None:
     """Raise `SettingError` if anybody who reaches the server can generate, load adapters or delete them."""
-    found = open_doors(url)
+    found = open_routes(url)
     if found:
         raise SettingError(
             f"server {url} is open: without a key it answers {', '.join(found)}. Start it with --middleware "

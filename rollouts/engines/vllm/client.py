@@ -31,7 +31,7 @@ GROWTH = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:requ
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long to wait and how often to try, in seconds and counts. Where there are several servers, see `vllm_fleet.hasty`.
 
     Args:
@@ -49,11 +49,11 @@ class Patience:
     gone: float = 60.0
 
 
-class Dropped(Transient):
+class ConnectionDropped(Transient):
     """The watch gave the server up while this request was open."""
 
 
-class Refused(EngineError):
+class RequestRefused(EngineError):
     """The server understood the request and said no (HTTP 4xx): sending it again would not help."""
 
     def __init__(self, message: str, status: int) -> None:
@@ -64,11 +64,11 @@ class Refused(EngineError):
 class Replica:
     """One server. `adapters` are those to be loaded again after a restart; `open` counts requests in flight by served name.
 
-    `alone`: there is no other, so requests wait while it is started again. Else they raise `ReplicaLost`, and `Fleet` brings it back.
+    `alone`: there is no other, so requests wait while it is started again. Else they raise `ReplicaLost`, and `ReplicaPool` brings it back.
     """
 
     def __init__(
-        self, name: str, url: str, key: str, base: str, patience: Patience, server: VLLMServer | None = None, key_file: str = ""
+        self, name: str, url: str, key: str, base: str, patience: RetryPolicy, server: VLLMServer | None = None, key_file: str = ""
     ) -> None:
         self.name, self.url, self.key, self.base, self.key_file = name, url, key, base, key_file
         self.patience, self.server = patience, server
@@ -113,7 +113,7 @@ class Replica:
                 return reply
             except Transient as error:
                 failure = error
-                if isinstance(error, Dropped) and (self.server is None or not self.alone):
+                if isinstance(error, ConnectionDropped) and (self.server is None or not self.alone):
                     break  # not ours to start again, or not here
         kind = EngineError if self.alone else ReplicaLost
         raise kind(f"{self}: {method} {path} failed {attempt + 1} times, last: {failure}{self._tail()}")
@@ -149,7 +149,7 @@ class Replica:
         if status == 429 or status >= 500:
             raise Transient(f"HTTP {status}: {message(raw)}")
         if status >= 400:
-            raise Refused(f"{self}: {method} {path}: HTTP {status}: {message(raw)}", status)
+            raise RequestRefused(f"{self}: {method} {path}: HTTP {status}: {message(raw)}", status)
         if path == "/metrics" or path.endswith("_lora_adapter"):  # these answer in plain text
             return raw.decode("utf-8", "replace")
         try:
@@ -173,7 +173,7 @@ class Replica:
         """Load an adapter. One that a lost reply had already loaded from this folder is taken as loaded."""
         try:
             await self.request("POST", "/v1/load_lora_adapter", {"lora_name": version, "lora_path": folder})
-        except Refused as error:
+        except RequestRefused as error:
             if "already been loaded" not in str(error) or (await self.listed()).get(version) != folder:
                 raise
         self.adapters[version] = folder
@@ -186,7 +186,7 @@ class Replica:
         del self.open[version]
         try:
             await self.request("POST", "/v1/unload_lora_adapter", {"lora_name": version})
-        except Refused as error:
+        except RequestRefused as error:
             if error.status != 404 or version in await self.listed():
                 raise
 
@@ -226,7 +226,7 @@ class Replica:
         except asyncio.CancelledError:
             me = asyncio.current_task()
             if task in self._dropped and me is not None and not me.cancelling():
-                raise Dropped(self._dropped[task]) from None
+                raise ConnectionDropped(self._dropped[task]) from None
             raise
         finally:
             self._inflight.discard(task)
@@ -257,7 +257,7 @@ class Replica:
         """Tokens read and generated so far, over all requests; None if the server does not say."""
         try:
             text = await self._once("GET", "/metrics", None, min(self.patience.probe, 5.0))
-        except (Transient, Refused):
+        except (Transient, RequestRefused):
             return None
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(GROWTH))
 
@@ -269,7 +269,7 @@ class Replica:
             await self._once("POST", "/v1/completions", body, self.patience.probe)
         except Transient as error:
             return str(error)
-        except Refused:
+        except RequestRefused:
             return ""  # it took the trouble to say no
         return ""
 

@@ -20,14 +20,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from ....agents.types import BASE, Completion, PolicySpec, Sampling, SettingError, nearest
-from ..base import EngineError, EngineInfo, PromptTooLong, Ref, TeamVersion
+from ....agents.types import (BASE, Completion, PolicySpec, Sampling, SettingError, nearest)
+from ..base import EngineError, EngineInfo, PromptTooLong, ModelRef, TeamVersion
 from ..factory import EngineConfig
 from .addresses import key_from, refuse_open, tidy
-from .client import Patience, Replica
+from .client import RetryPolicy, Replica
 from .discovery import Endpoint, wait_for_endpoints
 from .protocol import Reply, read_choices, read_scores, request_body
-from .replicas import Fleet, hasty
+from .replicas import ReplicaPool, hasty
 from .router import Router
 from .server import VLLMServer, served_base, start_servers
 from .server_args import ServerSettings, lora_sizes, served_dtype, vllm_version
@@ -37,7 +37,7 @@ CHATS = 4096  # chats whose replica is remembered
 
 
 class Tokens(Protocol):
-    """The two things the engine needs from `ChatTokens`."""
+    """The two things the engine needs from `ChatRenderer`."""
 
     eos_ids: tuple[int, ...]
 
@@ -103,14 +103,14 @@ class VLLMEngine:
         allow_open_server: bool = False,
         dtype: str = "bfloat16",
         router: str = "",
-        patience: Patience | None = None,
+        patience: RetryPolicy | None = None,
     ) -> None:
         if not servers:
             raise SettingError("engine vllm: expected at least one server or URL")
         self.tokens, self.root = tokens, Path(adapter_root).resolve()
         self.replicas: dict[str, Replica] = {}
         self.max_rank, self.base, contexts = 0, "", []
-        calm = patience or Patience()
+        calm = patience or RetryPolicy()
         patience = hasty(calm) if len(servers) > 1 else calm
         for server in servers:
             replica, context = _connect(server, key, allow_open_server, patience)
@@ -126,13 +126,13 @@ class VLLMEngine:
         self.base = self.base or next(iter(self.replicas.values())).base
         self._versions: dict[str, str] = {}  # version -> policy, of those that may be asked for
         self._used: set[str] = set()  # every version name there ever was
-        self.fleet = Fleet(self.replicas)
+        self.fleet = ReplicaPool(self.replicas)
         self.router = self._routed_by(router, calm) if router else None
         self._routes = Routes()
         self._draw = random.SystemRandom()
         self._closed = False
 
-    def _routed_by(self, url: str, patience: Patience) -> Router:
+    def _routed_by(self, url: str, patience: RetryPolicy) -> Router:
         """Raises `SettingError` unless the servers are told apart by nothing but their place."""
         for what, found in (("key", {r.key for r in self.replicas.values()}), ("name", {r.base for r in self.replicas.values()})):
             if len(found) > 1:
@@ -145,7 +145,7 @@ class VLLMEngine:
     # tokens
 
     async def generate(
-        self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1, *, replica: str | None = None
+        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, n: int = 1, *, replica: str | None = None
     ) -> list[Completion]:
         """See `Engine.generate`. At temperature 0 all n replies are equal, and sampled once."""
         if len(ids) + sampling.max_tokens > self.context:
@@ -176,7 +176,7 @@ class VLLMEngine:
         ]
         return made if asked == n else made * n
 
-    async def score(self, ids: Sequence[int], ref: Ref, replica: str | None = None) -> list[float]:
+    async def score(self, ids: Sequence[int], ref: ModelRef, replica: str | None = None) -> list[float]:
         """See `Engine.score`. vLLM wants to generate a token, so at most context - 1 tokens can be scored."""
         if len(ids) + 1 > self.context:
             raise PromptTooLong(f"{len(ids)} tokens to score do not fit the context of {self.context} with one more")
@@ -188,7 +188,7 @@ class VLLMEngine:
 
         return await self._ask(ref, ids, replica, ask)
 
-    async def _ask(self, ref: Ref, ids: Sequence[int], name: str | None, ask: Callable[[Replica], Awaitable[Any]]) -> Any:
+    async def _ask(self, ref: ModelRef, ids: Sequence[int], name: str | None, ask: Callable[[Replica], Awaitable[Any]]) -> Any:
         """On the replica of this name, or on the one where the chat is, and another if that is lost."""
         if name is not None:
             return await self.fleet.only(name, ask)
@@ -201,7 +201,7 @@ class VLLMEngine:
         finally:
             replica.open[model] -= 1
 
-    def _choose(self, ref: Ref, ids: Sequence[int], present: Mapping[str, Replica]) -> Replica:
+    def _choose(self, ref: ModelRef, ids: Sequence[int], present: Mapping[str, Replica]) -> Replica:
         self._some_of(ids)
         return present[self._routes.choose(ref.policy, ids, {name: r.open.total() for name, r in present.items()})]
 
@@ -210,7 +210,7 @@ class VLLMEngine:
         if not ids:
             raise EngineError("an empty prompt: at least one token expected")
 
-    def _model(self, ref: Ref, base: str) -> str:
+    def _model(self, ref: ModelRef, base: str) -> str:
         """The name to ask for, `base` for the bare base. An unknown version, or another policy's, is an error and never the base."""
         if self._closed:
             raise EngineError("the vLLM engine is closed")
@@ -253,7 +253,7 @@ class VLLMEngine:
             )
         return where
 
-    async def retire(self, ref: Ref) -> None:
+    async def retire(self, ref: ModelRef) -> None:
         """See `Engine.retire`. Waits for the open requests of this version."""
         self._model(ref, BASE)
         if not ref.version:
@@ -280,7 +280,7 @@ class VLLMEngine:
         await self.fleet.close()
 
 
-def _connect(server: VLLMServer | Endpoint | str, key: str, allow_open: bool, patience: Patience) -> tuple[Replica, int]:
+def _connect(server: VLLMServer | Endpoint | str, key: str, allow_open: bool, patience: RetryPolicy) -> tuple[Replica, int]:
     if isinstance(server, VLLMServer):
         if not server.alive:
             raise EngineError(f"{server.name} is not running; start it before the engine")

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from ....agents.types import nearest
 from ..base import EngineError, ReplicaLost
-from .client import Patience, Refused, Replica
+from .client import RetryPolicy, RequestRefused, Replica
 from .protocol import Transient
 from .server import Progress, say
 
@@ -25,12 +25,12 @@ HASTE = {"retries": 3, "stall": 15.0, "probe": 10.0}
 PAUSES = (1.0, 10.0)  # seconds between two looks at a lost server, doubled from the first to the last
 
 
-def hasty(patience: Patience) -> Patience:
+def hasty(patience: RetryPolicy) -> RetryPolicy:
     """The patience with each of several servers: nowhere more than `HASTE`."""
     return replace(patience, **{name: min(getattr(patience, name), limit) for name, limit in HASTE.items()})
 
 
-class Fleet:
+class ReplicaPool:
     """The replicas by name, which of them are lost, and the adapters (version -> folder) that each should have.
 
     One replica is never passed over: it is waited for and started again where it stands.
@@ -159,7 +159,7 @@ class Fleet:
             try:
                 await replica.rise()
                 await self._equip(replica)
-            except (Transient, Refused) as error:
+            except (Transient, RequestRefused) as error:
                 self.lost[replica.name] = str(error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, longest)

@@ -1,7 +1,7 @@
 """A router in front of many servers, for generation alone: vllm-router or anything that keeps the requests of one `X-Session-ID` together.
 
 A router spreads chats over servers that it looks after itself, and hashes a chat's id so that it stays where its prefix is cached. It knows
-nothing of adapters: they are published to every server behind it and proven there, one by one, past the router (`Fleet`).
+nothing of adapters: they are published to every server behind it and proven there, one by one, past the router (`ReplicaPool`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from .client import Patience, Refused, Replica
-from .replicas import Fleet
+from .client import RetryPolicy, RequestRefused, Replica
+from .replicas import ReplicaPool
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class Router:
         fleet: the servers behind it.
     """
 
-    def __init__(self, url: str, key: str, base: str, fleet: Fleet, patience: Patience) -> None:
+    def __init__(self, url: str, key: str, base: str, fleet: ReplicaPool, patience: RetryPolicy) -> None:
         self.fleet, self.base, self.patience = fleet, base, patience
         self._front = Replica(url, url, key, base, patience)
         self.open: Counter[str] = Counter()  # requests in flight by served name
@@ -45,7 +45,7 @@ class Router:
             for _ in range(self.patience.retries):
                 try:
                     return await self._front.request("POST", "/v1/completions", body, read, {SESSION: chat})
-                except Refused as error:
+                except RequestRefused as error:
                     if error.status != 404 or model not in self.fleet.adapters:
                         raise
                     await self.fleet.inspect()

@@ -21,7 +21,7 @@ from typing import Any
 from ....agents.types import SettingError
 from ..base import EngineError
 from .cpu_lora import MARK
-from .server_args import CPU_LORA, ServerSettings, check_engine_args, command, environment, lora_sizes, vllm_version
+from .server_args import (CPU_LORA, ServerSettings, check_engine_args, command, environment, lora_sizes, vllm_version)
 
 TAIL = 30  # lines of the log that an error shows
 NOISE = re.compile(r"nanobind|^ - |^/.*resource_tracker|warnings\.warn\(")  # what the CPU build prints as it exits

@@ -21,7 +21,7 @@ POLL = 0.2
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_keeper() -> None:
+def die_with_supervisor() -> None:
     """Runs in the server's process before its program: if the keeper itself is killed, so is the server.
 
     The keeper ignores SIGINT, and its owner may have been started with signals ignored; the server has neither from them.
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
             stdout=out,
             stderr=subprocess.STDOUT,
             process_group=0,
-            preexec_fn=die_with_keeper,  # safe: this process has one thread
+            preexec_fn=die_with_supervisor,  # safe: this process has one thread
         )
     while not stopping and server.poll() is None and os.getppid() == owner:
         if select.select([0], [], [], POLL)[0] and not os.read(0, 1):

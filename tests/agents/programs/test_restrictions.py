@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.programs.restrictions import MAX_STEPS, Rules, _Matcher, nodes, parsed, program_of, similarity, whole
+from marlora.agents.programs.restrictions import (MAX_STEPS, Restrictions, _Matcher, nodes, parsed, program_of, similarity, whole)
 
 CALL = "await custom('x')"
 DEEP = {
@@ -46,7 +46,7 @@ DEEP = {
 @pytest.mark.parametrize("program", DEEP.values(), ids=DEEP)
 def test_a_program_too_deep_to_walk_is_told_so_and_nothing_is_raised(program: str) -> None:
     assert len(program) <= 8000
-    fault = Rules(("custom",), template="1", max_similarity=0.9).fault(program)
+    fault = Restrictions(("custom",), template="1", max_similarity=0.9).fault(program)
     assert fault.startswith("syntax: ") and len(fault) < 200
 
 
@@ -58,7 +58,7 @@ def test_every_program_that_is_taken_can_be_written_again() -> None:
         f"{CALL}\nproblem{'[0]' * 90}",
         f"{CALL}\n{'[' * 90}{']' * 90}",
     ):
-        assert Rules(("custom",)).fault(program) == ""
+        assert Restrictions(("custom",)).fault(program) == ""
         assert (
             ast.unparse(parsed(program))
             and nodes(program, ["custom"]) == 1

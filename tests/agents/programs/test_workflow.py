@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from marlora.agents.programs.operators import OPERATORS
-from marlora.agents.programs.restrictions import Rules, nodes, program_of, similarity, whole
+from marlora.agents.programs.restrictions import Restrictions, nodes, program_of, similarity, whole
 from marlora.agents.programs.workflow import Workflow
 from marlora.agents.team import Team, fake_team
 from marlora.agents.types import Message, SettingError, Task
@@ -223,7 +223,7 @@ def test_workflows_with_tests_conform() -> None:
 
 
 def test_similarity_to_the_template_and_complexity() -> None:
-    rules = Rules(("custom",), template='await custom("a")', max_similarity=0.75)
+    rules = Restrictions(("custom",), template='await custom("a")', max_similarity=0.75)
     assert rules.fault('await custom("b")').startswith("copy: 0.94")
     assert rules.fault("x = [await custom(str(n)) for n in range(3)]\nmax(x, key=x.count)") == ""
     assert similarity("a b ", "a b") == 1.0

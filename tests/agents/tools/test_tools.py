@@ -12,17 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlora.agents.tools.tools import (  # fmt: skip
-    MAX_CALLS,
-    MAX_RESULT,
-    calculator,
-    parse_calls,
-    resolve_tools,
-    response,
-    run_call,
-    tool,
-    tool_prompt,
-)
+from marlora.agents.tools.tools import (MAX_CALLS, MAX_RESULT, calculator, parse_calls, resolve_tools, response, run_call, tool, tool_prompt)
 from marlora.agents.types import SettingError
 
 

@@ -16,7 +16,7 @@ from marlora.agents.types import AgentSpec, Message, Sampling, SettingError, to_
 from marlora.recipes.launch.settings import parse, read_value, run
 from marlora.rollouts.checkpoints.team import build_system
 from marlora.rollouts.engines.base import EngineError
-from marlora.rollouts.episodes.runner import agents_of
+from marlora.rollouts.episodes.runner import override_agents
 from marlora.rollouts.episodes.store import StoreError
 from marlora.trainers.loop.run import Run, RunError
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig
@@ -84,7 +84,7 @@ def test_dotted_paths_set_one_entry_of_a_mapping(tmp_path: Path) -> None:
 )
 def test_a_prompt_is_taken_as_it_stands(prompt: str, tmp_path: Path) -> None:
     config = read("max_steps: 1", f"--agents.solver.prompt={prompt}", folder=tmp_path)
-    assert agents_of(Chain(["solver"]), config.agents)[0].prompt == prompt  # type: ignore[arg-type]
+    assert override_agents(Chain(["solver"]), config.agents)[0].prompt == prompt  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_small_numbers_are_numbers_everywhere(tmp_path: Path) -> None:
     text += "agents: {reviewer: {sampling: {min_p: 1e-2}}}\nreward_weights: {exact: 5e-1}\n"
     config = read(SYSTEM + text, "--policies.reviewer.learning_rate", "4e-5", folder=tmp_path)
     assert (config.learning_rate, config.advantage_epsilon, config.epsilon_high) == (1e-5, 1e-6, 0.2)
-    agents = agents_of(build_system(config.system), config.agents)  # type: ignore[arg-type]
+    agents = override_agents(build_system(config.system), config.agents)  # type: ignore[arg-type]
     policies = config.policy_specs(agents)
     assert (policies["solver"].learning_rate, policies["reviewer"].learning_rate) == (3e-4, 4e-5)
     assert policies["solver"].adapter.alpha == 10.0 and agents[1].sampling == Sampling(min_p=0.01)

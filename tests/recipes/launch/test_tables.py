@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from marlora.recipes.launch.tables import stages_table, summary_table
-from marlora.trainers.methods.reward_model.calibration import Judged, calibration
+from marlora.trainers.methods.reward_model.calibration import ScoredAnswer, calibration
 
 SUMMARY: dict[str, Any] = {
     "recipe": "maporl", "model": "m", "engine": "scripted", "steps": 3, "eval": {"before": None, "after": None}, "policies": {},
@@ -28,7 +28,7 @@ def test_rounds_and_changes():
 
 
 def test_calibration():
-    found = calibration([Judged("a", 0.95, True), Judged("a", 0.15, False)])
+    found = calibration([ScoredAnswer("a", 0.95, True), ScoredAnswer("a", 0.15, False)])
     told = summary_table({**SUMMARY, "verifier": {"calibration": found}}, "runs/x")
     for each in ("0.9 .. 1.0", "0.950", "ECE 0.100", "a constant: 0.250", "ranked 1.000"):
         assert each in told

@@ -16,17 +16,17 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.lookup import function_named, is_trusted, only_trusted, trusted
+from marlora.agents.lookup import load_function, is_trusted, only_trusted, trusted
 from marlora.agents.programs.operators import OPERATORS, resolve_operators
 from marlora.agents.team import System
-from marlora.agents.types import AgentSpec, PolicySpec, Sampling, SettingError, Task, to_json
+from marlora.agents.types import (AgentSpec, PolicySpec, Sampling, SettingError, Task, to_json)
 from marlora.rollouts.checkpoints import team as served
 from marlora.rollouts.checkpoints.reader import places, read_checkpoint
-from marlora.rollouts.checkpoints.team import ServedTeam, build_system
+from marlora.rollouts.checkpoints.team import LoadedTeam, build_system
 from marlora.rollouts.engines.factory import EngineConfig
 from marlora.rollouts.engines.scripted import ByteTokenizer, ScriptedEngine
-from marlora.rollouts.episodes.runner import Job
-from marlora.rollouts.renderer import ChatTokens
+from marlora.rollouts.episodes.runner import EpisodeRequest
+from marlora.rollouts.renderer import ChatRenderer
 from marlora.rollouts.rewards.builtin import resolve_rewards
 from marlora.rollouts.tasks.registry import load_tasks, split_hash
 from tests.repository import ROOT
@@ -49,7 +49,7 @@ def hostile(marker: Path) -> list[str]:
         "this:s", "antigravity:geohash", "evil_in_cwd:run", "evil_in_cwd:run(x)", f"verified(os:system(touch {marker}))",
         f"verified(evil_in_cwd:run({marker}))", "marlora.agents.evil:run", "marlora.evil:run(x)", "marlora.agents..evil:run",
         "marlora.agents.types:json",
-        "marlora.agents.types:json.loads", "marlora.agents.lookup:importlib", "marlora.agents.lookup:function_named(x)",
+        "marlora.agents.types:json.loads", "marlora.agents.lookup:importlib", "marlora.agents.lookup:load_function(x)",
         "marlora.agents.patterns.chain:Chain.__init__", "marlora.agents.team:System", "marlora.rollouts.gateway.programs:Command",
         "marlora.rollouts.gateway.programs:Function", f"marlora.rollouts.gateway.programs:os.system(touch {marker})",
         "marlora.agents.tools.tools:python_tool", "marlora.agents.patterns.chain：Chain", "ｍarlora.agents.evil:run", "marlora.agents.patterns.chain:Chain:evil",
@@ -60,7 +60,7 @@ def hostile(marker: Path) -> list[str]:
 SYSTEMS: dict[str, dict[str, Any]] = {
     "marlora.agents.patterns.chain:Chain": {"views": {"b": "{previous}"}},
     "marlora.agents.patterns.vote:Vote": {},
-    "marlora.agents.patterns.self_correction:Repair": {},
+    "marlora.agents.patterns.self_correction:SelfCorrection": {},
     "marlora.agents.patterns.debate:Debate": {"rounds": 1},
     "marlora.agents.patterns.collaboration:Collaboration": {"verifier": "calculator", "rounds": 2},
     "marlora.agents.patterns.actor_critic:ActorCritic": {},
@@ -93,14 +93,14 @@ def valid(cls: str) -> dict[str, Any]:
 async def work(folder: Path, **settings: Any) -> None:
     """What `play`, `collect`, `eval` and `serve` do with a checkpoint, on an engine that needs no model."""
     engine = ScriptedEngine(lambda prompt, ref, sampling, k: "Answer: 1")
-    team = await ServedTeam.open(
+    team = await LoadedTeam.open(
         folder, EngineConfig(), scratch=folder / "scratch", engine=engine, say=lambda text: None, **settings
     )
     try:
         tasks = [*team.tasks(limit=1), *team.tasks(limit=1, split="train")]
         for player in (team.rollouts, team.rollouts.greedy()):
             for task in tasks:
-                await player.play(Job(task, "g"), team.versions)
+                await player.play(EpisodeRequest(task, "g"), team.versions)
     finally:
         await team.close()
 
@@ -115,7 +115,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.write_text(EVIL.format(marker=str(marker)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(served, "base_of", lambda name, path, data: (ChatTokens(ByteTokenizer()), "the-base"))
+    monkeypatch.setattr(served, "base_of", lambda name, path, data: (ChatRenderer(ByteTokenizer()), "the-base"))
     for name in MODULES:
         sys.modules.pop(name, None)
     return marker
@@ -372,8 +372,8 @@ def test_what_is_ours_but_not_marked_for_it_is_refused(name: str) -> None:
 
 def test_the_rule_ends_where_it_began(world: Path) -> None:
     with pytest.raises(SettingError), only_trusted():
-        function_named("reward", "evil_in_cwd:run", {})
+        load_function("reward", "evil_in_cwd:run", {})
     assert not world.exists()
     with only_trusted(False):
-        function_named("reward", "evil_in_cwd:run", {})
+        load_function("reward", "evil_in_cwd:run", {})
     assert world.exists()

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from marlora.agents.types import BASE, Message, Sampling
-from marlora.rollouts.engines.base import EngineError, Ref
+from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.scripted import ByteTokenizer, Fault, ScriptedEngine, scripted_logprob
-from marlora.rollouts.renderer import ChatTokens
-from tests.rollouts.engine_conformance import CHECKS, OWNED_CHECKS, Bench, Check, name_of, run
+from marlora.rollouts.renderer import ChatRenderer
+from tests.rollouts.engine_conformance import (CHECKS, OWNED_CHECKS, Bench, Check, name_of, run)
 from tests.rollouts.templates import family
 
-TOKENS = ChatTokens(ByteTokenizer())
+TOKENS = ChatRenderer(ByteTokenizer())
 PROMPT = TOKENS.prompt([Message("user", "7+8")])
 
 
-def babble(prompt: str, ref: Ref, sampling: Sampling, k: int) -> str:
+def babble(prompt: str, ref: ModelRef, sampling: Sampling, k: int) -> str:
     seed = 0 if sampling.temperature == 0 else (sampling.seed or 0) + k
     rng = random.Random(f"{prompt} {ref} {seed}")
     return "".join(rng.choice("abcdefgé👍0123") for _ in range(rng.randrange(3, 40)))
@@ -45,7 +45,7 @@ def test_contract(check: Check, tmp_path: Path) -> None:
 def test_tokens_and_logprobs_are_known() -> None:
     async def play() -> None:
         engine = ScriptedEngine(lambda prompt, ref, sampling, k: "15" if prompt == "<|user|>7+8<|end|><|assistant|>" else "?")
-        (made,) = await engine.generate(PROMPT, Ref(BASE), Sampling(seed=0))
+        (made,) = await engine.generate(PROMPT, ModelRef(BASE), Sampling(seed=0))
         zero = ByteTokenizer().encode("0")[0]
         assert made.token_ids == (zero + 1, zero + 5, 1) and made.text == "15" and made.finish_reason == "stop"
         everything = PROMPT + made.token_ids
@@ -67,12 +67,12 @@ def test_every_fault() -> None:
         }
         engine = ScriptedEngine(lambda *_: "15", faults=faults, latency=lambda number: 0.0)
         with pytest.raises(EngineError, match="gone"):
-            await engine.generate(PROMPT, Ref(BASE), Sampling(seed=0))
-        (short,) = await engine.generate(PROMPT, Ref(BASE), Sampling(seed=0))
+            await engine.generate(PROMPT, ModelRef(BASE), Sampling(seed=0))
+        (short,) = await engine.generate(PROMPT, ModelRef(BASE), Sampling(seed=0))
         assert len(short.logprobs) == len(short.token_ids) - 1
-        assert len(await engine.generate(PROMPT, Ref(BASE), Sampling(seed=0), n=3)) == 2
-        assert len(await engine.generate(PROMPT, Ref(BASE), Sampling(seed=0), n=3)) == 3
-        stalled = asyncio.create_task(engine.generate(PROMPT, Ref(BASE), Sampling(seed=0)))
+        assert len(await engine.generate(PROMPT, ModelRef(BASE), Sampling(seed=0), n=3)) == 2
+        assert len(await engine.generate(PROMPT, ModelRef(BASE), Sampling(seed=0), n=3)) == 3
+        stalled = asyncio.create_task(engine.generate(PROMPT, ModelRef(BASE), Sampling(seed=0)))
         for _ in range(5):
             await asyncio.sleep(0)
         assert not stalled.done() and len(engine.calls) == 5
@@ -90,7 +90,7 @@ def test_a_folder_that_changes_while_it_is_loaded_is_noticed(tmp_path: Path) -> 
         await engine.publish({"solver": folder})
         (folder / "adapter_model.safetensors").write_bytes(b"other")
         with pytest.raises(EngineError, match="changed or went"):
-            await engine.generate(PROMPT, Ref("solver", folder.name), Sampling(seed=0))
+            await engine.generate(PROMPT, ModelRef("solver", folder.name), Sampling(seed=0))
 
     asyncio.run(play())
 

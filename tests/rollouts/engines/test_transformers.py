@@ -10,21 +10,21 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from marlora.agents.patterns.chain import Chain
-from marlora.agents.types import BASE, AgentSpec, Completion, Message, Sampling, SettingError, Task
-from marlora.rollouts.engines.base import EngineError, Ref
+from marlora.agents.types import (BASE, AgentSpec, Completion, Message, Sampling, SettingError, Task)
+from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.transformers import TransformersEngine, shape_logits
-from marlora.rollouts.episodes.completers import EngineSpeaker
-from marlora.rollouts.episodes.runner import Rollouts, jobs
-from marlora.rollouts.renderer import ChatTokens, load_tokenizer
+from marlora.rollouts.episodes.completers import EngineCompleter
+from marlora.rollouts.episodes.runner import EpisodeRunner, episode_requests
+from marlora.rollouts.renderer import ChatRenderer, load_tokenizer
 from marlora.trainers.testbeds.tiny import tiny_random_model
-from tests.rollouts.engine_conformance import CHECKS, MODEL_CHECKS, OWNED_CHECKS, Bench, Check, name_of, run
+from tests.rollouts.engine_conformance import (CHECKS, MODEL_CHECKS, OWNED_CHECKS, Bench, Check, name_of, run)
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def tokens(model: Path) -> ChatTokens:
-    return ChatTokens(load_tokenizer(model))
+def tokens(model: Path) -> ChatRenderer:
+    return ChatRenderer(load_tokenizer(model))
 
 
 def adapter_maker(model: Path, root: Path) -> Callable[[str, int], Path]:
@@ -50,26 +50,26 @@ def play(engine: TransformersEngine, *calls: object) -> list[list[Completion]]:
 
 
 @pytest.mark.parametrize("check", CHECKS + MODEL_CHECKS + OWNED_CHECKS, ids=name_of)
-def test_contract(check: Check, model: Path, tokens: ChatTokens, tmp_path: Path) -> None:
+def test_contract(check: Check, model: Path, tokens: ChatRenderer, tmp_path: Path) -> None:
     async def start() -> TransformersEngine:
         return TransformersEngine(model, tokens=tokens, max_batch=8)
 
     asyncio.run(run(check, Bench(start, adapter_maker(model, tmp_path), tokens)))
 
 
-def test_replies_end_by_token_and_by_length(model: Path, tokens: ChatTokens) -> None:
+def test_replies_end_by_token_and_by_length(model: Path, tokens: ChatRenderer) -> None:
     prompt = tokens.prompt([Message("user", "7+8+5")])
-    (made,) = play(TransformersEngine(model, tokens=tokens), (prompt, Ref(BASE), Sampling(max_tokens=32, seed=3), 64))
+    (made,) = play(TransformersEngine(model, tokens=tokens), (prompt, ModelRef(BASE), Sampling(max_tokens=32, seed=3), 64))
     assert {one.finish_reason for one in made} == {"stop", "length"}
     stopped = [one for one in made if one.finish_reason == "stop"]
     assert all(one.token_ids[-1] == 1 and not one.text.endswith("<|end|>") for one in stopped)
 
 
-def test_logprobs_are_those_of_the_plain_model(model: Path, tokens: ChatTokens) -> None:
+def test_logprobs_are_those_of_the_plain_model(model: Path, tokens: ChatRenderer) -> None:
     """Whatever it is padded, batched and compacted with, a reply's log-probs are those of one unpadded forward pass."""
     plain = AutoModelForCausalLM.from_pretrained(model)
     prompts = [tokens.prompt([Message("user", "1" * length)]) for length in (1, 5, 30, 9)]
-    calls = [(prompt, Ref(BASE), Sampling(temperature=0.7, max_tokens=24, seed=i), 4) for i, prompt in enumerate(prompts)]
+    calls = [(prompt, ModelRef(BASE), Sampling(temperature=0.7, max_tokens=24, seed=i), 4) for i, prompt in enumerate(prompts)]
     for made in play(TransformersEngine(model, tokens=tokens), *calls):
         for one in made:
             ids = torch.tensor([one.prompt_ids + one.token_ids])
@@ -78,10 +78,10 @@ def test_logprobs_are_those_of_the_plain_model(model: Path, tokens: ChatTokens) 
             assert list(one.logprobs) == pytest.approx(wanted[len(one.prompt_ids) - 1 :].tolist(), abs=2e-5)
 
 
-def test_tokens_follow_their_distribution(model: Path, tokens: ChatTokens) -> None:
+def test_tokens_follow_their_distribution(model: Path, tokens: ChatRenderer) -> None:
     prompt = tokens.prompt([Message("user", "7")])
     (made,) = play(
-        TransformersEngine(model, tokens=tokens, max_batch=512), (prompt, Ref(BASE), Sampling(max_tokens=1, seed=0), 4000)
+        TransformersEngine(model, tokens=tokens, max_batch=512), (prompt, ModelRef(BASE), Sampling(max_tokens=1, seed=0), 4000)
     )
     plain = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_penalties_and_cuts_by_hand() -> None:
     assert kept(prompt=(0,), repetition_penalty=2.0) == [0.3333, 0.3333, 0.2, 0.1333]  # log 0.5 doubled: 0.25
 
 
-def test_a_run_repeats_bit_for_bit(model: Path, tokens: ChatTokens, tmp_path: Path) -> None:
+def test_a_run_repeats_bit_for_bit(model: Path, tokens: ChatRenderer, tmp_path: Path) -> None:
     """Contract (b): batches depend on what is asked, not on when; also with more requests than fit one batch."""
     folders = {name: adapter_maker(model, tmp_path)(f"{name}-v1-0000", seed) for seed, name in enumerate(("first", "last"))}
     system = Chain([AgentSpec("first", prompt="first"), AgentSpec("last", prompt="last")])
@@ -119,9 +119,9 @@ def test_a_run_repeats_bit_for_bit(model: Path, tokens: ChatTokens, tmp_path: Pa
         engine = TransformersEngine(model, tokens=tokens, max_batch=8)
         try:
             team = await engine.publish(folders)
-            speakers = {name: EngineSpeaker(engine, tokens, name) for name in ("first", "last")}
-            rollouts = Rollouts(system, speakers, sampling=Sampling(max_tokens=8))
-            found = [e async for e in rollouts.collect(jobs(tasks, label="step-1", num_generations=2), team)]
+            speakers = {name: EngineCompleter(engine, tokens, name) for name in ("first", "last")}
+            rollouts = EpisodeRunner(system, speakers, sampling=Sampling(max_tokens=8))
+            found = [e async for e in rollouts.collect(episode_requests(tasks, label="step-1", num_generations=2), team)]
             return sorted((e.id, [(t.token_ids, t.logprobs) for t in e.turns]) for e in found)
         finally:
             await engine.close()
@@ -130,22 +130,22 @@ def test_a_run_repeats_bit_for_bit(model: Path, tokens: ChatTokens, tmp_path: Pa
     assert once == again and len(once) == 24
 
 
-def test_requests_of_the_same_moment_share_a_batch(model: Path, tokens: ChatTokens, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_of_the_same_moment_share_a_batch(model: Path, tokens: ChatRenderer, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     plain = TransformersEngine._decode
     monkeypatch.setattr(TransformersEngine, "_decode", lambda self, batch: (sizes.append(len(batch)), plain(self, batch))[1])
     prompt = tokens.prompt([Message("user", "7")])
-    calls = [(prompt, Ref(BASE), Sampling(max_tokens=2, seed=seed), 2) for seed in (40, 10, 20, 30, 0)]
-    play(TransformersEngine(model, tokens=tokens, max_batch=4), *calls, (prompt, Ref(BASE), Sampling(max_tokens=3, seed=1)))
+    calls = [(prompt, ModelRef(BASE), Sampling(max_tokens=2, seed=seed), 2) for seed in (40, 10, 20, 30, 0)]
+    play(TransformersEngine(model, tokens=tokens, max_batch=4), *calls, (prompt, ModelRef(BASE), Sampling(max_tokens=3, seed=1)))
     assert sizes == [4, 4, 2, 1]  # ten of one kind in fixed sizes, and one of another
 
 
-def test_a_caller_that_goes_away_takes_nobody_with_it(model: Path, tokens: ChatTokens) -> None:
+def test_a_caller_that_goes_away_takes_nobody_with_it(model: Path, tokens: ChatRenderer) -> None:
     async def work() -> None:
         engine = TransformersEngine(model, tokens=tokens)
         prompt = tokens.prompt([Message("user", "7")])
-        going = asyncio.create_task(engine.generate(prompt, Ref(BASE), Sampling(max_tokens=4, seed=1), 2))
-        staying = asyncio.create_task(engine.generate(prompt, Ref(BASE), Sampling(max_tokens=4, seed=2), 2))
+        going = asyncio.create_task(engine.generate(prompt, ModelRef(BASE), Sampling(max_tokens=4, seed=1), 2))
+        staying = asyncio.create_task(engine.generate(prompt, ModelRef(BASE), Sampling(max_tokens=4, seed=2), 2))
         await asyncio.sleep(0)
         going.cancel()
         assert len(await staying) == 2 and going.cancelled()
@@ -154,11 +154,11 @@ def test_a_caller_that_goes_away_takes_nobody_with_it(model: Path, tokens: ChatT
     asyncio.run(work())
 
 
-def test_closing_fails_what_is_open(model: Path, tokens: ChatTokens) -> None:
+def test_closing_fails_what_is_open(model: Path, tokens: ChatRenderer) -> None:
     async def work() -> None:
         engine = TransformersEngine(model, tokens=tokens, max_batch=1)
         prompt = tokens.prompt([Message("user", "7")])
-        waiting = asyncio.create_task(engine.generate(prompt, Ref(BASE), Sampling(max_tokens=4, seed=1), 3))
+        waiting = asyncio.create_task(engine.generate(prompt, ModelRef(BASE), Sampling(max_tokens=4, seed=1), 3))
         await asyncio.sleep(0)
         await engine.close()
         with pytest.raises(EngineError, match="closed while requests were open"):
@@ -167,7 +167,7 @@ def test_closing_fails_what_is_open(model: Path, tokens: ChatTokens) -> None:
     asyncio.run(work())
 
 
-def test_bad_models_and_adapters_are_told(model: Path, tokens: ChatTokens, tmp_path: Path) -> None:
+def test_bad_models_and_adapters_are_told(model: Path, tokens: ChatRenderer, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="nowhere"):
         TransformersEngine(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -193,10 +193,10 @@ def test_bad_models_and_adapters_are_told(model: Path, tokens: ChatTokens, tmp_p
     asyncio.run(work())
 
 
-def test_bias_bends_what_is_drawn_and_a_grammar_is_refused(model: Path, tokens: ChatTokens) -> None:
+def test_bias_bends_what_is_drawn_and_a_grammar_is_refused(model: Path, tokens: ChatRenderer) -> None:
     engine = TransformersEngine(model, tokens=tokens)
     biased = Sampling(max_tokens=4, seed=1, logit_bias={"40": 1000.0})
-    asked = (tokens.prompt([Message("user", "hi")]), Ref(BASE, ""))
+    asked = (tokens.prompt([Message("user", "hi")]), ModelRef(BASE, ""))
     (bent,), (plain,) = play(engine, (*asked, biased), (*asked, Sampling(max_tokens=4, seed=1)))
     assert bent.token_ids == (40,) * 4 and bent.logprobs == (0.0,) * 4 and plain.token_ids != bent.token_ids
     for sampling, problem in (

@@ -11,10 +11,10 @@ import pytest
 from aiohttp import web
 
 from marlora.agents.team import Call
-from marlora.agents.types import BASE, AgentSpec, Completion, Message, PolicySpec, Sampling, SettingError, Turn
+from marlora.agents.types import (BASE, AgentSpec, Completion, Message, PolicySpec, Sampling, SettingError, Turn)
 from marlora.rollouts.engines.base import EngineError, PromptTooLong
 from marlora.rollouts.engines.scripted import ScriptedEngine
-from marlora.rollouts.episodes.completers import EngineSpeaker, OutsideSpeaker, speakers
+from marlora.rollouts.episodes.completers import EngineCompleter, APICompleter, completers
 
 CALL = Call(0, AgentSpec("helper"), (Message("system", "be kind"), Message("user", "hi")), Sampling(max_tokens=7, seed=5), 2)
 GOOD = {
@@ -65,7 +65,7 @@ def ask(*answers: tuple[int, Any] | str, base: str | None = "big") -> tuple[list
 
     async def go() -> tuple[list[Completion] | Exception, Outside]:
         async with serve(*answers) as outside:
-            speaker = OutsideSpeaker(PolicySpec("helper", base=base, url=outside.url + "/"), pause=0.001)
+            speaker = APICompleter(PolicySpec("helper", base=base, url=outside.url + "/"), pause=0.001)
             try:
                 return await speaker(CALL, ""), outside
             except Exception as error:
@@ -127,20 +127,20 @@ def test_what_is_no_completion_is_told(body: Any) -> None:
 
 def test_addresses_that_are_none() -> None:
     with pytest.raises(SettingError, match="policy 'helper': url is empty"):
-        OutsideSpeaker(PolicySpec("helper", url=""))
+        APICompleter(PolicySpec("helper", url=""))
     with pytest.raises(SettingError, match=r"policies\.helper\.url: expected http://HOST:PORT/v1"):
-        OutsideSpeaker(PolicySpec("helper", url="far away"))
+        APICompleter(PolicySpec("helper", url="far away"))
 
 
 def test_nobody_at_the_address() -> None:
-    speaker = OutsideSpeaker(PolicySpec("helper", url="http://127.0.0.1:9/v1"), tries=2, pause=0.001)
+    speaker = APICompleter(PolicySpec("helper", url="http://127.0.0.1:9/v1"), tries=2, pause=0.001)
     with pytest.raises(EngineError, match="did not answer: Client"):
         asyncio.run(speaker(CALL, ""))
 
 
 def test_a_chat_with_an_outside_turn_in_it_is_encoded_anew() -> None:
     engine = ScriptedEngine(lambda prompt, ref, sampling, k: "ok")
-    speaker = EngineSpeaker(engine, engine.tokens, "helper")
+    speaker = EngineCompleter(engine, engine.tokens, "helper")
     said = (*CALL.messages, Message("assistant", "outside words"), Message("user", "go on"))
     previous = Turn(0, "helper", CALL.messages, text="outside words")  # no tokens
     (found,) = asyncio.run(speaker(Call(1, AgentSpec("helper"), said, Sampling(), 1, previous), ""))
@@ -150,6 +150,6 @@ def test_a_chat_with_an_outside_turn_in_it_is_encoded_anew() -> None:
 def test_every_policy_gets_its_speaker() -> None:
     engine = ScriptedEngine(lambda prompt, ref, sampling, k: "ok")
     policies = {"solver": PolicySpec("solver"), "far": PolicySpec("far", url="http://127.0.0.1:9/v1")}
-    found = speakers(policies, {"solver": (engine, engine.tokens), BASE: (engine, engine.tokens)})
-    assert isinstance(found["solver"], EngineSpeaker) and isinstance(found["far"], OutsideSpeaker)
-    assert isinstance(found[BASE], EngineSpeaker) and found[BASE].policy == BASE
+    found = completers(policies, {"solver": (engine, engine.tokens), BASE: (engine, engine.tokens)})
+    assert isinstance(found["solver"], EngineCompleter) and isinstance(found["far"], APICompleter)
+    assert isinstance(found[BASE], EngineCompleter) and found[BASE].policy == BASE

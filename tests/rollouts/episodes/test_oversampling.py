@@ -11,8 +11,8 @@ from marlora.agents.patterns.chain import Chain
 from marlora.agents.team import Call
 from marlora.agents.types import Completion, Task
 from marlora.rollouts.engines.base import EngineError
-from marlora.rollouts.episodes.oversampling import Dropped, collect_first, told
-from marlora.rollouts.episodes.runner import Job, Limits, Rollouts, jobs
+from marlora.rollouts.episodes.oversampling import CancelledEpisode, first_finished, drop_statistics
+from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeLimits, EpisodeRunner, episode_requests
 from marlora.rollouts.types import Episode, Usage
 
 TASKS = [Task("a", "a"), Task("b", "b")]
@@ -21,7 +21,7 @@ TASKS = [Task("a", "a"), Task("b", "b")]
 class Gated:
     """A speaker whose replies wait until they are let go: `open[agent, sample]`."""
 
-    def __init__(self, plan: list[Job]) -> None:
+    def __init__(self, plan: list[EpisodeRequest]) -> None:
         self.open = {(agent, job.id): asyncio.Event() for agent in ("one", "two") for job in plan}
         self.asked: list[tuple[str, str]] = []
         self.cancelled: list[tuple[str, str]] = []
@@ -50,11 +50,11 @@ def current() -> str:
 
 
 async def collected(
-    plan: list[Job], order: list[tuple[str, str]], wanted: dict[str, int], concurrency: int = 64
-) -> tuple[list[Episode], list[Dropped], Gated]:
-    gated, dropped, found = Gated(plan), list[Dropped](), list[Episode]()
+    plan: list[EpisodeRequest], order: list[tuple[str, str]], wanted: dict[str, int], concurrency: int = 64
+) -> tuple[list[Episode], list[CancelledEpisode], Gated]:
+    gated, dropped, found = Gated(plan), list[CancelledEpisode](), list[Episode]()
     speakers = {name: gated.speaker(name, current) for name in ("one", "two")}
-    rollouts = Rollouts(Chain(["one", "two"]), speakers, limits=Limits(concurrency=concurrency))  # type: ignore[arg-type]
+    rollouts = EpisodeRunner(Chain(["one", "two"]), speakers, limits=EpisodeLimits(concurrency=concurrency))  # type: ignore[arg-type]
 
     async def let_go() -> None:
         for key in order:
@@ -63,7 +63,7 @@ async def collected(
                 await asyncio.sleep(0)
 
     letting = asyncio.create_task(let_go())
-    async for episode in collect_first(rollouts, plan, None, wanted, dropped):
+    async for episode in first_finished(rollouts, plan, None, wanted, dropped):
         found.append(episode)
     await letting
     return found, dropped, gated
@@ -71,7 +71,7 @@ async def collected(
 
 def test_a_group_ends_with_the_last_one_that_is_wanted():
     """Of three episodes of each task two are wanted; a's third has said one turn by then, b's first fails, which is no end of it."""
-    plan = jobs(TASKS, label="t", num_generations=3)
+    plan = episode_requests(TASKS, label="t", num_generations=3)
     one = [("one", job.id) for job in plan if job.id != "t/b/2"]
     order = [*one, ("two", "t/a/2"), ("two", "t/a/0"), ("two", "t/b/0"), ("two", "t/b/1"), ("one", "t/b/2"), ("two", "t/b/2")]
     found, dropped, gated = asyncio.run(collected(plan, order, {"t/a": 2, "t/b": 2}))
@@ -82,7 +82,7 @@ def test_a_group_ends_with_the_last_one_that_is_wanted():
 
 
 def test_what_has_not_begun_is_dropped_too():
-    plan = jobs(TASKS[:1], label="t", num_generations=3)
+    plan = episode_requests(TASKS[:1], label="t", num_generations=3)
     order = [("one", "t/a/0"), ("two", "t/a/0")]
     found, dropped, _ = asyncio.run(collected(plan, order, {"t/a": 1}, concurrency=1))
     assert [episode.id for episode in found] == ["t/a/0"]
@@ -91,13 +91,13 @@ def test_what_has_not_begun_is_dropped_too():
 
 
 def test_a_group_that_is_complete_already_plays_nothing():
-    plan = jobs(TASKS[:1], label="t", num_generations=2)
+    plan = episode_requests(TASKS[:1], label="t", num_generations=2)
     found, dropped, gated = asyncio.run(collected(plan, [], {"t/a": 0}))
     assert (found, dropped, gated.asked) == ([], [], [])
 
 
 def test_an_engine_that_is_gone_ends_it_all():
-    plan = jobs(TASKS[:1], label="t", num_generations=2)
+    plan = episode_requests(TASKS[:1], label="t", num_generations=2)
     cancelled = []
 
     async def gone(call: Call, version: str) -> list[Completion]:
@@ -111,8 +111,8 @@ def test_an_engine_that_is_gone_ends_it_all():
         return []
 
     async def run() -> None:
-        rollouts = Rollouts(Chain(["one"]), {"one": gone})
-        async for _ in collect_first(rollouts, plan, None, {"t/a": 1}, []):
+        rollouts = EpisodeRunner(Chain(["one"]), {"one": gone})
+        async for _ in first_finished(rollouts, plan, None, {"t/a": 1}, []):
             pass
 
     with pytest.raises(EngineError, match="gone"):
@@ -126,7 +126,7 @@ def test_lengths_of_kept_and_dropped_stand_side_by_side():
             id="x", group="x", task=TASKS[0], seed=0, usage={"one": Usage(1, 5, tokens, 0.1), "two": Usage(1, 5, 1, 0.1)}
         )
 
-    found = told([episode(9), episode(19)], [Dropped("a", 2, 30, 1.0), Dropped("b", 0, 0, 0.0)])
+    found = drop_statistics([episode(9), episode(19)], [CancelledEpisode("a", 2, 30, 1.0), CancelledEpisode("b", 0, 0, 0.0)])
     assert found == {
         "dropped": 2, "not_begun": 1, "dropped_tokens": 30, "mean_tokens_dropped": 30.0, "mean_tokens_kept": 15.0, "mean_turns_dropped": 2.0
     }  # fmt: skip

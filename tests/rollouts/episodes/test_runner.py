@@ -15,10 +15,10 @@ from marlora.agents.patterns.chain import Chain
 from marlora.agents.patterns.debate import Debate
 from marlora.agents.team import System, Team, derive_seed
 from marlora.agents.types import AgentSpec, Completion, Sampling, SettingError, Task
-from marlora.rollouts.engines.base import EngineError, Ref
+from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
-from marlora.rollouts.episodes.completers import EngineSpeaker
-from marlora.rollouts.episodes.runner import Job, Limits, Rollouts, agents_of, jobs
+from marlora.rollouts.episodes.completers import EngineCompleter
+from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeLimits, EpisodeRunner, override_agents, episode_requests
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.rewards.builtin import exact
 from marlora.rollouts.types import Episode, Usage
@@ -27,23 +27,23 @@ TASK = Task("t1", "2+2?", "gold-4", "sums", "train", {"level": 1, "_steps": "hid
 OTHER = Task("t2", "3+3?", "gold-6", "sums", "train")
 
 
-def echo(prompt: str, ref: Ref, sampling: Sampling, k: int) -> str:
+def echo(prompt: str, ref: ModelRef, sampling: Sampling, k: int) -> str:
     """An answer that follows from all that was asked, so that another prompt or seed shows."""
     return f"{ref.policy} {derive_seed(prompt, sampling.seed, k) % 10_000}"
 
 
-def play_with(system: System, engine: ScriptedEngine, rewards: Sequence[Any] = (), **settings: Any) -> Rollouts:
-    found = {agent.policy: EngineSpeaker(engine, engine.tokens, agent.policy) for agent in system.specs}
-    return Rollouts(system, found, rewards, **settings)
+def play_with(system: System, engine: ScriptedEngine, rewards: Sequence[Any] = (), **settings: Any) -> EpisodeRunner:
+    found = {agent.policy: EngineCompleter(engine, engine.tokens, agent.policy) for agent in system.specs}
+    return EpisodeRunner(system, found, rewards, **settings)
 
 
 def one(system: System, task: Task = TASK, rewards: Sequence[Any] = (), answer: Any = echo, **settings: Any) -> Episode:
     """The episode of one task."""
     engine = ScriptedEngine(answer, context=settings.pop("context", 4096))
-    return asyncio.run(play_with(system, engine, rewards, **settings).play(Job(task, f"g/{task.id}")))
+    return asyncio.run(play_with(system, engine, rewards, **settings).play(EpisodeRequest(task, f"g/{task.id}")))
 
 
-async def gathered(rollouts: Rollouts, plan: Sequence[Job]) -> list[Episode]:
+async def gathered(rollouts: EpisodeRunner, plan: Sequence[EpisodeRequest]) -> list[Episode]:
     return [episode async for episode in rollouts.collect(plan)]
 
 
@@ -145,9 +145,9 @@ def test_time_and_turns_are_limited() -> None:
         while True:
             await team["a"].reply("again")
 
-    late = one(Calls(["a"], slow), limits=Limits(episode_timeout=0.05))
+    late = one(Calls(["a"], slow), limits=EpisodeLimits(episode_timeout=0.05))
     assert late.stop_reason == "timeout" and late.error == "not done after 0.05 s (episode_timeout)"
-    long = one(Calls(["a"], endless), limits=Limits(max_turns=3))
+    long = one(Calls(["a"], endless), limits=EpisodeLimits(max_turns=3))
     assert long.stop_reason == "limit" and len(long.turns) == 3
 
 
@@ -156,7 +156,7 @@ def test_an_async_reward_that_never_comes_leaves_the_episode_unscorable() -> Non
         await asyncio.sleep(60)
         return 1.0
 
-    episode = one(Chain(["a"]), rewards=[judge, exact], limits=Limits(reward_timeout=0.05))
+    episode = one(Chain(["a"]), rewards=[judge, exact], limits=EpisodeLimits(reward_timeout=0.05))
     silent, other = episode.rewards
     assert math.isnan(silent.value) and silent.text == "reward 'judge' failed: not there after 0.05 s (reward_timeout)"
     assert episode.error is None and (other.name, other.value) == ("exact", 0.0)
@@ -182,7 +182,7 @@ def test_an_agent_without_a_speaker_is_refused_before_anything_is_played() -> No
     engine = ScriptedEngine(echo)
     system = Chain([AgentSpec("solver", policy="solvr")])
     with pytest.raises(SettingError, match="agent 'solver' speaks with policy 'solvr', which nobody serves; did you mean 'solver'"):
-        Rollouts(system, {"solver": EngineSpeaker(engine, engine.tokens, "solver")})
+        EpisodeRunner(system, {"solver": EngineCompleter(engine, engine.tokens, "solver")})
 
 
 # many at once
@@ -195,10 +195,10 @@ def test_an_engine_that_is_gone_ends_collect_after_all_that_was_finished() -> No
     async def go() -> tuple[list[str], list[int]]:
         # calls 0 to 3 begin at once; 1 fails, 0 and 2 end in the same turn of the loop, 3 hangs, 4 and 5 wait for room
         engine = ScriptedEngine(echo, faults={1: Fault("raise", error=EngineError("the engine died")), 3: Fault("stall")})
-        rollouts = play_with(Calls(["a"], body), engine, limits=Limits(concurrency=4))
+        rollouts = play_with(Calls(["a"], body), engine, limits=EpisodeLimits(concurrency=4))
         ended: list[str] = []
         with pytest.raises(EngineError, match="the engine died"):
-            async for episode in rollouts.collect(jobs([TASK], label="x", num_generations=6)):
+            async for episode in rollouts.collect(episode_requests([TASK], label="x", num_generations=6)):
                 ended.append(episode.id)
         return ended, [len(engine.calls), len(asyncio.all_tasks())]
 
@@ -221,7 +221,7 @@ def test_closing_the_iterator_cancels_what_is_open() -> None:
         return "never"
 
     async def go() -> int:
-        stream = play_with(Calls(["a"], body), ScriptedEngine(echo)).collect(jobs([TASK, OTHER], label="x"))
+        stream = play_with(Calls(["a"], body), ScriptedEngine(echo)).collect(episode_requests([TASK, OTHER], label="x"))
         assert (await anext(stream)).output == "quick"
         await stream.aclose()
         return len(asyncio.all_tasks())
@@ -241,8 +241,8 @@ def test_concurrency_is_bounded() -> None:
         open_now -= 1
         return ""
 
-    rollouts = play_with(Calls(["a"], body), ScriptedEngine(echo), limits=Limits(concurrency=3))
-    episodes = asyncio.run(gathered(rollouts, jobs([TASK], label="x", num_generations=10)))
+    rollouts = play_with(Calls(["a"], body), ScriptedEngine(echo), limits=EpisodeLimits(concurrency=3))
+    episodes = asyncio.run(gathered(rollouts, episode_requests([TASK], label="x", num_generations=10)))
     assert len(episodes) == 10 and most == 3
 
 
@@ -255,15 +255,15 @@ def facts(episode: Episode) -> Any:
 
 
 def test_seeds_follow_from_the_jobs_id_and_not_from_its_company() -> None:
-    async def go(plan: Sequence[Job], **settings: Any) -> dict[str, Episode]:
+    async def go(plan: Sequence[EpisodeRequest], **settings: Any) -> dict[str, Episode]:
         # answers take longer or shorter from call to call: no order is promised
         engine = ScriptedEngine(echo, latency=lambda number: 0.001 * (number % 3))
         rollouts = play_with(Debate(["a", "b"], rounds=2), engine, seed=3, **settings)
         return {episode.id: facts(episode) for episode in await gathered(rollouts, plan)}
 
-    plan = jobs([TASK, OTHER], label="x", num_generations=4)
+    plan = episode_requests([TASK, OTHER], label="x", num_generations=4)
     together = asyncio.run(go(plan))
-    assert asyncio.run(go(list(reversed(plan)), limits=Limits(concurrency=2))) == together
+    assert asyncio.run(go(list(reversed(plan)), limits=EpisodeLimits(concurrency=2))) == together
     assert asyncio.run(go(plan[5:6])) == {plan[5].id: together[plan[5].id]}
     seeds = [turn.sampling.seed for episode in together.values() for turn in episode.turns]
     assert len(seeds) == 8 * 4 and len(set(seeds)) == len(seeds)  # every request has its own
@@ -284,7 +284,7 @@ def test_children_of_team_play_are_kept_with_their_parent() -> None:
 
     async def go() -> list[Episode]:
         system = Calls(["a", "b"], body)
-        return await gathered(play_with(system, ScriptedEngine(echo), [lambda t, e: 0.5]), jobs([TASK], label="x"))
+        return await gathered(play_with(system, ScriptedEngine(echo), [lambda t, e: 0.5]), episode_requests([TASK], label="x"))
 
     *children, parent = asyncio.run(go())
     assert parent.id == "x/t1/0" and parent.parent is None and parent.turns == ()
@@ -303,7 +303,7 @@ def test_a_child_whose_engine_is_gone_ends_the_run_and_its_siblings() -> None:
     async def go() -> int:
         engine = ScriptedEngine(echo, faults={0: Fault("raise"), 1: Fault("stall")})
         with pytest.raises(EngineError, match="scripted fault"):
-            await play_with(Calls(["a"], body), engine).play(Job(TASK, "x"))
+            await play_with(Calls(["a"], body), engine).play(EpisodeRequest(TASK, "x"))
         return len(asyncio.all_tasks())
 
     assert asyncio.run(go()) == 1
@@ -322,7 +322,7 @@ def test_a_stored_episode_is_replayed_from_its_turns_or_from_its_seed(tmp_path: 
     async def go() -> None:
         engine = ScriptedEngine(echo)
         rollouts = play_with(Calls(["a", "b"], body), engine, [lambda t, e: float(len(e.turns))], seed=5)
-        job = Job(TASK, "x/t1", 2, step=4)
+        job = EpisodeRequest(TASK, "x/t1", 2, step=4)
         first = await rollouts.play(job)
         with Store(tmp_path) as store:
             store.append(first)
@@ -344,7 +344,7 @@ def test_a_stored_episode_is_replayed_from_its_turns_or_from_its_seed(tmp_path: 
 def test_greedy_changes_the_temperature_of_every_agent_and_keeps_lengths() -> None:
     own = AgentSpec("a", sampling=Sampling(temperature=0.7, top_p=0.9, max_tokens=9, stop=("!",)))
     rollouts = play_with(Chain([own, "b"]), ScriptedEngine(echo), sampling=Sampling(max_tokens=5)).greedy()
-    episode = asyncio.run(rollouts.play(Job(TASK, "x")))
+    episode = asyncio.run(rollouts.play(EpisodeRequest(TASK, "x")))
     sent = [replace(turn.sampling, seed=None) for turn in episode.turns]
     assert sent == [Sampling(temperature=0.0, max_tokens=9, stop=("!",)), Sampling(temperature=0.0, max_tokens=5)]
 
@@ -356,7 +356,7 @@ def test_agents_are_changed_by_name() -> None:
     system = Chain([AgentSpec("a", "first"), AgentSpec("b", sampling=Sampling(top_p=0.5, max_tokens=7))])
     run = Sampling(temperature=0.9, max_tokens=5)
     changes: Mapping[str, Any] = {"a": {"prompt": "p", "sampling": {"temperature": 0}}, "b": {"sampling": {"temperature": 0.1}}}
-    a, b = agents_of(system, changes, run)
+    a, b = override_agents(system, changes, run)
     assert a == AgentSpec("a", "first", "p", sampling=Sampling(temperature=0.0, max_tokens=5))  # the rest is the run's
     assert b.sampling == Sampling(temperature=0.1, top_p=0.5, max_tokens=7)  # the rest is its own
 
@@ -377,5 +377,5 @@ def test_agents_are_changed_by_name() -> None:
 )
 def test_wrong_changes_of_agents_are_told(changes: Any, told: str) -> None:
     with pytest.raises(SettingError) as caught:
-        agents_of(Chain(["solver"]), changes)
+        override_agents(Chain(["solver"]), changes)
     assert told in str(caught.value)

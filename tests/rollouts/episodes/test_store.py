@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlora.agents.types import Completion, Decision, Message, Sampling, SettingError, Task, Turn
+from marlora.agents.types import (Completion, Decision, Message, Sampling, SettingError, Task, Turn)
 from marlora.rollouts.episodes.store import Store, StoreError, pack, unpack
 from marlora.rollouts.types import Episode, Reward, Usage
 

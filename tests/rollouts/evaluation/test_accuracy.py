@@ -10,9 +10,9 @@ import pytest
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.types import SettingError, Task
 from marlora.rollouts.engines.scripted import ScriptedEngine
-from marlora.rollouts.episodes.completers import EngineSpeaker
-from marlora.rollouts.episodes.runner import Rollouts
-from marlora.rollouts.evaluation.accuracy import Evaluation, best, evaluate, evaluation, interval, paired, wilson
+from marlora.rollouts.episodes.completers import EngineCompleter
+from marlora.rollouts.episodes.runner import EpisodeRunner
+from marlora.rollouts.evaluation.accuracy import (Evaluation, best, evaluate, evaluation, interval, paired, wilson)
 from marlora.rollouts.types import Episode, Reward, Usage
 
 TASKS = [Task(name, name, name) for name in "wxyz"]
@@ -88,7 +88,7 @@ def test_a_metric_that_no_reward_bears_is_told_rather_than_counted_0() -> None:
 
 def test_evaluate_plays_every_task_once_and_greedily() -> None:
     engine = ScriptedEngine(lambda prompt, ref, sampling, k: "x" if sampling.temperature == 0 else "warm")
-    rollouts = Rollouts(Chain(["a"]), {"a": EngineSpeaker(engine, engine.tokens, "a")}, [lambda t, e: e.output == t.answer])
+    rollouts = EpisodeRunner(Chain(["a"]), {"a": EngineCompleter(engine, engine.tokens, "a")}, [lambda t, e: e.output == t.answer])
     found = asyncio.run(evaluate(rollouts, TASKS))
     assert found.scores == {"w": 0.0, "x": 1.0, "y": 0.0, "z": 0.0} and len(engine.calls) == 4
     assert asyncio.run(evaluate(rollouts, TASKS, greedy=False)).accuracy == 0.0

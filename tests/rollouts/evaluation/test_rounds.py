@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from marlora.agents.types import Task, Turn
-from marlora.rollouts.evaluation.rounds import rounds_of, transition_rows, transitions
+from marlora.rollouts.evaluation.rounds import answers_by_round, transition_rows, transitions
 from marlora.rollouts.types import Episode, Reward
 
 MEMBERS = {"a-1": "a", "b-1": "b", "a-2": "a", "b-2": "b"}
@@ -24,7 +24,7 @@ def test_rounds_are_a_members_answers_in_order():
     untaken = Turn(2, "a-2", sibling=1, taken=False)
     other = Turn(9, "judge")
     mixed = Episode("e", "g", Task("t", "?"), turns=(*played.turns, untaken, other))
-    assert [{m: t.index for m, t in row.items()} for row in rounds_of(mixed, MEMBERS)] == [
+    assert [{m: t.index for m, t in row.items()} for row in answers_by_round(mixed, MEMBERS)] == [
         {"a": 0, "b": 1},
         {"a": 2, "b": 3},
         {"a": 4, "b": 5},

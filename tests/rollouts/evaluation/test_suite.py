@@ -16,11 +16,11 @@ from marlora.agents.patterns.vote import Vote
 from marlora.agents.team import System, Team
 from marlora.agents.types import AgentSpec, Message, SettingError, Task, Turn
 from marlora.rollouts.engines.scripted import ScriptedEngine
-from marlora.rollouts.episodes.completers import EngineSpeaker
-from marlora.rollouts.episodes.runner import Rollouts
+from marlora.rollouts.episodes.completers import EngineCompleter
+from marlora.rollouts.episodes.runner import EpisodeRunner
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.evaluation.accuracy import Evaluation
-from marlora.rollouts.evaluation.suite import Contestant, Measured, Plan, compare, measured, play, prompt_hash, seen, suite
+from marlora.rollouts.evaluation.suite import (Variant, Measured, Plan, compare, measured, play, prompt_hash, seen, suite)
 from marlora.rollouts.evaluation.variants import asked, distinct
 from marlora.rollouts.rewards.builtin import correct
 from marlora.rollouts.types import Episode, Reward, Usage
@@ -28,9 +28,9 @@ from marlora.rollouts.types import Episode, Reward, Usage
 TASKS = tuple(Task(f"t{n}", f"say {n}", str(n)) for n in range(4))
 
 
-def rollouts(engine: ScriptedEngine, system: System | None = None) -> Rollouts:
+def rollouts(engine: ScriptedEngine, system: System | None = None) -> EpisodeRunner:
     system = system or Vote(["a", "b"])
-    return Rollouts(system, {s.policy: EngineSpeaker(engine, engine.tokens, s.policy) for s in system.specs}, [correct])
+    return EpisodeRunner(system, {s.policy: EngineCompleter(engine, engine.tokens, s.policy) for s in system.specs}, [correct])
 
 
 def scripted(answer: str = "0") -> ScriptedEngine:
@@ -42,8 +42,8 @@ def quiet(name: str, total: int, done: int) -> Iterator[Any]:
     yield lambda episode: None
 
 
-def contestant(engine: ScriptedEngine, name: str = "team", **changes: Any) -> Contestant:
-    return dataclasses.replace(Contestant(name, rollouts(engine), {}, {}, {"a": "base", "b": "base"}), **changes)
+def contestant(engine: ScriptedEngine, name: str = "team", **changes: Any) -> Variant:
+    return dataclasses.replace(Variant(name, rollouts(engine), {}, {}, {"a": "base", "b": "base"}), **changes)
 
 
 def test_what_is_stored_is_not_played_again(tmp_path: Path) -> None:

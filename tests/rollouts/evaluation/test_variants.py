@@ -12,27 +12,27 @@ import yaml
 from marlora.agents.patterns.vote import Vote
 from marlora.agents.types import BASE, AgentSpec, SettingError, Task
 from marlora.rollouts.engines.scripted import ScriptedEngine
-from marlora.rollouts.episodes.completers import EngineSpeaker
-from marlora.rollouts.episodes.runner import Rollouts
+from marlora.rollouts.episodes.completers import EngineCompleter
+from marlora.rollouts.episodes.runner import EpisodeRunner
 from marlora.rollouts.episodes.store import Store
-from marlora.rollouts.evaluation.variants import ablations, cross_play, ladder, trained_name, trained_on, trained_team
+from marlora.rollouts.evaluation.variants import (ablations, cross_play, ladder, trained_name, trained_on, trained_team)
 from marlora.rollouts.rewards.builtin import correct
 from marlora.rollouts.types import Episode
 
 
 def team(*agents: str | AgentSpec, values: dict[str, Any] | None = None, mark: str = "0", base: str = "b") -> Any:
-    """What `ServedTeam` gives of a checkpoint whose every policy is trained."""
+    """What `LoadedTeam` gives of a checkpoint whose every policy is trained."""
     system = Vote(agents)
     policies = list(dict.fromkeys(spec.policy for spec in system.specs))
     engine = ScriptedEngine(lambda prompt, ref, sampling, k: "1")
-    speakers = {name: EngineSpeaker(engine, engine.tokens, name) for name in (*policies, BASE)}
+    speakers = {name: EngineCompleter(engine, engine.tokens, name) for name in (*policies, BASE)}
     data = {
         "adapters": {p: {"sha256": mark * 64, "trained": True} for p in policies},
         "bases": {base: {"files": f"files of {base}", "policies": policies}},
         "tasks": {"name": "own"},
     }
     return SimpleNamespace(
-        data=data, rollouts=Rollouts(system, speakers, [correct], values or {}), versions={p: f"{p}-{mark}" for p in policies},
+        data=data, rollouts=EpisodeRunner(system, speakers, [correct], values or {}), versions={p: f"{p}-{mark}" for p in policies},
         tasks=lambda split: [Task("t", f"{split} prompt")],
     )  # fmt: skip
 

@@ -18,11 +18,11 @@ import pytest
 from marlora.agents.team import System, Team, derive_seed, gather
 from marlora.agents.tools.tools import calculator
 from marlora.agents.types import AgentSpec, Message, Sampling, Task, Turn
-from marlora.rollouts.engines.base import Ref
+from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.engines.transformers import TransformersEngine
-from marlora.rollouts.episodes.completers import EngineSpeaker
-from marlora.rollouts.episodes.runner import Job, Rollouts
+from marlora.rollouts.episodes.completers import EngineCompleter
+from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import samples
@@ -36,7 +36,7 @@ SAMPLING = Sampling(max_tokens=160)
 TOOL = calculator.schema()
 
 
-def odd(prompt: str, ref: Ref, sampling: Sampling, k: int) -> str:
+def odd(prompt: str, ref: ModelRef, sampling: Sampling, k: int) -> str:
     """An answer that follows from all that was asked; the first one of an agent with tools calls one."""
     if "# Tools" in prompt and "<tool_response>" not in prompt.partition("# Tools")[2]:
         return CALL
@@ -93,7 +93,7 @@ SCENES = [chats, parallel, tools, retries]
 
 
 def direct(engine: Any, turn: Turn, n: int) -> Any:
-    made = asyncio.run(engine.generate(turn.prompt_ids, Ref(turn.policy, turn.version), turn.sampling, n))
+    made = asyncio.run(engine.generate(turn.prompt_ids, ModelRef(turn.policy, turn.version), turn.sampling, n))
     return made[turn.sibling]
 
 
@@ -128,7 +128,7 @@ def test_the_record_is_what_a_direct_call_gives(scene: Any, tmp_path: Path) -> N
     engine = ScriptedEngine(odd, latency=0.02)
     episode = played(scene, engine, sampling=SAMPLING)
     asked = [(ids, ref, sampling) for ids, ref, sampling, _ in engine.calls]
-    taken = {t.index: (t.prompt_ids, Ref(t.policy, t.version), t.sampling) for t in episode.turns}
+    taken = {t.index: (t.prompt_ids, ModelRef(t.policy, t.version), t.sampling) for t in episode.turns}
     assert asked == [taken[index] for index in sorted(taken)]  # one engine call a turn, in the order of arrival
     check(engine, episode, tmp_path)
 
@@ -173,8 +173,8 @@ TWINS: list[tuple[Any, type[System], AgentSpec]] = [
 @pytest.mark.parametrize(("scene", "native", "spec"), TWINS)
 def test_agents_without_a_door_leave_the_same_turns(scene: Any, native: type[System], spec: AgentSpec) -> None:
     engine = ScriptedEngine(odd)
-    found = {name: EngineSpeaker(engine, engine.tokens, name) for name in "ab"}
-    without = asyncio.run(Rollouts(native([spec, "b"]), found, sampling=SAMPLING).play(Job(TASK, "g")))
+    found = {name: EngineCompleter(engine, engine.tokens, name) for name in "ab"}
+    without = asyncio.run(EpisodeRunner(native([spec, "b"]), found, sampling=SAMPLING).play(EpisodeRequest(TASK, "g")))
     through = played(scene, ScriptedEngine(odd), sampling=SAMPLING)
     facts = [[(t.index, t.agent, t.sibling, t.taken, t.sampling, t.completion) for t in each.turns] for each in (without, through)]
     assert without.error is None and len(facts[0]) > 1 and facts[0] == facts[1]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from marlora.rollouts.engines.scripted import ScriptedEngine
-from marlora.rollouts.episodes.runner import Limits
+from marlora.rollouts.episodes.runner import EpisodeLimits
 from marlora.rollouts.gateway.fields import MAX_DEPTH, MAX_ITEMS, loaded
-from marlora.rollouts.gateway.session import Visit
+from marlora.rollouts.gateway.session import Session
 from tests.rollouts.asking import Asker, chat, numbered, played
 
 TOKEN = "a-reward-token-of-24-chars"
@@ -108,7 +108,7 @@ def names(param: str | None, path: Path, start: str) -> bool:
     return any(where.startswith(param) or param.startswith(beside or where) for where, beside in spelt)
 
 
-def state(visit: Visit) -> tuple[Any, ...]:
+def state(visit: Session) -> tuple[Any, ...]:
     """All that a request can change in an episode."""
     team = visit.team
     return (
@@ -156,7 +156,7 @@ def test_every_field_by_every_json_type(kind: str, monkeypatch: pytest.MonkeyPat
         assert (await post(asker, kind, json.dumps(BODIES[kind]).encode()))[0] == 200
         await asker.say("a", "start", heard, "go on", stop=["last"])
 
-    turns = played(body, numbered(), limits=Limits(max_turns=10**6), program=told).turns
+    turns = played(body, numbered(), limits=EpisodeLimits(max_turns=10**6), program=told).turns
     (end,) = [t for t in turns if "last" in t.sampling.stop]
     start = turns[1].prompt_ids + turns[1].token_ids
     assert [t.taken for t in turns[:2]] == [False, True] and end.prompt_ids[: len(start)] == start

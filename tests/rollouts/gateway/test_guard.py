@@ -11,7 +11,7 @@ import pytest
 
 from marlora.agents.team import fake_team
 from marlora.agents.types import SettingError
-from marlora.rollouts.gateway.server import Door
+from marlora.rollouts.gateway.server import GatewayServer
 from tests.rollouts.asking import Asker, chat, numbered, play, played
 
 # retries
@@ -103,7 +103,7 @@ def test_the_openai_client_tries_again_without_a_second_turn() -> None:
 
 def test_only_the_key_of_an_episode_opens_it() -> None:
     async def body(asker: Asker) -> None:
-        other = Door()
+        other = GatewayServer()
         words = "no such episode, it is over, or this is not its key"
         refused = {"message": words, "type": "invalid_request_error", "param": None, "code": "invalid_api_key"}
         for key in ("", "wrong", f"{asker.visit.key}x"):
@@ -121,7 +121,7 @@ def test_only_the_key_of_an_episode_opens_it() -> None:
 
 def test_two_episodes_of_one_door_stay_apart_and_end_apart() -> None:
     async def main() -> None:
-        door = Door()
+        door = GatewayServer()
         one, two = (fake_team(["a"], lambda agent, messages, n=n: f"team {n}") for n in (1, 2))
         async with aiohttp.ClientSession() as session:
             async with door.admit(one) as first:
@@ -158,7 +158,7 @@ def test_browsers_other_names_and_other_routes_are_refused() -> None:
 
 def test_bodies_have_a_size_and_a_time() -> None:
     async def main() -> None:
-        door = Door(max_body=1000, body_timeout=0.2)
+        door = GatewayServer(max_body=1000, body_timeout=0.2)
         async with door.admit(fake_team(["a"], lambda *_: "15")) as visit, aiohttp.ClientSession() as session:
             asker = Asker(visit, session)
             status, error = await asker.post("/chat/completions", chat("a", "x" * 2000))
@@ -176,6 +176,6 @@ def test_bodies_have_a_size_and_a_time() -> None:
 
 def test_an_address_that_is_none_is_refused() -> None:
     with pytest.raises(SettingError, match=r"host '0\.0\.0\.0': name the address that programs reach this machine by"):
-        Door("0.0.0.0")
+        GatewayServer("0.0.0.0")
     with pytest.raises(SettingError, match="cannot listen there"):
         play(lambda asker: asker.say("a", "x"), program={"host": "192.0.2.1"})

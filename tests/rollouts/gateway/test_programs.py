@@ -20,10 +20,10 @@ from marlora.agents.team import System
 from marlora.agents.types import SettingError, Task
 from marlora.rollouts.checkpoints.team import build_system
 from marlora.rollouts.engines.scripted import ScriptedEngine
-from marlora.rollouts.episodes.runner import Job, jobs
+from marlora.rollouts.episodes.runner import EpisodeRequest, episode_requests
 from marlora.rollouts.evaluation.accuracy import evaluation
-from marlora.rollouts.gateway.process import Bounds, ProgramError, run_command
-from marlora.rollouts.gateway.programs import Command, Function, Program
+from marlora.rollouts.gateway.process import ProcessLimits, ProgramError, run_command
+from marlora.rollouts.gateway.programs import Command, Function, ExternalProgram
 from marlora.rollouts.rewards.builtin import resolve_rewards
 from marlora.rollouts.types import Episode
 from tests.conformance import check_system
@@ -66,8 +66,8 @@ def command(script: str, **settings: Any) -> Command:
     return Command(["a", "b"], command=[sys.executable, "-c", SCRIPT + script], **settings)
 
 
-def one(system: Program, rewards: Any = (), engine: Any = None) -> Episode:
-    return asyncio.run(rollouts(engine or ScriptedEngine(lambda *_: "15"), system, rewards).play(Job(TASK, "g")))
+def one(system: ExternalProgram, rewards: Any = (), engine: Any = None) -> Episode:
+    return asyncio.run(rollouts(engine or ScriptedEngine(lambda *_: "15"), system, rewards).play(EpisodeRequest(TASK, "g")))
 
 
 # functions
@@ -80,7 +80,7 @@ def test_a_function_is_played_like_any_system() -> None:
     assert first.error is None and [t.agent for t in first.turns] == ["a", "b"] and first.turns[1].reads == (0,)
     assert first.turns == again.turns and first.output == again.output  # the seed fixes a program that asks in a fixed order
     player = rollouts(engine, system)
-    replayed = asyncio.run(player.play(Job(TASK, "g"), given=first.turns[:1]))
+    replayed = asyncio.run(player.play(EpisodeRequest(TASK, "g"), given=first.turns[:1]))
     assert replayed.turns == first.turns and len(engine.calls) == 5  # one of the third episode's turns was not asked for
 
 
@@ -95,7 +95,7 @@ def test_many_episodes_at_once_and_greedy_evaluation() -> None:
     player = rollouts(engine, function(), resolve_rewards(["exact"])).greedy()
 
     async def collected() -> list[Episode]:
-        return [e async for e in player.collect(jobs(tasks, label="eval"))]
+        return [e async for e in player.collect(episode_requests(tasks, label="eval"))]
 
     episodes = asyncio.run(collected())
     assert evaluation(tasks, episodes, "exact").accuracy == 1.0 and {t.sampling.temperature for e in episodes for t in e.turns} == {
@@ -213,7 +213,7 @@ def alive(pid: int) -> bool:
 
 def test_a_cancelled_command_is_ended() -> None:
     async def main() -> int:
-        task = asyncio.create_task(run_command(["sleep", "600"], "", dict(os.environ), None, Bounds(600)))
+        task = asyncio.create_task(run_command(["sleep", "600"], "", dict(os.environ), None, ProcessLimits(600)))
         await asyncio.sleep(0.3)
         children = [int(p) for p in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
         mine = [p for p in children if "sleep" in Path(f"/proc/{p}/cmdline").read_text()]
@@ -230,7 +230,7 @@ def test_a_command_that_ignores_the_wish_to_stop_is_killed(monkeypatch: pytest.M
     monkeypatch.setattr("marlora.rollouts.gateway.process.GRACE", 0.2)
     script = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)"
     with pytest.raises(ProgramError, match="not done after 1 s"):
-        asyncio.run(run_command([sys.executable, "-c", script], "", dict(os.environ), None, Bounds(1.0)))
+        asyncio.run(run_command([sys.executable, "-c", script], "", dict(os.environ), None, ProcessLimits(1.0)))
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
 
 

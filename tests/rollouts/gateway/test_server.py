@@ -12,7 +12,7 @@ import pytest
 from marlora.agents.types import AgentSpec, Message, Sampling
 from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
-from marlora.rollouts.episodes.runner import Limits
+from marlora.rollouts.episodes.runner import EpisodeLimits
 from tests.rollouts.asking import Asker, chat, numbered, play, played
 
 CALC = {"type": "function", "function": {"name": "calc", "description": "adds", "parameters": {"type": "object", "properties": {}}}}
@@ -338,7 +338,7 @@ def test_too_many_turns_end_the_episode() -> None:
         while True:
             await asker.post("/chat/completions", chat("a", "x"))
 
-    episode = play(endless, limits=Limits(max_turns=5))
+    episode = play(endless, limits=EpisodeLimits(max_turns=5))
     assert episode.stop_reason == "limit" and len(episode.turns) == 5
 
 

@@ -16,7 +16,7 @@ import yaml
 from marlora.agents.types import Message, Task, Turn
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.report.episode_index import crc
-from marlora.rollouts.report.live import Follow
+from marlora.rollouts.report.live import LiveReport
 from marlora.rollouts.report.report import write_report
 from marlora.rollouts.types import Episode, Reward
 from tests.browser import Browser, browser
@@ -197,7 +197,7 @@ def test_ten_thousand_episodes_stay_small(run: Path, tmp_path: Path) -> None:
 
 def test_a_running_run_is_followed_behind_its_token(run: Path, tmp_path: Path) -> None:
     async def go() -> None:
-        follow = Follow([run], lambda policy, ids: [f"<{i}>" for i in ids], max_episodes=3)
+        follow = LiveReport([run], lambda policy, ids: [f"<{i}>" for i in ids], max_episodes=3)
         url = await follow.start()
         try:
             root = url.rsplit("/", 2)[0]

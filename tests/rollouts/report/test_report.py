@@ -19,7 +19,7 @@ import yaml
 from marlora.agents.types import Message, SettingError, Task, Turn
 from marlora.rollouts.episodes.store import Store, pack
 from marlora.rollouts.report.charts import Line, chart
-from marlora.rollouts.report.episode_index import Gallery, chosen, crc, even, row_of
+from marlora.rollouts.report.episode_index import EpisodeIndex, chosen, crc, even, episode_row
 from marlora.rollouts.report.html import number, text, visible
 from marlora.rollouts.report.report import RunData, write_report
 from marlora.rollouts.report.sections import more
@@ -229,9 +229,9 @@ def test_tokens_come_with_advantage_ratio_and_log_prob(run: Path) -> None:
     }
     other = {**row, "ids": crc((1, 3)), "advantage": 9}
     (run / "learned.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(other) + '\n{"torn')
-    gallery = Gallery(lambda policy, ids: [f"<{i}>" for i in ids])
+    gallery = EpisodeIndex(lambda policy, ids: [f"<{i}>" for i in ids])
     with Store(run / "episodes") as store:
-        rows = [row_of(pack(e), "correct") for e in store]
+        rows = [episode_row(pack(e), "correct") for e in store]
     gallery.add(run, "run", rows)
     turn = gallery.episodes["0:train-000001/t1/0"]["turns"][0]
     assert [list(gallery.strings)[n] for n in turn["tokens"]] == ["<1>", "<2>"]
@@ -243,7 +243,7 @@ def test_a_large_run_is_sampled_and_says_so(run: Path) -> None:
     failed = dataclasses.replace(episode(2, "t9", 0.0), error="boom", rewards=(), output=None)
     with Store(run / "episodes") as store:
         store.append(failed)
-        rows = [row_of(pack(e), "correct") for e in store]
+        rows = [episode_row(pack(e), "correct") for e in store]
     kept = chosen(rows, 12)
     assert len(kept) == 12 == len({row.id for row in kept}) and kept[0].id == failed.id and kept[0].marks == "fc"
     assert {row.label for row in kept} >= {"train-000001", "train-000002"}
@@ -370,7 +370,7 @@ def test_a_child_has_a_row_and_no_part_in_the_curves(run: Path) -> None:
     after = RunData.read(run)
     assert (len(after.episodes), after.episodes[-1].follows, after.episodes[-1].marks) == (len(before.episodes) + 1, True, "ck")
     assert after.reward_points() == before.reward_points() and after.eval_points() == before.eval_points()
-    gallery = Gallery()
+    gallery = EpisodeIndex()
     gallery.add(run, "run", after.episodes)
     assert gallery.episodes[f"0:{child.id}"]["parent"] == "train-000003/t1/0"
 

@@ -12,20 +12,7 @@ import pytest
 from marlora.agents.team import Fake
 from marlora.agents.types import AgentSpec, SettingError, Task, Turn
 from marlora.rollouts.rewards import math_check
-from marlora.rollouts.rewards.builtin import (
-    REWARDS,
-    correct,
-    exact,
-    format_ok,
-    graded,
-    judge,
-    length,
-    per_agent,
-    per_turn,
-    resolve_rewards,
-    reward_name,
-    score,
-)
+from marlora.rollouts.rewards.builtin import (REWARDS, correct, exact, format_ok, graded, judge, length, per_agent, per_turn, resolve_rewards, reward_name, score)
 from marlora.rollouts.tasks.registry import load_tasks
 from marlora.rollouts.types import Episode, Reward
 

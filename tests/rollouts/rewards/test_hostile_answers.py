@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from marlora.agents.execution import Allowance, SandboxError
+from marlora.agents.execution import Limits, SandboxError
 from marlora.agents.team import Fake
 from marlora.agents.types import Task, Turn
 from marlora.rollouts.rewards import math_check
-from marlora.rollouts.rewards.builtin import REWARDS, correct, exact, graded, judge, resolve_rewards, score
+from marlora.rollouts.rewards.builtin import (REWARDS, correct, exact, graded, judge, resolve_rewards, score)
 from marlora.rollouts.sandbox import scorer, self_test
 from marlora.rollouts.sandbox.isolation import interpreter, package_folders, without_packages
 from marlora.rollouts.sandbox.python import run_plain
@@ -280,8 +280,8 @@ def test_packages_that_python_itself_has_cannot_be_read_in_any_cage() -> None:
         file for path in interpreter()[1] for folder in package_folders(path) for file in sorted(Path(folder).glob("*/__init__.py"))
     ]
     assert found, "this Python has no packages of its own (pip at least): nothing to hide"
-    for held in self_test.cages():
+    for held in self_test.isolations():
         for file in (found[0], found[-1]):
-            ran = run_plain(held, f"print(open({str(file)!r}).read(10), 'THROUGH')", Allowance(seconds=20.0, memory=256 << 20))
+            ran = run_plain(held, f"print(open({str(file)!r}).read(10), 'THROUGH')", Limits(seconds=20.0, memory=256 << 20))
             assert ran.status == "error" and "THROUGH" not in ran.output
             assert "PermissionError" in ran.error or "FileNotFoundError" in ran.error

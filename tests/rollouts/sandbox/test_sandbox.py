@@ -14,20 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from marlora.agents.execution import Allowance, Exam, SandboxError
+from marlora.agents.execution import Limits, TestSuite, SandboxError
 from marlora.agents.team import fake_team
 from marlora.agents.types import AgentSpec, Task
 from marlora.rollouts.sandbox import isolation as cages_module
 from marlora.rollouts.sandbox import sandbox, self_test
-from marlora.rollouts.sandbox.isolation import Cage
+from marlora.rollouts.sandbox.isolation import Isolation
 from marlora.rollouts.sandbox.python import check_plain, run_plain
 from marlora.rollouts.sandbox.workflow import Interpreter
 from tests.rollouts.attacks import FORGERIES, PLAIN, SECRET, WORKFLOWS, Attack
 
-QUICK = Allowance(seconds=0.7, cpu_seconds=5, memory=256 << 20)
-PATIENT = Allowance(seconds=30.0, cpu_seconds=20, memory=256 << 20)
-HIDDEN = Exam((f"assert f(3) == {SECRET}",), ("f",))
-HELD = self_test.cages()
+QUICK = Limits(seconds=0.7, cpu_seconds=5, memory=256 << 20)
+PATIENT = Limits(seconds=30.0, cpu_seconds=20, memory=256 << 20)
+HIDDEN = TestSuite((f"assert f(3) == {SECRET}",), ("f",))
+HELD = self_test.isolations()
 # The cage that this machine would use is attacked in every `make test`, the other one, if it holds too, in `make test-full`.
 EACH = [pytest.param(held.kind, marks=[pytest.mark.slow] if k else [pytest.mark.process]) for k, held in enumerate(HELD)]
 
@@ -52,11 +52,11 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object
         server.close()
 
 
-def caged(kind: str) -> Cage:
+def caged(kind: str) -> Isolation:
     return next(held for held in HELD if held.kind == kind)
 
 
-def limits(attack: Attack) -> Allowance:
+def limits(attack: Attack) -> Limits:
     return QUICK if attack.met == ("time",) else PATIENT
 
 
@@ -125,7 +125,7 @@ def test_workflow_programs_reach_nothing_but_their_externals(known: dict[str, ob
 
     async def one(program: str) -> object:
         head = "".join(f"{name} = {known[name]!r}\n" for name in ("CANARY", "DROP"))
-        return await sandbox.run(head + program, {"ask": ask}, Allowance(seconds=1.0, memory=128 << 20, calls=20))
+        return await sandbox.run(head + program, {"ask": ask}, Limits(seconds=1.0, memory=128 << 20, calls=20))
 
     async def all_of_them() -> list[object]:
         return [await one(program) for program, _ in WORKFLOWS.values()]
@@ -139,7 +139,7 @@ def test_workflow_programs_reach_nothing_but_their_externals(known: dict[str, ob
 
 @pytest.mark.parametrize("kind", [held.kind for held in HELD])
 def test_nothing_is_left_running(kind: str) -> None:
-    marked = Allowance(seconds=0.5, cpu_seconds=4321)
+    marked = Limits(seconds=0.5, cpu_seconds=4321)
 
     def left() -> list[str]:
         found = []
@@ -182,18 +182,18 @@ except OSError:
     print(made, size)
 """
     if "bubblewrap" in kinds:
-        end = run_plain(caged("bubblewrap"), program, Allowance(seconds=30.0, scratch=1 << 20))
+        end = run_plain(caged("bubblewrap"), program, Limits(seconds=30.0, scratch=1 << 20))
         made, size = map(int, end.output.split())
         assert made == 255 and size <= 1 << 20 and size >= (1 << 20) - 8192  # 256 files, the folder among them
     if "landlock" in kinds:  # it cannot bound what is written, so nothing is
-        assert "PermissionError" in run_plain(caged("landlock"), "open('/tmp/x', 'w')", Allowance(scratch=1 << 20)).error
+        assert "PermissionError" in run_plain(caged("landlock"), "open('/tmp/x', 'w')", Limits(scratch=1 << 20)).error
 
 
 def test_where_no_cage_holds_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail closed: a machine without bubblewrap and Landlock, and one where they are there and do not hold."""
     self_test._tried.cache_clear()
     monkeypatch.setattr(cages_module, "call_filter", lambda *rights: "060000000000ff7f")  # a filter that allows everything
-    monkeypatch.setattr(self_test, "Cage", lambda kind: Cage("landlock"))
+    monkeypatch.setattr(self_test, "Cage", lambda kind: Isolation("landlock"))
     try:
         with pytest.raises(SandboxError, match=r"does not hold; what came through: .*fork.*internet"):
             asyncio.run(sandbox.run("print(1)"))
@@ -214,7 +214,7 @@ def test_where_no_cage_holds_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_missing_bubblewrap_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(SandboxError, match="apt install bubblewrap"):
-        self_test.prove(Cage("bubblewrap"))
+        self_test.run_self_test(Isolation("bubblewrap"))
 
 
 @pytest.mark.parametrize("kind", [held.kind for held in HELD])
@@ -245,7 +245,7 @@ def stuck():
     while True: pass
 """
     values = "[(1, [2, {'a': {3}}]), float('inf'), -7, '\\u20ac', b'\\x00', frozenset({1}), {(1, 2): None}]"
-    tests = Exam(
+    tests = TestSuite(
         (
             f"assert all(same(v) == v and type(same(v)) is type(v) for v in {values})",
             "assert kinds() == [(1, 2), {'a': 2, 'b': 1}, {'a': 1}, True, 2**200, -0.5, 1j, b'x', {1, (2,)}, None]",
@@ -258,7 +258,7 @@ def stuck():
         ("same", "kinds", "wrong", "stuck"),
         setup="def helper(x): return x + 1",
     )
-    (verdict,) = {check_plain(held, program, tests, Allowance(seconds=2.0)) for held in HELD}  # in every cage the same
+    (verdict,) = {check_plain(held, program, tests, Limits(seconds=2.0)) for held in HELD}  # in every cage the same
     late = "not done within 2 s"
     assert verdict.results == ("", "", "", "", "AssertionError: ", late, late)
     assert verdict.share == pytest.approx(4 / 7) and not verdict.passed
@@ -309,7 +309,7 @@ def test_an_externals_own_failure_ends_the_run_and_misuse_is_the_programs_to_han
 
 def test_a_cancelled_run_is_ended_at_once() -> None:
     async def cancelled() -> None:
-        waiting = asyncio.ensure_future(sandbox.run("import time\ntime.sleep(1000)", None, Allowance(seconds=1000.0)))
+        waiting = asyncio.ensure_future(sandbox.run("import time\ntime.sleep(1000)", None, Limits(seconds=1000.0)))
         await asyncio.sleep(0.5)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -347,7 +347,7 @@ def test_the_python_tool_without_a_sandbox_is_no_answer_but_an_end() -> None:
 
 def test_many_workflow_programs_at_once_may_be_the_first() -> None:
     """None of them finds the pool half open: not in one event loop, nor in several."""
-    pool = Interpreter(self_test.cage())
+    pool = Interpreter(self_test.isolation())
 
     async def several(start: int) -> list[object]:
         return [end.value for end in await asyncio.gather(*(pool.run(f"{start + n} + 1", {}, PATIENT) for n in range(4)))]

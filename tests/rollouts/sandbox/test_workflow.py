@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.execution import Allowance, Outcome
+from marlora.agents.execution import Limits, ExecutionResult
 from marlora.rollouts.sandbox import crossing, sandbox, workflow
-from marlora.rollouts.sandbox.crossing import CHARS, DEPTH, DIGITS, ITEMS, BadValue, answering, plain_value
+from marlora.rollouts.sandbox.crossing import (CHARS, DEPTH, DIGITS, ITEMS, BadValue, answering, plain_value)
 
-QUICK = Allowance(seconds=2.0, calls=20)
+QUICK = Limits(seconds=2.0, calls=20)
 SHARED = "a = [1, 1, 1, 1]\nfor _ in range(11):\n    a = [a] * 4\n"
 PARTS, CHARACTERS = f"more than {ITEMS} parts", f"more than {CHARS} characters"
 # name: (program, how it ends, words of the error). `ask` is the only external.
@@ -121,7 +121,7 @@ def test_no_program_hands_over_more_than_may_cross(
             await asyncio.sleep(0.01)
             slow[0] = max(slow[0], time.monotonic() - start)
 
-    async def run() -> Outcome:
+    async def run() -> ExecutionResult:
         beside = asyncio.create_task(heartbeat())
         end = await sandbox.run(program, {"ask": ask}, QUICK)
         await asyncio.sleep(0.02)

@@ -16,7 +16,7 @@ from marlora.agents.programs.flowreasoner import FlowReasoner
 from marlora.agents.programs.workflow import Workflow
 from marlora.agents.team import System
 from marlora.agents.types import AgentSpec, Completion, SettingError, Task, to_json
-from marlora.rollouts.episodes.runner import Job, Rollouts
+from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from marlora.rollouts.rewards.builtin import correct, passed_tests, resolve_rewards, score
 from marlora.rollouts.sandbox import python, sandbox, workflow
 from marlora.rollouts.tasks.code import asserts_of, examples, hidden_verdict, public_verdict
@@ -303,8 +303,8 @@ def test_hidden_tests_reach_no_prompt_program_candidate_or_team(system: System, 
     monkeypatch.setattr(workflow.Interpreter, "run", interpreted)
     monkeypatch.setattr(type(system), "run", played)
     speakers = {spec.policy: speaker for spec in system.specs}
-    rollouts = Rollouts(system, speakers, resolve_rewards(["correct", "passed_tests", "workflow"]))
-    episode = asyncio.run(rollouts.play(Job(SECRET, "g")))
+    rollouts = EpisodeRunner(system, speakers, resolve_rewards(["correct", "passed_tests", "workflow"]))
+    episode = asyncio.run(rollouts.play(EpisodeRequest(SECRET, "g")))
     assert episode.error is None and episode.reward("passed_tests") == 0.5 and episode.reward("correct") == 0.0
     checked = seen.pop("checker")
     assert sum(HIDDEN[1] in text for text in checked) == 2  # the control: each of the two rewards had them checked, once

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
-from marlora.trainers.batching.batches import Batch, deal, pack
-from marlora.trainers.batching.samples import Sample
+from marlora.trainers.batching.batches import Batch, split_over_ranks, pack
+from marlora.trainers.batching.samples import TrainingSequence
 from marlora.trainers.model.adapters import Adapters
 from marlora.trainers.model.layouts import choose_layout, forced, way_of
 from marlora.trainers.model.logprobs import _head_works, token_logprobs
@@ -21,11 +21,11 @@ from tests.trainers.random_models import FAMILIES, VOCAB, disturb, random_model
 TARGETS = AdapterSpec(r=2, alpha=4.0, targets=("q_proj", "v_proj", "down_proj"))
 
 
-def sample(ids: list[int], trained: list[int], policy: str = "a", episode: str = "e", turns: list[int] | None = None) -> Sample:
+def sample(ids: list[int], trained: list[int], policy: str = "a", episode: str = "e", turns: list[int] | None = None) -> TrainingSequence:
     """A sample whose `trained` positions have advantages, behaviour and temperatures that depend on the position only."""
     mask = tuple(int(i in trained) for i in range(len(ids)))
     numbers = dict(zip(trained, turns or [0] * len(trained), strict=True))
-    return Sample(
+    return TrainingSequence(
         policy, episode, tuple(ids), mask,
         tuple(-1.0 - 0.01 * i if m else 0.0 for i, m in enumerate(mask)),
         tuple(math.sin(i + len(ids)) if m else 0.0 for i, m in enumerate(mask)),
@@ -34,14 +34,14 @@ def sample(ids: list[int], trained: list[int], policy: str = "a", episode: str =
     )  # fmt: skip
 
 
-def crowd(seed: int = 0) -> list[Sample]:
+def crowd(seed: int = 0) -> list[TrainingSequence]:
     """Two prompts with several replies each, chats of two turns, a duplicate, a prefix of another, a lone one; eos inside."""
     rng = random.Random(seed)
 
     def tokens(n: int) -> list[int]:
         return [rng.choice([1, *range(2, VOCAB)]) for _ in range(n)]
 
-    made: list[Sample] = []
+    made: list[TrainingSequence] = []
     for p in range(2):
         prompt = tokens(9 + 4 * p)
         for g in range(3):
@@ -79,11 +79,11 @@ def gradients(adapters: Adapters, batches: list[Batch]) -> tuple[dict, torch.Ten
     return found, torch.cat([p.grad.flatten() for p in parameters.values()])
 
 
-def single(s: Sample) -> Batch:
+def single(s: TrainingSequence) -> Batch:
     return pack([s], max_tokens=1, layout="padded")[0]
 
 
-def left_padded(samples: list[Sample]) -> Batch:
+def left_padded(samples: list[TrainingSequence]) -> Batch:
     """One batch with padding in front, made by hand."""
     rows = [single(s) for s in samples]
     length = max(b.input_ids.shape[1] for b in rows)
@@ -113,7 +113,7 @@ LAYOUTS = {
     "masked": lambda s: pack(s, max_tokens=200, layout="masked"),
     "dense mask": lambda s: pack(s, max_tokens=60, layout="shared"),
     "packed": lambda s: pack(s, max_tokens=10_000, layout="packed"),
-    "two ranks": lambda s: [b for rank in deal(pack(s, max_tokens=60), 2) for b in rank],
+    "two ranks": lambda s: [b for rank in split_over_ranks(pack(s, max_tokens=60), 2) for b in rank],
     "another order": lambda s: pack(s[::-1], max_tokens=60),
 }
 WINDOWS = {
@@ -123,7 +123,7 @@ WINDOWS = {
 }
 
 
-def one_by_one(model, samples: list[Sample]) -> tuple[dict, torch.Tensor]:
+def one_by_one(model, samples: list[TrainingSequence]) -> tuple[dict, torch.Tensor]:
     """The plainest thing: full logits of every sample alone, no padding, no mask."""
     found, losses = {}, []
     for s in samples:
@@ -217,7 +217,7 @@ def test_gradients_are_those_of_separate_rows_whatever_they_share(pairs, budget,
     adapters = small_team()
     expected, truth = gradients(adapters, [single(s) for s in samples])
     for way, layout in (("branches", "shared"), ("branches", "packed"), ("mask", "shared"), ("mask", "masked")):
-        dealt = deal(pack(samples, max_tokens=budget, layout=layout, parts=ranks), ranks)
+        dealt = split_over_ranks(pack(samples, max_tokens=budget, layout=layout, parts=ranks), ranks)
         with forced(adapters.model, way):
             parts = [gradients(adapters, batches) for batches in dealt if batches]
         found = {key: value for part, _ in parts for key, value in part.items()}
@@ -251,7 +251,7 @@ def test_a_dense_mask_does_not_share_where_the_prefix_is_too_short_to_pay():
     assert any(b.reach is not None for b in pack(samples, max_tokens=5000))
 
 
-def grown(*lengths: tuple[int, int, int]) -> list[Sample]:
+def grown(*lengths: tuple[int, int, int]) -> list[TrainingSequence]:
     """Of each (word, prompt, replies): a prompt of `prompt` tokens that begin with `word`, and as many replies of 10 tokens."""
     return [
         sample([word] * prompt + [g + 3] * 10, list(range(prompt, prompt + 10)), episode=f"{word}.{g}")
@@ -297,12 +297,12 @@ def test_packing_ignores_order_and_dealing_balances_squares():
             torch.equal(one.input_ids, other.input_ids) and torch.equal(one.advantage, other.advantage) and one.turns == other.turns
         )
     batches = [single(sample(list(range(2, 3 + n)), [n], episode=str(n))) for n in (30, 29, 20, 19, 10, 9, 8)]
-    ranks = deal(batches, 2)
+    ranks = split_over_ranks(batches, 2)
     assert sorted(b.turns for r in ranks for b in r) == sorted(b.turns for b in batches)
     loads = [sum(b.cost for b in rank) for rank in ranks]
     assert max(loads) / min(loads) < 1.15
-    assert [[b.turns for b in r] for r in deal(batches, 2)] == [[b.turns for b in r] for r in ranks]
-    assert deal(batches[:1], 3)[1:] == [[], []]
+    assert [[b.turns for b in r] for r in split_over_ranks(batches, 2)] == [[b.turns for b in r] for r in ranks]
+    assert split_over_ranks(batches[:1], 3)[1:] == [[], []]
 
 
 def test_a_first_token_cannot_be_trained():

@@ -4,7 +4,7 @@ import pytest
 
 from marlora.agents.types import Sampling, Task, Turn
 from marlora.rollouts.types import Episode
-from marlora.trainers.batching.samples import Denominators, Sample, _Segment, denominators, samples
+from marlora.trainers.batching.samples import Denominators, TrainingSequence, _Segment, denominators, samples
 
 POLICY = {"solver": "solver", "critic": "critic"}
 
@@ -18,12 +18,12 @@ def episode(*turns: Turn, name: str = "e", **fields) -> Episode:
     return Episode(name, "g", Task("t", "2+2?"), turns=turns, **fields)
 
 
-def both(*turns: Turn, credit: float = 1.0, ratios: bool = True, **fields) -> tuple[list[Sample], dict]:
+def both(*turns: Turn, credit: float = 1.0, ratios: bool = True, **fields) -> tuple[list[TrainingSequence], dict]:
     made, dropped = samples([episode(*turns, **fields)], {("e", t.index, t.sibling): credit for t in turns}, POLICY, ratios=ratios)
     return made, dict(dropped)
 
 
-def masked(sample: Sample) -> list[int]:
+def masked(sample: TrainingSequence) -> list[int]:
     return [token for token, m in zip(sample.ids, sample.mask, strict=True) if m]
 
 

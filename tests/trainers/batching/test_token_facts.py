@@ -11,8 +11,8 @@ import pytest
 from marlora.agents.team import System, Team
 from marlora.agents.types import Message, SettingError, Task
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
-from marlora.rollouts.episodes.completers import EngineSpeaker
-from marlora.rollouts.episodes.runner import Job, Rollouts
+from marlora.rollouts.episodes.completers import EngineCompleter
+from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import samples
@@ -37,9 +37,9 @@ class Talk(System):
 
 def play(engine: ScriptedEngine, folder: Path) -> Episode:
     """One episode, as the store gives it back."""
-    found = {name: EngineSpeaker(engine, engine.tokens, name) for name in "ab"}
-    rollouts = Rollouts(Talk(["a", "b"]), found)
-    episode = asyncio.run(rollouts.play(Job(Task("t", "go on \U0001f642"), "g")))
+    found = {name: EngineCompleter(engine, engine.tokens, name) for name in "ab"}
+    rollouts = EpisodeRunner(Talk(["a", "b"]), found)
+    episode = asyncio.run(rollouts.play(EpisodeRequest(Task("t", "go on \U0001f642"), "g")))
     with Store(folder) as store:
         store.append(episode)
     (stored,) = Store(folder).read()

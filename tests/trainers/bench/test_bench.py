@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from marlora.agents.types import SettingError
-from marlora.rollouts.engines.base import Ref
+from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.vllm import server as vllm_server
 from marlora.rollouts.engines.vllm.server_args import ServerSettings
 from marlora.trainers.batching.batches import pack
-from marlora.trainers.bench import agents, ahead, geometry, loop, measure, publish, rollout, serve, update
+from marlora.trainers.bench import (agents, ahead, geometry, loop, measure, publish, rollout, serve, update)
 from marlora.trainers.bench.measure import Options, Time, Way, race
 from marlora.trainers.bench.suites import SUITES
 from marlora.trainers.config import RunError
@@ -260,7 +260,7 @@ def test_serving_on_the_live_server(server: Live, monkeypatch: pytest.MonkeyPatc
     async def go() -> dict[str, Any]:
         engine = server.engine()
         try:
-            refs = [Ref(policy, version) for policy, version in (await engine.publish(folders)).items()]
+            refs = [ModelRef(policy, version) for policy, version in (await engine.publish(folders)).items()]
             return await serve.measured(engine, refs, callers=4, repeats=1)
         finally:
             await engine.close()

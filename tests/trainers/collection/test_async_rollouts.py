@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.team import Call
 from marlora.agents.types import Completion, SettingError, Task, Turn
-from marlora.rollouts.episodes.runner import Limits, Rollouts
+from marlora.rollouts.episodes.runner import EpisodeLimits, EpisodeRunner
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
-from marlora.trainers.collection.async_rollouts import Ahead, Rollout, TeamVersions, by_length
-from marlora.trainers.collection.background import Background
-from marlora.trainers.collection.rollout_manager import Stage
+from marlora.trainers.collection.async_rollouts import AsyncCollector, CollectedStep, TeamVersions, by_length
+from marlora.trainers.collection.background import BackgroundLoop
+from marlora.trainers.collection.rollout_manager import RolloutManager
 from marlora.trainers.config import RunError
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
 from marlora.trainers.monitoring.progress import Progress
@@ -98,16 +98,16 @@ def test_drops_are_counted_by_agent_and_length() -> None:
         episode({}, ("a", "", 64), ("b", "", 65)),
     ]
     assert by_length(found) == {"a": {"<=8": 2, "<=64": 1}, "b": {"<=1": 1, "<=128": 1}}
-    assert Rollout([], 1.0, [], found).row(0) == {"dropped_stale": {"episodes": 3, "tokens": by_length(found)}}
-    assert Rollout([], 1.0, [0, 1, 1]).row(1) == {"tokens_per_s": 0.0, "staleness": 2 / 3, "max_staleness": 1}
-    assert Rollout([], 1.0, [0, 0]).row(0) == {}
+    assert CollectedStep([], 1.0, [], found).row(0) == {"dropped_stale": {"episodes": 3, "tokens": by_length(found)}}
+    assert CollectedStep([], 1.0, [0, 1, 1]).row(1) == {"tokens_per_s": 0.0, "staleness": 2 / 3, "max_staleness": 1}
+    assert CollectedStep([], 1.0, [0, 0]).row(0) == {}
 
 
 # schedules at random: a stage without models, whose latencies are turns of the event loop
 
 
 class World:
-    """Plays and "learns" with the real `Stage` and `Ahead`. Learning a step makes the version `NAME-vSTEP`.
+    """Plays and "learns" with the real `RolloutManager` and `AsyncCollector`. Learning a step makes the version `NAME-vSTEP`.
 
     Args:
         latencies: loop turns that each reply, and each learning, takes; used again and again.
@@ -140,14 +140,14 @@ class World:
         return [Task(f"{step}-{n}", str(step), "") for n in range(2)]
 
     def open(self, step: int, team: dict[int, dict[str, str]]) -> None:
-        self.stage = Stage(self)  # type: ignore[arg-type]
-        self.stage.background, self.stage.store = Background(), Store(self.folder, fsync=False)
-        self.stage.rollouts = Rollouts(
-            self.system, {"a": self.speak, "b": self.speak}, limits=Limits(concurrency=1000), pin=self.config.pin
+        self.stage = RolloutManager(self)  # type: ignore[arg-type]
+        self.stage.background, self.stage.store = BackgroundLoop(), Store(self.folder, fsync=False)
+        self.stage.rollouts = EpisodeRunner(
+            self.system, {"a": self.speak, "b": self.speak}, limits=EpisodeLimits(concurrency=1000), pin=self.config.pin
         )
         self.stage._crowd = asyncio.Lock()
         self.stage.team = TeamVersions(self.config.max_staleness, team, self.config.pin)
-        self.stage.ahead = Ahead(self.stage, self.tasks_of, self.last)
+        self.stage.ahead = AsyncCollector(self.stage, self.tasks_of, self.last)
         self.stage._in_force(step)
 
     def close(self) -> None:
@@ -303,12 +303,12 @@ def test_s_0_is_the_synchronous_run_bit_for_bit(
     ours = trainer(tmp_path / "ours", model)
     ours.train()
 
-    def synchronous(self: Ahead, step: int) -> Rollout:
+    def synchronous(self: AsyncCollector, step: int) -> CollectedStep:
         run, stage = self.stage.run, self.stage
         episodes = stage.play(run.tasks_of(step), f"train-{step:06d}", step, stage.rollouts, run.config.num_generations)
-        return Rollout(episodes, 1.0)
+        return CollectedStep(episodes, 1.0)
 
-    monkeypatch.setattr(Ahead, "take", synchronous)
+    monkeypatch.setattr(AsyncCollector, "take", synchronous)
     plain = trainer(tmp_path / "plain", model)
     plain.train()
     assert weights(ours) == weights(plain)

@@ -11,7 +11,7 @@ import pytest
 from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.rollouts.report.report import write_report
-from marlora.trainers.update.optimizer_step import Updated
+from marlora.trainers.update.optimizer_step import UpdateResult
 from tests.trainers import small_run
 
 
@@ -54,7 +54,7 @@ def test_a_step_that_was_cut_off_while_it_learnt_is_not_saved(tmp_path: Path, mo
     run = small_run.trainer(tmp_path / "run", model, max_steps=2, save_every=100)
     learn = run.run.learn
 
-    def twice(step: int, *args: Any) -> dict[str, Updated]:
+    def twice(step: int, *args: Any) -> dict[str, UpdateResult]:
         learn(step, *args)
         return gone()  # a method that plays between two updates
 

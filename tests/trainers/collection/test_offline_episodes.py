@@ -10,8 +10,8 @@ import pytest
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.types import SettingError
 from marlora.rollouts.episodes.store import Store
-from marlora.rollouts.renderer import ChatTokens
-from marlora.trainers.collection.stored_episodes import Given
+from marlora.rollouts.renderer import ChatRenderer
+from marlora.trainers.collection.stored_episodes import OfflineEpisodes
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
 from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks, tiny_tokenizer
 from tests.trainers import small_run
@@ -33,7 +33,7 @@ def test_a_run_learns_from_the_store_of_another_without_playing(tmp_path: Path, 
 
 
 def test_given_episodes_are_those_trained_on_in_whole_groups(played: Path) -> None:
-    given = Given(played, tiny_chain().specs)
+    given = OfflineEpisodes(played, tiny_chain().specs)
     assert len(given.episodes) == 2 * small_run.EPISODES
     first, again = given.of(1, 0, 1), given.of(1, 0, 1)
     assert [e.id for e in first] == [e.id for e in again] and len(first) == 3
@@ -44,13 +44,13 @@ def test_given_episodes_are_those_trained_on_in_whole_groups(played: Path) -> No
 
 def test_stores_that_cannot_be_learnt_from_are_named(tmp_path: Path, model: Path, played: Path) -> None:
     with pytest.raises(SettingError, match=r"episodes '.*nowhere'.*no such folder"):
-        Given(tmp_path / "nowhere", tiny_chain().specs)
+        OfflineEpisodes(tmp_path / "nowhere", tiny_chain().specs)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SettingError, match="holds no training episode"):
-        Given(tmp_path / "empty", tiny_chain().specs)
+        OfflineEpisodes(tmp_path / "empty", tiny_chain().specs)
     with pytest.raises(SettingError, match=r"its agents are first, last, this team's are other"):
-        Given(played, Chain(["other"]).specs)
-    trained_on = [e.task for e in Given(played, tiny_chain().specs).episodes]
+        OfflineEpisodes(played, Chain(["other"]).specs)
+    trained_on = [e.task for e in OfflineEpisodes(played, tiny_chain().specs).episodes]
     args = small_run.config(tmp_path / "leak", model, max_steps=1, episodes=str(played))
     others = [t for t in tiny_tasks() if t.id not in {task.id for task in trained_on}]
     learner = GRPOTrainer(system=tiny_chain(), tasks=others, eval_tasks=trained_on[:2], rewards=[small_run.bytes_mod_7], args=args)
@@ -60,7 +60,7 @@ def test_stores_that_cannot_be_learnt_from_are_named(tmp_path: Path, model: Path
 
 def test_episodes_of_another_tokenizer_are_refused(played: Path) -> None:
     """The ids of `played` shifted by one: other words, though every id is known."""
-    given, tokens = Given(played, tiny_chain().specs), ChatTokens(tiny_tokenizer())
+    given, tokens = OfflineEpisodes(played, tiny_chain().specs), ChatRenderer(tiny_tokenizer())
     given.check_tokens({"first": tokens, "last": tokens})
     turns = [dataclasses.replace(t, token_ids=tuple(i - 1 for i in t.token_ids)) for t in given.episodes[0].turns]
     given.episodes[0] = dataclasses.replace(given.episodes[0], turns=tuple(turns))

@@ -7,8 +7,8 @@ import pytest
 
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.team import Fake, System, gather
-from marlora.agents.types import Completion, Decision, Sampling, SettingError, Task, Turn
-from marlora.rollouts.episodes.runner import Job, Rollouts
+from marlora.agents.types import (Completion, Decision, Sampling, SettingError, Task, Turn)
+from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from marlora.rollouts.types import Episode, Reward
 from marlora.trainers.credit.counterfactual import counterfactual_rewards
 from marlora.trainers.credit.rules import CreditConfig, credit
@@ -100,7 +100,7 @@ def rollouts(system, answer):
         return await fake(call)
 
     speakers = {agent.policy: speak for agent in system.specs}
-    return Rollouts(system, speakers, [lambda task, episode: float(episode.output == task.answer)], sampling=Sampling())
+    return EpisodeRunner(system, speakers, [lambda task, episode: float(episode.output == task.answer)], sampling=Sampling())
 
 
 def test_replays_of_a_chain_tell_who_mattered():
@@ -111,7 +111,7 @@ def test_replays_of_a_chain_tell_who_mattered():
     )
 
     async def both():
-        episode = await player.play(Job(Task("t", "2+2?", "4"), "g"))
+        episode = await player.play(EpisodeRequest(Task("t", "2+2?", "4"), "g"))
         return await counterfactual_rewards(player, episode, CreditConfig(reward_weights={"<lambda>": 1.0}), default="?")
 
     found = credit([asyncio.run(both())], CONFIG)
@@ -135,7 +135,7 @@ def test_replays_of_siblings_play_each_of_them():
     config = CreditConfig(reward_weights={"<lambda>": 1.0})
 
     async def both():
-        episode = await player.play(Job(Task("t", "2+2?", "4"), "g"))
+        episode = await player.play(EpisodeRequest(Task("t", "2+2?", "4"), "g"))
         return await counterfactual_rewards(player, episode, config, baseline="siblings")
 
     assert credit([asyncio.run(both())], CONFIG) == {(("g/0"), 0, 0): -0.5, ("g/0", 0, 1): 1.0, ("g/0", 0, 2): -0.5}

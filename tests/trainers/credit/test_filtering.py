@@ -9,7 +9,7 @@ import pytest
 
 from marlora.agents.types import Message, SettingError, Task, Turn
 from marlora.rollouts.types import Episode, Reward
-from marlora.trainers.credit.filtering import SelectionConfig, golds, leaks, select, tainted, tells
+from marlora.trainers.credit.filtering import (SelectionConfig, golds, leaks_answer, filter_turns, saw_answer, tells)
 
 TASK = Task("t", "What is 7+8+5?", "20", meta={"c": 5, "_steps": [15, 20]})
 
@@ -29,11 +29,11 @@ def pair(name: str, team: float, **fields: Any) -> Episode:
 
 
 def kept(episodes: list[Episode], **settings: Any) -> list[tuple[str, int, int]]:
-    return [k.key for k in select(episodes, SelectionConfig(**settings)).kept]
+    return [k.key for k in filter_turns(episodes, SelectionConfig(**settings)).kept]
 
 
 def test_success_keeps_the_turns_of_correct_episodes_and_says_why() -> None:
-    found = select([pair("e", 1.0), pair("f", 0.0), pair("g", math.nan), pair("h", 1.0, error="broke")], SelectionConfig())
+    found = filter_turns([pair("e", 1.0), pair("f", 0.0), pair("g", math.nan), pair("h", 1.0, error="broke")], SelectionConfig())
     assert found.weights == {("e", 0, 0): 1.0, ("e", 1, 0): 1.0}
     dropped = {"failed episode": 1, "no score": 1, "no success": 1}
     assert found.table() == {agent: {"kept": {"success": 1}, "dropped": dropped} for agent in "ab"}
@@ -64,17 +64,17 @@ def test_agreement_is_with_the_teams_output_and_never_reads_the_answer() -> None
 
 def test_random_turns_are_drawn_by_seed_and_share() -> None:
     episodes = [pair(f"e{i}", float(i % 2)) for i in range(200)]
-    half = select(episodes, SelectionConfig(select="random"))
+    half = filter_turns(episodes, SelectionConfig(select="random"))
     assert 150 < len(half.kept) < 250
-    assert half.weights == select(episodes, SelectionConfig(select="random")).weights
-    assert half.weights != select(episodes, SelectionConfig(select="random"), seed=1).weights
+    assert half.weights == filter_turns(episodes, SelectionConfig(select="random")).weights
+    assert half.weights != filter_turns(episodes, SelectionConfig(select="random"), seed=1).weights
     assert len(kept(episodes, select="random", keep_share=1.0)) == len(kept(episodes, select="all")) == 400
 
 
 def test_first_and_last_turn_of_those_that_are_kept() -> None:
     talk = episode("e", turn(0, "a", "x"), turn(1, "b", "y"), turn(2, "a", "z"), turn(3, "a", "w", taken=False))
     assert kept([talk], turns="first") == [("e", 0, 0), ("e", 1, 0)]
-    last = select([talk], SelectionConfig(turns="last"))
+    last = filter_turns([talk], SelectionConfig(turns="last"))
     assert [k.key for k in last.kept] == [("e", 1, 0), ("e", 2, 0)]
     assert last.dropped == {("a", "not taken"): 1, ("a", "not the last of its kept turns"): 1}
 
@@ -83,22 +83,22 @@ def test_doubles_and_caps() -> None:
     episodes = [pair("e", 1.0), pair("f", 1.0), pair("g", 1.0, task=Task("u", "?"))]
     assert kept(episodes, deduplicate=True) == [("e", 0, 0), ("e", 1, 0)], "tokens of prompt and reply are the same"
     assert kept(episodes, max_per_task=1) == [("e", 0, 0), ("e", 1, 0), ("g", 0, 0), ("g", 1, 0)]
-    found = select(episodes, SelectionConfig(deduplicate=True, max_per_task=1))
+    found = filter_turns(episodes, SelectionConfig(deduplicate=True, max_per_task=1))
     assert found.dropped == {("a", "a double"): 2, ("b", "a double"): 2}
 
 
 def test_a_rule_of_ones_own_and_only_agents_that_learn() -> None:
-    found = select([pair("e", 0.0)], SelectionConfig(), lambda e, t: (0.5, "half"), agents=["b"])
+    found = filter_turns([pair("e", 0.0)], SelectionConfig(), lambda e, t: (0.5, "half"), agents=["b"])
     assert [(k.key, k.weight, k.reason) for k in found.kept] == [(("e", 1, 0), 0.5, "half")] and not found.dropped
     with pytest.raises(ValueError, match=r"turn 0 of 'a': weight -1.0; expected a number from 0"):
-        select([pair("e", 0.0)], SelectionConfig(), lambda e, t: (-1.0, "less"))
+        filter_turns([pair("e", 0.0)], SelectionConfig(), lambda e, t: (-1.0, "less"))
     with pytest.raises(ValueError, match="two episodes have the same id"):
-        select([pair("e", 0.0), pair("e", 0.0)], SelectionConfig())
+        filter_turns([pair("e", 0.0), pair("e", 0.0)], SelectionConfig())
 
 
 def test_what_was_said_before_a_repair_belongs_to_the_run_that_failed() -> None:
     mended = episode("e", turn(0, "a", "x"), turn(1, "b", "y", source="written"), turn(2, "c", "z"))
-    found = select([mended], SelectionConfig())
+    found = filter_turns([mended], SelectionConfig())
     assert {k.agent: k.reason for k in found.kept} == {"b": "repaired", "c": "success"}
     assert found.dropped == {("a", "before the repair"): 1}
 
@@ -106,21 +106,21 @@ def test_what_was_said_before_a_repair_belongs_to_the_run_that_failed() -> None:
 def test_whoever_saw_the_answer_or_read_who_did_is_not_learnt_from() -> None:
     said = [turn(0, "a", "x"), turn(1, "critic", "y", saw_gold=True), turn(2, "a", "z", reads=(1,)), turn(3, "b", "w", reads=(2,))]
     one = episode("e", *said, turn(4, "b", "v", reads=(0,)))
-    assert tainted(one) == {1, 2, 3}
+    assert saw_answer(one) == {1, 2, 3}
     assert kept([one]) == [("e", 0, 0), ("e", 4, 0)]
 
 
 def test_an_answer_in_a_prompt_is_a_leak_unless_somebody_had_found_it() -> None:
     clean, leaky = turn(0, "a", "15", "7+8"), turn(0, "a", "20", "7+8+5, which is 20")
-    assert not leaks(episode("e", clean), clean) and leaks(episode("e", leaky), leaky)
+    assert not leaks_answer(episode("e", clean), clean) and leaks_answer(episode("e", leaky), leaky)
     found = episode("e", turn(0, "a", "It is 20."), turn(1, "b", "20", "a says: It is 20.", reads=(0,)))
-    assert not leaks(found, found.turns[1])
+    assert not leaks_answer(found, found.turns[1])
     gold = episode("e", turn(0, "a", "It is 20.", saw_gold=True), turn(1, "b", "20", "a says: It is 20."))
-    assert leaks(gold, gold.turns[1]), "who found it had been told"
-    assert not leaks(episode("e", leaky), leaky, opening="12+8 = 20"), "a worked example shows it to every task"
+    assert leaks_answer(gold, gold.turns[1]), "who found it had been told"
+    assert not leaks_answer(episode("e", leaky), leaky, opening="12+8 = 20"), "a worked example shows it to every task"
     five = Task("t", "What is 7+8+5?", "5")
-    assert not leaks(episode("e", clean, task=five), turn(0, "a", "5", "5 is in the task itself"))
-    table = select([episode("e", leaky)], SelectionConfig()).table()
+    assert not leaks_answer(episode("e", clean, task=five), turn(0, "a", "5", "5 is in the task itself"))
+    table = filter_turns([episode("e", leaky)], SelectionConfig()).table()
     assert table == {"a": {"kept": {}, "dropped": {"the answer stands in its prompt": 1}}}
 
 

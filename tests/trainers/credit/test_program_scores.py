@@ -11,17 +11,9 @@ import torch
 
 from marlora.agents.types import SettingError, Task, Turn
 from marlora.rollouts.types import Episode, Reward
-from marlora.trainers.credit.program_scores import (  # fmt: skip
-    Scored,
-    best_programs,
-    distances,
-    drawn,
-    ordered_pairs,
-    preference,
-    score_table,
-)
+from marlora.trainers.credit.program_scores import (ScoredProgram, best_programs, distances, drawn, ordered_pairs, preference, score_table)
 from marlora.trainers.credit.rules import RewardWeights
-from marlora.trainers.update.preference_loss import MarginConfig, Push, Vote, push
+from marlora.trainers.update.preference_loss import MarginConfig, MarginGradient, RunLogRatio, margin_gradient
 
 
 def program(name: str, scores: list[float], fault: str = "", task: str = "t", **changes: object) -> list[Episode]:
@@ -36,14 +28,14 @@ def program(name: str, scores: list[float], fault: str = "", task: str = "t", **
     return [dataclasses.replace(given[0], **changes), *given[1:]]  # type: ignore[arg-type]
 
 
-def table_of(*programs: list[Episode], num_runs: int = 3) -> list[Scored]:
+def table_of(*programs: list[Episode], num_runs: int = 3) -> list[ScoredProgram]:
     return score_table([e for p in programs for e in p], "designer", num_runs, RewardWeights(), "runs")[0]
 
 
 FOUR = [program("a", [1, 1, 1]), program("b", [1, 1, 0]), program("c", [0, 1, 0]), program("d", [0, 0, 0])]
 
 
-def chances(table: list[Scored], alpha: float) -> dict[tuple[str, str], float]:
+def chances(table: list[ScoredProgram], alpha: float) -> dict[tuple[str, str], float]:
     pairs = ordered_pairs(table, False)
     d = distances(pairs, alpha)
     return {(one.episode.id, other.episode.id): each / sum(d) for (one, other), each in zip(pairs, d, strict=True)}
@@ -120,13 +112,13 @@ def test_the_scorer_that_trains_is_named_by_its_weight() -> None:
 # Score-DPO
 
 
-def score_dpo(s_w: float, s_l: float, weighting: str = "both", logps: tuple[float, ...] = (-40, -50, -60, -55)) -> Push[str]:
+def score_dpo(s_w: float, s_l: float, weighting: str = "both", logps: tuple[float, ...] = (-40, -50, -60, -55)) -> MarginGradient[str]:
     high, low = table_of(program("w", [1.0]), program("l", [0.5]), num_runs=1)
     pair = preference(dataclasses.replace(high, score=s_w), dataclasses.replace(low, score=s_l), weighting)
     votes = {
-        "w": Vote("w", "designer", "designer", logps[0], logps[1]), "l": Vote("l", "designer", "designer", logps[2], logps[3]),
+        "w": RunLogRatio("w", "designer", "designer", logps[0], logps[1]), "l": RunLogRatio("l", "designer", "designer", logps[2], logps[3]),
     }  # fmt: skip
-    return push([pair], votes, MarginConfig(beta=0.1))
+    return margin_gradient([pair], votes, MarginConfig(beta=0.1))
 
 
 @pytest.mark.parametrize(
@@ -177,8 +169,8 @@ def test_four_programs_learnt_exactly(alpha: float, weighting: str, expected: li
     for _ in range(200):
         logp = theta.log_softmax(0)
         now = dict(zip("abcd", logp.tolist(), strict=True))
-        votes = {name: Vote(name, "designer", "designer", value, reference) for name, value in now.items()}
-        pushed = push(pairs, votes, MarginConfig(beta=0.1))
+        votes = {name: RunLogRatio(name, "designer", "designer", value, reference) for name, value in now.items()}
+        pushed = margin_gradient(pairs, votes, MarginConfig(beta=0.1))
         (gradient,) = torch.autograd.grad(sum(pushed.weights[name] * logp[k] for k, name in enumerate("abcd")), theta)
         with torch.no_grad():
             theta += gradient

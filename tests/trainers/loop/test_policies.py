@@ -13,9 +13,9 @@ import torch
 
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.types import Turn
-from marlora.rollouts.checkpoints.team import ServedTeam
+from marlora.rollouts.checkpoints.team import LoadedTeam
 from marlora.rollouts.engines.factory import EngineConfig
-from marlora.rollouts.episodes.completers import EngineSpeaker
+from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.store import Store
 from marlora.trainers.loop.run import Run
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
@@ -167,14 +167,14 @@ def test_two_bases_in_one_team(model: Path, tmp_path: Path) -> None:
     assert [base.policies for base in run.bases.values()] == [("first",), ("last",)]
     assert (summary["live_proof"]["passed"], summary["live_proof"]["failed"]) == (4, 0)
     speaker = run.stage.rollouts.speakers["base"]
-    assert isinstance(speaker, EngineSpeaker) and speaker.engine.info().base == str(
+    assert isinstance(speaker, EngineCompleter) and speaker.engine.info().base == str(
         model
     )  # the run's own, not the last one started
 
     async def again() -> None:
         checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
         config = EngineConfig(engine="transformers")
-        team = await ServedTeam.open(checkpoint, config, rewards=["exact"], scratch=tmp_path / "scratch", say=lambda text: None)
+        team = await LoadedTeam.open(checkpoint, config, rewards=["exact"], scratch=tmp_path / "scratch", say=lambda text: None)
         try:
             bases = {name: speaker.engine.info().base for name, speaker in team.rollouts.speakers.items()}  # type: ignore[attr-defined]
             assert bases == {"first": str(model), "base": str(model), "last": str(other)}

@@ -12,8 +12,8 @@ import torch
 
 from marlora.agents.types import SettingError
 from marlora.rollouts.types import Episode, groups
-from marlora.trainers.collection.background import Background, Stop, Stopped
-from marlora.trainers.collection.stored_episodes import Recalled, recall
+from marlora.trainers.collection.background import BackgroundLoop, StopSignal, Stopped
+from marlora.trainers.collection.stored_episodes import PlannedEpisodes, find_stored
 from marlora.trainers.loop.run import Run, RunError
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
 from marlora.trainers.update import optimizer_step
@@ -183,8 +183,8 @@ def test_the_episodes_of_other_adapters_have_spent_their_ids(model: Path, tmp_pa
     with made.run as run:
         tasks, count = run.tasks_of(1), EPISODES // len(run.tasks_of(1))
 
-        def recalled(version: dict[str, str]) -> Recalled:
-            return recall(run.stage.store, tasks, "train-000001", count, 1, lambda episode: episode.team_version == version)
+        def recalled(version: dict[str, str]) -> PlannedEpisodes:
+            return find_stored(run.stage.store, tasks, "train-000001", count, 1, lambda episode: episode.team_version == version)
 
         assert recalled({}).found == {}
         played = run.collect(1)
@@ -209,7 +209,7 @@ def test_stopped_work_has_ended_before_the_caller_goes_on() -> None:
     """Cancelled work may still be writing: it is waited for."""
     import asyncio
 
-    background, stop, ended = Background(), Stop(), []
+    background, stop, ended = BackgroundLoop(), StopSignal(), []
 
     async def work() -> None:
         stop.asked = True

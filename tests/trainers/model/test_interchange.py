@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from marlora.rollouts.engines.base import Ref
+from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.rollouts.engines.vllm.server import http
 from marlora.trainers.testbeds.tiny import tiny_random_model
@@ -46,7 +46,7 @@ def test_plain_transformers_and_peft_load_a_checkpoints_adapters(tmp_path: Path)
         engine = TransformersEngine(model, dtype="float32")
         try:
             versions = await engine.publish({name: Path(folder) for name, folder in folders.items()})
-            return {name: await engine.score(PROMPT, Ref(name, versions[name])) for name in folders}
+            return {name: await engine.score(PROMPT, ModelRef(name, versions[name])) for name in folders}
         finally:
             await engine.close()
 

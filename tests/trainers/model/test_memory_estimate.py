@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
 from marlora.rollouts.engines import factory
 from marlora.trainers.batching.batches import Batch, pack
-from marlora.trainers.batching.samples import Sample
+from marlora.trainers.batching.samples import TrainingSequence
 from marlora.trainers.config import RunConfig
 from marlora.trainers.model import memory_estimate
 from marlora.trainers.model.adapters import Adapters
 from marlora.trainers.model.layouts import choose_layout
 from marlora.trainers.model.logprobs import last_hidden
-from marlora.trainers.model.memory_estimate import GIB, Memory, estimate, placed, recomputes, server_share, trainer_room
+from marlora.trainers.model.memory_estimate import (GIB, Memory, estimate, with_server_memory, needs_checkpointing, server_share, trainer_room)
 from marlora.trainers.testbeds.tiny import tiny_random_model
 
 SHAPE = dict(
@@ -35,14 +35,14 @@ def folder_of(config: Any, folder: Path) -> Path:
     return made
 
 
-def replies(prompt: int, own: int, count: int) -> list[Sample]:
+def replies(prompt: int, own: int, count: int) -> list[TrainingSequence]:
     """So many sequences with a prompt in common; own tokens differ from the first on, and the last one is trained."""
     made = []
     for g in range(count):
         ids = (*(i % 400 for i in range(prompt)), *((g + i + 1) % 400 for i in range(own)))
         mask = (0,) * (len(ids) - 1) + (1,)
         zeros = (0.0,) * len(ids)
-        made.append(Sample("a", str(g), ids, mask, zeros, zeros, (1.0,) * len(ids), tuple(m - 1 for m in mask)))
+        made.append(TrainingSequence("a", str(g), ids, mask, zeros, zeros, (1.0,) * len(ids), tuple(m - 1 for m in mask)))
     return made
 
 
@@ -143,7 +143,7 @@ def test_only_a_shared_gpu_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factory.importlib.util, "find_spec", lambda name: name)
 
     def memory_of(device: str, **settings: Any) -> float:
-        found = placed(RunConfig(**settings), {"m": SPECS}, torch.device(device), lambda path: torch.bfloat16, lambda text: None)
+        found = with_server_memory(RunConfig(**settings), {"m": SPECS}, torch.device(device), lambda path: torch.bfloat16, lambda text: None)
         return found.server_memory
 
     assert memory_of("cuda") == pytest.approx(1 - 16.5 / 80)
@@ -158,7 +158,7 @@ def test_checkpointing_is_on_only_where_the_trainer_would_not_fit(tmp_path: Path
     def chosen(setting: Any, gib: float, device: str = "cpu") -> bool:
         monkeypatch.setattr(memory_estimate, "trainer_room", lambda config, needs, device: gib * GIB)
         config = RunConfig(gradient_checkpointing=setting)
-        return recomputes(config, {path: SPECS}, torch.device(device), lambda path: torch.float32, said.append)
+        return needs_checkpointing(config, {path: SPECS}, torch.device(device), lambda path: torch.float32, said.append)
 
     need = estimate(path, SPECS, RunConfig(), torch.float32).total / GIB
     assert [chosen("auto", need + 0.01), chosen("auto", need - 0.01)] == [False, True]

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
-from marlora.trainers.batching.batches import deal, level, pack
-from marlora.trainers.batching.samples import Sample
+from marlora.trainers.batching.batches import split_over_ranks, pad_ranks, pack
+from marlora.trainers.batching.samples import TrainingSequence
 from marlora.trainers.config import RunConfig
 from marlora.trainers.model import sharding
 from marlora.trainers.model.adapters import Adapters
@@ -137,8 +137,8 @@ def test_accelerate_reads_its_configurations(path: Path) -> None:
 
 def test_what_of_accelerate_is_not_ours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    assert sharding.wanted(False, {}) == "" and sharding.wanted(True, {}) == "fsdp2"
-    assert sharding.wanted(False, {**fsdp, "FSDP_OFFLOAD_PARAMS": "false"}) == "fsdp2"
+    assert sharding.sharding_mode(False, {}) == "" and sharding.sharding_mode(True, {}) == "fsdp2"
+    assert sharding.sharding_mode(False, {**fsdp, "FSDP_OFFLOAD_PARAMS": "false"}) == "fsdp2"
     for environ, words in (
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1, 2 expected"),
         ({**fsdp, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
@@ -147,12 +147,12 @@ def test_what_of_accelerate_is_not_ours_is_refused(monkeypatch: pytest.MonkeyPat
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "deepspeed_config_file is not read"),
     ):
         with pytest.raises(SettingError, match=words):
-            sharding.wanted(False, environ)
+            sharding.sharding_mode(False, environ)
     monkeypatch.setattr(sharding.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SettingError, match=r"marlora\[deepspeed\]"):
-        sharding.wanted(False, ZERO3)
+        sharding.sharding_mode(False, ZERO3)
     monkeypatch.setattr(sharding.importlib.util, "find_spec", lambda name: name)
-    assert sharding.wanted(False, {**ZERO3, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}) == "deepspeed"
+    assert sharding.sharding_mode(False, {**ZERO3, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}) == "deepspeed"
 
 
 def test_one_process_has_nobody_to_share_with(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,18 +173,18 @@ def test_deepspeed_wants_adapters_on_the_same_linear_maps(model: Path) -> None:
 
 
 def test_ranks_get_as_many_batches_and_the_added_ones_are_muted() -> None:
-    def sample(length: int) -> Sample:
+    def sample(length: int) -> TrainingSequence:
         ids, mask = tuple(range(length)), (0,) * (length - 1) + (1,)
         zeros = (0.0,) * length
-        return Sample("p", f"e{length}", ids, mask, zeros, zeros, (1.0,) * length, tuple(m - 1 for m in mask))
+        return TrainingSequence("p", f"e{length}", ids, mask, zeros, zeros, (1.0,) * length, tuple(m - 1 for m in mask))
 
-    dealt = deal(pack([sample(n) for n in (9, 5, 3)], max_tokens=4, layout="padded"), 4)
+    dealt = split_over_ranks(pack([sample(n) for n in (9, 5, 3)], max_tokens=4, layout="padded"), 4)
     assert [len(mine) for mine in dealt] == [1, 1, 1, 0]
-    levelled = level(dealt)
+    levelled = pad_ranks(dealt)
     assert [[(b.turns[0][0], b.muted) for b in mine] for mine in levelled] == [
         [("e9", False)], [("e5", False)], [("e3", False)], [("e3", True)],
     ]  # fmt: skip
-    assert level([[], []]) == [[], []]
+    assert pad_ranks([[], []]) == [[], []]
 
 
 def test_the_estimate_of_a_split_base(model: Path) -> None:

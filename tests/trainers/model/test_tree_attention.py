@@ -13,21 +13,21 @@ from hypothesis import strategies as st
 from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
 from marlora.trainers.batching.batches import Batch, pack
 from marlora.trainers.batching.prefix_trees import branches
-from marlora.trainers.batching.samples import Sample
+from marlora.trainers.batching.samples import TrainingSequence
 from marlora.trainers.model import layouts, tree_attention
 from marlora.trainers.model.adapters import Adapters
 from marlora.trainers.model.layouts import choose_layout, forced, way_of
 from marlora.trainers.model.logprobs import last_hidden, token_logprobs
-from marlora.trainers.model.tree_attention import NAME, attend
+from marlora.trainers.model.tree_attention import NAME, tree_attention_forward
 from tests.trainers.random_models import disturb, random_model
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 
 
-def sample(ids: list[int], first: int, episode: str, policy: str = "a") -> Sample:
+def sample(ids: list[int], first: int, episode: str, policy: str = "a") -> TrainingSequence:
     mask = tuple(int(i >= first) for i in range(len(ids)))
     zeros = (0.0,) * len(ids)
-    return Sample(policy, episode, tuple(ids), mask, zeros, tuple(map(float, mask)), (1.0,) * len(ids), tuple(m - 1 for m in mask))
+    return TrainingSequence(policy, episode, tuple(ids), mask, zeros, tuple(map(float, mask)), (1.0,) * len(ids), tuple(m - 1 for m in mask))
 
 
 def packed(pairs: list[tuple[list[int], list[int]]], budget: int = 1000, **settings: Any) -> list[Batch]:
@@ -62,7 +62,7 @@ def dense(batch: Batch, qkv: list[torch.Tensor], window: int | None, softcap: fl
 def by_branches(batch: Batch, qkv: list[torch.Tensor], window: int | None, softcap: float | None) -> torch.Tensor:
     q, k, v = (x.transpose(1, 2) for x in qkv)
     nothing = tree_attention.nothing(q.device)
-    return attend(module(window), q, k, v, nothing, tree=batch.tree, scaling=SIZE**-0.5, sliding_window=window, softcap=softcap)[0]
+    return tree_attention_forward(module(window), q, k, v, nothing, tree=batch.tree, scaling=SIZE**-0.5, sliding_window=window, softcap=softcap)[0]
 
 
 def test_a_tree_is_cut_where_it_forks() -> None:
@@ -182,9 +182,9 @@ def test_what_a_tree_cannot_have_is_refused() -> None:
     q, k, v = (x.transpose(1, 2) for x in drawn(batch))
     nothing = tree_attention.nothing(q.device)
     with pytest.raises(NotImplementedError, match="s_aux"):
-        attend(module(None), q, k, v, nothing, tree=batch.tree, s_aux=torch.zeros(HEADS))
+        tree_attention_forward(module(None), q, k, v, nothing, tree=batch.tree, s_aux=torch.zeros(HEADS))
     with pytest.raises(NotImplementedError, match="a window that the layer was not given"):
-        attend(module(4), q, k, v, nothing, tree=batch.tree)
+        tree_attention_forward(module(4), q, k, v, nothing, tree=batch.tree)
     linear = random_model("qwen2")
     linear.config.layer_types = ["linear_attention", "full_attention"]
     assert "it has layers of linear_attention" in layouts._tried(linear)[1]

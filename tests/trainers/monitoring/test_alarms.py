@@ -8,14 +8,14 @@ import pytest
 
 from marlora.agents.types import Task, Turn
 from marlora.rollouts.types import Episode
-from marlora.trainers.monitoring.alarms import Monitor
+from marlora.trainers.monitoring.alarms import Alarms
 from marlora.trainers.trainer import shares_of
 
 GOOD = {"tokens": 9, "first_mismatch_kl": 1e-5, "clipped": 0.5, "truncated": 0.5, "constant_groups": 0.9, "entropy": 0.01}
 
 
-def alarms(monitor: Monitor | None = None, **changes: Any) -> tuple[list[str], str]:
-    return (monitor or Monitor()).check({"solver": {**GOOD, **changes}})
+def alarms(monitor: Alarms | None = None, **changes: Any) -> tuple[list[str], str]:
+    return (monitor or Alarms()).check({"solver": {**GOOD, **changes}})
 
 
 def test_at_the_bounds_there_is_no_alarm() -> None:
@@ -40,7 +40,7 @@ def test_a_policy_that_learnt_nothing_is_not_judged() -> None:
 
 
 def test_mismatch_is_compared_with_the_noise_of_the_first_step() -> None:
-    quiet, noisy = Monitor(), Monitor()
+    quiet, noisy = Alarms(), Alarms()
     alarms(quiet, first_mismatch_kl=1e-6)
     alarms(noisy, first_mismatch_kl=4e-4)  # bfloat16, say
     assert alarms(quiet, first_mismatch_kl=2e-3)[0] == [
@@ -50,21 +50,21 @@ def test_mismatch_is_compared_with_the_noise_of_the_first_step() -> None:
 
 
 def test_a_mismatch_from_the_first_step_on_is_no_noise() -> None:
-    monitor = Monitor()
+    monitor = Alarms()
     told = [alarms(monitor, first_mismatch_kl=0.3) for _ in range(3)]
     assert all(len(warnings) == 1 and "disagree by 3.0e-01" in warnings[0] for warnings, _ in told)
     assert [bool(reason) for _, reason in told] == [False, False, True]
 
 
 def test_three_steps_beyond_all_bounds_end_the_run_and_two_do_not() -> None:
-    monitor = Monitor()
+    monitor = Alarms()
     alarms(monitor)
     for stops in (False, False):
         assert bool(alarms(monitor, first_mismatch_kl=0.05)[1]) is stops
     assert alarms(monitor)[1] == ""  # a good step in between begins the count anew
     seen = []
     for _ in range(3):
-        monitor = Monitor(**monitor.to_json())  # the count goes through a checkpoint
+        monitor = Alarms(**monitor.to_json())  # the count goes through a checkpoint
         seen.append(alarms(monitor, first_mismatch_kl=0.05)[1])
     assert seen[:2] == ["", ""] and seen[2].startswith(
         "policy 'solver': engine and trainer disagreed by 5.0e-02 nat per token for 3 steps"

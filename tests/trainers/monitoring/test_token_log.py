@@ -11,15 +11,15 @@ import torch
 
 from marlora.rollouts.episodes.store import Store
 from marlora.trainers.batching.batches import pack
-from marlora.trainers.batching.samples import Denominators, Sample
-from marlora.trainers.monitoring.token_log import Learned
+from marlora.trainers.batching.samples import Denominators, TrainingSequence
+from marlora.trainers.monitoring.token_log import TokenLog
 from marlora.trainers.testbeds.tiny import tiny_random_model
 from tests.trainers import small_run
 
 
-def sample(policy: str, episode: str, advantages: tuple[float, ...], logprobs: tuple[float, ...]) -> Sample:
+def sample(policy: str, episode: str, advantages: tuple[float, ...], logprobs: tuple[float, ...]) -> TrainingSequence:
     """Two prompt tokens, a turn of two tokens, one token in between, a turn of one."""
-    return Sample(policy, episode, (1, 2, 7, 8, 3, 9), (0, 0, 1, 1, 0, 1), logprobs, advantages, (1.0,) * 6, (-1, -1, 0, 0, -1, 4))
+    return TrainingSequence(policy, episode, (1, 2, 7, 8, 3, 9), (0, 0, 1, 1, 0, 1), logprobs, advantages, (1.0,) * 6, (-1, -1, 0, 0, -1, 4))
 
 
 def test_a_turn_is_put_down_with_its_advantage_and_ratios(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_a_turn_is_put_down_with_its_advantage_and_ratios(tmp_path: Path) -> Non
         sample("p", "e2", (0, 0, 0.25, 0.75, 0, -1), (0, 0, -1.0, -1.0, 0, -1.0)),
         sample("q", "e1", (0, 0, 1, 1, 0, 1), (0, 0, -1.0, -1.0, 0, -1.0)),
     ]
-    learned = Learned()
+    learned = TokenLog()
     seen: list[int] = []
     watched, noted = learned.watch(samples, lambda batch, logp, *rest: (seen.append(batch.num_terms), (logp.sum(), {}))[1])
     for batch in pack([s for s in samples if s.policy == "p"], max_tokens=64, layout="padded"):

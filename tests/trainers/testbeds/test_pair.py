@@ -7,7 +7,7 @@ import random
 import pytest
 
 from marlora.agents.tools.verifiers import calculator
-from marlora.trainers.testbeds.pair import ASKED, SECONDS, first, lessons, pair_tasks, second, shares, tiny_pair_model
+from marlora.trainers.testbeds.pair import (ASKED, SECONDS, first, lessons, pair_tasks, second, shares, tiny_pair_model)
 
 
 def test_tasks():

@@ -14,24 +14,7 @@ from marlora.agents.team import fake_team
 from marlora.agents.types import Message, Task
 from marlora.rollouts.checkpoints.team import build_system
 from marlora.rollouts.sandbox.sandbox import run as sandboxed
-from marlora.trainers.testbeds.programs import (  # fmt: skip
-    ASKED,
-    BROKEN,
-    DESIGN,
-    DO,
-    FORMS,
-    KINDS,
-    LONGEST,
-    _Lessons,
-    design,
-    digit,
-    excess,
-    execute,
-    program_tasks,
-    shares,
-    tiny_programs_model,
-    tiny_workflow,
-)
+from marlora.trainers.testbeds.programs import (ASKED, BROKEN, DESIGN, DO, FORMS, KINDS, LONGEST, _Lessons, design, digit, excess, execute, program_tasks, shares, tiny_programs_model, tiny_workflow)
 from tests.repository import ROOT
 
 

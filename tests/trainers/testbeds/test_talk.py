@@ -8,19 +8,7 @@ import torch
 from marlora.agents.patterns.debate import Debate, quote
 from marlora.agents.types import Turn
 from marlora.trainers.testbeds import talk
-from marlora.trainers.testbeds.talk import (
-    BUYER,
-    SEATS,
-    SELLER,
-    SOLVE,
-    Distribution,
-    alone,
-    digit_tasks,
-    others_said,
-    price,
-    revised,
-    tiny_talk_model,
-)
+from marlora.trainers.testbeds.talk import (BUYER, SEATS, SELLER, SOLVE, Distribution, alone, digit_tasks, others_said, price, revised, tiny_talk_model)
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from marlora.agents.testing import check_system
 from marlora.agents.types import Message, Turn
 from marlora.rollouts.engines.scripted import ByteTokenizer
-from marlora.rollouts.renderer import ChatTokens, load_tokenizer
+from marlora.rollouts.renderer import ChatRenderer, load_tokenizer
 from marlora.rollouts.tasks.registry import load_tasks
 from marlora.trainers.testbeds import tiny
 
@@ -44,13 +44,13 @@ def test_the_chain_hands_on_the_sum() -> None:
 
 
 def test_its_tokenizer_is_the_fakes(tmp_path: Path) -> None:
-    tokens, fake = ChatTokens(tiny.tiny_tokenizer()), ChatTokens(ByteTokenizer())
+    tokens, fake = ChatRenderer(tiny.tiny_tokenizer()), ChatRenderer(ByteTokenizer())
     text = "".join(map(chr, range(300))) + "👍<|end|>"
     messages = [Message("system", "first"), Message("user", text)]
     assert tokens.prompt(messages) == fake.prompt(messages)
     assert tokens.probe()["append_only"] and tokens.template_hash == fake.template_hash and tokens.eos_ids == fake.eos_ids
     folder = tiny.tiny_random_model(tmp_path / "random")
-    assert ChatTokens(load_tokenizer(folder)).prompt(messages) == tokens.prompt(messages)
+    assert ChatRenderer(load_tokenizer(folder)).prompt(messages) == tokens.prompt(messages)
 
 
 def test_geometry_and_random_model(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from marlora.agents.types import SettingError
 from marlora.trainers.batching.samples import Denominators
-from marlora.trainers.update.losses import LossConfig, NotFinite, add_stats, finite_or_raise, policy_loss, summary, weighted_nll
+from marlora.trainers.update.losses import (LossConfig, NotFinite, add_stats, finite_or_raise, policy_loss, summary, weighted_nll)
 
 OLD = (-1.0, -0.5, -2.0, -0.7, -1.2)
 LOGP = (-0.7, -0.6, -2.1, -1.1, -1.0)

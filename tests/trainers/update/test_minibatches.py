@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from marlora.trainers.update.minibatches import joined, minibatches
-from marlora.trainers.update.optimizer_step import Updated
+from marlora.trainers.update.minibatches import merge_results, minibatches
+from marlora.trainers.update.optimizer_step import UpdateResult
 
 
 def test_every_item_once_per_epoch_in_an_order_of_its_own() -> None:
@@ -15,10 +15,10 @@ def test_every_item_once_per_epoch_in_an_order_of_its_own() -> None:
 
 
 def test_rows_of_several_updates_are_joined_by_policy() -> None:
-    one = Updated({"loss": 2.0}, 0.5, 10, 2, 1e-3, grad_norm=1.0, moved=0.1)
-    two = Updated({"loss": 1.0}, 0.7, 5, 1, 1e-3, grad_norm=2.0, applied=False, problem="loss nan")
-    assert joined([{"a": one}, {"a": two, "b": one}]) == {
-        "a": Updated({"loss": 1.0}, 0.5, 15, 3, 1e-3, grad_norm=2.0, applied=False, problem="loss nan", moved=0.1),
+    one = UpdateResult({"loss": 2.0}, 0.5, 10, 2, 1e-3, grad_norm=1.0, moved=0.1)
+    two = UpdateResult({"loss": 1.0}, 0.7, 5, 1, 1e-3, grad_norm=2.0, applied=False, problem="loss nan")
+    assert merge_results([{"a": one}, {"a": two, "b": one}]) == {
+        "a": UpdateResult({"loss": 1.0}, 0.5, 15, 3, 1e-3, grad_norm=2.0, applied=False, problem="loss nan", moved=0.1),
         "b": one,
     }
-    assert joined([]) == {}
+    assert merge_results([]) == {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from marlora.agents.types import AdapterSpec, PolicySpec
-from marlora.trainers.batching.samples import Sample
+from marlora.trainers.batching.samples import TrainingSequence
 from marlora.trainers.distributed.ranks import Ranks
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig
 from marlora.trainers.model.adapters import Adapters
@@ -29,16 +29,16 @@ def make(hidden_size: int = 32, **settings: Any) -> Optimizers:
     return Optimizers(adapters, GRPOConfig(max_grad_norm=1e9, learning_rate=1e-3, **settings))
 
 
-def sample(policy: str, number: int, length: int = 6) -> Sample:
+def sample(policy: str, number: int, length: int = 6) -> TrainingSequence:
     """A prompt of five tokens and a reply; lengths, tokens and advantages follow from the number."""
     generator = torch.Generator().manual_seed(number)
     ids = torch.randint(5, 260, (5 + length + number % 3,), generator=generator).tolist()
     new = len(ids) - 5
     columns = [[0] * 5 + [1] * new, [0.0] * 5 + [-5.5] * new, [0.0] * 5 + [(-1.0) ** number * (1 + number)] * new]
-    return Sample(policy, f"{policy}{number}", tuple(ids), *map(tuple, columns), (1.0,) * len(ids), (-1,) * 5 + (0,) * new)
+    return TrainingSequence(policy, f"{policy}{number}", tuple(ids), *map(tuple, columns), (1.0,) * len(ids), (-1,) * 5 + (0,) * new)
 
 
-def step(optimizers: Optimizers, samples: list[Sample]) -> dict[str, torch.Tensor]:
+def step(optimizers: Optimizers, samples: list[TrainingSequence]) -> dict[str, torch.Tensor]:
     """One update; the summed gradient of each policy, from its optimizer's first moment (0.1 of it after one step)."""
 
     def loss(batch: Any, logp: torch.Tensor, entropy: torch.Tensor, reference: Any, counts: Any) -> Any:

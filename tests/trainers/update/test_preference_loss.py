@@ -13,7 +13,7 @@ from marlora.agents.types import SettingError, Task, Turn
 from marlora.rollouts.types import Episode, Reward
 from marlora.trainers.credit.pairs import Pair, PairConfig, pairs_of
 from marlora.trainers.methods.preference.components import diffusion_log_ratio
-from marlora.trainers.update.preference_loss import MarginConfig, Push, Vote, push
+from marlora.trainers.update.preference_loss import MarginConfig, MarginGradient, RunLogRatio, margin_gradient
 
 
 def run_of(name: str) -> Episode:
@@ -24,18 +24,18 @@ def pair(chosen: str = "w", rejected: str = "l", **fields: Any) -> Pair:
     return Pair(tuple(map(run_of, chosen.split())), tuple(map(run_of, rejected.split())), 1.0, **fields)
 
 
-def votes(agents: dict[str, dict[str, tuple[float, float]]], tokens: int = 1) -> dict[tuple[str, str], Vote]:
+def votes(agents: dict[str, dict[str, tuple[float, float]]], tokens: int = 1) -> dict[tuple[str, str], RunLogRatio]:
     """agent -> run -> (log p, log p of the reference)"""
     return {
-        (agent, name): Vote(name, agent, agent, *logps, tokens) for agent, runs in agents.items() for name, logps in runs.items()
+        (agent, name): RunLogRatio(name, agent, agent, *logps, tokens) for agent, runs in agents.items() for name, logps in runs.items()
     }
 
 
 TWO = {"one": {"w": (-12.0, -13.0), "l": (-15.0, -14.5)}, "two": {"w": (-20.0, -20.5), "l": (-18.0, -18.2)}}
 
 
-def pushed(agents: dict[str, Any] = TWO, pairs: list[Pair] | None = None, **settings: Any) -> Push[tuple[str, str]]:
-    return push(pairs or [pair()], votes(agents), MarginConfig(**settings))
+def pushed(agents: dict[str, Any] = TWO, pairs: list[Pair] | None = None, **settings: Any) -> MarginGradient[tuple[str, str]]:
+    return margin_gradient(pairs or [pair()], votes(agents), MarginConfig(**settings))
 
 
 @pytest.mark.parametrize("agents", [1, 2, 5])
@@ -127,28 +127,28 @@ def test_weights_are_the_slope_of_the_loss(settings: dict[str, Any]) -> None:
     pairs = [pair(), pair("w", "x", weight=0.5), pair("x", "l")]
     agents = {agent: {**runs, "x": (-9.0, -9.5)} for agent, runs in TWO.items()}
     config, here = MarginConfig(**settings), votes(agents)
-    for key, weight in push(pairs, here, config).weights.items():
+    for key, weight in margin_gradient(pairs, here, config).weights.items():
         sides = []
         for step in (1e-4, -1e-4):
             moved = {**here, key: dataclasses.replace(here[key], now=here[key].now + step)}
-            sides.append(push(pairs, moved, config).loss)
+            sides.append(margin_gradient(pairs, moved, config).loss)
         assert -weight == pytest.approx((sides[0] - sides[1]) / 2e-4, abs=1e-6)
 
 
 def test_length_normalisation_counts_an_agents_tokens_of_the_whole_episode() -> None:
     """Two turns of 3 and 1 tokens: their log-ratios .8 and .4 count .3 together; the other run is at the reference."""
-    long = {0: Vote("w", "a", "a", -1.0, -1.8, 3), 1: Vote("w", "a", "a", -1.0, -1.4, 1), 2: Vote("l", "a", "a", -2.0, -2.0, 7)}
-    found = push([pair()], long, MarginConfig(length_normalised=True, beta=1.0))
+    long = {0: RunLogRatio("w", "a", "a", -1.0, -1.8, 3), 1: RunLogRatio("w", "a", "a", -1.0, -1.4, 1), 2: RunLogRatio("l", "a", "a", -2.0, -2.0, 7)}
+    found = margin_gradient([pair()], long, MarginConfig(length_normalised=True, beta=1.0))
     assert found.margins == pytest.approx([0.3])
     assert found.weights[0] == pytest.approx(found.weights[1]) == pytest.approx(1 / (1 + math.exp(0.3)) / 4)
-    assert push([pair()], long, MarginConfig(beta=1.0)).margins == pytest.approx([1.2])
+    assert margin_gradient([pair()], long, MarginConfig(beta=1.0)).margins == pytest.approx([1.2])
 
 
 def test_pairs_count_by_their_weight_and_frozen_parts_nothing() -> None:
     assert pushed(pairs=[pair(weight=0.5)]).loss == pytest.approx(0.5 * 0.607192, abs=1e-6)
     frozen = pushed({"one": TWO["one"]})
     assert frozen.margins == pytest.approx([1.5]) and set(frozen.weights) == {("one", "w"), ("one", "l")}
-    assert push([pair()], {}, MarginConfig()).loss == pytest.approx(math.log(2))
+    assert margin_gradient([pair()], {}, MarginConfig()).loss == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def table(*trained: str, told: tuple[int, ...] = (200,)) -> list[tuple[float, fl
     told_of = []
     for step in range(max(told) + 1):
         here = said()
-        found = push(pairs, {k: Vote(k[1], k[0], k[0], p.item(), uniform) for k, p in here.items()}, MarginConfig(beta=0.5))
+        found = margin_gradient(pairs, {k: RunLogRatio(k[1], k[0], k[0], p.item(), uniform) for k, p in here.items()}, MarginConfig(beta=0.5))
         if step in told:
             joint = (first.softmax(-1)[:, None] * last.softmax(-1)).detach()
             told_of.append((found.loss, float((joint * torch.tensor(REWARD)).sum())))

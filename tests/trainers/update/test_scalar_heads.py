@@ -10,33 +10,33 @@ import torch
 
 from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
 from marlora.trainers.batching.batches import pack
-from marlora.trainers.batching.samples import Denominators, Sample
+from marlora.trainers.batching.samples import Denominators, TrainingSequence
 from marlora.trainers.distributed.ranks import Ranks
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig
 from marlora.trainers.model.adapters import Adapters, speaking
 from marlora.trainers.update.losses import Stats
-from marlora.trainers.update.scalar_heads import Head, HeadSpec, after
+from marlora.trainers.update.scalar_heads import ScalarHead, HeadSpec, after
 from tests.trainers.random_models import disturb, random_model
 
 SHAPE = AdapterSpec(r=2, alpha=4.0, targets=("q_proj", "v_proj"))
 FAMILIES = ["llama", "gemma2", "cohere"]  # cohere scales its logits, so its head is not lm_head(hidden)
 
 
-def sample(number: int, prompt: int = 3, reply: int = 3, policy: str = "a") -> Sample:
+def sample(number: int, prompt: int = 3, reply: int = 3, policy: str = "a") -> TrainingSequence:
     """A prompt that is common to all, and a reply of its own."""
     ids = (*range(5, 5 + prompt), *(11 + (7 * number + k) % 29 for k in range(reply)))
     rest = [(0,) * prompt, (0.0,) * prompt, (0.0,) * prompt, (1.0,) * prompt, (-1,) * prompt]
     own = [(1,) * reply, (-3.0,) * reply, (1.0,) * reply, (1.0,) * reply, (0,) * reply]
-    return Sample(policy, f"e{number}", ids, *(a + b for a, b in zip(rest, own, strict=True)))  # type: ignore[arg-type]
+    return TrainingSequence(policy, f"e{number}", ids, *(a + b for a, b in zip(rest, own, strict=True)))  # type: ignore[arg-type]
 
 
 SAMPLES = [sample(k, reply=2 + k % 3) for k in range(6)]
 
 
-def make(family: str = "llama", seed: int = 0, name: str = "critic", **settings: Any) -> Head:
+def make(family: str = "llama", seed: int = 0, name: str = "critic", **settings: Any) -> ScalarHead:
     adapters = Adapters(random_model(family), [PolicySpec("a", adapter=SHAPE), PolicySpec("b", adapter=SHAPE)], seed=seed)
     disturb(adapters)
-    return Head(adapters, HeadSpec(name, adapter=SHAPE), GRPOConfig(learning_rate=1e-2, **settings))
+    return ScalarHead(adapters, HeadSpec(name, adapter=SHAPE), GRPOConfig(learning_rate=1e-2, **settings))
 
 
 def squares(scores: torch.Tensor, targets: Any, counts: Denominators) -> tuple[torch.Tensor, Stats]:
@@ -44,21 +44,21 @@ def squares(scores: torch.Tensor, targets: Any, counts: Denominators) -> tuple[t
     return loss, {"loss": loss.detach().double(), "tokens": torch.tensor(float(scores.numel())).double()}
 
 
-def wanted(samples: list[Sample] = SAMPLES) -> torch.Tensor:
+def wanted(samples: list[TrainingSequence] = SAMPLES) -> torch.Tensor:
     return torch.cat([0.5 + torch.arange(s.num_trained) for s in samples])
 
 
-def read(head: Head, samples: list[Sample] = SAMPLES) -> list[torch.Tensor]:
+def read(head: ScalarHead, samples: list[TrainingSequence] = SAMPLES) -> list[torch.Tensor]:
     return list(head.read(samples, Ranks()).split([s.num_trained for s in samples]))
 
 
-def teach(head: Head, steps: int = 3) -> list[float]:
+def teach(head: ScalarHead, steps: int = 3) -> list[float]:
     done = [head.learn(SAMPLES, {"wanted": wanted()}, squares, step, Ranks()) for step in range(1, steps + 1)]
     assert all(d.applied and d.grad_norm > 0 and d.tokens == sum(s.num_trained for s in SAMPLES) for d in done)
     return [d.stats["loss"] for d in done]
 
 
-def by_hand(head: Head, s: Sample, shift: int = -1) -> torch.Tensor:
+def by_hand(head: ScalarHead, s: TrainingSequence, shift: int = -1) -> torch.Tensor:
     """w . h + b from the plain model's hidden states of one sample alone, at each trained token (`shift` 0) or before it (-1)."""
     at = [i + shift for i, trained in enumerate(s.mask) if trained]
     with head.adapters.active(head.adapter) as model, torch.no_grad():
@@ -124,14 +124,14 @@ def test_learning_does_not_depend_on_batches_nor_on_the_order_of_samples() -> No
 
 def test_two_heads_and_seeds() -> None:
     one = make()
-    two = Head(one.adapters, HeadSpec("other", adapter=SHAPE), GRPOConfig())
+    two = ScalarHead(one.adapters, HeadSpec("other", adapter=SHAPE), GRPOConfig())
     other = two.sha256()
     teach(one)
     assert two.sha256() == other != one.sha256()
     assert make().sha256() == make().sha256() != make(seed=1).sha256()
     assert make(name="x").sha256() != make(name="y").sha256()
     with pytest.raises(ValueError, match="name of its own"):
-        Head(one.adapters, HeadSpec("other", adapter=SHAPE), GRPOConfig())
+        ScalarHead(one.adapters, HeadSpec("other", adapter=SHAPE), GRPOConfig())
     with pytest.raises(SettingError, match="head name 'a/b'"):
         HeadSpec("a/b")
 
@@ -152,7 +152,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
     }  # fmt: skip
     with pytest.raises(SettingError, match=r"no .*head\.safetensors"):
         second.load(tmp_path)
-    wide = Head(make().adapters, HeadSpec("wide", adapter=AdapterSpec(4, 4.0, ("q_proj", "v_proj"))), GRPOConfig())
+    wide = ScalarHead(make().adapters, HeadSpec("wide", adapter=AdapterSpec(4, 4.0, ("q_proj", "v_proj"))), GRPOConfig())
     with pytest.raises(SettingError, match=r"set the head's adapter\.r"):
         wide.load(tmp_path / "head")
 
@@ -160,7 +160,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
 def test_a_head_alone_on_a_model_without_policies() -> None:
     """As a verifier of its own: there is no other adapter, and the base is the bare model."""
     adapters = Adapters(random_model(), [], seed=0)
-    head = Head(adapters, HeadSpec("verifier", adapter=SHAPE), GRPOConfig(learning_rate=1e-2))
+    head = ScalarHead(adapters, HeadSpec("verifier", adapter=SHAPE), GRPOConfig(learning_rate=1e-2))
     losses = teach(head, 20)
     assert losses[-1] < 0.5 * losses[0] and adapters.base_sha256() == make().adapters.base_sha256()
 

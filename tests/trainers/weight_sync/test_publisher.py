@@ -17,29 +17,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from marlora.agents.types import Completion, Sampling, Task, Turn
-from marlora.rollouts.engines.base import EngineInfo, Ref, ReplicaLost, TeamVersion
+from marlora.rollouts.engines.base import EngineInfo, ModelRef, ReplicaLost, TeamVersion
 from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.rollouts.types import Episode
 from marlora.trainers.model.adapters import Adapters
-from marlora.trainers.weight_sync.probes import CONTEXT, REPLY, SURPRISED, Probe, Scored, probes, trainer_logprobs
+from marlora.trainers.weight_sync.probes import (CONTEXT, REPLY, SURPRISED, Probe, ScoredWindow, probes, trainer_logprobs)
 from marlora.trainers.weight_sync.publisher import Publisher
-from marlora.trainers.weight_sync.verification import Proof
-from tests.trainers.publishing import (  # fmt: skip
-    PROMPTS,
-    BareBase,
-    BareBaseButTwins,
-    Honest,
-    Learner,
-    Liar,
-    Penalised,
-    Previous,
-    PreviousButTwins,
-    Swapped,
-    adapters_on,
-    play,
-    published,
-    with_engine,
-)
+from marlora.trainers.weight_sync.verification import VerificationRecord
+from tests.trainers.publishing import (PROMPTS, BareBase, BareBaseButTwins, Honest, Learner, Liar, Penalised, Previous, PreviousButTwins, Swapped, adapters_on, play, published, with_engine)
 
 torch.set_num_threads(1)
 
@@ -54,7 +39,7 @@ def proofs(
     temperature: float = 1.0,
     served: str = "float32",
     trained: torch.dtype = torch.float32,
-) -> list[Proof]:
+) -> list[VerificationRecord]:
     adapters = adapters_on(model, trained)
     learner = Learner(adapters, learning_rate)
     return with_engine(model, lambda engine: published(wrap(engine), root, adapters, learner, steps, temperature), served)
@@ -140,19 +125,19 @@ class StalePrefix(Liar):
                 self.newest[policy] = folder.name
         return await self.true.publish(adapters)
 
-    async def retire(self, ref: Ref) -> None:
+    async def retire(self, ref: ModelRef) -> None:
         if "-twin-" in ref.version:
             await self.true.retire(ref)
 
     async def generate(
-        self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1, *, replica: str | None = None
+        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, n: int = 1, *, replica: str | None = None
     ) -> list[Completion]:
         return [await self.true._work(lambda: self._reply(tuple(ids), ref, sampling))]
 
     @torch.inference_mode()
-    def _reply(self, ids: tuple[int, ...], ref: Ref, sampling: Sampling) -> Completion:
+    def _reply(self, ids: tuple[int, ...], ref: ModelRef, sampling: Sampling) -> Completion:
         draw, tokens, logprobs = random.Random(sampling.seed), [], []
-        self.true._speak_as(Ref(ref.policy, self.older.get(ref.version, "")))
+        self.true._speak_as(ModelRef(ref.policy, self.older.get(ref.version, "")))
         cache = self.true._model(input_ids=torch.tensor([ids[:-1]]), use_cache=True).past_key_values
         self.true._speak_as(ref)
         for _ in range(sampling.max_tokens):
@@ -180,18 +165,18 @@ class TwoReplicas(Liar):
         return replace(self.of["a"].info(), replicas=("a", "b"))
 
     async def generate(
-        self, ids: Sequence[int], ref: Ref, sampling: Sampling, n: int = 1, *, replica: str | None = None
+        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, n: int = 1, *, replica: str | None = None
     ) -> list[Completion]:
         return await self.of[replica].generate(ids, ref, sampling, n)
 
-    async def score(self, ids: Sequence[int], ref: Ref, replica: str | None = None) -> list[float]:
+    async def score(self, ids: Sequence[int], ref: ModelRef, replica: str | None = None) -> list[float]:
         return await self.of[replica].score(ids, ref)
 
     async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
         await self.of["b"].publish(adapters)
         return await self.of["a"].publish(adapters)
 
-    async def retire(self, ref: Ref) -> None:
+    async def retire(self, ref: ModelRef) -> None:
         await self.of["b"].retire(ref)
         await self.of["a"].retire(ref)
 
@@ -213,7 +198,7 @@ class Blinks(Liar):
 
     lost = False
 
-    async def score(self, ids: Sequence[int], ref: Ref, replica: str | None = None) -> list[float]:
+    async def score(self, ids: Sequence[int], ref: ModelRef, replica: str | None = None) -> list[float]:
         if "-twin-" in ref.version and not self.lost:
             self.lost = True
             raise ReplicaLost("gone for a moment")
@@ -224,7 +209,7 @@ def test_a_replica_that_was_lost_for_a_moment_is_proven_next_time(model: Path, t
     adapters = adapters_on(model, policies=["solver"])
     Learner(adapters, 1e-3).step()
 
-    async def work(engine: TransformersEngine) -> list[Proof]:
+    async def work(engine: TransformersEngine) -> list[VerificationRecord]:
         both = TwoReplicas(engine, Blinks(TransformersEngine(model)))
         publisher = Publisher(tmp_path, adapters, both)
         await publisher.publish(1, ["solver"])
@@ -254,7 +239,7 @@ class Slow(Liar):
         self.twins |= twins
         return await super().publish(adapters)
 
-    async def retire(self, ref: Ref) -> None:
+    async def retire(self, ref: ModelRef) -> None:
         await super().retire(ref)
         self.twins.discard(ref.version)
 
@@ -314,7 +299,7 @@ def test_untrained_then_trained_and_frozen_ones_once(model: Path, tmp_path: Path
     learner = Learner(adapters, 1e-3)
     del learner.optimizers["reviewer"]  # the reviewer's adapter does not learn
 
-    async def work(engine: TransformersEngine) -> list[Proof]:
+    async def work(engine: TransformersEngine) -> list[VerificationRecord]:
         publisher = Publisher(tmp_path, adapters, engine)
         first = await publisher.publish(0, adapters.trainable)
         found = await play(engine, publisher)
@@ -344,7 +329,7 @@ def test_a_frozen_adapter_that_came_trained_is_proven(model: Path, tmp_path: Pat
     spec = replace(donor.policies["solver"], trainable=False, init=str(tmp_path / "donor"))
     adapters = Adapters(AutoModelForCausalLM.from_pretrained(model), [spec], seed=0, base_name=str(model))
 
-    async def work(engine: TransformersEngine) -> list[Proof]:
+    async def work(engine: TransformersEngine) -> list[VerificationRecord]:
         publisher = Publisher(tmp_path / "versions", adapters, engine)
         await publisher.publish(0, ["solver"])
         return await publisher.prove(0, await play(engine, publisher))
@@ -371,7 +356,7 @@ def test_summary_and_how_often(model: Path, tmp_path: Path):
     assert [proof.step for proof in publisher.records] == [1, 3, 5]
     worst = max(proof.residual or 0.0 for proof in publisher.records)
     assert publisher.summary() == {"checks": 3, "passed": 3, "untrained": 0, "failed": 0, "max_residual": worst}
-    assert [Proof(**record) for record in json.loads(json.dumps(publisher.to_json()))] == publisher.records
+    assert [VerificationRecord(**record) for record in json.loads(json.dumps(publisher.to_json()))] == publisher.records
 
 
 def test_a_proof_leaves_the_trainer_as_it_was(model: Path, tmp_path: Path):
@@ -434,8 +419,8 @@ def test_probes_take_every_task_once_first_then_short_prompts():
 def test_a_window_ends_with_the_reply_and_stands_alone():
     """Tokens before it are compared too, for trained tokens are soon so sure that one or two of them decide; nothing predicts the first."""
     short, edge, long = (Probe(tuple(range(5, 5 + prompt + 6)), prompt, 0.7) for prompt in (4, CONTEXT + 1, 80))
-    assert short.window == Scored(short.ids, 1) and edge.window == Scored(edge.ids, 1)
-    assert long.window == Scored((5, *range(5 + 80 - CONTEXT, 5 + 80 + 6)), 1 + SURPRISED), "behind the cut a few are passed over"
+    assert short.window == ScoredWindow(short.ids, 1) and edge.window == ScoredWindow(edge.ids, 1)
+    assert long.window == ScoredWindow((5, *range(5 + 80 - CONTEXT, 5 + 80 + 6)), 1 + SURPRISED), "behind the cut a few are passed over"
     assert len(long.window.ids) == 1 + CONTEXT + 6
 
 
@@ -446,10 +431,10 @@ def test_what_sequences_begin_with_is_computed_once(model: Path):
     Learner(adapters, 1e-2).step()
     tokens: list[int] = []
     embed = adapters.model.get_input_embeddings()
-    trainer_logprobs(adapters, [Scored(common)], "solver", 8.0)  # the attention is tried at first use
+    trainer_logprobs(adapters, [ScoredWindow(common)], "solver", 8.0)  # the attention is tried at first use
     with_hook = embed.register_forward_hook(lambda module, args, out: tokens.append(args[0].numel()))
     for first, temperatures in ((1, (1.0, 1.0, 1.0)), (44, (0.5, 1.5, 2.5))):
-        asked = [Scored((*common, *range(50 + k, 60 + k)), first, t) for k, t in enumerate(temperatures)]
+        asked = [ScoredWindow((*common, *range(50 + k, 60 + k)), first, t) for k, t in enumerate(temperatures)]
         together = trainer_logprobs(adapters, asked, "solver", 8.0)
         assert tokens == [40 + 3 * 9]  # nobody asks what comes after the last
         alone = [value for one in asked for value in trainer_logprobs(adapters, [one], "solver", 8.0)]
@@ -472,7 +457,7 @@ class Counting(Liar):
         self.loaded: list[str] = []
         self.most = 0  # twins loaded at the same time
 
-    async def score(self, ids: Sequence[int], ref: Ref, replica: str | None = None) -> list[float]:
+    async def score(self, ids: Sequence[int], ref: ModelRef, replica: str | None = None) -> list[float]:
         self.scored.append("twin" if "-twin-" in ref.version else ref.version or "base")
         return await super().score(ids, ref, replica)
 
@@ -481,7 +466,7 @@ class Counting(Liar):
         self.most = max(self.most, sum("-twin-" in name for name in self.loaded))
         return await super().publish(adapters)
 
-    async def retire(self, ref: Ref) -> None:
+    async def retire(self, ref: ModelRef) -> None:
         await super().retire(ref)
         self.loaded.remove(ref.version)
 
@@ -492,7 +477,7 @@ def test_a_later_proof_asks_for_no_more_than_it_needs(model: Path, tmp_path: Pat
     learner = Learner(adapters, 1e-3)
     passes: list[tuple[str, float]] = []
 
-    def forward(asked: Sequence[Scored], policy: str, factor: float) -> list[float]:
+    def forward(asked: Sequence[ScoredWindow], policy: str, factor: float) -> list[float]:
         passes.append((policy, factor))
         return trainer_logprobs(adapters, asked, policy, factor)
 
@@ -524,7 +509,7 @@ def test_a_proof_that_is_called_off_waits_for_the_pass_under_way(model: Path, tm
     learner = Learner(adapters, 1e-3)
     begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
 
-    def forward(asked: Sequence[Scored], policy: str, factor: float) -> list[float]:
+    def forward(asked: Sequence[ScoredWindow], policy: str, factor: float) -> list[float]:
         begun.set()
         assert go_on.wait(60)
         try:

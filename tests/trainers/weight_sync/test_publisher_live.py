@@ -9,20 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from marlora.trainers.weight_sync.verification import Proof
+from marlora.trainers.weight_sync.verification import VerificationRecord
 from tests.live_server import Live
-from tests.trainers.publishing import (
-    BareBase,
-    BareBaseButTwins,
-    InPlace,
-    Learner,
-    Penalised,
-    Previous,
-    PreviousButTwins,
-    Swapped,
-    adapters_on,
-    published,
-)
+from tests.trainers.publishing import (BareBase, BareBaseButTwins, InPlace, Learner, Penalised, Previous, PreviousButTwins, Swapped, adapters_on, published)
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 torch.set_num_threads(1)
@@ -36,12 +25,12 @@ def proofs(
     learning_rate: float,
     steps: Sequence[int],
     temperature: float = 1.0,
-) -> list[Proof]:
+) -> list[VerificationRecord]:
     """`test` makes the policies' names, and so the adapters', this test's own."""
     adapters = adapters_on(live.model, policies=[f"reviewer-{test}", f"solver-{test}"])
     learner = Learner(adapters, learning_rate)
 
-    async def run() -> list[Proof]:
+    async def run() -> list[VerificationRecord]:
         engine = wrap(live.engine())
         try:
             return await published(engine, live.root, adapters, learner, steps, temperature)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from marlora.agents.types import Sampling
-from marlora.rollouts.engines.base import EngineError, Ref
+from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.trainers.model.adapters import CONFIG, WEIGHTS, folder_sha256
 from marlora.trainers.weight_sync import publisher as publish
@@ -77,7 +77,7 @@ def test_versions_in_play_outlive_five_publishes(model: Path, tmp_path: Path):
         publisher = Publisher(tmp_path, adapters, engine)
         learner.step()
         versions = await publisher.publish(1, ["solver"])
-        ref, folder = Ref("solver", versions["solver"]), tmp_path / versions["solver"]
+        ref, folder = ModelRef("solver", versions["solver"]), tmp_path / versions["solver"]
         with publisher.hold(versions), publisher.hold({"solver": versions["solver"], "other": "other-v1-00000000"}):
             (first,) = await engine.generate(PROMPTS[0], ref, sampling)
             for step in range(2, 7):
@@ -104,7 +104,7 @@ def test_a_publish_waits_for_open_requests_of_the_old_version(model: Path, tmp_p
     async def work(engine: TransformersEngine) -> None:
         publisher = Publisher(tmp_path, adapters, engine)
         old = (await publisher.publish(0, ["solver"]))["solver"]
-        talking = asyncio.create_task(engine.generate(PROMPTS[0], Ref("solver", old), Sampling(max_tokens=40, seed=1)))
+        talking = asyncio.create_task(engine.generate(PROMPTS[0], ModelRef("solver", old), Sampling(max_tokens=40, seed=1)))
         await asyncio.sleep(0)
         learner.step()
         new = (await publisher.publish(1, ["solver"]))["solver"]

@@ -15,20 +15,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ....agents.patterns.self_correction import FEEDBACK, REGENERATE, REPHRASE, Repair, repair_task
-from ....agents.types import BASE, AgentSpec, Completion, SettingError, Turn, from_json, nearest
+from ....agents.patterns.self_correction import FEEDBACK, REGENERATE, REPHRASE, SelfCorrection, correction_task
+from ....agents.types import (BASE, AgentSpec, Completion, SettingError, Turn, from_json, nearest)
 from ....rollouts.engines.factory import help_of
-from ....rollouts.episodes.runner import Job, Rollouts
+from ....rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from ....rollouts.types import Episode
-from ...credit.filtering import SelectionConfig, golds, outcome, tainted, tells
+from ...credit.filtering import SelectionConfig, golds, outcome, saw_answer, tells
 from ...credit.rules import team_rewards
 
-MEND = "mend"  # the kind of follow-up, see `follow`
+CORRECTION = "mend"  # the kind of follow-up, see `follow`
 TRACES = ("feedback", "corrected", "correction", "previous answer", "reference answer", "my mistake", "original text")
 
 
 @dataclass
-class RepairConfig:
+class CorrectionConfig:
     """How failed episodes are mended. The templates' fields: see `agents.repair.Repair`."""
 
     repair: str = help_of(
@@ -73,11 +73,11 @@ class RepairConfig:
         given = {"name": "feedback", "role": "knows the answer, is outside the team", "policy": BASE, **(self.feedback_agent or {})}  # type: ignore[dict-item]
         return from_json(AgentSpec, given, "feedback_agent")
 
-    def conversation(self, mended: AgentSpec) -> Repair:
+    def conversation(self, mended: AgentSpec) -> SelfCorrection:
         """The conversation that mends a turn of this agent."""
         if mended.name == self.critic.name:
             raise SettingError(f"feedback_agent.name: {mended.name!r} is an agent of the team; give it another name")
-        return Repair([self.critic, mended], self.feedback, self.regenerate, self.rephrase)
+        return SelfCorrection([self.critic, mended], self.feedback, self.regenerate, self.rephrase)
 
     def check_agents(self, team: Sequence[AgentSpec]) -> None:
         """Raises `SettingError` if a setting names an agent that the team has not."""
@@ -91,7 +91,7 @@ class RepairConfig:
 
 
 @dataclass(frozen=True)
-class Mender:
+class Corrector:
     """Mends episodes, one per call.
 
     Args:
@@ -102,8 +102,8 @@ class Mender:
         openings: see `selection.select`.
     """
 
-    player: Rollouts
-    repair: RepairConfig
+    player: EpisodeRunner
+    repair: CorrectionConfig
     selection: SelectionConfig
     learning: Sequence[str]
     write: Callable[[Turn, str], Completion]
@@ -119,8 +119,8 @@ class Mender:
 
     async def _mend(self, episode: Episode, turn: Turn, corrected: Turn | None, made: list[Episode]) -> bool:
         """Try to mend one turn; whether a replay succeeded. `corrected`: the agent's own later success, which is only rephrased."""
-        tried, place = {turn.text.strip()}, f"{episode.id}/{MEND}/{turn.agent}-{turn.index}"
-        task = repair_task(episode.task, turn, episode.turns, corrected.text if corrected else "")
+        tried, place = {turn.text.strip()}, f"{episode.id}/{CORRECTION}/{turn.agent}-{turn.index}"
+        task = correction_task(episode.task, turn, episode.turns, corrected.text if corrected else "")
         spec = next(spec for spec in self.player.system.specs if spec.name == turn.agent)
         system = self.repair.conversation(spec)
         if corrected is not None:
@@ -131,7 +131,7 @@ class Mender:
         for number in range(self.repair.max_feedback):
             given: Sequence[Turn] = ()
             for attempt in range(self.repair.max_regenerations):
-                talk = await helper.play(Job(task, f"{place}/talk-{number}", attempt, episode.step), given=given)
+                talk = await helper.play(EpisodeRequest(task, f"{place}/talk-{number}", attempt, episode.step), given=given)
                 given = talk.turns[:1] if system.feedback else ()
                 why = talk.error or self._refused(episode, turn, talk.output or "", tried)
                 note = {"agent": turn.agent, "turn": turn.index, "refused": why}
@@ -140,14 +140,14 @@ class Mender:
                     continue
                 tried.add(talk.output or "")
                 made.append(await self._replay(episode, turn, talk.output or "", f"{place}/play-{number}", attempt))
-                if mended(made[-1], self.selection):
+                if is_corrected(made[-1], self.selection):
                     return True
         return False
 
     async def _replay(self, episode: Episode, turn: Turn, text: str, group: str, attempt: int) -> Episode:
         """The episode with `text` in the turn's place: what was said before is given, what follows is live."""
         return await self.player.play(
-            Job(episode.task, group, attempt, episode.step),
+            EpisodeRequest(episode.task, group, attempt, episode.step),
             given=[earlier for earlier in episode.turns if earlier.index < turn.index],
             replace={turn.index: self.write(turn, text)},
             decisions=episode.decisions,
@@ -171,7 +171,7 @@ class Mender:
         return ""
 
 
-def broken(episodes: Sequence[Episode], repair: RepairConfig, selection: SelectionConfig, learning: Sequence[str]) -> list[Episode]:
+def broken(episodes: Sequence[Episode], repair: CorrectionConfig, selection: SelectionConfig, learning: Sequence[str]) -> list[Episode]:
     """The episodes to mend: failed ones as `repair` says, and successes in which an agent has corrected itself on the way."""
     if repair.repair == "none":
         return []
@@ -191,7 +191,7 @@ def broken(episodes: Sequence[Episode], repair: RepairConfig, selection: Selecti
 def targets(episode: Episode, selection: SelectionConfig, agents: Sequence[str]) -> Iterator[tuple[Turn, Turn | None]]:
     """Turns to mend, agent by agent: its first turn without success. In an episode that succeeded only an agent's turn that it has
     corrected itself, with the later turn that has success."""
-    team, gold = _team(episode, selection), tainted(episode)
+    team, gold = _team(episode, selection), saw_answer(episode)
     for agent in agents:
         turns = [t for t in episode.trajectory(agent) if t.source == "sampled" and t.prompt_ids and t.index not in gold]
         values = [outcome(episode, turn, team, selection) for turn in turns]
@@ -206,7 +206,7 @@ def targets(episode: Episode, selection: SelectionConfig, agents: Sequence[str])
             yield turns[first], turns[later]
 
 
-def mended(episode: Episode, selection: SelectionConfig) -> bool:
+def is_corrected(episode: Episode, selection: SelectionConfig) -> bool:
     """Did a replay succeed: the team, and the written turn by its own reward if it has one?"""
     team = _team(episode, selection)
     written = [turn for turn in episode.turns if turn.source == "written"]
@@ -227,7 +227,7 @@ def tally(episodes: Sequence[Episode], selection: SelectionConfig) -> dict[str, 
     """What mending did, for metrics: conversations, refused texts by reason, replays, and episodes that were mended, by agent."""
     talks = [e.values["repair"] for e in episodes if "repair" in e.values]
     plays = [e for e in episodes if "repair" not in e.values]
-    who = Counter(t.agent for e in plays if mended(e, selection) for t in e.turns if t.source == "written")
+    who = Counter(t.agent for e in plays if is_corrected(e, selection) for t in e.turns if t.source == "written")
     refused = Counter(talk["refused"] for talk in talks if talk["refused"])
     return {
         "talks": len(talks),

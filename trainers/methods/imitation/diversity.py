@@ -17,7 +17,7 @@ from itertools import combinations, permutations
 from ....agents.text.answers import same, vote
 from ....agents.types import BASE, SettingError
 from ....rollouts.types import Episode
-from ...batching.samples import Sample
+from ...batching.samples import TrainingSequence
 from ...loop.run import Run
 from .imitation import mean_nll
 
@@ -43,7 +43,7 @@ def divergence(table: Table, policies: Sequence[str]) -> Divergence:
     return Divergence(math.fsum(cross) / len(pairs), (math.fsum(cross) - math.fsum(own)) / len(pairs))
 
 
-def nll_table(run: Run, found: Sequence[Sample], judges: Sequence[str] | None = None) -> dict[tuple[str, str], float]:
+def nll_table(run: Run, found: Sequence[TrainingSequence], judges: Sequence[str] | None = None) -> dict[tuple[str, str], float]:
     """nll[n, k] of every policy n that has samples and every judge k (None: these policies themselves) on the same base.
 
     One forward per sample and judge, no gradient. `base` as a judge is the bare base. Every rank has to call it.

@@ -21,14 +21,14 @@ from ....agents.types import Completion, SettingError, Turn
 from ....rollouts.engines.factory import help_of
 from ....rollouts.types import Episode
 from ...batching.batches import Batch
-from ...batching.samples import Denominators, Sample, TurnKey, samples
+from ...batching.samples import Denominators, TrainingSequence, TurnKey, samples
 from ...config import RunError
 from ...loop.run import Run
 from ...model.logprobs import token_logprobs
 from ...update.losses import Stats, weighted_nll
-from ...update.minibatches import joined, minibatches
-from ...update.optimizer_step import Updated, read
-from ..trl_control import Lesson, Row, TrainerChoice, learn_with_trl
+from ...update.minibatches import merge_results, minibatches
+from ...update.optimizer_step import UpdateResult, forward_only
+from ..trl_control import TRLExample, Row, TrainerChoice, learn_with_trl
 
 
 @dataclass
@@ -66,12 +66,12 @@ class IterationConfig:
 
 
 @dataclass(frozen=True)
-class Imitated:
+class ImitationResult:
     """What imitation did. `updates`: per policy, all updates joined. `before`, `after`: per policy the mean negative log-probability
     per trained token of all it learnt from, in nats at temperature 1. `dropped`: turns that had a weight but cannot be trained, by
     (agent, reason)."""
 
-    updates: dict[str, Updated]
+    updates: dict[str, UpdateResult]
     before: dict[str, float]
     after: dict[str, float]
     dropped: Counter[tuple[str, str]]
@@ -87,9 +87,9 @@ class Imitated:
         return {policy: {**row, **measured.get(policy, {})} for policy, row in rows.items()}
 
 
-def imitate(
+def fit_turns(
     run: Run, step: int, episodes: Sequence[Episode], weights: Mapping[TurnKey, float], config: ImitationConfig
-) -> Imitated:
+) -> ImitationResult:
     """Train every policy on its turns that have a weight: `num_train_epochs` seeded passes in minibatches.
 
     Raises `RunError` if nothing is left to learn from; the store keeps what was played.
@@ -103,10 +103,10 @@ def imitate(
     before = mean_nll(run, found)
     learn = _with_trl if config.trainer == "trl" else _epochs
     updates = learn(run, step, found, config)
-    return Imitated(updates, before, mean_nll(run, found), dropped)
+    return ImitationResult(updates, before, mean_nll(run, found), dropped)
 
 
-def written(run: Run, turn: Turn, text: str) -> Completion:
+def teacher_text(run: Run, turn: Turn, text: str) -> Completion:
     """A text as an answer to the turn's own prompt, in the tokens of its agent's base."""
     tokens = next(base.tokens for base in run.bases.values() if run.policy_of[turn.agent] in base.policies)
     return tokens.write(turn.prompt_ids or tokens.prompt(turn.messages), text)
@@ -118,14 +118,14 @@ def encoded(run: Run, episode: Episode) -> Episode:
     def with_tokens(turn: Turn) -> Turn:
         if turn.source == "sampled" or turn.token_ids or not turn.text or turn.agent not in run.policy_of:
             return turn
-        made = written(run, turn, turn.text)
+        made = teacher_text(run, turn, turn.text)
         return dataclasses.replace(turn, text=made.text, prompt_ids=made.prompt_ids, token_ids=made.token_ids)
 
     turns = tuple(map(with_tokens, episode.turns))
     return episode if turns == episode.turns else dataclasses.replace(episode, turns=turns)
 
 
-def restart(run: Run, policies: Collection[str]) -> None:
+def reset_adapters(run: Run, policies: Collection[str]) -> None:
     """Put these policies' adapters back to their `init`, with optimizers that remember nothing."""
     for base in run.bases.values():
         for policy in base.adapters.trainable:
@@ -141,7 +141,7 @@ def nll_loss(
     return weighted_nll(logp, batch.advantage, counts.tokens)
 
 
-def _epochs(run: Run, step: int, found: Sequence[Sample], config: ImitationConfig) -> dict[str, Updated]:
+def _epochs(run: Run, step: int, found: Sequence[TrainingSequence], config: ImitationConfig) -> dict[str, UpdateResult]:
     """Minibatches are a policy's own, so that how often it is updated does not depend on the other policies' turns."""
     seed = derive_seed(run.config.seed, "imitate", step)
     plans = [
@@ -151,15 +151,15 @@ def _epochs(run: Run, step: int, found: Sequence[Sample], config: ImitationConfi
     done = []
     for parts in zip_longest(*plans, fillvalue=[]):
         done.append(run.learn(step, [sample for part in parts for sample in part], nll_loss))
-    return joined(done)
+    return merge_results(done)
 
 
-def by_policy(found: Sequence[Sample]) -> dict[str, list[Sample]]:
+def by_policy(found: Sequence[TrainingSequence]) -> dict[str, list[TrainingSequence]]:
     """Samples of each policy, policies sorted by name."""
     return {policy: [s for s in found if s.policy == policy] for policy in sorted({s.policy for s in found})}
 
 
-def mean_nll(run: Run, found: Sequence[Sample], speaker: Mapping[str, str] | None = None) -> dict[str, float]:
+def mean_nll(run: Run, found: Sequence[TrainingSequence], speaker: Mapping[str, str] | None = None) -> dict[str, float]:
     """Per policy the mean of -log p over the trained tokens of its samples, unweighted. Every rank has to call it.
 
     Args:
@@ -170,21 +170,21 @@ def mean_nll(run: Run, found: Sequence[Sample], speaker: Mapping[str, str] | Non
         model, layout = base.adapters.model, base.optimizers.layout
         for policy, own in by_policy([sample for sample in found if sample.policy in base.policies]).items():
             with base.adapters.active((speaker or {}).get(policy, policy)):
-                logp = read(
+                logp = forward_only(
                     own, lambda batch, model=model: token_logprobs(model, batch)[0], run.config.tokens_per_batch, layout, run.ranks
                 )
             joint[policy] = -float(logp.double().mean())
     return joint
 
 
-def _with_trl(run: Run, step: int, found: Sequence[Sample], config: ImitationConfig) -> dict[str, Updated]:
+def _with_trl(run: Run, step: int, found: Sequence[TrainingSequence], config: ImitationConfig) -> dict[str, UpdateResult]:
     """The same sequences, masks and minibatch size through TRL's SFTTrainer. It knows no weights."""
     weights = {advantage for s in found for advantage, m in zip(s.advantages, s.mask, strict=True) if m}
     if weights != {1.0}:
         raise SettingError(
             f"trainer trl: its SFT knows no weights, and these turns have {sorted(weights)[:5]}; use trainer: marlora"
         )
-    lessons = {policy: Lesson([_row(s) for s in own], sum(s.num_trained for s in own)) for policy, own in by_policy(found).items()}
+    lessons = {policy: TRLExample([_row(s) for s in own], sum(s.num_trained for s in own)) for policy, own in by_policy(found).items()}
 
     def make(model: Any, tokenizer: Any, rows: Sequence[Row], shared: dict[str, Any]) -> Any:
         from datasets import Dataset
@@ -201,6 +201,6 @@ def _with_trl(run: Run, step: int, found: Sequence[Sample], config: ImitationCon
     return learn_with_trl(run, step, lessons, make)
 
 
-def _row(sample: Sample) -> Row:
+def _row(sample: TrainingSequence) -> Row:
     labels = [token if trained else -100 for token, trained in zip(sample.ids, sample.mask, strict=True)]
     return {"input_ids": list(sample.ids), "labels": labels}

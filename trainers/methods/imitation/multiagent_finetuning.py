@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ....agents.lookup import function_named
+from ....agents.lookup import load_function
 from ....agents.patterns.debate import Debate
 from ....agents.text.answers import same, vote
 from ....agents.types import SettingError, Turn
@@ -36,7 +36,7 @@ from ...config import RunConfig
 from ...credit.filtering import Rule, SelectionConfig
 from ...trainer import Trainer
 from .diversity import consensus, divergence, embedding_distance, nll_table
-from .imitation import ImitationConfig, IterationConfig, imitate, restart
+from .imitation import ImitationConfig, IterationConfig, fit_turns, reset_adapters
 from .sft import selected
 
 Seats = Sequence[tuple[str, str]]  # (generator, critic) by seat
@@ -77,7 +77,7 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
                 f"system: Multiagent Finetuning trains a marlora.agents.patterns.debate:Debate, got {type(self.run.system).__name__}"
             )
         self.seats = self.run.system.seats
-        self.embed = function_named("embedder", self.args.embedder, {}) if self.args.embedder else None
+        self.embed = load_function("embedder", self.args.embedder, {}) if self.args.embedder else None
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Measure, select, imitate; returns metrics. Diversity is that of the policies that played the step."""
@@ -86,8 +86,8 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
         rule = debate_rule(lessons, self.seats, self.args)
         selection = selected(self.run, step, lessons, SelectionConfig(), rule)
         if self.args.start_from == "base":
-            restart(self.run, {self.run.policy_of[kept.agent] for kept in selection.kept})
-        done = imitate(self.run, step, lessons, selection.weights, self.args)
+            reset_adapters(self.run, {self.run.policy_of[kept.agent] for kept in selection.kept})
+        done = fit_turns(self.run, step, lessons, selection.weights, self.args)
         return {
             "policies": done.into(self.rows(done.updates, episodes)),
             "selection": selection.table(),

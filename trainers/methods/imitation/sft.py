@@ -19,10 +19,10 @@ from ....agents.types import Completion
 from ....rollouts.engines.factory import help_of
 from ....rollouts.types import Episode
 from ...config import RunConfig, RunError
-from ...credit.filtering import Rule, Selection, SelectionConfig, select
+from ...credit.filtering import Rule, FilteredTurns, SelectionConfig, filter_turns
 from ...loop.run import Run
 from ...trainer import Trainer
-from .imitation import ImitationConfig, imitate
+from .imitation import ImitationConfig, fit_turns
 
 
 @dataclass
@@ -44,7 +44,7 @@ class SFTTrainer(Trainer[SFTConfig]):
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Select, then imitate; returns metrics with the table of what was kept and dropped."""
         selection = selected(self.run, step, episodes, self.args)
-        done = imitate(self.run, step, episodes, selection.weights, self.args)
+        done = fit_turns(self.run, step, episodes, selection.weights, self.args)
         return {
             "policies": done.into(self.rows(done.updates, episodes)),
             "selection": selection.table(),
@@ -52,9 +52,9 @@ class SFTTrainer(Trainer[SFTConfig]):
         }
 
 
-def selected(run: Run, step: int, episodes: Sequence[Episode], config: SelectionConfig, rule: Rule | None = None) -> Selection:
+def selected(run: Run, step: int, episodes: Sequence[Episode], config: SelectionConfig, rule: Rule | None = None) -> FilteredTurns:
     """What a run keeps of a step's episodes, told to people. Raises `RunError` if it is nothing."""
-    found = select(episodes, config, rule, agents=run.policy_of, openings=openings(run), seed=run.config.seed)
+    found = filter_turns(episodes, config, rule, agents=run.policy_of, openings=openings(run), seed=run.config.seed)
     run.progress.say("\n".join(f"step {step}: {line}" for line in str(found).splitlines()))
     if not found.kept:
         lines = "; ".join(str(found).splitlines()) or "no agent that learns has spoken"

@@ -24,21 +24,21 @@ from functools import partial
 from typing import Any
 
 from ....agents.patterns.self_correction import SPLIT
-from ....agents.types import BASE, AgentSpec, PolicySpec, SettingError, from_json, to_json
+from ....agents.types import (BASE, AgentSpec, PolicySpec, SettingError, from_json, to_json)
 from ....rollouts.engines.factory import help_of
 from ....rollouts.types import Episode
-from ...collection.derived_episodes import follow, follows
+from ...collection.derived_episodes import derive, is_derived
 from ...collection.stored_episodes import training
 from ...config import RunConfig
 from ...credit.filtering import SelectionConfig
 from ...trainer import Trainer
-from .correction import MEND, Mender, RepairConfig, broken, tally
-from .imitation import ImitationConfig, IterationConfig, imitate, restart, written
+from .correction import CORRECTION, Corrector, CorrectionConfig, broken, tally
+from .imitation import ImitationConfig, IterationConfig, fit_turns, reset_adapters, teacher_text
 from .sft import openings, selected
 
 
 @dataclass
-class SiriusConfig(IterationConfig, RunConfig, SelectionConfig, RepairConfig, ImitationConfig):
+class SiriusConfig(IterationConfig, RunConfig, SelectionConfig, CorrectionConfig, ImitationConfig):
     """`RunConfig` with iterations, a selection, the repair of failures and epochs of imitation."""
 
     output_dir: str = help_of("run folder: config, episodes, metrics, checkpoints, report", "runs/sirius")
@@ -47,7 +47,7 @@ class SiriusConfig(IterationConfig, RunConfig, SelectionConfig, RepairConfig, Im
     )
 
     def __post_init__(self) -> None:
-        for part in (RunConfig, IterationConfig, SelectionConfig, RepairConfig, ImitationConfig):
+        for part in (RunConfig, IterationConfig, SelectionConfig, CorrectionConfig, ImitationConfig):
             part.__post_init__(self)
         if self.library not in ("iteration", "all"):
             raise SettingError(f"library: expected iteration or all, got {self.library!r}")
@@ -79,14 +79,14 @@ class SiriusTrainer(Trainer[SiriusConfig]):
     def collect(self, step: int) -> list[Episode]:
         """The iteration's episodes, and all that was played to mend those that failed."""
         run, learning = self.run, list(self.run.policy_of)
-        played = [e for e in run.collect(step) if not follows(e, MEND)]
+        played = [e for e in run.collect(step) if not is_derived(e, CORRECTION)]
         failed = broken([e for e in played if e.parent is None], self.args, self.args, learning)
-        return [*played, *follow(run, step, failed, MEND, self.mend)]
+        return [*played, *derive(run, step, failed, CORRECTION, self.mend)]
 
     async def mend(self, episode: Episode) -> list[Episode]:
         run = self.run
-        mender = Mender(
-            run.stage.player(run.versions), self.args, self.args, list(run.policy_of), partial(written, run), openings(run)
+        mender = Corrector(
+            run.stage.player(run.versions), self.args, self.args, list(run.policy_of), partial(teacher_text, run), openings(run)
         )
         return await mender(episode)
 
@@ -95,13 +95,13 @@ class SiriusTrainer(Trainer[SiriusConfig]):
         library = [*self.earlier(step), *(e for e in episodes if e.split != SPLIT)]
         selection = selected(self.run, step, library, self.args)
         if self.args.start_from == "base":
-            restart(self.run, {self.run.policy_of[kept.agent] for kept in selection.kept})
-        done = imitate(self.run, step, library, selection.weights, self.args)
+            reset_adapters(self.run, {self.run.policy_of[kept.agent] for kept in selection.kept})
+        done = fit_turns(self.run, step, library, selection.weights, self.args)
         return {
             "policies": done.into(self.rows(done.updates, episodes)),
             "selection": selection.table(),
             "dropped": done.untrained,
-            "repairs": tally([e for e in episodes if follows(e, MEND)], self.args),
+            "repairs": tally([e for e in episodes if is_derived(e, CORRECTION)], self.args),
         }
 
     def earlier(self, step: int) -> list[Episode]:

@@ -15,11 +15,11 @@ import torch
 from ....agents.types import BASE, SettingError
 from ....rollouts.engines.factory import help_of
 from ....rollouts.types import Episode
-from ...batching.samples import Sample, TurnKey
+from ...batching.samples import TrainingSequence, TurnKey
 from ...loop.run import Run
 from ...model.logprobs import token_logprobs
 from ...update.gae import gae, token_rewards, whiten
-from ...update.optimizer_step import read
+from ...update.optimizer_step import forward_only
 from ...update.scalar_heads import HeadSpec
 
 
@@ -79,7 +79,7 @@ def critic_of(run: Run, episodes: Sequence[Episode], config: CriticConfig) -> di
 
 
 @dataclass
-class Lesson:
+class CriticBatch:
     """What a step's episodes teach: token sequences, and numbers of all their N trained tokens, in the order of the samples.
 
     spans: where the tokens of each turn stand.    critic: the one that judges each token [N].
@@ -87,7 +87,7 @@ class Lesson:
     advantages, returns: [N] float64, see `gae`.
     """
 
-    samples: list[Sample]
+    samples: list[TrainingSequence]
     spans: dict[TurnKey, range]
     critic: list[str]
     values: torch.Tensor
@@ -108,13 +108,13 @@ class Lesson:
         own = [sample.policy == policy for sample in self.samples for _ in range(sample.num_trained)]
         return torch.tensor(own, dtype=torch.bool).nonzero()[:, 0]
 
-    def judged_by(self, critic: str) -> list[tuple[Sample, torch.Tensor]]:
+    def judged_by(self, critic: str) -> list[tuple[TrainingSequence, torch.Tensor]]:
         """The samples with this critic's turns only, each with the numbers of its tokens."""
         return _judged_by(self.samples, self.critic, critic)
 
-    def taught(self, always: bool = False) -> list[Sample]:
+    def taught(self, always: bool = False) -> list[TrainingSequence]:
         """The samples with these advantages. Those of a policy none of which is above or below 0 are left out, unless `always`."""
-        made: list[Sample] = []
+        made: list[TrainingSequence] = []
         parts = self.advantages.split([sample.num_trained for sample in self.samples])
         for sample, part in zip(self.samples, parts, strict=True):
             numbers = iter(part.tolist())
@@ -123,14 +123,14 @@ class Lesson:
         return [sample for sample in made if sample.policy in loud]
 
 
-def lesson_of(
+def critic_batch(
     run: Run,
     episodes: Sequence[Episode],
-    found: list[Sample],
+    found: list[TrainingSequence],
     scores: Mapping[TurnKey, float],
     critic: Mapping[TurnKey, str],
     config: CriticConfig,
-) -> Lesson:
+) -> CriticBatch:
     """Judge every trained token by its critic, as it is now, and turn that and the scores of turns into advantages and returns.
 
     Where all turns that share a critic have one score, there is nothing to compare: their advantages are 0, for whitening would make
@@ -150,7 +150,7 @@ def lesson_of(
         rewards = torch.cat([token_rewards(scores[key], kl[_slice(spans[key])], config.kl_coef) for key in chain])
         numbers = torch.cat([torch.arange(spans[key].start, spans[key].stop) for key in chain])
         advantages[numbers], returns[numbers] = gae(rewards, values[numbers], config.gamma, config.lam)
-    lesson = Lesson(found, spans, names, values, kl, advantages, returns)
+    lesson = CriticBatch(found, spans, names, values, kl, advantages, returns)
     for name in lesson.critics:
         mine = lesson.tokens(name)
         if len({scores[key] for key in spans if critic[key] == name}) < 2:
@@ -160,7 +160,7 @@ def lesson_of(
     return lesson
 
 
-def spans_of(found: Sequence[Sample]) -> dict[TurnKey, range]:
+def spans_of(found: Sequence[TrainingSequence]) -> dict[TurnKey, range]:
     """Where the tokens of each trained turn stand among all trained tokens: a turn's stand together."""
     spans: dict[TurnKey, range] = {}
     for number, key in enumerate(key for sample in found for key in sample.keys):
@@ -179,13 +179,13 @@ def sequences(episodes: Sequence[Episode], spans: Mapping[TurnKey, range], acros
     return list(found.values())
 
 
-def reference_logprobs(run: Run, found: Sequence[Sample]) -> torch.Tensor:
+def reference_logprobs(run: Run, found: Sequence[TrainingSequence]) -> torch.Tensor:
     """log p of every trained token under its base with adapters off, at the temperature it was sampled at [N]. The same on every rank."""
     parts = list(torch.zeros(sum(s.num_trained for s in found)).split([s.num_trained for s in found]))
     for base in run.bases.values():
         mine = [number for number, sample in enumerate(found) if sample.policy in base.policies]
         with base.adapters.active(BASE) as model:
-            flat = read(
+            flat = forward_only(
                 [found[n] for n in mine],
                 lambda batch, model=model: token_logprobs(model, batch)[0],
                 run.config.tokens_per_batch,
@@ -197,7 +197,7 @@ def reference_logprobs(run: Run, found: Sequence[Sample]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _judged_by(found: Sequence[Sample], names: Sequence[str], critic: str) -> list[tuple[Sample, torch.Tensor]]:
+def _judged_by(found: Sequence[TrainingSequence], names: Sequence[str], critic: str) -> list[tuple[TrainingSequence, torch.Tensor]]:
     parts, start = [], 0
     for sample in found:
         mine = [i for i in range(start, start + sample.num_trained) if names[i] == critic]
@@ -207,7 +207,7 @@ def _judged_by(found: Sequence[Sample], names: Sequence[str], critic: str) -> li
     return parts
 
 
-def _only(sample: Sample, wanted: set[int]) -> Sample:
+def _only(sample: TrainingSequence, wanted: set[int]) -> TrainingSequence:
     """The sample with these of its trained tokens (by number); the others are context."""
     if len(wanted) == sample.num_trained:
         return sample

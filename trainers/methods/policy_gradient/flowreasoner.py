@@ -37,7 +37,7 @@ from ....rollouts.rewards.builtin import workflow
 from ....rollouts.types import Episode, Reward, groups
 from ...credit.filtering import SelectionConfig
 from ...trainer import Trainer
-from ..imitation.imitation import ImitationConfig, imitate
+from ..imitation.imitation import ImitationConfig, fit_turns
 from ..imitation.sft import selected
 from .grpo import GRPOConfig, grpo_loss, policy_gradient
 
@@ -62,7 +62,7 @@ class FlowReasonerConfig(GRPOConfig, SelectionConfig, ImitationConfig):
             part.__post_init__(self)
         if self.sft_steps < 0 or not 0 <= self.sft_learning_rate < math.inf:
             raise SettingError(f"sft_steps, sft_learning_rate: from 0 expected, got {self.sft_steps}, {self.sft_learning_rate}")
-        told(self.reasoning, "", "")
+        revision_prompt(self.reasoning, "", "")
 
     def learning_rate_at(self, step: int, peak: float) -> float:
         if step <= self.sft_steps:
@@ -98,9 +98,9 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
         if step > self.args.sft_steps:
             scored = with_diversity(episodes, self.system)
             return {**policy_gradient(self, step, scored, self.args, partial(grpo_loss, self.args)), **told}
-        lessons = [joined(episode, self.system, self.args.reasoning) for episode in played]
+        lessons = [as_single_turn(episode, self.system, self.args.reasoning) for episode in played]
         selection = selected(self.run, step, lessons, self.args, self.rule)
-        done = imitate(self.run, step, lessons, selection.weights, self.args)
+        done = fit_turns(self.run, step, lessons, selection.weights, self.args)
         return {
             "policies": done.into(self.rows(done.updates, episodes)), "selection": selection.table(), "dropped": done.untrained, **told,
         }  # fmt: skip
@@ -154,7 +154,7 @@ def rounds_of(episode: Episode, system: FlowReasoner) -> list[tuple[Turn, Reward
     return found[: best_round([reward.value for _, reward in found]) + 1] if found else []
 
 
-def told(template: str, reply: str, feedback: str) -> str:
+def revision_prompt(template: str, reply: str, feedback: str) -> str:
     fields = {"reply": reply, "feedback": feedback}
 
     def value(key: str) -> str:
@@ -165,7 +165,7 @@ def told(template: str, reply: str, feedback: str) -> str:
     return view(template, value, "reasoning")
 
 
-def joined(episode: Episode, system: FlowReasoner, reasoning: str = REASONING) -> Episode:
+def as_single_turn(episode: Episode, system: FlowReasoner, reasoning: str = REASONING) -> Episode:
     """A trajectory as a lesson: one turn that answers the bare query with the reasoning of all rounds and the kept program last.
 
     It is `written` (nobody sampled it as a whole), unless the first round's program is kept: then it is that round's own turn, if
@@ -176,7 +176,7 @@ def joined(episode: Episode, system: FlowReasoner, reasoning: str = REASONING) -
         return dataclasses.replace(episode, turns=())
     (first, _), (last, _) = rounds[0], rounds[-1]
     if len(rounds) > 1 or not last.token_ids:
-        text = "".join(told(reasoning, turn.text.strip(), reward.text) for turn, reward in rounds[:-1]) + last.text
+        text = "".join(revision_prompt(reasoning, turn.text.strip(), reward.text) for turn, reward in rounds[:-1]) + last.text
         unsaid: dict[str, Any] = {"token_ids": (), "logprobs": (), "source": "written", "reads": ()}
         last = dataclasses.replace(last, messages=first.messages, prompt_ids=first.prompt_ids, text=text, **unsaid)
     return dataclasses.replace(episode, turns=(last,))

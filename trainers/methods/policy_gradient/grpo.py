@@ -27,7 +27,7 @@ from ...credit.counterfactual import counterfactual_rewards
 from ...credit.rules import CreditConfig, credit
 from ...trainer import Trainer
 from ...update.losses import LossConfig, Stats, policy_loss
-from ...update.optimizer_step import How, LossFn
+from ...update.optimizer_step import UpdateOptions, LossFn
 
 
 @dataclass
@@ -98,7 +98,7 @@ def policy_gradient(
     found, dropped = samples(episodes, advantages, run.policy_of)
     if step == 1 and found:
         run.show(found)
-    done = run.learn(step, found, loss, How(reference=config.beta > 0, entropy_grad=config.entropy_coef > 0))
+    done = run.learn(step, found, loss, UpdateOptions(reference=config.beta > 0, entropy_grad=config.entropy_coef > 0))
     return {
         "policies": trainer.rows(done, episodes, advantages),
         "dropped": {f"{agent}: {reason}": count for (agent, reason), count in sorted(dropped.items())},

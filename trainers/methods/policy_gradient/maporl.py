@@ -28,10 +28,10 @@ from ....agents.patterns.collaboration import Collaboration
 from ....agents.tools.verifiers import resolve_verifier
 from ....agents.types import SettingError, Turn
 from ....rollouts.engines.factory import help_of
-from ....rollouts.evaluation.rounds import rounds_of, transitions
+from ....rollouts.evaluation.rounds import answers_by_round, transitions
 from ....rollouts.types import Episode
 from ...batching.samples import TurnKey
-from ...credit.reward_shaping import HORIZONS, SHARES, SIGNS, Table, influence, invalid, shaping
+from ...credit.reward_shaping import (HORIZONS, SHARES, SIGNS, Table, influence, invalid, shaping)
 from ...trainer import Trainer
 from ...update.scalar_heads import HeadSpec
 from .critics import critics
@@ -52,7 +52,7 @@ class MAPoRLConfig(PPOConfig):
     num_generations: int = help_of("debates per task: nothing compares them, the critic is the baseline", 1)
     num_eval_samples: int = help_of("sampled debates per held-out task, before and after, for the table of transitions", 1)
     verifier: str = help_of(
-        "who scores answers: calculator, module:function, marlora.trainers.methods.reward_model.verifier:learned(FOLDER); empty: the gold answer", ""
+        "who scores answers: calculator, module:function, marlora.trainers.methods.reward_model.verifier:trained(FOLDER); empty: the gold answer", ""
     )
     feedback: bool = help_of("members are told the verifier's score of every answer in words, from the second round on", False)
     horizon: str = help_of("what an answer is worth: discounted_sum, last or current (see trainers/credit/reward_shaping.py)", "discounted_sum")
@@ -79,7 +79,7 @@ class MAPoRLConfig(PPOConfig):
         if self.verifier == RIGHT or (self.feedback and not self.verifier):
             raise SettingError(
                 "verifier: empty means the gold answer, and what knows that cannot be shown to members that are trained (feedback); name a "
-                "verifier that reads question and answer only: calculator, module:function or marlora.trainers.methods.reward_model.verifier:learned(FOLDER)"
+                "verifier that reads question and answer only: calculator, module:function or marlora.trainers.methods.reward_model.verifier:trained(FOLDER)"
             )
         if self.feedback:
             self.system = {**self.system, "verifier": self.verifier}  # type: ignore[dict-item]
@@ -140,7 +140,7 @@ def answer_rewards(
         return config.penalty if why else score
 
     for episode in episodes:
-        played = rounds_of(episode, member_of)
+        played = answers_by_round(episode, member_of)
         scores = _table(episode, played, VERIFIER if config.verifier else RIGHT)
         own = [{m: counted(m, turn, scores[t][m]) for m, turn in row.items()} for t, row in enumerate(played)]
         others = own if config.share_penalty else scores

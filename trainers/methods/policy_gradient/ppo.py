@@ -34,10 +34,10 @@ from ...credit.rules import CreditConfig, credit
 from ...trainer import Trainer
 from ...update.gae import explained_variance
 from ...update.losses import LossConfig, Stats, policy_loss, value_loss
-from ...update.minibatches import joined, minibatches
-from ...update.optimizer_step import How, Updated
+from ...update.minibatches import merge_results, minibatches
+from ...update.optimizer_step import UpdateOptions, UpdateResult
 from ...update.scalar_heads import HeadSpec, Targets
-from .critics import CriticConfig, Lesson, critic_of, critics, lesson_of
+from .critics import CriticConfig, CriticBatch, critic_of, critics, critic_batch
 
 T = TypeVar("T")
 
@@ -122,10 +122,10 @@ def ppo_step(trainer: Trainer[Any], step: int, episodes: Sequence[Episode], rewa
     found, dropped = samples(episodes, dict.fromkeys(scores, 1.0), run.policy_of)
     if step == 1 and found:
         run.show(found)
-    lesson = lesson_of(run, episodes, found, scores, critic_of(run, episodes, config), config)
+    lesson = critic_batch(run, episodes, found, scores, critic_of(run, episodes, config), config)
     judged = learn_critics(trainer, step, lesson)
     done = learn_policies(trainer, step, lesson)
-    rows = trainer.rows(joined(done), episodes)
+    rows = trainer.rows(merge_results(done), episodes)
     for policy, row in rows.items():
         mine = lesson.tokens_of(policy)
         row["updates"] = sum(policy in update for update in done)
@@ -138,15 +138,15 @@ def ppo_step(trainer: Trainer[Any], step: int, episodes: Sequence[Episode], rewa
     }
 
 
-def learn_policies(trainer: Trainer[Any], step: int, lesson: Lesson) -> list[dict[str, Updated]]:
+def learn_policies(trainer: Trainer[Any], step: int, lesson: CriticBatch) -> list[dict[str, UpdateResult]]:
     """Every policy's updates, in order. One that is `target_kl` away from the policy that played, or not finite, has no more of them.
 
     The distance is measured in the pass of an update, so that update is the last one.
     """
     config: PPOConfig = trainer.args
-    done: list[dict[str, Updated]] = []
+    done: list[dict[str, UpdateResult]] = []
     taught = lesson.taught(always=bool(config.beta or config.entropy_coef))
-    how = How(reference=config.beta > 0, entropy_grad=config.entropy_coef > 0)
+    how = UpdateOptions(reference=config.beta > 0, entropy_grad=config.entropy_coef > 0)
 
     def loss(
         batch: Batch, logp: torch.Tensor, entropy: torch.Tensor, reference: torch.Tensor | None, counts: Denominators
@@ -169,10 +169,10 @@ def learn_policies(trainer: Trainer[Any], step: int, lesson: Lesson) -> list[dic
     return done
 
 
-def learn_critics(trainer: Trainer[Any], step: int, lesson: Lesson) -> dict[str, Updated]:
+def learn_critics(trainer: Trainer[Any], step: int, lesson: CriticBatch) -> dict[str, UpdateResult]:
     """Every critic's updates towards the returns; what they did together, by name."""
     config: PPOConfig = trainer.args
-    found: dict[str, Updated] = {}
+    found: dict[str, UpdateResult] = {}
 
     def loss(scores: torch.Tensor, targets: Targets, counts: Denominators) -> tuple[torch.Tensor, Stats]:
         return value_loss(scores, targets["values"], targets["returns"], config.cliprange_value, counts)
@@ -183,7 +183,7 @@ def learn_critics(trainer: Trainer[Any], step: int, lesson: Lesson) -> dict[str,
             tokens = torch.cat([numbers for _, numbers in batch])
             targets = {"values": lesson.values[tokens], "returns": lesson.returns[tokens]}
             done.append({name: trainer.run.learn_head(step, name, [sample for sample, _ in batch], targets, loss)})
-        found |= joined(done)
+        found |= merge_results(done)
     return found
 
 
@@ -192,7 +192,7 @@ def _minibatches(items: Sequence[T], config: PPOConfig, step: int, name: str) ->
     return minibatches(items, size, config.num_ppo_epochs, derive_seed(config.seed, "ppo", step, name))
 
 
-def lesson_row(lesson: Lesson, tokens: torch.Tensor) -> dict[str, float]:
+def lesson_row(lesson: CriticBatch, tokens: torch.Tensor) -> dict[str, float]:
     """What the critics knew of these tokens before the step: their mean word, the variance they explain, half their mean squared error."""
     values, returns = lesson.values[tokens], lesson.returns[tokens]
     return {
@@ -203,7 +203,7 @@ def lesson_row(lesson: Lesson, tokens: torch.Tensor) -> dict[str, float]:
     }
 
 
-def critic_row(lesson: Lesson, name: str, update: Updated) -> dict[str, Any]:
+def critic_row(lesson: CriticBatch, name: str, update: UpdateResult) -> dict[str, Any]:
     """One critic's row of the step's metrics: `lesson_row`, and its last update."""
     return {
         **lesson_row(lesson, lesson.tokens(name)),

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ....agents.team import Call, gather
 from ....agents.types import Completion, Turn, from_json, to_json
-from ....rollouts.episodes.completers import EngineSpeaker, Speaker
-from ....rollouts.episodes.runner import Job, Rollouts
+from ....rollouts.episodes.completers import EngineCompleter, Completer
+from ....rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from ....rollouts.types import Episode
 from ...credit.pairs import Pair, said
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Quoting:
     """Speaks as `live` does, but in call `turn.index` it says what `turn` said, in the place where it is asked."""
 
-    live: EngineSpeaker
+    live: EngineCompleter
     turn: Turn
 
     async def __call__(self, call: Call, version: str) -> list[Completion]:
@@ -79,16 +79,16 @@ def place(end: Turn) -> tuple[Any, ...]:
     return end.index, end.agent, end.token_ids
 
 
-async def _drafted(player: Rollouts, pairs: Sequence[Pair], label: str, num_drafts: int, step: int) -> list[Pair]:
+async def _drafted(player: EpisodeRunner, pairs: Sequence[Pair], label: str, num_drafts: int, step: int) -> list[Pair]:
     """The pairs of one task with their alternatives."""
     outputs = {place(t := output(side[0])): t for pair in pairs for side in (pair.chosen, pair.rejected)}
     task, first = pairs[0].chosen[0].task, next(iter(outputs.values()))
-    played = await gather(_play(player, Job(task, f"{label}/draft", k, step), first) for k in range(num_drafts))
+    played = await gather(_play(player, EpisodeRequest(task, f"{label}/draft", k, step), first) for k in range(num_drafts))
     drafts = {said(e)[:-1]: e for e in played + await _siblings(player, played, first) if _arrived(e, first)}
     ends: dict[tuple[Any, ...], tuple[Episode, ...]] = {}
     for number, (key, end) in enumerate(outputs.items()):
         again = await gather(
-            _play(player, Job(task, f"{label}/{number}", k, step), end, [t for t in draft.turns if t.taken and t.index < end.index])
+            _play(player, EpisodeRequest(task, f"{label}/{number}", k, step), end, [t for t in draft.turns if t.taken and t.index < end.index])
             for k, draft in enumerate(drafts.values())
         )
         ends[key] = tuple(e for e in again if _arrived(e, end))
@@ -97,24 +97,24 @@ async def _drafted(player: Rollouts, pairs: Sequence[Pair], label: str, num_draf
 
 
 async def _play(
-    player: Rollouts, job: Job, end: Turn, given: Sequence[Turn] = (), replace: Mapping[int, Completion] | None = None
+    player: EpisodeRunner, job: EpisodeRequest, end: Turn, given: Sequence[Turn] = (), replace: Mapping[int, Completion] | None = None
 ) -> Episode:
     """Play the task to its end, where `end` is quoted."""
-    quoting: dict[str, Speaker] = {**player.speakers}
+    quoting: dict[str, Completer] = {**player.speakers}
     agent = next(spec for spec in player.system.specs if spec.name == end.agent)
     live = quoting[agent.policy]
-    assert isinstance(live, EngineSpeaker)  # outside models are refused at start
+    assert isinstance(live, EngineCompleter)  # outside models are refused at start
     quoting[agent.policy] = Quoting(live, end)
     return await dataclasses.replace(player, speakers=quoting).play(job, given=given, replace=replace)
 
 
-async def _siblings(player: Rollouts, drafts: Sequence[Episode], end: Turn) -> list[Episode]:
+async def _siblings(player: EpisodeRunner, drafts: Sequence[Episode], end: Turn) -> list[Episode]:
     """Drafts that go on from the answers a draft's calls gave besides the taken ones."""
     others = [(e, t) for e in drafts if e.error is None for t in e.turns if not t.taken and t.index < end.index]
     return await gather(
         _play(
             player,
-            Job(e.task, f"{e.id}/sibling", k, e.step),
+            EpisodeRequest(e.task, f"{e.id}/sibling", k, e.step),
             end,
             [earlier for earlier in e.turns if earlier.taken and earlier.index < t.index],
             {t.index: t.completion},

@@ -18,13 +18,13 @@ from ....agents.types import SettingError
 from ....rollouts.engines.factory import help_of
 from ....rollouts.types import Episode
 from ...batching.batches import Batch
-from ...batching.samples import Denominators, Sample, TurnKey, samples
+from ...batching.samples import Denominators, TrainingSequence, TurnKey, samples
 from ...credit.pairs import Pair
 from ...loop.run import Run
 from ...update.losses import Stats, weighted_nll
-from ...update.minibatches import joined, minibatches
-from ...update.optimizer_step import Updated
-from ...update.preference_loss import MarginConfig, Push, Vote, push
+from ...update.minibatches import merge_results, minibatches
+from ...update.optimizer_step import UpdateResult
+from ...update.preference_loss import MarginConfig, MarginGradient, RunLogRatio, margin_gradient
 from .components import Component
 
 Key = TurnKey | tuple[str, str]  # of a turn, or of what a component made: (episode id, component's name)
@@ -55,7 +55,7 @@ class Learnt:
     """What a step's pairs did. `updates`: per policy, all updates joined. `told`: the losses and margins before each update, in the mean.
     `dropped`: turns that cannot be scored, by (agent, reason)."""
 
-    updates: dict[str, Updated]
+    updates: dict[str, UpdateResult]
     told: dict[str, Any]
     dropped: Counter[tuple[str, str]]
 
@@ -79,15 +79,15 @@ class PairLearner:
             self.run.show(made)
         references = self.reference_scores(made)
         size, seed = self.config.train_batch_size or max(len(pairs), 1), self.run.config.seed + step
-        done: list[dict[str, Updated]] = []
-        pushes: list[Push[Key]] = []
+        done: list[dict[str, UpdateResult]] = []
+        pushes: list[MarginGradient[Key]] = []
         for number, some in enumerate(minibatches(pairs, size, self.config.num_train_epochs, seed)):
             updated, pushed = self.update(step, number, some, made, references)
             done.append(updated)
             pushes.append(pushed)
         if not pairs:
             self.run.progress.warn(f"step {step}: no two episodes of a task differ in score; nothing to learn from")
-        return Learnt(joined(done), {"pairs": len(pairs), "updates": len(done), **_told(pushes)}, dropped)
+        return Learnt(merge_results(done), {"pairs": len(pairs), "updates": len(done), **_told(pushes)}, dropped)
 
     @property
     def voters(self) -> dict[str, str]:
@@ -96,13 +96,13 @@ class PairLearner:
             return self.run.policy_of
         return {agent.name: agent.policy for agent in self.run.system.specs}
 
-    def samples_of(self, pairs: Iterable[Pair]) -> tuple[list[Sample], Counter[tuple[str, str]]]:
+    def samples_of(self, pairs: Iterable[Pair]) -> tuple[list[TrainingSequence], Counter[tuple[str, str]]]:
         """The token sequences of every turn that has a vote."""
         chosen = {episode.id: episode for pair in pairs for episode in pair.episodes}.values()
         everything = {(e.id, t.index, t.sibling): 1.0 for e in chosen for t in e.turns if t.taken}
         return samples(chosen, everything, self.voters, ratios=False)
 
-    def reference_scores(self, made: Sequence[Sample]) -> Mapping[TurnKey, float]:
+    def reference_scores(self, made: Sequence[TrainingSequence]) -> Mapping[TurnKey, float]:
         """log p of every turn under the reference; for stored episodes each is computed once in a run."""
         if self.config.reference == "step":
             return self.run.score(made)
@@ -113,13 +113,13 @@ class PairLearner:
         return self.references
 
     def update(
-        self, step: int, number: int, pairs: Sequence[Pair], made: Sequence[Sample], references: Mapping[TurnKey, float]
-    ) -> tuple[dict[str, Updated], Push[Key]]:
+        self, step: int, number: int, pairs: Sequence[Pair], made: Sequence[TrainingSequence], references: Mapping[TurnKey, float]
+    ) -> tuple[dict[str, UpdateResult], MarginGradient[Key]]:
         """One optimizer update of every policy and component from these pairs: score, push, learn."""
         episodes = {episode.id: episode for pair in pairs for episode in pair.episodes}
         mine = [sample for sample in made if sample.episode in episodes]
         votes = self.votes(episodes, mine, references, draw := self.run.config.seed + 1000 * step + number)
-        pushed = push(pairs, votes, self.config)
+        pushed = margin_gradient(pairs, votes, self.config)
         self.push_components(episodes, pushed, draw)
         weights = {key: weight for key, weight in pushed.weights.items() if len(key) == 3}
         found, _ = samples(episodes.values(), weights, self.run.policy_of, ratios=False)
@@ -129,22 +129,22 @@ class PairLearner:
         return done, pushed
 
     def votes(
-        self, episodes: Mapping[str, Episode], made: Sequence[Sample], references: Mapping[TurnKey, float], draw: int
-    ) -> dict[Key, Vote]:
+        self, episodes: Mapping[str, Episode], made: Sequence[TrainingSequence], references: Mapping[TurnKey, float], draw: int
+    ) -> dict[Key, RunLogRatio]:
         """What every part of these episodes says now, and said under the reference."""
         agents = {(e.id, t.index, t.sibling): (t.agent, len(t.token_ids)) for e in episodes.values() for t in e.turns}
-        found: dict[Key, Vote] = {}
+        found: dict[Key, RunLogRatio] = {}
         for key, now in self.run.score(made).items():
             agent, tokens = agents[key]
-            found[key] = Vote(key[0], agent, self.voters[agent], now, references[key], tokens)
+            found[key] = RunLogRatio(key[0], agent, self.voters[agent], now, references[key], tokens)
         for component in self.components:
             for episode in episodes.values():
                 with torch.no_grad():
                     ratio = float(component.log_ratio(episode, draw))
-                found[episode.id, component.name] = Vote(episode.id, component.name, component.name, ratio, 0.0)
+                found[episode.id, component.name] = RunLogRatio(episode.id, component.name, component.name, ratio, 0.0)
         return found
 
-    def push_components(self, episodes: Mapping[str, Episode], pushed: Push[Key], draw: int) -> None:
+    def push_components(self, episodes: Mapping[str, Episode], pushed: MarginGradient[Key], draw: int) -> None:
         for component in self.components:
             for name, episode in episodes.items():
                 weight = pushed.weights[name, component.name]
@@ -159,7 +159,7 @@ class PairLearner:
         return weighted_nll(logp, batch.advantage, 1.0)
 
 
-def _told(pushes: Sequence[Push[Key]]) -> dict[str, Any]:
+def _told(pushes: Sequence[MarginGradient[Key]]) -> dict[str, Any]:
     """Means over updates of what the pairs said before each."""
     if not pushes:
         return {}

@@ -32,19 +32,19 @@ from ....agents.programs.workflow import Workflow
 from ....agents.team import gather
 from ....agents.types import SettingError, from_json
 from ....rollouts.engines.factory import help_of
-from ....rollouts.episodes.runner import Job
+from ....rollouts.episodes.runner import EpisodeRequest
 from ....rollouts.rewards.builtin import workflow
 from ....rollouts.types import Episode, Reward
 from ...batching.batches import Batch
 from ...batching.samples import Denominators, samples
-from ...collection.derived_episodes import follow, follows
+from ...collection.derived_episodes import derive, is_derived
 from ...config import RunConfig, parsed_mapping
-from ...credit.program_scores import Scored, best_programs, drawn, ordered_pairs, preference, score_table
+from ...credit.program_scores import (ScoredProgram, best_programs, drawn, ordered_pairs, preference, score_table)
 from ...credit.rules import Advantages, CreditConfig, RewardWeights, credit
 from ...trainer import Trainer
 from ...update.losses import LossConfig, Stats, policy_loss
-from ...update.optimizer_step import How, Updated
-from ..imitation.imitation import ImitationConfig, imitate
+from ...update.optimizer_step import UpdateOptions, UpdateResult
+from ..imitation.imitation import ImitationConfig, fit_turns
 from .pair_learner import PairLearner, PairLearnerConfig
 
 RUNS = "runs"  # of a program, after its first
@@ -129,18 +129,18 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
         episodes = self.run.collect(step)
         if self.args.episodes or self.args.num_runs == 1:
             return episodes
-        written = [e for e in episodes if not follows(e, RUNS)]
+        written = [e for e in episodes if not is_derived(e, RUNS)]
         table, _ = self.table(written)
-        return [*written, *follow(self.run, step, [row.episode for row in table if not row.fault], RUNS, self.more)]
+        return [*written, *derive(self.run, step, [row.episode for row in table if not row.fault], RUNS, self.more)]
 
     async def more(self, episode: Episode) -> list[Episode]:
         """The other runs of an episode's program."""
         player = self.run.stage.player(self.run.versions)
         given = [turn for turn in episode.turns if turn.agent == self.system.designer]
-        again = [Job(episode.task, f"{episode.id}/{RUNS}/all", k, episode.step) for k in range(1, self.args.num_runs)]
+        again = [EpisodeRequest(episode.task, f"{episode.id}/{RUNS}/all", k, episode.step) for k in range(1, self.args.num_runs)]
         return await gather(player.play(job, given=given) for job in again)
 
-    def table(self, episodes: Sequence[Episode]) -> tuple[list[Scored], Counter[str]]:
+    def table(self, episodes: Sequence[Episode]) -> tuple[list[ScoredProgram], Counter[str]]:
         return score_table(episodes, self.system.designer, self.args.num_runs, self.args, RUNS)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
         updates, found = method(step, table)
         return {"policies": self.rows(updates, episodes), "scoreflow": {**told, **found}}
 
-    def told(self, table: Sequence[Scored]) -> dict[str, Any]:
+    def told(self, table: Sequence[ScoredProgram]) -> dict[str, Any]:
         """What the round's programs are: `score` is the mean over all, invalid ones count 0."""
         valid = [row for row in table if not row.fault]
         best: dict[str, float] = {}
@@ -168,7 +168,7 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
             "distinct": len(set(programs)) / max(len(programs), 1),
         }
 
-    def prefer(self, step: int, table: Sequence[Scored]) -> tuple[dict[str, Updated], dict[str, Any]]:
+    def prefer(self, step: int, table: Sequence[ScoredProgram]) -> tuple[dict[str, UpdateResult], dict[str, Any]]:
         """Score-DPO or DPO on drawn pairs."""
         args = self.args
         pool = ordered_pairs(table, args.invalid == "zero")
@@ -179,17 +179,17 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
         found = self.learner.learn(step, pairs)
         return found.updates, {"pool": len(pool), **found.told}
 
-    def imitate_best(self, step: int, table: Sequence[Scored]) -> tuple[dict[str, Updated], dict[str, Any]]:
+    def imitate_best(self, step: int, table: Sequence[ScoredProgram]) -> tuple[dict[str, UpdateResult], dict[str, Any]]:
         """SFT on the best program of each task."""
         best = best_programs(table)
         if not best:
             self.run.progress.warn(f"step {step}: no program scored above 0; nothing to learn from")
             return {}, {"kept": 0}
         weights = {(row.episode.id, row.turn.index, row.turn.sibling): 1.0 for row in best}
-        done = imitate(self.run, step, [row.view for row in best], weights, self.args.imitation)
+        done = fit_turns(self.run, step, [row.view for row in best], weights, self.args.imitation)
         return done.updates, {"kept": len(best), "nll_before": done.before, "nll_after": done.after}
 
-    def compare(self, step: int, table: Sequence[Scored]) -> tuple[dict[str, Updated], dict[str, Any]]:
+    def compare(self, step: int, table: Sequence[ScoredProgram]) -> tuple[dict[str, UpdateResult], dict[str, Any]]:
         """GRPO: programs against those of their task; executors' turns against the other runs of their program."""
         run, group = self.run, self.args.group
         rows = [row for row in table if self.args.invalid == "zero" or not row.fault]
@@ -207,7 +207,7 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
             run.show(found)
         if not found:
             run.progress.warn(f"step {step}: no two programs of a task differ in score; nothing to learn from")
-        done = run.learn(step, found, self.group_loss, How(reference=group.beta > 0, entropy_grad=group.entropy_coef > 0))
+        done = run.learn(step, found, self.group_loss, UpdateOptions(reference=group.beta > 0, entropy_grad=group.entropy_coef > 0))
         return done, {"trained": len(found), "dropped": {f"{agent}: {why}": n for (agent, why), n in sorted(dropped.items())}}
 
     def group_loss(

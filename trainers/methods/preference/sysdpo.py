@@ -24,7 +24,7 @@ from ....rollouts.types import Episode
 from ...config import RunConfig
 from ...credit.pairs import Pair, PairConfig, agent_pairs, pairs_of
 from ...trainer import Trainer
-from ..trl_control import Lesson, Row, TrainerChoice, learn_with_trl
+from ..trl_control import TRLExample, Row, TrainerChoice, learn_with_trl
 from .components import Component
 from .drafts import with_drafts
 from .pair_learner import PairLearner, PairLearnerConfig
@@ -99,7 +99,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         lessons, dropped = {}, Counter[tuple[str, str]]()
         for policy in sorted(set(self.run.policy_of.values())):
             rows, without = agent_pairs(pairs, self.run.agents_of[policy])
-            lessons[policy] = Lesson(rows, sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows))
+            lessons[policy] = TRLExample(rows, sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows))
             dropped += without
         done = learn_with_trl(self.run, step, lessons, self.dpo_trainer)
         return {

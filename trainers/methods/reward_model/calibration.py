@@ -9,7 +9,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredAnswer:
     """One answer: its task's id, the score it got, and whether it is right."""
 
     task: str
@@ -17,7 +17,7 @@ class Judged:
     right: bool
 
 
-def calibration(judged: Sequence[Judged], bins: int = 10) -> dict[str, Any]:
+def calibration(judged: Sequence[ScoredAnswer], bins: int = 10) -> dict[str, Any]:
     """What scores are worth, as plain values for `summary.json`.
 
     num, right: answers, and the share of right ones.    accuracy: of "right if the score is at least 0.5".
@@ -30,7 +30,7 @@ def calibration(judged: Sequence[Judged], bins: int = 10) -> dict[str, Any]:
     if not judged:
         raise ValueError("calibration: no answers; expected at least one")
     total, share = len(judged), sum(j.right for j in judged) / len(judged)
-    cells: dict[int, list[Judged]] = {}
+    cells: dict[int, list[ScoredAnswer]] = {}
     for each in judged:
         cells.setdefault(min(int(each.score * bins), bins - 1), []).append(each)
     rows = []
@@ -58,5 +58,5 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _split(judged: Sequence[Judged]) -> tuple[list[Judged], list[Judged]]:
+def _split(judged: Sequence[ScoredAnswer]) -> tuple[list[ScoredAnswer], list[ScoredAnswer]]:
     return [j for j in judged if j.right], [j for j in judged if not j.right]

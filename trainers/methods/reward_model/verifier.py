@@ -8,7 +8,7 @@ the mean is over the tokens of an answer, then over answers, so that long ones d
 
 accelerate launch recipes/verifier.py [--episodes RUN] [--field value]
 
-Then, by name: reward `verified(marlora.trainers.methods.reward_model.verifier:learned(RUN/verifier))`, or the same without `verified(...)` as the verifier of
+Then, by name: reward `verified(marlora.trainers.methods.reward_model.verifier:trained(RUN/verifier))`, or the same without `verified(...)` as the verifier of
 a `Collaboration`. A second copy of the base is loaded for it, in this process.
 """
 
@@ -31,22 +31,22 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ....agents.lookup import trusted
 from ....agents.team import derive_seed
-from ....agents.types import AdapterSpec, Message, SettingError, Task, from_json, to_json
+from ....agents.types import (AdapterSpec, Message, SettingError, Task, from_json, to_json)
 from ....rollouts.checkpoints.reader import files_sha256
 from ....rollouts.engines.factory import help_of
-from ....rollouts.renderer import ChatTokens
+from ....rollouts.renderer import ChatRenderer
 from ....rollouts.types import Episode
 from ... import checkpoint as ckpt
 from ...batching.batches import pack
-from ...batching.samples import Denominators, Sample
+from ...batching.samples import Denominators, TrainingSequence
 from ...config import RunConfig, RunError
 from ...model.local_models import local_model
 from ...trainer import Trainer
-from ...update.learner import Base, load_base
+from ...update.learner import LearnerBase, load_base
 from ...update.losses import Stats
 from ...update.minibatches import minibatches
-from ...update.scalar_heads import Head, HeadSpec, Targets, after
-from .calibration import Judged, calibration
+from ...update.scalar_heads import ScalarHead, HeadSpec, Targets, after
+from .calibration import ScoredAnswer, calibration
 
 NAME, CARD = "verifier", "verifier.json"
 
@@ -127,14 +127,14 @@ def balanced(answers: Sequence[Answer], per_task: int, seed: int, min_answers: i
     return kept
 
 
-def reading(tokens: ChatTokens, prompt: str, text: str, number: int = 0, instruction: str = "") -> Sample:
-    """Question and answer as one chat, after the instruction, if any. Its trained tokens are the answer's, its end included; for `Head`, at the
+def reading(tokens: ChatRenderer, prompt: str, text: str, number: int = 0, instruction: str = "") -> TrainingSequence:
+    """Question and answer as one chat, after the instruction, if any. Its trained tokens are the answer's, its end included; for `ScalarHead`, at the
     tokens themselves."""
     asked = tokens.prompt([*([Message("system", instruction)] if instruction else []), Message("user", prompt)])
     said = tokens.write(asked, text).token_ids
     rest, own = len(asked), len(said)
     columns = [(0, 1), (0.0, 0.0), (0.0, 1.0), (1.0, 1.0), (-1, 0)]
-    return after(Sample(NAME, str(number), (*asked, *said), *((a,) * rest + (b,) * own for a, b in columns)))  # type: ignore[arg-type]
+    return after(TrainingSequence(NAME, str(number), (*asked, *said), *((a,) * rest + (b,) * own for a, b in columns)))  # type: ignore[arg-type]
 
 
 # learning
@@ -162,7 +162,7 @@ class VerifierTrainer(Trainer[VerifierConfig]):
         return (HeadSpec(NAME, adapter=shape),)
 
     @property
-    def base(self) -> Base:
+    def base(self) -> LearnerBase:
         return next(base for base in self.run.bases.values() if NAME in base.heads)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
@@ -192,11 +192,11 @@ class VerifierTrainer(Trainer[VerifierConfig]):
         head, samples = self.base.heads[NAME], self._readings(held_out)
         ends = torch.tensor([sample.num_trained for sample in samples]).cumsum(0) - 1
         scores = head.read(samples, run.ranks)[ends].sigmoid().tolist()
-        found = calibration([Judged(a.task, score, a.right) for a, score in zip(held_out, scores, strict=True)])
+        found = calibration([ScoredAnswer(a.task, score, a.right) for a, score in zip(held_out, scores, strict=True)])
         run.ranks.on_main(lambda: self._save(found))
         return {NAME: {"folder": str(run.config.folder / NAME), "sha256": head.sha256(), "calibration": found}}
 
-    def _readings(self, answers: Sequence[Answer]) -> list[Sample]:
+    def _readings(self, answers: Sequence[Answer]) -> list[TrainingSequence]:
         return [reading(self.base.tokens, a.prompt, a.text, number, self.args.instruction) for number, a in enumerate(answers)]
 
     def _save(self, found: Mapping[str, Any]) -> None:
@@ -218,7 +218,7 @@ class VerifierTrainer(Trainer[VerifierConfig]):
 # serving
 
 
-class LearnedVerifier:
+class TrainedVerifier:
     """A saved verifier at work in this process: `await verifier(task, text)` is its score from 0 to 1.
 
     One answer at a time, so a score does not depend on what is judged beside it; equal questions are asked once. The base is loaded at the
@@ -240,7 +240,7 @@ class LearnedVerifier:
         return await asyncio.to_thread(self.score, task.prompt, text)
 
     @functools.cached_property
-    def base(self) -> Base:
+    def base(self) -> LearnerBase:
         """The base with the head on it. Call it under the lock."""
         card = self.card
         path = local_model(card["base"])
@@ -263,7 +263,7 @@ class LearnedVerifier:
 
     @torch.no_grad()
     def _score(self, prompt: str, text: str) -> float:
-        head: Head = self.base.heads[NAME]
+        head: ScalarHead = self.base.heads[NAME]
         sample = dataclasses.replace(
             reading(self.base.tokens, prompt, text, instruction=self.card["instruction"]), policy=head.adapter
         )
@@ -274,6 +274,6 @@ class LearnedVerifier:
 
 @trusted("verifier maker")
 @functools.cache
-def learned(folder: str) -> LearnedVerifier:
-    """The verifier saved in a folder, loaded once per process: for settings that name it, as `marlora.trainers.methods.reward_model.verifier:learned(FOLDER)`."""
-    return LearnedVerifier(folder)
+def trained(folder: str) -> TrainedVerifier:
+    """The verifier saved in a folder, loaded once per process: for settings that name it, as `marlora.trainers.methods.reward_model.verifier:trained(FOLDER)`."""
+    return TrainedVerifier(folder)

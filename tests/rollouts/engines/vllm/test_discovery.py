@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import pytest
 
 from marlora.agents.types import PolicySpec, SettingError
-from marlora.rollouts.engines.base import EngineError, Ref
+from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.factory import EngineConfig, choose_engine
 from marlora.rollouts.engines.vllm import discovery, server
-from marlora.rollouts.engines.vllm.client import Patience
+from marlora.rollouts.engines.vllm.client import RetryPolicy
 from marlora.rollouts.engines.vllm.discovery import Endpoint, read_endpoints, serve_endpoints, wait_for_endpoints, write_endpoints
 from marlora.rollouts.engines.vllm.engine import VLLMEngine, start_vllm
 from marlora.rollouts.engines.vllm.server_args import ServerSettings
@@ -86,7 +86,7 @@ def test_an_engine_on_endpoints_publishes_to_all_of_them(tmp_path: Path) -> None
             engine = await start_vllm("m", Tokens(), [PolicySpec("solver")], config, folder=tmp_path, say=lambda line: None)
             assert engine.info().dtype == "float32" and len(engine.info().replicas) == 2
             await engine.publish({"solver": folder})
-            await engine.generate([2, 3], Ref("solver", "solver-v1-aa"), DRAW)
+            await engine.generate([2, 3], ModelRef("solver", "solver-v1-aa"), DRAW)
             await engine.close()
 
         asyncio.run(work())
@@ -128,7 +128,7 @@ def test_a_node_starts_a_dead_server_again_where_trainers_find_it(
     thread.start()
     try:
         found = asyncio.run(wait_for_endpoints(path, str(model), 2, 60, lambda line: None))
-        quick = Patience(retries=2, backoff=0.05, stall=1.0, probe=1.0)
+        quick = RetryPolicy(retries=2, backoff=0.05, stall=1.0, probe=1.0)
         engine = VLLMEngine(found, Tokens(), adapter_root=tmp_path, patience=quick)
 
         async def work() -> None:

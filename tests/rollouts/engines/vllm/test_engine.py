@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from marlora.agents.types import Sampling, SettingError
-from marlora.rollouts.engines.base import EngineError, PromptTooLong, Ref
-from marlora.rollouts.engines.vllm.addresses import key_from, open_doors, tidy
-from marlora.rollouts.engines.vllm.client import Patience
+from marlora.rollouts.engines.base import EngineError, PromptTooLong, ModelRef
+from marlora.rollouts.engines.vllm.addresses import key_from, open_routes, tidy
+from marlora.rollouts.engines.vllm.client import RetryPolicy
 from marlora.rollouts.engines.vllm.engine import Routes, VLLMEngine
 from tests.rollouts.fake_vllm import FakeVLLM, Tokens, sampled, table
 
 KEY = "k" * 20
-BASE = Ref("base")
-QUICK = Patience(retries=3, backoff=0.01, longest=0.02, request=10.0, stall=0.3, probe=0.2)
+BASE = ModelRef("base")
+QUICK = RetryPolicy(retries=3, backoff=0.01, longest=0.02, request=10.0, stall=0.3, probe=0.2)
 DRAW = Sampling(max_tokens=6, seed=100)
 PROMPT = [3, 9, 4]
 
@@ -171,7 +171,7 @@ def test_a_refusal_is_not_repeated_and_says_why():
 
 
 def test_a_slow_try_is_given_up_and_repeated():
-    patience = Patience(retries=1, backoff=0.01, request=0.2, stall=60.0)
+    patience = RetryPolicy(retries=1, backoff=0.01, request=0.2, stall=60.0)
     with FakeVLLM(key=KEY, faults=["slow"]) as fake:
         [reply] = play(engine_on(fake, patience=patience), lambda engine: engine.generate(PROMPT, BASE, DRAW))
         assert reply.token_ids == tuple(sampled("served-base", PROMPT, 100, 6))
@@ -249,7 +249,7 @@ def test_publish_reaches_every_replica_and_replies_carry_the_version(tmp_path: P
         async def work(engine: VLLMEngine) -> Any:
             assert await engine.publish({"solver": folder}) == {"solver": "solver-v1-aa"}
             listed = [await engine.adapters(name) for name in engine.info().replicas]
-            [reply] = await engine.generate(PROMPT, Ref("solver", "solver-v1-aa"), DRAW)
+            [reply] = await engine.generate(PROMPT, ModelRef("solver", "solver-v1-aa"), DRAW)
             return listed, reply
 
         listed, reply = play(engine_on(one, two, root=tmp_path), work)
@@ -266,11 +266,11 @@ def test_an_unknown_or_retired_version_is_an_error_and_never_the_base(tmp_path: 
 
         async def work(engine: VLLMEngine) -> None:
             with pytest.raises(EngineError, match=r"'solver-v1-ab'.*never published"):
-                await engine.generate(PROMPT, Ref("solver", "solver-v1-ab"), DRAW)
+                await engine.generate(PROMPT, ModelRef("solver", "solver-v1-ab"), DRAW)
             await engine.publish({"solver": folder})
-            await engine.retire(Ref("solver", "solver-v1-aa"))
+            await engine.retire(ModelRef("solver", "solver-v1-aa"))
             with pytest.raises(EngineError, match="retired"):
-                await engine.generate(PROMPT, Ref("solver", "solver-v1-aa"), DRAW)
+                await engine.generate(PROMPT, ModelRef("solver", "solver-v1-aa"), DRAW)
             with pytest.raises(EngineError, match="used before"):
                 await engine.publish({"solver": folder})
 
@@ -285,20 +285,20 @@ def test_retire_waits_for_a_slow_request_across_five_publishes(tmp_path: Path):
 
         async def work(engine: VLLMEngine) -> None:
             await engine.publish({"solver": folders[0]})
-            slow = asyncio.ensure_future(engine.generate(PROMPT, Ref("solver", "solver-v0-aa"), DRAW))
+            slow = asyncio.ensure_future(engine.generate(PROMPT, ModelRef("solver", "solver-v0-aa"), DRAW))
             await asyncio.sleep(0.05)
-            retiring = asyncio.ensure_future(engine.retire(Ref("solver", "solver-v0-aa")))
+            retiring = asyncio.ensure_future(engine.retire(ModelRef("solver", "solver-v0-aa")))
             for k in range(1, 6):
                 await engine.publish({"solver": folders[k]})
                 if k > 1:
-                    await engine.retire(Ref("solver", f"solver-v{k - 1}-aa"))
+                    await engine.retire(ModelRef("solver", f"solver-v{k - 1}-aa"))
             assert not retiring.done() and "solver-v0-aa" in fake.loaded
             fake.hold.set()
             await retiring
             assert slow.done() and (await slow)[0].version == "solver-v0-aa"
             assert set(fake.loaded) == {"solver-v5-aa"}
 
-        play(engine_on(fake, root=tmp_path, patience=Patience(stall=60.0)), work)
+        play(engine_on(fake, root=tmp_path, patience=RetryPolicy(stall=60.0)), work)
 
 
 def test_a_load_whose_answer_was_lost_is_not_an_error(tmp_path: Path):
@@ -361,7 +361,7 @@ def test_an_open_server_is_refused_by_naming_its_open_doors():
             engine_on(fake)
         engine_on(fake, allow_open_server=True)
     with FakeVLLM(key=KEY) as fake:
-        assert open_doors(fake.url) == []
+        assert open_routes(fake.url) == []
 
 
 def test_the_key_is_sent_and_a_wrong_one_is_an_error_at_once():

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 
 from marlora.agents.types import Sampling
-from marlora.rollouts.engines.base import EngineError, PromptTooLong, Ref
-from marlora.rollouts.engines.vllm.addresses import open_doors
+from marlora.rollouts.engines.base import EngineError, PromptTooLong, ModelRef
+from marlora.rollouts.engines.vllm.addresses import open_routes
 from marlora.rollouts.engines.vllm.auth import ROUTES
-from marlora.rollouts.engines.vllm.client import Patience
+from marlora.rollouts.engines.vllm.client import RetryPolicy
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from marlora.rollouts.engines.vllm.server import VLLMServer, http
 from tests.live_server import CONTEXT, Live, settings_for
-from tests.rollouts.engine_conformance import CHECKS, OWNED_CHECKS, Bench, Check, name_of, run, top_k_one_is_certain
+from tests.rollouts.engine_conformance import (CHECKS, OWNED_CHECKS, Bench, Check, name_of, run, top_k_one_is_certain)
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
-BASE = Ref("base")
+BASE = ModelRef("base")
 PROMPT = [3, *range(40, 90), 1, 4]
 DRAW = Sampling(max_tokens=16, seed=11)
 DEVELOPER = [("POST", "/sleep"), ("POST", "/wake_up"), ("POST", "/collective_rpc"), ("GET", "/server_info")]
@@ -67,7 +67,7 @@ def test_every_route_asks_for_the_key(server: Live):
         assert http(url + path, "0" * 64, method, body)[0] == expected, f"{method} {path}"
         if (method, path) not in ROUTES | {("GET", "/health")}:
             assert http(url + path, server.server.key, method, body)[0] == 403, f"{method} {path}"
-    assert open_doors(url) == []
+    assert open_routes(url) == []
 
 
 def test_the_key_is_on_no_command_line_and_in_no_environment(server: Live):
@@ -204,7 +204,7 @@ def test_each_policy_is_served_with_its_own_adapter(server: Live):
         assert version == {"solver": "solver-v1-live", "critic": "critic-v1-live"}
         listed = await engine.adapters(server.server.name)
         assert {name: listed[name] for name in version.values()} == {folder.name: str(folder) for folder in folders.values()}
-        refs = [BASE, *(Ref(policy, name) for policy, name in version.items())]
+        refs = [BASE, *(ModelRef(policy, name) for policy, name in version.items())]
         scores = await asyncio.gather(*(engine.score(PROMPT, ref) for ref in refs))
         replies = await asyncio.gather(*(engine.generate(PROMPT, ref, DRAW) for ref in refs))
         for ref, [reply] in zip(refs, replies, strict=True):
@@ -226,10 +226,10 @@ def test_a_retired_version_is_gone_from_the_server(server: Live):
 
     async def work(engine: VLLMEngine) -> None:
         await engine.publish({"solver": folder})
-        await engine.retire(Ref("solver", "solver-v2-live"))
+        await engine.retire(ModelRef("solver", "solver-v2-live"))
         assert "solver-v2-live" not in await engine.adapters(server.server.name)
         with pytest.raises(EngineError, match="retired"):
-            await engine.generate(PROMPT, Ref("solver", "solver-v2-live"), DRAW)
+            await engine.generate(PROMPT, ModelRef("solver", "solver-v2-live"), DRAW)
 
     play(server, work)
     body = {"model": "solver-v2-live", "prompt": PROMPT, "max_tokens": 1}
@@ -244,8 +244,8 @@ def test_more_versions_than_slots_go_through(server: Live):
         scores = []
         for folder in folders:
             await engine.publish({"critic": folder})
-            scores.append(await engine.score(PROMPT, Ref("critic", folder.name)))
-            await engine.retire(Ref("critic", folder.name))
+            scores.append(await engine.score(PROMPT, ModelRef("critic", folder.name)))
+            await engine.retire(ModelRef("critic", folder.name))
         return scores
 
     scores = play(server, work)
@@ -261,7 +261,7 @@ def test_the_base_stays_the_base_beside_adapters_in_every_slot(server: Live):
         refs = []
         for folder in folders:
             await engine.publish({"solver": folder})
-            refs.append(Ref("solver", folder.name))
+            refs.append(ModelRef("solver", folder.name))
         await asyncio.gather(*(engine.generate(PROMPT, ref, DRAW) for ref in refs))
         together = await asyncio.gather(*(engine.generate(PROMPT, ref, DRAW) for ref in [BASE, refs[0], BASE, refs[1]]))
         return together, await engine.generate(PROMPT, BASE, DRAW)
@@ -308,7 +308,7 @@ def engine_processes(server: VLLMServer) -> list[int]:
 def test_a_dead_engine_is_started_again_and_then_named_with_the_end_of_its_log(server: Live, tmp_path: Path):
     """Killed while it serves: the requests get what they would have got. Killed once more: the run stops and shows the log."""
     folder = server.adapter("solver-v1-death", 7)
-    ref, draws = Ref("solver", folder.name), [Sampling(max_tokens=300, seed=k) for k in range(8)]
+    ref, draws = ModelRef("solver", folder.name), [Sampling(max_tokens=300, seed=k) for k in range(8)]
 
     async def publish_and_ask(engine: VLLMEngine) -> Any:
         await engine.publish({"solver": folder})
@@ -318,7 +318,7 @@ def test_a_dead_engine_is_started_again_and_then_named_with_the_end_of_its_log(s
     second = VLLMServer(settings_for(server.model, tmp_path, max_restarts=1, label="second")).start()
     pids = engine_processes(second)
     assert pids
-    engine = VLLMEngine([second], server.tokens, adapter_root=server.root, patience=Patience(stall=30.0))
+    engine = VLLMEngine([second], server.tokens, adapter_root=server.root, patience=RetryPolicy(stall=30.0))
 
     async def run() -> None:
         await engine.publish({"solver": folder})

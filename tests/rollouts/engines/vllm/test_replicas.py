@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from marlora.agents.types import PolicySpec
-from marlora.rollouts.engines.base import EngineError, Ref, ReplicaLost
+from marlora.rollouts.engines.base import EngineError, ModelRef, ReplicaLost
 from marlora.rollouts.engines.vllm import server as vllm_server
-from marlora.rollouts.engines.vllm.client import Patience
+from marlora.rollouts.engines.vllm.client import RetryPolicy
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from marlora.rollouts.engines.vllm.replicas import HASTE, hasty
 from marlora.rollouts.engines.vllm.server import VLLMServer
 from marlora.rollouts.engines.vllm.server_args import ServerSettings
-from tests.rollouts.engines.vllm.test_engine import BASE, DRAW, KEY, QUICK, adapter, engine_on, play
+from tests.rollouts.engines.vllm.test_engine import (BASE, DRAW, KEY, QUICK, adapter, engine_on, play)
 from tests.rollouts.engines.vllm.test_server import fake_program, group_of, model
 from tests.rollouts.fake_vllm import FakeVLLM, Tokens, sampled
 
@@ -36,7 +36,7 @@ async def until(done: Callable[[], bool], engine: VLLMEngine) -> None:
     raise AssertionError("it never came to hold")
 
 
-async def many(engine: VLLMEngine, ref: Ref = BASE) -> None:
+async def many(engine: VLLMEngine, ref: ModelRef = BASE) -> None:
     replies = await asyncio.gather(*(engine.generate([2, k], ref, DRAW) for k in range(16)))
     name = ref.version or "served-base"
     assert [reply.token_ids for [reply] in replies] == [tuple(sampled(name, [2, k], 100, 6)) for k in range(16)]
@@ -52,13 +52,13 @@ def test_the_others_answer_for_a_lost_server_which_comes_back_with_the_right_ada
             await many(engine)
             assert one.completions() and two.completions()
             two.stop()
-            await many(engine, Ref("solver", "solver-v1-aa"))
+            await many(engine, ModelRef("solver", "solver-v1-aa"))
             assert engine.info().replicas == (one.url,) and list(engine.fleet.lost) == [two.url]
             with pytest.raises(ReplicaLost, match="is lost"):
                 await engine.score([2, 3], BASE, two.url)
             # While it is away, one version comes and one goes.
             await engine.publish({"solver": folders["solver-v2-bb"]})
-            await engine.retire(Ref("solver", "solver-v1-aa"))
+            await engine.retire(ModelRef("solver", "solver-v1-aa"))
             with FakeVLLM(key=KEY, port=port) as again:
                 again.loaded["solver-v1-aa"] = str(folders["solver-v1-aa"])  # as after a broken network: nobody told it
                 again.loaded["critic-v1-cc"] = "/elsewhere"
@@ -66,7 +66,7 @@ def test_the_others_answer_for_a_lost_server_which_comes_back_with_the_right_ada
                 wanted = {name: str(folders[name]) for name in ("solver-v2-bb", "critic-v1-cc")}
                 assert again.loaded == one.loaded == wanted == await engine.adapters(two.url)
                 before = len(again.completions())
-                await many(engine, Ref("solver", "solver-v2-bb"))
+                await many(engine, ModelRef("solver", "solver-v2-bb"))
                 assert len(again.completions()) > before
 
         play(engine_on(one, two, root=tmp_path), work)
@@ -98,7 +98,7 @@ def test_errors_of_one_server_are_answered_by_another() -> None:
 
 def test_when_all_are_gone_the_error_names_each() -> None:
     with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two:
-        patience = Patience(retries=1, backoff=0.01, longest=0.02, stall=0.3, probe=0.2, gone=0.1)
+        patience = RetryPolicy(retries=1, backoff=0.01, longest=0.02, stall=0.3, probe=0.2, gone=0.1)
 
         async def work(engine: VLLMEngine) -> None:
             one.stop()
@@ -111,7 +111,7 @@ def test_when_all_are_gone_the_error_names_each() -> None:
 
 def test_a_version_cannot_be_published_to_nobody(tmp_path: Path) -> None:
     with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two:
-        patience = Patience(retries=1, backoff=0.01, longest=0.02, stall=0.3, probe=0.2, gone=0.1)
+        patience = RetryPolicy(retries=1, backoff=0.01, longest=0.02, stall=0.3, probe=0.2, gone=0.1)
 
         async def work(engine: VLLMEngine) -> None:
             one.stop()
@@ -138,12 +138,12 @@ def servers(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, restarts
 
 def test_one_of_ours_is_started_again_behind_the_others_back(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = servers(model, tmp_path, monkeypatch, restarts=1)
-    engine = VLLMEngine([one, two], Tokens(), adapter_root=tmp_path / "versions", patience=Patience(backoff=0.05, stall=1.0))
+    engine = VLLMEngine([one, two], Tokens(), adapter_root=tmp_path / "versions", patience=RetryPolicy(backoff=0.05, stall=1.0))
     folder = adapter(tmp_path / "versions", "solver-v1-aa")
 
     async def work(engine: VLLMEngine) -> None:
         await engine.publish({"solver": folder})
-        ref = Ref("solver", "solver-v1-aa")
+        ref = ModelRef("solver", "solver-v1-aa")
         for restart in (1, 2):
             os.kill(group_of(two)[0], signal.SIGKILL)
             await many(engine, ref)
@@ -158,9 +158,9 @@ def test_one_of_ours_is_started_again_behind_the_others_back(model: Path, tmp_pa
 
 
 def test_with_others_to_ask_patience_is_short() -> None:
-    assert hasty(Patience()) == Patience(**HASTE)  # type: ignore[arg-type]
+    assert hasty(RetryPolicy()) == RetryPolicy(**HASTE)  # type: ignore[arg-type]
     assert hasty(QUICK) == QUICK
-    waiting = sum(Patience().backoff * 1.5 * 2**k for k in range(HASTE["retries"] - 1))  # type: ignore[arg-type]
+    waiting = sum(RetryPolicy().backoff * 1.5 * 2**k for k in range(HASTE["retries"] - 1))  # type: ignore[arg-type]
     assert waiting <= 30 and HASTE["stall"] + HASTE["probe"] <= 30
 
 

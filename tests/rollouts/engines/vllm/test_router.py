@@ -20,7 +20,7 @@ import pytest
 from aiohttp import web
 
 from marlora.agents.types import Sampling, SettingError
-from marlora.rollouts.engines.base import EngineError, Ref
+from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.factory import EngineConfig, choose_engine
 from marlora.rollouts.engines.vllm.engine import Routes, VLLMEngine
 from marlora.rollouts.engines.vllm.protocol import request_body
@@ -109,7 +109,7 @@ def test_generation_goes_through_the_router_and_adapters_to_every_server(tmp_pat
         async def work(engine: VLLMEngine) -> None:
             await engine.publish({"solver": folder})
             assert one.loaded == two.loaded == {"solver-v1-aa": str(folder)} and router.seen == []
-            ref = Ref("solver", "solver-v1-aa")
+            ref = ModelRef("solver", "solver-v1-aa")
             chats = {k: [[2, 10 + k], [2, 10 + k, 5, EOS, 7]] for k in range(12)}
             for k in range(12):
                 for prompt in chats[k]:
@@ -141,7 +141,7 @@ def test_a_server_that_was_started_again_behind_the_router_gets_its_adapters_aga
             await engine.publish({"solver": folder})
             two.loaded.clear()
             replies = await asyncio.gather(
-                *(engine.generate([2, k], Ref("solver", "solver-v1-aa"), DRAW) for k in range(8))
+                *(engine.generate([2, k], ModelRef("solver", "solver-v1-aa"), DRAW) for k in range(8))
             )  # fmt: skip
             assert [r.token_ids for (r,) in replies] == [tuple(sampled("solver-v1-aa", [2, k], 100, 6)) for k in range(8)]
             assert two.loaded == {"solver-v1-aa": str(folder)} and engine.fleet.lost == {}
@@ -155,7 +155,7 @@ def test_a_version_is_retired_when_no_request_is_on_its_way_through_the_router(t
 
         async def work(engine: VLLMEngine) -> None:
             await engine.publish({"solver": folder})
-            ref = Ref("solver", "solver-v1-aa")
+            ref = ModelRef("solver", "solver-v1-aa")
             one.held = two.held = {"solver-v1-aa"}
             slow = asyncio.create_task(engine.generate(FIRST, ref, DRAW))
             while not router.seen:
@@ -228,7 +228,7 @@ def test_vllm_router_hands_on_all_that_is_asked_and_keeps_chats_together(tmp_pat
         async def work(engine: VLLMEngine) -> None:
             await engine.publish({"solver": folder})
             assert one.loaded == two.loaded == {"solver-v1-aa": str(folder)}
-            await engine.generate(FIRST, Ref("solver", "solver-v1-aa"), every, n=2)
+            await engine.generate(FIRST, ModelRef("solver", "solver-v1-aa"), every, n=2)
             (body,) = [*one.completions(), *two.completions()]
             sent = request_body(FIRST, "solver-v1-aa", every, 2, (EOS,))
             assert {name: body.get(name) for name in sent} == sent, "no field is lost or changed on the way"
@@ -236,7 +236,7 @@ def test_vllm_router_hands_on_all_that_is_asked_and_keeps_chats_together(tmp_pat
             places: dict[int, set[str]] = {}
             for k in range(16):
                 for prompt in ([2, 10 + k], [2, 10 + k, 5, EOS, 7]):
-                    (reply,) = await engine.generate(prompt, Ref("solver", "solver-v1-aa"), DRAW)
+                    (reply,) = await engine.generate(prompt, ModelRef("solver", "solver-v1-aa"), DRAW)
                     assert reply.token_ids == tuple(sampled("solver-v1-aa", prompt, 100, 6))
                     here = [s.url for s in (one, two) if s.completions()[-1:] and s.completions()[-1]["prompt"] == prompt]
                     places.setdefault(k, set()).update(here)

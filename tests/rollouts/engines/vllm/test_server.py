@@ -16,21 +16,13 @@ from pathlib import Path
 import pytest
 
 from marlora.agents.types import AdapterSpec, PolicySpec, Sampling, SettingError
-from marlora.rollouts.engines.base import EngineError, Ref
+from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.vllm import server as vllm_server
 from marlora.rollouts.engines.vllm import server_args
-from marlora.rollouts.engines.vllm.client import Patience
+from marlora.rollouts.engines.vllm.client import RetryPolicy
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from marlora.rollouts.engines.vllm.server import VLLMServer, start_servers
-from marlora.rollouts.engines.vllm.server_args import (
-    ServerSettings,
-    check_engine_args,
-    command,
-    context,
-    environment,
-    lora_sizes,
-    to_flags,
-)
+from marlora.rollouts.engines.vllm.server_args import (ServerSettings, check_engine_args, command, context, environment, lora_sizes, to_flags)
 from tests.repository import ROOT
 from tests.rollouts.engines.vllm.test_engine import adapter
 from tests.rollouts.fake_vllm import Tokens, sampled
@@ -293,7 +285,7 @@ def test_a_killed_server_comes_back_with_its_adapters_and_the_result_is_the_same
     lines: list[str] = []
     settings = ServerSettings(str(model), tmp_path, policies=TEAM[:1], max_restarts=1)
     server = VLLMServer(settings, progress=lines.append).start()
-    ref, draw, quick = Ref("solver", "solver-v1-aa"), Sampling(max_tokens=6, seed=3), Patience(backoff=0.05, stall=1.0)
+    ref, draw, quick = ModelRef("solver", "solver-v1-aa"), Sampling(max_tokens=6, seed=3), RetryPolicy(backoff=0.05, stall=1.0)
     engine = VLLMEngine([server], Tokens(), adapter_root=tmp_path / "versions", patience=quick)
 
     async def run() -> None:

@@ -13,25 +13,25 @@ from marlora.agents.patterns.chain import Chain
 from marlora.agents.team import System
 from marlora.agents.types import BASE, AgentSpec, SettingError, Task, Turn
 from marlora.rollouts.engines.scripted import ScriptedEngine
-from marlora.rollouts.episodes.completers import EngineSpeaker
-from marlora.rollouts.episodes.runner import Job, Rollouts
+from marlora.rollouts.episodes.completers import EngineCompleter
+from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from marlora.rollouts.rewards.actor_critic import roles
 from marlora.rollouts.rewards.builtin import correct, exact
 from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import samples
-from marlora.trainers.credit.filtering import SelectionConfig, select
-from marlora.trainers.methods.imitation.correction import Mender, RepairConfig, broken, mended, tally
+from marlora.trainers.credit.filtering import SelectionConfig, filter_turns
+from marlora.trainers.methods.imitation.correction import Corrector, CorrectionConfig, broken, is_corrected, tally
 
 Answer = Callable[[str, str], str]  # (who speaks, the last message) -> text
 
 
-def team(system: System, answer: Answer, rewards: Sequence[Any]) -> tuple[Rollouts, ScriptedEngine]:
+def team(system: System, answer: Answer, rewards: Sequence[Any]) -> tuple[EpisodeRunner, ScriptedEngine]:
     def said(prompt: str, ref: Any, sampling: Any, k: int) -> str:
         return answer(ref.policy, prompt.rsplit("<|user|>", 1)[1].removesuffix("<|end|><|assistant|>"))
 
     engine = ScriptedEngine(said)
-    speakers = {p: EngineSpeaker(engine, engine.tokens, p) for p in [*(a.policy for a in system.specs), BASE]}
-    return Rollouts(system, speakers, rewards), engine
+    speakers = {p: EngineCompleter(engine, engine.tokens, p) for p in [*(a.policy for a in system.specs), BASE]}
+    return EpisodeRunner(system, speakers, rewards), engine
 
 
 def play(
@@ -39,12 +39,12 @@ def play(
 ) -> tuple[list[Episode], list[Episode]]:
     """Episodes of the tasks, and all that was played to mend those that failed."""
     player, engine = team(system, answer, rewards)
-    repair, selection = RepairConfig(**settings), SelectionConfig()
+    repair, selection = CorrectionConfig(**settings), SelectionConfig()
     names = [spec.name for spec in system.specs]
-    mender = Mender(player, repair, selection, names, lambda turn, text: engine.tokens.write(turn.prompt_ids, text), {})
+    mender = Corrector(player, repair, selection, names, lambda turn, text: engine.tokens.write(turn.prompt_ids, text), {})
 
     async def go() -> tuple[list[Episode], list[Episode]]:
-        played = [await player.play(Job(task, f"g/{task.id}")) for task in tasks]
+        played = [await player.play(EpisodeRequest(task, f"g/{task.id}")) for task in tasks]
         return played, [e for episode in broken(played, repair, selection, names) for e in await mender(episode)]
 
     return asyncio.run(go())
@@ -71,7 +71,7 @@ def test_every_agent_learns_from_the_same_problems_mended_ones_included() -> Non
     """10 problems, 6 solved, 2 of 4 failures mended at the first agent: 8 examples per agent, 24 in all; the other two give none."""
     played, more = play(CHAIN, three, TASKS, [exact])
     assert [e.reward() for e in played] == [1.0] * 6 + [0.0] * 4
-    found = select([*played, *more], SelectionConfig(), agents=["a", "b", "c"])
+    found = filter_turns([*played, *more], SelectionConfig(), agents=["a", "b", "c"])
     kept = {agent: [k for k in found.kept if k.agent == agent] for agent in "abc"}
     assert {agent: len(of) for agent, of in kept.items()} == {"a": 8, "b": 8, "c": 8}
     assert [k.reason for k in kept["a"]] == ["success"] * 6 + ["repaired"] * 2
@@ -81,8 +81,8 @@ def test_every_agent_learns_from_the_same_problems_mended_ones_included() -> Non
 
 def test_a_failed_run_that_is_not_mended_teaches_nobody() -> None:
     played, more = play(CHAIN, three, TASKS[8:], [exact])
-    assert more and not any(mended(e, SelectionConfig()) for e in more)
-    assert not select([*played, *more], SelectionConfig()).kept
+    assert more and not any(is_corrected(e, SelectionConfig()) for e in more)
+    assert not filter_turns([*played, *more], SelectionConfig()).kept
 
 
 def test_a_mended_turn_is_trained_on_its_original_prompt_as_written() -> None:
@@ -93,7 +93,7 @@ def test_a_mended_turn_is_trained_on_its_original_prompt_as_written() -> None:
     assert first.prompt_ids == failed.turns[0].prompt_ids and first.messages == failed.turns[0].messages
     assert (first.source, first.text, first.logprobs) == ("written", "good", ()) and first.token_ids[-1] == 1
     assert [t.source for t in (second, third)] == ["sampled", "sampled"] and replay.output == "20"
-    weights = select(more, SelectionConfig()).weights
+    weights = filter_turns(more, SelectionConfig()).weights
     made, dropped = samples(more, weights, {name: name for name in "abc"}, ratios=False)
     assert [s.policy for s in made] == ["a", "b", "c"] and not dropped
     learnt = [token for token, m in zip(made[0].ids, made[0].mask, strict=True) if m]
@@ -116,7 +116,7 @@ def test_agents_are_tried_in_order_until_one_succeeds() -> None:
 
     _, more = play(CHAIN, answer, TASKS[:1], [exact])
     assert [e.group.split("/mend/")[1] for e in more] == ["a-0/talk-0", "a-0/play-0", "b-1/talk-0", "b-1/play-0"]
-    found = select(more, SelectionConfig())
+    found = filter_turns(more, SelectionConfig())
     assert {k.agent: k.reason for k in found.kept} == {"b": "repaired", "c": "success"}
     assert found.dropped["a", "before the repair"] == 1
     _, only = play(CHAIN, answer, TASKS[:1], [exact], repair_agents=["a"])
@@ -145,7 +145,7 @@ def test_whose_it_is_to_answer_may_tell_the_answer() -> None:
         return "20" if agent in "ac" and ("Rewrite" in told or "Feedback" in told) else three(agent, told)
 
     _, more = play(CHAIN, answer, [TASKS[8]], [exact], repair_agents=["c"])
-    assert more[0].values["repair"]["refused"] == "" and mended(more[1], SelectionConfig())
+    assert more[0].values["repair"]["refused"] == "" and is_corrected(more[1], SelectionConfig())
     _, refused = play(CHAIN, answer, [TASKS[8]], [exact], repair_agents=["a"])
     assert refused[0].values["repair"]["refused"] == "tells the answer"
     _, let = play(CHAIN, answer, [TASKS[8]], [exact], repair_agents=["a"], may_tell_answer=["a"])
@@ -163,20 +163,20 @@ def test_regenerations_share_a_feedback_and_stop_at_the_first_success() -> None:
         "a-0/talk-0/0", "a-0/play-0/0", "a-0/talk-0/1", "a-0/play-0/1", "a-0/talk-1/0", "a-0/play-1/0",
     ]  # fmt: skip
     assert more[0].turns[0].completion == more[2].turns[0].completion, "the second regeneration reads the first one's feedback"
-    assert next(said) == "never" and mended(more[-1], SelectionConfig())
+    assert next(said) == "never" and is_corrected(more[-1], SelectionConfig())
 
 
 def test_unsolved_tasks_are_mended_once_and_all_failures_if_asked() -> None:
     player, _ = team(CHAIN, three, [exact])
 
     async def go() -> list[Episode]:
-        return [await player.play(Job(task, f"g/{task.id}", k)) for task in TASKS[5:8] for k in range(2)]
+        return [await player.play(EpisodeRequest(task, f"g/{task.id}", k)) for task in TASKS[5:8] for k in range(2)]
 
     played, names = asyncio.run(go()), ["a", "b", "c"]
-    assert [e.id for e in broken(played, RepairConfig(), SelectionConfig(), names)] == ["g/t6/0", "g/t7/0"]
-    every = broken(played, RepairConfig(repair="all"), SelectionConfig(), names)
+    assert [e.id for e in broken(played, CorrectionConfig(), SelectionConfig(), names)] == ["g/t6/0", "g/t7/0"]
+    every = broken(played, CorrectionConfig(repair="all"), SelectionConfig(), names)
     assert [e.id for e in every] == ["g/t6/0", "g/t6/1", "g/t7/0", "g/t7/1"]
-    assert broken(played, RepairConfig(repair="none"), SelectionConfig(), names) == []
+    assert broken(played, CorrectionConfig(repair="none"), SelectionConfig(), names) == []
 
 
 def test_an_actor_that_corrected_itself_learns_to_say_so_at_once() -> None:
@@ -195,7 +195,7 @@ def test_an_actor_that_corrected_itself_learns_to_say_so_at_once() -> None:
     ((episode,), more) = play(ActorCritic(["actor", "judge", "critic"], max_rounds=1), answer, [task], [correct, roles])
     talk, replay = more
     assert [t.saw_gold for t in talk.turns] == [False] and (replay.output, replay.turns[0].source) == ("It is 5", "written")
-    found = select([episode, *more], SelectionConfig())
+    found = filter_turns([episode, *more], SelectionConfig())
     assert [(k.key[1], k.agent, k.reason) for k in found.kept if k.key[0] == episode.id] == [
         (1, "judge", "success"), (2, "critic", "success"), (3, "actor", "success"),
     ]  # fmt: skip
@@ -214,13 +214,13 @@ def test_settings_are_checked() -> None:
         ({"regenerate": "{answer}"}, r"regenerate: unknown field \{answer\}"),
     ]:
         with pytest.raises(SettingError, match=problem):
-            RepairConfig(**settings)  # type: ignore[arg-type]
+            CorrectionConfig(**settings)  # type: ignore[arg-type]
     team_of = [AgentSpec("solver"), AgentSpec("feedback")]
     with pytest.raises(SettingError, match="repair_agents: 'slver' is no agent of the team; did you mean 'solver'"):
-        RepairConfig(repair_agents=["slver"]).check_agents(team_of)
+        CorrectionConfig(repair_agents=["slver"]).check_agents(team_of)
     with pytest.raises(SettingError, match=r"feedback_agent\.name: 'feedback' is an agent of the team"):
-        RepairConfig().check_agents(team_of)
-    RepairConfig(feedback_agent={"name": "outside"}).check_agents(team_of)
+        CorrectionConfig().check_agents(team_of)
+    CorrectionConfig(feedback_agent={"name": "outside"}).check_agents(team_of)
 
 
 def test_a_written_turn_spells_no_special_token() -> None:

@@ -16,8 +16,8 @@ from marlora.rollouts.evaluation.accuracy import Evaluation
 from marlora.rollouts.types import Episode, Reward
 from marlora.trainers.batching.batches import Batch, pack
 from marlora.trainers.batching.samples import denominators, samples
-from marlora.trainers.credit.filtering import SelectionConfig, select
-from marlora.trainers.methods.imitation.imitation import ImitationConfig, IterationConfig, encoded, mean_nll, nll_loss, restart
+from marlora.trainers.credit.filtering import SelectionConfig, filter_turns
+from marlora.trainers.methods.imitation.imitation import (ImitationConfig, IterationConfig, encoded, mean_nll, nll_loss, reset_adapters)
 from marlora.trainers.methods.imitation.sft import SFTConfig, SFTTrainer
 from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks
 from tests.trainers.small_run import bytes_mod_7
@@ -34,7 +34,7 @@ def turn(index: int, agent: str, prompt: tuple[int, ...], reply: tuple[int, ...]
 
 def learn_from(episodes: list[Episode], mass: dict[str, float] | None = None) -> tuple[dict[str, Batch], float]:
     """The batch of each policy from what selection keeps, every turn weighted by its episode's mass; and the mass that was kept."""
-    selection = select(episodes, SelectionConfig())
+    selection = filter_turns(episodes, SelectionConfig())
     weights = {key: weight * (mass or {}).get(key[0], 1.0) for key, weight in selection.weights.items()}
     found, dropped = samples(episodes, weights, POLICY, ratios=False)
     assert not dropped
@@ -191,7 +191,7 @@ def test_a_step_tells_what_it_kept_and_how_the_loss_on_it_fell(trained: SFTTrain
 def test_mean_nll_is_that_of_the_tokens_as_sampled_and_of_other_speakers(trained: SFTTrainer) -> None:
     with trained.run as run:
         episodes = run.collect(2)
-        weights = select(episodes, SelectionConfig(select="all")).weights
+        weights = filter_turns(episodes, SelectionConfig(select="all")).weights
         found, _ = samples(episodes, weights, run.policy_of, ratios=False)
         own, base = mean_nll(run, found), mean_nll(run, found, {"first": "base"})
         sampled = {p: [x for s in found if s.policy == p for x, m in zip(s.logprobs, s.mask, strict=True) if m] for p in own}
@@ -216,7 +216,7 @@ def test_restart_gives_back_what_init_gave(trained: SFTTrainer) -> None:
     run, (base,) = trained.run, trained.run.bases.values()
     moved = {p: base.adapters.sha256(p) for p in ("first", "last")}
     assert all(moved[p] != run.before[p] for p in moved)
-    restart(run, ["first"])
+    reset_adapters(run, ["first"])
     assert base.adapters.sha256("first") == run.before["first"] and base.adapters.sha256("last") == moved["last"]
     assert not base.optimizers.of["first"].state and base.optimizers.of["last"].state
 

@@ -24,16 +24,10 @@ from marlora.rollouts.evaluation.accuracy import wilson
 from marlora.rollouts.types import Episode
 from marlora.trainers.batching.batches import pack
 from marlora.trainers.batching.samples import denominators, samples
-from marlora.trainers.credit.filtering import Selection, SelectionConfig, select
+from marlora.trainers.credit.filtering import FilteredTurns, SelectionConfig, filter_turns
 from marlora.trainers.methods.imitation import multiagent_finetuning as method
 from marlora.trainers.methods.imitation.imitation import mean_nll, nll_loss
-from marlora.trainers.methods.imitation.multiagent_finetuning import (
-    MultiagentFinetuningConfig,
-    MultiagentFinetuningTrainer,
-    debate_rule,
-    mixture,
-    transcripts,
-)
+from marlora.trainers.methods.imitation.multiagent_finetuning import MultiagentFinetuningConfig, MultiagentFinetuningTrainer, debate_rule, mixture, transcripts
 from tests.repository import ROOT
 
 torch.set_num_threads(1)
@@ -55,9 +49,9 @@ def debate(name: str, first: Sequence[str], last: Sequence[str], output: str) ->
     return Episode(name, name, Task(name, "x"), turns=tuple(turns), output=output)
 
 
-def sets(episodes: Sequence[Episode], args: MultiagentFinetuningConfig = ARGS) -> tuple[list[Episode], Selection]:
+def sets(episodes: Sequence[Episode], args: MultiagentFinetuningConfig = ARGS) -> tuple[list[Episode], FilteredTurns]:
     lessons = [view for e in episodes for view in transcripts(e, SEATS)]
-    return lessons, select(lessons, SelectionConfig(), debate_rule(lessons, SEATS, args))
+    return lessons, filter_turns(lessons, SelectionConfig(), debate_rule(lessons, SEATS, args))
 
 
 # facts

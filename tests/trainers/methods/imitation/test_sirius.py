@@ -18,11 +18,11 @@ from marlora.agents.types import SettingError, Task
 from marlora.recipes.launch import settings
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.store import Store
-from marlora.trainers.batching.samples import Sample
-from marlora.trainers.collection.derived_episodes import follows
+from marlora.trainers.batching.samples import TrainingSequence
+from marlora.trainers.collection.derived_episodes import is_derived
 from marlora.trainers.loop.run import Run, RunError
 from marlora.trainers.methods.imitation import sirius
-from marlora.trainers.methods.imitation.correction import MEND
+from marlora.trainers.methods.imitation.correction import CORRECTION
 from marlora.trainers.methods.imitation.sft import SFTConfig, SFTTrainer
 from marlora.trainers.methods.imitation.sirius import SiriusConfig, SiriusTrainer
 from tests.repository import ROOT
@@ -38,10 +38,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_nothing_learnt_has_seen_the_answer(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    learnt: list[Sample] = []
+    learnt: list[TrainingSequence] = []
     update = Run.learn
 
-    def spy(run: Run, step: int, samples: list[Sample], *args: Any) -> Any:
+    def spy(run: Run, step: int, samples: list[TrainingSequence], *args: Any) -> Any:
         learnt.extend(samples)
         return update(run, step, samples, *args)
 
@@ -115,7 +115,7 @@ def test_an_empty_library_stops_clearly_and_leaves_the_store(
     assert told.startswith("error: step 1: no turn was kept (first: kept 0; dropped ") and "no success" in told
     assert told.endswith("the episodes are stored, no adapter was changed")
     stored = [e for e in Store(tmp_path / "run" / "episodes") if not e.group.startswith("eval-")]
-    assert sum(e.parent is None for e in stored) == 6 and any(follows(e, MEND) for e in stored)
+    assert sum(e.parent is None for e in stored) == 6 and any(is_derived(e, CORRECTION) for e in stored)
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert {p: b.adapters.sha256(p) for b in made.run.bases.values() for p in b.policies} == made.run.before
 
@@ -137,7 +137,7 @@ def test_what_was_mended_before_a_kill_is_not_mended_again(tmp_path: Path, model
     assert adapters(tmp_path / "cut") == adapters(tmp_path / "whole")
     (path,) = (tmp_path / "torn" / "episodes").glob("*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
-    last = max(number for number, line in enumerate(lines) if f"/{MEND}/" in line)
+    last = max(number for number, line in enumerate(lines) if f"/{CORRECTION}/" in line)
     parent = json.loads(lines[last])["parent"]
     path.write_text("".join(line for line in lines if json.loads(line)["parent"] != parent))
     trainer(tmp_path / "torn", model, resume=True).train()

@@ -20,15 +20,7 @@ from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode, Reward
 from marlora.trainers.batching.samples import Denominators
 from marlora.trainers.credit.rules import CreditConfig, credit
-from marlora.trainers.methods.policy_gradient.flowreasoner import (
-    REWARD_WEIGHTS,
-    FlowReasonerConfig,
-    FlowReasonerTrainer,
-    invalid_kinds,
-    joined,
-    rounds_of,
-    with_diversity,
-)
+from marlora.trainers.methods.policy_gradient.flowreasoner import (REWARD_WEIGHTS, FlowReasonerConfig, FlowReasonerTrainer, invalid_kinds, as_single_turn, rounds_of, with_diversity)
 from marlora.trainers.update.losses import LossConfig, policy_loss
 
 torch.set_num_threads(1)
@@ -89,20 +81,20 @@ def test_clipping_by_hand(ratio: float, advantage: float, worth: float) -> None:
 
 def test_a_trajectory_of_several_rounds_is_one_reply_to_the_bare_query() -> None:
     episode = trajectory("e", ("p1", 0.0, "0/2"), ("bad", -1.0, "invalid"), ("p3", 1.0, "2/2"), ("p4", 0.5, "1/2"))
-    (turn,) = joined(episode, SYSTEM, "# {reply} {feedback}\n").turns
+    (turn,) = as_single_turn(episode, SYSTEM, "# {reply} {feedback}\n").turns
     assert turn.text == "# p1 0/2\n# bad invalid\np3"  # up to the best round, whose program comes last
     assert turn.messages == (Message("user", "query"),) and turn.source == "written"
     assert (turn.index, turn.token_ids, turn.logprobs, turn.prompt_ids) == (4, (), (), (9,))
-    assert joined(episode, SYSTEM).turns[0].text == "p1\n\n0/2\n\nbad\n\ninvalid\n\np3"
+    assert as_single_turn(episode, SYSTEM).turns[0].text == "p1\n\n0/2\n\nbad\n\ninvalid\n\np3"
 
 
 def test_a_first_round_that_is_kept_stays_as_it_was_sampled() -> None:
     episode = trajectory("e", ("p1", 1.0, "2/2"))
-    assert joined(episode, SYSTEM).turns == episode.turns[:1]
+    assert as_single_turn(episode, SYSTEM).turns == episode.turns[:1]
     outside = dataclasses.replace(episode, turns=tuple(dataclasses.replace(t, token_ids=(), logprobs=()) for t in episode.turns))
-    assert [(t.text, t.source) for t in joined(outside, SYSTEM).turns] == [("p1", "written")]  # a teacher without tokens
+    assert [(t.text, t.source) for t in as_single_turn(outside, SYSTEM).turns] == [("p1", "written")]  # a teacher without tokens
     assert [t.text for t, _ in rounds_of(trajectory("e", ("p1", 0.5, ""), ("p2", 0.5, "")), SYSTEM)] == ["p1", "p2"]
-    assert joined(dataclasses.replace(episode, rewards=()), SYSTEM).turns == ()
+    assert as_single_turn(dataclasses.replace(episode, rewards=()), SYSTEM).turns == ()
 
 
 # the reward

@@ -84,7 +84,7 @@ def test_a_learned_verifier_is_calibrated_and_teaches(tmp_path: Path) -> None:
     found = summary["verifier"]["calibration"]
     print(found)
     assert found["ranked"] > 0.95 and found["brier"] < 0.4 * found["brier_constant"] and found["ece"] < 0.15
-    name = f"marlora.trainers.methods.reward_model.verifier:learned({tmp_path / 'verifier' / 'verifier'})"
+    name = f"marlora.trainers.methods.reward_model.verifier:trained({tmp_path / 'verifier' / 'verifier'})"
     _, rows = train(tmp_path / "run", verifier=name, feedback=False, max_steps=10)
     values = [row["critics"]["pair-together"]["value"] for row in rows]
     print(values)

@@ -19,8 +19,8 @@ from marlora.agents.programs.workflow import Workflow
 from marlora.agents.team import Call
 from marlora.agents.types import AgentSpec, Completion, Sampling, SettingError
 from marlora.rollouts.checkpoints.team import build_system
-from marlora.rollouts.episodes.completers import EngineSpeaker
-from marlora.rollouts.episodes.runner import Job
+from marlora.rollouts.episodes.completers import EngineCompleter
+from marlora.rollouts.episodes.runner import EpisodeRequest
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
 from marlora.trainers.methods.preference.scoreflow import RUNS, ScoreFlowConfig, ScoreFlowTrainer
@@ -42,7 +42,7 @@ def said(call: Call) -> str:
     return right if seed % 3 else str((int(right) + 1) % 10)
 
 
-class Saying(EngineSpeaker):
+class Saying(EngineCompleter):
     """Speaks these words, in the tokens and on the prompt of the real speaker."""
 
     async def __call__(self, call: Call, version: str) -> list[Completion]:
@@ -54,7 +54,7 @@ class Saying(EngineSpeaker):
 def put_words(made: ScoreFlowTrainer) -> ScoreFlowTrainer:
     """Open the run and let its agents say what `said` says."""
     run = made.run.open()
-    spoken = {p: Saying(s.engine, s.tokens, p) for p, s in run.stage.rollouts.speakers.items() if isinstance(s, EngineSpeaker)}
+    spoken = {p: Saying(s.engine, s.tokens, p) for p, s in run.stage.rollouts.speakers.items() if isinstance(s, EngineCompleter)}
     run.stage.rollouts = dataclasses.replace(run.stage.rollouts, speakers=spoken)
     return made
 
@@ -116,7 +116,7 @@ def test_every_episode_can_be_replayed_from_the_store(tmp_path: Path, model: Pat
         silent = dataclasses.replace(made.run.stage.rollouts, speakers=dict.fromkeys(made.run.stage.rollouts.speakers, nobody))
 
         async def again(e: Episode) -> Episode:
-            return await silent.play(Job(e.task, e.group, int(e.id.rsplit("/", 1)[1]), e.step), given=e.turns, seed=e.seed)
+            return await silent.play(EpisodeRequest(e.task, e.group, int(e.id.rsplit("/", 1)[1]), e.step), given=e.turns, seed=e.seed)
 
         for episode in Store(tmp_path / "run" / "episodes"):
             replayed = made.run.stage.background.run(again(episode))

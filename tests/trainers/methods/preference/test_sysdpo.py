@@ -22,7 +22,7 @@ from marlora.trainers.methods.preference.components import diffusion_log_ratio
 from marlora.trainers.methods.preference.drafts import output, with_drafts
 from marlora.trainers.methods.preference.sysdpo import PreferenceConfig, PreferenceTrainer
 from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks
-from marlora.trainers.update.preference_loss import Push
+from marlora.trainers.update.preference_loss import MarginGradient
 from tests.repository import ROOT
 from tests.trainers import small_run
 from tests.trainers.random_models import disturb
@@ -219,7 +219,7 @@ def test_sampling_trains_both_agents_and_hears_frozen_ones(tmp_path: Path, model
     both = trainer(tmp_path / "both", model, mode="sampling", num_drafts=3, tokens_per_batch=64)
     assert moved(both).keys() == {"first", "last"}
     one = trainer(tmp_path / "one", model, mode="sampling", num_drafts=3, policies={"last": {"trainable": False}})
-    heard: list[Push[Any]] = []
+    heard: list[MarginGradient[Any]] = []
     update = one.learner.update
     one.learner.update = lambda *given: heard.append((found := update(*given))[1]) or found  # type: ignore[method-assign,func-returns-value]
     assert moved(one).keys() == {"first"} and set(heard[0].by_agent) == {"first", "last"}

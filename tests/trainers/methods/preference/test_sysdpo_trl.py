@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from marlora.trainers.credit.pairs import agent_pairs, pairs_of
-from marlora.trainers.methods.trl_control import Lesson, learn_with_trl
+from marlora.trainers.methods.trl_control import TRLExample, learn_with_trl
 from tests.trainers.methods.preference.test_sysdpo import played, trainer
 
 # Importing the trainer takes longer than all other tests of preferences together.
@@ -52,7 +52,7 @@ def test_dpo_of_one_agent_equals_trl(tmp_path: Path, model: Path, name: str) -> 
                     kept.append(made.dpo_trainer(*given))
                     return kept[0]
 
-                done = learn_with_trl(made.run, 1, {"first": Lesson(rows, 0)}, make)
+                done = learn_with_trl(made.run, 1, {"first": TRLExample(rows, 0)}, make)
                 losses.append(kept[0].state.log_history[0]["loss"])
                 named = {n.replace(".default", ""): p for n, p in kept[0].model.named_parameters() if ".default." in n}
                 gradients.append({key: kept[0].optimizer.state[named[key]]["exp_avg"] * 10 for key in before})

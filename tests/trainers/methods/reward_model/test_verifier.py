@@ -14,22 +14,12 @@ import torch
 from marlora.agents.patterns.collaboration import Collaboration
 from marlora.agents.tools.verifiers import resolve_verifier
 from marlora.agents.types import AgentSpec, Message, SettingError, Task, Turn
-from marlora.rollouts.renderer import ChatTokens
+from marlora.rollouts.renderer import ChatRenderer
 from marlora.rollouts.rewards.builtin import resolve_rewards, reward_name, score
 from marlora.rollouts.types import Episode, Reward
 from marlora.trainers.batching.samples import Denominators
 from marlora.trainers.config import RunError
-from marlora.trainers.methods.reward_model.verifier import (
-    Answer,
-    LearnedVerifier,
-    VerifierConfig,
-    VerifierTrainer,
-    answers_of,
-    balanced,
-    learned,
-    reading,
-    verifier_loss,
-)
+from marlora.trainers.methods.reward_model.verifier import (Answer, TrainedVerifier, VerifierConfig, VerifierTrainer, answers_of, balanced, trained, reading, verifier_loss)
 from marlora.trainers.testbeds.tiny import tiny_random_model, tiny_tasks, tiny_tokenizer
 
 torch.set_num_threads(1)
@@ -94,7 +84,7 @@ def test_what_cannot_be_balanced_is_refused_with_numbers() -> None:
 
 
 def test_it_reads_question_and_answer_and_is_asked_at_the_answers_tokens() -> None:
-    tokens = ChatTokens(tiny_tokenizer())
+    tokens = ChatRenderer(tiny_tokenizer())
     prompt = tokens.prompt([Message("user", "7+8")])
     sample = reading(tokens, "7+8", "15")
     assert tokens.show(sample.ids[: len(prompt) + 3]) == tokens.show(prompt) + "15<|end|>"
@@ -157,7 +147,7 @@ def test_it_is_saved_with_its_calibration(made: tuple[Path, VerifierTrainer, dic
 
 def test_it_serves_by_name_what_was_trained(made: tuple[Path, VerifierTrainer, dict[str, Any]]) -> None:
     folder, trainer, _ = made
-    name = f"marlora.trainers.methods.reward_model.verifier:learned({folder / 'run' / 'verifier'})"
+    name = f"marlora.trainers.methods.reward_model.verifier:trained({folder / 'run' / 'verifier'})"
     task, texts = Task("t", "7+8+5", "20"), ["20", "a", "<|end|>"]
     samples = [reading(trainer.base.tokens, task.prompt, text) for text in texts]
     head = trainer.base.heads["verifier"]
@@ -167,7 +157,7 @@ def test_it_serves_by_name_what_was_trained(made: tuple[Path, VerifierTrainer, d
     given = asyncio.run(score(task, Episode("e", "g", task, turns=turns), [reward]))
     assert [r.value for r in given] == pytest.approx(expected, abs=1e-5) and len(set(expected)) == 3
     assert {r.name for r in given} == {"verifier"} and [r.turn for r in given] == [0, 1, 2]
-    assert resolve_verifier(name) is learned(str(folder / "run" / "verifier"))  # one copy in memory
+    assert resolve_verifier(name) is trained(str(folder / "run" / "verifier"))  # one copy in memory
     assert reward_name(reward) == f"marlora.rollouts.rewards.builtin:verified({name})"
 
 
@@ -176,12 +166,12 @@ def test_what_is_not_the_verifier_that_was_saved_is_refused(
 ) -> None:
     folder = made[0] / "run" / "verifier"
     with pytest.raises(SettingError, match=r"no verifier\.json there"):
-        LearnedVerifier(folder.parent)
+        TrainedVerifier(folder.parent)
     torn = shutil.copytree(folder, tmp_path / "torn")
     (torn / "head.safetensors").write_bytes(b"x")
     with pytest.raises(SettingError, match="altered or torn"):
-        LearnedVerifier(torn)
-    moved = LearnedVerifier(folder)
+        TrainedVerifier(torn)
+    moved = TrainedVerifier(folder)
     moved.card["files"] = "0" * 64
     with pytest.raises(SettingError, match="has other files"):
         moved.score("7+8", "15")
