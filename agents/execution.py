@@ -1,7 +1,7 @@
 """Programs that a model wrote: what one may use, and what became of it.
 
-A team is handed something that runs them (`Team(execute=...)`); nothing here runs anything, and nothing of a model's is ever run in
-the process of a team.
+A team is handed something that runs them (`Team(execute=...)`); nothing here runs anything, and
+nothing of a model's is ever run in the process of a team.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ Status = Literal["done", "error", "syntax", "time", "memory", "output", "calls",
 
 
 class SandboxError(SettingError):
-    """Programs of a model cannot be run safely on this machine, or the machinery that runs them broke. Never a program's own doing."""
+    """Programs of a model cannot be run safely on this machine, or the machinery that runs them
+    broke. Never a program's own doing."""
 
 
 class ProgramError(ValueError):
-    """A function that a program can call was used wrongly; the program sees it as an exception and may go on."""
+    """A function that a program can call was used wrongly; the program sees it as an exception and
+    may go on."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run of a program may use. All limits hold at once, and none can be raised from inside.
+    """What one run of a program may use. All limits hold at once, and none can be raised from
+    inside.
 
     Args:
-        seconds: wall clock, waiting for externals left out. `cpu_seconds`: of its processes together.
+        seconds: wall clock, waiting for externals left out. `cpu_seconds`: of its processes
+            together.
         memory: bytes of address space; of a workflow program's values, and then 64 MiB at most.
         output: bytes it may print. `scratch`: bytes it may write to `/tmp`, 0 for none.
         calls: externals it may call. A plain program has none.
@@ -45,8 +49,14 @@ class Limits:
     calls: int = 100
 
     def __post_init__(self) -> None:
-        if min(self.seconds, self.cpu_seconds, self.memory, self.output) <= 0 or self.scratch < 0 or self.calls < 0:
-            raise SettingError(f"allowance: positive seconds, cpu_seconds, memory and output expected, got {self}")
+        if (
+            min(self.seconds, self.cpu_seconds, self.memory, self.output) <= 0
+            or self.scratch < 0
+            or self.calls < 0
+        ):
+            raise SettingError(
+                f"allowance: positive seconds, cpu_seconds, memory and output expected, got {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -54,10 +64,12 @@ class ExecutionResult:
     """What became of a program.
 
     Args:
-        status: `done`; `error` (it raised, or ended with another exit code than 0); `syntax` (it is no program); `time`, `memory`,
-            `output`, `calls` (the limit it met); `killed` (by a signal).
+        status: `done`; `error` (it raised, or ended with another exit code than 0); `syntax` (it is
+            no program); `time`, `memory`, `output`, `calls` (the limit it met); `killed` (by a
+            signal).
         output: what it printed, cut at the limit. `error`: what went wrong, one line.
-        value: the value of a workflow program, made of None, bool, int, float, str, list, tuple and dict; None for a plain one.
+        value: the value of a workflow program, made of None, bool, int, float, str, list, tuple and
+            dict; None for a plain one.
         seconds: how long it took, externals included.
     """
 
@@ -73,9 +85,12 @@ class ExecutionResult:
 
 
 class Execute(Protocol):
-    """Runs a program: with `externals` (even none, `{}`) a workflow program, which can call only these; without, plain Python."""
+    """Runs a program: with `externals` (even none, `{}`) a workflow program, which can call only
+    these; without, plain Python."""
 
-    async def __call__(self, program: str, externals: Externals | None = None, limits: Limits = ...) -> ExecutionResult: ...
+    async def __call__(
+        self, program: str, externals: Externals | None = None, limits: Limits = ...
+    ) -> ExecutionResult: ...
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,8 @@ class TestSuite:
 
     Args:
         tests: programs that raise if the candidate is wrong; each runs in a fresh module.
-        names: functions of the candidate that they may call. Arguments and results cross as builtin types.
+        names: functions of the candidate that they may call. Arguments and results cross as builtin
+            types.
         setup: run before each test, from the task alone: imports and helpers.
     """
 
@@ -101,7 +117,9 @@ class TestResult:
 
     @property
     def share(self) -> float:
-        return sum(not result for result in self.results) / len(self.results) if self.results else 0.0
+        return (
+            sum(not result for result in self.results) / len(self.results) if self.results else 0.0
+        )
 
     @property
     def passed(self) -> bool:
@@ -111,7 +129,9 @@ class TestResult:
 class Check(Protocol):
     """What tests say of a program, which cannot see them."""
 
-    async def __call__(self, program: str, tests: TestSuite, limits: Limits = ...) -> TestResult: ...
+    async def __call__(
+        self, program: str, tests: TestSuite, limits: Limits = ...
+    ) -> TestResult: ...
 
 
 def program_in(text: str) -> str:
@@ -121,16 +141,22 @@ def program_in(text: str) -> str:
 
 
 def answered(task: Task, text: str, tests: Sequence[str]) -> tuple[str, TestSuite]:
-    """What a coding task has to check an answer: its program, and these tests over the task's functions.
+    """What a coding task has to check an answer: its program, and these tests over the task's
+    functions.
 
-    The program stands after the task's own text (imports and helpers, `meta["setup"]`), so that it may be a whole function, or the body
-    that completes the last one there. Raises `SettingError` if the task names no functions for its tests to call.
+    The program stands after the task's own text (imports and helpers, `meta["setup"]`), so that it
+    may be a whole function, or the body that completes the last one there. Raises `SettingError` if
+    the task names no functions for its tests to call.
     """
     names = task.meta.get("names")
-    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+    if (
+        not isinstance(names, (list, tuple))
+        or not names
+        or not all(isinstance(name, str) for name in names)
+    ):
         raise SettingError(
-            f"task {task.id!r}: meta.names: expected a list of the functions that its tests call, got {names!r:.80}; "
-            "tests see a program only through the functions named there"
+            f"task {task.id!r}: meta.names: expected a list of the functions that its tests call,"
+            f" got {names!r:.80}; tests see a program only through the functions named there"
         )
     setup = str(task.meta.get("setup", ""))
     program = "\n".join(part for part in (setup, program_in(text)) if part)

@@ -1,8 +1,10 @@
-"""Is a system fit to be trained? `check_system(MySystem([...]), tasks)` plays it with fake answers and says what is wrong.
+"""Is a system fit to be trained? `check_system(MySystem([...]), tasks)` plays it with fake answers
+and says what is wrong.
 
-What training relies on, whatever the interaction: the same seed gives the same turns, however long answers take; recorded turns,
-given back, give the same episode; `reads` names exactly the turns whose text an agent was shown; nobody sees the gold answer; the
-settings can be saved and built again. No model, no clock: delays are turns of the event loop.
+What training relies on, whatever the interaction: the same seed gives the same turns, however long
+answers take; recorded turns, given back, give the same episode; `reads` names exactly the turns
+whose text an agent was shown; nobody sees the gold answer; the settings can be saved and built
+again. No model, no clock: delays are turns of the event loop.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 from .execution import Check, Execute
 from .team import Call, System, Team
-from .types import (Completion, Decision, Message, Task, Turn, from_json, to_json)
+from .types import Completion, Decision, Message, Task, Turn, from_json, to_json
 
 Answer = Callable[[str, "tuple[Message, ...]", str], str]
 
@@ -25,7 +27,8 @@ GOLD, HIDDEN = "gold-5309144207", "hidden-8675301932"  # stand in no task
 
 
 def number_alone(agent: str, messages: tuple[Message, ...], marker: str) -> str:
-    """The usual fake answer: its marker, a number of ten digits that no other answer of the episode has."""
+    """The usual fake answer: its marker, a number of ten digits that no other answer of the episode
+    has."""
     return marker
 
 
@@ -45,7 +48,9 @@ class Played:
     turns: tuple[Turn, ...]
     decisions: tuple[Decision, ...]
     asked: int  # completions given live
-    markers: dict[str, tuple[int, int]] = field(compare=False, default_factory=dict)  # marker -> (index, sibling)
+    markers: dict[str, tuple[int, int]] = field(
+        compare=False, default_factory=dict
+    )  # marker -> (index, sibling)
 
     @property
     def facts(self) -> Any:
@@ -60,11 +65,13 @@ def check_system(
     execute: Execute | None = None,
     check: Check | None = None,
 ) -> None:
-    """Check a system on tasks. Raises `AssertionError` saying what does not hold, for which task and turn.
+    """Check a system on tasks. Raises `AssertionError` saying what does not hold, for which task
+    and turn.
 
-    `answer(agent name, messages, marker) -> text` plays the agents; it must depend on its arguments alone and put `marker` into its
-    text (a judge may say `f"{marker} Verdict: wrong"`). `execute` and `check`: what runs programs and what tests them, for a
-    system that has some run (`rollouts.sandbox.run` and `.check`). From inside an event loop, await `check` instead.
+    `answer(agent name, messages, marker) -> text` plays the agents; it must depend on its arguments
+    alone and put `marker` into its text (a judge may say `f"{marker} Verdict: wrong"`). `execute`
+    and `check`: what runs programs and what tests them, for a system that has some run
+    (`rollouts.sandbox.run` and `.check`). From inside an event loop, await `check` instead.
     """
     asyncio.run(_check_all(system, tasks, answer, seeds, Services(execute, check)))
 
@@ -90,17 +97,26 @@ async def _check_all(
             await _check_one(system, task, answer, seed, services)
 
 
-async def _check_one(system: System, task: Task, answer: Answer, seed: int, services: Services) -> None:
+async def _check_one(
+    system: System, task: Task, answer: Answer, seed: int, services: Services
+) -> None:
     where = f"{type(system).__name__} on task {task.id!r}, seed {seed}"
     play = functools.partial(_play, task=task, answer=answer, seed=seed, services=services)
     first = await play(system)
     _require(first.turns != (), f"{where}: no agent was asked anything")
     for delays in (1, 2, 3):
         again = await play(system, delays=delays)
-        _same(first, again, f"{where}: the same seed gave another episode when answers took longer or shorter")
+        _same(
+            first,
+            again,
+            f"{where}: the same seed gave another episode when answers took longer or shorter",
+        )
     rebuilt = type(system)(agents=system.agents, **json.loads(json.dumps(system.arguments())))
     _same(first, await play(rebuilt), f"{where}: rebuilt from arguments() it plays another episode")
-    _require(len(first.turns) == first.asked, f"{where}: {first.asked} answers were sampled, {len(first.turns)} turns recorded")
+    _require(
+        len(first.turns) == first.asked,
+        f"{where}: {first.asked} answers were sampled, {len(first.turns)} turns recorded",
+    )
     _require(any(t.taken for t in first.turns), f"{where}: no turn is marked as taken")
     await _check_replay(functools.partial(play, system), first, where)
     for turn in first.turns:
@@ -109,44 +125,78 @@ async def _check_one(system: System, task: Task, answer: Answer, seed: int, serv
 
 
 async def _check_replay(play: Callable[..., Awaitable[Played]], first: Played, where: str) -> None:
-    """All turns given, and half of them with the rest live, must reproduce the episode. Turns go through JSON as in a store."""
+    """All turns given, and half of them with the rest live, must reproduce the episode. Turns go
+    through JSON as in a store."""
     turns = [from_json(Turn, json.loads(json.dumps(to_json(turn)))) for turn in first.turns]
     all_given = await play(given=turns, decisions=first.decisions)
-    _require(all_given.asked == 0, f"{where}: with all turns given it still asked for {all_given.asked} answers")
+    _require(
+        all_given.asked == 0,
+        f"{where}: with all turns given it still asked for {all_given.asked} answers",
+    )
     _same(first, all_given, f"{where}: replaying all turns gave another episode")
     middle = max(turn.index for turn in turns) // 2 + 1
     half = [turn for turn in turns if turn.index < middle]
     half_given = await play(given=half, delays=4)
-    _same(first, half_given, f"{where}: with turns below {middle} given and the rest live, it gave another episode")
+    _same(
+        first,
+        half_given,
+        f"{where}: with turns below {middle} given and the rest live, it gave another episode",
+    )
 
 
 def _check_reads(turn: Turn, played: Played, where: str) -> None:
-    # What the agent said itself stands in its chat as the assistant's; everything else it was shown, or took over with a chat.
+    # What the agent said itself stands in its chat as the assistant's; everything else it was
+    # shown, or took over with a chat.
     own = {each.index for each in played.turns if each.agent == turn.agent}
-    said, shown = ("\n".join(m.content for m in turn.messages if (m.role == "assistant") is mine) for mine in (True, False))
-    stands = {index for marker, (index, _) in played.markers.items() if marker in shown or (marker in said and index not in own)}
+    said, shown = (
+        "\n".join(m.content for m in turn.messages if (m.role == "assistant") is mine)
+        for mine in (True, False)
+    )
+    stands = {
+        index
+        for marker, (index, _) in played.markers.items()
+        if marker in shown or (marker in said and index not in own)
+    }
     for index in sorted(stands - set(turn.reads)):
         _require(
-            False, f"{where}: turn {turn.index} ({turn.agent}) is shown the text of turn {index}; reply(..., reads=...) lacks it"
+            False,
+            f"{where}: turn {turn.index} ({turn.agent}) is shown the text of turn {index};"
+            " reply(..., reads=...) lacks it",
         )
     for index in sorted(set(turn.reads) - stands):
-        _require(False, f"{where}: turn {turn.index} ({turn.agent}) says it reads turn {index}, whose text it is not shown")
+        _require(
+            False,
+            f"{where}: turn {turn.index} ({turn.agent}) says it reads turn {index}, whose text it"
+            " is not shown",
+        )
 
 
 def gold_of(task: Task) -> list[str]:
-    """Texts that no agent may be shown: answer and private meta, unless so short, or so public, that they prove nothing."""
+    """Texts that no agent may be shown: answer and private meta, unless so short, or so public,
+    that they prove nothing."""
     public = task.public()
     told = f"{public.id}\n{public.prompt}\n{public.meta}"
     private = [task.answer, *(value for key, value in task.meta.items() if key not in public.meta)]
-    return [GOLD, HIDDEN, *(str(value) for value in private if len(str(value)) >= 6 and str(value) not in told)]
+    return [
+        GOLD,
+        HIDDEN,
+        *(str(value) for value in private if len(str(value)) >= 6 and str(value) not in told),
+    ]
 
 
 def _check_gold(played: Played, gold: Sequence[str], where: str) -> None:
     for turn in played.turns:
         seen = "\n".join(message.content for message in turn.messages)
         if not turn.saw_gold and any(each in seen for each in gold):
-            _require(False, f"{where}: turn {turn.index} ({turn.agent}) is shown the answer or private meta without saw_gold=True")
-    _require(not any(each in str(played.output) for each in gold), f"{where}: the output holds the answer or private meta")
+            _require(
+                False,
+                f"{where}: turn {turn.index} ({turn.agent}) is shown the answer or private meta"
+                " without saw_gold=True",
+            )
+    _require(
+        not any(each in str(played.output) for each in gold),
+        f"{where}: the output holds the answer or private meta",
+    )
 
 
 async def _play(
@@ -160,23 +210,31 @@ async def _play(
     decisions: Iterable[Decision] = (),
     services: Services,
 ) -> Played:
-    """Play one episode. `delays`: how long answers take. 0: all equally long; 1: later ones are sooner there; else a seed."""
+    """Play one episode. `delays`: how long answers take. 0: all equally long; 1: later ones are
+    sooner there; else a seed."""
     given = list(given)
-    markers = {_marker(turn.sampling.seed, turn.index, turn.sibling): (turn.index, turn.sibling) for turn in given}
+    markers = {
+        _marker(turn.sampling.seed, turn.index, turn.sibling): (turn.index, turn.sibling)
+        for turn in given
+    }
     wait = random.Random(delays)
     asked = 0
 
     async def ask(call: Call) -> list[Completion]:
         nonlocal asked
         asked += call.n
-        for _ in range(1 if not delays else max(1, 40 - call.index) if delays == 1 else wait.randrange(40)):
+        for _ in range(
+            1 if not delays else max(1, 40 - call.index) if delays == 1 else wait.randrange(40)
+        ):
             await asyncio.sleep(0)
         made = []
         for sibling in range(call.n):
             marker = _marker(call.sampling.seed, call.index, sibling)
             text = answer(call.agent.name, call.messages, marker)
             _require(
-                marker in text, f"answer({call.agent.name!r}, ...): expected a text that holds the marker {marker}, got {text!r}"
+                marker in text,
+                f"answer({call.agent.name!r}, ...): expected a text that holds the marker {marker},"
+                f" got {text!r}",
             )
             markers[marker] = (call.index, sibling)
             made.append(Completion(text, policy=call.agent.policy))
@@ -186,13 +244,24 @@ async def _play(
 
     async def play_children(child: System, tasks: Sequence[Task]) -> list[Any]:
         for each in tasks:
-            _require(GOLD not in str(to_json(each)), f"{type(system).__name__}: a child's task holds the gold answer")
-        return [(await _play(child, each, answer, seed, services=services)).output for each in tasks]
+            _require(
+                GOLD not in str(to_json(each)),
+                f"{type(system).__name__}: a child's task holds the gold answer",
+            )
+        return [
+            (await _play(child, each, answer, seed, services=services)).output for each in tasks
+        ]
 
     team = Team(
-        system.specs, ask, seed=seed, given=given, decisions=decisions, play=play_children,
-        execute=services.execute, check=services.check,
-    )  # fmt: skip
+        system.specs,
+        ask,
+        seed=seed,
+        given=given,
+        decisions=decisions,
+        play=play_children,
+        execute=services.execute,
+        check=services.check,
+    )
     output = await system.run(secret.public(), team)
     return Played(output, team.turns, tuple(team.decisions), asked, markers)
 
@@ -207,9 +276,15 @@ def _same(first: Played, second: Played, problem: str) -> None:
     for one, other in zip(first.turns, second.turns, strict=False):
         if one != other:
             _require(
-                False, f"{problem}; first at turn {one.index}: {one.agent} then {other.agent}, {one.text!r} then {other.text!r}"
+                False,
+                f"{problem}; first at turn {one.index}: {one.agent} then {other.agent},"
+                f" {one.text!r} then {other.text!r}",
             )
-    _require(False, f"{problem}: {len(first.turns)} then {len(second.turns)} turns, output {first.output!r} then {second.output!r}")
+    _require(
+        False,
+        f"{problem}: {len(first.turns)} then {len(second.turns)} turns, output {first.output!r}"
+        f" then {second.output!r}",
+    )
 
 
 def _require(holds: bool, problem: str) -> None:

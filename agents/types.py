@@ -1,7 +1,7 @@
 """The nouns of a conversation: what is asked, who answers, how, and what was said.
 
-Every type is a frozen dataclass made of plain values, so it goes to JSON and back without loss (``to_json``, ``from_json``).
-No tensors, no clients, no files here.
+Every type is a frozen dataclass made of plain values, so it goes to JSON and back without loss
+(``to_json``, ``from_json``). No tensors, no clients, no files here.
 """
 
 from __future__ import annotations
@@ -20,17 +20,24 @@ BASE = "base"  # the reserved policy: the shared base model with every adapter o
 
 
 class SettingError(ValueError):
-    """A setting, name or file that cannot be used; the message says which, what was expected and what to do."""
+    """A setting, name or file that cannot be used; the message says which, what was expected and
+    what to do."""
 
 
 def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """A hint for an error message: the known name most like `name`, or the list of all known names."""
+    """A hint for an error message: the known name most like `name`, or the list of all known
+    names."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(map(repr, known)) or 'none'}"
+    return (
+        f"did you mean {close[0]!r}?"
+        if close
+        else f"known: {', '.join(map(repr, known)) or 'none'}"
+    )
 
 
 def to_json(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as plain JSON values. Fields are kept in their order of declaration."""
+    """Dataclasses, tuples and mappings as plain JSON values. Fields are kept in their order of
+    declaration."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -41,16 +48,23 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
-    """Build the dataclass `cls` from a mapping. Raises `SettingError` at an unknown or missing key, naming its path."""
+    """Build the dataclass `cls` from a mapping. Raises `SettingError` at an unknown or missing key,
+    naming its path."""
     where = where or cls.__name__
     if not isinstance(data, Mapping):
-        raise SettingError(f"{where}: expected a mapping of the fields of {cls.__name__}, got {data!r}")
+        raise SettingError(
+            f"{where}: expected a mapping of the fields of {cls.__name__}, got {data!r}"
+        )
     hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
             raise SettingError(f"{where}.{key}: unknown field; {nearest(str(key), fields)}")
     for name, f in fields.items():
-        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+        if (
+            name not in data
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ):
             raise SettingError(f"{where}.{name}: missing; {cls.__name__} needs it")
     return cls(**{key: _build(hints[key], value, f"{where}.{key}") for key, value in data.items()})
 
@@ -92,7 +106,8 @@ def _build(hint: Any, value: Any, where: str) -> Any:
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to solve. Keys of `meta` that begin with an underscore are private, like the answer."""
+    """One thing to solve. Keys of `meta` that begin with an underscore are private, like the
+    answer."""
 
     id: str
     prompt: str
@@ -102,7 +117,8 @@ class Task:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def public(self) -> Task:
-        """What a team may see: no answer, no private meta. Rewards and feedback steps get the whole task."""
+        """What a team may see: no answer, no private meta. Rewards and feedback steps get the whole
+        task."""
         meta = {key: value for key, value in self.meta.items() if not key.startswith("_")}
         return dataclasses.replace(self, answer=None, meta=meta)
 
@@ -120,11 +136,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a reply is drawn. Every field is sent with every request, so that no server default applies in silence.
+    """How a reply is drawn. Every field is sent with every request, so that no server default
+    applies in silence.
 
-    `top_k` 0 means off. `seed` None means: derived from (run seed, episode, agent, turn), see `team.derive_seed`.
-    A `stop` string is kept in the reply: what was sampled is what is trained on. `grammar` is JSON in vLLM's vocabulary, such as
-    `{"json": SCHEMA}`; `logit_bias` is added to the logits of these token ids.
+    `top_k` 0 means off. `seed` None means: derived from (run seed, episode, agent, turn), see
+    `team.derive_seed`. A `stop` string is kept in the reply: what was sampled is what is trained
+    on. `grammar` is JSON in vLLM's vocabulary, such as `{"json": SCHEMA}`; `logit_bias` is added to
+    the logits of these token ids.
     """
 
     temperature: float = 1.0
@@ -142,20 +160,32 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.max_tokens < 1 or not 0 < self.top_p <= 1:
-            raise SettingError(f"sampling: temperature >= 0, max_tokens >= 1 and 0 < top_p <= 1 expected, got {self}")
+            raise SettingError(
+                "sampling: temperature >= 0, max_tokens >= 1 and 0 < top_p <= 1 expected, got"
+                f" {self}"
+            )
 
     @property
     def on_policy(self) -> bool:
-        """True if tokens were drawn from the whole softmax at a temperature above 0, so probability ratios are defined."""
+        """True if tokens were drawn from the whole softmax at a temperature above 0, so probability
+        ratios are defined."""
         if self.grammar or self.logit_bias:
             return False
-        off = (self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        off = (
+            self.top_p,
+            self.top_k,
+            self.min_p,
+            self.repetition_penalty,
+            self.presence_penalty,
+            self.frequency_penalty,
+        )
         return self.temperature > 0 and off == (1.0, 0, 0.0, 1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """The LoRA of a policy, in PEFT's terms (`alpha` is `lora_alpha`, `targets` is `target_modules`)."""
+    """The LoRA of a policy, in PEFT's terms (`alpha` is `lora_alpha`, `targets` is
+    `target_modules`)."""
 
     r: int = 16
     alpha: float = 32.0
@@ -164,7 +194,9 @@ class AdapterSpec:
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.alpha <= 0 or not self.targets:
-            raise SettingError(f"adapter: r >= 1, alpha > 0 and at least one target module expected, got {self}")
+            raise SettingError(
+                f"adapter: r >= 1, alpha > 0 and at least one target module expected, got {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -176,9 +208,11 @@ class PolicySpec:
         base: model path or hub name; None means the run's model.
         adapter: shape of the LoRA.
         trainable: False keeps the adapter as `init` gave it.
-        init: `fresh`, a PEFT folder, or `CHECKPOINT#POLICY` (a policy of an earlier run's checkpoint).
+        init: `fresh`, a PEFT folder, or `CHECKPOINT#POLICY` (a policy of an earlier run's
+            checkpoint).
         learning_rate: None means the run's.
-        url: an OpenAI-compatible endpoint of an outside model (`base` is then its model name); never trained.
+        url: an OpenAI-compatible endpoint of an outside model (`base` is then its model name);
+            never trained.
     """
 
     name: str
@@ -201,11 +235,14 @@ class AgentSpec:
     Args:
         name: unique in the team; the key of rewards, metrics and adapters.
         role: one line for people and reports.
-        prompt: system message of the agent's chats; "" sends none. `team.values["NAME.prompt"]` overrides it.
-        policy: whose weights speak; "" means the policy of the agent's own name. Agents may share one.
+        prompt: system message of the agent's chats; "" sends none. `team.values["NAME.prompt"]`
+            overrides it.
+        policy: whose weights speak; "" means the policy of the agent's own name. Agents may share
+            one.
         sampling: None means the run's sampling.
         tools: names of tools (`marlora.agents.tools.tools`) or `module:function`; () means none.
-        demos: worked user/assistant messages put before every chat; `team.values["NAME.demos"]` overrides them.
+        demos: worked user/assistant messages put before every chat; `team.values["NAME.demos"]`
+            overrides them.
     """
 
     name: str
@@ -218,7 +255,10 @@ class AgentSpec:
 
     def __post_init__(self) -> None:
         if not self.name or not all(c.isalnum() or c in "_-" for c in self.name):
-            raise SettingError(f"agent name {self.name!r}: letters, digits, '_' and '-' expected (it names files and adapters)")
+            raise SettingError(
+                f"agent name {self.name!r}: letters, digits, '_' and '-' expected (it names files"
+                " and adapters)"
+            )
         if not self.policy:
             object.__setattr__(self, "policy", self.name)
 
@@ -227,9 +267,10 @@ class AgentSpec:
 class Completion:
     """One sampled reply, as the engine returned it.
 
-    `token_ids` [T] are the sampled tokens, the end-of-turn token included when it was sampled; `logprobs` [T] are theirs under
-    the distribution they were drawn from. `prompt_ids` [P] is what the engine read. All three are empty for outside models and
-    fakes. `version` names the adapter version that spoke ("" = base).
+    `token_ids` [T] are the sampled tokens, the end-of-turn token included when it was sampled;
+    `logprobs` [T] are theirs under the distribution they were drawn from. `prompt_ids` [P] is what
+    the engine read. All three are empty for outside models and fakes. `version` names the adapter
+    version that spoke ("" = base).
     """
 
     text: str
@@ -249,8 +290,10 @@ class Turn:
         index: the order in which `reply` was called in the episode; siblings share it.
         agent, messages: who was asked, and the whole chat it was sent (without the answer).
         reads: indices of the turns whose text stands in `messages` because the system showed it.
-        sibling, taken: number among the answers sampled for one call; `taken` marks the one the chat goes on with.
-        source: `sampled` by the agent's policy, or `written` by someone else (a repair): fit for SFT, never for ratios.
+        sibling, taken: number among the answers sampled for one call; `taken` marks the one the
+            chat goes on with.
+        source: `sampled` by the agent's policy, or `written` by someone else (a repair): fit for
+            SFT, never for ratios.
         saw_gold: the prompt held the answer (feedback steps): such a turn never enters a batch.
         sampling: what was sent, the seed included.
         text, prompt_ids, token_ids, logprobs, finish_reason, policy, version: see `Completion`.
@@ -278,12 +321,21 @@ class Turn:
 
     @property
     def completion(self) -> Completion:
-        return Completion(self.text, self.prompt_ids, self.token_ids, self.logprobs, self.finish_reason, self.policy, self.version)
+        return Completion(
+            self.text,
+            self.prompt_ids,
+            self.token_ids,
+            self.logprobs,
+            self.finish_reason,
+            self.policy,
+            self.version,
+        )
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A sampled choice that is not tokens: an edge, an operator, a model. `logprob` is of `choice` among `options`."""
+    """A sampled choice that is not tokens: an edge, an operator, a model. `logprob` is of `choice`
+    among `options`."""
 
     index: int
     name: str

@@ -1,5 +1,5 @@
-"""
-The demo: two agents with a LoRA each learn to add three numbers, on a real model and a real vLLM server.
+"""The demo: two agents with a LoRA each learn to add three numbers, on a real model and a real
+vLLM server.
 
 make demo                   (two CPU cores: SmolLM2-135M; a GPU: Qwen2.5-0.5B; times and three seeds in recipes/RESULTS.md)
 python -m marlora.recipes.demo --model PATH-OR-HUB-NAME --output_dir runs/mine
@@ -18,7 +18,8 @@ GPU_MODEL, CPU_MODEL = "Qwen/Qwen2.5-0.5B-Instruct", "smollm2-135m"
 
 
 def choose_model(setting: str) -> tuple[str, str]:
-    """(model, why) for the setting; `auto` looks at this machine and asks the hub only if there is a GPU."""
+    """(model, why) for the setting; `auto` looks at this machine and asks the hub only if there is
+    a GPU."""
     if setting != "auto":
         return setting, "as set"
     if not has_gpu():

@@ -1,5 +1,5 @@
-"""
-FlowReasoner: a designer learns to write a workflow for each task, first from its own rounds of trial, then from what its programs earn.
+"""FlowReasoner: a designer learns to write a workflow for each task, first from its own rounds of
+trial, then from what its programs earn.
 
 accelerate launch recipes/flowreasoner.py [--config recipes/flowreasoner.yaml] [--field value]
 accelerate launch recipes/flowreasoner.py --config recipes/flowreasoner_humaneval.yaml         (HumanEval on a GPU)

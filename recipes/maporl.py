@@ -1,5 +1,5 @@
-"""
-Train a debate by MAPoRL: a verifier scores every answer, PPO learns what an answer does for those that follow from it.
+"""Train a debate by MAPoRL: a verifier scores every answer, PPO learns what an answer does for
+those that follow from it.
 
 accelerate launch recipes/maporl.py [--config recipes/maporl.yaml] [--field value]
 

@@ -1,11 +1,13 @@
-"""
-GRPO for a team of two in one flat file: no trainer, no engine, no classes of ours but the tiny model. Read it at one sitting.
+"""GRPO for a team of two in one flat file: no trainer, no engine, no classes of ours but the tiny
+model. Read it at one sitting.
 
-A task is "7+8+5". Agent `first` reads it and writes the sum of the first two digits; agent `last` reads only what `first` wrote and the third
-digit, and writes the total. Reward 1 if that is right and ended, for both. The base model slips in 60 % of the harder answers.
+A task is "7+8+5". Agent `first` reads it and writes the sum of the first two digits; agent `last`
+reads only what `first` wrote and the third digit, and writes the total. Reward 1 if that is right
+and ended, for both. The base model slips in 60 % of the harder answers.
 
-Left out on purpose: servers, log-prob corrections, clipping (one update per batch, so the ratio is 1), KL, checkpoints, many processes. The
-library way is `grpo_team.py`, which also proves what it serves and resumes.
+Left out on purpose: servers, log-prob corrections, clipping (one update per batch, so the ratio is
+1), KL, checkpoints, many processes. The library way is `grpo_team.py`, which also proves what it
+serves and resumes.
 
 python -m marlora.recipes.minimal_grpo      (2 CPU cores, about a minute: held-out accuracy from .34 to about .99)
 """
@@ -23,23 +25,36 @@ from marlora.agents.types import Task
 from marlora.trainers.testbeds.tiny import tiny_model, tiny_tasks
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-TASKS, EPISODES, NEW_TOKENS = 16, 8, 5  # tasks per step, episodes per task (the group), most tokens of a reply
+TASKS, EPISODES, NEW_TOKENS = (
+    16,
+    8,
+    5,
+)  # tasks per step, episodes per task (the group), most tokens of a reply
 AGENTS = ("first", "last")
 torch.manual_seed(0)
 random.seed(0)
 
-# One base model, one adapter per agent, one optimizer per adapter: its parameters are found by the adapter's name.
+# One base model, one adapter per agent, one optimizer per adapter: its parameters are found by the
+# adapter's name.
 folder = tiny_model()
 tokenizer = AutoTokenizer.from_pretrained(folder)
-shape = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
+shape = LoraConfig(
+    r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"
+)
 model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), shape, adapter_name=AGENTS[0])
 model.add_adapter(AGENTS[1], shape)
-weights = {agent: [p for name, p in model.named_parameters() if f".{agent}.weight" in name] for agent in AGENTS}
-optimizers = {agent: torch.optim.AdamW(weights[agent], lr=2e-3, weight_decay=0.0) for agent in AGENTS}
+weights = {
+    agent: [p for name, p in model.named_parameters() if f".{agent}.weight" in name]
+    for agent in AGENTS
+}
+optimizers = {
+    agent: torch.optim.AdamW(weights[agent], lr=2e-3, weight_decay=0.0) for agent in AGENTS
+}
 
 
 def speak_as(agent: str) -> None:
-    """Switch adapters. PEFT freezes the others' parameters when it switches, so all are declared trainable again."""
+    """Switch adapters. PEFT freezes the others' parameters when it switches, so all are declared
+    trainable again."""
     model.set_adapter(agent)
     for parameters in weights.values():
         for parameter in parameters:
@@ -57,22 +72,38 @@ def reply(agent: str, texts: list[str], temperature: float) -> list[tuple[list[i
     speak_as(agent)
     prompts = [prompt_ids(agent, text) for text in texts]
     width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])  # padding on the left
+    ids = torch.tensor(
+        [[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts]
+    )  # padding on the left
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, **how)[:, width:].tolist()
+    how = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, **how)[
+        :, width:
+    ].tolist()
     end = tokenizer.eos_token_id
-    return [(p, row[: row.index(end) + 1] if end in row else row) for p, row in zip(prompts, out, strict=True)]
+    return [
+        (p, row[: row.index(end) + 1] if end in row else row)
+        for p, row in zip(prompts, out, strict=True)
+    ]
 
 
 def text_of(ids: list[int]) -> str:
     return tokenizer.decode([i for i in ids if i != tokenizer.eos_token_id])
 
 
-def play(tasks: list[Task], temperature: float) -> tuple[dict[str, list[tuple[list[int], list[int]]]], list[float]]:
+def play(
+    tasks: list[Task], temperature: float
+) -> tuple[dict[str, list[tuple[list[int], list[int]]]], list[float]]:
     """Play each task once: what each agent read and wrote, and the rewards."""
     turns = {"first": reply("first", [task.prompt for task in tasks], temperature)}
-    handed = [f"{text_of(ids)}+{task.meta['c']}" for task, (_, ids) in zip(tasks, turns["first"], strict=True)]
+    handed = [
+        f"{text_of(ids)}+{task.meta['c']}"
+        for task, (_, ids) in zip(tasks, turns["first"], strict=True)
+    ]
     turns["last"] = reply("last", handed, temperature)
     right = [
         float(text_of(ids).strip() == str(task.answer) and ids[-1] == tokenizer.eos_token_id)
@@ -82,7 +113,8 @@ def play(tasks: list[Task], temperature: float) -> tuple[dict[str, list[tuple[li
 
 
 def log_probs(turns: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities [B, T] of the tokens after each position's, and the mask [B, T] that is 1 on sampled tokens only."""
+    """Log-probabilities [B, T] of the tokens after each position's, and the mask [B, T] that is 1
+    on sampled tokens only."""
     width = max(len(prompt) + len(sampled) for prompt, sampled in turns)
     ids = torch.full((len(turns), width), tokenizer.pad_token_id)
     attention, mask = torch.zeros_like(ids), torch.zeros(ids.shape)
@@ -107,14 +139,18 @@ for step in range(1, STEPS + 1):
     tasks = [task for task in random.sample(train, TASKS) for _ in range(EPISODES)]
     turns, rewards = play(tasks, temperature=1.0)
 
-    # 2. Credit: a reward counts only in comparison with the other episodes of its task. A unanimous group teaches nothing.
+    # 2. Credit: a reward counts only in comparison with the other episodes of its task. A unanimous
+    # group teaches nothing.
     groups = torch.tensor(rewards).view(TASKS, EPISODES)
-    advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+    advantages = (
+        (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    ).flatten()
     kept = [i for i, advantage in enumerate(advantages.tolist()) if advantage]
     if not kept:
         continue
 
-    # 3. Each agent learns from its own tokens: up where the team did better than its group, down where it did worse.
+    # 3. Each agent learns from its own tokens: up where the team did better than its group, down
+    # where it did worse.
     for agent in AGENTS:
         speak_as(agent)
         chosen, mask = log_probs([turns[agent][i] for i in kept])
@@ -125,7 +161,8 @@ for step in range(1, STEPS + 1):
         optimizers[agent].step()
     if step % 20 == 0 or step == STEPS:
         print(
-            f"step {step}: training reward {sum(rewards) / len(rewards):.3f}, held-out accuracy {accuracy(held_out):.3f}",
+            f"step {step}: training reward {sum(rewards) / len(rewards):.3f}, held-out accuracy"
+            f" {accuracy(held_out):.3f}",
             flush=True,
         )
 

@@ -1,5 +1,5 @@
-"""
-Train a team by PPO: play, let a critic per agent say what it expected, update policies and critics, publish, prove, go on.
+"""Train a team by PPO: play, let a critic per agent say what it expected, update policies and
+critics, publish, prove, go on.
 
 accelerate launch recipes/ppo_team.py [--config recipes/ppo_team.yaml] [--field value] [--agents.NAME.prompt "..."]
 python -m marlora.recipes.ppo_team --dry_run true           (the plan: policies, devices, memory, first prompt)

@@ -1,5 +1,5 @@
-"""
-Train a designer of workflow programs by their scores: write, run several times, draw pairs, Score-DPO, publish, prove.
+"""Train a designer of workflow programs by their scores: write, run several times, draw pairs,
+Score-DPO, publish, prove.
 
 accelerate launch recipes/scoreflow.py [--config recipes/scoreflow.yaml] [--field value]
 python -m marlora.recipes.scoreflow --objective dpo                                      (the controls: dpo, sft, grpo)

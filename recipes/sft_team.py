@@ -1,5 +1,5 @@
-"""
-SFT for a team: every agent imitates its own turns of successful episodes, played here or taken from a store.
+"""SFT for a team: every agent imitates its own turns of successful episodes, played here or taken
+from a store.
 
 accelerate launch recipes/sft_team.py [--config recipes/sft_team.yaml] [--field value]
 accelerate launch recipes/sft_team.py --episodes runs/x/episodes       (learns from another run's episodes; plays evaluations only)

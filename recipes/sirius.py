@@ -1,5 +1,5 @@
-"""
-SiriuS: a team learns from its own successes, and from failures that were mended with the help of somebody who knows the answer.
+"""SiriuS: a team learns from its own successes, and from failures that were mended with the help
+of somebody who knows the answer.
 
 accelerate launch recipes/sirius.py [--config recipes/sirius_problem_solving.yaml] [--max_iterations 2] [--field value]
 accelerate launch recipes/sirius.py --config recipes/sirius_actor_critic.yaml                  (actor, judge, critic)
@@ -15,7 +15,11 @@ from marlora.trainers.methods.imitation.sirius import SiriusTrainer
 
 
 def main() -> None:
-    train(SiriusTrainer, parse(SiriusTrainer.Config, Path(__file__).with_name("sirius_problem_solving.yaml")), "sirius")
+    train(
+        SiriusTrainer,
+        parse(SiriusTrainer.Config, Path(__file__).with_name("sirius_problem_solving.yaml")),
+        "sirius",
+    )
 
 
 if __name__ == "__main__":

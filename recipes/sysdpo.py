@@ -1,5 +1,5 @@
-"""
-Train a team by preferences between its runs: play, pair the runs of a task by score, move all adapters by one joint loss, publish, prove.
+"""Train a team by preferences between its runs: play, pair the runs of a task by score, move all
+adapters by one joint loss, publish, prove.
 
 accelerate launch recipes/sysdpo.py [--config recipes/sysdpo.yaml] [--field value]
 python -m marlora.recipes.sysdpo --episodes runs/grpo_team                               (offline: from the store of another run)

@@ -1,5 +1,5 @@
-"""
-Train a verifier: sample answers, compare them with the gold answers, learn to tell right from wrong; how well it does is reported.
+"""Train a verifier: sample answers, compare them with the gold answers, learn to tell right from
+wrong; how well it does is reported.
 
 accelerate launch recipes/verifier.py [--config recipes/verifier.yaml] [--field value]
 python -m marlora.recipes.verifier --episodes runs/store       (from answers that are stored already)

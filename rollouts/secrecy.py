@@ -1,7 +1,9 @@
-"""Settings that take a key, or an address in which one may stand: checked when they are read, and never shown.
+"""Settings that take a key, or an address in which one may stand: checked when they are read, and
+never shown.
 
-A key typed where the name of a file belongs would otherwise stand in an error, a log, `config.yaml`, a tracker or a checkpoint. So what
-cannot be such a name is refused before anything is written, and the error tells of the value's length only.
+A key typed where the name of a file belongs would otherwise stand in an error, a log,
+`config.yaml`, a tracker or a checkpoint. So what cannot be such a name is refused before anything
+is written, and the error tells of the value's length only.
 """
 
 from __future__ import annotations
@@ -17,13 +19,19 @@ from ..agents.types import SettingError
 
 HIDDEN = "***"
 MAY_HOLD_KEYS = ("server_key", "server_urls", "router_url", "policies", "engine_args")  # settings
-_HOST = re.compile(r"[a-z0-9]([a-z0-9.-]{0,60}[a-z0-9])?:\d{1,5}(/v1)?/?", re.IGNORECASE)  # an address that lacks its http://
+_HOST = re.compile(
+    r"[a-z0-9]([a-z0-9.-]{0,60}[a-z0-9])?:\d{1,5}(/v1)?/?", re.IGNORECASE
+)  # an address that lacks its http://
 _SECRET_ARGUMENT = re.compile(r"(^|[-_])(key|token|secret|password)$", re.IGNORECASE)
 
 
 def not_shown(value: Any) -> str:
     """What an error says in place of a value that may be a key."""
-    size = f"a text of {len(value)} characters" if isinstance(value, str) else f"a {type(value).__name__}"
+    size = (
+        f"a text of {len(value)} characters"
+        if isinstance(value, str)
+        else f"a {type(value).__name__}"
+    )
     return f"got {size} (not shown, because it may be a key)"
 
 
@@ -33,20 +41,22 @@ def told_value(setting: str, value: Any) -> str:
 
 
 def check_key_name(setting: str, name: Any) -> None:
-    """Raise `SettingError` unless this is "", an environment variable that is set, or a file that is there."""
+    """Raise `SettingError` unless this is "", an environment variable that is set, or a file that
+    is there."""
     try:
         found = isinstance(name, str) and (not name or name in os.environ or Path(name).is_file())
     except (OSError, ValueError):  # what no file can be called
         found = False
     if not found:
         raise SettingError(
-            f"{setting}: expected the name of an environment variable that is set, or of a file that is there and holds the key; "
-            f"{not_shown(name)}"
+            f"{setting}: expected the name of an environment variable that is set, or of a file"
+            f" that is there and holds the key; {not_shown(name)}"
         )
 
 
 def usable_key(setting: str, key: str) -> str:
-    """A key without the white space around it. Raises `SettingError` for one that no header can carry."""
+    """A key without the white space around it. Raises `SettingError` for one that no header can
+    carry."""
     key = key.strip()
     if not (key.isascii() and key.isprintable()):
         raise SettingError(f"{setting}: a key is one line of printable ASCII; {not_shown(key)}")
@@ -54,17 +64,26 @@ def usable_key(setting: str, key: str) -> str:
 
 
 def check_url(setting: str, url: Any) -> str:
-    """An address without user, password, query and fragment, where keys would stand. Raises `SettingError`."""
+    """An address without user, password, query and fragment, where keys would stand. Raises
+    `SettingError`."""
     try:
         parts = urlsplit(url) if isinstance(url, str) else None
-        usable = parts is not None and parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+        usable = (
+            parts is not None
+            and parts.scheme in ("http", "https")
+            and parts.hostname is not None
+            and parts.port != 0
+        )
         secret = parts is not None and ("@" in parts.netloc or parts.query or parts.fragment)
     except ValueError:
         usable, secret = False, True
     if not usable or secret:
         known = isinstance(url, str) and _HOST.fullmatch(url)
         told = f"got {url!r}" if known else not_shown(url)
-        raise SettingError(f"{setting}: expected http://HOST:PORT/v1 without user, password, query or fragment; {told}")
+        raise SettingError(
+            f"{setting}: expected http://HOST:PORT/v1 without user, password, query or fragment;"
+            f" {told}"
+        )
     return str(url)
 
 
@@ -72,14 +91,21 @@ def shown_url(url: Any) -> str:
     """Any address as it may be shown: without what may be a key."""
     try:
         parts = urlsplit(url)
-        plain = parts.scheme in ("http", "https") and parts.port != 0  # a port that is no number raises
+        plain = (
+            parts.scheme in ("http", "https") and parts.port != 0
+        )  # a port that is no number raises
     except (ValueError, AttributeError, TypeError):
         plain = False
     if not plain:
         return f"an address ({not_shown(url)})"
     host = parts.netloc.rpartition("@")[2]
     tail = f"?{HIDDEN}" if parts.query or parts.fragment else ""
-    return urlunsplit((parts.scheme, f"{HIDDEN}@{host}" if "@" in parts.netloc else host, parts.path, "", "")) + tail
+    return (
+        urlunsplit(
+            (parts.scheme, f"{HIDDEN}@{host}" if "@" in parts.netloc else host, parts.path, "", "")
+        )
+        + tail
+    )
 
 
 def check_addresses(server_urls: Any, router_url: Any, server_key: Any) -> None:
@@ -104,13 +130,15 @@ def check_policies(policies: Any) -> None:
 
 
 def check_arguments(arguments: Any) -> None:
-    """Keys among `engine_args`: they would stand in the list of processes, in logs and in `config.yaml`."""
+    """Keys among `engine_args`: they would stand in the list of processes, in logs and in
+    `config.yaml`."""
     for name, value in arguments.items() if isinstance(arguments, Mapping) else ():
         check_arguments(value)
         if _SECRET_ARGUMENT.search(str(name)):
             raise SettingError(
-                f"engine_args.{name}: keys are not given here, where the list of processes and config.yaml would show them; "
-                "set the environment variable that vLLM reads, such as HF_TOKEN"
+                f"engine_args.{name}: keys are not given here, where the list of processes and"
+                " config.yaml would show them; set the environment variable that vLLM reads, such"
+                " as HF_TOKEN"
             )
 
 

@@ -14,9 +14,11 @@ from ..agents.types import Decision, Task, Turn
 class Reward:
     """One judgement of an episode.
 
-    `agent` None: the whole team's. `turn`: index of the one turn it is about, with `sibling` for its number among siblings.
-    `value` NaN: could not be scored (never 0: that would be a signal). `text`: feedback in words. `source`: the scorer's or turn's name.
-    A reward counts towards training if its name is in the run's reward weights (default: all but `format`-like ones, weight 0).
+    `agent` None: the whole team's. `turn`: index of the one turn it is about, with `sibling` for
+    its number among siblings. `value` NaN: could not be scored (never 0: that would be a signal).
+    `text`: feedback in words. `source`: the scorer's or turn's name. A reward counts towards
+    training if its name is in the run's reward weights (default: all but `format`-like ones, weight
+    0).
     """
 
     name: str
@@ -30,7 +32,8 @@ class Reward:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one agent cost in one episode. `prompt_tokens` counts every prompt as sent; seconds are wall-clock, summed over calls."""
+    """What one agent cost in one episode. `prompt_tokens` counts every prompt as sent; seconds are
+    wall-clock, summed over calls."""
 
     calls: int = 0
     prompt_tokens: int = 0
@@ -51,13 +54,17 @@ class Episode:
     """One team on one task, from start to score.
 
     Args:
-        id: unique in the store. `group`: episodes that share it are compared with one another (one task, one step).
+        id: unique in the store. `group`: episodes that share it are compared with one another (one
+            task, one step).
         parent: id of the episode that played this one as a child.
         split: of the task: train, eval, ...
-        seed: everything sampled follows from it. `team_version`: adapter version per policy that spoke.
-        values: texts and choices in force. turns, decisions: all of them, siblings included, ordered by index.
+        seed: everything sampled follows from it. `team_version`: adapter version per policy that
+            spoke.
+        values: texts and choices in force. turns, decisions: all of them, siblings included,
+            ordered by index.
         output: what the system returned; None if it failed. rewards: what scorers said.
-        usage: per agent. stop_reason: `done`, `error`, `context` (a prompt did not fit), `limit`, `timeout`.
+        usage: per agent. stop_reason: `done`, `error`, `context` (a prompt did not fit), `limit`,
+            `timeout`.
         error: the failure in one line; such an episode is kept as data and never trained on.
     """
 
@@ -83,8 +90,13 @@ class Episode:
         return tuple(turn for turn in self.turns if turn.agent == agent and turn.taken)
 
     def reward(self, name: str | None = None, agent: str | None = None) -> float:
-        """Sum of the rewards of this name (None: all) for this agent (None: the team's); NaN if there is none or one is NaN."""
-        values = [r.value for r in self.rewards if r.agent == agent and r.turn is None and name in (None, r.name)]
+        """Sum of the rewards of this name (None: all) for this agent (None: the team's); NaN if
+        there is none or one is NaN."""
+        values = [
+            r.value
+            for r in self.rewards
+            if r.agent == agent and r.turn is None and name in (None, r.name)
+        ]
         return sum(values) if values else math.nan
 
 

@@ -1,4 +1,5 @@
-"""Processor seconds of one pass of the demo's update over a run's stored episodes, by layout: python -m tests.bench_demo RUN LAYOUT..."""
+"""Processor seconds of one pass of the demo's update over a run's stored episodes, by layout:
+python -m tests.bench_demo RUN LAYOUT..."""
 
 from __future__ import annotations
 
@@ -28,25 +29,49 @@ REPEATS = 2
 
 
 def measure(run: Path, layouts: list[str]) -> dict[str, float]:
-    """Of the first step's episodes, layouts in turns after a round that does not count. The run's own settings, but for the layout."""
+    """Of the first step's episodes, layouts in turns after a round that does not count. The run's
+    own settings, but for the layout."""
     given = yaml.safe_load((run / "config.yaml").read_text())
     names = sorted(given["agents"])
-    shape = AdapterSpec(r=given["lora_r"], alpha=given["lora_alpha"], targets=tuple(given["lora_target_modules"]))
+    shape = AdapterSpec(
+        r=given["lora_r"], alpha=given["lora_alpha"], targets=tuple(given["lora_target_modules"])
+    )
     model = local_model(given["model"])
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, choose_dtype(model, "auto", on_gpu=has_gpu())))
-    adapters = Adapters(network, [PolicySpec(name, adapter=shape) for name in names], seed=0, base_name=model)
+    network = AutoModelForCausalLM.from_pretrained(
+        model, dtype=getattr(torch, choose_dtype(model, "auto", on_gpu=has_gpu()))
+    )
+    adapters = Adapters(
+        network, [PolicySpec(name, adapter=shape) for name in names], seed=0, base_name=model
+    )
     kept = ("loss_type", "epsilon_high", "credit", "learning_rate", "tokens_per_batch")
-    made = {x: Optimizers(adapters, GRPOConfig(num_iterations=1, layout=x, **{k: given[k] for k in kept})) for x in layouts}
+    made = {
+        x: Optimizers(
+            adapters, GRPOConfig(num_iterations=1, layout=x, **{k: given[k] for k in kept})
+        )
+        for x in layouts
+    }
     config: GRPOConfig = next(iter(made.values())).config  # type: ignore[assignment]
-    episodes = [episode for episode in Store(run / "episodes").read(step=1) if episode.split == "train"]
+    episodes = [
+        episode for episode in Store(run / "episodes").read(step=1) if episode.split == "train"
+    ]
     learnt, _ = samples(episodes, credit(episodes, config, {}), {name: name for name in names})
-    print(f"{len(learnt)} samples of {sum(len(sample.ids) for sample in learnt)} tokens, {network.dtype}")
+    print(
+        f"{len(learnt)} samples of {sum(len(sample.ids) for sample in learnt)} tokens,"
+        f" {network.dtype}"
+    )
     laps: dict[str, list[float]] = {layout: [] for layout in layouts}
     for _ in range(REPEATS + 1):
         for layout, optimizers in made.items():
             start = time.process_time()
-            update(optimizers, learnt, lambda batch, logp, entropy, _, counts: policy_loss(logp, entropy, batch, config, counts),
-                   1, Ranks())  # fmt: skip
+            update(
+                optimizers,
+                learnt,
+                lambda batch, logp, entropy, _, counts: policy_loss(
+                    logp, entropy, batch, config, counts
+                ),
+                1,
+                Ranks(),
+            )
             laps[layout].append(time.process_time() - start)
     return {layout: statistics.median(seconds[1:]) for layout, seconds in laps.items()}
 

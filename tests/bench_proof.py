@@ -1,7 +1,9 @@
-"""What the live proof's residual is for right adapters and for wrong ones, on vLLM: python -m tests.bench_proof RUN
+"""What the live proof's residual is for right adapters and for wrong ones, on vLLM: python -m
+tests.bench_proof RUN
 
-RUN is a finished run of the demo (`make demo`). From its stored steps two teams learn anew, at learning rates 1e-5 and 1e-4. After every step
-but the first, each policy's adapter is served as itself, as it was one step earlier, and as the other policy's.
+RUN is a finished run of the demo (`make demo`). From its stored steps two teams learn anew, at
+learning rates 1e-5 and 1e-4. After every step but the first, each policy's adapter is served as
+itself, as it was one step earlier, and as the other policy's.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ KEPT = ("loss_type", "epsilon_high", "credit", "tokens_per_batch")
 STEPS = 3
 
 
-async def residuals(prover: WeightVerifier, policy: str, versions: list[str], found: list[Probe]) -> list[float]:
+async def residuals(
+    prover: WeightVerifier, policy: str, versions: list[str], found: list[Probe]
+) -> list[float]:
     """Of the adapter that the trainer has, against each of these versions as served."""
     asked = [probe.window for probe in found]
     base = await prover._trained(asked, BASE)
@@ -45,41 +49,81 @@ async def residuals(prover: WeightVerifier, policy: str, versions: list[str], fo
     made = []
     for version in versions:
         async with prover._twin(policy, version, factor) as twin:
-            served = await prover._scores(asked, ModelRef(policy, twin), prover.engine.info().replicas[0])
+            served = await prover._scores(
+                asked, ModelRef(policy, twin), prover.engine.info().replicas[0]
+            )
         made.append(_norm(_minus(served, trained)) / _norm(_minus(trained, base)))
     return made
 
 
-async def measure(engine: Engine, adapters: Adapters, config: GRPOConfig, episodes: dict[int, list[Episode]], root: Path) -> None:
-    optimizers, publisher, names = Optimizers(adapters, config), Publisher(root, adapters, engine), list(adapters.trainable)
+async def measure(
+    engine: Engine,
+    adapters: Adapters,
+    config: GRPOConfig,
+    episodes: dict[int, list[Episode]],
+    root: Path,
+) -> None:
+    optimizers, publisher, names = (
+        Optimizers(adapters, config),
+        Publisher(root, adapters, engine),
+        list(adapters.trainable),
+    )
     for step in range(1, STEPS + 1):
-        learnt, _ = samples(episodes[step], credit(episodes[step], config, {}), {name: name for name in names})
-        update(optimizers, learnt, lambda batch, logp, entropy, _, counts: policy_loss(logp, entropy, batch, config, counts),
-               step, Ranks())  # fmt: skip
+        learnt, _ = samples(
+            episodes[step], credit(episodes[step], config, {}), {name: name for name in names}
+        )
+        update(
+            optimizers,
+            learnt,
+            lambda batch, logp, entropy, _, counts: policy_loss(
+                logp, entropy, batch, config, counts
+            ),
+            step,
+            Ranks(),
+        )
         earlier = dict(publisher.versions)
         versions = await publisher.publish(step, names)
         for name, other in zip(names, [*names[1:], names[0]], strict=True):
             if step > 1:
                 found = probes(episodes[step], {n: [n] for n in names}, name)
-                row = await residuals(publisher.prover, name, [versions[name], earlier[name], versions[other]], found)
-                said = "  ".join(f"{what} {x:.3f}" for what, x in zip(("itself", "a step earlier", f"{other}'s"), row, strict=True))
+                row = await residuals(
+                    publisher.prover, name, [versions[name], earlier[name], versions[other]], found
+                )
+                said = "  ".join(
+                    f"{what} {x:.3f}"
+                    for what, x in zip(("itself", "a step earlier", f"{other}'s"), row, strict=True)
+                )
                 print(f"{config.learning_rate:g}  step {step}  {name}: {said}", flush=True)
 
 
 async def main(run: Path) -> None:
     given, folder = yaml.safe_load((run / "config.yaml").read_text()), run / "bench-proof"
     model = local_model(given["model"])
-    shape = AdapterSpec(r=given["lora_r"], alpha=given["lora_alpha"], targets=tuple(given["lora_target_modules"]))
+    shape = AdapterSpec(
+        r=given["lora_r"], alpha=given["lora_alpha"], targets=tuple(given["lora_target_modules"])
+    )
     policies = [PolicySpec(name, adapter=shape) for name in sorted(given["agents"])]
     store = Store(run / "episodes")
-    episodes = {step: [e for e in store.read(step=step) if e.split == "train"] for step in range(1, STEPS + 1)}
+    episodes = {
+        step: [e for e in store.read(step=step) if e.split == "train"]
+        for step in range(1, STEPS + 1)
+    }
     settings = EngineConfig(engine="vllm", max_model_len=given["max_model_len"])
-    engine = await start_engine(model, ChatRenderer(load_tokenizer(model)), policies, settings, folder=folder, say=print)
+    engine = await start_engine(
+        model, ChatRenderer(load_tokenizer(model)), policies, settings, folder=folder, say=print
+    )
     try:
         for rate in (1e-5, 1e-4):
             dtype = getattr(torch, choose_dtype(model, "auto", on_gpu=has_gpu()))
-            adapters = Adapters(AutoModelForCausalLM.from_pretrained(model, dtype=dtype), policies, seed=0, base_name=model)
-            config = GRPOConfig(num_iterations=1, learning_rate=rate, **{name: given[name] for name in KEPT})
+            adapters = Adapters(
+                AutoModelForCausalLM.from_pretrained(model, dtype=dtype),
+                policies,
+                seed=0,
+                base_name=model,
+            )
+            config = GRPOConfig(
+                num_iterations=1, learning_rate=rate, **{name: given[name] for name in KEPT}
+            )
             await measure(engine, adapters, config, episodes, folder / "versions")
     finally:
         await engine.close()

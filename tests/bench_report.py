@@ -1,4 +1,5 @@
-"""Seconds until the report of 10,000 episodes is written, and until it is set up in a browser: python -m tests.bench_report"""
+"""Seconds until the report of 10,000 episodes is written, and until it is set up in a browser:
+python -m tests.bench_report"""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from tests.rollouts.report.test_browser import episode
 async def measure(folder: Path) -> None:
     run = folder / "run"
     run.mkdir()
-    (run / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "max_steps": 10, "rewards": ["correct"]}))
+    (run / "config.yaml").write_text(
+        yaml.safe_dump({"model": "tiny", "max_steps": 10, "rewards": ["correct"]})
+    )
     with Store(run / "episodes", fsync=False) as store:
         store.extend([episode(1 + n // 1000, n) for n in range(10_000)])
     start = time.perf_counter()
@@ -30,7 +33,8 @@ async def measure(folder: Path) -> None:
             await page.open(path.as_uri())
             nodes = await page.run('document.querySelectorAll("*").length')
             print(
-                f"set up {await page.run('performance.now()') / 1000:.2f} s after navigation, {nodes} nodes, errors {page.errors}"
+                f"set up {await page.run('performance.now()') / 1000:.2f} s after navigation,"
+                f" {nodes} nodes, errors {page.errors}"
             )
 
 

@@ -1,4 +1,5 @@
-"""A headless Chromium over its DevTools protocol: open a page, run script in it, press keys, and hear of every error."""
+"""A headless Chromium over its DevTools protocol: open a page, run script in it, press keys, and
+hear of every error."""
 
 from __future__ import annotations
 
@@ -18,13 +19,21 @@ import aiohttp
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 MISSING = "no Chromium on PATH; on Debian and Ubuntu: apt-get install chromium (.ci/run does)"
 OPTIONS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
-    "--disable-background-networking", "--remote-debugging-port=0", "--window-size=1280,900",
-)  # fmt: skip
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-extensions",
+    "--disable-background-networking",
+    "--remote-debugging-port=0",
+    "--window-size=1280,900",
+)
 
 
 class Browser:
-    """One page. `errors`: what went to its console as an error, exceptions, and what its policy (CSP) refused."""
+    """One page. `errors`: what went to its console as an error, exceptions, and what its policy
+    (CSP) refused."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket, self.errors = socket, list[str]()
@@ -39,7 +48,11 @@ class Browser:
             if "id" in data:
                 self._waiting.pop(data["id"]).set_result(data)
             elif data["method"] == "Runtime.exceptionThrown":
-                self.errors.append(data["params"]["exceptionDetails"].get("exception", {}).get("description", "exception"))
+                self.errors.append(
+                    data["params"]["exceptionDetails"]
+                    .get("exception", {})
+                    .get("description", "exception")
+                )
             elif data["method"] == "Log.entryAdded" and data["params"]["entry"]["level"] == "error":
                 self.errors.append(data["params"]["entry"]["text"])
             elif data["method"] == "Runtime.consoleAPICalled" and data["params"]["type"] == "error":
@@ -50,14 +63,18 @@ class Browser:
     async def call(self, method: str, **params: Any) -> dict[str, Any]:
         self._number += 1
         answer = self._waiting[self._number] = asyncio.get_running_loop().create_future()
-        await self.socket.send_str(json.dumps({"id": self._number, "method": method, "params": params}))
+        await self.socket.send_str(
+            json.dumps({"id": self._number, "method": method, "params": params})
+        )
         data = await asyncio.wait_for(answer, 60)
         assert "error" not in data, f"{method}: {data['error']}"
         return dict(data["result"])
 
     async def run(self, script: str) -> Any:
         """The value of an expression (awaited if a promise)."""
-        found = await self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        found = await self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in found, f"{script}: {found['exceptionDetails']}"
         return found["result"].get("value")
 
@@ -81,7 +98,10 @@ class Browser:
 
     async def dark(self, dark: bool) -> None:
         value = "dark" if dark else "light"
-        await self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
+        await self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": value}],
+        )
 
     async def picture(self, path: Path, *, whole: bool = True) -> None:
         found = await self.call("Page.captureScreenshot", captureBeyondViewport=whole)
@@ -94,7 +114,9 @@ async def browser(folder: Path) -> AsyncIterator[Browser]:
     path = next(filter(None, map(shutil.which, NAMES)), None)
     assert path is not None, MISSING
     process = subprocess.Popen(
-        [path, *OPTIONS, f"--user-data-dir={folder}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [path, *OPTIONS, f"--user-data-dir={folder}", "about:blank"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         port = await _port(folder / "DevToolsActivePort", process)
@@ -115,6 +137,8 @@ async def browser(folder: Path) -> AsyncIterator[Browser]:
 async def _port(file: Path, process: subprocess.Popen[bytes]) -> int:
     deadline = time.monotonic() + 60
     while not file.exists() or not file.read_text().strip():
-        assert process.poll() is None and time.monotonic() < deadline, f"Chromium did not start (exit code {process.poll()})"
+        assert process.poll() is None and time.monotonic() < deadline, (
+            f"Chromium did not start (exit code {process.poll()})"
+        )
         await asyncio.sleep(0.05)
     return int(file.read_text().splitlines()[0])

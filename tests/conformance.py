@@ -1,4 +1,5 @@
-"""The conformance suite of systems; it ships with the library, so that anyone's system can be checked."""
+"""The conformance suite of systems; it ships with the library, so that anyone's system can be
+checked."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from tests.live_server import Live, SharedServer, start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file stay on one worker, for they share fixtures; those of the server all on one, for there is one server."""
+    """Tests of a file stay on one worker, for they share fixtures; those of the server all on one,
+    for there is one server."""
     for item in items:
         group = "server" if item.get_closest_marker("server") else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))
@@ -20,7 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """torch on one thread: the order of sums, and so the last bits, depend on how many there are."""
+    """torch on one thread: the order of sums, and so the last bits, depend on how many there
+    are."""
     from marlora.trainers.testbeds import tiny
 
     with tiny.one_thread():
@@ -37,9 +39,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """The one real vLLM server of a test run, on a small random model; tests stay apart by the names of their adapters."""
+    """The one real vLLM server of a test run, on a small random model; tests stay apart by the
+    names of their adapters."""
     if importlib.util.find_spec("vllm") is None:
-        pytest.fail("vLLM is not installed here, so the server tests cannot run: make setup installs it")
+        pytest.fail(
+            "vLLM is not installed here, so the server tests cannot run: make setup installs it"
+        )
     live = start(tmp_path_factory.mktemp("server"))
     yield live
     assert isinstance(live.server, SharedServer)

@@ -15,11 +15,22 @@ from marlora.rollouts.renderer import ChatRenderer, load_tokenizer
 from marlora.trainers.testbeds.tiny import tiny_random_model
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-POLICIES = tuple(PolicySpec(name, adapter=AdapterSpec(r=4, alpha=8.0, targets=TARGETS)) for name in ("solver", "critic"))
+POLICIES = tuple(
+    PolicySpec(name, adapter=AdapterSpec(r=4, alpha=8.0, targets=TARGETS))
+    for name in ("solver", "critic")
+)
 CONTEXT = 512
 
-# What a model folder may carry; none of it may reach a run. Token 40 is an ordinary byte here, and no end of a reply.
-HOSTILE = {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.5, "repetition_penalty": 1.7, "eos_token_id": [1, 40]}
+# What a model folder may carry; none of it may reach a run. Token 40 is an ordinary byte here, and
+# no end of a reply.
+HOSTILE = {
+    "do_sample": True,
+    "temperature": 0.1,
+    "top_k": 1,
+    "top_p": 0.5,
+    "repetition_penalty": 1.7,
+    "eos_token_id": [1, 40],
+}
 
 
 def make_model(folder: Path) -> Path:
@@ -54,7 +65,8 @@ class Live:
         return VLLMEngine([self.server], self.tokens, adapter_root=self.root, **settings)
 
     def adapter(self, name: str, seed: int, r: int = 4) -> Path:
-        """A PEFT folder with random A and B. Names are used once: a server never forgets what it cached under one."""
+        """A PEFT folder with random A and B. Names are used once: a server never forgets what it
+        cached under one."""
         import torch
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
@@ -63,7 +75,9 @@ class Live:
         assert not folder.exists(), f"adapter {name} is another test's"
         base = AutoModelForCausalLM.from_pretrained(self.model)
         torch.manual_seed(seed)
-        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(TARGETS), init_lora_weights=False)
+        config = LoraConfig(
+            r=r, lora_alpha=2 * r, target_modules=list(TARGETS), init_lora_weights=False
+        )
         get_peft_model(base, config).save_pretrained(folder)
         (folder / "README.md").unlink()
         return folder

@@ -17,7 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("agents", "rollouts", "trainers", "recipes")  # lowest first: each may import those before it
+ROOMS = (
+    "agents",
+    "rollouts",
+    "trainers",
+    "recipes",
+)  # lowest first: each may import those before it
 
 
 @functools.cache
@@ -25,7 +30,11 @@ def files() -> tuple[Path, ...]:
     """Every file git tracks or would track, relative to the root."""
     git = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return tuple(sorted(path for path in map(Path, filter(None, listed.split("\0"))) if (ROOT / path).is_file()))
+    return tuple(
+        sorted(
+            path for path in map(Path, filter(None, listed.split("\0"))) if (ROOT / path).is_file()
+        )
+    )
 
 
 def modules(*rooms: str) -> list[Path]:
@@ -52,11 +61,14 @@ def clean_environment(**settings: str) -> dict[str, str]:
 
 
 def throw_away(packages: Sequence[str], *, atop: bool = False) -> Path:
-    """The Python of a throw-away environment with these packages; kept in the temporary folder while they are the same.
+    """The Python of a throw-away environment with these packages; kept in the temporary folder
+    while they are the same.
 
     `atop`: it sees the packages of this environment too, and installs what they lack.
     """
-    name = hashlib.sha256(repr((sys.version, packages, atop and sys.path)).encode()).hexdigest()[:10]
+    name = hashlib.sha256(repr((sys.version, packages, atop and sys.path)).encode()).hexdigest()[
+        :10
+    ]
     folder = Path(tempfile.gettempdir()) / f"marlora-programs-{name}"
     with Path(f"{folder}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -67,8 +79,18 @@ def throw_away(packages: Sequence[str], *, atop: bool = False) -> Path:
                 found = [
                     path for path in sys.path if path.endswith("site-packages")
                 ]  # `addsitedir`: with what their .pth files name
-                Path(here, "atop.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in found))
-            install = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--no-compile", *packages]
+                Path(here, "atop.pth").write_text(
+                    "".join(f"import site; site.addsitedir({path!r})\n" for path in found)
+                )
+            install = [
+                str(folder / "bin/python"),
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-compile",
+                *packages,
+            ]
             done = subprocess.run(install, env=clean_environment(), capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-2000:]
             (folder / "done").touch()
@@ -83,13 +105,16 @@ def names_of_tests() -> frozenset[str]:
         for path in modules("tests")
         if path.name.startswith("test_")
         for node in ast.walk(ast.parse((ROOT / path).read_text()))
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test_")
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.name.startswith("test_")
     )
 
 
 def ci_targets() -> set[str]:
     """The make targets that .ci/run reaches, with what they depend on."""
-    rules = dict(re.findall(r"^([a-z-]+):([^=#\n]*)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    rules = dict(
+        re.findall(r"^([a-z-]+):([^=#\n]*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    )
     found: set[str] = set()
     waiting = re.findall(r"\bmake ([a-z-]+)$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     while waiting:

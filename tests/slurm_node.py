@@ -1,4 +1,5 @@
-"""A Slurm of one node for tests: munged, slurmctld and slurmd of this machine, in a folder of their own, on free ports.
+"""A Slurm of one node for tests: munged, slurmctld and slurmd of this machine, in a folder of their
+own, on free ports.
 
 Needs root and Debian's packages `slurm-wlm` and `munge`.
 """
@@ -75,23 +76,48 @@ class SlurmNode:
         for name in ("state", "spool"):
             (folder / name).mkdir(parents=True)
         control, daemon = _free_ports(2)
-        values = {"host": self.host, "control": control, "daemon": daemon, "folder": folder, "cpus": os.cpu_count()}
+        values = {
+            "host": self.host,
+            "control": control,
+            "daemon": daemon,
+            "folder": folder,
+            "cpus": os.cpu_count(),
+        }
         (folder / "slurm.conf").write_text(CONFIG.format(**values))
         key = folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
         folder.chmod(0o755)  # munged refuses a socket below a folder that others cannot enter
-        files = ["--key-file", key, "--socket", folder / "munge.socket", "--pid-file", folder / "munge.pid"]
-        self._daemon("munged", *files, "--log-file", folder / "munge.log", "--seed-file", folder / "munge.seed", "--force")
+        files = [
+            "--key-file",
+            key,
+            "--socket",
+            folder / "munge.socket",
+            "--pid-file",
+            folder / "munge.pid",
+        ]
+        self._daemon(
+            "munged",
+            *files,
+            "--log-file",
+            folder / "munge.log",
+            "--seed-file",
+            folder / "munge.seed",
+            "--force",
+        )
         self._daemon("slurmctld", "-D")
         self._daemon("slurmd", "-D", "-N", self.host)
-        self.wait(lambda: "idle" in self.run("sinfo", "-h", "-o", "%t"), 60, "the node never became idle")
+        self.wait(
+            lambda: "idle" in self.run("sinfo", "-h", "-o", "%t"), 60, "the node never became idle"
+        )
 
     def _daemon(self, name: str, *args: object) -> None:
         log = (self.folder / f"{name}.out").open("w")
         self._stack.callback(log.close)
         foreground = ["--foreground"] if name == "munged" else []
-        process = subprocess.Popen([name, *foreground, *map(str, args)], stdout=log, stderr=log, env=self.env)
+        process = subprocess.Popen(
+            [name, *foreground, *map(str, args)], stdout=log, stderr=log, env=self.env
+        )
         self._stack.callback(_end, process)
         if name == "munged":
             self.wait((self.folder / "munge.socket").exists, 20, "munged never opened its socket")
@@ -105,7 +131,12 @@ class SlurmNode:
     def submit(self, *args: str, env: Mapping[str, str] | None = None) -> str:
         """Id of the new job, run from the repository."""
         done = subprocess.run(
-            ["sbatch", "--parsable", *args], env={**self.env, **(env or {})}, cwd=ROOT, capture_output=True, text=True, timeout=60
+            ["sbatch", "--parsable", *args],
+            env={**self.env, **(env or {})},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         if done.returncode:
             raise RuntimeError(f"sbatch {' '.join(args)}: {done.stderr.strip()}")
@@ -120,11 +151,18 @@ class SlurmNode:
         return self.job(job)["JobState"]
 
     def ended(self, job: str, seconds: float) -> str:
-        """Wait for the job's end, starting it at once whenever it has been requeued; returns its last state."""
+        """Wait for the job's end, starting it at once whenever it has been requeued; returns its
+        last state."""
 
         def over() -> bool:
             self.hasten(job)
-            return self.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+            return self.state(job) not in (
+                "PENDING",
+                "RUNNING",
+                "COMPLETING",
+                "CONFIGURING",
+                "REQUEUED",
+            )
 
         self.wait(over, seconds, f"job {job} never ended")
         return self.state(job)
@@ -132,7 +170,8 @@ class SlurmNode:
     def hasten(self, job: str) -> None:
         """Start a job at once that was requeued, for which Slurm would wait two minutes.
 
-        Not within the second of its kill: slurmd tells a new start from the killed one by whole seconds, and refuses it ("already killed").
+        Not within the second of its kill: slurmd tells a new start from the killed one by whole
+        seconds, and refuses it ("already killed").
         """
         found = self.job(job)
         if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
@@ -144,7 +183,9 @@ class SlurmNode:
         end = time.monotonic() + seconds
         while not done():
             if time.monotonic() > end:
-                logs = "\n".join(f"{p.name}: {p.read_text()[-1500:]}" for p in sorted(self.folder.glob("*.log")))
+                logs = "\n".join(
+                    f"{p.name}: {p.read_text()[-1500:]}" for p in sorted(self.folder.glob("*.log"))
+                )
                 raise RuntimeError(f"{problem} within {seconds:.0f} s\n{logs}")
             time.sleep(0.3)
 

@@ -1,4 +1,5 @@
-"""tests/README.md names, for each invariant of the project, the tests that keep it; those tests exist."""
+"""tests/README.md names, for each invariant of the project, the tests that keep it; those tests
+exist."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ OPEN = "open"
 
 def rows() -> dict[int, list[str]]:
     """Number of each invariant -> what stands in its column of tests."""
-    found = re.findall(r"^\| (\d+) \|[^|]+\|([^|]+)\|$", (ROOT / "tests/README.md").read_text(), re.MULTILINE)
+    found = re.findall(
+        r"^\| (\d+) \|[^|]+\|([^|]+)\|$", (ROOT / "tests/README.md").read_text(), re.MULTILINE
+    )
     return {int(number): cell.replace("`", "").replace(",", " ").split() for number, cell in found}
 
 
@@ -27,7 +30,9 @@ def test_named_tests_exist(number: int) -> None:
     named = rows()[number]
     assert named, f"invariant {number} names no test"
     for name in named:
-        assert name == OPEN or f"tests/{name}" in names_of_tests(), f"invariant {number}: there is no test tests/{name}"
+        assert name == OPEN or f"tests/{name}" in names_of_tests(), (
+            f"invariant {number}: there is no test tests/{name}"
+        )
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""The house keeps its plan: rooms and arrow, where torch may be, names, the wheel, and what text may say."""
+"""The house keeps its plan: rooms and arrow, where torch may be, names, the wheel, and what text
+may say."""
 
 from __future__ import annotations
 
@@ -16,14 +17,15 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.repository import (ROOMS, ROOT, clean_environment, copy_to, dotted, files, modules)
+from tests.repository import ROOMS, ROOT, clean_environment, copy_to, dotted, files, modules
 
 HEAVY = ("torch", "peft", "trl", "accelerate", "vllm")
 LARGEST = 1_000_000  # bytes of one file in the repository
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """(absolute dotted name, at module level?) of each import in a file, those under `if TYPE_CHECKING:` left out."""
+    """(absolute dotted name, at module level?) of each import in a file, those under `if
+    TYPE_CHECKING:` left out."""
 
     def walk(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
@@ -35,7 +37,10 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
                 package = dotted(path).split(".")[: -child.level] if child.level else []
                 base = ".".join([*package, *([child.module] if child.module else [])])
                 yield from ((f"{base}.{alias.name}", top) for alias in child.names)
-            yield from walk(child, top and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+            yield from walk(
+                child,
+                top and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)),
+            )
 
     return walk(ast.parse((ROOT / path).read_text()), True)
 
@@ -50,14 +55,24 @@ def test_imports_point_down(path: Path) -> None:
     mine = ROOMS.index(path.parts[0])
     for name, _ in imports(path):
         room = room_of(name)
-        assert room is None or ROOMS.index(room) <= mine, f"{path} imports {name}: the arrow is {' <- '.join(ROOMS)}"
-        foreign = path.parent == Path("recipes/programs")  # written for other packages, one of which is called `agents`
-        assert foreign or name.split(".")[0] not in (*ROOMS, "tests"), f"{path} imports {name}: our rooms are imported as marlora.*"
+        assert room is None or ROOMS.index(room) <= mine, (
+            f"{path} imports {name}: the arrow is {' <- '.join(ROOMS)}"
+        )
+        foreign = path.parent == Path(
+            "recipes/programs"
+        )  # written for other packages, one of which is called `agents`
+        assert foreign or name.split(".")[0] not in (*ROOMS, "tests"), (
+            f"{path} imports {name}: our rooms are imported as marlora.*"
+        )
 
 
 @pytest.mark.parametrize("path", modules("agents"), ids=str)
 def test_agents_use_the_standard_library_only(path: Path) -> None:
-    foreign = [name for name, _ in imports(path) if name.split(".")[0] not in (*sys.stdlib_module_names, "marlora")]
+    foreign = [
+        name
+        for name, _ in imports(path)
+        if name.split(".")[0] not in (*sys.stdlib_module_names, "marlora")
+    ]
     assert not foreign, f"{path} imports {foreign}"
 
 
@@ -68,7 +83,8 @@ def test_torch_stays_in_trainers(path: Path) -> None:
     for name, top in imports(path):
         if name.split(".")[0] == "torch":
             assert path == Path("rollouts/engines/transformers.py") and not top, (
-                f"{path} imports torch; only trainers/ may, and rollouts/engines/transformers.py inside functions"
+                f"{path} imports torch; only trainers/ may, and rollouts/engines/transformers.py"
+                " inside functions"
             )
 
 
@@ -84,13 +100,21 @@ sys.meta_path.insert(0, Blocker())
 for name in {names!r}:
     importlib.import_module(name)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=clean_environment(), cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=clean_environment(),
+        cwd="/",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(names) > 5
 
 
 def test_rooms_have_no_init_file() -> None:
-    assert [str(path) for path in files() if path.name == "__init__.py" and path.parts[0] != "tests"] == []
+    assert [
+        str(path) for path in files() if path.name == "__init__.py" and path.parts[0] != "tests"
+    ] == []
 
 
 def test_packages_name_every_folder_with_code() -> None:
@@ -104,34 +128,66 @@ def test_packages_name_every_folder_with_code() -> None:
 @pytest.mark.slow
 def test_wheel_equals_tree(tmp_path: Path) -> None:
     tree = copy_to(tmp_path / "tree")
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(tree)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(tree),
+    ]
     done = subprocess.run(build, capture_output=True, text=True, env=clean_environment())
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     (wheel,) = tmp_path.glob("marlora-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     packed = {name.removeprefix("marlora/") for name in names if ".dist-info/" not in name}
-    assert packed == {str(path) for path in files() if path.parts[0] in ROOMS and path.suffix != ".md"}
+    assert packed == {
+        str(path) for path in files() if path.parts[0] in ROOMS and path.suffix != ".md"
+    }
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
 LAUNCHED = [
-    path for path in modules("recipes") if path.parent.name == "recipes" and '__name__ == "__main__"' in (ROOT / path).read_text()
+    path
+    for path in modules("recipes")
+    if path.parent.name == "recipes" and '__name__ == "__main__"' in (ROOT / path).read_text()
 ]
-WITH_SETTINGS = [path for path in LAUNCHED if path.stem != "cli" and not path.stem.startswith("minimal_")]
+WITH_SETTINGS = [
+    path for path in LAUNCHED if path.stem != "cli" and not path.stem.startswith("minimal_")
+]
 
 
 @pytest.mark.parametrize("path", modules("recipes"), ids=str)
 def test_recipe_names_are_nobody_elses(path: Path) -> None:
-    # `accelerate launch recipes/X.py` puts recipes/ first on the path: a recipe named like a module would be imported for it.
+    # `accelerate launch recipes/X.py` puts recipes/ first on the path: a recipe named like a module
+    # would be imported for it.
     assert path.stem not in sys.stdlib_module_names
-    assert path.stem not in ("dspy", "trace", "textgrad", "opto", "adalflow", "afl", "gptswarm", "maas", *ROOMS)
-    assert importlib.util.find_spec(path.stem) is None, f"{path.stem} is an importable top-level module"
+    assert path.stem not in (
+        "dspy",
+        "trace",
+        "textgrad",
+        "opto",
+        "adalflow",
+        "afl",
+        "gptswarm",
+        "maas",
+        *ROOMS,
+    )
+    assert importlib.util.find_spec(path.stem) is None, (
+        f"{path.stem} is an importable top-level module"
+    )
 
 
 @pytest.mark.parametrize("path", WITH_SETTINGS, ids=str)
 def test_recipe_has_its_settings_beside_it(path: Path) -> None:
     """Its default, or one for each of its settings, whose names begin with its own."""
-    assert any(f.parent == path.parent and f.suffix == ".yaml" and f.stem.startswith(path.stem) for f in files())
+    assert any(
+        f.parent == path.parent and f.suffix == ".yaml" and f.stem.startswith(path.stem)
+        for f in files()
+    )
 
 
 def test_settings_belong_to_a_recipe() -> None:
@@ -139,37 +195,59 @@ def test_settings_belong_to_a_recipe() -> None:
     for path in files():
         of_launcher = path.parent == Path("recipes/accelerate")
         if path.parts[0] == "recipes" and path.suffix == ".yaml" and not of_launcher:
-            assert path.stem.startswith(stems), f"{path} belongs to no recipe: its name starts like one's"
+            assert path.stem.startswith(stems), (
+                f"{path} belongs to no recipe: its name starts like one's"
+            )
 
 
 def test_another_package_named_agents(tmp_path: Path) -> None:
-    """`openai-agents` is imported as `agents`: installed beside marlora, both work, even from the repository's root."""
+    """`openai-agents` is imported as `agents`: installed beside marlora, both work, even from the
+    repository's root."""
     (tmp_path / "agents").mkdir()
     (tmp_path / "agents" / "__init__.py").write_text("OWNER = 'someone else'\n")
     script = tmp_path / "probe.py"
-    script.write_text("import agents, marlora.agents.types as ours\nassert agents.OWNER and ours.Task\nprint('both')\n")
+    script.write_text(
+        "import agents, marlora.agents.types as ours\nassert agents.OWNER and"
+        " ours.Task\nprint('both')\n"
+    )
     environment = clean_environment(PYTHONPATH=str(tmp_path))
     for how in (["-m", "probe"], ["-c", script.read_text()], [str(script)]):
-        done = subprocess.run([sys.executable, *how], cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *how], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
         assert done.stdout == "both\n", f"{how}: {done.stderr}"
 
 
 def test_installed_versions_are_within_the_bounds() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = [Requirement(r) for r in [*project["dependencies"], *project["optional-dependencies"]["dev"]]]
+    requirements = [
+        Requirement(r) for r in [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    ]
     for requirement in requirements:
         installed = importlib.metadata.version(requirement.name)
-        assert requirement.specifier.contains(installed), f"{requirement.name} {installed} is outside {requirement.specifier}"
+        assert requirement.specifier.contains(installed), (
+            f"{requirement.name} {installed} is outside {requirement.specifier}"
+        )
 
 
 # Written in two halves, so that this file does not hold what it looks for.
 FORBIDDEN = {
-    "a host of a package registry": r"\bpy" r"pi\.org|python" r"hosted\.org|registry\.npm" r"js|crates\." r"io\b",
+    "a host of a package registry": (
+        r"\bpy" r"pi\.org|python" r"hosted\.org|registry\.npm" r"js|crates\." r"io\b"
+    ),
     "a path of somebody's machine": r"(?<![\w.}])/(work|root|opt|home)/" r"\w",
-    "talk about how the text was made": r"(?i)\b(this|the|a|our|next) ses" r"sion\b|this work" r"place|as an A" r"I\b|\bClau" r"de\b",
-    "a pointer to notes that are not here": r"\b(house-sty" r"le|engineer" r"ing|cpu-fac" r"ts|desi" r"gn)(\.md| [0-9])|\bshar" r"ed/",
+    "talk about how the text was made": (
+        r"(?i)\b(this|the|a|our|next) ses"
+        r"sion\b|this work"
+        r"place|as an A"
+        r"I\b|\bClau"
+        r"de\b"
+    ),
+    "a pointer to notes that are not here": (
+        r"\b(house-sty" r"le|engineer" r"ing|cpu-fac" r"ts|desi" r"gn)(\.md| [0-9])|\bshar" r"ed/"
+    ),
     "a merge left unfinished": r"^(<{7}|>{7}) ",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("path", files(), ids=str)
@@ -183,7 +261,9 @@ def test_text_speaks_of_the_project_alone(path: Path) -> None:
     assert not text or text.endswith("\n"), f"{path}: no newline at the end"
     for what, pattern in FORBIDDEN.items():
         found = re.search(pattern, text, re.MULTILINE)
-        assert not found, f"{path}:{text[: found.start()].count(chr(10)) + 1}: {found.group()!r} is {what}"
+        assert not found, (
+            f"{path}:{text[: found.start()].count(chr(10)) + 1}: {found.group()!r} is {what}"
+        )
 
 
 @pytest.mark.parametrize("path", [path for path in files() if path.suffix == ".md"], ids=str)
@@ -191,4 +271,6 @@ def test_links_between_documents_hold(path: Path) -> None:
     prose = re.sub(r"```.*?```", "", (ROOT / path).read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", prose):
         if not re.match(r"[a-z]+:", target):
-            assert (ROOT / path.parent / target).exists(), f"{path} links to {target}, which does not exist"
+            assert (ROOT / path.parent / target).exists(), (
+                f"{path} links to {target}, which does not exist"
+            )

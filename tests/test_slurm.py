@@ -18,11 +18,31 @@ from tests.repository import ROOT
 from tests.slurm_node import SlurmNode, missing
 
 SMALL = ["--gpus=0", "--mem=0", "--cpus-per-task=1", "--time=20"]  # what a node without GPUs has
-STEPS = 40  # a step takes a fraction of a second: of a run of few, nothing may be left by the time that a signal arrives
+# a step takes a fraction of a second: of a run of few, nothing may be left by the time that a
+# signal arrives
+STEPS = 40
 RECIPE = [
-    "recipes/grpo_team.py", "--engine", "transformers", "--max_steps", str(STEPS), "--tasks_per_step", "4", "--num_generations", "4",
-    "--rewards", "exact", "length", "--num_eval_tasks", "4", "--save_every", "1", "--proof_every", "10", "--ablate_adapters", "false",
-]  # fmt: skip
+    "recipes/grpo_team.py",
+    "--engine",
+    "transformers",
+    "--max_steps",
+    str(STEPS),
+    "--tasks_per_step",
+    "4",
+    "--num_generations",
+    "4",
+    "--rewards",
+    "exact",
+    "length",
+    "--num_eval_tasks",
+    "4",
+    "--save_every",
+    "1",
+    "--proof_every",
+    "10",
+    "--ablate_adapters",
+    "false",
+]
 JOBS = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
 
 
@@ -30,8 +50,13 @@ JOBS = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
 def test_jobs_are_sound_shell_and_say_how_they_are_used(name: str) -> None:
     path = ROOT / "slurm" / name
     subprocess.run(["bash", "-n", path], check=True)
-    usage = subprocess.run(["bash", path], capture_output=True, text=True, env={"PATH": os.environ["PATH"]}, cwd=ROOT)
-    assert usage.returncode != 0 and f"usage: sbatch {'--array=0-7 ' * ('array' in name)}slurm/{name}" in usage.stderr
+    usage = subprocess.run(
+        ["bash", path], capture_output=True, text=True, env={"PATH": os.environ["PATH"]}, cwd=ROOT
+    )
+    assert (
+        usage.returncode != 0
+        and f"usage: sbatch {'--array=0-7 ' * ('array' in name)}slurm/{name}" in usage.stderr
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +86,9 @@ def steps_done(folder: Path) -> int:
 
 
 def adapters(folder: Path) -> dict[str, str]:
-    files = sorted((folder / f"checkpoints/step-{STEPS:06d}/adapters").glob("*/adapter_model.safetensors"))
+    files = sorted(
+        (folder / f"checkpoints/step-{STEPS:06d}/adapters").glob("*/adapter_model.safetensors")
+    )
     return {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -71,8 +98,11 @@ def ended(node: SlurmNode, job: str, log: Path) -> None:
 
 
 def preempt(node: SlurmNode, job: str, when: Callable[[], bool]) -> None:
-    """What Slurm does before a time limit: USR1 to the batch shell alone, here as soon as `when` holds; then start it again."""
-    node.wait(lambda: node.state(job) == "RUNNING" and when(), 200, f"job {job} never came that far")
+    """What Slurm does before a time limit: USR1 to the batch shell alone, here as soon as `when`
+    holds; then start it again."""
+    node.wait(
+        lambda: node.state(job) == "RUNNING" and when(), 200, f"job {job} never came that far"
+    )
     restarts = int(node.job(job)["Restarts"])
     node.run("scancel", "--signal=USR1", "--batch", job)
 
@@ -85,7 +115,8 @@ def preempt(node: SlurmNode, job: str, when: Callable[[], bool]) -> None:
 
 
 def cut_twice(node: SlurmNode, job: str, folder: Path) -> None:
-    """Pre-empt a training job after its first steps, and once more after later ones; then it ends well."""
+    """Pre-empt a training job after its first steps, and once more after later ones; then it ends
+    well."""
     preempt(node, job, lambda: steps_done(folder) >= 1)
     before = steps_done(folder)
     preempt(node, job, lambda: steps_done(folder) > before)
@@ -96,7 +127,9 @@ def cut_twice(node: SlurmNode, job: str, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_job_requeued_twice_ends_as_one_that_was_not(node: SlurmNode, model: Path, tmp_path: Path) -> None:
+def test_a_job_requeued_twice_ends_as_one_that_was_not(
+    node: SlurmNode, model: Path, tmp_path: Path
+) -> None:
     """Bit-identical with the transformers engine: episodes, adapters and evaluation."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     job = train(node, cut, model)
@@ -105,19 +138,25 @@ def test_a_job_requeued_twice_ends_as_one_that_was_not(node: SlurmNode, model: P
     assert adapters(cut) == adapters(whole) and len(adapters(whole)) == 2
     one, two = (json.loads((folder / "summary.json").read_text()) for folder in (whole, cut))
     assert one["eval"] == two["eval"] and one["tokens"] == two["tokens"]
-    assert all(policy["sha256_before"] != policy["sha256_after"] for policy in one["policies"].values()), (
-        "there was nothing to learn"
+    assert all(
+        policy["sha256_before"] != policy["sha256_after"] for policy in one["policies"].values()
+    ), "there was nothing to learn"
+    first, second = (
+        {e.id: e.output for e in Store(folder / "episodes")} for folder in (whole, cut)
     )
-    first, second = ({e.id: e.output for e in Store(folder / "episodes")} for folder in (whole, cut))
     assert first == second
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_job_on_vllm_requeued_twice_loses_no_episode(node: SlurmNode, model: Path, tmp_path: Path) -> None:
+def test_a_job_on_vllm_requeued_twice_loses_no_episode(
+    node: SlurmNode, model: Path, tmp_path: Path
+) -> None:
     """A server does not repeat itself to the last bit, so it is the books that have to balance."""
     folder = tmp_path / "run"
-    job = train(node, folder, model, "--engine", "vllm", "--server_memory", "1", "--max_model_len", "256")
+    job = train(
+        node, folder, model, "--engine", "vllm", "--server_memory", "1", "--max_model_len", "256"
+    )
     cut_twice(node, job, folder)
     assert json.loads((folder / "summary.json").read_text())["engine"] == "vllm"
     balance_run(folder, STEPS, episodes=16)
@@ -125,7 +164,9 @@ def test_a_job_on_vllm_requeued_twice_loses_no_episode(node: SlurmNode, model: P
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_two_ranks_of_a_job_train_stop_and_go_on(node: SlurmNode, model: Path, tmp_path: Path) -> None:
+def test_two_ranks_of_a_job_train_stop_and_go_on(
+    node: SlurmNode, model: Path, tmp_path: Path
+) -> None:
     if (os.cpu_count() or 1) < 2:
         pytest.skip("two ranks need two cores")
     folder = tmp_path / "run"
@@ -138,18 +179,40 @@ def test_two_ranks_of_a_job_train_stop_and_go_on(node: SlurmNode, model: Path, t
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_an_array_fills_one_store_and_a_checkpoint_is_evaluated(node: SlurmNode, model: Path, tmp_path: Path) -> None:
+def test_an_array_fills_one_store_and_a_checkpoint_is_evaluated(
+    node: SlurmNode, model: Path, tmp_path: Path
+) -> None:
     folder, store = tmp_path / "run", tmp_path / "store"
     ended(node, train(node, folder, model), tmp_path / "run.log")
     checkpoint = str(folder / f"checkpoints/step-{STEPS:06d}")
     engine = ["--engine", "transformers", "--trust_checkpoint"]
-    collect = ["slurm/collect_array.sbatch", checkpoint, "--output", str(store), "--num_tasks", "7", *engine]
+    collect = [
+        "slurm/collect_array.sbatch",
+        checkpoint,
+        "--output",
+        str(store),
+        "--num_tasks",
+        "7",
+        *engine,
+    ]
     job = node.submit(*SMALL, "--array=0-1", f"--output={tmp_path}/collect-%a.log", *collect)
-    evaluate = ["slurm/eval.sbatch", checkpoint, "--num_tasks", "4", "--json", str(tmp_path / "eval.json"), *engine]
-    ended(node, node.submit(*SMALL, f"--output={tmp_path}/eval.log", *evaluate), tmp_path / "eval.log")
+    evaluate = [
+        "slurm/eval.sbatch",
+        checkpoint,
+        "--num_tasks",
+        "4",
+        "--json",
+        str(tmp_path / "eval.json"),
+        *engine,
+    ]
+    ended(
+        node, node.submit(*SMALL, f"--output={tmp_path}/eval.log", *evaluate), tmp_path / "eval.log"
+    )
     for part in ("0", "1"):
         ended(node, f"{job}_{part}", tmp_path / f"collect-{part}.log")
-    assert len(Store(store)) == 7 and {path.name for path in Store(store).files()} == {f"episodes-{i}-00000.jsonl" for i in (0, 1)}
+    assert len(Store(store)) == 7 and {path.name for path in Store(store).files()} == {
+        f"episodes-{i}-00000.jsonl" for i in (0, 1)
+    }
     assert json.loads((tmp_path / "eval.json").read_text())
 
 
@@ -158,13 +221,19 @@ def test_an_array_fills_one_store_and_a_checkpoint_is_evaluated(node: SlurmNode,
 def test_a_failing_job_is_not_queued_again(node: SlurmNode, model: Path, tmp_path: Path) -> None:
     job = train(node, tmp_path / "run", model, "--learning_ratee", "1")
     assert node.ended(job, 120) == "FAILED"
-    assert "did you mean 'learning_rate'?" in (tmp_path / "run.log").read_text() and node.job(job)["Restarts"] == "0"
+    assert (
+        "did you mean 'learning_rate'?" in (tmp_path / "run.log").read_text()
+        and node.job(job)["Restarts"] == "0"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_server_nodes_and_trainer_nodes_of_one_job(node: SlurmNode, model: Path, tmp_path: Path) -> None:
-    """Both on the one node there is: a real vLLM server in a job step of its own, found by its file, proven at every publish."""
+def test_server_nodes_and_trainer_nodes_of_one_job(
+    node: SlurmNode, model: Path, tmp_path: Path
+) -> None:
+    """Both on the one node there is: a real vLLM server in a job step of its own, found by its
+    file, proven at every publish."""
     folder = tmp_path / "run"
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "MARLORA_PROCESSES": "1"}
     sizes = [
@@ -176,10 +245,25 @@ def test_server_nodes_and_trainer_nodes_of_one_job(node: SlurmNode, model: Path,
         "--ntasks=2",
         f"--output={tmp_path}/run.log",
     ]
-    settings = ["--model", str(model), "--max_steps", "2", "--server_memory", "1", "--max_model_len", "256"]
+    settings = [
+        "--model",
+        str(model),
+        "--max_steps",
+        "2",
+        "--server_memory",
+        "1",
+        "--max_model_len",
+        "256",
+    ]
     recipe = [*RECIPE[:1], *RECIPE[3:]]  # the job chooses the engine
     job = node.submit(*sizes, "slurm/multinode.sbatch", str(folder), *recipe, *settings, env=env)
     ended(node, job, tmp_path / "run.log")
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["engine"] == "vllm" and summary["steps"] == 2 and summary["live_proof"]["failed"] == 0
-    assert not list(folder.glob("endpoints-*/*.json")) and not list(folder.glob("endpoints-*/*.key")), "the servers have ended"
+    assert (
+        summary["engine"] == "vllm"
+        and summary["steps"] == 2
+        and summary["live_proof"]["failed"] == 0
+    )
+    assert not list(folder.glob("endpoints-*/*.json")) and not list(
+        folder.glob("endpoints-*/*.key")
+    ), "the servers have ended"

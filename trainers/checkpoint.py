@@ -1,8 +1,9 @@
 """Checkpoints: plain PEFT folders and JSON, complete or absent.
 
-A checkpoint is staged under a dot name, every file and folder is fsynced, the manifest with each file's sha256 is written last,
-and one rename makes it visible. A kill at any moment leaves either the whole checkpoint or none; a torn or altered one fails its
-manifest and the loader walks back to the newest that holds, saying so. No pickle anywhere.
+A checkpoint is staged under a dot name, every file and folder is fsynced, the manifest with each
+file's sha256 is written last, and one rename makes it visible. A kill at any moment leaves either
+the whole checkpoint or none; a torn or altered one fails its manifest and the loader walks back to
+the newest that holds, saying so. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def fsync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees the old content or the new, never half, and so does a reader after a crash."""
+    """Write a file atomically: a reader sees the old content or the new, never half, and so does a
+    reader after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -65,7 +67,9 @@ def append_text(path: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(FileNotFoundError):
             os.truncate(path, size)  # half a line must not stand before the next one
-        raise OSError(error.errno, f"{error.strerror}; earlier lines are whole", str(path)) from error
+        raise OSError(
+            error.errno, f"{error.strerror}; earlier lines are whole", str(path)
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -73,10 +77,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file whose bytes follow from the tensors alone. A full disk raises `OSError`.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file whose bytes follow from the tensors alone. A full disk raises
+    `OSError`.
 
-    safetensors' own `save_file` writes its metadata in random order and raises an error of its own kind.
+    safetensors' own `save_file` writes its metadata in random order and raises an error of its own
+    kind.
     """
     from safetensors.torch import save
 
@@ -86,16 +94,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     if len(text) > size:
-        raise ValueError(f"{path}: the header of {len(tensors)} tensors grew when sorted, from {size} bytes to {len(text)}")
+        raise ValueError(
+            f"{path}: the header of {len(tensors)} tensors grew when sorted, from {size} bytes to"
+            f" {len(text)}"
+        )
     with path.open("wb") as file:
         file.write(data[:8] + text.ljust(size))
         file.write(memoryview(data)[8 + size :])
 
 
 def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
-    """Let `write(staged)` fill a folder, add its manifest, make it durable and rename it to `target`. On error nothing stays.
+    """Let `write(staged)` fill a folder, add its manifest, make it durable and rename it to
+    `target`. On error nothing stays.
 
-    A `target` that is there already is replaced: give a name that is in use only to mend what does not verify.
+    A `target` that is there already is replaced: give a name that is in use only to mend what does
+    not verify.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.{os.getpid()}")
@@ -105,8 +118,15 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
         write(staged)
         files = sorted(path for path in staged.rglob("*") if path.is_file())
         hashes = {str(path.relative_to(staged)): sha256_file(path) for path in files}
-        (staged / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "sha256": hashes}, indent=2) + "\n")
-        for path in [*files, staged / MANIFEST, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
+        (staged / MANIFEST).write_text(
+            json.dumps({"schema": SCHEMA, "sha256": hashes}, indent=2) + "\n"
+        )
+        for path in [
+            *files,
+            staged / MANIFEST,
+            *(p for p in staged.rglob("*") if p.is_dir()),
+            staged,
+        ]:
             fsync(path)
         if target.exists():
             shutil.rmtree(target)
@@ -124,7 +144,9 @@ def verify(folder: Path) -> None:
     try:
         hashes = json.loads(manifest.read_text())["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{manifest}: no readable manifest ({type(error).__name__}); not a complete checkpoint") from error
+        raise CheckpointError(
+            f"{manifest}: no readable manifest ({type(error).__name__}); not a complete checkpoint"
+        ) from error
     if not isinstance(hashes, dict) or not hashes:
         raise CheckpointError(f"{manifest}: lists no file with its hash; not a complete checkpoint")
     for name, expected in hashes.items():
@@ -132,7 +154,9 @@ def verify(folder: Path) -> None:
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, though the manifest lists it")
         if sha256_file(path) != expected:
-            raise CheckpointError(f"{path}: its sha256 is not the manifest's; the file was altered or torn")
+            raise CheckpointError(
+                f"{path}: its sha256 is not the manifest's; the file was altered or torn"
+            )
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -140,11 +164,15 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
-def newest_valid(run: Path, say: Callable[[str], None], fits: Callable[[Path], None] = lambda folder: None) -> Path | None:
-    """The newest checkpoint whose manifest holds and that fits; every one passed over is named through `say`.
+def newest_valid(
+    run: Path, say: Callable[[str], None], fits: Callable[[Path], None] = lambda folder: None
+) -> Path | None:
+    """The newest checkpoint whose manifest holds and that fits; every one passed over is named
+    through `say`.
 
-    `fits(folder)` raises `SettingError` where a whole checkpoint is not one of this run's (another base, another rank). If such ones are
-    all there is, the newest one's error is raised: beginning anew is not what was asked for. None if there is no whole checkpoint.
+    `fits(folder)` raises `SettingError` where a whole checkpoint is not one of this run's (another
+    base, another rank). If such ones are all there is, the newest one's error is raised: beginning
+    anew is not what was asked for. None if there is no whole checkpoint.
     """
     misfit: SettingError | None = None
     for folder in reversed(list_checkpoints(run)):
@@ -159,7 +187,8 @@ def newest_valid(run: Path, say: Callable[[str], None], fits: Callable[[Path], N
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}"
             unread = SettingError(
-                f"{folder}: whole, but not in the form that this version of marlora writes ({what}); resume with its own"
+                f"{folder}: whole, but not in the form that this version of marlora writes"
+                f" ({what}); resume with its own"
             )
             misfit = misfit or unread
             say(f"skipping {folder.name}: {unread}")
@@ -169,7 +198,8 @@ def newest_valid(run: Path, say: Callable[[str], None], fits: Callable[[Path], N
 
 
 def sweep(run: Path) -> None:
-    """Delete what a kill left half written or half deleted. Only for the one process that writes this run."""
+    """Delete what a kill left half written or half deleted. Only for the one process that writes
+    this run."""
     for folder in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(folder)
 
@@ -179,25 +209,32 @@ def prune(run: Path, keep: int, best: str | None) -> None:
     folders = list_checkpoints(run)
     for folder in folders[: max(len(folders) - keep, 0)]:
         if folder.name != best:
-            # Renamed first, so that a kill during deletion leaves no half folder under a checkpoint's name.
+            # Renamed first, so that a kill during deletion leaves no half folder under a
+            # checkpoint's name.
             doomed = folder.with_name(f".{folder.name}.deleted")
             folder.rename(doomed)
             shutil.rmtree(doomed)
 
 
 def split_optimizer(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A torch optimizer's `state_dict` as named tensors `INDEX.KEY` (step counts become tensors)."""
+    """A torch optimizer's `state_dict` as named tensors `INDEX.KEY` (step counts become
+    tensors)."""
     import torch
 
     return {
-        f"{index}.{key}": value.detach().clone().contiguous() if isinstance(value, torch.Tensor) else torch.tensor(float(value))
+        f"{index}.{key}": (
+            value.detach().clone().contiguous()
+            if isinstance(value, torch.Tensor)
+            else torch.tensor(float(value))
+        )
         for index, entry in state["state"].items()
         for key, value in entry.items()
     }
 
 
 def join_optimizer(optimizer: Any, tensors: Mapping[str, Any]) -> None:
-    """Put `split_optimizer`'s tensors back into a fresh optimizer over the same parameters in the same order."""
+    """Put `split_optimizer`'s tensors back into a fresh optimizer over the same parameters in the
+    same order."""
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
@@ -205,9 +242,12 @@ def join_optimizer(optimizer: Any, tensors: Mapping[str, Any]) -> None:
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     if state and set(state) != set(range(count)):
         raise SettingError(
-            f"optimizer state holds {len(state)} tensors' moments, the adapter has {count}; its targets or rank changed"
+            f"optimizer state holds {len(state)} tensors' moments, the adapter has {count}; its"
+            " targets or rank changed"
         )
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 def read_system(folder: Path) -> dict[str, Any]:
@@ -216,4 +256,6 @@ def read_system(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; expected a checkpoint such as RUN/checkpoints/step-000010") from error
+        raise CheckpointError(
+            f"{path}: {error.strerror}; expected a checkpoint such as RUN/checkpoints/step-000010"
+        ) from error

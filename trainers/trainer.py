@@ -1,5 +1,5 @@
-"""
-What every trainer shares: evaluate, then rounds of collect -> learn -> publish, then evaluate again.
+"""What every trainer shares: evaluate, then rounds of collect -> learn -> publish, then evaluate
+again.
 
 A method is a subclass that names its settings and says what a step's episodes teach:
 
@@ -10,8 +10,9 @@ A method is a subclass that names its settings and says what a step's episodes t
             done = self.run.learn(step, samples(...)[0], self.loss)
             return self.rows(done, episodes)
 
-`Run` has the services (play, store, publish, prove, checkpoint, resume); a method that plays other than `tasks_per_step` tasks overrides
-`collect`, one that reports more than accuracies overrides `report`, one that learns scalar heads beside the policies overrides `heads`.
+`Run` has the services (play, store, publish, prove, checkpoint, resume); a method that plays other
+than `tasks_per_step` tasks overrides `collect`, one that reports more than accuracies overrides
+`report`, one that learns scalar heads beside the policies overrides `heads`.
 """
 
 from __future__ import annotations
@@ -41,15 +42,19 @@ class Trainer(Generic[C]):
     Args:
         model: the shared base, a folder or hub name; "" takes `args.model`.
         system: who talks to whom; None takes `args.system`.
-        tasks: a task set's name, or a list of tasks (then give `eval_tasks` too); None takes `args.tasks`.
+        tasks: a task set's name, or a list of tasks (then give `eval_tasks` too); None takes
+            `args.tasks`.
         rewards: functions `(task, episode) -> Reward | float`, or names; None takes `args.rewards`.
         engine: a running engine instead of one that the run starts.
 
-    Raises `SettingError` at once for settings that cannot work, `RunError` or `EngineError` for a run that cannot go on. Works in a notebook.
+    Raises `SettingError` at once for settings that cannot work, `RunError` or `EngineError` for a
+    run that cannot go on. Works in a notebook.
     """
 
     Config: ClassVar[type[RunConfig]]
-    ratios: ClassVar[bool] = False  # does the loss divide by the probability with which a token was sampled?
+    ratios: ClassVar[bool] = (
+        False  # does the loss divide by the probability with which a token was sampled?
+    )
 
     def __init__(
         self,
@@ -83,16 +88,25 @@ class Trainer(Generic[C]):
 
     def _check_sampling(self) -> None:
         for name, spec in self.run.policies.items():
-            speaks = [agent.sampling or self.args.sampling() for agent in self.run.system.specs if agent.policy == name]
-            if spec.trainable and spec.has_adapter and not any(sampling.on_policy for sampling in speaks):
+            speaks = [
+                agent.sampling or self.args.sampling()
+                for agent in self.run.system.specs
+                if agent.policy == name
+            ]
+            if (
+                spec.trainable
+                and spec.has_adapter
+                and not any(sampling.on_policy for sampling in speaks)
+            ):
                 raise SettingError(
-                    f"policies.{name}: its agents sample at temperature 0 or from a cut-off softmax (top_p, top_k, min_p, penalties), "
-                    "where a policy gradient is not defined; change their sampling or set trainable: false"
+                    f"policies.{name}: its agents sample at temperature 0 or from a cut-off softmax"
+                    " (top_p, top_k, min_p, penalties), where a policy gradient is not defined;"
+                    " change their sampling or set trainable: false"
                 )
 
     def train(self) -> dict[str, Any]:
-        """Evaluate, train, evaluate; returns what stands in `summary.json`. Ctrl-C saves the last finished step and goes on up;
-        so does an engine that is gone."""
+        """Evaluate, train, evaluate; returns what stands in `summary.json`. Ctrl-C saves the last
+        finished step and goes on up; so does an engine that is gone."""
         run = self.run.open()
         try:
             self.before = run.evaluate("before", versions={})
@@ -120,29 +134,42 @@ class Trainer(Generic[C]):
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Update the adapters from the step's episodes; returns the step's metrics (see `rows`)."""
-        raise TypeError(f"{type(self).__name__} has no learn(step, episodes); it is what makes a method")
+        raise TypeError(
+            f"{type(self).__name__} has no learn(step, episodes); it is what makes a method"
+        )
 
     def report(self) -> dict[str, Any]:
         """More keys of `summary.json`. Every rank calls it, for it may evaluate."""
         return self.contributions()
 
     def rows(
-        self, done: Mapping[str, UpdateResult], episodes: Sequence[Episode], advantages: Advantages | None = None
+        self,
+        done: Mapping[str, UpdateResult],
+        episodes: Sequence[Episode],
+        advantages: Advantages | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """`policies` of the step's metrics: per trainable policy what its update did, and the shares of its turns cut off or silent."""
+        """`policies` of the step's metrics: per trainable policy what its update did, and the
+        shares of its turns cut off or silent."""
         trainable = [name for base in self.run.bases.values() for name in base.adapters.trainable]
         return {
-            name: {**metrics(done.get(name)), **shares_of(episodes, self.run.agents_of[name], advantages)} for name in trainable
+            name: {
+                **metrics(done.get(name)),
+                **shares_of(episodes, self.run.agents_of[name], advantages),
+            }
+            for name in trainable
         }
 
     def contributions(self) -> dict[str, Any]:
-        """What each adapter is worth: held-out accuracy with one adapter on and the others off, paired against the base team."""
+        """What each adapter is worth: held-out accuracy with one adapter on and the others off,
+        paired against the base team."""
         run, found = self.run, {}
         if not self.args.ablate_adapters:
             return {}
         versions = run.versions
         for policy in run.trained:
-            result = run.evaluate(f"only-{policy}", versions={p: v for p, v in versions.items() if p == policy})
+            result = run.evaluate(
+                f"only-{policy}", versions={p: v for p, v in versions.items() if p == policy}
+            )
             if result is not None and self.before is not None:
                 found[policy] = {**result.summary(), "paired": paired(self.before, result)}
         return {"adapters": found}
@@ -155,23 +182,39 @@ class Trainer(Generic[C]):
 
 
 def metrics(result: UpdateResult | None) -> Mapping[str, Any]:
-    """One policy's row in `metrics.jsonl`: how much was trained, at what rate, and the loss's statistics."""
+    """One policy's row in `metrics.jsonl`: how much was trained, at what rate, and the loss's
+    statistics."""
     if result is None:
         return {"tokens": 0}
     clipped = result.stats.get("clip_low", 0.0) + result.stats.get("clip_high", 0.0)
-    # The update's own fields last: several minibatches share one row, and the statistics are the last one's.
-    return {**result.stats, **{key: value for key, value in to_json(result).items() if key != "stats"}, "clipped": clipped}
+    # The update's own fields last: several minibatches share one row, and the statistics are the
+    # last one's.
+    return {
+        **result.stats,
+        **{key: value for key, value in to_json(result).items() if key != "stats"},
+        "clipped": clipped,
+    }
 
 
-def shares_of(episodes: Sequence[Episode], agents: Sequence[str], advantages: Advantages | None) -> dict[str, float]:
-    """Share of the agents' turns that were cut off, and (given advantages) of groups whose comparison taught them nothing."""
+def shares_of(
+    episodes: Sequence[Episode], agents: Sequence[str], advantages: Advantages | None
+) -> dict[str, float]:
+    """Share of the agents' turns that were cut off, and (given advantages) of groups whose
+    comparison taught them nothing."""
     turns = [turn for episode in episodes for turn in episode.turns if turn.agent in agents]
     found = groups(episodes)
-    shares = {"truncated": sum(turn.finish_reason == "length" for turn in turns) / max(len(turns), 1)}
+    shares = {
+        "truncated": sum(turn.finish_reason == "length" for turn in turns) / max(len(turns), 1)
+    }
     if advantages is None:
         return shares
     silent = sum(
-        not any(advantages.get((e.id, t.index, t.sibling)) for e in group for t in e.turns if t.agent in agents)
+        not any(
+            advantages.get((e.id, t.index, t.sibling))
+            for e in group
+            for t in e.turns
+            if t.agent in agents
+        )
         for group in found.values()
     )
     return {**shares, "constant_groups": silent / max(len(found), 1)}

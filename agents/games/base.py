@@ -1,9 +1,11 @@
-"""Games of two players with private goals: they move in turn, a referee refuses what the rules forbid, payoffs say who did how well.
+"""Games of two players with private goals: they move in turn, a referee refuses what the rules
+forbid, payoffs say who did how well.
 
-The competitive setting of SiriuS (Zhao et al., arXiv 2502.04780), whose games are those of Bianchi et al. (arXiv 2402.05863). What differs
-from there: a move is one line of text that a parser reads, not tagged sections of a page; all numbers are whole; an illegal move is
-refused in words and asked for again, and who keeps making them ends the game without a deal; an offer that asks for no more than
-the offer on the table gives is taken as its acceptance.
+The competitive setting of SiriuS (Zhao et al., arXiv 2502.04780), whose games are those of Bianchi
+et al. (arXiv 2402.05863). What differs from there: a move is one line of text that a parser reads,
+not tagged sections of a page; all numbers are whole; an illegal move is refused in words and asked
+for again, and who keeps making them ends the game without a deal; an offer that asks for no more
+than the offer on the table gives is taken as its acceptance.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ _MESSAGE = re.compile(_LINE.format("message"), re.IGNORECASE | re.MULTILINE)
 _OFFER = re.compile(r"(?:offer|propose)?\s*(.*)", re.IGNORECASE | re.DOTALL)
 
 HOW = (
-    "End your reply with a line that holds your move: `Move: offer {terms}`, `Move: accept` (the offer on the table) or "
-    "`Move: reject` (the game ends without a deal). What a line `Message: ...` says, the other player reads; the rest of your reply "
-    "nobody does. An offer that asks for no more than the one on the table gives you accepts it. Without a deal after "
-    "{moves} moves in all, the game ends."
+    "End your reply with a line that holds your move: `Move: offer {terms}`, `Move: accept` (the"
+    " offer on the table) or `Move: reject` (the game ends without a deal). What a line `Message:"
+    " ...` says, the other player reads; the rest of your reply nobody does. An offer that asks for"
+    " no more than the one on the table gives you accepts it. Without a deal after {moves} moves in"
+    " all, the game ends."
 )
 
 
@@ -37,7 +40,8 @@ class Illegal(ValueError):
 
 @dataclass(frozen=True)
 class Offer:
-    """What a player proposes. `seat`: 0 for who moves first, 1 for the other. `terms`: the game's own whole numbers."""
+    """What a player proposes. `seat`: 0 for who moves first, 1 for the other. `terms`: the game's
+    own whole numbers."""
 
     seat: int
     terms: tuple[int, ...]
@@ -48,17 +52,21 @@ Move = Offer | Literal["accept", "reject"]
 
 @dataclass
 class Game(System):
-    """Two agents in the order in which they move. What a game adds: `own`, `brief`, `terms`, `spell`, `suits` and `payoffs`.
+    """Two agents in the order in which they move. What a game adds: `own`, `brief`, `terms`,
+    `spell`, `suits` and `payoffs`.
 
     Args:
         max_moves: moves of both together.
-        refusals: how often a player is told that a move is illegal, and asked again, before the game ends without a deal.
-        views: by agent name, a template for all that the agent is told before a move, in place of our words. Fields: `prompt` (the task),
-            `offer` (the one on the table, `-` if none), `message` (what came with it), `left` (moves left), and those of `own`.
+        refusals: how often a player is told that a move is illegal, and asked again, before the
+            game ends without a deal.
+        views: by agent name, a template for all that the agent is told before a move, in place of
+            our words. Fields: `prompt` (the task), `offer` (the one on the table, `-` if none),
+            `message` (what came with it), `left` (moves left), and those of `own`.
 
-    The output is JSON: `players`, `moves` (player, move), `deal` (the offer that was accepted, or null), `ended` (deal, reject,
-    illegal or moves), `refused` (illegal replies by player) and `payoffs` (by player). A task's public `meta` holds what the game is played
-    with; a player is told what both know and its own part of it, never the other's.
+    The output is JSON: `players`, `moves` (player, move), `deal` (the offer that was accepted, or
+    null), `ended` (deal, reject, illegal or moves), `refused` (illegal replies by player) and
+    `payoffs` (by player). A task's public `meta` holds what the game is played with; a player is
+    told what both know and its own part of it, never the other's.
     """
 
     max_moves: int = 8
@@ -69,20 +77,28 @@ class Game(System):
         super().__post_init__()
         name, names = type(self).__name__, [spec.name for spec in self.specs]
         if len(names) != 2:
-            raise SettingError(f"{name}: two agents expected, in the order in which they move, got {len(names)}")
+            raise SettingError(
+                f"{name}: two agents expected, in the order in which they move, got {len(names)}"
+            )
         if self.max_moves < 1 or self.refusals < 0:
-            raise SettingError(f"{name}: max_moves >= 1 and refusals >= 0 expected, got {self.max_moves} and {self.refusals}")
+            raise SettingError(
+                f"{name}: max_moves >= 1 and refusals >= 0 expected, got {self.max_moves} and"
+                f" {self.refusals}"
+            )
         for key, template in self.views.items():
             if key not in names:
                 raise SettingError(f"views.{key}: no such player; {nearest(key, names)}")
             if not isinstance(template, str):
-                raise SettingError(f"views.{key}: expected a template such as '{{prompt}}', got {template!r}")
+                raise SettingError(
+                    f"views.{key}: expected a template such as '{{prompt}}', got {template!r}"
+                )
             view(template, lambda field: "", f"views.{key}")
 
     # what a game adds
 
     def own(self, task: Task, seat: int) -> Mapping[str, Any]:
-        """What this player knows, by name: the public facts of the game and its own private ones."""
+        """What this player knows, by name: the public facts of the game and its own private
+        ones."""
         raise TypeError(f"{type(self).__name__} has no own(task, seat)")
 
     def brief(self, task: Task, seat: int) -> str:
@@ -95,7 +111,8 @@ class Game(System):
         return "N"
 
     def terms(self, text: str, task: Task, seat: int) -> tuple[int, ...]:
-        """The terms that a player wrote. Raises `Illegal`, in words for the player, if they are none or the rules forbid them."""
+        """The terms that a player wrote. Raises `Illegal`, in words for the player, if they are
+        none or the rules forbid them."""
         raise TypeError(f"{type(self).__name__} has no terms(text, task, seat)")
 
     def spell(self, offer: Offer, task: Task) -> str:
@@ -114,7 +131,11 @@ class Game(System):
 
     async def run(self, task: Task, team: Team) -> str:
         players = list(team)
-        record: dict[str, Any] = {"players": [p.name for p in players], "moves": [], "refused": {p.name: 0 for p in players}}
+        record: dict[str, Any] = {
+            "players": [p.name for p in players],
+            "moves": [],
+            "refused": {p.name: 0 for p in players},
+        }
         standing: Offer | None = None
         deal: Offer | None = None
         last: Turn | None = None
@@ -127,20 +148,35 @@ class Game(System):
                 break
             spelt = f"offer {self.spell(move, task)}" if isinstance(move, Offer) else move
             record["moves"].append([players[seat].name, spelt])
-            if isinstance(move, Offer) and not (standing is not None and self.suits(move, standing, task)):
+            if isinstance(move, Offer) and not (
+                standing is not None and self.suits(move, standing, task)
+            ):
                 standing = move
                 continue
             ended, deal = ("reject", None) if move == "reject" else ("deal", standing)
             break
-        record |= {"ended": ended, "deal": None if deal is None else [players[deal.seat].name, *deal.terms]}
+        record |= {
+            "ended": ended,
+            "deal": None if deal is None else [players[deal.seat].name, *deal.terms],
+        }
         record["payoffs"] = dict(zip(record["players"], self.payoffs(task, deal), strict=True))
         return json.dumps(record)
 
     async def _move(
-        self, player: Agent, seat: int, number: int, standing: Offer | None, last: Turn | None, task: Task, record: dict[str, Any]
+        self,
+        player: Agent,
+        seat: int,
+        number: int,
+        standing: Offer | None,
+        last: Turn | None,
+        task: Task,
+        record: dict[str, Any],
     ) -> tuple[Move | None, Turn]:
         """The player's next legal move, None if it makes none, and the turn that holds it."""
-        said, reads = self.told(player.name, seat, number, standing, last, task), [last] if last is not None else []
+        said, reads = (
+            self.told(player.name, seat, number, standing, last, task),
+            [last] if last is not None else [],
+        )
         for _ in range(self.refusals + 1):
             turn = await player.reply(said, reads=reads)
             try:
@@ -150,17 +186,34 @@ class Game(System):
                 said, reads = f"The referee refuses this: {error}. Move again.", []
         return None, turn
 
-    def told(self, name: str, seat: int, number: int, standing: Offer | None, last: Turn | None, task: Task) -> str:
-        """What the player is told before move `number`, counted from 0; the referee shows `last`, the other's turn, in part."""
+    def told(
+        self,
+        name: str,
+        seat: int,
+        number: int,
+        standing: Offer | None,
+        last: Turn | None,
+        task: Task,
+    ) -> str:
+        """What the player is told before move `number`, counted from 0; the referee shows `last`,
+        the other's turn, in part."""
         offer = "-" if standing is None else self.spell(standing, task)
         message = message_of(last.text) if last is not None else ""
         if name in self.views:
-            fields = {"prompt": task.prompt, "offer": offer, "message": message, "left": self.max_moves - number}
+            fields = {
+                "prompt": task.prompt,
+                "offer": offer,
+                "message": message,
+                "left": self.max_moves - number,
+            }
             fields |= self.own(task, seat)
 
             def value(key: str) -> str:
                 if key not in fields:
-                    raise SettingError(f"views.{name}: unknown field {{{key}}} for task {task.id!r}; {nearest(key, fields)}")
+                    raise SettingError(
+                        f"views.{name}: unknown field {{{key}}} for task {task.id!r};"
+                        f" {nearest(key, fields)}"
+                    )
                 return str(fields[key])
 
             return view(self.views[name], value, f"views.{name}")
@@ -169,10 +222,18 @@ class Game(System):
         said = [f"The other player says: {message}"] if message else []
         table = [f"The other player's offer: {offer}"] if standing is not None else []
         left = self.max_moves - number
-        return "\n\n".join([*opening, *said, *table, f"Your move; {left} {'move is' if left == 1 else 'moves are'} left."])
+        return "\n\n".join(
+            [
+                *opening,
+                *said,
+                *table,
+                f"Your move; {left} {'move is' if left == 1 else 'moves are'} left.",
+            ]
+        )
 
     def read(self, text: str, seat: int, standing: Offer | None, task: Task) -> Move:
-        """The move in a reply: on its last line `Move: ...`, or all of it if it is one line. Raises `Illegal`."""
+        """The move in a reply: on its last line `Move: ...`, or all of it if it is one line. Raises
+        `Illegal`."""
         found = _MOVE.findall(text)
         lines = [line for line in text.splitlines() if line.strip()]
         if not found and len(lines) != 1:
@@ -204,14 +265,15 @@ def number(text: str, most: int) -> int:
 
 
 def fact(task: Task, *path: str | int, of: str) -> Any:
-    """An entry of the task's public meta. Raises `SettingError` if the task is not one of this game."""
+    """An entry of the task's public meta. Raises `SettingError` if the task is not one of this
+    game."""
     value: Any = task.meta
     for key in path:
         try:
             value = value[key]
         except (KeyError, IndexError, TypeError):
             raise SettingError(
-                f"task {task.id!r}: its meta has no {'.'.join(map(str, path))}, which {of} is played with; "
-                f"take tasks from marlora.rollouts.tasks.games"
+                f"task {task.id!r}: its meta has no {'.'.join(map(str, path))}, which {of} is"
+                " played with; take tasks from marlora.rollouts.tasks.games"
             ) from None
     return value

@@ -1,7 +1,9 @@
-"""Resource exchange: each player holds two kinds of things, values them in its own way, and may swap some of one for some of the other.
+"""Resource exchange: each player holds two kinds of things, values them in its own way, and may
+swap some of one for some of the other.
 
-What both hold is public, what a unit is worth to a player only that player knows. Setting of the paper: holdings (25, 5) and (5, 25), a unit
-of either kind worth the same to both, so that one's gain is the other's loss; with worths that differ both can gain.
+What both hold is public, what a unit is worth to a player only that player knows. Setting of the
+paper: holdings (25, 5) and (5, 25), a unit of either kind worth the same to both, so that one's
+gain is the other's loss; with worths that differ both can gain.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ _TERMS = re.compile(r"([0-9]{1,9})\s*(\w+)\s+for\s+([0-9]{1,9})\s*(\w+)", re.IGN
 @trusted("system")
 @dataclass
 class Exchange(Game):
-    """Payoff: what a player's things are worth to it after the swap, less what they were worth before. See `Game`.
+    """Payoff: what a player's things are worth to it after the swap, less what they were worth
+    before. See `Game`.
 
-    `meta.kinds` names the two kinds, `meta.holdings` lists the amounts of both by seat, `meta.own` holds `{worth: [..., ...]}` of a unit of
-    each by seat. Terms of an offer: amount given, its kind (0 or 1), amount wanted, its kind.
+    `meta.kinds` names the two kinds, `meta.holdings` lists the amounts of both by seat, `meta.own`
+    holds `{worth: [..., ...]}` of a unit of each by seat. Terms of an offer: amount given, its kind
+    (0 or 1), amount wanted, its kind.
     """
 
     def own(self, task: Task, seat: int) -> Mapping[str, Any]:
@@ -39,10 +43,11 @@ class Exchange(Game):
     def brief(self, task: Task, seat: int) -> str:
         (x, y), mine = fact(task, "kinds", of="Exchange"), self.own(task, seat)
         return (
-            f"You have {mine[f'mine_{x}']} {x} and {mine[f'mine_{y}']} {y}; the other player has {mine[f'theirs_{x}']} {x} and "
-            f"{mine[f'theirs_{y}']} {y}. To you a {x} is worth {mine[f'worth_{x}']} and a {y} {mine[f'worth_{y}']}; what they are worth "
-            f"to the other, you do not know. You want what you hold in the end to be worth as much as possible. "
-            f"`offer 2 {x} for 3 {y}` gives the other 2 {x} and you 3 {y}."
+            f"You have {mine[f'mine_{x}']} {x} and {mine[f'mine_{y}']} {y}; the other player has"
+            f" {mine[f'theirs_{x}']} {x} and {mine[f'theirs_{y}']} {y}. To you a {x} is worth"
+            f" {mine[f'worth_{x}']} and a {y} {mine[f'worth_{y}']}; what they are worth to the"
+            " other, you do not know. You want what you hold in the end to be worth as much as"
+            f" possible. `offer 2 {x} for 3 {y}` gives the other 2 {x} and you 3 {y}."
         )
 
     @property

@@ -1,6 +1,8 @@
-"""Seller and buyer: one thing, one price. The seller knows what it cost, the buyer what it is worth; neither knows the other's number.
+"""Seller and buyer: one thing, one price. The seller knows what it cost, the buyer what it is
+worth; neither knows the other's number.
 
-Setting of the paper: the seller's cost is 40, the buyer would pay up to 60, up to 8 moves; the seller moves first.
+Setting of the paper: the seller's cost is 40, the buyer would pay up to 60, up to 8 moves; the
+seller moves first.
 """
 
 from __future__ import annotations
@@ -17,21 +19,30 @@ from .base import Game, Offer, fact, number
 @trusted("system")
 @dataclass
 class Trade(Game):
-    """Agents: seller, buyer. Payoff at a price p: p - cost, and value - p; without a deal 0 each. A loss is a player's own affair.
+    """Agents: seller, buyer. Payoff at a price p: p - cost, and value - p; without a deal 0 each. A
+    loss is a player's own affair.
 
-    `meta.highest` bounds prices; `meta.own` holds `{cost: ...}` of the seller and `{value: ...}` of the buyer. See `Game`.
+    `meta.highest` bounds prices; `meta.own` holds `{cost: ...}` of the seller and `{value: ...}` of
+    the buyer. See `Game`.
     """
 
     def own(self, task: Task, seat: int) -> Mapping[str, Any]:
         key = ("cost", "value")[seat]
-        return {"highest": fact(task, "highest", of="Trade"), key: fact(task, "own", seat, key, of="Trade")}
+        return {
+            "highest": fact(task, "highest", of="Trade"),
+            key: fact(task, "own", seat, key, of="Trade"),
+        }
 
     def brief(self, task: Task, seat: int) -> str:
         mine = self.own(task, seat)
         if seat == 0:
-            return f"You are the seller. It cost you {mine['cost']}: at a price N you earn N - {mine['cost']}, without a deal 0."
+            return (
+                f"You are the seller. It cost you {mine['cost']}: at a price N you earn N -"
+                f" {mine['cost']}, without a deal 0."
+            )
         return (
-            f"You are the buyer. It is worth {mine['value']} to you: at a price N you gain {mine['value']} - N, without a deal 0."
+            f"You are the buyer. It is worth {mine['value']} to you: at a price N you gain"
+            f" {mine['value']} - N, without a deal 0."
         )
 
     def terms(self, text: str, task: Task, seat: int) -> tuple[int, ...]:

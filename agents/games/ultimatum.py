@@ -1,7 +1,9 @@
-"""The multi-turn ultimatum: two players share a sum of money if they agree how, and get nothing if they do not.
+"""The multi-turn ultimatum: two players share a sum of money if they agree how, and get nothing if
+they do not.
 
-The first player offers the second a part; the second accepts, rejects, or offers the first a part; and so on. The offers of both count
-what the OTHER is to get. Setting of the paper: 100 dollars, up to 8 moves.
+The first player offers the second a part; the second accepts, rejects, or offers the first a part;
+and so on. The offers of both count what the OTHER is to get. Setting of the paper: 100 dollars, up
+to 8 moves.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ class Ultimatum(Game):
             self.own(task, seat)["total"],
             "You make the first offer." if seat == 0 else "The other makes the first offer.",
         )
-        return f"{opens} You want as much of the {total} for yourself as you can get. `offer N` gives the other N and you the rest."
+        return (
+            f"{opens} You want as much of the {total} for yourself as you can get. `offer N` gives"
+            " the other N and you the rest."
+        )
 
     def terms(self, text: str, task: Task, seat: int) -> tuple[int, ...]:
         return (number(text, self.own(task, seat)["total"]),)

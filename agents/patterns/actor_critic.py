@@ -1,7 +1,7 @@
 """Actor and critic: one answers, one judges, one says what is wrong, and the first tries again.
 
-After the actor-critic setting of SiriuS (Zhao et al., arXiv 2502.04780): judge and critic see task and answer, never the gold
-answer, and the actor answers again from its own answer and the feedback.
+After the actor-critic setting of SiriuS (Zhao et al., arXiv 2502.04780): judge and critic see task
+and answer, never the gold answer, and the actor answers again from its own answer and the feedback.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ RETRY = "Your answer was judged wrong. Feedback:\n{feedback}\n\nAnswer the task 
 def verdict(text: str) -> bool | None:
     """True if the text judges "right", False if "wrong", None if it does neither.
 
-    The last "Verdict: right" or "Verdict: wrong" counts; a text that is nothing but one of the two words does too.
+    The last "Verdict: right" or "Verdict: wrong" counts; a text that is nothing but one of the two
+    words does too.
     """
     found = [word.lower() for word in _VERDICT.findall(text)]
     bare = text.strip().strip("*_`\"'.!").lower()
@@ -40,11 +41,13 @@ def verdict(text: str) -> bool | None:
 @trusted("system")
 @dataclass
 class ActorCritic(System):
-    """Two or three agents; their order says who is who: actor, judge, critic. Of two, the judge's own words are the feedback.
+    """Two or three agents; their order says who is who: actor, judge, critic. Of two, the judge's
+    own words are the feedback.
 
-    Each of at most `max_rounds` rounds is a verdict and, if that is "wrong", feedback and a new answer (so the last answer may be
-    unjudged). A verdict that cannot be read leaves the answer standing. The actor's chat goes on; judge and critic start afresh
-    each round. The output is the actor's last text.
+    Each of at most `max_rounds` rounds is a verdict and, if that is "wrong", feedback and a new
+    answer (so the last answer may be unjudged). A verdict that cannot be read leaves the answer
+    standing. The actor's chat goes on; judge and critic start afresh each round. The output is the
+    actor's last text.
     """
 
     max_rounds: int = 2
@@ -52,7 +55,10 @@ class ActorCritic(System):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.specs) not in (2, 3):
-            raise SettingError(f"ActorCritic: two or three agents expected (actor, judge, critic), got {len(self.specs)}")
+            raise SettingError(
+                "ActorCritic: two or three agents expected (actor, judge, critic), got"
+                f" {len(self.specs)}"
+            )
         if self.max_rounds < 1:
             raise SettingError(f"ActorCritic: max_rounds >= 1 expected, got {self.max_rounds}")
 

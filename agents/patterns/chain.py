@@ -1,4 +1,5 @@
-"""A chain: each agent in turn, each shown what was said before it. The last one's text is the answer."""
+"""A chain: each agent in turn, each shown what was said before it. The last one's text is the
+answer."""
 
 from __future__ import annotations
 
@@ -17,16 +18,21 @@ _FIELDS = ("prompt", "previous", "answer")
 
 
 def view(template: str, value: Callable[[str], str], where: str) -> str:
-    """Fill `{field}`s of a template in one pass, so that braces in what is filled in mean nothing. `{{` and `}}` are braces.
+    """Fill `{field}`s of a template in one pass, so that braces in what is filled in mean nothing.
+    `{{` and `}}` are braces.
 
-    Raises `SettingError` (beginning with `where`) at a lone brace; `value` raises its own at an unknown field.
+    Raises `SettingError` (beginning with `where`) at a lone brace; `value` raises its own at an
+    unknown field.
     """
 
     def put(match: re.Match[str]) -> str:
         if match[0] in ("{{", "}}"):
             return match[0][0]
         if match[1] is None:
-            raise SettingError(f"{where}: lone {match[0]!r} in {template!r}; write {match[0] * 2!r} for a brace that is meant")
+            raise SettingError(
+                f"{where}: lone {match[0]!r} in {template!r}; write {match[0] * 2!r} for a brace"
+                " that is meant"
+            )
         return value(match[1].strip())
 
     return _BRACES.sub(put, template)
@@ -38,10 +44,12 @@ class Chain(System):
     """Each agent speaks once, in order.
 
     Args:
-        views: what an agent is told, by its name, as a template such as `"{previous}+{c}"`. Fields, the first that fits wins:
-            `prompt` (the task), `previous` (what the agent before said), `answer` (the answer in that, see `answers.extract`; all
-            of it if none is found), the name of any earlier agent (what it said), and any public key of `task.meta`.
-            Without a view the first agent gets the task, the others the task and what the agent before them said.
+        views: what an agent is told, by its name, as a template such as `"{previous}+{c}"`. Fields,
+            the first that fits wins:
+            `prompt` (the task), `previous` (what the agent before said), `answer` (the answer in
+            that, see `answers.extract`; all of it if none is found), the name of any earlier agent
+            (what it said), and any public key of `task.meta`. Without a view the first agent gets
+            the task, the others the task and what the agent before them said.
     """
 
     views: Mapping[str, str] = field(default_factory=dict)
@@ -51,18 +59,26 @@ class Chain(System):
         names = [spec.name for spec in self.specs]
         for name, template in self.views.items():
             if name not in names:
-                raise SettingError(f"views.{name}: no such agent in the chain; {nearest(name, names)}")
+                raise SettingError(
+                    f"views.{name}: no such agent in the chain; {nearest(name, names)}"
+                )
             if not isinstance(template, str):
-                raise SettingError(f"views.{name}: expected a template such as '{{prompt}}', got {template!r}")
+                raise SettingError(
+                    f"views.{name}: expected a template such as '{{prompt}}', got {template!r}"
+                )
             view(template, partial(self._check, name), f"views.{name}")
 
     def _check(self, name: str, key: str) -> str:
-        """A field that cannot have been said when `name` speaks. Keys of `task.meta` are known only at play."""
+        """A field that cannot have been said when `name` speaks. Keys of `task.meta` are known only
+        at play."""
         names = [spec.name for spec in self.specs]
         position = names.index(name)
         unsaid = {*names[position:]} | ({"previous", "answer"} if position == 0 else set())
         if key in unsaid - {"prompt"}:
-            raise SettingError(f"views.{name}: {{{key}}} has not been said when {name!r} speaks; use what came before it")
+            raise SettingError(
+                f"views.{name}: {{{key}}} has not been said when {name!r} speaks; use what came"
+                " before it"
+            )
         return ""
 
     async def run(self, task: Task, team: Team) -> str:
@@ -76,7 +92,9 @@ class Chain(System):
         """What the agent is told after these turns, and those of them whose text it is shown."""
         default = "{prompt}"
         if said:
-            default += f"\n\n{said[-1].agent} wrote:\n{{previous}}\n\nGo on from this and answer the task."
+            default += (
+                f"\n\n{said[-1].agent} wrote:\n{{previous}}\n\nGo on from this and answer the task."
+            )
         shown: dict[int, Turn] = {}
         by_name = {turn.agent: turn for turn in said}
 
@@ -90,6 +108,8 @@ class Chain(System):
             if key in task.meta:
                 return str(task.meta[key])
             known = [*(_FIELDS if said else ("prompt",)), *by_name, *task.meta]
-            raise SettingError(f"views.{name}: unknown field {{{key}}} for task {task.id!r}; {nearest(key, known)}")
+            raise SettingError(
+                f"views.{name}: unknown field {{{key}}} for task {task.id!r}; {nearest(key, known)}"
+            )
 
         return view(self.views.get(name, default), value, f"views.{name}"), list(shown.values())

@@ -1,19 +1,20 @@
-"""Collaboration: a debate in rounds whose members may speak with another policy in each, and hear what a verifier thinks.
+"""Collaboration: a debate in rounds whose members may speak with another policy in each, and hear
+what a verifier thinks.
 
-The debate of MAPoRL (Park et al., arXiv:2502.18439): every member answers alone, then, round by round, reads what the others answered
-last and answers again in the same chat. Against the paper: a chat grows by appending, so what others wrote in earlier rounds stays
-in it; wordings are ours.
+The debate of MAPoRL (Park et al., arXiv:2502.18439): every member answers alone, then, round by
+round, reads what the others answered last and answers again in the same chat. Against the paper: a
+chat grows by appending, so what others wrote in earlier rounds stays in it; wordings are ours.
 
-**Seats.** A member is one speaker; with `separation` it has a seat (agent) for every part of the debate, and the next seat takes its
-chat over. Members `ann` and `bob` give
+**Seats.** A member is one speaker; with `separation` it has a seat (agent) for every part of the
+debate, and the next seat takes its chat over. Members `ann` and `bob` give
 
 - `single`: agents `ann`, `bob`;
-- `collaboration`: `ann-alone`, `bob-alone` for the first round and `ann-together`, `bob-together` for all later ones (freeze the first
-  two policies, and only collaboration is learnt);
+- `collaboration`: `ann-alone`, `bob-alone` for the first round and `ann-together`, `bob-together`
+  for all later ones (freeze the first two policies, and only collaboration is learnt);
 - `turn`: `ann-1`, `bob-1`, `ann-2`, ... one for every round.
 
-A seat's policy is named in the same way after the member's policy: members with one `policy` share weights, others do not, and two
-members may stand on different bases.
+A seat's policy is named in the same way after the member's policy: members with one `policy` share
+weights, others do not, and two members may stand on different bases.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ from dataclasses import dataclass, replace
 from ..lookup import trusted
 from ..team import Agent, System, Team, gather
 from ..text.answers import extract, majority, normalise
-from ..tools.verifiers import (WORDS, Verifier, check_verifier, in_words, resolve_verifier, verify)
-from ..types import (BASE, AgentSpec, SettingError, Task, Turn, nearest)
+from ..tools.verifiers import WORDS, Verifier, check_verifier, in_words, resolve_verifier, verify
+from ..types import BASE, AgentSpec, SettingError, Task, Turn, nearest
 from .chain import view
 
 SEPARATIONS = ("single", "collaboration", "turn")
 REVISE = (
-    "The others' solutions:\n\n{others}\n\nYour own{verdict} stands above. Weigh all of them, keep what holds, mend what does not, and do "
-    "not just copy. Be brief and end with your answer. The question again:\n{prompt}"
+    "The others' solutions:\n\n{others}\n\nYour own{verdict} stands above. Weigh all of them, keep"
+    " what holds, mend what does not, and do not just copy. Be brief and end with your answer. The"
+    " question again:\n{prompt}"
 )
 REVISE_ALONE = (
-    "Look at your solution{verdict} again, mend what does not hold, and end with your answer. The question again:\n{prompt}"
+    "Look at your solution{verdict} again, mend what does not hold, and end with your answer. The"
+    " question again:\n{prompt}"
 )
 _FIELDS = {
     "ask": ("prompt",),
@@ -49,21 +52,25 @@ _FIELDS = {
 @trusted("system")
 @dataclass
 class Collaboration(System):
-    """One or more members; the output is the majority of the last answers (ties: see `answers.majority`).
+    """One or more members; the output is the majority of the last answers (ties: see
+    `answers.majority`).
 
     Args:
         rounds: answers of each member, the first one alone.
         separation: see above.
-        verifier: who scores every answer (see `verifiers.resolve_verifier`); "" is nobody. Its words are shown in later rounds.
+        verifier: who scores every answer (see `verifiers.resolve_verifier`); "" is nobody. Its
+            words are shown in later rounds.
         words: what is said of a score below 0.3, below 0.6, below 0.8, and from there on.
         ask: the first thing a member is told. Field: `prompt`.
-        quote: how another's answer is shown. Fields: `member`, `text`, `answer` (the one found in it, see `answers.extract`; all of
-            it if none is), `verdict`. It must show `text` or `answer`.
-        revise: what a member is told from the second round on. Fields: `others` (quotes), `verdict` (on its own answer), `prompt`.
-            None is a wording of ours.
+        quote: how another's answer is shown. Fields: `member`, `text`, `answer` (the one found in
+            it, see `answers.extract`; all of it if none is), `verdict`. It must show `text` or
+            `answer`.
+        revise: what a member is told from the second round on. Fields: `others` (quotes), `verdict`
+            (on its own answer), `prompt`. None is a wording of ours.
         verdict: a score in words. Fields: `words`, `score`. Empty without a verifier.
-        stop_share, stop_score: after a round in which more than this share of the members gave one answer, whose mean score is above
-            `stop_score` (if there is a verifier), the debate ends. Above 1 it never does.
+        stop_share, stop_score: after a round in which more than this share of the members gave one
+            answer, whose mean score is above `stop_score` (if there is a verifier), the debate
+            ends. Above 1 it never does.
     """
 
     rounds: int = 2
@@ -84,17 +91,38 @@ class Collaboration(System):
         if self.rounds < 1:
             raise SettingError(f"rounds: expected at least 1, got {self.rounds}")
         if self.separation not in SEPARATIONS:
-            raise SettingError(f"separation {self.separation!r}: no such mode; {nearest(self.separation, SEPARATIONS)}")
+            raise SettingError(
+                f"separation {self.separation!r}: no such mode;"
+                f" {nearest(self.separation, SEPARATIONS)}"
+            )
         if len(self.words) != 4 or not all(isinstance(word, str) for word in self.words):
-            raise SettingError(f"words: expected four texts, from a low score's to a high one's, got {self.words!r}")
+            raise SettingError(
+                "words: expected four texts, from a low score's to a high one's, got"
+                f" {self.words!r}"
+            )
         for name, fields in _FIELDS.items():
-            view(getattr(self, name) or "", functools.partial(_known, name, dict.fromkeys(fields, "")), name)
+            view(
+                getattr(self, name) or "",
+                functools.partial(_known, name, dict.fromkeys(fields, "")),
+                name,
+            )
         if "{text}" not in self.quote and "{answer}" not in self.quote:
-            raise SettingError(f"quote: expected {{text}} or {{answer}} in {self.quote!r}; else members would not read one another")
+            raise SettingError(
+                f"quote: expected {{text}} or {{answer}} in {self.quote!r}; else members would not"
+                " read one another"
+            )
         if tools := [spec.name for spec in self.specs if spec.tools]:
-            raise SettingError(f"agents.{tools[0]}.tools: members of a Collaboration have none; every turn is an answer of a round")
+            raise SettingError(
+                f"agents.{tools[0]}.tools: members of a Collaboration have none; every turn is an"
+                " answer of a round"
+            )
         if not self._seated():
-            self.agents = tuple(seat for suffix in self._suffixes for spec in self.specs for seat in [_seat(spec, suffix)])
+            self.agents = tuple(
+                seat
+                for suffix in self._suffixes
+                for spec in self.specs
+                for seat in [_seat(spec, suffix)]
+            )
 
     # who sits where
 
@@ -102,11 +130,17 @@ class Collaboration(System):
     def _suffixes(self) -> list[str]:
         if self.separation == "collaboration":
             return ["-alone", "-together"][: self.rounds]
-        return [f"-{number + 1}" for number in range(self.rounds)] if self.separation == "turn" else [""]
+        return (
+            [f"-{number + 1}" for number in range(self.rounds)]
+            if self.separation == "turn"
+            else [""]
+        )
 
     def _seated(self) -> bool:
         """Are the agents seats already (given back by a checkpoint), rather than members?"""
-        return {spec.name for spec in self.specs} == {member + suffix for member in self.members for suffix in self._suffixes}
+        return {spec.name for spec in self.specs} == {
+            member + suffix for member in self.members for suffix in self._suffixes
+        }
 
     @property
     def members(self) -> list[str]:
@@ -136,8 +170,13 @@ class Collaboration(System):
             for member in self.members:
                 chats[member] = self._sit(team, member, number, chats.get(member))
             told = {member: self._tell(task, member, drafts, scores) for member in self.members}
-            others = {member: [turn for name, turn in drafts.items() if name != member] for member in self.members}
-            said = await gather(chats[member].reply(told[member], reads=others[member]) for member in self.members)
+            others = {
+                member: [turn for name, turn in drafts.items() if name != member]
+                for member in self.members
+            }
+            said = await gather(
+                chats[member].reply(told[member], reads=others[member]) for member in self.members
+            )
             drafts = dict(zip(self.members, said, strict=True))
             if number + 1 == self.rounds:
                 break
@@ -152,35 +191,60 @@ class Collaboration(System):
         seat = team[self.seat(member, number)]
         return seat if chat is None else chat if chat.name == seat.name else seat.take_over(chat)
 
-    def _tell(self, task: Task, member: str, drafts: Mapping[str, Turn], scores: Mapping[str, float]) -> str:
+    def _tell(
+        self, task: Task, member: str, drafts: Mapping[str, Turn], scores: Mapping[str, float]
+    ) -> str:
         if not drafts:
             return _fill("ask", self.ask, {"prompt": task.prompt})
-        quotes = [self._quote(turn, name, scores.get(name)) for name, turn in drafts.items() if name != member]
+        quotes = [
+            self._quote(turn, name, scores.get(name))
+            for name, turn in drafts.items()
+            if name != member
+        ]
         template = self.revise or (REVISE if quotes else REVISE_ALONE)
-        fields = {"prompt": task.prompt, "others": "\n\n".join(quotes), "verdict": self._say(scores.get(member))}
+        fields = {
+            "prompt": task.prompt,
+            "others": "\n\n".join(quotes),
+            "verdict": self._say(scores.get(member)),
+        }
         return _fill("revise", template, fields)
 
     def _quote(self, turn: Turn, member: str, score: float | None) -> str:
         answer = extract(turn.text) or turn.text
-        fields = {"member": member, "text": turn.text, "answer": answer, "verdict": self._say(score)}
+        fields = {
+            "member": member,
+            "text": turn.text,
+            "answer": answer,
+            "verdict": self._say(score),
+        }
         return _fill("quote", self.quote, fields)
 
     def _say(self, score: float | None) -> str:
         if score is None:
             return ""
-        return _fill("verdict", self.verdict, {"score": f"{score:.2f}", "words": in_words(score, self.words)})
+        return _fill(
+            "verdict", self.verdict, {"score": f"{score:.2f}", "words": in_words(score, self.words)}
+        )
 
     def _agreed(self, drafts: Mapping[str, Turn], scores: Mapping[str, float]) -> bool:
-        answers = {member: normalise(extract(turn.text) or turn.text) for member, turn in drafts.items()}
+        answers = {
+            member: normalise(extract(turn.text) or turn.text) for member, turn in drafts.items()
+        }
         most, count = Counter(answers.values()).most_common(1)[0]
         if count / len(answers) <= self.stop_share:
             return False
-        agreed = [scores[member] for member, answer in answers.items() if answer == most and member in scores]
+        agreed = [
+            scores[member]
+            for member, answer in answers.items()
+            if answer == most and member in scores
+        ]
         return not agreed or sum(agreed) / len(agreed) > self.stop_score
 
 
 def _seat(spec: AgentSpec, suffix: str) -> AgentSpec:
-    return replace(spec, name=spec.name + suffix, policy=BASE if spec.policy == BASE else spec.policy + suffix)
+    return replace(
+        spec, name=spec.name + suffix, policy=BASE if spec.policy == BASE else spec.policy + suffix
+    )
 
 
 def _fill(name: str, template: str, fields: Mapping[str, str]) -> str:

@@ -1,9 +1,11 @@
 """Debate: all answer at once, read one another, answer again; the majority's answer counts.
 
-Du et al., "Improving factuality and reasoning in language models through multiagent debate" (arXiv 2305.14325). With critics it is the
-debate of Multiagent Finetuning (Subramaniam et al., arXiv 2501.05707): every seat has a generator that answers first and a critic that
-goes on in its chat. Not copied from there: the others' answers come in the order of seats, not shuffled, and all of them, not five; a
-tie of the majority is broken by the episode's seed, where the authors' code takes the answer that is last in the order of strings.
+Du et al., "Improving factuality and reasoning in language models through multiagent debate" (arXiv
+2305.14325). With critics it is the debate of Multiagent Finetuning (Subramaniam et al., arXiv
+2501.05707): every seat has a generator that answers first and a critic that goes on in its chat.
+Not copied from there: the others' answers come in the order of seats, not shuffled, and all of
+them, not five; a tie of the majority is broken by the episode's seed, where the authors' code takes
+the answer that is last in the order of strings.
 """
 
 from __future__ import annotations
@@ -18,24 +20,29 @@ from ..types import SettingError, Task, Turn, nearest
 from .chain import view
 
 REVISE = (
-    "The others answered:\n\n{others}\n\nWeigh what they say, correct yourself where they are right, and answer the task again."
+    "The others answered:\n\n{others}\n\nWeigh what they say, correct yourself where they are"
+    " right, and answer the task again."
 )
 SUMMARISE = (
-    "{prompt}\n\nSeveral answers to this:\n\n{others}\n\nSum up what they say: their answers, their reasons, where they differ. "
-    "Do not answer yourself."
+    "{prompt}\n\nSeveral answers to this:\n\n{others}\n\nSum up what they say: their answers, their"
+    " reasons, where they differ. Do not answer yourself."
 )
 
 
 @trusted("system")
 @dataclass
 class Debate(System):
-    """At least two seats, `rounds` answers each (1: no debate, only a vote). Ties: see `answers.majority`.
+    """At least two seats, `rounds` answers each (1: no debate, only a vote). Ties: see
+    `answers.majority`.
 
     Args:
-        critics: the first half of the agents are generators, the second half their critics, in the same order; from round 2 on critic i
-            speaks where generator i stood. False: an agent speaks in all rounds.
-        summariser: an agent, besides these, that sums up for each seat what the others said, shown in place of their words; "" is none.
-        revise: what a seat is told after a round, as a template with the fields `others` and `prompt`.
+        critics: the first half of the agents are generators, the second half their critics, in the
+            same order; from round 2 on critic i speaks where generator i stood. False: an agent
+            speaks in all rounds.
+        summariser: an agent, besides these, that sums up for each seat what the others said, shown
+            in place of their words; "" is none.
+        revise: what a seat is told after a round, as a template with the fields `others` and
+            `prompt`.
     """
 
     rounds: int = 2
@@ -47,16 +54,20 @@ class Debate(System):
         super().__post_init__()
         names = [spec.name for spec in self.specs]
         if self.summariser and self.summariser not in names:
-            raise SettingError(f"Debate: summariser {self.summariser!r} is no agent; {nearest(self.summariser, names)}")
+            raise SettingError(
+                f"Debate: summariser {self.summariser!r} is no agent;"
+                f" {nearest(self.summariser, names)}"
+            )
         speakers = len(names) - bool(self.summariser)
         if self.critics and (speakers % 2 or self.rounds < 2):
             raise SettingError(
-                f"Debate: with critics as many generators as critics and rounds >= 2 expected, got {speakers} agents and "
-                f"rounds={self.rounds}"
+                "Debate: with critics as many generators as critics and rounds >= 2 expected, got"
+                f" {speakers} agents and rounds={self.rounds}"
             )
         if len(self.seats) < 2 or self.rounds < 1:
             raise SettingError(
-                f"Debate: at least two agents and rounds >= 1 expected, got {len(self.seats)} and rounds={self.rounds}"
+                f"Debate: at least two agents and rounds >= 1 expected, got {len(self.seats)} and"
+                f" rounds={self.rounds}"
             )
         self._told(Task("", ""), "")  # checks the template
 
@@ -65,7 +76,11 @@ class Debate(System):
         """By seat: who answers first, and who answers from round 2 on."""
         names = [spec.name for spec in self.specs if spec.name != self.summariser]
         half = len(names) // 2
-        return list(zip(names[:half], names[half:], strict=True)) if self.critics else [(name, name) for name in names]
+        return (
+            list(zip(names[:half], names[half:], strict=True))
+            if self.critics
+            else [(name, name) for name in names]
+        )
 
     @property
     def member_of(self) -> dict[str, str]:
@@ -77,18 +92,34 @@ class Debate(System):
         drafts = await gather(agent.reply(task.prompt) for agent in speakers)
         for number in range(self.rounds - 1):
             if self.critics and number == 0:
-                speakers = [team[critic].take_over(agent) for agent, (_, critic) in zip(speakers, self.seats, strict=True)]
-            heard = [[draft for n, draft in enumerate(drafts) if n != seat] for seat in range(len(speakers))]
+                speakers = [
+                    team[critic].take_over(agent)
+                    for agent, (_, critic) in zip(speakers, self.seats, strict=True)
+                ]
+            heard = [
+                [draft for n, draft in enumerate(drafts) if n != seat]
+                for seat in range(len(speakers))
+            ]
             quoted = [quote(others) for others in heard]
             if self.summariser:
-                summaries = await gather(self._summary(team[self.summariser], task, others) for others in heard)
-                heard, quoted = [[summary] for summary in summaries], [summary.text for summary in summaries]
+                summaries = await gather(
+                    self._summary(team[self.summariser], task, others) for others in heard
+                )
+                heard, quoted = (
+                    [[summary] for summary in summaries],
+                    [summary.text for summary in summaries],
+                )
             told = [self._told(task, others) for others in quoted]
-            drafts = await gather(agent.reply(text, reads=reads) for agent, text, reads in zip(speakers, told, heard, strict=True))
+            drafts = await gather(
+                agent.reply(text, reads=reads)
+                for agent, text, reads in zip(speakers, told, heard, strict=True)
+            )
         return majority(drafts, team.rng)
 
     def _summary(self, agent: Agent, task: Task, others: Sequence[Turn]) -> Awaitable[Turn]:
-        return agent.fresh().reply(SUMMARISE.format(prompt=task.prompt, others=quote(others)), reads=others)
+        return agent.fresh().reply(
+            SUMMARISE.format(prompt=task.prompt, others=quote(others)), reads=others
+        )
 
     def _told(self, task: Task, others: str) -> str:
         fields = {"others": others, "prompt": task.prompt}

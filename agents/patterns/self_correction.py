@@ -1,7 +1,9 @@
-"""Repair of one turn: somebody who knows the answer says what was wrong, the agent writes it anew, then as if it had known all along.
+"""Repair of one turn: somebody who knows the answer says what was wrong, the agent writes it anew,
+then as if it had known all along.
 
-The augmentation of SiriuS (Zhao et al., arXiv 2502.04780). It is played as an episode of its own, on a task made by `repair_task`; what
-comes out is a text for the ORIGINAL prompt of the turn. What on the way has seen the answer, or read who has, is marked so.
+The augmentation of SiriuS (Zhao et al., arXiv 2502.04780). It is played as an episode of its own,
+on a task made by `repair_task`; what comes out is a text for the ORIGINAL prompt of the turn. What
+on the way has seen the answer, or read who has, is marked so.
 """
 
 from __future__ import annotations
@@ -16,11 +18,18 @@ from ..types import SettingError, Task, Turn, nearest
 from .chain import view
 
 FEEDBACK = (
-    "A team works on this task:\n{prompt}\n\nThe reference answer is: {answer}\n\nThe team's answer is wrong. What was said:\n"
-    "{transcript}\n\nSay what {agent} should do differently, in a few sentences. Judge {agent} only, and do not tell the answer."
+    "A team works on this task:\n{prompt}\n\nThe reference answer is: {answer}\n\nThe team's answer"
+    " is wrong. What was said:\n{transcript}\n\nSay what {agent} should do differently, in a few"
+    " sentences. Judge {agent} only, and do not tell the answer."
 )
-REGENERATE = "{told}\n\nYou wrote:\n{said}\n\nFeedback on it:\n{feedback}\n\nWrite a corrected version, and nothing else."
-REPHRASE = "Rewrite the text below as if it had been written in one go: no hint that it was corrected, nothing new, the same form.\n\n{text}"
+REGENERATE = (
+    "{told}\n\nYou wrote:\n{said}\n\nFeedback on it:\n{feedback}\n\nWrite a corrected version, and"
+    " nothing else."
+)
+REPHRASE = (
+    "Rewrite the text below as if it had been written in one go: no hint that it was corrected,"
+    " nothing new, the same form.\n\n{text}"
+)
 SPLIT = "repair"  # of the tasks of repairs: nothing is learnt from their episodes
 _TASK = ("prompt", "told", "said", "agent", "transcript", "answer")
 
@@ -31,10 +40,11 @@ class SelfCorrection(System):
     """Two agents: who gives feedback, and whose turn is mended. The output is the mended text.
 
     Args:
-        feedback, regenerate, rephrase: what they are told, as templates; "" leaves the step out (without `regenerate` the text to
-            rephrase is `{said}`). Fields: `prompt` (the team's task), `told` and `said` (the turn's last message and its text), `agent`
-            (who said it), `transcript` (all the team said); in `feedback` also `answer`, in `regenerate` `feedback`, in
-            `rephrase` `text`.
+        feedback, regenerate, rephrase: what they are told, as templates; "" leaves the step out
+            (without `regenerate` the text to rephrase is `{said}`). Fields: `prompt` (the team's
+            task), `told` and `said` (the turn's last message and its text), `agent` (who said it),
+            `transcript` (all the team said); in `feedback` also `answer`, in `regenerate`
+            `feedback`, in `rephrase` `text`.
     """
 
     feedback: str = FEEDBACK
@@ -44,42 +54,67 @@ class SelfCorrection(System):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.specs) != 2:
-            raise SettingError(f"Repair: two agents expected (who gives feedback, who is mended), got {len(self.specs)}")
+            raise SettingError(
+                "Repair: two agents expected (who gives feedback, who is mended), got"
+                f" {len(self.specs)}"
+            )
         open_ = [field for field in _TASK if field != "answer"]
-        for name, more in (("feedback", "answer"), ("regenerate", "feedback"), ("rephrase", "text")):
-            known = dict.fromkeys([*open_, *([more] if name != "regenerate" or self.feedback else [])], "")
+        for name, more in (
+            ("feedback", "answer"),
+            ("regenerate", "feedback"),
+            ("rephrase", "text"),
+        ):
+            known = dict.fromkeys(
+                [*open_, *([more] if name != "regenerate" or self.feedback else [])], ""
+            )
             _filled(name, getattr(self, name), known)
         if not self.regenerate and (self.feedback or not self.rephrase):
-            raise SettingError("regenerate: empty, so there is nothing that feedback could change, or no step at all is left")
+            raise SettingError(
+                "regenerate: empty, so there is nothing that feedback could change, or no step at"
+                " all is left"
+            )
 
     async def run(self, task: Task, team: Team) -> str:
         critic, agent = team
-        known = {field: str(task.meta[field]) for field in _TASK if field != "prompt"} | {"prompt": task.prompt}
+        known = {field: str(task.meta[field]) for field in _TASK if field != "prompt"} | {
+            "prompt": task.prompt
+        }
         last: Turn | None = None  # the turn whose text is `feedback`, then `text`
         gold = False  # does that text follow from the answer?
         known["text"] = known["said"]
         if self.feedback:
-            last, gold = await critic.reply(_filled("feedback", self.feedback, known), saw_gold=True), True
+            last, gold = (
+                await critic.reply(_filled("feedback", self.feedback, known), saw_gold=True),
+                True,
+            )
             known["feedback"] = last.text
         for name, template in (("regenerate", self.regenerate), ("rephrase", self.rephrase)):
             if template:
-                shown = [last] if last is not None and _fields(template) & {"feedback", "text"} else []
+                shown = (
+                    [last] if last is not None and _fields(template) & {"feedback", "text"} else []
+                )
                 gold = gold and bool(shown)
-                last = await agent.fresh().reply(_filled(name, template, known), reads=shown, saw_gold=gold)
+                last = await agent.fresh().reply(
+                    _filled(name, template, known), reads=shown, saw_gold=gold
+                )
                 known["text"] = last.text.strip()
         return known["text"]
 
 
 def correction_task(task: Task, turn: Turn, turns: tuple[Turn, ...], said: str = "") -> Task:
-    """The task of mending `turn` of an episode on `task`: here the answer is public, and the system marks who is shown it.
+    """The task of mending `turn` of an episode on `task`: here the answer is public, and the system
+    marks who is shown it.
 
     `said` is the text to start from, if it is not the turn's own.
     """
     told = next((m.content for m in reversed(turn.messages) if m.role == "user"), "")
     meta = {
-        "told": told, "said": said or turn.text, "agent": turn.agent, "answer": str(task.answer),
+        "told": told,
+        "said": said or turn.text,
+        "agent": turn.agent,
+        "answer": str(task.answer),
         "transcript": "\n\n".join(f"[{t.agent}] {t.text}" for t in turns if t.taken),
-    }  # fmt: skip
+    }
     return Task(task.id, task.prompt, None, task.source, SPLIT, meta)
 
 

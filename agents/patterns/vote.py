@@ -16,8 +16,9 @@ from ..types import SettingError, Task
 @trusted("system")
 @dataclass
 class Vote(System):
-    """Each agent answers `samples` times, each time in a chat of its own: every answer has a vote, so every one is a turn of
-    its own and none a sibling that was not taken. Ties: see `answers.majority`.
+    """Each agent answers `samples` times, each time in a chat of its own: every answer has a vote,
+    so every one is a turn of its own and none a sibling that was not taken. Ties: see
+    `answers.majority`.
     """
 
     samples: int = 1
@@ -28,5 +29,7 @@ class Vote(System):
             raise SettingError(f"Vote: samples >= 1 expected, got {self.samples}")
 
     async def run(self, task: Task, team: Team) -> str:
-        drafts = await gather(agent.fresh().reply(task.prompt) for agent in team for _ in range(self.samples))
+        drafts = await gather(
+            agent.fresh().reply(task.prompt) for agent in team for _ in range(self.samples)
+        )
         return majority(drafts, team.rng)

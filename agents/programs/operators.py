@@ -1,8 +1,9 @@
 """Operators: what a workflow program can call, each answered by an executor agent.
 
-An operator is a coroutine `(call, arguments...) -> text`; its docstring is what a designer is told. It asks through `call.ask`, so every
-word of an executor is an ordinary turn: metered, recorded, replayed, and fit to be trained on. A program knows neither agents nor
-turns; what a turn reads is told by where texts stand.
+An operator is a coroutine `(call, arguments...) -> text`; its docstring is what a designer is told.
+It asks through `call.ask`, so every word of an executor is an ordinary turn: metered, recorded,
+replayed, and fit to be trained on. A program knows neither agents nor turns; what a turn reads is
+told by where texts stand.
 
 After the operators of ScoreFlow (arXiv:2502.04306) and AFlow (arXiv:2410.10762).
 """
@@ -26,13 +27,29 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LETTER = re.compile(r"\b([A-Z])\b")
 PROMPTS: Mapping[str, str] = {
     "custom": "{problem}\n\n{instruction}",
-    "answer_generate": "{problem}\n\nThink step by step, then end with a line `Answer: ` and the answer alone.",
-    "ensemble": "{problem}\n\nSeveral solutions:\n\n{solutions}\n\nWhich of them is right, or agrees with most others? "
-    "End with its letter alone on the last line.",
-    "review": "{problem}\n\nA solution:\n\n{solution}\n\nCheck it. Say what is wrong with it, if anything, and why.",
-    "revise": "{problem}\n\nA solution:\n\n{solution}\n\nA review of it:\n\n{feedback}\n\nWrite the solution again, mended.",
-    "programmer": "{problem}\n\n{analysis}\n\nWrite a Python program that works out the answer and prints it. Standard library only.{failure}",
-    "test": "{problem}\n\nA solution:\n\n{solution}\n\nIt fails a test:\n\n{failure}\n\nSay why, then write the whole solution again.",
+    "answer_generate": (
+        "{problem}\n\nThink step by step, then end with a line `Answer: ` and the answer alone."
+    ),
+    "ensemble": (
+        "{problem}\n\nSeveral solutions:\n\n{solutions}\n\nWhich of them is right, or agrees with"
+        " most others? End with its letter alone on the last line."
+    ),
+    "review": (
+        "{problem}\n\nA solution:\n\n{solution}\n\nCheck it. Say what is wrong with it, if"
+        " anything, and why."
+    ),
+    "revise": (
+        "{problem}\n\nA solution:\n\n{solution}\n\nA review of it:\n\n{feedback}\n\nWrite the"
+        " solution again, mended."
+    ),
+    "programmer": (
+        "{problem}\n\n{analysis}\n\nWrite a Python program that works out the answer and prints it."
+        " Standard library only.{failure}"
+    ),
+    "test": (
+        "{problem}\n\nA solution:\n\n{solution}\n\nIt fails a test:\n\n{failure}\n\nSay why, then"
+        " write the whole solution again."
+    ),
 }
 CHECKS = Limits(seconds=15.0, cpu_seconds=15)  # of one program that an operator runs
 
@@ -43,10 +60,12 @@ class QuotaError(RuntimeError):
 
 @dataclass
 class OperatorContext:
-    """Where the operators of one run of a program work: who answers, what may be spent, what was said.
+    """Where the operators of one run of a program work: who answers, what may be spent, what was
+    said.
 
     Args:
-        task: as a team sees it, without answers. `author`: the turn in which the program stands, None if nobody of the team wrote it.
+        task: as a team sees it, without answers. `author`: the turn in which the program stands,
+            None if nobody of the team wrote it.
         executors: agent by operator; others go to the agent named by the key "".
         prompts: templates by operator that replace those of `PROMPTS`.
         max_calls: calls of executors in the run. `max_text`: characters of one argument.
@@ -66,7 +85,8 @@ class OperatorContext:
         return self.team[self.executors.get(operator, self.executors[""])]
 
     def reads(self, given: Sequence[str]) -> list[Turn]:
-        """The turns whose text stands in what a program passed on: executors', and the author's for words that none of them said."""
+        """The turns whose text stands in what a program passed on: executors', and the author's for
+        words that none of them said."""
         turns: list[Turn] = []
         for text in filter(str.strip, given):
             same = [turn for turn in self.said if turn.text.strip() == text.strip()]
@@ -76,17 +96,21 @@ class OperatorContext:
 
 
 class OperatorCall:
-    """One call of an operator at work. Its turns' indices are reserved when the program calls, so they do not depend on timing."""
+    """One call of an operator at work. Its turns' indices are reserved when the program calls, so
+    they do not depend on timing."""
 
     def __init__(self, desk: OperatorContext, operator: Operator) -> None:
         self.desk, self.operator = desk, operator
         agent = desk.executor(operator.name)
         width = 1 + (desk.team.max_tool_calls if desk.team.tools_of(agent.spec) else 0)
         self.first = desk.team.reserve(width * operator.calls)
-        self._indices: Iterator[int] = iter(range(self.first, self.first + width * operator.calls, width))
+        self._indices: Iterator[int] = iter(
+            range(self.first, self.first + width * operator.calls, width)
+        )
 
     async def ask(self, fields: Mapping[str, str], given: Sequence[str]) -> str:
-        """Ask the executor with this operator's template; `given`: the texts among the fields that come from the program.
+        """Ask the executor with this operator's template; `given`: the texts among the fields that
+        come from the program.
 
         Raises `QuotaError` beyond the run's calls.
         """
@@ -96,7 +120,11 @@ class OperatorCall:
         desk.asked += 1
         text = prompt_for(self.operator.name, desk.prompts, {"problem": desk.task.prompt, **fields})
         reads = desk.reads(given)
-        turn = await desk.executor(self.operator.name).fresh().reply(text, reads=reads, index=next(self._indices))
+        turn = (
+            await desk.executor(self.operator.name)
+            .fresh()
+            .reply(text, reads=reads, index=next(self._indices))
+        )
         desk.said.append(turn)
         return turn.text
 
@@ -107,14 +135,19 @@ class OperatorCall:
 
 
 def prompt_for(operator: str, prompts: Mapping[str, str], fields: Mapping[str, str]) -> str:
-    """An operator's prompt, filled in. Raises `SettingError` at a field that the template has and the operator has not."""
+    """An operator's prompt, filled in. Raises `SettingError` at a field that the template has and
+    the operator has not."""
 
     def value(key: str) -> str:
         if key not in fields:
-            raise SettingError(f"prompts.{operator}: unknown field {{{key}}}; {nearest(key, fields)}")
+            raise SettingError(
+                f"prompts.{operator}: unknown field {{{key}}}; {nearest(key, fields)}"
+            )
         return fields[key]
 
-    return view(prompts.get(operator) or PROMPTS.get(operator, "{problem}"), value, f"prompts.{operator}").strip()
+    return view(
+        prompts.get(operator) or PROMPTS.get(operator, "{problem}"), value, f"prompts.{operator}"
+    ).strip()
 
 
 @dataclass(frozen=True)
@@ -152,14 +185,19 @@ class Operator:
         words = " ".join((inspect.getdoc(self.function) or "").split())
         return f"await {self.name}({shown}) -> {self.signature.return_annotation}: {words}"
 
-    def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any], max_text: int) -> dict[str, Any]:
-        """What a program passed, by name. Raises `TypeError` or `ProgramError`, which the program sees."""
+    def arguments(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], max_text: int
+    ) -> dict[str, Any]:
+        """What a program passed, by name. Raises `TypeError` or `ProgramError`, which the program
+        sees."""
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return {
-            name: [text_of(each, name, max_text) for each in _listed(value, name)]
-            if self.signature.parameters[name].annotation == "list[str]"
-            else text_of(value, name, max_text)
+            name: (
+                [text_of(each, name, max_text) for each in _listed(value, name)]
+                if self.signature.parameters[name].annotation == "list[str]"
+                else text_of(value, name, max_text)
+            )
             for name, value in bound.arguments.items()
         }
 
@@ -174,19 +212,28 @@ def text_of(value: Any, name: str, longest: int) -> str:
 
 def _listed(value: Any, name: str) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)) or not 0 < len(value) <= len(LETTERS):
-        raise ProgramError(f"{name}: expected a list of 1 to {len(LETTERS)} texts, got {value!r:.80}")
+        raise ProgramError(
+            f"{name}: expected a list of 1 to {len(LETTERS)} texts, got {value!r:.80}"
+        )
     return value
 
 
-def externals(operators: Mapping[str, Operator], desk: OperatorContext | None, max_text: int = 20_000) -> Externals:
-    """The functions that a program can call. Without a desk they answer with sketches: a dry run."""
+def externals(
+    operators: Mapping[str, Operator], desk: OperatorContext | None, max_text: int = 20_000
+) -> Externals:
+    """The functions that a program can call. Without a desk they answer with sketches: a dry
+    run."""
 
     def external(operator: Operator) -> Callable[..., Awaitable[Any]]:
         def call(
             *args: Any, **kwargs: Any
         ) -> Awaitable[Any]:  # not async: indices are reserved in the order of the program's calls
             given = operator.arguments(args, kwargs, desk.max_text if desk else max_text)
-            return operator(OperatorCall(desk, operator), **given) if desk else _sketched(operator, given)
+            return (
+                operator(OperatorCall(desk, operator), **given)
+                if desk
+                else _sketched(operator, given)
+            )
 
         return call
 
@@ -201,7 +248,8 @@ async def _sketched(operator: Operator, given: Mapping[str, Any]) -> Any:
 
 
 async def custom(call: OperatorCall, instruction: str) -> str:
-    """One answer of a language model to the problem, as your instruction says. The instruction may quote earlier results."""
+    """One answer of a language model to the problem, as your instruction says. The instruction may
+    quote earlier results."""
     return await call.ask({"instruction": instruction}, [instruction])
 
 
@@ -213,11 +261,15 @@ async def answer_generate(call: OperatorCall) -> str:
 
 async def ensemble(call: OperatorCall, solutions: list[str]) -> str:
     """The best of several solutions, chosen by a language model."""
-    shown = "\n\n".join(f"{letter}: {solution}" for letter, solution in zip(LETTERS, solutions, strict=False))
+    shown = "\n\n".join(
+        f"{letter}: {solution}" for letter, solution in zip(LETTERS, solutions, strict=False)
+    )
     text = await call.ask({"solutions": shown}, solutions)
     letters = [letter for letter in _LETTER.findall(text) if letter in LETTERS[: len(solutions)]]
     if not letters:
-        raise ProgramError(f"ensemble: nobody chose one of {len(solutions)} solutions; the reply was {text[:60]!r}")
+        raise ProgramError(
+            f"ensemble: nobody chose one of {len(solutions)} solutions; the reply was {text[:60]!r}"
+        )
     return solutions[LETTERS.index(letters[-1])]
 
 
@@ -232,7 +284,8 @@ async def revise(call: OperatorCall, solution: str, feedback: str) -> str:
 
 
 async def programmer(call: OperatorCall, analysis: str = "") -> str:
-    """What a Python program prints that a language model writes for the problem; it has three tries."""
+    """What a Python program prints that a language model writes for the problem; it has three
+    tries."""
     failure, said = "", ""
     for _ in range(call.operator.calls):
         said = await call.ask({"analysis": analysis, "failure": failure}, [analysis, said])
@@ -244,7 +297,8 @@ async def programmer(call: OperatorCall, analysis: str = "") -> str:
 
 
 async def test(call: OperatorCall, solution: str) -> str:
-    """A solution that is a program, mended until it passes the problem's public tests, or as it is after three tries."""
+    """A solution that is a program, mended until it passes the problem's public tests, or as it is
+    after three tries."""
     for _ in range(call.operator.calls):
         failure = await _failing(call, solution)
         if not failure:
@@ -254,7 +308,8 @@ async def test(call: OperatorCall, solution: str) -> str:
 
 
 async def _failing(call: OperatorCall, solution: str) -> str:
-    """The first public test that a solution fails, and how; "" if it passes them all, or there are none."""
+    """The first public test that a solution fails, and how; "" if it passes them all, or there are
+    none."""
     task, team = call.desk.task, call.desk.team
     tests = [str(test) for test in task.meta.get("tests") or ()]
     if not tests:
@@ -278,11 +333,15 @@ OPERATORS: Mapping[str, Operator] = {
 
 
 def resolve_operators(names: Sequence[str]) -> dict[str, Operator]:
-    """Operators by name: shipped ones, or `module:NAME` of an `Operator`. Raises `SettingError` naming the one that cannot be found."""
+    """Operators by name: shipped ones, or `module:NAME` of an `Operator`. Raises `SettingError`
+    naming the one that cannot be found."""
     found: dict[str, Operator] = {}
     for name in names:
         made = load_function("operator", name, OPERATORS)
         if not isinstance(made, Operator):
-            raise SettingError(f"operator {name!r}: expected an Operator (marlora.agents.programs.operators), found {made!r:.60}")
+            raise SettingError(
+                f"operator {name!r}: expected an Operator (marlora.agents.programs.operators),"
+                f" found {made!r:.60}"
+            )
         found[made.name] = made
     return found

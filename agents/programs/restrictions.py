@@ -1,6 +1,8 @@
-"""What a workflow program has to be before it is run: rules that say in words what is wrong with one.
+"""What a workflow program has to be before it is run: rules that say in words what is wrong with
+one.
 
-Nothing of a program runs here; it is parsed. What only shows when it runs, a dry run in the sandbox finds (`workflow.py`).
+Nothing of a program runs here; it is parsed. What only shows when it runs, a dry run in the sandbox
+finds (`workflow.py`).
 """
 
 from __future__ import annotations
@@ -16,11 +18,25 @@ from dataclasses import dataclass
 from ..execution import program_in
 from ..types import SettingError
 
-ENTRY = "workflow"  # a coroutine of this name, without arguments, is the program's answer, if there is one
+ENTRY = (  # a coroutine of this name, without arguments, is the program's answer, if there is one
+    "workflow"
+)
 GIVEN = frozenset({"problem"})  # what a program may read besides its operators
 _REFUSED = {
-    "open", "exec", "eval", "compile", "input", "breakpoint", "globals", "locals", "vars", "memoryview", "exit", "quit", "help",
-}  # fmt: skip
+    "open",
+    "exec",
+    "eval",
+    "compile",
+    "input",
+    "breakpoint",
+    "globals",
+    "locals",
+    "vars",
+    "memoryview",
+    "exit",
+    "quit",
+    "help",
+}
 MAX_DEPTH, MAX_BITS = 100, 4096  # of a program's syntax tree, and of a number in it
 MAX_STEPS = 1_500_000  # of one comparison of two programs
 _DEEP = f"nested more than {MAX_DEPTH} levels deep"
@@ -33,9 +49,11 @@ class Restrictions:
 
     Args:
         operators: names that it may call; it has to call one.
-        template: the example that the designer is shown. `max_similarity`: above which likeness to it (`similarity`) a program is a
-            copy; 1 takes copies too. ScoreFlow has 0.75 to 0.8, and none for code.
-        banned: texts that must not stand in it. `max_nodes`: calls of operators, as written. `max_chars`: its length.
+        template: the example that the designer is shown. `max_similarity`: above which likeness to
+            it (`similarity`) a program is a copy; 1 takes copies too. ScoreFlow has 0.75 to 0.8,
+            and none for code.
+        banned: texts that must not stand in it. `max_nodes`: calls of operators, as written.
+            `max_chars`: its length.
     """
 
     operators: Collection[str]
@@ -53,7 +71,8 @@ class Restrictions:
             )
 
     def fault(self, program: str) -> str:
-        """The first rule that a program breaks, in words that begin with a short kind and a colon; "" if it keeps them all."""
+        """The first rule that a program breaks, in words that begin with a short kind and a colon;
+        "" if it keeps them all."""
         if len(program) > self.max_chars:
             return f"length: {len(program)} characters, at most {self.max_chars}"
         try:
@@ -71,14 +90,20 @@ class Restrictions:
         if not 0 < nodes <= self.max_nodes:
             return f"nodes: it calls {nodes} operators, expected 1 to {self.max_nodes}"
         if not _answers(tree):
-            return f"answer: its last line is no expression, and it defines no `async def {ENTRY}()`"
-        if self.max_similarity < 1 and (alike := similarity(program, self.template)) > self.max_similarity:
+            return (
+                f"answer: its last line is no expression, and it defines no `async def {ENTRY}()`"
+            )
+        if (
+            self.max_similarity < 1
+            and (alike := similarity(program, self.template)) > self.max_similarity
+        ):
             return f"copy: {alike:.2f} like the template, at most {self.max_similarity:g}"
         return ""
 
 
 def program_of(text: str, tag: str) -> str | None:
-    """The program in a designer's reply: between the last `<tag>` and its end, without a fence around it; None if there is none.
+    """The program in a designer's reply: between the last `<tag>` and its end, without a fence
+    around it; None if there is none.
 
     Without a tag it is the last fenced block, or all of the reply.
     """
@@ -91,7 +116,8 @@ def program_of(text: str, tag: str) -> str | None:
 
 
 def parsed(program: str) -> ast.Module:
-    """The one way to parse what a model wrote: every tree it returns can be walked and written again. Raises `SyntaxError`.
+    """The one way to parse what a model wrote: every tree it returns can be walked and written
+    again. Raises `SyntaxError`.
 
     Time grows with the length of the program: `Rules.max_chars` bounds it.
     """
@@ -106,7 +132,10 @@ def parsed(program: str) -> ast.Module:
     level: list[ast.AST] = [tree]
     for _ in range(MAX_DEPTH):
         level = [child for node in level for child in ast.iter_child_nodes(node)]
-        if any(type(n) is ast.Constant and type(n.value) is int and n.value.bit_length() > MAX_BITS for n in level):
+        if any(
+            type(n) is ast.Constant and type(n.value) is int and n.value.bit_length() > MAX_BITS
+            for n in level
+        ):
             raise SyntaxError(f"a number of more than {MAX_BITS} bits")
         if not level:
             return tree
@@ -114,7 +143,8 @@ def parsed(program: str) -> ast.Module:
 
 
 class _Matcher(difflib.SequenceMatcher[str]):
-    """difflib's matcher with a bound on its steps; beyond it nothing matches. Some texts take it seconds."""
+    """difflib's matcher with a bound on its steps; beyond it nothing matches. Some texts take it
+    seconds."""
 
     def __init__(self, first: str, second: str) -> None:
         super().__init__(None, first, second)
@@ -122,24 +152,37 @@ class _Matcher(difflib.SequenceMatcher[str]):
         self.steps = [0, *itertools.accumulate(1 + len(places.get(char, ())) for char in first)]
         self.left = MAX_STEPS
 
-    def find_longest_match(self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None) -> difflib.Match:
+    def find_longest_match(
+        self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None
+    ) -> difflib.Match:
         self.left -= self.steps[-1 if ahi is None else ahi] - self.steps[alo]
-        return difflib.Match(alo, blo, 0) if self.left < 0 else super().find_longest_match(alo, ahi, blo, bhi)
+        return (
+            difflib.Match(alo, blo, 0)
+            if self.left < 0
+            else super().find_longest_match(alo, ahi, blo, bhi)
+        )
 
 
 def similarity(one: str, other: str) -> float:
-    """How alike two programs are, from 0 to 1 (difflib's ratio, on their text without blanks at the ends of lines)."""
-    first, second = ("\n".join(line.rstrip() for line in text.strip().splitlines()) for text in (one, other))
+    """How alike two programs are, from 0 to 1 (difflib's ratio, on their text without blanks at the
+    ends of lines)."""
+    first, second = (
+        "\n".join(line.rstrip() for line in text.strip().splitlines()) for text in (one, other)
+    )
     return _Matcher(first, second).ratio()
 
 
 def nodes(program: str, operators: Collection[str]) -> int:
-    """How many calls of operators stand in a valid program, each loop counted once: its complexity."""
+    """How many calls of operators stand in a valid program, each loop counted once: its
+    complexity."""
     return calls_of(parsed(program), operators)
 
 
 def calls_of(tree: ast.AST, operators: Collection[str]) -> int:
-    return sum(isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in operators for n in ast.walk(tree))
+    return sum(
+        isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in operators
+        for n in ast.walk(tree)
+    )
 
 
 def whole(program: str, problem: str) -> str:
@@ -149,7 +192,10 @@ def whole(program: str, problem: str) -> str:
 
 
 def _entry(tree: ast.Module) -> bool:
-    return any(isinstance(n, ast.AsyncFunctionDef) and n.name == ENTRY and not _any_argument(n.args) for n in tree.body)
+    return any(
+        isinstance(n, ast.AsyncFunctionDef) and n.name == ENTRY and not _any_argument(n.args)
+        for n in tree.body
+    )
 
 
 def _any_argument(args: ast.arguments) -> bool:
@@ -183,5 +229,9 @@ def _unknown(tree: ast.AST, given: Collection[str]) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and (node.id not in known or node.id.startswith("__")):
             yield node.id
-        elif isinstance(node, ast.Attribute) and node.attr.startswith("__") and node.attr != "__init__":
+        elif (
+            isinstance(node, ast.Attribute)
+            and node.attr.startswith("__")
+            and node.attr != "__init__"
+        ):
             yield node.attr

@@ -1,11 +1,15 @@
-"""A workflow: a designer writes a program for the task at hand, and the program calls operators, which executor agents answer.
+"""A workflow: a designer writes a program for the task at hand, and the program calls operators,
+which executor agents answer.
 
-The program runs in the sandbox and can do nothing but call operators (`operators.py`). What it is worth is scored like any team's output;
-who is trained is the policies' business: the designer, the executors, or both. A program that cannot be run is a fact of its episode:
-a reward named `valid` says of each of the designer's turns whether its program was one, and why not, and `ran` how its run ended.
+The program runs in the sandbox and can do nothing but call operators (`operators.py`). What it is
+worth is scored like any team's output; who is trained is the policies' business: the designer, the
+executors, or both. A program that cannot be run is a fact of its episode: a reward named `valid`
+says of each of the designer's turns whether its program was one, and why not, and `ran` how its run
+ended.
 
-Setting after ScoreFlow (arXiv:2502.04306): the designer sees the problem, the operators and an example, never an answer, test or score.
-Not copied: its class with a constructor; here a program is a few lines whose last expression, or whose `async def workflow()`, is the answer.
+Setting after ScoreFlow (arXiv:2502.04306): the designer sees the problem, the operators and an
+example, never an answer, test or score. Not copied: its class with a constructor; here a program is
+a few lines whose last expression, or whose `async def workflow()`, is the answer.
 """
 
 from __future__ import annotations
@@ -19,7 +23,15 @@ from ..lookup import trusted
 from ..patterns.chain import view
 from ..team import LimitError, System, Team
 from ..types import SettingError, Task, Turn, nearest
-from .operators import (OPERATORS, OperatorContext, Operator, QuotaError, externals, resolve_operators, prompt_for)
+from .operators import (
+    OPERATORS,
+    OperatorContext,
+    Operator,
+    QuotaError,
+    externals,
+    resolve_operators,
+    prompt_for,
+)
 from .restrictions import Restrictions, program_of, whole
 
 TEMPLATE = 'solution = await custom("Solve the problem step by step.")\nsolution'
@@ -44,7 +56,8 @@ SOURCE = "workflow"  # of the rewards that the system tells
 
 @dataclass(frozen=True)
 class Design:
-    """A program that a designer wrote. `fault`: why it cannot be run, "" if it can. `turn`: None for one that nobody of the team wrote."""
+    """A program that a designer wrote. `fault`: why it cannot be run, "" if it can. `turn`: None
+    for one that nobody of the team wrote."""
 
     program: str
     fault: str = ""
@@ -59,14 +72,21 @@ class Workflow(System):
     Args:
         designer: who writes programs; "" is the first agent. All others are executors.
         operators: what programs may call: names of `OPERATORS`, or `module:NAME` of your own.
-        executors: agent by operator; "" names the one for all others, by default the first executor.
+        executors: agent by operator; "" names the one for all others, by default the first
+            executor.
         prompts: templates by operator, in place of `operators.PROMPTS`.
-        instruction: what the designer is told; fields `prompt`, `operators`, `template`. `template`: the example it is shown.
-        tag: the program stands between `<tag>` and `</tag>`; "" takes the last fenced block, or the whole reply.
-        attempts: a designer whose program is invalid is asked anew, up to so many times in all. Its earlier turns then count as not taken.
-        fallback: a program that is run in place of an invalid one, which stays invalid; "" runs nothing, and the output is empty.
-        max_similarity, banned, max_nodes, max_chars: see `Restrictions`. dry_run: try a program with sketched answers before it counts as valid.
-        max_calls: calls of executors in one run. max_text: characters that an operator takes, and of the answer. seconds: of computing.
+        instruction: what the designer is told; fields `prompt`, `operators`, `template`.
+            `template`: the example it is shown.
+        tag: the program stands between `<tag>` and `</tag>`; "" takes the last fenced block, or the
+            whole reply.
+        attempts: a designer whose program is invalid is asked anew, up to so many times in all. Its
+            earlier turns then count as not taken.
+        fallback: a program that is run in place of an invalid one, which stays invalid; "" runs
+            nothing, and the output is empty.
+        max_similarity, banned, max_nodes, max_chars: see `Restrictions`. dry_run: try a program
+            with sketched answers before it counts as valid.
+        max_calls: calls of executors in one run. max_text: characters that an operator takes, and
+            of the answer. seconds: of computing.
     """
 
     designer: str = ""
@@ -94,23 +114,35 @@ class Workflow(System):
         others = [name for name in names if name != self.designer]
         if self.designer not in names or not others:
             raise SettingError(
-                f"Workflow: a designer and at least one executor expected, got {names} and designer={self.designer!r}"
+                f"Workflow: a designer and at least one executor expected, got {names} and"
+                f" designer={self.designer!r}"
             )
         self.executors = {"": others[0], **self.executors}
         for key, name in self.executors.items():
             if name not in others:
-                raise SettingError(f"executors.{key}: {name!r} is no executor; {nearest(name, others)}")
+                raise SettingError(
+                    f"executors.{key}: {name!r} is no executor; {nearest(name, others)}"
+                )
         self.callable = resolve_operators(self.operators)
         for key in {*self.executors, *self.prompts} - {"", *self.callable}:
-            raise SettingError(f"executors, prompts: {key!r} is no operator of this workflow; {nearest(key, self.callable)}")
+            raise SettingError(
+                f"executors, prompts: {key!r} is no operator of this workflow;"
+                f" {nearest(key, self.callable)}"
+            )
         for name, operator in self.callable.items():
             _check_prompt(name, operator, self.prompts)
         if self.attempts < 1 or self.max_calls < 1 or self.max_text < 1:
             raise SettingError(
-                f"attempts, max_calls, max_text: at least 1 expected, got {self.attempts}, {self.max_calls}, {self.max_text}"
+                f"attempts, max_calls, max_text: at least 1 expected, got {self.attempts},"
+                f" {self.max_calls}, {self.max_text}"
             )
         self.rules = Restrictions(
-            tuple(self.callable), self.template, self.max_similarity, tuple(self.banned), self.max_nodes, self.max_chars
+            tuple(self.callable),
+            self.template,
+            self.max_similarity,
+            tuple(self.banned),
+            self.max_nodes,
+            self.max_chars,
         )
         self.limits = Limits(seconds=self.seconds, calls=4 * self.max_calls)
         if self.fallback and (fault := self.rules.fault(self.fallback)):
@@ -126,7 +158,9 @@ class Workflow(System):
             team.settle(turn, taken=False)
         if design.fault and not self.fallback:
             return ""
-        return answer_of(await self.perform(Design(self.fallback) if design.fault else design, task, team))
+        return answer_of(
+            await self.perform(Design(self.fallback) if design.fault else design, task, team)
+        )
 
     # the parts, for systems that design in several rounds
 
@@ -143,24 +177,38 @@ class Workflow(System):
         return view(self.instruction, value, "instruction")
 
     async def read(self, turn: Turn, team: Team) -> Design:
-        """The program in a designer's turn, checked and tried out; what is wrong with it is told as the turn's reward `valid`."""
+        """The program in a designer's turn, checked and tried out; what is wrong with it is told as
+        the turn's reward `valid`."""
         program = program_of(turn.text, self.tag)
-        fault = "missing: the reply holds no program" if program is None else self.rules.fault(program)
+        fault = (
+            "missing: the reply holds no program" if program is None else self.rules.fault(program)
+        )
         if program is not None and not fault and self.dry_run:
-            tried = await team.execute(whole(program, "1"), externals(self.callable, None, self.max_text), self.limits)
-            fault = "" if tried.ok and tried.value is None else _failed(tried)  # sketches may well lead to no answer
+            tried = await team.execute(
+                whole(program, "1"), externals(self.callable, None, self.max_text), self.limits
+            )
+            fault = (
+                "" if tried.ok and tried.value is None else _failed(tried)
+            )  # sketches may well lead to no answer
         _tell(team, turn, "valid", fault)
         return Design(program or "", fault, turn)
 
     async def perform(self, design: Design, task: Task, team: Team) -> ExecutionResult:
-        """Run a valid program on a task. Whatever it does is the outcome; how it ended is told as its turn's reward `ran`."""
-        desk = OperatorContext(team, task, design.turn, self.executors, self.prompts, self.max_calls, self.max_text)
+        """Run a valid program on a task. Whatever it does is the outcome; how it ended is told as
+        its turn's reward `ran`."""
+        desk = OperatorContext(
+            team, task, design.turn, self.executors, self.prompts, self.max_calls, self.max_text
+        )
         try:
-            outcome = await team.execute(whole(design.program, task.prompt), externals(self.callable, desk), self.limits)
+            outcome = await team.execute(
+                whole(design.program, task.prompt), externals(self.callable, desk), self.limits
+            )
         except (QuotaError, LimitError) as error:
             outcome = ExecutionResult("calls", error=str(error))
         if outcome.ok and len(str(outcome.value)) > self.max_text:
-            outcome = ExecutionResult("output", error=f"an answer of more than {self.max_text} characters")
+            outcome = ExecutionResult(
+                "output", error=f"an answer of more than {self.max_text} characters"
+            )
         if design.turn is not None:
             _tell(team, design.turn, "ran", _failed(outcome))
         return outcome
@@ -177,13 +225,24 @@ def _failed(outcome: ExecutionResult) -> str:
         return f"{outcome.status}: {outcome.error}"
     if outcome.value is None:
         return "answer: None"
-    return "answer: an operator was called without await" if str(outcome.value).startswith("<coroutine ") else ""
+    return (
+        "answer: an operator was called without await"
+        if str(outcome.value).startswith("<coroutine ")
+        else ""
+    )
 
 
 def _tell(team: Team, turn: Turn, name: str, fault: str) -> None:
-    told: dict[str, Any] = {"name": name, "value": float(not fault), "text": fault, "source": SOURCE}
+    told: dict[str, Any] = {
+        "name": name,
+        "value": float(not fault),
+        "text": fault,
+        "source": SOURCE,
+    }
     team.rewards.append({**told, "agent": turn.agent, "turn": turn.index, "sibling": turn.sibling})
 
 
 def _check_prompt(name: str, operator: Operator, prompts: Mapping[str, str]) -> None:
-    prompt_for(name, prompts, dict.fromkeys(("problem", *operator.signature.parameters, "failure"), ""))
+    prompt_for(
+        name, prompts, dict.fromkeys(("problem", *operator.signature.parameters, "failure"), "")
+    )

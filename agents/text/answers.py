@@ -1,6 +1,7 @@
 """What a text answers, whether two answers are the same, and what most agents answer.
 
-This is the team's own, quick reading: standard library only. Mathematical equivalence (`2*x` and `x+x`) is a reward's matter.
+This is the team's own, quick reading: standard library only. Mathematical equivalence (`2*x` and
+`x+x`) is a reward's matter.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ from ..types import Turn
 
 _TAIL = 20_000  # characters from the end that are looked at: a text may be a megabyte
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_LAST_NUMBER = re.compile(rf"(?:(?<![\w.)\]])[-−])?(?<![\w.])(?:{_NUMBER})(?:[eE][+-]?\d+)?(?:/\d+)?")
-_SAID = re.compile(r"(?:\banswer\b[*_\s]*(?::|=|\bis\b:?)|^[^\S\n]*####)[*_\s]*(\S[^\n]*)", re.IGNORECASE | re.MULTILINE)
+_LAST_NUMBER = re.compile(
+    rf"(?:(?<![\w.)\]])[-−])?(?<![\w.])(?:{_NUMBER})(?:[eE][+-]?\d+)?(?:/\d+)?"
+)
+_SAID = re.compile(
+    r"(?:\banswer\b[*_\s]*(?::|=|\bis\b:?)|^[^\S\n]*####)[*_\s]*(\S[^\n]*)",
+    re.IGNORECASE | re.MULTILINE,
+)
 _VALUE = re.compile(r"([-+]?)(\d+(?:\.\d*)?|\.\d+)(?:e([-+]?\d{1,2}))?(?:/(\d+))?%?")
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 _WRAPPER = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boxed|fbox)\{([^{}]*)\}")
@@ -23,8 +29,9 @@ _NOISE = re.compile(r"\\[,;!: ]|\\left|\\right|\\\(|\\\)|\\\[|\\\]|\\?\$|[*`\"]|
 
 
 def extract(text: str) -> str | None:
-    r"""The answer a text gives: in its last `\boxed{...}`, else after its last "Answer:" ("the answer is", "####"), else its
-    last number. None if it gives none. At most the last 20000 characters are read.
+    r"""The answer a text gives: in its last `\boxed{...}`, else after its last "Answer:" ("the
+    answer is", "####"), else its last number. None if it gives none. At most the last 20000
+    characters are read.
     """
     text = text[-_TAIL:]
     boxed = _boxed(text)
@@ -38,8 +45,9 @@ def extract(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    r"""One spelling for answers that look alike: numbers as reduced fractions (`1,000.50` is `2001/2`, `50%` is `50`), LaTeX
-    wrappers, signs of money, case, spaces around operators and a last full stop dropped.
+    r"""One spelling for answers that look alike: numbers as reduced fractions (`1,000.50` is
+    `2001/2`, `50%` is `50`), LaTeX wrappers, signs of money, case, spaces around operators and a
+    last full stop dropped.
     """
     text = answer[:_TAIL].replace("−", "-")
     for pattern, put in ((_WRAPPER, r"\1"), (_FRACTION, r"\1/\2"), (_NOISE, "")):
@@ -55,28 +63,36 @@ def normalise(answer: str) -> str:
 
 
 def same(a: str | None, b: str | None) -> bool:
-    """True if both answers are given and read the same. No answer is the same as nothing, not even as another missing one."""
+    """True if both answers are given and read the same. No answer is the same as nothing, not even
+    as another missing one."""
     return a is not None and b is not None and normalise(a) == normalise(b)
 
 
 def vote(draft: Turn | str | None) -> str | None:
-    """The answer a draft votes for: what `extract` finds in it, or the whole draft if that is one to three words ("New York")."""
+    """The answer a draft votes for: what `extract` finds in it, or the whole draft if that is one
+    to three words ("New York")."""
     text = "" if draft is None else str(draft).strip()
     return extract(text) or (text if 0 < len(text.split(maxsplit=4)) <= 3 else None)
 
 
 def stands_in(text: str, told: str) -> bool:
-    """Does `told` hold all of a text, but for white space around it, and not as a part of a longer word or number?"""
+    """Does `told` hold all of a text, but for white space around it, and not as a part of a longer
+    word or number?"""
     text = text.strip()
-    return text in told and bool(text) and re.search(rf"(?<!\w){re.escape(text)}(?!\w)", told) is not None
+    return (
+        text in told
+        and bool(text)
+        and re.search(rf"(?<!\w){re.escape(text)}(?!\w)", told) is not None
+    )
 
 
 def majority(drafts: Iterable[Turn | str | None], rng: random.Random) -> str:
     """The answer most drafts give, as the first of them spelt it; "" if nobody answered.
 
-    A draft's vote is what `vote` says; drafts without an answer do not vote. Answers are counted as `normalise` spells them.
-    **Ties:** among the most frequent answers, in their order of first appearance, one is drawn by `rng` with equal chances; with
-    `team.rng` the episode's seed fixes which.
+    A draft's vote is what `vote` says; drafts without an answer do not vote. Answers are counted as
+    `normalise` spells them. **Ties:** among the most frequent answers, in their order of first
+    appearance, one is drawn by `rng` with equal chances; with `team.rng` the episode's seed fixes
+    which.
     """
     votes: dict[str, list[str]] = {}
     for draft in drafts:
@@ -91,7 +107,8 @@ def majority(drafts: Iterable[Turn | str | None], rng: random.Random) -> str:
 
 
 def _boxed(text: str) -> str | None:
-    """What the last complete, non-empty box holds. Few tries: a text can be nothing but opening boxes."""
+    """What the last complete, non-empty box holds. Few tries: a text can be nothing but opening
+    boxes."""
     starts = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]
     for start in starts[:-9:-1]:
         depth = 1

@@ -1,4 +1,5 @@
-"""Arithmetic from text, safely: the calculator's inside. Nothing is executed; a parsed expression is walked, sizes bounded."""
+"""Arithmetic from text, safely: the calculator's inside. Nothing is executed; a parsed expression
+is walked, sizes bounded."""
 
 from __future__ import annotations
 
@@ -13,7 +14,11 @@ MAX_BITS = 4096  # of a whole number on the way
 
 
 def _power(base: int | float, exponent: int | float) -> Any:
-    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * exponent > MAX_BITS:
+    if (
+        isinstance(base, int)
+        and isinstance(exponent, int)
+        and base.bit_length() * exponent > MAX_BITS
+    ):
         raise ValueError("the power is too large")  # before it is worked out
     return base**exponent
 
@@ -36,17 +41,27 @@ _BINARY: dict[type, Callable[[Any, Any], Any]] = {
 _UNARY: dict[type, Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 _NAMES = {"pi": math.pi, "e": math.e}
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "abs": abs, "round": _round, "min": min, "max": max, "sqrt": math.sqrt, "floor": math.floor, "ceil": math.ceil,
-    "log": math.log, "exp": math.exp, "sin": math.sin, "cos": math.cos, "tan": math.tan,
-}  # fmt: skip
+    "abs": abs,
+    "round": _round,
+    "min": min,
+    "max": max,
+    "sqrt": math.sqrt,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "log": math.log,
+    "exp": math.exp,
+    "sin": math.sin,
+    "cos": math.cos,
+    "tan": math.tan,
+}
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 
 
 def evaluate(expression: str) -> str:
     """The value of an arithmetic expression: whole numbers in full, others to 15 digits.
 
-    Raises `ValueError` (in words for whoever wrote it) if it is not arithmetic, too long, too large or not a real number;
-    `ZeroDivisionError` and `OverflowError` as Python does.
+    Raises `ValueError` (in words for whoever wrote it) if it is not arithmetic, too long, too large
+    or not a real number; `ZeroDivisionError` and `OverflowError` as Python does.
     """
     text = expression.strip().translate(_SIGNS)
     if not 0 < len(text) <= MAX_LENGTH:
@@ -69,15 +84,26 @@ def _value(node: ast.expr) -> int | float:
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         left, right = _value(node.left), _value(node.right)
         return _bounded(_BINARY[type(node.op)](left, right))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and not node.keywords:
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in _FUNCTIONS
+        and not node.keywords
+    ):
         return _bounded(_FUNCTIONS[node.func.id](*map(_value, node.args)))
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitXor):
         raise ValueError("write powers with **, not ^")
-    raise ValueError("only numbers, + - * / // % **, brackets, " + ", ".join([*_NAMES, *_FUNCTIONS]) + " are understood")
+    raise ValueError(
+        "only numbers, + - * / // % **, brackets, "
+        + ", ".join([*_NAMES, *_FUNCTIONS])
+        + " are understood"
+    )
 
 
 def _bounded(value: Any) -> int | float:
-    if not isinstance(value, (int, float)) or (isinstance(value, float) and not math.isfinite(value)):
+    if not isinstance(value, (int, float)) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
         raise ValueError("the result is not a finite real number")
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise ValueError("a number on the way is too large")

@@ -1,8 +1,10 @@
-"""Typed functions as tools: a schema for the model, calls read out of its text, results as text it can read.
+"""Typed functions as tools: a schema for the model, calls read out of its text, results as text it
+can read.
 
-The text format is the one Hermes and Qwen models were trained on: schemas in the system message, calls as
-`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, results as `<tool_response>...</tool_response>`. What a model writes
-can be anything, so whatever is wrong with a call becomes a sentence for the model, never an exception of ours.
+The text format is the one Hermes and Qwen models were trained on: schemas in the system message,
+calls as `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, results as
+`<tool_response>...</tool_response>`. What a model writes can be anything, so whatever is wrong with
+a call becomes a sentence for the model, never an exception of ours.
 
     @tool
     def area(width: float, height: float = 1.0) -> float:
@@ -46,7 +48,8 @@ class Tool:
     """A function that a model may call.
 
     Args:
-        name, description, parameters: what the model is told; `parameters` is a JSON schema of type object.
+        name, description, parameters: what the model is told; `parameters` is a JSON schema of type
+            object.
         function: sync or async. A sync function runs on the event loop: make a slow one async.
         hints: the type of each parameter, against which arguments are checked.
     """
@@ -58,7 +61,8 @@ class Tool:
     hints: Mapping[str, Any] = field(default_factory=dict)
 
     async def __call__(self, arguments: Mapping[str, Any] | str) -> str:
-        """Run with arguments as the model wrote them. A wrong argument or an exception comes back as an error in words."""
+        """Run with arguments as the model wrote them. A wrong argument or an exception comes back
+        as an error in words."""
         try:
             result = self.function(**self._checked(arguments))
             text = _as_text(await result if inspect.isawaitable(result) else result)
@@ -66,12 +70,18 @@ class Tool:
             text = f"error: {self.name}: {wrong}"
         except SandboxError:
             raise  # it concerns the whole run
-        except Exception as failure:  # a tool's failure is an answer to the model, not the end of the episode
+        except (
+            Exception
+        ) as failure:  # a tool's failure is an answer to the model, not the end of the episode
             text = f"error: {self.name}: {type(failure).__name__}: {failure}"
         return response(text)
 
     def schema(self) -> dict[str, Any]:
-        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        function = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": dict(self.parameters),
+        }
         return {"type": "function", "function": function}
 
     def _checked(self, arguments: Mapping[str, Any] | str) -> dict[str, Any]:
@@ -81,7 +91,9 @@ class Tool:
             raise _WrongArguments(f"arguments: expected a JSON object, got {_short(arguments)}")
         for key in arguments:
             if key not in self.hints:
-                raise _WrongArguments(f"unknown argument {_short(key)}; {nearest(str(key)[:80], self.hints)}")
+                raise _WrongArguments(
+                    f"unknown argument {_short(key)}; {nearest(str(key)[:80], self.hints)}"
+                )
         for key in self.parameters["required"]:
             if key not in arguments:
                 raise _WrongArguments(f"argument {key!r} is missing")
@@ -89,18 +101,23 @@ class Tool:
 
 
 def response(text: str) -> str:
-    """A result as the model reads it: at most `MAX_RESULT` characters, encodable, unable to end its own frame."""
+    """A result as the model reads it: at most `MAX_RESULT` characters, encodable, unable to end its
+    own frame."""
     if len(text) > MAX_RESULT:
         text = f"{text[:MAX_RESULT]}\n[cut: {len(text)} characters in all]"
     text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates
-    return "<tool_response>\n" + re.sub(r"<(?=/?tool_response>)", "&lt;", text) + "\n</tool_response>"
+    return (
+        "<tool_response>\n" + re.sub(r"<(?=/?tool_response>)", "&lt;", text) + "\n</tool_response>"
+    )
 
 
 def tool(function: Callable[..., Any]) -> Tool:
-    """Make a tool of a function. Each parameter needs a type of str, int, float, bool, Literal, list[...], dict[str, ...],
-    `X | None` or Any; the first paragraph of the docstring and its `Args:` tell the model what it is for.
+    """Make a tool of a function. Each parameter needs a type of str, int, float, bool, Literal,
+    list[...], dict[str, ...], `X | None` or Any; the first paragraph of the docstring and its
+    `Args:` tell the model what it is for.
 
-    Raises `SettingError` naming function and parameter if a type is missing or cannot be written as a JSON schema.
+    Raises `SettingError` naming function and parameter if a type is missing or cannot be written as
+    a JSON schema.
     """
     name = getattr(function, "__name__", "")
     if not name.isidentifier():
@@ -109,7 +126,9 @@ def tool(function: Callable[..., Any]) -> Tool:
     hints, properties, required = typing.get_type_hints(function), {}, []
     for key, parameter in inspect.signature(function).parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise SettingError(f"tool {name!r}: parameter {key!r} cannot be given by name; use plain parameters")
+            raise SettingError(
+                f"tool {name!r}: parameter {key!r} cannot be given by name; use plain parameters"
+            )
         if key not in hints:
             raise SettingError(f"tool {name!r}: parameter {key!r} has no type; annotate it")
         properties[key] = _schema(hints[key], f"tool {name!r}: parameter {key!r}")
@@ -122,12 +141,16 @@ def tool(function: Callable[..., Any]) -> Tool:
 
 
 def resolve_tools(names: Iterable[str], given: Mapping[str, Tool] = {}) -> dict[str, Tool]:
-    """Tools by name: `given` ones, shipped ones, or `module:function`. Raises `SettingError` naming the one that cannot be found."""
+    """Tools by name: `given` ones, shipped ones, or `module:function`. Raises `SettingError` naming
+    the one that cannot be found."""
     found: dict[str, Tool] = {}
     for name in names:
         made = given.get(name) or _imported(name)
         if made.name in found:
-            raise SettingError(f"tools: {name!r} is the second tool called {made.name!r}; a model could not tell them apart")
+            raise SettingError(
+                f"tools: {name!r} is the second tool called {made.name!r}; a model could not tell"
+                " them apart"
+            )
         found[made.name] = made
     return found
 
@@ -143,22 +166,28 @@ def schemas_prompt(found: Iterable[Mapping[str, Any]]) -> str:
     if not schemas:
         return ""
     return (
-        f"# Tools\n\nYou may call these functions to help with the task:\n<tools>\n{schemas}\n</tools>\n\n"
-        "To call one, write its name and arguments as a JSON object between these tags, then wait for the result:\n"
-        '<tool_call>\n{"name": <function name>, "arguments": <JSON object of the arguments>}\n</tool_call>'
+        "# Tools\n\nYou may call these functions to help with the"
+        f" task:\n<tools>\n{schemas}\n</tools>\n\nTo call one, write its name and arguments as a"
+        ' JSON object between these tags, then wait for the result:\n<tool_call>\n{"name":'
+        ' <function name>, "arguments": <JSON object of the arguments>}\n</tool_call>'
     )
 
 
 def parse_calls(text: str) -> list[dict[str, Any]]:
     """The tool calls in a reply, in order, each `{"name": str, "arguments": ...}`.
 
-    A call that cannot be read, or that is one too many, has an `error` (words for the model) instead of arguments. A call whose
-    closing tag is missing is none: the reply was cut off.
+    A call that cannot be read, or that is one too many, has an `error` (words for the model)
+    instead of arguments. A call whose closing tag is missing is none: the reply was cut off.
     """
     calls: list[dict[str, Any]] = []
     for number, match in enumerate(_CALL.finditer(text)):
         if number == MAX_CALLS:
-            calls.append({"name": "", "error": f"at most {MAX_CALLS} calls in one reply; the others were not run"})
+            calls.append(
+                {
+                    "name": "",
+                    "error": f"at most {MAX_CALLS} calls in one reply; the others were not run",
+                }
+            )
             break
         try:
             data = _loads(match[1])
@@ -193,7 +222,11 @@ def _loads(text: str) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
+    text = (
+        repr(value)
+        if isinstance(value, (str, int, float, bool, type(None)))
+        else f"a {type(value).__name__}"
+    )
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -228,12 +261,21 @@ def _schema(hint: Any, where: str) -> dict[str, Any]:
     if origin is Literal:
         return {"enum": list(args)}
     if origin in (typing.Union, types.UnionType):
-        return {"anyOf": [{"type": "null"} if arg is type(None) else _schema(arg, where) for arg in args]}
+        return {
+            "anyOf": [
+                {"type": "null"} if arg is type(None) else _schema(arg, where) for arg in args
+            ]
+        }
     if hint is list or origin in (list, Sequence):
         return {"type": "array"} | ({"items": _schema(args[0], where)} if args else {})
     if hint is dict or (origin in (dict, Mapping) and args[0] is str):
-        return {"type": "object"} | ({"additionalProperties": _schema(args[1], where)} if args else {})
-    raise SettingError(f"{where} has type {hint!r}; expected str, int, float, bool, Literal, list, dict[str, ...], X | None or Any")
+        return {"type": "object"} | (
+            {"additionalProperties": _schema(args[1], where)} if args else {}
+        )
+    raise SettingError(
+        f"{where} has type {hint!r}; expected str, int, float, bool, Literal, list, dict[str, ...],"
+        " X | None or Any"
+    )
 
 
 def _fit(hint: Any, value: Any, where: str) -> Any:
@@ -250,9 +292,17 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _first_fit(args, value, where)
     if (hint is list or origin in (list, Sequence)) and isinstance(value, list):
-        return [_fit(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)] if args else value
+        return (
+            [_fit(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+            if args
+            else value
+        )
     if (hint is dict or origin in (dict, Mapping)) and isinstance(value, dict):
-        return {key: _fit(args[1], item, f"{where}.{key[:20]}") for key, item in value.items()} if args else value
+        return (
+            {key: _fit(args[1], item, f"{where}.{key[:20]}") for key, item in value.items()}
+            if args
+            else value
+        )
     expected = _JSON_NAMES.get(hint) or json.dumps(_schema(hint, where))
     raise _WrongArguments(f"argument {where!r}: expected {expected}, got {_short(value)}")
 
@@ -276,28 +326,37 @@ def calculator(expression: str) -> str:
     """Work out an arithmetic expression.
 
     Args:
-        expression: numbers, + - * / // % **, brackets, pi, e, and sqrt, abs, round, min, max, floor, ceil, log, exp, sin, cos, tan.
+        expression: numbers, + - * / // % **, brackets, pi, e, and sqrt, abs, round, min, max,
+            floor, ceil, log, exp, sin, cos, tan.
     """
     return evaluate(expression)
 
 
 def python_tool(execute: Execute) -> Tool:
-    """The tool `python`: programs go to `execute`, and the model reads what they print and how they end."""
+    """The tool `python`: programs go to `execute`, and the model reads what they print and how they
+    end."""
 
     @tool
     async def python(program: str) -> str:
-        """Run a Python 3 program and read what it prints. Standard library only; no files, network, threads or other programs.
+        """Run a Python 3 program and read what it prints. Standard library only; no files, network,
+        threads or other programs.
 
         Args:
             program: the whole program; nothing is kept from one run to the next.
         """
         outcome = await execute(program)
-        return outcome.output if outcome.ok else f"{outcome.output}\n{outcome.status}: {outcome.error}".lstrip()
+        return (
+            outcome.output
+            if outcome.ok
+            else f"{outcome.output}\n{outcome.status}: {outcome.error}".lstrip()
+        )
 
     return python
 
 
-async def _nowhere(program: str, externals: Externals | None = None, limits: Limits = Limits()) -> ExecutionResult:
+async def _nowhere(
+    program: str, externals: Externals | None = None, limits: Limits = Limits()
+) -> ExecutionResult:
     raise SandboxError("the tool 'python' needs a team: its programs run where the team's do")
 
 

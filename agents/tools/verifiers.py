@@ -1,7 +1,8 @@
 """Who says how likely an answer is right, and how that is put into words.
 
-A verifier sees what an agent may see: the public task and one answer, never the gold answer. So its words may be shown to agents that
-are trained. What compares with the gold answer is a reward (`rollouts/rewards/builtin.py: right`), and no system can reach it.
+A verifier sees what an agent may see: the public task and one answer, never the gold answer. So its
+words may be shown to agents that are trained. What compares with the gold answer is a reward
+(`rollouts/rewards/builtin.py: right`), and no system can reach it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from ..text.answers import extract, same
 from ..types import Task
 from .calculator import evaluate
 
-Verifier = Callable[[Task, str], "float | Awaitable[float]"]  # (public task, answer) -> chance from 0 to 1 that it is right
+Verifier = Callable[
+    [Task, str], "float | Awaitable[float]"
+]  # (public task, answer) -> chance from 0 to 1 that it is right
 
 LIMITS = (0.3, 0.6, 0.8)  # scores from which the next word holds
 WORDS = ("almost certainly wrong", "doubtful", "plausible, but check it", "most likely right")
@@ -27,17 +30,24 @@ _EXPRESSION = re.compile(r"[\d(][\d\s()+*/.,×÷−-]*[\d)]")
 
 
 def calculator(task: Task, text: str) -> float:
-    """A verifier by rule for sums: 1 if the answer is what the longest arithmetic expression of the prompt comes to, else 0.
+    """A verifier by rule for sums: 1 if the answer is what the longest arithmetic expression of the
+    prompt comes to, else 0.
 
-    Raises `ValueError` if the prompt holds no expression that can be worked out: the rule knows nothing then.
+    Raises `ValueError` if the prompt holds no expression that can be worked out: the rule knows
+    nothing then.
     """
     found = sorted(_EXPRESSION.findall(task.prompt), key=len, reverse=True)
     try:
         value = evaluate(found[0].replace(",", "")) if found else ""
     except (ValueError, ArithmeticError) as error:
-        raise ValueError(f"task {task.id!r}: the calculator cannot work out {found[0]!r} ({error})") from error
+        raise ValueError(
+            f"task {task.id!r}: the calculator cannot work out {found[0]!r} ({error})"
+        ) from error
     if not value:
-        raise ValueError(f"task {task.id!r}: the prompt holds no arithmetic expression; the calculator cannot verify its answers")
+        raise ValueError(
+            f"task {task.id!r}: the prompt holds no arithmetic expression; the calculator cannot"
+            " verify its answers"
+        )
     return float(same(extract(text), value))
 
 
@@ -45,7 +55,8 @@ VERIFIERS: dict[str, Callable[..., Any]] = {"calculator": calculator}
 
 
 def resolve_verifier(name: str) -> Verifier:
-    """A verifier by name: `calculator`, `module:function`, or `module:maker(text)` such as a learned one and its folder."""
+    """A verifier by name: `calculator`, `module:function`, or `module:maker(text)` such as a
+    learned one and its folder."""
     return load_function("verifier", name, VERIFIERS)
 
 
@@ -59,7 +70,10 @@ async def verify(verifier: Verifier, task: Task, text: str) -> float:
     found = verifier(task.public(), text)
     score = float(await found if inspect.isawaitable(found) else found)
     if not (math.isfinite(score) and 0 <= score <= 1):
-        raise ValueError(f"verifier {getattr(verifier, '__name__', verifier)!r} gave {score} for an answer; expected 0 to 1")
+        raise ValueError(
+            f"verifier {getattr(verifier, '__name__', verifier)!r} gave {score} for an answer;"
+            " expected 0 to 1"
+        )
     return score
 
 

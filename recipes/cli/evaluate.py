@@ -1,4 +1,5 @@
-"""`marlora eval`: checkpoints against the base, against each other and rung by rung, with intervals and paired tests.
+"""`marlora eval`: checkpoints against the base, against each other and rung by rung, with intervals
+and paired tests.
 
     marlora eval RUN/checkpoints/step-000004                          # base team and trained team
     marlora eval A/checkpoints/step-000004 B/checkpoints/step-000020  # the ladder, and the two against each other
@@ -21,12 +22,37 @@ from typing import Any
 
 from marlora.agents.types import PolicySpec, SettingError, Task, from_json
 from marlora.recipes.cli.eval_tables import as_markdown, as_text
-from marlora.recipes.cli.team import (add_team, asked_for, chosen, engine_config, locate, say, write_json)
+from marlora.recipes.cli.team import (
+    add_team,
+    asked_for,
+    chosen,
+    engine_config,
+    locate,
+    say,
+    write_json,
+)
 from marlora.rollouts.checkpoints.reader import read_checkpoint
 from marlora.rollouts.checkpoints.team import LoadedTeam
 from marlora.rollouts.evaluation.accuracy import paired
-from marlora.rollouts.evaluation.suite import (Variant, Measured, Plan, Tick, compare, prompt_hash, seen, suite)
-from marlora.rollouts.evaluation.variants import (ablations, base_team, cross_play, distinct, ladder, trained_on, trained_team)
+from marlora.rollouts.evaluation.suite import (
+    Variant,
+    Measured,
+    Plan,
+    Tick,
+    compare,
+    prompt_hash,
+    seen,
+    suite,
+)
+from marlora.rollouts.evaluation.variants import (
+    ablations,
+    base_team,
+    cross_play,
+    distinct,
+    ladder,
+    trained_on,
+    trained_team,
+)
 from marlora.trainers.monitoring.progress import Progress
 
 
@@ -35,31 +61,69 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add_team(parser, several=True)
     what = parser.add_argument_group("what is measured")
     what.add_argument(
-        "--tasks", nargs="+", default=[""], help="other task sets, one table each; default is the checkpoint's held-out tasks"
+        "--tasks",
+        nargs="+",
+        default=[""],
+        help="other task sets, one table each; default is the checkpoint's held-out tasks",
     )
     what.add_argument("--num_tasks", type=int, default=None, help="at most so many of each set")
     what.add_argument(
         "--ladder",
         action="store_true",
-        help="also the rungs below: single agent, team without prompts, base team, prompt-only team; always of several checkpoints",
+        help=(
+            "also the rungs below: single agent, team without prompts, base team, prompt-only team;"
+            " always of several checkpoints"
+        ),
     )
-    what.add_argument("--ablate", action="store_true", help="also each adapter alone, and all but each")
-    what.add_argument("--cross", action="store_true", help="also teams of agents from two checkpoints: the cross-play matrix")
-    what.add_argument("--sampled", action="store_true", help="at the run's temperature instead of 0")
-    what.add_argument("--samples", type=int, default=1, help="samples of each task, for pass@k and majority@k; sampled")
-    what.add_argument("--seeds", type=int, nargs="+", default=None, help="several seeds instead of --seed; sampled")
     what.add_argument(
-        "--trained_on", nargs="+", default=[], metavar="FOLDER", help="more runs or stores whose tasks may not be evaluated on"
+        "--ablate", action="store_true", help="also each adapter alone, and all but each"
     )
-    what.add_argument("--allow_trained_tasks", action="store_true", help="evaluate on tasks that were trained on all the same")
+    what.add_argument(
+        "--cross",
+        action="store_true",
+        help="also teams of agents from two checkpoints: the cross-play matrix",
+    )
+    what.add_argument(
+        "--sampled", action="store_true", help="at the run's temperature instead of 0"
+    )
+    what.add_argument(
+        "--samples",
+        type=int,
+        default=1,
+        help="samples of each task, for pass@k and majority@k; sampled",
+    )
+    what.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=None,
+        help="several seeds instead of --seed; sampled",
+    )
+    what.add_argument(
+        "--trained_on",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="more runs or stores whose tasks may not be evaluated on",
+    )
+    what.add_argument(
+        "--allow_trained_tasks",
+        action="store_true",
+        help="evaluate on tasks that were trained on all the same",
+    )
     out = parser.add_argument_group("output")
-    out.add_argument("--output", default="", help="folder of episodes, eval.json and eval.md; default is eval/ in the first run")
+    out.add_argument(
+        "--output",
+        default="",
+        help="folder of episodes, eval.json and eval.md; default is eval/ in the first run",
+    )
     out.add_argument("--json", default="", help="write the numbers here too")
     out.add_argument("--markdown", default="", help="write the tables here too")
 
 
 def cmd_eval(args: argparse.Namespace) -> None:
-    """Held-out accuracy of checkpoints, paired against the base team and each other; goes on where it was stopped."""
+    """Held-out accuracy of checkpoints, paired against the base team and each other; goes on where
+    it was stopped."""
     if args.markdown and not Path(args.markdown).absolute().parent.is_dir():
         raise SettingError(f"--markdown {args.markdown}: no such folder")
     if args.cross and len(args.checkpoint) < 2:
@@ -84,11 +148,16 @@ def beside(checkpoint: Path) -> Path:
 
 
 def marks_of(checkpoints: Sequence[str]) -> list[str]:
-    """A short name for each checkpoint: the run's folder, the step, or both, as far as it takes to tell them apart."""
+    """A short name for each checkpoint: the run's folder, the step, or both, as far as it takes to
+    tell them apart."""
     paths = [Path(name).resolve() for name in checkpoints]
     if len(set(paths)) < len(paths):
-        raise SettingError("eval: a checkpoint is named twice; two different ones are needed to compare")
-    runs = [p.parent.parent.name if p.parent.name == "checkpoints" else p.parent.name for p in paths]
+        raise SettingError(
+            "eval: a checkpoint is named twice; two different ones are needed to compare"
+        )
+    runs = [
+        p.parent.parent.name if p.parent.name == "checkpoints" else p.parent.name for p in paths
+    ]
     steps = [p.name for p in paths]
     for names in (runs, steps, [f"{run}/{step}" for run, step in zip(runs, steps, strict=True)]):
         if len(set(names)) == len(names):
@@ -97,24 +166,40 @@ def marks_of(checkpoints: Sequence[str]) -> list[str]:
 
 
 async def evaluate_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Open every checkpoint, on one engine where they share a base, and measure all contestants on all task sets."""
+    """Open every checkpoint, on one engine where they share a base, and measure all contestants on
+    all task sets."""
     marks = marks_of(args.checkpoint)
     data = [read_checkpoint(Path(name)) for name in args.checkpoint]
     for each in data:  # before a server starts
-        asked_for(args.adapters, [name for name, entry in each["adapters"].items() if entry.get("trained")])
-    guests = [from_json(PolicySpec, spec) for each in data[1:] for spec in each["policies"].values()]
+        asked_for(
+            args.adapters,
+            [name for name, entry in each["adapters"].items() if entry.get("trained")],
+        )
+    guests = [
+        from_json(PolicySpec, spec) for each in data[1:] for spec in each["policies"].values()
+    ]
     with tempfile.TemporaryDirectory(prefix="marlora-") as scratch:
         teams: dict[str, LoadedTeam] = {}
         try:
             for mark, checkpoint in zip(marks, args.checkpoint, strict=True):
                 teams[mark] = await LoadedTeam.open(
-                    checkpoint, engine_config(args), locate=locate(args.model), system=args.system, trust=args.trust_checkpoint,
-                    scratch=Path(scratch), seed=args.seed, say=say, beside=list(teams.values()), guests=guests,
-                )  # fmt: skip
+                    checkpoint,
+                    engine_config(args),
+                    locate=locate(args.model),
+                    system=args.system,
+                    trust=args.trust_checkpoint,
+                    scratch=Path(scratch),
+                    seed=args.seed,
+                    say=say,
+                    beside=list(teams.values()),
+                    guests=guests,
+                )
             sets = {}
             for name in args.tasks:
                 tasks = tasks_for(args, teams, name)
-                sets[name or next(iter(teams.values())).data["tasks"]["name"]] = await one_set(args, teams, tasks, folder)
+                sets[name or next(iter(teams.values())).data["tasks"]["name"]] = await one_set(
+                    args, teams, tasks, folder
+                )
         finally:
             for team in reversed(teams.values()):
                 await team.close()
@@ -127,23 +212,34 @@ def tasks_for(args: argparse.Namespace, teams: Mapping[str, LoadedTeam], name: s
     for (mark, team), checkpoint in zip(teams.items(), args.checkpoint, strict=True):
         asked, where = trained_on(Path(checkpoint), team, args.trained_on)
         if not where:
-            say(f"warning: {mark} does not say what it was trained on, so nobody knows whether these tasks are new to it")
+            say(
+                f"warning: {mark} does not say what it was trained on, so nobody knows whether"
+                " these tasks are new to it"
+            )
         known = seen(tasks, set(asked), {prompt_hash(prompt) for prompt in asked.values()})
         if known and not args.allow_trained_tasks:
             raise SettingError(
-                f"tasks {name or team.data['tasks']['name']!r}: {len(known)} of {len(tasks)} were trained on by {mark}, such as "
-                f"{known[0]!r} ({', '.join(where)}); name other tasks, or give --allow_trained_tasks"
+                f"tasks {name or team.data['tasks']['name']!r}: {len(known)} of {len(tasks)} were"
+                f" trained on by {mark}, such as {known[0]!r} ({', '.join(where)}); name other"
+                " tasks, or give --allow_trained_tasks"
             )
     return tasks
 
 
-async def one_set(args: argparse.Namespace, teams: Mapping[str, LoadedTeam], tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
+async def one_set(
+    args: argparse.Namespace, teams: Mapping[str, LoadedTeam], tasks: Sequence[Task], folder: Path
+) -> dict[str, Any]:
     """All contestants on one task set: their rows, the comparisons and the cross-play matrices."""
     metric = next(iter(teams.values())).metric
-    plan = Plan(tuple(tasks), metric, tuple(args.seeds or [args.seed]), args.samples, not args.sampled)
+    plan = Plan(
+        tuple(tasks), metric, tuple(args.seeds or [args.seed]), args.samples, not args.sampled
+    )
     wanted: list[Variant] = []
     trained: list[str] = []
-    rungs = {mark: ladder(team) if args.ladder or len(teams) > 1 else [base_team(team)] for mark, team in teams.items()}
+    rungs = {
+        mark: ladder(team) if args.ladder or len(teams) > 1 else [base_team(team)]
+        for mark, team in teams.items()
+    }
     wanted += below(rungs, plan)
     for mark, team in teams.items():
         prefix, versions = f"{mark}: " if len(teams) > 1 else "", chosen(team, args.adapters)
@@ -157,24 +253,32 @@ async def one_set(args: argparse.Namespace, teams: Mapping[str, LoadedTeam], tas
     progress = Progress()
     progress.start(0, 0)
     try:
-        found = await suite(kept, plan, folder, lambda name, total, done: bar(progress, name, total, done, metric))
+        found = await suite(
+            kept, plan, folder, lambda name, total, done: bar(progress, name, total, done, metric)
+        )
     finally:
         progress.close()
     found |= {name: found[first] for name, first in same.items()}
     return {
-        "tasks": len(tasks), "samples": args.samples, "seeds": list(plan.seeds), "same_as": same,
+        "tasks": len(tasks),
+        "samples": args.samples,
+        "seeds": list(plan.seeds),
+        "same_as": same,
         "contestants": {each.name: found[each.name].row for each in kept},
         "comparisons": compare(pairs(found, kept, trained, same)),
         "cross_play": matrices(teams, crossed, found, trained),
         "first": first_pair(found, kept, trained),
-    }  # fmt: skip
+    }
 
 
 def below(rungs: Mapping[str, Sequence[Variant]], plan: Plan) -> list[Variant]:
-    """The rungs of all checkpoints: once where they are the same team, else once for each, with the checkpoint's name."""
+    """The rungs of all checkpoints: once where they are the same team, else once for each, with the
+    checkpoint's name."""
     found = []
     for name in dict.fromkeys(each.name for own in rungs.values() for each in own):
-        own = {mark: each for mark, several in rungs.items() for each in several if each.name == name}
+        own = {
+            mark: each for mark, several in rungs.items() for each in several if each.name == name
+        }
         if len({each.key(plan.seeds[0], plan.greedy) for each in own.values()}) == 1:
             found.append(next(iter(own.values())))
         else:
@@ -187,13 +291,19 @@ def bar(progress: Progress, name: str, total: int, done: int, metric: str) -> It
     """A bar, and a line in a log when it was not all there already."""
     with progress.episodes(name, total, done, metric) as tick:
         yield tick
-    progress.say(f"{name}: {total} episodes" + (f", {done} of them from an earlier call" if done else ""))
+    progress.say(
+        f"{name}: {total} episodes" + (f", {done} of them from an earlier call" if done else "")
+    )
 
 
 def pairs(
-    found: Mapping[str, Measured], kept: Sequence[Variant], trained: Sequence[str], same: Mapping[str, str]
+    found: Mapping[str, Measured],
+    kept: Sequence[Variant],
+    trained: Sequence[str],
+    same: Mapping[str, str],
 ) -> list[tuple[Measured, Measured]]:
-    """The first base team against every other contestant, then trained teams against one another."""
+    """The first base team against every other contestant, then trained teams against one
+    another."""
     base = next(each.name for each in kept if each.name.endswith("base team"))
     names = [each.name for each in kept if each.name != base]
     ahead = [name for name in trained if name not in same]
@@ -207,38 +317,60 @@ def matrices(
     found: Mapping[str, Measured],
     trained: Sequence[str],
 ) -> dict[str, Any]:
-    """By policy: accuracy by the checkpoint the adapter is from (rows) and that of the others (columns)."""
+    """By policy: accuracy by the checkpoint the adapter is from (rows) and that of the others
+    (columns)."""
     own = dict(zip(teams, trained, strict=False))
     tables: dict[str, Any] = {}
     for policy, guest, host, each in crossed:
-        table = tables.setdefault(policy, {mark: {mark: found[own[mark]].evaluation.accuracy} for mark in teams})
+        table = tables.setdefault(
+            policy, {mark: {mark: found[own[mark]].evaluation.accuracy} for mark in teams}
+        )
         table[guest][host] = found[each.name].evaluation.accuracy
     return tables
 
 
-def first_pair(found: Mapping[str, Measured], kept: Sequence[Variant], trained: Sequence[str]) -> dict[str, Any]:
-    """Base and trained team of the first checkpoint in the words of `summary.json`, and its adapters alone."""
+def first_pair(
+    found: Mapping[str, Measured], kept: Sequence[Variant], trained: Sequence[str]
+) -> dict[str, Any]:
+    """Base and trained team of the first checkpoint in the words of `summary.json`, and its
+    adapters alone."""
     base = next(m for m in found.values() if m.name.endswith("base team"))
     after = found[trained[0]] if trained else base
     prefix = after.name.partition("trained team")[0] if trained else ""
-    alone = {each.name.removeprefix(f"{prefix}only "): found[each.name] for each in kept if each.name.startswith(f"{prefix}only ")}
+    alone = {
+        each.name.removeprefix(f"{prefix}only "): found[each.name]
+        for each in kept
+        if each.name.startswith(f"{prefix}only ")
+    }
     return {
         "eval": {
-            "before": base.evaluation.summary(), "after": after.evaluation.summary(), "paired": paired(base.evaluation, after.evaluation),
+            "before": base.evaluation.summary(),
+            "after": after.evaluation.summary(),
+            "paired": paired(base.evaluation, after.evaluation),
         },
         "adapters": {
-            name: {**each.evaluation.summary(), "paired": paired(base.evaluation, each.evaluation)} for name, each in alone.items()
+            name: {**each.evaluation.summary(), "paired": paired(base.evaluation, each.evaluation)}
+            for name, each in alone.items()
         },
-    }  # fmt: skip
+    }
 
 
-def summary_of(args: argparse.Namespace, teams: Mapping[str, LoadedTeam], sets: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What goes into JSON: the first checkpoint's numbers as a run's `summary.json` has them, then everything by task set."""
+def summary_of(
+    args: argparse.Namespace, teams: Mapping[str, LoadedTeam], sets: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """What goes into JSON: the first checkpoint's numbers as a run's `summary.json` has them, then
+    everything by task set."""
     team = next(iter(teams.values()))
     firsts = [each.pop("first") for each in sets.values()]
     return {
-        "checkpoint": str(args.checkpoint[0]), "checkpoints": dict(zip(teams, map(str, args.checkpoint), strict=True)),
-        "metric": team.metric, "tasks": next(iter(sets)), "seed": args.seed, "sampled": args.sampled,
+        "checkpoint": str(args.checkpoint[0]),
+        "checkpoints": dict(zip(teams, map(str, args.checkpoint), strict=True)),
+        "metric": team.metric,
+        "tasks": next(iter(sets)),
+        "seed": args.seed,
+        "sampled": args.sampled,
         "engine": team.engines[0].info().kind if team.engines else "none",
-        "adapters_on": list(chosen(team, args.adapters)), **firsts[0], "sets": json.loads(json.dumps(sets)),
-    }  # fmt: skip
+        "adapters_on": list(chosen(team, args.adapters)),
+        **firsts[0],
+        "sets": json.loads(json.dumps(sets)),
+    }

@@ -1,4 +1,5 @@
-"""`marlora export`: a checkpoint as a folder to give away, with a model card; to the hub only if a repository is named.
+"""`marlora export`: a checkpoint as a folder to give away, with a model card; to the hub only if a
+repository is named.
 
 marlora export RUN/checkpoints/step-000004 --output team
 marlora export RUN/checkpoints/step-000004 --output team --push_to_hub OWNER/NAME
@@ -20,7 +21,10 @@ from marlora.recipes.cli.team import say
 from marlora.recipes.launch.tables import accuracy_rows
 from marlora.rollouts.checkpoints.reader import read_checkpoint
 
-LEFT_OUT = ("trainer", "manifest.json")  # the optimizer's state; and the manifest, which names its files
+LEFT_OUT = (
+    "trainer",
+    "manifest.json",
+)  # the optimizer's state; and the manifest, which names its files
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
@@ -28,15 +32,21 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a checkpoint folder: RUN/checkpoints/step-NNNNNN")
     parser.add_argument("--output", required=True, help="a new folder")
     parser.add_argument(
-        "--push_to_hub", default="", metavar="OWNER/NAME", help="upload it to this repository of the Hugging Face hub"
+        "--push_to_hub",
+        default="",
+        metavar="OWNER/NAME",
+        help="upload it to this repository of the Hugging Face hub",
     )
     parser.add_argument(
-        "--public", action="store_true", help="of --push_to_hub: let everybody see it; a new repository is private without it"
+        "--public",
+        action="store_true",
+        help="of --push_to_hub: let everybody see it; a new repository is private without it",
     )
 
 
 def cmd_export(args: argparse.Namespace) -> None:
-    """Copy a checkpoint's adapters and system.json with a model card; nothing leaves this machine unless --push_to_hub names where to."""
+    """Copy a checkpoint's adapters and system.json with a model card; nothing leaves this machine
+    unless --push_to_hub names where to."""
     checkpoint, target = Path(args.checkpoint), Path(args.output)
     if args.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
         raise SettingError(f"--push_to_hub {args.push_to_hub!r}: expected OWNER/NAME")
@@ -44,7 +54,9 @@ def cmd_export(args: argparse.Namespace) -> None:
         raise SettingError(f"--output {target}: it is there already; name a new folder")
     data = read_checkpoint(checkpoint)
     shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(*LEFT_OUT))
-    (target / "README.md").write_text(card(data, summary_of(checkpoint), args.push_to_hub or target.name))
+    (target / "README.md").write_text(
+        card(data, summary_of(checkpoint), args.push_to_hub or target.name)
+    )
     print(target)
     if args.push_to_hub:
         print(push(target, args.push_to_hub, private=not args.public))
@@ -63,14 +75,16 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
 
 
 def summary_of(checkpoint: Path) -> Mapping[str, Any]:
-    """The run's `summary.json`, if the checkpoint is its last one: earlier ones have other accuracies."""
+    """The run's `summary.json`, if the checkpoint is its last one: earlier ones have other
+    accuracies."""
     path = checkpoint.resolve().parent.parent / "summary.json"
     found = json.loads(path.read_text()) if path.is_file() else {}
     return found if checkpoint.resolve().name == f"step-{found.get('steps', -1):06d}" else {}
 
 
 def card(data: Mapping[str, Any], summary: Mapping[str, Any], name: str) -> str:
-    """The model card: who the agents are, what they were trained on, how well they did, how to load them."""
+    """The model card: who the agents are, what they were trained on, how well they did, how to load
+    them."""
     base = str(data["base"]["name"])
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
     trained = [policy for policy, entry in data["adapters"].items() if entry.get("trained")]
@@ -84,35 +98,85 @@ def card(data: Mapping[str, Any], summary: Mapping[str, Any], name: str) -> str:
     ]
     lines = [*head, f"# {name.rpartition('/')[2]}", ""]
     lines += [
-        f"A team of {len(data['agents'])} agents on one base model (`{base if on_hub else Path(base).name}`), with one LoRA adapter per"
+        f"A team of {len(data['agents'])} agents on one base model"
+        f" (`{base if on_hub else Path(base).name}`), with one LoRA adapter per"
     ]
-    lines += [f"policy, trained with marlora (recipe `{data.get('recipe', '')}`, step {data['step']}).", ""]
+    lines += [
+        f"policy, trained with marlora (recipe `{data.get('recipe', '')}`, step {data['step']}).",
+        "",
+    ]
     lines += [row_of(("agent", "role", "policy", "adapter's sha256")), row_of(("---",) * 4)]
     for agent in data["agents"]:
         sha256 = data["adapters"].get(agent["policy"], {}).get("sha256", "none: the bare base")
-        lines.append(row_of((agent["name"], plain(agent.get("role", "")), agent["policy"], f"`{sha256[:16]}`")))
+        lines.append(
+            row_of(
+                (agent["name"], plain(agent.get("role", "")), agent["policy"], f"`{sha256[:16]}`")
+            )
+        )
     tasks = data["tasks"]
-    lines += ["", f"System: `{data['system']['class']}`. Tasks: `{tasks['name'] or 'given in Python'}`, seed {tasks['seed']}.", ""]
-    lines += measured(summary)
-    lines += ["## Use", "", "```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
-    lines += [f'base = AutoModelForCausalLM.from_pretrained("{base if on_hub else "THE-BASE"}")']
-    lines += [f'model = PeftModel.from_pretrained(base, "adapters/{trained[0] if trained else "POLICY"}")', "```", ""]
     lines += [
-        "The whole team, as it was trained: `marlora eval FOLDER` and `marlora play FOLDER`. `system.json` names system, prompts and tasks.",
+        "",
+        (
+            f"System: `{data['system']['class']}`. Tasks: `{tasks['name'] or 'given in Python'}`,"
+            f" seed {tasks['seed']}."
+        ),
+        "",
+    ]
+    lines += measured(summary)
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+    ]
+    lines += [f'base = AutoModelForCausalLM.from_pretrained("{base if on_hub else "THE-BASE"}")']
+    lines += [
+        (
+            "model = PeftModel.from_pretrained(base,"
+            f' "adapters/{trained[0] if trained else "POLICY"}")'
+        ),
+        "```",
+        "",
+    ]
+    lines += [
+        (
+            "The whole team, as it was trained: `marlora eval FOLDER` and `marlora play FOLDER`."
+            " `system.json` names system, prompts and tasks."
+        ),
         "",
     ]
     return "\n".join(lines)
 
 
 def measured(summary: Mapping[str, Any]) -> list[str]:
-    """Held-out accuracy with intervals, as the run measured it; nothing if this is not the run's last checkpoint."""
+    """Held-out accuracy with intervals, as the run measured it; nothing if this is not the run's
+    last checkpoint."""
     found = summary.get("eval") or {}
     if not (found.get("before") and found.get("after")):
         return []
-    named = {"base team": found["before"], **{f"only {n}": e for n, e in (summary.get("adapters") or {}).items()}}
+    named = {
+        "base team": found["before"],
+        **{f"only {n}": e for n, e in (summary.get("adapters") or {}).items()},
+    }
     named["trained team"] = {**found["after"], "paired": found["paired"]}
-    columns = ("held-out", "mean", "95 % interval", "tasks", "against base", "95 % interval (paired)")
-    return ["## Measured", "", row_of(columns), row_of(("---",) * len(columns)), *map(row_of, accuracy_rows(named)), ""]
+    columns = (
+        "held-out",
+        "mean",
+        "95 % interval",
+        "tasks",
+        "against base",
+        "95 % interval (paired)",
+    )
+    return [
+        "## Measured",
+        "",
+        row_of(columns),
+        row_of(("---",) * len(columns)),
+        *map(row_of, accuracy_rows(named)),
+        "",
+    ]
 
 
 def plain(text: str) -> str:

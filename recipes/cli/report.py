@@ -23,15 +23,27 @@ from marlora.trainers.model.local_models import SHORT
 def add_report(parser: argparse.ArgumentParser) -> None:
     """Arguments of `marlora report`."""
     parser.add_argument("run", nargs="+", help="run folders")
-    parser.add_argument("--output", default="", help="the file; default is report.html in the first run's folder")
-    parser.add_argument("--max_episodes", type=int, default=MAX_EPISODES, help="episodes whose whole text the page holds")
+    parser.add_argument(
+        "--output", default="", help="the file; default is report.html in the first run's folder"
+    )
+    parser.add_argument(
+        "--max_episodes",
+        type=int,
+        default=MAX_EPISODES,
+        help="episodes whose whole text the page holds",
+    )
     add_model(parser, "where the base's tokenizer lies, to show single tokens")
-    parser.add_argument("--follow", action="store_true", help="serve the page on this machine while the run goes on; Ctrl-C ends")
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="serve the page on this machine while the run goes on; Ctrl-C ends",
+    )
     parser.add_argument("--port", type=int, default=0, help="of --follow; 0 takes a free one")
 
 
 def cmd_report(args: argparse.Namespace) -> None:
-    """Write one HTML file of a run or several: curves, comparison, adapters, episodes; opens from disk."""
+    """Write one HTML file of a run or several: curves, comparison, adapters, episodes; opens from
+    disk."""
     folders = [Path(name) for name in args.run]
     for folder in folders:
         if not (folder / "config.yaml").is_file():
@@ -42,12 +54,23 @@ def cmd_report(args: argparse.Namespace) -> None:
     if args.follow:
         asyncio.run(serve(LiveReport(folders, pieces, args.max_episodes), args.port))
         return
-    print(write_report(*folders, output=Path(args.output) if args.output else None, pieces=pieces, max_episodes=args.max_episodes))
+    print(
+        write_report(
+            *folders,
+            output=Path(args.output) if args.output else None,
+            pieces=pieces,
+            max_episodes=args.max_episodes,
+        )
+    )
 
 
 async def serve(follow: LiveReport, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    print(f"{await follow.start(port)}\nthe address is the key: who has it can read the run; Ctrl-C ends", flush=True)
+    print(
+        f"{await follow.start(port)}\nthe address is the key: who has it can read the run; Ctrl-C"
+        " ends",
+        flush=True,
+    )
     ended, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ended.set)
@@ -58,7 +81,8 @@ async def serve(follow: LiveReport, port: int) -> None:
 
 
 def pieces_of(folders: Sequence[Path], models: Sequence[str]) -> Pieces | None:
-    """The text of each token, by the tokenizers of the runs' bases; None, and a word about it, where one is not on this machine."""
+    """The text of each token, by the tokenizers of the runs' bases; None, and a word about it,
+    where one is not on this machine."""
     import yaml
 
     bases: dict[str, str] = {}  # policy -> base
@@ -66,21 +90,37 @@ def pieces_of(folders: Sequence[Path], models: Sequence[str]) -> Pieces | None:
     for folder in folders:
         config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text()) or {}
         names.add(str(config.get("model", "")))
-        bases |= {name: spec["base"] for name, spec in (config.get("policies") or {}).items() if (spec or {}).get("base")}
+        bases |= {
+            name: spec["base"]
+            for name, spec in (config.get("policies") or {}).items()
+            if (spec or {}).get("base")
+        }
     if len(names) > 1 and not models:
-        say("tokens are not shown one by one: the runs have different bases; a report of one run shows them")
+        say(
+            "tokens are not shown one by one: the runs have different bases; a report of one run"
+            " shows them"
+        )
         return None
     where = locate(models)
     tokenizers: dict[str, Any] = {}
     for base in {*names, *bases.values()}:
-        if not (models or base in SHORT or Path(base).is_dir()):  # a short name lies here once a run has used it
-            say(f"tokens are not shown one by one: the tokenizer of {base!r} is not here; name its folder with --model")
+        if not (
+            models or base in SHORT or Path(base).is_dir()
+        ):  # a short name lies here once a run has used it
+            say(
+                f"tokens are not shown one by one: the tokenizer of {base!r} is not here; name its"
+                " folder with --model"
+            )
             return None
         tokenizers[base] = load_tokenizer(where(base))
     usual = next(iter(names))
 
     @functools.cache
     def piece(base: str, token: int) -> str:
-        return str(tokenizers[base].decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(
+            tokenizers[base].decode(
+                [token], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
 
     return lambda policy, ids: [piece(bases.get(policy, usual), token) for token in ids]

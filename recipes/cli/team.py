@@ -1,4 +1,5 @@
-"""What commands share that put a checkpoint to work: its arguments, opening its team, playing with a bar."""
+"""What commands share that put a checkpoint to work: its arguments, opening its team, playing with
+a bar."""
 
 from __future__ import annotations
 
@@ -30,16 +31,27 @@ def add_model(parser: argparse.ArgumentParser, why: str) -> None:
 def add_team(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     """Arguments of every command that puts a checkpoint, or several, to work."""
     what = "checkpoint folders" if several else "a checkpoint folder"
-    parser.add_argument("checkpoint", nargs="+" if several else None, help=f"{what}: RUN/checkpoints/step-NNNNNN")
+    parser.add_argument(
+        "checkpoint", nargs="+" if several else None, help=f"{what}: RUN/checkpoints/step-NNNNNN"
+    )
     add_model(parser, "where the base model lies now, if it moved; by NAME if the team has several")
-    parser.add_argument("--system", default="", help="module:Class, if the system is not one of marlora.agents")
+    parser.add_argument(
+        "--system", default="", help="module:Class, if the system is not one of marlora.agents"
+    )
     parser.add_argument(
         "--trust_checkpoint",
         action="store_true",
-        help="import rewards, tools and task sets it names outside marlora, and ask models it names by URL",
+        help=(
+            "import rewards, tools and task sets it names outside marlora, and ask models it names"
+            " by URL"
+        ),
     )
     parser.add_argument(
-        "--adapters", default="all", help="all, none, or names of policies separated by commas; the others speak as the bare base"
+        "--adapters",
+        default="all",
+        help=(
+            "all, none, or names of policies separated by commas; the others speak as the bare base"
+        ),
     )
     parser.add_argument("--seed", type=int, default=0, help="everything sampled follows from it")
     engine = parser.add_argument_group("engine")
@@ -72,7 +84,9 @@ def locate(given: Sequence[str]) -> Callable[[str], str]:
     named = dict(entry.split("=", 1) for entry in given if "=" in entry)
     plain = [entry for entry in given if "=" not in entry]
     if len(plain) > 1:
-        raise SettingError(f"--model: given {len(plain)} times without a name; expected NAME=FOLDER for each")
+        raise SettingError(
+            f"--model: given {len(plain)} times without a name; expected NAME=FOLDER for each"
+        )
     return lambda name: named.get(name) or (plain[0] if plain else local_model(name))
 
 
@@ -86,7 +100,8 @@ def asked_for(adapters: str, trained: Sequence[str]) -> list[str]:
     for name in names:
         if name not in trained:
             raise SettingError(
-                f"--adapters {name}: the checkpoint has no trained adapter of that name; it has {', '.join(trained) or 'none'}"
+                f"--adapters {name}: the checkpoint has no trained adapter of that name; it has"
+                f" {', '.join(trained) or 'none'}"
             )
     return names
 
@@ -99,7 +114,9 @@ def chosen(team: LoadedTeam, adapters: str) -> dict[str, str]:
 async def with_team(args: argparse.Namespace, work: Callable[[LoadedTeam], Any]) -> Any:
     """Open the checkpoint's team, work with it, close it."""
     adapters = read_checkpoint(Path(args.checkpoint))["adapters"]
-    asked_for(args.adapters, [name for name, entry in adapters.items() if entry.get("trained")])  # before a server starts
+    asked_for(
+        args.adapters, [name for name, entry in adapters.items() if entry.get("trained")]
+    )  # before a server starts
     with tempfile.TemporaryDirectory(prefix="marlora-") as scratch:
         team = await LoadedTeam.open(
             args.checkpoint,

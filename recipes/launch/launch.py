@@ -1,4 +1,5 @@
-"""The last lines of a recipe: settings, then the plan or the training, and a table of what came out."""
+"""The last lines of a recipe: settings, then the plan or the training, and a table of what came
+out."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from marlora.trainers.trainer import Trainer
 
 
 def train(trainer: type[Trainer[Any]], config: Any, recipe: str) -> None:
-    """Train by these settings and print what came out; or print the plan (`dry_run`), or serve for others (`serve_only`)."""
+    """Train by these settings and print what came out; or print the plan (`dry_run`), or serve for
+    others (`serve_only`)."""
     made = trainer(args=config, recipe=recipe)
     if config.dry_run:
         print_plan(made.run)
@@ -27,5 +29,6 @@ def train(trainer: type[Trainer[Any]], config: Any, recipe: str) -> None:
 
 
 def launch(trainer: type[Trainer[Any]], file: str) -> None:
-    """A recipe's `main`: its settings are the trainer's, and their defaults stand in the YAML beside `file`."""
+    """A recipe's `main`: its settings are the trainer's, and their defaults stand in the YAML
+    beside `file`."""
     train(trainer, parse(trainer.Config, file), Path(file).stem)

@@ -1,7 +1,8 @@
 """From a YAML file and a command line to a config, with every unknown name an error.
 
-`python -m marlora.recipes.NAME [--config FILE] [--field value] [--agents.solver.prompt "..."]`: the default file is the YAML beside
-the recipe; flags win over the file; a dotted flag sets one entry of a mapping.
+`python -m marlora.recipes.NAME [--config FILE] [--field value] [--agents.solver.prompt "..."]`: the
+default file is the YAML beside the recipe; flags win over the file; a dotted flag sets one entry of
+a mapping.
 """
 
 from __future__ import annotations
@@ -23,32 +24,44 @@ FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 
 
 def parse(cls: type[T], recipe: str | Path, argv: Sequence[str] | None = None) -> T:
-    """Read the recipe's settings into `cls`. Raises `SettingError` naming what is wrong and the nearest known setting."""
+    """Read the recipe's settings into `cls`. Raises `SettingError` naming what is wrong and the
+    nearest known setting."""
     from trl import TrlParser
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
-            told = re.sub(r"^argument (--\w+)(/--[\w-]+)*", r"\1", message)  # argparse lists every spelling of a flag
+            told = re.sub(
+                r"^argument (--\w+)(/--[\w-]+)*", r"\1", message
+            )  # argparse lists every spelling of a flag
             raise SettingError(f"{told}; --help lists every setting")
 
-    path, args = config_file(Path(recipe).with_suffix(".yaml"), list(sys.argv[1:] if argv is None else argv))
+    path, args = config_file(
+        Path(recipe).with_suffix(".yaml"), list(sys.argv[1:] if argv is None else argv)
+    )
     settings = read_yaml(path)
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     for name in settings:
         if name not in known:
-            raise SettingError(f"{path}: unknown setting {str(name)!r}; {nearest(str(name), sorted(known))}")
+            raise SettingError(
+                f"{path}: unknown setting {str(name)!r}; {nearest(str(name), sorted(known))}"
+            )
     args = apply_paths(settings, args, known)
     parser = Parser(dataclass_types=[cls], prog=Path(recipe).stem, allow_abbrev=False)
     parser.set_defaults_with_config(**settings)
     config, rest = parser.parse_args_into_dataclasses(args=args, return_remaining_strings=True)
     if rest:
-        flag = rest[0].partition("=")[0] if rest[0].startswith("-") else "(not shown: no flag stands before it)"
+        flag = (
+            rest[0].partition("=")[0]
+            if rest[0].startswith("-")
+            else "(not shown: no flag stands before it)"
+        )
         raise SettingError(f"unknown setting {flag!r}; {nearest(flag.lstrip('-'), sorted(known))}")
     return config
 
 
 def config_file(default: Path, args: Sequence[str]) -> tuple[Path, list[str]]:
-    """The file named by `--config FILE` or `--config=FILE`, else the default; and the other arguments."""
+    """The file named by `--config FILE` or `--config=FILE`, else the default; and the other
+    arguments."""
     path, rest, queue = default, [], list(args)
     while queue:
         arg = queue.pop(0)
@@ -74,19 +87,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:  # as a text it quotes the line, which may hold a key
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = "found an alias of nothing" if isinstance(error, yaml.composer.ComposerError) else error.problem
-        raise SettingError(f"{path}: not YAML: {' '.join(filter(None, (error.context, problem)))}{where}") from None
+        problem = (
+            "found an alias of nothing"
+            if isinstance(error, yaml.composer.ComposerError)
+            else error.problem
+        )
+        raise SettingError(
+            f"{path}: not YAML: {' '.join(filter(None, (error.context, problem)))}{where}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if settings is None:
-        raise SettingError(f"{path}: the file is empty; expected settings, one `name: value` a line")
+        raise SettingError(
+            f"{path}: the file is empty; expected settings, one `name: value` a line"
+        )
     if not isinstance(settings, dict):
-        raise SettingError(f"{path}: expected settings, one `name: value` a line, got a {type(settings).__name__}")
+        raise SettingError(
+            f"{path}: expected settings, one `name: value` a line, got a {type(settings).__name__}"
+        )
     return settings
 
 
 def _loader() -> Any:
-    """PyYAML's safe loader, which also reads `1e-5` as a number, as YAML 1.2 does, and refuses a name given twice."""
+    """PyYAML's safe loader, which also reads `1e-5` as a number, as YAML 1.2 does, and refuses a
+    name given twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -94,7 +118,9 @@ def _loader() -> Any:
             names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
             for name in names:
                 if names.count(name) > 1:
-                    raise yaml.constructor.ConstructorError(None, None, f"{name!r} is given twice", node.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{name!r} is given twice", node.start_mark
+                    )
             return super().construct_mapping(node, deep=deep)
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
@@ -102,7 +128,8 @@ def _loader() -> Any:
 
 
 def read_value(text: str) -> Any:
-    """A value on the command line: a number, a flag, a list or a mapping if YAML reads one there, else the text as it stands.
+    """A value on the command line: a number, a flag, a list or a mapping if YAML reads one there,
+    else the text as it stands.
 
     `Think: then answer` and `{previous}+{c}` are texts, `{a: 1}` is a mapping.
     """
@@ -122,11 +149,16 @@ def read_value(text: str) -> Any:
     if isinstance(value, list):
         return value if first == "[" else text
     # YAML would read dates, and 1:30 as a number to the base 60
-    return value if value is None or (isinstance(value, (bool, int, float)) and ":" not in text) else text
+    return (
+        value
+        if value is None or (isinstance(value, (bool, int, float)) and ":" not in text)
+        else text
+    )
 
 
 def apply_paths(settings: dict[str, Any], args: Sequence[str], known: set[str]) -> list[str]:
-    """Move `--a.b.c VALUE` (or `=VALUE`) from the arguments into the settings, see `read_value`. Returns the other arguments.
+    """Move `--a.b.c VALUE` (or `=VALUE`) from the arguments into the settings, see `read_value`.
+    Returns the other arguments.
 
     A field of an agent or a policy that is a text, such as a prompt, is taken as it stands.
     """
@@ -147,7 +179,9 @@ def apply_paths(settings: dict[str, Any], args: Sequence[str], known: set[str]) 
         if head not in known:
             raise SettingError(f"unknown setting {flag!r}; {nearest(head, sorted(known))}")
         if not all(path):
-            raise SettingError(f"{flag}: expected names between the dots, such as --agents.solver.prompt")
+            raise SettingError(
+                f"{flag}: expected names between the dots, such as --agents.solver.prompt"
+            )
         heads.add(head)
         _put(settings, flag, [head, *path], value if _is_text(head, path) else read_value(value))
     for arg in rest:
@@ -164,17 +198,22 @@ def _put(settings: dict[str, Any], flag: str, path: Sequence[str], value: Any) -
         place = place[key]
         if not isinstance(place, dict):
             told = f"a {type(place).__name__}" if path[0] in MAY_HOLD_KEYS else repr(place)
-            raise SettingError(f"{flag}: {'.'.join(path[: number + 1])} is {told}, so nothing can be set inside it")
+            raise SettingError(
+                f"{flag}: {'.'.join(path[: number + 1])} is {told}, so nothing can be set inside it"
+            )
     place[path[-1]] = value
 
 
 def _is_text(head: str, path: Sequence[str]) -> bool:
     of = {"agents": AgentSpec, "policies": PolicySpec}.get(head)
-    return of is not None and len(path) == 2 and get_type_hints(of).get(path[1]) in (str, str | None)
+    return (
+        of is not None and len(path) == 2 and get_type_hints(of).get(path[1]) in (str, str | None)
+    )
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Exit codes of every recipe: 0 success, 1 a run that failed (one clear line on stderr), 2 wrong usage."""
+    """Exit codes of every recipe: 0 success, 1 a run that failed (one clear line on stderr), 2
+    wrong usage."""
     from marlora.recipes.launch.processes import start_all
     from marlora.rollouts.engines.base import EngineError
     from marlora.rollouts.episodes.store import StoreError

@@ -1,4 +1,5 @@
-"""Two modules of a DSPy program. Texts go in and out as they are: a small model cannot keep to DSPy's own markers."""
+"""Two modules of a DSPy program. Texts go in and out as they are: a small model cannot keep to
+DSPy's own markers."""
 
 import json
 import os
@@ -9,11 +10,17 @@ import dspy
 
 
 class Plain(dspy.Adapter):
-    """The instructions as the system message, the inputs as they are, the whole reply as the output."""
+    """The instructions as the system message, the inputs as they are, the whole reply as the
+    output."""
 
-    def format(self, signature: Any, demos: list[dict[str, Any]], inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    def format(
+        self, signature: Any, demos: list[dict[str, Any]], inputs: dict[str, Any]
+    ) -> list[dict[str, Any]]:
         told = "+".join(str(inputs[name]) for name in signature.input_fields)
-        return [{"role": "system", "content": signature.instructions}, {"role": "user", "content": told}]
+        return [
+            {"role": "system", "content": signature.instructions},
+            {"role": "user", "content": told},
+        ]
 
     def parse(self, signature: Any, completion: str) -> dict[str, Any]:
         return dict.fromkeys(signature.output_fields, completion)

@@ -20,7 +20,10 @@ def ask(role: str, text: str) -> str:
 
 graph = StateGraph(State)
 graph.add_node("add_two", lambda state: {"sum": ask("first", state["prompt"])})
-graph.add_node("add_third", lambda state: {"answer": ask("last", state["sum"] + "+" + state["prompt"].split("+")[-1])})
+graph.add_node(
+    "add_third",
+    lambda state: {"answer": ask("last", state["sum"] + "+" + state["prompt"].split("+")[-1])},
+)
 graph.add_edge(START, "add_two")
 graph.add_edge("add_two", "add_third")
 graph.add_edge("add_third", END)

@@ -1,4 +1,5 @@
-"""Two roles with the plain `openai` client: as a command (`python openai_roles.py < task.json`) or as a function (`main`)."""
+"""Two roles with the plain `openai` client: as a command (`python openai_roles.py < task.json`) or
+as a function (`main`)."""
 
 import asyncio
 import json
@@ -10,13 +11,16 @@ from openai import AsyncOpenAI
 
 async def ask(client: AsyncOpenAI, role: str, text: str) -> str:
     reply = await client.chat.completions.create(
-        model=role, messages=[{"role": "system", "content": role}, {"role": "user", "content": text}]
+        model=role,
+        messages=[{"role": "system", "content": role}, {"role": "user", "content": text}],
     )
     return reply.choices[0].message.content or ""
 
 
 async def solve(client: AsyncOpenAI, prompt: str) -> str:
-    return await ask(client, "last", await ask(client, "first", prompt) + "+" + prompt.split("+")[-1])
+    return await ask(
+        client, "last", await ask(client, "first", prompt) + "+" + prompt.split("+")[-1]
+    )
 
 
 async def main(task: Any, base_url: str, api_key: str) -> str:

@@ -1,7 +1,9 @@
-"""A checkpoint as it lies on disk: whole, undamaged, and naming nothing that its reader did not agree to.
+"""A checkpoint as it lies on disk: whole, undamaged, and naming nothing that its reader did not
+agree to.
 
-Anyone may hand you a checkpoint, so `system.json` is read as data: what it names is imported, or asked over the network, only if it
-is ours or the reader allows it, and what it names files by is checked first. No torch here.
+Anyone may hand you a checkpoint, so `system.json` is read as data: what it names is imported, or
+asked over the network, only if it is ours or the reader allows it, and what it names files by is
+checked first. No torch here.
 """
 
 from __future__ import annotations
@@ -20,23 +22,55 @@ from ..secrecy import shown_url
 
 SCHEMA = 1
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-DAMAGE = (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError, re.error)
-# What an adapter_config.json may say besides rank, alpha and modules; all else must be off. PEFT imports a module that
-# `megatron_core` names, and other settings change the base.
+DAMAGE = (
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    ArithmeticError,
+    RecursionError,
+    re.error,
+)
+# What an adapter_config.json may say besides rank, alpha and modules; all else must be off. PEFT
+# imports a module that `megatron_core` names, and other settings change the base.
 PLAIN_LORA: Mapping[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("none",), "init_lora_weights": (True, False),
-    "megatron_core": ("megatron.core",), "qalora_group_size": (16,), "inference_mode": (True, False),
-}  # fmt: skip
-FREE_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "peft_version", "revision")
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", None),
+    "bias": ("none",),
+    "init_lora_weights": (True, False),
+    "megatron_core": ("megatron.core",),
+    "qalora_group_size": (16,),
+    "inference_mode": (True, False),
+}
+FREE_LORA = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "base_model_name_or_path",
+    "peft_version",
+    "revision",
+)
 _PARTS = {
-    "schema": int, "step": int, "base": dict, "bases": dict, "system": dict, "agents": list, "policies": dict, "adapters": dict, "tasks": dict,
-    "rewards": list, "sampling": dict,
-}  # fmt: skip
+    "schema": int,
+    "step": int,
+    "base": dict,
+    "bases": dict,
+    "system": dict,
+    "agents": list,
+    "policies": dict,
+    "adapters": dict,
+    "tasks": dict,
+    "rewards": list,
+    "sampling": dict,
+}
 _DTYPES = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """`system.json` of a checkpoint whose adapters are those it names. Raises `SettingError` with the path of what is wrong."""
+    """`system.json` of a checkpoint whose adapters are those it names. Raises `SettingError` with
+    the path of what is wrong."""
     path = folder / "system.json"
     try:
         data = json.loads(path.read_text())
@@ -52,65 +86,107 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     except SettingError as error:
         raise SettingError(f"{path}: {error}") from error
     except DAMAGE as error:
-        raise SettingError(f"{path}: damaged, {error!r:.200} where a part of it should be") from error
+        raise SettingError(
+            f"{path}: damaged, {error!r:.200} where a part of it should be"
+        ) from error
     _check_files(folder)
     for name, entry in data["adapters"].items():
-        _check_adapter(folder / "adapters" / name, entry["sha256"], data["policies"][name]["adapter"])
+        _check_adapter(
+            folder / "adapters" / name, entry["sha256"], data["policies"][name]["adapter"]
+        )
     return data
 
 
 def _check_parts(data: Any) -> None:
     if not isinstance(data, dict):
-        raise SettingError(f"expected an object, got {type(data).__name__}; the checkpoint is damaged")
+        raise SettingError(
+            f"expected an object, got {type(data).__name__}; the checkpoint is damaged"
+        )
     for name, kind in _PARTS.items():
         if name not in data:
             raise SettingError(f"{name} is missing; the checkpoint is damaged")
         if type(data[name]) is not kind:
-            raise SettingError(f"{name}: expected {kind.__name__}, got {data[name]!r:.60}; the checkpoint is damaged")
+            raise SettingError(
+                f"{name}: expected {kind.__name__}, got {data[name]!r:.60}; the checkpoint is"
+                " damaged"
+            )
     if data["schema"] != SCHEMA:
-        raise SettingError(f"schema {data['schema']}, this version of marlora reads {SCHEMA}; install a newer one")
+        raise SettingError(
+            f"schema {data['schema']}, this version of marlora reads {SCHEMA}; install a newer one"
+        )
     for agent in data["agents"]:
         from_json(AgentSpec, agent, "agents")
     for name, policy in data["policies"].items():
         if not re.fullmatch(r"[\w-]+", name):
             raise SettingError(
-                f"policy {name!r}: letters, digits, '_' and '-' expected (it names files); the checkpoint is not ours"
+                f"policy {name!r}: letters, digits, '_' and '-' expected (it names files); the"
+                " checkpoint is not ours"
             )
         if from_json(PolicySpec, policy, f"policies.{name}").name != name:
-            raise SettingError(f"policies.{name}.name: expected {name!r}, got {policy['name']!r}; the checkpoint is damaged")
+            raise SettingError(
+                f"policies.{name}.name: expected {name!r}, got {policy['name']!r}; the checkpoint"
+                " is damaged"
+            )
     for name, entry in data["adapters"].items():
         if not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]) or name not in data["policies"]:
-            raise SettingError(f"adapters.{name}: expected a policy of that name and a sha256; the checkpoint is damaged")
+            raise SettingError(
+                f"adapters.{name}: expected a policy of that name and a sha256; the checkpoint is"
+                " damaged"
+            )
     for name, entry in data["bases"].items():
-        if not isinstance(entry["template"], str) or not set(entry["policies"]) <= set(data["policies"]):
-            raise SettingError(f"bases.{name}: expected the hash of a template, and policies by name; the checkpoint is damaged")
+        if not isinstance(entry["template"], str) or not set(entry["policies"]) <= set(
+            data["policies"]
+        ):
+            raise SettingError(
+                f"bases.{name}: expected the hash of a template, and policies by name; the"
+                " checkpoint is damaged"
+            )
     tasks, system = data["tasks"], data["system"]
     for value, kind in (
-        (tasks["name"], str), (tasks["args"], dict), (tasks["seed"], int), (tasks["num_eval_tasks"], int), (tasks["eval"], str),
-        (system["class"], str), (system["arguments"], dict), (data["base"]["name"], str),
+        (tasks["name"], str),
+        (tasks["args"], dict),
+        (tasks["seed"], int),
+        (tasks["num_eval_tasks"], int),
+        (tasks["eval"], str),
+        (system["class"], str),
+        (system["arguments"], dict),
+        (data["base"]["name"], str),
         *((name, str) for name in data["rewards"]),
-    ):  # fmt: skip
+    ):
         if type(value) is not kind:
             raise SettingError(
-                f"tasks, system, base or rewards: expected {kind.__name__}, got {value!r:.60}; the checkpoint is damaged"
+                f"tasks, system, base or rewards: expected {kind.__name__}, got {value!r:.60}; the"
+                " checkpoint is damaged"
             )
     from_json(Sampling, data["sampling"], "sampling")
 
 
 def _check_files(folder: Path) -> None:
-    """Files that the manifest lists and that are here have the hash it gives; a copy may leave out `trainer/`, or the manifest."""
+    """Files that the manifest lists and that are here have the hash it gives; a copy may leave out
+    `trainer/`, or the manifest."""
     path = folder / "manifest.json"
     if not path.is_file():
         return
     try:
-        hashes = {str(name): str(found) for name, found in json.loads(path.read_text())["sha256"].items()}
+        hashes = {
+            str(name): str(found) for name, found in json.loads(path.read_text())["sha256"].items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SettingError(f"{path}: cannot be read ({error!r}); the checkpoint is damaged") from error
+        raise SettingError(
+            f"{path}: cannot be read ({error!r}); the checkpoint is damaged"
+        ) from error
     for name, expected in hashes.items():
         file = folder / name
         wanted = name == "system.json" or name.startswith(("adapters/", "values/"))
-        if wanted and ".." not in Path(name).parts and file.is_file() and file_sha256(file) != expected:
-            raise SettingError(f"{file}: its sha256 is not the one in manifest.json; the file was altered or torn")
+        if (
+            wanted
+            and ".." not in Path(name).parts
+            and file.is_file()
+            and file_sha256(file) != expected
+        ):
+            raise SettingError(
+                f"{file}: its sha256 is not the one in manifest.json; the file was altered or torn"
+            )
 
 
 def file_sha256(path: Path) -> str:
@@ -121,36 +197,54 @@ def file_sha256(path: Path) -> str:
 def _check_adapter(folder: Path, expected: str, shape: Mapping[str, Any]) -> None:
     for file in FILES:
         if not (folder / file).is_file():
-            raise SettingError(f"{folder / file}: missing, though system.json names the adapter ({expected[:8]})")
+            raise SettingError(
+                f"{folder / file}: missing, though system.json names the adapter ({expected[:8]})"
+            )
     try:
         found = adapter_sha256(folder / FILES[1])
         config = json.loads((folder / FILES[0]).read_text())
         saved = {"r": config["r"], "alpha": config["lora_alpha"]}
-    except Exception as error:  # safetensors and json raise many kinds; all mean the same to the user
-        raise SettingError(f"{folder}: the adapter cannot be read ({type(error).__name__}: {error}); it is damaged") from error
+    except (
+        Exception
+    ) as error:  # safetensors and json raise many kinds; all mean the same to the user
+        raise SettingError(
+            f"{folder}: the adapter cannot be read ({type(error).__name__}: {error}); it is damaged"
+        ) from error
     if found != expected:
-        raise SettingError(f"{folder / FILES[1]}: its tensors are {found[:8]}, system.json names {expected[:8]}; they were swapped")
+        raise SettingError(
+            f"{folder / FILES[1]}: its tensors are {found[:8]}, system.json names {expected[:8]};"
+            " they were swapped"
+        )
     _check_plain(folder / FILES[0], config)
     for name, value in saved.items():
         if value != shape[name]:
-            raise SettingError(f"{folder / FILES[0]}: {name} is {value}, system.json says {shape[name]}")
+            raise SettingError(
+                f"{folder / FILES[0]}: {name} is {value}, system.json says {shape[name]}"
+            )
 
 
 def _check_plain(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse an adapter that is more than a plain LoRA: PEFT reads its settings, and acts on them, before any weight is compared."""
+    """Refuse an adapter that is more than a plain LoRA: PEFT reads its settings, and acts on them,
+    before any weight is compared."""
     modules = config.get("target_modules")
     if not isinstance(modules, list) or not all(isinstance(each, str) for each in modules):
         raise SettingError(f"{path}: target_modules: expected a list of names, got {modules!r:.80}")
     for name, value in config.items():
         if name in PLAIN_LORA:
             if value not in PLAIN_LORA[name]:
-                raise SettingError(f"{path}: {name} is {value!r:.80}; a checkpoint holds plain LoRA adapters only")
+                raise SettingError(
+                    f"{path}: {name} is {value!r:.80}; a checkpoint holds plain LoRA adapters only"
+                )
         elif name not in FREE_LORA and value:
-            raise SettingError(f"{path}: {name} is set ({value!r:.80}); a checkpoint holds plain LoRA adapters only")
+            raise SettingError(
+                f"{path}: {name} is set ({value!r:.80}); a checkpoint holds plain LoRA adapters"
+                " only"
+            )
 
 
 def adapter_sha256(path: Path) -> str:
-    """Hash of an adapter file's tensors (names, dtypes, shapes, bytes): what the trainer calls the adapter's sha256."""
+    """Hash of an adapter file's tensors (names, dtypes, shapes, bytes): what the trainer calls the
+    adapter's sha256."""
     from safetensors import deserialize
 
     digest = hashlib.sha256()
@@ -179,26 +273,33 @@ def files_sha256(model: str) -> str | None:
 
 @contextlib.contextmanager
 def as_data(folder: Path, data: Mapping[str, Any], trust: bool) -> Iterator[None]:
-    """Inside, what `system.json` names is looked up as a stranger's, unless its reader trusts it (see `agents.names`).
+    """Inside, what `system.json` names is looked up as a stranger's, unless its reader trusts it
+    (see `agents.names`).
 
-    Raises `SettingError` that says where in the file a refused name stands, or that what stands there cannot be used.
+    Raises `SettingError` that says where in the file a refused name stands, or that what stands
+    there cannot be used.
     """
     try:
         with only_trusted(not trust):
             yield
     except Untrusted as refused:
         where = ", ".join(places(data, refused.name)[:3])
-        told = f"{folder}: the checkpoint names {refused.kind} {refused.name}{where and f' ({where})'}"
+        told = (
+            f"{folder}: the checkpoint names {refused.kind} {refused.name}{where and f' ({where})'}"
+        )
         raise SettingError(f"{told}; {AGREE}") from refused
     except SettingError as error:
         raise SettingError(f"{folder / 'system.json'}: {error}") from error
     except DAMAGE as error:
         told = f"{type(error).__name__}: {error}"
-        raise SettingError(f"{folder / 'system.json'}: cannot be used ({told:.300}); the checkpoint is damaged") from error
+        raise SettingError(
+            f"{folder / 'system.json'}: cannot be used ({told:.300}); the checkpoint is damaged"
+        ) from error
 
 
 def places(data: Any, name: str, path: str = "") -> list[str]:
-    """Where in a checkpoint's `system.json` a text stands, as `system.arguments.operators[0]`; in longer texts too, if nowhere alone."""
+    """Where in a checkpoint's `system.json` a text stands, as `system.arguments.operators[0]`; in
+    longer texts too, if nowhere alone."""
     leaves = list(_texts(data, path))
     alone = [where for where, text in leaves if text == name]
     return alone or [where for where, text in leaves if name in text]
@@ -216,5 +317,10 @@ def _texts(data: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def outside_models(data: Mapping[str, Any]) -> list[str]:
-    """What playing this checkpoint would ask over the network: for people to read before they agree."""
-    return [f"the model at {shown_url(p['url'])} as {name}" for name, p in data["policies"].items() if p.get("url")]
+    """What playing this checkpoint would ask over the network: for people to read before they
+    agree."""
+    return [
+        f"the model at {shown_url(p['url'])} as {name}"
+        for name, p in data["policies"].items()
+        if p.get("url")
+    ]

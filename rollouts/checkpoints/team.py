@@ -1,8 +1,9 @@
 """A checkpoint at work again: its system, agents and adapters on an engine, without any trainer.
 
-`system.json` names all of it, and anyone may have written it. What may be imported for it is decided in one place, by the mark of
-what a name resolves to (`agents.names`): for another System the caller names the class; other code it names (rewards, tools,
-operators, task sets, programs) and models it would ask over the network need the caller's `trust`.
+`system.json` names all of it, and anyone may have written it. What may be imported for it is
+decided in one place, by the mark of what a name resolves to (`agents.names`): for another System
+the caller names the class; other code it names (rewards, tools, operators, task sets, programs) and
+models it would ask over the network need the caller's `trust`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from typing import Any
 from ...agents.lookup import AGREE, Untrusted, object_named, only_trusted
 from ...agents.team import System
 from ...agents.tools.tools import resolve_tools
-from ...agents.types import (BASE, AgentSpec, PolicySpec, Sampling, SettingError, Task, from_json, nearest)
+from ...agents.types import (
+    BASE,
+    AgentSpec,
+    PolicySpec,
+    Sampling,
+    SettingError,
+    Task,
+    from_json,
+    nearest,
+)
 from ..engines.base import Engine
 from ..engines.factory import EngineConfig, start_engine
 from ..episodes.completers import completers
@@ -33,12 +43,16 @@ def build_system(settings: Mapping[str, Any]) -> System:
     given = dict(settings)
     name = given.pop("class", None)
     if not name:
-        raise SettingError("system.class: missing; expected module:Class, such as marlora.agents.patterns.chain:Chain")
+        raise SettingError(
+            "system.class: missing; expected module:Class, such as"
+            " marlora.agents.patterns.chain:Chain"
+        )
     return with_settings(system_class(str(name)), given)
 
 
 def system_class(name: str) -> type[System]:
-    """The System that `module:Class` names. Raises `SettingError`; `Untrusted` where a stranger named one that is not ours."""
+    """The System that `module:Class` names. Raises `SettingError`; `Untrusted` where a stranger
+    named one that is not ours."""
     try:
         found = object_named("system", name, "module:Class")
     except Untrusted:
@@ -46,7 +60,10 @@ def system_class(name: str) -> type[System]:
     except SettingError as error:
         raise SettingError(str(error).replace("system ", "system.class ", 1)) from error
     if not (isinstance(found, type) and issubclass(found, System)):
-        raise SettingError(f"system.class {name!r}: expected a subclass of marlora.agents.team:System, found {found!r:.80}")
+        raise SettingError(
+            f"system.class {name!r}: expected a subclass of marlora.agents.team:System, found"
+            f" {found!r:.80}"
+        )
     return found
 
 
@@ -55,7 +72,9 @@ def with_settings(found: type[System], given: Mapping[str, Any]) -> System:
     known = sorted(f.name for f in dataclasses.fields(found))
     for key in given:
         if key not in known:
-            raise SettingError(f"system.{key}: {found.__name__} has no such setting; {nearest(key, known)}")
+            raise SettingError(
+                f"system.{key}: {found.__name__} has no such setting; {nearest(key, known)}"
+            )
     return found(**given)
 
 
@@ -66,10 +85,21 @@ class LoadedEngine:
     engine: Engine
     versions: set[str] = dataclasses.field(default_factory=set)
 
-    async def load(self, folder: Path, policies: Sequence[PolicySpec], data: Mapping[str, Any], scratch: Path) -> dict[str, str]:
-        """Publish what it lacks of a checkpoint's trained adapters; returns their versions by policy."""
-        named = {p.name: version_name(p.name, data) for p in policies if data["adapters"].get(p.name, {}).get("trained")}
-        new = {p: copy_adapter(folder, p, data, scratch) for p, version in named.items() if version not in self.versions}
+    async def load(
+        self, folder: Path, policies: Sequence[PolicySpec], data: Mapping[str, Any], scratch: Path
+    ) -> dict[str, str]:
+        """Publish what it lacks of a checkpoint's trained adapters; returns their versions by
+        policy."""
+        named = {
+            p.name: version_name(p.name, data)
+            for p in policies
+            if data["adapters"].get(p.name, {}).get("trained")
+        }
+        new = {
+            p: copy_adapter(folder, p, data, scratch)
+            for p, version in named.items()
+            if version not in self.versions
+        }
         if new:
             await self.engine.publish(new)
         self.versions.update(named.values())
@@ -77,19 +107,24 @@ class LoadedEngine:
 
 
 def base_of(name: str, path: str, data: Mapping[str, Any]) -> tuple[ChatRenderer, str]:
-    """The tokens of a checkpoint's base that lies at `path`, and what tells it from other bases. Raises `SettingError` if it is another."""
+    """The tokens of a checkpoint's base that lies at `path`, and what tells it from other bases.
+    Raises `SettingError` if it is another."""
     told = data["bases"][name]
     check_base(name, path, told.get("files"))
     tokens = ChatRenderer(load_tokenizer(path))
     if tokens.template_hash != told["template"]:
-        raise SettingError(f"{path}: its chat template is not the one the checkpoint was trained with")
+        raise SettingError(
+            f"{path}: its chat template is not the one the checkpoint was trained with"
+        )
     return tokens, told.get("files") or path
 
 
 class LoadedTeam:
-    """A checkpoint's team on running engines. Make it with `await LoadedTeam.open(...)`, end it with `await close()`.
+    """A checkpoint's team on running engines. Make it with `await LoadedTeam.open(...)`, end it
+    with `await close()`.
 
-    `rollouts` plays; `versions` is the team version with every trained adapter on; `tasks(...)` loads the held-out tasks.
+    `rollouts` plays; `versions` is the team version with every trained adapter on; `tasks(...)`
+    loads the held-out tasks.
     """
 
     def __init__(
@@ -104,9 +139,20 @@ class LoadedTeam:
         own: Sequence[Engine] | None = None,
         folder: Path = Path(),
     ) -> None:
-        self.data, self.rollouts, self.engines, self.versions = data, rollouts, list(engines), versions
-        self.served = dict(served or {})  # by the base's files: what another checkpoint on the same base can use too
-        self._scratch, self._trust, self._own = scratch, trust, list(engines if own is None else own)
+        self.data, self.rollouts, self.engines, self.versions = (
+            data,
+            rollouts,
+            list(engines),
+            versions,
+        )
+        self.served = dict(
+            served or {}
+        )  # by the base's files: what another checkpoint on the same base can use too
+        self._scratch, self._trust, self._own = (
+            scratch,
+            trust,
+            list(engines if own is None else own),
+        )
         self._folder = folder
 
     @classmethod
@@ -129,13 +175,19 @@ class LoadedTeam:
         """Start what the checkpoint needs.
 
         Args:
-            locate: from a base's name to where it lies now; its files must be those the run was trained on.
-            system: `module:Class`, needed if the checkpoint's System is not one of `marlora.agents`.
-            scratch: folder for version folders and the server's log; its `versions` part is deleted by `close`.
+            locate: from a base's name to where it lies now; its files must be those the run was
+                trained on.
+            system: `module:Class`, needed if the checkpoint's System is not one of
+                `marlora.agents`.
+            scratch: folder for version folders and the server's log; its `versions` part is deleted
+                by `close`.
             engine: a running engine to use instead (tests).
-            trust: import rewards, tools and task sets the checkpoint names outside marlora, and ask models it names by URL.
-            beside: open teams whose engines serve this one too, where the base is the same; they have to stay open as long.
-            guests: policies of teams that will be opened beside this one, so that the server has room for them.
+            trust: import rewards, tools and task sets the checkpoint names outside marlora, and ask
+                models it names by URL.
+            beside: open teams whose engines serve this one too, where the base is the same; they
+                have to stay open as long.
+            guests: policies of teams that will be opened beside this one, so that the server has
+                room for them.
         """
         folder = Path(checkpoint)
         data = read_checkpoint(folder)
@@ -153,7 +205,9 @@ class LoadedTeam:
         policies = {name: from_json(PolicySpec, spec) for name, spec in data["policies"].items()}
         versions: dict[str, str] = {}
         engine_of: dict[str, tuple[Engine, ChatRenderer]] = {}
-        served: dict[str, LoadedEngine] = {key: found for other in beside for key, found in other.served.items()}
+        served: dict[str, LoadedEngine] = {
+            key: found for other in beside for key, found in other.served.items()
+        }
         engines: list[Engine] = []
         started: list[Engine] = []
         try:
@@ -161,7 +215,12 @@ class LoadedTeam:
                 tokens, key = found_at[name]
                 own = [policies[p] for p in data["bases"][name]["policies"]]
                 if key not in served:
-                    started.append(engine or await start_engine(path, tokens, [*own, *guests], config, folder=scratch, say=say))
+                    started.append(
+                        engine
+                        or await start_engine(
+                            path, tokens, [*own, *guests], config, folder=scratch, say=say
+                        )
+                    )
                     served[key] = LoadedEngine(started[-1])
                 here = served[key]
                 engines.append(here.engine)
@@ -172,11 +231,20 @@ class LoadedTeam:
             for running in started:
                 await running.close()
             raise
-        values = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "values").glob("*.json"))}
+        values = {
+            path.stem: json.loads(path.read_text())
+            for path in sorted((folder / "values").glob("*.json"))
+        }
         rollouts = EpisodeRunner(
-            team, completers(policies, engine_of), scored, values, from_json(Sampling, data["sampling"]), EpisodeLimits(), seed,
+            team,
+            completers(policies, engine_of),
+            scored,
+            values,
+            from_json(Sampling, data["sampling"]),
+            EpisodeLimits(),
+            seed,
             untrusted=not trust,
-        )  # fmt: skip
+        )
         spoken = {p: v for p, v in versions.items() if p in policies}
         return cls(data, rollouts, engines, spoken, scratch, trust, served, started, folder)
 
@@ -185,12 +253,15 @@ class LoadedTeam:
         return fn_name(self.rollouts.rewards[0])
 
     def tasks(self, name: str = "", limit: int | None = None, split: str = "eval") -> list[Task]:
-        """Tasks by name, or the checkpoint's own held-out ones, which must still have the hash they had."""
+        """Tasks by name, or the checkpoint's own held-out ones, which must still have the hash they
+        had."""
         if limit is not None and limit < 1:
             raise SettingError(f"num_tasks: expected at least 1, got {limit}")
         own = self.data["tasks"]
         if not own["name"] and not name:
-            raise SettingError("tasks: the checkpoint's were given as lists in Python; name a set (--tasks)")
+            raise SettingError(
+                "tasks: the checkpoint's were given as lists in Python; name a set (--tasks)"
+            )
         if name and name != own["name"]:
             return load_tasks(name, split, seed=own["seed"], limit=limit)
         with as_data(self._folder, self.data, self._trust):
@@ -198,21 +269,28 @@ class LoadedTeam:
         if split == "eval":
             found = found[: own["num_eval_tasks"]]
             if split_hash(found) != own["eval"]:
-                raise SettingError(f"tasks {own['name']!r}: the held-out split is not the one of the checkpoint (its hash differs)")
+                raise SettingError(
+                    f"tasks {own['name']!r}: the held-out split is not the one of the checkpoint"
+                    " (its hash differs)"
+                )
         return found[:limit]
 
     async def close(self) -> None:
-        """Stop the engines that were started for this team; those of a team it was opened beside are that team's."""
+        """Stop the engines that were started for this team; those of a team it was opened beside
+        are that team's."""
         for engine in self._own:
             await engine.close()
         if self._own:
             shutil.rmtree(self._scratch / "versions", ignore_errors=True)
 
 
-def checkpoint_system(folder: Path, data: Mapping[str, Any], named: str, trust: bool = False) -> System:
+def checkpoint_system(
+    folder: Path, data: Mapping[str, Any], named: str, trust: bool = False
+) -> System:
     """The System a checkpoint names, with its agents, whose tools can be found.
 
-    Another class than ours is imported only if the caller names it (`named`), trust or not. What its arguments name is the checkpoint's.
+    Another class than ours is imported only if the caller names it (`named`), trust or not. What
+    its arguments name is the checkpoint's.
     """
     cls = data["system"]["class"]
     if named:
@@ -222,7 +300,9 @@ def checkpoint_system(folder: Path, data: Mapping[str, Any], named: str, trust: 
             with only_trusted():
                 found = system_class(cls)
         except Untrusted as refused:
-            raise SettingError(f"{folder}: the checkpoint's system is {cls}; give --system {cls} to import it") from refused
+            raise SettingError(
+                f"{folder}: the checkpoint's system is {cls}; give --system {cls} to import it"
+            ) from refused
     with as_data(folder, data, trust):
         agents = tuple(from_json(AgentSpec, agent) for agent in data["agents"])
         made = with_settings(found, {"agents": agents, **data["system"]["arguments"]})
@@ -236,10 +316,13 @@ def check_base(name: str, path: str, expected: str | None) -> None:
         return
     if not Path(path).is_dir():
         raise SettingError(
-            f"base {path!r}: no such folder; give --model FOLDER with the base the checkpoint was trained on ({name})"
+            f"base {path!r}: no such folder; give --model FOLDER with the base the checkpoint was"
+            f" trained on ({name})"
         )
     if files_sha256(path) != expected:
-        raise SettingError(f"base {path!r}: its files differ from those the checkpoint was trained on ({name})")
+        raise SettingError(
+            f"base {path!r}: its files differ from those the checkpoint was trained on ({name})"
+        )
 
 
 def version_name(policy: str, data: Mapping[str, Any]) -> str:
@@ -248,7 +331,8 @@ def version_name(policy: str, data: Mapping[str, Any]) -> str:
 
 
 def copy_adapter(checkpoint: Path, policy: str, data: Mapping[str, Any], scratch: Path) -> Path:
-    """A version folder for the engine, named by `version_name` and holding the two PEFT files only."""
+    """A version folder for the engine, named by `version_name` and holding the two PEFT files
+    only."""
     target = scratch.resolve() / "versions" / version_name(policy, data)
     target.mkdir(parents=True, exist_ok=True)
     for file in FILES:

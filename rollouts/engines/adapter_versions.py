@@ -1,4 +1,5 @@
-"""The book of an engine's adapter versions: what is loaded, for whom, from where, and which names are spent."""
+"""The book of an engine's adapter versions: what is loaded, for whom, from where, and which names
+are spent."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class AdapterRegistry:
-    """`engine` is named in errors. Counts open requests per version, so that none is retired under a request's feet."""
+    """`engine` is named in errors. Counts open requests per version, so that none is retired under
+    a request's feet."""
 
     def __init__(self, engine: str) -> None:
         self.engine = engine
@@ -25,21 +27,29 @@ class AdapterRegistry:
         self._open: dict[str, set[asyncio.Future[None]]] = {}
 
     def check(self, ref: ModelRef) -> None:
-        """Raises `EngineError` if the engine is closed or the version is not loaded for this policy."""
+        """Raises `EngineError` if the engine is closed or the version is not loaded for this
+        policy."""
         if self.closed:
             raise EngineError(f"{self.engine} engine: it is closed")
         if not ref.version:
             return
         if ref.version not in self.folders:
-            raise EngineError(f"{self.engine} engine: no version {ref.version!r} is loaded; {nearest(ref.version, self.folders)}")
+            raise EngineError(
+                f"{self.engine} engine: no version {ref.version!r} is loaded;"
+                f" {nearest(ref.version, self.folders)}"
+            )
         owner = self._policies[ref.version]
         if owner != ref.policy:
-            raise EngineError(f"{self.engine} engine: version {ref.version!r} belongs to policy {owner!r}, not to {ref.policy!r}")
+            raise EngineError(
+                f"{self.engine} engine: version {ref.version!r} belongs to policy {owner!r}, not to"
+                f" {ref.policy!r}"
+            )
 
     def checked(self, adapters: Mapping[str, Path]) -> dict[str, Path]:
         """The absolute folders to load, by policy; their names are spent from now on.
 
-        Raises `SettingError` for a folder that holds no adapter, `EngineError` for a name that was used before.
+        Raises `SettingError` for a folder that holds no adapter, `EngineError` for a name that was
+        used before.
         """
         self.check(ModelRef(BASE))
         found = {policy: Path(folder).resolve() for policy, folder in adapters.items()}
@@ -47,9 +57,15 @@ class AdapterRegistry:
         for folder in found.values():
             missing = [name for name in FILES if not (folder / name).is_file()]
             if missing:
-                raise SettingError(f"adapter {folder}: no {' and no '.join(missing)}; expected a folder that PEFT saved")
+                raise SettingError(
+                    f"adapter {folder}: no {' and no '.join(missing)}; expected a folder that PEFT"
+                    " saved"
+                )
             if folder.name in self._used or names.count(folder.name) > 1 or folder.name == BASE:
-                raise EngineError(f"{self.engine} engine: the version name {folder.name!r} was used before; each needs a new one")
+                raise EngineError(
+                    f"{self.engine} engine: the version name {folder.name!r} was used before; each"
+                    " needs a new one"
+                )
         self._used.update(names)
         return found
 
@@ -78,7 +94,12 @@ class AdapterRegistry:
             self._open[ref.version].discard(ended)
 
     def listed(self, replica: str, loaded: Mapping[str, object] | None = None) -> dict[str, str]:
-        """{version: folder}, of those in `loaded` (None: of all). Raises `EngineError` for another replica than `local`."""
+        """{version: folder}, of those in `loaded` (None: of all). Raises `EngineError` for another
+        replica than `local`."""
         if replica != "local":
             raise EngineError(f"{self.engine} engine: no replica {replica!r}; it has one, 'local'")
-        return {name: str(folder) for name, folder in self.folders.items() if loaded is None or name in loaded}
+        return {
+            name: str(folder)
+            for name, folder in self.folders.items()
+            if loaded is None or name in loaded
+        }

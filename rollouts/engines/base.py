@@ -1,6 +1,7 @@
 """The contract of an engine: tokens in, tokens and log-probabilities out, adapters by version.
 
-Three engines keep it, under one conformance suite (tests/rollouts/engine_conformance.py): `vllm`, `transformers`, `scripted`.
+Three engines keep it, under one conformance suite (tests/rollouts/engine_conformance.py): `vllm`,
+`transformers`, `scripted`.
 """
 
 from __future__ import annotations
@@ -14,33 +15,40 @@ from ...agents.types import Completion, Sampling
 
 
 class ModelRef(NamedTuple):
-    """Whose weights speak: a policy and the name of its adapter version (`solver-v12-3fa9`). Version "" is the bare base."""
+    """Whose weights speak: a policy and the name of its adapter version (`solver-v12-3fa9`).
+    Version "" is the bare base."""
 
     policy: str
     version: str = ""
 
 
-TeamVersion = Mapping[str, str]  # policy -> adapter version; a policy that is missing speaks with the bare base
+TeamVersion = Mapping[
+    str, str
+]  # policy -> adapter version; a policy that is missing speaks with the bare base
 
 
 class EngineError(RuntimeError):
-    """The engine cannot go on; the message names it and gives the tail of its log where there is one."""
+    """The engine cannot go on; the message names it and gives the tail of its log where there is
+    one."""
 
 
 class ReplicaLost(EngineError):
-    """One of several replicas is gone for now and the others go on: what was asked of it by name cannot be had."""
+    """One of several replicas is gone for now and the others go on: what was asked of it by name
+    cannot be had."""
 
 
 class PromptTooLong(EngineError):
-    """A prompt and the tokens asked for do not fit the model's context; counted as data, not fatal."""
+    """A prompt and the tokens asked for do not fit the model's context; counted as data, not
+    fatal."""
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """Facts of a running engine. `context`: tokens per sequence; `dtype`: of the served weights; `replicas`: places a version must reach,
-    those that are there now.
+    """Facts of a running engine. `context`: tokens per sequence; `dtype`: of the served weights;
+    `replicas`: places a version must reach, those that are there now.
 
-    `exact`: the same requests, all asked again, get the same answers to the last bit; some of them asked alone may not.
+    `exact`: the same requests, all asked again, get the same answers to the last bit; some of them
+    asked alone may not.
     """
 
     kind: str
@@ -55,27 +63,40 @@ class EngineInfo:
 
 class Engine(Protocol):
     async def generate(
-        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, n: int = 1, *, replica: str | None = None
+        self,
+        ids: Sequence[int],
+        ref: ModelRef,
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        replica: str | None = None,
     ) -> list[Completion]:
-        """Sample n replies to `ids` [P], on one replica (None: any). Sibling k draws with `sampling.seed + k`.
+        """Sample n replies to `ids` [P], on one replica (None: any). Sibling k draws with
+        `sampling.seed + k`.
 
         Raises `PromptTooLong`; `EngineError` when the engine is gone or does not know `ref`.
         """
         ...
 
-    async def score(self, ids: Sequence[int], ref: ModelRef, replica: str | None = None) -> list[float]:
-        """Log-probabilities [len(ids) - 1] of ids[1:] at temperature 1, each given all before it, on one replica (None: any)."""
+    async def score(
+        self, ids: Sequence[int], ref: ModelRef, replica: str | None = None
+    ) -> list[float]:
+        """Log-probabilities [len(ids) - 1] of ids[1:] at temperature 1, each given all before it,
+        on one replica (None: any)."""
         ...
 
     async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
-        """Load adapter folders, by policy, on every replica. The folder's name is the version's name. Returns {policy: version}.
+        """Load adapter folders, by policy, on every replica. The folder's name is the version's
+        name. Returns {policy: version}.
 
-        Folders never change and no name is used twice. Other policies' versions stay as they are; nothing is retired here.
+        Folders never change and no name is used twice. Other policies' versions stay as they are;
+        nothing is retired here.
         """
         ...
 
     async def retire(self, ref: ModelRef) -> None:
-        """Forget a version on every replica once nothing asks for it. Files may be deleted only after this returns."""
+        """Forget a version on every replica once nothing asks for it. Files may be deleted only
+        after this returns."""
         ...
 
     async def adapters(self, replica: str) -> Mapping[str, str]:

@@ -1,9 +1,11 @@
-"""The public fake: an engine whose answers are a function's, with tokens, log-probabilities, versions and faults, but no model.
+"""The public fake: an engine whose answers are a function's, with tokens, log-probabilities,
+versions and faults, but no model.
 
     engine = ScriptedEngine(lambda prompt, ref, sampling, k: "15")
 
-Its tokenizer knows bytes and five special tokens, the same ids as the tiny model's, so whole runs can be played and even trained
-on without a model having spoken. Log-probabilities come from a known function, `scripted_logprob`, so that alignment can be tested.
+Its tokenizer knows bytes and five special tokens, the same ids as the tiny model's, so whole runs
+can be played and even trained on without a model having spoken. Log-probabilities come from a known
+function, `scripted_logprob`, so that alignment can be tested.
 """
 
 from __future__ import annotations
@@ -27,11 +29,14 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-Answer = Callable[[str, ModelRef, Sampling, int], str]  # the prompt with its special tokens as text, who speaks, how, sibling -> text
+Answer = Callable[
+    [str, ModelRef, Sampling, int], str
+]  # the prompt with its special tokens as text, who speaks, how, sibling -> text
 
 
 def _byte_order() -> list[int]:
-    """All bytes in the order of the printable characters that byte-level tokenizers write for them; ids 5 to 260."""
+    """All bytes in the order of the printable characters that byte-level tokenizers write for them;
+    ids 5 to 260."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     stand_ins = iter(range(256, 512))
     written = {byte: byte if byte in printable else next(stand_ins) for byte in range(256)}
@@ -44,14 +49,18 @@ class ByteTokenizer:
     eos_token_id: int | None = 1
     bos_token_id: int | None = None
     vocab_size = len(SPECIALS) + 256
-    added_tokens_decoder: Mapping[int, Any] = {i: SimpleNamespace(content=s, special=True) for i, s in enumerate(SPECIALS)}
+    added_tokens_decoder: Mapping[int, Any] = {
+        i: SimpleNamespace(content=s, special=True) for i, s in enumerate(SPECIALS)
+    }
     _BYTES = _byte_order()
     _IDS = {byte: len(SPECIALS) + i for i, byte in enumerate(_BYTES)}
 
     def get_chat_template(self) -> str:
         return TEMPLATE
 
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool, **settings: Any) -> str:
+    def apply_chat_template(
+        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool, **settings: Any
+    ) -> str:
         for message in conversation:
             if f"<|{message['role']}|>" not in SPECIALS:
                 raise ValueError(f"unknown role {message['role']!r}")
@@ -70,7 +79,9 @@ class ByteTokenizer:
     def decode(self, token_ids: Sequence[int], **settings: Any) -> str:
         start = len(SPECIALS)
         raw = b"".join(
-            SPECIALS[i].encode() if i < start else bytes([self._BYTES[i - start]]) for i in token_ids if i < self.vocab_size
+            SPECIALS[i].encode() if i < start else bytes([self._BYTES[i - start]])
+            for i in token_ids
+            if i < self.vocab_size
         )
         return raw.decode(errors="replace")
 
@@ -81,7 +92,8 @@ class ByteTokenizer:
 def scripted_logprob(weights: str, before: Sequence[int], token: int) -> float:
     """The made-up log-probability, between -2 and 0, of `token` after the tokens `before`.
 
-    `weights` is the sha256 of the adapter's weights file, "" for the base, so that adapters can be told apart as real ones can.
+    `weights` is the sha256 of the adapter's weights file, "" for the base, so that adapters can be
+    told apart as real ones can.
     """
     return -(zlib.crc32(repr((weights, *before[-8:], token)).encode()) % 2000) / 1000
 
@@ -90,8 +102,8 @@ def scripted_logprob(weights: str, before: Sequence[int], token: int) -> float:
 class Fault:
     """What goes wrong with a call.
 
-    `raise`: `error`. `delay`: `seconds` late. `stall`: no answer until cancelled or closed. `miscount`: a log-probability too few.
-    `drop`: a completion too few.
+    `raise`: `error`. `delay`: `seconds` late. `stall`: no answer until cancelled or closed.
+    `miscount`: a log-probability too few. `drop`: a completion too few.
     """
 
     kind: Literal["raise", "delay", "stall", "miscount", "drop"]
@@ -103,13 +115,15 @@ class ScriptedEngine:
     """Keeps the contract of `engine.Engine` with answers from a function.
 
     Args:
-        answer: gives the text of sibling k. It is cut after `max_tokens` tokens or the first stop string, else it ends by itself.
+        answer: gives the text of sibling k. It is cut after `max_tokens` tokens or the first stop
+            string, else it ends by itself.
         tokens: chats of another tokenizer than `ByteTokenizer`.
         faults: by number of the `generate` call, from 0.
         latency: seconds before an answer, or a function of the call's number.
         context: tokens per sequence.
 
-    An adapter folder that changes or goes while it is loaded raises `EngineError` at the next request for it.
+    An adapter folder that changes or goes while it is loaded raises `EngineError` at the next
+    request for it.
     """
 
     def __init__(
@@ -123,13 +137,21 @@ class ScriptedEngine:
     ) -> None:
         self.answer, self.tokens = answer, tokens or ChatRenderer(ByteTokenizer())
         self.faults, self.latency, self.context = dict(faults or {}), latency, context
-        self.calls: list[tuple[tuple[int, ...], ModelRef, Sampling, int]] = []  # every generate call: ids, ref, sampling, n
+        self.calls: list[
+            tuple[tuple[int, ...], ModelRef, Sampling, int]
+        ] = []  # every generate call: ids, ref, sampling, n
         self._versions = AdapterRegistry("scripted")
         self._contents: dict[str, dict[str, bytes]] = {}
         self._stalled: set[asyncio.Future[None]] = set()
 
     async def generate(
-        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, n: int = 1, *, replica: str | None = None
+        self,
+        ids: Sequence[int],
+        ref: ModelRef,
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        replica: str | None = None,
     ) -> list[Completion]:
         if replica is not None:
             self._versions.listed(replica)
@@ -144,10 +166,14 @@ class ScriptedEngine:
             self._unchanged(ref)
             await asyncio.sleep(self.latency(number) if callable(self.latency) else self.latency)
             kind = await self._go_wrong(number)
-            made = [self._completion(tuple(ids), ref, sampling, k, kind == "miscount") for k in range(n)]
+            made = [
+                self._completion(tuple(ids), ref, sampling, k, kind == "miscount") for k in range(n)
+            ]
             return made[:-1] if kind == "drop" else made
 
-    async def score(self, ids: Sequence[int], ref: ModelRef, replica: str | None = None) -> list[float]:
+    async def score(
+        self, ids: Sequence[int], ref: ModelRef, replica: str | None = None
+    ) -> list[float]:
         if replica is not None:
             self._versions.listed(replica)
         with self._versions.request(ref):
@@ -180,8 +206,14 @@ class ScriptedEngine:
                 stalled.set_exception(EngineError("scripted engine: closed while a call stalled"))
 
     def _unchanged(self, ref: ModelRef) -> None:
-        if ref.version and _contents(self._versions.folders[ref.version]) != self._contents[ref.version]:
-            raise EngineError(f"scripted engine: the folder of {ref.version!r} changed or went while it was loaded")
+        if (
+            ref.version
+            and _contents(self._versions.folders[ref.version]) != self._contents[ref.version]
+        ):
+            raise EngineError(
+                f"scripted engine: the folder of {ref.version!r} changed or went while it was"
+                " loaded"
+            )
 
     async def _go_wrong(self, number: int) -> str:
         fault = self.faults.get(number)
@@ -200,21 +232,44 @@ class ScriptedEngine:
                 self._stalled.discard(stalled)
         return fault.kind
 
-    def _completion(self, ids: tuple[int, ...], ref: ModelRef, sampling: Sampling, k: int, miscount: bool) -> Completion:
-        prompt = self.tokens.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def _completion(
+        self, ids: tuple[int, ...], ref: ModelRef, sampling: Sampling, k: int, miscount: bool
+    ) -> Completion:
+        prompt = self.tokens.tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         text = self.answer(prompt, ref, sampling, k)
         stops = [at + len(s) for s in sampling.stop if (at := text.find(s)) >= 0]
-        made = self.tokens.tokenizer.encode(text[: min(stops)] if stops else text, add_special_tokens=False)
+        made = self.tokens.tokenizer.encode(
+            text[: min(stops)] if stops else text, add_special_tokens=False
+        )
         made += [] if stops else [self.tokens.eos_ids[0]]
         reason = "length" if len(made) > sampling.max_tokens else "stop"
         sampled = tuple(made[: sampling.max_tokens])
         logprobs = self._logprobs(ref, ids + sampled, len(ids))[: -1 if miscount else None]
-        return Completion(self.tokens.decode(sampled), ids, sampled, tuple(logprobs), reason, ref.policy, ref.version)
+        return Completion(
+            self.tokens.decode(sampled),
+            ids,
+            sampled,
+            tuple(logprobs),
+            reason,
+            ref.policy,
+            ref.version,
+        )
 
     def _logprobs(self, ref: ModelRef, ids: tuple[int, ...], start: int) -> list[float]:
-        weights = hashlib.sha256(self._contents[ref.version][FILES[1]]).hexdigest() if ref.version else ""
-        return [scripted_logprob(weights, ids[max(0, i - 8) : i], ids[i]) for i in range(start, len(ids))]
+        weights = (
+            hashlib.sha256(self._contents[ref.version][FILES[1]]).hexdigest() if ref.version else ""
+        )
+        return [
+            scripted_logprob(weights, ids[max(0, i - 8) : i], ids[i])
+            for i in range(start, len(ids))
+        ]
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+    return (
+        {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        if folder.is_dir()
+        else {}
+    )

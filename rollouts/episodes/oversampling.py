@@ -1,7 +1,8 @@
 """More episodes than are needed begin, and once a group has enough the stragglers are cancelled.
 
-A step is as slow as its slowest episode. Over-sampling cuts that tail and has a price: what is kept is no longer a fair sample, since the
-long ones are those that are dropped. So every drop is on record with its length, beside the lengths of what was kept.
+A step is as slow as its slowest episode. Over-sampling cuts that tail and has a price: what is kept
+is no longer a fair sample, since the long ones are those that are dropped. So every drop is on
+record with its length, beside the lengths of what was kept.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from .runner import EpisodeRequest, EpisodeRunner
 
 @dataclass(frozen=True)
 class CancelledEpisode:
-    """An episode that was cancelled. `turns`, `tokens`: sampled in turns that had ended; `seconds`: since it began (0: it had not)."""
+    """An episode that was cancelled. `turns`, `tokens`: sampled in turns that had ended; `seconds`:
+    since it began (0: it had not)."""
 
     id: str
     turns: int
@@ -53,7 +55,8 @@ async def first_finished(
     dropped: list[CancelledEpisode],
     room: asyncio.Semaphore | None = None,
 ) -> AsyncIterator[Episode]:
-    """Like `Rollouts.collect`, but the jobs of a group are cancelled as soon as `wanted[group]` of it have ended without an error.
+    """Like `Rollouts.collect`, but the jobs of a group are cancelled as soon as `wanted[group]` of
+    it have ended without an error.
 
     Failed episodes are given out and do not count. Cancelled ones are appended to `dropped`.
     """
@@ -62,7 +65,10 @@ async def first_finished(
     begun: dict[str, float] = {}
 
     async def one(job: EpisodeRequest) -> list[Episode]:
-        speakers = {policy: _TokenCounter(speaker, counts[job.id]) for policy, speaker in rollouts.speakers.items()}
+        speakers = {
+            policy: _TokenCounter(speaker, counts[job.id])
+            for policy, speaker in rollouts.speakers.items()
+        }
         mine = dataclasses.replace(rollouts, speakers=speakers)
         async with room:
             begun[job.id] = time.perf_counter()
@@ -103,8 +109,11 @@ def _drop(job: EpisodeRequest, count: Counter[str], begun: Mapping[str, float]) 
     return CancelledEpisode(job.id, count["turns"], count["tokens"], seconds)
 
 
-def drop_statistics(kept: Sequence[Episode], dropped: Sequence[CancelledEpisode]) -> dict[str, float | int]:
-    """For the step's metrics: how many were dropped, what they had cost, and how long they were beside those that were kept."""
+def drop_statistics(
+    kept: Sequence[Episode], dropped: Sequence[CancelledEpisode]
+) -> dict[str, float | int]:
+    """For the step's metrics: how many were dropped, what they had cost, and how long they were
+    beside those that were kept."""
     lengths = [sum(usage.sampled_tokens for usage in episode.usage.values()) for episode in kept]
     started = [d for d in dropped if d.seconds]
     return {

@@ -1,4 +1,5 @@
-"""Play a system on tasks: many episodes at once, each reproducible from its seed, failures kept as data."""
+"""Play a system on tasks: many episodes at once, each reproducible from its seed, failures kept as
+data."""
 
 from __future__ import annotations
 
@@ -11,8 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...agents.lookup import only_trusted
-from ...agents.team import (Call, LimitError, System, Team, derive_seed, gather)
-from ...agents.types import (AgentSpec, Completion, Decision, Sampling, SettingError, Task, Turn, from_json, nearest, to_json)
+from ...agents.team import Call, LimitError, System, Team, derive_seed, gather
+from ...agents.types import (
+    AgentSpec,
+    Completion,
+    Decision,
+    Sampling,
+    SettingError,
+    Task,
+    Turn,
+    from_json,
+    nearest,
+    to_json,
+)
 from ..engines.base import EngineError, PromptTooLong, TeamVersion
 from ..rewards.builtin import TIMEOUT, RewardFn, score
 from ..sandbox.sandbox import check
@@ -23,8 +35,8 @@ from .completers import Completer
 
 @dataclass(frozen=True)
 class EpisodeLimits:
-    """Bounds of play. `max_turns` and `max_tool_calls` (per reply) per episode; `episode_timeout` and `reward_timeout` (each reward
-    function's) in seconds; `concurrency` in episodes."""
+    """Bounds of play. `max_turns` and `max_tool_calls` (per reply) per episode; `episode_timeout`
+    and `reward_timeout` (each reward function's) in seconds; `concurrency` in episodes."""
 
     max_turns: int = 200
     max_tool_calls: int = 4
@@ -35,9 +47,11 @@ class EpisodeLimits:
 
 @dataclass(frozen=True)
 class EpisodeRequest:
-    """An episode to play. `group` is shared by the episodes of one task in one step; `sample` numbers them.
+    """An episode to play. `group` is shared by the episodes of one task in one step; `sample`
+    numbers them.
 
-    `draw`: what its seed is derived from, beside the run's; "" is its id. Jobs of one `draw` draw the same random numbers.
+    `draw`: what its seed is derived from, beside the run's; "" is its id. Jobs of one `draw` draw
+    the same random numbers.
     """
 
     task: Task
@@ -51,19 +65,26 @@ class EpisodeRequest:
         return f"{self.group}/{self.sample}"
 
 
-def episode_requests(tasks: Iterable[Task], *, label: str, num_generations: int = 1, step: int = 0) -> list[EpisodeRequest]:
+def episode_requests(
+    tasks: Iterable[Task], *, label: str, num_generations: int = 1, step: int = 0
+) -> list[EpisodeRequest]:
     """One job per task and sample; groups are named `label/TASK`."""
-    return [EpisodeRequest(task, f"{label}/{task.id}", k, step) for task in tasks for k in range(num_generations)]
+    return [
+        EpisodeRequest(task, f"{label}/{task.id}", k, step)
+        for task in tasks
+        for k in range(num_generations)
+    ]
 
 
 @dataclass
 class EpisodeRunner:
     """Plays `system` with one speaker per policy and scores what comes out.
 
-    `seed` is the run's: an episode's seed is derived from it and the job's id, whatever is played beside it.
-    `sampling` holds for agents that name none of their own. `pinned`: the team version of episodes played without naming one.
-    `pin`: what keeps the team version it began with, the "episode" or only the "call" (see `collect`).
-    `untrusted`: the system is a stranger's, and so are names that it looks up while it runs (see `agents.names`).
+    `seed` is the run's: an episode's seed is derived from it and the job's id, whatever is played
+    beside it. `sampling` holds for agents that name none of their own. `pinned`: the team version
+    of episodes played without naming one. `pin`: what keeps the team version it began with, the
+    "episode" or only the "call" (see `collect`). `untrusted`: the system is a stranger's, and so
+    are names that it looks up while it runs (see `agents.names`).
     """
 
     system: System
@@ -81,16 +102,25 @@ class EpisodeRunner:
         for agent in self.system.specs:
             if agent.policy not in self.speakers:
                 hint = nearest(agent.policy, list(self.speakers))
-                raise SettingError(f"agent {agent.name!r} speaks with policy {agent.policy!r}, which nobody serves; {hint}")
+                raise SettingError(
+                    f"agent {agent.name!r} speaks with policy {agent.policy!r}, which nobody"
+                    f" serves; {hint}"
+                )
 
     def greedy(self) -> EpisodeRunner:
-        """The same, with every agent at temperature 0 and no other change of the distribution: the usual way to evaluate."""
+        """The same, with every agent at temperature 0 and no other change of the distribution: the
+        usual way to evaluate."""
 
         def cold(sampling: Sampling) -> Sampling:
             return Sampling(temperature=0.0, max_tokens=sampling.max_tokens, stop=sampling.stop)
 
-        agents = [dataclasses.replace(a, sampling=cold(a.sampling) if a.sampling else None) for a in self.system.specs]
-        return dataclasses.replace(self, system=self.system.with_agents(agents), sampling=cold(self.sampling))
+        agents = [
+            dataclasses.replace(a, sampling=cold(a.sampling) if a.sampling else None)
+            for a in self.system.specs
+        ]
+        return dataclasses.replace(
+            self, system=self.system.with_agents(agents), sampling=cold(self.sampling)
+        )
 
     async def play(
         self,
@@ -102,12 +132,18 @@ class EpisodeRunner:
         decisions: Iterable[Decision] = (),
         seed: int | None = None,
     ) -> Episode:
-        """Play one episode and score it. `given` and `replace` are replayed (see `Team`); what they do not cover is played live.
+        """Play one episode and score it. `given` and `replace` are replayed (see `Team`); what they
+        do not cover is played live.
 
-        A failing system, reward or prompt is data in the episode. Raises `EngineError` when an engine is gone and `SettingError`
-        when the system asks for what does not exist: both concern the whole run.
+        A failing system, reward or prompt is data in the episode. Raises `EngineError` when an
+        engine is gone and `SettingError` when the system asks for what does not exist: both concern
+        the whole run.
         """
-        return (await self._play(job, version or self.pinned or {}, given, replace, decisions, seed, parent=None))[-1]
+        return (
+            await self._play(
+                job, version or self.pinned or {}, given, replace, decisions, seed, parent=None
+            )
+        )[-1]
 
     async def collect(
         self,
@@ -115,12 +151,14 @@ class EpisodeRunner:
         version: TeamVersion | Callable[[], TeamVersion] | None = None,
         room: asyncio.Semaphore | None = None,
     ) -> AsyncIterator[Episode]:
-        """Play all jobs, at most `limits.concurrency` at once; yields episodes as they end, children before their parent.
+        """Play all jobs, at most `limits.concurrency` at once; yields episodes as they end,
+        children before their parent.
 
-        Every episode keeps the team version it began with; a function as `version` is asked whenever one begins (with `pin` "call"
-        at every call of a policy too, and turns say who spoke). `room`: shared with other plans that are played at the same time.
-        Closing the iterator cancels what is open. An `EngineError` or `SettingError` cancels it too, and is raised once every
-        episode that had ended is yielded.
+        Every episode keeps the team version it began with; a function as `version` is asked
+        whenever one begins (with `pin` "call" at every call of a policy too, and turns say who
+        spoke). `room`: shared with other plans that are played at the same time. Closing the
+        iterator cancels what is open. An `EngineError` or `SettingError` cancels it too, and is
+        raised once every episode that had ended is yielded.
         """
         room = room or asyncio.Semaphore(self.limits.concurrency)
 
@@ -128,7 +166,9 @@ class EpisodeRunner:
             async with room:
                 now = version() if callable(version) else version
                 latest = version if callable(version) and self.pin == "call" else None
-                return await self._play(job, now or self.pinned or {}, (), None, (), None, parent=None, latest=latest)
+                return await self._play(
+                    job, now or self.pinned or {}, (), None, (), None, parent=None, latest=latest
+                )
 
         tasks = [asyncio.create_task(one(job), name=job.id) for job in plan]
         try:
@@ -171,38 +211,82 @@ class EpisodeRunner:
         async def ask(call: Call) -> list[Completion]:
             start = time.perf_counter()
             now = version if latest is None else latest()
-            completions = await self.speakers[call.agent.policy](call, now.get(call.agent.policy, ""))
-            prompts, sampled = sum(len(c.prompt_ids) for c in completions), sum(len(c.token_ids) for c in completions)
+            completions = await self.speakers[call.agent.policy](
+                call, now.get(call.agent.policy, "")
+            )
+            prompts, sampled = (
+                sum(len(c.prompt_ids) for c in completions),
+                sum(len(c.token_ids) for c in completions),
+            )
             usage[call.agent.name] += Usage(1, prompts, sampled, time.perf_counter() - start)
             return completions
 
         async def play_children(system: System, tasks: Sequence[Task]) -> list[Episode]:
             inner = dataclasses.replace(self, system=system)
             first = len(children)
-            made = [EpisodeRequest(task, f"{job.id}/{type(system).__name__}/{task.id}", first + k, job.step) for k, task in enumerate(tasks)]
-            played = await gather(inner._play(j, version, (), None, (), None, job.id, latest) for j in made)
+            made = [
+                EpisodeRequest(
+                    task, f"{job.id}/{type(system).__name__}/{task.id}", first + k, job.step
+                )
+                for k, task in enumerate(tasks)
+            ]
+            played = await gather(
+                inner._play(j, version, (), None, (), None, job.id, latest) for j in made
+            )
             children.extend(episode for family in played for episode in family)
             return [family[-1] for family in played]
 
         team = Team(
-            self.system.specs, ask, seed=seed, values=self.values, sampling=self.sampling, given=given, replace=replace,
-            decisions=decisions, max_turns=self.limits.max_turns, max_tool_calls=self.limits.max_tool_calls, play=play_children,
-            execute=execute, check=check,
-        )  # fmt: skip
+            self.system.specs,
+            ask,
+            seed=seed,
+            values=self.values,
+            sampling=self.sampling,
+            given=given,
+            replace=replace,
+            decisions=decisions,
+            max_turns=self.limits.max_turns,
+            max_tool_calls=self.limits.max_tool_calls,
+            play=play_children,
+            execute=execute,
+            check=check,
+        )
         output, stop_reason, error = await self._run(job.task, team)
-        spoke = {agent.policy: version[agent.policy] for agent in self.system.specs if agent.policy in version}
+        spoke = {
+            agent.policy: version[agent.policy]
+            for agent in self.system.specs
+            if agent.policy in version
+        }
         episode = Episode(
-            id=job.id, group=job.group, task=job.task, seed=seed, parent=parent, split=job.task.split, step=job.step,
-            team_version=spoke, values=dict(self.values), turns=team.turns, decisions=tuple(team.decisions), output=output,
-            usage=usage, stop_reason=stop_reason, error=error,
-        )  # fmt: skip
+            id=job.id,
+            group=job.group,
+            task=job.task,
+            seed=seed,
+            parent=parent,
+            split=job.task.split,
+            step=job.step,
+            team_version=spoke,
+            values=dict(self.values),
+            turns=team.turns,
+            decisions=tuple(team.decisions),
+            output=output,
+            usage=usage,
+            stop_reason=stop_reason,
+            error=error,
+        )
         if error is None:
-            episode = dataclasses.replace(episode, rewards=tuple(Reward(**told) for told in team.rewards))
-            episode = dataclasses.replace(episode, rewards=await score(job.task, episode, self.rewards, self.limits.reward_timeout))
+            episode = dataclasses.replace(
+                episode, rewards=tuple(Reward(**told) for told in team.rewards)
+            )
+            episode = dataclasses.replace(
+                episode,
+                rewards=await score(job.task, episode, self.rewards, self.limits.reward_timeout),
+            )
         return [*children, episode]
 
     async def _run(self, task: Task, team: Team) -> tuple[str | None, str, str | None]:
-        """(output, stop reason, error) of one run; only errors that concern the whole run get out."""
+        """(output, stop reason, error) of one run; only errors that concern the whole run get
+        out."""
         try:
             async with asyncio.timeout(self.limits.episode_timeout) as clock:
                 with only_trusted(self.untrusted):
@@ -216,24 +300,45 @@ class EpisodeRunner:
             raise
         except Exception as error:
             if isinstance(error, TimeoutError) and clock.expired():
-                return None, "timeout", f"not done after {self.limits.episode_timeout:g} s (episode_timeout)"
+                return (
+                    None,
+                    "timeout",
+                    f"not done after {self.limits.episode_timeout:g} s (episode_timeout)",
+                )
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            return None, "error", f"{type(error).__name__}: {error} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"
+            return (
+                None,
+                "error",
+                (
+                    f"{type(error).__name__}: {error}"
+                    f" ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"
+                ),
+            )
 
 
-def override_agents(system: System, changes: Mapping[str, Mapping[str, Any]], sampling: Sampling = Sampling()) -> tuple[AgentSpec, ...]:
+def override_agents(
+    system: System, changes: Mapping[str, Mapping[str, Any]], sampling: Sampling = Sampling()
+) -> tuple[AgentSpec, ...]:
     """The system's agents with fields changed by name (the `agents:` mapping of a recipe).
 
-    Of `sampling`, fields may be given alone; the others stay the agent's own, or the run's (`sampling`).
+    Of `sampling`, fields may be given alone; the others stay the agent's own, or the run's
+    (`sampling`).
     """
     known = {agent.name: agent for agent in system.specs}
     for name, change in changes.items():
         if name not in known:
-            raise SettingError(f"agents.{name}: no such agent in {type(system).__name__}; {nearest(name, known)}")
+            raise SettingError(
+                f"agents.{name}: no such agent in {type(system).__name__}; {nearest(name, known)}"
+            )
         if not isinstance(change, Mapping):
-            raise SettingError(f"agents.{name}: expected a mapping of fields to change, got {change!r}")
+            raise SettingError(
+                f"agents.{name}: expected a mapping of fields to change, got {change!r}"
+            )
         if change.get("name", name) != name:
-            raise SettingError(f"agents.{name}.name: the system names its agents, and this one {name!r}; got {change['name']!r}")
+            raise SettingError(
+                f"agents.{name}.name: the system names its agents, and this one {name!r}; got"
+                f" {change['name']!r}"
+            )
     return tuple(_changed(agent, changes.get(agent.name, {}), sampling) for agent in known.values())
 
 

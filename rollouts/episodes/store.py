@@ -1,14 +1,17 @@
 """The record of a run: episodes as JSON lines, appended and never changed.
 
-A folder of `episodes-00000.jsonl, episodes-00001.jsonl, ...`, one episode per line. A line is on disk before `append` returns.
-`datasets.load_dataset("json", data_files="FOLDER/episodes-*.jsonl")` reads the files as they are: every line has the same columns
-with the same types. What has no fixed shape (an answer, private meta, values, sampling, decisions) stands there as JSON text, an
-optional text is "" when absent, an optional number -1, an unscorable reward null. (`datasets` takes a column's type from the first
-10 MB: a list that is empty all that way, and then is not, needs its `features`.)
+A folder of `episodes-00000.jsonl, episodes-00001.jsonl, ...`, one episode per line. A line is on
+disk before `append` returns. `datasets.load_dataset("json", data_files="FOLDER/episodes-*.jsonl")`
+reads the files as they are: every line has the same columns with the same types. What has no fixed
+shape (an answer, private meta, values, sampling, decisions) stands there as JSON text, an optional
+text is "" when absent, an optional number -1, an unscorable reward null. (`datasets` takes a
+column's type from the first 10 MB: a list that is empty all that way, and then is not, needs its
+`features`.)
 
-A turn is stored as what it adds: `extends` [index, sibling] names an earlier turn, and `messages` and `prompt_ids` hold only what
-comes after that turn's prompt and reply. Where `extends` names a sibling (the same index) the prompt is the same. [-1, 0]: nothing
-is shared. `Store.read` gives back what was sent.
+A turn is stored as what it adds: `extends` [index, sibling] names an earlier turn, and `messages`
+and `prompt_ids` hold only what comes after that turn's prompt and reply. Where `extends` names a
+sibling (the same index) the prompt is the same. [-1, 0]: nothing is shared. `Store.read` gives back
+what was sent.
 """
 
 from __future__ import annotations
@@ -24,7 +27,17 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from ...agents.types import (Decision, Message, Sampling, SettingError, Task, Turn, from_json, nearest, to_json)
+from ...agents.types import (
+    Decision,
+    Message,
+    Sampling,
+    SettingError,
+    Task,
+    Turn,
+    from_json,
+    nearest,
+    to_json,
+)
 from ..types import Episode, Reward, Usage
 
 SCHEMA = 1
@@ -33,7 +46,8 @@ log = logging.getLogger(__name__)
 
 
 class StoreError(RuntimeError):
-    """The files of a store cannot be read or written as they are; the message names file, line and what to do."""
+    """The files of a store cannot be read or written as they are; the message names file, line and
+    what to do."""
 
 
 # one episode <-> one line
@@ -48,9 +62,17 @@ def _number(value: float) -> float | None:
 
 
 def _pack_message(message: Message) -> dict[str, Any]:
-    extra = {"name": message.name, "tool_calls": to_json(message.tool_calls), "tool_call_id": message.tool_call_id}
+    extra = {
+        "name": message.name,
+        "tool_calls": to_json(message.tool_calls),
+        "tool_call_id": message.tool_call_id,
+    }
     extra = {key: value for key, value in extra.items() if value not in (None, [])}
-    return {"role": message.role, "content": message.content, "extra": _text(extra) if extra else ""}
+    return {
+        "role": message.role,
+        "content": message.content,
+        "extra": _text(extra) if extra else "",
+    }
 
 
 def _unpack_message(data: Mapping[str, Any]) -> Message:
@@ -59,14 +81,16 @@ def _unpack_message(data: Mapping[str, Any]) -> Message:
 
 
 def _after(turn: Turn, same_call: bool) -> tuple[tuple[int, ...], tuple[Message, ...]]:
-    """Token ids and messages of the chat after `turn`; for another answer to the same call, those before it."""
+    """Token ids and messages of the chat after `turn`; for another answer to the same call, those
+    before it."""
     if same_call:
         return turn.prompt_ids, turn.messages
     return turn.prompt_ids + turn.token_ids, (*turn.messages, Message("assistant", turn.text))
 
 
 def _extended(turn: Turn, earlier: Iterable[Turn]) -> Turn | None:
-    """The earlier turn of this agent's whose ids and messages make the longest beginning of this turn's prompt."""
+    """The earlier turn of this agent's whose ids and messages make the longest beginning of this
+    turn's prompt."""
     best, longest = None, (0, 0)
     whole = (len(turn.prompt_ids), len(turn.messages))
     for other in earlier:
@@ -106,8 +130,21 @@ def _pack_turn(turn: Turn, earlier: Iterable[Turn]) -> dict[str, Any]:
 
 def _unpack_turn(data: Mapping[str, Any], earlier: Mapping[tuple[int, int], Turn]) -> Turn:
     index, sibling = data["extends"]
-    ids, messages = _after(earlier[index, sibling], index == data["index"]) if index >= 0 else ((), ())
-    plain = ("index", "sibling", "agent", "taken", "source", "saw_gold", "text", "finish_reason", "policy", "version")
+    ids, messages = (
+        _after(earlier[index, sibling], index == data["index"]) if index >= 0 else ((), ())
+    )
+    plain = (
+        "index",
+        "sibling",
+        "agent",
+        "taken",
+        "source",
+        "saw_gold",
+        "text",
+        "finish_reason",
+        "policy",
+        "version",
+    )
     return Turn(
         **{name: data[name] for name in plain},
         messages=messages + tuple(_unpack_message(m) for m in data["messages"]),
@@ -121,7 +158,12 @@ def _unpack_turn(data: Mapping[str, Any], earlier: Mapping[tuple[int, int], Turn
 
 def _pack_reward(reward: Reward) -> dict[str, Any]:
     turn = -1 if reward.turn is None else reward.turn
-    return {**to_json(reward), "value": _number(reward.value), "agent": reward.agent or "", "turn": turn}
+    return {
+        **to_json(reward),
+        "value": _number(reward.value),
+        "agent": reward.agent or "",
+        "turn": turn,
+    }
 
 
 def _unpack_reward(data: Mapping[str, Any]) -> Reward:
@@ -131,7 +173,8 @@ def _unpack_reward(data: Mapping[str, Any]) -> Reward:
 
 
 def pack(episode: Episode) -> dict[str, Any]:
-    """An episode as one line's JSON value. NaN and infinities become null, which reads back as NaN."""
+    """An episode as one line's JSON value. NaN and infinities become null, which reads back as
+    NaN."""
     turns: list[dict[str, Any]] = []
     seen: dict[tuple[int, int], Turn] = {}
     for turn in episode.turns:
@@ -159,7 +202,10 @@ def pack(episode: Episode) -> dict[str, Any]:
             "meta": _text(task.meta),
         },
         "rewards": [_pack_reward(r) for r in episode.rewards],
-        "usage": [{"agent": agent, **to_json(usage), "seconds": float(usage.seconds)} for agent, usage in episode.usage.items()],
+        "usage": [
+            {"agent": agent, **to_json(usage), "seconds": float(usage.seconds)}
+            for agent, usage in episode.usage.items()
+        ],
         "team_version": _text(episode.team_version),
         "values": _text(episode.values),
         "decisions": _text(episode.decisions),
@@ -175,7 +221,11 @@ def unpack(data: Mapping[str, Any]) -> Episode:
         turn = _unpack_turn(item, turns)
         turns.setdefault((turn.index, turn.sibling), turn)
         ordered.append(turn)
-    task = {**data["task"], "answer": json.loads(data["task"]["answer"]), "meta": json.loads(data["task"]["meta"])}
+    task = {
+        **data["task"],
+        "answer": json.loads(data["task"]["answer"]),
+        "meta": json.loads(data["task"]["meta"]),
+    }
     plain = ("id", "group", "split", "step", "seed", "stop_reason")
     return Episode(
         **{name: data[name] for name in plain},
@@ -184,7 +234,9 @@ def unpack(data: Mapping[str, Any]) -> Episode:
         output=data["output"] if data["answered"] else None,
         task=from_json(Task, task),
         rewards=tuple(_unpack_reward(r) for r in data["rewards"]),
-        usage={u["agent"]: Usage(**{k: v for k, v in u.items() if k != "agent"}) for u in data["usage"]},
+        usage={
+            u["agent"]: Usage(**{k: v for k, v in u.items() if k != "agent"}) for u in data["usage"]
+        },
         team_version=json.loads(data["team_version"]),
         values=json.loads(data["values"]),
         decisions=tuple(from_json(Decision, d) for d in json.loads(data["decisions"])),
@@ -194,35 +246,49 @@ def unpack(data: Mapping[str, Any]) -> Episode:
 
 def _encode(episode: Episode) -> bytes:
     try:
-        line = json.dumps(pack(episode), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+        line = (
+            json.dumps(pack(episode), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            + "\n"
+        )
     except (TypeError, ValueError) as error:
         raise StoreError(
-            f"episode {episode.id!r} is not made of JSON values ({error}); see its task's meta, answer and values"
+            f"episode {episode.id!r} is not made of JSON values ({error}); see its task's meta,"
+            " answer and values"
         ) from error
     try:
         return line.encode()
     except UnicodeEncodeError:
-        log.warning("episode %r holds text that is not Unicode (a lone surrogate); it is stored as '?'", episode.id)
+        log.warning(
+            "episode %r holds text that is not Unicode (a lone surrogate); it is stored as '?'",
+            episode.id,
+        )
         return line.encode(errors="replace")
 
 
 class Store:
-    """Episodes of a folder. Any number may read while one writes, or several that each bear a name of their own. Threads may share one.
+    """Episodes of a folder. Any number may read while one writes, or several that each bear a name
+    of their own. Threads may share one.
 
-    The first `append` takes the folder's lock (a second writer is refused), cuts off a torn last line, which a crash can leave
-    behind, and goes on in the last file. A full disk raises its `OSError` and leaves the earlier lines whole.
+    The first `append` takes the folder's lock (a second writer is refused), cuts off a torn last
+    line, which a crash can leave behind, and goes on in the last file. A full disk raises its
+    `OSError` and leaves the earlier lines whole.
 
     Args:
         folder: made at the first append.
         max_bytes: a file that has reached this size is closed and the next one begun.
         fsync: False trusts the operating system to write in its own time.
-        writer: letters and digits; writers of different names fill one folder at the same time, each its own files
-            `episodes-WRITER-00000.jsonl`. They must not play the same episodes: nobody compares ids while they write.
+        writer: letters and digits; writers of different names fill one folder at the same time,
+            each its own files `episodes-WRITER-00000.jsonl`. They must not play the same episodes:
+            nobody compares ids while they write.
     """
 
-    def __init__(self, folder: str | Path, *, max_bytes: int = 64 << 20, fsync: bool = True, writer: str = "") -> None:
+    def __init__(
+        self, folder: str | Path, *, max_bytes: int = 64 << 20, fsync: bool = True, writer: str = ""
+    ) -> None:
         self.folder, self.max_bytes, self.fsync = Path(folder), max_bytes, fsync
-        self._series, self._lock_name = (f"episodes-{writer}-", f".lock-{writer}") if writer else ("episodes-", ".lock")
+        self._series, self._lock_name = (
+            (f"episodes-{writer}-", f".lock-{writer}") if writer else ("episodes-", ".lock")
+        )
         self._writing = threading.RLock()
         self._ids: set[str] | None = None  # ids on disk, known to the writer only
         self._lock: int | None = None
@@ -247,11 +313,13 @@ class Store:
         return self.folder / f"{self._series}{number:05d}.jsonl"
 
     def append(self, episode: Episode) -> bool:
-        """Write one episode. False, and nothing written, if an episode of this id is stored already."""
+        """Write one episode. False, and nothing written, if an episode of this id is stored
+        already."""
         return self.extend([episode]) == 1
 
     def extend(self, episodes: Sequence[Episode]) -> int:
-        """Write several with one flush to disk; returns how many were new. All or none of them in case of an error."""
+        """Write several with one flush to disk; returns how many were new. All or none of them in
+        case of an error."""
         with self._writing:
             known = self._open()
             new = {e.id: e for e in reversed(episodes) if e.id not in known}
@@ -264,10 +332,13 @@ class Store:
     def ids(self) -> set[str]:
         """Ids of all stored episodes."""
         with self._writing:
-            return set(self._ids) if self._ids is not None else {data["id"] for data in self.lines()}
+            return (
+                set(self._ids) if self._ids is not None else {data["id"] for data in self.lines()}
+            )
 
     def read(self, **filters: Any) -> Iterator[Episode]:
-        """Stored episodes in order. Filters are columns; all must hold: `step=3`, `split=("eval", "test")`, `task="a task's id"`."""
+        """Stored episodes in order. Filters are columns; all must hold: `step=3`, `split=("eval",
+        "test")`, `task="a task's id"`."""
         for name in filters:
             if name not in FILTERS:
                 raise SettingError(f"read({name}=...): no such filter; {nearest(name, FILTERS)}")
@@ -291,7 +362,8 @@ class Store:
         self._file = self._lock = self._ids = None
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Every line as JSON, packed as it is; a torn last line of a writer's last file is left out, any other is a `StoreError`.
+        """Every line as JSON, packed as it is; a torn last line of a writer's last file is left
+        out, any other is a `StoreError`.
 
         What another thread appends through this store meanwhile is not seen.
         """
@@ -306,12 +378,15 @@ class Store:
                     data = _parse(line)
                     if data is not None:
                         if data["schema"] != SCHEMA:
-                            what = f"schema {data['schema']!r}, this version of marlora reads {SCHEMA}"
+                            what = (
+                                f"schema {data['schema']!r}, this version of marlora reads {SCHEMA}"
+                            )
                             raise StoreError(f"{path}, line {number}: {what}; install a newer one")
                         yield data
                     elif following or path not in last:
                         raise StoreError(
-                            f"{path}, line {number}: not an episode; restore the file, or delete this line to lose one episode"
+                            f"{path}, line {number}: not an episode; restore the file, or delete"
+                            " this line to lose one episode"
                         )
                     else:
                         log.warning("%s, line %d: torn by a crash, left out", path, number)
@@ -328,7 +403,9 @@ class Store:
             os.close(lock)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            raise StoreError(f"{self.folder}: another process or Store is writing here; one folder, one writer") from None
+            raise StoreError(
+                f"{self.folder}: another process or Store is writing here; one folder, one writer"
+            ) from None
         self._lock = lock
         try:
             if mine := [path for path in self.files() if series_of(path) == self._series]:
@@ -389,7 +466,9 @@ def _repair(path: Path) -> None:
         for line in file:
             start, end = end, end + len(line)
         if line and _parse(line) is None:
-            log.warning("%s: the last line was torn by a crash; cut off, %d bytes", path, end - start)
+            log.warning(
+                "%s: the last line was torn by a crash; cut off, %d bytes", path, end - start
+            )
             file.truncate(start)
         elif line and not line.endswith(b"\n"):
             file.seek(end)

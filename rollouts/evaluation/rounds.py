@@ -1,4 +1,5 @@
-"""What rounds do to answers: accuracy of every round, and how many answers go from wrong to right and back between two. Pure Python."""
+"""What rounds do to answers: accuracy of every round, and how many answers go from wrong to right
+and back between two. Pure Python."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ CHANGES = ("right_right", "right_wrong", "wrong_right", "wrong_wrong")
 
 
 def answers_by_round(episode: Episode, member_of: Mapping[str, str]) -> list[dict[str, Turn]]:
-    """The taken turns of a debate by round and member: a member's n-th answer is of round n. Agents that are nobody's seat are left out."""
+    """The taken turns of a debate by round and member: a member's n-th answer is of round n. Agents
+    that are nobody's seat are left out."""
     rounds: list[dict[str, Turn]] = []
     count: dict[str, int] = {}
     for turn in episode.turns:
@@ -27,8 +29,11 @@ def answers_by_round(episode: Episode, member_of: Mapping[str, str]) -> list[dic
     return rounds
 
 
-def transitions(episodes: Iterable[Episode], member_of: Mapping[str, str], name: str = "right") -> dict[str, Any]:
-    """Numbers of `summary.json`, from rewards of turns called `name` (right from 0.5). Failed episodes, and answers without one, are left out.
+def transitions(
+    episodes: Iterable[Episode], member_of: Mapping[str, str], name: str = "right"
+) -> dict[str, Any]:
+    """Numbers of `summary.json`, from rewards of turns called `name` (right from 0.5). Failed
+    episodes, and answers without one, are left out.
 
     answers: how many of every round.    accuracy: their share right.    gain: accuracy of last answers minus that of first ones, over the
     debates (one that ended early has its last answers in an earlier round).
@@ -40,7 +45,11 @@ def transitions(episodes: Iterable[Episode], member_of: Mapping[str, str], name:
     for episode in episodes:
         if episode.error is not None:
             continue
-        values = {(r.turn, r.sibling): r.value for r in episode.rewards if r.name == name and r.value == r.value}
+        values = {
+            (r.turn, r.sibling): r.value
+            for r in episode.rewards
+            if r.name == name and r.value == r.value
+        }
         before: dict[str, bool] = {}
         first: dict[str, bool] = {}
         for number, row in enumerate(answers_by_round(episode, member_of)):
@@ -67,9 +76,16 @@ def transitions(episodes: Iterable[Episode], member_of: Mapping[str, str], name:
 
 
 def transition_rows(found: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table for people, one row per name; `found` holds `transitions` by name, as `collaboration` in `summary.json` does."""
+    """Head and rows of a table for people, one row per name; `found` holds `transitions` by name,
+    as `collaboration` in `summary.json` does."""
     rounds = max((len(entry["accuracy"]) for entry in found.values()), default=0)
-    head = ["", *(f"round {n + 1}" for n in range(rounds)), "last - first", "wrong to right", "right to wrong"]
+    head = [
+        "",
+        *(f"round {n + 1}" for n in range(rounds)),
+        "last - first",
+        "wrong to right",
+        "right to wrong",
+    ]
     rows = []
     for name, entry in found.items():
         accuracy = [*entry["accuracy"], *[None] * (rounds - len(entry["accuracy"]))]

@@ -1,7 +1,8 @@
-"""Numbers that say how sure an evaluation is: estimators over samples, paired tests, correction for many comparisons.
+"""Numbers that say how sure an evaluation is: estimators over samples, paired tests, correction for
+many comparisons.
 
-Pure Python. The unit is the task: several samples of one task are averaged before anything is tested, so that many samples of few tasks
-do not pass for many tasks.
+Pure Python. The unit is the task: several samples of one task are averaged before anything is
+tested, so that many samples of few tasks do not pass for many tasks.
 """
 
 from __future__ import annotations
@@ -18,17 +19,24 @@ DRAWS = 20_000  # sign patterns drawn beyond that
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Chance that at least one of k samples is right, from `right` of `samples`: 1 - C(n-c, k) / C(n, k) (arXiv:2107.03374, eq. 1)."""
+    """Chance that at least one of k samples is right, from `right` of `samples`: 1 - C(n-c, k) /
+    C(n, k) (arXiv:2107.03374, eq. 1)."""
     if not 1 <= k <= samples or not 0 <= right <= samples:
-        raise ValueError(f"pass@{k} of {right} right among {samples}: expected 1 <= k <= samples and 0 <= right <= samples")
+        raise ValueError(
+            f"pass@{k} of {right} right among {samples}: expected 1 <= k <= samples and 0 <= right"
+            " <= samples"
+        )
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
-def majority_at_k(outputs: Sequence[str | None], scores: Sequence[float], k: int, seed: int = 0) -> float:
-    """Mean score of the answer that most of k samples give, over the disjoint blocks of k; a rest shorter than k is left out.
+def majority_at_k(
+    outputs: Sequence[str | None], scores: Sequence[float], k: int, seed: int = 0
+) -> float:
+    """Mean score of the answer that most of k samples give, over the disjoint blocks of k; a rest
+    shorter than k is left out.
 
-    Votes are read as `agents.answers.majority` does, ties are drawn from `seed`. The winner scores what the first sample that voted
-    for it scores; a block without any answer scores 0.
+    Votes are read as `agents.answers.majority` does, ties are drawn from `seed`. The winner scores
+    what the first sample that voted for it scores; a block without any answer scores 0.
     """
     if not 1 <= k <= len(outputs):
         raise ValueError(f"majority@{k} of {len(outputs)} samples: expected 1 <= k <= samples")
@@ -36,17 +44,23 @@ def majority_at_k(outputs: Sequence[str | None], scores: Sequence[float], k: int
     for start in range(0, len(outputs) - k + 1, k):
         block = outputs[start : start + k]
         winner = majority(block, rng)
-        votes = (n for n in range(k) if winner and normalise(majority([block[n]], rng)) == normalise(winner))
+        votes = (
+            n
+            for n in range(k)
+            if winner and normalise(majority([block[n]], rng)) == normalise(winner)
+        )
         first = next(votes, None)
         found.append(0.0 if first is None else scores[start + first])
     return sum(found) / len(found)
 
 
 def sign_flip_p(differences: Sequence[float], seed: int = 0) -> float:
-    """Two-sided p-value of a paired difference: how often random signs give a mean at least as far from 0.
+    """Two-sided p-value of a paired difference: how often random signs give a mean at least as far
+    from 0.
 
-    Differences of one size (right against wrong) have a closed form, the exact sign test, which is McNemar's. Few others are
-    enumerated; for many, `DRAWS` patterns are drawn from `seed` and the observed one counts as one of them.
+    Differences of one size (right against wrong) have a closed form, the exact sign test, which is
+    McNemar's. Few others are enumerated; for many, `DRAWS` patterns are drawn from `seed` and the
+    observed one counts as one of them.
     """
     moved = [d for d in differences if d]
     if not moved:
@@ -58,7 +72,10 @@ def sign_flip_p(differences: Sequence[float], seed: int = 0) -> float:
     observed = abs(math.fsum(moved)) - 1e-12
     if len(moved) <= EXACT:
         patterns = itertools.product((1, -1), repeat=len(moved))
-        return sum(abs(math.fsum(s * d for s, d in zip(p, moved, strict=True))) >= observed for p in patterns) / 2 ** len(moved)
+        return sum(
+            abs(math.fsum(s * d for s, d in zip(p, moved, strict=True))) >= observed
+            for p in patterns
+        ) / 2 ** len(moved)
     rng, far = random.Random(seed), 1
     for _ in range(DRAWS):
         signs = rng.getrandbits(len(moved))
@@ -67,7 +84,8 @@ def sign_flip_p(differences: Sequence[float], seed: int = 0) -> float:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Adjusted p-values: the chance of any false claim among all of them stays below the level (Holm 1979)."""
+    """Adjusted p-values: the chance of any false claim among all of them stays below the level
+    (Holm 1979)."""
     adjusted: dict[str, float] = {}
     largest = 0.0
     for rank, name in enumerate(sorted(p_values, key=lambda n: p_values[n])):

@@ -1,6 +1,8 @@
-"""Who is measured against whom: the rungs of the ladder, one adapter at a time, and teams of agents from two checkpoints.
+"""Who is measured against whom: the rungs of the ladder, one adapter at a time, and teams of agents
+from two checkpoints.
 
-All are `Variant`s made from open checkpoints (`LoadedTeam`). Names begin with `mark` (of a checkpoint, when there are several).
+All are `Variant`s made from open checkpoints (`LoadedTeam`). Names begin with `mark` (of a
+checkpoint, when there are several).
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from .suite import Variant
 PROMPTS = (".prompt", ".demos")  # of `values`: texts that stand in an agent's chat
 
 
-def variant(team: LoadedTeam, name: str, versions: Mapping[str, str], rollouts: EpisodeRunner | None = None) -> Variant:
+def variant(
+    team: LoadedTeam, name: str, versions: Mapping[str, str], rollouts: EpisodeRunner | None = None
+) -> Variant:
     """The team's own players (or `rollouts`) with these adapter versions."""
     return Variant(name, rollouts or team.rollouts, dict(versions), hashes(team), bases_of(team))
 
@@ -31,8 +35,13 @@ def hashes(team: LoadedTeam) -> dict[str, str]:
 
 
 def bases_of(team: LoadedTeam) -> dict[str, str]:
-    """By policy the weights below its adapter: its base by the hash of the base's files, or by name where it has none here."""
-    return {policy: base.get("files") or name for name, base in team.data["bases"].items() for policy in base["policies"]}
+    """By policy the weights below its adapter: its base by the hash of the base's files, or by name
+    where it has none here."""
+    return {
+        policy: base.get("files") or name
+        for name, base in team.data["bases"].items()
+        for policy in base["policies"]
+    }
 
 
 def base_team(team: LoadedTeam, mark: str = "") -> Variant:
@@ -45,22 +54,34 @@ def trained_team(team: LoadedTeam, versions: Mapping[str, str], mark: str = "") 
 
 
 def trained_name(team: LoadedTeam, versions: Mapping[str, str]) -> str:
-    """`trained team, per-agent LoRA`, or shared-policy if all agents speak with one adapter; the adapters if only some are on."""
+    """`trained team, per-agent LoRA`, or shared-policy if all agents speak with one adapter; the
+    adapters if only some are on."""
     if set(versions) != set(team.versions) or not versions:
         return f"adapters: {', '.join(versions) or 'none'}"
-    shared = len(team.rollouts.system.specs) > 1 and len({agent.policy for agent in team.rollouts.system.specs}) == 1
+    shared = (
+        len(team.rollouts.system.specs) > 1
+        and len({agent.policy for agent in team.rollouts.system.specs}) == 1
+    )
     return f"trained team, {'shared-policy' if shared else 'per-agent'} LoRA"
 
 
 def ladder(team: LoadedTeam, mark: str = "") -> list[Variant]:
-    """The rungs below the trained team: single agent, team without prompts, base team, and prompts that training found alone."""
+    """The rungs below the trained team: single agent, team without prompts, base team, and prompts
+    that training found alone."""
     player, system = team.rollouts, team.rollouts.system
     plain = {k: v for k, v in player.values.items() if not k.endswith(PROMPTS)}
     bare = [dataclasses.replace(agent, prompt="", demos=()) for agent in system.specs]
     alone = Chain((AgentSpec("agent", policy=BASE, sampling=system.specs[-1].sampling),))
     rungs = []
     if BASE in player.speakers:
-        rungs.append(variant(team, f"{mark}single agent", {}, dataclasses.replace(player, system=alone, values={})))
+        rungs.append(
+            variant(
+                team,
+                f"{mark}single agent",
+                {},
+                dataclasses.replace(player, system=alone, values={}),
+            )
+        )
     if any(agent.prompt or agent.demos for agent in system.specs):
         without = dataclasses.replace(player, system=system.with_agents(bare), values=plain)
         rungs.append(variant(team, f"{mark}team without prompts", {}, without))
@@ -74,40 +95,59 @@ def ablations(team: LoadedTeam, versions: Mapping[str, str], mark: str = "") -> 
     """Each adapter alone, and (of three and more) all but each."""
     if len(versions) < 2:
         return []
-    alone = [variant(team, f"{mark}only {name}", {name: version}) for name, version in versions.items()]
+    alone = [
+        variant(team, f"{mark}only {name}", {name: version}) for name, version in versions.items()
+    ]
     if len(versions) == 2:
         return alone
     return alone + [
-        variant(team, f"{mark}all but {name}", {p: v for p, v in versions.items() if p != name}) for name in versions
+        variant(team, f"{mark}all but {name}", {p: v for p, v in versions.items() if p != name})
+        for name in versions
     ]
 
 
 def cross_play(teams: Mapping[str, LoadedTeam]) -> list[tuple[str, str, str, Variant]]:
-    """(policy, checkpoint it is from, checkpoint of the others, team): every adapter in every other checkpoint's team.
+    """(policy, checkpoint it is from, checkpoint of the others, team): every adapter in every other
+    checkpoint's team.
 
-    Of two policies one matrix tells all: the other is its transpose. Raises `SettingError` unless all have the same policies and base.
+    Of two policies one matrix tells all: the other is its transpose. Raises `SettingError` unless
+    all have the same policies and base.
     """
     first, *rest = teams.values()
     names = list(first.versions)
     for mark, team in zip(list(teams)[1:], rest, strict=True):
         if set(team.versions) != set(names) or bases_of(team) != bases_of(first):
             raise SettingError(
-                f"cross-play: {mark} has adapters {sorted(team.versions)} on its base, {next(iter(teams))} {sorted(names)}"
+                f"cross-play: {mark} has adapters {sorted(team.versions)} on its base,"
+                f" {next(iter(teams))} {sorted(names)}"
             )
     if len(teams) < 2 or len(names) < 2:
-        raise SettingError(f"cross-play: at least two checkpoints of at least two adapters; got {len(teams)} of {names}")
+        raise SettingError(
+            f"cross-play: at least two checkpoints of at least two adapters; got {len(teams)} of"
+            f" {names}"
+        )
     found = []
     for policy in names[:1] if len(names) == 2 else names:
         for guest, host in itertools.permutations(teams, 2):
             versions = {**teams[host].versions, policy: teams[guest].versions[policy]}
             sha256 = {**hashes(teams[host]), policy: hashes(teams[guest])[policy]}
             name = f"{policy} of {guest}, others of {host}"
-            found.append((policy, guest, host, Variant(name, teams[host].rollouts, versions, sha256, bases_of(first))))
+            found.append(
+                (
+                    policy,
+                    guest,
+                    host,
+                    Variant(name, teams[host].rollouts, versions, sha256, bases_of(first)),
+                )
+            )
     return found
 
 
-def distinct(contestants: Iterable[Variant], seed: int, greedy: bool) -> tuple[list[Variant], dict[str, str]]:
-    """The contestants without those that are the same as an earlier one, and {name: the earlier one's} of those."""
+def distinct(
+    contestants: Iterable[Variant], seed: int, greedy: bool
+) -> tuple[list[Variant], dict[str, str]]:
+    """The contestants without those that are the same as an earlier one, and {name: the earlier
+    one's} of those."""
     kept: dict[str, Variant] = {}
     same: dict[str, str] = {}
     for each in contestants:
@@ -120,11 +160,13 @@ def distinct(contestants: Iterable[Variant], seed: int, greedy: bool) -> tuple[l
 # what was trained on
 
 
-def trained_on(checkpoint: Path, team: LoadedTeam, more: Sequence[str] = ()) -> tuple[dict[str, str], list[str]]:
+def trained_on(
+    checkpoint: Path, team: LoadedTeam, more: Sequence[str] = ()
+) -> tuple[dict[str, str], list[str]]:
     """Prompt by task id of what a checkpoint may have learnt from, and where that is written.
 
-    The run's own store, the stores its settings name, and `more`; where the run is not beside the checkpoint, the training split of
-    its task set. An empty list: nobody can say.
+    The run's own store, the stores its settings name, and `more`; where the run is not beside the
+    checkpoint, the training split of its task set. An empty list: nobody can say.
     """
     stores = [Path(name) for name in more]
     if checkpoint.resolve().parent.name == "checkpoints":
@@ -138,7 +180,9 @@ def trained_on(checkpoint: Path, team: LoadedTeam, more: Sequence[str] = ()) -> 
             found |= asked(Store(folder))
             where.append(str(folder))
         elif str(folder) in more:
-            raise SettingError(f"--trained_on {folder}: no episodes there; expected a run or a store")
+            raise SettingError(
+                f"--trained_on {folder}: no episodes there; expected a run or a store"
+            )
     if not where and team.data["tasks"]["name"]:
         tasks: Sequence[Task] = team.tasks(split="train")
         found |= {task.id: task.prompt for task in tasks}
@@ -147,7 +191,8 @@ def trained_on(checkpoint: Path, team: LoadedTeam, more: Sequence[str] = ()) -> 
 
 
 def asked(store: Store) -> dict[str, str]:
-    """Prompt by task id of every episode but those of evaluations: what may have been trained on."""
+    """Prompt by task id of every episode but those of evaluations: what may have been trained
+    on."""
     lines = (data for data in store.lines() if not data["group"].startswith("eval-"))
     return {data["task"]["id"]: data["task"]["prompt"] for data in lines}
 

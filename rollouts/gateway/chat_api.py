@@ -1,7 +1,7 @@
 """Chat completions as plain data: what a program asks for, and what it is told. No network here.
 
-What is not understood is refused with words for the program's author (`Refused`), never ignored in silence; the few settings that
-change nothing here are named in `WITHOUT_EFFECT`.
+What is not understood is refused with words for the program's author (`Refused`), never ignored in
+silence; the few settings that change nothing here are named in `WITHOUT_EFFECT`.
 """
 
 from __future__ import annotations
@@ -14,34 +14,105 @@ from typing import Any
 
 from ...agents.tools.tools import parse_calls
 from ...agents.types import Message, Turn
-from .fields import (MAX_ITEMS, BadRequest, brief, flag, inside, items, mapping, number, one_of, only, optional_mapping, optional_text, text, whole, wrong)
+from .fields import (
+    MAX_ITEMS,
+    BadRequest,
+    brief,
+    flag,
+    inside,
+    items,
+    mapping,
+    number,
+    one_of,
+    only,
+    optional_mapping,
+    optional_text,
+    text,
+    whole,
+    wrong,
+)
 
 MAX_N = 64  # answers of one call
-# `seed`: an episode's randomness follows from its own seed, or the episodes of a group would all be one.
-WITHOUT_EFFECT = ("seed", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
-                  "reasoning_effort", "verbosity", "prompt_cache_retention")  # fmt: skip
-UNUSED_TEXTS = ("user", "service_tier", "safety_identifier", "prompt_cache_key", "reasoning_effort", "verbosity",
-                "prompt_cache_retention")  # fmt: skip
+# `seed`: an episode's randomness follows from its own seed, or the episodes of a group would all be
+# one.
+WITHOUT_EFFECT = (
+    "seed",
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
+    "reasoning_effort",
+    "verbosity",
+    "prompt_cache_retention",
+)
+UNUSED_TEXTS = (
+    "user",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "reasoning_effort",
+    "verbosity",
+    "prompt_cache_retention",
+)
 NUMBERS = {  # the least and the greatest that an engine takes
-    "temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "top_k": (-1, 2**31), "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.0, 100.0), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
-}  # fmt: skip
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (-1, 2**31),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.0, 100.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
 LIMITS = ("max_completion_tokens", "max_tokens")  # the first that is given
-KNOWN = ("model", "messages", "n", "stream", "stream_options", "stop", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
-         "tools", "tool_choice", "response_format", "structured_outputs", "logit_bias", *NUMBERS, *WITHOUT_EFFECT)  # fmt: skip
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+KNOWN = (
+    "model",
+    "messages",
+    "n",
+    "stream",
+    "stream_options",
+    "stop",
+    "max_tokens",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+    "tools",
+    "tool_choice",
+    "response_format",
+    "structured_outputs",
+    "logit_bias",
+    *NUMBERS,
+    *WITHOUT_EFFECT,
+)
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 PARTS = ("text", "input_text", "output_text", "refusal")
 MAX_STOPS = 16
 TOKEN_ID = re.compile("[0-9]{1,10}")
-GRAMMARS = ("json", "regex", "choice", "grammar", "json_object")  # of `structured_outputs`, as vLLM names them
+GRAMMARS = (
+    "json",
+    "regex",
+    "choice",
+    "grammar",
+    "json_object",
+)  # of `structured_outputs`, as vLLM names them
 
 
 @dataclass(frozen=True)
 class Request:
-    """One call of a program. `model` is the name it gave; `messages` are its own words, with tool calls beside the text.
+    """One call of a program. `model` is the name it gave; `messages` are its own words, with tool
+    calls beside the text.
 
-    `sampling` holds what it asked for beyond length, stop strings, grammar and bias; `tools` are schemas as OpenAI writes them; `forced`: it
-    wants one of them called in any case; `said_in`: the field of its messages.
+    `sampling` holds what it asked for beyond length, stop strings, grammar and bias; `tools` are
+    schemas as OpenAI writes them; `forced`: it wants one of them called in any case; `said_in`: the
+    field of its messages.
     """
 
     model: str
@@ -95,7 +166,8 @@ def read_chat(body: Any) -> Request:
 
 
 def check_unused(body: Mapping[str, Any]) -> None:
-    """Settings without effect have their types all the same: a program that gets one wrong is told so."""
+    """Settings without effect have their types all the same: a program that gets one wrong is told
+    so."""
     whole(body.get("seed"), "seed", -(2**63), 2**64)
     for key in ("store", "parallel_tool_calls"):
         flag(body.get(key), key)
@@ -106,7 +178,11 @@ def check_unused(body: Mapping[str, Any]) -> None:
 
 
 def read_sampling(body: Mapping[str, Any]) -> dict[str, float]:
-    found = {key: number(body[key], key, low, high) for key, (low, high) in NUMBERS.items() if body.get(key) is not None}
+    found = {
+        key: number(body[key], key, low, high)
+        for key, (low, high) in NUMBERS.items()
+        if body.get(key) is not None
+    }
     if not found.get("top_k", 0.0).is_integer():
         raise wrong("top_k", f"expected a whole number, got {brief(body['top_k'])}")
     return found
@@ -140,7 +216,9 @@ def read_message(data: Any, where: str) -> Message:
         role,  # type: ignore[arg-type]
         plain_text(data.get("content"), f"{where}.content"),
         name=optional_text(data.get("name"), f"{where}.name"),
-        tool_calls=tuple(_read_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)),
+        tool_calls=tuple(
+            _read_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)
+        ),
         tool_call_id=optional_text(data.get("tool_call_id"), f"{where}.tool_call_id"),
     )
 
@@ -152,7 +230,9 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
     return {
         "id": optional_text(call.get("id"), f"{where}.id") or "",
         "name": text(function.get("name"), f"{where}.function.name"),
-        "arguments": optional_text(function.get("arguments"), f"{where}.function.arguments") or "{}",
+        "arguments": (
+            optional_text(function.get("arguments"), f"{where}.function.arguments") or "{}"
+        ),
     }
 
 
@@ -234,7 +314,8 @@ def read_grammar(body: Mapping[str, Any]) -> str:
 
 
 def read_form(value: Any, where: str) -> str:
-    """The grammar of a `response_format`, or of a `text.format`, which has no object of its own for the schema."""
+    """The grammar of a `response_format`, or of a `text.format`, which has no object of its own for
+    the schema."""
     if value is None:
         return ""
     kind = mapping(value, where).get("type")
@@ -259,7 +340,9 @@ def read_bias(value: Any) -> dict[str, float]:
         raise wrong("logit_bias", f"expected at most {MAX_ITEMS} entries, got {len(given)}")
     for key in given:
         if not TOKEN_ID.fullmatch(key):
-            raise wrong("logit_bias", f"expected an object from token ids to numbers, got {key[:40]!r}")
+            raise wrong(
+                "logit_bias", f"expected an object from token ids to numbers, got {key[:40]!r}"
+            )
     return {key: number(each, f"logit_bias[{key}]") for key, each in given.items()}
 
 
@@ -267,7 +350,8 @@ def read_bias(value: Any) -> dict[str, float]:
 
 
 def shown(turn: Turn, request: Request) -> Message:
-    """A turn as the program is shown it: without the stop string it ended with, tool calls beside the text.
+    """A turn as the program is shown it: without the stop string it ended with, tool calls beside
+    the text.
 
     A call that cannot be read stays text: the program sees what was said.
     """
@@ -281,9 +365,11 @@ def shown(turn: Turn, request: Request) -> Message:
         {
             "id": f"call_{turn.index}_{turn.sibling}_{number}",
             "name": call["name"],
-            "arguments": call["arguments"]
-            if isinstance(call["arguments"], str)
-            else json.dumps(call["arguments"], ensure_ascii=False),
+            "arguments": (
+                call["arguments"]
+                if isinstance(call["arguments"], str)
+                else json.dumps(call["arguments"], ensure_ascii=False)
+            ),
         }
         for number, call in enumerate(calls)
     )
@@ -297,26 +383,39 @@ def usage(turns: Sequence[Turn]) -> dict[str, int]:
 
 
 def call_json(call: Mapping[str, Any]) -> dict[str, Any]:
-    return {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
+    return {
+        "id": call["id"],
+        "type": "function",
+        "function": {"name": call["name"], "arguments": call["arguments"]},
+    }
 
 
 def _logprobs(turn: Turn) -> dict[str, Any]:
-    """Tokens by id, as vLLM writes them (`token_id:15`): what was sampled is ids, and some are no text alone."""
+    """Tokens by id, as vLLM writes them (`token_id:15`): what was sampled is ids, and some are no
+    text alone."""
     pairs = zip(turn.token_ids, turn.logprobs, strict=True)
     return {
-        "content": [{"token": f"token_id:{i}", "logprob": x, "bytes": None, "top_logprobs": []} for i, x in pairs],
+        "content": [
+            {"token": f"token_id:{i}", "logprob": x, "bytes": None, "top_logprobs": []}
+            for i, x in pairs
+        ],
         "refusal": None,
     }
 
 
-def chat_completion(head: Mapping[str, Any], request: Request, turns: Sequence[Turn]) -> dict[str, Any]:
+def chat_completion(
+    head: Mapping[str, Any], request: Request, turns: Sequence[Turn]
+) -> dict[str, Any]:
     """The reply to a call. `head`: its id and time."""
     choices = []
     for turn in turns:
         said = shown(turn, request)
         message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
         if said.tool_calls:
-            message |= {"content": said.content or None, "tool_calls": [call_json(call) for call in said.tool_calls]}
+            message |= {
+                "content": said.content or None,
+                "tool_calls": [call_json(call) for call in said.tool_calls],
+            }
         choices.append(
             {
                 "index": turn.sibling,
@@ -325,7 +424,13 @@ def chat_completion(head: Mapping[str, Any], request: Request, turns: Sequence[T
                 "finish_reason": "tool_calls" if said.tool_calls else turn.finish_reason,
             }
         )
-    return {**head, "object": "chat.completion", "model": request.model, "choices": choices, "usage": usage(turns)}
+    return {
+        **head,
+        "object": "chat.completion",
+        "model": request.model,
+        "choices": choices,
+        "usage": usage(turns),
+    }
 
 
 def chat_chunks(head: Mapping[str, Any], request: Request, turns: Sequence[Turn]) -> list[str]:
@@ -333,16 +438,28 @@ def chat_chunks(head: Mapping[str, Any], request: Request, turns: Sequence[Turn]
     whole_reply = chat_completion(head, request, turns)
     base = {**head, "object": "chat.completion.chunk", "model": request.model}
 
-    def chunk(index: int, delta: Mapping[str, Any], logprobs: Any = None, finish: str | None = None) -> dict[str, Any]:
-        return {**base, "choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]}
+    def chunk(
+        index: int, delta: Mapping[str, Any], logprobs: Any = None, finish: str | None = None
+    ) -> dict[str, Any]:
+        return {
+            **base,
+            "choices": [
+                {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+            ],
+        }
 
     chunks = []
     for choice in whole_reply["choices"]:
         message, at = choice["message"], choice["index"]
         delta = {"role": "assistant", "content": message["content"]}
         if "tool_calls" in message:
-            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(message["tool_calls"])]
-        chunks += [chunk(at, delta, choice["logprobs"]), chunk(at, {}, None, choice["finish_reason"])]
+            delta["tool_calls"] = [
+                {"index": i, **call} for i, call in enumerate(message["tool_calls"])
+            ]
+        chunks += [
+            chunk(at, delta, choice["logprobs"]),
+            chunk(at, {}, None, choice["finish_reason"]),
+        ]
     if request.include_usage:
         chunks.append({**base, "choices": [], "usage": whole_reply["usage"]})
     return [f"data: {json.dumps(each)}\n\n" for each in chunks] + ["data: [DONE]\n\n"]

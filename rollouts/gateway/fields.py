@@ -1,7 +1,9 @@
-"""A request's body: JSON within bounds, and readers of single fields. Whatever is wrong names the field.
+"""A request's body: JSON within bounds, and readers of single fields. Whatever is wrong names the
+field.
 
-A reader takes a value and where it stands (`messages[3].role`), and returns it with the type it must
-have, or raises `Refused`. Bounds that hold for every field are checked once for the whole body.
+A reader takes a value and where it stands (`messages[3].role`), and returns it with the type it
+must have, or raises `Refused`. Bounds that hold for every field are checked once for the whole
+body.
 """
 
 from __future__ import annotations
@@ -25,9 +27,16 @@ _MARKS = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
 class BadRequest(ValueError):
-    """A request that gets an error for an answer: HTTP status, code, words, and the field if one is meant."""
+    """A request that gets an error for an answer: HTTP status, code, words, and the field if one is
+    meant."""
 
-    def __init__(self, status: int, message: str, code: str = "invalid_request_error", param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str = "invalid_request_error",
+        param: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
@@ -61,7 +70,9 @@ def parse_body(raw: bytes) -> Any:
     try:
         said = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadRequest(400, f"the body is not UTF-8: byte {error.start} cannot be read") from error
+        raise BadRequest(
+            400, f"the body is not UTF-8: byte {error.start} cannot be read"
+        ) from error
     try:
         body = json.loads(said, parse_int=_whole_number, object_pairs_hook=_unique)
     except RecursionError as error:
@@ -90,7 +101,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _too_deep(said: str) -> BadRequest:
-    """The error of a body too deep for Python's parser, with the field of the outermost object it stands in."""
+    """The error of a body too deep for Python's parser, with the field of the outermost object it
+    stands in."""
     depth, field = 0, ""
     for match in _MARKS.finditer(said):
         mark = match[0]
@@ -106,7 +118,8 @@ def _too_deep(said: str) -> BadRequest:
 
 
 def check_bounds(body: Any) -> None:
-    """Every text can be written as UTF-8, every number is finite, nothing is too deep or too much."""
+    """Every text can be written as UTF-8, every number is finite, nothing is too deep or too
+    much."""
     inner: list[Iterator[tuple[str | int, Any]]] = [iter([("", body)])]
     path: list[str | int] = []  # of what is being walked through, "" first
     count = 0
@@ -155,7 +168,8 @@ def encodable(value: str) -> bool:
 
 
 def loaded(said: str) -> Any:
-    """The JSON in a text of the program's or a model's, or the text itself where it is none within bounds."""
+    """The JSON in a text of the program's or a model's, or the text itself where it is none within
+    bounds."""
     try:
         return parse_body(said.encode())
     except BadRequest:

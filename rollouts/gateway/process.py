@@ -1,4 +1,5 @@
-"""A command of the user's in a process of its own: bounded in time, memory and output, and ended with all it started."""
+"""A command of the user's in a process of its own: bounded in time, memory and output, and ended
+with all it started."""
 
 from __future__ import annotations
 
@@ -15,8 +16,12 @@ MAX_STDOUT = 4 << 20  # bytes; a program that writes more has failed
 MAX_STDERR = 2000  # bytes of its end that are kept
 GRACE = 2.0  # seconds between the wish and the order to stop
 
-# Limits are set by the shell that becomes the command: a Python function between fork and exec may hang in a process with threads.
-LIMITED = 'if [ "$1" -gt 0 ]; then ulimit -v "$1" || exit 126; fi; if [ "$2" -gt 0 ]; then ulimit -t "$2" || exit 126; fi; shift 2; exec "$@"'
+# Limits are set by the shell that becomes the command: a Python function between fork and exec may
+# hang in a process with threads.
+LIMITED = (
+    'if [ "$1" -gt 0 ]; then ulimit -v "$1" || exit 126; fi; if [ "$2" -gt 0 ]; then ulimit -t "$2"'
+    ' || exit 126; fi; shift 2; exec "$@"'
+)
 
 
 class ProgramError(RuntimeError):
@@ -25,7 +30,8 @@ class ProgramError(RuntimeError):
 
 @dataclass(frozen=True)
 class ProcessLimits:
-    """`timeout` in seconds, `memory` in MiB of address space and `cpu_seconds` per process; 0: no limit."""
+    """`timeout` in seconds, `memory` in MiB of address space and `cpu_seconds` per process; 0: no
+    limit."""
 
     timeout: float
     memory: int = 0
@@ -33,15 +39,30 @@ class ProcessLimits:
 
 
 async def run_command(
-    command: Sequence[str], stdin: str, environment: Mapping[str, str], folder: str | None, bounds: ProcessLimits
+    command: Sequence[str],
+    stdin: str,
+    environment: Mapping[str, str],
+    folder: str | None,
+    bounds: ProcessLimits,
 ) -> str:
-    """What the command wrote to stdout. Raises `ProgramError` with the end of stderr if it failed, or exceeded a bound."""
+    """What the command wrote to stdout. Raises `ProgramError` with the end of stderr if it failed,
+    or exceeded a bound."""
     limits = (str(bounds.memory * 1024), str(bounds.cpu_seconds))
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        "/bin/sh", "-c", LIMITED, "sh", *limits, *command,
-        stdin=pipe, stdout=pipe, stderr=pipe, env=dict(environment), cwd=folder, start_new_session=True,
-    )  # fmt: skip
+        "/bin/sh",
+        "-c",
+        LIMITED,
+        "sh",
+        *limits,
+        *command,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        env=dict(environment),
+        cwd=folder,
+        start_new_session=True,
+    )
     told, complained = bytearray(), bytearray()
     try:
         async with asyncio.timeout(bounds.timeout) as clock:
@@ -50,12 +71,20 @@ async def run_command(
     except TimeoutError as error:
         if not clock.expired():
             raise
-        raise ProgramError(f"{_name(command)}: not done after {bounds.timeout:g} s (system.timeout)") from error
+        raise ProgramError(
+            f"{_name(command)}: not done after {bounds.timeout:g} s (system.timeout)"
+        ) from error
     finally:
         await _end(process)
     if process.returncode:
-        how = f"ended by signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
-        raise ProgramError(f"{_name(command)}: {how}: {_text(complained).strip() or 'nothing on stderr'}")
+        how = (
+            f"ended by signal {-process.returncode}"
+            if process.returncode < 0
+            else f"exit code {process.returncode}"
+        )
+        raise ProgramError(
+            f"{_name(command)}: {how}: {_text(complained).strip() or 'nothing on stderr'}"
+        )
     return _text(told)
 
 
@@ -85,7 +114,8 @@ async def _tail(stream: asyncio.StreamReader | None, into: bytearray) -> None:
 
 
 async def _exited(process: asyncio.subprocess.Process) -> None:
-    """Wait for the process alone: `process.wait` may also wait for its pipes, which a child it left behind holds open."""
+    """Wait for the process alone: `process.wait` may also wait for its pipes, which a child it left
+    behind holds open."""
     while process.returncode is None:
         await asyncio.sleep(0.02)
 
@@ -102,7 +132,9 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(_exited(process), GRACE)
     _send(process, signal.SIGKILL)
-    vars(process)["_transport"].close()  # what was not read keeps them open, and nothing public closes them
+    vars(process)[
+        "_transport"
+    ].close()  # what was not read keeps them open, and nothing public closes them
     await process.wait()
 
 

@@ -1,11 +1,16 @@
-"""Your own program as a system: whatever asks an OpenAI-compatible address can be played, scored and trained.
+"""Your own program as a system: whatever asks an OpenAI-compatible address can be played, scored
+and trained.
 
-    system: {class: "marlora.rollouts.gateway.programs:Function", agents: [solver, critic], main: "my_module:main"}
-    system: {class: "marlora.rollouts.gateway.programs:Command", agents: [solver, critic], command: [python, my_script.py]}
+    system: {class: "marlora.rollouts.gateway.programs:Function", agents: [solver, critic], main:
+        "my_module:main"}
+    system: {class: "marlora.rollouts.gateway.programs:Command", agents: [solver, critic], command:
+        [python, my_script.py]}
 
-The program calls `model="solver"` and gets that agent's reply. What it is played with is the run's: temperature, adapters, seeds. Its
-calls are turns like any other system's, in the order in which they arrive; so a program that asks several agents at once, or that
-depends on the clock, is not replayed turn for turn (`given`), and counterfactual credit needs a program that asks in a fixed order.
+The program calls `model="solver"` and gets that agent's reply. What it is played with is the run's:
+temperature, adapters, seeds. Its calls are turns like any other system's, in the order in which
+they arrive; so a program that asks several agents at once, or that depends on the clock, is not
+replayed turn for turn (`given`), and counterfactual credit needs a program that asks in a fixed
+order.
 """
 
 from __future__ import annotations
@@ -38,10 +43,12 @@ class ExternalProgram(System):
 
     Args:
         models: other names that the program calls the agents by, such as `{gpt-4o: solver}`.
-        keep_sampling: temperature, top_p and penalties are the program's where it names them. Otherwise the run's hold, so that
-            training explores and evaluation is greedy whatever the program says; length and stop strings are the program's anyway.
-        unforced_tools: where the program wants to force the call of a tool (`tool_choice: required`, or one by name), the agent may call it
-            or not, as it would without. Otherwise such a request is refused: what is forced is not what the agent would have said.
+        keep_sampling: temperature, top_p and penalties are the program's where it names them.
+            Otherwise the run's hold, so that training explores and evaluation is greedy whatever
+            the program says; length and stop strings are the program's anyway.
+        unforced_tools: where the program wants to force the call of a tool (`tool_choice:
+            required`, or one by name), the agent may call it or not, as it would without. Otherwise
+            such a request is refused: what is forced is not what the agent would have said.
         reward_wait: seconds to wait, after the program ended, for a reward that somebody posts.
         host: the address that agents are asked at; loopback unless the program runs elsewhere.
         call_timeout: seconds until a call without an answer gets an error.
@@ -59,12 +66,19 @@ class ExternalProgram(System):
         names = [agent.name for agent in self.specs]
         for model, agent in self.models.items():
             if agent not in names:
-                raise SettingError(f"models.{model}: no agent {agent!r}; expected one of {', '.join(names)}")
+                raise SettingError(
+                    f"models.{model}: no agent {agent!r}; expected one of {', '.join(names)}"
+                )
         for spec in self.specs:
             if spec.tools:
-                raise SettingError(f"agents.{spec.name}.tools: a program brings its own tools; leave them out")
+                raise SettingError(
+                    f"agents.{spec.name}.tools: a program brings its own tools; leave them out"
+                )
         if not (0 <= self.reward_wait < math.inf and 0 < self.call_timeout < math.inf):
-            raise SettingError(f"reward_wait, call_timeout: expected seconds, got {self.reward_wait!r} and {self.call_timeout!r}")
+            raise SettingError(
+                f"reward_wait, call_timeout: expected seconds, got {self.reward_wait!r} and"
+                f" {self.call_timeout!r}"
+            )
         self._door = GatewayServer(self.host, call_timeout=self.call_timeout)
 
     async def run(self, task: Task, team: Team) -> str:
@@ -75,7 +89,9 @@ class ExternalProgram(System):
                 try:
                     await asyncio.wait_for(visit.posted.wait(), self.reward_wait)
                 except TimeoutError as error:
-                    raise ProgramError(f"no reward was posted in {self.reward_wait:g} s (system.reward_wait)") from error
+                    raise ProgramError(
+                        f"no reward was posted in {self.reward_wait:g} s (system.reward_wait)"
+                    ) from error
             return output
 
     async def play(self, task: Task, visit: Session) -> Any:
@@ -84,7 +100,8 @@ class ExternalProgram(System):
 
 
 def take_result(result: Any, visit: Session) -> str:
-    """The output of what a program returned: a value, or a mapping of `output` and `reward` (a number, an object, or a list of objects).
+    """The output of what a program returned: a value, or a mapping of `output` and `reward` (a
+    number, an object, or a list of objects).
 
     A reward counts only if the run's `rewards` name `returned`.
     """
@@ -104,8 +121,8 @@ class Function(ExternalProgram):
     """An async function `main(task, base_url, api_key) -> output`, in this process.
 
     Args:
-        main: `module:function`. The task has no answer. It must await what it waits for: a blocking call would block the agents
-            it calls; a program that blocks is a `Command`.
+        main: `module:function`. The task has no answer. It must await what it waits for: a blocking
+            call would block the agents it calls; a program that blocks is a `Command`.
     """
 
     main: str = ""
@@ -117,7 +134,10 @@ class Function(ExternalProgram):
         needs_trust("the program", self.main)
         self._main: Callable[..., Awaitable[Any]] = load_function("main", self.main, {})
         if not inspect.iscoroutinefunction(self._main):
-            raise SettingError(f"main {self.main!r}: expected an async function; a program that blocks is run as a Command")
+            raise SettingError(
+                f"main {self.main!r}: expected an async function; a program that blocks is run as a"
+                " Command"
+            )
 
     async def play(self, task: Task, visit: Session) -> Any:
         return await self._main(task, visit.base_url, visit.key)
@@ -127,14 +147,18 @@ class Function(ExternalProgram):
 class Command(ExternalProgram):
     """Any command, one process per episode; its Python, if it is one, need not be ours.
 
-    It reads the task as JSON from stdin (id, prompt, source, split, meta; no answer) and finds `OPENAI_BASE_URL`, `OPENAI_API_KEY` and
-    `MARLORA_EPISODE` in its environment. The last line of its stdout is the output if it is a JSON object with an `output` (and perhaps a
-    `reward`); else all of stdout is. Another exit code than 0 makes a failed episode, with the end of stderr as its error.
+    It reads the task as JSON from stdin (id, prompt, source, split, meta; no answer) and finds
+    `OPENAI_BASE_URL`, `OPENAI_API_KEY` and `MARLORA_EPISODE` in its environment. The last line of
+    its stdout is the output if it is a JSON object with an `output` (and perhaps a `reward`); else
+    all of stdout is. Another exit code than 0 makes a failed episode, with the end of stderr as its
+    error.
 
-    As many run at once as the run's `max_concurrency` says. It is not a sandbox: the command runs with your rights.
+    As many run at once as the run's `max_concurrency` says. It is not a sandbox: the command runs
+    with your rights.
 
     Args:
-        command: program and arguments. folder: where it runs; "" is the current one. TMPDIR is its own, deleted afterwards.
+        command: program and arguments. folder: where it runs; "" is the current one. TMPDIR is its
+            own, deleted afterwards.
         environment: names of variables that are passed on; all others are not.
         timeout: seconds. memory: MiB of address space, cpu_seconds: of each process; 0 is no limit.
     """
@@ -148,22 +172,37 @@ class Command(ExternalProgram):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.command, str) or not self.command or not all(isinstance(part, str) for part in self.command):
-            raise SettingError(f"command: expected a list of texts such as [python, my_script.py], got {self.command!r}")
-        if isinstance(self.environment, str) or not all(isinstance(name, str) for name in self.environment):
+        if (
+            isinstance(self.command, str)
+            or not self.command
+            or not all(isinstance(part, str) for part in self.command)
+        ):
+            raise SettingError(
+                "command: expected a list of texts such as [python, my_script.py], got"
+                f" {self.command!r}"
+            )
+        if isinstance(self.environment, str) or not all(
+            isinstance(name, str) for name in self.environment
+        ):
             raise SettingError(f"environment: expected a list of names, got {self.environment!r}")
         needs_trust("the program", json.dumps(list(self.command)))
         if REWARD_TOKEN in self.environment:
-            raise SettingError(f"environment: {REWARD_TOKEN} is not for programs; who has it sets rewards")
+            raise SettingError(
+                f"environment: {REWARD_TOKEN} is not for programs; who has it sets rewards"
+            )
         if not 0 < self.timeout < math.inf or self.memory < 0 or self.cpu_seconds < 0:
-            raise SettingError("timeout, memory, cpu_seconds: expected a timeout above 0, the others at least 0")
+            raise SettingError(
+                "timeout, memory, cpu_seconds: expected a timeout above 0, the others at least 0"
+            )
         if self.folder and not os.path.isdir(self.folder):
             raise SettingError(f"folder {self.folder!r}: no such folder")
 
     async def play(self, task: Task, visit: Session) -> Any:
         public = {key: value for key, value in to_json(task).items() if key != "answer"}
         with tempfile.TemporaryDirectory(prefix="marlora-program-") as scratch:
-            environment = {name: os.environ[name] for name in self.environment if name in os.environ}
+            environment = {
+                name: os.environ[name] for name in self.environment if name in os.environ
+            }
             environment |= {
                 "TMPDIR": scratch,
                 "OPENAI_BASE_URL": visit.base_url,
@@ -171,7 +210,9 @@ class Command(ExternalProgram):
                 "MARLORA_EPISODE": visit.id,
             }
             bounds = ProcessLimits(self.timeout, self.memory, self.cpu_seconds)
-            told = await run_command(list(self.command), json.dumps(public), environment, self.folder or None, bounds)
+            told = await run_command(
+                list(self.command), json.dumps(public), environment, self.folder or None, bounds
+            )
         last = told.strip().rpartition("\n")[2]
         try:
             result = json.loads(last)

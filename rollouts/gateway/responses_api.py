@@ -1,4 +1,5 @@
-"""The Responses API, as far as it is a chat: texts, functions and their results in, texts and calls of functions out.
+"""The Responses API, as far as it is a chat: texts, functions and their results in, texts and calls
+of functions out.
 
 Not here: built-in tools, images, background work, conversations kept for longer than the episode.
 """
@@ -10,15 +11,56 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...agents.types import Message, Turn
-from .chat_api import (NUMBERS, WITHOUT_EFFECT, Request, check_unused, plain_text, read_choice, read_form, read_function, read_message, read_sampling, shown, usage)
-from .fields import (BadRequest, brief, flag, items, mapping, only, optional_mapping, optional_text, text, whole, wrong)
+from .chat_api import (
+    NUMBERS,
+    WITHOUT_EFFECT,
+    Request,
+    check_unused,
+    plain_text,
+    read_choice,
+    read_form,
+    read_function,
+    read_message,
+    read_sampling,
+    shown,
+    usage,
+)
+from .fields import (
+    BadRequest,
+    brief,
+    flag,
+    items,
+    mapping,
+    only,
+    optional_mapping,
+    optional_text,
+    text,
+    whole,
+    wrong,
+)
 
-KNOWN = ("model", "input", "instructions", "tools", "tool_choice", "max_output_tokens", "text", "stream", "stream_options",
-         "previous_response_id", "include", "truncation", "reasoning", *NUMBERS, *WITHOUT_EFFECT)  # fmt: skip
+KNOWN = (
+    "model",
+    "input",
+    "instructions",
+    "tools",
+    "tool_choice",
+    "max_output_tokens",
+    "text",
+    "stream",
+    "stream_options",
+    "previous_response_id",
+    "include",
+    "truncation",
+    "reasoning",
+    *NUMBERS,
+    *WITHOUT_EFFECT,
+)
 
 
 def read_response(body: Any, chat_of: Callable[[str], tuple[Message, ...]]) -> Request:
-    """The request of a body of `/responses`. `chat_of`: the chat that a `previous_response_id` stands for."""
+    """The request of a body of `/responses`. `chat_of`: the chat that a `previous_response_id`
+    stands for."""
     if not isinstance(body, dict):
         raise BadRequest(400, f"expected a JSON object, got {brief(body)}")
     only(body, KNOWN)
@@ -30,7 +72,9 @@ def read_response(body: Any, chat_of: Callable[[str], tuple[Message, ...]]) -> R
     tools, choice = _read_tools(body.get("tools")), read_choice(body.get("tool_choice"))
     said = read_items(body.get("input"))
     earlier = chat_of(before) if before else ()
-    if instructions is not None:  # they hold for this response only: those of an earlier one are not carried over
+    if (
+        instructions is not None
+    ):  # they hold for this response only: those of an earlier one are not carried over
         earlier = tuple(m for i, m in enumerate(earlier) if i or m.role != "system")
         earlier = (Message("system", instructions), *earlier)
     return Request(
@@ -68,7 +112,8 @@ def _read_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
 
 
 def read_items(given: Any) -> list[Message]:
-    """Input items as messages; calls of functions that follow one another are one message of the assistant's."""
+    """Input items as messages; calls of functions that follow one another are one message of the
+    assistant's."""
     if isinstance(given, str):
         return [Message("user", given)]
     if not isinstance(given, list) or not given:
@@ -82,11 +127,19 @@ def read_items(given: Any) -> list[Message]:
             found.append(read_message(item, where))
         elif kind == "function_call":
             call = _read_call(item, where)
-            last = found.pop() if joins and found[-1].role == "assistant" else Message("assistant", "")
+            last = (
+                found.pop() if joins and found[-1].role == "assistant" else Message("assistant", "")
+            )
             found.append(Message("assistant", last.content, tool_calls=(*last.tool_calls, call)))
         elif kind == "function_call_output":
             output = plain_text(item.get("output"), f"{where}.output")
-            found.append(Message("tool", output, tool_call_id=optional_text(item.get("call_id"), f"{where}.call_id")))
+            found.append(
+                Message(
+                    "tool",
+                    output,
+                    tool_call_id=optional_text(item.get("call_id"), f"{where}.call_id"),
+                )
+            )
         elif kind != "reasoning":  # ours have none
             raise wrong(f"{where}.type", f"an item of type {brief(kind)} cannot be read here")
         joins = kind in ("function_call", "message")
@@ -108,28 +161,61 @@ def response(name: str, created: int, request: Request, turns: Sequence[Turn]) -
     output: list[dict[str, Any]] = []
     if said.content or not said.tool_calls:
         content = {"type": "output_text", "text": said.content, "annotations": [], "logprobs": []}
-        output.append({"id": f"msg_{name}", "type": "message", "role": "assistant", "status": "completed", "content": [content]})
+        output.append(
+            {
+                "id": f"msg_{name}",
+                "type": "message",
+                "role": "assistant",
+                "status": "completed",
+                "content": [content],
+            }
+        )
     for call in said.tool_calls:
-        item = {"type": "function_call", "id": f"fc_{call['id']}", "call_id": call["id"], "name": call["name"]}
+        item = {
+            "type": "function_call",
+            "id": f"fc_{call['id']}",
+            "call_id": call["id"],
+            "name": call["name"],
+        }
         output.append({**item, "arguments": call["arguments"], "status": "completed"})
     return {
-        "id": name, "object": "response", "created_at": created, "model": request.model, "output": output,
-        "status": "incomplete" if cut else "completed", "error": None,
+        "id": name,
+        "object": "response",
+        "created_at": created,
+        "model": request.model,
+        "output": output,
+        "status": "incomplete" if cut else "completed",
+        "error": None,
         "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-        "instructions": None, "metadata": {}, "parallel_tool_calls": True, "tool_choice": "auto",
-        "tools": [{"type": "function", "strict": False, **tool["function"]} for tool in request.tools],
-        "temperature": None, "top_p": None, "previous_response_id": None,
+        "instructions": None,
+        "metadata": {},
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [
+            {"type": "function", "strict": False, **tool["function"]} for tool in request.tools
+        ],
+        "temperature": None,
+        "top_p": None,
+        "previous_response_id": None,
         "usage": {
-            "input_tokens": count["prompt_tokens"], "output_tokens": count["completion_tokens"],
-            "total_tokens": count["total_tokens"], "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens": count["prompt_tokens"],
+            "output_tokens": count["completion_tokens"],
+            "total_tokens": count["total_tokens"],
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens_details": {"reasoning_tokens": 0},
         },
-    }  # fmt: skip
+    }
 
 
 def response_events(reply: Mapping[str, Any]) -> list[str]:
     """The same as server-sent events; each item of the output comes in one piece."""
-    empty = {**reply, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
+    empty = {
+        **reply,
+        "status": "in_progress",
+        "output": [],
+        "usage": None,
+        "incomplete_details": None,
+    }
     events: list[dict[str, Any]] = [
         {"type": "response.created", "response": empty},
         {"type": "response.in_progress", "response": empty},
@@ -152,8 +238,16 @@ def response_events(reply: Mapping[str, Any]) -> list[str]:
             told = item["arguments"]
             events += [
                 {"type": "response.function_call_arguments.delta", **place, "delta": told},
-                {"type": "response.function_call_arguments.done", **place, "arguments": told, "name": item["name"]},
+                {
+                    "type": "response.function_call_arguments.done",
+                    **place,
+                    "arguments": told,
+                    "name": item["name"],
+                },
             ]
         events.append({"type": "response.output_item.done", "output_index": at, "item": item})
     events.append({"type": f"response.{reply['status']}", "response": reply})
-    return [f"event: {e['type']}\ndata: {json.dumps({**e, 'sequence_number': n})}\n\n" for n, e in enumerate(events)]
+    return [
+        f"event: {e['type']}\ndata: {json.dumps({**e, 'sequence_number': n})}\n\n"
+        for n, e in enumerate(events)
+    ]

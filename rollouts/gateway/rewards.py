@@ -1,4 +1,5 @@
-"""Rewards as a program returns them or as somebody posts them: a number, an object, or a list of these."""
+"""Rewards as a program returns them or as somebody posts them: a number, an object, or a list of
+these."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 from ...agents.team import Team
 from ...agents.types import Turn, nearest
-from .fields import (MAX_ITEMS, BadRequest, brief, number, only, optional_text, wrong)
+from .fields import MAX_ITEMS, BadRequest, brief, number, only, optional_text, wrong
 
 KNOWN = ("value", "name", "text", "agent", "turn", "sibling")
 

@@ -1,7 +1,9 @@
-"""One episode's side of the door: whose calls these are, which chat a call goes on with, and which call is only sent again.
+"""One episode's side of the door: whose calls these are, which chat a call goes on with, and which
+call is only sent again.
 
-A program keeps its chats itself and sends them whole. A call whose messages begin with those of an earlier call and the answer it was
-shown goes on with that chat, token for token; any other call starts a new one. Turns are numbered in the order in which calls arrive.
+A program keeps its chats itself and sends them whole. A call whose messages begin with those of an
+earlier call and the answer it was shown goes on with that chat, token for token; any other call
+starts a new one. Turns are numbered in the order in which calls arrive.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Connection(Protocol):
 
 @dataclass(eq=False)
 class Asked:
-    """A call, whoever waits for its answer. `body` is a hash of what was asked, `key` its Idempotency-Key."""
+    """A call, whoever waits for its answer. `body` is a hash of what was asked, `key` its
+    Idempotency-Key."""
 
     body: str
     key: str
@@ -48,7 +51,9 @@ class Asked:
 
     @property
     def failed(self) -> bool:
-        return self.answer.done() and (self.answer.cancelled() or self.answer.exception() is not None)
+        return self.answer.done() and (
+            self.answer.cancelled() or self.answer.exception() is not None
+        )
 
     @property
     def abandoned(self) -> bool:
@@ -66,14 +71,26 @@ class Session:
     Args:
         team: answers; its turns are the record.
         models: other names than the agents' own that a program may call them by.
-        keep_sampling: temperature and the like are the program's where it names them; else they are the run's alone.
-        unforced_tools: a call of a tool that the program wants to force is the agent's own to make; else such a request is refused.
+        keep_sampling: temperature and the like are the program's where it names them; else they are
+            the run's alone.
+        unforced_tools: a call of a tool that the program wants to force is the agent's own to make;
+            else such a request is refused.
     """
 
     def __init__(
-        self, team: Team, models: Mapping[str, str] | None = None, *, keep_sampling: bool = False, unforced_tools: bool = False
+        self,
+        team: Team,
+        models: Mapping[str, str] | None = None,
+        *,
+        keep_sampling: bool = False,
+        unforced_tools: bool = False,
     ) -> None:
-        self.team, self.models, self.keep_sampling, self.unforced_tools = team, dict(models or {}), keep_sampling, unforced_tools
+        self.team, self.models, self.keep_sampling, self.unforced_tools = (
+            team,
+            dict(models or {}),
+            keep_sampling,
+            unforced_tools,
+        )
         self.id, self.key = secrets.token_hex(12), secrets.token_urlsafe(24)
         self.base_url = ""  # the door's to say
         self.closed = False
@@ -88,7 +105,8 @@ class Session:
     # who is asked
 
     def agent(self, model: str) -> Agent:
-        """The agent that a program calls by this name. Raises `Refused` with the names there are."""
+        """The agent that a program calls by this name. Raises `Refused` with the names there
+        are."""
         known = {agent.name: agent.name for agent in self.team} | self.models
         name = model.removeprefix("agent:")
         if name not in known:
@@ -101,12 +119,22 @@ class Session:
 
     # calls
 
-    def ask(self, data: Any, request: Request, connection: Connection, *, key: str = "", retries: int | None = None) -> Asked:
-        """The call that this request is: a new one, whose turn's index is taken now, or an earlier one sent again.
+    def ask(
+        self,
+        data: Any,
+        request: Request,
+        connection: Connection,
+        *,
+        key: str = "",
+        retries: int | None = None,
+    ) -> Asked:
+        """The call that this request is: a new one, whose turn's index is taken now, or an earlier
+        one sent again.
 
-        A request is sent again if it has the `key` of an earlier one; if it says so itself (`retries` > 0) and its body is equal; if its body
-        is equal and the earlier one's connection broke before its reply was sent; or if its body is equal while the earlier one is open
-        and it does not say of itself that it is new (`retries` 0).
+        A request is sent again if it has the `key` of an earlier one; if it says so itself
+        (`retries` > 0) and its body is equal; if its body is equal and the earlier one's connection
+        broke before its reply was sent; or if its body is equal while the earlier one is open and
+        it does not say of itself that it is new (`retries` 0).
         """
         body = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
         call = self._earlier(body, key, retries)
@@ -128,7 +156,11 @@ class Session:
         for call in reversed(self.asked):
             if key and call.key == key and not call.failed:
                 if call.body != body:
-                    raise BadRequest(422, f"Idempotency-Key {key[:40]!r} was used for another request", "idempotency_error")
+                    raise BadRequest(
+                        422,
+                        f"Idempotency-Key {key[:40]!r} was used for another request",
+                        "idempotency_error",
+                    )
                 return call
         for call in reversed(self.asked):
             if call.body != body or call.failed or (key and call.key):
@@ -161,7 +193,11 @@ class Session:
 
     def _sampling(self, agent: Agent, request: Request) -> Sampling:
         base = agent.spec.sampling or self.team.sampling
-        asked: dict[str, Any] = {"stop": (*base.stop, *request.stop), "grammar": request.grammar, "logit_bias": request.logit_bias}
+        asked: dict[str, Any] = {
+            "stop": (*base.stop, *request.stop),
+            "grammar": request.grammar,
+            "logit_bias": request.logit_bias,
+        }
         if request.max_tokens is not None:
             asked["max_tokens"] = min(base.max_tokens, request.max_tokens)
         if self.keep_sampling:
@@ -172,7 +208,8 @@ class Session:
         return replace(base, **asked)
 
     async def _answer(self, call: Awaitable[Turn]) -> tuple[Turn, ...]:
-        """All siblings of a call. What concerns the run or the episode ends the episode; the rest is an error for the program."""
+        """All siblings of a call. What concerns the run or the episode ends the episode; the rest
+        is an error for the program."""
         try:
             return self.team.siblings(await call)
         except PromptTooLong as error:
@@ -190,7 +227,8 @@ class Session:
             self._fatal.set_result(error)
 
     async def guard(self, work: Awaitable[T]) -> T:
-        """The program's result, unless the episode failed meanwhile: then the program is cancelled and that error raised.
+        """The program's result, unless the episode failed meanwhile: then the program is cancelled
+        and that error raised.
 
         A program that fails after a prompt did not fit has failed for that reason.
         """
@@ -213,7 +251,9 @@ class Session:
     async def close(self) -> None:
         """Open calls are cancelled; turns whose reply nobody got are on record as not taken."""
         self.closed = True
-        await asyncio.sleep(0)  # a call that came this very moment starts, so that it can be cancelled
+        await asyncio.sleep(
+            0
+        )  # a call that came this very moment starts, so that it can be cancelled
         for call in self.asked:
             call.answer.cancel()
         await asyncio.gather(*(call.answer for call in self.asked), return_exceptions=True)
@@ -225,9 +265,12 @@ class Session:
     # chats
 
     def _goes_on(self, agent: Agent, request: Request) -> tuple[Turn | None, int]:
-        """The turn that the longest known beginning of these messages ended with, and how many messages that is."""
+        """The turn that the longest known beginning of these messages ended with, and how many
+        messages that is."""
         found, count = None, 0
-        for number, (message, digest) in enumerate(digests(agent, request.tools, request.messages), 1):
+        for number, (message, digest) in enumerate(
+            digests(agent, request.tools, request.messages), 1
+        ):
             if message.role == "assistant" and digest in self._ended:
                 found, count = self._ended[digest], number
         return found, count
@@ -253,14 +296,18 @@ class Session:
     # rewards
 
     def reward(self, data: Any, source: str) -> None:
-        """Put rewards on record (see `rewards.returned` and `rewards.posted`): a number, an object, or a list of objects."""
+        """Put rewards on record (see `rewards.returned` and `rewards.posted`): a number, an object,
+        or a list of objects."""
         self.team.rewards.extend(read_rewards(data, source, self.team))  # all of them or none
         if source == "posted":
             self.posted.set()
 
 
-def digests(agent: Agent, tools: Sequence[Any], messages: Sequence[Message]) -> list[tuple[Message, str]]:
-    """For each message, a hash of the chat up to it. Names of calls do not count, nor how a program spells their arguments."""
+def digests(
+    agent: Agent, tools: Sequence[Any], messages: Sequence[Message]
+) -> list[tuple[Message, str]]:
+    """For each message, a hash of the chat up to it. Names of calls do not count, nor how a program
+    spells their arguments."""
     seen = hashlib.sha256(json.dumps([agent.name, tools], sort_keys=True).encode())
     found = []
     for message in messages:
@@ -275,17 +322,23 @@ def _same_json(text: str) -> str:
     return found if isinstance(found, str) else json.dumps(found, sort_keys=True)
 
 
-def opening(team: Team, agent: Agent, messages: tuple[Message, ...], tools: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
-    """A new chat as the engine gets it: the agent's own prompt, if it has one, in place of the program's system message; then tools."""
+def opening(
+    team: Team, agent: Agent, messages: tuple[Message, ...], tools: Sequence[Mapping[str, Any]]
+) -> tuple[Message, ...]:
+    """A new chat as the engine gets it: the agent's own prompt, if it has one, in place of the
+    program's system message; then tools."""
     own = team.opening(agent.spec, {})
-    given, rest = (messages[0].content, messages[1:]) if messages[0].role == "system" else ("", messages)
+    given, rest = (
+        (messages[0].content, messages[1:]) if messages[0].role == "system" else ("", messages)
+    )
     prompt, demos = (own[0].content, own[1:]) if own and own[0].role == "system" else (given, own)
     text = "\n\n".join(part for part in (prompt, schemas_prompt(tools)) if part)
     return (Message("system", text), *demos, *rest) if text else (*demos, *rest)
 
 
 def spoken_message(message: Message) -> Message:
-    """A program's message as the engine gets it. Tool calls that the program wrote stand in the text, as a model would write them."""
+    """A program's message as the engine gets it. Tool calls that the program wrote stand in the
+    text, as a model would write them."""
     if not message.tool_calls:
         return message
     calls = []
@@ -293,14 +346,23 @@ def spoken_message(message: Message) -> Message:
         named = {"name": call["name"], "arguments": loaded(call["arguments"])}
         written = json.dumps(named, ensure_ascii=False)
         calls.append(f"<tool_call>\n{written}\n</tool_call>")
-    return Message(message.role, "\n".join([message.content, *calls] if message.content else calls), message.name)
+    return Message(
+        message.role,
+        "\n".join([message.content, *calls] if message.content else calls),
+        message.name,
+    )
 
 
-def read_turns(turns: Sequence[Turn], messages: Sequence[Message], previous: Turn | None) -> tuple[int, ...]:
-    """The turns whose text stands in these messages, as far as texts tell: all of it, and not as a part of a longer word or number.
+def read_turns(
+    turns: Sequence[Turn], messages: Sequence[Message], previous: Turn | None
+) -> tuple[int, ...]:
+    """The turns whose text stands in these messages, as far as texts tell: all of it, and not as a
+    part of a longer word or number.
 
     A short text can stand there by chance; `reads` of a program are for people and reports.
     """
     told = "\n".join(message.content for message in messages if message.role != "assistant")
     found = set(previous.reads) if previous else set()
-    return tuple(sorted(found | {turn.index for turn in turns if turn.taken and stands_in(turn.text, told)}))
+    return tuple(
+        sorted(found | {turn.index for turn in turns if turn.taken and stands_in(turn.text, told)})
+    )

@@ -1,7 +1,9 @@
-"""Episodes for the report's browser: a row for each, and the whole of those that tell most, as JSON that is small.
+"""Episodes for the report's browser: a row for each, and the whole of those that tell most, as JSON
+that is small.
 
-Every text stands once in `strings` and is named by its number: prompts of a run are mostly the same. A large run is sampled: first what
-failed, then best and worst of every step and evaluation, then an even draw; the page says how many it left out.
+Every text stands once in `strings` and is named by its number: prompts of a run are mostly the
+same. A large run is sampled: first what failed, then best and worst of every step and evaluation,
+then an even draw; the page says how many it left out.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ MAX_BYTES = 12 << 20  # of that, as JSON
 EVALUATIONS = ("eval-before", "eval-after", "eval-step-")  # labels of the whole team's
 EACH = 3  # best and worst of every step and evaluation
 
-Pieces = Callable[[str, Sequence[int]], "list[str] | None"]  # (policy, token ids) -> the text of each, None without a tokenizer
+Pieces = Callable[
+    [str, Sequence[int]], "list[str] | None"
+]  # (policy, token ids) -> the text of each, None without a tokenizer
 
 
 @dataclass
@@ -42,7 +46,9 @@ class EpisodeRow:
     rewards: Mapping[str, float | None]
     agents: tuple[str, ...]
     tokens: int
-    marks: str  # f failed, u unscorable, c a reply was cut off, m several siblings, g somebody saw the answer, k a child of another
+    # f failed, u unscorable, c a reply was cut off, m several siblings, g somebody saw the answer,
+    # k a child of another
+    marks: str
 
     @property
     def held_out(self) -> bool:
@@ -50,7 +56,8 @@ class EpisodeRow:
 
     @property
     def evaluates_team(self) -> bool:
-        """Is it of an evaluation of the whole team? Other held-out episodes are of one adapter alone, or a method's own."""
+        """Is it of an evaluation of the whole team? Other held-out episodes are of one adapter
+        alone, or a method's own."""
         return self.label.startswith(EVALUATIONS) and not self.follows
 
     @property
@@ -60,20 +67,36 @@ class EpisodeRow:
 
 
 def episode_row(data: Mapping[str, Any], metric: str) -> EpisodeRow:
-    """A row from one line of the store. `worth`: the reward named `metric`, else the sum of the team's; null if not scorable."""
+    """A row from one line of the store. `worth`: the reward named `metric`, else the sum of the
+    team's; null if not scorable."""
     team = [r for r in data["rewards"] if not r["agent"] and r["turn"] < 0]
     named = [r for r in team if r["name"] == metric] or team
     values = [r["value"] for r in named]
     worth = None if not values or None in values else sum(values)
     turns = data["turns"]
-    marks = "f" * bool(data["error"]) + "u" * (worth is None and not data["error"] and not data["parent"])
-    marks += "c" * any(t["finish_reason"] == "length" for t in turns) + "m" * any(t["sibling"] for t in turns)
+    marks = "f" * bool(data["error"]) + "u" * (
+        worth is None and not data["error"] and not data["parent"]
+    )
+    marks += "c" * any(t["finish_reason"] == "length" for t in turns) + "m" * any(
+        t["sibling"] for t in turns
+    )
     marks += "g" * any(t["saw_gold"] for t in turns) + "k" * bool(data["parent"])
     return EpisodeRow(
-        data["id"], data["group"].partition("/")[0], data["task"]["id"], visible(data["task"]["prompt"], 90), data["step"], worth,
-        {r["name"] + (f" of {r['agent']}" if r["agent"] else ""): r["value"] for r in data["rewards"] if r["turn"] < 0},
-        tuple(dict.fromkeys(t["agent"] for t in turns)), sum(u["sampled_tokens"] for u in data["usage"]), marks,
-    )  # fmt: skip
+        data["id"],
+        data["group"].partition("/")[0],
+        data["task"]["id"],
+        visible(data["task"]["prompt"], 90),
+        data["step"],
+        worth,
+        {
+            r["name"] + (f" of {r['agent']}" if r["agent"] else ""): r["value"]
+            for r in data["rewards"]
+            if r["turn"] < 0
+        },
+        tuple(dict.fromkeys(t["agent"] for t in turns)),
+        sum(u["sampled_tokens"] for u in data["usage"]),
+        marks,
+    )
 
 
 def rows(store: Store, metric: str) -> list[EpisodeRow]:
@@ -83,13 +106,22 @@ def rows(store: Store, metric: str) -> list[EpisodeRow]:
 
 def chosen(found: Sequence[EpisodeRow], limit: int) -> list[EpisodeRow]:
     """The rows whose episodes tell most, most telling first; at most `limit`."""
-    order: dict[str, EpisodeRow] = {row.id: row for row in [r for r in found if "f" in r.marks or "u" in r.marks][: limit // 4]}
+    order: dict[str, EpisodeRow] = {
+        row.id: row for row in [r for r in found if "f" in r.marks or "u" in r.marks][: limit // 4]
+    }
     labels: dict[str, list[EpisodeRow]] = defaultdict(list)
     for row in found:
         labels[row.label].append(row)
-    ends = [ranked[-EACH:] + ranked[:EACH] for ranked in (sorted(own, key=rank) for own in labels.values())]
+    ends = [
+        ranked[-EACH:] + ranked[:EACH]
+        for ranked in (sorted(own, key=rank) for own in labels.values())
+    ]
     latest = list(labels)[-1:] + [name for name in labels if name.startswith("eval-")]
-    for several in (*ends, *(labels[name] for name in latest), sorted(found, key=lambda r: zlib.crc32(r.id.encode()))):
+    for several in (
+        *ends,
+        *(labels[name] for name in latest),
+        sorted(found, key=lambda r: zlib.crc32(r.id.encode())),
+    ):
         order |= {row.id: row for row in several if row.id not in order}
     return list(order.values())[:limit]
 
@@ -109,7 +141,9 @@ class EpisodeIndex:
     runs: list[dict[str, Any]] = field(default_factory=list)
     size: int = 0
 
-    def add(self, run: Path, name: str, found: Sequence[EpisodeRow], max_episodes: int = MAX_EPISODES) -> None:
+    def add(
+        self, run: Path, name: str, found: Sequence[EpisodeRow], max_episodes: int = MAX_EPISODES
+    ) -> None:
         """A run's rows and the episodes chosen among them."""
         number, store = len(self.runs), Store(run / "episodes")
         listed = found if len(found) <= MAX_ROWS else even(found, MAX_ROWS)
@@ -123,46 +157,82 @@ class EpisodeIndex:
                 self.episodes[f"{number}:{episode.id}"] = packed
                 told += 1
         self.rows += [
-            [number, r.id, self.text(r.label), self.text(r.task), self.text(r.prompt), r.step, r.worth,
-             [self.text(a) for a in r.agents], r.tokens, r.marks]
+            [
+                number,
+                r.id,
+                self.text(r.label),
+                self.text(r.task),
+                self.text(r.prompt),
+                r.step,
+                r.worth,
+                [self.text(a) for a in r.agents],
+                r.tokens,
+                r.marks,
+            ]
             for r in listed
-        ]  # fmt: skip
-        self.runs.append({"name": visible(name), "episodes": len(found), "listed": len(listed), "whole": told})
+        ]
+        self.runs.append(
+            {"name": visible(name), "episodes": len(found), "listed": len(listed), "whole": told}
+        )
 
     def text(self, value: Any, limit: int = 8000) -> int:
         """The number of a text, which is put down once."""
         return self.strings.setdefault(visible(str(value), limit), len(self.strings))
 
-    def pack(self, episode: Episode, learned: Mapping[tuple[int, int], Mapping[str, Any]]) -> dict[str, Any]:
+    def pack(
+        self, episode: Episode, learned: Mapping[tuple[int, int], Mapping[str, Any]]
+    ) -> dict[str, Any]:
         """An episode as the browser shows it."""
         whole = [r for r in episode.rewards if r.turn is None]
         return {
-            "task": self.text(episode.task.id), "prompt": self.text(episode.task.prompt), "stop": episode.stop_reason,
+            "task": self.text(episode.task.id),
+            "prompt": self.text(episode.task.prompt),
+            "stop": episode.stop_reason,
             "answer": None if episode.task.answer is None else self.text(episode.task.answer),
             "output": None if episode.output is None else self.text(episode.output),
-            "error": None if episode.error is None else self.text(episode.error), "parent": episode.parent,
+            "error": None if episode.error is None else self.text(episode.error),
+            "parent": episode.parent,
             "rewards": [self.reward(r) for r in whole],
             "versions": {policy: version for policy, version in episode.team_version.items()},
             "decisions": [[self.text(d.name), self.text(d.choice)] for d in episode.decisions],
-            "turns": [self.turn(t, episode.rewards, learned.get((t.index, crc(t.token_ids)), {})) for t in episode.turns],
-        }  # fmt: skip
+            "turns": [
+                self.turn(t, episode.rewards, learned.get((t.index, crc(t.token_ids)), {}))
+                for t in episode.turns
+            ],
+        }
 
-    def turn(self, turn: Turn, rewards: Iterable[Reward], learned: Mapping[str, Any]) -> dict[str, Any]:
+    def turn(
+        self, turn: Turn, rewards: Iterable[Reward], learned: Mapping[str, Any]
+    ) -> dict[str, Any]:
         own = [r for r in rewards if (r.turn, r.sibling) == (turn.index, turn.sibling)]
         pieces = self.pieces(turn.policy, turn.token_ids) if turn.token_ids else None
         found = {
-            "i": turn.index, "k": turn.sibling, "agent": self.text(turn.agent), "version": turn.version or "base",
-            "told": [[m.role, self.text(m.content)] for m in turn.messages], "text": self.text(turn.text), "reads": list(turn.reads),
-            "n": len(turn.token_ids), "rewards": [self.reward(r) for r in own],
-        }  # fmt: skip
+            "i": turn.index,
+            "k": turn.sibling,
+            "agent": self.text(turn.agent),
+            "version": turn.version or "base",
+            "told": [[m.role, self.text(m.content)] for m in turn.messages],
+            "text": self.text(turn.text),
+            "reads": list(turn.reads),
+            "n": len(turn.token_ids),
+            "rewards": [self.reward(r) for r in own],
+        }
         marks = ["not taken"] * (not turn.taken) + ["cut off"] * (turn.finish_reason == "length")
         marks += ["saw the answer"] * turn.saw_gold + [turn.source] * (turn.source != "sampled")
         found |= {"marks": marks} if marks else {}
         found |= {"advantage": learned["advantage"]} if "advantage" in learned else {}
         if pieces is not None and len(pieces) == len(turn.token_ids):
             found["tokens"] = [self.text(piece) for piece in pieces]
-            found |= {"logp": [short(x) for x in turn.logprobs]} if len(turn.logprobs) == len(pieces) else {}
-            found |= {"ratio": learned["ratio"]} if len(learned.get("ratio") or ()) == len(pieces) else {}
+            found |= (
+                {"logp": [short(x) for x in turn.logprobs]}
+                if len(turn.logprobs) == len(pieces)
+                else {}
+            )
+            found |= (
+                {"ratio": learned["ratio"]}
+                if len(learned.get("ratio") or ()) == len(pieces)
+                else {}
+            )
         return found
 
     def reward(self, reward: Reward) -> list[Any]:
@@ -171,7 +241,12 @@ class EpisodeIndex:
         return [self.text(who), value, self.text(reward.text) if reward.text else None]
 
     def to_json(self) -> dict[str, Any]:
-        return {"runs": self.runs, "strings": list(self.strings), "rows": self.rows, "episodes": self.episodes}
+        return {
+            "runs": self.runs,
+            "strings": list(self.strings),
+            "rows": self.rows,
+            "episodes": self.episodes,
+        }
 
 
 def even(found: Sequence[EpisodeRow], limit: int) -> list[EpisodeRow]:
@@ -189,7 +264,8 @@ def crc(ids: Iterable[int]) -> int:
 
 
 def read_learned(path: Path, wanted: set[str]) -> dict[str, dict[tuple[int, int], dict[str, Any]]]:
-    """What training made of each turn: {episode: {(turn, checksum of its tokens): advantage and ratios}}. See `trainers/monitoring/token_log.py`."""
+    """What training made of each turn: {episode: {(turn, checksum of its tokens): advantage and
+    ratios}}. See `trainers/monitoring/token_log.py`."""
     found: dict[str, dict[tuple[int, int], dict[str, Any]]] = defaultdict(dict)
     for data in json_lines(path):
         if data["episode"] in wanted:

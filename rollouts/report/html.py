@@ -1,4 +1,5 @@
-"""Pieces of an HTML page: escaped text, numbers, tables, and the document with its policy (CSP). No style attributes, nothing fetched."""
+"""Pieces of an HTML page: escaped text, numbers, tables, and the document with its policy (CSP). No
+style attributes, nothing fetched."""
 
 from __future__ import annotations
 
@@ -14,24 +15,37 @@ from typing import Any, TypeGuard
 STYLE = Path(__file__).with_name("report.css").read_text()
 SCRIPT = Path(__file__).with_name("report.js").read_text()
 MAX_TEXT = 4000  # characters of one message
-BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they turn the order of what follows
+BIDI = (  # they turn the order of what follows
+    "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
 MAX_POINTS = 120  # of a curve that tell their value when pointed at
 
 
 def page(title: str, body: str, data: Any = None, *, follow: bool = False) -> str:
-    """A whole document of HTML `body`. Its policy allows the one style sheet and the one script by hash, and nothing else.
+    """A whole document of HTML `body`. Its policy allows the one style sheet and the one script by
+    hash, and nothing else.
 
-    `data` goes in as JSON that the script reads; JSON is not run. `follow` lets the script ask the server the page came from.
+    `data` goes in as JSON that the script reads; JSON is not run. `follow` lets the script ask the
+    server the page came from.
     """
-    policy = f"default-src 'none'; style-src '{digest(STYLE)}'; script-src '{digest(SCRIPT)}'; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; style-src '{digest(STYLE)}'; script-src '{digest(SCRIPT)}'; base-uri"
+        " 'none'; form-action 'none'"
+    )
     policy += "; connect-src 'self'" if follow else ""
-    facts = json.dumps({"follow": follow, **(data or {})}, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    facts = json.dumps(
+        {"follow": follow, **(data or {})},
+        ensure_ascii=False,
+        separators=(",", ":"),
+        allow_nan=False,
+    )
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body>{body}\n"
-        f'<script type="application/json" id="data">{inert(facts)}</script>\n<script>{SCRIPT}</script></body></html>\n'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta'
+        f' http-equiv="Content-Security-Policy" content="{policy}"><meta name="viewport"'
+        ' content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light'
+        f' dark"><title>{text(title)}</title><style>{STYLE}</style></head>\n<body>{body}\n<script'
+        ' type="application/json"'
+        f' id="data">{inert(facts)}</script>\n<script>{SCRIPT}</script></body></html>\n'
     )
 
 
@@ -47,7 +61,8 @@ def inert(source: str) -> str:
 
 
 def visible(raw: str, limit: int = MAX_TEXT) -> str:
-    """Control characters and such as turn the reading order made visible, cut at `limit`. Not escaped."""
+    """Control characters and such as turn the reading order made visible, cut at `limit`. Not
+    escaped."""
     cut = f" … ({len(raw) - limit} more characters)" if len(raw) > limit else ""
     if not raw.isprintable():
         raw = "".join(shown(c) for c in raw[:limit])
@@ -80,16 +95,22 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def section(title: str, body: str, kind: str = "", name: str = "") -> str:
-    """A part of the page with a heading; "" if there is nothing in it. `name` makes it a target of links."""
+    """A part of the page with a heading; "" if there is nothing in it. `name` makes it a target of
+    links."""
     at = f' id="{name}"' if name else ""
-    return f'<section{at}><h2>{title}</h2><div class="{kind}">{body}</div></section>' if body else ""
+    return (
+        f'<section{at}><h2>{title}</h2><div class="{kind}">{body}</div></section>' if body else ""
+    )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     """Cells are HTML already."""
     cells = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     heads = "".join(f'<th scope="col">{h}</th>' for h in head)
-    return f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
+    return (
+        '<div class="scroll" tabindex="0"><table'
+        f' class="{kind}"><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
+    )
 
 
 def whisker(mean: float, low: float, high: float) -> str:
@@ -103,5 +124,7 @@ def whisker(mean: float, low: float, high: float) -> str:
 
 
 def legend(colours: Mapping[str, str]) -> str:
-    names = "".join(f'<span class="{colour}">{text(name)}</span>' for name, colour in colours.items())
+    names = "".join(
+        f'<span class="{colour}">{text(name)}</span>' for name, colour in colours.items()
+    )
     return f'<p class="legend">{names}</p>'

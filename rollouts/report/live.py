@@ -1,8 +1,9 @@
 """`marlora report --follow`: the report of a running run, served on loopback.
 
-The address holds a token, and everything without it is a 404: other users of the machine, and pages in the same browser, cannot read
-what the models wrote. The page asks every two seconds whether files of the run have changed and then loads again; episodes that it
-does not hold are fetched by name.
+The address holds a token, and everything without it is a 404: other users of the machine, and pages
+in the same browser, cannot read what the models wrote. The page asks every two seconds whether
+files of the run have changed and then loads again; episodes that it does not hold are fetched by
+name.
 """
 
 from __future__ import annotations
@@ -21,14 +22,31 @@ from .report import build
 if TYPE_CHECKING:
     from aiohttp import web
 
-WATCHED = ("config.yaml", "metrics.jsonl", "summary.json", "proofs.json", "warnings.log", "learned.jsonl")
-HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
+WATCHED = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "proofs.json",
+    "warnings.log",
+    "learned.jsonl",
+)
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 class LiveReport:
-    """Serves the report of these runs. `await start(port)` gives the address; `await close()` ends it."""
+    """Serves the report of these runs. `await start(port)` gives the address; `await close()` ends
+    it."""
 
-    def __init__(self, folders: Sequence[Path], pieces: Pieces | None = None, max_episodes: int = MAX_EPISODES) -> None:
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        pieces: Pieces | None = None,
+        max_episodes: int = MAX_EPISODES,
+    ) -> None:
         self.folders, self.pieces, self.max_episodes = list(folders), pieces, max_episodes
         self.token = secrets.token_urlsafe(24)
         self._runner: web.AppRunner | None = None
@@ -39,7 +57,10 @@ class LiveReport:
         """Changes whenever a run has written something."""
         files = [run / name for run in self.folders for name in WATCHED]
         files += [path for run in self.folders for path in Store(run / "episodes").files()]
-        return " ".join(f"{s.st_size}.{s.st_mtime_ns}" for s in (path.stat() for path in files if path.is_file()))
+        return " ".join(
+            f"{s.st_size}.{s.st_mtime_ns}"
+            for s in (path.stat() for path in files if path.is_file())
+        )
 
     async def start(self, port: int = 0) -> str:
         """The address, on loopback; port 0 takes a free one."""
@@ -78,9 +99,13 @@ class LiveReport:
         async with self._building:
             now = self.version()
             if self._page[0] != now:
-                made, _ = await asyncio.to_thread(build, self.folders, self.pieces, self.max_episodes, True)
+                made, _ = await asyncio.to_thread(
+                    build, self.folders, self.pieces, self.max_episodes, True
+                )
                 self._page = (now, made)
-        return web.Response(body=self._page[1].encode(errors="replace"), content_type="text/html", charset="utf-8")
+        return web.Response(
+            body=self._page[1].encode(errors="replace"), content_type="text/html", charset="utf-8"
+        )
 
     async def tell_version(self, request: web.Request) -> web.Response:
         from aiohttp import web
@@ -94,12 +119,19 @@ class LiveReport:
         number, _, wanted = request.query.get("name", "").partition(":")
         if not number.isdecimal() or int(number) >= len(self.folders):
             raise web.HTTPNotFound()
-        run, gallery = self.folders[int(number)], EpisodeIndex(self.pieces or (lambda policy, ids: None))
+        run, gallery = (
+            self.folders[int(number)],
+            EpisodeIndex(self.pieces or (lambda policy, ids: None)),
+        )
 
         def find() -> dict[str, object] | None:
             learned = read_learned(run / "learned.jsonl", {wanted}).get(wanted, {})
             found = next(iter(Store(run / "episodes").read(id=wanted)), None)
-            return None if found is None else {"episode": gallery.pack(found, learned), "strings": list(gallery.strings)}
+            return (
+                None
+                if found is None
+                else {"episode": gallery.pack(found, learned), "strings": list(gallery.strings)}
+            )
 
         found = await asyncio.to_thread(find)
         if found is None:

@@ -1,8 +1,10 @@
-"""What each turn of an actor-critic team was worth: the reward of `marlora.agents.patterns.actor_critic`, by
-`rewards: [correct, marlora.rollouts.rewards.actor_critic:roles]`.
+"""What each turn of an actor-critic team was worth: the reward of
+`marlora.agents.patterns.actor_critic`, by `rewards: [correct,
+marlora.rollouts.rewards.actor_critic:roles]`.
 
-With it a selection by success keeps an actor's right answers, a judge's right judgements, and a critic's feedback that a right answer
-followed (SiriuS, arXiv 2502.04780), whatever came of the episode.
+With it a selection by success keeps an actor's right answers, a judge's right judgements, and a
+critic's feedback that a right answer followed (SiriuS, arXiv 2502.04780), whatever came of the
+episode.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ async def roles(task: Task, episode: Episode) -> list[Reward]:
     turns = [turn for turn in episode.turns if turn.taken]
     actor, judge, *_ = [*dict.fromkeys(turn.agent for turn in turns), "", ""]
     right = {
-        turn.index: (await correct(task, dataclasses.replace(episode, output=turn.text))).value == 1.0
+        turn.index: (
+            (await correct(task, dataclasses.replace(episode, output=turn.text))).value == 1.0
+        )
         for turn in turns
         if turn.agent == actor
     }
@@ -39,12 +43,15 @@ async def roles(task: Task, episode: Episode) -> list[Reward]:
             good, text = judged is answer, label(answer, judged)
         else:
             good = next((right[index] for index in sorted(right) if index > turn.index), False)
-        found.append(Reward("role", float(good), text, turn.agent, turn.index, turn.sibling, source="roles"))
+        found.append(
+            Reward("role", float(good), text, turn.agent, turn.index, turn.sibling, source="roles")
+        )
     return found
 
 
 def label(right: bool, judged: bool | None) -> str:
-    """A judgement in the paper's confusion table: PT and NT are correct, PF calls a right answer wrong, NF a wrong one right."""
+    """A judgement in the paper's confusion table: PT and NT are correct, PF calls a right answer
+    wrong, NF a wrong one right."""
     if judged is None:
         return "no verdict"
     return ("P" if right else "N") + ("T" if judged is right else "F")

@@ -1,9 +1,11 @@
-"""Scores of answers by scorers of others, math-verify and reasoning-gym: what a model wrote may hang, eat memory, or hold code.
+"""Scores of answers by scorers of others, math-verify and reasoning-gym: what a model wrote may
+hang, eat memory, or hold code.
 
-math-verify bounds its time with signals, which work in the main thread only, and sympy under it can spend minutes on `9^{9^9}`;
-scorers of reasoning-gym hand text to sympy's parser or to `eval`. So both run in the cage that programs of a model run in (no
-network, no environment, no files but Python's own and the packages needed), a fresh process for each answer (`scorer.py`).
-Where no cage holds there is no score: `SandboxError`, which ends a run.
+math-verify bounds its time with signals, which work in the main thread only, and sympy under it can
+spend minutes on `9^{9^9}`; scorers of reasoning-gym hand text to sympy's parser or to `eval`. So
+both run in the cage that programs of a model run in (no network, no environment, no files but
+Python's own and the packages needed), a fresh process for each answer (`scorer.py`). Where no cage
+holds there is no score: `SandboxError`, which ends a run.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ MAX_ANSWER = 100_000  # characters of an answer that a set of reasoning-gym scor
 MAX_REQUEST = 16 << 20  # bytes of an answer with all its task says
 MAX_LINE = 4096  # bytes of a verdict
 START = 300.0  # seconds a scorer may take to import what it needs
-GRACE = 10.0  # seconds beyond its time after which a scorer is given up, its own clock having failed
+GRACE = (
+    10.0  # seconds beyond its time after which a scorer is given up, its own clock having failed
+)
 LIVES = 10**9  # seconds of CPU of a scorer; each answer has its own bound
 SCORER = Path(__file__).with_name("scorer.py")
 PACKAGES = {"math": "math-verify", "reasoning_gym": "reasoning-gym"}
@@ -53,7 +57,8 @@ class CheckerError(RuntimeError):
 
 @functools.cache
 def packages_of(name: str) -> tuple[str, ...]:
-    """Files and folders of an installed package and of all it requires. Raises `SandboxError` if it is not installed."""
+    """Files and folders of an installed package and of all it requires. Raises `SandboxError` if it
+    is not installed."""
     found: dict[str, importlib.metadata.Distribution] = {}
     asked = [name]
     while asked:
@@ -64,38 +69,53 @@ def packages_of(name: str) -> tuple[str, ...]:
             found[each] = importlib.metadata.distribution(each)
         except importlib.metadata.PackageNotFoundError as error:
             if each == name:
-                raise SandboxError(f"answers cannot be scored: {name} is not installed; pip install {name}") from error
+                raise SandboxError(
+                    f"answers cannot be scored: {name} is not installed; pip install {name}"
+                ) from error
             continue  # of another platform, or an extra
         asked += [
-            match[0] for line in found[each].requires or () if (match := re.match(r"[\w.-]+", line)) and "extra ==" not in line
+            match[0]
+            for line in found[each].requires or ()
+            if (match := re.match(r"[\w.-]+", line)) and "extra ==" not in line
         ]
     paths = set()
     for dist in found.values():
-        tops = {file.parts[0] for file in dist.files or () if len(file.parts) > 1 or file.suffix in (".py", ".so")}
+        tops = {
+            file.parts[0]
+            for file in dist.files or ()
+            if len(file.parts) > 1 or file.suffix in (".py", ".so")
+        }
         paths |= {str(dist.locate_file(top)) for top in tops - {"..", "__pycache__"}}
     return tuple(sorted(path for path in paths if os.path.isabs(path) and os.path.exists(path)))
 
 
 class Checker:
-    """Our end of one scorer, started at first use, and again after it had to be killed. One request at a time."""
+    """Our end of one scorer, started at first use, and again after it had to be killed. One request
+    at a time."""
 
     def __init__(self, kind: str, timeout: float) -> None:
         self.kind, self.timeout = kind, timeout
         self._caged: IsolatedProcess | None = None
         self._requests = self._verdicts = -1
-        self._slow: dict[str, None] = {}  # answers that ran out of time: a policy that found one will say it again
+        self._slow: dict[
+            str, None
+        ] = {}  # answers that ran out of time: a policy that found one will say it again
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"checker-{kind}")
         atexit.register(self.stop)
 
     async def ask(self, setup: Any, key: str, **request: Any) -> float:
-        """The scorer's result, from 0 to 1. `setup`: which set scores; `key`: what tells this request from others.
+        """The scorer's result, from 0 to 1. `setup`: which set scores; `key`: what tells this
+        request from others.
 
-        Raises `CheckerTimeout`, `CheckerError` with the scorer's words, or `SandboxError` if it cannot be caged.
+        Raises `CheckerTimeout`, `CheckerError` with the scorer's words, or `SandboxError` if it
+        cannot be caged.
         """
         if key in self._slow:
             raise CheckerTimeout(f"not compared within {self.timeout:g} s")
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._ask, setup, request)
+            return await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._ask, setup, request
+            )
         except CheckerTimeout:
             while len(self._slow) >= 1000:
                 del self._slow[next(iter(self._slow))]
@@ -125,7 +145,9 @@ class Checker:
                 raise ValueError("a verdict of another answer")
         except (OSError, EOFError, ValueError, KeyError) as error:
             self.stop()
-            raise CheckerError(f"the {self.kind} checker ended ({type(error).__name__}: {str(error)[:200]})") from error
+            raise CheckerError(
+                f"the {self.kind} checker ended ({type(error).__name__}: {str(error)[:200]})"
+            ) from error
         except CheckerTimeout:
             self.stop()
             raise
@@ -148,7 +170,15 @@ class Checker:
             self._requests, requests, self._verdicts, verdicts = ends
             try:
                 pipes = {"requests": requests, "verdicts": verdicts}
-                self._caged = IsolatedProcess(isolation(), "scorer", limits, SCORER.read_text("utf-8"), pipes, [self.kind], packages)
+                self._caged = IsolatedProcess(
+                    isolation(),
+                    "scorer",
+                    limits,
+                    SCORER.read_text("utf-8"),
+                    pipes,
+                    [self.kind],
+                    packages,
+                )
             except SandboxError:
                 os.close(self._requests)
                 os.close(self._verdicts)
@@ -186,7 +216,8 @@ _gym = Checker("reasoning_gym", timeout=30.0)
 
 
 async def equal(gold: str, answer: str) -> bool:
-    """Are two answers the same mathematically (`1/2` and `0.5`, `x+1` and `1+x`)? False where one cannot be read as mathematics.
+    """Are two answers the same mathematically (`1/2` and `0.5`, `x+1` and `1+x`)? False where one
+    cannot be read as mathematics.
 
     Raises `CheckerTimeout` after 3 s, `CheckerError`, and `SandboxError` where no cage holds.
     """
@@ -205,7 +236,8 @@ async def gym_score(name: str, args: dict[str, Any], entry: Any, answer: str) ->
 
 
 def plain(value: Any) -> Any:
-    """Python values as JSON values from which `unplain` restores them: tuples, sets and keys that are not text survive."""
+    """Python values as JSON values from which `unplain` restores them: tuples, sets and keys that
+    are not text survive."""
     if isinstance(value, list):
         return [plain(item) for item in value]
     if isinstance(value, dict):

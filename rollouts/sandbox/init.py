@@ -1,14 +1,17 @@
-"""The first thing that runs inside a cage: gives up every right, then runs what it was told to. `cage.py` starts it.
+"""The first thing that runs inside a cage: gives up every right, then runs what it was told to.
+`cage.py` starts it.
 
     python -I -S -B warden.py JOB
 
-JOB is JSON: limits, filter, what may be read (`Cage.command` makes it); what is to be run is read from the file descriptor
-`text`. Standard library alone, no import of ours: it is read as a file where nothing of marlora's is.
+JOB is JSON: limits, filter, what may be read (`Cage.command` makes it); what is to be run is read
+from the file descriptor `text`. Standard library alone, no import of ours: it is read as a file
+where nothing of marlora's is.
 
-From the moment the filter is on, this process cannot fork, open a socket, send a signal or read a file other than Python's own.
-Roles: `python` runs a program, `candidate` answers calls of a program's functions, `checker` runs tests that make these
-calls, `exec` becomes another executable. `scorer` may fork, and nothing else: it runs `scorer.py`, which is ours, and each child
-that reads a model's answer gives that right up first.
+From the moment the filter is on, this process cannot fork, open a socket, send a signal or read a
+file other than Python's own. Roles: `python` runs a program, `candidate` answers calls of a
+program's functions, `checker` runs tests that make these calls, `exec` becomes another executable.
+`scorer` may fork, and nothing else: it runs `scorer.py`, which is ours, and each child that reads a
+model's answer gives that right up first.
 """
 
 from __future__ import annotations
@@ -29,9 +32,14 @@ if TYPING:  # importing it takes ten milliseconds of every program's time
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 22, 24, 38, 47
 CAPSET = {"x86_64": 126, "aarch64": 91}
-CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # Landlock: the same numbers on every architecture
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = (
+    444,
+    445,
+    446,
+)  # Landlock: the same numbers on every architecture
 READ, LIST = 0b1101, 0b1000  # execute, read file, read folder
-# All that Landlock can refuse, by version of its interface: 13 rights of files, then refer, truncate, ioctl of devices.
+# All that Landlock can refuse, by version of its interface: 13 rights of files, then refer,
+# truncate, ioctl of devices.
 FILE_RIGHTS = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF, 5: 0xFFFF}
 MAX_LINE = 1 << 20  # bytes of one call or answer between checker and candidate
 FILES = 256  # in /tmp
@@ -57,26 +65,37 @@ def limit(job: Job) -> None:
         (resource.RLIMIT_MSGQUEUE, 0),
     ):
         resource.setrlimit(kind, (value, value))
-    resource.setrlimit(resource.RLIMIT_CPU, (job["cpu_seconds"], job["cpu_seconds"] + 1))  # a signal, then the end
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (job["cpu_seconds"], job["cpu_seconds"] + 1)
+    )  # a signal, then the end
 
 
 def scratch(size: int) -> None:
-    """A /tmp of so many bytes and `FILES` files (an empty file takes memory too, and bubblewrap cannot bound their number)."""
+    """A /tmp of so many bytes and `FILES` files (an empty file takes memory too, and bubblewrap
+    cannot bound their number)."""
     options = f"size={size},nr_inodes={FILES},mode=0700".encode()
-    must(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", ctypes.c_ulong(MS_NOSUID | MS_NODEV | MS_NOEXEC), options), "mount /tmp")
+    must(
+        libc.mount(
+            b"tmpfs", b"/tmp", b"tmpfs", ctypes.c_ulong(MS_NOSUID | MS_NODEV | MS_NOEXEC), options
+        ),
+        "mount /tmp",
+    )
     os.chdir("/tmp")
 
 
 def drop_capabilities() -> None:
     for number in range(64):
-        libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0)  # refused without rights, and then there is nothing to give up
+        libc.prctl(
+            PR_CAPBSET_DROP, number, 0, 0, 0
+        )  # refused without rights, and then there is nothing to give up
     libc.prctl(PR_CAP_AMBIENT, 4, 0, 0, 0)
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     must(libc.syscall(CAPSET[os.uname().machine], header, none), "capset")
 
 
 def landlock(paths: list[str], listed: list[str]) -> None:
-    """Only what is below `paths` can be read, nothing written; no TCP, no signal or abstract socket to the outside.
+    """Only what is below `paths` can be read, nothing written; no TCP, no signal or abstract socket
+    to the outside.
 
     Below `listed` the names of files can be read, not their contents.
     """
@@ -84,7 +103,9 @@ def landlock(paths: list[str], listed: list[str]) -> None:
     files = FILE_RIGHTS[min(abi, 5)]
     # struct landlock_ruleset_attr: access_fs, access_net (from 4 on), scoped (from 6 on)
     attr = (ctypes.c_uint64 * 3)(files, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
-    ruleset = must(libc.syscall(CREATE_RULESET, attr, 8 * (1 + (abi >= 4) + (abi >= 6)), 0), "landlock ruleset")
+    ruleset = must(
+        libc.syscall(CREATE_RULESET, attr, 8 * (1 + (abi >= 4) + (abi >= 6)), 0), "landlock ruleset"
+    )
     for path, rights in [*((path, READ) for path in paths), *((path, LIST) for path in listed)]:
         try:
             handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -127,7 +148,9 @@ def shut_in(job: Job) -> None:
 
 def read_all(handle: int) -> str:
     with os.fdopen(handle, "rb") as file:
-        return file.read().decode("utf-8", "surrogatepass")  # what is no text is no program, and told as such
+        return file.read().decode(
+            "utf-8", "surrogatepass"
+        )  # what is no text is no program, and told as such
 
 
 # values between checker and candidate: builtin types only, whatever the candidate makes of its own
@@ -154,7 +177,10 @@ def pack(value: Any, depth: int = 0) -> Any:
         if isinstance(value, kind):
             return [kind.__name__, [pack(item, depth + 1) for item in kind.__iter__(value)]]
     if isinstance(value, dict):
-        return ["dict", [[pack(key, depth + 1), pack(item, depth + 1)] for key, item in dict.items(value)]]
+        return [
+            "dict",
+            [[pack(key, depth + 1), pack(item, depth + 1)] for key, item in dict.items(value)],
+        ]
     raise TypeError(f"a {type(value).__name__} cannot cross; return a builtin type")
 
 
@@ -215,13 +241,16 @@ def run_python(job: Job, text: str) -> None:
 
         sys.stdout.flush()
         frames = traceback.extract_tb(error.__traceback__)[1:]  # without this file's
-        sys.stderr.write("".join(traceback.format_list(frames)) + traceback.format_exception_only(error)[-1])
+        sys.stderr.write(
+            "".join(traceback.format_list(frames)) + traceback.format_exception_only(error)[-1]
+        )
         sys.exit(1)
 
 
 def run_candidate(job: Job, text: str) -> None:
-    """Load the program, then answer one call per line. Whoever wrote the program also has this end of the pipe, so nothing that comes
-    out of it is believed: it is a value that the checker compares, or it is not."""
+    """Load the program, then answer one call per line. Whoever wrote the program also has this end
+    of the pipe, so nothing that comes out of it is believed: it is a value that the checker
+    compares, or it is not."""
     calls, answers = job["calls"], job["answers"]
     sys.stdin = open(os.devnull)  # noqa: SIM115
     space: dict[str, Any] = {"__name__": "candidate", "__builtins__": __builtins__}
@@ -253,12 +282,17 @@ def told(error: BaseException) -> str:
 
 def builtin_error(name: str, text: str) -> Exception:
     kind: Any = getattr(builtins, str(name), None)
-    fits = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, (UnicodeError, BaseExceptionGroup))
+    fits = (
+        isinstance(kind, type)
+        and issubclass(kind, Exception)
+        and not issubclass(kind, (UnicodeError, BaseExceptionGroup))
+    )
     return kind(str(text)[:300]) if fits else Failed(f"{name}: {text}"[:300])
 
 
 def run_checker(job: Job, text: str) -> None:
-    """Run the tests and tell of each at once ("" if it passed), with the nonce that only this process was given."""
+    """Run the tests and tell of each at once ("" if it passed), with the nonce that only this
+    process was given."""
     calls, answers = job["calls"], job["answers"]
     tests = json.loads(text)
 
@@ -321,7 +355,12 @@ def main() -> None:
         shut_in(job)
         more = sys.argv[2:]
         sys.argv[:] = [""]
-        roles = {"python": run_python, "candidate": run_candidate, "checker": run_checker, "scorer": run_scorer}
+        roles = {
+            "python": run_python,
+            "candidate": run_candidate,
+            "checker": run_checker,
+            "scorer": run_scorer,
+        }
         role = roles.get(job["role"])
         if role is None:
             os.execv(job["argv"][0], job["argv"] + more)

@@ -1,8 +1,9 @@
 """Plain Python in a cage: run a program, or check one against tests that it never sees.
 
-To check takes two processes. The candidate holds the program, the checker the tests; between them go calls and answers, and an
-answer is rebuilt of builtin types before it is compared. So a program can end its own process, forge `__eq__`, walk frames or
-write to any descriptor it finds, and has told the checker nothing but a value that is right or wrong.
+To check takes two processes. The candidate holds the program, the checker the tests; between them
+go calls and answers, and an answer is rebuilt of builtin types before it is compared. So a program
+can end its own process, forge `__eq__`, walk frames or write to any descriptor it finds, and has
+told the checker nothing but a value that is right or wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 
-from ...agents.execution import (Limits, TestSuite, ExecutionResult, SandboxError, Status, TestResult)
+from ...agents.execution import Limits, TestSuite, ExecutionResult, SandboxError, Status, TestResult
 from .init import NO_PROGRAM
 from .isolation import ENVIRONMENT, Isolation, Role, text_file
 
@@ -30,17 +31,33 @@ class IsolatedProcess:
     """A running process in a cage, from start to certain end."""
 
     def __init__(
-        self, cage: Isolation, role: Role, limits: Limits, text: str, pipes: Mapping[str, int], argv: Sequence[str] = (),
+        self,
+        cage: Isolation,
+        role: Role,
+        limits: Limits,
+        text: str,
+        pipes: Mapping[str, int],
+        argv: Sequence[str] = (),
         packages: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         program, (ready, told) = text_file(text), os.pipe()
         try:
-            command = cage.command(role, limits, {"text": program, "ready": told, **pipes}, argv, packages)
-            out = subprocess.PIPE if role == "python" else subprocess.DEVNULL  # standard error tells why a cage failed, too
+            command = cage.command(
+                role, limits, {"text": program, "ready": told, **pipes}, argv, packages
+            )
+            out = (
+                subprocess.PIPE if role == "python" else subprocess.DEVNULL
+            )  # standard error tells why a cage failed, too
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd="/",
-                pass_fds=(program, told, *pipes.values()), start_new_session=True,
-            )  # fmt: skip
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.PIPE,
+                env=ENVIRONMENT,
+                cwd="/",
+                pass_fds=(program, told, *pipes.values()),
+                start_new_session=True,
+            )
         except OSError as error:
             os.close(ready)
             raise SandboxError(f"{cage.kind}: cannot be started ({error})") from error
@@ -51,7 +68,10 @@ class IsolatedProcess:
 
     def wait_until_shut(self, seconds: float = START) -> None:
         """Raises `SandboxError` if the cage fails before the program begins."""
-        with contextlib.closing(os.fdopen(self.ready, "rb", buffering=0)) as ready, selectors.DefaultSelector() as selector:
+        with (
+            contextlib.closing(os.fdopen(self.ready, "rb", buffering=0)) as ready,
+            selectors.DefaultSelector() as selector,
+        ):
             selector.register(ready, selectors.EVENT_READ)
             if selector.select(seconds) and ready.read(1) == b"r":
                 return
@@ -61,7 +81,8 @@ class IsolatedProcess:
         raise SandboxError(f"{self.kind}: {(words or ['it did not start'])[-1][:300]}")
 
     def end(self) -> None:
-        """Kill all there is of it, at once. In bubblewrap the death of the first process is the death of all."""
+        """Kill all there is of it, at once. In bubblewrap the death of the first process is the
+        death of all."""
         if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -75,7 +96,9 @@ class IsolatedProcess:
 
 
 @contextlib.contextmanager
-def _started(cage: Isolation, role: Role, limits: Limits, text: str, pipes: Mapping[str, int]) -> Iterator[IsolatedProcess]:
+def _started(
+    cage: Isolation, role: Role, limits: Limits, text: str, pipes: Mapping[str, int]
+) -> Iterator[IsolatedProcess]:
     caged = IsolatedProcess(cage, role, limits, text, pipes)
     try:
         caged.wait_until_shut()
@@ -84,10 +107,13 @@ def _started(cage: Isolation, role: Role, limits: Limits, text: str, pipes: Mapp
         caged.close()
 
 
-def run_plain(cage: Isolation, program: str, limits: Limits, stop: int | None = None) -> ExecutionResult:
+def run_plain(
+    cage: Isolation, program: str, limits: Limits, stop: int | None = None
+) -> ExecutionResult:
     """Run a program as `__main__`, with what it prints as the output. Blocks.
 
-    `stop`: a file descriptor; when it can be read (or its other end is closed), the program is ended. Raises `SandboxError` if the cage fails.
+    `stop`: a file descriptor; when it can be read (or its other end is closed), the program is
+    ended. Raises `SandboxError` if the cage fails.
     """
     with _started(cage, "python", limits, program, {}) as caged:
         start = time.monotonic()
@@ -140,9 +166,18 @@ def _status(code: int, errors: str, seconds: float, limits: Limits) -> Status:
     if code == 0:
         return "done"
     number = -code if code < 0 else code - 128
-    if number == signal.SIGXCPU or (number == signal.SIGKILL and seconds + GRACE > limits.cpu_seconds):
+    if number == signal.SIGXCPU or (
+        number == signal.SIGKILL and seconds + GRACE > limits.cpu_seconds
+    ):
         return "time"
-    if number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGSYS, signal.SIGTRAP):
+    if number in (
+        signal.SIGKILL,
+        signal.SIGSEGV,
+        signal.SIGBUS,
+        signal.SIGABRT,
+        signal.SIGSYS,
+        signal.SIGTRAP,
+    ):
         return "killed"
     last = (errors.strip().splitlines() or [""])[-1]
     if last.startswith("MemoryError"):
@@ -161,21 +196,36 @@ def _words(status: Status, code: int, errors: str, limits: Limits) -> str:
     return "" if status == "done" else words.get(status, last)
 
 
-def check_plain(cage: Isolation, program: str, tests: TestSuite, limits: Limits, stop: int | None = None) -> TestResult:
-    """What the tests say of a program. Blocks. Time, memory and output hold for both processes; a limit met fails the tests that are left."""
+def check_plain(
+    cage: Isolation, program: str, tests: TestSuite, limits: Limits, stop: int | None = None
+) -> TestResult:
+    """What the tests say of a program. Blocks. Time, memory and output hold for both processes; a
+    limit met fails the tests that are left."""
     nonce = secrets.token_hex(16)
-    told = json.dumps({"nonce": nonce, "tests": tests.tests, "names": tests.names, "setup": tests.setup})
+    told = json.dumps(
+        {"nonce": nonce, "tests": tests.tests, "names": tests.names, "setup": tests.setup}
+    )
     with contextlib.ExitStack() as stack:
-        (calls_out, calls_in), (answers_out, answers_in), (verdict_out, verdict_in) = (_pipe(stack) for _ in range(3))
+        (calls_out, calls_in), (answers_out, answers_in), (verdict_out, verdict_in) = (
+            _pipe(stack) for _ in range(3)
+        )
         ours = {"calls": calls_out.fileno(), "answers": answers_in.fileno()}
         candidate = stack.enter_context(_started(cage, "candidate", limits, program, ours))
-        ours = {"calls": calls_in.fileno(), "answers": answers_out.fileno(), "verdict": verdict_in.fileno()}
+        ours = {
+            "calls": calls_in.fileno(),
+            "answers": answers_out.fileno(),
+            "verdict": verdict_in.fileno(),
+        }
         checker = stack.enter_context(_started(cage, "checker", limits, told, ours))
         for end in (calls_out, calls_in, answers_out, answers_in, verdict_in):
             end.close()
         drained = [p.stderr for p in (candidate.process, checker.process) if p.stderr is not None]
-        lines, reason = _verdict(verdict_out.fileno(), [pipe.fileno() for pipe in drained], limits, stop)
-    results = [result for key, result in map(json.loads, lines) if secrets.compare_digest(key, nonce)]
+        lines, reason = _verdict(
+            verdict_out.fileno(), [pipe.fileno() for pipe in drained], limits, stop
+        )
+    results = [
+        result for key, result in map(json.loads, lines) if secrets.compare_digest(key, nonce)
+    ]
     return TestResult(tuple(results + [reason] * (len(tests.tests) - len(results))))
 
 
@@ -184,8 +234,11 @@ def _pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
     return stack.enter_context(FileIO(out, "rb")), stack.enter_context(FileIO(into, "wb"))
 
 
-def _verdict(verdict: int, drained: Sequence[int], limits: Limits, stop: int | None) -> tuple[list[bytes], str]:
-    """(whole lines of the verdict, why the rest is missing). What the processes say beside it is read and dropped."""
+def _verdict(
+    verdict: int, drained: Sequence[int], limits: Limits, stop: int | None
+) -> tuple[list[bytes], str]:
+    """(whole lines of the verdict, why the rest is missing). What the processes say beside it is
+    read and dropped."""
     read, end, printed = b"", time.monotonic() + limits.seconds, 0
     with selectors.DefaultSelector() as selector:
         for handle in [verdict, *drained, *([] if stop is None else [stop])]:
@@ -200,7 +253,10 @@ def _verdict(verdict: int, drained: Sequence[int], limits: Limits, stop: int | N
                 if handle == verdict:
                     read += piece
                     if not piece:
-                        return read.split(b"\n")[:-1], "the candidate could not be loaded, or the checker ended"
+                        return (
+                            read.split(b"\n")[:-1],
+                            "the candidate could not be loaded, or the checker ended",
+                        )
                     continue
                 printed += len(piece)
                 if not piece:

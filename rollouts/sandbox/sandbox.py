@@ -1,11 +1,12 @@
-"""Where programs that a model wrote are run: one door, two interpreters behind it, and no way around.
+"""Where programs that a model wrote are run: one door, two interpreters behind it, and no way
+around.
 
     outcome = await run("await ask('2 + 2?')", {"ask": ask})       # a workflow program, in Monty: it can call `ask` and nothing else
     outcome = await run("print(2 + 2)")                            # plain Python, in a cage
     verdict = await check(program, Exam(("assert f(2) == 4",), ("f",)))
 
-Nothing falls back: where no cage holds (`proof.py` tries), both raise `SandboxError`, which ends a run. Whatever a program does is an
-`ExecutionResult`, and costs the episode that wrote it.
+Nothing falls back: where no cage holds (`proof.py` tries), both raise `SandboxError`, which ends a
+run. Whatever a program does is an `ExecutionResult`, and costs the episode that wrote it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,31 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ...agents.execution import (Limits, TestSuite, Externals, ExecutionResult, ProgramError, SandboxError, TestResult)
+from ...agents.execution import (
+    Limits,
+    TestSuite,
+    Externals,
+    ExecutionResult,
+    ProgramError,
+    SandboxError,
+    TestResult,
+)
 from .isolation import Isolation
 from .python import check_plain, run_plain
 from .self_test import isolation, isolations
 from .workflow import Interpreter
 
-__all__ = ["Limits", "ExecutionResult", "ProgramError", "SandboxError", "TestSuite", "TestResult", "check", "run", "state"]
+__all__ = [
+    "Limits",
+    "ExecutionResult",
+    "ProgramError",
+    "SandboxError",
+    "TestSuite",
+    "TestResult",
+    "check",
+    "run",
+    "state",
+]
 
 T = TypeVar("T")
 MAX_PROGRAM = 1 << 20  # characters
@@ -32,7 +51,8 @@ LIMITS = Limits()
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    """As many plain programs at once as there are cores: what waits longer has not begun, so no clock of it runs."""
+    """As many plain programs at once as there are cores: what waits longer has not begun, so no
+    clock of it runs."""
     return ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="sandbox")
 
 
@@ -41,21 +61,28 @@ def _interpreter(held: Isolation) -> Interpreter:
     return Interpreter(held)
 
 
-async def run(program: str, externals: Externals | None = None, limits: Limits = LIMITS) -> ExecutionResult:
-    """Run a program: with `externals` (even none, `{}`) a workflow program, without them plain Python.
+async def run(
+    program: str, externals: Externals | None = None, limits: Limits = LIMITS
+) -> ExecutionResult:
+    """Run a program: with `externals` (even none, `{}`) a workflow program, without them plain
+    Python.
 
-    Raises `SandboxError` if programs cannot be run here, and what an external raises (but `ProgramError`, which the program sees).
+    Raises `SandboxError` if programs cannot be run here, and what an external raises (but
+    `ProgramError`, which the program sees).
     """
     held = await _held()
     if len(program) > MAX_PROGRAM or "\0" in program:
-        return ExecutionResult("syntax", error=f"no program: more than {MAX_PROGRAM} characters, or a NUL among them")
+        return ExecutionResult(
+            "syntax", error=f"no program: more than {MAX_PROGRAM} characters, or a NUL among them"
+        )
     if externals is not None:
         return await _interpreter(held).run(program, externals, limits)
     return await _in_thread(run_plain, held, program, limits)
 
 
 async def check(program: str, tests: TestSuite, limits: Limits = LIMITS) -> TestResult:
-    """What hidden tests say of a program that cannot see them. Raises `SandboxError` if programs cannot be run here."""
+    """What hidden tests say of a program that cannot see them. Raises `SandboxError` if programs
+    cannot be run here."""
     held = await _held()
     if len(program) > MAX_PROGRAM or "\0" in program:
         return TestResult(("no program",) * len(tests.tests))
@@ -72,7 +99,10 @@ def state() -> tuple[str, str]:
     names = " and ".join(each.kind for each in isolations())
     words = f"Monty, plain Python in {held.kind} (held against attacks: {names})"
     if held.kind == "landlock":
-        return f"{words}: reduced, names and sizes of files can be told", "allow user namespaces, and install bubblewrap"
+        return (
+            f"{words}: reduced, names and sizes of files can be told",
+            "allow user namespaces, and install bubblewrap",
+        )
     return words, ""
 
 
@@ -81,9 +111,12 @@ async def _held() -> Isolation:
 
 
 async def _in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Call it with a file descriptor that tells it to stop, which happens when whoever waits for the result is cancelled."""
+    """Call it with a file descriptor that tells it to stop, which happens when whoever waits for
+    the result is cancelled."""
     out, into = os.pipe()
-    work = asyncio.get_running_loop().run_in_executor(_threads(), functools.partial(function, *args, stop=out))
+    work = asyncio.get_running_loop().run_in_executor(
+        _threads(), functools.partial(function, *args, stop=out)
+    )
     try:
         return await asyncio.shield(work)
     finally:

@@ -1,13 +1,16 @@
-"""Scores answers inside a cage: a process that has imported the scorers, and a fresh child of it for every answer.
+"""Scores answers inside a cage: a process that has imported the scorers, and a fresh child of it
+for every answer.
 
-This file is handed to the cage as text (`checker.py` sends it, `warden.py` runs it as the role `scorer`): standard library
-alone, and no import of ours. What a model wrote is never read here but in the child that scores it. The child has its own
-time and memory, may start no process, holds no descriptor but the pipe for its verdict, and ends after one verdict, so that
-nothing an answer does reaches another one.
+This file is handed to the cage as text (`checker.py` sends it, `warden.py` runs it as the role
+`scorer`): standard library alone, and no import of ours. What a model wrote is never read here but
+in the child that scores it. The child has its own time and memory, may start no process, holds no
+descriptor but the pipe for its verdict, and ends after one verdict, so that nothing an answer does
+reaches another one.
 
-An answer must not become code either. Scorers hand answers to `eval`, sympy's parser above all. An audit hook, which
-cannot be removed, looks at every piece of code before it runs: expressions of mathematical functions and numbers pass in
-sympy's parser, lists of constants elsewhere, and everything else is refused, which makes the answer a wrong one.
+An answer must not become code either. Scorers hand answers to `eval`, sympy's parser above all. An
+audit hook, which cannot be removed, looks at every piece of code before it runs: expressions of
+mathematical functions and numbers pass in sympy's parser, lists of constants elsewhere, and
+everything else is refused, which makes the answer a wrong one.
 """
 
 from __future__ import annotations
@@ -39,19 +42,32 @@ CHANNEL = 3  # the file descriptor of a child's verdict
 DRAWS = "matplotlib", "mpl_toolkits"
 VERDICT = 1000  # bytes of a child's verdict, all it may write
 FORBIDDEN = (
-    "os.", "subprocess.", "shutil.", "socket.", "ctypes.", "pty.", "tempfile.", "webbrowser.", "signal.", "fcntl.", "mmap.",
-)  # fmt: skip
+    "os.",
+    "subprocess.",
+    "shutil.",
+    "socket.",
+    "ctypes.",
+    "pty.",
+    "tempfile.",
+    "webbrowser.",
+    "signal.",
+    "fcntl.",
+    "mmap.",
+)
 ALLOWED = ("os.listdir", "os.scandir", "os.walk", "os.fwalk")
 IMPORTER = "<frozen importlib._bootstrap>"
 NOT_FINITE = re.compile(r"(?<![a-z])(?:nan|inf|infinity)[ij]?(?![a-z])", re.IGNORECASE)
-# Instructions of displays and of arithmetic, over all versions of Python; no attribute, no function, no import, no loop.
+# Instructions of displays and of arithmetic, over all versions of Python; no attribute, no
+# function, no import, no loop.
 _DISPLAY = """
 RESUME NOP CACHE EXTENDED_ARG LOAD_CONST LOAD_SMALL_INT BUILD_TUPLE BUILD_LIST BUILD_SET BUILD_MAP
 BUILD_CONST_KEY_MAP LIST_EXTEND SET_UPDATE UNARY_NEGATIVE UNARY_POSITIVE UNARY_NOT UNARY_INVERT BINARY_OP
 CALL_INTRINSIC_1 RETURN_VALUE RETURN_CONST
 """
 DISPLAY = frozenset(_DISPLAY.split())
-ARITHMETIC = DISPLAY | frozenset(["LOAD_NAME", "PUSH_NULL", "PRECALL", "CALL", "KW_NAMES", "CALL_KW", "COMPARE_OP"])
+ARITHMETIC = DISPLAY | frozenset(
+    ["LOAD_NAME", "PUSH_NULL", "PRECALL", "CALL", "KW_NAMES", "CALL_KW", "COMPARE_OP"]
+)
 _MATHEMATICS = """
 Integer Float Rational Symbol Function Add Mul Pow sqrt cbrt root real_root exp log ln Mod Max Min Abs abs pow
 round max min sum Eq Ne Lt Le Gt Ge Equality Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan
@@ -62,7 +78,8 @@ MATHEMATICS = frozenset(_MATHEMATICS.split())
 
 
 class NotMathematics(BaseException):
-    """An answer held code; no scorer may take it for an error of its own and go on with a default."""
+    """An answer held code; no scorer may take it for an error of its own and go on with a
+    default."""
 
 
 # what code may run
@@ -75,7 +92,10 @@ class Guard:
         self.told = ""  # what was refused, even where a scorer goes on after it
         self.parser: CodeType | None = None
         self.namespace: CodeType | None = None
-        self.generators = {collections.__file__, dataclasses.__file__}  # code they made of names that were checked, for classes
+        self.generators = {
+            collections.__file__,
+            dataclasses.__file__,
+        }  # code they made of names that were checked, for classes
         self.names = MATHEMATICS
         self.basic: type = type(None)
         if "sympy" in sys.modules:
@@ -87,7 +107,11 @@ class Guard:
             self.parser, self.basic = sympy_parser.eval_expr.__code__, sympy.Basic
             self.namespace = compile("from sympy import *", "<string>", "exec")
             kinds = sympy.Function, type(sympy.Function)
-            functions = {name for name, value in vars(sympy).items() if isinstance(value, kinds[1]) and issubclass(value, kinds[0])}
+            functions = {
+                name
+                for name, value in vars(sympy).items()
+                if isinstance(value, kinds[1]) and issubclass(value, kinds[0])
+            }
             self.names = MATHEMATICS | functions
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
@@ -106,13 +130,16 @@ class Guard:
         raise NotMathematics(why)
 
     def refused(self, code: CodeType, caller: FrameType) -> str:
-        """Why the code may not run, "" if it may. `caller` is who runs it: what an answer holds is run by a scorer alone."""
+        """Why the code may not run, "" if it may. `caller` is who runs it: what an answer holds is
+        run by a scorer alone."""
         runner = caller.f_code.co_filename
         if runner == IMPORTER or runner in self.generators or code == self.namespace:
             return ""
         parsed = caller.f_code is self.parser
         allowed = ARITHMETIC if parsed else DISPLAY
-        found = next((each.opname for each in dis.get_instructions(code) if each.opname not in allowed), "")
+        found = next(
+            (each.opname for each in dis.get_instructions(code) if each.opname not in allowed), ""
+        )
         if found:
             return f"the answer is code, not mathematics ({found})"
         known = caller.f_locals.get("local_dict") if parsed else None
@@ -126,7 +153,8 @@ class Guard:
 
 
 class Drawing(types.ModuleType):
-    """A module that draws, or something of it: not needed for a score, and it would have to write files and start threads."""
+    """A module that draws, or something of it: not needed for a score, and it would have to write
+    files and start threads."""
 
     __path__: list[str] = []
 
@@ -137,7 +165,11 @@ class Drawing(types.ModuleType):
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
-        return importlib.machinery.ModuleSpec(name, cls, is_package=True) if name.split(".")[0] in DRAWS else None  # type: ignore[arg-type]
+        return (
+            importlib.machinery.ModuleSpec(name, cls, is_package=True)
+            if name.split(".")[0] in DRAWS
+            else None
+        )  # type: ignore[arg-type]
 
     @classmethod
     def create_module(cls, spec: Any) -> types.ModuleType:
@@ -152,21 +184,32 @@ def math_work(job: dict[str, Any]) -> Callable[[Any], Work]:
     from math_verify import parse, verify
 
     def parsed(text: str) -> list[Any]:
-        return parse(text if "$" in text or "\\boxed" in text else f"${text}$", parsing_timeout=None)
+        return parse(
+            text if "$" in text or "\\boxed" in text else f"${text}$", parsing_timeout=None
+        )
 
     def work(request: dict[str, Any]) -> bool:
         gold, answer = parsed(request["gold"]), parsed(request["answer"])
         return bool(gold and answer and verify(gold, answer, timeout_seconds=None))
 
-    for answer in ("0.5", "x+1", "(1,2)", "[1,2)", "x=3"):  # builds the grammar, which takes a while
+    for answer in (
+        "0.5",
+        "x+1",
+        "(1,2)",
+        "[1,2)",
+        "x=3",
+    ):  # builds the grammar, which takes a while
         work({"gold": "\\frac{1}{2}", "answer": answer})
     return lambda setup: work
 
 
 def gym_score(dataset: Any, request: dict[str, Any]) -> Any:
-    """The set's own score. Not a number is within any bound that a set sets wrongly (`min(1, nan)` is 1), so no answer is one."""
+    """The set's own score. Not a number is within any bound that a set sets wrongly (`min(1, nan)`
+    is 1), so no answer is one."""
     answer, entry = request["answer"], unplain(request["entry"])
-    if (found := NOT_FINITE.search(answer)) and found[0].lower() not in str(entry["answer"]).lower():
+    if (found := NOT_FINITE.search(answer)) and found[0].lower() not in str(
+        entry["answer"]
+    ).lower():
         raise ValueError(f"{found[0]} is no answer")
     return dataset.score_answer(answer=answer, entry=entry)
 
@@ -223,7 +266,8 @@ def score(verdict: int, work: Work, body: bytes, seconds: float, shut: Callable[
 
 
 def bound(verdict: int, seconds: float, shut: Callable[[], None]) -> Guard:
-    """Give up everything but the channel of the verdict (and /dev/null, which the first three descriptors are)."""
+    """Give up everything but the channel of the verdict (and /dev/null, which the first three
+    descriptors are)."""
     os.dup2(verdict, CHANNEL)
     os.closerange(CHANNEL + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -287,9 +331,12 @@ def exactly(handle: int, size: int) -> bytes:
 
 
 def serve(job: dict[str, Any], ready: Callable[[], None], shut: Callable[[], None]) -> None:
-    """Answer requests until there are no more. A request is its length in 8 bytes, then a header of one line (ours), then the rest."""
+    """Answer requests until there are no more. A request is its length in 8 bytes, then a header of
+    one line (ours), then the rest."""
     sys.path += job["packages"]
-    os.environ.update(dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"))  # no thread may start
+    os.environ.update(
+        dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    )  # no thread may start
     prepare = WORKERS[job["argv"][0]](job)
     gc.freeze()
     for standard in (1, 2):

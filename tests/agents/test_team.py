@@ -1,4 +1,5 @@
-"""The team: numbers given before anything is awaited, chats, siblings, replay, decisions, tools, limits."""
+"""The team: numbers given before anything is awaited, chats, siblings, replay, decisions, tools,
+limits."""
 
 from __future__ import annotations
 
@@ -13,8 +14,29 @@ import pytest
 
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.patterns.debate import Debate
-from marlora.agents.team import (Agent, Call, LimitError, ReplayError, System, Team, derive_seed, fake_team, gather)
-from marlora.agents.types import (AgentSpec, Completion, Decision, Message, Sampling, SettingError, Task, Turn, from_json, to_json)
+from marlora.agents.team import (
+    Agent,
+    Call,
+    LimitError,
+    ReplayError,
+    System,
+    Team,
+    derive_seed,
+    fake_team,
+    gather,
+)
+from marlora.agents.types import (
+    AgentSpec,
+    Completion,
+    Decision,
+    Message,
+    Sampling,
+    SettingError,
+    Task,
+    Turn,
+    from_json,
+    to_json,
+)
 
 T = TypeVar("T")
 
@@ -27,7 +49,8 @@ def run(play: Callable[[], Awaitable[T]]) -> T:
 
 
 def slow_team(names: str, waits: Sequence[int], **settings: Any) -> tuple[Team, list[Call]]:
-    """A team whose k-th call is answered `k` after waits[k] turns of the event loop. Also: the calls, as they arrive."""
+    """A team whose k-th call is answered `k` after waits[k] turns of the event loop. Also: the
+    calls, as they arrive."""
     calls: list[Call] = []
 
     async def ask(call: Call) -> list[Completion]:
@@ -49,7 +72,11 @@ def test_index_is_the_order_of_calls_whatever_the_latency() -> None:
         return [(turn.index, turn.agent, turn.sampling.seed) for turn in team.turns]
 
     assert indices([9, 5, 1]) == indices([1, 5, 9])
-    assert [(index, agent) for index, agent, _ in indices([9, 5, 1])] == [(0, "a"), (1, "b"), (2, "c")]
+    assert [(index, agent) for index, agent, _ in indices([9, 5, 1])] == [
+        (0, "a"),
+        (1, "b"),
+        (2, "c"),
+    ]
 
 
 def test_index_is_taken_before_the_reply_is_awaited() -> None:
@@ -71,13 +98,16 @@ def test_every_request_has_a_seed_of_its_own() -> None:
     found = [seed for episode in range(20) for seed in asyncio.run(seeds(episode))]
     assert len(set(found)) == len(found) == 800
     assert asyncio.run(seeds(3)) == found[120:160]
-    # Siblings draw with the numbers that follow their request's seed: these must not meet another request's.
+    # Siblings draw with the numbers that follow their request's seed: these must not meet another
+    # request's.
     gaps = sorted(found)
     assert min(b - a for a, b in zip(gaps, gaps[1:], strict=False)) > 1000
 
 
 def test_derived_seeds_are_the_same_on_every_machine() -> None:
-    assert derive_seed(0, "solver", 3) == 1720351317042732501  # printf '[0, "solver", 3]' | sha256sum
+    assert (
+        derive_seed(0, "solver", 3) == 1720351317042732501
+    )  # printf '[0, "solver", 3]' | sha256sum
     assert derive_seed("a", "b") != derive_seed("ab") and 0 <= derive_seed() < 2**62
 
 
@@ -97,18 +127,31 @@ def test_a_chat_grows_by_appending_and_fresh_starts_a_new_one() -> None:
         await agent.reply("two")
         await agent.fresh().reply("three")
 
-    team = Team([AgentSpec("a", prompt="You are a.", demos=(Message("user", "u"), Message("assistant", "v")))], ask)
+    team = Team(
+        [
+            AgentSpec(
+                "a", prompt="You are a.", demos=(Message("user", "u"), Message("assistant", "v"))
+            )
+        ],
+        ask,
+    )
     run(play)
     head = (Message("system", "You are a."), Message("user", "u"), Message("assistant", "v"))
     one = head + (Message("user", "one"),)
     assert team.turns[0].messages == one
-    assert team.turns[1].messages == one + (Message("assistant", "answer 0"), Message("user", "two"))
+    assert team.turns[1].messages == one + (
+        Message("assistant", "answer 0"),
+        Message("user", "two"),
+    )
     assert team.turns[2].messages == head + (Message("user", "three"),)
     assert [call.previous for call in calls] == [None, team.turns[0], None]
 
 
 def test_one_agent_takes_over_the_chat_of_another() -> None:
-    writer, critic = AgentSpec("writer", prompt="You write."), AgentSpec("critic", prompt="You criticise.")
+    writer, critic = (
+        AgentSpec("writer", prompt="You write."),
+        AgentSpec("critic", prompt="You criticise."),
+    )
     team = fake_team([writer, critic], lambda agent, messages: f"{agent} says {len(messages)}")
 
     async def play() -> Agent:
@@ -133,7 +176,10 @@ def test_a_busy_chat_refuses_a_second_question() -> None:
     async def play() -> None:
         agent = team["a"]
         first = asyncio.ensure_future(agent.reply("one"))
-        with pytest.raises(SettingError, match=r"'a' is still answering in this chat; await it, or use agent.fresh\(\)"):
+        with pytest.raises(
+            SettingError,
+            match=r"'a' is still answering in this chat; await it, or use agent.fresh\(\)",
+        ):
             agent.reply("two")
         await asyncio.gather(first, agent.fresh().reply("beside"))
         await agent.reply("three")
@@ -157,7 +203,10 @@ def test_a_failed_call_leaves_the_chat_as_it_was() -> None:
 
     team = Team([AgentSpec("a")], ask)
     run(play)
-    assert [(t.index, [m.content for m in t.messages]) for t in team.turns] == [(0, ["one"]), (2, ["one", "ok", "short"])]
+    assert [(t.index, [m.content for m in t.messages]) for t in team.turns] == [
+        (0, ["one"]),
+        (2, ["one", "ok", "short"]),
+    ]
 
 
 def test_values_override_prompts_and_demos() -> None:
@@ -171,7 +220,9 @@ def test_values_override_prompts_and_demos() -> None:
     run(lambda: team["a"].reply("hi"))
     expected = [("system", "new"), ("user", "q"), ("assistant", "r"), ("user", "hi")]
     assert [(m.role, m.content) for m in team.turns[0].messages] == expected
-    team = fake_team([spec], lambda agent, messages: "x", values={"a.demos": [{"role": "user", "text": "q"}]})
+    team = fake_team(
+        [spec], lambda agent, messages: "x", values={"a.demos": [{"role": "user", "text": "q"}]}
+    )
     with pytest.raises(SettingError, match=r"a.demos.text: unknown field"):
         team["a"].reply("hi")
 
@@ -199,7 +250,10 @@ def test_siblings_are_recorded_and_one_is_taken() -> None:
 
     async def play() -> list[str]:
         agent = team["a"]
-        texts = [str(await agent.reply("x", n=3)), str(await agent.reply("y", n=3, choose=lambda turns: 2))]
+        texts = [
+            str(await agent.reply("x", n=3)),
+            str(await agent.reply("y", n=3, choose=lambda turns: 2)),
+        ]
         texts.append(str(await agent.reply("z", n=2, choose=later)))
         assert team.siblings(team.turns[0]) == team.turns[:3]
         return texts
@@ -207,8 +261,15 @@ def test_siblings_are_recorded_and_one_is_taken() -> None:
     team, calls = slow_team("a", [0] * 3)
     assert run(play) == ["0.0", "1.2", "2.1"]
     assert [(t.index, t.sibling, t.taken) for t in team.turns] == [
-        (0, 0, True), (0, 1, False), (0, 2, False), (1, 0, False), (1, 1, False), (1, 2, True), (2, 0, False), (2, 1, True),
-    ]  # fmt: skip
+        (0, 0, True),
+        (0, 1, False),
+        (0, 2, False),
+        (1, 0, False),
+        (1, 1, False),
+        (1, 2, True),
+        (2, 0, False),
+        (2, 1, True),
+    ]
     assert [m.content for m in team.turns[-1].messages] == ["x", "0.0", "y", "1.2", "z"]
     assert [call.n for call in calls] == [3, 3, 2] and calls[2].previous == team.turns[5]
 
@@ -226,8 +287,11 @@ def test_an_agent_may_choose() -> None:
 
 
 def test_a_whole_list_of_messages_is_answered_as_it_is() -> None:
-    """As programs send it: no prompt of the agent's is added, its own chat is not touched, the index is taken at the call."""
-    team = fake_team([AgentSpec("a", prompt="Mine.")], lambda agent, messages: str(len(messages)), seed=3)
+    """As programs send it: no prompt of the agent's is added, its own chat is not touched, the
+    index is taken at the call."""
+    team = fake_team(
+        [AgentSpec("a", prompt="Mine.")], lambda agent, messages: str(len(messages)), seed=3
+    )
     told = (Message("system", "Yours."), Message("user", "hi"))
 
     async def play() -> list[Turn]:
@@ -238,7 +302,9 @@ def test_a_whole_list_of_messages_is_answered_as_it_is() -> None:
         return [first, await team["a"].answer(on, first, sampling=Sampling(max_tokens=7))]
 
     first, second = run(play)
-    assert (first.index, first.messages, first.reads, first.text) == (0, told, (0, 1), "2") and len(team["a"].chat) == 3
+    assert (first.index, first.messages, first.reads, first.text) == (0, told, (0, 1), "2") and len(
+        team["a"].chat
+    ) == 3
     assert (second.index, second.text, second.sampling.max_tokens) == (2, "4", 7)
     assert second.sampling.seed == derive_seed(3, "a", 2) and len(team.siblings(first)) == 2
     with pytest.raises(SettingError, match=r"answer\(n=0\), expected n >= 1"):
@@ -357,7 +423,11 @@ def test_some_turns_given_and_the_rest_live() -> None:
 def test_replace_answers_instead_and_the_rest_follows() -> None:
     _, team = debate("445544")
     _, replayed = debate("777", given=team.turns[:3], replace={1: Completion("8")})
-    assert [(t.text, t.source) for t in replayed.turns[:3]] == [("4", "sampled"), ("8", "written"), ("5", "sampled")]
+    assert [(t.text, t.source) for t in replayed.turns[:3]] == [
+        ("4", "sampled"),
+        ("8", "written"),
+        ("5", "sampled"),
+    ]
     assert "[b] 8" in replayed.turns[3].messages[-1].content
     _, replayed = debate("77777", replace={0: Completion("8", token_ids=(8,), logprobs=(0.0,))})
     assert replayed.turns[0].source == "sampled"
@@ -365,7 +435,10 @@ def test_replace_answers_instead_and_the_rest_follows() -> None:
 
 def test_a_diverging_system_is_noticed() -> None:
     _, team = debate("445544")
-    with pytest.raises(ReplayError, match=r"turn 3: the system now asks 'a' something else .* before the first change"):
+    with pytest.raises(
+        ReplayError,
+        match=r"turn 3: the system now asks 'a' something else .* before the first change",
+    ):
         debate("", given=team.turns, replace={1: Completion("8")})
     other = fake_team(["b", "a"], lambda agent, messages: "x", given=team.turns)
     with pytest.raises(ReplayError, match="turn 0: the system now asks 'b'"):
@@ -379,7 +452,9 @@ def test_siblings_are_replayed_and_chosen_again() -> None:
     assert run(lambda: replayed["a"].reply("x", n=3, choose=lambda turns: 2)).text == "0.2"
     assert replayed.turns == team.turns and calls == []
     changed, _ = slow_team("a", [0], given=team.turns)
-    with pytest.raises(ReplayError, match="turn 0: the system now asks for 2 answers, the recording has 3"):
+    with pytest.raises(
+        ReplayError, match="turn 0: the system now asks for 2 answers, the recording has 3"
+    ):
         run(lambda: changed["a"].reply("x", n=2))
 
 
@@ -392,7 +467,9 @@ def test_decisions_follow_their_logits() -> None:
     for seed in range(400):
         team = fake_team(["a"], lambda agent, messages: "", seed=seed, values=values)
         picks.append(team.decide("edge", ["yes", "no"]))
-        assert team.decisions[0].logprob == pytest.approx(math.log(0.75 if picks[-1] == "yes" else 0.25))
+        assert team.decisions[0].logprob == pytest.approx(
+            math.log(0.75 if picks[-1] == "yes" else 0.25)
+        )
     assert 265 <= Counter(picks)["yes"] <= 335  # 300, 4 standard deviations
     team = fake_team(["a"], lambda agent, messages: "")
     team.decide("free", ["x", "y", "z", "w"])
@@ -400,12 +477,17 @@ def test_decisions_follow_their_logits() -> None:
 
 
 def test_large_logits_do_not_overflow() -> None:
-    team = fake_team(["a"], lambda agent, messages: "", values={"edge": {"yes": 5000.0, "no": -5000.0}})
+    team = fake_team(
+        ["a"], lambda agent, messages: "", values={"edge": {"yes": 5000.0, "no": -5000.0}}
+    )
     assert team.decide("edge", ["no", "yes"]) == "yes" and team.decisions[0].logprob == 0.0
 
 
 def test_decisions_are_replayed() -> None:
-    recorded = [Decision(0, "edge", ("yes", "no"), "no", 0.0), Decision(1, "edge", ("yes", "no"), "yes", 0.0)]
+    recorded = [
+        Decision(0, "edge", ("yes", "no"), "no", 0.0),
+        Decision(1, "edge", ("yes", "no"), "yes", 0.0),
+    ]
     for seed in range(10):
         team = fake_team(["a"], lambda agent, messages: "", seed=seed, decisions=recorded)
         assert [team.decide("edge", ["yes", "no"]) for _ in recorded] == ["no", "yes"]
@@ -424,7 +506,9 @@ CALCULATING = AgentSpec("a", prompt="You count.", tools=("calculator",))
 
 
 def test_tool_loop() -> None:
-    team = fake_team([CALCULATING, "b"], lambda agent, messages: CALL if messages[-1].content == "6*7?" else "42")
+    team = fake_team(
+        [CALCULATING, "b"], lambda agent, messages: CALL if messages[-1].content == "6*7?" else "42"
+    )
 
     async def play() -> Turn:
         first, second = team["a"].reply("6*7?"), team["b"].reply("and you?")
@@ -432,11 +516,17 @@ def test_tool_loop() -> None:
         return await first
 
     assert str(run(play)) == "42"
-    assert [(turn.index, turn.agent) for turn in team.turns] == [(0, "a"), (1, "a"), (5, "b")]  # 1 to 4 kept for tool calls
+    assert [(turn.index, turn.agent) for turn in team.turns] == [
+        (0, "a"),
+        (1, "a"),
+        (5, "b"),
+    ]  # 1 to 4 kept for tool calls
     assert team.turns[0].messages[0].content.startswith("You count.\n\n# Tools")
     assert [(m.role, m.content) for m in team.turns[1].messages[1:]] == [
-        ("user", "6*7?"), ("assistant", CALL), ("user", "<tool_response>\n42\n</tool_response>"),
-    ]  # fmt: skip
+        ("user", "6*7?"),
+        ("assistant", CALL),
+        ("user", "<tool_response>\n42\n</tool_response>"),
+    ]
     assert len(team.turns[2].messages) == 1  # no tools, no system message
 
 
@@ -458,7 +548,11 @@ def counted(word: str) -> int:
 def test_a_call_beyond_the_limit_is_not_run() -> None:
     COUNTED.clear()
     call = '<tool_call>{"name": "counted", "arguments": {"word": "x"}}</tool_call>'
-    team = fake_team([AgentSpec("a", tools=(f"{__name__}:counted",))], lambda agent, messages: call, max_tool_calls=2)
+    team = fake_team(
+        [AgentSpec("a", tools=(f"{__name__}:counted",))],
+        lambda agent, messages: call,
+        max_tool_calls=2,
+    )
     run(lambda: team["a"].reply("go"))
     assert (len(team.turns), len(COUNTED)) == (3, 2)
 
@@ -476,7 +570,10 @@ def test_a_tool_loop_keeps_what_was_read() -> None:
         draft = await team["b"].reply("x")
         await team["a"].reply(f"go {draft}", reads=[draft])
 
-    team = fake_team([CALCULATING, "b"], lambda agent, messages: CALL if messages[-1].content.startswith("go") else "42")
+    team = fake_team(
+        [CALCULATING, "b"],
+        lambda agent, messages: CALL if messages[-1].content.startswith("go") else "42",
+    )
     run(play)
     assert [turn.reads for turn in team.turns] == [(), (0,), (0,)]
 
@@ -511,15 +608,25 @@ def test_names_of_agents() -> None:
             Chain(one)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=r"agents.promt: unknown field; did you mean 'prompt'\?"):
         Chain([{"name": "a", "promt": "x"}])  # type: ignore[list-item]
-    assert Chain([{"name": "a", "prompt": "x"}, "b"]).specs == (AgentSpec("a", prompt="x"), AgentSpec("b"))  # type: ignore[list-item]
-    with pytest.raises(SettingError, match=r"team\['solvr'\]: no such agent; did you mean 'solver'\?"):
+    assert Chain([{"name": "a", "prompt": "x"}, "b"]).specs == (
+        AgentSpec("a", prompt="x"),
+        AgentSpec("b"),
+    )  # type: ignore[list-item]
+    with pytest.raises(
+        SettingError, match=r"team\['solvr'\]: no such agent; did you mean 'solver'\?"
+    ):
         fake_team(["solver"], lambda agent, messages: "")["solvr"]
 
 
 def test_two_agents_may_share_a_policy() -> None:
-    team = fake_team([AgentSpec("a", policy="p"), AgentSpec("b", policy="p")], lambda agent, messages: agent)
+    team = fake_team(
+        [AgentSpec("a", policy="p"), AgentSpec("b", policy="p")], lambda agent, messages: agent
+    )
     run(lambda: gather(agent.reply("x") for agent in team))
-    assert [(turn.agent, turn.policy, turn.text) for turn in team.turns] == [("a", "p", "a"), ("b", "p", "b")]
+    assert [(turn.agent, turn.policy, turn.text) for turn in team.turns] == [
+        ("a", "p", "a"),
+        ("b", "p", "b"),
+    ]
     assert len(team) == 2 and [agent.name for agent in team] == ["a", "b"]
 
 
@@ -531,7 +638,9 @@ def test_gold_is_marked() -> None:
 
 
 def test_team_rng_follows_the_seed() -> None:
-    draws = [fake_team(["a"], lambda agent, messages: "", seed=seed).rng.random() for seed in (0, 0, 1)]
+    draws = [
+        fake_team(["a"], lambda agent, messages: "", seed=seed).rng.random() for seed in (0, 0, 1)
+    ]
     assert draws[0] == draws[1] != draws[2]
 
 

@@ -1,4 +1,5 @@
-"""Every shipped system passes the conformance suite, and the suite catches each kind of system that must not pass."""
+"""Every shipped system passes the conformance suite, and the suite catches each kind of system that
+must not pass."""
 
 from __future__ import annotations
 
@@ -16,14 +17,24 @@ from marlora.agents.types import AgentSpec, Message, SettingError, Task
 from tests.conformance import check_system
 
 TASKS = [
-    Task("sum", "What is 7+8+5?", answer="the answer is twenty", meta={"c": 5, "_tests": "assert add(7, 8, 5) == 20"}),
+    Task(
+        "sum",
+        "What is 7+8+5?",
+        answer="the answer is twenty",
+        meta={"c": 5, "_tests": "assert add(7, 8, 5) == 20"},
+    ),
     Task("capital", "The capital of France, please.", answer="Paris-on-the-Seine", meta={"c": 1}),
 ]
 
 
 def judging(agent: str, messages: tuple[Message, ...], marker: str) -> str:
-    """A judge that finds the first answer wrong and the second right (it sees which from the marker's number)."""
-    return f"{marker}\nVerdict: {'right' if int(marker[-3]) > 2 else 'wrong'}" if agent == "judge" else marker
+    """A judge that finds the first answer wrong and the second right (it sees which from the
+    marker's number)."""
+    return (
+        f"{marker}\nVerdict: {'right' if int(marker[-3]) > 2 else 'wrong'}"
+        if agent == "judge"
+        else marker
+    )
 
 
 def calling(agent: str, messages: tuple[Message, ...], marker: str) -> str:
@@ -83,7 +94,9 @@ class Broken(System):
         text = f"{task.prompt}\n{draft}" if self.fault != "reads too much" else task.prompt
         if self.fault == "gold":
             text += f" {next(t.answer for t in TASKS if t.id == task.id)}"
-        reads = {"reads too little": [], "reads the wrong one": [other], "gold": [draft]}.get(self.fault, [draft])
+        reads = {"reads too little": [], "reads the wrong one": [other], "gold": [draft]}.get(
+            self.fault, [draft]
+        )
         return str(await b.reply(text, reads=reads))
 
 
@@ -126,7 +139,9 @@ class Children(System):
 
     async def run(self, task: Task, team: Team) -> str:
         child = Task("child", task.prompt, answer="gold-5309144207" if self.leak else None)
-        return "".join(await team.play(Vote(["v"]), [child]))[:0] + str(await team["a"].reply(task.prompt))
+        return "".join(await team.play(Vote(["v"]), [child]))[:0] + str(
+            await team["a"].reply(task.prompt)
+        )
 
 
 def test_children_get_no_gold_either() -> None:

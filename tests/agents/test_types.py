@@ -10,25 +10,68 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marlora.agents.types import (AdapterSpec, AgentSpec, Completion, Decision, Message, PolicySpec, Sampling, SettingError, Task, Turn, from_json, nearest, to_json)
+from marlora.agents.types import (
+    AdapterSpec,
+    AgentSpec,
+    Completion,
+    Decision,
+    Message,
+    PolicySpec,
+    Sampling,
+    SettingError,
+    Task,
+    Turn,
+    from_json,
+    nearest,
+    to_json,
+)
 from marlora.rollouts.types import Episode, Usage
 
 COMPLETION = Completion("4", (1, 2), (3,), (-0.25,), "length", "solver", "solver-v1-3fa9")
 EXAMPLES = [
-    Task("t", "2+2?", answer=["4", 4.0], source="arithmetic", split="eval", meta={"c": 5, "_tests": ["x"]}),
-    Message("tool", "4", name="calculator", tool_calls=({"id": "1", "function": {"name": "f"}},), tool_call_id="1"),
+    Task(
+        "t",
+        "2+2?",
+        answer=["4", 4.0],
+        source="arithmetic",
+        split="eval",
+        meta={"c": 5, "_tests": ["x"]},
+    ),
+    Message(
+        "tool",
+        "4",
+        name="calculator",
+        tool_calls=({"id": "1", "function": {"name": "f"}},),
+        tool_call_id="1",
+    ),
     Sampling(0.7, 0.9, 40, 0.05, 1.1, 0.2, 0.3, 32, ("\n", "END"), 2**61 + 1),
     Sampling(seed=None),
     AdapterSpec(8, 16.5, ("q_proj",), 0.1),
     PolicySpec("solver", "some/model", AdapterSpec(4), False, "runs/a#solver", 1e-5, None),
-    AgentSpec("solver", "solves", "You solve.", "shared", Sampling(0.0), ("calculator",), (Message("user", "hi"),)),
+    AgentSpec(
+        "solver",
+        "solves",
+        "You solve.",
+        "shared",
+        Sampling(0.0),
+        ("calculator",),
+        (Message("user", "hi"),),
+    ),
     COMPLETION,
     Turn(
-        3, "solver", (Message("user", "2+2?"), Message("assistant", "5")), (0, 2), 1, False, "written", True, Sampling(seed=7),
+        3,
+        "solver",
+        (Message("user", "2+2?"), Message("assistant", "5")),
+        (0, 2),
+        1,
+        False,
+        "written",
+        True,
+        Sampling(seed=7),
         **dataclasses.asdict(COMPLETION),
     ),
     Decision(0, "edge", ("a", "b"), "b", -0.693, "v1"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("value", EXAMPLES, ids=lambda value: type(value).__name__)
@@ -45,7 +88,10 @@ def test_round_trip(value: Any) -> None:
 def test_unknown_and_missing_fields_are_named(value: Any) -> None:
     data = to_json(value)
     first = next(iter(data))
-    with pytest.raises(SettingError, match=rf"{type(value).__name__}.{first}x: unknown field; did you mean '{first}'\?"):
+    with pytest.raises(
+        SettingError,
+        match=rf"{type(value).__name__}.{first}x: unknown field; did you mean '{first}'\?",
+    ):
         from_json(type(value), {**data, f"{first}x": 1})
     for f in dataclasses.fields(value):
         rest = {key: item for key, item in data.items() if key != f.name}
@@ -59,10 +105,17 @@ def test_unknown_and_missing_fields_are_named(value: Any) -> None:
 @pytest.mark.parametrize(
     ("cls", "data", "problem"),
     [
-        (AgentSpec, {"name": "a", "sampling": {"temprature": 1}}, r"AgentSpec.sampling.temprature: .* 'temperature'"),
         (
             AgentSpec,
-            {"name": "a", "demos": [{"role": "user", "content": "x"}, {"role": "boss", "content": ""}]},
+            {"name": "a", "sampling": {"temprature": 1}},
+            r"AgentSpec.sampling.temprature: .* 'temperature'",
+        ),
+        (
+            AgentSpec,
+            {
+                "name": "a",
+                "demos": [{"role": "user", "content": "x"}, {"role": "boss", "content": ""}],
+            },
             r"demos\[1\].role",
         ),
         (AgentSpec, {"name": "a", "tools": "calculator"}, "AgentSpec.tools: expected a list"),
@@ -71,7 +124,11 @@ def test_unknown_and_missing_fields_are_named(value: Any) -> None:
         (AgentSpec, {"name": ""}, "letters, digits"),
         (AgentSpec, ["a"], "expected a mapping"),
         (PolicySpec, {"name": "a", "adapter": {"r": 0}}, "r >= 1"),
-        (PolicySpec, {"name": "a", "adapter": {"r": True}}, "PolicySpec.adapter.r: expected int, got True"),
+        (
+            PolicySpec,
+            {"name": "a", "adapter": {"r": True}},
+            "PolicySpec.adapter.r: expected int, got True",
+        ),
         (PolicySpec, {"name": "a", "learning_rate": "fast"}, "learning_rate: expected float"),
         (Sampling, {"temperature": -1}, "temperature >= 0"),
         (Sampling, {"max_tokens": 0}, "max_tokens >= 1"),
@@ -89,7 +146,14 @@ def test_whole_numbers_are_floats_where_floats_belong() -> None:
 
 
 def test_mappings_of_dataclasses_are_built() -> None:
-    episode = Episode("e", "g", EXAMPLES[0], turns=(EXAMPLES[8],), decisions=(EXAMPLES[9],), usage={"solver": Usage(1, 2, 3, 0.5)})
+    episode = Episode(
+        "e",
+        "g",
+        EXAMPLES[0],
+        turns=(EXAMPLES[8],),
+        decisions=(EXAMPLES[9],),
+        usage={"solver": Usage(1, 2, 3, 0.5)},
+    )
     assert from_json(Episode, json.loads(json.dumps(to_json(episode)))) == episode
     with pytest.raises(SettingError, match=r"Episode\.usage\.solver\.call: unknown field"):
         from_json(Episode, {**to_json(episode), "usage": {"solver": {"call": 1}}})
@@ -103,11 +167,19 @@ def test_public_drops_answer_and_private_meta_only() -> None:
 
 
 def test_on_policy_means_the_whole_softmax() -> None:
-    assert Sampling().on_policy and Sampling(temperature=0.7, max_tokens=9, stop=("x",), seed=1).on_policy
+    assert (
+        Sampling().on_policy
+        and Sampling(temperature=0.7, max_tokens=9, stop=("x",), seed=1).on_policy
+    )
     for change in (
-        {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.1},
-        {"presence_penalty": 0.1}, {"frequency_penalty": 0.1},
-    ):  # fmt: skip
+        {"temperature": 0.0},
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+    ):
         assert not Sampling(**change).on_policy
 
 
@@ -127,9 +199,14 @@ texts = st.text(st.characters(codec="utf-8"), max_size=20)
 
 
 @given(
-    messages=st.lists(st.builds(Message, st.sampled_from(["system", "user", "assistant", "tool"]), texts), max_size=4).map(tuple),
+    messages=st.lists(
+        st.builds(Message, st.sampled_from(["system", "user", "assistant", "tool"]), texts),
+        max_size=4,
+    ).map(tuple),
     ids=st.lists(st.integers(0, 2**20), max_size=5).map(tuple),
-    logprobs=st.lists(st.floats(max_value=0, allow_nan=False, allow_infinity=False), max_size=5).map(tuple),
+    logprobs=st.lists(
+        st.floats(max_value=0, allow_nan=False, allow_infinity=False), max_size=5
+    ).map(tuple),
     text=texts,
 )
 def test_any_turn_survives_json(messages: Any, ids: Any, logprobs: Any, text: str) -> None:

@@ -1,4 +1,5 @@
-"""A run of many small steps that tells, after every tenth, what its process holds: `python -m tests.chaos.leak_program FOLDER MODEL STEPS`."""
+"""A run of many small steps that tells, after every tenth, what its process holds: `python -m
+tests.chaos.leak_program FOLDER MODEL STEPS`."""
 
 from __future__ import annotations
 
@@ -21,9 +22,12 @@ def held() -> dict[str, int]:
     gc.collect()
     me = psutil.Process()
     return {
-        "memory": me.memory_info().rss, "descriptors": len(os.listdir("/proc/self/fd")), "threads": threading.active_count(),
-        "children": len(me.children(recursive=True)), "tensors": sum(isinstance(o, torch.Tensor) for o in gc.get_objects()),
-    }  # fmt: skip
+        "memory": me.memory_info().rss,
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "children": len(me.children(recursive=True)),
+        "tensors": sum(isinstance(o, torch.Tensor) for o in gc.get_objects()),
+    }
 
 
 if __name__ == "__main__":

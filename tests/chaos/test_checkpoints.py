@@ -1,4 +1,5 @@
-"""A checkpoint that is damaged in any file, or is somebody else's: resume goes back to the newest that is whole and fits, and says so."""
+"""A checkpoint that is damaged in any file, or is somebody else's: resume goes back to the newest
+that is whole and fits, and says so."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
     "emptied": lambda data: b"",
     "a bit flipped at the start": lambda data: bytes([data[0] ^ 1]) + data[1:],
     "a bit flipped at the end": lambda data: data[:-1] + bytes([data[-1] ^ 128]),
-    "a block of zeros": lambda data: data[: len(data) // 4] + bytes(len(data) // 2) + data[len(data) // 4 + len(data) // 2 :],
+    "a block of zeros": lambda data: (
+        data[: len(data) // 4] + bytes(len(data) // 2) + data[len(data) // 4 + len(data) // 2 :]
+    ),
     "gone": lambda data: None,
 }
 
@@ -45,7 +48,9 @@ def newest(run: Path) -> Path:
 @pytest.mark.parametrize("how", DAMAGES)
 def test_damage_to_any_file_is_found_and_named(how: str, run: Path) -> None:
     files = sorted(path for path in newest(run).rglob("*") if path.is_file())
-    assert {path.suffix for path in files} == {".json", ".safetensors"} and len(files) == 2 * 2 + 2 + 3
+    assert {path.suffix for path in files} == {".json", ".safetensors"} and len(
+        files
+    ) == 2 * 2 + 2 + 3
     for path in files:
         data = path.read_bytes()
         damaged = DAMAGES[how](data)
@@ -54,23 +59,31 @@ def test_damage_to_any_file_is_found_and_named(how: str, run: Path) -> None:
             path.write_bytes(damaged)
         said: list[str] = []
         assert ckpt.newest_valid(run, said.append) == run / "checkpoints/step-000001", path.name
-        assert len(said) == 1 and said[0].startswith("skipping step-000002: ") and path.name in said[0], said
+        assert (
+            len(said) == 1 and said[0].startswith("skipping step-000002: ") and path.name in said[0]
+        ), said
         path.write_bytes(data)
     assert ckpt.newest_valid(run, print) == newest(run), "mended, it is taken"
 
 
 def stamped(folder: Path) -> None:
     """Give a folder a manifest that holds, as whoever wrote it would have."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ckpt.MANIFEST)
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name != ckpt.MANIFEST
+    )
     hashes = {str(path.relative_to(folder)): ckpt.sha256_file(path) for path in files}
     ckpt.write_json(folder / ckpt.MANIFEST, {"schema": ckpt.SCHEMA, "sha256": hashes})
     ckpt.verify(folder)
 
 
-def resumed(run: Path, model: Path, capsys: pytest.CaptureFixture[str], **settings: object) -> tuple[int, str]:
+def resumed(
+    run: Path, model: Path, capsys: pytest.CaptureFixture[str], **settings: object
+) -> tuple[int, str]:
     """(step it went on from, what was said)."""
     capsys.readouterr()
-    made = small_run.trainer(run, model, max_steps=2, num_generations=2, tasks_per_step=1, resume=True, **settings)
+    made = small_run.trainer(
+        run, model, max_steps=2, num_generations=2, tasks_per_step=1, resume=True, **settings
+    )
     with made.run as opened:
         return opened.step, capsys.readouterr().err
 
@@ -82,13 +95,24 @@ def test_somebody_elses_checkpoint_among_ours_is_passed_over(
     """Copied into the wrong folder, say: whole, the newest, and of another rank, base or seed."""
     changes = {"rank": {"lora_r": 8}, "base": {}, "seed": {"seed": 5}}[kind]
     of = tiny_random_model(tmp_path / "other", seed=1) if kind == "base" else model
-    small_run.trainer(tmp_path / "theirs", of, max_steps=2, num_generations=2, tasks_per_step=1, **changes).train()
+    small_run.trainer(
+        tmp_path / "theirs", of, max_steps=2, num_generations=2, tasks_per_step=1, **changes
+    ).train()
     shutil.rmtree(newest(run))
     shutil.copytree(newest(tmp_path / "theirs"), newest(run))
     ckpt.verify(newest(run))
     step, said = resumed(run, model, capsys)
-    words = {"rank": "r is 8, the policy says 4", "base": "made for base", "seed": "the run began with 5"}[kind]
-    assert step == 1 and "skipping step-000002" in said and words in said and "resumed from step-000001" in said
+    words = {
+        "rank": "r is 8, the policy says 4",
+        "base": "made for base",
+        "seed": "the run began with 5",
+    }[kind]
+    assert (
+        step == 1
+        and "skipping step-000002" in said
+        and words in said
+        and "resumed from step-000001" in said
+    )
     shutil.rmtree(run / "checkpoints/step-000001")
     with pytest.raises(SettingError, match=words):
         resumed(run, model, capsys)
@@ -107,12 +131,24 @@ def test_a_whole_checkpoint_in_another_form_is_no_crash_and_no_new_beginning(
         if name == "step-000001":
             step, said = resumed(run, model, capsys)
             assert step == 2 and "skipping" not in said
-    with pytest.raises(SettingError, match=r"step-000002: whole, but not in the form .*KeyError: 'monitor'"):
+    with pytest.raises(
+        SettingError, match=r"step-000002: whole, but not in the form .*KeyError: 'monitor'"
+    ):
         resumed(run, model, capsys)
 
 
 @pytest.mark.parametrize(
-    "manifest", ["{}", '{"sha256": {}}', '{"sha256": []}', '{"sha256": "x"}', "[]", "null", "\x00" * 100, "\udcff"]
+    "manifest",
+    [
+        "{}",
+        '{"sha256": {}}',
+        '{"sha256": []}',
+        '{"sha256": "x"}',
+        "[]",
+        "null",
+        "\x00" * 100,
+        "\udcff",
+    ],
 )
 def test_a_manifest_of_any_other_form_is_no_manifest(manifest: str, run: Path) -> None:
     (newest(run) / ckpt.MANIFEST).write_bytes(manifest.encode(errors="surrogateescape"))
@@ -122,10 +158,19 @@ def test_a_manifest_of_any_other_form_is_no_manifest(manifest: str, run: Path) -
 
 
 def test_moving_baselines_are_restored(model: Path, tmp_path: Path) -> None:
-    """RAE's baseline is an average over steps: a run that was cut has the same one, and so the same adapters, as one that was not."""
+    """RAE's baseline is an average over steps: a run that was cut has the same one, and so the same
+    adapters, as one that was not."""
 
     def run(folder: Path, steps: int, **settings: object) -> tuple[dict[str, float], object]:
-        made = small_run.trainer(folder, model, max_steps=steps, num_generations=2, tasks_per_step=1, credit="rae", **settings)
+        made = small_run.trainer(
+            folder,
+            model,
+            max_steps=steps,
+            num_generations=2,
+            tasks_per_step=1,
+            credit="rae",
+            **settings,
+        )
         return made.run.credit_state, made.train()["policies"]
 
     whole = run(tmp_path / "whole", 3)

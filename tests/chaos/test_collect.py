@@ -1,4 +1,5 @@
-"""`marlora collect` killed, asked to end, or out of disk: whoever calls it again gets every episode once."""
+"""`marlora collect` killed, asked to end, or out of disk: whoever calls it again gets every episode
+once."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def play() -> Iterator[Callable[..., int]]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(play: Callable[..., int], model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(
+    play: Callable[..., int], model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
     assert play(folder, model, max_steps=1) == 0, said(folder)
     return folder / "checkpoints/step-000001"
@@ -41,13 +44,35 @@ Collect = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
-def collect(play: Callable[..., int], checkpoint: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Collect:
-    """`marlora collect` into a folder, in a process of its own, struck by a fault; what it says is in `collect.log`."""
+def collect(
+    play: Callable[..., int],
+    checkpoint: Path,
+    model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Collect:
+    """`marlora collect` into a folder, in a process of its own, struck by a fault; what it says is
+    in `collect.log`."""
     log = tmp_path_factory.mktemp("said") / "collect"
 
     def run(store: Path, **fault: object) -> int:
-        tasks = ["--tasks", "marlora.trainers.testbeds.tiny:tiny_tasks", "--num_tasks", str(TASKS), "--num_generations", str(SIBLINGS)]
-        argv = ["collect", str(checkpoint), "--output", str(store), "--engine", "transformers", "--trust_checkpoint", *tasks]
+        tasks = [
+            "--tasks",
+            "marlora.trainers.testbeds.tiny:tiny_tasks",
+            "--num_tasks",
+            str(TASKS),
+            "--num_generations",
+            str(SIBLINGS),
+        ]
+        argv = [
+            "collect",
+            str(checkpoint),
+            "--output",
+            str(store),
+            "--engine",
+            "transformers",
+            "--trust_checkpoint",
+            *tasks,
+        ]
         code = play(log, model, argv=argv, **fault)
         run.said = said(log)  # type: ignore[attr-defined]
         return code
@@ -70,13 +95,18 @@ KILLS = {
     "a line written, not durable": dict(fault="fsync", at=6),
     "a line durable, not counted": dict(fault="fsync", at=6, after=True),
     "asked to end": dict(fault="fsync", at=5, signal="SIGTERM"),
-    "asked to end, started with signals ignored": dict(fault="fsync", at=5, signal="SIGTERM", ignored=["SIGTERM", "SIGHUP"]),
+    "asked to end, started with signals ignored": dict(
+        fault="fsync", at=5, signal="SIGTERM", ignored=["SIGTERM", "SIGHUP"]
+    ),
 }
 
 
 @pytest.mark.parametrize("point", KILLS)
-def test_killed_and_called_again(point: str, collect: Collect, expected: list[str], tmp_path: Path) -> None:
-    """Twice at the same point: the second call is killed as far behind the first one's end as that was behind the beginning."""
+def test_killed_and_called_again(
+    point: str, collect: Collect, expected: list[str], tmp_path: Path
+) -> None:
+    """Twice at the same point: the second call is killed as far behind the first one's end as that
+    was behind the beginning."""
     store = tmp_path / "store"
     code = -15 if "signal" in KILLS[point] else -9
     kept = b""
@@ -93,7 +123,9 @@ def test_killed_and_called_again(point: str, collect: Collect, expected: list[st
     assert collect(store) == 0 and "\n0 episodes to play" in collect.said
 
 
-@pytest.mark.parametrize("ignored", [[], ["SIGINT", "SIGHUP"]], ids=["at a prompt", "in the background of a script"])
+@pytest.mark.parametrize(
+    "ignored", [[], ["SIGINT", "SIGHUP"]], ids=["at a prompt", "in the background of a script"]
+)
 def test_interrupted_it_says_so_and_loses_nothing(
     ignored: list[str], collect: Collect, expected: list[str], tmp_path: Path
 ) -> None:
@@ -105,7 +137,8 @@ def test_interrupted_it_says_so_and_loses_nothing(
 
 @contextmanager
 def small_disk(folder: Path, room: int) -> Iterator[Callable[[], None]]:
-    """A file system of a megabyte on `folder` with `room` KiB left; the yielded function makes room again. Mounting needs root."""
+    """A file system of a megabyte on `folder` with `room` KiB left; the yielded function makes room
+    again. Mounting needs root."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], check=True)
     try:
@@ -122,13 +155,29 @@ def test_a_full_disk(room: int, collect: Collect, expected: list[str], tmp_path:
         with small_disk(tmp_path / "disk", room) as more:
             full_disk(collect, tmp_path / "disk/store", expected, {}, more)
     else:
-        full_disk(collect, tmp_path / "store", expected, dict(fault="fsync", at=1 + room // 4, signal="ENOSPC"), lambda: None)
+        full_disk(
+            collect,
+            tmp_path / "store",
+            expected,
+            dict(fault="fsync", at=1 + room // 4, signal="ENOSPC"),
+            lambda: None,
+        )
 
 
-def full_disk(collect: Collect, store: Path, expected: list[str], fault: dict[str, object], more: Callable[[], None]) -> None:
+def full_disk(
+    collect: Collect,
+    store: Path,
+    expected: list[str],
+    fault: dict[str, object],
+    more: Callable[[], None],
+) -> None:
     assert collect(store, **fault) == 1
     (error,) = [line for line in collect.said.splitlines() if line.startswith("error:")]
-    assert "No space left on device" in error and str(store) in error and "Traceback" not in collect.said
+    assert (
+        "No space left on device" in error
+        and str(store) in error
+        and "Traceback" not in collect.said
+    )
     assert set(Store(store).ids()) < set(expected)
     more()
     assert collect(store) == 0, collect.said

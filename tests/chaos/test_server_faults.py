@@ -1,4 +1,5 @@
-"""A plan of episodes played while its server fails in every way: the books balance, and hold what an undisturbed server gives."""
+"""A plan of episodes played while its server fails in every way: the books balance, and hold what
+an undisturbed server gives."""
 
 from __future__ import annotations
 
@@ -18,7 +19,12 @@ from marlora.rollouts.engines.vllm.client import RetryPolicy
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from marlora.rollouts.engines.vllm.server import VLLMServer
 from marlora.rollouts.episodes.completers import EngineCompleter
-from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeLimits, EpisodeRunner, episode_requests
+from marlora.rollouts.episodes.runner import (
+    EpisodeRequest,
+    EpisodeLimits,
+    EpisodeRunner,
+    episode_requests,
+)
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.renderer import ChatRenderer
 from marlora.rollouts.types import Episode
@@ -32,7 +38,9 @@ from tests.rollouts.fake_vllm import FakeVLLM, sampled
 
 __all__ = ["folder_of_config"]  # a fixture
 
-QUICK = RetryPolicy(retries=3, backoff=0.01, longest=0.02, request=1.0, stall=30.0, probe=0.2, gone=0.1)
+QUICK = RetryPolicy(
+    retries=3, backoff=0.01, longest=0.02, request=1.0, stall=30.0, probe=0.2, gone=0.1
+)
 SERVED = {"key": KEY, "context": 4096}
 
 
@@ -45,20 +53,34 @@ def plan() -> list[EpisodeRequest]:
     return episode_requests(tiny_tasks()[:6], label="train-000001", num_generations=2, step=1)
 
 
-def collect(engine: VLLMEngine, folder: Path, after: Callable[[int], None] = lambda count: None, concurrency: int = 4) -> None:
-    """Play what the store has not yet; `after` is told how many have been stored. Closes the engine."""
+def collect(
+    engine: VLLMEngine,
+    folder: Path,
+    after: Callable[[int], None] = lambda count: None,
+    concurrency: int = 4,
+) -> None:
+    """Play what the store has not yet; `after` is told how many have been stored. Closes the
+    engine."""
 
     async def go() -> None:
         try:
             with Store(folder) as store:
                 system = tiny_chain()
-                speakers = {a.policy: EngineCompleter(engine, engine.tokens, "base") for a in system.specs}  # type: ignore[arg-type]
+                speakers = {
+                    a.policy: EngineCompleter(engine, engine.tokens, "base") for a in system.specs
+                }  # type: ignore[arg-type]
                 rollouts = EpisodeRunner(
-                    system, speakers, [length], sampling=Sampling(max_tokens=6), limits=EpisodeLimits(concurrency=concurrency)
+                    system,
+                    speakers,
+                    [length],
+                    sampling=Sampling(max_tokens=6),
+                    limits=EpisodeLimits(concurrency=concurrency),
                 )
                 known = store.ids()
                 count = len(known)
-                async for episode in rollouts.collect([job for job in plan() if job.id not in known]):
+                async for episode in rollouts.collect(
+                    [job for job in plan() if job.id not in known]
+                ):
                     assert store.append(episode), f"{episode.id} was played although it was stored"
                     count += 1
                     after(count)
@@ -84,13 +106,29 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Episode]:
 
 
 FAULTS = [
-    "500", "503", "429", "reset", "half", "garbage", "short", "long", "twice", "again", "stall", "drip", "nan", "other prompt",
-]  # fmt: skip
+    "500",
+    "503",
+    "429",
+    "reset",
+    "half",
+    "garbage",
+    "short",
+    "long",
+    "twice",
+    "again",
+    "stall",
+    "drip",
+    "nan",
+    "other prompt",
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_server_that_fails_now_and_then_changes_nothing(fault: str, undisturbed: dict[str, Episode], tmp_path: Path) -> None:
-    """Every seventh request goes wrong. What takes for ever is given up after a second and asked for again."""
+def test_a_server_that_fails_now_and_then_changes_nothing(
+    fault: str, undisturbed: dict[str, Episode], tmp_path: Path
+) -> None:
+    """Every seventh request goes wrong. What takes for ever is given up after a second and asked
+    for again."""
     with FakeVLLM(**SERVED, faults=[fault if n % 7 == 2 else "" for n in range(100)]) as fake:
         collect(on(fake), tmp_path)
         assert len(fake.completions()) > 24 or fault == "again"
@@ -98,7 +136,8 @@ def test_a_server_that_fails_now_and_then_changes_nothing(fault: str, undisturbe
 
 
 def test_a_reply_that_comes_again_is_not_the_next_ones() -> None:
-    """Two siblings ask the same with other seeds. The first one's reply lies on the connection when the second asks."""
+    """Two siblings ask the same with other seeds. The first one's reply lies on the connection when
+    the second asks."""
     with FakeVLLM(**SERVED, faults=["again", "", ""]) as fake:
 
         async def go() -> list[Any]:
@@ -110,7 +149,9 @@ def test_a_reply_that_comes_again_is_not_the_next_ones() -> None:
             return made
 
         made = asyncio.run(go())
-    assert [one.token_ids for one in made] == [tuple(sampled("served-base", [3, 9, 4], seed, 6)) for seed in (1, 2, 3)]
+    assert [one.token_ids for one in made] == [
+        tuple(sampled("served-base", [3, 9, 4], seed, 6)) for seed in (1, 2, 3)
+    ]
 
 
 def test_a_busy_server_is_waited_for(undisturbed: dict[str, Episode], tmp_path: Path) -> None:
@@ -132,7 +173,9 @@ def test_a_busy_server_is_waited_for(undisturbed: dict[str, Episode], tmp_path: 
 def test_a_server_that_stays_away_ends_with_its_name_and_the_rest_is_played_later(
     how: str, undisturbed: dict[str, Episode], tmp_path: Path
 ) -> None:
-    patience = RetryPolicy(retries=2, backoff=0.01, longest=0.02, request=10.0, stall=0.3, probe=0.2)
+    patience = RetryPolicy(
+        retries=2, backoff=0.01, longest=0.02, request=10.0, stall=0.3, probe=0.2
+    )
     with FakeVLLM(**SERVED) as fake:
 
         def fail(count: int) -> None:
@@ -148,18 +191,30 @@ def test_a_server_that_stays_away_ends_with_its_name_and_the_rest_is_played_late
     assert 5 <= len(kept) < 12
     with FakeVLLM(**SERVED) as fake:
         collect(on(fake), tmp_path)
-        assert len(fake.completions()) == 2 * (12 - len(kept)), "what is stored is not asked for again"
+        assert len(fake.completions()) == 2 * (12 - len(kept)), (
+            "what is stored is not asked for again"
+        )
     assert balance(tmp_path, undisturbed) == undisturbed
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("when", ["idle", "serving"])
 def test_sigkill_of_a_server_of_ours(
-    when: str, undisturbed: dict[str, Episode], folder_of_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    when: str,
+    undisturbed: dict[str, Episode],
+    folder_of_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of two: before the first request, or in the middle of them. The other one goes on, or the killed one is started again."""
+    """Of two: before the first request, or in the middle of them. The other one goes on, or the
+    killed one is started again."""
     made: list[VLLMServer] = servers(folder_of_config, tmp_path, monkeypatch, restarts=2)
-    engine = VLLMEngine(made, ChatRenderer(ByteTokenizer()), adapter_root=tmp_path, patience=RetryPolicy(backoff=0.05, stall=1.0))
+    engine = VLLMEngine(
+        made,
+        ChatRenderer(ByteTokenizer()),
+        adapter_root=tmp_path,
+        patience=RetryPolicy(backoff=0.05, stall=1.0),
+    )
     engine.context = 4096  # what pretends to be a server says 64
 
     def kill(count: int) -> None:
@@ -170,5 +225,7 @@ def test_sigkill_of_a_server_of_ours(
         kill(4)
     collect(engine, tmp_path / "store", kill if when == "serving" else lambda count: None)
     found = balance(tmp_path / "store", undisturbed)
-    assert {name: e.output for name, e in found.items()} == {name: e.output for name, e in undisturbed.items()}
+    assert {name: e.output for name, e in found.items()} == {
+        name: e.output for name, e in undisturbed.items()
+    }
     assert not any(server.alive for server in made)

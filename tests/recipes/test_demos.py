@@ -1,4 +1,5 @@
-"""What a newcomer types: the two demos, then every other command of the README, in its order. Run in the repository itself, in `runs/`."""
+"""What a newcomer types: the two demos, then every other command of the README, in its order. Run
+in the repository itself, in `runs/`."""
 
 from __future__ import annotations
 
@@ -20,23 +21,34 @@ KEYS = {"recipe", "model", "engine", "steps", "seconds", "tokens", "policies", "
 
 
 def shell(command: str, seconds: float) -> str:
-    """Run one line as a user would, in the environment that runs the tests; its output, or an assertion with the end of it."""
+    """Run one line as a user would, in the environment that runs the tests; its output, or an
+    assertion with the end of it."""
     path = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-ec", command], cwd=ROOT, env=clean_environment(PATH=path), capture_output=True, text=True, timeout=seconds
+        ["bash", "-ec", command],
+        cwd=ROOT,
+        env=clean_environment(PATH=path),
+        capture_output=True,
+        text=True,
+        timeout=seconds,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
 def summary(run: str) -> dict[str, Any]:
-    """`summary.json` with every pinned key, two moved adapters, and nothing that failed its proof."""
+    """`summary.json` with every pinned key, two moved adapters, and nothing that failed its
+    proof."""
     found = json.loads((ROOT / run / "summary.json").read_text())
     assert found.keys() >= KEYS
-    assert set(found["seconds"]) >= {"total", "rollout", "train", "publish"} and set(found["tokens"]) >= {"sampled", "trained"}
+    assert set(found["seconds"]) >= {"total", "rollout", "train", "publish"} and set(
+        found["tokens"]
+    ) >= {"sampled", "trained"}
     assert len(found["policies"]) == 2
     for policy in found["policies"].values():
-        assert policy["trainable_parameters"] > 0 and policy["sha256_before"] != policy["sha256_after"]
+        assert (
+            policy["trainable_parameters"] > 0 and policy["sha256_before"] != policy["sha256_after"]
+        )
     proof = found["live_proof"]
     assert proof["failed"] == 0 and proof["passed"] >= 2 and proof["max_residual"] <= 0.25
     assert proof["checks"] == proof["passed"] + proof["untrained"]
@@ -70,7 +82,16 @@ def test_commands_of_the_readme(tiny_demo: dict[str, Any]) -> None:
 
 @pytest.mark.timeout(1800)
 def test_make_demo() -> None:
-    """The real model on a real server, cut short; recipes/RESULTS.md has whole runs of three seeds."""
-    shell('make demo ARGS="--max_steps 1 --tasks_per_step 16 --num_eval_tasks 24 --ablate_adapters false"', seconds=1700)
+    """The real model on a real server, cut short; recipes/RESULTS.md has whole runs of three
+    seeds."""
+    shell(
+        'make demo ARGS="--max_steps 1 --tasks_per_step 16 --num_eval_tasks 24 --ablate_adapters'
+        ' false"',
+        seconds=1700,
+    )
     found = summary("runs/demo")
-    assert found["engine"] == "vllm" and found["steps"] == 1 and found["eval"]["after"]["num_tasks"] == 24
+    assert (
+        found["engine"] == "vllm"
+        and found["steps"] == 1
+        and found["eval"]["after"]["num_tasks"] == 24
+    )

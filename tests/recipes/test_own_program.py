@@ -1,6 +1,8 @@
-"""Programs of other people's making are trained as they are: plain `openai`, LangGraph, AG2, the OpenAI Agents SDK, DSPy.
+"""Programs of other people's making are trained as they are: plain `openai`, LangGraph, AG2, the
+OpenAI Agents SDK, DSPy.
 
-The slow tests install the real packages into a throw-away environment that knows nothing of marlora.
+The slow tests install the real packages into a throw-away environment that knows nothing of
+marlora.
 """
 
 from __future__ import annotations
@@ -27,23 +29,37 @@ from tests.trainers.small_run import bytes_mod_7
 
 torch.set_num_threads(1)
 
-PACKAGES = ("openai>=2", "langgraph>=1,<2", "langchain-openai>=1,<2", "ag2>=1.2,<2", "openai-agents>=0.24,<1", "dspy>=3.4,<4")
+PACKAGES = (
+    "openai>=2",
+    "langgraph>=1,<2",
+    "langchain-openai>=1,<2",
+    "ag2>=1.2,<2",
+    "openai-agents>=0.24,<1",
+    "dspy>=3.4,<4",
+)
 PROGRAMS = ("openai_roles", "langgraph_roles", "ag2_roles", "agents_sdk_roles", "dspy_roles")
 
 
 def never_zero(task: Task, episode: Episode) -> float:
-    """A reward that always teaches something, so that two steps of two episodes move every adapter."""
+    """A reward that always teaches something, so that two steps of two episodes move every
+    adapter."""
     return 1 + bytes_mod_7(task, episode)
 
 
 def trainer(folder: Path, rewards: Any = None, **changes: Any) -> GRPOTrainer:
     settings = yaml.safe_load((ROOT / "recipes" / "own_program.yaml").read_text())
-    return GRPOTrainer(args=GRPOConfig(**{**settings, "output_dir": str(folder), **changes}), rewards=rewards, recipe="own_program")
+    return GRPOTrainer(
+        args=GRPOConfig(**{**settings, "output_dir": str(folder), **changes}),
+        rewards=rewards,
+        recipe="own_program",
+    )
 
 
 def check_trained(summary: dict[str, Any], steps: int) -> None:
     assert summary["steps"] == steps and set(summary["policies"]) == {"first", "last"}
-    assert all(policy["sha256_before"] != policy["sha256_after"] for policy in summary["policies"].values())
+    assert all(
+        policy["sha256_before"] != policy["sha256_after"] for policy in summary["policies"].values()
+    )
     proof = summary["live_proof"]
     assert proof["failed"] == 0 and proof["passed"] >= 2 and proof["max_residual"] < 0.001
 
@@ -52,19 +68,34 @@ def check_turns(episode: Episode) -> None:
     """Two turns whose messages are the program's own, the second with the first one's text."""
     assert episode.error is None, episode.error
     first, last = episode.turns
-    assert [(m.role, m.content) for m in first.messages] == [("system", "first"), ("user", episode.task.prompt)]
+    assert [(m.role, m.content) for m in first.messages] == [
+        ("system", "first"),
+        ("user", episode.task.prompt),
+    ]
     third = episode.task.prompt.split("+")[-1]
-    assert [(m.role, m.content) for m in last.messages] == [("system", "last"), ("user", f"{first.text}+{third}")]
-    assert (first.agent, last.agent) == ("first", "last") and first.prompt_ids and len(last.token_ids) == len(last.logprobs)
+    assert [(m.role, m.content) for m in last.messages] == [
+        ("system", "last"),
+        ("user", f"{first.text}+{third}"),
+    ]
+    assert (
+        (first.agent, last.agent) == ("first", "last")
+        and first.prompt_ids
+        and len(last.token_ids) == len(last.logprobs)
+    )
     assert episode.output == last.text.strip() or episode.output == last.text
 
 
 def test_a_program_is_trained_resumed_reported_and_evaluated(tmp_path: Path) -> None:
     model = tiny_random_model(tmp_path / "model")
     small: dict[str, Any] = {
-        "model": str(model), "tasks_per_step": 2, "num_generations": 3, "num_eval_tasks": 2, "max_completion_length": 4,
-        "learning_rate": 1e-2, "save_every": 1,
-    }  # fmt: skip
+        "model": str(model),
+        "tasks_per_step": 2,
+        "num_generations": 3,
+        "num_eval_tasks": 2,
+        "max_completion_length": 4,
+        "learning_rate": 1e-2,
+        "save_every": 1,
+    }
     folder = tmp_path / "run"
     check_trained(trainer(folder, [bytes_mod_7], max_steps=1, **small).train(), 1)
     summary = trainer(folder, [bytes_mod_7], max_steps=2, resume=True, **small).train()
@@ -79,12 +110,24 @@ def test_a_program_is_trained_resumed_reported_and_evaluated(tmp_path: Path) -> 
 
 async def evaluated(checkpoint: Path, folder: Path) -> None:
     """The checkpoint plays again, once its reader agrees to run the program that it names."""
-    system, settings = "marlora.rollouts.gateway.programs:Function", EngineConfig(engine="transformers")
-    with pytest.raises(SettingError, match=r"the program marlora\.recipes\.programs\.openai_roles:main.*--trust_checkpoint"):
-        await LoadedTeam.open(checkpoint, settings, system=system, rewards=["exact"], scratch=folder / "no")
-    team = await LoadedTeam.open(checkpoint, settings, system=system, rewards=["exact"], scratch=folder / "yes", trust=True)
+    system, settings = (
+        "marlora.rollouts.gateway.programs:Function",
+        EngineConfig(engine="transformers"),
+    )
+    with pytest.raises(
+        SettingError,
+        match=r"the program marlora\.recipes\.programs\.openai_roles:main.*--trust_checkpoint",
+    ):
+        await LoadedTeam.open(
+            checkpoint, settings, system=system, rewards=["exact"], scratch=folder / "no"
+        )
+    team = await LoadedTeam.open(
+        checkpoint, settings, system=system, rewards=["exact"], scratch=folder / "yes", trust=True
+    )
     try:
-        episode = await team.rollouts.play(EpisodeRequest(Task("t", "1+2+3", "6"), "g"), team.versions)
+        episode = await team.rollouts.play(
+            EpisodeRequest(Task("t", "1+2+3", "6"), "g"), team.versions
+        )
         check_turns(episode)
         assert [t.version for t in episode.turns] == [team.versions["first"], team.versions["last"]]
     finally:
@@ -95,11 +138,15 @@ async def evaluated(checkpoint: Path, folder: Path) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_plain_program_learns(tmp_path: Path, seed: int) -> None:
-    """The recipe as it stands, ten steps of 48 episodes: held-out greedy accuracy and the sampled reward rise."""
+    """The recipe as it stands, ten steps of 48 episodes: held-out greedy accuracy and the sampled
+    reward rise."""
     summary = trainer(tmp_path / "run", seed=seed, save_every=100).train()
     check_trained(summary, 10)
     before, after = summary["eval"]["before"]["accuracy"], summary["eval"]["after"]["accuracy"]
-    rewards = [json.loads(line)["reward"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rewards = [
+        json.loads(line)["reward"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     print(f"seed {seed}: held out {before} -> {after}, sampled {rewards}")
     assert after - before >= 0.15 and summary["eval"]["paired"]["ci95"][0] > 0, (before, after)
 
@@ -112,15 +159,24 @@ def python() -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_of_each_framework_is_trained_as_it_is(program: str, python: Path, tmp_path: Path) -> None:
+def test_a_program_of_each_framework_is_trained_as_it_is(
+    program: str, python: Path, tmp_path: Path
+) -> None:
     system = {
-        "class": "marlora.rollouts.gateway.programs:Command", "agents": ["first", "last"],
+        "class": "marlora.rollouts.gateway.programs:Command",
+        "agents": ["first", "last"],
         "command": [str(python), str(ROOT / "recipes" / "programs" / f"{program}.py")],
-    }  # fmt: skip
+    }
     changes: dict[str, Any] = {
-        "system": system, "max_steps": 2, "tasks_per_step": 1, "num_generations": 2, "num_eval_tasks": 1, "credit": "team",
-        "learning_rate": 1e-2, "max_concurrency": 2,
-    }  # fmt: skip
+        "system": system,
+        "max_steps": 2,
+        "tasks_per_step": 1,
+        "num_generations": 2,
+        "num_eval_tasks": 1,
+        "credit": "team",
+        "learning_rate": 1e-2,
+        "max_concurrency": 2,
+    }
     check_trained(trainer(tmp_path / "run", [never_zero], **changes).train(), 2)
     episodes = list(Store(tmp_path / "run" / "episodes").read())
     assert len(episodes) == 6

@@ -1,4 +1,5 @@
-"""Every recipe, with each of its settings: from its own `main` to the plan of the run, on a model that has learnt nothing."""
+"""Every recipe, with each of its settings: from its own `main` to the plan of the run, on a model
+that has learnt nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import pytest
 from tests.repository import ROOT
 
 SETTINGS = sorted((ROOT / "recipes").glob("*.yaml"))
-NEEDS_A_NETWORK = {  # what these name is not at hand here: a task set of a hub, a verifier that another run trains
+# what these name is not at hand here: a task set of a hub, a verifier that another run trains
+NEEDS_A_NETWORK = {
     "maporl_gsm8k": ["--tasks", "arithmetic", "--verifier", "calculator"],
     "verifier_gsm8k": ["--tasks", "arithmetic"],
     "scoreflow_gsm8k": ["--tasks", "arithmetic"],
@@ -25,13 +27,28 @@ def recipe_of(settings: Path) -> str:
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda path: path.stem)
 def test_a_recipe_plans_what_its_settings_say(
-    settings: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    here = ["--config", str(settings), "--model", str(model), "--engine", "transformers", "--output_dir", str(tmp_path / "run")]
+    here = [
+        "--config",
+        str(settings),
+        "--model",
+        str(model),
+        "--engine",
+        "transformers",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     flags = [*here, *NEEDS_A_NETWORK.get(settings.stem, []), "--dry_run", "true"]
     monkeypatch.setattr("sys.argv", [f"{recipe_of(settings)}.py", *flags])
     importlib.import_module(f"marlora.recipes.{recipe_of(settings)}").main()
     shown = capsys.readouterr().out
     assert "first prompt (to" in shown and "to train on" in shown
-    assert ("; trained; init fresh" in shown) != (recipe_of(settings) == "verifier"), "a verifier's run trains no policy"
+    assert ("; trained; init fresh" in shown) != (recipe_of(settings) == "verifier"), (
+        "a verifier's run trains no policy"
+    )
     assert not (tmp_path / "run").exists()

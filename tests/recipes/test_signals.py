@@ -1,4 +1,5 @@
-"""A program that was started with signals ignored (`command &` in a script, `nohup command &`) can still be stopped."""
+"""A program that was started with signals ignored (`command &` in a script, `nohup command &`) can
+still be stopped."""
 
 from __future__ import annotations
 
@@ -39,13 +40,24 @@ except Stopped:
 
 
 def started(script: str, *arguments: str) -> subprocess.Popen[str]:
-    """A program started as a shell without job control starts it under nohup: INT, TERM and HUP are ignored."""
-    command = ["sh", "-c", "trap '' INT TERM HUP; exec \"$@\"", "sh", sys.executable, "-c", script, *arguments]
+    """A program started as a shell without job control starts it under nohup: INT, TERM and HUP are
+    ignored."""
+    command = [
+        "sh",
+        "-c",
+        "trap '' INT TERM HUP; exec \"$@\"",
+        "sh",
+        sys.executable,
+        "-c",
+        script,
+        *arguments,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ended(process: subprocess.Popen[str], number: int) -> tuple[int, str, str]:
-    """Exit code and words of a program that got a hang-up, which it ignores, and then this signal."""
+    """Exit code and words of a program that got a hang-up, which it ignores, and then this
+    signal."""
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == "ready\n", process.communicate()[1]
@@ -61,7 +73,10 @@ def ended(process: subprocess.Popen[str], number: int) -> tuple[int, str, str]:
             process.communicate()
 
 
-@pytest.mark.parametrize("kind, words", [("recipe", "interrupted: go on from the newest checkpoint"), ("command", "stopped")])
+@pytest.mark.parametrize(
+    "kind, words",
+    [("recipe", "interrupted: go on from the newest checkpoint"), ("command", "stopped")],
+)
 def test_sigint_interrupts(kind: str, words: str) -> None:
     code, _, said = ended(started(WAITS, kind), signal.SIGINT)
     assert code == 1 and said.splitlines()[-1].startswith(words)
@@ -119,18 +134,35 @@ def test_in_another_thread_nothing_is_installed_and_nothing_fails() -> None:
 
 
 def test_a_server_of_a_deaf_owner_can_be_asked_to_end(tmp_path: Path) -> None:
-    """What keeper.py starts has the usual SIGINT and SIGTERM, whatever the keeper's own owner was started with."""
+    """What keeper.py starts has the usual SIGINT and SIGTERM, whatever the keeper's own owner was
+    started with."""
     log = tmp_path / "log"
-    shown = "import signal; print([signal.getsignal(n) != signal.SIG_IGN for n in (signal.SIGINT, signal.SIGTERM)])"
-    keep = [sys.executable, "-P", supervisor.__file__, str(os.getpid()), str(log), sys.executable, "-c", shown]
+    shown = (
+        "import signal; print([signal.getsignal(n) != signal.SIG_IGN for n in (signal.SIGINT,"
+        " signal.SIGTERM)])"
+    )
+    keep = [
+        sys.executable,
+        "-P",
+        supervisor.__file__,
+        str(os.getpid()),
+        str(log),
+        sys.executable,
+        "-c",
+        shown,
+    ]
     deaf = ["sh", "-c", "trap '' INT TERM HUP; exec \"$@\"", "sh", *keep]
-    with subprocess.Popen(deaf, stdin=subprocess.PIPE) as kept:  # its end of the pipe, open, says that the owner lives
+    with subprocess.Popen(
+        deaf, stdin=subprocess.PIPE
+    ) as kept:  # its end of the pipe, open, says that the owner lives
         assert kept.wait(30) == 0
     assert log.read_text() == "[True, True]\n"
 
 
 @pytest.mark.parametrize("ignored", [True, False])
-def test_ranks_outlive_a_hang_up_as_nohup_asks(ignored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_outlive_a_hang_up_as_nohup_asks(
+    ignored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torchrun handles SIGHUP unless told otherwise."""
     for name in ("WORLD_SIZE", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
         monkeypatch.delenv(name, raising=False)
@@ -142,7 +174,9 @@ def test_ranks_outlive_a_hang_up_as_nohup_asks(ignored: bool, monkeypatch: pytes
     try:
         processes.start_all()
         assert "torch.distributed.run" in became[0]
-        assert os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE") == ("SIGTERM,SIGINT,SIGQUIT" if ignored else None)
+        assert os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE") == (
+            "SIGTERM,SIGINT,SIGQUIT" if ignored else None
+        )
     finally:
         os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)
         signal.signal(signal.SIGHUP, before)

@@ -23,27 +23,42 @@ TASK = Task("t1", "7+8+5", "gold-20", "sums", "train", {"c": 5, "_hidden": "h"})
 
 @dataclass
 class Asker:
-    """A client of one episode: `await ask(...)` posts a chat completion and returns (status, body)."""
+    """A client of one episode: `await ask(...)` posts a chat completion and returns (status,
+    body)."""
 
     visit: Session
     session: aiohttp.ClientSession
 
-    async def post(self, path: str, body: Any, headers: Mapping[str, str] | None = None, key: str | None = None) -> tuple[int, Any]:
-        head = {"Authorization": f"Bearer {self.visit.key if key is None else key}", **(headers or {})}
+    async def post(
+        self, path: str, body: Any, headers: Mapping[str, str] | None = None, key: str | None = None
+    ) -> tuple[int, Any]:
+        head = {
+            "Authorization": f"Bearer {self.visit.key if key is None else key}",
+            **(headers or {}),
+        }
         data = body if isinstance(body, (str, bytes)) else json.dumps(body)
         url = path if path.startswith("http") else f"{self.visit.base_url}{path}"
-        async with self.session.post(url, data=data, headers={"Content-Type": "application/json", **head}) as reply:
+        async with self.session.post(
+            url, data=data, headers={"Content-Type": "application/json", **head}
+        ) as reply:
             text = await reply.text()
-            return reply.status, json.loads(text) if reply.content_type == "application/json" else text
+            return reply.status, (
+                json.loads(text) if reply.content_type == "application/json" else text
+            )
 
     async def get(self, path: str) -> tuple[int, Any]:
         head = {"Authorization": f"Bearer {self.visit.key}"}
         async with self.session.get(f"{self.visit.base_url}{path}", headers=head) as reply:
             return reply.status, await reply.json()
 
-    async def ask(self, model: str, *messages: Any, headers: Mapping[str, str] | None = None, **settings: Any) -> Any:
-        """The body of a chat completion; a text is a message of the user's. Asserts that it went well."""
-        status, body = await self.post("/chat/completions", chat(model, *messages, **settings), headers)
+    async def ask(
+        self, model: str, *messages: Any, headers: Mapping[str, str] | None = None, **settings: Any
+    ) -> Any:
+        """The body of a chat completion; a text is a message of the user's. Asserts that it went
+        well."""
+        status, body = await self.post(
+            "/chat/completions", chat(model, *messages, **settings), headers
+        )
         assert status == 200, body
         return body
 
@@ -71,18 +86,29 @@ class Ask(ExternalProgram):
             return await self.body(Asker(visit, session))
 
 
-def rollouts(engine: Any, system: ExternalProgram, rewards: Any = (), **settings: Any) -> EpisodeRunner:
-    found = {spec.policy: EngineCompleter(engine, engine.tokens, spec.policy) for spec in system.specs}
+def rollouts(
+    engine: Any, system: ExternalProgram, rewards: Any = (), **settings: Any
+) -> EpisodeRunner:
+    found = {
+        spec.policy: EngineCompleter(engine, engine.tokens, spec.policy) for spec in system.specs
+    }
     return EpisodeRunner(system, found, rewards, **settings)
 
 
 def play(
-    body: Body, engine: Any = None, rewards: Any = (), agents: Any = ("a", "b"), program: Any = None, **settings: Any
+    body: Body,
+    engine: Any = None,
+    rewards: Any = (),
+    agents: Any = ("a", "b"),
+    program: Any = None,
+    **settings: Any,
 ) -> Episode:
     """The episode of a program; the engine answers `15` unless one is given."""
     engine = engine or ScriptedEngine(lambda *asked: "15")
     system = Ask(list(agents), body=body, **(program or {}))
-    return asyncio.run(rollouts(engine, system, rewards, **settings).play(EpisodeRequest(TASK, "g")))
+    return asyncio.run(
+        rollouts(engine, system, rewards, **settings).play(EpisodeRequest(TASK, "g"))
+    )
 
 
 def played(body: Body, *args: Any, **settings: Any) -> Episode:

@@ -1,4 +1,5 @@
-"""One suite for every engine: what the contract in `rollouts/engines/base.py` promises, as checks of a running engine.
+"""One suite for every engine: what the contract in `rollouts/engines/base.py` promises, as checks
+of a running engine.
 
 @pytest.mark.parametrize("check", CHECKS, ids=name_of)
 def test_contract(check, tmp_path):
@@ -26,9 +27,10 @@ _NUMBERS = itertools.count()
 class Bench:
     """What a suite needs of an engine.
 
-    `start`: gives a running engine. `adapter(name, seed)`: makes the folder of an adapter of that name, another for each seed.
-    `tokens`: the chats of the engine's model. `tolerance`: nats by which two runs of one forward pass may differ.
-    `owned`: close the engine after each check (a shared server stays).
+    `start`: gives a running engine. `adapter(name, seed)`: makes the folder of an adapter of that
+    name, another for each seed. `tokens`: the chats of the engine's model. `tolerance`: nats by
+    which two runs of one forward pass may differ. `owned`: close the engine after each check (a
+    shared server stays).
     """
 
     start: Callable[[], Awaitable[Engine]]
@@ -93,8 +95,12 @@ async def a_seed_reproduces_and_siblings_differ(engine: Engine, bench: Bench) ->
     assert [one.token_ids for one in first] == [one.token_ids for one in again]
     assert len({one.token_ids for one in first}) > 1
     (third,) = await engine.generate(ids, bench.base, replace(sampling, seed=2**61 + 2))
-    assert third.token_ids == first[2].token_ids  # sibling k draws with seed + k, whoever is sampled beside it
-    others = await asyncio.gather(*(engine.generate(bench.prompt(f"{k}+1+1"), bench.base, _sampling(k)) for k in range(4)))
+    assert (
+        third.token_ids == first[2].token_ids
+    )  # sibling k draws with seed + k, whoever is sampled beside it
+    others = await asyncio.gather(
+        *(engine.generate(bench.prompt(f"{k}+1+1"), bench.base, _sampling(k)) for k in range(4))
+    )
     assert all(other[0].prompt_ids == bench.prompt(f"{k}+1+1") for k, other in enumerate(others))
 
 
@@ -107,7 +113,9 @@ async def temperature_zero_is_greedy(engine: Engine, bench: Bench) -> None:
 
 async def length_ends_a_reply(engine: Engine, bench: Bench) -> None:
     for most in (1, 3):
-        for one in await engine.generate(bench.prompt(), bench.base, _sampling(max_tokens=most), n=8):
+        for one in await engine.generate(
+            bench.prompt(), bench.base, _sampling(max_tokens=most), n=8
+        ):
             assert len(one.token_ids) <= most
             _ended_well(bench, one, _sampling(max_tokens=most))
 
@@ -115,13 +123,27 @@ async def length_ends_a_reply(engine: Engine, bench: Bench) -> None:
 async def a_stop_string_ends_a_reply_and_is_kept(engine: Engine, bench: Bench) -> None:
     sampling = _sampling(max_tokens=40)
     for one in await engine.generate(bench.prompt(), bench.base, sampling, n=16):
-        places = [i for i, c in enumerate(one.text) if i > 1 and "!" <= c <= "~" and one.text.index(c) == i]
+        places = [
+            i
+            for i, c in enumerate(one.text)
+            if i > 1 and "!" <= c <= "~" and one.text.index(c) == i
+        ]
         if places:
             stop = one.text[places[0]]
             seeded = replace(sampling, stop=("not in here", stop), seed=sampling.seed)
-            ended = next(c for c in await engine.generate(bench.prompt(), bench.base, seeded, n=16) if stop in c.text)
-            assert ended.finish_reason == "stop" and ended.text.count(stop) == 1 and ended.text.endswith(stop)
-            assert ended.text == bench.tokens.decode(ended.token_ids) and len(ended.token_ids) == len(ended.logprobs)
+            ended = next(
+                c
+                for c in await engine.generate(bench.prompt(), bench.base, seeded, n=16)
+                if stop in c.text
+            )
+            assert (
+                ended.finish_reason == "stop"
+                and ended.text.count(stop) == 1
+                and ended.text.endswith(stop)
+            )
+            assert ended.text == bench.tokens.decode(ended.token_ids) and len(
+                ended.token_ids
+            ) == len(ended.logprobs)
             return
     raise AssertionError("no reply had a character to stop at; the test needs another prompt")
 
@@ -141,15 +163,30 @@ async def the_score_of_a_reply_is_its_logprobs(engine: Engine, bench: Bench) -> 
 
 
 async def adapters_are_told_apart(engine: Engine, bench: Bench) -> None:
-    team = await engine.publish({"solver": bench.new_adapter("solver", 1), "critic": bench.new_adapter("critic", 2)})
-    refs = [bench.base, ModelRef("solver", ""), *(ModelRef(policy, version) for policy, version in team.items())]
+    team = await engine.publish(
+        {"solver": bench.new_adapter("solver", 1), "critic": bench.new_adapter("critic", 2)}
+    )
+    refs = [
+        bench.base,
+        ModelRef("solver", ""),
+        *(ModelRef(policy, version) for policy, version in team.items()),
+    ]
     ids = bench.prompt()
-    base, unadapted, solver, critic = await asyncio.gather(*(engine.score(ids, ref) for ref in refs))
+    base, unadapted, solver, critic = await asyncio.gather(
+        *(engine.score(ids, ref) for ref in refs)
+    )
     assert unadapted == pytest.approx(base, abs=bench.tolerance)
-    apart = [max(abs(a - b) for a, b in zip(x, y, strict=True)) for x, y in ((base, solver), (base, critic), (solver, critic))]
+    apart = [
+        max(abs(a - b) for a, b in zip(x, y, strict=True))
+        for x, y in ((base, solver), (base, critic), (solver, critic))
+    ]
     assert min(apart) > 20 * bench.tolerance
-    swapped = await engine.publish({"solver": bench.new_adapter("solver", 2)})  # the critic's weights
-    assert await engine.score(ids, ModelRef("solver", swapped["solver"])) == pytest.approx(critic, abs=bench.tolerance)
+    swapped = await engine.publish(
+        {"solver": bench.new_adapter("solver", 2)}
+    )  # the critic's weights
+    assert await engine.score(ids, ModelRef("solver", swapped["solver"])) == pytest.approx(
+        critic, abs=bench.tolerance
+    )
     replies = await asyncio.gather(*(engine.generate(ids, ref, _sampling(), n=4) for ref in refs))
     for ref, made in zip(refs, replies, strict=True):
         assert {(one.policy, one.version) for one in made} == {ref}
@@ -162,9 +199,13 @@ async def the_base_is_the_same_after_adapters_spoke(engine: Engine, bench: Bench
     before = await engine.score(bench.prompt(), bench.base)
     team = await engine.publish({"solver": bench.new_adapter("solver", 1)})
     await engine.generate(bench.prompt(), ModelRef("solver", team["solver"]), _sampling())
-    assert await engine.score(bench.prompt(), bench.base) == pytest.approx(before, abs=bench.tolerance)
+    assert await engine.score(bench.prompt(), bench.base) == pytest.approx(
+        before, abs=bench.tolerance
+    )
     await engine.retire(ModelRef("solver", team["solver"]))
-    assert await engine.score(bench.prompt(), bench.base) == pytest.approx(before, abs=bench.tolerance)
+    assert await engine.score(bench.prompt(), bench.base) == pytest.approx(
+        before, abs=bench.tolerance
+    )
 
 
 async def versions_come_and_go(engine: Engine, bench: Bench) -> None:
@@ -173,7 +214,10 @@ async def versions_come_and_go(engine: Engine, bench: Bench) -> None:
     assert await engine.publish({"solver": one}) == {"solver": one.name}
     assert await engine.publish({"solver": two}) == {"solver": two.name}
     listed = await engine.adapters(replica)
-    assert {name: Path(listed[name]) for name in (one.name, two.name)} == {one.name: one.resolve(), two.name: two.resolve()}
+    assert {name: Path(listed[name]) for name in (one.name, two.name)} == {
+        one.name: one.resolve(),
+        two.name: two.resolve(),
+    }
     await engine.retire(ModelRef("solver", one.name))
     listed = await engine.adapters(replica)
     assert one.name not in listed and two.name in listed
@@ -238,7 +282,9 @@ async def top_k_one_is_certain(engine: Engine, bench: Bench) -> None:
     (greedy,) = await engine.generate(bench.prompt(), bench.base, _sampling(temperature=0.0))
     (narrow,) = await engine.generate(bench.prompt(), bench.base, _sampling(top_k=1))
     assert narrow.token_ids == greedy.token_ids
-    assert narrow.logprobs == pytest.approx([0.0] * len(narrow.logprobs), abs=bench.tolerance)  # of the processed distribution
+    assert narrow.logprobs == pytest.approx(
+        [0.0] * len(narrow.logprobs), abs=bench.tolerance
+    )  # of the processed distribution
 
 
 async def a_repetition_penalty_forbids_what_was_said(engine: Engine, bench: Bench) -> None:
@@ -261,5 +307,8 @@ CHECKS: list[Check] = [  # every engine
     unknown_names_are_errors,
     what_does_not_fit_is_told,
 ]
-MODEL_CHECKS: list[Check] = [top_k_one_is_certain, a_repetition_penalty_forbids_what_was_said]  # engines that have a model
+MODEL_CHECKS: list[Check] = [
+    top_k_one_is_certain,
+    a_repetition_penalty_forbids_what_was_said,
+]  # engines that have a model
 OWNED_CHECKS: list[Check] = [closing_twice_is_fine]  # engines that the test may close

@@ -1,6 +1,7 @@
 """A vLLM server without a model: the routes the engine uses, from a table, with scripted faults.
 
-Runs in a thread of its own (`with FakeVLLM() as fake`), or as a process: `python fake_vllm.py PORT KEY_FILE`.
+Runs in a thread of its own (`with FakeVLLM() as fake`), or as a process: `python fake_vllm.py PORT
+KEY_FILE`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def sampled(model: str, prompt: list[int], seed: int, length: int) -> list[int]:
 
 
 def table(token: int) -> float:
-    """The log-probability this server gives to a token: another one for each token, so that a wrong alignment shows."""
+    """The log-probability this server gives to a token: another one for each token, so that a wrong
+    alignment shows."""
     return -(token + 1) / 8
 
 
@@ -53,16 +55,24 @@ class FakeVLLM:
     """`with FakeVLLM() as fake: VLLMEngine([fake.url], ...)`.
 
     Attributes:
-        faults: what happens to the next completions, one each: a status (`"500"`), `reset`, `half`, `garbage`, `list`, `short`,
-            `long`, `nan`, `no logprobs`, `extra choice`, `twice`, `other model`, `other prompt`, `abort`, `slow`,
-            `again` (the reply a second time, later, on the kept connection), `stall` (no answer), `drip` (a byte at a time, for ever).
-        dead: completions hang, while /health and /metrics go on answering. busy: they hang as long, but tokens are generated.
+        faults: what happens to the next completions, one each: a status (`"500"`), `reset`, `half`,
+            `garbage`, `list`, `short`, `long`, `nan`, `no logprobs`, `extra choice`, `twice`,
+            `other model`, `other prompt`, `abort`, `slow`, `again` (the reply a second time, later,
+            on the kept connection), `stall` (no answer), `drip` (a byte at a time, for ever).
+        dead: completions hang, while /health and /metrics go on answering. busy: they hang as long,
+            but tokens are generated.
         requests: (path, key, body) of everything that came. loaded: adapters by name.
         key: if set, what must be sent as a bearer token. open_routes: answered without it.
     """
 
     def __init__(
-        self, *, key: str = "", open_routes: Iterable[str] = (), faults: Iterable[str] = (), context: int = 64, port: int = 0
+        self,
+        *,
+        key: str = "",
+        open_routes: Iterable[str] = (),
+        faults: Iterable[str] = (),
+        context: int = 64,
+        port: int = 0,
     ) -> None:
         self.key, self.open_routes, self.context, self.port = key, set(open_routes), context, port
         self.faults = deque(faults)
@@ -111,28 +121,49 @@ class FakeVLLM:
         body = json.loads(text) if text else None
         given = request.headers.get("Authorization")
         self.requests.append((request.path, given, body))
-        if self.key and given != f"Bearer {self.key}" and request.path not in self.open_routes | {"/health"}:
+        if (
+            self.key
+            and given != f"Bearer {self.key}"
+            and request.path not in self.open_routes | {"/health"}
+        ):
             return web.json_response({"error": "a key is needed"}, status=401)
         if request.path == "/health":
             return web.Response()
         if request.path == "/metrics":
             self.tokens += self.busy
-            return web.Response(text=f'# HELP x\nvllm:generation_tokens_total{{engine="0"}} {self.tokens}.0\n')
+            return web.Response(
+                text=f'# HELP x\nvllm:generation_tokens_total{{engine="0"}} {self.tokens}.0\n'
+            )
         if request.path == "/v1/models":
-            base = {"id": "served-base", "root": "/models/base", "parent": None, "max_model_len": self.context}
-            adapters = [{"id": name, "root": path, "parent": "served-base"} for name, path in self.loaded.items()]
+            base = {
+                "id": "served-base",
+                "root": "/models/base",
+                "parent": None,
+                "max_model_len": self.context,
+            }
+            adapters = [
+                {"id": name, "root": path, "parent": "served-base"}
+                for name, path in self.loaded.items()
+            ]
             return web.json_response({"data": [base, *adapters]})
         if request.path.endswith("_lora_adapter") and body:
             return self._adapter(request.path, body)
         if request.path == "/v1/completions" and body:
             return await self._complete(request, body)
-        return error(400 if request.path in self.open_routes or request.path == "/v1/completions" else 404, "no such thing")
+        return error(
+            400 if request.path in self.open_routes or request.path == "/v1/completions" else 404,
+            "no such thing",
+        )
 
     def _adapter(self, path: str, body: dict[str, Any]) -> web.Response:
         name = body["lora_name"]
         if path == "/v1/unload_lora_adapter":
             known = self.loaded.pop(name, None)
-            return web.Response(text="removed") if known else error(404, f"The lora adapter '{name}' cannot be found.")
+            return (
+                web.Response(text="removed")
+                if known
+                else error(404, f"The lora adapter '{name}' cannot be found.")
+            )
         if name in self.loaded:
             return error(400, f"The lora adapter '{name}' has already been loaded.")
         self.loaded[name] = body["lora_path"]
@@ -156,7 +187,9 @@ class FakeVLLM:
         if fault == "stall":
             await asyncio.Event().wait()
         if fault == "drip":
-            response = web.StreamResponse(headers={"Content-Length": "1000000", "Content-Type": "application/json"})
+            response = web.StreamResponse(
+                headers={"Content-Length": "1000000", "Content-Type": "application/json"}
+            )
             await response.prepare(request)
             while True:
                 await response.write(b" ")
@@ -171,24 +204,37 @@ class FakeVLLM:
         if fault == "again":
             transport, head = (
                 request.transport,
-                f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n",
+                (
+                    "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length:"
+                    f" {len(text)}\r\n\r\n"
+                ),
             )
             assert transport is not None
             self._loop.call_later(0.03, transport.write, (head + text).encode())
         if fault == "half":
-            response = web.StreamResponse(headers={"Content-Length": str(len(text)), "Content-Type": "application/json"})
+            response = web.StreamResponse(
+                headers={"Content-Length": str(len(text)), "Content-Type": "application/json"}
+            )
             await response.prepare(request)
             await response.write(text[: len(text) // 2].encode())
             assert request.transport is not None
             request.transport.close()
             return response
-        return web.Response(text={"garbage": "<html>busy</html>", "list": "[]"}.get(fault, text), content_type="application/json")
+        return web.Response(
+            text={"garbage": "<html>busy</html>", "list": "[]"}.get(fault, text),
+            content_type="application/json",
+        )
 
     def _reply(self, body: dict[str, Any]) -> dict[str, Any]:
         choices = []
         for k in range(body.get("n", 1)):
-            tokens = sampled(body["model"], body["prompt"], body.get("seed", 0) + k, body["max_tokens"])
-            scored: list[Any] = [None, *({str(token): {"logprob": table(token)}} for token in body["prompt"][1:])]
+            tokens = sampled(
+                body["model"], body["prompt"], body.get("seed", 0) + k, body["max_tokens"]
+            )
+            scored: list[Any] = [
+                None,
+                *({str(token): {"logprob": table(token)}} for token in body["prompt"][1:]),
+            ]
             choices.append(
                 {
                     "index": k,
@@ -201,7 +247,11 @@ class FakeVLLM:
                 }
             )
         self.tokens += sum(len(choice["token_ids"]) for choice in choices)
-        return {"id": f"cmpl-{uuid.uuid4().hex}", "model": body["model"], "choices": choices[::-1]}  # order is not promised
+        return {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "model": body["model"],
+            "choices": choices[::-1],
+        }  # order is not promised
 
 
 def spoil(reply: dict[str, Any], fault: str) -> None:

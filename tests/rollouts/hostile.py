@@ -22,7 +22,7 @@ CODE: dict[str, str] = {
     "parse_expr": f"parse_expr({TOUCH!r})",
     "lambdify": f"lambdify([], {TOUCH!r})()",
     "a string in a function": f"sqrt({TOUCH!r})",
-    "strings in strings": f"sin(Integer(\"cos({TOUCH!r})\"))",
+    "strings in strings": f'sin(Integer("cos({TOUCH!r})"))',
     "Symbol that is printed": f"Symbol({TOUCH!r})",
     "lambda": f"(lambda: {TOUCH})()",
     "walrus": f"(x := {TOUCH})",
@@ -36,8 +36,13 @@ CODE: dict[str, str] = {
     "globals": "globals()['__builtins__']['__import__']('os').system('touch MARK')",
     "vars": "vars()",
     "setattr": "setattr(__import__('sympy'), 'Integer', lambda *a: 1.0)",
-    "the set patched": "setattr(__import__('reasoning_gym').factory, 'get_score_answer_fn', lambda *a: 1.0)",
-    "the scorer patched": "__import__('sys').modules['__main__'].__dict__.update(understood=lambda *a: {'result': 1.0})",
+    "the set patched": (
+        "setattr(__import__('reasoning_gym').factory, 'get_score_answer_fn', lambda *a: 1.0)"
+    ),
+    "the scorer patched": (
+        "__import__('sys').modules['__main__'].__dict__.update(understood=lambda *a: {'result':"
+        " 1.0})"
+    ),
     "names of the scorer": "entry['answer']",
     "names of the scorer, sympy": "str(entry['answer'])",
     "oracle": "oracle_answer",
@@ -48,14 +53,17 @@ CODE: dict[str, str] = {
     "raise": "(_ for _ in ()).throw(SystemExit)",
     "every descriptor": "[__import__('os').write(fd, b'{\"result\": 1.0}\\n') for fd in range(64)]",
     "print": "print('{\"result\": 1.0}')",
-    "a later writer": "__import__('threading').Thread(target=lambda: __import__('time').sleep(1) or open('MARK', 'w')).start()",
+    "a later writer": (
+        "__import__('threading').Thread(target=lambda: __import__('time').sleep(1) or open('MARK',"
+        " 'w')).start()"
+    ),
     "sleep": "__import__('time').sleep(100)",
     "a fork": "__import__('os').fork()",
     "equal to all": "type('E', (int,), {'__eq__': lambda s, o: True, '__hash__': int.__hash__})(3)",
     "yaml": f"!!python/object/apply:os.system ['touch MARK']\n{TOUCH}",
     "LaTeX": rf"\boxed{{{TOUCH}}}",
     "LaTeX input": r"\input{/etc/passwd} \write18{touch MARK}",
-}  # fmt: skip
+}
 
 # Would use up time or memory, or is no proper text.
 LOADS: dict[str, str] = {
@@ -87,16 +95,41 @@ LOADS: dict[str, str] = {
     "infinity": "float('inf')",
     "oo": "oo",
     "zoo": "zoo - zoo",
-}  # fmt: skip
+}
 
 QUICK = (
-    "shell", "shell in a list", "open", "exec", "a string in a function", "strings in strings", "Symbol that is printed", "lambda",
-    "the set patched", "names of the scorer", "end", "every descriptor", "a later writer", "equal to all", "nesting", "objects", "a megabyte",
-    "surrogates", "NUL", "a forged verdict", "nan", "imaginary nan", "nan in a list", "oo",
-)  # fmt: skip
+    "shell",
+    "shell in a list",
+    "open",
+    "exec",
+    "a string in a function",
+    "strings in strings",
+    "Symbol that is printed",
+    "lambda",
+    "the set patched",
+    "names of the scorer",
+    "end",
+    "every descriptor",
+    "a later writer",
+    "equal to all",
+    "nesting",
+    "objects",
+    "a megabyte",
+    "surrogates",
+    "NUL",
+    "a forged verdict",
+    "nan",
+    "imaginary nan",
+    "nan in a list",
+    "oo",
+)
 
 
 def answers(mark: str, quick: bool = False) -> dict[str, str]:
     """All by name, or a handful of each kind."""
     table = {**CODE, **LOADS}
-    return {name: text.replace("MARK", mark) for name, text in table.items() if not quick or name in QUICK}
+    return {
+        name: text.replace("MARK", mark)
+        for name, text in table.items()
+        if not quick or name in QUICK
+    }

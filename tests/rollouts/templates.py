@@ -1,7 +1,8 @@
-"""Chat templates in the style of well-known model families, written for these tests, over byte-level tokenizers built in memory.
+"""Chat templates in the style of well-known model families, written for these tests, over
+byte-level tokenizers built in memory.
 
-Every tokenizer has ids 0.. for its special tokens and one token per byte, so expectations can be worked out by hand; `merges`
-adds a few merged tokens, to see boundaries merge.
+Every tokenizer has ids 0.. for its special tokens and one token per byte, so expectations can be
+worked out by hand; `merges` adds a few merged tokens, to see boundaries merge.
 """
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -10,7 +11,10 @@ from transformers import PreTrainedTokenizerFast
 CHATML = """{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-QWEN25 = """{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nBe helpful.<|im_end|>\\n' }}{% endif %}""" + CHATML
+QWEN25 = (
+    """{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nBe helpful.<|im_end|>\\n' }}{% endif %}"""
+    + CHATML
+)
 
 QWEN3 = """{%- set ns = namespace(last=-1) %}
 {%- for m in messages %}
@@ -53,16 +57,25 @@ MISTRAL = """{{- bos_token }}
   {%- else %}{{- raise_exception('Only user and assistant roles are supported') }}{%- endif %}
 {%- endfor %}"""
 
-# a system message that stands before the last user message, wherever that is: an earlier prompt is no beginning of a later one
+# a system message that stands before the last user message, wherever that is: an earlier prompt is
+# no beginning of a later one
 MOVING = MISTRAL.replace("loop.first", "loop.last")
 
-FAMILIES: dict[str, tuple[str, tuple[str, ...], str | None, str]] = {  # template, special tokens, bos, eos
+FAMILIES: dict[
+    str, tuple[str, tuple[str, ...], str | None, str]
+] = {  # template, special tokens, bos, eos
     "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>"),
     "qwen2.5": (QWEN25, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), None, "<|im_end|>"),
     "qwen3": (QWEN3, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), None, "<|im_end|>"),
     "llama3": (
         LLAMA3,
-        ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        (
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+        ),
         "<|begin_of_text|>",
         "<|end_of_text|>",
     ),
@@ -81,14 +94,21 @@ def byte_tokenizer(
     words: tuple[str, ...] = (),
     merges: tuple[tuple[str, str], ...] = (),
 ) -> PreTrainedTokenizerFast:
-    """Ids: special tokens first, then one per byte, then one per merge. `words` are added tokens that are not special."""
-    pieces = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    """Ids: special tokens first, then one per byte, then one per merge. `words` are added tokens
+    that are not special."""
+    pieces = [
+        *specials,
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        *("".join(pair) for pair in merges),
+    ]
     core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges=list(merges)))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
     core.add_tokens([AddedToken(w, special=False, normalized=False) for w in words])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, chat_template=template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=bos, eos_token=eos, chat_template=template
+    )
 
 
 def family(name: str, **settings: object) -> PreTrainedTokenizerFast:

@@ -1,4 +1,5 @@
-"""No key in any output: every setting that takes a key, an address or a mapping of them, given a key in every wrong way."""
+"""No key in any output: every setting that takes a key, an address or a mapping of them, given a
+key in every wrong way."""
 
 from __future__ import annotations
 
@@ -32,11 +33,23 @@ from tests.repository import ROOT
 
 SECRET = "sesame5ecret0f7he40thieves"
 TYPED = (
-    SECRET, f"sk-{SECRET}", f"/{SECRET}", f"{SECRET}\n", f"{SECRET}\x00", SECRET * 200, f"http://user:{SECRET}@127.0.0.1:9/v1",
-    f"http://{SECRET}@127.0.0.1:9/v1", f"http://127.0.0.1:9/v1?api_key={SECRET}", f"http://127.0.0.1:9/v1#{SECRET}", f"http://127.0.0.1:{SECRET}/v1",
-    f"http://[{SECRET}/v1", f"ftp://{SECRET}", f"{SECRET}@127.0.0.1:9",
-)  # fmt: skip
-# what each setting that takes a key, or an address where one may stand, is given: its value made of a text
+    SECRET,
+    f"sk-{SECRET}",
+    f"/{SECRET}",
+    f"{SECRET}\n",
+    f"{SECRET}\x00",
+    SECRET * 200,
+    f"http://user:{SECRET}@127.0.0.1:9/v1",
+    f"http://{SECRET}@127.0.0.1:9/v1",
+    f"http://127.0.0.1:9/v1?api_key={SECRET}",
+    f"http://127.0.0.1:9/v1#{SECRET}",
+    f"http://127.0.0.1:{SECRET}/v1",
+    f"http://[{SECRET}/v1",
+    f"ftp://{SECRET}",
+    f"{SECRET}@127.0.0.1:9",
+)
+# what each setting that takes a key, or an address where one may stand, is given: its value made of
+# a text
 TAKES: dict[str, Callable[[Any], Any]] = {
     "server_key": lambda text: text,
     "server_urls": lambda text: [text],
@@ -44,7 +57,8 @@ TAKES: dict[str, Callable[[Any], Any]] = {
     "policies": lambda text: {"first": {"url": text}},
     "engine_args": lambda text: {"api_key": text},
 }
-# settings whose names sound like it, and that take none: a count, a file of addresses, numbers of tokens
+# settings whose names sound like it, and that take none: a count, a file of addresses, numbers of
+# tokens
 TAKE_NONE = {"allow_open_server"} | {
     "num_servers",
     "endpoints",
@@ -55,7 +69,9 @@ TAKE_NONE = {"allow_open_server"} | {
     "server_timeout",
     "tokens_per_batch",
 }
-SOUNDS = re.compile(r"key|token|secret|password|url|server|endpoint|policies|engine_args", re.IGNORECASE)
+SOUNDS = re.compile(
+    r"key|token|secret|password|url|server|endpoint|policies|engine_args", re.IGNORECASE
+)
 
 
 def configs() -> set[type]:
@@ -79,7 +95,11 @@ def test_every_setting_that_takes_a_key_is_tried_below() -> None:
 
 def told(error: BaseException) -> str:
     """All that a traceback would show, causes included."""
-    return "".join(traceback.format_exception(error, chain=True)).split("Traceback", 1)[0] + str(error) + repr(error.__cause__)
+    return (
+        "".join(traceback.format_exception(error, chain=True)).split("Traceback", 1)[0]
+        + str(error)
+        + repr(error.__cause__)
+    )
 
 
 @pytest.mark.parametrize("text", TYPED, ids=range(len(TYPED)))
@@ -87,8 +107,12 @@ def told(error: BaseException) -> str:
 def test_no_error_of_the_settings_shows_it(setting: str, text: str) -> None:
     """Refused when the settings are read, before anything is written, whatever its type."""
     value = TAKES[setting](text)
-    classes = (EngineConfig, RunConfig) if setting.startswith(("server", "router")) else (RunConfig,)
-    deeper = {"policies": {"first": {"url": [text]}}, "engine_args": {"x": value}}.get(setting, {"x": value})
+    classes = (
+        (EngineConfig, RunConfig) if setting.startswith(("server", "router")) else (RunConfig,)
+    )
+    deeper = {"policies": {"first": {"url": [text]}}, "engine_args": {"x": value}}.get(
+        setting, {"x": value}
+    )
     for cls in classes:
         for wrong in (value, [value], deeper, text, text.encode()):
             with pytest.raises(SettingError) as caught:
@@ -100,18 +124,33 @@ def test_no_error_of_the_settings_shows_it(setting: str, text: str) -> None:
 @pytest.mark.parametrize("setting", TAKES)
 @pytest.mark.parametrize("how", ["flag", "yaml", "path"])
 def test_no_recipe_prints_or_writes_it(
-    setting: str, text: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    setting: str,
+    text: str,
+    how: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     caplog.set_level(logging.DEBUG)
     if "\x00" in text:
         text = SECRET[:-1] + "0" + SECRET
     settings = (ROOT / "recipes" / "grpo_team.yaml").read_text()
     config, value = tmp_path / "c" / "settings.yaml", TAKES[setting](text)
     config.parent.mkdir()
-    flags = [f"--{setting}", *(value if isinstance(value, list) else [value if isinstance(value, str) else json.dumps(value)])]
+    flags = [
+        f"--{setting}",
+        *(
+            value
+            if isinstance(value, list)
+            else [value if isinstance(value, str) else json.dumps(value)]
+        ),
+    ]
     if how == "path":
-        flags = {"policies": ["--policies.first.url", text], "engine_args": ["--engine_args.api_key", text]}.get(setting, flags)
+        flags = {
+            "policies": ["--policies.first.url", text],
+            "engine_args": ["--engine_args.api_key", text],
+        }.get(setting, flags)
     if how == "yaml":
         settings, flags = f"{settings}\n{setting}: {json.dumps(value)}\n", []
     config.write_text(settings)
@@ -150,9 +189,16 @@ def test_a_mistyped_flag_does_not_show_what_follows_it(
     assert SECRET not in told(caught.value)
 
 
-def test_settings_that_are_no_yaml_are_not_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_are_no_yaml_are_not_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number, line in enumerate(
-        (f'server_key: "{SECRET}', f"server_key: {SECRET}: x", f"server_key: [{SECRET}", f"server_key: *{SECRET} x")
+        (
+            f'server_key: "{SECRET}',
+            f"server_key: {SECRET}: x",
+            f"server_key: [{SECRET}",
+            f"server_key: *{SECRET} x",
+        )
     ):
         path = tmp_path / f"{number}.yaml"
         path.write_text(f"model: tiny\n{line}\n")
@@ -164,12 +210,16 @@ def test_settings_that_are_no_yaml_are_not_quoted(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("command", ["play", "eval", "collect", "serve"])
 @pytest.mark.parametrize("text", TYPED[:3])
-def test_no_command_prints_it(command: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_prints_it(
+    command: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     more = ["--output", str(tmp_path / "store")] if command == "collect" else []
     (tmp_path / "checkpoint").mkdir()
     for flag in ("--server_key", "--server_urls", "--router_url", "--engine_args"):
         with pytest.raises(SystemExit):
-            main.main([command, str(tmp_path / "checkpoint"), *more, "--engine", "vllm", flag, text])
+            main.main(
+                [command, str(tmp_path / "checkpoint"), *more, "--engine", "vllm", flag, text]
+            )
         assert SECRET not in "".join(capsys.readouterr())
     assert not (tmp_path / "store").exists()
 
@@ -183,10 +233,19 @@ def test_the_doctor_hides_it(text: str) -> None:
     assert SECRET not in told(caught.value)
 
 
-@pytest.mark.parametrize("entry", [
-    {"url": f"http://u:{SECRET}@h/v1"}, {"url": [SECRET]}, {"url": SECRET}, {"key_file": SECRET},
-    {"url": "http://h/v1", "key_file": [SECRET]}, SECRET, [SECRET], {"url": "http://h/v1", "key": SECRET},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"url": f"http://u:{SECRET}@h/v1"},
+        {"url": [SECRET]},
+        {"url": SECRET},
+        {"key_file": SECRET},
+        {"url": "http://h/v1", "key_file": [SECRET]},
+        SECRET,
+        [SECRET],
+        {"url": "http://h/v1", "key": SECRET},
+    ],
+)
 def test_a_file_of_endpoints_is_not_quoted(entry: Any, tmp_path: Path) -> None:
     path = tmp_path / "servers.json"
     path.write_text(json.dumps({"servers": [entry]}))
@@ -196,8 +255,11 @@ def test_a_file_of_endpoints_is_not_quoted(entry: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [f"{SECRET}\n{SECRET}", f"{SECRET}é", f"{SECRET}\x00", "short"])
-def test_what_stands_in_a_key_file_is_not_shown(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key that no header can carry is refused in words of ours: those of `http.client` quote it."""
+def test_what_stands_in_a_key_file_is_not_shown(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that no header can carry is refused in words of ours: those of `http.client` quote
+    it."""
     path = tmp_path / "key"
     path.write_text(content)
     path.chmod(0o600)
@@ -213,7 +275,9 @@ def test_what_stands_in_a_key_file_is_not_shown(content: str, tmp_path: Path, mo
         assert SECRET not in told(caught.value)
 
 
-def test_a_key_that_ends_its_line_is_taken_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_ends_its_line_is_taken_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MY_KEY", f" {SECRET}\n")
     assert key_from("MY_KEY") == SECRET
     path = tmp_path / "key"
@@ -225,7 +289,9 @@ def test_a_key_that_ends_its_line_is_taken_without_it(tmp_path: Path, monkeypatc
 def test_a_key_file_that_is_gone_is_not_named_as_a_key() -> None:
     with pytest.raises(Transient, match="No such file"):
         fresh_key("/nowhere/key")
-    with pytest.raises(SettingError, match=r"endpoints: key_file.* text of 26 characters") as caught:
+    with pytest.raises(
+        SettingError, match=r"endpoints: key_file.* text of 26 characters"
+    ) as caught:
         key_from(SECRET, "endpoints: key_file")
     assert SECRET not in told(caught.value)
 
@@ -262,7 +328,9 @@ def test_an_outside_model_repeats_no_key(monkeypatch: pytest.MonkeyPatch) -> Non
     assert SECRET not in told(caught.value)
 
 
-@pytest.mark.parametrize("url", ["http://h:8000/v1", "https://api.example.com/v1", "http://[::1]:8000"])
+@pytest.mark.parametrize(
+    "url", ["http://h:8000/v1", "https://api.example.com/v1", "http://[::1]:8000"]
+)
 def test_plain_addresses_are_taken_and_shown(url: str) -> None:
     assert EngineConfig(server_urls=[url]).server_urls == [url] and shown_url(url) == url
 

@@ -11,14 +11,17 @@ from aiohttp import web
 
 
 class Outside:
-    """`with Outside(lambda body: "text") as outside: outside.url`; `bodies` are the requests that came."""
+    """`with Outside(lambda body: "text") as outside: outside.url`; `bodies` are the requests that
+    came."""
 
     def __init__(self, answer: Callable[[dict[str, Any]], str]) -> None:
         self.answer, self.bodies, self.url = answer, [], ""  # type: ignore[var-annotated]
 
     def __enter__(self) -> Outside:
         self._loop, ready = asyncio.new_event_loop(), threading.Event()
-        self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve(ready)), daemon=True)
+        self._thread = threading.Thread(
+            target=lambda: self._loop.run_until_complete(self._serve(ready)), daemon=True
+        )
         self._thread.start()
         assert ready.wait(30)
         return self
@@ -43,4 +46,6 @@ class Outside:
     async def _reply(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.bodies.append(body)
-        return web.json_response({"choices": [{"message": {"content": self.answer(body)}}] * body.get("n", 1)})
+        return web.json_response(
+            {"choices": [{"message": {"content": self.answer(body)}}] * body.get("n", 1)}
+        )

@@ -1,4 +1,5 @@
-"""What each rank does in `test_ppo_ranks.py`: `torchrun --nproc_per_node N -m tests.trainers.ppo_program FOLDER MODEL [SETTINGS]`."""
+"""What each rank does in `test_ppo_ranks.py`: `torchrun --nproc_per_node N -m
+tests.trainers.ppo_program FOLDER MODEL [SETTINGS]`."""
 
 from __future__ import annotations
 
@@ -13,15 +14,27 @@ from marlora.trainers.distributed.ranks import Ranks
 from tests.trainers.methods.policy_gradient.test_ppo import trainer
 
 # Four updates: AdamW makes more of rounding with each, and the contract is about three.
-SETTINGS = {"tokens_per_batch": 24, "num_ppo_epochs": 1, "num_mini_batches": 2, "kl_coef": 0.1, "max_steps": 2}
+SETTINGS = {
+    "tokens_per_batch": 24,
+    "num_ppo_epochs": 1,
+    "num_mini_batches": 2,
+    "kl_coef": 0.1,
+    "max_steps": 2,
+}
 
 
 def learn(folder: Path, model: Path, **settings: Any) -> dict[str, str]:
     """Hashes of adapters and critics after two steps."""
     made = trainer(folder, model, **{**SETTINGS, **settings})
     made.train()
-    hashes = {name: head.sha256() for base in made.run.bases.values() for name, head in base.heads.items()}
-    return hashes | {f"policy {p}": base.adapters.sha256(p) for base in made.run.bases.values() for p in base.policies}
+    hashes = {
+        name: head.sha256() for base in made.run.bases.values() for name, head in base.heads.items()
+    }
+    return hashes | {
+        f"policy {p}": base.adapters.sha256(p)
+        for base in made.run.bases.values()
+        for p in base.policies
+    }
 
 
 if __name__ == "__main__":

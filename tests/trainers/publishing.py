@@ -1,4 +1,5 @@
-"""A trainer's adapters, and engines that lie about what they serve: for the proofs on every engine."""
+"""A trainer's adapters, and engines that lie about what they serve: for the proofs on every
+engine."""
 
 from __future__ import annotations
 
@@ -22,18 +23,29 @@ from marlora.trainers.weight_sync.publisher import Publisher
 from marlora.trainers.weight_sync.verification import VerificationRecord, WeightMismatch
 
 POLICIES = ("reviewer", "solver")
-PROMPTS = [(3, *range(40 + 7 * k, 110 + 9 * k), 1, 4) for k in range(4)]  # of two cache blocks and more
+PROMPTS = [
+    (3, *range(40 + 7 * k, 110 + 9 * k), 1, 4) for k in range(4)
+]  # of two cache blocks and more
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def adapters_on(model: Path, dtype: torch.dtype = torch.float32, policies: Sequence[str] = POLICIES, seed: int = 0) -> Adapters:
+def adapters_on(
+    model: Path,
+    dtype: torch.dtype = torch.float32,
+    policies: Sequence[str] = POLICIES,
+    seed: int = 0,
+) -> Adapters:
     """Fresh adapters of rank 4 on the model in this folder."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     spec = AdapterSpec(r=4, alpha=8.0, targets=TARGETS)
-    return Adapters(base, [PolicySpec(name, adapter=spec) for name in policies], seed=seed, base_name=str(model))
+    return Adapters(
+        base, [PolicySpec(name, adapter=spec) for name in policies], seed=seed, base_name=str(model)
+    )
 
 
-def with_engine(model: Path, work: Callable[[TransformersEngine], Awaitable[Any]], dtype: str = "float32") -> Any:
+def with_engine(
+    model: Path, work: Callable[[TransformersEngine], Awaitable[Any]], dtype: str = "float32"
+) -> Any:
     async def run() -> Any:
         engine = TransformersEngine(model, dtype=dtype)
         try:
@@ -45,12 +57,15 @@ def with_engine(model: Path, work: Callable[[TransformersEngine], Awaitable[Any]
 
 
 class Learner:
-    """Steps of AdamW towards random tokens, a new batch every step: what an update does to A and B, whatever the method."""
+    """Steps of AdamW towards random tokens, a new batch every step: what an update does to A and B,
+    whatever the method."""
 
     def __init__(self, adapters: Adapters, learning_rate: float, seed: int = 0) -> None:
         self.adapters, self.generator = adapters, torch.Generator().manual_seed(seed)
         self.optimizers = {
-            name: torch.optim.AdamW(adapters.parameters(name).values(), lr=learning_rate, weight_decay=0.0)
+            name: torch.optim.AdamW(
+                adapters.parameters(name).values(), lr=learning_rate, weight_decay=0.0
+            )
             for name in adapters.trainable
         }
 
@@ -64,22 +79,37 @@ class Learner:
                 optimizer.zero_grad()
 
 
-async def play(engine: Engine, publisher: Publisher, temperature: float = 1.0) -> dict[str, list[Probe]]:
+async def play(
+    engine: Engine, publisher: Publisher, temperature: float = 1.0
+) -> dict[str, list[Probe]]:
     """Turns of every policy in force, as probes."""
     found: dict[str, list[Probe]] = {}
     for policy, version in publisher.versions.items():
-        drawn = [Sampling(temperature=temperature, max_tokens=12, seed=50 + k) for k in range(len(PROMPTS))]
-        asked = (engine.generate(ids, ModelRef(policy, version), sampling) for ids, sampling in zip(PROMPTS, drawn, strict=True))
+        drawn = [
+            Sampling(temperature=temperature, max_tokens=12, seed=50 + k)
+            for k in range(len(PROMPTS))
+        ]
+        asked = (
+            engine.generate(ids, ModelRef(policy, version), sampling)
+            for ids, sampling in zip(PROMPTS, drawn, strict=True)
+        )
         found[policy] = [
-            Probe(one.prompt_ids + one.token_ids, len(one.prompt_ids), temperature) for (one,) in await asyncio.gather(*asked)
+            Probe(one.prompt_ids + one.token_ids, len(one.prompt_ids), temperature)
+            for (one,) in await asyncio.gather(*asked)
         ]
     return found
 
 
 async def published(
-    engine: Engine, root: Path, adapters: Adapters, learner: Learner, steps: Sequence[int] = (1,), temperature: float = 1.0
+    engine: Engine,
+    root: Path,
+    adapters: Adapters,
+    learner: Learner,
+    steps: Sequence[int] = (1,),
+    temperature: float = 1.0,
 ) -> list[VerificationRecord]:
-    """Publish fresh adapters, then train `steps[i]` steps, publish and prove, again and again. Returns the last proofs, failed or not."""
+    """Publish fresh adapters, then train `steps[i]` steps, publish and prove, again and again.
+    Returns the last proofs, failed or not."""
     publisher = Publisher(root, adapters, engine)
     await publisher.publish(0, adapters.trainable)
     for number, count in enumerate(steps, 1):
@@ -91,7 +121,10 @@ async def published(
             assert await publisher.prove(number, found) == publisher.records[made:]
         except WeightMismatch as error:
             failed = [proof for proof in publisher.records[made:] if proof.status == "failed"]
-            assert failed and all(f"{proof.version} on {proof.replica}: {proof.reason}" in str(error) for proof in failed)
+            assert failed and all(
+                f"{proof.version} on {proof.replica}: {proof.reason}" in str(error)
+                for proof in failed
+            )
     return publisher.records[made:]
 
 
@@ -106,14 +139,22 @@ class Liar:
         return ref, sampling
 
     async def generate(
-        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, n: int = 1, *, replica: str | None = None
+        self,
+        ids: Sequence[int],
+        ref: ModelRef,
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        replica: str | None = None,
     ) -> list[Completion]:
         instead, drawn = self.asked(ref, sampling)
         assert drawn is not None
         made = await self.true.generate(ids, instead, drawn, n, replica=replica)
         return [replace(one, policy=ref.policy, version=ref.version) for one in made]
 
-    async def score(self, ids: Sequence[int], ref: ModelRef, replica: str | None = None) -> list[float]:
+    async def score(
+        self, ids: Sequence[int], ref: ModelRef, replica: str | None = None
+    ) -> list[float]:
         return await self.true.score(ids, self.asked(ref, None)[0], replica)
 
     async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
@@ -133,13 +174,16 @@ class Liar:
 
 
 class OtherWeights(Liar):
-    """Lists every folder as published, but serves weights out of other ones, behind names that nobody sees."""
+    """Lists every folder as published, but serves weights out of other ones, behind names that
+    nobody sees."""
 
     def __init__(self, true: Engine) -> None:
         super().__init__(true)
         self.current: dict[str, Path] = {}  # policy -> its newest version's folder, twins left out
         self.previous: dict[str, Path] = {}
-        self.hidden: dict[str, tuple[str, Path]] = {}  # version -> the name it has in the true engine, the folder it is listed with
+        self.hidden: dict[
+            str, tuple[str, Path]
+        ] = {}  # version -> the name it has in the true engine, the folder it is listed with
 
     def source(self, policy: str, folder: Path) -> Path:
         raise NotImplementedError
@@ -147,7 +191,10 @@ class OtherWeights(Liar):
     async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
         for policy, folder in adapters.items():
             if "-twin-" not in folder.name:
-                self.previous[policy], self.current[policy] = self.current.get(policy, folder), folder
+                self.previous[policy], self.current[policy] = (
+                    self.current.get(policy, folder),
+                    folder,
+                )
         for policy, folder in adapters.items():
             behind = folder.with_name(f"{folder.name}-lie")
             shutil.copytree(folder, behind)
@@ -190,7 +237,8 @@ class Previous(OtherWeights):
 
 
 class PreviousButTwins(Previous):
-    """One version late, as after a reload that did not happen; what is loaded under a name never seen, as twins are, is right."""
+    """One version late, as after a reload that did not happen; what is loaded under a name never
+    seen, as twins are, is right."""
 
     def source(self, policy: str, folder: Path) -> Path:
         return folder if "-twin-" in folder.name else self.previous[policy]
@@ -216,7 +264,8 @@ class Penalised(Liar):
 
 
 class InPlace(Liar):
-    """Every version of a policy behind one name and one path, which are written over and reloaded in place through vLLM's own call."""
+    """Every version of a policy behind one name and one path, which are written over and reloaded
+    in place through vLLM's own call."""
 
     true: VLLMEngine
 
@@ -241,7 +290,11 @@ class InPlace(Liar):
         return {policy: folder.name for policy, folder in adapters.items()}
 
     def asked(self, ref: ModelRef, sampling: Sampling | None) -> tuple[ModelRef, Sampling | None]:
-        return (ref if "-twin-" in ref.version or not ref.version else ModelRef(ref.policy, f"{ref.policy}-live")), sampling
+        return (
+            ref
+            if "-twin-" in ref.version or not ref.version
+            else ModelRef(ref.policy, f"{ref.policy}-live")
+        ), sampling
 
     async def retire(self, ref: ModelRef) -> None:
         del self.listed[ref.version]

@@ -1,4 +1,5 @@
-"""Tiny random models of every supported family, and hand-made episodes, for the tests of this room."""
+"""Tiny random models of every supported family, and hand-made episodes, for the tests of this
+room."""
 
 from __future__ import annotations
 
@@ -27,13 +28,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": False},
     "qwen3": {},
     "mistral": {"sliding_window": None},
-    "gemma2": {"query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0, "sliding_window": 64},
+    "gemma2": {
+        "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 2.0,
+        "attn_logit_softcapping": 5.0,
+        "sliding_window": 64,
+    },
     "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 64},
 }
 
 
 def random_model(family: str = "llama", seed: int = 0, **settings: Any) -> Any:
-    """A two-layer float32 model with weights large enough that its logits differ clearly from uniform."""
+    """A two-layer float32 model with weights large enough that its logits differ clearly from
+    uniform."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **(SIZES | FAMILIES.get(family, {}) | settings))
     config._attn_implementation = "sdpa"

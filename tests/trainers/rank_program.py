@@ -1,4 +1,5 @@
-"""What two ranks do in `test_ranks.py`: `torchrun --nproc_per_node N -m tests.trainers.rank_program FOLDER MODEL [SETTINGS]`."""
+"""What two ranks do in `test_ranks.py`: `torchrun --nproc_per_node N -m tests.trainers.rank_program
+FOLDER MODEL [SETTINGS]`."""
 
 from __future__ import annotations
 
@@ -22,10 +23,17 @@ def talk(ranks: Ranks) -> dict[str, Any]:
     mine = [torch.tensor([1.0 + ranks.rank, 0.0]), torch.tensor([[float(10**ranks.rank)]])]
     ranks.sum_(mine)
     found: dict[str, Any] = {
-        "rank": ranks.rank, "size": ranks.size, "device": str(ranks.device), "sum": [t.tolist() for t in mine],
-        "broadcast": ranks.broadcast({"text": "häß", "rank": ranks.rank}), "gather": ranks.gather("x" * ranks.rank),
-        "any": ranks.any(ranks.rank == 1), "none": ranks.any(False), "on_main": ranks.on_main(lambda: ranks.rank), "raised": [],
-    }  # fmt: skip
+        "rank": ranks.rank,
+        "size": ranks.size,
+        "device": str(ranks.device),
+        "sum": [t.tolist() for t in mine],
+        "broadcast": ranks.broadcast({"text": "häß", "rank": ranks.rank}),
+        "gather": ranks.gather("x" * ranks.rank),
+        "any": ranks.any(ranks.rank == 1),
+        "none": ranks.any(False),
+        "on_main": ranks.on_main(lambda: ranks.rank),
+        "raised": [],
+    }
 
     def fail(error: BaseException) -> None:
         raise error
@@ -39,7 +47,8 @@ def talk(ranks: Ranks) -> dict[str, Any]:
 
 
 def learn(folder: Path, model: Path, **settings: Any) -> dict[str, Any]:
-    """Three steps. In the second all turns of an agent are packed as for one rank into one batch, so that the other has none of them."""
+    """Three steps. In the second all turns of an agent are packed as for one rank into one batch,
+    so that the other has none of them."""
     made = trainer(folder, model, **settings)
     run, real, batches = made.run.open(), optimizer_step.deal, []
 
@@ -63,13 +72,23 @@ def learn(folder: Path, model: Path, **settings: Any) -> dict[str, Any]:
     hashes = {p: base.adapters.sha256(p) for base in run.bases.values() for p in base.policies}
     parameters = [p for base in run.bases.values() for p in base.adapters.model.parameters()]
     split = {str(tuple(p.to_local().shape)) for p in parameters if hasattr(p, "to_local")}
-    split |= {f"{p.ds_tensor.numel()} of {p.ds_numel}" for p in parameters if hasattr(p, "ds_tensor")}
-    return {"batches": batches, "sha256": hashes, "evaluated": result is not None, "split": sorted(split)}
+    split |= {
+        f"{p.ds_tensor.numel()} of {p.ds_numel}" for p in parameters if hasattr(p, "ds_tensor")
+    }
+    return {
+        "batches": batches,
+        "sha256": hashes,
+        "evaluated": result is not None,
+        "split": sorted(split),
+    }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, model = Path(sys.argv[1]), Path(sys.argv[2])
     ranks = Ranks()
-    found = {**(talk(ranks) if ranks.size > 1 else {}), **learn(folder, model, **json.loads("".join(sys.argv[3:]) or "{}"))}
+    found = {
+        **(talk(ranks) if ranks.size > 1 else {}),
+        **learn(folder, model, **json.loads("".join(sys.argv[3:]) or "{}")),
+    }
     Path(f"{folder}.rank{ranks.rank}.json").write_text(json.dumps(found))

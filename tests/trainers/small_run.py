@@ -1,9 +1,11 @@
-"""A GRPO run so small that it can be killed twenty times: two agents on a random model, a few steps, one core.
+"""A GRPO run so small that it can be killed twenty times: two agents on a random model, a few
+steps, one core.
 
-`python -m tests.trainers.small_run` reads one run per line as JSON from stdin (or, with `argv`, one `marlora` command), plays it in a
-forked child (so that the imports are paid once) and answers with the child's exit code; -9 is a SIGKILL. `fault` names a function; at
-its `at`-th call, before the call or after it, the child sends itself a signal, tears the line it is writing and dies, or finds the disk
-full.
+`python -m tests.trainers.small_run` reads one run per line as JSON from stdin (or, with `argv`, one
+`marlora` command), plays it in a forked child (so that the imports are paid once) and answers with
+the child's exit code; -9 is a SIGKILL. `fault` names a function; at its `at`-th call, before the
+call or after it, the child sends itself a signal, tears the line it is writing and dies, or finds
+the disk full.
 """
 
 from __future__ import annotations
@@ -59,27 +61,43 @@ FAULTS: dict[str, tuple[Any, str]] = {
 
 
 def bytes_mod_7(task: Task, episode: Episode) -> float:
-    """A reward that no model has learnt and that differs between replies: there is always something to learn."""
+    """A reward that no model has learnt and that differs between replies: there is always something
+    to learn."""
     return sum(str(episode.output).encode()) % 7 / 6
 
 
 def config(folder: str | Path, model: str | Path, **changes: Any) -> GRPOConfig:
     small: dict[str, Any] = dict(
-        output_dir=str(folder), model=str(model), engine="transformers", num_eval_tasks=EVAL,
-        max_steps=STEPS, tasks_per_step=EPISODES // 3, num_generations=3, max_completion_length=4, lora_r=4, lora_alpha=8.0, learning_rate=1e-2,
-        lora_target_modules=["q_proj", "v_proj"], save_every=1, save_total_limit=2, proof_every=3,
-    )  # fmt: skip
+        output_dir=str(folder),
+        model=str(model),
+        engine="transformers",
+        num_eval_tasks=EVAL,
+        max_steps=STEPS,
+        tasks_per_step=EPISODES // 3,
+        num_generations=3,
+        max_completion_length=4,
+        lora_r=4,
+        lora_alpha=8.0,
+        learning_rate=1e-2,
+        lora_target_modules=["q_proj", "v_proj"],
+        save_every=1,
+        save_total_limit=2,
+        proof_every=3,
+    )
     return GRPOConfig(**{**small, **changes})
 
 
 def trainer(folder: str | Path, model: str | Path, **changes: Any) -> GRPOTrainer:
     settings = config(folder, model, **changes)
     tasks, held_out = tiny_tasks()[:40], tiny_tasks("eval")[:EVAL]
-    return GRPOTrainer(system=tiny_chain(), tasks=tasks, eval_tasks=held_out, rewards=[bytes_mod_7], args=settings)
+    return GRPOTrainer(
+        system=tiny_chain(), tasks=tasks, eval_tasks=held_out, rewards=[bytes_mod_7], args=settings
+    )
 
 
 def set_fault(name: str, at: int, signal: str, after: bool) -> Callable[[], int]:
-    """Let `signal` (or ENOSPC) strike at the `at`-th call of the named function (0: never). Returns the counter of calls."""
+    """Let `signal` (or ENOSPC) strike at the `at`-th call of the named function (0: never). Returns
+    the counter of calls."""
     owner, attribute = FAULTS[name]
     real, calls = getattr(owner, attribute), [0]
 
@@ -129,8 +147,14 @@ def child(order: dict[str, Any]) -> int:
     log = os.open(f"{order['folder']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    ignored = order.pop("ignored", [])  # signals that whoever starts the command has set to be ignored
-    for name, usual in (("SIGINT", signals.default_int_handler), ("SIGTERM", signals.SIG_DFL), ("SIGHUP", signals.SIG_DFL)):
+    ignored = order.pop(
+        "ignored", []
+    )  # signals that whoever starts the command has set to be ignored
+    for name, usual in (
+        ("SIGINT", signals.default_int_handler),
+        ("SIGTERM", signals.SIG_DFL),
+        ("SIGHUP", signals.SIG_DFL),
+    ):
         signals.signal(signals.Signals[name], signals.SIG_IGN if name in ignored else usual)
     try:
         play(**order)
@@ -156,9 +180,13 @@ def serve() -> None:
 def runner() -> Iterator[Callable[..., int]]:
     """A function that plays one run in a process of its own and returns its exit code."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.trainers.small_run"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "tests.trainers.small_run"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-    )  # fmt: skip
+    )
     assert process.stdin is not None and process.stdout is not None
     stdin, stdout = process.stdin, process.stdout
 

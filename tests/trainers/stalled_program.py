@@ -1,4 +1,5 @@
-"""Two ranks of which one stalls, for `test_ranks.py`: `torchrun --nproc_per_node 2 -m tests.trainers.stalled_program sleep|frozen`."""
+"""Two ranks of which one stalls, for `test_ranks.py`: `torchrun --nproc_per_node 2 -m
+tests.trainers.stalled_program sleep|frozen`."""
 
 from __future__ import annotations
 

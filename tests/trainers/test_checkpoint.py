@@ -40,7 +40,8 @@ def test_a_published_folder_lists_the_hash_of_every_file(tmp_path: Path) -> None
 
 
 def test_the_name_appears_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While files are written, and until all of them and the manifest are durable, no checkpoint of that name is there."""
+    """While files are written, and until all of them and the manifest are durable, no checkpoint of
+    that name is there."""
     target, durable = tmp_path / "checkpoints/step-000001", []
 
     def fsync(path: Path) -> None:
@@ -108,7 +109,9 @@ def test_the_loader_walks_back_over_damage_and_says_so(tmp_path: Path, damage, w
     assert len(said) == 1 and said[0].startswith("skipping step-000003: ") and words in said[0]
 
 
-def test_a_checkpoint_that_does_not_fit_is_passed_over_but_never_for_a_new_beginning(tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_passed_over_but_never_for_a_new_beginning(
+    tmp_path: Path,
+) -> None:
     for step in (1, 2):
         save(tmp_path, step)
     said: list[str] = []
@@ -133,7 +136,9 @@ def test_without_a_whole_checkpoint_there_is_none(tmp_path: Path) -> None:
     assert ckpt.newest_valid(tmp_path, print) is None
 
 
-def test_a_damaged_checkpoint_is_replaced_by_the_run_that_comes_to_its_step_again(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_replaced_by_the_run_that_comes_to_its_step_again(
+    tmp_path: Path,
+) -> None:
     flip_a_bit(save(tmp_path, 1))
     ckpt.verify(save(tmp_path, 1))
 
@@ -170,18 +175,23 @@ def test_a_file_written_anew_is_never_half(tmp_path: Path, monkeypatch: pytest.M
 
 def test_tensor_files_follow_from_their_tensors_byte_for_byte(tmp_path: Path) -> None:
     tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.bfloat16)}
-    metadata = {f"key{i}": "x" * i for i in range(8)}  # safetensors itself would write one of 40320 orders
+    metadata = {
+        f"key{i}": "x" * i for i in range(8)
+    }  # safetensors itself would write one of 40320 orders
     for name in ("one", "two"):
         ckpt.write_tensors(tmp_path / name, tensors, metadata)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     with safe_open(tmp_path / "one", framework="pt") as file:
         assert file.metadata() == {"format": "pt", **metadata}
-        assert torch.equal(file.get_tensor("b"), tensors["b"]) and torch.equal(file.get_tensor("a"), tensors["a"])
+        assert torch.equal(file.get_tensor("b"), tensors["b"]) and torch.equal(
+            file.get_tensor("a"), tensors["a"]
+        )
 
 
 def test_nothing_is_pickled() -> None:
     forbidden = re.compile(
-        r"\b(pickle|cPickle|dill|joblib|torch\.save|torch\.load|broadcast_object_list|all_gather_object)\b\s*[.(]|import pickle"
+        r"\b(pickle|cPickle|dill|joblib|torch\.save|torch\.load|broadcast_object_list|all_gather_object)\b\s*[.(]|import"
+        r" pickle"
     )
     for path in modules("agents", "rollouts", "trainers", "recipes"):
         found = forbidden.search((ROOT / path).read_text())
@@ -189,7 +199,8 @@ def test_nothing_is_pickled() -> None:
 
 
 def test_lines_of_a_log_are_appended_whole_or_not_at_all(tmp_path: Path) -> None:
-    """On a disk that takes 40 bytes more, by the limit on a file's size; the error names the file."""
+    """On a disk that takes 40 bytes more, by the limit on a file's size; the error names the
+    file."""
     path = tmp_path / "metrics.jsonl"
     ckpt.append_text(path, "x" * 59 + "\n")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,8 +1,9 @@
 """From samples to tensors.
 
-A batch holds rows of one policy. A row is either one padded sample, or many samples end to end, laid out as prefix trees: what
-samples have in common stands there once, in depth-first order, and every token sees its ancestors only. What trainers get are
-flat terms, one per trained token; they never see rows, so the layout changes speed and nothing else.
+A batch holds rows of one policy. A row is either one padded sample, or many samples end to end,
+laid out as prefix trees: what samples have in common stands there once, in depth-first order, and
+every token sees its ancestors only. What trainers get are flat terms, one per trained token; they
+never see rows, so the layout changes speed and nothing else.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import torch
 from .prefix_trees import Tree, tree_of
 from .samples import TrainingSequence
 
-# padded: one sample per row.   packed: samples end to end, nothing shared.   shared: prefix trees end to end.   masked: one prefix tree per
-# row, for models whose attention takes nothing but a dense mask. Which one a model can have: `layouts.choose_layout`.
+# padded: one sample per row.   packed: samples end to end, nothing shared.   shared: prefix trees
+# end to end.   masked: one prefix tree per
+# row, for models whose attention takes nothing but a dense mask. Which one a model can have:
+# `layouts.choose_layout`.
 Layout = Literal["padded", "packed", "shared", "masked"]
 
-# This many comparisons of a query with a key cost about as much as one token's way through the linear layers:
-# 2 x parameters / (4 x hidden size x layers) is 800 for a tiny model, 4000 at 135M, 30000 at 8B.
+# This many comparisons of a query with a key cost about as much as one token's way through the
+# linear layers: 2 x parameters / (4 x hidden size x layers) is 800 for a tiny model, 4000 at 135M,
+# 30000 at 8B.
 PAIRS_PER_TOKEN = 2048
 
 
@@ -66,9 +70,14 @@ class Batch:
 
     @property
     def cost(self) -> int:
-        """Relative cost of its forward: how many keys its queries see, plus the linear layers in the same unit."""
+        """Relative cost of its forward: how many keys its queries see, plus the linear layers in
+        the same unit."""
         rows, length = self.input_ids.shape
-        pairs = rows * length * (length + 1) // 2 if self.reach is None else int((self.position_ids + 1).sum())
+        pairs = (
+            rows * length * (length + 1) // 2
+            if self.reach is None
+            else int((self.position_ids + 1).sum())
+        )
         return pairs + rows * length * PAIRS_PER_TOKEN
 
     @functools.cached_property
@@ -79,21 +88,30 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+        return Batch(
+            **{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()}
+        )
 
     def sees(self) -> torch.Tensor:
         """[R, 1, L, L] True where token q (third axis) may look at token k (fourth)."""
         index = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
         query, key = index[:, None], index[None, :]
-        reach = self.input_ids.shape[1] * torch.ones_like(self.input_ids) if self.reach is None else self.reach
+        reach = (
+            self.input_ids.shape[1] * torch.ones_like(self.input_ids)
+            if self.reach is None
+            else self.reach
+        )
         seen = (key <= query)[None] & (query[None] < reach[:, None, :])
-        own = (key == query)[None]  # padding sees itself: a row of attention without any key is not a number
+        own = (key == query)[
+            None
+        ]  # padding sees itself: a row of attention without any key is not a number
         return ((seen & self.attention_mask[:, None, :]) | own)[:, None]
 
 
 @dataclass
 class _Row:
-    """One row as lists. `places`: per sample, the column of each of its input tokens. `plain`: a sequence like any other."""
+    """One row as lists. `places`: per sample, the column of each of its input tokens. `plain`: a
+    sequence like any other."""
 
     samples: list[TrainingSequence]
     places: list[list[int]]
@@ -107,18 +125,30 @@ def _inputs(sample: TrainingSequence) -> tuple[int, ...]:
     """The tokens a forward needs: all before the last trained one."""
     last = max(i for i, m in enumerate(sample.mask) if m)
     if sample.mask[0]:
-        raise ValueError(f"episode {sample.episode}: the first token of a sample cannot be trained, nothing predicts it")
+        raise ValueError(
+            f"episode {sample.episode}: the first token of a sample cannot be trained, nothing"
+            " predicts it"
+        )
     return sample.ids[:last]
 
 
-def pack(samples: Sequence[TrainingSequence], *, max_tokens: int, layout: Layout = "shared", parts: int = 1) -> list[Batch]:
-    """Batches of one policy each, within `max_tokens` computed positions (padding counts; one longer sample goes alone).
+def pack(
+    samples: Sequence[TrainingSequence],
+    *,
+    max_tokens: int,
+    layout: Layout = "shared",
+    parts: int = 1,
+) -> list[Batch]:
+    """Batches of one policy each, within `max_tokens` computed positions (padding counts; one
+    longer sample goes alone).
 
-    `parts`: over how many ranks they will be dealt; rows get smaller where a rank would have none. The result depends on the
-    samples only, not on their order.
+    `parts`: over how many ranks they will be dealt; rows get smaller where a rank would have none.
+    The result depends on the samples only, not on their order.
     """
     batches: list[Batch] = []
-    starts: dict[int, list[int]] = {}  # of each sample, by identity: the number of its first trained token
+    starts: dict[
+        int, list[int]
+    ] = {}  # of each sample, by identity: the number of its first trained token
     count = 0
     for sample in samples:
         starts.setdefault(id(sample), []).append(count)
@@ -133,7 +163,10 @@ def pack(samples: Sequence[TrainingSequence], *, max_tokens: int, layout: Layout
             groups = [[_row(row)] for row in _end_to_end(trees, max_tokens, parts)]
         else:
             rows = [
-                _row([group], plain=True) for group in ([[s] for s in mine] if layout == "padded" else _share(mine, max_tokens))
+                _row([group], plain=True)
+                for group in (
+                    [[s] for s in mine] if layout == "padded" else _share(mine, max_tokens)
+                )
             ]
             groups = _fill(sorted(rows, key=lambda r: len(r.ids), reverse=True), max_tokens)
         batches += [_batch(policy, group, starts) for group in groups]
@@ -141,24 +174,33 @@ def pack(samples: Sequence[TrainingSequence], *, max_tokens: int, layout: Layout
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 class _Sizes:
-    """How many tokens a tree of neighbouring samples has. `common[i]`: what sample i shares with the one before it."""
+    """How many tokens a tree of neighbouring samples has. `common[i]`: what sample i shares with
+    the one before it."""
 
     def __init__(self, samples: Sequence[TrainingSequence]) -> None:
         ids = [_inputs(s) for s in samples]
         self.common = [0, *(_common(a, b) for a, b in zip(ids, ids[1:], strict=False))]
-        self.ends = list(accumulate((len(x) - c for x, c in zip(ids, self.common, strict=True)), initial=0))
+        self.ends = list(
+            accumulate((len(x) - c for x, c in zip(ids, self.common, strict=True)), initial=0)
+        )
 
     def __call__(self, start: int, end: int) -> int:
         return self.ends[end] - self.ends[start] + self.common[start]
 
 
-def _cut(samples: list[TrainingSequence], max_tokens: int, parts: int) -> list[list[TrainingSequence]]:
-    """Samples in the order of their tokens, cut into trees: between samples that share nothing, and where a tree is too large, between
-    those that share least, as near to its middle as may be. Then, for ranks that would have none, the largest as evenly as possible."""
+def _cut(
+    samples: list[TrainingSequence], max_tokens: int, parts: int
+) -> list[list[TrainingSequence]]:
+    """Samples in the order of their tokens, cut into trees: between samples that share nothing, and
+    where a tree is too large, between those that share least, as near to its middle as may be.
+    Then, for ranks that would have none, the largest as evenly as possible.
+    """
     size = _Sizes(samples)
     zeros = [i for i, common in enumerate(size.common) if not common]
     open_, cut = list(zip(zeros, [*zeros[1:], len(samples)], strict=True)), []
@@ -167,7 +209,10 @@ def _cut(samples: list[TrainingSequence], max_tokens: int, parts: int) -> list[l
         if size(start, end) <= max_tokens or end - start == 1:
             cut.append((start, end))
             continue
-        at = min(range(start + 1, end), key=lambda i: (size.common[i], abs(size(start, i) - size(i, end)), i))
+        at = min(
+            range(start + 1, end),
+            key=lambda i: (size.common[i], abs(size(start, i) - size(i, end)), i),
+        )
         open_ += [(start, at), (at, end)]
     while 0 < len(cut) < parts:
         start, end = max(cut, key=lambda piece: (size(*piece), piece))
@@ -181,14 +226,18 @@ def _cut(samples: list[TrainingSequence], max_tokens: int, parts: int) -> list[l
     return [samples[start:end] for start, end in sorted(cut)]
 
 
-def _end_to_end(trees: list[list[TrainingSequence]], max_tokens: int, parts: int) -> list[list[list[TrainingSequence]]]:
-    """Trees into rows of at most `max_tokens`, and of at most one of `parts` shares: the largest first, each into the first row with room."""
+def _end_to_end(
+    trees: list[list[TrainingSequence]], max_tokens: int, parts: int
+) -> list[list[list[TrainingSequence]]]:
+    """Trees into rows of at most `max_tokens`, and of at most one of `parts` shares: the largest
+    first, each into the first row with room."""
     sizes = [_Sizes(tree)(0, len(tree)) for tree in trees]
     most = min(max_tokens, max([-(-sum(sizes) // parts), *sizes]))
     rows: list[list[list[TrainingSequence]]] = []
     room: list[int] = []
     for size, _, tree in sorted(
-        ((size, i, tree) for i, (size, tree) in enumerate(zip(sizes, trees, strict=True))), key=lambda x: (-x[0], x[1])
+        ((size, i, tree) for i, (size, tree) in enumerate(zip(sizes, trees, strict=True))),
+        key=lambda x: (-x[0], x[1]),
     ):
         at = next((i for i, left in enumerate(room) if size <= left), len(rows))
         if at == len(rows):
@@ -200,8 +249,8 @@ def _end_to_end(trees: list[list[TrainingSequence]], max_tokens: int, parts: int
 
 
 def _share(samples: list[TrainingSequence], max_tokens: int) -> list[list[TrainingSequence]]:
-    """Samples in the order of their tokens, cut into rows with a dense mask: one joins the row before it if the prefix saves more than that
-    mask costs."""
+    """Samples in the order of their tokens, cut into rows with a dense mask: one joins the row
+    before it if the prefix saves more than that mask costs."""
     rows: list[list[TrainingSequence]] = []
     length = 0
     for sample in samples:
@@ -219,7 +268,8 @@ def _share(samples: list[TrainingSequence], max_tokens: int) -> list[list[Traini
 
 
 def _row(trees: list[list[TrainingSequence]], plain: bool = False) -> _Row:
-    """Lay out samples, sorted by their tokens, as prefix trees in depth-first order. `plain`: one sequence alone needs no `reach`."""
+    """Lay out samples, sorted by their tokens, as prefix trees in depth-first order. `plain`: one
+    sequence alone needs no `reach`."""
     row = _Row([], [], [], [], [])
     for samples in trees:
         path: list[int] = []  # columns of the tokens of the current sample
@@ -244,7 +294,8 @@ def _row(trees: list[list[TrainingSequence]], plain: bool = False) -> _Row:
 
 
 def _fill(rows: list[_Row], max_tokens: int) -> list[list[_Row]]:
-    """Rows, longest first, one under another into batches whose padded size fits; sequences and trees do not mix."""
+    """Rows, longest first, one under another into batches whose padded size fits; sequences and
+    trees do not mix."""
     groups: list[list[_Row]] = []
     for plain in (True, False):
         fresh = True
@@ -275,12 +326,16 @@ def _batch(policy: str, rows: list[_Row], starts: dict[int, list[int]]) -> Batch
                         numbers[turn] = len(turns)
                         turns.append((sample.episode, turn))
                     terms.append((r, columns[i - 1], sample.ids[i], numbers[turn]))
-                    values.append((sample.logprobs[i], sample.advantages[i], sample.temperatures[i]))
+                    values.append(
+                        (sample.logprobs[i], sample.advantages[i], sample.temperatures[i])
+                    )
     row_, column, target, sequence = torch.tensor(terms, dtype=torch.long).unbind(1)
     behaviour, advantage, temperature = torch.tensor(values, dtype=torch.float32).unbind(1)
 
     def grid(get: Callable[[_Row], Sequence[int]]) -> torch.Tensor:
-        return torch.tensor([list(get(r)) + [0] * (length - len(r.ids)) for r in rows], dtype=torch.long)
+        return torch.tensor(
+            [list(get(r)) + [0] * (length - len(r.ids)) for r in rows], dtype=torch.long
+        )
 
     return Batch(
         policy=policy,
@@ -288,13 +343,21 @@ def _batch(policy: str, rows: list[_Row], starts: dict[int, list[int]]) -> Batch
         position_ids=grid(lambda r: r.positions),
         attention_mask=grid(lambda r: [1] * len(r.ids)).bool(),
         reach=grid(lambda r: r.reach) if shared else None,
-        row=row_, column=column, target=target, behaviour=behaviour, advantage=advantage, temperature=temperature,
-        sequence=sequence, turns=tuple(turns), place=torch.tensor(places),
-    )  # fmt: skip
+        row=row_,
+        column=column,
+        target=target,
+        behaviour=behaviour,
+        advantage=advantage,
+        temperature=temperature,
+        sequence=sequence,
+        turns=tuple(turns),
+        place=torch.tensor(places),
+    )
 
 
 def split_over_ranks(batches: Sequence[Batch], num_ranks: int) -> list[list[Batch]]:
-    """Batches per rank with nearly equal cost: the costliest first, each to the rank with the least so far. Deterministic."""
+    """Batches per rank with nearly equal cost: the costliest first, each to the rank with the least
+    so far. Deterministic."""
     ranks: list[list[Batch]] = [[] for _ in range(num_ranks)]
     load = [0] * num_ranks
     for batch in sorted(batches, key=lambda b: b.cost, reverse=True):
@@ -305,7 +368,8 @@ def split_over_ranks(batches: Sequence[Batch], num_ranks: int) -> list[list[Batc
 
 
 def pad_ranks(dealt: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
-    """As many batches for every rank, so that all make as many passes: who has fewer repeats the cheapest of all, muted."""
+    """As many batches for every rank, so that all make as many passes: who has fewer repeats the
+    cheapest of all, muted."""
     filler = min((batch for mine in dealt for batch in mine), key=lambda b: b.cost, default=None)
     most = max(map(len, dealt))
     muted = [] if filler is None else [dataclasses.replace(filler, muted=True)]

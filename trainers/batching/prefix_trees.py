@@ -1,8 +1,9 @@
-"""
-Prefix trees cut into branches, so that attention costs what separate sequences cost and every token is computed once.
+"""Prefix trees cut into branches, so that attention costs what separate sequences cost and every
+token is computed once.
 
-A branch is a run of tokens without a fork. Its queries see the keys of its ancestors and, causally, its own; nothing else of the row
-is touched. Branches of about equal size are computed together as one padded block, so small trees do not drown in calls.
+A branch is a run of tokens without a fork. Its queries see the keys of its ancestors and, causally,
+its own; nothing else of the row is touched. Branches of about equal size are computed together as
+one padded block, so small trees do not drown in calls.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ FAR = 2**40  # depth of a key that is not there: no query is as deep
 
 @dataclass(frozen=True)
 class GatherIndex:
-    """M rows picked out of a table of N, and the way back: its gradient sums the picks of every row, in a fixed order.
+    """M rows picked out of a table of N, and the way back: its gradient sums the picks of every
+    row, in a fixed order.
 
     index: [M].    order: [M] the picks sorted by row.    offsets: [N + 1] where each row's picks begin in `order`.
     """
@@ -51,7 +53,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         order, offsets = ctx.saved_tensors
-        bags = torch.nn.functional.embedding_bag(order, grad.contiguous(), offsets, mode="sum", include_last_offset=True)
+        bags = torch.nn.functional.embedding_bag(
+            order, grad.contiguous(), offsets, mode="sum", include_last_offset=True
+        )
         return bags, None, None, None
 
 
@@ -59,8 +63,9 @@ class _Gather(torch.autograd.Function):
 class Block:
     """B branches computed together, R queries and K keys each, padded at the end.
 
-    query_depth: [B or 1, R], key_depth: [B or 1, K] position of the token in its sequence; a key that is not there is `FAR`. One row where
-    all branches are alike. causal: no ancestors, so that query i sees keys 0 .. i.
+    query_depth: [B or 1, R], key_depth: [B or 1, K] position of the token in its sequence; a key
+    that is not there is `FAR`. One row where all branches are alike. causal: no ancestors, so that
+    query i sees keys 0 .. i.
     """
 
     branches: int
@@ -75,7 +80,8 @@ class Block:
         return Block(self.branches, self.queries, self.keys, *depths, self.causal)
 
     def sees(self, window: int | None) -> torch.Tensor:
-        """[B or 1, R, K] True where the query looks at the key; with a window, at the last `window` positions only."""
+        """[B or 1, R, K] True where the query looks at the key; with a window, at the last `window`
+        positions only."""
         query, key = self.query_depth[:, :, None], self.key_depth[:, None, :]
         return (key <= query) & (query - key < window) if window else key <= query
 
@@ -100,19 +106,25 @@ class Tree:
     forks: bool
     kept: dict[tuple, Any] = field(default_factory=dict)
 
-    def mask(self, number: int, window: int | None, repeats: int, dtype: torch.dtype) -> torch.Tensor:
-        """[B or 1, 1, repeats x R, K] of block `number`: 0 where it sees, minus infinity elsewhere."""
+    def mask(
+        self, number: int, window: int | None, repeats: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """[B or 1, 1, repeats x R, K] of block `number`: 0 where it sees, minus infinity
+        elsewhere."""
         key = (number, window, repeats, dtype)
         if key not in self.kept:
             sees = self.blocks[number].sees(window)
-            mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, -math.inf)
+            mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(
+                ~sees, -math.inf
+            )
             self.kept[key] = mask.repeat(1, repeats, 1)[:, None]
         return self.kept[key]
 
 
 @dataclass(frozen=True)
 class _Branch:
-    """Tokens start .. end of the flattened rows, the first at position `depth`, and its ancestors' ranges, eldest first."""
+    """Tokens start .. end of the flattened rows, the first at position `depth`, and its ancestors'
+    ranges, eldest first."""
 
     ancestors: tuple[tuple[int, int], ...]
     start: int
@@ -121,11 +133,18 @@ class _Branch:
 
 
 def branches(depths: torch.Tensor, reaches: torch.Tensor, sizes: Sequence[int]) -> list[_Branch]:
-    """Every run without a fork, in the order of the tokens; rows [R, L] as in `Batch`, of which `sizes` tokens are no padding."""
+    """Every run without a fork, in the order of the tokens; rows [R, L] as in `Batch`, of which
+    `sizes` tokens are no padding."""
     found: list[_Branch] = []
     length = depths.shape[1]
-    for row, (size, depth, reach) in enumerate(zip(sizes, depths.tolist(), reaches.tolist(), strict=True)):
-        starts = [i for i in range(size) if not i or depth[i] != depth[i - 1] + 1 or reach[i] != reach[i - 1]]
+    for row, (size, depth, reach) in enumerate(
+        zip(sizes, depths.tolist(), reaches.tolist(), strict=True)
+    ):
+        starts = [
+            i
+            for i in range(size)
+            if not i or depth[i] != depth[i - 1] + 1 or reach[i] != reach[i - 1]
+        ]
         path: list[tuple[int, tuple[int, int]]] = []  # depth of the first token, range
         for start, end in zip(starts, [*starts[1:], size], strict=True):
             while path and path[-1][0] >= depth[start]:
@@ -146,20 +165,33 @@ def tree_of(depths: torch.Tensor, reaches: torch.Tensor, sizes: Sequence[int]) -
     for group in _grouped(found):
         block, of_block, seen = _block(group)
         for i, branch in enumerate(group):
-            back[branch.start : branch.end] = torch.arange(branch.end - branch.start) + count + i * block.queries
+            back[branch.start : branch.end] = (
+                torch.arange(branch.end - branch.start) + count + i * block.queries
+            )
         queries.append(of_block.flatten())
         keys.append(seen.flatten())
         blocks.append(block)
         count += of_block.numel()
     query, key, out = (
-        GatherIndex.of(index, size).to(device) for index, size in ((torch.cat(queries), tokens), (torch.cat(keys), tokens), (back, count))
+        GatherIndex.of(index, size).to(device)
+        for index, size in ((torch.cat(queries), tokens), (torch.cat(keys), tokens), (back, count))
     )
     forks = any(branch.ancestors for branch in found)
-    return Tree(tuple(b.to(device) for b in blocks), query, key, out, reaches, depths, int(depths.max()), forks)
+    return Tree(
+        tuple(b.to(device) for b in blocks),
+        query,
+        key,
+        out,
+        reaches,
+        depths,
+        int(depths.max()),
+        forks,
+    )
 
 
 def _grouped(found: list[_Branch]) -> list[list[_Branch]]:
-    """Branches of about equal size: at most a quarter more ancestors than the least in the group, and half as many tokens more."""
+    """Branches of about equal size: at most a quarter more ancestors than the least in the group,
+    and half as many tokens more."""
     groups: dict[tuple[int, int], list[_Branch]] = {}
     for branch in found:
         size = (_grade(branch.depth, 32, 1.25), _grade(branch.end - branch.start, 8, 1.5))
@@ -178,7 +210,8 @@ def _grade(size: int, least: int, step: float) -> int:
 
 
 def _block(group: list[_Branch]) -> tuple[Block, torch.Tensor, torch.Tensor]:
-    """The block, and the tokens that are its queries [B, R] and keys [B, K]. What is missing repeats a token that nobody reads or sees."""
+    """The block, and the tokens that are its queries [B, R] and keys [B, K]. What is missing
+    repeats a token that nobody reads or sees."""
     most, ancestors = max(b.end - b.start for b in group), max(b.depth for b in group)
     query = torch.stack([_padded([(b.start, b.end)], most) for b in group])
     own = torch.arange(most)
@@ -187,9 +220,13 @@ def _block(group: list[_Branch]) -> tuple[Block, torch.Tensor, torch.Tensor]:
     key, key_depth = query, torch.where(own < length, depth + own, FAR)
     if ancestors:
         before = torch.arange(ancestors).expand(len(group), -1)
-        key = torch.cat([torch.stack([_padded(list(b.ancestors), ancestors) for b in group]), query], 1)
+        key = torch.cat(
+            [torch.stack([_padded(list(b.ancestors), ancestors) for b in group]), query], 1
+        )
         key_depth = torch.cat([torch.where(before < depth, before, FAR), key_depth], 1)
-    query_depth = depth + torch.minimum(own, length - 1)  # one that is missing stands with the last, and so sees something
+    query_depth = depth + torch.minimum(
+        own, length - 1
+    )  # one that is missing stands with the last, and so sees something
     if len({(b.depth, b.end - b.start) for b in group}) == 1:
         query_depth, key_depth = query_depth[:1], key_depth[:1]
     return Block(len(group), most, key.shape[1], query_depth, key_depth, not ancestors), query, key

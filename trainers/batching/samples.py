@@ -1,8 +1,10 @@
-"""From episodes to token sequences: the only place that decides which tokens are trained on. Pure Python.
+"""From episodes to token sequences: the only place that decides which tokens are trained on. Pure
+Python.
 
-An agent's successive turns whose prompt extends what was said before form one segment, so a chat is one token sequence. A
-turn that does not extend (a template that drops past thinking, a new chat, an untaken sibling) is a segment of its own. The
-mask is 1 exactly on tokens the agent's policy sampled in turns that are trained; prompts, tools, other agents are 0.
+An agent's successive turns whose prompt extends what was said before form one segment, so a chat is
+one token sequence. A turn that does not extend (a template that drops past thinking, a new chat, an
+untaken sibling) is a segment of its own. The mask is 1 exactly on tokens the agent's policy sampled
+in turns that are trained; prompts, tools, other agents are 0.
 """
 
 from __future__ import annotations
@@ -52,9 +54,11 @@ class TrainingSequence:
 
 @dataclass(frozen=True)
 class Denominators:
-    """What a policy's loss is divided by: its trained tokens and turns in the whole step, over all batches and ranks.
+    """What a policy's loss is divided by: its trained tokens and turns in the whole step, over all
+    batches and ranks.
 
-    A step's gradient therefore does not depend on packing, accumulation, number of ranks or number of agents.
+    A step's gradient therefore does not depend on packing, accumulation, number of ranks or number
+    of agents.
     """
 
     tokens: float
@@ -77,8 +81,8 @@ def denominators(samples: Iterable[TrainingSequence]) -> dict[str, Denominators]
 class _Segment:
     """A sample under construction.
 
-    `goes_on`: later turns may extend it (False for an untaken sibling). `gold`: its prompt held the answer, so nothing that
-    extends it is trained either.
+    `goes_on`: later turns may extend it (False for an untaken sibling). `gold`: its prompt held the
+    answer, so nothing that extends it is trained either.
     """
 
     policy: str
@@ -104,7 +108,15 @@ class _Segment:
         for token, logprob in zip(turn.token_ids, logprobs, strict=True):
             self._add(token, 1, logprob, advantage, temperature, turn.index)
 
-    def _add(self, token: int, mask: int, logprob: float, advantage: float, temperature: float, sequence: int) -> None:
+    def _add(
+        self,
+        token: int,
+        mask: int,
+        logprob: float,
+        advantage: float,
+        temperature: float,
+        sequence: int,
+    ) -> None:
         self.ids.append(token)
         self.mask.append(mask)
         self.logprobs.append(logprob)
@@ -127,15 +139,19 @@ def samples(
     *,
     ratios: bool = True,
 ) -> tuple[list[TrainingSequence], Counter[tuple[str, str]]]:
-    """Token sequences of all turns that are trained, and counts by (agent, reason) of those that were asked for but dropped.
+    """Token sequences of all turns that are trained, and counts by (agent, reason) of those that
+    were asked for but dropped.
 
     Args:
-        advantages: per turn; for SFT its weight. A turn that is missing or 0 is read as context but not trained.
+        advantages: per turn; for SFT its weight. A turn that is missing or 0 is read as context but
+            not trained.
         policy_of: agent -> policy; agents that are missing (frozen, outside models) give no sample.
-        ratios: True for policy gradients, which need the probability every token was drawn with: written turns, turns sampled off
-            the softmax (top_p, T = 0, ...) or without log-probs are dropped. False for SFT and preferences, which score at T = 1.
+        ratios: True for policy gradients, which need the probability every token was drawn with:
+            written turns, turns sampled off the softmax (top_p, T = 0, ...) or without log-probs
+            are dropped. False for SFT and preferences, which score at T = 1.
 
-    Turns that saw the answer, or extend one that did, are never trained. Raises ValueError at an advantage that is not finite.
+    Turns that saw the answer, or extend one that did, are never trained. Raises ValueError at an
+    advantage that is not finite.
     """
     made: list[TrainingSequence] = []
     dropped: Counter[tuple[str, str]] = Counter()
@@ -147,7 +163,8 @@ def samples(
             advantage = advantages.get((episode.id, turn.index, turn.sibling), 0.0)
             if not math.isfinite(advantage):
                 raise ValueError(
-                    f"episode {episode.id}, turn {turn.index} of {turn.agent!r}: advantage {advantage}; credit must be finite"
+                    f"episode {episode.id}, turn {turn.index} of {turn.agent!r}: advantage"
+                    f" {advantage}; credit must be finite"
                 )
             segments = open_by_agent.setdefault(turn.agent, [])
             segment = _place(segments, turn, policy_of[turn.agent], episode.id)
@@ -163,9 +180,11 @@ def samples(
 
 
 def _place(segments: list[_Segment], turn: Turn, policy: str, episode: str) -> _Segment:
-    """The segment this turn speaks into, its prompt read: the longest it extends, else a new one (a fork).
+    """The segment this turn speaks into, its prompt read: the longest it extends, else a new one (a
+    fork).
 
-    An untaken sibling always gets a segment of its own, in which all that was said before is context.
+    An untaken sibling always gets a segment of its own, in which all that was said before is
+    context.
     """
     prompt = list(turn.prompt_ids)
     extended = [s for s in segments if s.goes_on and s.ids and prompt[: len(s.ids)] == s.ids]

@@ -1,8 +1,10 @@
-"""`marlora bench ahead`: what it is worth to play ahead of the trainer, by staleness bound, where playing takes its time elsewhere.
+"""`marlora bench ahead`: what it is worth to play ahead of the trainer, by staleness bound, where
+playing takes its time elsewhere.
 
-A run of GRPO on a small random model, whose engine answers after a while that has a long tail (log-normal), as a server with replies of
-uneven length does. The time stands for work of other devices, so nothing is gained by it but overlap; the learning is real and takes this
-machine's. Other episodes are played at every bound, so this passes no gate: what is compared is time per step.
+A run of GRPO on a small random model, whose engine answers after a while that has a long tail
+(log-normal), as a server with replies of uneven length does. The time stands for work of other
+devices, so nothing is gained by it but overlap; the learning is real and takes this machine's.
+Other episodes are played at every bound, so this passes no gate: what is compared is time per step.
 """
 
 from __future__ import annotations
@@ -36,14 +38,22 @@ class Elsewhere(TransformersEngine):
     """Answers after as long as another device would have taken."""
 
     async def generate(
-        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, n: int = 1, *, replica: str | None = None
+        self,
+        ids: Sequence[int],
+        ref: ModelRef,
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        replica: str | None = None,
     ) -> list[Completion]:
         if replica is None:  # not the live proof's
             await asyncio.sleep(random.Random(sampling.seed).lognormvariate(0.0, SPREAD) * MEDIAN)
         return await super().generate(ids, ref, sampling, n, replica=replica)
 
     def info(self) -> EngineInfo:
-        return replace(super().info(), exact=False)  # as a server: episodes begin when there is room
+        return replace(
+            super().info(), exact=False
+        )  # as a server: episodes begin when there is room
 
 
 def varied(task: Task, episode: Episode) -> float:
@@ -52,16 +62,34 @@ def varied(task: Task, episode: Episode) -> float:
 
 
 def run(model: Path, folder: Path, bound: int) -> dict[str, Any]:
-    """Seconds per step after the first two, how old the episodes were, and how long the trainer waited for them."""
+    """Seconds per step after the first two, how old the episodes were, and how long the trainer
+    waited for them."""
     tasks = [Task(f"t{n}", f"What is {n}?", "") for n in range(64)]
     args = GRPOConfig(
-        output_dir=str(folder), model=str(model), max_staleness=bound, max_steps=STEPS, tasks_per_step=TASKS, num_generations=SAMPLES,
-        max_completion_length=16, lora_r=4, learning_rate=1e-4, save_every=1000, num_eval_tasks=1,
-        max_concurrency=TASKS * SAMPLES, lora_target_modules=["q_proj", "v_proj"], layout="padded", num_iterations=4,
-    )  # fmt: skip
+        output_dir=str(folder),
+        model=str(model),
+        max_staleness=bound,
+        max_steps=STEPS,
+        tasks_per_step=TASKS,
+        num_generations=SAMPLES,
+        max_completion_length=16,
+        lora_r=4,
+        learning_rate=1e-4,
+        save_every=1000,
+        num_eval_tasks=1,
+        max_concurrency=TASKS * SAMPLES,
+        lora_target_modules=["q_proj", "v_proj"],
+        layout="padded",
+        num_iterations=4,
+    )
     engine = Elsewhere(str(model))
     made = GRPOTrainer(
-        system=Chain(["solver", "critic"]), tasks=tasks[:-1], eval_tasks=tasks[-1:], rewards=[varied], args=args, engine=engine
+        system=Chain(["solver", "critic"]),
+        tasks=tasks[:-1],
+        eval_tasks=tasks[-1:],
+        rewards=[varied],
+        args=args,
+        engine=engine,
     )
     ends: list[float] = []
     with made.run as opened:
@@ -72,12 +100,18 @@ def run(model: Path, folder: Path, bound: int) -> dict[str, Any]:
         opened.stage.background.run(engine.close())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     each = [b - a for a, b in zip(ends[1:], ends[2:], strict=False)]
-    waited = [b["seconds"]["rollout"] - a["seconds"]["rollout"] for a, b in zip(rows[1:], rows[2:], strict=False)]
+    waited = [
+        b["seconds"]["rollout"] - a["seconds"]["rollout"]
+        for a, b in zip(rows[1:], rows[2:], strict=False)
+    ]
     return {
-        "bound": bound, "seconds": each, "waited": waited, "sampled": sum(row["sampled_tokens"] for row in rows),
+        "bound": bound,
+        "seconds": each,
+        "waited": waited,
+        "sampled": sum(row["sampled_tokens"] for row in rows),
         "staleness": statistics.mean(row.get("staleness", 0.0) for row in rows[2:]),
         "oldest": max(row.get("max_staleness", 0) for row in rows),
-    }  # fmt: skip
+    }
 
 
 def ahead(options: Options) -> dict[str, Any]:
@@ -88,17 +122,41 @@ def ahead(options: Options) -> dict[str, Any]:
         for number in range(options.repeats):
             results += [run(model, Path(folder) / f"{bound}-{number}", bound) for bound in BOUNDS]
         where = machine()
-    median = {b: statistics.median(s for r in results if r["bound"] == b for s in r["seconds"]) for b in BOUNDS}
+    median = {
+        b: statistics.median(s for r in results if r["bound"] == b for s in r["seconds"])
+        for b in BOUNDS
+    }
     rows = []
     for bound in BOUNDS:
         mine = [r for r in results if r["bound"] == bound]
         waited = statistics.median(s for r in mine for s in r["waited"])
-        rows.append([
-            str(bound), f"{median[bound]:.2f}", f"{waited:.2f}", f"{statistics.mean(r['staleness'] for r in mine):.2f}",
-            str(max(r["oldest"] for r in mine)), f"{median[0] / median[bound]:.2f}",
-        ])  # fmt: skip
-    columns = ["max_staleness", "step, s", "waited, s", "mean staleness", "oldest", "times as fast as 0"]
+        rows.append(
+            [
+                str(bound),
+                f"{median[bound]:.2f}",
+                f"{waited:.2f}",
+                f"{statistics.mean(r['staleness'] for r in mine):.2f}",
+                str(max(r["oldest"] for r in mine)),
+                f"{median[0] / median[bound]:.2f}",
+            ]
+        )
+    columns = [
+        "max_staleness",
+        "step, s",
+        "waited, s",
+        "mean staleness",
+        "oldest",
+        "times as fast as 0",
+    ]
     return {
-        "suite": "ahead", "clock": "wall", **where, "results": results, "median": {str(b): s for b, s in median.items()},
-        **table(f"ahead: {TASKS * SAMPLES} episodes a step, replies after {MEDIAN} s in the median", columns, rows),
-    }  # fmt: skip
+        "suite": "ahead",
+        "clock": "wall",
+        **where,
+        "results": results,
+        "median": {str(b): s for b, s in median.items()},
+        **table(
+            f"ahead: {TASKS * SAMPLES} episodes a step, replies after {MEDIAN} s in the median",
+            columns,
+            rows,
+        ),
+    }

@@ -1,4 +1,5 @@
-"""Models of known shapes with random weights, which need no hub and no file, and the work that a step on them cannot do without."""
+"""Models of known shapes with random weights, which need no hub and no file, and the work that a
+step on them cannot do without."""
 
 from __future__ import annotations
 
@@ -20,24 +21,40 @@ from ..testbeds.tiny import tiny_network, tiny_random_model
 
 def _qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
     return {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": tied,
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": tied,
         "max_position_embeddings": 40960,
-    }  # fmt: skip
+    }
 
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {},  # `tiny.tiny_network`
     "135m": {
-        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192,
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
     },
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, True),
     "qwen3-4b": _qwen3(2560, 9728, 36, 32, True),
     "qwen3-8b": _qwen3(4096, 12288, 36, 32, False),
-}  # fmt: skip
+}
 LORA = AdapterSpec(r=16, alpha=32.0, targets=("all-linear",))
-ENTRANCE = re.compile(r"\blayers\.0\.self_attn\.[qkv]_proj$")  # what reads the embeddings, in every geometry above
+ENTRANCE = re.compile(
+    r"\blayers\.0\.self_attn\.[qkv]_proj$"
+)  # what reads the embeddings, in every geometry above
 
 
 def check_size(size: str) -> None:
@@ -67,15 +84,19 @@ def served_folder(size: str, folder: Path) -> str:
         return str(tiny_random_model(folder / "model", hidden_size=128, layers=3))
     if size == "135m":
         return local_model("smollm2-135m")
-    raise SettingError(f"--size {size}: suites that serve know tiny and 135m, whose tokenizers are here")
+    raise SettingError(
+        f"--size {size}: suites that serve know tiny and 135m, whose tokenizers are here"
+    )
 
 
 @dataclass(frozen=True)
 class Needed:
-    """What a step has to compute: `unique` tokens of the prefix trees, `pairs` of a token and one it sees, `terms` that are trained.
+    """What a step has to compute: `unique` tokens of the prefix trees, `pairs` of a token and one
+    it sees, `terms` that are trained.
 
-    After them the counts of the model: `linear` parameters that every token goes through, `head` parameters, `adapter` parameters of one
-    LoRA, `entrance`: those of either that read the embeddings, `layers`, and `width` of all heads of a layer together.
+    After them the counts of the model: `linear` parameters that every token goes through, `head`
+    parameters, `adapter` parameters of one LoRA, `entrance`: those of either that read the
+    embeddings, `layers`, and `width` of all heads of a layer together.
     """
 
     unique: int
@@ -90,11 +111,13 @@ class Needed:
 
     @property
     def flops(self) -> float:
-        """Of a forward and backward pass with a frozen base: (4 N + 6 A - 2 E) U + 14 L d P + 4 H M, where A is the adapter's parameters
-        and E those at the entrance: the embeddings are frozen, so nobody asks for their gradient.
+        """Of a forward and backward pass with a frozen base: (4 N + 6 A - 2 E) U + 14 L d P + 4 H
+        M, where A is the adapter's parameters and E those at the entrance: the embeddings are
+        frozen, so nobody asks for their gradient.
 
-        The backward pass has no weight gradients but the adapter's; the head is not computed again. The last layer counts in full, though
-        tokens without a term need no more of it than keys and values: no way of the bench leaves the rest out.
+        The backward pass has no weight gradients but the adapter's; the head is not computed again.
+        The last layer counts in full, though tokens without a term need no more of it than keys and
+        values: no way of the bench leaves the rest out.
         """
         through = (4 * self.linear + 6 * self.adapter - 2 * self.entrance) * self.unique
         return through + 14 * self.layers * self.width * self.pairs + 4 * self.head * self.terms
@@ -108,13 +131,27 @@ def needed(model: Any, samples: Sequence[TrainingSequence]) -> Needed:
         unique += int(seen.sum())
         pairs += int((batch.position_ids + 1)[seen].sum())
         terms += batch.num_terms
-    modules = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in linear_names(model)}
+    modules = {
+        name: m
+        for name, m in model.named_modules()
+        if name.rpartition(".")[2] in linear_names(model)
+    }
     sizes = [(m.in_features, m.out_features) for m in modules.values()]
-    first = [(m.in_features, m.out_features) for name, m in modules.items() if ENTRANCE.search(name)]
+    first = [
+        (m.in_features, m.out_features) for name, m in modules.items() if ENTRANCE.search(name)
+    ]
     config = model.config
-    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    heads = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     return Needed(
-        unique, pairs, terms, linear=sum(i * o for i, o in sizes), head=config.vocab_size * config.hidden_size,
-        adapter=LORA.r * sum(i + o for i, o in sizes), entrance=sum(i * (o + LORA.r) for i, o in first),
-        layers=config.num_hidden_layers, width=heads,
-    )  # fmt: skip
+        unique,
+        pairs,
+        terms,
+        linear=sum(i * o for i, o in sizes),
+        head=config.vocab_size * config.hidden_size,
+        adapter=LORA.r * sum(i + o for i, o in sizes),
+        entrance=sum(i * (o + LORA.r) for i, o in first),
+        layers=config.num_hidden_layers,
+        width=heads,
+    )

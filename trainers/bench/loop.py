@@ -1,8 +1,11 @@
-"""`marlora bench loop`: whole steps, ours and those of TRL's `GRPOTrainer`: sample, score, learn, and bring what was learnt to whoever samples.
+"""`marlora bench loop`: whole steps, ours and those of TRL's `GRPOTrainer`: sample, score, learn,
+and bring what was learnt to whoever samples.
 
-One agent (TRL's trainer has one), the same model, tasks, LoRA, group size, reply length and reward. They step in turns in one process. Ours
-publishes every step and proves it. TRL samples with `generate` of transformers: it cannot bring weights to a vLLM server on a CPU. There is
-no gate but that both made as many replies and moved their adapter; what is sampled differs, so tokens are given too.
+One agent (TRL's trainer has one), the same model, tasks, LoRA, group size, reply length and reward.
+They step in turns in one process. Ours publishes every step and proves it. TRL samples with
+`generate` of transformers: it cannot bring weights to a vLLM server on a CPU. There is no gate but
+that both made as many replies and moved their adapter; what is sampled differs, so tokens are given
+too.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ RATE = 1e-4
 
 @dataclass
 class Baton:
-    """Two loops in two threads, of which one has its turn; `laps`: seconds of every turn that ended at the next call, by name."""
+    """Two loops in two threads, of which one has its turn; `laps`: seconds of every turn that ended
+    at the next call, by name."""
 
     order: list[str]
     laps: dict[str, list[float]] = field(default_factory=dict)
@@ -57,12 +61,14 @@ class Baton:
     _since: float | None = None
 
     def take(self, name: str) -> None:
-        """Wait for the first turn. It begins with what comes before the first step, which is not counted."""
+        """Wait for the first turn. It begins with what comes before the first step, which is not
+        counted."""
         with self._change:
             self._wait(name)
 
     def step(self, name: str) -> None:
-        """A step begins, and so the one before it has ended: give the turn away, and wait for it to come back."""
+        """A step begins, and so the one before it has ended: give the turn away, and wait for it to
+        come back."""
         with self._change:
             if self._since is not None and self.order[:1] == [name]:
                 self.laps.setdefault(name, []).append(time.perf_counter() - self._since)
@@ -79,7 +85,8 @@ class Baton:
             self._change.wait(timeout=1.0)
 
     def leave(self, name: str, error: BaseException | None = None) -> None:
-        """The loop has ended; the other one goes on alone. The step that ends with it is not counted: it saves, or evaluates."""
+        """The loop has ended; the other one goes on alone. The step that ends with it is not
+        counted: it saves, or evaluates."""
         with self._change:
             self.order.remove(name)
             self.error, self._since = error or self.error, None
@@ -102,43 +109,79 @@ def reward(text: str) -> float:
 
 
 def loop(options: Options) -> dict[str, Any]:
-    """Seconds of a step and tokens sampled per second, ours on every engine that is here against TRL."""
+    """Seconds of a step and tokens sampled per second, ours on every engine that is here against
+    TRL."""
     work = WORK.get(options.size, USUAL)
     found = {}
     for kind in engines(options):
         with tempfile.TemporaryDirectory(prefix="marlora-bench-") as scratch:
             found[kind] = _race(kind, Path(scratch), work, options)
     rows = [
-        [kind, name, f"{one['seconds']:.2f}", f"{one['tokens_per_step']:.0f}", f"{one['tokens_per_second']:.1f}"]
-        for kind, both in found.items() for name, one in both.items()
-    ]  # fmt: skip
-    ratios = {f"trl@{kind}": both["trl"]["seconds"] / both["ours"]["seconds"] for kind, both in found.items()}
-    ratios |= {f"trl_per_token@{k}": b["ours"]["tokens_per_second"] / b["trl"]["tokens_per_second"] for k, b in found.items()}
+        [
+            kind,
+            name,
+            f"{one['seconds']:.2f}",
+            f"{one['tokens_per_step']:.0f}",
+            f"{one['tokens_per_second']:.1f}",
+        ]
+        for kind, both in found.items()
+        for name, one in both.items()
+    ]
+    ratios = {
+        f"trl@{kind}": both["trl"]["seconds"] / both["ours"]["seconds"]
+        for kind, both in found.items()
+    }
+    ratios |= {
+        f"trl_per_token@{k}": b["ours"]["tokens_per_second"] / b["trl"]["tokens_per_second"]
+        for k, b in found.items()
+    }
     comlrl = {}
     if "comlrl" in options.opponents:
         with tempfile.TemporaryDirectory(prefix="marlora-bench-") as scratch:
-            comlrl = against_comlrl(served_folder(options.size, Path(scratch)), work.group, work.reply, options.repeats)
+            comlrl = against_comlrl(
+                served_folder(options.size, Path(scratch)), work.group, work.reply, options.repeats
+            )
         ratios["comlrl@transformers"] = comlrl["comlrl"]["seconds"] / comlrl["ours"]["seconds"]
     columns = ["our engine", "whose step", "median, s", "tokens sampled", "tokens/s"]
     return {
-        "suite": "loop", "size": options.size, "clock": "wall", **machine(), "work": vars(work), "results": found,
-        "two_agents": comlrl, "ratios": ratios,
+        "suite": "loop",
+        "size": options.size,
+        "clock": "wall",
+        **machine(),
+        "work": vars(work),
+        "results": found,
+        "two_agents": comlrl,
+        "ratios": ratios,
         **table(f"loop: {options.size}, {work.tasks} x {work.group} replies a step", columns, rows),
-    }  # fmt: skip
+    }
 
 
 def _race(kind: str, folder: Path, work: Work, options: Options) -> dict[str, dict[str, float]]:
-    model, steps = served_folder(options.size, folder), options.repeats + 2  # the first warms up, the last is not counted
+    model, steps = (
+        served_folder(options.size, folder),
+        options.repeats + 2,
+    )  # the first warms up, the last is not counted
     tasks = [Task(str(k), f"{k} + {k + 3}", split="train") for k in range(work.tasks * steps)]
     baton = Baton(["ours", "trl"])
     ours = _Ours(
-        model=model, system=Chain(["solver"]), tasks=tasks, eval_tasks=[Task("held-out", "1 + 1", split="eval")],
+        model=model,
+        system=Chain(["solver"]),
+        tasks=tasks,
+        eval_tasks=[Task("held-out", "1 + 1", split="eval")],
         rewards=[lambda task, episode: reward(str(episode.output))],
         args=GRPOConfig(
-            output_dir=str(folder / "ours"), engine=kind, max_steps=steps, tasks_per_step=work.tasks, num_generations=work.group,
-            max_completion_length=work.reply, learning_rate=RATE, save_every=10**6, num_eval_tasks=1, max_model_len=512,
+            output_dir=str(folder / "ours"),
+            engine=kind,
+            max_steps=steps,
+            tasks_per_step=work.tasks,
+            num_generations=work.group,
+            max_completion_length=work.reply,
+            learning_rate=RATE,
+            save_every=10**6,
+            num_eval_tasks=1,
+            max_model_len=512,
         ),
-    )  # fmt: skip
+    )
     ours.begin = lambda: baton.step("ours")
     tokens: list[int] = []
     trainer = _trl_trainer(model, folder, work, steps, tasks, tokens, lambda: baton.step("trl"))
@@ -152,13 +195,22 @@ def _race(kind: str, folder: Path, work: Work, options: Options) -> dict[str, di
     baton.leave("ours")
     other.join()
     if baton.error is not None:
-        raise RunError(f"bench loop: TRL's trainer failed ({baton.error}); no numbers are given") from baton.error
+        raise RunError(
+            f"bench loop: TRL's trainer failed ({baton.error}); no numbers are given"
+        ) from baton.error
     if any(p["sha256_before"] == p["sha256_after"] for p in summary["policies"].values()):
         raise RunError("bench loop: our adapter did not move; no numbers are given")
-    played = [json.loads(line)["sampled_tokens"] for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()]
+    played = [
+        json.loads(line)["sampled_tokens"]
+        for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()
+    ]
     per_step = {"ours": statistics.mean(played[1:-1]), "trl": statistics.mean(tokens[1:-1])}
     return {
-        name: {"seconds": (s := statistics.median(baton.laps[name][1:])), "tokens_per_step": n, "tokens_per_second": n / s}
+        name: {
+            "seconds": (s := statistics.median(baton.laps[name][1:])),
+            "tokens_per_step": n,
+            "tokens_per_second": n / s,
+        }
         for name, n in per_step.items()
     }
 
@@ -167,11 +219,17 @@ def _trl(baton: Baton, trainer: Any, steps: int, tokens: Sequence[int]) -> None:
     """TRL's loop, in a thread of its own. It has put into `tokens` how many each step sampled."""
     try:
         baton.take("trl")
-        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        before = {
+            n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad
+        }
         trainer.train()
-        moved = any(bool((p != before[n]).any()) for n, p in trainer.model.named_parameters() if n in before)
+        moved = any(
+            bool((p != before[n]).any()) for n, p in trainer.model.named_parameters() if n in before
+        )
         if not moved or len(tokens) != steps:
-            raise RunError(f"its adapter moved: {moved}; {len(tokens)} of {steps} batches were scored")
+            raise RunError(
+                f"its adapter moved: {moved}; {len(tokens)} of {steps} batches were scored"
+            )
     except BaseException as error:
         baton.leave("trl", error)
     else:
@@ -179,7 +237,13 @@ def _trl(baton: Baton, trainer: Any, steps: int, tokens: Sequence[int]) -> None:
 
 
 def _trl_trainer(
-    model: str, folder: Path, work: Work, steps: int, tasks: Sequence[Task], tokens: list[int], begin: Callable[[], None]
+    model: str,
+    folder: Path,
+    work: Work,
+    steps: int,
+    tasks: Sequence[Task],
+    tokens: list[int],
+    begin: Callable[[], None],
 ) -> Any:
     from datasets import Dataset
     from peft import LoraConfig
@@ -191,19 +255,40 @@ def _trl_trainer(
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             begin()
 
-    def score(completions: Any, completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+    def score(
+        completions: Any, completion_ids: Sequence[Sequence[int]], **columns: Any
+    ) -> list[float]:
         tokens.append(sum(map(len, completion_ids)))
         return [reward(made[0]["content"]) for made in completions]
 
     args = TRLConfig(
-        output_dir=str(folder / "trl"), max_steps=steps, per_device_train_batch_size=work.tasks * work.group, num_generations=work.group,
-        gradient_accumulation_steps=1, max_completion_length=work.reply, learning_rate=RATE, lr_scheduler_type="constant", beta=0.0,
-        gradient_checkpointing=False, bf16=False, report_to="none", save_strategy="no", logging_steps=10**6, disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        max_steps=steps,
+        per_device_train_batch_size=work.tasks * work.group,
+        num_generations=work.group,
+        gradient_accumulation_steps=1,
+        max_completion_length=work.reply,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        beta=0.0,
+        gradient_checkpointing=False,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=10**6,
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+    )
     dtype = getattr(torch, choose_dtype(model, "auto", on_gpu=has_gpu()))
     return TRLTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=dtype), reward_funcs=score, args=args, callbacks=[Begin()],
-        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"), peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
-        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": task.prompt}] for task in tasks]}),
-    )  # fmt: skip
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=dtype),
+        reward_funcs=score,
+        args=args,
+        callbacks=[Begin()],
+        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
+        train_dataset=Dataset.from_dict(
+            {"prompt": [[{"role": "user", "content": task.prompt}] for task in tasks]}
+        ),
+    )

@@ -1,6 +1,8 @@
-"""`marlora bench publish`: from the last optimizer step to the first token that the new version says, and the live proof apart.
+"""`marlora bench publish`: from the last optimizer step to the first token that the new version
+says, and the live proof apart.
 
-Three adapters on one replica. Of the proof, the seconds of the trainer's own forward passes are told, beside which the engine works.
+Three adapters on one replica. Of the proof, the seconds of the trainer's own forward passes are
+told, beside which the engine works.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ TURNS, REPLY = 4, 16  # of every policy, and tokens of each
 RATE, LOSS = 1e-4, LossConfig()
 # Words that the model knows: on ids drawn at random bfloat16 is off by whole nats.
 ASKED = (
-    "Tom packs {a} boxes in the morning and {b} boxes in the afternoon. Each box holds {c} apples, and two apples in every box "
-    "are sold before the evening. How many apples does Tom have left? Say the number only."
+    "Tom packs {a} boxes in the morning and {b} boxes in the afternoon. Each box holds {c} apples,"
+    " and two apples in every box are sold before the evening. How many apples does Tom have left?"
+    " Say the number only."
 )
 PARTS = {
     "publish": "stage, hash and load",
@@ -51,7 +54,11 @@ PARTS = {
 
 def engines(options: Options) -> list[str]:
     """Those asked for, or all that are here."""
-    return [options.engine] if options.engine else ["transformers", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
+    return (
+        [options.engine]
+        if options.engine
+        else ["transformers", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
+    )
 
 
 def say(line: str) -> None:
@@ -61,14 +68,21 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def served(options: Options, kind: str, policies: list[PolicySpec], **settings: Any) -> Iterator[tuple[Any, ChatRenderer, Path, str]]:
+def served(
+    options: Options, kind: str, policies: list[PolicySpec], **settings: Any
+) -> Iterator[tuple[Any, ChatRenderer, Path, str]]:
     """(a function that starts the engine, tokens, scratch folder, the model's folder)."""
     with tempfile.TemporaryDirectory(prefix="marlora-bench-") as scratch:
         folder = Path(scratch)
         model = served_folder(options.size, folder)
         tokens = ChatRenderer(load_tokenizer(model))
         config = EngineConfig(engine=kind, max_model_len=512, **settings)
-        yield (lambda: start_engine(model, tokens, policies, config, folder=folder, say=say)), tokens, folder, model
+        yield (
+            (lambda: start_engine(model, tokens, policies, config, folder=folder, say=say)),
+            tokens,
+            folder,
+            model,
+        )
 
 
 def publish(options: Options) -> dict[str, Any]:
@@ -77,20 +91,41 @@ def publish(options: Options) -> dict[str, Any]:
     found = {}
     for kind in engines(options):
         with served(options, kind, policies) as (start, tokens, folder, model):
-            found[kind] = asyncio.run(_measure(start, tokens, folder, model, policies, options.repeats))
-    median = {kind: {part: statistics.median(r[part] for r in laps) for part in PARTS} for kind, laps in found.items()}
+            found[kind] = asyncio.run(
+                _measure(start, tokens, folder, model, policies, options.repeats)
+            )
+    median = {
+        kind: {part: statistics.median(r[part] for r in laps) for part in PARTS}
+        for kind, laps in found.items()
+    }
     rows = [
         [kind, what, *(f"{f([r[part] for r in laps]):.3f}" for f in (statistics.median, min, max))]
-        for kind, laps in found.items() for part, what in PARTS.items()
-    ]  # fmt: skip
+        for kind, laps in found.items()
+        for part, what in PARTS.items()
+    ]
     return {
-        "suite": "publish", "size": options.size, "clock": "wall", **machine(), "adapters": len(POLICIES), "results": found, "median": median,
-        **table(f"publish: {len(POLICIES)} adapters, {options.size}", ["engine", "part", "median, s", "smallest", "largest"], rows),
-    }  # fmt: skip
+        "suite": "publish",
+        "size": options.size,
+        "clock": "wall",
+        **machine(),
+        "adapters": len(POLICIES),
+        "results": found,
+        "median": median,
+        **table(
+            f"publish: {len(POLICIES)} adapters, {options.size}",
+            ["engine", "part", "median, s", "smallest", "largest"],
+            rows,
+        ),
+    }
 
 
 async def _measure(
-    start: Any, tokens: ChatRenderer, folder: Path, model: str, policies: list[PolicySpec], repeats: int
+    start: Any,
+    tokens: ChatRenderer,
+    folder: Path,
+    model: str,
+    policies: list[PolicySpec],
+    repeats: int,
 ) -> list[dict[str, float]]:
     from transformers import AutoModelForCausalLM
 
@@ -101,32 +136,63 @@ async def _measure(
     publisher = Publisher(folder / "versions", adapters, engine)
     trainer = _timed(publisher)
     try:
-        laps = [await _lap(engine, tokens, publisher, optimizers, trainer, step) for step in range(1, repeats + 2)]
+        laps = [
+            await _lap(engine, tokens, publisher, optimizers, trainer, step)
+            for step in range(1, repeats + 2)
+        ]
         return laps[1:]  # the first one warms up
     finally:
         await engine.close()
 
 
 async def _lap(
-    engine: Engine, tokens: ChatRenderer, publisher: Publisher, optimizers: Optimizers, trainer: list[float], step: int
+    engine: Engine,
+    tokens: ChatRenderer,
+    publisher: Publisher,
+    optimizers: Optimizers,
+    trainer: list[float],
+    step: int,
 ) -> dict[str, float]:
-    """One step: something is learnt, published, spoken with and proven. Raises `RunError` if a proof does not pass."""
-    prompts = [tokens.prompt([Message("user", ASKED.format(a=step, b=k + 3, c=step + k))]) for k in range(TURNS)]
+    """One step: something is learnt, published, spoken with and proven. Raises `RunError` if a
+    proof does not pass."""
+    prompts = [
+        tokens.prompt([Message("user", ASKED.format(a=step, b=k + 3, c=step + k))])
+        for k in range(TURNS)
+    ]
     probes: dict[str, list[Probe]] = {}
     learnt: list[TrainingSequence] = []
-    for number, name in enumerate(POLICIES):  # what the step was learnt from: turns of the versions in force
-        ref, drawn = ModelRef(name, publisher.versions.get(name, "")), Sampling(max_tokens=REPLY, seed=number)
-        replies = [made for (made,) in await asyncio.gather(*(engine.generate(prompt, ref, drawn) for prompt in prompts))]
-        probes[name] = [Probe(one.prompt_ids + one.token_ids, len(one.prompt_ids)) for one in replies[:PROBES]]
+    for number, name in enumerate(
+        POLICIES
+    ):  # what the step was learnt from: turns of the versions in force
+        ref, drawn = (
+            ModelRef(name, publisher.versions.get(name, "")),
+            Sampling(max_tokens=REPLY, seed=number),
+        )
+        replies = [
+            made
+            for (made,) in await asyncio.gather(
+                *(engine.generate(prompt, ref, drawn) for prompt in prompts)
+            )
+        ]
+        probes[name] = [
+            Probe(one.prompt_ids + one.token_ids, len(one.prompt_ids)) for one in replies[:PROBES]
+        ]
         learnt += [_sample(name, k, one) for k, one in enumerate(replies)]
     update(
-        optimizers, learnt, lambda batch, logp, entropy, _, counts: policy_loss(logp, entropy, batch, LOSS, counts), step, Ranks()
+        optimizers,
+        learnt,
+        lambda batch, logp, entropy, _, counts: policy_loss(logp, entropy, batch, LOSS, counts),
+        step,
+        Ranks(),
     )
     start = time.perf_counter()
     await publisher.publish(step, POLICIES)
     published = time.perf_counter()
     await asyncio.gather(
-        *(engine.generate(prompts[0], ModelRef(n, v), Sampling(max_tokens=1, seed=0)) for n, v in publisher.versions.items())
+        *(
+            engine.generate(prompts[0], ModelRef(n, v), Sampling(max_tokens=1, seed=0))
+            for n, v in publisher.versions.items()
+        )
     )
     spoke = time.perf_counter()
     trainer.clear()
@@ -134,8 +200,15 @@ async def _lap(
     proven = time.perf_counter()
     if len(proofs) != len(POLICIES) or any(proof.status != "passed" for proof in proofs):
         raise RunError(f"bench publish: a proof did not pass ({proofs}); no time is given")
-    return {"publish": published - start, "first_token": spoke - start, "prove": proven - spoke, "prove_trainer": sum(trainer),
-            "forwards": len(trainer), "prompt_tokens": len(prompts[0]), "residual": max(p.residual or 0.0 for p in proofs)}  # fmt: skip
+    return {
+        "publish": published - start,
+        "first_token": spoke - start,
+        "prove": proven - spoke,
+        "prove_trainer": sum(trainer),
+        "forwards": len(trainer),
+        "prompt_tokens": len(prompts[0]),
+        "residual": max(p.residual or 0.0 for p in proofs),
+    }
 
 
 def _sample(policy: str, number: int, reply: Completion) -> TrainingSequence:
@@ -147,9 +220,15 @@ def _sample(policy: str, number: int, reply: Completion) -> TrainingSequence:
 
     advantage = 1.0 if number % 2 else -1.0
     return TrainingSequence(
-        policy, str(number), reply.prompt_ids + reply.token_ids, (0,) * before + (1,) * own, (0.0,) * before + reply.logprobs,
-        row(0.0, advantage), row(1.0, 1.0), (-1,) * before + (0,) * own,
-    )  # fmt: skip
+        policy,
+        str(number),
+        reply.prompt_ids + reply.token_ids,
+        (0,) * before + (1,) * own,
+        (0.0,) * before + reply.logprobs,
+        row(0.0, advantage),
+        row(1.0, 1.0),
+        (-1,) * before + (0,) * own,
+    )
 
 
 def _timed(publisher: Publisher) -> list[float]:

@@ -1,7 +1,9 @@
-"""`marlora bench serve`: what a vLLM server of ours gives with 0 to 8 adapters, with and without a prefix it knows, and what its guard costs.
+"""`marlora bench serve`: what a vLLM server of ours gives with 0 to 8 adapters, with and without a
+prefix it knows, and what its guard costs.
 
-The requests of a wave go round the adapters, so that all of them decode side by side; 0 is the bare base of the same server. A server
-without the guard is the same command line without `--middleware`; it listens on loopback and ends with the measurement.
+The requests of a wave go round the adapters, so that all of them decode side by side; 0 is the bare
+base of the same server. A server without the guard is the same command line without `--middleware`;
+it listens on loopback and ends with the measurement.
 """
 
 from __future__ import annotations
@@ -31,22 +33,31 @@ POLICIES = [PolicySpec(f"agent{k}") for k in range(max(ADAPTERS))]
 
 
 def serve(options: Options) -> dict[str, Any]:
-    """Tokens per second by number of adapters, seconds to the first token on a prefix miss and hit, with the guard and without."""
+    """Tokens per second by number of adapters, seconds to the first token on a prefix miss and hit,
+    with the guard and without."""
     if options.engine not in ("", "vllm"):
         raise RunError(f"bench serve: measures vLLM servers of ours, not {options.engine}")
     found = {}
     for guard in (True, False):
         with served(options, "vllm", POLICIES) as (start, _, folder, model), _guarded(guard):
-            found["guard" if guard else "open"] = asyncio.run(_measure(start, folder, model, options.repeats))
+            found["guard" if guard else "open"] = asyncio.run(
+                _measure(start, folder, model, options.repeats)
+            )
     first = found["guard"]
     rows = [
         [way, what, f"{value:,.3f}" if value < 10 else f"{value:,.0f}"]
         for way, part in found.items()
         for what, value in (
-            *((f"tokens/s, {n} adapters", part["tokens_per_second"][n]) for n in part["tokens_per_second"]),
-            *((f"first token after {PREFIX} tokens, {name}, s", part[name]) for name in ("miss", "hit")),
+            *(
+                (f"tokens/s, {n} adapters", part["tokens_per_second"][n])
+                for n in part["tokens_per_second"]
+            ),
+            *(
+                (f"first token after {PREFIX} tokens, {name}, s", part[name])
+                for name in ("miss", "hit")
+            ),
         )
-    ]  # fmt: skip
+    ]
     ratios = {
         f"miss_over_hit@{PREFIX}": first["miss"] / first["hit"],
         **{
@@ -54,13 +65,28 @@ def serve(options: Options) -> dict[str, Any]:
             for n, v in first["tokens_per_second"].items()
             if n != "0"
         },
-        **{f"open_over_guard@{n}": found["open"]["tokens_per_second"][n] / v for n, v in first["tokens_per_second"].items()},
+        **{
+            f"open_over_guard@{n}": found["open"]["tokens_per_second"][n] / v
+            for n, v in first["tokens_per_second"].items()
+        },
     }
     return {
-        "suite": "serve", "size": options.size, "clock": "wall", **machine(), "callers": CALLERS, "prompt": PROMPT,
-        "reply": REPLY, "prefix": PREFIX, "servers": found, "ratios": ratios,
-        **table(f"serve: vLLM, {options.size}, {CALLERS} requests at once", ["server", "what", "median"], rows),
-    }  # fmt: skip
+        "suite": "serve",
+        "size": options.size,
+        "clock": "wall",
+        **machine(),
+        "callers": CALLERS,
+        "prompt": PROMPT,
+        "reply": REPLY,
+        "prefix": PREFIX,
+        "servers": found,
+        "ratios": ratios,
+        **table(
+            f"serve: vLLM, {options.size}, {CALLERS} requests at once",
+            ["server", "what", "median"],
+            rows,
+        ),
+    }
 
 
 def _guarded(guard: bool) -> Any:
@@ -79,36 +105,57 @@ async def _measure(start: Any, folder: Path, model: str, repeats: int) -> dict[s
     disturb(adapters, seed=1, std=0.002)
     engine: Engine = await start()
     try:
-        folders = {p.name: adapters.save(p.name, folder / "versions" / f"{p.name}-v1-bench") for p in POLICIES}
-        refs = [ModelRef(policy, version) for policy, version in (await engine.publish(folders)).items()]
+        folders = {
+            p.name: adapters.save(p.name, folder / "versions" / f"{p.name}-v1-bench")
+            for p in POLICIES
+        }
+        refs = [
+            ModelRef(policy, version) for policy, version in (await engine.publish(folders)).items()
+        ]
         return await measured(engine, refs, CALLERS, repeats)
     finally:
         await engine.close()
 
 
-async def measured(engine: Engine, refs: Sequence[ModelRef], callers: int, repeats: int) -> dict[str, Any]:
-    """What this engine gives with the first 0, 1, 2 ... of these adapters, in turns, after one round that does not count."""
+async def measured(
+    engine: Engine, refs: Sequence[ModelRef], callers: int, repeats: int
+) -> dict[str, Any]:
+    """What this engine gives with the first 0, 1, 2 ... of these adapters, in turns, after one
+    round that does not count."""
     numbers = [n for n in ADAPTERS if n <= len(refs)]
     rates: dict[str, list[float]] = {str(n): [] for n in numbers}
     waits: dict[str, list[float]] = {"miss": [], "hit": []}
     for lap in range(repeats + 1):
         for n in numbers:
-            seconds, tokens = await _wave(engine, list(refs[:n]) or [ModelRef("base")], callers, seed=100 * lap + n)
+            seconds, tokens = await _wave(
+                engine, list(refs[:n]) or [ModelRef("base")], callers, seed=100 * lap + n
+            )
             rates[str(n)] += [tokens / seconds] if lap else []
         prefix = recorded(Case(1, PREFIX, 1), seed=10_000 + lap)[0].ids[:PREFIX]
         for name in waits:  # the same prompt, met for the first time and once more
             begun = time.perf_counter()
             await engine.generate(prefix, refs[0], Sampling(max_tokens=1, seed=0))
             waits[name] += [time.perf_counter() - begun] if lap else []
-    return {"tokens_per_second": {n: statistics.median(laps) for n, laps in rates.items()},
-            **{name: statistics.median(laps) for name, laps in waits.items()}}  # fmt: skip
+    return {
+        "tokens_per_second": {n: statistics.median(laps) for n, laps in rates.items()},
+        **{name: statistics.median(laps) for name, laps in waits.items()},
+    }
 
 
-async def _wave(engine: Engine, refs: Sequence[ModelRef], callers: int, seed: int) -> tuple[float, int]:
+async def _wave(
+    engine: Engine, refs: Sequence[ModelRef], callers: int, seed: int
+) -> tuple[float, int]:
     """(seconds, sampled tokens) of as many requests at once, with prompts that nobody has met."""
-    prompts = [sample.ids[:PROMPT] for k in range(callers) for sample in recorded(Case(1, PROMPT, 1), seed=seed * callers + k)]
+    prompts = [
+        sample.ids[:PROMPT]
+        for k in range(callers)
+        for sample in recorded(Case(1, PROMPT, 1), seed=seed * callers + k)
+    ]
     begun = time.perf_counter()
     replies = await asyncio.gather(
-        *(engine.generate(p, refs[k % len(refs)], Sampling(max_tokens=REPLY, seed=seed + k)) for k, p in enumerate(prompts))
+        *(
+            engine.generate(p, refs[k % len(refs)], Sampling(max_tokens=REPLY, seed=seed + k))
+            for k, p in enumerate(prompts)
+        )
     )
     return time.perf_counter() - begun, sum(len(one.token_ids) for made in replies for one in made)

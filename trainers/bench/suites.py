@@ -1,4 +1,5 @@
-"""The suites of `marlora bench` by name. Each gives what was measured and the table that is printed."""
+"""The suites of `marlora bench` by name. Each gives what was measured and the table that is
+printed."""
 
 from __future__ import annotations
 
@@ -17,6 +18,13 @@ from .serve import serve
 from .update import update
 
 SUITES: dict[str, Callable[[Options], dict[str, Any]]] = {
-    "update": update, "agents": agents, "serve": serve, "publish": publish, "loop": loop, "rollout": rollout, "sandbox": sandbox,
-    "proxy": proxy, "ahead": ahead,
-}  # fmt: skip
+    "update": update,
+    "agents": agents,
+    "serve": serve,
+    "publish": publish,
+    "loop": loop,
+    "rollout": rollout,
+    "sandbox": sandbox,
+    "proxy": proxy,
+    "ahead": ahead,
+}

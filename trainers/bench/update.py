@@ -1,7 +1,9 @@
-"""`marlora bench update`: forward and backward of a step, ours against the ways others do it, from nothing in common to eight tokens of nine.
+"""`marlora bench update`: forward and backward of a step, ours against the ways others do it, from
+nothing in common to eight tokens of nine.
 
-All train on the same tokens, drawn from a seed (no engine is needed for them), with rewards +1 and -1 in every group and the behaviour's
-log-probabilities equal to the trainer's, so that all losses have one gradient: ours within 1e-5 of it, or there is no ratio.
+All train on the same tokens, drawn from a seed (no engine is needed for them), with rewards +1 and
+-1 in every group and the behaviour's log-probabilities equal to the trainer's, so that all losses
+have one gradient: ours within 1e-5 of it, or there is no ratio.
 
     ours      what `trainers/update/optimizer_step.py` does, laid out as `layout: auto` says
     padded    one sample a row, rows padded to one length, our head (trained positions only)
@@ -37,7 +39,7 @@ from ..model.logprobs import token_logprobs
 from ..testbeds.tiny import one_thread, tiny_tokenizer
 from ..update.losses import LossConfig, policy_loss
 from .geometry import LORA, Needed, check_size, needed, network
-from .measure import (EQUAL, Options, Time, Way, apart, machine, race, rates, ratios, table)
+from .measure import EQUAL, Options, Time, Way, apart, machine, race, rates, ratios, table
 
 POLICY = "solver"
 TOKENS = 8192  # of a batch
@@ -45,8 +47,9 @@ TOKENS = 8192  # of a batch
 
 @dataclass(frozen=True)
 class Case:
-    """`group` replies of `reply` tokens to one prompt. Without a prompt the sequences share nothing. `full`: with every opponent, and of the
-    length that agents' sequences have, on a GPU too."""
+    """`group` replies of `reply` tokens to one prompt. Without a prompt the sequences share
+    nothing. `full`: with every opponent, and of the length that agents' sequences have, on a GPU
+    too."""
 
     group: int
     prompt: int
@@ -59,16 +62,27 @@ class Case:
         return self.group * (self.prompt + self.reply) / (self.prompt + self.group * self.reply)
 
     def times(self, scale: int) -> Case:
-        return self if self.full else dataclasses.replace(self, prompt=self.prompt * scale, reply=self.reply * scale)
+        return (
+            self
+            if self.full
+            else dataclasses.replace(self, prompt=self.prompt * scale, reply=self.reply * scale)
+        )
 
 
 CASES = (
-    Case(8, 0, 8), Case(8, 16, 12), Case(8, 32, 10), Case(8, 384, 48, full=True), Case(8, 80, 4), Case(16, 112, 8),
-)  # fmt: skip
+    Case(8, 0, 8),
+    Case(8, 16, 12),
+    Case(8, 32, 10),
+    Case(8, 384, 48, full=True),
+    Case(8, 80, 4),
+    Case(16, 112, 8),
+)
 SCALE = {"qwen3-0.6b": 8, "qwen3-4b": 8, "qwen3-8b": 4}  # sequences of a GPU's size
 
 
-def recorded(case: Case, groups: int = 1, seed: int = 0, policy: str = POLICY) -> list[TrainingSequence]:
+def recorded(
+    case: Case, groups: int = 1, seed: int = 0, policy: str = POLICY
+) -> list[TrainingSequence]:
     """The samples of `groups` tasks."""
     rng = random.Random(seed)
     found = []
@@ -76,12 +90,24 @@ def recorded(case: Case, groups: int = 1, seed: int = 0, policy: str = POLICY) -
         common = [rng.randrange(5, 261) for _ in range(case.prompt)]
         for number in range(case.group):
             own = [rng.randrange(5, 261) for _ in range(case.reply + (0 if case.prompt else 1))]
-            own[0] = 5 + number + case.group * group  # two replies that began alike would share more than the prompt
+            own[0] = (
+                5 + number + case.group * group
+            )  # two replies that began alike would share more than the prompt
             ids, first = tuple(common + own), case.prompt or 1
             mask = tuple(int(i >= first) for i in range(len(ids)))
             advantage = 1.0 if number % 2 else -1.0
-            found.append(TrainingSequence(policy, f"{group}/{number}", ids, mask, (0.0,) * len(ids), tuple(advantage * m for m in mask),
-                                (1.0,) * len(ids), tuple(m - 1 for m in mask)))  # fmt: skip
+            found.append(
+                TrainingSequence(
+                    policy,
+                    f"{group}/{number}",
+                    ids,
+                    mask,
+                    (0.0,) * len(ids),
+                    tuple(advantage * m for m in mask),
+                    (1.0,) * len(ids),
+                    tuple(m - 1 for m in mask),
+                )
+            )
     return found
 
 
@@ -92,20 +118,31 @@ def disturb(adapters: Adapters, seed: int, std: float = 0.02) -> None:
         for name in sorted(adapters.policies):
             for key, parameter in adapters.parameters(name).items():
                 if ".lora_B." in key:
-                    parameter.add_((torch.randn(parameter.shape, generator=generator) * std).to(parameter.device))
+                    parameter.add_(
+                        (torch.randn(parameter.shape, generator=generator) * std).to(
+                            parameter.device
+                        )
+                    )
 
 
-def with_logprobs(adapters: Adapters, samples: Sequence[TrainingSequence]) -> list[TrainingSequence]:
+def with_logprobs(
+    adapters: Adapters, samples: Sequence[TrainingSequence]
+) -> list[TrainingSequence]:
     """The samples with the current policy's log-probabilities as those they were sampled with."""
     values = torch.zeros(sum(s.num_trained for s in samples))
     for batch in pack(samples, max_tokens=TOKENS, layout="padded"):
         with torch.no_grad(), adapters.active(batch.policy):
             values[batch.place] = token_logprobs(adapters.model, batch.to(adapters.device))[0].cpu()
     told = iter(values.tolist())
-    return [dataclasses.replace(s, logprobs=tuple(next(told) if m else 0.0 for m in s.mask)) for s in samples]
+    return [
+        dataclasses.replace(s, logprobs=tuple(next(told) if m else 0.0 for m in s.mask))
+        for s in samples
+    ]
 
 
-def gradient(adapters: Adapters, batches: Sequence[Batch], samples: Sequence[TrainingSequence]) -> torch.Tensor:
+def gradient(
+    adapters: Adapters, batches: Sequence[Batch], samples: Sequence[TrainingSequence]
+) -> torch.Tensor:
     """Forward and backward of all batches; the adapter's gradient as one vector."""
     parameters = list(adapters.parameters(POLICY).values())
     counts = denominators(samples)[POLICY]
@@ -133,14 +170,27 @@ def ways(adapters: Adapters, samples: Sequence[TrainingSequence]) -> list[Way]:
     return [
         way("ours", pack(samples, max_tokens=TOKENS, layout=auto)),
         way("padded", pack(samples, max_tokens=TOKENS, layout="padded")),
-        way("per_turn", [batch for sample in samples for batch in pack([sample], max_tokens=TOKENS, layout="padded")]),
+        way(
+            "per_turn",
+            [
+                batch
+                for sample in samples
+                for batch in pack([sample], max_tokens=TOKENS, layout="padded")
+            ],
+        ),
     ]
 
 
-def trl_ways(adapters: Adapters, samples: Sequence[TrainingSequence], options: Options) -> tuple[list[Way], list[float]]:
-    """TRL's trainer on the same tokens, with a copy of base and adapter of its own (it patches what it trains), and the processor seconds of
-    every computation of the old policy's log-probs."""
-    mine = Adapters(network(options.size, options.device, options.dtype), [PolicySpec(POLICY, adapter=LORA)], seed=0)
+def trl_ways(
+    adapters: Adapters, samples: Sequence[TrainingSequence], options: Options
+) -> tuple[list[Way], list[float]]:
+    """TRL's trainer on the same tokens, with a copy of base and adapter of its own (it patches what
+    it trains), and the processor seconds of every computation of the old policy's log-probs."""
+    mine = Adapters(
+        network(options.size, options.device, options.dtype),
+        [PolicySpec(POLICY, adapter=LORA)],
+        seed=0,
+    )
     with torch.no_grad():
         for key, parameter in adapters.parameters(POLICY).items():
             mine.parameters(POLICY)[key].copy_(parameter)
@@ -150,12 +200,19 @@ def trl_ways(adapters: Adapters, samples: Sequence[TrainingSequence], options: O
     def run(compact: bool) -> torch.Tensor:
         for parameter in parameters:
             parameter.grad = None
-        with mine.active(POLICY), mock.patch("trl.trainer.utils._use_triton", lambda device: compact or device.type == "cuda"):
+        with (
+            mine.active(POLICY),
+            mock.patch(
+                "trl.trainer.utils._use_triton", lambda device: compact or device.type == "cuda"
+            ),
+        ):
             start = time.process_time()
             ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
             seen = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
             with torch.no_grad():
-                old = trainer._get_per_token_logps_and_entropies(trainer.model, ids, seen, inputs["completion_ids"].shape[1])[0]
+                old = trainer._get_per_token_logps_and_entropies(
+                    trainer.model, ids, seen, inputs["completion_ids"].shape[1]
+                )[0]
             old_s.append(time.process_time() - start)
             trainer.compute_loss(trainer.model, {**inputs, "old_per_token_logps": old}).backward()
         return flat(parameters)
@@ -163,9 +220,13 @@ def trl_ways(adapters: Adapters, samples: Sequence[TrainingSequence], options: O
     return [Way("trl", lambda: run(False)), Way("trl_compact_head", lambda: run(True))], old_s
 
 
-def _trl_trainer(adapters: Adapters, samples: Sequence[TrainingSequence], options: Options) -> tuple[Any, dict[str, Any]]:
+def _trl_trainer(
+    adapters: Adapters, samples: Sequence[TrainingSequence], options: Options
+) -> tuple[Any, dict[str, Any]]:
     """(`GRPOTrainer`, the inputs of its loss that it made of the samples)."""
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` is experimental, and says so each time
+    os.environ.setdefault(
+        "TRL_EXPERIMENTAL_SILENCE", "1"
+    )  # `rollout_func` is experimental, and says so each time
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -178,15 +239,31 @@ def _trl_trainer(adapters: Adapters, samples: Sequence[TrainingSequence], option
     count = len(samples)
     with tempfile.TemporaryDirectory(prefix="marlora-bench-") as folder:
         args = GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=count, num_generations=count, gradient_accumulation_steps=1, beta=0.0,
-            loss_type="dapo", scale_rewards="none", max_completion_length=max(map(len, replies)), temperature=1.0,
-            gradient_checkpointing=False, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
-            use_cpu=options.device == "cpu", dataloader_pin_memory=False,
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=count,
+            num_generations=count,
+            gradient_accumulation_steps=1,
+            beta=0.0,
+            loss_type="dapo",
+            scale_rewards="none",
+            max_completion_length=max(map(len, replies)),
+            temperature=1.0,
+            gradient_checkpointing=False,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=options.device == "cpu",
+            dataloader_pin_memory=False,
+        )
         trainer = GRPOTrainer(
-            model=adapters.model, reward_funcs=lambda completions, **columns: rewards, args=args, processing_class=tiny_tokenizer(),
-            train_dataset=Dataset.from_dict({"prompt": ["the same"] * count}), rollout_func=lambda prompts, trainer: fed,
-        )  # fmt: skip
+            model=adapters.model,
+            reward_funcs=lambda completions, **columns: rewards,
+            args=args,
+            processing_class=tiny_tokenizer(),
+            train_dataset=Dataset.from_dict({"prompt": ["the same"] * count}),
+            rollout_func=lambda prompts, trainer: fed,
+        )
         trainer.current_gradient_accumulation_steps = 1
         trainer.model.train()
         with adapters.active(POLICY):
@@ -197,8 +274,11 @@ def _trl_trainer(adapters: Adapters, samples: Sequence[TrainingSequence], option
 OPPONENTS = ("padded", "per_turn", "trl", "trl_compact_head")
 
 
-def compare(adapters: Adapters, case: Case, options: Options, best: dict[str, float]) -> dict[str, Any]:
-    """One case: seconds, memory and FLOPs of every way, and their ratios to ours. Raises `RunError` if gradients differ."""
+def compare(
+    adapters: Adapters, case: Case, options: Options, best: dict[str, float]
+) -> dict[str, Any]:
+    """One case: seconds, memory and FLOPs of every way, and their ratios to ours. Raises `RunError`
+    if gradients differ."""
     samples = with_logprobs(adapters, recorded(case))
     wanted = {"ours", *(options.opponents or (OPPONENTS if case.full else ("padded",)))}
     runs, old_s = ways(adapters, samples), list[float]()
@@ -212,19 +292,28 @@ def compare(adapters: Adapters, case: Case, options: Options, best: dict[str, fl
     found = ratios(times, "ours", label)
     padded, ours = (times[name].bytes if name in times else None for name in ("padded", "ours"))
     row = [
-        label, f"{max(t.difference for t in times.values()):.0e}", f"{times['ours'].seconds:.3f}",
+        label,
+        f"{max(t.difference for t in times.values()):.0e}",
+        f"{times['ours'].seconds:.3f}",
         *(f"{found[f'{name}@{label}']:.2f}" if name in times else "" for name in OPPONENTS),
-        f"{work.flops / best['flops_per_s'] / times['ours'].seconds:.2f}", f"{padded / ours:.2f}" if padded and ours else "",
-    ]  # fmt: skip
+        f"{work.flops / best['flops_per_s'] / times['ours'].seconds:.2f}",
+        f"{padded / ours:.2f}" if padded and ours else "",
+    ]
     return {
-        "rho": case.rho, **dataclasses.asdict(case), "flops_useful": work.flops, "bound_s": work.flops / best["flops_per_s"],
-        "ways": {name: _told(t, work, best) for name, t in times.items()}, "ratios": found, "row": row,
+        "rho": case.rho,
+        **dataclasses.asdict(case),
+        "flops_useful": work.flops,
+        "bound_s": work.flops / best["flops_per_s"],
+        "ways": {name: _told(t, work, best) for name, t in times.items()},
+        "ratios": found,
+        "row": row,
         **({"trl_old_s": statistics.median(old_s)} if old_s else {}),
-    }  # fmt: skip
+    }
 
 
 def _told(time_: Time, work: Needed, best: dict[str, float]) -> dict[str, Any]:
-    """`roofline`: share of the time that the useful FLOPs take at the device's rate; `busy`: the same of the FLOPs spent."""
+    """`roofline`: share of the time that the useful FLOPs take at the device's rate; `busy`: the
+    same of the FLOPs spent."""
     share = {
         "roofline": work.flops / best["flops_per_s"] / time_.seconds,
         "busy": (time_.flops or 0) / best["flops_per_s"] / time_.seconds,
@@ -233,25 +322,51 @@ def _told(time_: Time, work: Needed, best: dict[str, float]) -> dict[str, Any]:
 
 
 def update(options: Options) -> dict[str, Any]:
-    """Forward and backward of a step on the geometry `options.size`, over shares of common tokens."""
+    """Forward and backward of a step on the geometry `options.size`, over shares of common
+    tokens."""
     check_size(options.size)
     chosen = [case for case in CASES if not options.rho or case.rho in options.rho]
     if missing := [f"{rho:g}" for rho in options.rho if rho not in {case.rho for case in CASES}]:
-        raise SettingError(f"--rho {', '.join(missing)}: expected some of {', '.join(f'{case.rho:g}' for case in CASES)}")
+        raise SettingError(
+            f"--rho {', '.join(missing)}: expected some of"
+            f" {', '.join(f'{case.rho:g}' for case in CASES)}"
+        )
     if unknown := sorted(set(options.opponents) - set(OPPONENTS)):
-        raise SettingError(f"--opponents {', '.join(unknown)}: the update is raced against {', '.join(OPPONENTS)}")
+        raise SettingError(
+            f"--opponents {', '.join(unknown)}: the update is raced against {', '.join(OPPONENTS)}"
+        )
     with one_thread():  # threads that wait for a busy core spin, and would count as work
         best = rates(options.device, options.dtype)
-        adapters = Adapters(network(options.size, options.device, options.dtype), [PolicySpec(POLICY, adapter=LORA)], seed=0)
+        adapters = Adapters(
+            network(options.size, options.device, options.dtype),
+            [PolicySpec(POLICY, adapter=LORA)],
+            seed=0,
+        )
         disturb(adapters, seed=1)
         scale = SCALE.get(options.size, 1)
-        results, where = [compare(adapters, case.times(scale), options, best) for case in chosen], machine()
+        results, where = (
+            [compare(adapters, case.times(scale), options, best) for case in chosen],
+            machine(),
+        )
     joined = {name: value for r in results for name, value in r["ratios"].items()}
     rows = [r.pop("row") for r in results]
     others = [f"{name} / ours" for name in OPPONENTS]
-    columns = ["raw / unique", "gradients differ", "ours, s", *others, "roofline share", "memory, padded / ours"]
+    columns = [
+        "raw / unique",
+        "gradients differ",
+        "ours, s",
+        *others,
+        "roofline share",
+        "memory, padded / ours",
+    ]
     return {
-        "suite": "update", "size": options.size, "clock": "wall" if options.device != "cpu" else "processor time, one thread", **where,
-        "device_rates": best, "lora": dataclasses.asdict(LORA), "ratios": joined, "results": results,
+        "suite": "update",
+        "size": options.size,
+        "clock": "wall" if options.device != "cpu" else "processor time, one thread",
+        **where,
+        "device_rates": best,
+        "lora": dataclasses.asdict(LORA),
+        "ratios": joined,
+        "results": results,
         **table(f"update: {options.size}, seconds of others over ours", columns, rows),
-    }  # fmt: skip
+    }

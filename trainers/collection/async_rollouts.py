@@ -1,14 +1,17 @@
-"""
-Rollouts ahead of the trainer, bounded by staleness: an episode may be at most S team versions behind when it is learnt from.
+"""Rollouts ahead of the trainer, bounded by staleness: an episode may be at most S team versions
+behind when it is learnt from.
 
-Collecting the episodes of step t begins the rollouts of steps t to t + S and waits for those of t. So the rollouts of later steps are
-played while step t is learnt, nothing is ever begun that would be too old when its turn comes, and with S = 0 nothing is played ahead:
-the synchronous run. An episode keeps the team version it began with (`pin: call`: each call takes the one in force, so that turns are younger
-than their episode, never older). Where engines repeat themselves to the last bit a step's rollouts are
-played alone and by the version that the step's number names, so that such a run repeats itself too; elsewhere an episode begins as
-soon as there is room, with the version then in force. The bound is that of one-step-off and fully asynchronous RL (AReaL, arXiv:2505.24298,
-eq. 3) per episode instead of in sum: rollouts are paced, nothing is thrown away. What is thrown away after all (stored episodes of
-versions that a resumed run cannot place) is played again and counted by agent and length.
+Collecting the episodes of step t begins the rollouts of steps t to t + S and waits for those of t.
+So the rollouts of later steps are played while step t is learnt, nothing is ever begun that would
+be too old when its turn comes, and with S = 0 nothing is played ahead: the synchronous run. An
+episode keeps the team version it began with (`pin: call`: each call takes the one in force, so that
+turns are younger than their episode, never older). Where engines repeat themselves to the last bit
+a step's rollouts are played alone and by the version that the step's number names, so that such a
+run repeats itself too; elsewhere an episode begins as soon as there is room, with the version then
+in force. The bound is that of one-step-off and fully asynchronous RL (AReaL, arXiv:2505.24298, eq.
+3) per episode instead of in sum: rollouts are paced, nothing is thrown away. What is thrown away
+after all (stored episodes of versions that a resumed run cannot place) is played again and counted
+by agent and length.
 """
 
 from __future__ import annotations
@@ -30,21 +33,29 @@ if TYPE_CHECKING:
 
 
 class TeamVersions:
-    """The team versions of the last S + 1 steps: whoever plays now began with one of them. Pure bookkeeping.
+    """The team versions of the last S + 1 steps: whoever plays now began with one of them. Pure
+    bookkeeping.
 
     Args:
         bound: S, how many versions behind an episode may be.
         known: {step: {policy: adapter version}}, of a run that is resumed.
-        pin: may an episode's turns be spoken by versions that came into force after it began ("call"), or not ("episode")?
+        pin: may an episode's turns be spoken by versions that came into force after it began
+            ("call"), or not ("episode")?
     """
 
-    def __init__(self, bound: int, known: Mapping[int, Mapping[str, str]] | None = None, pin: str = "episode") -> None:
+    def __init__(
+        self, bound: int, known: Mapping[int, Mapping[str, str]] | None = None, pin: str = "episode"
+    ) -> None:
         self.bound, self.pin = bound, pin
-        self.of: dict[int, dict[str, str]] = {step: dict(version) for step, version in sorted((known or {}).items())}
+        self.of: dict[int, dict[str, str]] = {
+            step: dict(version) for step, version in sorted((known or {}).items())
+        }
 
     def put(self, step: int, version: Mapping[str, str]) -> None:
         """The version in force from now on, after `step`."""
-        self.of = {s: v for s, v in self.of.items() if step - self.bound <= s < step} | {step: dict(version)}
+        self.of = {s: v for s, v in self.of.items() if step - self.bound <= s < step} | {
+            step: dict(version)
+        }
 
     @property
     def newest(self) -> dict[str, str]:
@@ -52,39 +63,56 @@ class TeamVersions:
         return of[max(of)]
 
     def named(self, ahead: int) -> dict[str, str]:
-        """The version that plays the step `ahead` steps after the one to learn next, where it follows from the step's number: as old as
-        may be, but never older than the run."""
+        """The version that plays the step `ahead` steps after the one to learn next, where it
+        follows from the step's number: as old as may be, but never older than the run."""
         return self.of[max(max(self.of) + ahead - self.bound, min(self.of))]
 
     def age(self, episode: Episode) -> int | None:
-        """How many versions behind an episode is, were it learnt from now. None: more than the bound, or never in force here."""
-        found = [step for step, version in self.of.items() if spoken(version, episode) == episode.team_version]
+        """How many versions behind an episode is, were it learnt from now. None: more than the
+        bound, or never in force here."""
+        found = [
+            step
+            for step, version in self.of.items()
+            if spoken(version, episode) == episode.team_version
+        ]
         return max(self.of) - max(found) if found else None
 
     def ages(self, episodes: Iterable[Episode]) -> list[int]:
-        """The age of each episode. Raises `RunError` for one beyond the bound, or with a turn that its version did not speak."""
+        """The age of each episode. Raises `RunError` for one beyond the bound, or with a turn that
+        its version did not speak."""
         found = []
         for episode in episodes:
             age = self.age(episode)
             if age is None or age > self.bound:
                 raise RunError(
-                    f"episode {episode.id}: played by {dict(episode.team_version)}, which is more than max_staleness {self.bound} "
-                    f"versions behind {self.newest}; nothing so old may be learnt from"
+                    f"episode {episode.id}: played by {dict(episode.team_version)}, which is more"
+                    f" than max_staleness {self.bound} versions behind {self.newest}; nothing so"
+                    " old may be learnt from"
                 )
-            later = [v for step, v in self.of.items() if self.pin == "call" and step > max(self.of) - age]
+            later = [
+                v for step, v in self.of.items() if self.pin == "call" and step > max(self.of) - age
+            ]
             for turn in episode.turns:
-                if turn.source == "sampled" and all(turn.version != v.get(turn.policy, "") for v in (episode.team_version, *later)):
+                if turn.source == "sampled" and all(
+                    turn.version != v.get(turn.policy, "") for v in (episode.team_version, *later)
+                ):
                     raise RunError(
-                        f"episode {episode.id}, turn {turn.index}: spoken by {turn.version or 'the base'!r}, but the episode began with "
-                        f"{dict(episode.team_version)}; "
-                        + ("a turn is as young as its episode" if self.pin == "call" else "an episode keeps its version")
+                        f"episode {episode.id}, turn {turn.index}: spoken by"
+                        f" {turn.version or 'the base'!r}, but the episode began with"
+                        f" {dict(episode.team_version)}; "
+                        + (
+                            "a turn is as young as its episode"
+                            if self.pin == "call"
+                            else "an episode keeps its version"
+                        )
                     )
             found.append(age)
         return found
 
 
 def spoken(version: Mapping[str, str], episode: Episode) -> dict[str, str]:
-    """The part of a team version that an episode names: all of it, or, of a child that another system played, that of its policies."""
+    """The part of a team version that an episode names: all of it, or, of a child that another
+    system played, that of its policies."""
     if episode.parent is None:
         return dict(version)
     policies = {turn.policy for turn in episode.turns} | set(episode.team_version)
@@ -93,8 +121,10 @@ def spoken(version: Mapping[str, str], episode: Episode) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class CollectedStep:
-    """A step's episodes. `seconds`: between the first one's begin and the last one's end. `ages`: in versions, one per episode.
-    `dropped`: stored episodes that could not be placed and were played anew. `oversampled`: see `oversample.told`."""
+    """A step's episodes. `seconds`: between the first one's begin and the last one's end. `ages`:
+    in versions, one per episode. `dropped`: stored episodes that could not be placed and were
+    played anew. `oversampled`: see `oversample.told`.
+    """
 
     episodes: list[Episode]
     seconds: float
@@ -107,12 +137,18 @@ class CollectedStep:
         row: dict[str, Any] = {}
         if bound:  # the trainer's wait says nothing of how fast these were played
             sampled = sum(u.sampled_tokens for e in self.episodes for u in e.usage.values())
-            row = {"tokens_per_s": sampled / max(self.seconds, 1e-9), "staleness": sum(self.ages) / max(len(self.ages), 1)}
+            row = {
+                "tokens_per_s": sampled / max(self.seconds, 1e-9),
+                "staleness": sum(self.ages) / max(len(self.ages), 1),
+            }
             row |= {"max_staleness": max(self.ages, default=0)}
         if self.oversampled:
             row["oversampled"] = self.oversampled
         if self.dropped:
-            row["dropped_stale"] = {"episodes": len(self.dropped), "tokens": by_length(self.dropped)}
+            row["dropped_stale"] = {
+                "episodes": len(self.dropped),
+                "tokens": by_length(self.dropped),
+            }
         return row
 
 
@@ -123,7 +159,10 @@ def by_length(episodes: Sequence[Episode]) -> dict[str, dict[str, int]]:
         for agent in dict.fromkeys(turn.agent for turn in episode.turns):
             sampled = sum(len(turn.token_ids) for turn in episode.turns if turn.agent == agent)
             found.setdefault(agent, Counter())[1 << max(sampled - 1, 0).bit_length()] += 1
-    return {agent: {f"<={size}": counts[size] for size in sorted(counts)} for agent, counts in sorted(found.items())}
+    return {
+        agent: {f"<={size}": counts[size] for size in sorted(counts)}
+        for agent, counts in sorted(found.items())
+    }
 
 
 class AsyncCollector:
@@ -134,7 +173,9 @@ class AsyncCollector:
         last: the last step.
     """
 
-    def __init__(self, stage: RolloutManager, tasks_of: Callable[[int], Sequence[Task]], last: int) -> None:
+    def __init__(
+        self, stage: RolloutManager, tasks_of: Callable[[int], Sequence[Task]], last: int
+    ) -> None:
         self.stage, self.tasks_of, self.last = stage, tasks_of, last
         self._begun: dict[int, tuple[BackgroundTask[CollectedStep], list[Episode]]] = {}
         self._room = asyncio.Semaphore(stage.run.config.max_concurrency)
@@ -142,7 +183,8 @@ class AsyncCollector:
     def take(self, step: int) -> CollectedStep:
         """The episodes of a step, none of them too old. Begins those of the next S steps.
 
-        Steps of which a run that was cut off has stored episodes are not begun ahead: only in their turn is it known how old these are.
+        Steps of which a run that was cut off has stored episodes are not begun ahead: only in their
+        turn is it known how old these are.
         """
         bound = self.stage.team.bound
         for later in range(step, max(step, min(step + bound, self.last)) + 1):
@@ -153,7 +195,8 @@ class AsyncCollector:
         del self._begun[step]
         if dropped:
             self.stage.run.progress.warn(
-                f"step {step}: {len(dropped)} stored episodes were played by team versions that are too old or unknown here; played anew"
+                f"step {step}: {len(dropped)} stored episodes were played by team versions that are"
+                " too old or unknown here; played anew"
             )
         return replace(played, ages=self.stage.team.ages(played.episodes), dropped=dropped)
 
@@ -168,10 +211,21 @@ class AsyncCollector:
         named = team.named(ahead)
 
         def fits(episode: Episode) -> bool:
-            return episode.team_version == spoken(named, episode) if exact else team.age(episode) is not None
+            return (
+                episode.team_version == spoken(named, episode)
+                if exact
+                else team.age(episode) is not None
+            )
 
         config, label = stage.run.config, self._label(step)
-        found = find_stored(stage.store, self.tasks_of(step), label, config.num_generations + config.oversample, step, fits)
+        found = find_stored(
+            stage.store,
+            self.tasks_of(step),
+            label,
+            config.num_generations + config.oversample,
+            step,
+            fits,
+        )
         versions = named if exact else lambda: team.newest
         work = stage.begin(label, found, stage.rollouts, versions, self._room, config.oversample)
         return work, found.dropped

@@ -1,7 +1,7 @@
 """The event loop beside the trainer, and the wish to stop.
 
-Engines are asynchronous, trainers are not. The loop lives in a thread of its own, so `train()` also works in a notebook, where a loop
-is running already.
+Engines are asynchronous, trainers are not. The loop lives in a thread of its own, so `train()` also
+works in a notebook, where a loop is running already.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ T = TypeVar("T")
 
 
 class Stopped(KeyboardInterrupt):
-    """The user or the cluster asked to stop, noticed where the last finished step can be saved as it is."""
+    """The user or the cluster asked to stop, noticed where the last finished step can be saved as
+    it is."""
 
 
 @contextlib.contextmanager
-def handled(handler: Callable[[int, FrameType | None], Any], numbers: tuple[int, ...]) -> Iterator[None]:
-    """Signal handlers for as long as the context lasts; outside the main thread, where Python allows none, nothing is changed."""
+def handled(
+    handler: Callable[[int, FrameType | None], Any], numbers: tuple[int, ...]
+) -> Iterator[None]:
+    """Signal handlers for as long as the context lasts; outside the main thread, where Python
+    allows none, nothing is changed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -33,7 +37,12 @@ def handled(handler: Callable[[int, FrameType | None], Any], numbers: tuple[int,
     try:
         yield
     finally:
-        for number, old in before.items():  # None: a handler that was not installed from Python cannot be put back
+        for (
+            number,
+            old,
+        ) in (
+            before.items()
+        ):  # None: a handler that was not installed from Python cannot be put back
             signal.signal(number, signal.SIG_DFL if old is None else old)
 
 
@@ -41,8 +50,9 @@ def handled(handler: Callable[[int, FrameType | None], Any], numbers: tuple[int,
 def stoppable() -> Iterator[None]:
     """SIGINT and SIGTERM act as usual even in a program that was started with them ignored.
 
-    Shells without job control start `command &` with SIGINT ignored, and Python then installs no handler, so KeyboardInterrupt
-    never comes; programs started from here would inherit the same. SIGHUP stays ignored, which is what `nohup` is for.
+    Shells without job control start `command &` with SIGINT ignored, and Python then installs no
+    handler, so KeyboardInterrupt never comes; programs started from here would inherit the same.
+    SIGHUP stays ignored, which is what `nohup` is for.
     """
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     with contextlib.ExitStack() as stack:
@@ -53,8 +63,9 @@ def stoppable() -> Iterator[None]:
 
 
 class StopSignal:
-    """Set by the first SIGINT, SIGTERM or SIGUSR1 (what clusters send before the time limit), and noticed between two steps or while
-    episodes are played. A second SIGINT interrupts at once, wherever the run is, so nothing can be saved then.
+    """Set by the first SIGINT, SIGTERM or SIGUSR1 (what clusters send before the time limit), and
+    noticed between two steps or while episodes are played. A second SIGINT interrupts at once,
+    wherever the run is, so nothing can be saved then.
 
     Handlers are installed in the main thread only and put back by `close`.
     """
@@ -62,13 +73,18 @@ class StopSignal:
     def __init__(self) -> None:
         self.asked = False
         self._handlers = contextlib.ExitStack()
-        self._handlers.enter_context(handled(self._handle, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)))
+        self._handlers.enter_context(
+            handled(self._handle, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+        )
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        print("stopping: the last finished step will be saved (Ctrl-C again stops at once)", file=sys.stderr)
+        print(
+            "stopping: the last finished step will be saved (Ctrl-C again stops at once)",
+            file=sys.stderr,
+        )
 
     def close(self) -> None:
         self._handlers.close()
@@ -91,11 +107,13 @@ class BackgroundTask(Generic[T]):
 
     def _end(self, task: asyncio.Task[T]) -> None:
         if not task.cancelled():
-            task.exception()  # looked at, so that work nobody asks for any more is not complained of
+            # looked at, so that work nobody asks for any more is not complained of
+            task.exception()
         self._ended.set_result(None)
 
     def result(self, stop: StopSignal | None = None) -> T:
-        """What came of it, once it has. If `stop` is asked meanwhile, the work is cancelled and waited for, and `Stopped` raised."""
+        """What came of it, once it has. If `stop` is asked meanwhile, the work is cancelled and
+        waited for, and `Stopped` raised."""
         try:
             while not concurrent.futures.wait([self._ended], timeout=0.2).done:
                 if stop is not None and stop.asked:
@@ -109,7 +127,8 @@ class BackgroundTask(Generic[T]):
         return result
 
     def cancel(self) -> None:
-        """End it and wait until it has ended: what is open ends before the caller saves or closes anything."""
+        """End it and wait until it has ended: what is open ends before the caller saves or closes
+        anything."""
         self._loop.call_soon_threadsafe(self._started.result().cancel)
         concurrent.futures.wait([self._ended], timeout=10)
 
@@ -119,7 +138,9 @@ class BackgroundLoop:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="marlora-loop", daemon=True)
+        self._thread = threading.Thread(
+            target=self.loop.run_forever, name="marlora-loop", daemon=True
+        )
         self._thread.start()
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> BackgroundTask[T]:

@@ -1,7 +1,8 @@
-"""Episodes that follow from others: played after a step's own, stored as their children, and given to every rank.
+"""Episodes that follow from others: played after a step's own, stored as their children, and given
+to every rank.
 
-A repair of a failed episode is one. What is stored for an episode is all that follows from it or nothing, so that a resumed run takes
-it as it is, or plays it again.
+A repair of a failed episode is one. What is stored for an episode is all that follows from it or
+nothing, so that a resumed run takes it as it is, or plays it again.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ def is_derived(episode: Episode, what: str) -> bool:
     return episode.parent is not None and episode.group.startswith(f"{episode.parent}/{what}/")
 
 
-def derive(run: Run, step: int, episodes: Sequence[Episode], what: str, more: Derivation) -> list[Episode]:
+def derive(
+    run: Run, step: int, episodes: Sequence[Episode], what: str, more: Derivation
+) -> list[Episode]:
     """What follows from each episode, in their order, on every rank.
 
     Args:
         what: the kind, a word.
-        more: plays what follows from one episode (on rank 0), in groups named `PARENT/what/...`. At most `max_concurrency` at once.
+        more: plays what follows from one episode (on rank 0), in groups named `PARENT/what/...`. At
+            most `max_concurrency` at once.
     """
     start = time.perf_counter()
     found: list[Episode] = []
@@ -39,7 +43,8 @@ def derive(run: Run, step: int, episodes: Sequence[Episode], what: str, more: De
         for child in run.stage.store.read(parent={e.id for e in episodes}) if episodes else ():
             if is_derived(child, what):
                 stored.setdefault(str(child.parent), []).append(child)
-        # Played alone, the missing ones would be decoded in other batches: right, but not to the last bit.
+        # Played alone, the missing ones would be decoded in other batches: right, but not to the
+        # last bit.
         missing = [e for e in episodes if e.id not in stored]
         todo = list(episodes) if missing and run.stage.exact else missing
         room = asyncio.Semaphore(run.config.max_concurrency)

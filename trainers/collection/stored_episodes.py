@@ -1,4 +1,5 @@
-"""Episodes that are stored already: those of a step that a resumed run played before it was cut off, and those of another run."""
+"""Episodes that are stored already: those of a step that a resumed run played before it was cut
+off, and those of another run."""
 
 from __future__ import annotations
 
@@ -24,31 +25,44 @@ def unscorable(episode: Episode) -> bool:
     return episode.error is not None or any(math.isnan(r.value) for r in episode.rewards)
 
 
-def collection_row(step: int, episodes: Sequence[Episode], metric: str, warn: Callable[[str], None], seconds: float) -> dict[str, Any]:
-    """What a step's row in `metrics.jsonl` says of its episodes, which took so long. Raises `RunError` if there is nothing to learn from."""
+def collection_row(
+    step: int, episodes: Sequence[Episode], metric: str, warn: Callable[[str], None], seconds: float
+) -> dict[str, Any]:
+    """What a step's row in `metrics.jsonl` says of its episodes, which took so long. Raises
+    `RunError` if there is nothing to learn from."""
     parents = [e for e in episodes if e.parent is None]
     if all(e.error for e in parents):
         raise RunError(f"step {step}: every episode failed; the first one: {parents[0].error}")
     if all(unscorable(e) for e in parents):
         why = next(r.text for e in parents for r in e.rewards if math.isnan(r.value))
-        raise RunError(f"step {step}: no episode could be scored; the first one: {why}; mend it and go on with resume")
+        raise RunError(
+            f"step {step}: no episode could be scored; the first one: {why}; mend it and go on with"
+            " resume"
+        )
     lost = [e for e in parents if unscorable(e)]
     if lost:
         why = lost[0].error or next(r.text for r in lost[0].rewards if math.isnan(r.value))
-        warn(f"step {step}: {len(lost)} of {len(parents)} episodes failed or have no score; the first: {why}")
+        warn(
+            f"step {step}: {len(lost)} of {len(parents)} episodes failed or have no score; the"
+            f" first: {why}"
+        )
     sampled = sum(u.sampled_tokens for e in episodes for u in e.usage.values())
     values = [v for e in parents if not math.isnan(v := e.reward(metric))]
     return {
-        "step": step, "reward": sum(values) / len(values) if values else None, "episodes": len(parents),
-        "failed": sum(e.error is not None for e in parents), "unscorable": len(parents) - len(values),
-        "sampled_tokens": sampled, "tokens_per_s": sampled / max(seconds, 1e-9),
-    }  # fmt: skip
+        "step": step,
+        "reward": sum(values) / len(values) if values else None,
+        "episodes": len(parents),
+        "failed": sum(e.error is not None for e in parents),
+        "unscorable": len(parents) - len(values),
+        "sampled_tokens": sampled,
+        "tokens_per_s": sampled / max(seconds, 1e-9),
+    }
 
 
 @dataclass(frozen=True)
 class PlannedEpisodes:
-    """Episodes to play, and those of them that are stored already, with their children, by id. `dropped`: stored, but by a team version
-    that does not fit."""
+    """Episodes to play, and those of them that are stored already, with their children, by id.
+    `dropped`: stored, but by a team version that does not fit."""
 
     plan: list[EpisodeRequest]
     found: dict[str, Episode]
@@ -56,17 +70,28 @@ class PlannedEpisodes:
 
 
 def find_stored(
-    store: Store, tasks: Sequence[Task], label: str, num_generations: int, step: int, fits: Callable[[Episode], bool]
+    store: Store,
+    tasks: Sequence[Task],
+    label: str,
+    num_generations: int,
+    step: int,
+    fits: Callable[[Episode], bool],
 ) -> PlannedEpisodes:
     """What to play under this label.
 
-    Stored episodes count if their team version `fits` and some could be scored. Others have spent their ids (a run that
-    was resumed on hardware that does not repeat itself to the last bit, or after its rewards were mended): then the label
-    gets a number, so that what is trained on is always in the store.
+    Stored episodes count if their team version `fits` and some could be scored. Others have spent
+    their ids (a run that was resumed on hardware that does not repeat itself to the last bit, or
+    after its rewards were mended): then the label gets a number, so that what is trained on is
+    always in the store.
     """
     known, dropped = store.ids(), list[Episode]()
     for attempt in itertools.count():
-        plan = episode_requests(tasks, label=f"{label}.{attempt}" if attempt else label, num_generations=num_generations, step=step)
+        plan = episode_requests(
+            tasks,
+            label=f"{label}.{attempt}" if attempt else label,
+            num_generations=num_generations,
+            step=step,
+        )
         spent = known & {job.id for job in plan}
         if not spent:
             return PlannedEpisodes(plan, {}, dropped)
@@ -85,8 +110,8 @@ def _children(store: Store, parents: Collection[str]) -> dict[str, Episode]:
 
 
 def training(store: Store) -> list[Episode]:
-    """The episodes of a store that may be learnt from: evaluations are stored beside them and stay held out, as do repairs, which were
-    told the answer."""
+    """The episodes of a store that may be learnt from: evaluations are stored beside them and stay
+    held out, as do repairs, which were told the answer."""
     return [e for e in store if e.split not in ("eval", SPLIT) and not e.group.startswith("eval-")]
 
 
@@ -104,25 +129,31 @@ class OfflineEpisodes:
         path = Path(folder)
         path = path / "episodes" if (path / "episodes").is_dir() else path
         if not path.is_dir():
-            raise SettingError(f"episodes {str(folder)!r}: no such folder; expected a run or a store of episodes")
+            raise SettingError(
+                f"episodes {str(folder)!r}: no such folder; expected a run or a store of episodes"
+            )
         self.episodes = training(Store(path))
         if not self.episodes:
             raise SettingError(f"episodes {str(folder)!r}: the store holds no training episode")
         spoke, names = {t.agent for e in self.episodes for t in e.turns}, [a.name for a in agents]
         if not spoke & set(names):
             raise SettingError(
-                f"episodes {str(folder)!r}: its agents are {', '.join(sorted(spoke))}, this team's are {', '.join(names)}"
+                f"episodes {str(folder)!r}: its agents are {', '.join(sorted(spoke))}, this team's"
+                f" are {', '.join(names)}"
             )
 
     def check_tokens(self, tokens_of: Mapping[str, ChatRenderer], count: int = 50) -> None:
-        """Raise `SettingError` unless the first turns of every agent read the same in its own tokenizer: ids of another one are other words."""
+        """Raise `SettingError` unless the first turns of every agent read the same in its own
+        tokenizer: ids of another one are other words."""
         for agent, tokens in tokens_of.items():
             spoken = (t for e in self.episodes for t in e.turns if t.agent == agent and t.token_ids)
             for turn in itertools.islice(spoken, count):
                 if tokens.decode(turn.token_ids) != turn.text:
                     raise SettingError(
-                        f"episodes: a turn of {agent!r} says {turn.text[:40]!r}, but its tokens read {tokens.decode(turn.token_ids)[:40]!r} "
-                        "in this run's model; expected episodes that were sampled with the tokenizer that learns from them"
+                        f"episodes: a turn of {agent!r} says {turn.text[:40]!r}, but its tokens"
+                        f" read {tokens.decode(turn.token_ids)[:40]!r} in this run's model;"
+                        " expected episodes that were sampled with the tokenizer that learns from"
+                        " them"
                     )
 
     def of(self, count: int, seed: int, step: int) -> list[Episode]:

@@ -1,7 +1,8 @@
 """What a turn was worth, found by playing on without it: counterfactual rewards.
 
-Everything before the turn is given, the turn is replaced, the rest of the team answers anew. Replays are scored and forgotten: they
-are never trained on. The rule `counterfactual` of `trainers.credit` turns what they show into advantages.
+Everything before the turn is given, the turn is replaced, the rest of the team answers anew.
+Replays are scored and forgotten: they are never trained on. The rule `counterfactual` of
+`trainers.credit` turns what they show into advantages.
 """
 
 from __future__ import annotations
@@ -49,14 +50,17 @@ async def counterfactual_rewards(
     """The episode with a reward named `counterfactual` for each turn that replays could judge.
 
     Args:
-        baseline: `default` compares R with the mean R of replays in which the turn says `default` instead (difference reward,
-            D = R - R without; one set of replays per taken turn). `siblings` compares the answers sampled for one call by the mean R
-            of what follows each, A_j = q_j - mean of the others (C3, arXiv:2603.06859; the episode itself is the first play of the
-            taken answer).
-        num_replays: plays per alternative. The first has the episode's seed, so only the turn differs; the others have their own.
+        baseline: `default` compares R with the mean R of replays in which the turn says `default`
+            instead (difference reward, D = R - R without; one set of replays per taken turn).
+            `siblings` compares the answers sampled for one call by the mean R of what follows each,
+            A_j = q_j - mean of the others (C3, arXiv:2603.06859; the episode itself is the first
+            play of the taken answer).
+        num_replays: plays per alternative. The first has the episode's seed, so only the turn
+            differs; the others have their own.
 
-    An episode without a finite team reward comes back as it is. A replay that fails or cannot be scored is left out and logged; a
-    system that uses `team.rng` before the turn can only be replayed with the episode's seed, so with `num_replays=1`.
+    An episode without a finite team reward comes back as it is. A replay that fails or cannot be
+    scored is left out and logged; a system that uses `team.rng` before the turn can only be
+    replayed with the episode's seed, so with `num_replays=1`.
     """
     if baseline not in ("default", "siblings"):
         raise SettingError(f"baseline: expected default or siblings, got {baseline!r}")
@@ -73,7 +77,9 @@ async def counterfactual_rewards(
             if _judged(turns, baseline)
         )
     )
-    return dataclasses.replace(episode, rewards=episode.rewards + tuple(reward for several in judged for reward in several))
+    return dataclasses.replace(
+        episode, rewards=episode.rewards + tuple(reward for several in judged for reward in several)
+    )
 
 
 def _judged(turns: list[Turn], baseline: str) -> bool:
@@ -86,11 +92,18 @@ def _value(episode: Episode, config: CreditConfig) -> float:
 
 
 def _reward(turn: Turn, value: float, text: str) -> Reward:
-    return Reward("counterfactual", value, text, turn.agent, turn.index, turn.sibling, source="replay")
+    return Reward(
+        "counterfactual", value, text, turn.agent, turn.index, turn.sibling, source="replay"
+    )
 
 
 async def _difference(
-    player: Player, episode: Episode, config: CreditConfig, turns: list[Turn], default: Completion, num_replays: int
+    player: Player,
+    episode: Episode,
+    config: CreditConfig,
+    turns: list[Turn],
+    default: Completion,
+    num_replays: int,
 ) -> list[Reward]:
     turn = next(turn for turn in turns if turn.taken)
     without = await _replays(player, episode, config, turn, default, range(num_replays))
@@ -98,31 +111,54 @@ async def _difference(
         return []
     value = _value(episode, config)
     mean = sum(without) / len(without)
-    return [_reward(turn, value - mean, f"{value:g} with it, {mean:g} without, {len(without)} replays")]
+    return [
+        _reward(turn, value - mean, f"{value:g} with it, {mean:g} without, {len(without)} replays")
+    ]
 
 
 async def _siblings(
-    player: Player, episode: Episode, config: CreditConfig, turns: list[Turn], default: Completion, num_replays: int
+    player: Player,
+    episode: Episode,
+    config: CreditConfig,
+    turns: list[Turn],
+    default: Completion,
+    num_replays: int,
 ) -> list[Reward]:
     plays = await asyncio.gather(
-        *(_replays(player, episode, config, turn, turn.completion, range(int(turn.taken), num_replays)) for turn in turns)
+        *(
+            _replays(
+                player, episode, config, turn, turn.completion, range(int(turn.taken), num_replays)
+            )
+            for turn in turns
+        )
     )
     own = [_value(episode, config)]
-    scored = [(turn, own + values if turn.taken else values) for turn, values in zip(turns, plays, strict=True)]
+    scored = [
+        (turn, own + values if turn.taken else values)
+        for turn, values in zip(turns, plays, strict=True)
+    ]
     scored = [(turn, values) for turn, values in scored if values]
     if len(scored) < 2:
         return []
     means, counts = [sum(v) / len(v) for _, v in scored], [len(v) for _, v in scored]
     return [
         _reward(turn, value, f"mean {mean:g} of {count} plays")
-        for (turn, _), value, mean, count in zip(scored, leave_one_out(means, counts), means, counts, strict=True)
+        for (turn, _), value, mean, count in zip(
+            scored, leave_one_out(means, counts), means, counts, strict=True
+        )
     ]
 
 
 async def _replays(
-    player: Player, episode: Episode, config: CreditConfig, turn: Turn, completion: Completion, numbers: Iterable[int]
+    player: Player,
+    episode: Episode,
+    config: CreditConfig,
+    turn: Turn,
+    completion: Completion,
+    numbers: Iterable[int],
 ) -> list[float]:
-    """Team rewards of plays in which `completion` stands in the place of `turn`; those that can be scored."""
+    """Team rewards of plays in which `completion` stands in the place of `turn`; those that can be
+    scored."""
 
     async def one(number: int) -> float:
         label = f"{episode.id}/replay/{turn.index}.{turn.sibling}"
@@ -133,11 +169,20 @@ async def _replays(
             given=[earlier for earlier in episode.turns if earlier.index < turn.index],
             replace={turn.index: completion},
             decisions=episode.decisions,
-            seed=derive_seed(episode.seed, "replay", turn.index, turn.sibling, number) if number else episode.seed,
+            seed=(
+                derive_seed(episode.seed, "replay", turn.index, turn.sibling, number)
+                if number
+                else episode.seed
+            ),
         )
         value = _value(played, config)
         if math.isnan(value):
-            log.warning("replay of turn %d of %s cannot be scored: %s", turn.index, episode.id, played.error or "NaN reward")
+            log.warning(
+                "replay of turn %d of %s cannot be scored: %s",
+                turn.index,
+                episode.id,
+                played.error or "NaN reward",
+            )
         return value
 
     values = await asyncio.gather(*map(one, numbers))

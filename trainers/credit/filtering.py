@@ -1,10 +1,12 @@
 """Selection: which turns are learnt from by imitation, with which weight, and why. Pure Python.
 
-A `Rule` judges one turn; `select` applies it to every turn of an agent that learns and then the bounds that hold for any rule: turns
-that saw the answer or read one that did, answers that leaked into a prompt, first or last turn only, doubles, caps per task. What comes
-out is one weight per turn and a table, per agent, of what was kept and dropped for which reason.
+A `Rule` judges one turn; `select` applies it to every turn of an agent that learns and then the
+bounds that hold for any rule: turns that saw the answer or read one that did, answers that leaked
+into a prompt, first or last turn only, doubles, caps per task. What comes out is one weight per
+turn and a table, per agent, of what was kept and dropped for which reason.
 
-In an episode with a written turn (a repair), what was said before that turn belongs to the run that failed and is not kept.
+In an episode with a written turn (a repair), what was said before that turn belongs to the run that
+failed and is not kept.
 """
 
 from __future__ import annotations
@@ -32,31 +34,47 @@ Rule = Callable[[Episode, Turn], tuple[float, str]]  # weight (0: dropped) and r
 class SelectionConfig(RewardWeights):
     """Which turns are imitated."""
 
-    select: str = help_of("which turns are kept: success, agreement (with the team's output), all, or random", "success")
-    success_threshold: float = help_of(
-        "success: the turn's own reward, else its agent's, else the team's, from which it is kept", 1.0
+    select: str = help_of(
+        "which turns are kept: success, agreement (with the team's output), all, or random",
+        "success",
     )
-    keep_share: float = help_of("random: share of turns that are kept, whatever they are worth", 0.5)
-    turns: str = help_of("of an agent's kept turns in an episode: all, the first or the last one", "all")
+    success_threshold: float = help_of(
+        "success: the turn's own reward, else its agent's, else the team's, from which it is kept",
+        1.0,
+    )
+    keep_share: float = help_of(
+        "random: share of turns that are kept, whatever they are worth", 0.5
+    )
+    turns: str = help_of(
+        "of an agent's kept turns in an episode: all, the first or the last one", "all"
+    )
     deduplicate: bool = help_of("keep a reply to the same chat once", False)
     max_per_task: int = help_of("most kept turns of an agent per task; 0 is no limit", 0)
 
     def __post_init__(self) -> None:
         RewardWeights.__post_init__(self)
         if self.select not in RULES:
-            raise SettingError(f"select {self.select!r}: no such rule; {nearest(self.select, RULES)}")
+            raise SettingError(
+                f"select {self.select!r}: no such rule; {nearest(self.select, RULES)}"
+            )
         if self.turns not in ("all", "first", "last"):
             raise SettingError(f"turns: expected all, first or last, got {self.turns!r}")
-        if not math.isfinite(self.success_threshold) or not 0 < self.keep_share <= 1 or self.max_per_task < 0:
+        if (
+            not math.isfinite(self.success_threshold)
+            or not 0 < self.keep_share <= 1
+            or self.max_per_task < 0
+        ):
             raise SettingError(
-                "success_threshold: a number, keep_share: above 0 and at most 1, and max_per_task: from 0 expected, "
-                f"got {self.success_threshold}, {self.keep_share} and {self.max_per_task}"
+                "success_threshold: a number, keep_share: above 0 and at most 1, and max_per_task:"
+                f" from 0 expected, got {self.success_threshold}, {self.keep_share} and"
+                f" {self.max_per_task}"
             )
 
 
 @dataclass(frozen=True)
 class KeptTurn:
-    """A turn that is learnt from: its key (episode id, turn index, sibling), whose it is, its weight, and why."""
+    """A turn that is learnt from: its key (episode id, turn index, sibling), whose it is, its
+    weight, and why."""
 
     key: TurnKey
     agent: str
@@ -82,7 +100,10 @@ class FilteredTurns:
         agents = dict.fromkeys(agent for agent, _ in [*kept, *self.dropped])
         sides = (("kept", kept), ("dropped", self.dropped))
         return {
-            agent: {side: {reason: n for (who, reason), n in sorted(counts.items()) if who == agent} for side, counts in sides}
+            agent: {
+                side: {reason: n for (who, reason), n in sorted(counts.items()) if who == agent}
+                for side, counts in sides
+            }
             for agent in agents
         }
 
@@ -92,7 +113,10 @@ class FilteredTurns:
         def told(counts: Mapping[str, int]) -> str:
             return ", ".join(f"{n} {reason}" for reason, n in counts.items()) or "0"
 
-        return "\n".join(f"{agent}: kept {told(of['kept'])}; dropped {told(of['dropped'])}" for agent, of in self.table().items())
+        return "\n".join(
+            f"{agent}: kept {told(of['kept'])}; dropped {told(of['dropped'])}"
+            for agent, of in self.table().items()
+        )
 
 
 def filter_turns(
@@ -108,8 +132,10 @@ def filter_turns(
 
     Args:
         rule: judges a turn; None takes the one that `config.select` names.
-        agents: whose turns count; None is everybody's. Turns of others are not even counted as dropped.
-        openings: per agent the text that stands at the head of all its chats (prompt, demonstrations): an answer found there is no leak.
+        agents: whose turns count; None is everybody's. Turns of others are not even counted as
+            dropped.
+        openings: per agent the text that stands at the head of all its chats (prompt,
+            demonstrations): an answer found there is no leak.
         seed: of the rule `random`.
     """
     if len({e.id for e in episodes}) < len(episodes):
@@ -128,22 +154,34 @@ def filter_turns(
                 why = f"not the {config.turns} of its kept turns"
             elif config.deduplicate and reply in said:
                 why = "a double"
-            elif config.max_per_task and per_task[turn.agent, episode.task.id] >= config.max_per_task:
+            elif (
+                config.max_per_task and per_task[turn.agent, episode.task.id] >= config.max_per_task
+            ):
                 why = f"over {config.max_per_task} per task"
             if why:
                 found.dropped[turn.agent, why] += 1
                 continue
             said.add(reply)
             per_task[turn.agent, episode.task.id] += 1
-            found.kept.append(KeptTurn((episode.id, turn.index, turn.sibling), turn.agent, weight, reason))
+            found.kept.append(
+                KeptTurn((episode.id, turn.index, turn.sibling), turn.agent, weight, reason)
+            )
     return found
 
 
 def _judged(
-    episode: Episode, rule: Rule, dropped: Counter[tuple[str, str]], agents: Collection[str] | None, openings: Mapping[str, str]
+    episode: Episode,
+    rule: Rule,
+    dropped: Counter[tuple[str, str]],
+    agents: Collection[str] | None,
+    openings: Mapping[str, str],
 ) -> Iterable[tuple[Turn, float, str]]:
-    """The turns of an episode that may be learnt from and that the rule keeps; the others are counted."""
-    gold, repaired = saw_answer(episode), min((t.index for t in episode.turns if t.source == "written"), default=-1)
+    """The turns of an episode that may be learnt from and that the rule keeps; the others are
+    counted."""
+    gold, repaired = (
+        saw_answer(episode),
+        min((t.index for t in episode.turns if t.source == "written"), default=-1),
+    )
     for turn in episode.turns:
         if agents is not None and turn.agent not in agents:
             continue
@@ -160,7 +198,8 @@ def _judged(
             weight, reason = rule(episode, turn)
         if not math.isfinite(weight) or weight < 0:
             raise ValueError(
-                f"episode {episode.id}, turn {turn.index} of {turn.agent!r}: weight {weight}; expected a number from 0"
+                f"episode {episode.id}, turn {turn.index} of {turn.agent!r}: weight {weight};"
+                " expected a number from 0"
             )
         if weight:
             yield turn, weight, reason
@@ -172,15 +211,21 @@ def _judged(
 
 
 def outcome(episode: Episode, turn: Turn, team: float, config: RewardWeights) -> float:
-    """What a turn came to: its own rewards, weighted and summed; without any its agent's; without these `team`. NaN: not known."""
-    own = [r for r in episode.rewards if (r.turn, r.sibling) == (turn.index, turn.sibling) and config.weight(r.name)]
+    """What a turn came to: its own rewards, weighted and summed; without any its agent's; without
+    these `team`. NaN: not known."""
+    own = [
+        r
+        for r in episode.rewards
+        if (r.turn, r.sibling) == (turn.index, turn.sibling) and config.weight(r.name)
+    ]
     if episode.error is None and own:
         return sum(config.weight(r.name) * r.value for r in own)
     return agent_reward(episode, turn.agent, team, config)
 
 
 def success(episodes: Sequence[Episode], config: SelectionConfig, seed: int = 0) -> Rule:
-    """Taken turns whose `outcome` reaches `success_threshold`, weight 1. An unknown outcome is none."""
+    """Taken turns whose `outcome` reaches `success_threshold`, weight 1. An unknown outcome is
+    none."""
     teams = team_rewards(episodes, config)
 
     def rule(episode: Episode, turn: Turn) -> tuple[float, str]:
@@ -197,7 +242,8 @@ def success(episodes: Sequence[Episode], config: SelectionConfig, seed: int = 0)
 
 
 def agreement(episodes: Sequence[Episode], config: SelectionConfig, seed: int = 0) -> Rule:
-    """Taken turns that give the team's own output as their answer (a majority's pseudo-label), weight 1. No gold answer is read."""
+    """Taken turns that give the team's own output as their answer (a majority's pseudo-label),
+    weight 1. No gold answer is read."""
 
     def rule(episode: Episode, turn: Turn) -> tuple[float, str]:
         if not turn.taken:
@@ -215,12 +261,16 @@ def everything(episodes: Sequence[Episode], config: SelectionConfig, seed: int =
 
 
 def at_random(episodes: Sequence[Episode], config: SelectionConfig, seed: int = 0) -> Rule:
-    """Taken turns drawn with probability `keep_share`, whatever they are worth: the control of any other rule."""
+    """Taken turns drawn with probability `keep_share`, whatever they are worth: the control of any
+    other rule."""
 
     def rule(episode: Episode, turn: Turn) -> tuple[float, str]:
         if not turn.taken:
             return 0.0, "not taken"
-        drawn = random.Random(derive_seed(seed, "select", episode.id, turn.index)).random() < config.keep_share
+        drawn = (
+            random.Random(derive_seed(seed, "select", episode.id, turn.index)).random()
+            < config.keep_share
+        )
         return (1.0, "drawn") if drawn else (0.0, "not drawn")
 
     return rule
@@ -249,20 +299,31 @@ def saw_answer(episode: Episode) -> set[int]:
 def golds(task: Task) -> list[str]:
     """The spellings of a task's answer that a text must not hold."""
     given = task.answer if isinstance(task.answer, (list, tuple)) else [task.answer]
-    parts = [part for gold in given for part in (gold if isinstance(gold, (list, tuple)) else [gold]) if part is not None]
-    return list(dict.fromkeys(form for part in parts for form in (str(part).strip(), normalise(str(part))) if form))
+    parts = [
+        part
+        for gold in given
+        for part in (gold if isinstance(gold, (list, tuple)) else [gold])
+        if part is not None
+    ]
+    return list(
+        dict.fromkeys(
+            form for part in parts for form in (str(part).strip(), normalise(str(part))) if form
+        )
+    )
 
 
 def tells(text: str, answers: Iterable[str]) -> bool:
     """Does the text hold one of these answers, as a whole word or number?"""
-    return any(re.search(rf"(?<![\w.]){re.escape(a)}(?!\w|[.,]\d)", text, re.IGNORECASE) for a in answers)
+    return any(
+        re.search(rf"(?<![\w.]){re.escape(a)}(?!\w|[.,]\d)", text, re.IGNORECASE) for a in answers
+    )
 
 
 def leaks_answer(episode: Episode, turn: Turn, opening: str = "") -> bool:
     """Does the answer stand in a turn's prompt without having a right to?
 
-    It has one if the task itself shows it (prompt, public meta), the agent's opening does, or an untainted earlier turn of the episode
-    says it: an agent may well have found it.
+    It has one if the task itself shows it (prompt, public meta), the agent's opening does, or an
+    untainted earlier turn of the episode says it: an agent may well have found it.
     """
     answers, public = golds(episode.task), episode.task.public()
     if not answers or not tells("\n".join(m.content for m in turn.messages), answers):

@@ -1,7 +1,8 @@
-"""From episodes to preferences: pairs of whole episodes of one task, and pairs of one agent's replies. Pure Python.
+"""From episodes to preferences: pairs of whole episodes of one task, and pairs of one agent's
+replies. Pure Python.
 
-An episode is the unit: a system's output is preferred as a whole, and a good whole does not tell which part of it was good
-(SysDPO, arXiv:2502.17721).
+An episode is the unit: a system's output is preferred as a whole, and a good whole does not tell
+which part of it was good (SysDPO, arXiv:2502.17721).
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from .rules import RewardWeights, team_rewards
 
 @dataclass(frozen=True)
 class Pair:
-    """Two runs of a system on one task, of which the first was scored higher by `gap`; `weight` is what the pair counts.
+    """Two runs of a system on one task, of which the first was scored higher by `gap`; `weight` is
+    what the pair counts.
 
-    `factors`: what the log-ratio of the chosen and of the rejected side count in the margin (Score-DPO: their scores). Each side is a
-    tuple of alternatives that stand for one run (SysDPO-Sampling: the same output after different drafts); else there is one.
+    `factors`: what the log-ratio of the chosen and of the rejected side count in the margin
+    (Score-DPO: their scores). Each side is a tuple of alternatives that stand for one run
+    (SysDPO-Sampling: the same output after different drafts); else there is one.
     """
 
     chosen: tuple[Episode, ...]
@@ -44,22 +47,29 @@ class Pair:
 class PairConfig(RewardWeights):
     """Which pairs are made of a task's episodes."""
 
-    min_gap: float = help_of("pairs whose scores differ by no more than this are dropped; 0 drops ties only", 0.0)
-    max_pairs_per_task: int = help_of("pairs of one task in a step, drawn at random from all; 0 takes all", 0)
+    min_gap: float = help_of(
+        "pairs whose scores differ by no more than this are dropped; 0 drops ties only", 0.0
+    )
+    max_pairs_per_task: int = help_of(
+        "pairs of one task in a step, drawn at random from all; 0 takes all", 0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.min_gap < math.inf or self.max_pairs_per_task < 0:
             raise SettingError(
-                f"min_gap, max_pairs_per_task: numbers from 0 expected, got {self.min_gap}, {self.max_pairs_per_task}"
+                f"min_gap, max_pairs_per_task: numbers from 0 expected, got {self.min_gap},"
+                f" {self.max_pairs_per_task}"
             )
 
 
 def pairs_of(episodes: Iterable[Episode], config: PairConfig, seed: int) -> list[Pair]:
-    """Every two episodes of one task whose team rewards differ by more than `min_gap`, capped per task by a seeded draw.
+    """Every two episodes of one task whose team rewards differ by more than `min_gap`, capped per
+    task by a seeded draw.
 
-    Left out: episodes that failed or have no score, children of other episodes, and two episodes in which the same was said (they
-    differ by the noise of a scorer only). Episodes of a task are compared wherever and whenever they were played.
+    Left out: episodes that failed or have no score, children of other episodes, and two episodes in
+    which the same was said (they differ by the noise of a scorer only). Episodes of a task are
+    compared wherever and whenever they were played.
     """
     by_task: dict[str, list[Episode]] = {}
     for episode in episodes:
@@ -76,27 +86,37 @@ def pairs_of(episodes: Iterable[Episode], config: PairConfig, seed: int) -> list
             if gap > config.min_gap and said(chosen) != said(rejected):
                 pairs.append(Pair((chosen,), (rejected,), gap))
         if config.max_pairs_per_task and len(pairs) > config.max_pairs_per_task:
-            pairs = random.Random(derive_seed(seed, "pairs", task)).sample(pairs, config.max_pairs_per_task)
+            pairs = random.Random(derive_seed(seed, "pairs", task)).sample(
+                pairs, config.max_pairs_per_task
+            )
         found += pairs
     return found
 
 
 def said(episode: Episode) -> tuple[tuple[Any, ...], ...]:
-    """What the team said: per taken turn its number, agent and tokens (its text, where there are none)."""
+    """What the team said: per taken turn its number, agent and tokens (its text, where there are
+    none)."""
     return tuple((t.index, t.agent, t.token_ids or t.text) for t in episode.turns if t.taken)
 
 
-def agent_pairs(pairs: Iterable[Pair], agents: Sequence[str]) -> tuple[list[dict[str, Any]], Counter[tuple[str, str]]]:
-    """Rows for TRL's `DPOTrainer`: two replies of one agent to the same prompt, one from the chosen and one from the rejected episode.
+def agent_pairs(
+    pairs: Iterable[Pair], agents: Sequence[str]
+) -> tuple[list[dict[str, Any]], Counter[tuple[str, str]]]:
+    """Rows for TRL's `DPOTrainer`: two replies of one agent to the same prompt, one from the chosen
+    and one from the rejected episode.
 
-    Columns `prompt`, `chosen`, `rejected` are TRL's conversational format; `prompt_ids`, `chosen_ids`, `rejected_ids` are the tokens
-    that were read and sampled. TRL's pair has one prompt, so turns that were asked different things (most turns of an agent that
-    reads others) give no row; they are counted, by (agent, reason).
+    Columns `prompt`, `chosen`, `rejected` are TRL's conversational format; `prompt_ids`,
+    `chosen_ids`, `rejected_ids` are the tokens that were read and sampled. TRL's pair has one
+    prompt, so turns that were asked different things (most turns of an agent that reads others)
+    give no row; they are counted, by (agent, reason).
     """
     rows: list[dict[str, Any]] = []
     dropped: Counter[tuple[str, str]] = Counter()
     for pair in pairs:
-        turns = [{t.index: t for t in side[0].turns if t.taken and t.agent in agents} for side in (pair.chosen, pair.rejected)]
+        turns = [
+            {t.index: t for t in side[0].turns if t.taken and t.agent in agents}
+            for side in (pair.chosen, pair.rejected)
+        ]
         for index in sorted(turns[0].keys() | turns[1].keys()):
             chosen, rejected = (side.get(index) for side in turns)
             reason = _unpaired(chosen, rejected)

@@ -1,8 +1,10 @@
-"""The score table of written programs: one row per program and task, from the episodes that ran it. Pure Python.
+"""The score table of written programs: one row per program and task, from the episodes that ran it.
+Pure Python.
 
-The episode in which a program was written is its first run; the others are that episode's children. A run that failed is worth 0, and so
-is one that is missing: the sum is divided by the number of runs that were asked for. What the scorer could not score is not known, and a
-program with such a run has no row.
+The episode in which a program was written is its first run; the others are that episode's children.
+A run that failed is worth 0, and so is one that is missing: the sum is divided by the number of
+runs that were asked for. What the scorer could not score is not known, and a program with such a
+run has no row.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ class ScoredProgram:
     """A program and what it is worth.
 
     Args:
-        turn: of the designer, that holds it. `episode`: in which it was written, and ran for the first time.
-        runs: all its runs, that episode first. `score`: their mean, from 0 to 1; 0 if the program is invalid.
+        turn: of the designer, that holds it. `episode`: in which it was written, and ran for the
+            first time.
+        runs: all its runs, that episode first. `score`: their mean, from 0 to 1; 0 if the program
+            is invalid.
         fault: why it is invalid, "" if it is valid.
     """
 
@@ -38,17 +42,19 @@ class ScoredProgram:
 
     @property
     def view(self) -> Episode:
-        """The episode as the designer's alone: what learns from it, and how much, is a matter of this one turn."""
+        """The episode as the designer's alone: what learns from it, and how much, is a matter of
+        this one turn."""
         return replace(self.episode, turns=(self.turn,))
 
 
 def score_table(
     episodes: Iterable[Episode], designer: str, num_runs: int, config: RewardWeights, what: str
 ) -> tuple[list[ScoredProgram], Counter[str]]:
-    """The programs of these episodes with their scores, in order, and counts of those that have none, by reason.
+    """The programs of these episodes with their scores, in order, and counts of those that have
+    none, by reason.
 
-    `what`: names the children that are runs, see `follow`. Raises `SettingError` if an episode does not say whether its program is valid,
-    or if a score is outside 0 to 1.
+    `what`: names the children that are runs, see `follow`. Raises `SettingError` if an episode does
+    not say whether its program is valid, or if a score is outside 0 to 1.
     """
     parents = [e for e in episodes if e.parent is None]
     again: dict[str, list[Episode]] = {}
@@ -69,7 +75,8 @@ def score_table(
             without["no score"] += 1
         elif not 0 <= score <= 1:
             raise SettingError(
-                f"rewards: episode {episode.id} scores {score:g}; scores of programs are from 0 to 1. reward_weights says which rewards count"
+                f"rewards: episode {episode.id} scores {score:g}; scores of programs are from 0 to"
+                " 1. reward_weights says which rewards count"
             )
         else:
             table.append(ScoredProgram(episode, turn, runs, score, fault))
@@ -77,9 +84,16 @@ def score_table(
 
 
 def _fault(episode: Episode, turn: Turn) -> str:
-    said = [r for r in episode.rewards if r.name == "valid" and (r.turn, r.sibling) == (turn.index, turn.sibling)]
+    said = [
+        r
+        for r in episode.rewards
+        if r.name == "valid" and (r.turn, r.sibling) == (turn.index, turn.sibling)
+    ]
     if not said:
-        raise SettingError(f"rewards: episode {episode.id} does not say whether its program is valid; add the reward `workflow`")
+        raise SettingError(
+            f"rewards: episode {episode.id} does not say whether its program is valid; add the"
+            " reward `workflow`"
+        )
     return "" if said[0].value else said[0].text or "invalid"
 
 
@@ -88,8 +102,11 @@ def _mean(runs: Sequence[Episode], num_runs: int, config: RewardWeights) -> floa
     return sum(0.0 if run.error is not None else found[run.id] for run in runs) / num_runs
 
 
-def ordered_pairs(table: Iterable[ScoredProgram], invalid: bool) -> list[tuple[ScoredProgram, ScoredProgram]]:
-    """Every two programs of one task of which the first scores higher (arXiv:2502.04306). Two of the same text are no pair.
+def ordered_pairs(
+    table: Iterable[ScoredProgram], invalid: bool
+) -> list[tuple[ScoredProgram, ScoredProgram]]:
+    """Every two programs of one task of which the first scores higher (arXiv:2502.04306). Two of
+    the same text are no pair.
 
     `invalid`: programs that cannot be run take part, with their score of 0.
     """
@@ -111,14 +128,21 @@ def distances(pairs: Sequence[tuple[ScoredProgram, ScoredProgram]], alpha: float
     return [(one.score - other.score) ** alpha for one, other in pairs]
 
 
-def drawn(pairs: Sequence[tuple[ScoredProgram, ScoredProgram]], count: int, alpha: float, seed: int) -> list[tuple[ScoredProgram, ScoredProgram]]:
-    """`count` pairs drawn with replacement, with chances as `distances` says. None if there are none."""
+def drawn(
+    pairs: Sequence[tuple[ScoredProgram, ScoredProgram]], count: int, alpha: float, seed: int
+) -> list[tuple[ScoredProgram, ScoredProgram]]:
+    """`count` pairs drawn with replacement, with chances as `distances` says. None if there are
+    none."""
     if not pairs:
         return []
-    return random.Random(derive_seed(seed, "programs")).choices(pairs, distances(pairs, alpha), k=count)
+    return random.Random(derive_seed(seed, "programs")).choices(
+        pairs, distances(pairs, alpha), k=count
+    )
 
 
-def preference(chosen: ScoredProgram, rejected: ScoredProgram, weighting: str, power: float = 1.0) -> Pair:
+def preference(
+    chosen: ScoredProgram, rejected: ScoredProgram, weighting: str, power: float = 1.0
+) -> Pair:
     """A pair for Score-DPO: r*(w) = f(s_w) r(w), r*(l) = (1 - f(s_l)) r(l) with f(s) = s^power.
 
     `weighting`: which sides are weighed: both, chosen, rejected, or none (plain DPO).
@@ -131,7 +155,8 @@ def preference(chosen: ScoredProgram, rejected: ScoredProgram, weighting: str, p
 
 
 def best_programs(table: Iterable[ScoredProgram]) -> list[ScoredProgram]:
-    """Of every task the valid program that scores highest, the first of equals; none where all score 0."""
+    """Of every task the valid program that scores highest, the first of equals; none where all
+    score 0."""
     found: dict[str, ScoredProgram] = {}
     for row in table:
         held = found.get(row.episode.task.id)

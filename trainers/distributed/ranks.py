@@ -1,8 +1,8 @@
 """The processes of one training run: rank 0 plays and stores, every rank trains.
 
-Control traffic (JSON, flags) goes through a gloo group of its own with a long time-out, because rank 0 may play for an hour
-while the others wait. Adapter gradients are small: they are summed directly, without a wrapper around the model. Nobody waits for ever:
-see `watchdog.py`.
+Control traffic (JSON, flags) goes through a gloo group of its own with a long time-out, because
+rank 0 may play for an hour while the others wait. Adapter gradients are small: they are summed
+directly, without a wrapper around the model. Nobody waits for ever: see `watchdog.py`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ class RankError(RuntimeError):
 
 
 class Ranks:
-    """One process or many; every method is a no-op for one. Made by `accelerate launch` or `torchrun` (their environment variables).
+    """One process or many; every method is a no-op for one. Made by `accelerate launch` or
+    `torchrun` (their environment variables).
 
-    `hours` bounds how long a rank waits for what rank 0 does alone, `seconds` how long for others in an update; what takes longer hangs,
-    and the watchdog ends all ranks. `warning`: what people should know about how it was launched, or "".
+    `hours` bounds how long a rank waits for what rank 0 does alone, `seconds` how long for others
+    in an update; what takes longer hangs, and the watchdog ends all ranks. `warning`: what people
+    should know about how it was launched, or "".
     """
 
     _made = 0
@@ -37,37 +39,63 @@ class Ranks:
     def __init__(self, hours: float = 12.0, seconds: float = 1800.0) -> None:
         from accelerate import PartialState
 
-        cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
-        slack = datetime.timedelta(seconds=2 * seconds + 600)  # so that the watchdog, which says more, is first
+        cpu = (
+            os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+            or not torch.cuda.is_available()
+        )
+        slack = datetime.timedelta(
+            seconds=2 * seconds + 600
+        )  # so that the watchdog, which says more, is first
         self._state = PartialState(cpu=cpu, timeout=slack)
         self.rank, self.size = self._state.process_index, self._state.num_processes
         self.device = self._state.device
         self._control = None
-        self.lockstep = False  # is a base split over the ranks, so that all have to make the same passes through it?
-        self.joined: dict[str, Callable[..., Any]] = {}  # what every rank does when rank 0 asks for it, see `together`
-        # On a CPU, `accelerate launch --num_processes N` names a meeting place for N processes and starts one (without mpirun).
-        meant = "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ and cpu and self.size == 1
+        # is a base split over the ranks, so that all have to make the same passes through it?
+        self.lockstep = False
+        self.joined: dict[
+            str, Callable[..., Any]
+        ] = {}  # what every rank does when rank 0 asks for it, see `together`
+        # On a CPU, `accelerate launch --num_processes N` names a meeting place for N processes and
+        # starts one (without mpirun).
+        meant = (
+            "MASTER_PORT" in os.environ
+            and "WORLD_SIZE" not in os.environ
+            and cpu
+            and self.size == 1
+        )
         self.warning = (
             "accelerate has started one process: on a CPU it leaves more to mpirun; "
             "`torchrun --standalone --nproc_per_node N recipes/NAME.py` starts N"
-            if meant else ""
-        )  # fmt: skip
+            if meant
+            else ""
+        )
         self.hours, self.seconds, self._watchdog = hours, seconds, None
         if self.size > 1:
-            self._control = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=hours) + slack)
+            self._control = dist.new_group(
+                backend="gloo", timeout=datetime.timedelta(hours=hours) + slack
+            )
             Ranks._made += 1
-            self._watchdog = Watchdog(f"watchdog-{Ranks._made}", self.rank, self.size, max(seconds, 60.0))
+            self._watchdog = Watchdog(
+                f"watchdog-{Ranks._made}", self.rank, self.size, max(seconds, 60.0)
+            )
 
-    def _joining(self, what: str, seconds: float | None = None) -> contextlib.AbstractContextManager[None]:
+    def _joining(
+        self, what: str, seconds: float | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """A collective of this name, which may take `seconds` (None: those of an update)."""
-        return self._watchdog.waiting(what, seconds or self.seconds) if self._watchdog else contextlib.nullcontext()
+        return (
+            self._watchdog.waiting(what, seconds or self.seconds)
+            if self._watchdog
+            else contextlib.nullcontext()
+        )
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's JSON value on every rank (others pass anything). They wait for it as long as rank 0 may take for what it does alone."""
+        """Rank 0's JSON value on every rank (others pass anything). They wait for it as long as
+        rank 0 may take for what it does alone."""
         if self.size == 1:
             return value
         data = json.dumps(value).encode() if self.main else b""
@@ -75,16 +103,19 @@ class Ranks:
         with self._joining("broadcast by rank 0", None if self.main else self.hours * 3600):
             dist.broadcast(size, 0, group=self._control)
             buffer = (
-                torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.main else torch.empty(int(size), dtype=torch.uint8)
+                torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                if self.main
+                else torch.empty(int(size), dtype=torch.uint8)
             )
             dist.broadcast(buffer, 0, group=self._control)
         return json.loads(bytes(buffer.numpy().tobytes()))
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Let rank 0 alone do `work`; its JSON value on every rank. If it fails or is stopped there, every rank raises.
+        """Let rank 0 alone do `work`; its JSON value on every rank. If it fails or is stopped
+        there, every rank raises.
 
-        Without this the others would wait for hours for a rank that has gone. Raises what `work` raises on rank 0, and `RankError`
-        or `Stopped` elsewhere.
+        Without this the others would wait for hours for a rank that has gone. Raises what `work`
+        raises on rank 0, and `RankError` or `Stopped` elsewhere.
         """
         if self.size == 1:
             return work()
@@ -99,12 +130,23 @@ class Ranks:
         try:
             value = work()
         except BaseException as error:
-            self.broadcast((None, "stopped" if isinstance(error, Stopped) else f"rank 0: {type(error).__name__}: {error}", None))
+            self.broadcast(
+                (
+                    None,
+                    (
+                        "stopped"
+                        if isinstance(error, Stopped)
+                        else f"rank 0: {type(error).__name__}: {error}"
+                    ),
+                    None,
+                )
+            )
             raise
         return self.broadcast((value, "", None))[0]
 
     def together(self, name: str, *args: Any) -> Any:
-        """Inside the work of `on_main`: let every rank do `joined[name]` with these JSON arguments, this one too; its result here."""
+        """Inside the work of `on_main`: let every rank do `joined[name]` with these JSON arguments,
+        this one too; its result here."""
         if self.size > 1:
             self.broadcast((None, "", (name, *args)))
         return self.joined[name](*args)
@@ -121,7 +163,10 @@ class Ranks:
             padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
             parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
             dist.all_gather(parts, padded, group=self._control)
-        return [json.loads(part.numpy().tobytes()[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+        return [
+            json.loads(part.numpy().tobytes()[: int(size)])
+            for part, size in zip(parts, sizes, strict=True)
+        ]
 
     def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Add the tensors over all ranks, in place, as one flat float32 vector."""

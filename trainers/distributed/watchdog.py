@@ -1,10 +1,12 @@
-"""
-A watch over ranks that wait for one another: what hangs longer than it may ends, on every rank, with the stacks that say why.
+"""A watch over ranks that wait for one another: what hangs longer than it may ends, on every rank,
+with the stacks that say why.
 
-A collective that one rank never joins holds all others without a word. So each rank has a thread that knows for how long its rank has been
-waiting, and leaves word in a key-value store of how many collectives it has joined. When one has waited too long it says who is missing;
-then every rank writes the stacks of all its threads to stderr and exits with code 1. A rank that cannot run Python any more (a call
-that keeps the interpreter to itself) is ended by a timer in C, which needs no interpreter.
+A collective that one rank never joins holds all others without a word. So each rank has a thread
+that knows for how long its rank has been waiting, and leaves word in a key-value store of how many
+collectives it has joined. When one has waited too long it says who is missing; then every rank
+writes the stacks of all its threads to stderr and exits with code 1. A rank that cannot run Python
+any more (a call that keeps the interpreter to itself) is ended by a timer in C, which needs no
+interpreter.
 """
 
 from __future__ import annotations
@@ -38,11 +40,16 @@ class Watchdog:
     """
 
     def __init__(self, name: str, rank: int, size: int, frozen: float) -> None:
-        # A connection of its own to the store in which the ranks have met: another's may be waiting for an answer.
-        self._store = dist.PrefixStore(f"marlora-{name}", dist.distributed_c10d._get_default_store().clone())
+        # A connection of its own to the store in which the ranks have met: another's may be waiting
+        # for an answer.
+        self._store = dist.PrefixStore(
+            f"marlora-{name}", dist.distributed_c10d._get_default_store().clone()
+        )
         self.rank, self.size, self.frozen = rank, size, frozen
         self._joined = 0
-        self._waiting: tuple[str, float, float] | None = None  # what for, until when, how many seconds in all
+        self._waiting: tuple[str, float, float] | None = (
+            None  # what for, until when, how many seconds in all
+        )
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="marlora-watchdog", daemon=True)
         self._thread.start()
@@ -59,7 +66,8 @@ class Watchdog:
             self._waiting = None
 
     def close(self) -> None:
-        """Watch no longer, here and on the other ranks: a process that ends normally has done with collectives."""
+        """Watch no longer, here and on the other ranks: a process that ends normally has done with
+        collectives."""
         if not self._closed.is_set():
             self._closed.set()
             self._thread.join(timeout=GRACE)
@@ -72,7 +80,9 @@ class Watchdog:
             while not self._closed.wait(POLL):
                 faulthandler.dump_traceback_later(self.frozen, exit=True)
                 waiting = self._waiting
-                self._store.set(f"at/{self.rank}", json.dumps([self._joined, waiting[0] if waiting else ""]))
+                self._store.set(
+                    f"at/{self.rank}", json.dumps([self._joined, waiting[0] if waiting else ""])
+                )
                 if self._store.check(["hung"]):
                     time.sleep(STAGGER * self.rank)
                     self._end(f"rank {self.rank} ends too: {self._store.get('hung').decode()}")
@@ -91,13 +101,18 @@ class Watchdog:
         """Which ranks have not come, and what they are at."""
         told = {rank: self._told(rank) for rank in range(self.size) if rank != self.rank}
         absent = [
-            f"rank {rank}, which is at number {at} ({doing})" if doing else f"rank {rank}, which has been in none since number {at}"
+            (
+                f"rank {rank}, which is at number {at} ({doing})"
+                if doing
+                else f"rank {rank}, which has been in none since number {at}"
+            )
             for rank, (at, doing) in told.items()
             if at != self._joined
         ]
         return (
-            f"hung: rank {self.rank} has waited {seconds:g} s in collective number {self._joined} ({what}) for "
-            f"{' and '.join(absent) or 'ranks that have all joined it'}; stacks of all ranks follow"
+            f"hung: rank {self.rank} has waited {seconds:g} s in collective number {self._joined}"
+            f" ({what}) for {' and '.join(absent) or 'ranks that have all joined it'}; stacks of"
+            " all ranks follow"
         )
 
     def _told(self, rank: int) -> tuple[int, str]:
@@ -109,13 +124,20 @@ class Watchdog:
     def _gathered(self, what: str, seconds: float) -> bool:
         """Wait until every rank has said so, at most so long."""
         end = time.monotonic() + seconds
-        while not (there := self._store.check([f"{what}/{rank}" for rank in range(self.size)])) and time.monotonic() < end:
+        while (
+            not (there := self._store.check([f"{what}/{rank}" for rank in range(self.size)]))
+            and time.monotonic() < end
+        ):
             time.sleep(POLL / 10)
         return there
 
     def _end(self, line: str, tell: str = "") -> None:
         """Say why, write this rank's stacks, `tell` the others, let them write theirs, and exit."""
-        print(f"{line}\nstacks of rank {self.rank} (process {os.getpid()}):", file=sys.stderr, flush=True)
+        print(
+            f"{line}\nstacks of rank {self.rank} (process {os.getpid()}):",
+            file=sys.stderr,
+            flush=True,
+        )
         faulthandler.dump_traceback(all_threads=True)
         with contextlib.suppress(dist.DistError):  # whoever holds the store may have ended first
             if tell:

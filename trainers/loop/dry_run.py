@@ -1,4 +1,5 @@
-"""`--dry_run`: what a run would do, and on which devices, printed before anything is loaded or started."""
+"""`--dry_run`: what a run would do, and on which devices, printed before anything is loaded or
+started."""
 
 from __future__ import annotations
 
@@ -37,13 +38,16 @@ def first_call(run: Run) -> Call:
         asyncio.run(run.system.run(run.tasks_of(1)[0].public(), team))
     except _FirstCall as found:
         return found.call
-    raise SettingError(f"{type(run.system).__name__} asked no agent anything on task {run.tasks_of(1)[0].id!r}")
+    raise SettingError(
+        f"{type(run.system).__name__} asked no agent anything on task {run.tasks_of(1)[0].id!r}"
+    )
 
 
 @dataclass(frozen=True)
 class Node:
-    """This machine as a launcher has handed it to us. `gpus`: bytes of those we see, by the name that CUDA_VISIBLE_DEVICES gives them;
-    `memory`: bytes of the CPU's that are free; `ranks`: trainers here and, `world`, in all."""
+    """This machine as a launcher has handed it to us. `gpus`: bytes of those we see, by the name
+    that CUDA_VISIBLE_DEVICES gives them; `memory`: bytes of the CPU's that are free; `ranks`:
+    trainers here and, `world`, in all."""
 
     name: str
     gpus: Mapping[str, float]
@@ -59,21 +63,32 @@ def here() -> Node:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     names = names if len(names) == count else [str(number) for number in range(count)]
-    gpus = {name: float(torch.cuda.get_device_properties(i).total_memory) for i, name in enumerate(names[:count])}
+    gpus = {
+        name: float(torch.cuda.get_device_properties(i).total_memory)
+        for i, name in enumerate(names[:count])
+    }
     world = int(os.environ.get("WORLD_SIZE", 1))
     return Node(
-        socket.gethostname(), gpus, psutil.virtual_memory().available, int(os.environ.get("LOCAL_WORLD_SIZE", world)), world
+        socket.gethostname(),
+        gpus,
+        psutil.virtual_memory().available,
+        int(os.environ.get("LOCAL_WORLD_SIZE", world)),
+        world,
     )
 
 
 def placement(config: RunConfig, bases: Mapping[str, Memory], node: Node) -> list[str]:
     """Who sits where, and how much memory that takes: lines for people.
 
-    `bases`: what each needs of a trainer. Raises `SettingError` where what shares a GPU does not fit it.
+    `bases`: what each needs of a trainer. Raises `SettingError` where what shares a GPU does not
+    fit it.
     """
     need, elsewhere = sum(m.total for m in bases.values()), config.server_urls or config.endpoints
     gpus = list(node.gpus)
-    lines = [f"nodes        {node.name}: {node.ranks} of {node.world} trainers" + (", servers elsewhere" if elsewhere else "")]
+    lines = [
+        f"nodes        {node.name}: {node.ranks} of {node.world} trainers"
+        + (", servers elsewhere" if elsewhere else "")
+    ]
     for rank in range(node.ranks):
         place = f"GPU {gpus[rank % len(gpus)]}" if gpus else "CPU"
         room = node.gpus[gpus[rank % len(gpus)]] if gpus else node.memory
@@ -81,7 +96,8 @@ def placement(config: RunConfig, bases: Mapping[str, Memory], node: Node) -> lis
     kind = choose_engine(config)[0]
     if kind != "vllm":
         lines.append(
-            f"  engine     in process with trainer 0: the base's weights once more, {sum(m.weights for m in bases.values()) / GIB:.2f} GiB"
+            "  engine     in process with trainer 0: the base's weights once more,"
+            f" {sum(m.weights for m in bases.values()) / GIB:.2f} GiB"
         )
     elif config.server_urls:
         lines += [f"  server     {url}" for url in config.server_urls]
@@ -93,7 +109,8 @@ def placement(config: RunConfig, bases: Mapping[str, Memory], node: Node) -> lis
         whole = need * node.ranks + sum(m.weights for m in bases.values()) * (not elsewhere)
         if whole > node.memory:
             lines.append(
-                f"  too much   {whole / GIB:.1f} GiB and KV caches, {node.memory / GIB:.1f} are free: fewer ranks, or lower tokens_per_batch"
+                f"  too much   {whole / GIB:.1f} GiB and KV caches, {node.memory / GIB:.1f} are"
+                " free: fewer ranks, or lower tokens_per_batch"
             )
     return lines
 
@@ -107,13 +124,21 @@ def _servers(config: RunConfig, bases: Mapping[str, Memory], node: Node) -> list
         share = server_share(list(bases.values()), node.gpus[gpus[0]], split.append)
     for base, need in bases.items():
         for offset, devices in enumerate(config.server_devices.split(";")):
-            where = f"{config.server_host}, " + (f"port {config.server_port + offset}" if config.server_port else "a free port")
+            where = f"{config.server_host}, " + (
+                f"port {config.server_port + offset}" if config.server_port else "a free port"
+            )
             weights = f"{need.weights / GIB:.2f} GiB of weights" + f" ({base})" * (len(bases) > 1)
             head = f"  server {len(lines)}   "
             if devices or gpus:
                 mine = devices.split(",") if devices else gpus[:1]
-                beside = [str(rank) for rank in range(node.ranks) if gpus and gpus[rank % len(gpus)] in mine]
-                place = f"GPU {','.join(mine)}" + (f" beside trainer {', '.join(beside)}" if beside else "")
+                beside = [
+                    str(rank)
+                    for rank in range(node.ranks)
+                    if gpus and gpus[rank % len(gpus)] in mine
+                ]
+                place = f"GPU {','.join(mine)}" + (
+                    f" beside trainer {', '.join(beside)}" if beside else ""
+                )
                 lines.append(f"{head}{place}, {where}: {share:.0%} of its memory, {weights}")
             else:
                 cache = config.server_memory or CPU_CACHE_GIB
@@ -122,13 +147,22 @@ def _servers(config: RunConfig, bases: Mapping[str, Memory], node: Node) -> list
 
 
 def print_memory(base: str, need: Memory) -> None:
-    parts = {name: getattr(need, name) / GIB for name in ("weights", "adapters", "activations", "head")}
-    print(f"memory       {base}: {need.parameters / 1e6:.1f}M parameters, adapters {need.adapter_parameters / 1e6:.2f}M")
-    print(f"             trainer about {need.total / GIB:.2f} GiB ({', '.join(f'{n} {gib:.2f}' for n, gib in parts.items())})")
+    parts = {
+        name: getattr(need, name) / GIB for name in ("weights", "adapters", "activations", "head")
+    }
+    print(
+        f"memory       {base}: {need.parameters / 1e6:.1f}M parameters, adapters"
+        f" {need.adapter_parameters / 1e6:.2f}M"
+    )
+    print(
+        f"             trainer about {need.total / GIB:.2f} GiB"
+        f" ({', '.join(f'{n} {gib:.2f}' for n, gib in parts.items())})"
+    )
 
 
 def print_plan(run: Run) -> None:
-    """Policies, engine, devices, a memory estimate, versions and the first rendered prompt, on stdout."""
+    """Policies, engine, devices, a memory estimate, versions and the first rendered prompt, on
+    stdout."""
     import torch
 
     if os.environ.get("RANK", "0") != "0":
@@ -143,14 +177,24 @@ def print_plan(run: Run) -> None:
         kind_of = (
             f"outside model at {spec.url}"
             if spec.url
-            else f"LoRA r={spec.adapter.r} alpha={spec.adapter.alpha:g} on {', '.join(spec.adapter.targets)}"
+            else (
+                f"LoRA r={spec.adapter.r} alpha={spec.adapter.alpha:g} on"
+                f" {', '.join(spec.adapter.targets)}"
+            )
         )
         learns = "trained" if spec.trainable and spec.has_adapter else "frozen"
-        print(f"  policy     {name}: {kind_of if spec.has_adapter or spec.url else 'bare base'}; {learns}; init {spec.init}")
+        print(
+            f"  policy     {name}: {kind_of if spec.has_adapter or spec.url else 'bare base'};"
+            f" {learns}; init {spec.init}"
+        )
     print(
-        f"tasks        {config.tasks}: {len(run.tasks)} to train on, {len(run.eval_tasks)} held out; rewards {', '.join(config.rewards)}"
+        f"tasks        {config.tasks}: {len(run.tasks)} to train on, {len(run.eval_tasks)} held"
+        f" out; rewards {', '.join(config.rewards)}"
     )
-    print(f"steps        {config.max_steps} of {config.tasks_per_step} tasks x {config.num_generations} episodes")
+    print(
+        f"steps        {config.max_steps} of {config.tasks_per_step} tasks x"
+        f" {config.num_generations} episodes"
+    )
     print(f"engine       {kind} ({why})")
     print(f"devices      {torch.cuda.device_count()} GPUs, {torch.get_num_threads()} CPU threads")
     node, needs = here(), {}
@@ -166,9 +210,20 @@ def print_plan(run: Run) -> None:
     recompute = needs_checkpointing(config, on, device, dtype, lambda text: None, ranks)
     for base, specs in bases.items():
         path = local_model(base)
-        needs[base] = estimate(path, specs, config, dtype(path), ranks, recompute=recompute, on_cpu=device.type == "cpu")
+        needs[base] = estimate(
+            path,
+            specs,
+            config,
+            dtype(path),
+            ranks,
+            recompute=recompute,
+            on_cpu=device.type == "cpu",
+        )
         print_memory(base, needs[base])
-    print(f"             gradient checkpointing {'on' if recompute else 'off'} ({config.gradient_checkpointing})")
+    print(
+        f"             gradient checkpointing {'on' if recompute else 'off'}"
+        f" ({config.gradient_checkpointing})"
+    )
     print("\n".join(placement(config, needs, node)))
     print("versions     " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     call = first_call(run)

@@ -1,4 +1,5 @@
-"""`serve_only`: a node that only serves. It starts the servers that a run needs and writes where they are; trainers elsewhere find them.
+"""`serve_only`: a node that only serves. It starts the servers that a run needs and writes where
+they are; trainers elsewhere find them.
 
 python recipes/grpo_team.py --config my.yaml --serve_only true --endpoints RUN/endpoints --server_host $(hostname)     (on every server node)
 python recipes/grpo_team.py --config my.yaml --output_dir RUN --endpoints RUN/endpoints --num_servers 2                (on the trainers' node)
@@ -25,18 +26,28 @@ from .run import Run
 
 
 def serve(run: Run) -> None:
-    """Serve until SIGINT, SIGTERM or SIGUSR1. Logs and keys lie beside the endpoints. Raises `EngineError` when a server keeps dying."""
+    """Serve until SIGINT, SIGTERM or SIGUSR1. Logs and keys lie beside the endpoints. Raises
+    `EngineError` when a server keeps dying."""
     config, node = run.config, socket.gethostname()
     if not config.endpoints:
-        raise SettingError("serve_only: endpoints expected, a folder that the trainers see; servers write there where they are")
+        raise SettingError(
+            "serve_only: endpoints expected, a folder that the trainers see; servers write there"
+            " where they are"
+        )
     folder = Path(config.endpoints)
     if folder.suffix == ".json":
-        raise SettingError(f"endpoints {folder}: serve_only writes one file per node, so a folder is expected")
+        raise SettingError(
+            f"endpoints {folder}: serve_only writes one file per node, so a folder is expected"
+        )
     wanted = []
     for name, policies in group_by_base(run.policies, config.model).items():
         path = local_model(name)
-        settings = dataclasses.replace(config, engine_dtype=choose_dtype(path, config.engine_dtype, on_gpu=has_gpu()))
-        wanted.append(server_settings(path, policies, settings, folder, say, f"{node}-{os.getpid()}"))
+        settings = dataclasses.replace(
+            config, engine_dtype=choose_dtype(path, config.engine_dtype, on_gpu=has_gpu())
+        )
+        wanted.append(
+            server_settings(path, policies, settings, folder, say, f"{node}-{os.getpid()}")
+        )
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Stopped

@@ -1,9 +1,10 @@
 """One frozen base model, one named LoRA per policy.
 
-All adapters are created before any optimizer, each seeded by its own policy's name. The base never changes: nothing is merged
-into it, and `base_sha256` shows it. Parameters are found by exact adapter name, and after every PEFT call `requires_grad` is
-set back to the declared table (trainable policies True, all the rest False), because PEFT flips it when adapters are
-switched, loaded or disabled.
+All adapters are created before any optimizer, each seeded by its own policy's name. The base never
+changes: nothing is merged into it, and `base_sha256` shows it. Parameters are found by exact
+adapter name, and after every PEFT call `requires_grad` is set back to the declared table (trainable
+policies True, all the rest False), because PEFT flips it when adapters are switched, loaded or
+disabled.
 """
 
 from __future__ import annotations
@@ -32,18 +33,32 @@ from ..checkpoint import write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _LORA = re.compile(r"^(?P<module>.+\.lora_[AB])\.(?P<adapter>[^.]+)\.weight$")
-_UNSUPPORTED = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias")
+_UNSUPPORTED = (
+    "use_dora",
+    "use_rslora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "lora_bias",
+)
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """The last parts of the names of all linear layers but the output head: what a policy may target."""
+    """The last parts of the names of all linear layers but the output head: what a policy may
+    target."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and ".lora_" not in n]
+    linear = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m is not head and ".lora_" not in n
+    ]
     return sorted({n.removesuffix(".base_layer").rsplit(".", 1)[-1] for n in linear})
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a tensor that may be split over ranks (then every rank has to call it), see `shard.split`."""
+    """The values of a tensor that may be split over ranks (then every rank has to call it), see
+    `shard.split`."""
     if isinstance(tensor, DTensor):
         return tensor.detach().full_tensor()
     if not hasattr(tensor, "ds_tensor"):
@@ -65,7 +80,8 @@ def tensors_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def folder_sha256(folder: str | Path) -> str:
-    """The hash of the tensors of a saved adapter: equals `Adapters.sha256` of the policy that was saved there."""
+    """The hash of the tensors of a saved adapter: equals `Adapters.sha256` of the policy that was
+    saved there."""
     return tensors_sha256(_read(Path(folder), "sha256")[1].items())
 
 
@@ -76,7 +92,8 @@ def init_folder(init: str) -> Path:
 
 
 def speaking(model: nn.Module) -> tuple[str, ...]:
-    """Names of the adapters that take part in a forward pass now; () if they are off or there are none."""
+    """Names of the adapters that take part in a forward pass now; () if they are off or there are
+    none."""
     layer = next((m for m in model.modules() if isinstance(m, LoraLayer)), None)
     return () if layer is None or layer.disable_adapters else tuple(layer.active_adapters)
 
@@ -87,21 +104,33 @@ class Adapters:
     Args:
         base_model: a causal language model of any dtype; it is frozen and wrapped in place.
         policies: those without an adapter (`base`, outside models) are skipped.
-        seed: of the run; a fresh adapter depends on it and on its policy's name only, not on order or device.
-        dtype: of adapter weights; they are float32 on a bfloat16 base too, so that small updates are not rounded away.
-        base_name: written into saved folders as the base's name; default is the one the model was loaded by.
+        seed: of the run; a fresh adapter depends on it and on its policy's name only, not on order
+            or device.
+        dtype: of adapter weights; they are float32 on a bfloat16 base too, so that small updates
+            are not rounded away.
+        base_name: written into saved folders as the base's name; default is the one the model was
+            loaded by.
 
-    `model` is the wrapped model; give it to `token_logprobs` inside `active(name)`. Raises `SettingError` for names, targets
-    or `init` folders that cannot be used.
+    `model` is the wrapped model; give it to `token_logprobs` inside `active(name)`. Raises
+    `SettingError` for names, targets or `init` folders that cannot be used.
     """
 
     def __init__(
-        self, base_model: Any, policies: Sequence[PolicySpec], *, seed: int, dtype: torch.dtype = torch.float32, base_name: str = ""
+        self,
+        base_model: Any,
+        policies: Sequence[PolicySpec],
+        *,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        base_name: str = "",
     ) -> None:
         self.policies = {p.name: p for p in policies if p.has_adapter}
         _check_names(policies)
         self.base_name = base_name or getattr(base_model, "name_or_path", "")
-        configs = {name: _config(base_model, spec, self.base_name) for name, spec in sorted(self.policies.items())}
+        configs = {
+            name: _config(base_model, spec, self.base_name)
+            for name, spec in sorted(self.policies.items())
+        }
         self.aside: dict[str, PolicySpec] = {}  # adapters that no agent speaks with, see `add`
         self.seed, self.dtype = seed, dtype
         self.model: Any = base_model.requires_grad_(False)
@@ -118,9 +147,11 @@ class Adapters:
             self.load(name, init_folder(self.policies[name].init))
 
     def add(self, name: str, shape: AdapterSpec) -> None:
-        """One more fresh adapter, which learns but is no policy: it is not in `policies` nor in `trainable`, so nothing publishes it.
+        """One more fresh adapter, which learns but is no policy: it is not in `policies` nor in
+        `trainable`, so nothing publishes it.
 
-        Its name has to hold an `@`, which no policy's may. To be called before any optimizer is made.
+        Its name has to hold an `@`, which no policy's may. To be called before any optimizer is
+        made.
         """
         if "@" not in name or "." in name or name in self.aside:
             raise ValueError(f"adapter {name!r}: a name of its own with an '@' and no dot expected")
@@ -134,8 +165,12 @@ class Adapters:
 
     def _insert(self, name: str, config: LoraConfig) -> None:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Adapter name .* should not be contained in the prefix")
-            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
+            warnings.filterwarnings(
+                "ignore", message="Adapter name .* should not be contained in the prefix"
+            )
+            warnings.filterwarnings(
+                "ignore", message="The PEFT config's `base_model_name_or_path` was renamed"
+            )
             if isinstance(self.model, PeftModel):
                 self.model.add_adapter(name, config)
             else:
@@ -147,7 +182,8 @@ class Adapters:
         return tuple(sorted(name for name, spec in self.policies.items() if spec.trainable))
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The adapter's tensors by the key they have in a saved file, sorted. Optimizers take their lists from here."""
+        """The adapter's tensors by the key they have in a saved file, sorted. Optimizers take their
+        lists from here."""
         self._spec(name)
         found = {}
         for full, parameter in self.model.named_parameters():
@@ -179,15 +215,23 @@ class Adapters:
 
     def check(self) -> None:
         """Raise RuntimeError if any `requires_grad` differs from the declared table."""
-        wrong = [full for full, p in self.model.named_parameters() if p.requires_grad != self._declared(full)]
+        wrong = [
+            full
+            for full, p in self.model.named_parameters()
+            if p.requires_grad != self._declared(full)
+        ]
         if wrong:
-            raise RuntimeError(f"requires_grad of {len(wrong)} parameters differs from the policies' table, first: {wrong[0]}")
+            raise RuntimeError(
+                f"requires_grad of {len(wrong)} parameters differs from the policies' table, first:"
+                f" {wrong[0]}"
+            )
 
     def checkpoint_activations(self) -> None:
-        """Turn gradient checkpointing on, always non-reentrant: the reentrant kind loses LoRA gradients.
+        """Turn gradient checkpointing on, always non-reentrant: the reentrant kind loses LoRA
+        gradients.
 
-        transformers recomputes in training mode only, so the model is put there, with every dropout of the base at 0: the
-        log-probs of a dropout pass are not the served ones.
+        transformers recomputes in training mode only, so the model is put there, with every dropout
+        of the base at 0: the log-probs of a dropout pass are not the served ones.
         """
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -205,22 +249,28 @@ class Adapters:
         return bool(getattr(base, "is_gradient_checkpointing", False))
 
     def save(self, name: str, folder: str | Path) -> Path:
-        """Write a plain PEFT folder that peft and vLLM load. The hash of the base goes into the file's metadata."""
+        """Write a plain PEFT folder that peft and vLLM load. The hash of the base goes into the
+        file's metadata."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {key: p.detach().cpu().contiguous() for key, p in self.parameters(name).items()}
-        write_tensors(folder / WEIGHTS, tensors, {"base_sha256": self.loaded_sha256, "policy": name})
+        write_tensors(
+            folder / WEIGHTS, tensors, {"base_sha256": self.loaded_sha256, "policy": name}
+        )
         config = self.model.peft_config[name].to_dict()
         config |= {"inference_mode": True, "base_model_name_or_path": self.base_name or None}
-        config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs between processes
+        config["target_modules"] = sorted(
+            config["target_modules"]
+        )  # a set: its order differs between processes
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         return folder
 
     def load(self, name: str, folder: str | Path) -> None:
         """Read weights saved by `save` or by peft into this policy's adapter.
 
-        Raises `SettingError` if a file is missing, the adapter was made for another base, has another rank, alpha or kind, or
-        its tensors differ in name or shape or are not finite; nothing is changed then.
+        Raises `SettingError` if a file is missing, the adapter was made for another base, has
+        another rank, alpha or kind, or its tensors differ in name or shape or are not finite;
+        nothing is changed then.
         """
         where = f"policy {name!r}: adapter in {folder}"
         config, tensors, meta = _read(Path(folder), where)
@@ -229,22 +279,38 @@ class Adapters:
         self._check_base(where, config, meta)
         for key in _UNSUPPORTED:
             if config.get(key):
-                raise SettingError(f"{where}: {key}={config[key]!r} is not supported; expected a plain LoRA")
+                raise SettingError(
+                    f"{where}: {key}={config[key]!r} is not supported; expected a plain LoRA"
+                )
         if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
             raise SettingError(
-                f"{where}: peft_type {config.get('peft_type')!r}, bias {config.get('bias')!r}; expected a plain LoRA"
+                f"{where}: peft_type {config.get('peft_type')!r}, bias {config.get('bias')!r};"
+                " expected a plain LoRA"
             )
-        for key, value, field in (("r", spec.adapter.r, "r"), ("lora_alpha", spec.adapter.alpha, "alpha")):
+        for key, value, field in (
+            ("r", spec.adapter.r, "r"),
+            ("lora_alpha", spec.adapter.alpha, "alpha"),
+        ):
             if config.get(key) != value:
-                raise SettingError(f"{where}: {key} is {config.get(key)}, the policy says {value}; set {setting}.{field}")
+                raise SettingError(
+                    f"{where}: {key} is {config.get(key)}, the policy says {value}; set"
+                    f" {setting}.{field}"
+                )
         if set(tensors) != set(mine):
             odd = sorted(set(tensors) ^ set(mine))
-            raise SettingError(f"{where}: {len(odd)} tensors differ in name, first {odd[0]}; set {setting}.targets")
+            raise SettingError(
+                f"{where}: {len(odd)} tensors differ in name, first {odd[0]}; set {setting}.targets"
+            )
         for key, tensor in tensors.items():
             if tensor.shape != mine[key].shape:
-                raise SettingError(f"{where}: {key} has shape {tuple(tensor.shape)}, expected {tuple(mine[key].shape)}")
+                raise SettingError(
+                    f"{where}: {key} has shape {tuple(tensor.shape)}, expected"
+                    f" {tuple(mine[key].shape)}"
+                )
             if not torch.isfinite(tensor).all():
-                raise SettingError(f"{where}: {key} is not finite; the file is damaged or its training diverged")
+                raise SettingError(
+                    f"{where}: {key} is not finite; the file is damaged or its training diverged"
+                )
         with torch.no_grad():
             for key, tensor in tensors.items():
                 mine[key].copy_(tensor)
@@ -255,8 +321,8 @@ class Adapters:
         return tensors_sha256(self.parameters(name).items())
 
     def base_sha256(self) -> str:
-        """Hash of the base's parameters and persistent buffers as they are now; equal before and after wrapping, and however they are
-        split over ranks (then every rank has to call it)."""
+        """Hash of the base's parameters and persistent buffers as they are now; equal before and
+        after wrapping, and however they are split over ranks (then every rank has to call it)."""
         return base_sha256(self.model)
 
     @functools.cached_property
@@ -291,18 +357,27 @@ class Adapters:
 
     @functools.cached_property
     def _table(self) -> list[tuple[nn.Parameter, bool]]:
-        """Every parameter and whether it is declared to learn. Kept, because walking a model costs as much as a small forward pass."""
-        return [(parameter, self._declared(full)) for full, parameter in self.model.named_parameters()]
+        """Every parameter and whether it is declared to learn. Kept, because walking a model costs
+        as much as a small forward pass."""
+        return [
+            (parameter, self._declared(full)) for full, parameter in self.model.named_parameters()
+        ]
 
     def _spec(self, name: str) -> PolicySpec:
         spec = self.policies.get(name) or self.aside.get(name)
         if spec is None:
-            raise SettingError(f"policy {name!r} has no adapter here; {nearest(name, self.policies)}")
+            raise SettingError(
+                f"policy {name!r} has no adapter here; {nearest(name, self.policies)}"
+            )
         return spec
 
     def _declared(self, full: str) -> bool:
         match = _LORA.match(full)
-        spec = (self.policies.get(match["adapter"]) or self.aside.get(match["adapter"])) if match else None
+        spec = (
+            (self.policies.get(match["adapter"]) or self.aside.get(match["adapter"]))
+            if match
+            else None
+        )
         return spec is not None and spec.trainable
 
     def _switch(self, names: tuple[str, ...]) -> None:
@@ -318,7 +393,8 @@ class Adapters:
         self.declare()
 
     def _fresh(self, name: str) -> None:
-        """Kaiming-uniform A and zero B, as PEFT does, but every tensor from a seed of its own (drawn on the CPU)."""
+        """Kaiming-uniform A and zero B, as PEFT does, but every tensor from a seed of its own
+        (drawn on the CPU)."""
         for parameter in self.parameters(name).values():
             parameter.data = parameter.data.to(self.dtype)
         with torch.no_grad():
@@ -326,19 +402,27 @@ class Adapters:
                 if ".lora_B." in key:
                     parameter.zero_()
                     continue
-                generator = torch.Generator().manual_seed(derive_seed(self.seed, "adapter", name, key))
+                generator = torch.Generator().manual_seed(
+                    derive_seed(self.seed, "adapter", name, key)
+                )
                 bound = 1 / math.sqrt(parameter.shape[1])
-                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+                parameter.copy_(
+                    torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                )
 
     def _check_base(self, where: str, config: Mapping[str, Any], meta: Mapping[str, str]) -> None:
         if "base_sha256" in meta:
             if meta["base_sha256"] != self.loaded_sha256:
                 made = config.get("base_model_name_or_path")
-                raise SettingError(f"{where}: made for base {made!r}, whose weights differ from those of {self.base_name!r}")
+                raise SettingError(
+                    f"{where}: made for base {made!r}, whose weights differ from those of"
+                    f" {self.base_name!r}"
+                )
         elif config.get("base_model_name_or_path") not in (None, "", self.base_name):
             raise SettingError(
-                f"{where}: made for base {config['base_model_name_or_path']!r}, the run's is {self.base_name!r}; "
-                f"if they are the same weights, correct base_model_name_or_path in {CONFIG}"
+                f"{where}: made for base {config['base_model_name_or_path']!r}, the run's is"
+                f" {self.base_name!r}; if they are the same weights, correct"
+                f" base_model_name_or_path in {CONFIG}"
             )
 
 
@@ -346,9 +430,15 @@ def base_sha256(model: nn.Module) -> str:
     """Hash of a model without its adapters; a tied weight counts once."""
     seen: dict[int, str] = {}
     state = model.state_dict(keep_vars=True)
-    names = {full.replace(".base_layer.", ".").removeprefix("base_model.model."): full for full in state if ".lora_" not in full}
+    names = {
+        full.replace(".base_layer.", ".").removeprefix("base_model.model."): full
+        for full in state
+        if ".lora_" not in full
+    }
     chosen = [(short, state[full]) for short, full in sorted(names.items())]
-    return tensors_sha256((short, t) for short, t in chosen if seen.setdefault(id(t), short) == short)
+    return tensors_sha256(
+        (short, t) for short, t in chosen if seen.setdefault(id(t), short) == short
+    )
 
 
 def _check_names(policies: Sequence[PolicySpec]) -> None:
@@ -357,9 +447,15 @@ def _check_names(policies: Sequence[PolicySpec]) -> None:
         if names.count(name) > 1:
             raise SettingError(f"policies: two policies are named {name!r}; names are unique")
         if not name or not all(c.isalnum() or c in "_-" for c in name):
-            raise SettingError(f"policy name {name!r}: letters, digits, '_' and '-' expected (it names files and adapters)")
+            raise SettingError(
+                f"policy name {name!r}: letters, digits, '_' and '-' expected (it names files and"
+                " adapters)"
+            )
         if hasattr(nn.ModuleDict(), name):
-            raise SettingError(f"policy name {name!r}: torch uses this word itself; choose another, such as '{name}_agent'")
+            raise SettingError(
+                f"policy name {name!r}: torch uses this word itself; choose another, such as"
+                f" '{name}_agent'"
+            )
 
 
 def _config(base: nn.Module, spec: PolicySpec, base_name: str) -> LoraConfig:
@@ -371,25 +467,40 @@ def _config(base: nn.Module, spec: PolicySpec, base_name: str) -> LoraConfig:
         found = [m for n, m in modules.items() if n == target or n.endswith(f".{target}")]
         if not found or not all(isinstance(m, (nn.Linear, LoraLayer)) for m in found):
             raise SettingError(
-                f"policies.{spec.name}.adapter.targets: {target!r} is not a linear layer of {type(base).__name__}; "
-                f"its linear layers: {', '.join(known)} (or all-linear)"
+                f"policies.{spec.name}.adapter.targets: {target!r} is not a linear layer of"
+                f" {type(base).__name__}; its linear layers: {', '.join(known)} (or all-linear)"
             )
-    alpha = int(spec.adapter.alpha) if float(spec.adapter.alpha).is_integer() else spec.adapter.alpha
+    alpha = (
+        int(spec.adapter.alpha) if float(spec.adapter.alpha).is_integer() else spec.adapter.alpha
+    )
     return LoraConfig(
-        r=spec.adapter.r, lora_alpha=alpha, target_modules=targets, lora_dropout=spec.adapter.dropout, bias="none",
-        task_type="CAUSAL_LM", base_model_name_or_path=base_name or None,
-    )  # fmt: skip
+        r=spec.adapter.r,
+        lora_alpha=alpha,
+        target_modules=targets,
+        lora_dropout=spec.adapter.dropout,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name or None,
+    )
 
 
-def _read(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, str]]:
+def _read(
+    folder: Path, where: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, str]]:
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
-            raise SettingError(f"{where}: no {file}; expected a PEFT folder with {CONFIG} and {WEIGHTS}")
+            raise SettingError(
+                f"{where}: no {file}; expected a PEFT folder with {CONFIG} and {WEIGHTS}"
+            )
     try:
         config = json.loads((folder / CONFIG).read_text())
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
             meta = dict(file.metadata() or {})
-    except Exception as error:  # safetensors and json raise many kinds; all mean the same to the user
-        raise SettingError(f"{where}: cannot be read ({type(error).__name__}: {error}); the file is damaged") from error
+    except (
+        Exception
+    ) as error:  # safetensors and json raise many kinds; all mean the same to the user
+        raise SettingError(
+            f"{where}: cannot be read ({type(error).__name__}: {error}); the file is damaged"
+        ) from error
     return config, tensors, meta

@@ -1,4 +1,5 @@
-"""TRL's fused LM head. It is no part of TRL's stable names, so it is asked for here and nowhere else, and a test holds its signature."""
+"""TRL's fused LM head. It is no part of TRL's stable names, so it is asked for here and nowhere
+else, and a test holds its signature."""
 
 from __future__ import annotations
 
@@ -26,8 +27,12 @@ SIGNATURE = (
     "outputs",
 )
 
-# (hidden [N, H], weight [V, H], bias [V] or None, targets [N], temperature, softcap or None) -> log p(target), entropy: [N] float32
-FusedHead = Callable[[torch.Tensor, torch.Tensor, Any, torch.Tensor, float, float | None], tuple[torch.Tensor, torch.Tensor]]
+# (hidden [N, H], weight [V, H], bias [V] or None, targets [N], temperature, softcap or None) -> log
+# p(target), entropy: [N] float32
+FusedHead = Callable[
+    [torch.Tensor, torch.Tensor, Any, torch.Tensor, float, float | None],
+    tuple[torch.Tensor, torch.Tensor],
+]
 
 
 @functools.cache
@@ -42,9 +47,16 @@ def find_fused_head() -> tuple[FusedHead | None, str]:
         return None, f"its arguments are {', '.join(found)}, expected {', '.join(SIGNATURE)}"
 
     def run(
-        hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: torch.Tensor, temperature: float, cap: float | None
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Any,
+        targets: torch.Tensor,
+        temperature: float,
+        cap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logp, entropy, *_ = kernel.apply(hidden, weight, bias, targets, temperature, VOCABULARY_CHUNK, cap, 1.0, ("entropy",))
+        logp, entropy, *_ = kernel.apply(
+            hidden, weight, bias, targets, temperature, VOCABULARY_CHUNK, cap, 1.0, ("entropy",)
+        )
         return logp, entropy
 
     return run, ""

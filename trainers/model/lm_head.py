@@ -1,10 +1,12 @@
 """
 The LM head where a next token is trained, and nowhere else.
 
-A frozen head needs no gradient of its weight, and what its input needs can be had with the logits at hand: d log p(target) / d hidden =
-(onehot - p) W / temperature. So the gradient is computed in the forward pass, chunk by chunk, times whatever comes back in the backward
-pass: no logits are kept and none are computed twice. On CUDA, TRL's fused kernel does the same work without ever writing a chunk's
-logits in float32. A head that learns (a LoRA on it) goes through autograd, its chunks recomputed.
+A frozen head needs no gradient of its weight, and what its input needs can be had with the logits
+at hand: d log p(target) / d hidden = (onehot - p) W / temperature. So the gradient is computed in
+the forward pass, chunk by chunk, times whatever comes back in the backward pass: no logits are kept
+and none are computed twice. On CUDA, TRL's fused kernel does the same work without ever writing a
+chunk's logits in float32. A head that learns (a LoRA on it) goes through autograd, its chunks
+recomputed.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from .fused_lm_head import fused_head
 
 Scores = tuple[torch.Tensor, torch.Tensor]
 
-# Logits that exist at the same time. On a CPU 24 MiB of float32: what is larger the C library maps anew every time, and clearing its pages
-# costs as much as the arithmetic (384 terms of 49,152 logits in bfloat16: a third of the head's time).
+# Logits that exist at the same time. On a CPU 24 MiB of float32: what is larger the C library maps
+# anew every time, and clearing its pages costs as much as the arithmetic (384 terms of 49,152
+# logits in bfloat16: a third of the head's time).
 LOGITS, LOGITS_ON_CPU = 2**26, 6 * 2**20
 
 
@@ -30,13 +33,21 @@ def chunk_of(vocabulary: int, device: str) -> int:
 
 
 def score(
-    head: Any, cap: float | None, hidden: torch.Tensor, target: torch.Tensor, temperature: torch.Tensor, *,
-    entropy_grad: bool, chunk: int | None = None,
-) -> Scores:  # fmt: skip
-    """log p(target) and entropy [N], float32, of terms with these hidden states [N, H], at their temperatures [N].
+    head: Any,
+    cap: float | None,
+    hidden: torch.Tensor,
+    target: torch.Tensor,
+    temperature: torch.Tensor,
+    *,
+    entropy_grad: bool,
+    chunk: int | None = None,
+) -> Scores:
+    """log p(target) and entropy [N], float32, of terms with these hidden states [N, H], at their
+    temperatures [N].
 
     Args:
-        head: the output embedding: any module from hidden states to logits, whose `weight` is [V, H].
+        head: the output embedding: any module from hidden states to logits, whose `weight` is [V,
+            H].
         cap: `final_logit_softcapping` of the logits.
         entropy_grad: let gradients flow through the entropy as well.
         chunk: terms whose logits exist at the same time; None: as many as `chunk_of` says.
@@ -45,13 +56,17 @@ def score(
     if not _frozen_linear(head):
         parts = [
             _checkpointed(head, cap, h, y, t, entropy_grad)
-            for h, y, t in zip(hidden.split(chunk), target.split(chunk), temperature.split(chunk), strict=True)
+            for h, y, t in zip(
+                hidden.split(chunk), target.split(chunk), temperature.split(chunk), strict=True
+            )
         ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     fused = fused_head(hidden.device)
     if fused is not None:
         return _by_temperature(fused, head, cap, hidden, target, temperature, entropy_grad)
-    return _Frozen.apply(hidden, head.weight, head.bias, target, temperature, cap, chunk, entropy_grad)
+    return _Frozen.apply(
+        hidden, head.weight, head.bias, target, temperature, cap, chunk, entropy_grad
+    )
 
 
 def logits_of(head: Any, cap: float | None, hidden: torch.Tensor) -> torch.Tensor:
@@ -59,7 +74,9 @@ def logits_of(head: Any, cap: float | None, hidden: torch.Tensor) -> torch.Tenso
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
-def of_logits(logits: torch.Tensor, target: torch.Tensor, temperature: torch.Tensor, entropy_grad: bool) -> Scores:
+def of_logits(
+    logits: torch.Tensor, target: torch.Tensor, temperature: torch.Tensor, entropy_grad: bool
+) -> Scores:
     """The same two numbers from logits [N, V]."""
     logps = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
     with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_grad):
@@ -72,7 +89,12 @@ def _frozen_linear(head: Any) -> bool:
 
 
 def _checkpointed(
-    head: Any, cap: float | None, hidden: torch.Tensor, target: torch.Tensor, temperature: torch.Tensor, entropy_grad: bool
+    head: Any,
+    cap: float | None,
+    hidden: torch.Tensor,
+    target: torch.Tensor,
+    temperature: torch.Tensor,
+    entropy_grad: bool,
 ) -> Scores:
     def run(hidden: torch.Tensor) -> Scores:
         return of_logits(logits_of(head, cap, hidden), target, temperature, entropy_grad)
@@ -101,12 +123,15 @@ def _by_temperature(
 
 
 class _Frozen(torch.autograd.Function):
-    """See the top of this file. Saved: one [N, H] for the log-probs, another for the entropy if it has gradients."""
+    """See the top of this file. Saved: one [N, H] for the log-probs, another for the entropy if it
+    has gradients."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, temperature, cap, chunk, entropy_grad):  # type: ignore[no-untyped-def]
         wanted = hidden.requires_grad
-        logp, entropy = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
+        logp, entropy = (
+            torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2)
+        )
         of_logp = torch.empty_like(hidden) if wanted else None
         of_entropy = torch.empty_like(hidden) if wanted and entropy_grad else None
         for start in range(0, len(hidden), chunk):
@@ -119,13 +144,19 @@ class _Frozen(torch.autograd.Function):
             logps = z.mul_(scale).log_softmax(-1)
             logp[here] = logps.gather(1, place)[:, 0]
             p = torch.exp(logps, out=z)
-            entropy[here] = -torch.bmm(p[:, None], logps[:, :, None])[:, 0, 0]  # no product is written down
+            entropy[here] = -torch.bmm(p[:, None], logps[:, :, None])[
+                :, 0, 0
+            ]  # no product is written down
             if of_entropy is not None:  # -d entropy / dz = p (log p + entropy)
                 g = logps.add_(entropy[here, None]).mul_(p)
-                of_entropy[here] = ((g.mul_(slope) if cap else g).to(weight.dtype) @ weight).mul_(-scale)
+                of_entropy[here] = ((g.mul_(slope) if cap else g).to(weight.dtype) @ weight).mul_(
+                    -scale
+                )
             if of_logp is not None:  # -d logp / dz = p - onehot
                 g = p.scatter_add_(1, place, -torch.ones_like(scale))
-                of_logp[here] = ((g.mul_(slope) if cap else g).to(weight.dtype) @ weight).mul_(-scale)
+                of_logp[here] = ((g.mul_(slope) if cap else g).to(weight.dtype) @ weight).mul_(
+                    -scale
+                )
         ctx.save_for_backward(of_logp, of_entropy)
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)

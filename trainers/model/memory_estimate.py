@@ -1,10 +1,12 @@
 """
 What a trainer will need of its device's memory, before any weight is loaded.
 
-Parameters are counted, activations are measured: the model's decoder with its adapters runs on torch's meta device, where tensors
-have shapes and no data, and what autograd would keep for the backward pass is added up. Attention there keeps its score matrix,
-which the kernels used in training do not, so two lengths are measured and the part that grows with the square is left out. Prefix
-trees computed by branches keep the keys and values of a prefix once per branch that sees them, which is added.
+Parameters are counted, activations are measured: the model's decoder with its adapters runs on
+torch's meta device, where tensors have shapes and no data, and what autograd would keep for the
+backward pass is added up. Attention there keeps its score matrix, which the kernels used in
+training do not, so two lengths are measured and the part that grows with the square is left out.
+Prefix trees computed by branches keep the keys and values of a prefix once per branch that sees
+them, which is added.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ from .lm_head import chunk_of
 GIB = 2**30
 CONTEXT = 1.5 * GIB  # CUDA's own, its libraries' workspaces, and the allocator's gaps
 LARGEST_SHARE, SMALLEST_SHARE = 0.9, 0.1
-KEYS_PER_TOKEN = 4.0  # of a row of trees: how often its keys are kept, where the episodes are not known yet
+KEYS_PER_TOKEN = (
+    4.0  # of a row of trees: how often its keys are kept, where the episodes are not known yet
+)
 CPU_SHARE = 0.5  # of a machine's memory, for the trainers on its CPU
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one base in the trainer. `parameters`, `adapter_parameters`: counts; `activations`: of one batch, kept for backward."""
+    """Bytes of one base in the trainer. `parameters`, `adapter_parameters`: counts; `activations`:
+    of one batch, kept for backward."""
 
     parameters: int
     adapter_parameters: int
@@ -55,47 +60,83 @@ def is_adapted(spec: PolicySpec, module: str) -> bool:
 
 
 def estimate(
-    model: str, specs: Iterable[PolicySpec], config: RunConfig, dtype: torch.dtype, ranks: int = 1, *, recompute: bool = False,
-    keys_per_token: float | None = None, on_cpu: bool = False,
-) -> Memory:  # fmt: skip
-    """Memory of one rank's trainer for the base in folder `model` and these policies. Raises `SettingError` if it is no causal language model.
+    model: str,
+    specs: Iterable[PolicySpec],
+    config: RunConfig,
+    dtype: torch.dtype,
+    ranks: int = 1,
+    *,
+    recompute: bool = False,
+    keys_per_token: float | None = None,
+    on_cpu: bool = False,
+) -> Memory:
+    """Memory of one rank's trainer for the base in folder `model` and these policies. Raises
+    `SettingError` if it is no causal language model.
 
     Args:
-        ranks: how many share the base's layers (`shard_base`); of these, two are whole at a time: the one at work and the next.
+        ranks: how many share the base's layers (`shard_base`); of these, two are whole at a time:
+            the one at work and the next.
         recompute: activations are computed again in the backward pass.
-        keys_per_token: keys that attention gathers, by token of a row; None: what `config.layout` is likely to need.
-        on_cpu: attention over trees takes float32 there, see `attention._by_branches`, and the head fewer terms at a time.
+        keys_per_token: keys that attention gathers, by token of a row; None: what `config.layout`
+            is likely to need.
+        on_cpu: attention over trees takes float32 there, see `attention._by_branches`, and the head
+            fewer terms at a time.
     """
     specs = [spec for spec in specs if spec.has_adapter]
     made = _on_meta(model, dtype)
     linears = {name: m for name, m in made.named_modules() if isinstance(m, nn.Linear)}
-    parameters, vocabulary = sum(p.numel() for p in made.parameters()), made.get_input_embeddings().weight.shape[0]
+    parameters, vocabulary = (
+        sum(p.numel() for p in made.parameters()),
+        made.get_input_embeddings().weight.shape[0],
+    )
     adapters = sum(
         spec.adapter.r * (m.in_features + m.out_features)
-        for spec in specs for name, m in linears.items() if is_adapted(spec, name)
-    )  # fmt: skip
+        for spec in specs
+        for name, m in linears.items()
+        if is_adapted(spec, name)
+    )
     inside = sum(p.numel() for p in getattr(made.get_decoder(), "layers", made).parameters())
     text = made.config.get_text_config()
     layers, width, rows = text.num_hidden_layers, dtype.itemsize, config.tokens_per_batch
-    largest = max(specs, key=lambda spec: sum(is_adapted(spec, name) for name in linears) * spec.adapter.r, default=None)
-    per_token = _kept_per_token(made, largest, [n for n in linears if largest and is_adapted(largest, n)], dtype) if largest else 0.0
+    largest = max(
+        specs,
+        key=lambda spec: sum(is_adapted(spec, name) for name in linears) * spec.adapter.r,
+        default=None,
+    )
+    per_token = (
+        _kept_per_token(
+            made, largest, [n for n in linears if largest and is_adapted(largest, n)], dtype
+        )
+        if largest
+        else 0.0
+    )
     trees = config.layout in ("auto", "shared")
     if keys_per_token is None:
         keys_per_token = KEYS_PER_TOKEN if trees else 1.0
-    queries, keys = (layers * heads * _head_size(text) for heads in (text.num_attention_heads, _key_heads(text)))
-    attended = 4 if on_cpu and trees else width  # bytes of what attention keeps: queries, keys, values, outputs
+    queries, keys = (
+        layers * heads * _head_size(text) for heads in (text.num_attention_heads, _key_heads(text))
+    )
+    attended = (
+        4 if on_cpu and trees else width
+    )  # bytes of what attention keeps: queries, keys, values, outputs
     if largest:
-        per_token += 2 * keys * (keys_per_token * attended - width) + 2 * queries * (attended - width)
+        per_token += 2 * keys * (keys_per_token * attended - width) + 2 * queries * (
+            attended - width
+        )
     if recompute:  # the inputs of all layers and of the last norm, and all of one layer
         per_token = text.hidden_size * width * (layers + 1) + per_token / layers
     return Memory(
-        parameters, adapters,
-        weights=width * (parameters if ranks == 1 else parameters - inside + inside / ranks + 2 * inside / layers),
+        parameters,
+        adapters,
+        weights=width
+        * (
+            parameters if ranks == 1 else parameters - inside + inside / ranks + 2 * inside / layers
+        ),
         adapters=adapters * 16,  # float32 weights, gradients and AdamW's two moments
         activations=per_token * rows,
         # logits, log-softmax, probabilities and a gradient, float32
         head=4 * 4 * min(chunk_of(vocabulary, "cpu" if on_cpu else "cuda"), rows) * vocabulary,
-    )  # fmt: skip
+    )
 
 
 def _key_heads(text: Any) -> int:
@@ -115,15 +156,23 @@ def _on_meta(model: str, dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # a config of any other kind of model
-        raise SettingError(f"model {model!r}: no causal language model ({str(error).splitlines()[0]})") from error
+        raise SettingError(
+            f"model {model!r}: no causal language model ({str(error).splitlines()[0]})"
+        ) from error
 
 
-def _kept_per_token(model: Any, spec: PolicySpec, modules: Sequence[str], dtype: torch.dtype) -> float:
-    """Bytes that autograd keeps per token of a row when this policy's adapter (float32) is trained."""
+def _kept_per_token(
+    model: Any, spec: PolicySpec, modules: Sequence[str], dtype: torch.dtype
+) -> float:
+    """Bytes that autograd keeps per token of a row when this policy's adapter (float32) is
+    trained."""
     from peft import LoraConfig, get_peft_model
 
     model.requires_grad_(False)
-    wrapped = get_peft_model(model, LoraConfig(r=spec.adapter.r, lora_alpha=spec.adapter.alpha, target_modules=list(modules)))
+    wrapped = get_peft_model(
+        model,
+        LoraConfig(r=spec.adapter.r, lora_alpha=spec.adapter.alpha, target_modules=list(modules)),
+    )
     for name, parameter in wrapped.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
@@ -135,7 +184,9 @@ def _kept_per_token(model: Any, spec: PolicySpec, modules: Sequence[str], dtype:
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             if _storage(tensor) not in own:
-                found[_storage(tensor)] = tensor.untyped_storage()  # held, so that no other storage takes its number
+                found[_storage(tensor)] = (
+                    tensor.untyped_storage()
+                )  # held, so that no other storage takes its number
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _same):
@@ -163,44 +214,62 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 def server_share(needs: Sequence[Memory], device_bytes: float, say: Callable[[str], None]) -> float:
     """Share of one GPU for each of the `len(needs)` servers that stand on it beside their trainers.
 
-    A trainer gets what it is estimated to need and half as much again; the servers divide the rest. Raises `SettingError` if less
-    is left than the weights of the largest base and a tenth of the GPU.
+    A trainer gets what it is estimated to need and half as much again; the servers divide the rest.
+    Raises `SettingError` if less is left than the weights of the largest base and a tenth of the
+    GPU.
     """
     trainer = 1.5 * sum(need.total for need in needs) + CONTEXT
     share = min((1 - trainer / device_bytes) / len(needs), LARGEST_SHARE)
     least = max(need.weights for need in needs) / device_bytes + SMALLEST_SHARE
-    split = f"trainer about {trainer / GIB:.1f} GiB of the GPU's {device_bytes / GIB:.0f} (its estimate, half as much again, CUDA's own)"
+    split = (
+        f"trainer about {trainer / GIB:.1f} GiB of the GPU's {device_bytes / GIB:.0f} (its"
+        " estimate, half as much again, CUDA's own)"
+    )
     if share < least:
         raise SettingError(
-            f"server_memory: {split}; a server needs at least {least:.0%} and gets {max(share, 0):.0%}; give it a GPU of its own "
-            "(server_devices), set server_memory, or lower tokens_per_batch or set gradient_checkpointing"
+            f"server_memory: {split}; a server needs at least {least:.0%} and gets"
+            f" {max(share, 0):.0%}; give it a GPU of its own (server_devices), set server_memory,"
+            " or lower tokens_per_batch or set gradient_checkpointing"
         )
     say(f"memory: {split}; vLLM takes {share:.0%}")
     return share
 
 
 def needs_checkpointing(
-    config: RunConfig, bases: Mapping[str, Sequence[PolicySpec]], device: torch.device, dtype: Callable[[str], torch.dtype],
-    say: Callable[[str], None], ranks: int = 1,
-) -> bool:  # fmt: skip
-    """Are activations computed again in the backward pass? `gradient_checkpointing: auto` does so only where memory would not do without.
+    config: RunConfig,
+    bases: Mapping[str, Sequence[PolicySpec]],
+    device: torch.device,
+    dtype: Callable[[str], torch.dtype],
+    say: Callable[[str], None],
+    ranks: int = 1,
+) -> bool:
+    """Are activations computed again in the backward pass? `gradient_checkpointing: auto` does so
+    only where memory would not do without.
 
-    Arguments as for `placed`. The answer depends on settings, models and the machine's size: every rank finds the same.
+    Arguments as for `placed`. The answer depends on settings, models and the machine's size: every
+    rank finds the same.
     """
     if config.gradient_checkpointing != "auto":
         return config.gradient_checkpointing == "true"
-    needs = [estimate(path, specs, config, dtype(path), ranks, on_cpu=device.type == "cpu") for path, specs in bases.items()]
+    needs = [
+        estimate(path, specs, config, dtype(path), ranks, on_cpu=device.type == "cpu")
+        for path, specs in bases.items()
+    ]
     room = trainer_room(config, needs, device)
     need = sum(n.total for n in needs)
     if need <= room:
         return False
-    say(f"memory: the trainer would need about {need / GIB:.1f} GiB and has {room / GIB:.1f}: gradient checkpointing is on")
+    say(
+        f"memory: the trainer would need about {need / GIB:.1f} GiB and has {room / GIB:.1f}:"
+        " gradient checkpointing is on"
+    )
     return True
 
 
 def trainer_room(config: RunConfig, needs: Sequence[Memory], device: torch.device) -> float:
-    """Bytes that the trainers of these bases may plan with: on a GPU what servers of ours on it do not take, less CUDA's own and an error of
-    the estimate; on a CPU half of the machine's memory, divided by the processes on it."""
+    """Bytes that the trainers of these bases may plan with: on a GPU what servers of ours on it do
+    not take, less CUDA's own and an error of the estimate; on a CPU half of the machine's memory,
+    divided by the processes on it."""
     if device.type != "cuda":
         return CPU_SHARE * machine_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     total = torch.cuda.get_device_properties(device).total_memory
@@ -223,20 +292,36 @@ def machine_bytes() -> float:
 
 
 def _shares_gpu(config: RunConfig) -> bool:
-    return choose_engine(config)[0] == "vllm" and not (config.server_urls or config.endpoints or config.server_devices)
+    return choose_engine(config)[0] == "vllm" and not (
+        config.server_urls or config.endpoints or config.server_devices
+    )
 
 
 def with_server_memory(
-    config: RunConfig, bases: Mapping[str, Sequence[PolicySpec]], device: torch.device, dtype: Callable[[str], torch.dtype],
-    say: Callable[[str], None], ranks: int = 1,
-) -> RunConfig:  # fmt: skip
-    """The settings with `server_memory` set where servers of ours share the trainer's GPU and the user has not said how.
+    config: RunConfig,
+    bases: Mapping[str, Sequence[PolicySpec]],
+    device: torch.device,
+    dtype: Callable[[str], torch.dtype],
+    say: Callable[[str], None],
+    ranks: int = 1,
+) -> RunConfig:
+    """The settings with `server_memory` set where servers of ours share the trainer's GPU and the
+    user has not said how.
 
     Args:
-        bases: the policies of every base, by the folder it lies in. dtype: of a base in the trainer. ranks: see `estimate`.
+        bases: the policies of every base, by the folder it lies in. dtype: of a base in the
+            trainer. ranks: see `estimate`.
     """
     if device.type != "cuda" or config.server_memory or not _shares_gpu(config):
         return config
     recompute = needs_checkpointing(config, bases, device, dtype, say, ranks)
-    needs = [estimate(path, specs, config, dtype(path), ranks, recompute=recompute) for path, specs in bases.items()]
-    return replace(config, server_memory=server_share(needs, torch.cuda.get_device_properties(device).total_memory, say))
+    needs = [
+        estimate(path, specs, config, dtype(path), ranks, recompute=recompute)
+        for path, specs in bases.items()
+    ]
+    return replace(
+        config,
+        server_memory=server_share(
+            needs, torch.cuda.get_device_properties(device).total_memory, say
+        ),
+    )

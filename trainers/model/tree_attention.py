@@ -1,9 +1,11 @@
 """
 Attention over prefix trees, inside the models of transformers.
 
-transformers looks an attention function up by name for every layer. Ours is registered there: rows that come with a `Tree` are computed
-by branches (SDPA, any device) or by FlexAttention (GPUs); all others go to the function the model had before. A model is asked once, by a
-probe against separate rows, what it can do (`Ability`); what does not reach our function gets a dense mask, plain packing or padding.
+transformers looks an attention function up by name for every layer. Ours is registered there: rows
+that come with a `Tree` are computed by branches (SDPA, any device) or by FlexAttention (GPUs); all
+others go to the function the model had before. A model is asked once, by a probe against separate
+rows, what it can do (`Ability`); what does not reach our function gets a dense mask, plain packing
+or padding.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ KINDS = {"full_attention", "sliding_attention"}
 
 
 def register() -> None:
-    """Put the function into transformers' registries; with masks as SDPA has them for rows that are no trees."""
+    """Put the function into transformers' registries; with masks as SDPA has them for rows that are
+    no trees."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -46,7 +49,9 @@ def install(base: Any) -> str:
     register()
     base.set_attn_implementation(NAME)
     return (
-        "" if base.config._attn_implementation == NAME else f"{type(base).__name__} does not use transformers' attention functions"
+        ""
+        if base.config._attn_implementation == NAME
+        else f"{type(base).__name__} does not use transformers' attention functions"
     )
 
 
@@ -60,32 +65,49 @@ def text_config(base: Any) -> Any:
 
 
 def nothing(device: torch.device) -> torch.Tensor:
-    """What stands in for a mask where a tree says who sees whom: models hand on whatever has four dimensions."""
+    """What stands in for a mask where a tree says who sees whom: models hand on whatever has four
+    dimensions."""
     return torch.zeros((1, 1, 0, 0), device=device)
 
 
 def tree_attention_forward(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, *,
-    tree: Tree | None = None, flex: bool = False, scaling: float | None = None, dropout: float = 0.0,
-    sliding_window: int | None = None, softcap: float | None = None, **more: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """transformers' attention function. query: [rows, heads, length, size]; key, value: [rows, key heads, length, size].
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    tree: Tree | None = None,
+    flex: bool = False,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function. query: [rows, heads, length, size]; key, value: [rows, key
+    heads, length, size].
 
-    Returns [rows, length, heads, size]. Raises NotImplementedError for what a tree cannot have (sinks, biases of positions), and if the
-    model kept the tree to itself, or the window that its configuration names for this layer.
+    Returns [rows, length, heads, size]. Raises NotImplementedError for what a tree cannot have
+    (sinks, biases of positions), and if the model kept the tree to itself, or the window that its
+    configuration names for this layer.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if tree is None:
         if attention_mask is not None and not attention_mask.numel():
-            raise NotImplementedError("the model does not hand keyword arguments on to its attention")
+            raise NotImplementedError(
+                "the model does not hand keyword arguments on to its attention"
+            )
         if softcap:
             return _plain_capped(query, key, value, attention_mask, scaling, softcap), None
         rest = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **more}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
     extra = [name for name in ("s_aux", "position_bias") if more.get(name) is not None]
     if extra or sliding_window != _window(module):
-        raise NotImplementedError(f"attention with {', '.join(extra) or 'a window that the layer was not given'}")
+        raise NotImplementedError(
+            f"attention with {', '.join(extra) or 'a window that the layer was not given'}"
+        )
     if flex:
         return _flex(module, query, key, value, tree, scaling, sliding_window, softcap), None
     if sliding_window and tree.deepest < sliding_window:
@@ -103,9 +125,15 @@ def _window(module: Any) -> int | None:
 
 
 def _by_branches(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tree: Tree, scaling: float | None, dropout: float,
-    window: int | None, softcap: float | None,
-) -> torch.Tensor:  # fmt: skip
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tree: Tree,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
     rows, heads, length, size = query.shape
     dtype = query.dtype
     if (
@@ -116,33 +144,60 @@ def _by_branches(
     k, v = tree.keys(_flat(key)), tree.keys(_flat(value))
     outputs, here, there = [], 0, 0
     for number, block in enumerate(tree.blocks):
-        to_here, to_there = here + block.branches * block.queries, there + block.branches * block.keys
+        to_here, to_there = (
+            here + block.branches * block.queries,
+            there + block.branches * block.keys,
+        )
         mine = (
             q[here:to_here].view(block.branches, block.queries, heads, size),
             k[there:to_there].view(block.branches, block.keys, key.shape[1], size).transpose(1, 2),
             v[there:to_there].view(block.branches, block.keys, key.shape[1], -1).transpose(1, 2),
         )
-        outputs.append(_block(tree, number, block, mine, scaling, dropout, window, softcap).reshape(to_here - here, -1))
+        outputs.append(
+            _block(tree, number, block, mine, scaling, dropout, window, softcap).reshape(
+                to_here - here, -1
+            )
+        )
         here, there = to_here, to_there
     return tree.back(torch.cat(outputs).to(dtype)).view(rows, length, heads, -1)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    """[rows, heads, length, size] -> [rows x length, heads x size]; a view, as models lay their tensors out."""
+    """[rows, heads, length, size] -> [rows x length, heads x size]; a view, as models lay their
+    tensors out."""
     return x.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def _block(
-    tree: Tree, number: int, block: Block, mine: tuple[torch.Tensor, ...], scaling: float | None, dropout: float,
-    window: int | None, softcap: float | None,
-) -> torch.Tensor:  # fmt: skip
-    """[B, R, heads, size]. The query heads that share a key head stand one after another as queries of it: no key is repeated."""
+    tree: Tree,
+    number: int,
+    block: Block,
+    mine: tuple[torch.Tensor, ...],
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """[B, R, heads, size]. The query heads that share a key head stand one after another as queries
+    of it: no key is repeated."""
     q, k, v = mine
     branches, queries, heads, size = q.shape
     if block.causal and not window and not softcap:
-        return sdpa(q.transpose(1, 2), k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True).transpose(1, 2)
+        return sdpa(
+            q.transpose(1, 2),
+            k,
+            v,
+            is_causal=True,
+            scale=scaling,
+            dropout_p=dropout,
+            enable_gqa=True,
+        ).transpose(1, 2)
     repeats = heads // k.shape[1]
-    q = q.view(branches, queries, k.shape[1], repeats, size).permute(0, 2, 3, 1, 4).reshape(branches, k.shape[1], -1, size)
+    q = (
+        q.view(branches, queries, k.shape[1], repeats, size)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(branches, k.shape[1], -1, size)
+    )
     mask = tree.mask(number, window, repeats, q.dtype)
     if softcap:
         out = _capped(q, k, v, mask, scaling, softcap)
@@ -152,7 +207,12 @@ def _block(
 
 
 def _capped(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float | None, softcap: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    softcap: float,
 ) -> torch.Tensor:
     """Attention whose scores are capped (Gemma 2), which no kernel of SDPA does."""
     scores = q @ k.transpose(-1, -2) * (scaling or 1 / math.sqrt(q.shape[-1]))
@@ -161,37 +221,57 @@ def _capped(
 
 
 def _plain_capped(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None, softcap: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float,
 ) -> torch.Tensor:
     """The same for rows that are no trees: SDPA would leave the cap out without a word."""
     length, keys = query.shape[2], key.shape[2]
     if mask is None:
         mask = torch.ones((length, keys), dtype=torch.bool, device=query.device).tril(keys - length)
     if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, torch.finfo(query.dtype).min)
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(
+            ~mask, torch.finfo(query.dtype).min
+        )
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     return _capped(query, key, value, mask, scaling, softcap).transpose(1, 2)
 
 
 def _flex(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tree: Tree, scaling: float | None,
-    window: int | None, softcap: float | None,
-) -> torch.Tensor:  # fmt: skip
-    """FlexAttention with blocks of the tree that nobody sees left out. It has no backward pass on CPUs."""
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tree: Tree,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """FlexAttention with blocks of the tree that nobody sees left out. It has no backward pass on
+    CPUs."""
     from torch.nn.attention.flex_attention import create_block_mask
     from transformers.integrations.flex_attention import flex_attention_forward
 
     if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
-        raise NotImplementedError("FlexAttention has no backward pass on the CPU; trees are computed by branches there")
+        raise NotImplementedError(
+            "FlexAttention has no backward pass on the CPU; trees are computed by branches there"
+        )
     name = ("flex", window)
     if name not in tree.kept:
         reach, depth = tree.reach, tree.depth
 
-        def sees(row: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        def sees(
+            row: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+        ) -> torch.Tensor:
             seen = (k <= q) & ((q < reach[row, k]) | (q == k))
             return seen & (depth[row, q] - depth[row, k] < window) if window else seen
 
         rows, length = reach.shape
         tree.kept[name] = create_block_mask(sees, rows, None, length, length, device=query.device)
-    return flex_attention_forward(module, query, key, value, tree.kept[name], scaling=scaling, softcap=softcap)[0]
+    return flex_attention_forward(
+        module, query, key, value, tree.kept[name], scaling=scaling, softcap=softcap
+    )[0]

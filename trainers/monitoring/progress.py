@@ -1,4 +1,5 @@
-"""What people see while a run works: bars with reward, tokens/s, KL and proof on a terminal, one line per step in a log."""
+"""What people see while a run works: bars with reward, tokens/s, KL and proof on a terminal, one
+line per step in a log."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -20,7 +28,8 @@ from ..checkpoint import append_text
 
 
 class Progress:
-    """Silent on ranks other than 0. Everything goes to stderr, so a recipe's table on stdout stays clean."""
+    """Silent on ranks other than 0. Everything goes to stderr, so a recipe's table on stdout stays
+    clean."""
 
     def __init__(self, show: bool = True) -> None:
         self.console = Console(stderr=True, quiet=not show, highlight=False, soft_wrap=True)
@@ -42,9 +51,15 @@ class Progress:
         if self._kept is not None:
             try:
                 append_text(self._kept, " ".join(text.split()) + "\n")
-            except OSError as error:  # a warning that cannot be kept has been shown, and ends no run
+            except (
+                OSError
+            ) as error:  # a warning that cannot be kept has been shown, and ends no run
                 self._kept = None
-                self.console.print(f"warnings are shown only, no longer kept: {error}", style="yellow", markup=False)
+                self.console.print(
+                    f"warnings are shown only, no longer kept: {error}",
+                    style="yellow",
+                    markup=False,
+                )
 
     def start(self, done: int, total: int) -> None:
         self._total = total
@@ -60,16 +75,25 @@ class Progress:
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
             )
-            self._bars = Bars(*columns, TextColumn("{task.fields[note]}"), console=self.console, transient=True)
+            self._bars = Bars(
+                *columns, TextColumn("{task.fields[note]}"), console=self.console, transient=True
+            )
             self._bars.start()
         return self.live
 
     @contextlib.contextmanager
-    def episodes(self, what: str, total: int, done: int, metric: str) -> Iterator[Callable[[Episode], None]]:
-        """A bar over episodes; the yielded function counts one and shows the mean of `metric` and tokens/s so far."""
+    def episodes(
+        self, what: str, total: int, done: int, metric: str
+    ) -> Iterator[Callable[[Episode], None]]:
+        """A bar over episodes; the yielded function counts one and shows the mean of `metric` and
+        tokens/s so far."""
         seen: list[float] = []
         tokens, start = [0], time.perf_counter()
-        bar = self._bars.add_task(what, total=total, completed=done, note="") if self._opened() and self._bars else None
+        bar = (
+            self._bars.add_task(what, total=total, completed=done, note="")
+            if self._opened() and self._bars
+            else None
+        )
 
         def tick(episode: Episode) -> None:
             tokens[0] += sum(u.sampled_tokens for u in episode.usage.values())
@@ -88,7 +112,10 @@ class Progress:
 
     def step(self, step: int, row: Mapping[str, Any]) -> None:
         """One finished step: the numbers people care about."""
-        parts = [f"step {step}/{self._total}", f"reward {row['reward']:.3f}" if row.get("reward") is not None else "reward -"]
+        parts = [
+            f"step {step}/{self._total}",
+            f"reward {row['reward']:.3f}" if row.get("reward") is not None else "reward -",
+        ]
         for policy, stats in (row.get("policies") or {}).items():
             if not stats.get("tokens"):
                 parts.append(f"{policy}: no signal")
@@ -96,16 +123,22 @@ class Progress:
             if not stats.get("applied", True):
                 parts.append(f"{policy}: not finite, no update")
                 continue
-            kl = f" kl {stats['mismatch_kl']:.1e}" if "mismatch_kl" in stats else ""  # imitation does not compare with the engine
+            kl = (
+                f" kl {stats['mismatch_kl']:.1e}" if "mismatch_kl" in stats else ""
+            )  # imitation does not compare with the engine
             value = f" value loss {stats['value_loss']:.3f}" if "value_loss" in stats else ""
-            parts.append(f"{policy}: loss {stats['loss']:+.4f}{kl} grad {stats['grad_norm']:.2f}{value}")
+            parts.append(
+                f"{policy}: loss {stats['loss']:+.4f}{kl} grad {stats['grad_norm']:.2f}{value}"
+            )
         parts.append(f"{row.get('tokens_per_s', 0):.0f} tok/s")
         proof = row.get("proof") or {}
         if proof:
             parts.append(
                 "proof "
                 + " ".join(
-                    f"{p}:{r['status']}" + (f"({r['residual']:.2f})" if r["residual"] is not None else "") for p, r in proof.items()
+                    f"{p}:{r['status']}"
+                    + (f"({r['residual']:.2f})" if r["residual"] is not None else "")
+                    for p, r in proof.items()
                 )
             )
         self.say(" | ".join(parts))
@@ -113,10 +146,16 @@ class Progress:
             self._bars.update(self._steps, completed=step, note="")
 
     def sample(self, policy: str, pieces: Sequence[tuple[str, bool]]) -> None:
-        """A sample as it is trained: what the agent read is dim, what it learns from is green and underlined."""
-        text = Text(f"first batch of {policy!r} (trained tokens between the marks):\n", style="bold")
+        """A sample as it is trained: what the agent read is dim, what it learns from is green and
+        underlined."""
+        text = Text(
+            f"first batch of {policy!r} (trained tokens between the marks):\n", style="bold"
+        )
         for piece, trained in pieces:
-            text.append(f"\u2038{piece}\u2038" if trained else piece, style="green underline" if trained else "dim")
+            text.append(
+                f"\u2038{piece}\u2038" if trained else piece,
+                style="green underline" if trained else "dim",
+            )
         self.console.print(text)
 
     def close(self) -> None:

@@ -1,8 +1,10 @@
-"""What a step made of every trained turn: its advantage, and how far its tokens have moved since they were sampled.
+"""What a step made of every trained turn: its advantage, and how far its tokens have moved since
+they were sampled.
 
-`learned.jsonl` in the run folder has one line per turn and step, for people who read episodes and not for training: `advantage` (a number,
-or one per token where they differ) and `ratio`, per token the trainer's probability over the engine's at the step's last pass. A rank
-knows the ratios of the rows it computed; those of other ranks are null.
+`learned.jsonl` in the run folder has one line per turn and step, for people who read episodes and
+not for training: `advantage` (a number, or one per token where they differ) and `ratio`, per token
+the trainer's probability over the engine's at the step's last pass. A rank knows the ratios of the
+rows it computed; those of other ranks are null.
 """
 
 from __future__ import annotations
@@ -24,21 +26,33 @@ from ..update.optimizer_step import LossFn
 
 
 class TokenLog:
-    """Collects over the updates of a step; a turn that is trained again in the step is put down as it was last."""
+    """Collects over the updates of a step; a turn that is trained again in the step is put down as
+    it was last."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, str, int, int], dict[str, Any]] = {}
 
-    def watch(self, samples: Sequence[TrainingSequence], loss_fn: LossFn) -> tuple[LossFn, dict[str, torch.Tensor]]:
-        """The same loss, which also notes every ratio; give what it notes to `add` after the update."""
+    def watch(
+        self, samples: Sequence[TrainingSequence], loss_fn: LossFn
+    ) -> tuple[LossFn, dict[str, torch.Tensor]]:
+        """The same loss, which also notes every ratio; give what it notes to `add` after the
+        update."""
         noted: dict[str, torch.Tensor] = {}
         for policy in {sample.policy for sample in samples}:
-            noted[policy] = torch.full((sum(s.num_trained for s in samples if s.policy == policy),), math.nan)
+            noted[policy] = torch.full(
+                (sum(s.num_trained for s in samples if s.policy == policy),), math.nan
+            )
 
         def watched(
-            batch: Batch, logp: torch.Tensor, entropy: torch.Tensor, reference: torch.Tensor | None, counts: Denominators
+            batch: Batch,
+            logp: torch.Tensor,
+            entropy: torch.Tensor,
+            reference: torch.Tensor | None,
+            counts: Denominators,
         ) -> tuple[torch.Tensor, Stats]:
-            noted[batch.policy][batch.place.cpu()] = (logp.detach() - batch.behaviour).exp().float().cpu()
+            noted[batch.policy][batch.place.cpu()] = (
+                (logp.detach() - batch.behaviour).exp().float().cpu()
+            )
             return loss_fn(batch, logp, entropy, reference, counts)
 
         return watched, noted
@@ -47,31 +61,47 @@ class TokenLog:
         """Put down the turns of these samples."""
         start = dict.fromkeys(noted, 0)
         for sample in samples:
-            ratios = noted[sample.policy][start[sample.policy] : start[sample.policy] + sample.num_trained].tolist()
+            ratios = noted[sample.policy][
+                start[sample.policy] : start[sample.policy] + sample.num_trained
+            ].tolist()
             start[sample.policy] += sample.num_trained
             for turn, ids, advantages, own in turns_of(sample, ratios):
                 flat = len(set(advantages)) == 1
                 sampled = zlib.crc32(json.dumps(ids).encode())
                 self.rows[sample.policy, sample.episode, turn, sampled] = {
-                    "policy": sample.policy, "episode": sample.episode, "turn": turn, "ids": sampled,
-                    "advantage": short(advantages[0]) if flat else [short(a) for a in advantages], "ratio": [short(r) for r in own],
-                }  # fmt: skip
+                    "policy": sample.policy,
+                    "episode": sample.episode,
+                    "turn": turn,
+                    "ids": sampled,
+                    "advantage": short(advantages[0]) if flat else [short(a) for a in advantages],
+                    "ratio": [short(r) for r in own],
+                }
 
     def write(self, path: Path, step: int) -> None:
         """Append the step's turns and forget them."""
         if self.rows:
-            append_text(path, "".join(json.dumps({"step": step, **row}) + "\n" for row in self.rows.values()))
+            append_text(
+                path,
+                "".join(json.dumps({"step": step, **row}) + "\n" for row in self.rows.values()),
+            )
         self.rows = {}
 
 
-def turns_of(sample: TrainingSequence, ratios: Sequence[float]) -> Iterator[tuple[int, list[int], list[float], list[float]]]:
+def turns_of(
+    sample: TrainingSequence, ratios: Sequence[float]
+) -> Iterator[tuple[int, list[int], list[float], list[float]]]:
     """(turn index, its token ids, advantages, ratios) of every trained turn of a sample."""
     trained = [n for n, mask in enumerate(sample.mask) if mask]
     found: dict[int, list[tuple[int, float]]] = {}
     for n, ratio in zip(trained, ratios, strict=True):
         found.setdefault(sample.sequence[n], []).append((n, ratio))
     for turn, places in found.items():
-        yield turn, [sample.ids[n] for n, _ in places], [sample.advantages[n] for n, _ in places], [r for _, r in places]
+        yield (
+            turn,
+            [sample.ids[n] for n, _ in places],
+            [sample.advantages[n] for n, _ in places],
+            [r for _, r in places],
+        )
 
 
 def short(value: float) -> float | None:

@@ -1,7 +1,9 @@
-"""Trackers beside `metrics.jsonl`: Accelerate's own, by name (`report_to: [tensorboard, wandb, trackio, mlflow]`).
+"""Trackers beside `metrics.jsonl`: Accelerate's own, by name (`report_to: [tensorboard, wandb,
+trackio, mlflow]`).
 
-Rank 0 logs every number of a step's row under its path (`policies/solver/loss`), and every evaluation. What a tracker writes to disk goes to
-`tracking/` in the run folder; where the others send it is their own configuration (environment variables, login).
+Rank 0 logs every number of a step's row under its path (`policies/solver/loss`), and every
+evaluation. What a tracker writes to disk goes to `tracking/` in the run folder; where the others
+send it is their own configuration (environment variables, login).
 """
 
 from __future__ import annotations
@@ -40,7 +42,11 @@ class Trackers:
 
         for name in names:
             kind = LOGGER_TYPE_TO_CLASS[name]
-            tracker = kind(PROJECT, str(folder / "tracking")) if kind.requires_logging_directory else kind(PROJECT)
+            tracker = (
+                kind(PROJECT, str(folder / "tracking"))
+                if kind.requires_logging_directory
+                else kind(PROJECT)
+            )
             tracker.start()
             self.open.append(tracker)
             tracker.store_init_configuration(dict(plain(config)))
@@ -62,7 +68,12 @@ def numbers(row: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, flo
     for key, value in row.items():
         if isinstance(value, Mapping):
             yield from numbers(value, f"{before}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and before + key != "step":
+        elif (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and before + key != "step"
+        ):
             yield f"{before}{key}", float(value)
 
 

@@ -1,12 +1,16 @@
-"""A tiny model for two that hear a verifier: it does sums, slips, and then keeps its answer or takes the other's, whatever the verifier says.
+"""A tiny model for two that hear a verifier: it does sums, slips, and then keeps its answer or
+takes the other's, whatever the verifier says.
 
-Told `3+4`, it answers 7 in 60 % of its samples and 8 in 40 %, on every prompt alike. Told then `-7+` (a verifier's sign on its own
-answer, the other's answer, the sign on that), it answers again: its own answer or the other's, one as likely as the other. So a second
-round is as good as the first and no better. What can be learnt is to believe the signs: then a second answer is right wherever one of
-the two was, .84 (1 - .4 x .4) instead of .60. It has seen all prompts; held out are tasks of the method, not of its pre-training.
+Told `3+4`, it answers 7 in 60 % of its samples and 8 in 40 %, on every prompt alike. Told then
+`-7+` (a verifier's sign on its own answer, the other's answer, the sign on that), it answers again:
+its own answer or the other's, one as likely as the other. So a second round is as good as the first
+and no better. What can be learnt is to believe the signs: then a second answer is right wherever
+one of the two was, .84 (1 - .4 x .4) instead of .60. It has seen all prompts; held out are tasks of
+the method, not of its pre-training.
 
-The views of `agents/patterns/collaboration.py` for it are in `PAIR`. It is trained as `tiny_talk.py` trains, in less than a minute on one core;
-`python -m marlora.trainers.testbeds.pair` trains the model and tells how it answers.
+The views of `agents/patterns/collaboration.py` for it are in `PAIR`. It is trained as
+`tiny_talk.py` trains, in less than a minute on one core; `python -m marlora.trainers.testbeds.pair`
+trains the model and tells how it answers.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from ...rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ...rollouts.tasks.datasets import unit
 from . import talk
 from .talk import Distribution, Lesson, TalkConfig, train
-from .tiny import (VOCAB, answers, fit, kept, tiny_network, tiny_tokenizer)
+from .tiny import VOCAB, answers, fit, kept, tiny_network, tiny_tokenizer
 
 RIGHT = 0.6  # share of first answers that are right; the others are one too many
 PAIR: dict[str, Any] = {
@@ -35,17 +39,28 @@ PAIR: dict[str, Any] = {
 }
 SECONDS = 8000  # lessons of second answers
 STRANGE = 0.3  # share of them in which any two digits stand, not two answers of the teacher
-CONFIG = TalkConfig(steps=250, shares=(32, 48), max_excess=0.06, learning_rate=4e-3, hidden_size=128, layers=3)
+CONFIG = TalkConfig(
+    steps=250, shares=(32, 48), max_excess=0.06, learning_rate=4e-3, hidden_size=128, layers=3
+)
 
-OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+}
 ASKED = {
-    f"{a}{sign}{b}": value for sign, fn in OPERATIONS.items() for a in range(10) for b in range(10) if 0 <= (value := fn(a, b)) <= 9
+    f"{a}{sign}{b}": value
+    for sign, fn in OPERATIONS.items()
+    for a in range(10)
+    for b in range(10)
+    if 0 <= (value := fn(a, b)) <= 9
 }
 
 
 @trusted("tasks")
 def pair_tasks(split: str = "train", seed: int = 0) -> list[Task]:
-    """The 152 sums, differences and products of two digits that are a digit, shuffled: about two thirds to train on, the others held out."""
+    """The 152 sums, differences and products of two digits that are a digit, shuffled: about two
+    thirds to train on, the others held out."""
     tasks = [
         Task(asked, asked, str(value), "pair", split)
         for asked, value in ASKED.items()
@@ -56,8 +71,11 @@ def pair_tasks(split: str = "train", seed: int = 0) -> list[Task]:
 
 
 def tiny_pair_model(cache: Path | None = None, *, say: Callable[[str], None] | None = None) -> Path:
-    """The folder of the trained model. Trained on first use, then cached; arguments as of `tiny_model`."""
-    return kept(f"tiny-pair-{_recipe()}", lambda: train(CONFIG, say or (lambda line: None), lessons), cache)
+    """The folder of the trained model. Trained on first use, then cached; arguments as of
+    `tiny_model`."""
+    return kept(
+        f"tiny-pair-{_recipe()}", lambda: train(CONFIG, say or (lambda line: None), lessons), cache
+    )
 
 
 def first(right: int) -> Distribution:
@@ -75,14 +93,24 @@ def lessons(rng: random.Random) -> list[list[Lesson]]:
     tokenizer = tiny_tokenizer()
 
     def lesson(digits: Distribution, *said: str) -> Lesson:
-        chat = [{"role": "user" if n % 2 == 0 else "assistant", "content": text} for n, text in enumerate(said)]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False), digits
+        chat = [
+            {"role": "user" if n % 2 == 0 else "assistant", "content": text}
+            for n, text in enumerate(said)
+        ]
+        return (
+            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False),
+            digits,
+        )
 
     seconds = []
     for _ in range(SECONDS):
         asked, value = rng.choice(list(ASKED.items()))
         own, other = rng.choices(range(10), None if rng.random() < STRANGE else first(value), k=2)
-        seconds.append(lesson(second(own, other), asked, str(own), f"{rng.choice('+-')}{other}{rng.choice('+-')}"))
+        seconds.append(
+            lesson(
+                second(own, other), asked, str(own), f"{rng.choice('+-')}{other}{rng.choice('+-')}"
+            )
+        )
     return [[lesson(first(value), asked) for asked, value in ASKED.items()], seconds]
 
 
@@ -90,26 +118,44 @@ def _recipe() -> str:
     """A hash of all that the trained weights follow from."""
     parts = (tiny_network, tiny_tokenizer, first, second, lessons, fit, train, talk._loss)
     facts = (CONFIG, RIGHT, SECONDS, STRANGE, ASKED, VOCAB, SPECIALS, TEMPLATE)
-    return hashlib.sha256("\n".join([*(inspect.getsource(p) for p in parts), repr(facts)]).encode()).hexdigest()[:12]
+    return hashlib.sha256(
+        "\n".join([*(inspect.getsource(p) for p in parts), repr(facts)]).encode()
+    ).hexdigest()[:12]
 
 
 def shares(network: Any) -> dict[str, float]:
-    """Of sampled answers to all prompts: share of first ones that are right, and of second ones, after two that differ, that are the member's
-    own, and that are either."""
+    """Of sampled answers to all prompts: share of first ones that are right, and of second ones,
+    after two that differ, that are the member's own, and that are either."""
     tokenizer = tiny_tokenizer()
 
     def ask(*said: str) -> list[int]:
-        chat = [{"role": "user" if n % 2 == 0 else "assistant", "content": text} for n, text in enumerate(said)]
+        chat = [
+            {"role": "user" if n % 2 == 0 else "assistant", "content": text}
+            for n, text in enumerate(said)
+        ]
         return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
     told = [(asked, value, (value + 1) % 10) for asked, value in ASKED.items()] * 5
     firsts = answers(network, [ask(asked) for asked, _, _ in told], 1.0, 1)
-    seconds = answers(network, [ask(asked, str(own), f"-{other}+") for asked, own, other in told], 1.0, 2)
+    seconds = answers(
+        network, [ask(asked, str(own), f"-{other}+") for asked, own, other in told], 1.0, 2
+    )
     return {
-        "first right": sum(text == str(value) for text, (_, value, _) in zip(firsts, told, strict=True)) / len(told),
-        "second own": sum(text == str(own) for text, (_, own, _) in zip(seconds, told, strict=True)) / len(told),
-        "second either": sum(text in (str(own), str(other)) for text, (_, own, other) in zip(seconds, told, strict=True))
-        / len(told),
+        "first right": (
+            sum(text == str(value) for text, (_, value, _) in zip(firsts, told, strict=True))
+            / len(told)
+        ),
+        "second own": (
+            sum(text == str(own) for text, (_, own, _) in zip(seconds, told, strict=True))
+            / len(told)
+        ),
+        "second either": (
+            sum(
+                text in (str(own), str(other))
+                for text, (_, own, other) in zip(seconds, told, strict=True)
+            )
+            / len(told)
+        ),
     }
 
 

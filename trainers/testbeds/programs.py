@@ -1,19 +1,24 @@
-"""A tiny model that writes programs and answers what they ask, so that methods for workflows can be tried in minutes.
+"""A tiny model that writes programs and answers what they ask, so that methods for workflows can be
+tried in minutes.
 
 **Tasks.** `a472` asks for the last digit plus 1, `b472` plus 4, `c472` plus 7 (mod 10).
 
-**Executor** (system prompt `do`). Told `Bc472`, an instruction and the problem, it gives the digit that the instruction says, whatever the
-problem asks: right in two of three samples, else one too many. Told `B!c472` it takes care and is right.
+**Executor** (system prompt `do`). Told `Bc472`, an instruction and the problem, it gives the digit
+that the instruction says, whatever the problem asks: right in two of three samples, else one too
+many. Told `B!c472` it takes care and is right.
 
-**Designer** (`design`). Told `c472`, it writes a program that calls `custom` with an instruction, with care or without. It slips: in 45 %
-of its programs it asks for the kind after the one that the problem wants, in 35 % for the right one, in 10 % for the third; 10 % call what
-does not exist. So a program is worth 0, 2/3 or 1, its most likely one 0, the right ones are in reach of every few samples, and there is all
-to learn about what to ask for. Told then how many of two tests the program passed (`0/2`, `invalid`), it writes another: after two failures
-it asks for another digit, else for the same again.
+**Designer** (`design`). Told `c472`, it writes a program that calls `custom` with an instruction,
+with care or without. It slips: in 45 % of its programs it asks for the kind after the one that the
+problem wants, in 35 % for the right one, in 10 % for the third; 10 % call what does not exist. So a
+program is worth 0, 2/3 or 1, its most likely one 0, the right ones are in reach of every few
+samples, and there is all to learn about what to ask for. Told then how many of two tests the
+program passed (`0/2`, `invalid`), it writes another: after two failures it asks for another digit,
+else for the same again.
 
-These are the shares of its teacher, whose distribution itself is the target. Most of each batch are prompts that end where the instruction
-goes, with what may come next as one soft target: that letter is all a designer decides, and among the twenty tokens of a program it
-would hardly be learnt. Training is seeded, single-threaded, a minute or a little more on one core; `python -m
+These are the shares of its teacher, whose distribution itself is the target. Most of each batch are
+prompts that end where the instruction goes, with what may come next as one soft target: that letter
+is all a designer decides, and among the twenty tokens of a program it would hardly be learnt.
+Training is seeded, single-threaded, a minute or a little more on one core; `python -m
 marlora.trainers.testbeds.programs` trains the model and tells what it does.
 """
 
@@ -38,12 +43,23 @@ from ...agents.types import AgentSpec, Sampling, Task
 from ...rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ...rollouts.tasks.datasets import unit
 from . import tiny
-from .tiny import (VOCAB, Lesson, answers, fit, kept, tiny_network, tiny_tokenizer)
+from .tiny import VOCAB, Lesson, answers, fit, kept, tiny_network, tiny_tokenizer
 
-KINDS: Mapping[str, int] = {"a": 1, "b": 4, "c": 7}  # what each adds to the last digit; as an instruction it is a capital
-ASKED, SLIPS, INVALID = 0.35, 0.45, 0.1  # shares of programs that ask for the digit wanted, for the next one, and that are none
+KINDS: Mapping[str, int] = {
+    "a": 1,
+    "b": 4,
+    "c": 7,
+}  # what each adds to the last digit; as an instruction it is a capital
+ASKED, SLIPS, INVALID = (
+    0.35,
+    0.45,
+    0.1,
+)  # shares of programs that ask for the digit wanted, for the next one, and that are none
 RIGHT = 2 / 3  # share of a careless executor's answers that are right; the others are one too many
-FORMS: Mapping[str, float] = {'await custom("K")': 0.65, 'await custom("K!")': 0.35}  # programs, their shares; K is the instruction
+FORMS: Mapping[str, float] = {
+    'await custom("K")': 0.65,
+    'await custom("K!")': 0.35,
+}  # programs, their shares; K is the instruction
 BROKEN = 'await magic("K")'
 DESIGN, DO = "design", "do"  # system prompts
 FEEDBACK = ("0/2", "1/2", "2/2", "invalid")
@@ -51,7 +67,9 @@ LONGEST = 20  # tokens of a program, its end included
 WORKFLOW: dict[str, Any] = {
     "agents": [
         AgentSpec("designer", "writes programs", DESIGN, sampling=Sampling(max_tokens=LONGEST)),
-        AgentSpec("executor", "answers what they ask", DO, policy="base", sampling=Sampling(max_tokens=2)),
+        AgentSpec(
+            "executor", "answers what they ask", DO, policy="base", sampling=Sampling(max_tokens=2)
+        ),
     ],
     "operators": ["custom"],
     "prompts": {"custom": "{instruction}{problem}"},
@@ -64,11 +82,13 @@ WORKFLOW: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ProgramsConfig:
-    """How the model is trained: AdamW with warm-up, then linear decay, on batches of so many designs, choices of a letter, and answers.
+    """How the model is trained: AdamW with warm-up, then linear decay, on batches of so many
+    designs, choices of a letter, and answers.
 
-    `max_excess`: the mean of KL(teacher | model) over the last 20 steps, in nats per reply, at which training is done; at most twice
-    `steps`. `init_std`: of all matrices at the start. From the usual .02 a network as narrow as this one knows no answer after
-    260 steps; from .12 it knows most after 120.
+    `max_excess`: the mean of KL(teacher | model) over the last 20 steps, in nats per reply, at
+    which training is done; at most twice `steps`. `init_std`: of all matrices at the start. From
+    the usual .02 a network as narrow as this one knows no answer after 260 steps; from .12 it knows
+    most after 120.
     """
 
     steps: int = 500
@@ -86,7 +106,8 @@ class ProgramsConfig:
 
 @trusted("tasks")
 def program_tasks(split: str = "train", seed: int = 0) -> list[Task]:
-    """The 3000 tasks in two halves, `train` and `eval`, shuffled. Public meta `examples`: two other problems of the kind, with answers."""
+    """The 3000 tasks in two halves, `train` and `eval`, shuffled. Public meta `examples`: two other
+    problems of the kind, with answers."""
     rng, tasks = random.Random(seed), []
     for kind, number in itertools.product(KINDS, range(1000)):
         prompt = f"{kind}{number:03}"
@@ -103,9 +124,16 @@ def tiny_workflow(**settings: Any) -> Workflow:
     return Workflow(**{**WORKFLOW, **settings})
 
 
-def tiny_programs_model(cache: Path | None = None, *, say: Callable[[str], None] | None = None) -> Path:
-    """The folder of the trained model. Trained on first use, then cached; arguments as of `tiny_model`."""
-    return kept(f"tiny-programs-{_recipe()}", lambda: train(ProgramsConfig(), say or (lambda line: None)), cache)
+def tiny_programs_model(
+    cache: Path | None = None, *, say: Callable[[str], None] | None = None
+) -> Path:
+    """The folder of the trained model. Trained on first use, then cached; arguments as of
+    `tiny_model`."""
+    return kept(
+        f"tiny-programs-{_recipe()}",
+        lambda: train(ProgramsConfig(), say or (lambda line: None)),
+        cache,
+    )
 
 
 # the teacher
@@ -121,14 +149,25 @@ def digit(kind: str, problem: str) -> str:
 def execute(instruction: str, problem: str) -> Answers:
     """An executor's answer to `custom`."""
     right = digit(instruction[0].lower(), problem)
-    return {right: 1.0} if instruction.endswith("!") else {right: RIGHT, str((int(right) + 1) % 10): 1 - RIGHT}
+    return (
+        {right: 1.0}
+        if instruction.endswith("!")
+        else {right: RIGHT, str((int(right) + 1) % 10): 1 - RIGHT}
+    )
 
 
 def design(kind: str, history: Sequence[tuple[str, str, str]] = ()) -> Answers:
-    """A designer's program. `history`: of earlier rounds the instruction's kind, the form, and the feedback."""
+    """A designer's program. `history`: of earlier rounds the instruction's kind, the form, and the
+    feedback."""
     kinds = [*KINDS]
     wanted = kinds.index(kind)
-    asks = dict(zip(kinds[wanted:] + kinds[:wanted], (ASKED, SLIPS, 1 - INVALID - ASKED - SLIPS), strict=True))
+    asks = dict(
+        zip(
+            kinds[wanted:] + kinds[:wanted],
+            (ASKED, SLIPS, 1 - INVALID - ASKED - SLIPS),
+            strict=True,
+        )
+    )
     weight = {(k, form): share * asks[k] for k in KINDS for form, share in FORMS.items()}
     weight |= {(k, BROKEN): INVALID / 3 for k in KINDS}
     for k, _, feedback in history:
@@ -153,14 +192,21 @@ class _Lessons:
     def of(self, replies: Answers, *said: str) -> Lesson:
         roles = ["system", *("user" if n % 2 == 0 else "assistant" for n in range(len(said) - 1))]
         chat = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
-        prompt = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        return prompt, [(self.tokenizer.encode(text + "<|end|>"), share) for text, share in replies.items()]
+        prompt = self.tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=False
+        )
+        return prompt, [
+            (self.tokenizer.encode(text + "<|end|>"), share) for text, share in replies.items()
+        ]
 
     def problem(self) -> str:
         return f"{self.rng.choice([*KINDS])}{self.rng.randrange(1000):03}"
 
     def answer(self) -> Lesson:
-        problem, instruction = self.problem(), self.rng.choice([*KINDS]).upper() + self.rng.choice(["", "!"])
+        problem, instruction = (
+            self.problem(),
+            self.rng.choice([*KINDS]).upper() + self.rng.choice(["", "!"]),
+        )
         return self.of(execute(instruction, problem), DO, instruction + problem)
 
     def round(self) -> tuple[list[str], Answers]:
@@ -170,7 +216,9 @@ class _Lessons:
             return [DESIGN, problem], design(problem[0])
         kind, form = rng.choice([*KINDS]), rng.choice([*FORMS, BROKEN])
         feedback = "invalid" if form == BROKEN else rng.choice(FEEDBACK[:3])
-        return [DESIGN, problem, form.replace("K", kind.upper()), feedback], design(problem[0], [(kind, form, feedback)])
+        return [DESIGN, problem, form.replace("K", kind.upper()), feedback], design(
+            problem[0], [(kind, form, feedback)]
+        )
 
     def design(self) -> Lesson:
         said, replies = self.round()
@@ -182,32 +230,53 @@ class _Lessons:
         start = next(iter(FORMS)).split("K")[0]
         total = sum(share for text, share in replies.items() if text.startswith(start))
         prompt, _ = self.of({}, *said)
-        asked = {k: sum(share for text, share in replies.items() if text.startswith(start + k.upper())) / total for k in KINDS}
-        return prompt + self.tokenizer.encode(start), [(self.tokenizer.encode(k.upper()), share) for k, share in asked.items()]
+        asked = {
+            k: (
+                sum(share for text, share in replies.items() if text.startswith(start + k.upper()))
+                / total
+            )
+            for k in KINDS
+        }
+        return prompt + self.tokenizer.encode(start), [
+            (self.tokenizer.encode(k.upper()), share) for k, share in asked.items()
+        ]
 
 
 def train(config: ProgramsConfig, say: Callable[[str], None]) -> Any:
-    """Train the network on both roles. Raises `RuntimeError` if it stays further than `max_excess` from its teacher."""
-    network = tiny_network(hidden_size=config.hidden_size, layers=config.layers, seed=config.seed).train()
+    """Train the network on both roles. Raises `RuntimeError` if it stays further than `max_excess`
+    from its teacher."""
+    network = tiny_network(
+        hidden_size=config.hidden_size, layers=config.layers, seed=config.seed
+    ).train()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
         for parameter in network.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=config.init_std)
     lessons = _Lessons(random.Random(config.seed))
-    kinds = [(lessons.design, config.designs), (lessons.letter, config.letters), (lessons.answer, config.answers)]
+    kinds = [
+        (lessons.design, config.designs),
+        (lessons.letter, config.letters),
+        (lessons.answer, config.answers),
+    ]
 
     def loss_of() -> tuple[torch.Tensor, float]:
         parts = [[lesson() for _ in range(count)] for lesson, count in kinds]
-        losses = [loss(network, part) for loss, part in zip((tiny._loss, choice_loss, tiny._loss), parts, strict=True)]
+        losses = [
+            loss(network, part)
+            for loss, part in zip((tiny._loss, choice_loss, tiny._loss), parts, strict=True)
+        ]
         told = [excess(loss.item(), part) for loss, part in zip(losses, parts, strict=True)]
         return losses[0] + 2 * losses[1] + losses[2], max(told)
 
-    return fit(network, config, loss_of, config.max_excess, say, "tiny programs, nat from its teacher")
+    return fit(
+        network, config, loss_of, config.max_excess, say, "tiny programs, nat from its teacher"
+    )
 
 
 def choice_loss(network: Any, lessons: Sequence[Lesson]) -> torch.Tensor:
-    """Cross-entropy of the one token that comes next: one row per prompt, its replies in the target."""
+    """Cross-entropy of the one token that comes next: one row per prompt, its replies in the
+    target."""
     width = max(len(prompt) for prompt, _ in lessons)
     ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt, _ in lessons])
     target = torch.zeros(len(lessons), VOCAB)
@@ -215,7 +284,9 @@ def choice_loss(network: Any, lessons: Sequence[Lesson]) -> torch.Tensor:
         for (token,), share in replies:
             target[row, token] = share
     hidden = network.model(input_ids=ids).last_hidden_state
-    last = hidden[torch.arange(len(lessons)), torch.tensor([len(prompt) - 1 for prompt, _ in lessons])]
+    last = hidden[
+        torch.arange(len(lessons)), torch.tensor([len(prompt) - 1 for prompt, _ in lessons])
+    ]
     return nn.functional.cross_entropy(network.lm_head(last), target)
 
 
@@ -228,7 +299,19 @@ def excess(loss: float, lessons: Sequence[Lesson]) -> float:
 
 def _recipe() -> str:
     """A hash of all that the trained weights follow from."""
-    parts = (tiny_network, tiny_tokenizer, digit, execute, design, _Lessons, fit, train, choice_loss, excess, tiny._loss)
+    parts = (
+        tiny_network,
+        tiny_tokenizer,
+        digit,
+        execute,
+        design,
+        _Lessons,
+        fit,
+        train,
+        choice_loss,
+        excess,
+        tiny._loss,
+    )
     facts = (
         ProgramsConfig(),
         KINDS,
@@ -245,24 +328,32 @@ def _recipe() -> str:
         SPECIALS,
         TEMPLATE,
     )
-    return hashlib.sha256("\n".join([*(inspect.getsource(p) for p in parts), repr(facts)]).encode()).hexdigest()[:12]
+    return hashlib.sha256(
+        "\n".join([*(inspect.getsource(p) for p in parts), repr(facts)]).encode()
+    ).hexdigest()[:12]
 
 
 # what it does
 
 
 def shares(network: Any, count: int = 300) -> dict[str, float]:
-    """Of sampled replies: programs that are one of the grammar, ask for what the problem asks, and are broken; second programs that ask
-    for something else after `0/2`; right answers of a careless and a careful executor."""
+    """Of sampled replies: programs that are one of the grammar, ask for what the problem asks, and
+    are broken; second programs that ask for something else after `0/2`; right answers of a careless
+    and a careful executor."""
     tasks = program_tasks("eval")[:count]
     tokenizer = tiny_tokenizer()
 
     def ask(seed: int, *chats: Sequence[str]) -> list[str]:
         prompts = []
         for said in chats:
-            roles = ["system", *("user" if n % 2 == 0 else "assistant" for n in range(len(said) - 1))]
+            roles = [
+                "system",
+                *("user" if n % 2 == 0 else "assistant" for n in range(len(said) - 1)),
+            ]
             chat = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
-            prompts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+            prompts.append(
+                tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+            )
         return answers(network, prompts, 1.0, seed, LONGEST)
 
     known = {form.replace("K", kind.upper()): kind for form in FORMS for kind in KINDS}
@@ -275,9 +366,13 @@ def shares(network: Any, count: int = 300) -> dict[str, float]:
     total = len(tasks)
     return {
         "in grammar": sum(p in known or p in broken for p in first) / total,
-        "asks right": sum(known.get(p) == t.meta["kind"] for p, t in zip(first, tasks, strict=True)) / total,
+        "asks right": (
+            sum(known.get(p) == t.meta["kind"] for p, t in zip(first, tasks, strict=True)) / total
+        ),
         "broken": sum(p in broken for p in first) / total,
-        "asks anew": sum(known.get(p, "") != known[q] for p, q in zip(second, tried, strict=True)) / total,
+        "asks anew": (
+            sum(known.get(p, "") != known[q] for p, q in zip(second, tried, strict=True)) / total
+        ),
         "careless": sum(a == t.answer for a, t in zip(careless, tasks, strict=True)) / total,
         "careful": sum(a == t.answer for a, t in zip(careful, tasks, strict=True)) / total,
     }

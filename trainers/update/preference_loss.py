@@ -1,10 +1,11 @@
-"""
-How far every part of a system is pushed by a preference between two whole runs of it (SysDPO, arXiv:2502.17721).
+"""How far every part of a system is pushed by a preference between two whole runs of it (SysDPO,
+arXiv:2502.17721).
 
-A run's probability is the product of its parts' (eq. F1), so its log-ratio to a reference is a sum with one summand per part, its vote. The
-parts are coupled through these scalars only: dLoss/dlog p of a turn is one number, which all of its tokens share. So the votes are
-computed first, by forward passes alone; `push` turns them into one number per vote; and each turn's backward pass runs with its own
-number, one row at a time. The gradient is that of the joint loss.
+A run's probability is the product of its parts' (eq. F1), so its log-ratio to a reference is a sum
+with one summand per part, its vote. The parts are coupled through these scalars only: dLoss/dlog p
+of a turn is one number, which all of its tokens share. So the votes are computed first, by forward
+passes alone; `push` turns them into one number per vote; and each turn's backward pass runs with
+its own number, one row at a time. The gradient is that of the joint loss.
 """
 
 from __future__ import annotations
@@ -30,33 +31,45 @@ class MarginConfig:
     """How preferences become a loss. Names are TRL's where it has one."""
 
     mode: str = help_of(
-        "joint: one margin over all agents (SysDPO-Direct); independent: one per policy, plain DPO; sampling: one over all agents, the "
-        "output's probability summed over several drafts (SysDPO-Sampling)",
+        "joint: one margin over all agents (SysDPO-Direct); independent: one per policy, plain DPO;"
+        " sampling: one over all agents, the output's probability summed over several drafts"
+        " (SysDPO-Sampling)",
         "joint",
     )
     beta: float = help_of("scale of the margin: how dear it is to leave the reference", 0.1)
     loss_type: str = help_of("sigmoid, hinge, ipo or robust", "sigmoid")
-    label_smoothing: float = help_of("share of preferences thought wrong: sigmoid becomes cDPO, robust needs it", 0.0)
+    label_smoothing: float = help_of(
+        "share of preferences thought wrong: sigmoid becomes cDPO, robust needs it", 0.0
+    )
     length_normalised: bool = help_of(
-        "divide an agent's log-probability by its tokens in the episode; not SysDPO, but a long-winded agent then weighs no more",
+        "divide an agent's log-probability by its tokens in the episode; not SysDPO, but a"
+        " long-winded agent then weighs no more",
         False,
     )
 
     def __post_init__(self) -> None:
         for name, allowed in (("mode", MODES), ("loss_type", LOSSES)):
             if getattr(self, name) not in allowed:
-                raise SettingError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise SettingError(
+                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
         if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
-            raise SettingError(f"beta > 0 and 0 <= label_smoothing < 0.5 expected, got {self.beta}, {self.label_smoothing}")
+            raise SettingError(
+                f"beta > 0 and 0 <= label_smoothing < 0.5 expected, got {self.beta},"
+                f" {self.label_smoothing}"
+            )
         if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
-            raise SettingError(f"label_smoothing: only sigmoid and robust have it; loss_type is {self.loss_type}")
+            raise SettingError(
+                f"label_smoothing: only sigmoid and robust have it; loss_type is {self.loss_type}"
+            )
 
 
 @dataclass(frozen=True)
 class RunLogRatio:
     """One part of one run: what `agent` said in a turn, or what another component made.
 
-    `now` and `reference` are its log-probabilities (of a component without one: the surrogate of their difference, and 0).
+    `now` and `reference` are its log-probabilities (of a component without one: the surrogate of
+    their difference, and 0).
     """
 
     episode: str
@@ -69,9 +82,10 @@ class RunLogRatio:
 
 @dataclass(frozen=True)
 class MarginGradient(Generic[K]):
-    """What a set of pairs says. `weights`: -dLoss/dlog p of every vote. `margins`: of every pair, without beta (of independent policies:
-    their sum). `by_agent`: its mean over pairs of the votes' difference, chosen - rejected; the margins' mean is their sum, but for
-    factors, length normalisation and drafts."""
+    """What a set of pairs says. `weights`: -dLoss/dlog p of every vote. `margins`: of every pair,
+    without beta (of independent policies: their sum). `by_agent`: its mean over pairs of the votes'
+    difference, chosen - rejected; the margins' mean is their sum, but for factors, length
+    normalisation and drafts."""
 
     loss: float
     weights: dict[K, float]
@@ -84,27 +98,46 @@ class MarginGradient(Generic[K]):
         return sum(margin > 0 for margin in self.margins) / len(self.margins)
 
 
-def margin_gradient(pairs: Sequence[Pair], votes: Mapping[K, RunLogRatio], config: MarginConfig) -> MarginGradient[K]:
-    """The mean loss of the pairs, and how far it pushes every vote. An episode without votes (all its parts frozen) counts 0.
+def margin_gradient(
+    pairs: Sequence[Pair], votes: Mapping[K, RunLogRatio], config: MarginConfig
+) -> MarginGradient[K]:
+    """The mean loss of the pairs, and how far it pushes every vote. An episode without votes (all
+    its parts frozen) counts 0.
 
-    Joint: -log sigmoid(beta [sum_v D_v(chosen) - sum_v D_v(rejected)]) with D_v = log p - log p_reference (eq. F3, F4). Independent: the
-    same for each policy's own votes, summed. A side with several alternatives is log sum_a p(a), for policy and reference alike. A
-    pair's factors multiply its two sides' log-ratios: (s_w, 1 - s_l) is Score-DPO (arXiv:2502.04306).
+    Joint: -log sigmoid(beta [sum_v D_v(chosen) - sum_v D_v(rejected)]) with D_v = log p - log
+    p_reference (eq. F3, F4). Independent: the same for each policy's own votes, summed. A side with
+    several alternatives is log sum_a p(a), for policy and reference alike. A pair's factors
+    multiply its two sides' log-ratios: (s_w, 1 - s_l) is Score-DPO (arXiv:2502.04306).
     """
     keys, given = list(votes), list(votes.values())
-    length = torch.tensor(_lengths(given) if config.length_normalised else [1.0] * len(keys), dtype=torch.float64)
+    length = torch.tensor(
+        _lengths(given) if config.length_normalised else [1.0] * len(keys), dtype=torch.float64
+    )
     now = torch.tensor([vote.now for vote in given], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([vote.reference for vote in given], dtype=torch.float64)
     weight = torch.tensor([pair.weight for pair in pairs], dtype=torch.float64)
     factors = torch.tensor([pair.factors for pair in pairs], dtype=torch.float64).T  # [2, P]
     policies = sorted({vote.policy for vote in given}) if config.mode == "independent" else []
-    unit = {policy: number for number, policy in enumerate(policies)}  # what has a margin of its own; joint: all are unit 0
-    place = {name: number for number, name in enumerate(dict.fromkeys(e.id for pair in pairs for e in pair.episodes))}
-    at = torch.tensor([unit.get(vote.policy, 0) * len(place) + place[vote.episode] for vote in given], dtype=torch.long)
-    sides = [[[place[e.id] for e in side] for side in end] for end in zip(*((p.chosen, p.rejected) for p in pairs), strict=True)]
+    unit = {
+        policy: number for number, policy in enumerate(policies)
+    }  # what has a margin of its own; joint: all are unit 0
+    place = {
+        name: number
+        for number, name in enumerate(dict.fromkeys(e.id for pair in pairs for e in pair.episodes))
+    }
+    at = torch.tensor(
+        [unit.get(vote.policy, 0) * len(place) + place[vote.episode] for vote in given],
+        dtype=torch.long,
+    )
+    sides = [
+        [[place[e.id] for e in side] for side in end]
+        for end in zip(*((p.chosen, p.rejected) for p in pairs), strict=True)
+    ]
 
     def margin_of(values: torch.Tensor) -> torch.Tensor:
-        runs = torch.zeros(max(1, len(unit)) * len(place), dtype=torch.float64).index_add(0, at, values / length)
+        runs = torch.zeros(max(1, len(unit)) * len(place), dtype=torch.float64).index_add(
+            0, at, values / length
+        )
         chosen, rejected = (_marginals(runs.view(-1, len(place)), side) for side in sides)
         return factors[0] * chosen - factors[1] * rejected
 
@@ -112,15 +145,18 @@ def margin_gradient(pairs: Sequence[Pair], votes: Mapping[K, RunLogRatio], confi
     loss = (weight * preference_loss(margin, config)).sum() / len(pairs)
     (grad,) = torch.autograd.grad(loss, now)
     return MarginGradient(
-        loss.item(), dict(zip(keys, (-grad).tolist(), strict=True)), margin.detach().sum(0).tolist(), _by_agent(pairs, votes)
+        loss.item(),
+        dict(zip(keys, (-grad).tolist(), strict=True)),
+        margin.detach().sum(0).tolist(),
+        _by_agent(pairs, votes),
     )
 
 
 def preference_loss(margin: torch.Tensor, config: MarginConfig) -> torch.Tensor:
     """Loss of every pair from its margin without beta; any shape.
 
-    sigmoid: DPO (arXiv:2305.18290), with label smoothing cDPO; robust: arXiv:2403.00409; hinge: SLiC (2305.10425); ipo: (2310.12036), whose
-    margin TRL takes per token (`length_normalised`).
+    sigmoid: DPO (arXiv:2305.18290), with label smoothing cDPO; robust: arXiv:2403.00409; hinge:
+    SLiC (2305.10425); ipo: (2310.12036), whose margin TRL takes per token (`length_normalised`).
     """
     scaled, flipped = config.beta * margin, config.label_smoothing
     if config.loss_type == "hinge":
@@ -151,9 +187,14 @@ def _lengths(votes: Sequence[RunLogRatio]) -> list[float]:
 def _by_agent(pairs: Sequence[Pair], votes: Mapping[K, RunLogRatio]) -> dict[str, float]:
     ratio: dict[tuple[str, str], float] = {}
     for vote in votes.values():
-        ratio[vote.agent, vote.episode] = ratio.get((vote.agent, vote.episode), 0.0) + vote.now - vote.reference
+        ratio[vote.agent, vote.episode] = (
+            ratio.get((vote.agent, vote.episode), 0.0) + vote.now - vote.reference
+        )
     found = {}
     for agent in sorted({vote.agent for vote in votes.values()}):
-        sides = [[sum(ratio.get((agent, e.id), 0.0) for e in s) / len(s) for s in (p.chosen, p.rejected)] for p in pairs]
+        sides = [
+            [sum(ratio.get((agent, e.id), 0.0) for e in s) / len(s) for s in (p.chosen, p.rejected)]
+            for p in pairs
+        ]
         found[agent] = sum(chosen - rejected for chosen, rejected in sides) / len(pairs)
     return found

@@ -1,8 +1,11 @@
-"""A scalar head: a LoRA of its own on the shared frozen base, and a linear layer that reads one number off a token's last hidden state.
+"""A scalar head: a LoRA of its own on the shared frozen base, and a linear layer that reads one
+number off a token's last hidden state.
 
-What a critic says of every token and what a verifier says of an answer are the same thing, so both stand here. A head is no policy: it
-has a name among heads only (its adapter is called `head@NAME`, which no policy can be), nothing publishes it, and it counts in no
-team version. Like a policy it is created before any optimizer, seeded by its name, found by exact name, and leaves the base as it was.
+What a critic says of every token and what a verifier says of an answer are the same thing, so both
+stand here. A head is no policy: it has a name among heads only (its adapter is called `head@NAME`,
+which no policy can be), nothing publishes it, and it counts in no team version. Like a policy it is
+created before any optimizer, seeded by its name, found by exact name, and leaves the base as it
+was.
 
     head = Head(adapters, HeadSpec("critic"), config)
     values = head.read(samples, ranks)                                # [N]: one number per trained token, in the order of samples
@@ -52,8 +55,8 @@ class HeadSettings(Protocol):
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """A head to be made. `name`: unique among heads; letters, digits, '_' and '-' (it names a folder). `base`, `learning_rate`: None means
-    the run's. `adapter`: shape of its LoRA."""
+    """A head to be made. `name`: unique among heads; letters, digits, '_' and '-' (it names a
+    folder). `base`, `learning_rate`: None means the run's. `adapter`: shape of its LoRA."""
 
     name: str
     base: str | None = None
@@ -62,19 +65,27 @@ class HeadSpec:
 
     def __post_init__(self) -> None:
         if not self.name or not all(c.isalnum() or c in "_-" for c in self.name):
-            raise SettingError(f"head name {self.name!r}: letters, digits, '_' and '-' expected (it names a folder)")
+            raise SettingError(
+                f"head name {self.name!r}: letters, digits, '_' and '-' expected (it names a"
+                " folder)"
+            )
 
 
 class ScalarHead:
-    """One scalar per token: w . h + b in float32, with h the last hidden state of the base with the head's LoRA on.
+    """One scalar per token: w . h + b in float32, with h the last hidden state of the base with the
+    head's LoRA on.
 
-    w and b begin at 0, so that an untrained head says 0 of everything. Policies on the same `adapters` are not touched, whatever it learns.
+    w and b begin at 0, so that an untrained head says 0 of everything. Policies on the same
+    `adapters` are not touched, whatever it learns.
 
     Args:
-        layout: how its batches are laid out, if that is known already; None tries `config.layout` on the model.
+        layout: how its batches are laid out, if that is known already; None tries `config.layout`
+            on the model.
     """
 
-    def __init__(self, adapters: Adapters, spec: HeadSpec, config: HeadSettings, layout: Layout | None = None) -> None:
+    def __init__(
+        self, adapters: Adapters, spec: HeadSpec, config: HeadSettings, layout: Layout | None = None
+    ) -> None:
         self.adapters, self.spec, self.config = adapters, spec, config
         self.adapter = f"head@{spec.name}"
         adapters.add(self.adapter, spec.adapter)
@@ -85,11 +96,15 @@ class ScalarHead:
         self.layout = layout or choose_layout(adapters.model, config.layout)
         self.peak = spec.learning_rate or config.learning_rate
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters().values()), lr=self.peak, weight_decay=config.weight_decay, foreach=False
+            list(self.parameters().values()),
+            lr=self.peak,
+            weight_decay=config.weight_decay,
+            foreach=False,
         )
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """LoRA tensors by the key they have in a saved file, then `weight` [1, H] and `bias` [1] of the linear layer."""
+        """LoRA tensors by the key they have in a saved file, then `weight` [1, H] and `bias` [1] of
+        the linear layer."""
         return {**self.adapters.parameters(self.adapter), **dict(self.linear.named_parameters())}
 
     def sha256(self) -> str:
@@ -97,14 +112,19 @@ class ScalarHead:
         return tensors_sha256(self.parameters().items())
 
     def check(self) -> None:
-        """Raise RuntimeError unless its optimizer holds exactly its tensors, and the table of gradients is as declared."""
+        """Raise RuntimeError unless its optimizer holds exactly its tensors, and the table of
+        gradients is as declared."""
         self.adapters.check()
         held = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
         if held != [id(p) for p in self.parameters().values()]:
-            raise RuntimeError(f"the optimizer of head {self.spec.name!r} does not hold exactly the tensors of that head")
+            raise RuntimeError(
+                f"the optimizer of head {self.spec.name!r} does not hold exactly the tensors of"
+                " that head"
+            )
 
     def scores(self, batch: Batch) -> torch.Tensor:
-        """[N] float32, one per term, read where the term is predicted: before the token is seen. With `after`, once it is.
+        """[N] float32, one per term, read where the term is predicted: before the token is seen.
+        With `after`, once it is.
 
         Backward has to run while the head's adapter is still active, see `Adapters.active`.
         """
@@ -112,23 +132,43 @@ class ScalarHead:
         return guarded(self.adapters.model, self.linear(hidden.float()).squeeze(-1))
 
     def read(self, samples: Sequence[TrainingSequence], ranks: Ranks) -> torch.Tensor:
-        """What the head says at every trained token of these samples, in their order: float32 on the CPU, equal on every rank."""
+        """What the head says at every trained token of these samples, in their order: float32 on
+        the CPU, equal on every rank."""
         with self.adapters.active(self.adapter):
-            return forward_only(self._own(samples), self.scores, self.config.tokens_per_batch, self.layout, ranks)
+            return forward_only(
+                self._own(samples), self.scores, self.config.tokens_per_batch, self.layout, ranks
+            )
 
-    def learn(self, samples: Sequence[TrainingSequence], targets: Targets, loss_fn: HeadLoss, step: int, ranks: Ranks) -> UpdateResult:
-        """One optimizer step on a loss of the scores at all trained tokens. Every rank passes the same samples and targets.
+    def learn(
+        self,
+        samples: Sequence[TrainingSequence],
+        targets: Targets,
+        loss_fn: HeadLoss,
+        step: int,
+        ranks: Ranks,
+    ) -> UpdateResult:
+        """One optimizer step on a loss of the scores at all trained tokens. Every rank passes the
+        same samples and targets.
 
-        `targets` are in the order of `read`; the loss gets a batch's share of them. `step` sets the learning rate (`learning_rate_at`).
-        What is not finite changes nothing; `Updated.problem` then says what.
+        `targets` are in the order of `read`; the loss gets a batch's share of them. `step` sets the
+        learning rate (`learning_rate_at`). What is not finite changes nothing; `Updated.problem`
+        then says what.
         """
         self.check()
-        counts = Denominators(sum(s.num_trained for s in samples), sum(len(set(s.sequence) - {-1}) for s in samples))
+        counts = Denominators(
+            sum(s.num_trained for s in samples), sum(len(set(s.sequence) - {-1}) for s in samples)
+        )
         given = {name: numbers.to(ranks.device, torch.float32) for name, numbers in targets.items()}
         rate = self.config.learning_rate_at(step, self.peak)
         result = UpdateResult({}, 0.0, int(counts.tokens), int(counts.sequences), rate)
         mine = batches_of(self._own(samples), self.config.tokens_per_batch, self.layout, ranks)
-        optimizer_step(self.optimizer, lambda: self._backward(mine, given, loss_fn, counts), result, ranks, self.config.max_grad_norm)
+        optimizer_step(
+            self.optimizer,
+            lambda: self._backward(mine, given, loss_fn, counts),
+            result,
+            ranks,
+            self.config.max_grad_norm,
+        )
         self.check()
         return result
 
@@ -136,32 +176,45 @@ class ScalarHead:
         """One batch holds samples of one policy: to a head, they are all its own."""
         return [replace(sample, policy=self.adapter) for sample in samples]
 
-    def _backward(self, batches: Sequence[Batch], targets: Targets, loss_fn: HeadLoss, counts: Denominators) -> tuple[Stats, str]:
+    def _backward(
+        self, batches: Sequence[Batch], targets: Targets, loss_fn: HeadLoss, counts: Denominators
+    ) -> tuple[Stats, str]:
         with self.adapters.active(self.adapter):
             return accumulate(
                 self.adapter,
                 "score",
                 batches,
                 lambda batch: (self.scores(batch),),
-                lambda _, batch, scores: loss_fn(scores, {name: t[batch.place] for name, t in targets.items()}, counts),
+                lambda _, batch, scores: loss_fn(
+                    scores, {name: t[batch.place] for name, t in targets.items()}, counts
+                ),
             )
 
     def save(self, folder: str | Path) -> Path:
         """Write a plain PEFT folder, with the linear layer beside it in `head.safetensors`."""
         path = self.adapters.save(self.adapter, folder)
-        write_tensors(path / LINEAR, {name: p.detach().cpu().contiguous() for name, p in self.linear.named_parameters()})
+        write_tensors(
+            path / LINEAR,
+            {name: p.detach().cpu().contiguous() for name, p in self.linear.named_parameters()},
+        )
         return path
 
     def load(self, folder: str | Path) -> None:
-        """Read what `save` wrote. Raises `SettingError` where something is missing or does not fit."""
+        """Read what `save` wrote. Raises `SettingError` where something is missing or does not
+        fit."""
         path = Path(folder) / LINEAR
         if not path.is_file():
-            raise SettingError(f"head {self.spec.name!r}: no {path}; expected the folder of a saved head")
+            raise SettingError(
+                f"head {self.spec.name!r}: no {path}; expected the folder of a saved head"
+            )
         tensors, mine = load_file(path), dict(self.linear.named_parameters())
-        found, expected = ({name: tuple(t.shape) for name, t in given.items()} for given in (tensors, mine))
+        found, expected = (
+            {name: tuple(t.shape) for name, t in given.items()} for given in (tensors, mine)
+        )
         if found != expected or not all(t.isfinite().all() for t in tensors.values()):
             raise SettingError(
-                f"head {self.spec.name!r}: {path} holds {found}, or numbers that are not finite; expected finite {expected}"
+                f"head {self.spec.name!r}: {path} holds {found}, or numbers that are not finite;"
+                f" expected finite {expected}"
             )
         self.adapters.load(self.adapter, folder)
         with torch.no_grad():
@@ -177,13 +230,21 @@ class ScalarHead:
 
 
 def after(sample: TrainingSequence) -> TrainingSequence:
-    """The sample with its terms one position later: a head then reads the hidden states of the trained tokens themselves.
+    """The sample with its terms one position later: a head then reads the hidden states of the
+    trained tokens themselves.
 
-    Only for heads: the tokens to predict, log-probs and advantages are no longer those of the sample.
+    Only for heads: the tokens to predict, log-probs and advantages are no longer those of the
+    sample.
     """
     end = max(i for i, trained in enumerate(sample.mask) if trained) + 1
     columns: dict[str, Any] = {
         name: (rest, *getattr(sample, name)[:end])
-        for name, rest in (("mask", 0), ("logprobs", 0.0), ("advantages", 0.0), ("temperatures", 1.0), ("sequence", -1))
+        for name, rest in (
+            ("mask", 0),
+            ("logprobs", 0.0),
+            ("advantages", 0.0),
+            ("temperatures", 1.0),
+            ("sequence", -1),
+        )
     }
     return replace(sample, ids=(*sample.ids[:end], sample.ids[end - 1]), **columns)

@@ -1,4 +1,5 @@
-"""Log-probabilities of whole turns, under the policies as they are or as the run began with them: what preferences compare."""
+"""Log-probabilities of whole turns, under the policies as they are or as the run began with them:
+what preferences compare."""
 
 from __future__ import annotations
 
@@ -21,11 +22,15 @@ if TYPE_CHECKING:
     from .learner import LearnerBase
 
 
-def turn_logprobs(run: Run, samples: Sequence[TrainingSequence], *, reference: bool = False) -> dict[TurnKey, float]:
-    """log p of every trained turn of the samples, summed over its tokens, at temperature 1 if the samples were made for it.
+def turn_logprobs(
+    run: Run, samples: Sequence[TrainingSequence], *, reference: bool = False
+) -> dict[TurnKey, float]:
+    """log p of every trained turn of the samples, summed over its tokens, at temperature 1 if the
+    samples were made for it.
 
-    The same on every rank; each computes its share. `reference`: under the policy as the run began, which is the base with adapters off
-    unless the policy has an `init`. Raises `RunError` at a log-prob that is not finite.
+    The same on every rank; each computes its share. `reference`: under the policy as the run began,
+    which is the base with adapters off unless the policy has an `init`. Raises `RunError` at a
+    log-prob that is not finite.
     """
     found: dict[TurnKey, float] = {}
     bare = run.policies.get(BASE)
@@ -37,15 +42,26 @@ def turn_logprobs(run: Run, samples: Sequence[TrainingSequence], *, reference: b
                 found |= _score(run, base, policy, own, reference)
     for (episode, turn, _), value in found.items():
         if not math.isfinite(value):
-            raise RunError(f"episode {episode}, turn {turn}: its log-probability is {value}; the policy has diverged")
+            raise RunError(
+                f"episode {episode}, turn {turn}: its log-probability is {value}; the policy has"
+                " diverged"
+            )
     return found
 
 
-def _score(run: Run, base: LearnerBase, policy: str, own: Sequence[TrainingSequence], reference: bool) -> dict[TurnKey, float]:
+def _score(
+    run: Run, base: LearnerBase, policy: str, own: Sequence[TrainingSequence], reference: bool
+) -> dict[TurnKey, float]:
     keys = [key for sample in own for key in sample.keys]
     model, layout = base.adapters.model, base.optimizers.layout
     with initial_weights(base.adapters, policy) if reference else base.adapters.active(policy):
-        logps = forward_only(own, lambda batch: token_logprobs(model, batch)[0], run.config.tokens_per_batch, layout, run.ranks)
+        logps = forward_only(
+            own,
+            lambda batch: token_logprobs(model, batch)[0],
+            run.config.tokens_per_batch,
+            layout,
+            run.ranks,
+        )
     found: dict[TurnKey, list[float]] = {}
     for key, value in zip(keys, logps.tolist(), strict=True):
         found.setdefault(key, []).append(value)
@@ -54,7 +70,8 @@ def _score(run: Run, base: LearnerBase, policy: str, own: Sequence[TrainingSeque
 
 @contextlib.contextmanager
 def initial_weights(adapters: Adapters, policy: str) -> Iterator[None]:
-    """The model speaking as this policy did when the run began. Its weights of now are back afterwards, to the last bit."""
+    """The model speaking as this policy did when the run began. Its weights of now are back
+    afterwards, to the last bit."""
     spec = adapters.policies.get(policy)
     if spec is None or spec.init == "fresh":  # B was zero: the base itself
         with adapters.active(BASE):

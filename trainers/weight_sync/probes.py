@@ -1,4 +1,5 @@
-"""Turns just trained, on whose tokens engine and trainer are compared by the live proof; and what the trainer says of them."""
+"""Turns just trained, on whose tokens engine and trainer are compared by the live proof; and what
+the trainer says of them."""
 
 from __future__ import annotations
 
@@ -18,13 +19,16 @@ from ..model.logprobs import token_logprobs
 
 PROBES = 3  # turns that are compared
 REPLY = CONTEXT = 24  # their tokens that are: of the turn, and before it
-SURPRISED = 4  # of these, behind a cut, are not: they follow out of nothing, and bfloat16 can be off by whole nats there
+# of these, behind a cut, are not: they follow out of nothing, and bfloat16 can be off by whole nats
+# there
+SURPRISED = 4
 MAX_TOKENS = 8192  # of a forward pass of the trainer's
 
 
 @dataclass(frozen=True)
 class ScoredWindow:
-    """Tokens of which those from `first` >= 1 on are scored, at `temperature`, each given those before it."""
+    """Tokens of which those from `first` >= 1 on are scored, at `temperature`, each given those
+    before it."""
 
     ids: tuple[int, ...]
     first: int = 1
@@ -33,7 +37,8 @@ class ScoredWindow:
 
 @dataclass(frozen=True)
 class Probe:
-    """A turn of the policy: `ids` [P + T], of which those from `prompt` = P on were sampled, at `temperature`."""
+    """A turn of the policy: `ids` [P + T], of which those from `prompt` = P on were sampled, at
+    `temperature`."""
 
     ids: tuple[int, ...]
     prompt: int
@@ -41,18 +46,29 @@ class Probe:
 
     @property
     def window(self) -> ScoredWindow:
-        """The turn's begin and what stands just before it, as a sequence of its own: next to nothing is computed that is not compared,
-        however long the prompt. Behind the prompt's first token, without which many a model is out of its senses."""
+        """The turn's begin and what stands just before it, as a sequence of its own: next to
+        nothing is computed that is not compared, however long the prompt. Behind the prompt's first
+        token, without which many a model is out of its senses.
+        """
         start = max(0, self.prompt - CONTEXT)
         if start < 2:
             return ScoredWindow(self.ids)
         return ScoredWindow((self.ids[0], *self.ids[start:]), first=1 + SURPRISED)
 
 
-def probes(episodes: Iterable[Episode], agents_of: Mapping[str, Sequence[str]], policy: str, count: int = PROBES) -> list[Probe]:
-    """Up to `count` sampled turns of the policy, of different tasks first, then those with the shortest prompts; replies are cut."""
+def probes(
+    episodes: Iterable[Episode],
+    agents_of: Mapping[str, Sequence[str]],
+    policy: str,
+    count: int = PROBES,
+) -> list[Probe]:
+    """Up to `count` sampled turns of the policy, of different tasks first, then those with the
+    shortest prompts; replies are cut."""
     turns = [
-        (e.task.id, t) for e in episodes for t in e.turns if t.agent in agents_of[policy] and t.source == "sampled" and t.token_ids
+        (e.task.id, t)
+        for e in episodes
+        for t in e.turns
+        if t.agent in agents_of[policy] and t.source == "sampled" and t.token_ids
     ]
     turns.sort(key=lambda item: len(item[1].prompt_ids))
     seen: Counter[str] = Counter()
@@ -62,17 +78,23 @@ def probes(episodes: Iterable[Episode], agents_of: Mapping[str, Sequence[str]], 
         seen[task] += 1
     chosen = [turn for _, turn in sorted(ranked, key=lambda item: item[0])[:count]]
     return [
-        Probe(t.prompt_ids + t.token_ids[:REPLY], len(t.prompt_ids), t.sampling.temperature if t.sampling.on_policy else 1.0)
+        Probe(
+            t.prompt_ids + t.token_ids[:REPLY],
+            len(t.prompt_ids),
+            t.sampling.temperature if t.sampling.on_policy else 1.0,
+        )
         for t in chosen
     ]
 
 
 @torch.no_grad()
-def trainer_logprobs(adapters: Adapters, asked: Sequence[ScoredWindow], policy: str, factor: float = 1.0) -> list[float]:
+def trainer_logprobs(
+    adapters: Adapters, asked: Sequence[ScoredWindow], policy: str, factor: float = 1.0
+) -> list[float]:
     """The trainer's log-probs of the scored tokens, one after another.
 
-    Policy `base` is the bare base; the adapter's scaling is taken times `factor`. What the sequences begin with in common is computed
-    once, where the model's attention can do that.
+    Policy `base` is the bare base; the adapter's scaling is taken times `factor`. What the
+    sequences begin with in common is computed once, where the model's attention can do that.
     """
     layout: Layout = "shared" if way_of(adapters.model) in ("flex", "branches") else "padded"
     samples = [_sample(str(number), one) for number, one in enumerate(asked)]
@@ -88,4 +110,13 @@ def _sample(name: str, asked: ScoredWindow) -> TrainingSequence:
     before, rest = asked.first, len(asked.ids) - asked.first
     zeros = (0.0,) * len(asked.ids)
     temperatures = (1.0,) * before + (asked.temperature,) * rest
-    return TrainingSequence(BASE, name, asked.ids, (0,) * before + (1,) * rest, zeros, zeros, temperatures, (-1,) * before + (0,) * rest)
+    return TrainingSequence(
+        BASE,
+        name,
+        asked.ids,
+        (0,) * before + (1,) * rest,
+        zeros,
+        zeros,
+        temperatures,
+        (-1,) * before + (0,) * rest,
+    )

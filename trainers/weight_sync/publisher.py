@@ -1,7 +1,8 @@
 """Adapter versions go to the engine, and are proven there (`proof.py`).
 
-A version is a folder that never changes (`solver-v12-3fa9c01b`: policy, step, hash of its tensors). A team version maps policies to
-adapter versions. A version is retired by the first publish that finds it neither in force nor held by anyone who plays with it.
+A version is a folder that never changes (`solver-v12-3fa9c01b`: policy, step, hash of its tensors).
+A team version maps policies to adapter versions. A version is retired by the first publish that
+finds it neither in force nor held by anyone who plays with it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ KEEP_VERSIONS = 3  # folders of retired versions kept per policy, beyond what an
 class Publisher:
     """Keeps the team version in force.
 
-    `root` is where version folders live; `versions` maps policy to version; `prover` proves them. `earlier`: those of the checkpoint a
-    run was resumed from; an adapter that is still the same gets its name back. `forward`: the trainer's own log-probs, as
-    `trainer_logprobs` gives them.
+    `root` is where version folders live; `versions` maps policy to version; `prover` proves them.
+    `earlier`: those of the checkpoint a run was resumed from; an adapter that is still the same
+    gets its name back. `forward`: the trainer's own log-probs, as `trainer_logprobs` gives them.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class Publisher:
         self.records: list[VerificationRecord] = []
         self.unproven: set[str] = set()
         self.asked = False  # whether `prove` was ever called
-        self._loaded: dict[str, tuple[str, str]] = {}  # version -> (policy, hash of its tensors), of those not yet retired
+        self._loaded: dict[
+            str, tuple[str, str]
+        ] = {}  # version -> (policy, hash of its tensors), of those not yet retired
         self._held: Counter[str] = Counter()
         self._holding = threading.Lock()
         self._retired: list[Path] = []
@@ -69,10 +72,15 @@ class Publisher:
     def stage(self, policy: str, step: int, digest: str) -> Path:
         """Write the adapter as an immutable version folder, durable before it has its name."""
         earlier = self.earlier.get(policy, "")
-        target = self.root / (earlier if earlier.endswith(f"-{digest[:8]}") else f"{policy}-v{step}-{digest[:8]}")
+        target = self.root / (
+            earlier if earlier.endswith(f"-{digest[:8]}") else f"{policy}-v{step}-{digest[:8]}"
+        )
         if target.exists():  # written before a resume
             if folder_sha256(target) != digest:
-                raise EngineError(f"adapter {target}: its tensors were changed after it was written; versions never change")
+                raise EngineError(
+                    f"adapter {target}: its tensors were changed after it was written; versions"
+                    " never change"
+                )
             return target
         staged = target.with_name(f".{target.name}")
         shutil.rmtree(staged, ignore_errors=True)
@@ -85,7 +93,8 @@ class Publisher:
         return target
 
     async def publish(self, step: int, policies: Sequence[str]) -> dict[str, str]:
-        """Load the adapters that changed on every replica and flip the team version. Prove them with `prove` before they are trusted."""
+        """Load the adapters that changed on every replica and flip the team version. Prove them
+        with `prove` before they are trusted."""
         new: dict[str, Path] = {}
         for policy in policies:
             digest = self.adapters.sha256(policy)
@@ -95,7 +104,9 @@ class Publisher:
         if new:
             await self.engine.publish(new)
         self.versions = {**self.versions, **{policy: folder.name for policy, folder in new.items()}}
-        self._retired = [folder for folder in self._retired if folder.name not in self._loaded]  # a resumed run learnt it again
+        self._retired = [
+            folder for folder in self._retired if folder.name not in self._loaded
+        ]  # a resumed run learnt it again
         self.unproven |= set(new)
         for version, (policy, _) in list(self._loaded.items()):
             if self.versions[policy] != version and not self._held[version]:
@@ -105,7 +116,8 @@ class Publisher:
 
     @contextlib.contextmanager
     def hold(self, versions: Mapping[str, str]) -> Iterator[None]:
-        """These versions are being played with: until the block ends they stay loaded and their folders stay where they are."""
+        """These versions are being played with: until the block ends they stay loaded and their
+        folders stay where they are."""
         mine = [version for version in versions.values() if version in self._loaded]
         with self._holding:
             self._held.update(mine)
@@ -116,7 +128,8 @@ class Publisher:
                 self._held.subtract(mine)
 
     async def load_again(self, policy: str, version: str) -> bool:
-        """Load an earlier version of a run that is resumed, unless it is loaded. False if its folder is gone."""
+        """Load an earlier version of a run that is resumed, unless it is loaded. False if its
+        folder is gone."""
         if version in self._loaded:
             return True
         folder = self.root / version
@@ -124,16 +137,26 @@ class Publisher:
             return False
         digest = folder_sha256(folder)
         if not version.endswith(f"-{digest[:8]}"):
-            raise EngineError(f"adapter {folder}: its tensors were changed after it was written; versions never change")
+            raise EngineError(
+                f"adapter {folder}: its tensors were changed after it was written; versions never"
+                " change"
+            )
         await self.engine.publish({policy: folder})
         self._loaded[version] = (policy, digest)
         self._retired = [one for one in self._retired if one != folder]
         return True
 
     def sweep(self) -> None:
-        """Folders that a process which was killed has left behind: those half written and twins go now, versions as if retired here."""
-        own = re.compile(rf"\.?({'|'.join(map(re.escape, self.adapters.policies))})-v(\d+)-[0-9a-f]{{8}}(-twin-[0-9a-f]{{8}})?")
-        left = [(folder, own.fullmatch(folder.name)) for folder in self.root.iterdir()] if self.root.is_dir() else []
+        """Folders that a process which was killed has left behind: those half written and twins go
+        now, versions as if retired here."""
+        own = re.compile(
+            rf"\.?({'|'.join(map(re.escape, self.adapters.policies))})-v(\d+)-[0-9a-f]{{8}}(-twin-[0-9a-f]{{8}})?"
+        )
+        left = (
+            [(folder, own.fullmatch(folder.name)) for folder in self.root.iterdir()]
+            if self.root.is_dir()
+            else []
+        )
         for folder, name in sorted((f, n) for f, n in left if n and f.name not in self._loaded):
             if folder.name.startswith(".") or name[3]:
                 shutil.rmtree(folder)
@@ -143,7 +166,8 @@ class Publisher:
         self._clear()
 
     async def _retire(self, policy: str, version: str) -> None:
-        """Unload a version once its last request has ended, and delete folders that were unloaded long ago."""
+        """Unload a version once its last request has ended, and delete folders that were unloaded
+        long ago."""
         await self.engine.retire(ModelRef(policy, version))
         self._retired.append(self.root / version)
         self._clear()
@@ -155,8 +179,11 @@ class Publisher:
 
     # live proof
 
-    async def prove(self, step: int, probes_of: Mapping[str, Sequence[Probe]], *, final: bool = False) -> list[VerificationRecord]:
-        """Prove every version published since the last proof, on every replica. Raises `WeightMismatch` after recording all of them.
+    async def prove(
+        self, step: int, probes_of: Mapping[str, Sequence[Probe]], *, final: bool = False
+    ) -> list[VerificationRecord]:
+        """Prove every version published since the last proof, on every replica. Raises
+        `WeightMismatch` after recording all of them.
 
         With `proof_every` N this happens at step 1 and every N-th; `final` asks for it now.
         """
@@ -164,22 +191,35 @@ class Publisher:
         if not final and step % self.proof_every and step > 1:
             return []
         policies = sorted(self.unproven)
-        found = await gather(self.prover.prove(step, p, self.versions[p], probes_of.get(p, ())) for p in policies)
+        found = await gather(
+            self.prover.prove(step, p, self.versions[p], probes_of.get(p, ())) for p in policies
+        )
         for policy, mine in zip(policies, found, strict=True):
-            looked_at = {proof.replica for proof in mine} >= set(self.engine.info().replicas)  # none was lost and is back unseen
-            if mine and looked_at and (mine[-1].status != "untrained" or not self.adapters.is_trained(policy)):
+            looked_at = {proof.replica for proof in mine} >= set(
+                self.engine.info().replicas
+            )  # none was lost and is back unseen
+            if (
+                mine
+                and looked_at
+                and (mine[-1].status != "untrained" or not self.adapters.is_trained(policy))
+            ):
                 self.unproven.discard(policy)
         made = [proof for mine in found for proof in mine]
         self.records += made
         failed = [proof for proof in made if proof.status == "failed"]
         if failed:
-            raise WeightMismatch("; ".join(f"{p.version} on {p.replica}: {p.reason}" for p in failed))
+            raise WeightMismatch(
+                "; ".join(f"{p.version} on {p.replica}: {p.reason}" for p in failed)
+            )
         return made
 
     def summary(self) -> dict[str, float | int]:
         """Counts for `summary.json`."""
         residuals = [p.residual for p in self.records if p.residual is not None]
-        count = {status: sum(p.status == status for p in self.records) for status in ("passed", "untrained", "failed")}
+        count = {
+            status: sum(p.status == status for p in self.records)
+            for status in ("passed", "untrained", "failed")
+        }
         return {"checks": len(self.records), **count, "max_residual": max(residuals, default=0.0)}
 
     def to_json(self) -> list[dict[str, object]]:

@@ -1,4 +1,5 @@
-"""Servers that others run: their addresses, their keys, and whether strangers could use or change them."""
+"""Servers that others run: their addresses, their keys, and whether strangers could use or change
+them."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from ...secrecy import check_key_name, check_url, usable_key
 from .auth import read_key
 from .server import http
 
-# An empty body is invalid for each of these, so nothing happens; but only an open door says so. vLLM's own --api-key leaves
-# /invocations and /adapters open. Routes that do something without a body (/sleep) are not tried; /server_info shows the
-# developer mode that opens them.
+# An empty body is invalid for each of these, so nothing happens; but only an open door says so.
+# vLLM's own --api-key leaves /invocations and /adapters open. Routes that do something without a
+# body (/sleep) are not tried; /server_info shows the developer mode that opens them.
 ROUTES = (
     ("POST", "/v1/completions"),
     ("POST", "/v1/load_lora_adapter"),
@@ -24,12 +25,14 @@ CLOSED = (401, 403, 404, 405)
 
 
 def tidy(url: str) -> str:
-    """`http://host:8000/v1/` -> `http://host:8000`. Raises `SettingError` for what is no URL, or may hold a key."""
+    """`http://host:8000/v1/` -> `http://host:8000`. Raises `SettingError` for what is no URL, or
+    may hold a key."""
     return check_url("server_urls", url).rstrip("/").removesuffix("/v1")
 
 
 def key_from(name: str, setting: str = "server_key") -> str:
-    """The key in the environment variable of this name, or in the file at this path (readable by its owner only). "" -> ""."""
+    """The key in the environment variable of this name, or in the file at this path (readable by
+    its owner only). "" -> ""."""
     check_key_name(setting, name)
     if not name:
         return ""
@@ -50,17 +53,22 @@ def open_routes(url: str) -> list[str]:
         try:
             status, _ = http(url + path, "", method, {} if method == "POST" else None)
         except OSError as error:
-            raise SettingError(f"server_urls: no answer from {url} ({error}); is it running and reachable from here?") from error
+            raise SettingError(
+                f"server_urls: no answer from {url} ({error}); is it running and reachable from"
+                " here?"
+            ) from error
         if status not in CLOSED:
             found.append(f"{method} {path}")
     return found
 
 
 def refuse_open(url: str) -> None:
-    """Raise `SettingError` if anybody who reaches the server can generate, load adapters or delete them."""
+    """Raise `SettingError` if anybody who reaches the server can generate, load adapters or delete
+    them."""
     found = open_routes(url)
     if found:
         raise SettingError(
-            f"server {url} is open: without a key it answers {', '.join(found)}. Start it with --middleware "
-            "marlora.rollouts.engines.vllm.auth.Guard and MARLORA_KEY_FILE=FILE, or accept that with allow_open_server"
+            f"server {url} is open: without a key it answers {', '.join(found)}. Start it with"
+            " --middleware marlora.rollouts.engines.vllm.auth.Guard and MARLORA_KEY_FILE=FILE, or"
+            " accept that with allow_open_server"
         )

@@ -1,8 +1,10 @@
-"""The lock on our vLLM servers: an ASGI middleware that vLLM loads with `--middleware marlora.rollouts.engines.vllm.auth.Guard`.
+"""The lock on our vLLM servers: an ASGI middleware that vLLM loads with `--middleware
+marlora.rollouts.engines.vllm.auth.Guard`.
 
-vLLM's own `--api-key` leaves routes open that generate, load any folder as an adapter and delete adapters. This guard stands
-before all of them: only the routes and methods we use exist, and all but `GET /health` need the key. Standard library only,
-since it is imported inside the server's process.
+vLLM's own `--api-key` leaves routes open that generate, load any folder as an adapter and delete
+adapters. This guard stands before all of them: only the routes and methods we use exist, and all
+but `GET /health` need the key. Standard library only, since it is imported inside the server's
+process.
 """
 
 from __future__ import annotations
@@ -14,14 +16,18 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-KEY_FILE = "MARLORA_KEY_FILE"  # environment variable with the path of the key file; the key itself is in no environment
+# environment variable with the path of the key file; the key itself is in no environment
+KEY_FILE = "MARLORA_KEY_FILE"
 
 OPEN = {("GET", "/health")}
 ROUTES = {
     ("GET", "/metrics"),
     ("GET", "/v1/models"),
     ("POST", "/v1/completions"),
-    ("POST", "/v1/chat/completions"),  # for other people's programs at a served checkpoint; we send token ids
+    (
+        "POST",
+        "/v1/chat/completions",
+    ),  # for other people's programs at a served checkpoint; we send token ids
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
 }
@@ -30,7 +36,8 @@ Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 
 
 def read_key(path: str | Path) -> str:
-    """The key in a file that only its owner may read. Raises `ValueError` when others may, or when it is short or no line."""
+    """The key in a file that only its owner may read. Raises `ValueError` when others may, or when
+    it is short or no line."""
     path = Path(path)
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise ValueError(f"key file {path}: only its owner may read it; run chmod 600 {path}")
@@ -46,7 +53,8 @@ def read_key(path: str | Path) -> str:
 
 
 class Guard:
-    """Answers 401 without the key and 403 for a route that is not ours; a server whose key cannot be read does not start."""
+    """Answers 401 without the key and 403 for a route that is not ours; a server whose key cannot
+    be read does not start."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], key_file: str | Path = "") -> None:
         path = key_file or os.environ.get(KEY_FILE)
@@ -58,7 +66,9 @@ class Guard:
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        if scope["type"] != "http":  # a websocket: closing it before it is accepted refuses the handshake
+        if (
+            scope["type"] != "http"
+        ):  # a websocket: closing it before it is accepted refuses the handshake
             return await send({"type": "websocket.close", "code": 1008})
         route = (scope["method"], scope["path"])
         if route in OPEN:

@@ -1,9 +1,11 @@
-"""One vLLM server as seen over HTTP: requests with bounded retries, a look at whether it still lives, and its revival.
+"""One vLLM server as seen over HTTP: requests with bounded retries, a look at whether it still
+lives, and its revival.
 
-`/health` says that a server's front answers, not that its engine computes. A replica counts as dead when its process has ended, or
-when for `stall` seconds no request finished and no token was generated although requests were open, and it then cannot generate
-one token. A dead server of ours is started again (a bounded number of times) and loads its adapters again; requests that were
-open are sent again with their seeds, so the result is the one they would have had.
+`/health` says that a server's front answers, not that its engine computes. A replica counts as dead
+when its process has ended, or when for `stall` seconds no request finished and no token was
+generated although requests were open, and it then cannot generate one token. A dead server of ours
+is started again (a bounded number of times) and loads its adapters again; requests that were open
+are sent again with their seeds, so the result is the one they would have had.
 """
 
 from __future__ import annotations
@@ -32,12 +34,16 @@ GROWTH = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:requ
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to wait and how often to try, in seconds and counts. Where there are several servers, see `vllm_fleet.hasty`.
+    """How long to wait and how often to try, in seconds and counts. Where there are several
+    servers, see `vllm_fleet.hasty`.
 
     Args:
-        retries: of one request after the first try. backoff: before the first retry, doubled each time, ±50 %, at most `longest`.
-        request: one try may take this long. stall: no sign of life for so long is followed by a probe, which may take `probe`.
-        gone: when all of several servers are lost, one may take this long to come back (ours: besides the time it may take to start).
+        retries: of one request after the first try. backoff: before the first retry, doubled each
+            time, ±50 %, at most `longest`.
+        request: one try may take this long. stall: no sign of life for so long is followed by a
+            probe, which may take `probe`.
+        gone: when all of several servers are lost, one may take this long to come back (ours:
+            besides the time it may take to start).
     """
 
     retries: int = 6
@@ -62,13 +68,22 @@ class RequestRefused(EngineError):
 
 
 class Replica:
-    """One server. `adapters` are those to be loaded again after a restart; `open` counts requests in flight by served name.
+    """One server. `adapters` are those to be loaded again after a restart; `open` counts requests
+    in flight by served name.
 
-    `alone`: there is no other, so requests wait while it is started again. Else they raise `ReplicaLost`, and `ReplicaPool` brings it back.
+    `alone`: there is no other, so requests wait while it is started again. Else they raise
+    `ReplicaLost`, and `ReplicaPool` brings it back.
     """
 
     def __init__(
-        self, name: str, url: str, key: str, base: str, patience: RetryPolicy, server: VLLMServer | None = None, key_file: str = ""
+        self,
+        name: str,
+        url: str,
+        key: str,
+        base: str,
+        patience: RetryPolicy,
+        server: VLLMServer | None = None,
+        key_file: str = "",
     ) -> None:
         self.name, self.url, self.key, self.base, self.key_file = name, url, key, base, key_file
         self.patience, self.server = patience, server
@@ -98,7 +113,8 @@ class Replica:
     ) -> T:
         """Send, and `read` the reply (may raise `Transient`).
 
-        Raises `Refused` for a 4xx, after the last try `EngineError`, or `ReplicaLost` if there are others to ask.
+        Raises `Refused` for a 4xx, after the last try `EngineError`, or `ReplicaLost` if there are
+        others to ask.
         """
         await self._attach()
         failure: Transient | None = None
@@ -108,7 +124,9 @@ class Replica:
                 await asyncio.sleep(pause * self._jitter.uniform(0.5, 1.5))
             try:
                 await self._revive()
-                reply = await self._watched(self._once(method, path, body, self.patience.request, read, headers))
+                reply = await self._watched(
+                    self._once(method, path, body, self.patience.request, read, headers)
+                )
                 self._finished += 1
                 return reply
             except Transient as error:
@@ -116,7 +134,9 @@ class Replica:
                 if isinstance(error, ConnectionDropped) and (self.server is None or not self.alone):
                     break  # not ours to start again, or not here
         kind = EngineError if self.alone else ReplicaLost
-        raise kind(f"{self}: {method} {path} failed {attempt + 1} times, last: {failure}{self._tail()}")
+        raise kind(
+            f"{self}: {method} {path} failed {attempt + 1} times, last: {failure}{self._tail()}"
+        )
 
     async def _once(
         self,
@@ -127,24 +147,30 @@ class Replica:
         read: Callable[[Any], Any] = lambda reply: reply,
         more: Mapping[str, str] | None = None,
     ) -> Any:
-        """One try. The connection of a reply that is not believed is closed: what comes on it next may belong to another request."""
+        """One try. The connection of a reply that is not believed is closed: what comes on it next
+        may belong to another request."""
         headers = {**(more or {}), **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         timeout = aiohttp.ClientTimeout(total=seconds)
         try:
-            async with self._session.request(method, self.url + path, json=body, headers=headers, timeout=timeout) as response:
+            async with self._session.request(
+                method, self.url + path, json=body, headers=headers, timeout=timeout
+            ) as response:
                 try:
                     return read(self._reply(method, path, response.status, await response.read()))
                 except BaseException:
                     response.close()
                     raise
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Transient(f"{type(error).__name__}: {error or f'no answer for {seconds:.0f} s'}") from error
+            raise Transient(
+                f"{type(error).__name__}: {error or f'no answer for {seconds:.0f} s'}"
+            ) from error
 
     def _reply(self, method: str, path: str, status: int, raw: bytes) -> Any:
         """What a reply says. Raises `Transient` or `Refused`.
 
-        A completion that comes a second time is refused by its id: a server or proxy that sends one twice leaves it on the kept connection,
-        where it would answer the next request, and a sibling's request differs from it in nothing but the seed.
+        A completion that comes a second time is refused by its id: a server or proxy that sends one
+        twice leaves it on the kept connection, where it would answer the next request, and a
+        sibling's request differs from it in nothing but the seed.
         """
         if status == 429 or status >= 500:
             raise Transient(f"HTTP {status}: {message(raw)}")
@@ -170,16 +196,23 @@ class Replica:
         return await self.request("GET", "/v1/models", read=loaded)
 
     async def load(self, version: str, folder: str) -> None:
-        """Load an adapter. One that a lost reply had already loaded from this folder is taken as loaded."""
+        """Load an adapter. One that a lost reply had already loaded from this folder is taken as
+        loaded."""
         try:
-            await self.request("POST", "/v1/load_lora_adapter", {"lora_name": version, "lora_path": folder})
+            await self.request(
+                "POST", "/v1/load_lora_adapter", {"lora_name": version, "lora_path": folder}
+            )
         except RequestRefused as error:
-            if "already been loaded" not in str(error) or (await self.listed()).get(version) != folder:
+            if (
+                "already been loaded" not in str(error)
+                or (await self.listed()).get(version) != folder
+            ):
                 raise
         self.adapters[version] = folder
 
     async def unload(self, version: str) -> None:
-        """Forget an adapter, once no open request names it. After this no replica's cache can ask for its files."""
+        """Forget an adapter, once no open request names it. After this no replica's cache can ask
+        for its files."""
         self.adapters.pop(version, None)
         while self.open[version]:
             await asyncio.sleep(0.02)
@@ -200,12 +233,15 @@ class Replica:
     # life and death
 
     async def _attach(self) -> None:
-        """Connections, locks and tasks belong to one event loop; a caller may use several, one after the other."""
+        """Connections, locks and tasks belong to one event loop; a caller may use several, one
+        after the other."""
         loop = asyncio.get_running_loop()
         if self._loop is loop:
             return
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop of its connections is closed and cannot say goodbye for them
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the loop of its connections is closed and cannot say goodbye for them
                 await self._session.close()
         self._loop = loop
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
@@ -235,7 +271,8 @@ class Replica:
                 self._watcher.cancel()
 
     async def _watch(self) -> None:
-        """While requests are open: look for signs of life, and drop the requests of a server that has none."""
+        """While requests are open: look for signs of life, and drop the requests of a server that
+        has none."""
         clock = asyncio.get_running_loop().time
         seen, since = (-1, 0.0), clock()
         while True:
@@ -250,7 +287,9 @@ class Replica:
                 reason = await self._probe()
                 if reason:
                     waited = f"no request finished and no token came for {clock() - since:.0f} s"
-                    return self._drop(f"{waited}, then one token could not be generated either ({reason})")
+                    return self._drop(
+                        f"{waited}, then one token could not be generated either ({reason})"
+                    )
                 since = clock()
 
     async def _generated(self) -> float | None:
@@ -259,10 +298,13 @@ class Replica:
             text = await self._once("GET", "/metrics", None, min(self.patience.probe, 5.0))
         except (Transient, RequestRefused):
             return None
-        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(GROWTH))
+        return sum(
+            float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(GROWTH)
+        )
 
     async def _probe(self) -> str:
-        """Why one token could not be generated; "" if it could. With an adapter if there is one: that is what must work."""
+        """Why one token could not be generated; "" if it could. With an adapter if there is one:
+        that is what must work."""
         model = next(reversed(self.adapters), self.base)
         body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0.0}
         try:
@@ -280,10 +322,13 @@ class Replica:
             task.cancel()
 
     async def _revive(self) -> None:
-        """Before a try: start a dead server of ours again, once for all that wait. Raises `EngineError` when it may not be."""
+        """Before a try: start a dead server of ours again, once for all that wait. Raises
+        `EngineError` when it may not be."""
         if not self.alone:
             if self._dead or (self.server is not None and not self.server.alive):
-                raise ReplicaLost(f"{self} is dead: {self._dead or 'its process ended'}{self._tail()}")
+                raise ReplicaLost(
+                    f"{self} is dead: {self._dead or 'its process ended'}{self._tail()}"
+                )
             return
         async with self._lock:
             if self.server is None:
@@ -293,7 +338,9 @@ class Replica:
                 return
             await self._restart()
             for version, folder in self.adapters.items():
-                await self.order("/v1/load_lora_adapter", {"lora_name": version, "lora_path": folder})
+                await self.order(
+                    "/v1/load_lora_adapter", {"lora_name": version, "lora_path": folder}
+                )
             self._dead = ""
 
     async def _restart(self) -> None:
@@ -301,9 +348,14 @@ class Replica:
         assert self.server is not None
         self._dead = reason = self._dead or "its process ended"
         if self.restarts >= self.server.settings.max_restarts:
-            raise EngineError(f"{self} is dead: {reason}; it was started again {self.restarts} times{self._tail()}")
+            raise EngineError(
+                f"{self} is dead: {reason}; it was started again {self.restarts}"
+                f" times{self._tail()}"
+            )
         self.restarts += 1
-        self.server.progress(f"{self} is dead: {reason}. Starting it again ({self.restarts})\n{self.server.tail()}")
+        self.server.progress(
+            f"{self} is dead: {reason}. Starting it again ({self.restarts})\n{self.server.tail()}"
+        )
         await asyncio.to_thread(self.server.stop)
         self.server.launch()
         while not self.server.ready():
@@ -315,7 +367,9 @@ class Replica:
     @property
     def comeback(self) -> float:
         """Seconds in which a lost server may be back."""
-        return self.patience.gone + (self.server.settings.timeout if self.server is not None else 0.0)
+        return self.patience.gone + (
+            self.server.settings.timeout if self.server is not None else 0.0
+        )
 
     async def rise(self) -> None:
         """Let a lost server answer again: start it if it is ours and dead."""
@@ -340,15 +394,22 @@ class Replica:
         await self._once("POST", path, body, 60.0)
 
     def _tail(self) -> str:
-        return f". End of {self.server.log}:\n{self.server.tail()}" if self.server is not None else ""
+        return (
+            f". End of {self.server.log}:\n{self.server.tail()}" if self.server is not None else ""
+        )
 
 
 def fresh_key(path: str) -> str:
     """The key that stands in the file now. `Transient` while there is none."""
     try:
         return read_key(path)
-    except (OSError, ValueError) as error:  # the path was refused at start-up if it was none, see `secrecy`
-        raise Transient(f"key file {path}: {error.strerror if isinstance(error, OSError) else error}") from error
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # the path was refused at start-up if it was none, see `secrecy`
+        raise Transient(
+            f"key file {path}: {error.strerror if isinstance(error, OSError) else error}"
+        ) from error
 
 
 def loaded(reply: Any) -> dict[str, str]:

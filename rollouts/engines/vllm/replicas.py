@@ -1,7 +1,9 @@
-"""Several vLLM servers as one: a lost one is passed over, brought back with exactly the adapters it should have, and used again.
+"""Several vLLM servers as one: a lost one is passed over, brought back with exactly the adapters it
+should have, and used again.
 
-A server of ours is started again; one by URL is asked until it answers. Meanwhile requests go to the others, and versions are
-loaded and retired there. A server comes back only when it lists what the others serve and has generated a token.
+A server of ours is started again; one by URL is asked until it answers. Meanwhile requests go to
+the others, and versions are loaded and retired there. A server comes back only when it lists what
+the others serve and has generated a token.
 """
 
 from __future__ import annotations
@@ -20,18 +22,25 @@ from .server import Progress, say
 
 T = TypeVar("T")
 
-# Where others can answer, waiting is worth less: gone or silent servers are passed over within half a minute.
+# Where others can answer, waiting is worth less: gone or silent servers are passed over within half
+# a minute.
 HASTE = {"retries": 3, "stall": 15.0, "probe": 10.0}
-PAUSES = (1.0, 10.0)  # seconds between two looks at a lost server, doubled from the first to the last
+PAUSES = (
+    1.0,
+    10.0,
+)  # seconds between two looks at a lost server, doubled from the first to the last
 
 
 def hasty(patience: RetryPolicy) -> RetryPolicy:
     """The patience with each of several servers: nowhere more than `HASTE`."""
-    return replace(patience, **{name: min(getattr(patience, name), limit) for name, limit in HASTE.items()})
+    return replace(
+        patience, **{name: min(getattr(patience, name), limit) for name, limit in HASTE.items()}
+    )
 
 
 class ReplicaPool:
-    """The replicas by name, which of them are lost, and the adapters (version -> folder) that each should have.
+    """The replicas by name, which of them are lost, and the adapters (version -> folder) that each
+    should have.
 
     One replica is never passed over: it is waited for and started again where it stands.
     """
@@ -50,8 +59,13 @@ class ReplicaPool:
         """Those that can be asked now."""
         return {name: replica for name, replica in self.replicas.items() if name not in self.lost}
 
-    async def ask(self, choose: Callable[[Mapping[str, Replica]], Replica], work: Callable[[Replica], Awaitable[T]]) -> T:
-        """`work` on a replica that `choose` picks among those present, and on another one whenever that is lost.
+    async def ask(
+        self,
+        choose: Callable[[Mapping[str, Replica]], Replica],
+        work: Callable[[Replica], Awaitable[T]],
+    ) -> T:
+        """`work` on a replica that `choose` picks among those present, and on another one whenever
+        that is lost.
 
         Raises `EngineError` when all are gone.
         """
@@ -63,7 +77,8 @@ class ReplicaPool:
                 self.lose(replica, str(error))
 
     async def everywhere(self, work: Callable[[Replica], Awaitable[None]]) -> None:
-        """`work` on every replica present; those that get lost over it are brought up to date when they return."""
+        """`work` on every replica present; those that get lost over it are brought up to date when
+        they return."""
 
         async def one(replica: Replica) -> None:
             try:
@@ -97,11 +112,15 @@ class ReplicaPool:
 
     def lose(self, replica: Replica, why: str) -> None:
         if replica.name not in self.lost:
-            self.progress(f"{replica} is lost, {len(self.present) - 1} of {len(self.replicas)} servers go on: {why}")
+            self.progress(
+                f"{replica} is lost, {len(self.present) - 1} of {len(self.replicas)} servers go on:"
+                f" {why}"
+            )
             self.lost[replica.name] = why
 
     async def inspect(self) -> None:
-        """Look at every replica; those that do not list what they should are lost until they do. Waits for them a while."""
+        """Look at every replica; those that do not list what they should are lost until they do.
+        Waits for them a while."""
 
         async def one(replica: Replica) -> None:
             try:
@@ -109,11 +128,16 @@ class ReplicaPool:
             except ReplicaLost as error:
                 return self.lose(replica, str(error))
             if listed != self.adapters:
-                self.lose(replica, f"it lists {len(listed)} adapters, not the {len(self.adapters)} that it should")
+                self.lose(
+                    replica,
+                    f"it lists {len(listed)} adapters, not the {len(self.adapters)} that it should",
+                )
 
         await asyncio.gather(*(one(replica) for replica in self.present.values()))
         await self._some()
-        coming = [task for name, task in self._returns.items() if name in self.lost and not task.done()]
+        coming = [
+            task for name, task in self._returns.items() if name in self.lost and not task.done()
+        ]
         if coming:
             await asyncio.wait(coming, timeout=PAUSES[1])
 
@@ -128,7 +152,9 @@ class ReplicaPool:
         await self.everywhere(one)
 
     async def close(self) -> None:
-        tasks = [task for task in self._returns.values() if task.get_loop() is asyncio.get_running_loop()]
+        tasks = [
+            task for task in self._returns.values() if task.get_loop() is asyncio.get_running_loop()
+        ]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -144,12 +170,18 @@ class ReplicaPool:
             if task is None or task.done() or task.get_loop() is not here:
                 self._returns[name] = asyncio.create_task(self._return(self.replicas[name]))
         if not self.present:
-            coming = [task for name, task in self._returns.items() if name in self.lost and not task.done()]
+            coming = [
+                task
+                for name, task in self._returns.items()
+                if name in self.lost and not task.done()
+            ]
             patience = max(replica.comeback for replica in self.replicas.values())
             if coming:
                 await asyncio.wait(coming, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
             if not self.present:
-                why = "; ".join(f"{self.replicas[name]}: {reason}" for name, reason in self.lost.items())
+                why = "; ".join(
+                    f"{self.replicas[name]}: {reason}" for name, reason in self.lost.items()
+                )
                 raise EngineError(f"all {len(self.replicas)} servers are gone ({why})")
         return self.present
 
@@ -174,7 +206,8 @@ class ReplicaPool:
                 return
 
     async def _equip(self, replica: Replica) -> None:
-        """Until it lists exactly what it should. Raises `Transient` where it fails; nothing is awaited after the last look."""
+        """Until it lists exactly what it should. Raises `Transient` where it fails; nothing is
+        awaited after the last look."""
         await replica.compute()
         while (listed := await replica.look()) != self.adapters:
             for version in listed:
@@ -182,5 +215,7 @@ class ReplicaPool:
                     await replica.order("/v1/unload_lora_adapter", {"lora_name": version})
             for version, folder in list(self.adapters.items()):
                 if listed.get(version) != folder:
-                    await replica.order("/v1/load_lora_adapter", {"lora_name": version, "lora_path": folder})
+                    await replica.order(
+                        "/v1/load_lora_adapter", {"lora_name": version, "lora_path": folder}
+                    )
         replica.adapters = dict(self.adapters)

@@ -1,7 +1,9 @@
-"""A router in front of many servers, for generation alone: vllm-router or anything that keeps the requests of one `X-Session-ID` together.
+"""A router in front of many servers, for generation alone: vllm-router or anything that keeps the
+requests of one `X-Session-ID` together.
 
-A router spreads chats over servers that it looks after itself, and hashes a chat's id so that it stays where its prefix is cached. It knows
-nothing of adapters: they are published to every server behind it and proven there, one by one, past the router (`ReplicaPool`).
+A router spreads chats over servers that it looks after itself, and hashes a chat's id so that it
+stays where its prefix is cached. It knows nothing of adapters: they are published to every server
+behind it and proven there, one by one, past the router (`ReplicaPool`).
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class Router:
         fleet: the servers behind it.
     """
 
-    def __init__(self, url: str, key: str, base: str, fleet: ReplicaPool, patience: RetryPolicy) -> None:
+    def __init__(
+        self, url: str, key: str, base: str, fleet: ReplicaPool, patience: RetryPolicy
+    ) -> None:
         self.fleet, self.base, self.patience = fleet, base, patience
         self._front = Replica(url, url, key, base, patience)
         self.open: Counter[str] = Counter()  # requests in flight by served name
@@ -36,15 +40,18 @@ class Router:
     async def complete(self, chat: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
         """The reply to a completion of this chat.
 
-        A server that has lost its adapters (it was started again) says that there is no such model: then all servers are looked at, those
-        that do not list what they should get it again, and the request is sent again. Raises `EngineError` after the last try.
+        A server that has lost its adapters (it was started again) says that there is no such model:
+        then all servers are looked at, those that do not list what they should get it again, and
+        the request is sent again. Raises `EngineError` after the last try.
         """
         model = str(body["model"])
         self.open[model] += 1
         try:
             for _ in range(self.patience.retries):
                 try:
-                    return await self._front.request("POST", "/v1/completions", body, read, {SESSION: chat})
+                    return await self._front.request(
+                        "POST", "/v1/completions", body, read, {SESSION: chat}
+                    )
                 except RequestRefused as error:
                     if error.status != 404 or model not in self.fleet.adapters:
                         raise

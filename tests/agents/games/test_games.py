@@ -34,21 +34,34 @@ PLAYED: list[tuple[type[Game], Task]] = [(Ultimatum, MONEY), (Trade, LAMP), (Exc
 
 
 def play(game: Game, task: Task, replies: list[str]) -> tuple[dict[str, Any], Team]:
-    """The referee's record and the team; replies in the order in which they are asked for, the last one for ever."""
+    """The referee's record and the team; replies in the order in which they are asked for, the last
+    one for ever."""
     queue = list(replies)
-    team = fake_team(game.specs, lambda agent, messages: queue.pop(0) if len(queue) > 1 else queue[0])
+    team = fake_team(
+        game.specs, lambda agent, messages: queue.pop(0) if len(queue) > 1 else queue[0]
+    )
     return json.loads(asyncio.run(game.run(task.public(), team))), team
 
 
 def told(team: Team, agent: str) -> str:
-    return "\n".join(m.content for t in team.turns if t.agent == agent for m in t.messages if m.role != "assistant")
+    return "\n".join(
+        m.content
+        for t in team.turns
+        if t.agent == agent
+        for m in t.messages
+        if m.role != "assistant"
+    )
 
 
 # payoffs
 
 
 def test_ultimatum_by_hand() -> None:
-    record, _ = play(Ultimatum(["a", "b"]), MONEY, ["Move: offer 20", "Move: offer 55", "Move: offer 40", "Move: accept"])
+    record, _ = play(
+        Ultimatum(["a", "b"]),
+        MONEY,
+        ["Move: offer 20", "Move: offer 55", "Move: offer 40", "Move: accept"],
+    )
     assert record == {
         "players": ["a", "b"],
         "moves": [["a", "offer 20"], ["b", "offer 55"], ["a", "offer 40"], ["b", "accept"]],
@@ -62,17 +75,25 @@ def test_ultimatum_by_hand() -> None:
 
 
 def test_trade_by_hand() -> None:
-    record, _ = play(Trade(["seller", "buyer"]), LAMP, ["Move: offer 70", "Move: offer 45", "Move: offer $52.", "Move: accept"])
+    record, _ = play(
+        Trade(["seller", "buyer"]),
+        LAMP,
+        ["Move: offer 70", "Move: offer 45", "Move: offer $52.", "Move: accept"],
+    )
     assert record["payoffs"] == {"seller": 11.0, "buyer": 11.0}  # 52 - 41, 63 - 52
     record, _ = play(Trade(["seller", "buyer"]), LAMP, ["offer 30", "accept"])
     assert record["payoffs"] == {"seller": -11.0, "buyer": 33.0}, "a bad bargain is legal"
 
 
 def test_exchange_by_hand() -> None:
-    record, _ = play(Exchange(["a", "b"]), NUTS, ["Move: offer 3 apples for 2 nuts", "Move: accept"])
+    record, _ = play(
+        Exchange(["a", "b"]), NUTS, ["Move: offer 3 apples for 2 nuts", "Move: accept"]
+    )
     assert record["deal"] == ["a", 3, 0, 2, 1]
     assert record["payoffs"] == {"a": 2 * 733 - 3 * 1, "b": 3 * 877 - 2 * 2}
-    record, _ = play(Exchange(["a", "b"]), NUTS, ["4 apples for 4 nuts", "offer 1 Nuts for 2 Apples", "accept"])
+    record, _ = play(
+        Exchange(["a", "b"]), NUTS, ["4 apples for 4 nuts", "offer 1 Nuts for 2 Apples", "accept"]
+    )
     assert record["moves"][1] == ["b", "offer 1 nuts for 2 apples"]
     assert record["payoffs"] == {"a": 1 * 733 - 2 * 1, "b": 2 * 877 - 1 * 2}
 
@@ -86,19 +107,33 @@ def test_with_equal_worths_an_exchange_is_one_gains_what_the_other_loses() -> No
 @pytest.mark.parametrize(
     ("game", "task", "replies"),
     [
-        (Ultimatum(["a", "b"]), MONEY, ["offer 40", "offer 60"]),  # b would keep 40, which is what it is offered
+        (
+            Ultimatum(["a", "b"]),
+            MONEY,
+            ["offer 40", "offer 60"],
+        ),  # b would keep 40, which is what it is offered
         (Ultimatum(["a", "b"]), MONEY, ["offer 40", "offer 75"]),  # and here even less
         (Trade(["a", "b"]), LAMP, ["offer 50", "offer 50"]),
-        (Trade(["a", "b"]), LAMP, ["offer 50", "offer 58"]),  # a buyer who bids over the price pays the price
+        (
+            Trade(["a", "b"]),
+            LAMP,
+            ["offer 50", "offer 58"],
+        ),  # a buyer who bids over the price pays the price
         (Trade(["a", "b"]), LAMP, ["offer 60", "offer 50", "offer 49"]),
         (Exchange(["a", "b"]), NUTS, ["3 apples for 2 nuts", "2 nuts for 3 apples"]),
         (Exchange(["a", "b"]), NUTS, ["3 apples for 2 nuts", "4 nuts for 1 apples"]),
     ],
 )
-def test_an_offer_that_asks_no_more_than_the_standing_one_gives_accepts_it(game: Game, task: Task, replies: list[str]) -> None:
+def test_an_offer_that_asks_no_more_than_the_standing_one_gives_accepts_it(
+    game: Game, task: Task, replies: list[str]
+) -> None:
     by_accepting, _ = play(type(game)(game.agents), task, [*replies[:-1], "accept"])
     record, _ = play(game, task, replies)
-    assert record["ended"] == "deal" and record["payoffs"] == by_accepting["payoffs"] and record["deal"] == by_accepting["deal"]
+    assert (
+        record["ended"] == "deal"
+        and record["payoffs"] == by_accepting["payoffs"]
+        and record["deal"] == by_accepting["deal"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,23 +156,37 @@ def test_without_a_deal_nobody_has_anything(replies: list[str], ended: str, move
 
 
 def test_a_player_hears_the_message_and_the_offer_and_nothing_else() -> None:
-    replies = ["They look poor.\nMessage: Take it or leave it!\nMove: offer 7", "Greedy.\nMessage: no\nMove: offer 50", "accept"]
+    replies = [
+        "They look poor.\nMessage: Take it or leave it!\nMove: offer 7",
+        "Greedy.\nMessage: no\nMove: offer 50",
+        "accept",
+    ]
     _, team = play(Ultimatum(["a", "b"]), MONEY, replies)
     assert told(team, "b").endswith(
-        "The other player says: Take it or leave it!\n\nThe other player's offer: 7\n\nYour move; 7 moves are left."
+        "The other player says: Take it or leave it!\n\nThe other player's offer: 7\n\nYour move; 7"
+        " moves are left."
     )
     assert (
         team.turns[2].messages[-1].content
-        == "The other player says: no\n\nThe other player's offer: 50\n\nYour move; 6 moves are left."
+        == "The other player says: no\n\nThe other player's offer: 50\n\nYour move; 6 moves are"
+        " left."
     )
     assert "poor" not in told(team, "b") and "Greedy" not in told(team, "a")
     assert [turn.reads for turn in team.turns] == [(), (0,), (1,)]
 
 
 def test_a_refused_move_is_told_to_its_player_only_and_does_not_count() -> None:
-    record, team = play(Ultimatum(["a", "b"]), MONEY, ["offer 500", "Message: sorry\nMove: offer 50", "accept"])
-    assert record["refused"] == {"a": 1, "b": 0} and record["moves"] == [["a", "offer 50"], ["b", "accept"]]
-    assert team.turns[1].messages[-1].content == "The referee refuses this: expected a whole number from 0 to 100. Move again."
+    record, team = play(
+        Ultimatum(["a", "b"]), MONEY, ["offer 500", "Message: sorry\nMove: offer 50", "accept"]
+    )
+    assert record["refused"] == {"a": 1, "b": 0} and record["moves"] == [
+        ["a", "offer 50"],
+        ["b", "accept"],
+    ]
+    assert (
+        team.turns[1].messages[-1].content
+        == "The referee refuses this: expected a whole number from 0 to 100. Move again."
+    )
     assert "500" not in told(team, "b") and team.turns[2].reads == (1,)
 
 
@@ -147,10 +196,21 @@ def test_nobody_is_told_what_only_the_other_knows() -> None:
         (Trade(["a", "b"]), LAMP, ({"41"}, {"63"})),
         (Exchange(["a", "b"]), NUTS, ({"733"}, {"877"})),
     ):
-        for views in ({}, {"a": "{prompt} {offer} {message} {left}", "b": "{prompt} {offer} {message} {left}"}):
+        for views in (
+            {},
+            {"a": "{prompt} {offer} {message} {left}", "b": "{prompt} {offer} {message} {left}"},
+        ):
             game.views = views
             _, team = play(
-                game, task, ["Message: hm\nMove: 5", "Message: hm\nMove: 3 apples for 1 nuts", "Move: 7", "what?", "accept"]
+                game,
+                task,
+                [
+                    "Message: hm\nMove: 5",
+                    "Message: hm\nMove: 3 apples for 1 nuts",
+                    "Move: 7",
+                    "what?",
+                    "accept",
+                ],
             )
             numbers = {agent: set(re.findall(r"\d+", told(team, agent))) for agent in "ab"}
             assert not numbers["a"] & secrets[1] and not numbers["b"] & secrets[0]
@@ -158,10 +218,14 @@ def test_nobody_is_told_what_only_the_other_knows() -> None:
 
 
 def test_views_take_the_place_of_our_words() -> None:
-    game = Trade(["s", "b"], max_moves=3, views={"s": "{cost} {offer}", "b": "{value} {offer} {left}"})
+    game = Trade(
+        ["s", "b"], max_moves=3, views={"s": "{cost} {offer}", "b": "{value} {offer} {left}"}
+    )
     _, team = play(game, LAMP, ["60", "50", "accept"])
     assert [turn.messages[-1].content for turn in team.turns] == ["41 -", "63 60 2", "41 50"]
-    with pytest.raises(SettingError, match=r"views.s: unknown field \{value\} for task 't'; known: "):
+    with pytest.raises(
+        SettingError, match=r"views.s: unknown field \{value\} for task 't'; known: "
+    ):
         play(Trade(["s", "b"], views={"s": "{value}"}), LAMP, ["60"])
 
 
@@ -180,7 +244,20 @@ def test_moves_are_read(text: str, move: str | int) -> None:
     assert read == (Offer(1, (move,)) if isinstance(move, int) else move)
 
 
-@pytest.mark.parametrize("text", ["", "100", "-1", "4.5", "offer", "Move: offer ٣", "yes\nno", "Move: accept that", "10000000000"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "100",
+        "-1",
+        "4.5",
+        "offer",
+        "Move: offer ٣",
+        "yes\nno",
+        "Move: accept that",
+        "10000000000",
+    ],
+)
 def test_other_replies_are_refused(text: str) -> None:
     with pytest.raises(Illegal):
         Trade(["s", "b"]).read(text, 1, Offer(0, (50,)), LAMP)
@@ -195,12 +272,26 @@ def test_the_last_message_of_a_reply_counts() -> None:
 
 NUMBERS = st.integers(-3, 130).map(str)
 LEGAL_LOOKING = st.one_of(
-    st.sampled_from(["accept", "reject", "Move: accept", "Message: hello\nMove: reject", "offer", "Move:", "", "\n\n"]),
+    st.sampled_from(
+        [
+            "accept",
+            "reject",
+            "Move: accept",
+            "Message: hello\nMove: reject",
+            "offer",
+            "Move:",
+            "",
+            "\n\n",
+        ]
+    ),
     NUMBERS,
     NUMBERS.map("Move: offer {}".format),
-    st.tuples(NUMBERS, st.sampled_from(["apples", "nuts", "Apples", "pears"]), NUMBERS, st.sampled_from(["apples", "nuts"])).map(
-        lambda t: "Move: offer {} {} for {} {}".format(*t)
-    ),
+    st.tuples(
+        NUMBERS,
+        st.sampled_from(["apples", "nuts", "Apples", "pears"]),
+        NUMBERS,
+        st.sampled_from(["apples", "nuts"]),
+    ).map(lambda t: "Move: offer {} {} for {} {}".format(*t)),
     st.text(max_size=30),
 )
 
@@ -211,14 +302,23 @@ def legal(task: Task, seat: int, move: str, standing: str | None) -> bool:
         return move == "reject" or standing is not None
     words = move.removeprefix("offer ").split(" ")
     if "holdings" not in task.meta:
-        return len(words) == 1 and 0 <= int(words[0]) <= task.meta.get("total", task.meta.get("highest", -1))
-    mine, theirs = (dict(zip(("apples", "nuts"), task.meta["holdings"][s], strict=True)) for s in (seat, 1 - seat))
+        return len(words) == 1 and 0 <= int(words[0]) <= task.meta.get(
+            "total", task.meta.get("highest", -1)
+        )
+    mine, theirs = (
+        dict(zip(("apples", "nuts"), task.meta["holdings"][s], strict=True))
+        for s in (seat, 1 - seat)
+    )
     given, kind, _, wanted, other = words
     return kind != other and 0 <= int(given) <= mine[kind] and 0 <= int(wanted) <= theirs[other]
 
 
 @settings(max_examples=300, deadline=None)
-@given(number=st.integers(0, 2), replies=st.lists(LEGAL_LOOKING, min_size=1, max_size=14), refusals=st.integers(0, 2))
+@given(
+    number=st.integers(0, 2),
+    replies=st.lists(LEGAL_LOOKING, min_size=1, max_size=14),
+    refusals=st.integers(0, 2),
+)
 def test_no_illegal_move_passes(number: int, replies: list[str], refusals: int) -> None:
     game, task = PLAYED[number]
     record, team = play(game(["a", "b"], refusals=refusals), task, [*replies, "no move"])
@@ -244,7 +344,11 @@ def test_no_illegal_move_passes(number: int, replies: list[str], refusals: int) 
 @pytest.mark.parametrize("number", range(3))
 def test_games_conform(number: int) -> None:
     game, task = PLAYED[number]
-    offers = ["offer 12", "offer 17"] if number < 2 else ["offer 3 apples for 9 nuts", "offer 4 nuts for 9 apples"]
+    offers = (
+        ["offer 12", "offer 17"]
+        if number < 2
+        else ["offer 3 apples for 9 nuts", "offer 4 nuts for 9 apples"]
+    )
 
     def haggling(agent: str, messages: tuple[Message, ...], marker: str) -> str:
         return f"Hm.\nMessage: {marker}\nMove: {offers[agent == 'b']}"
@@ -271,5 +375,7 @@ def test_wrong_settings_are_named(arguments: dict[str, Any], problem: str) -> No
 @pytest.mark.parametrize("number", range(3))
 def test_a_task_of_another_kind_is_named(number: int) -> None:
     game, _ = PLAYED[number]
-    with pytest.raises(SettingError, match=f"task 'sum': its meta has no .*which {game.__name__} is played with"):
+    with pytest.raises(
+        SettingError, match=f"task 'sum': its meta has no .*which {game.__name__} is played with"
+    ):
         play(game(["a", "b"]), Task("sum", "1+1"), ["1"])

@@ -1,4 +1,5 @@
-"""Who sits where, who reads what, what a verifier's words look like, and when a collaboration ends."""
+"""Who sits where, who reads what, what a verifier's words look like, and when a collaboration
+ends."""
 
 from __future__ import annotations
 
@@ -41,13 +42,17 @@ def ten_digits(task: Task, text: str) -> float:
 @pytest.mark.parametrize("verifier", ["", f"{__name__}:ten_digits"])
 def test_it_can_be_trained(separation, verifier):
     for members, rounds in ((["a", "b"], 3), (["a", "b", "c"], 2), (["a"], 2)):
-        check_system(Collaboration(members, rounds=rounds, separation=separation, verifier=verifier), [TASK])
+        check_system(
+            Collaboration(members, rounds=rounds, separation=separation, verifier=verifier), [TASK]
+        )
 
 
 @pytest.mark.parametrize("share", [0.4, 0.9])
 def test_it_can_be_trained_when_it_may_end_early(share):
     check_system(
-        Collaboration(["a", "b", "c"], rounds=3, stop_share=share), [TASK], lambda agent, messages, marker: f"{marker} Answer: 4"
+        Collaboration(["a", "b", "c"], rounds=3, stop_share=share),
+        [TASK],
+        lambda agent, messages, marker: f"{marker} Answer: 4",
     )
 
 
@@ -62,22 +67,51 @@ def test_seats_and_their_policies():
         ("b-together", "b-together", ""),
     ]
     assert split.members == ["a", "b"] and split.member_of["b-together"] == "b"
-    assert [split.seat("a", number) for number in range(3)] == ["a-alone", "a-together", "a-together"]
-    assert [s.name for s in Collaboration(["a"], separation="turn", rounds=3).specs] == ["a-1", "a-2", "a-3"]
+    assert [split.seat("a", number) for number in range(3)] == [
+        "a-alone",
+        "a-together",
+        "a-together",
+    ]
+    assert [s.name for s in Collaboration(["a"], separation="turn", rounds=3).specs] == [
+        "a-1",
+        "a-2",
+        "a-3",
+    ]
     assert split.with_agents(split.specs) == split  # seats stay seats
-    assert {s.policy for s in Collaboration([AgentSpec("a", policy="base")], separation="turn").specs} == {"base"}
+    assert {
+        s.policy for s in Collaboration([AgentSpec("a", policy="base")], separation="turn").specs
+    } == {"base"}
 
 
 def test_a_seat_takes_the_chat_over():
-    output, team = play(Collaboration(["a", "b"], rounds=3, separation="turn", **SHORT), ["19", "20", "20", "19", "20", "20"])
+    output, team = play(
+        Collaboration(["a", "b"], rounds=3, separation="turn", **SHORT),
+        ["19", "20", "20", "19", "20", "20"],
+    )
     assert output == "20"
-    assert told(team) == [("a-1", "7+8+5"), ("b-1", "7+8+5"), ("a-2", "20"), ("b-2", "19"), ("a-3", "19"), ("b-3", "20")]
+    assert told(team) == [
+        ("a-1", "7+8+5"),
+        ("b-1", "7+8+5"),
+        ("a-2", "20"),
+        ("b-2", "19"),
+        ("a-3", "19"),
+        ("b-3", "20"),
+    ]
     assert [m.content for m in team.turns[4].messages] == ["7+8+5", "19", "20", "20", "19"]
-    assert [turn.reads for turn in team.turns] == [(), (), (0, 1), (0, 1), (0, 1, 2, 3), (0, 1, 2, 3)]
+    assert [turn.reads for turn in team.turns] == [
+        (),
+        (),
+        (0, 1),
+        (0, 1),
+        (0, 1, 2, 3),
+        (0, 1, 2, 3),
+    ]
 
 
 def test_the_verifiers_words_are_shown():
-    _, team = play(Collaboration(["a", "b"], verifier="calculator", **SHORT), ["19", "20", "20", "20"])
+    _, team = play(
+        Collaboration(["a", "b"], verifier="calculator", **SHORT), ["19", "20", "20", "20"]
+    )
     assert told(team)[2:] == [("a", "-20+"), ("b", "+19-")]
     _, team = play(Collaboration(["a", "b"], verifier="calculator"), ["19", "20", "20", "20"])
     shown = told(team)[2][1]
@@ -90,7 +124,9 @@ def test_the_verifiers_words_are_shown():
 
 
 def test_words_of_scores():
-    assert [in_words(score, "abcd") for score in (0.0, 0.29, 0.3, 0.59, 0.6, 0.79, 0.8, 1.0)] == list("aabbccdd")
+    assert [
+        in_words(score, "abcd") for score in (0.0, 0.29, 0.3, 0.59, 0.6, 0.79, 0.8, 1.0)
+    ] == list("aabbccdd")
 
 
 def test_a_majority_ends_the_debate():
@@ -101,7 +137,9 @@ def test_a_majority_ends_the_debate():
     assert len(team.turns) == 6  # 2 of 3 were not enough, then all agreed
     right = Task("t", "2+2", "4")
     for stop_score, rounds in ((0.5, 1), (1.0, 3)):
-        system = Collaboration(["a", "b", "c"], rounds=3, verifier="calculator", stop_share=0.6, stop_score=stop_score)
+        system = Collaboration(
+            ["a", "b", "c"], rounds=3, verifier="calculator", stop_share=0.6, stop_score=stop_score
+        )
         assert len(play(system, ["4", "4", "5", *["4"] * 6], right)[1].turns) == 3 * rounds
 
 
@@ -151,5 +189,7 @@ def test_the_calculator_reads_the_prompt():
 def test_scores_are_shares():
     with pytest.raises(ValueError, match=r"gave 1\.5"):
         asyncio.run(verify(lambda task, text: 1.5, TASK, "20"))
-    with pytest.raises(SettingError, match="verifier 'calculatr': no such verifier; did you mean 'calculator'"):
+    with pytest.raises(
+        SettingError, match="verifier 'calculatr': no such verifier; did you mean 'calculator'"
+    ):
         resolve_verifier("calculatr")

@@ -26,32 +26,46 @@ def play(system: SelfCorrection, *answers: str) -> tuple[str, Team]:
     return asyncio.run(system.run(MEND.public(), team)), team
 
 
-def test_only_the_feedback_agent_is_told_the_answer_and_all_that_follows_from_it_is_marked() -> None:
+def test_only_the_feedback_agent_is_told_the_answer_and_all_that_follows_from_it_is_marked() -> (
+    None
+):
     output, team = play(SelfCorrection(["critic", "first"]), "Mind the carry.", "7+8=15", " 15\n")
     assert output == "15"
     told = [turn.messages[-1].content for turn in team.turns]
     assert "The reference answer is: 20" in told[0] and "[first] 5\n\n[last] 10" in told[0]
-    assert told[1].startswith("7+8\n\nYou wrote:\n5\n\nFeedback on it:\nMind the carry.") and told[2].endswith("\n\n7+8=15")
-    assert [("20" in text, turn.agent, turn.saw_gold, turn.reads) for text, turn in zip(told, team.turns, strict=True)] == [
-        (True, "critic", True, ()),
-        (False, "first", True, (0,)),
-        (False, "first", True, (1,)),
-    ]
+    assert told[1].startswith("7+8\n\nYou wrote:\n5\n\nFeedback on it:\nMind the carry.") and told[
+        2
+    ].endswith("\n\n7+8=15")
+    assert [
+        ("20" in text, turn.agent, turn.saw_gold, turn.reads)
+        for text, turn in zip(told, team.turns, strict=True)
+    ] == [(True, "critic", True, ()), (False, "first", True, (0,)), (False, "first", True, (1,))]
 
 
 def test_steps_can_be_left_out() -> None:
     output, team = play(SelfCorrection(["critic", "first"], feedback="", regenerate=""), "5!")
     assert output == "5!" and [turn.saw_gold for turn in team.turns] == [False]
-    output, team = play(SelfCorrection(["critic", "first"], regenerate="{told}", rephrase=""), "Mind the carry.", "15")
-    assert output == "15" and [(t.saw_gold, t.reads) for t in team.turns] == [(True, ()), (False, ())], (
-        "it was not shown the feedback"
+    output, team = play(
+        SelfCorrection(["critic", "first"], regenerate="{told}", rephrase=""),
+        "Mind the carry.",
+        "15",
     )
+    assert output == "15" and [(t.saw_gold, t.reads) for t in team.turns] == [
+        (True, ()),
+        (False, ()),
+    ], "it was not shown the feedback"
     assert team.turns[1].messages[-1].content == "7+8"
 
 
 def test_the_task_of_a_repair_starts_from_another_text_if_told() -> None:
-    assert MEND.meta["said"] == "5" and correction_task(TASK, SAID[0], SAID, "15").meta["said"] == "15"
-    assert MEND.answer is None and MEND.meta["answer"] == "20" and (MEND.id, MEND.split) == ("t", "repair")
+    assert (
+        MEND.meta["said"] == "5" and correction_task(TASK, SAID[0], SAID, "15").meta["said"] == "15"
+    )
+    assert (
+        MEND.answer is None
+        and MEND.meta["answer"] == "20"
+        and (MEND.id, MEND.split) == ("t", "repair")
+    )
 
 
 @pytest.mark.parametrize(

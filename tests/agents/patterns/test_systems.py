@@ -19,7 +19,9 @@ from marlora.agents.types import Message, SettingError, Task
 TASK = Task("t", "7+8+5", meta={"c": 5})
 
 
-def play(system: System, answers: list[str] | Any, task: Task = TASK, seed: int = 0) -> tuple[str, Team]:
+def play(
+    system: System, answers: list[str] | Any, task: Task = TASK, seed: int = 0
+) -> tuple[str, Team]:
     """Output and team; answers are given in the order they are asked for."""
     given = iter(answers)
     team = fake_team(system.specs, lambda agent, messages: next(given), seed=seed)
@@ -62,7 +64,10 @@ def test_chain_by_default_shows_task_and_previous_text() -> None:
     output, team = play(Chain(["solver", "reviewer"]), ["twenty-one", "no: 20"])
     assert output == "no: 20"
     assert said(team)[0] == ("solver", "7+8+5")
-    assert said(team)[1] == ("reviewer", "7+8+5\n\nsolver wrote:\ntwenty-one\n\nGo on from this and answer the task.")
+    assert said(team)[1] == (
+        "reviewer",
+        "7+8+5\n\nsolver wrote:\ntwenty-one\n\nGo on from this and answer the task.",
+    )
     assert [turn.reads for turn in team.turns] == [(), (0,)]
 
 
@@ -82,7 +87,11 @@ def test_chain_fields() -> None:
 
 def test_chain_never_reads_model_text_as_a_template() -> None:
     forged = "{prompt} {c} {{x}} {0.__class__} {unknown}"
-    _, team = play(Chain(["x", "y"], views={"y": "{previous}+{prompt}"}), [forged, ""], Task("t", "{x}", meta={"c": 1}))
+    _, team = play(
+        Chain(["x", "y"], views={"y": "{previous}+{prompt}"}),
+        [forged, ""],
+        Task("t", "{x}", meta={"c": 1}),
+    )
     assert said(team)[1][1] == f"{forged}+{{x}}"
     _, team = play(Chain(["x", "y"]), [forged, ""])
     assert forged in said(team)[1][1]
@@ -105,7 +114,10 @@ def test_chain_refuses_wrong_views(views: dict[str, Any], problem: str) -> None:
 
 
 def test_chain_names_the_nearest_field() -> None:
-    with pytest.raises(SettingError, match=r"views.last: unknown field \{prevous\} for task 't'; did you mean 'previous'\?"):
+    with pytest.raises(
+        SettingError,
+        match=r"views.last: unknown field \{prevous\} for task 't'; did you mean 'previous'\?",
+    ):
         play(Chain(["first", "last"], views={"last": "{prevous}"}), ["1", "2"])
     private = Task("t", "x", meta={"_tests": "hidden"})
     with pytest.raises(SettingError, match=r"unknown field \{_tests\}"):
@@ -114,7 +126,9 @@ def test_chain_names_the_nearest_field() -> None:
 
 def test_the_critic_speaks_only_if_the_judge_says_wrong() -> None:
     team_of_three = ActorCritic(["actor", "judge", "critic"], max_rounds=2)
-    output, team = play(team_of_three, ["19", "Hm.\nVerdict: wrong", "you lost one", "20", "Verdict: right"])
+    output, team = play(
+        team_of_three, ["19", "Hm.\nVerdict: wrong", "you lost one", "20", "Verdict: right"]
+    )
     assert output == "20"
     assert [turn.agent for turn in team.turns] == ["actor", "judge", "critic", "actor", "judge"]
     assert [turn.reads for turn in team.turns] == [(), (0,), (0,), (2,), (3,)]
@@ -126,21 +140,32 @@ def test_the_critic_speaks_only_if_the_judge_says_wrong() -> None:
 
 
 def test_of_two_the_judge_is_the_critic() -> None:
-    output, team = play(ActorCritic(["actor", "judge"], max_rounds=1), ["19", "lost one. Verdict: wrong", "20"])
+    output, team = play(
+        ActorCritic(["actor", "judge"], max_rounds=1), ["19", "lost one. Verdict: wrong", "20"]
+    )
     assert (output, [turn.reads for turn in team.turns]) == ("20", [(), (0,), (1,)])
     assert "lost one" in said(team)[2][1]
 
 
 def test_rounds_are_bounded_and_an_unreadable_verdict_lets_the_answer_stand() -> None:
-    output, team = play(ActorCritic(["actor", "judge"], max_rounds=3), ["1", *["Verdict: wrong", "2"] * 3])
+    output, team = play(
+        ActorCritic(["actor", "judge"], max_rounds=3), ["1", *["Verdict: wrong", "2"] * 3]
+    )
     assert (output, len(team.turns)) == ("2", 7)
     output, team = play(ActorCritic(["actor", "judge"]), ["1", "who knows"])
     assert (output, len(team.turns)) == ("1", 2)
 
 
 def test_texts_with_braces_pass_through_the_judge() -> None:
-    output, team = play(ActorCritic(["actor", "judge"], max_rounds=1), ["{prompt}", "{answer} Verdict: wrong", "{feedback}"])
-    assert output == "{feedback}" and "{answer} Verdict" in said(team)[2][1] and "\n{prompt}\n" in said(team)[1][1]
+    output, team = play(
+        ActorCritic(["actor", "judge"], max_rounds=1),
+        ["{prompt}", "{answer} Verdict: wrong", "{feedback}"],
+    )
+    assert (
+        output == "{feedback}"
+        and "{answer} Verdict" in said(team)[2][1]
+        and "\n{prompt}\n" in said(team)[1][1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,7 +198,10 @@ def test_actor_critic_settings() -> None:
 def test_vote_asks_each_sample_in_a_chat_of_its_own() -> None:
     output, team = play(Vote(["a", "b"], samples=2), ["Answer: 7", "8", "8", "7.0"], seed=3)
     assert [turn.agent for turn in team.turns] == ["a", "a", "b", "b"]
-    assert all(turn.taken and turn.messages == (Message("user", "7+8+5"),) and not turn.reads for turn in team.turns)
+    assert all(
+        turn.taken and turn.messages == (Message("user", "7+8+5"),) and not turn.reads
+        for turn in team.turns
+    )
     assert len({turn.sampling.seed for turn in team.turns}) == 4
     assert output in ("7", "8")
     assert play(Vote(["a"], samples=3), ["x y z and more words", "9", "Answer: 9"])[0] == "9"
@@ -187,14 +215,17 @@ def test_nobody_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    "system", [Chain(["a", "b"], views={"b": "{a}"}), Debate(["a", "b"], rounds=3), Vote(["a"], samples=2)], ids=repr
+    "system",
+    [Chain(["a", "b"], views={"b": "{a}"}), Debate(["a", "b"], rounds=3), Vote(["a"], samples=2)],
+    ids=repr,
 )
 def test_settings_rebuild_a_system(system: System) -> None:
     assert type(system)(agents=system.agents, **system.arguments()) == system
 
 
 def test_a_random_chain_of_views_is_stable() -> None:
-    # Property: whatever agents say, the last one is told exactly the parts its view names, in order.
+    # Property: whatever agents say, the last one is told exactly the parts its view names, in
+    # order.
     rng = random.Random(0)
     for _ in range(50):
         texts = ["".join(rng.choices("{}ab \n%$\\", k=rng.randrange(12))) for _ in range(3)]

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.programs.restrictions import (MAX_STEPS, Restrictions, _Matcher, nodes, parsed, program_of, similarity, whole)
+from marlora.agents.programs.restrictions import (
+    MAX_STEPS,
+    Restrictions,
+    _Matcher,
+    nodes,
+    parsed,
+    program_of,
+    similarity,
+    whole,
+)
 
 CALL = "await custom('x')"
 DEEP = {
@@ -28,10 +37,9 @@ DEEP = {
     "conditions": f"{CALL}\n{'1 if 1 else ' * 600}1",
     "brackets": f"{CALL}\n{'[' * 150}{']' * 150}",
     "blocks": f"{CALL}\n" + "".join(" " * n + "if 1:\n" for n in range(99)) + " " * 99 + "1",
-    "levels of blocks": f"{CALL}\n"
-    + "".join(" " * n + "if 1:\n" for n in range(115))
-    + " " * 115
-    + "1",
+    "levels of blocks": (
+        f"{CALL}\n" + "".join(" " * n + "if 1:\n" for n in range(115)) + " " * 115 + "1"
+    ),
     "a number in hex": f"{CALL}\n0x{'f' * 7000}",
     "a number": f"{CALL}\n{'9' * 7000}",
     "a NUL": f"{CALL}\n'\0'",

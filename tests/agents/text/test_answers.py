@@ -81,7 +81,9 @@ def test_same_needs_two_answers() -> None:
 def test_majority_counts_readings_and_keeps_the_first_spelling() -> None:
     rng = random.Random(0)
     assert majority([Turn(0, "a", text="Answer: 0.50"), "so 1/2", "3", None, ""], rng) == "0.50"
-    assert majority(["Paris", "paris.", "London"], rng) == "Paris"  # a word or three stands for itself
+    assert (
+        majority(["Paris", "paris.", "London"], rng) == "Paris"
+    )  # a word or three stands for itself
     assert majority(["I will not answer this one"], rng) == ""
     assert majority([], rng) == "" and majority([None, "", "  "], rng) == ""
 
@@ -115,9 +117,25 @@ def test_equal_numbers_are_the_same(value: object, scale: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["\\boxed{", "answer ", "answer: ", "9", "1,", "\\frac{", "[1 ", "*", "1.1", "-", " ", "\n#### ", "\ud800"]
+    "part",
+    [
+        "\\boxed{",
+        "answer ",
+        "answer: ",
+        "9",
+        "1,",
+        "\\frac{",
+        "[1 ",
+        "*",
+        "1.1",
+        "-",
+        " ",
+        "\n#### ",
+        "\ud800",
+    ],
 )
 def test_a_megabyte_is_read_quickly(part: str) -> None:
-    # Under the suite's time limit only if no pattern is quadratic: a quadratic one takes minutes here.
+    # Under the suite's time limit only if no pattern is quadratic: a quadratic one takes minutes
+    # here.
     text = part * (1_000_000 // len(part))
     extract(text), normalise(text), majority([text], random.Random(0))

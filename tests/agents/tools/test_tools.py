@@ -12,7 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlora.agents.tools.tools import (MAX_CALLS, MAX_RESULT, calculator, parse_calls, resolve_tools, response, run_call, tool, tool_prompt)
+from marlora.agents.tools.tools import (
+    MAX_CALLS,
+    MAX_RESULT,
+    calculator,
+    parse_calls,
+    resolve_tools,
+    response,
+    run_call,
+    tool,
+    tool_prompt,
+)
 from marlora.agents.types import SettingError
 
 
@@ -66,7 +76,9 @@ def test_schema_of_a_function() -> None:
                     "item": {"type": "string", "description": "what is weighed, by name."},
                     "grams": {"type": "number", "description": "how heavy."},
                     "unit": {"enum": ["g", "kg"], "description": "how heavy."},
-                    "tags": {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": "null"}]},
+                    "tags": {
+                        "anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": "null"}]
+                    },
                     "more": {"type": "object", "additionalProperties": {"type": "boolean"}},
                 },
                 "required": ["item"],
@@ -126,7 +138,10 @@ def test_wrong_arguments_are_told(arguments: Any, problem: str) -> None:
 
 def test_a_failing_tool_answers_with_its_error() -> None:
     assert answer(tool(failing), {}) == "error: failing: RuntimeError: the scale broke"
-    assert answer(calculator, {"expression": "1/0"}) == "error: calculator: ZeroDivisionError: division by zero"
+    assert (
+        answer(calculator, {"expression": "1/0"})
+        == "error: calculator: ZeroDivisionError: division by zero"
+    )
 
 
 def test_cancelling_is_not_a_failure_of_the_tool() -> None:
@@ -152,13 +167,21 @@ def test_results_are_bounded_and_cannot_leave_their_frame() -> None:
 
 
 def test_calls_are_read_in_order() -> None:
-    text = 'I ask. <tool_call>\n{"name": "a", "arguments": {"x": 1}}\n</tool_call> and <tool_call>{"name": "b"}</tool_call> done'
-    assert parse_calls(text) == [{"name": "a", "arguments": {"x": 1}}, {"name": "b", "arguments": {}}]
+    text = (
+        'I ask. <tool_call>\n{"name": "a", "arguments": {"x": 1}}\n</tool_call> and'
+        ' <tool_call>{"name": "b"}</tool_call> done'
+    )
+    assert parse_calls(text) == [
+        {"name": "a", "arguments": {"x": 1}},
+        {"name": "b", "arguments": {}},
+    ]
     assert parse_calls("no call") == []
     assert parse_calls('<tool_call>{"name": "a", "argum') == []  # cut off
 
 
-@pytest.mark.parametrize("inside", ["", "[]", "{", '{"arguments": {}}', '{"name": 3}', "[" * 100_000, "null", "9" * 5000])
+@pytest.mark.parametrize(
+    "inside", ["", "[]", "{", '{"arguments": {}}', '{"name": 3}', "[" * 100_000, "null", "9" * 5000]
+)
 def test_unreadable_calls_are_answered(inside: str) -> None:
     (call,) = parse_calls(f"<tool_call>{inside}</tool_call>")
     text = asyncio.run(run_call(call, resolve_tools(["calculator"])))
@@ -171,7 +194,9 @@ def test_too_many_calls_are_answered_once() -> None:
 
 
 def test_unknown_tools_are_named_briefly() -> None:
-    text = asyncio.run(run_call({"name": "calculater", "arguments": {}}, resolve_tools(["calculator"])))
+    text = asyncio.run(
+        run_call({"name": "calculater", "arguments": {}}, resolve_tools(["calculator"]))
+    )
     assert "no tool 'calculater'; did you mean 'calculator'?" in text
     assert len(asyncio.run(run_call({"name": "x" * 1_000_000}, {}))) < 300
 
@@ -179,7 +204,8 @@ def test_unknown_tools_are_named_briefly() -> None:
 @settings(max_examples=25)
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.floats() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+        st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+        lambda x: st.lists(x) | st.dictionaries(st.text(), x),
     )
 )
 def test_no_json_of_a_model_crashes(value: Any) -> None:

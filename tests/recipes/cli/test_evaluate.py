@@ -1,4 +1,5 @@
-"""`marlora eval` on two checkpoints of one tiny run: ladder, ablation, cross-play, what is refused, and a kill half-way."""
+"""`marlora eval` on two checkpoints of one tiny run: ladder, ablation, cross-play, what is refused,
+and a kill half-way."""
 
 from __future__ import annotations
 
@@ -34,10 +35,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli_eval")
     torch.set_num_threads(1)
     config = GRPOConfig(
-        output_dir=str(folder / "run"), model=str(tiny_random_model(folder / "model")), engine="transformers", rewards=[REWARD],
-        tasks="marlora.trainers.testbeds.tiny:tiny_tasks", num_eval_tasks=5, max_steps=2, tasks_per_step=2, num_generations=3, learning_rate=0.05,
-        lora_r=4, lora_alpha=8.0, lora_target_modules=["q_proj", "v_proj"], max_completion_length=5, save_every=1,
-    )  # fmt: skip
+        output_dir=str(folder / "run"),
+        model=str(tiny_random_model(folder / "model")),
+        engine="transformers",
+        rewards=[REWARD],
+        tasks="marlora.trainers.testbeds.tiny:tiny_tasks",
+        num_eval_tasks=5,
+        max_steps=2,
+        tasks_per_step=2,
+        num_generations=3,
+        learning_rate=0.05,
+        lora_r=4,
+        lora_alpha=8.0,
+        lora_target_modules=["q_proj", "v_proj"],
+        max_completion_length=5,
+        save_every=1,
+    )
     GRPOTrainer(system=tiny_chain(), args=config).train()
     return folder / "run"
 
@@ -57,14 +70,22 @@ def evaluate(*argv: object) -> int:
 
 def copied_tasks(*, split: str, seed: int) -> list[Task]:
     """The training tasks under other ids, and in other letters."""
-    return [replace(task, id=f"copy of {task.id}", prompt=f" {task.prompt.upper()}\n") for task in tiny_tasks("train")]
+    return [
+        replace(task, id=f"copy of {task.id}", prompt=f" {task.prompt.upper()}\n")
+        for task in tiny_tasks("train")
+    ]
 
 
-def test_two_checkpoints_climb_the_ladder(two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_checkpoints_climb_the_ladder(
+    two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    assert evaluate(*two, *HERE, "--output", out, "--cross", "--ablate", "--markdown", tmp_path / "e.md") == 0, (
-        capsys.readouterr().err
-    )
+    assert (
+        evaluate(
+            *two, *HERE, "--output", out, "--cross", "--ablate", "--markdown", tmp_path / "e.md"
+        )
+        == 0
+    ), capsys.readouterr().err
     printed = capsys.readouterr()
     result = json.loads((out / "eval.json").read_text())
     (found,) = result["sets"].values()
@@ -72,30 +93,53 @@ def test_two_checkpoints_climb_the_ladder(two: list[Path], tmp_path: Path, capsy
     assert (one, other) == ("step-000001", "step-000002")
     names = list(found["contestants"])
     for expected in (
-        "single agent", "base team", f"{one}: only first", f"{one}: only last",
-        f"{one}: trained team, per-agent LoRA", f"{other}: trained team, per-agent LoRA",
-        f"first of {one}, others of {other}", f"first of {other}, others of {one}",
-    ):  # fmt: skip
+        "single agent",
+        "base team",
+        f"{one}: only first",
+        f"{one}: only last",
+        f"{one}: trained team, per-agent LoRA",
+        f"{other}: trained team, per-agent LoRA",
+        f"first of {one}, others of {other}",
+        f"first of {other}, others of {one}",
+    ):
         assert expected in names, expected
     assert names.count("base team") == 1 and found["same_as"] == {}, "one base, played once"
     last = found["comparisons"][-1]
-    assert (last["from"], last["to"]) == (f"{one}: trained team, per-agent LoRA", f"{other}: trained team, per-agent LoRA")
+    assert (last["from"], last["to"]) == (
+        f"{one}: trained team, per-agent LoRA",
+        f"{other}: trained team, per-agent LoRA",
+    )
     low, high = last["ci95"]
     assert low <= last["difference"] <= high and last["p"] <= last["p_holm"]
     first, second = found["contestants"][last["from"]], found["contestants"][last["to"]]
     assert last["difference"] == pytest.approx(second["accuracy"] - first["accuracy"])
     matrix = found["cross_play"]["first"]
     assert matrix[one][one] == first["accuracy"] and matrix[other][other] == second["accuracy"]
-    assert matrix[one][other] == found["contestants"][f"first of {one}, others of {other}"]["accuracy"]
-    assert first["cost"]["calls"] == 2 and found["contestants"]["single agent"]["cost"]["calls"] == 1
+    assert (
+        matrix[one][other] == found["contestants"][f"first of {one}, others of {other}"]["accuracy"]
+    )
+    assert (
+        first["cost"]["calls"] == 2 and found["contestants"]["single agent"]["cost"]["calls"] == 1
+    )
     text = " ".join(printed.out.split())
-    assert "p (Holm)" in text and "Cross-play of first" in text and "Trained teams against each other" in text
+    assert (
+        "p (Holm)" in text
+        and "Cross-play of first" in text
+        and "Trained teams against each other" in text
+    )
     assert (tmp_path / "e.md").read_text() == (out / "eval.md").read_text()
     assert "| base team |" in (out / "eval.md").read_text()
 
 
-def test_samples_give_pass_and_majority(two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate(two[0], *HERE, "--output", tmp_path, "--num_tasks", 2, "--samples", 2, "--seeds", 3, 4) == 0
+def test_samples_give_pass_and_majority(
+    two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        evaluate(
+            two[0], *HERE, "--output", tmp_path, "--num_tasks", 2, "--samples", 2, "--seeds", 3, 4
+        )
+        == 0
+    )
     result = json.loads((tmp_path / "eval.json").read_text())
     (found,) = result["sets"].values()
     assert result["sampled"] is True and found["seeds"] == [3, 4]
@@ -114,13 +158,28 @@ def test_tasks_that_were_trained_on_are_refused(
     argv = [two[0], *HERE, "--output", tmp_path / "out", "--tasks", f"{__name__}:copied_tasks"]
     assert evaluate(*argv) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "of 800 were trained on by run, such as 'copy of " in said and "--allow_trained_tasks" in said
+    assert (
+        "of 800 were trained on by run, such as 'copy of " in said
+        and "--allow_trained_tasks" in said
+    )
     assert not (tmp_path / "out").exists()
-    assert evaluate(*argv, "marlora.trainers.testbeds.tiny:tiny_tasks", "--allow_trained_tasks", "--num_tasks", 2) == 0
+    assert (
+        evaluate(
+            *argv,
+            "marlora.trainers.testbeds.tiny:tiny_tasks",
+            "--allow_trained_tasks",
+            "--num_tasks",
+            2,
+        )
+        == 0
+    )
     sets = json.loads((tmp_path / "out" / "eval.json").read_text())["sets"]
     assert list(sets) == [f"{__name__}:copied_tasks", "marlora.trainers.testbeds.tiny:tiny_tasks"]
     (tmp_path / "empty").mkdir()
-    assert evaluate(two[0], *HERE, "--output", tmp_path / "out", "--trained_on", tmp_path / "empty") == 2
+    assert (
+        evaluate(two[0], *HERE, "--output", tmp_path / "out", "--trained_on", tmp_path / "empty")
+        == 2
+    )
     assert "no episodes there" in capsys.readouterr().err
 
 
@@ -141,13 +200,21 @@ main(sys.argv[1:])
 
 
 @pytest.mark.process
-def test_killed_half_way_it_repeats_no_finished_task(two: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_half_way_it_repeats_no_finished_task(
+    two: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     argv = ["eval", *map(str, two), *HERE, "--output", str(tmp_path / "out")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", KILLED, *argv], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *argv], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*/episodes-*.jsonl")}
-    finished = {line.split(b'"id":"', 1)[1].split(b'"', 1)[0] for data in before.values() for line in data.splitlines()}
+    finished = {
+        line.split(b'"id":"', 1)[1].split(b'"', 1)[0]
+        for data in before.values()
+        for line in data.splitlines()
+    }
     assert len(finished) == 7
     played: list[str] = []
     real = Store.append
@@ -158,7 +225,9 @@ def test_killed_half_way_it_repeats_no_finished_task(two: list[Path], tmp_path: 
 
     monkeypatch.setattr(Store, "append", append)
     assert evaluate(*argv[1:]) == 0
-    assert played and not {id.encode() for id in played} & finished, "nothing finished is played again"
+    assert played and not {id.encode() for id in played} & finished, (
+        "nothing finished is played again"
+    )
     for path, data in before.items():
         assert path.read_bytes().startswith(data)
     (found,) = json.loads((tmp_path / "out" / "eval.json").read_text())["sets"].values()
@@ -187,7 +256,10 @@ def test_names_and_folders() -> None:
     assert len(set(long)) == 2 and all(name.endswith("run/checkpoints/step-1") for name in long)
     with pytest.raises(SettingError, match="named twice"):
         marks_of(["a/copy", "a/../a/copy"])
-    assert beside(Path("r/checkpoints/step-1")) == Path("r/eval").resolve() and beside(Path("r/copy")) == Path("r/eval").resolve()
+    assert (
+        beside(Path("r/checkpoints/step-1")) == Path("r/eval").resolve()
+        and beside(Path("r/copy")) == Path("r/eval").resolve()
+    )
 
 
 def test_tables_show_what_there_is() -> None:
@@ -199,11 +271,27 @@ def test_tables_show_what_there_is() -> None:
         "agreement": None,
         "diversity": {"agents": None, "samples": 0.5},
     }
-    cost = {"calls": 2.0, "prompt_tokens": 7.0, "sampled_tokens": 3.0, "seconds": {"mean": 0.5, "median": 0.5, "p95": 1.0}}
-    spoken = {"answers": [2, 2], "accuracy": [0.5, 1.0], "gain": 0.5,
-              "changes": [{"right_right": 1, "right_wrong": 0, "wrong_right": 1, "wrong_wrong": 0}]}  # fmt: skip
-    full = {**row, "cost": cost, "rewards": {"exact": 0.5, "kind of a": 1.0}, "transitions": spoken, "by_seed": {"0": 0.5, "1": 0.5},
-            "pass_at": {"1": 0.5, "2": 0.75}, "majority_at": {"1": 0.5, "2": 0.25}}  # fmt: skip
+    cost = {
+        "calls": 2.0,
+        "prompt_tokens": 7.0,
+        "sampled_tokens": 3.0,
+        "seconds": {"mean": 0.5, "median": 0.5, "p95": 1.0},
+    }
+    spoken = {
+        "answers": [2, 2],
+        "accuracy": [0.5, 1.0],
+        "gain": 0.5,
+        "changes": [{"right_right": 1, "right_wrong": 0, "wrong_right": 1, "wrong_wrong": 0}],
+    }
+    full = {
+        **row,
+        "cost": cost,
+        "rewards": {"exact": 0.5, "kind of a": 1.0},
+        "transitions": spoken,
+        "by_seed": {"0": 0.5, "1": 0.5},
+        "pass_at": {"1": 0.5, "2": 0.75},
+        "majority_at": {"1": 0.5, "2": 0.25},
+    }
     change = {
         "from": "base team",
         "to": "b|c",
@@ -214,14 +302,34 @@ def test_tables_show_what_there_is() -> None:
         "p": 1.0,
         "p_holm": 1.0,
     }
-    found = {"tasks": 2, "samples": 1, "seeds": [0, 1], "same_as": {"twin": "b|c"}, "contestants": {"base team": full, "b|c": full},
-             "comparisons": [change], "cross_play": {}}  # fmt: skip
-    result = {"checkpoints": {"x": "x/step"}, "engine": "vllm", "sampled": True, "metric": "exact", "sets": {"sums": found}}
+    found = {
+        "tasks": 2,
+        "samples": 1,
+        "seeds": [0, 1],
+        "same_as": {"twin": "b|c"},
+        "contestants": {"base team": full, "b|c": full},
+        "comparisons": [change],
+        "cross_play": {},
+    }
+    result = {
+        "checkpoints": {"x": "x/step"},
+        "engine": "vllm",
+        "sampled": True,
+        "metric": "exact",
+        "sets": {"sums": found},
+    }
     made = as_markdown(result)
     for expected in (
-        "## sums: 2 tasks, 1 samples x 2 seeds", "| b\\|c | 0.500 | 0.100 .. 0.900 | 2 | +0.000 | -0.100 .. +0.100 | 1.000 |",
-        "| twin (= b\\|c) |", "## Reward parts", "| kind of a |", "| 0.500 | 0.750 | 0.250 |", "1 of 1", "## By seed", "engine vllm, sampled",
-    ):  # fmt: skip
+        "## sums: 2 tasks, 1 samples x 2 seeds",
+        "| b\\|c | 0.500 | 0.100 .. 0.900 | 2 | +0.000 | -0.100 .. +0.100 | 1.000 |",
+        "| twin (= b\\|c) |",
+        "## Reward parts",
+        "| kind of a |",
+        "| 0.500 | 0.750 | 0.250 |",
+        "1 of 1",
+        "## By seed",
+        "engine vllm, sampled",
+    ):
         assert expected in made, expected
     assert "Trained teams against each other" not in made and "Cross-play" not in made
     assert "b|c" in as_text(result)

@@ -34,7 +34,16 @@ class Hub:
         return f"https://hub/{name}"
 
     def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
-        Hub.asked.append((repo_id, sorted(str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file())))
+        Hub.asked.append(
+            (
+                repo_id,
+                sorted(
+                    str(p.relative_to(folder_path))
+                    for p in Path(folder_path).rglob("*")
+                    if p.is_file()
+                ),
+            )
+        )
 
 
 @pytest.fixture
@@ -57,18 +66,35 @@ def test_a_folder_to_give_away(
 ) -> None:
     assert export(checkpoint, "--output", tmp_path / "team") == 0
     assert hub == [] and "nothing was uploaded" in capsys.readouterr().err
-    found = {str(p.relative_to(tmp_path / "team")) for p in (tmp_path / "team").rglob("*") if p.is_file()}
-    adapters = {f"adapters/{p}/{f}" for p in ("first", "last") for f in ("adapter_config.json", "adapter_model.safetensors")}
+    found = {
+        str(p.relative_to(tmp_path / "team")) for p in (tmp_path / "team").rglob("*") if p.is_file()
+    }
+    adapters = {
+        f"adapters/{p}/{f}"
+        for p in ("first", "last")
+        for f in ("adapter_config.json", "adapter_model.safetensors")
+    }
     assert found == {"README.md", "system.json", *adapters}
-    assert read_checkpoint(tmp_path / "team") == read_checkpoint(checkpoint), "it is a checkpoint still"
-    assert export(checkpoint, "--output", tmp_path / "team") == 2 and "name a new folder" in capsys.readouterr().err
+    assert read_checkpoint(tmp_path / "team") == read_checkpoint(checkpoint), (
+        "it is a checkpoint still"
+    )
+    assert (
+        export(checkpoint, "--output", tmp_path / "team") == 2
+        and "name a new folder" in capsys.readouterr().err
+    )
 
 
 def test_the_card_says_who_and_how_well(checkpoint: Path, tmp_path: Path) -> None:
-    data, summary = read_checkpoint(checkpoint), json.loads((checkpoint.parent.parent / "summary.json").read_text())
+    data, summary = (
+        read_checkpoint(checkpoint),
+        json.loads((checkpoint.parent.parent / "summary.json").read_text()),
+    )
     made = card(data, summary, "someone/team")
     _, head, body = made.split("---\n", 2)
-    assert yaml.safe_load(head) == {"library_name": "peft", "tags": ["lora", "multi-agent", "marlora"]}
+    assert yaml.safe_load(head) == {
+        "library_name": "peft",
+        "tags": ["lora", "multi-agent", "marlora"],
+    }
     assert str(checkpoint.parent.parent.parent) not in made, "no path of this machine"
     for agent in ("first", "last"):
         assert f"| {agent} |" in body and data["adapters"][agent]["sha256"][:16] in body
@@ -84,7 +110,10 @@ def test_it_is_uploaded_only_if_told_where_to(
     assert export(checkpoint, "--output", tmp_path / "a", "--push_to_hub", "someone") == 2
     assert "OWNER/NAME" in capsys.readouterr().err and not (tmp_path / "a").exists() and hub == []
     assert export(checkpoint, "--output", tmp_path / "a", "--push_to_hub", "someone/team") == 0
-    assert export(checkpoint, "--output", tmp_path / "b", "--push_to_hub", "someone/team", "--public") == 0
+    assert (
+        export(checkpoint, "--output", tmp_path / "b", "--push_to_hub", "someone/team", "--public")
+        == 0
+    )
     (first, private), (_, names), (_, public), _ = hub
     assert (first, private, public) == ("someone/team", True, False) and "README.md" in names
     assert "https://hub/someone/team" in capsys.readouterr().out

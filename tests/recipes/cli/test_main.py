@@ -1,4 +1,5 @@
-"""The `marlora` command on a checkpoint of one step, as a user calls it: numbers, files, exit codes, one clear line of error."""
+"""The `marlora` command on a checkpoint of one step, as a user calls it: numbers, files, exit
+codes, one clear line of error."""
 
 from __future__ import annotations
 
@@ -40,19 +41,39 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     torch.set_num_threads(1)
     config = GRPOConfig(
-        output_dir=str(folder / "run"), model=str(tiny_random_model(folder / "model")), engine="transformers", rewards=[REWARD],
-        tasks="marlora.trainers.testbeds.tiny:tiny_tasks", num_eval_tasks=4, max_steps=1, tasks_per_step=2, num_generations=3, learning_rate=0.05,
-        lora_r=4, lora_alpha=8.0, lora_target_modules=["q_proj", "v_proj"], max_completion_length=5, ablate_adapters=True,
-    )  # fmt: skip
+        output_dir=str(folder / "run"),
+        model=str(tiny_random_model(folder / "model")),
+        engine="transformers",
+        rewards=[REWARD],
+        tasks="marlora.trainers.testbeds.tiny:tiny_tasks",
+        num_eval_tasks=4,
+        max_steps=1,
+        tasks_per_step=2,
+        num_generations=3,
+        learning_rate=0.05,
+        lora_r=4,
+        lora_alpha=8.0,
+        lora_target_modules=["q_proj", "v_proj"],
+        max_completion_length=5,
+        ablate_adapters=True,
+    )
     summary = GRPOTrainer(system=tiny_chain(), args=config).train()
-    assert all(policy["sha256_before"] != policy["sha256_after"] for policy in summary["policies"].values())
+    assert all(
+        policy["sha256_before"] != policy["sha256_after"] for policy in summary["policies"].values()
+    )
     return folder / "run"
 
 
 @pytest.fixture
 def checkpoint(run: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint, far from its run, without what only the trainer needs."""
-    return Path(shutil.copytree(run / "checkpoints" / "step-000001", tmp_path / "copy", ignore=shutil.ignore_patterns("trainer")))
+    return Path(
+        shutil.copytree(
+            run / "checkpoints" / "step-000001",
+            tmp_path / "copy",
+            ignore=shutil.ignore_patterns("trainer"),
+        )
+    )
 
 
 def marlora(*argv: object) -> int:
@@ -65,11 +86,14 @@ def marlora(*argv: object) -> int:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 2) -> str:
-    """What is said when a command is refused: the last line on stderr, and the only one of an error."""
+    """What is said when a command is refused: the last line on stderr, and the only one of an
+    error."""
     capsys.readouterr()
     assert marlora(*argv) == code
     lines = capsys.readouterr().err.splitlines()
-    assert [line.startswith("error: ") for line in lines if line.startswith(("error", "Traceback"))] == [True]
+    assert [
+        line.startswith("error: ") for line in lines if line.startswith(("error", "Traceback"))
+    ] == [True]
     assert lines[-1].startswith("error: ")
     return lines[-1]
 
@@ -93,44 +117,79 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert re.search(rf"^ +{command} +[A-Z]", capsys.readouterr().out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("argv", [[], ["evaluate"], ["eval"], ["eval", "x", "--num_task", "3"], ["bench"], ["collect", "x"]])
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["evaluate"], ["eval"], ["eval", "x", "--num_task", "3"], ["bench"], ["collect", "x"]],
+)
 def test_wrong_usage_is_exit_code_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert marlora(*argv) == 2
     assert "marlora" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_command_starts_without_torch() -> None:
-    code = "import sys; from marlora.recipes.cli.main import parser; parser(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from marlora.recipes.cli.main import parser; parser(); sys.exit('torch' in"
+        " sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 # eval
 
 
-def test_a_copied_checkpoint_is_evaluated_in_a_new_process(run: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_copied_checkpoint_is_evaluated_in_a_new_process(
+    run: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     """The same tasks, greedily, by the same adapters: the numbers are those the run wrote down."""
     argv = ["eval", checkpoint, *TRUST, "--ablate", "--json", tmp_path / "found.json"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "marlora.recipes.cli.main", *map(str, argv)], cwd=tmp_path, env=env, capture_output=True, text=True
+        [sys.executable, "-m", "marlora.recipes.cli.main", *map(str, argv)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     for name in ("base team", "only first", "only last", "trained team"):
         assert name in done.stdout
-    found, summary = json.loads((tmp_path / "found.json").read_text()), json.loads((run / "summary.json").read_text())
+    found, summary = (
+        json.loads((tmp_path / "found.json").read_text()),
+        json.loads((run / "summary.json").read_text()),
+    )
     assert found["eval"] == summary["eval"]
     assert found["adapters"] == summary["adapters"] and set(found["adapters"]) == {"first", "last"}
-    assert (found["metric"], found["engine"], found["eval"]["after"]["num_tasks"]) == ("bytes_mod_7", "transformers", 4)
+    assert (found["metric"], found["engine"], found["eval"]["after"]["num_tasks"]) == (
+        "bytes_mod_7",
+        "transformers",
+        4,
+    )
 
 
-def test_adapters_are_chosen_by_name(run: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapters_are_chosen_by_name(
+    run: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def evaluate(adapters: str) -> dict[str, Any]:
-        assert marlora("eval", checkpoint, *TRUST, "--adapters", adapters, "--json", tmp_path / "found.json") == 0
+        assert (
+            marlora(
+                "eval",
+                checkpoint,
+                *TRUST,
+                "--adapters",
+                adapters,
+                "--json",
+                tmp_path / "found.json",
+            )
+            == 0
+        )
         return json.loads((tmp_path / "found.json").read_text())
 
     summary = json.loads((run / "summary.json").read_text())
     none, first = evaluate("none"), evaluate("first")
-    assert none["adapters_on"] == [] and none["eval"]["after"] == none["eval"]["before"] == summary["eval"]["before"]
+    assert (
+        none["adapters_on"] == []
+        and none["eval"]["after"] == none["eval"]["before"] == summary["eval"]["before"]
+    )
     assert none["eval"]["paired"]["difference"] == 0
     assert first["adapters_on"] == ["first"]
     assert first["eval"]["after"]["accuracy"] == summary["adapters"]["first"]["accuracy"]
@@ -138,12 +197,20 @@ def test_adapters_are_chosen_by_name(run: Path, checkpoint: Path, tmp_path: Path
     assert "--adapters frist" in refused(capsys, "eval", checkpoint, *TRUST, "--adapters", "frist")
 
 
-def test_nothing_is_played_for_numbers_that_could_not_be_written(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no such folder" in refused(capsys, "eval", checkpoint, *TRUST, "--json", "/nowhere/at/all.json")
+def test_nothing_is_played_for_numbers_that_could_not_be_written(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no such folder" in refused(
+        capsys, "eval", checkpoint, *TRUST, "--json", "/nowhere/at/all.json"
+    )
 
 
-def test_a_server_that_is_not_there_is_named(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "127.0.0.1:9" in refused(capsys, "eval", checkpoint, "--trust_checkpoint", "--server_urls", "http://127.0.0.1:9/v1")
+def test_a_server_that_is_not_there_is_named(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "127.0.0.1:9" in refused(
+        capsys, "eval", checkpoint, "--trust_checkpoint", "--server_urls", "http://127.0.0.1:9/v1"
+    )
 
 
 def swap(checkpoint: Path) -> None:
@@ -175,27 +242,40 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "torn": (lambda c: (c / "system.json").write_text('{"schema": 1,'), "not JSON"),
     "a list": (lambda c: (c / "system.json").write_text("[]"), "expected an object"),
     "a part is missing": (lambda c: rewrite(c, lambda d: d.pop("tasks")), "tasks is missing"),
-    "a part is another kind": (lambda c: rewrite(c, lambda d: d.update(agents={})), "agents: expected list"),
+    "a part is another kind": (
+        lambda c: rewrite(c, lambda d: d.update(agents={})),
+        "agents: expected list",
+    ),
     "deeper": (lambda c: rewrite(c, lambda d: d["tasks"].pop("seed")), "'seed'"),
     "newer": (lambda c: rewrite(c, lambda d: d.update(schema=2)), "install a newer one"),
     "a name that leaves the folder": (lambda c: rewrite(c, rename_policy), "it names files"),
-    "no weights": (lambda c: (c / "adapters" / "last" / "adapter_model.safetensors").unlink(), "last/adapter_model.safetensors: missing"),
-    "altered weights": (lambda c: flip(c / "adapters" / "first" / "adapter_model.safetensors"), "altered or torn"),
+    "no weights": (
+        lambda c: (c / "adapters" / "last" / "adapter_model.safetensors").unlink(),
+        "last/adapter_model.safetensors: missing",
+    ),
+    "altered weights": (
+        lambda c: flip(c / "adapters" / "first" / "adapter_model.safetensors"),
+        "altered or torn",
+    ),
     "altered settings": (lambda c: (c / "system.json").open("a").write(" "), "altered or torn"),
     "swapped adapters": (swap, "they were swapped"),
     "another alpha": (other_rank, "alpha is 80"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_refused(damage: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_refused(
+    damage: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     harm, words = DAMAGE[damage]
     harm(checkpoint)
     said = refused(capsys, "eval", checkpoint, *TRUST)
     assert words in said and str(checkpoint) in said
 
 
-def test_a_run_folder_is_told_its_newest_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_folder_is_told_its_newest_checkpoint(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert str(run / "checkpoints" / "step-000001") in refused(capsys, "eval", run, *TRUST)
 
 
@@ -212,20 +292,28 @@ def moved(run: Path, checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(name, tmp_path / "moved"))
 
 
-def test_a_base_that_moved_is_named(moved: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_that_moved_is_named(
+    moved: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = refused(capsys, "eval", checkpoint, *TRUST)
     assert "/gone/model" in said and "--model" in said
     for given in (str(moved), f"/gone/model={moved}"):
         assert marlora("eval", checkpoint, *TRUST, "--num_tasks", 1, "--model", given) == 0
-    assert "without a name" in refused(capsys, "eval", checkpoint, *TRUST, "--model", moved, "--model", moved)
+    assert "without a name" in refused(
+        capsys, "eval", checkpoint, *TRUST, "--model", moved, "--model", moved
+    )
 
 
-def test_another_base_is_refused(moved: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_base_is_refused(
+    moved: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flip(moved / "model.safetensors")
     assert "files differ" in refused(capsys, "eval", checkpoint, *TRUST, "--model", moved)
 
 
-def test_another_chat_template_is_refused(moved: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_chat_template_is_refused(
+    moved: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     template = moved / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|end|>", "<|end|> "))
     assert "chat template" in refused(capsys, "eval", checkpoint, *TRUST, "--model", moved)
@@ -250,17 +338,30 @@ class Mine(Chain): pass
 
 NAMES: dict[str, tuple[Callable[[dict[str, Any], str], Any], tuple[str, ...]]] = {
     "reward": (lambda d, m: d.update(rewards=[f"{m}:reward"]), ("--trust_checkpoint",)),
-    "verifier": (lambda d, m: d.update(rewards=["length", f"verified({m}:verifier)"]), ("--trust_checkpoint",)),
-    "maker": (lambda d, m: d.update(rewards=["length", f"{m}:maker(text)"]), ("--trust_checkpoint",)),
+    "verifier": (
+        lambda d, m: d.update(rewards=["length", f"verified({m}:verifier)"]),
+        ("--trust_checkpoint",),
+    ),
+    "maker": (
+        lambda d, m: d.update(rewards=["length", f"{m}:maker(text)"]),
+        ("--trust_checkpoint",),
+    ),
     "tool": (lambda d, m: d["agents"][0].update(tools=[f"{m}:add"]), ("--trust_checkpoint",)),
     "tasks": (lambda d, m: d["tasks"].update(name=f"{m}:tasks"), ("--trust_checkpoint",)),
-    "system": (lambda d, m: d["system"].update({"class": f"{m}:Mine"}), ("--system", "{module}:Mine")),
+    "system": (
+        lambda d, m: d["system"].update({"class": f"{m}:Mine"}),
+        ("--system", "{module}:Mine"),
+    ),
 }
 
 
 @pytest.mark.parametrize("what", NAMES)
 def test_foreign_code_is_imported_only_if_the_user_agrees(
-    what: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    what: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     module = f"foreign_{what}"
     (tmp_path / f"{module}.py").write_text(FOREIGN)
@@ -275,66 +376,128 @@ def test_foreign_code_is_imported_only_if_the_user_agrees(
     assert (tmp_path / "imported").exists()
 
 
-def test_a_tool_of_ours_that_is_no_tool_is_foreign_too(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A tool is called with what a model writes, so only the room of agents may be named: this one would write files."""
-    rewrite(checkpoint, lambda data: data["agents"][0].update(tools=["marlora.trainers.checkpoint:write_json"]))
+def test_a_tool_of_ours_that_is_no_tool_is_foreign_too(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tool is called with what a model writes, so only the room of agents may be named: this one
+    would write files."""
+    rewrite(
+        checkpoint,
+        lambda data: data["agents"][0].update(tools=["marlora.trainers.checkpoint:write_json"]),
+    )
     assert "write_json" in refused(capsys, "eval", checkpoint, *HERE)
 
 
-@pytest.mark.parametrize("name", ["marlora.rollouts.rewards.builtin:fn_name(x)", "verified(marlora.trainers.checkpoint:sha256_file)"])
-def test_what_is_ours_but_not_meant_for_it_is_not_called(name: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "marlora.rollouts.rewards.builtin:fn_name(x)",
+        "verified(marlora.trainers.checkpoint:sha256_file)",
+    ],
+)
+def test_what_is_ours_but_not_meant_for_it_is_not_called(
+    name: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rewrite(checkpoint, lambda data: data.update(rewards=["length", name]))
     said = refused(capsys, "eval", checkpoint, *HERE)
     assert name.removeprefix("verified(").removesuffix("file)") in said and "(rewards[1])" in said
 
 
-def test_a_foreign_verifier_of_the_system_is_foreign(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    debate = {"class": "marlora.agents.patterns.collaboration:Collaboration", "arguments": {"verifier": "elsewhere:verifier"}}
+def test_a_foreign_verifier_of_the_system_is_foreign(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    debate = {
+        "class": "marlora.agents.patterns.collaboration:Collaboration",
+        "arguments": {"verifier": "elsewhere:verifier"},
+    }
     rewrite(checkpoint, lambda data: data.update(system=debate))
     said = refused(capsys, "eval", checkpoint, *HERE)
-    assert "verifier elsewhere:verifier (system.arguments.verifier)" in said and "--trust_checkpoint" in said
+    assert (
+        "verifier elsewhere:verifier (system.arguments.verifier)" in said
+        and "--trust_checkpoint" in said
+    )
 
 
-def test_an_outside_model_is_asked_only_if_the_user_agrees(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_outside_model_is_asked_only_if_the_user_agrees(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The user's key would go to the address the checkpoint names."""
     rewrite(checkpoint, lambda data: data["policies"]["first"].update(url="http://elsewhere/v1"))
     assert "http://elsewhere/v1" in refused(capsys, "eval", checkpoint, *HERE)
 
 
-def test_a_checkpoint_of_tasks_given_in_python_asks_for_a_set(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_tasks_given_in_python_asks_for_a_set(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rewrite(checkpoint, lambda data: data["tasks"].update(name=""))
     assert "--tasks" in refused(capsys, "eval", checkpoint, *TRUST)
-    assert marlora("eval", checkpoint, *TRUST, "--tasks", "marlora.trainers.testbeds.tiny:tiny_tasks", "--num_tasks", 1) == 0
+    assert (
+        marlora(
+            "eval",
+            checkpoint,
+            *TRUST,
+            "--tasks",
+            "marlora.trainers.testbeds.tiny:tiny_tasks",
+            "--num_tasks",
+            1,
+        )
+        == 0
+    )
 
 
 # collect and play
 
 
-def test_collect_appends_what_is_not_there_yet(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_collect_appends_what_is_not_there_yet(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def collect(*more: object) -> list[Episode]:
         capsys.readouterr()
-        assert marlora("collect", checkpoint, *TRUST, "--output", tmp_path / "store", "--num_tasks", 2, *more) == 0
+        assert (
+            marlora(
+                "collect",
+                checkpoint,
+                *TRUST,
+                "--output",
+                tmp_path / "store",
+                "--num_tasks",
+                2,
+                *more,
+            )
+            == 0
+        )
         return list(Store(tmp_path / "store"))
 
     first = collect()
     assert len(first) == 2 and {e.task.split for e in first} == {"train"}
-    assert all(set(e.team_version) == {"first", "last"} and e.rewards[0].name == "bytes_mod_7" for e in first)
+    assert all(
+        set(e.team_version) == {"first", "last"} and e.rewards[0].name == "bytes_mod_7"
+        for e in first
+    )
     assert collect() == first and "0 episodes appended" in capsys.readouterr().out
     assert collect("--num_generations", 2)[:2] == first and len(Store(tmp_path / "store")) == 4
     bare = collect("--adapters", "none")[4:]
     assert len(bare) == 2 and all(e.team_version == {} for e in bare)
     assert len(collect("--seed", 1)) == 8 and len(collect("--split", "eval")) == 10
-    assert "at least 1" in refused(capsys, "collect", checkpoint, *TRUST, "--output", tmp_path / "store", "--num_tasks", 0)
+    assert "at least 1" in refused(
+        capsys, "collect", checkpoint, *TRUST, "--output", tmp_path / "store", "--num_tasks", 0
+    )
 
 
-def test_play_answers_every_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_play_answers_every_line(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def play(text: str, *more: object) -> str:
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
         assert marlora("play", checkpoint, *TRUST, *more) == 0
         return capsys.readouterr().out
 
     said = play("1+2+3\n\n4+5+6", "--meta", '{"c": 3}')
-    assert said.count("[first] was told: ") == 2 and "[first] was told: 1+2+3\n" in said and said.count("\nteam: ") == 2
+    assert (
+        said.count("[first] was told: ") == 2
+        and "[first] was told: 1+2+3\n" in said
+        and said.count("\nteam: ") == 2
+    )
     lines = play("1+2+3\n", "--meta", '{"c": 3}', "--raw").splitlines()
     (episode,) = (from_json(Episode, json.loads(line)) for line in lines)
     assert [turn.agent for turn in episode.turns] == ["first", "last"] and episode.rewards == ()
@@ -365,7 +528,14 @@ def test_serve_answers_until_ctrl_c(checkpoint: Path) -> None:
         "1",
     ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert process.stdout is not None
     lines: list[str] = []
     try:
@@ -375,21 +545,31 @@ def test_serve_answers_until_ctrl_c(checkpoint: Path) -> None:
                 break
         assert lines, process.communicate()[1]
         found = dict(line.split(" ", 1) for line in lines if line.startswith(("url ", "key_file ")))
-        models = [line.split()[1] for line in lines if line.startswith("model ") and "(policy" in line]
+        models = [
+            line.split()[1] for line in lines if line.startswith("model ") and "(policy" in line
+        ]
         assert [name.split("-v")[0] for name in models] == ["first", "last"]
         key = Path(found["key_file"]).read_text()
 
         def ask(path: str, body: Any = None) -> Any:
             headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-            request = urllib.request.Request(found["url"] + path, body and json.dumps(body).encode(), headers)
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as response:
+            request = urllib.request.Request(
+                found["url"] + path, body and json.dumps(body).encode(), headers
+            )
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+                request, timeout=60
+            ) as response:
                 return json.load(response)
 
         assert set(models) <= {entry["id"] for entry in ask("/v1/models")["data"]}
-        answer = ask("/v1/completions", {"model": models[0], "prompt": [2, 10, 11], "max_tokens": 3})
+        answer = ask(
+            "/v1/completions", {"model": models[0], "prompt": [2, 10, 11], "max_tokens": 3}
+        )
         assert answer["model"] == models[0] and answer["usage"]["completion_tokens"] >= 1
         said = {"role": "user", "content": "1+2+3"}
-        chat = ask("/v1/chat/completions", {"model": models[1], "messages": [said], "max_tokens": 3})
+        chat = ask(
+            "/v1/chat/completions", {"model": models[1], "messages": [said], "max_tokens": 3}
+        )
         assert chat["model"] == models[1] and chat["choices"][0]["message"]["role"] == "assistant"
         children = descendants(process.pid)
         assert children
@@ -419,10 +599,14 @@ def running(pid: int) -> bool:
 # report, bench, doctor
 
 
-def test_a_run_ends_with_its_report_and_it_can_be_written_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_ends_with_its_report_and_it_can_be_written_again(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = (run / "report.html").read_text()
     (run / "report.html").unlink()
-    assert marlora("report", run) == 0 and capsys.readouterr().out.strip() == str(run / "report.html")
+    assert marlora("report", run) == 0 and capsys.readouterr().out.strip() == str(
+        run / "report.html"
+    )
     assert (run / "report.html").read_text() == first
     assert "config.yaml" in refused(capsys, "report", run.parent)
 
@@ -433,9 +617,16 @@ def test_bench_gives_numbers_and_where_they_come_from(
 ) -> None:
     monkeypatch.setattr(bench_proxy, "CALLS", {1: 2, 8: 2})
     monkeypatch.setattr(bench_proxy, "LATENCY", 0.01)
-    assert marlora("bench", suite, "--size", "tiny", "--repeats", 1, "--json", tmp_path / "found.json") == 0
+    assert (
+        marlora("bench", suite, "--size", "tiny", "--repeats", 1, "--json", tmp_path / "found.json")
+        == 0
+    )
     found = json.loads((tmp_path / "found.json").read_text())
-    assert (found["suite"], found["command"], found["repeats"]) == (suite, f"marlora bench {suite} --size tiny --repeats 1", 1)
+    assert (found["suite"], found["command"], found["repeats"]) == (
+        suite,
+        f"marlora bench {suite} --size tiny --repeats 1",
+        1,
+    )
     assert found["cpu"] and found["versions"]["torch"] == torch.__version__
     assert suite in capsys.readouterr().out
 
@@ -446,38 +637,80 @@ def test_bench_of_an_unknown_suite(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'qwen3-4b'" in refused(capsys, "bench", "update", "--size", "qwen3-4")
 
 
-def test_a_run_that_fails_is_exit_code_1(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_fails_is_exit_code_1(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "store").mkdir()
     with Store(tmp_path / "store") as other:
         other.ids()
         other.extend([])  # the first writer holds the folder's lock
-        said = refused(capsys, "collect", checkpoint, *TRUST, "--num_tasks", 1, "--output", tmp_path / "store", code=1)
+        said = refused(
+            capsys,
+            "collect",
+            checkpoint,
+            *TRUST,
+            "--num_tasks",
+            1,
+            "--output",
+            tmp_path / "store",
+            code=1,
+        )
     assert "one folder, one writer" in said
 
 
 def test_doctor_finds_this_machine_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert marlora("doctor") == 0
     said = capsys.readouterr().out
-    for part in ("Python", "torch build", "GPU", "transformers", "vLLM", "model cache", "disk", "Slurm", "sandbox", "bfloat16"):
+    for part in (
+        "Python",
+        "torch build",
+        "GPU",
+        "transformers",
+        "vLLM",
+        "model cache",
+        "disk",
+        "Slurm",
+        "sandbox",
+        "bfloat16",
+    ):
         assert part in said
 
 
-def test_doctor_names_what_stops_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_names_what_stops_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     real = doctor.requirements
-    needs = {**real(), "peft": doctor.Requirement("peft<0.1"), "nowhere": doctor.Requirement("nowhere")}
+    needs = {
+        **real(),
+        "peft": doctor.Requirement("peft<0.1"),
+        "nowhere": doctor.Requirement("nowhere"),
+    }
     monkeypatch.setattr(doctor, "requirements", lambda: needs)
-    monkeypatch.setattr(doctor, "NEEDED", {"torch": "Tensor", "peft": "LoraConfig", "nowhere": "x", "aiohttp": "NoSuchName"})
+    monkeypatch.setattr(
+        doctor,
+        "NEEDED",
+        {"torch": "Tensor", "peft": "LoraConfig", "nowhere": "x", "aiohttp": "NoSuchName"},
+    )
     assert refused(capsys, "doctor", code=1).endswith("peft, nowhere, aiohttp")
     rows = {row[0]: row[1:] for row in doctor.examine()[0]}
     assert "tested with <0.1" in rows["peft"][0] and rows["peft"][1] == "pip install 'peft<0.1'"
     assert rows["nowhere"][0] == "not installed" and "cannot be imported" in rows["aiohttp"][0]
 
 
-def test_doctor_finds_a_torchvision_of_another_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+def test_doctor_finds_a_torchvision_of_another_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchvision.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
     (tmp_path / "torchvision-0.1.dist-info").mkdir()
-    (tmp_path / "torchvision-0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n")
+    (tmp_path / "torchvision-0.1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n"
+    )
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     found, todo = doctor.vision()
-    assert "0.1, does not fit torch: operator torchvision::nms" in found and todo == "pip uninstall torchvision torchaudio"
+    assert (
+        "0.1, does not fit torch: operator torchvision::nms" in found
+        and todo == "pip uninstall torchvision torchaudio"
+    )

@@ -16,7 +16,16 @@ RECIPE = ["recipes/grpo_team.py", "--max_steps", "2"]
     [
         ["python", "/bin/accelerate", "launch", "--cpu", "--num_processes", "3", *RECIPE],
         ["/bin/accelerate-launch", "--cpu", "--num_processes=3", *RECIPE],
-        ["python", "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "3", "-m", "marlora.recipes.grpo_team"],
+        [
+            "python",
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            "3",
+            "-m",
+            "marlora.recipes.grpo_team",
+        ],
     ],
 )
 def test_the_number_is_read_as_accelerate_reads_it(launcher: list[str]) -> None:
@@ -40,6 +49,13 @@ def test_a_meeting_place_set_by_hand_means_nothing() -> None:
 
 
 def test_several_machines_are_refused() -> None:
-    address = ["--num_machines", "2", "--main_process_ip", "10.0.0.1", "--main_process_port", "29500"]
+    address = [
+        "--num_machines",
+        "2",
+        "--main_process_ip",
+        "10.0.0.1",
+        "--main_process_port",
+        "29500",
+    ]
     with pytest.raises(SettingError, match="start torchrun on each"):
         meant(ALONE, ["accelerate", "launch", "--cpu", "--num_processes", "4", *address, *RECIPE])

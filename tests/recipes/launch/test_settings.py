@@ -48,7 +48,16 @@ def test_the_default_file_stands_beside_the_recipe_and_flags_win() -> None:
     config = parse(GRPOConfig, RECIPE, [])
     assert (config.model, config.max_steps, config.learning_rate) == ("tiny", 30, 2e-3)
     assert config.system["views"] == {"first": "{prompt}", "last": "{previous}+{c}"}  # type: ignore[index, call-overload]
-    flags = ["--max_steps", "7", "--lora_target_modules", "q_proj", "v_proj", "--resume", "true", "--learning_rate=1e-5"]
+    flags = [
+        "--max_steps",
+        "7",
+        "--lora_target_modules",
+        "q_proj",
+        "v_proj",
+        "--resume",
+        "true",
+        "--learning_rate=1e-5",
+    ]
     config = parse(GRPOConfig, RECIPE, flags)
     assert (config.max_steps, config.lora_target_modules, config.resume, config.learning_rate) == (
         7,
@@ -72,15 +81,35 @@ def test_dotted_paths_set_one_entry_of_a_mapping(tmp_path: Path) -> None:
         "4",
         "--policies.solver.trainable=false",
     ]
-    argv += ["--agents.solver.sampling.stop", '["!"]', "--system.rounds=3", "--task_args.level", "[1, 2]"]
+    argv += [
+        "--agents.solver.sampling.stop",
+        '["!"]',
+        "--system.rounds=3",
+        "--task_args.level",
+        "[1, 2]",
+    ]
     config = read("agents: {solver: {role: solves}}\npolicies:\n", *argv, folder=tmp_path)
-    assert config.agents == {"solver": {"role": "solves", "prompt": "Be brief: answer only", "sampling": {"stop": ["!"]}}}
+    assert config.agents == {
+        "solver": {"role": "solves", "prompt": "Be brief: answer only", "sampling": {"stop": ["!"]}}
+    }
     assert config.policies == {"solver": {"adapter": {"r": 4}, "trainable": False}}
     assert config.system == {"rounds": 3} and config.task_args == {"level": [1, 2]}
 
 
 @pytest.mark.parametrize(
-    "prompt", ["5", "yes", "null", "{prompt}", "a: b", "# no comment", '"quoted"', "two\nlines", "--dashes", ""]
+    "prompt",
+    [
+        "5",
+        "yes",
+        "null",
+        "{prompt}",
+        "a: b",
+        "# no comment",
+        '"quoted"',
+        "two\nlines",
+        "--dashes",
+        "",
+    ],
 )
 def test_a_prompt_is_taken_as_it_stands(prompt: str, tmp_path: Path) -> None:
     config = read("max_steps: 1", f"--agents.solver.prompt={prompt}", folder=tmp_path)
@@ -90,12 +119,27 @@ def test_a_prompt_is_taken_as_it_stands(prompt: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-5", 1e-5), ("-2E3", -2000.0), (".5e1", 5.0), ("3.14", 3.14), ("7", 7), ("true", True), ("null", None), ("", ""),
-        ("[1, 2e-3]", [1, 2e-3]), ("{a: 1}", {"a": 1}), ("{prompt}", "{prompt}"), ("{previous}+{c}", "{previous}+{c}"),
-        ("a: b", "a: b"), ("- a", "- a"), ("'7'", "7"), ("2026-11-22", "2026-11-22"), ("1:30", "1:30"), ("[broken", "[broken"),
+        ("1e-5", 1e-5),
+        ("-2E3", -2000.0),
+        (".5e1", 5.0),
+        ("3.14", 3.14),
+        ("7", 7),
+        ("true", True),
+        ("null", None),
+        ("", ""),
+        ("[1, 2e-3]", [1, 2e-3]),
+        ("{a: 1}", {"a": 1}),
+        ("{prompt}", "{prompt}"),
+        ("{previous}+{c}", "{previous}+{c}"),
+        ("a: b", "a: b"),
+        ("- a", "- a"),
+        ("'7'", "7"),
+        ("2026-11-22", "2026-11-22"),
+        ("1:30", "1:30"),
+        ("[broken", "[broken"),
         ("x # y", "x # y"),
     ],
-)  # fmt: skip
+)
 def test_values_on_the_command_line(text: str, value: Any) -> None:
     assert read_value(text) == value and type(read_value(text)) is type(value)
 
@@ -105,7 +149,11 @@ def test_small_numbers_are_numbers_everywhere(tmp_path: Path) -> None:
     text += "policies: {solver: {learning_rate: 3e-4, adapter: {alpha: 1e1}}}\n"
     text += "agents: {reviewer: {sampling: {min_p: 1e-2}}}\nreward_weights: {exact: 5e-1}\n"
     config = read(SYSTEM + text, "--policies.reviewer.learning_rate", "4e-5", folder=tmp_path)
-    assert (config.learning_rate, config.advantage_epsilon, config.epsilon_high) == (1e-5, 1e-6, 0.2)
+    assert (config.learning_rate, config.advantage_epsilon, config.epsilon_high) == (
+        1e-5,
+        1e-6,
+        0.2,
+    )
     agents = override_agents(build_system(config.system), config.agents)  # type: ignore[arg-type]
     policies = config.policy_specs(agents)
     assert (policies["solver"].learning_rate, policies["reviewer"].learning_rate) == (3e-4, 4e-5)
@@ -114,7 +162,14 @@ def test_small_numbers_are_numbers_everywhere(tmp_path: Path) -> None:
 
 
 def test_mappings_may_be_json(tmp_path: Path) -> None:
-    config = read("max_steps: 1", "--agents", '{"solver": {"prompt": "p"}}', "--reward_weights", '{"exact": 1e-1}', folder=tmp_path)
+    config = read(
+        "max_steps: 1",
+        "--agents",
+        '{"solver": {"prompt": "p"}}',
+        "--reward_weights",
+        '{"exact": 1e-1}',
+        folder=tmp_path,
+    )
     assert config.agents == {"solver": {"prompt": "p"}} and config.reward_weights == {"exact": 0.1}
 
 
@@ -125,16 +180,48 @@ def test_mappings_may_be_json(tmp_path: Path) -> None:
     ("text", "argv", "expected"),
     [
         ("max_step: 3", [], "own.yaml: unknown setting 'max_step'; did you mean 'max_steps'?"),
-        ("max_steps: 3", ["--lerning_rate", "1"], "unknown setting '--lerning_rate'; did you mean 'learning_rate'?"),
+        (
+            "max_steps: 3",
+            ["--lerning_rate", "1"],
+            "unknown setting '--lerning_rate'; did you mean 'learning_rate'?",
+        ),
         ("max_steps: 3", ["--learn", "1"], "unknown setting '--learn'"),  # no abbreviations
-        ("max_steps: 3", ["--agent.solver.prompt", "x"], "unknown setting '--agent.solver.prompt'; did you mean 'agents'?"),
-        ("max_steps: 3", ["--agents.solver.prompt"], "--agents.solver.prompt: expected a value after it"),
-        ("max_steps: 3", ["--agents..prompt", "x"], "--agents..prompt: expected names between the dots"),
-        ("max_steps: 3", ["--max_steps.x", "1"], "--max_steps.x: max_steps is 3, so nothing can be set inside it"),
-        ("agents: {solver: 5}", ["--agents.solver.prompt=x"], "--agents.solver.prompt: agents.solver is 5, so nothing can be set"),
-        ("max_steps: 3", ["--agents.a.role=x", "--agents", "{}"], "--agents: given as a whole and by path; choose one"),
+        (
+            "max_steps: 3",
+            ["--agent.solver.prompt", "x"],
+            "unknown setting '--agent.solver.prompt'; did you mean 'agents'?",
+        ),
+        (
+            "max_steps: 3",
+            ["--agents.solver.prompt"],
+            "--agents.solver.prompt: expected a value after it",
+        ),
+        (
+            "max_steps: 3",
+            ["--agents..prompt", "x"],
+            "--agents..prompt: expected names between the dots",
+        ),
+        (
+            "max_steps: 3",
+            ["--max_steps.x", "1"],
+            "--max_steps.x: max_steps is 3, so nothing can be set inside it",
+        ),
+        (
+            "agents: {solver: 5}",
+            ["--agents.solver.prompt=x"],
+            "--agents.solver.prompt: agents.solver is 5, so nothing can be set",
+        ),
+        (
+            "max_steps: 3",
+            ["--agents.a.role=x", "--agents", "{}"],
+            "--agents: given as a whole and by path; choose one",
+        ),
         ("max_steps: 3", ["--config"], "--config: expected a YAML file after it"),
-        ("max_steps: 3", ["--config", "/no/such.yaml"], "--config /no/such.yaml: No such file or directory; expected a YAML file"),
+        (
+            "max_steps: 3",
+            ["--config", "/no/such.yaml"],
+            "--config /no/such.yaml: No such file or directory; expected a YAML file",
+        ),
         ("", [], "own.yaml: the file is empty; expected settings, one `name: value` a line"),
         ("# only a comment", [], "the file is empty"),
         ("- max_steps", [], "expected settings, one `name: value` a line, got a list"),
@@ -142,7 +229,11 @@ def test_mappings_may_be_json(tmp_path: Path) -> None:
         ("max_steps: 3\nmax_steps: 4", [], "own.yaml: not YAML: 'max_steps' is given twice"),
         ("max_steps: 3.5", [], "max_steps: expected int, got 3.5"),
         ("max_steps: [3]", [], "max_steps: expected int, got [3]"),
-        ("max_steps: three", [], "--max_steps: invalid int value: 'three'; --help lists every setting"),
+        (
+            "max_steps: three",
+            [],
+            "--max_steps: invalid int value: 'three'; --help lists every setting",
+        ),
         ("max_steps: 3", ["--max_steps", "3.5"], "--max_steps: invalid int value: '3.5'"),
         ("max_steps: 3", ["--max_steps"], "--max_steps: expected one argument"),
         ("learning_rate: fast", [], "--learning_rate: invalid float value: 'fast'"),
@@ -155,34 +246,65 @@ def test_mappings_may_be_json(tmp_path: Path) -> None:
         ("rewards: [1]", [], "rewards: expected list[str], got [1]"),
         ("model: 5", [], "model: expected str, got 5"),
         ("agents: [solver]", [], "agents: expected a mapping, got ['solver']"),
-        ("agents: solver", [], "agents: expected a mapping (YAML, JSON or --agents.KEY), got 'solver'"),
-        ("loss_type: gppo", [], "loss_type: expected one of grpo, bnpo, dapo, dr_grpo, luspo, cispo, got 'gppo'"),
+        (
+            "agents: solver",
+            [],
+            "agents: expected a mapping (YAML, JSON or --agents.KEY), got 'solver'",
+        ),
+        (
+            "loss_type: gppo",
+            [],
+            "loss_type: expected one of grpo, bnpo, dapo, dr_grpo, luspo, cispo, got 'gppo'",
+        ),
         ("credit: grop", [], "credit 'grop': no such rule; did you mean 'grpo'?"),
         ("layout: tree", [], "layout: expected one of auto, shared, packed, padded, got 'tree'"),
         ("lora_r: 0", [], "lora_r: expected at least 1, got 0"),
         ("reward_timeout: 0.0", [], "reward_timeout: expected seconds above 0, got 0.0"),
-        ("num_generations: 1", [], "num_generations: credit 'grpo' compares episodes of one task, so at least 2; got 1"),
+        (
+            "num_generations: 1",
+            [],
+            "num_generations: credit 'grpo' compares episodes of one task, so at least 2; got 1",
+        ),
         ("resume: true\noverwrite: true", [], "resume and overwrite: choose one"),
     ],
-)  # fmt: skip
-def test_wrong_settings_are_told_in_one_line(text: str, argv: list[str], expected: str, tmp_path: Path) -> None:
+)
+def test_wrong_settings_are_told_in_one_line(
+    text: str, argv: list[str], expected: str, tmp_path: Path
+) -> None:
     assert expected in told(text, *argv, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("policies: {solvr: {}}", "policies.solvr: no agent speaks with it; did you mean 'solver'?"),
+        (
+            "policies: {solvr: {}}",
+            "policies.solvr: no agent speaks with it; did you mean 'solver'?",
+        ),
         ("policies: {solver: {adapter: {rank: 4}}}", "policies.solver.adapter.rank: unknown field"),
-        ("policies: {solver: {adapter: {r: four}}}", "policies.solver.adapter.r: expected int, got 'four'"),
+        (
+            "policies: {solver: {adapter: {r: four}}}",
+            "policies.solver.adapter.r: expected int, got 'four'",
+        ),
         ("policies: {solver: {adapter: 4}}", "policies.solver.adapter: expected a mapping"),
         ("policies: {solver: 4}", "policies.solver: expected a mapping"),
-        ("policies: {solver: {learnin_rate: 1}}", "policies.solver.learnin_rate: unknown field; did you mean 'learning_rate'?"),
-        ("agents: {solver: {policy: base}}\npolicies: {base: {trainable: true}}", "policies.base.trainable: the base is never trained"),
-        ("agents: {solvr: {prompt: x}}", "agents.solvr: no such agent in Chain; did you mean 'solver'?"),
+        (
+            "policies: {solver: {learnin_rate: 1}}",
+            "policies.solver.learnin_rate: unknown field; did you mean 'learning_rate'?",
+        ),
+        (
+            "agents: {solver: {policy: base}}\npolicies: {base: {trainable: true}}",
+            "policies.base.trainable: the base is never trained",
+        ),
+        (
+            "agents: {solvr: {prompt: x}}",
+            "agents.solvr: no such agent in Chain; did you mean 'solver'?",
+        ),
     ],
-)  # fmt: skip
-def test_wrong_entries_of_agents_and_policies_are_told(text: str, expected: str, tmp_path: Path) -> None:
+)
+def test_wrong_entries_of_agents_and_policies_are_told(
+    text: str, expected: str, tmp_path: Path
+) -> None:
     with pytest.raises(SettingError) as caught:
         Run(read(SYSTEM + text, folder=tmp_path))
     assert expected in str(caught.value)
@@ -192,8 +314,16 @@ def test_wrong_entries_of_agents_and_policies_are_told(text: str, expected: str,
 
 
 def test_saved_settings_build_the_same_run_again(tmp_path: Path) -> None:
-    agents = [AgentSpec("a", "one", "p", sampling=Sampling(stop=("!",)), demos=(Message("user", "x"),)), AgentSpec("b", policy="a")]
-    config = GRPOConfig(output_dir=str(tmp_path / "run"), learning_rate=1e-5, policies={"a": {"adapter": {"r": 4}}}, overwrite=True)
+    agents = [
+        AgentSpec("a", "one", "p", sampling=Sampling(stop=("!",)), demos=(Message("user", "x"),)),
+        AgentSpec("b", policy="a"),
+    ]
+    config = GRPOConfig(
+        output_dir=str(tmp_path / "run"),
+        learning_rate=1e-5,
+        policies={"a": {"adapter": {"r": 4}}},
+        overwrite=True,
+    )
     first = Run(config, Debate(agents, rounds=2))
     (tmp_path / "run").mkdir()
     run_folder.write_config(first)
@@ -201,8 +331,14 @@ def test_saved_settings_build_the_same_run_again(tmp_path: Path) -> None:
     other = Run(again)
     assert other.system == first.system and other.policies == first.policies
     assert not again.overwrite  # of that call, not of the run
-    different = {name for name, value in to_json(vars(again)).items() if value != to_json(vars(config))[name]}
-    assert different == {"system", "agents", "overwrite"}  # given in Python there, spelt out in the file
+    different = {
+        name for name, value in to_json(vars(again)).items() if value != to_json(vars(config))[name]
+    }
+    assert different == {
+        "system",
+        "agents",
+        "overwrite",
+    }  # given in Python there, spelt out in the file
 
 
 # from outside
@@ -228,7 +364,9 @@ def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
     ],
 )
-def test_exit_codes(error: Exception, code: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes(
+    error: Exception, code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     def main() -> None:
         raise error
 
@@ -241,7 +379,13 @@ def test_exit_codes(error: Exception, code: int, told: str, capsys: pytest.Captu
 @pytest.mark.slow
 def test_launched_by_path_and_by_module_alike() -> None:
     def launched(*how: str) -> tuple[int, str, str]:
-        ended = subprocess.run([sys.executable, *how, "--max_step", "3"], capture_output=True, text=True, cwd=ROOT, timeout=250)
+        ended = subprocess.run(
+            [sys.executable, *how, "--max_step", "3"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=250,
+        )
         return ended.returncode, ended.stdout, ended.stderr
 
     wrong = (2, "", "error: unknown setting '--max_step'; did you mean 'max_steps'?\n")

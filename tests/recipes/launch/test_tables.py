@@ -1,4 +1,5 @@
-"""What is printed at the end of a run: tables of rounds, of a verifier's calibration, of sampled debates, where there are any."""
+"""What is printed at the end of a run: tables of rounds, of a verifier's calibration, of sampled
+debates, where there are any."""
 
 from __future__ import annotations
 
@@ -8,15 +9,23 @@ from marlora.recipes.launch.tables import stages_table, summary_table
 from marlora.trainers.methods.reward_model.calibration import ScoredAnswer, calibration
 
 SUMMARY: dict[str, Any] = {
-    "recipe": "maporl", "model": "m", "engine": "scripted", "steps": 3, "eval": {"before": None, "after": None}, "policies": {},
-    "seconds": {"total": 1.0, "rollout": 0.5, "train": 0.4, "publish": 0.1}, "tokens": {"sampled": 10, "trained": 5},
+    "recipe": "maporl",
+    "model": "m",
+    "engine": "scripted",
+    "steps": 3,
+    "eval": {"before": None, "after": None},
+    "policies": {},
+    "seconds": {"total": 1.0, "rollout": 0.5, "train": 0.4, "publish": 0.1},
+    "tokens": {"sampled": 10, "trained": 5},
     "live_proof": {"checks": 0, "passed": 0, "untrained": 0, "failed": 0, "max_residual": 0.0},
-}  # fmt: skip
+}
 
 
 def test_a_run_without_rounds_shows_none():
     told = summary_table(SUMMARY, "runs/x")
-    assert "rounds" not in told and "verifier" not in told and "runs/x/checkpoints/step-000003" in told
+    assert (
+        "rounds" not in told and "verifier" not in told and "runs/x/checkpoints/step-000003" in told
+    )
 
 
 def test_rounds_and_changes():
@@ -35,20 +44,47 @@ def test_calibration():
 
 
 def test_sampled_debates_and_their_diversity():
-    before, after = ({"accuracy": value, "ci95": [value - 0.1, value + 0.1], "num_tasks": 40} for value in (0.7, 0.75))
-    apart = {"generators": {"cross_nll": 0.5, "kl": 0.025}, "critics": {"cross_nll": 0.25, "kl": 0.125}}
+    before, after = (
+        {"accuracy": value, "ci95": [value - 0.1, value + 0.1], "num_tasks": 40}
+        for value in (0.7, 0.75)
+    )
+    apart = {
+        "generators": {"cross_nll": 0.5, "kl": 0.025},
+        "critics": {"cross_nll": 0.25, "kl": 0.125},
+    }
     diversity = {"before": {"consensus": 0.8}, "after": {"consensus": 0.9, **apart}}
-    sampled = {"before": before, "after": after, "paired": {"difference": 0.05, "ci95": [0.01, 0.09]}, "diversity": diversity}
+    sampled = {
+        "before": before,
+        "after": after,
+        "paired": {"difference": 0.05, "ci95": [0.01, 0.09]},
+        "diversity": diversity,
+    }
     told = summary_table({**SUMMARY, "sampled": sampled}, "runs/x")
-    for each in ("0.750", "+0.050", "+0.010 .. +0.090", "0.800", "0.900", "generators: cross nll", "0.025", "0.125"):
+    for each in (
+        "0.750",
+        "+0.050",
+        "+0.010 .. +0.090",
+        "0.800",
+        "0.900",
+        "generators: cross nll",
+        "0.025",
+        "0.125",
+    ):
         assert each in told
 
 
 def test_best_of_n_stands_between_the_base_and_the_trained_team():
     entry = {"accuracy": 0.5, "ci95": [0.4, 0.6], "num_tasks": 100}
     found = {"before": entry, "after": entry, "paired": {"difference": 0.0, "ci95": [-0.1, 0.1]}}
-    told = summary_table({**SUMMARY, "eval": found, "best_of": {**entry, "n": 4, "accuracy": 0.8}}, "runs/x")
-    assert told.index("base team") < told.index("base team, best of 4") < told.index("0.800") < told.index("trained team")
+    told = summary_table(
+        {**SUMMARY, "eval": found, "best_of": {**entry, "n": 4, "accuracy": 0.8}}, "runs/x"
+    )
+    assert (
+        told.index("base team")
+        < told.index("base team, best of 4")
+        < told.index("0.800")
+        < told.index("trained team")
+    )
 
 
 def test_the_stages_of_flowreasoner() -> None:
@@ -61,4 +97,7 @@ def test_the_stages_of_flowreasoner() -> None:
         "exact": 0.4,
     }
     told = stages_table({"base": base, "rl": {**base, "performance": 1.0, "invalid": {}}})
-    assert [cell in told for cell in ("-0.125", "0.375", "1.000", "0.000", "base", "rl", "cannot be run")] == [True] * 7
+    assert [
+        cell in told
+        for cell in ("-0.125", "0.375", "1.000", "0.000", "base", "rl", "cannot be run")
+    ] == [True] * 7

@@ -1,4 +1,5 @@
-"""A checkpoint of a stranger's: whatever stands in `system.json`, opening and playing it imports, calls and asks nothing of theirs."""
+"""A checkpoint of a stranger's: whatever stands in `system.json`, opening and playing it imports,
+calls and asks nothing of theirs."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ import pytest
 from marlora.agents.lookup import load_function, is_trusted, only_trusted, trusted
 from marlora.agents.programs.operators import OPERATORS, resolve_operators
 from marlora.agents.team import System
-from marlora.agents.types import (AgentSpec, PolicySpec, Sampling, SettingError, Task, to_json)
+from marlora.agents.types import AgentSpec, PolicySpec, Sampling, SettingError, Task, to_json
 from marlora.rollouts.checkpoints import team as served
 from marlora.rollouts.checkpoints.reader import places, read_checkpoint
 from marlora.rollouts.checkpoints.team import LoadedTeam, build_system
@@ -43,18 +44,43 @@ def run(*args, **kwargs):
 
 
 def hostile(marker: Path) -> list[str]:
-    """Names that would leave the marker, import what is nobody's, or call what was never meant to be named."""
+    """Names that would leave the marker, import what is nobody's, or call what was never meant to
+    be named."""
     return [
-        f"os:system(touch {marker})", f"posix:system(touch {marker})", f"builtins:exec(open({str(marker)!r}, 'w'))", "subprocess:check_output",
-        "this:s", "antigravity:geohash", "evil_in_cwd:run", "evil_in_cwd:run(x)", f"verified(os:system(touch {marker}))",
-        f"verified(evil_in_cwd:run({marker}))", "marlora.agents.evil:run", "marlora.evil:run(x)", "marlora.agents..evil:run",
+        f"os:system(touch {marker})",
+        f"posix:system(touch {marker})",
+        f"builtins:exec(open({str(marker)!r}, 'w'))",
+        "subprocess:check_output",
+        "this:s",
+        "antigravity:geohash",
+        "evil_in_cwd:run",
+        "evil_in_cwd:run(x)",
+        f"verified(os:system(touch {marker}))",
+        f"verified(evil_in_cwd:run({marker}))",
+        "marlora.agents.evil:run",
+        "marlora.evil:run(x)",
+        "marlora.agents..evil:run",
         "marlora.agents.types:json",
-        "marlora.agents.types:json.loads", "marlora.agents.lookup:importlib", "marlora.agents.lookup:load_function(x)",
-        "marlora.agents.patterns.chain:Chain.__init__", "marlora.agents.team:System", "marlora.rollouts.gateway.programs:Command",
-        "marlora.rollouts.gateway.programs:Function", f"marlora.rollouts.gateway.programs:os.system(touch {marker})",
-        "marlora.agents.tools.tools:python_tool", "marlora.agents.patterns.chain：Chain", "ｍarlora.agents.evil:run", "marlora.agents.patterns.chain:Chain:evil",
-        "marlora/agents/evil:run", "../evil_in_cwd:run", ".evil:run", "evil_in_cwd\x00:run", "e" * 5000, "\ud800:x", "~nobody-here",
-    ]  # fmt: skip
+        "marlora.agents.types:json.loads",
+        "marlora.agents.lookup:importlib",
+        "marlora.agents.lookup:load_function(x)",
+        "marlora.agents.patterns.chain:Chain.__init__",
+        "marlora.agents.team:System",
+        "marlora.rollouts.gateway.programs:Command",
+        "marlora.rollouts.gateway.programs:Function",
+        f"marlora.rollouts.gateway.programs:os.system(touch {marker})",
+        "marlora.agents.tools.tools:python_tool",
+        "marlora.agents.patterns.chain：Chain",
+        "ｍarlora.agents.evil:run",
+        "marlora.agents.patterns.chain:Chain:evil",
+        "marlora/agents/evil:run",
+        "../evil_in_cwd:run",
+        ".evil:run",
+        "evil_in_cwd\x00:run",
+        "e" * 5000,
+        "\ud800:x",
+        "~nobody-here",
+    ]
 
 
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -64,37 +90,67 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "marlora.agents.patterns.debate:Debate": {"rounds": 1},
     "marlora.agents.patterns.collaboration:Collaboration": {"verifier": "calculator", "rounds": 2},
     "marlora.agents.patterns.actor_critic:ActorCritic": {},
-    "marlora.agents.programs.workflow:Workflow": {"operators": ["custom", "review"], "executors": {"custom": "b"}, "prompts": {"review": "{problem}"}},
+    "marlora.agents.programs.workflow:Workflow": {
+        "operators": ["custom", "review"],
+        "executors": {"custom": "b"},
+        "prompts": {"review": "{problem}"},
+    },
     "marlora.agents.programs.flowreasoner:FlowReasoner": {"operators": ["custom"], "rounds": 1},
     "marlora.agents.games.trade:Trade": {},
     "marlora.agents.games.exchange:Exchange": {},
     "marlora.agents.games.ultimatum:Ultimatum": {},
-}  # fmt: skip
+}
 
 
 def valid(cls: str) -> dict[str, Any]:
     """`system.json` of a checkpoint of this class, without trained adapters, as a run writes it."""
     tools = ("calculator",) if cls.endswith("Chain") else ()
-    system = build_system({"class": cls, "agents": [AgentSpec("a", prompt="Add.", tools=tools), AgentSpec("b")], **SYSTEMS[cls]})
+    system = build_system(
+        {
+            "class": cls,
+            "agents": [AgentSpec("a", prompt="Add.", tools=tools), AgentSpec("b")],
+            **SYSTEMS[cls],
+        }
+    )
     names = [spec.policy for spec in system.specs]
     tasks = load_tasks(SET, "eval", seed=0, **ARGS)[:2]
     return {
-        "schema": 1, "recipe": "grpo_team", "step": 1, "base": {"name": "the-base", "sha256": "0" * 64},
-        "bases": {"the-base": {"sha256": "0" * 64, "files": None, "template": "t", "policies": names}},
+        "schema": 1,
+        "recipe": "grpo_team",
+        "step": 1,
+        "base": {"name": "the-base", "sha256": "0" * 64},
+        "bases": {
+            "the-base": {"sha256": "0" * 64, "files": None, "template": "t", "policies": names}
+        },
         "system": {"class": cls, "arguments": json.loads(json.dumps(system.arguments()))},
         "agents": json.loads(json.dumps(to_json(system.specs))),
         "policies": {name: json.loads(json.dumps(to_json(PolicySpec(name)))) for name in names},
-        "values": [], "adapters": {},
-        "tasks": {"name": SET, "args": ARGS, "seed": 0, "num_eval_tasks": 2, "eval": split_hash(tasks)},
-        "rewards": ["exact", "verified(calculator)"], "sampling": json.loads(json.dumps(to_json(Sampling(max_tokens=40)))), "versions": {},
-    }  # fmt: skip
+        "values": [],
+        "adapters": {},
+        "tasks": {
+            "name": SET,
+            "args": ARGS,
+            "seed": 0,
+            "num_eval_tasks": 2,
+            "eval": split_hash(tasks),
+        },
+        "rewards": ["exact", "verified(calculator)"],
+        "sampling": json.loads(json.dumps(to_json(Sampling(max_tokens=40)))),
+        "versions": {},
+    }
 
 
 async def work(folder: Path, **settings: Any) -> None:
-    """What `play`, `collect`, `eval` and `serve` do with a checkpoint, on an engine that needs no model."""
+    """What `play`, `collect`, `eval` and `serve` do with a checkpoint, on an engine that needs no
+    model."""
     engine = ScriptedEngine(lambda prompt, ref, sampling, k: "Answer: 1")
     team = await LoadedTeam.open(
-        folder, EngineConfig(), scratch=folder / "scratch", engine=engine, say=lambda text: None, **settings
+        folder,
+        EngineConfig(),
+        scratch=folder / "scratch",
+        engine=engine,
+        say=lambda text: None,
+        **settings,
     )
     try:
         tasks = [*team.tasks(limit=1), *team.tasks(limit=1, split="train")]
@@ -107,7 +163,8 @@ async def work(folder: Path, **settings: Any) -> None:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with modules that leave a marker when they are imported, one of them below `marlora.`."""
+    """A working directory with modules that leave a marker when they are imported, one of them
+    below `marlora.`."""
     marker = tmp_path / "MARKER"
     for name in ("evil_in_cwd", "marlora/evil", "marlora/agents/evil"):
         path = tmp_path / f"{name}.py"
@@ -115,7 +172,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.write_text(EVIL.format(marker=str(marker)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(served, "base_of", lambda name, path, data: (ChatRenderer(ByteTokenizer()), "the-base"))
+    monkeypatch.setattr(
+        served, "base_of", lambda name, path, data: (ChatRenderer(ByteTokenizer()), "the-base")
+    )
     for name in MODULES:
         sys.modules.pop(name, None)
     return marker
@@ -146,11 +205,25 @@ def inside(data: Any, at: tuple[Any, ...]) -> Any:
     return data
 
 
-KEYS = ("main", "command", "verifier", "operators", "tools", "class", "init", "url", "base", "extra")
+KEYS = (
+    "main",
+    "command",
+    "verifier",
+    "operators",
+    "tools",
+    "class",
+    "init",
+    "url",
+    "base",
+    "extra",
+)
 
 
-def changes(data: dict[str, Any], name: str, below: tuple[Any, ...], keys: bool = True) -> Iterator[tuple[str, Any]]:
-    """The file with the name at every place below, one at a time: in place of what is there, and added to it."""
+def changes(
+    data: dict[str, Any], name: str, below: tuple[Any, ...], keys: bool = True
+) -> Iterator[tuple[str, Any]]:
+    """The file with the name at every place below, one at a time: in place of what is there, and
+    added to it."""
     part = inside(data, below)
     for at in strings(part, below):
         changed = copy.deepcopy(data)
@@ -170,7 +243,8 @@ def changes(data: dict[str, Any], name: str, below: tuple[Any, ...], keys: bool 
 
 
 def assert_harmless(folder: Path, changed: Any, marker: Path, where: str) -> bool:
-    """Open and play it; returns whether it was refused. Nothing else than a refusal in words may come out."""
+    """Open and play it; returns whether it was refused. Nothing else than a refusal in words may
+    come out."""
     (folder / "system.json").write_text(json.dumps(changed))
     refused = False
     try:
@@ -189,8 +263,14 @@ def test_what_a_run_writes_is_opened_and_played(cls: str, world: Path, tmp_path:
     """The files below are refused for what was put in, not for what they are."""
     data = valid(cls)
     if "games" in cls:
-        data["tasks"]["name"], data["tasks"]["args"] = f"marlora.rollouts.tasks.games:{cls.split('.')[3].split(':')[0]}", {}
-        data["rewards"] = ["marlora.rollouts.tasks.games:payoff", "marlora.rollouts.tasks.games:deal"]
+        data["tasks"]["name"], data["tasks"]["args"] = (
+            f"marlora.rollouts.tasks.games:{cls.split('.')[3].split(':')[0]}",
+            {},
+        )
+        data["rewards"] = [
+            "marlora.rollouts.tasks.games:payoff",
+            "marlora.rollouts.tasks.games:deal",
+        ]
         data["tasks"]["eval"] = split_hash(load_tasks(data["tasks"]["name"], "eval", seed=0)[:2])
     (tmp_path / "system.json").write_text(json.dumps(data))
     asyncio.run(work(tmp_path))
@@ -201,12 +281,17 @@ def test_a_hostile_name_anywhere_does_nothing(number: int, world: Path, tmp_path
     """Every place of the whole file, for a chain whose agents have a tool."""
     name, data = hostile(world)[number], valid("marlora.agents.patterns.chain:Chain")
     changed_files = changes(data, name, (), keys=number < 8)
-    refused = [assert_harmless(tmp_path, changed, world, f"{name!r:.80} {where}") for where, changed in changed_files]
+    refused = [
+        assert_harmless(tmp_path, changed, world, f"{name!r:.80} {where}")
+        for where, changed in changed_files
+    ]
     assert sum(refused) > len(refused) / 4, "most places are read"
 
 
 @pytest.mark.parametrize("cls", SYSTEMS)
-def test_a_hostile_name_in_the_arguments_of_a_system_does_nothing(cls: str, world: Path, tmp_path: Path) -> None:
+def test_a_hostile_name_in_the_arguments_of_a_system_does_nothing(
+    cls: str, world: Path, tmp_path: Path
+) -> None:
     data = valid(cls)
     for name in hostile(world)[:12]:
         for where, changed in changes(data, name, ("system", "arguments")):
@@ -214,8 +299,14 @@ def test_a_hostile_name_in_the_arguments_of_a_system_does_nothing(cls: str, worl
 
 
 LOADED: dict[str, tuple[str, Callable[[dict[str, Any], str], Any]]] = {
-    "operator": ("marlora.agents.programs.workflow:Workflow", lambda d, n: d["system"]["arguments"]["operators"].append(n)),
-    "verifier": ("marlora.agents.patterns.collaboration:Collaboration", lambda d, n: d["system"]["arguments"].update(verifier=n)),
+    "operator": (
+        "marlora.agents.programs.workflow:Workflow",
+        lambda d, n: d["system"]["arguments"]["operators"].append(n),
+    ),
+    "verifier": (
+        "marlora.agents.patterns.collaboration:Collaboration",
+        lambda d, n: d["system"]["arguments"].update(verifier=n),
+    ),
     "tool": ("marlora.agents.patterns.chain:Chain", lambda d, n: d["agents"][1].update(tools=[n])),
     "reward": ("marlora.agents.patterns.chain:Chain", lambda d, n: d.update(rewards=[n])),
     "tasks": ("marlora.agents.patterns.chain:Chain", lambda d, n: d["tasks"].update(name=n)),
@@ -223,7 +314,9 @@ LOADED: dict[str, tuple[str, Callable[[dict[str, Any], str], Any]]] = {
 
 
 @pytest.mark.parametrize("kind", LOADED)
-def test_the_error_says_what_is_named_where_and_what_to_do(kind: str, world: Path, tmp_path: Path) -> None:
+def test_the_error_says_what_is_named_where_and_what_to_do(
+    kind: str, world: Path, tmp_path: Path
+) -> None:
     cls, put = LOADED[kind]
     data = valid(cls)
     put(data, "evil_in_cwd:run")
@@ -231,26 +324,38 @@ def test_the_error_says_what_is_named_where_and_what_to_do(kind: str, world: Pat
     with pytest.raises(SettingError) as caught:
         asyncio.run(work(tmp_path))
     (where,) = places(data, "evil_in_cwd:run")
-    assert all(part in str(caught.value) for part in (f"{kind} evil_in_cwd:run", f"({where})", "--trust_checkpoint")), caught.value
+    assert all(
+        part in str(caught.value)
+        for part in (f"{kind} evil_in_cwd:run", f"({where})", "--trust_checkpoint")
+    ), caught.value
 
 
 @pytest.mark.parametrize("kind", LOADED)
 def test_with_trust_it_is_imported(kind: str, world: Path, tmp_path: Path) -> None:
-    """The same files do import the module once their reader agrees, so what is refused above would have been loaded."""
+    """The same files do import the module once their reader agrees, so what is refused above would
+    have been loaded."""
     cls, put = LOADED[kind]
     data = valid(cls)
     put(data, "evil_in_cwd:run")
     (tmp_path / "system.json").write_text(json.dumps(data))
-    with contextlib.suppress(SettingError, TypeError):  # the function is no operator, tool or set of tasks
+    with contextlib.suppress(
+        SettingError, TypeError
+    ):  # the function is no operator, tool or set of tasks
         asyncio.run(work(tmp_path, trust=True))
     assert world.exists()
 
 
 @pytest.mark.parametrize("cls", ["Command", "Function"])
 def test_a_program_runs_only_with_trust(cls: str, world: Path, tmp_path: Path) -> None:
-    """Naming the class with --system agrees to the class, not to the command that the checkpoint gives it."""
-    data, name = valid("marlora.agents.patterns.vote:Vote"), f"marlora.rollouts.gateway.programs:{cls}"
-    told: dict[str, Any] = {"command": ["touch", str(world)]} if cls == "Command" else {"main": "evil_in_cwd:run"}
+    """Naming the class with --system agrees to the class, not to the command that the checkpoint
+    gives it."""
+    data, name = (
+        valid("marlora.agents.patterns.vote:Vote"),
+        f"marlora.rollouts.gateway.programs:{cls}",
+    )
+    told: dict[str, Any] = (
+        {"command": ["touch", str(world)]} if cls == "Command" else {"main": "evil_in_cwd:run"}
+    )
     data["system"] = {"class": name, "arguments": told}
     (tmp_path / "system.json").write_text(json.dumps(data))
     with pytest.raises(SettingError, match=f"give --system {name}"):
@@ -274,7 +379,9 @@ def test_an_outside_model_is_not_asked_and_its_key_not_shown(world: Path, tmp_pa
     data = valid("marlora.agents.patterns.vote:Vote")
     data["policies"]["a"]["url"] = "http://user:sesame-secret@elsewhere/v1?key=sesame-secret"
     (tmp_path / "system.json").write_text(json.dumps(data))
-    with pytest.raises(SettingError, match=r"elsewhere/v1.* as a; give --trust_checkpoint") as caught:
+    with pytest.raises(
+        SettingError, match=r"elsewhere/v1.* as a; give --trust_checkpoint"
+    ) as caught:
         asyncio.run(work(tmp_path))
     assert "sesame" not in str(caught.value)
 
@@ -282,13 +389,19 @@ def test_an_outside_model_is_not_asked_and_its_key_not_shown(world: Path, tmp_pa
 @pytest.mark.parametrize(
     "setting",
     [
-        {"megatron_config": {"hidden_size": 1}, "megatron_core": "evil_in_cwd"}, {"megatron_core": "evil_in_cwd"},
+        {"megatron_config": {"hidden_size": 1}, "megatron_core": "evil_in_cwd"},
+        {"megatron_core": "evil_in_cwd"},
         {"init_lora_weights": "pissa"},
-        {"auto_mapping": {"parent_library": "evil_in_cwd", "base_model_class": "x"}}, {"use_dora": True}, {"peft_type": "IA3"},
-        {"target_modules": "(a+)+$"}, {"something_new": "on"},
+        {"auto_mapping": {"parent_library": "evil_in_cwd", "base_model_class": "x"}},
+        {"use_dora": True},
+        {"peft_type": "IA3"},
+        {"target_modules": "(a+)+$"},
+        {"something_new": "on"},
     ],
-)  # fmt: skip
-def test_an_adapter_that_is_more_than_a_plain_lora_is_refused(setting: dict[str, Any], world: Path, tmp_path: Path) -> None:
+)
+def test_an_adapter_that_is_more_than_a_plain_lora_is_refused(
+    setting: dict[str, Any], world: Path, tmp_path: Path
+) -> None:
     """PEFT imports the module that `megatron_core` names."""
     import numpy
     from safetensors.numpy import save_file
@@ -297,8 +410,13 @@ def test_an_adapter_that_is_more_than_a_plain_lora_is_refused(setting: dict[str,
 
     data, folder = valid("marlora.agents.patterns.vote:Vote"), tmp_path / "adapters" / "a"
     folder.mkdir(parents=True)
-    save_file({"x.lora_A.weight": numpy.zeros((2, 2), numpy.float32)}, folder / "adapter_model.safetensors")
-    data["adapters"] = {"a": {"sha256": adapter_sha256(folder / "adapter_model.safetensors"), "trained": True}}
+    save_file(
+        {"x.lora_A.weight": numpy.zeros((2, 2), numpy.float32)},
+        folder / "adapter_model.safetensors",
+    )
+    data["adapters"] = {
+        "a": {"sha256": adapter_sha256(folder / "adapter_model.safetensors"), "trained": True}
+    }
     (tmp_path / "system.json").write_text(json.dumps(data))
     plain = {
         "peft_type": "LORA",
@@ -332,11 +450,21 @@ def test_every_system_of_ours_is_marked_and_nothing_else_is() -> None:
     """A new System of `marlora.agents` has to be marked; programs of the user's never are."""
     classes = set()
     for path in [each for room in ("agents", "rollouts") for each in (ROOT / room).rglob("*.py")]:
-        module = importlib.import_module("marlora." + ".".join(path.relative_to(ROOT).with_suffix("").parts))
-        classes |= {found for found in vars(module).values() if inspect.isclass(found) and issubclass(found, System)}
-    names = {f"{found.__module__}:{found.__name__}": is_trusted("system", found) for found in classes}
+        module = importlib.import_module(
+            "marlora." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        )
+        classes |= {
+            found
+            for found in vars(module).values()
+            if inspect.isclass(found) and issubclass(found, System)
+        }
+    names = {
+        f"{found.__module__}:{found.__name__}": is_trusted("system", found) for found in classes
+    }
     abstract = {"marlora.agents.team:System", "marlora.agents.games.base:Game"}
-    programs = {f"marlora.rollouts.gateway.programs:{name}" for name in ("Program", "Function", "Command")}
+    programs = {
+        f"marlora.rollouts.gateway.programs:{name}" for name in ("Program", "Function", "Command")
+    }
     assert {name for name, marked in names.items() if marked} == set(SYSTEMS)
     assert {name for name, marked in names.items() if not marked} == abstract | programs
 
@@ -351,11 +479,23 @@ def test_a_mark_is_the_objects_own() -> None:
     class Theirs(Ours):
         pass
 
-    assert is_trusted("system", Ours) and not is_trusted("system", Theirs) and not is_trusted("reward", Ours)
+    assert (
+        is_trusted("system", Ours)
+        and not is_trusted("system", Theirs)
+        and not is_trusted("reward", Ours)
+    )
     assert not is_trusted("operator", copy.copy(OPERATORS["custom"]))
 
 
-@pytest.mark.parametrize("name", ["exact", "verified(calculator)", "marlora.rollouts.rewards.builtin:exact", "marlora.rollouts.tasks.games:won"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "exact",
+        "verified(calculator)",
+        "marlora.rollouts.rewards.builtin:exact",
+        "marlora.rollouts.tasks.games:won",
+    ],
+)
 def test_rewards_of_ours_need_no_trust(name: str) -> None:
     with only_trusted():
         assert callable(resolve_rewards([name])[0])
@@ -363,7 +503,12 @@ def test_rewards_of_ours_need_no_trust(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["correct(4)", "marlora.rollouts.rewards.builtin:fn_name(x)", "marlora.rollouts.rewards.builtin:resolve_verifier", "verified(calculator(x))"],
+    [
+        "correct(4)",
+        "marlora.rollouts.rewards.builtin:fn_name(x)",
+        "marlora.rollouts.rewards.builtin:resolve_verifier",
+        "verified(calculator(x))",
+    ],
 )
 def test_what_is_ours_but_not_marked_for_it_is_refused(name: str) -> None:
     with only_trusted(), pytest.raises(SettingError, match="--trust_checkpoint"):

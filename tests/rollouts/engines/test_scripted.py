@@ -11,7 +11,7 @@ from marlora.agents.types import BASE, Message, Sampling
 from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.scripted import ByteTokenizer, Fault, ScriptedEngine, scripted_logprob
 from marlora.rollouts.renderer import ChatRenderer
-from tests.rollouts.engine_conformance import (CHECKS, OWNED_CHECKS, Bench, Check, name_of, run)
+from tests.rollouts.engine_conformance import CHECKS, OWNED_CHECKS, Bench, Check, name_of, run
 from tests.rollouts.templates import family
 
 TOKENS = ChatRenderer(ByteTokenizer())
@@ -44,13 +44,22 @@ def test_contract(check: Check, tmp_path: Path) -> None:
 
 def test_tokens_and_logprobs_are_known() -> None:
     async def play() -> None:
-        engine = ScriptedEngine(lambda prompt, ref, sampling, k: "15" if prompt == "<|user|>7+8<|end|><|assistant|>" else "?")
+        engine = ScriptedEngine(
+            lambda prompt, ref, sampling, k: (
+                "15" if prompt == "<|user|>7+8<|end|><|assistant|>" else "?"
+            )
+        )
         (made,) = await engine.generate(PROMPT, ModelRef(BASE), Sampling(seed=0))
         zero = ByteTokenizer().encode("0")[0]
-        assert made.token_ids == (zero + 1, zero + 5, 1) and made.text == "15" and made.finish_reason == "stop"
+        assert (
+            made.token_ids == (zero + 1, zero + 5, 1)
+            and made.text == "15"
+            and made.finish_reason == "stop"
+        )
         everything = PROMPT + made.token_ids
         assert list(made.logprobs) == [
-            scripted_logprob("", everything[:i], everything[i]) for i in (len(PROMPT), len(PROMPT) + 1, -1)
+            scripted_logprob("", everything[:i], everything[i])
+            for i in (len(PROMPT), len(PROMPT) + 1, -1)
         ]
 
     asyncio.run(play())
@@ -98,7 +107,9 @@ def test_a_folder_that_changes_while_it_is_loaded_is_noticed(tmp_path: Path) -> 
 def test_byte_tokenizer_is_the_fast_byte_tokenizer() -> None:
     fast = family("chatml")  # 2 special tokens before the bytes instead of 5
     text = "".join(map(chr, range(1, 400))) + "👍\n"
-    assert [i - 5 for i in ByteTokenizer().encode(text)] == [i - 2 for i in fast.encode(text, add_special_tokens=False)]
+    assert [i - 5 for i in ByteTokenizer().encode(text)] == [
+        i - 2 for i in fast.encode(text, add_special_tokens=False)
+    ]
     assert ByteTokenizer().decode(ByteTokenizer().encode(text + "<|end|>")) == text + "<|end|>"
     assert ByteTokenizer().decode([ByteTokenizer().encode("é")[0]]) == "\ufffd"
     assert TOKENS.append_only and TOKENS.eos_ids == (1,)

@@ -10,14 +10,22 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from marlora.agents.patterns.chain import Chain
-from marlora.agents.types import (BASE, AgentSpec, Completion, Message, Sampling, SettingError, Task)
+from marlora.agents.types import BASE, AgentSpec, Completion, Message, Sampling, SettingError, Task
 from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.transformers import TransformersEngine, shape_logits
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import EpisodeRunner, episode_requests
 from marlora.rollouts.renderer import ChatRenderer, load_tokenizer
 from marlora.trainers.testbeds.tiny import tiny_random_model
-from tests.rollouts.engine_conformance import (CHECKS, MODEL_CHECKS, OWNED_CHECKS, Bench, Check, name_of, run)
+from tests.rollouts.engine_conformance import (
+    CHECKS,
+    MODEL_CHECKS,
+    OWNED_CHECKS,
+    Bench,
+    Check,
+    name_of,
+    run,
+)
 
 torch.set_num_threads(1)
 
@@ -31,7 +39,12 @@ def adapter_maker(model: Path, root: Path) -> Callable[[str, int], Path]:
     def make(name: str, seed: int) -> Path:
         torch.manual_seed(seed)
         base = AutoModelForCausalLM.from_pretrained(model)
-        peft = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        peft = get_peft_model(
+            base,
+            LoraConfig(
+                r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+            ),
+        )
         peft.save_pretrained(root / "save")
         (root / "save" / "README.md").unlink(missing_ok=True)
         return (root / "save").rename(root / name)
@@ -59,42 +72,62 @@ def test_contract(check: Check, model: Path, tokens: ChatRenderer, tmp_path: Pat
 
 def test_replies_end_by_token_and_by_length(model: Path, tokens: ChatRenderer) -> None:
     prompt = tokens.prompt([Message("user", "7+8+5")])
-    (made,) = play(TransformersEngine(model, tokens=tokens), (prompt, ModelRef(BASE), Sampling(max_tokens=32, seed=3), 64))
+    (made,) = play(
+        TransformersEngine(model, tokens=tokens),
+        (prompt, ModelRef(BASE), Sampling(max_tokens=32, seed=3), 64),
+    )
     assert {one.finish_reason for one in made} == {"stop", "length"}
     stopped = [one for one in made if one.finish_reason == "stop"]
     assert all(one.token_ids[-1] == 1 and not one.text.endswith("<|end|>") for one in stopped)
 
 
 def test_logprobs_are_those_of_the_plain_model(model: Path, tokens: ChatRenderer) -> None:
-    """Whatever it is padded, batched and compacted with, a reply's log-probs are those of one unpadded forward pass."""
+    """Whatever it is padded, batched and compacted with, a reply's log-probs are those of one
+    unpadded forward pass."""
     plain = AutoModelForCausalLM.from_pretrained(model)
     prompts = [tokens.prompt([Message("user", "1" * length)]) for length in (1, 5, 30, 9)]
-    calls = [(prompt, ModelRef(BASE), Sampling(temperature=0.7, max_tokens=24, seed=i), 4) for i, prompt in enumerate(prompts)]
+    calls = [
+        (prompt, ModelRef(BASE), Sampling(temperature=0.7, max_tokens=24, seed=i), 4)
+        for i, prompt in enumerate(prompts)
+    ]
     for made in play(TransformersEngine(model, tokens=tokens), *calls):
         for one in made:
             ids = torch.tensor([one.prompt_ids + one.token_ids])
             with torch.no_grad():
-                wanted = torch.log_softmax(plain(input_ids=ids).logits[0, :-1] / 0.7, -1).gather(1, ids[0, 1:, None])[:, 0]
-            assert list(one.logprobs) == pytest.approx(wanted[len(one.prompt_ids) - 1 :].tolist(), abs=2e-5)
+                wanted = torch.log_softmax(plain(input_ids=ids).logits[0, :-1] / 0.7, -1).gather(
+                    1, ids[0, 1:, None]
+                )[:, 0]
+            assert list(one.logprobs) == pytest.approx(
+                wanted[len(one.prompt_ids) - 1 :].tolist(), abs=2e-5
+            )
 
 
 def test_tokens_follow_their_distribution(model: Path, tokens: ChatRenderer) -> None:
     prompt = tokens.prompt([Message("user", "7")])
     (made,) = play(
-        TransformersEngine(model, tokens=tokens, max_batch=512), (prompt, ModelRef(BASE), Sampling(max_tokens=1, seed=0), 4000)
+        TransformersEngine(model, tokens=tokens, max_batch=512),
+        (prompt, ModelRef(BASE), Sampling(max_tokens=1, seed=0), 4000),
     )
     plain = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
         wanted = plain(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
-    found = torch.bincount(torch.tensor([one.token_ids[0] for one in made]), minlength=len(wanted)) / 4000
-    assert float((found - wanted).abs().sum()) / 2 < 3 * float((wanted * (1 - wanted) / 4000).sqrt().sum()) / 2
+    found = (
+        torch.bincount(torch.tensor([one.token_ids[0] for one in made]), minlength=len(wanted))
+        / 4000
+    )
+    assert (
+        float((found - wanted).abs().sum()) / 2
+        < 3 * float((wanted * (1 - wanted) / 4000).sqrt().sum()) / 2
+    )
     assert float((found - torch.roll(wanted, 1)).abs().sum()) / 2 > 0.2  # the test can fail
 
 
 def test_penalties_and_cuts_by_hand() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]]))
 
-    def kept(prompt: tuple[int, ...] = (), sampled: tuple[int, ...] = (), **settings: float) -> list[float]:
+    def kept(
+        prompt: tuple[int, ...] = (), sampled: tuple[int, ...] = (), **settings: float
+    ) -> list[float]:
         shaped = shape_logits(logits, Sampling(**settings), [prompt], [sampled])  # type: ignore[arg-type]
         return [round(p, 4) for p in shaped.softmax(-1)[0].tolist()]
 
@@ -103,15 +136,39 @@ def test_penalties_and_cuts_by_hand() -> None:
     assert kept(top_p=0.7) == [0.6667, 0.3333, 0, 0]
     assert kept(min_p=0.25) == [0.5556, 0.2778, 0.1667, 0]
     assert kept(temperature=0.5) == [0.7246, 0.1812, 0.0652, 0.029]  # squares over their sum, 0.345
-    assert kept(sampled=(0, 0), frequency_penalty=float(torch.log(torch.tensor(2.0)))) == [0.2, 0.4, 0.24, 0.16]  # 0.5 / 4
-    assert kept(prompt=(0,), presence_penalty=9.0) == [0.5, 0.25, 0.15, 0.1]  # only what was sampled counts
-    assert kept(sampled=(0, 0), presence_penalty=float(torch.log(torch.tensor(2.0)))) == [0.3333, 0.3333, 0.2, 0.1333]
-    assert kept(prompt=(0,), repetition_penalty=2.0) == [0.3333, 0.3333, 0.2, 0.1333]  # log 0.5 doubled: 0.25
+    assert kept(sampled=(0, 0), frequency_penalty=float(torch.log(torch.tensor(2.0)))) == [
+        0.2,
+        0.4,
+        0.24,
+        0.16,
+    ]  # 0.5 / 4
+    assert kept(prompt=(0,), presence_penalty=9.0) == [
+        0.5,
+        0.25,
+        0.15,
+        0.1,
+    ]  # only what was sampled counts
+    assert kept(sampled=(0, 0), presence_penalty=float(torch.log(torch.tensor(2.0)))) == [
+        0.3333,
+        0.3333,
+        0.2,
+        0.1333,
+    ]
+    assert kept(prompt=(0,), repetition_penalty=2.0) == [
+        0.3333,
+        0.3333,
+        0.2,
+        0.1333,
+    ]  # log 0.5 doubled: 0.25
 
 
 def test_a_run_repeats_bit_for_bit(model: Path, tokens: ChatRenderer, tmp_path: Path) -> None:
-    """Contract (b): batches depend on what is asked, not on when; also with more requests than fit one batch."""
-    folders = {name: adapter_maker(model, tmp_path)(f"{name}-v1-0000", seed) for seed, name in enumerate(("first", "last"))}
+    """Contract (b): batches depend on what is asked, not on when; also with more requests than fit
+    one batch."""
+    folders = {
+        name: adapter_maker(model, tmp_path)(f"{name}-v1-0000", seed)
+        for seed, name in enumerate(("first", "last"))
+    }
     system = Chain([AgentSpec("first", prompt="first"), AgentSpec("last", prompt="last")])
     tasks = [Task(f"{a}{b}", f"{a}+{b}" * (a + 1), str(a + b)) for a in range(3) for b in range(4)]
 
@@ -121,7 +178,12 @@ def test_a_run_repeats_bit_for_bit(model: Path, tokens: ChatRenderer, tmp_path: 
             team = await engine.publish(folders)
             speakers = {name: EngineCompleter(engine, tokens, name) for name in ("first", "last")}
             rollouts = EpisodeRunner(system, speakers, sampling=Sampling(max_tokens=8))
-            found = [e async for e in rollouts.collect(episode_requests(tasks, label="step-1", num_generations=2), team)]
+            found = [
+                e
+                async for e in rollouts.collect(
+                    episode_requests(tasks, label="step-1", num_generations=2), team
+                )
+            ]
             return sorted((e.id, [(t.token_ids, t.logprobs) for t in e.turns]) for e in found)
         finally:
             await engine.close()
@@ -130,13 +192,26 @@ def test_a_run_repeats_bit_for_bit(model: Path, tokens: ChatRenderer, tmp_path: 
     assert once == again and len(once) == 24
 
 
-def test_requests_of_the_same_moment_share_a_batch(model: Path, tokens: ChatRenderer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_of_the_same_moment_share_a_batch(
+    model: Path, tokens: ChatRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes: list[int] = []
     plain = TransformersEngine._decode
-    monkeypatch.setattr(TransformersEngine, "_decode", lambda self, batch: (sizes.append(len(batch)), plain(self, batch))[1])
+    monkeypatch.setattr(
+        TransformersEngine,
+        "_decode",
+        lambda self, batch: (sizes.append(len(batch)), plain(self, batch))[1],
+    )
     prompt = tokens.prompt([Message("user", "7")])
-    calls = [(prompt, ModelRef(BASE), Sampling(max_tokens=2, seed=seed), 2) for seed in (40, 10, 20, 30, 0)]
-    play(TransformersEngine(model, tokens=tokens, max_batch=4), *calls, (prompt, ModelRef(BASE), Sampling(max_tokens=3, seed=1)))
+    calls = [
+        (prompt, ModelRef(BASE), Sampling(max_tokens=2, seed=seed), 2)
+        for seed in (40, 10, 20, 30, 0)
+    ]
+    play(
+        TransformersEngine(model, tokens=tokens, max_batch=4),
+        *calls,
+        (prompt, ModelRef(BASE), Sampling(max_tokens=3, seed=1)),
+    )
     assert sizes == [4, 4, 2, 1]  # ten of one kind in fixed sizes, and one of another
 
 
@@ -144,8 +219,12 @@ def test_a_caller_that_goes_away_takes_nobody_with_it(model: Path, tokens: ChatR
     async def work() -> None:
         engine = TransformersEngine(model, tokens=tokens)
         prompt = tokens.prompt([Message("user", "7")])
-        going = asyncio.create_task(engine.generate(prompt, ModelRef(BASE), Sampling(max_tokens=4, seed=1), 2))
-        staying = asyncio.create_task(engine.generate(prompt, ModelRef(BASE), Sampling(max_tokens=4, seed=2), 2))
+        going = asyncio.create_task(
+            engine.generate(prompt, ModelRef(BASE), Sampling(max_tokens=4, seed=1), 2)
+        )
+        staying = asyncio.create_task(
+            engine.generate(prompt, ModelRef(BASE), Sampling(max_tokens=4, seed=2), 2)
+        )
         await asyncio.sleep(0)
         going.cancel()
         assert len(await staying) == 2 and going.cancelled()
@@ -158,7 +237,9 @@ def test_closing_fails_what_is_open(model: Path, tokens: ChatRenderer) -> None:
     async def work() -> None:
         engine = TransformersEngine(model, tokens=tokens, max_batch=1)
         prompt = tokens.prompt([Message("user", "7")])
-        waiting = asyncio.create_task(engine.generate(prompt, ModelRef(BASE), Sampling(max_tokens=4, seed=1), 3))
+        waiting = asyncio.create_task(
+            engine.generate(prompt, ModelRef(BASE), Sampling(max_tokens=4, seed=1), 3)
+        )
         await asyncio.sleep(0)
         await engine.close()
         with pytest.raises(EngineError, match="closed while requests were open"):
@@ -167,7 +248,9 @@ def test_closing_fails_what_is_open(model: Path, tokens: ChatRenderer) -> None:
     asyncio.run(work())
 
 
-def test_bad_models_and_adapters_are_told(model: Path, tokens: ChatRenderer, tmp_path: Path) -> None:
+def test_bad_models_and_adapters_are_told(
+    model: Path, tokens: ChatRenderer, tmp_path: Path
+) -> None:
     with pytest.raises(SettingError, match="nowhere"):
         TransformersEngine(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -193,12 +276,18 @@ def test_bad_models_and_adapters_are_told(model: Path, tokens: ChatRenderer, tmp
     asyncio.run(work())
 
 
-def test_bias_bends_what_is_drawn_and_a_grammar_is_refused(model: Path, tokens: ChatRenderer) -> None:
+def test_bias_bends_what_is_drawn_and_a_grammar_is_refused(
+    model: Path, tokens: ChatRenderer
+) -> None:
     engine = TransformersEngine(model, tokens=tokens)
     biased = Sampling(max_tokens=4, seed=1, logit_bias={"40": 1000.0})
     asked = (tokens.prompt([Message("user", "hi")]), ModelRef(BASE, ""))
     (bent,), (plain,) = play(engine, (*asked, biased), (*asked, Sampling(max_tokens=4, seed=1)))
-    assert bent.token_ids == (40,) * 4 and bent.logprobs == (0.0,) * 4 and plain.token_ids != bent.token_ids
+    assert (
+        bent.token_ids == (40,) * 4
+        and bent.logprobs == (0.0,) * 4
+        and plain.token_ids != bent.token_ids
+    )
     for sampling, problem in (
         (Sampling(grammar="{}"), "use engine: vllm"),
         (Sampling(logit_bias={"9999": 1.0}), "'9999' is no token"),

@@ -11,12 +11,27 @@ import pytest
 from aiohttp import web
 
 from marlora.agents.team import Call
-from marlora.agents.types import (BASE, AgentSpec, Completion, Message, PolicySpec, Sampling, SettingError, Turn)
+from marlora.agents.types import (
+    BASE,
+    AgentSpec,
+    Completion,
+    Message,
+    PolicySpec,
+    Sampling,
+    SettingError,
+    Turn,
+)
 from marlora.rollouts.engines.base import EngineError, PromptTooLong
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.completers import EngineCompleter, APICompleter, completers
 
-CALL = Call(0, AgentSpec("helper"), (Message("system", "be kind"), Message("user", "hi")), Sampling(max_tokens=7, seed=5), 2)
+CALL = Call(
+    0,
+    AgentSpec("helper"),
+    (Message("system", "be kind"), Message("user", "hi")),
+    Sampling(max_tokens=7, seed=5),
+    2,
+)
 GOOD = {
     "choices": [
         {"message": {"content": "hello"}, "finish_reason": "stop"},
@@ -41,7 +56,11 @@ class Outside:
             request.transport.close()
             return web.Response()
         status, body = kind
-        return web.Response(status=status, text=body) if isinstance(body, str) else web.json_response(body, status=status)
+        return (
+            web.Response(status=status, text=body)
+            if isinstance(body, str)
+            else web.json_response(body, status=status)
+        )
 
 
 @contextlib.asynccontextmanager
@@ -60,12 +79,16 @@ async def serve(*answers: tuple[int, Any] | str) -> AsyncIterator[Outside]:
         await runner.cleanup()
 
 
-def ask(*answers: tuple[int, Any] | str, base: str | None = "big") -> tuple[list[Completion] | Exception, Outside]:
+def ask(
+    *answers: tuple[int, Any] | str, base: str | None = "big"
+) -> tuple[list[Completion] | Exception, Outside]:
     """What the speaker gives or raises, and the server."""
 
     async def go() -> tuple[list[Completion] | Exception, Outside]:
         async with serve(*answers) as outside:
-            speaker = APICompleter(PolicySpec("helper", base=base, url=outside.url + "/"), pause=0.001)
+            speaker = APICompleter(
+                PolicySpec("helper", base=base, url=outside.url + "/"), pause=0.001
+            )
             try:
                 return await speaker(CALL, ""), outside
             except Exception as error:
@@ -77,13 +100,26 @@ def ask(*answers: tuple[int, Any] | str, base: str | None = "big") -> tuple[list
 def test_an_outside_model_answers_with_text_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MARLORA_OUTSIDE_KEY", raising=False)
     found, outside = ask((200, GOOD))
-    assert found == [Completion("hello", policy="helper"), Completion("", finish_reason="length", policy="helper")]
+    assert found == [
+        Completion("hello", policy="helper"),
+        Completion("", finish_reason="length", policy="helper"),
+    ]
     assert outside.bodies == [
         {
-            "model": "big", "messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}], "n": 2,
-            "temperature": 1.0, "top_p": 1.0, "max_tokens": 7, "seed": 5, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+            "model": "big",
+            "messages": [
+                {"role": "system", "content": "be kind"},
+                {"role": "user", "content": "hi"},
+            ],
+            "n": 2,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "max_tokens": 7,
+            "seed": 5,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
         }
-    ]  # fmt: skip
+    ]
     assert outside.keys == [None]
     monkeypatch.setenv("MARLORA_OUTSIDE_KEY", "secret")
     _, outside = ask((200, GOOD), base=None)
@@ -99,17 +135,27 @@ def test_passing_trouble_is_tried_again() -> None:
 def test_trouble_that_stays_ends_with_the_servers_words() -> None:
     found, outside = ask(*[(500, "out of luck")] * 5)
     assert isinstance(found, EngineError) and len(outside.bodies) == 4
-    assert str(found).startswith("policy 'helper': outside model at http://127.0.0.1:") and "500 out of luck" in str(found)
+    assert str(found).startswith(
+        "policy 'helper': outside model at http://127.0.0.1:"
+    ) and "500 out of luck" in str(found)
 
 
 def test_a_refusal_is_not_tried_again() -> None:
     found, outside = ask((401, "no such key"), (200, GOOD))
-    assert isinstance(found, EngineError) and "401 no such key" in str(found) and len(outside.bodies) == 1
+    assert (
+        isinstance(found, EngineError)
+        and "401 no such key" in str(found)
+        and len(outside.bodies) == 1
+    )
 
 
 @pytest.mark.parametrize(
     "body",
-    [{"error": {"code": "context_length_exceeded"}}, "This model's maximum context length is 64 tokens", "prompt is too long"],
+    [
+        {"error": {"code": "context_length_exceeded"}},
+        "This model's maximum context length is 64 tokens",
+        "prompt is too long",
+    ],
 )
 def test_a_prompt_that_does_not_fit_is_told_apart(body: Any) -> None:
     found, outside = ask((400, body))
@@ -118,7 +164,17 @@ def test_a_prompt_that_does_not_fit_is_told_apart(body: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", ["<html>", "", "[]", "null", {"choices": None}, {"choices": [{}]}, {"choices": ["text"]}, {"object": "list"}]
+    "body",
+    [
+        "<html>",
+        "",
+        "[]",
+        "null",
+        {"choices": None},
+        {"choices": [{}]},
+        {"choices": ["text"]},
+        {"object": "list"},
+    ],
 )
 def test_what_is_no_completion_is_told(body: Any) -> None:
     found, _ = ask((200, body))
@@ -149,7 +205,10 @@ def test_a_chat_with_an_outside_turn_in_it_is_encoded_anew() -> None:
 
 def test_every_policy_gets_its_speaker() -> None:
     engine = ScriptedEngine(lambda prompt, ref, sampling, k: "ok")
-    policies = {"solver": PolicySpec("solver"), "far": PolicySpec("far", url="http://127.0.0.1:9/v1")}
+    policies = {
+        "solver": PolicySpec("solver"),
+        "far": PolicySpec("far", url="http://127.0.0.1:9/v1"),
+    }
     found = completers(policies, {"solver": (engine, engine.tokens), BASE: (engine, engine.tokens)})
     assert isinstance(found["solver"], EngineCompleter) and isinstance(found["far"], APICompleter)
     assert isinstance(found[BASE], EngineCompleter) and found[BASE].policy == BASE

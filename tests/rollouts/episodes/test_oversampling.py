@@ -12,7 +12,12 @@ from marlora.agents.team import Call
 from marlora.agents.types import Completion, Task
 from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.episodes.oversampling import CancelledEpisode, first_finished, drop_statistics
-from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeLimits, EpisodeRunner, episode_requests
+from marlora.rollouts.episodes.runner import (
+    EpisodeRequest,
+    EpisodeLimits,
+    EpisodeRunner,
+    episode_requests,
+)
 from marlora.rollouts.types import Episode, Usage
 
 TASKS = [Task("a", "a"), Task("b", "b")]
@@ -50,11 +55,16 @@ def current() -> str:
 
 
 async def collected(
-    plan: list[EpisodeRequest], order: list[tuple[str, str]], wanted: dict[str, int], concurrency: int = 64
+    plan: list[EpisodeRequest],
+    order: list[tuple[str, str]],
+    wanted: dict[str, int],
+    concurrency: int = 64,
 ) -> tuple[list[Episode], list[CancelledEpisode], Gated]:
     gated, dropped, found = Gated(plan), list[CancelledEpisode](), list[Episode]()
     speakers = {name: gated.speaker(name, current) for name in ("one", "two")}
-    rollouts = EpisodeRunner(Chain(["one", "two"]), speakers, limits=EpisodeLimits(concurrency=concurrency))  # type: ignore[arg-type]
+    rollouts = EpisodeRunner(
+        Chain(["one", "two"]), speakers, limits=EpisodeLimits(concurrency=concurrency)
+    )  # type: ignore[arg-type]
 
     async def let_go() -> None:
         for key in order:
@@ -70,10 +80,19 @@ async def collected(
 
 
 def test_a_group_ends_with_the_last_one_that_is_wanted():
-    """Of three episodes of each task two are wanted; a's third has said one turn by then, b's first fails, which is no end of it."""
+    """Of three episodes of each task two are wanted; a's third has said one turn by then, b's first
+    fails, which is no end of it."""
     plan = episode_requests(TASKS, label="t", num_generations=3)
     one = [("one", job.id) for job in plan if job.id != "t/b/2"]
-    order = [*one, ("two", "t/a/2"), ("two", "t/a/0"), ("two", "t/b/0"), ("two", "t/b/1"), ("one", "t/b/2"), ("two", "t/b/2")]
+    order = [
+        *one,
+        ("two", "t/a/2"),
+        ("two", "t/a/0"),
+        ("two", "t/b/0"),
+        ("two", "t/b/1"),
+        ("one", "t/b/2"),
+        ("two", "t/b/2"),
+    ]
     found, dropped, gated = asyncio.run(collected(plan, order, {"t/a": 2, "t/b": 2}))
     assert [episode.id for episode in found] == ["t/a/2", "t/a/0", "t/b/0", "t/b/1", "t/b/2"]
     assert [episode.error is None for episode in found] == [True, True, False, True, True]
@@ -86,8 +105,13 @@ def test_what_has_not_begun_is_dropped_too():
     order = [("one", "t/a/0"), ("two", "t/a/0")]
     found, dropped, _ = asyncio.run(collected(plan, order, {"t/a": 1}, concurrency=1))
     assert [episode.id for episode in found] == ["t/a/0"]
-    # The room was free for a moment before the group was seen to be complete, so the second may have begun; the third has not.
-    assert [d.id for d in dropped] == ["t/a/1", "t/a/2"] and dropped[1].seconds == 0 and all(d.tokens == 0 for d in dropped)
+    # The room was free for a moment before the group was seen to be complete, so the second may
+    # have begun; the third has not.
+    assert (
+        [d.id for d in dropped] == ["t/a/1", "t/a/2"]
+        and dropped[1].seconds == 0
+        and all(d.tokens == 0 for d in dropped)
+    )
 
 
 def test_a_group_that_is_complete_already_plays_nothing():
@@ -123,10 +147,22 @@ def test_an_engine_that_is_gone_ends_it_all():
 def test_lengths_of_kept_and_dropped_stand_side_by_side():
     def episode(tokens: int) -> Episode:
         return Episode(
-            id="x", group="x", task=TASKS[0], seed=0, usage={"one": Usage(1, 5, tokens, 0.1), "two": Usage(1, 5, 1, 0.1)}
+            id="x",
+            group="x",
+            task=TASKS[0],
+            seed=0,
+            usage={"one": Usage(1, 5, tokens, 0.1), "two": Usage(1, 5, 1, 0.1)},
         )
 
-    found = drop_statistics([episode(9), episode(19)], [CancelledEpisode("a", 2, 30, 1.0), CancelledEpisode("b", 0, 0, 0.0)])
+    found = drop_statistics(
+        [episode(9), episode(19)],
+        [CancelledEpisode("a", 2, 30, 1.0), CancelledEpisode("b", 0, 0, 0.0)],
+    )
     assert found == {
-        "dropped": 2, "not_begun": 1, "dropped_tokens": 30, "mean_tokens_dropped": 30.0, "mean_tokens_kept": 15.0, "mean_turns_dropped": 2.0
-    }  # fmt: skip
+        "dropped": 2,
+        "not_begun": 1,
+        "dropped_tokens": 30,
+        "mean_tokens_dropped": 30.0,
+        "mean_tokens_kept": 15.0,
+        "mean_turns_dropped": 2.0,
+    }

@@ -1,4 +1,5 @@
-"""Rollouts on the scripted engine: what a system sees, what failures become, seeds, children, replay, concurrency."""
+"""Rollouts on the scripted engine: what a system sees, what failures become, seeds, children,
+replay, concurrency."""
 
 from __future__ import annotations
 
@@ -18,7 +19,13 @@ from marlora.agents.types import AgentSpec, Completion, Sampling, SettingError, 
 from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
 from marlora.rollouts.episodes.completers import EngineCompleter
-from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeLimits, EpisodeRunner, override_agents, episode_requests
+from marlora.rollouts.episodes.runner import (
+    EpisodeRequest,
+    EpisodeLimits,
+    EpisodeRunner,
+    override_agents,
+    episode_requests,
+)
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.rewards.builtin import exact
 from marlora.rollouts.types import Episode, Usage
@@ -32,15 +39,27 @@ def echo(prompt: str, ref: ModelRef, sampling: Sampling, k: int) -> str:
     return f"{ref.policy} {derive_seed(prompt, sampling.seed, k) % 10_000}"
 
 
-def play_with(system: System, engine: ScriptedEngine, rewards: Sequence[Any] = (), **settings: Any) -> EpisodeRunner:
-    found = {agent.policy: EngineCompleter(engine, engine.tokens, agent.policy) for agent in system.specs}
+def play_with(
+    system: System, engine: ScriptedEngine, rewards: Sequence[Any] = (), **settings: Any
+) -> EpisodeRunner:
+    found = {
+        agent.policy: EngineCompleter(engine, engine.tokens, agent.policy) for agent in system.specs
+    }
     return EpisodeRunner(system, found, rewards, **settings)
 
 
-def one(system: System, task: Task = TASK, rewards: Sequence[Any] = (), answer: Any = echo, **settings: Any) -> Episode:
+def one(
+    system: System,
+    task: Task = TASK,
+    rewards: Sequence[Any] = (),
+    answer: Any = echo,
+    **settings: Any,
+) -> Episode:
     """The episode of one task."""
     engine = ScriptedEngine(answer, context=settings.pop("context", 4096))
-    return asyncio.run(play_with(system, engine, rewards, **settings).play(EpisodeRequest(task, f"g/{task.id}")))
+    return asyncio.run(
+        play_with(system, engine, rewards, **settings).play(EpisodeRequest(task, f"g/{task.id}"))
+    )
 
 
 async def gathered(rollouts: EpisodeRunner, plan: Sequence[EpisodeRequest]) -> list[Episode]:
@@ -69,7 +88,9 @@ def test_a_system_sees_the_public_task_and_rewards_see_all_of_it() -> None:
         return str(await team["a"].reply(task.prompt))
 
     def reward(task: Task, episode: Episode) -> float:
-        return float(task.answer == "gold-4" and task.meta["_steps"] == "hidden-22" and episode.task == task)
+        return float(
+            task.answer == "gold-4" and task.meta["_steps"] == "hidden-22" and episode.task == task
+        )
 
     episode = one(Calls(["a"], body), rewards=[reward])
     assert seen == [Task("t1", "2+2?", None, "sums", "train", {"level": 1})]
@@ -80,10 +101,24 @@ def test_a_system_sees_the_public_task_and_rewards_see_all_of_it() -> None:
 
 def test_an_episode_says_what_it_is() -> None:
     episode = one(Chain(["a", "b"]), seed=7, values={"a.prompt": "be brief"})
-    assert (episode.id, episode.group, episode.split, episode.parent) == ("g/t1/0", "g/t1", "train", None)
-    assert (episode.seed, episode.stop_reason, episode.error) == (derive_seed(7, "g/t1/0"), "done", None)
-    assert episode.values == {"a.prompt": "be brief"} and episode.turns[0].messages[0].content == "be brief"
-    assert [turn.agent for turn in episode.turns] == ["a", "b"] and episode.output == episode.turns[1].text
+    assert (episode.id, episode.group, episode.split, episode.parent) == (
+        "g/t1/0",
+        "g/t1",
+        "train",
+        None,
+    )
+    assert (episode.seed, episode.stop_reason, episode.error) == (
+        derive_seed(7, "g/t1/0"),
+        "done",
+        None,
+    )
+    assert (
+        episode.values == {"a.prompt": "be brief"}
+        and episode.turns[0].messages[0].content == "be brief"
+    )
+    assert [turn.agent for turn in episode.turns] == ["a", "b"] and episode.output == episode.turns[
+        1
+    ].text
 
 
 def test_usage_counts_each_agent_by_itself() -> None:
@@ -112,7 +147,9 @@ def test_a_system_that_raises_is_an_episode_with_the_turns_so_far() -> None:
 
     episode = one(Calls(["a"], body), rewards=[lambda task, episode: 1.0])
     assert episode.stop_reason == "error" and episode.output is None and episode.rewards == ()
-    assert episode.error is not None and episode.error.startswith("IndexError: list index out of range (test_play.py:")
+    assert episode.error is not None and episode.error.startswith(
+        "IndexError: list index out of range (test_play.py:"
+    )
     assert len(episode.turns) == 1 and math.isnan(episode.reward())
 
 
@@ -125,7 +162,11 @@ def test_a_reward_that_raises_or_gives_nan_makes_the_episode_unscorable() -> Non
 
     episode = one(Chain(["a"]), rewards=[broken, nan, lambda task, episode: 1.0])
     assert episode.error is None and episode.output is not None
-    assert math.isnan(episode.reward("broken")) and math.isnan(episode.reward("nan")) and math.isnan(episode.reward())
+    assert (
+        math.isnan(episode.reward("broken"))
+        and math.isnan(episode.reward("nan"))
+        and math.isnan(episode.reward())
+    )
     assert episode.rewards[0].text == "reward 'broken' failed: KeyError: 'no such column'"
     assert episode.rewards[1].text == "reward 'nan' gave nan" and episode.rewards[2].value == 1.0
 
@@ -158,7 +199,10 @@ def test_an_async_reward_that_never_comes_leaves_the_episode_unscorable() -> Non
 
     episode = one(Chain(["a"]), rewards=[judge, exact], limits=EpisodeLimits(reward_timeout=0.05))
     silent, other = episode.rewards
-    assert math.isnan(silent.value) and silent.text == "reward 'judge' failed: not there after 0.05 s (reward_timeout)"
+    assert (
+        math.isnan(silent.value)
+        and silent.text == "reward 'judge' failed: not there after 0.05 s (reward_timeout)"
+    )
     assert episode.error is None and (other.name, other.value) == ("exact", 0.0)
 
 
@@ -171,7 +215,11 @@ def test_a_timeout_of_the_systems_own_is_an_error_of_the_system() -> None:
 
 
 def test_an_empty_completion_is_a_turn_and_an_answer() -> None:
-    episode = one(Chain(["a", "b"]), answer=lambda *asked: "", rewards=[lambda t, e: float(e.output == t.answer)])
+    episode = one(
+        Chain(["a", "b"]),
+        answer=lambda *asked: "",
+        rewards=[lambda t, e: float(e.output == t.answer)],
+    )
     assert episode.error is None and episode.output == ""
     assert [turn.text for turn in episode.turns] == ["", ""]
     assert [len(turn.token_ids) for turn in episode.turns] == [1, 1]  # the end token was sampled
@@ -181,7 +229,12 @@ def test_an_empty_completion_is_a_turn_and_an_answer() -> None:
 def test_an_agent_without_a_speaker_is_refused_before_anything_is_played() -> None:
     engine = ScriptedEngine(echo)
     system = Chain([AgentSpec("solver", policy="solvr")])
-    with pytest.raises(SettingError, match="agent 'solver' speaks with policy 'solvr', which nobody serves; did you mean 'solver'"):
+    with pytest.raises(
+        SettingError,
+        match=(
+            "agent 'solver' speaks with policy 'solvr', which nobody serves; did you mean 'solver'"
+        ),
+    ):
         EpisodeRunner(system, {"solver": EngineCompleter(engine, engine.tokens, "solver")})
 
 
@@ -193,12 +246,18 @@ def test_an_engine_that_is_gone_ends_collect_after_all_that_was_finished() -> No
         return str(await team["a"].reply(task.id))
 
     async def go() -> tuple[list[str], list[int]]:
-        # calls 0 to 3 begin at once; 1 fails, 0 and 2 end in the same turn of the loop, 3 hangs, 4 and 5 wait for room
-        engine = ScriptedEngine(echo, faults={1: Fault("raise", error=EngineError("the engine died")), 3: Fault("stall")})
+        # calls 0 to 3 begin at once; 1 fails, 0 and 2 end in the same turn of the loop, 3 hangs, 4
+        # and 5 wait for room
+        engine = ScriptedEngine(
+            echo,
+            faults={1: Fault("raise", error=EngineError("the engine died")), 3: Fault("stall")},
+        )
         rollouts = play_with(Calls(["a"], body), engine, limits=EpisodeLimits(concurrency=4))
         ended: list[str] = []
         with pytest.raises(EngineError, match="the engine died"):
-            async for episode in rollouts.collect(episode_requests([TASK], label="x", num_generations=6)):
+            async for episode in rollouts.collect(
+                episode_requests([TASK], label="x", num_generations=6)
+            ):
                 ended.append(episode.id)
         return ended, [len(engine.calls), len(asyncio.all_tasks())]
 
@@ -221,7 +280,9 @@ def test_closing_the_iterator_cancels_what_is_open() -> None:
         return "never"
 
     async def go() -> int:
-        stream = play_with(Calls(["a"], body), ScriptedEngine(echo)).collect(episode_requests([TASK, OTHER], label="x"))
+        stream = play_with(Calls(["a"], body), ScriptedEngine(echo)).collect(
+            episode_requests([TASK, OTHER], label="x")
+        )
         assert (await anext(stream)).output == "quick"
         await stream.aclose()
         return len(asyncio.all_tasks())
@@ -241,8 +302,12 @@ def test_concurrency_is_bounded() -> None:
         open_now -= 1
         return ""
 
-    rollouts = play_with(Calls(["a"], body), ScriptedEngine(echo), limits=EpisodeLimits(concurrency=3))
-    episodes = asyncio.run(gathered(rollouts, episode_requests([TASK], label="x", num_generations=10)))
+    rollouts = play_with(
+        Calls(["a"], body), ScriptedEngine(echo), limits=EpisodeLimits(concurrency=3)
+    )
+    episodes = asyncio.run(
+        gathered(rollouts, episode_requests([TASK], label="x", num_generations=10))
+    )
     assert len(episodes) == 10 and most == 3
 
 
@@ -251,7 +316,9 @@ def test_concurrency_is_bounded() -> None:
 
 def facts(episode: Episode) -> Any:
     """All of an episode but the seconds it took."""
-    return replace(episode, usage={agent: replace(used, seconds=0.0) for agent, used in episode.usage.items()})
+    return replace(
+        episode, usage={agent: replace(used, seconds=0.0) for agent, used in episode.usage.items()}
+    )
 
 
 def test_seeds_follow_from_the_jobs_id_and_not_from_its_company() -> None:
@@ -284,13 +351,18 @@ def test_children_of_team_play_are_kept_with_their_parent() -> None:
 
     async def go() -> list[Episode]:
         system = Calls(["a", "b"], body)
-        return await gathered(play_with(system, ScriptedEngine(echo), [lambda t, e: 0.5]), episode_requests([TASK], label="x"))
+        return await gathered(
+            play_with(system, ScriptedEngine(echo), [lambda t, e: 0.5]),
+            episode_requests([TASK], label="x"),
+        )
 
     *children, parent = asyncio.run(go())
     assert parent.id == "x/t1/0" and parent.parent is None and parent.turns == ()
     assert [child.parent for child in children] == ["x/t1/0"] * 3
     assert parent.output == "|".join(str(child.output) for child in children)
-    assert len({child.id for child in children}) == 3 and len({child.seed for child in children}) == 3
+    assert (
+        len({child.id for child in children}) == 3 and len({child.seed for child in children}) == 3
+    )
     assert [len(child.turns) for child in children] == [2, 2, 1]
     assert all(child.task.answer is None for child in children)  # the parent had none to give
     assert all(child.reward() == 0.5 for child in children)
@@ -315,13 +387,19 @@ def test_a_child_whose_engine_is_gone_ends_the_run_and_its_siblings() -> None:
 def test_a_stored_episode_is_replayed_from_its_turns_or_from_its_seed(tmp_path: Path) -> None:
     async def body(task: Task, team: Team) -> str:
         pick = team.decide("who", ["a", "b"])
-        drafts = [await team[pick].reply(task.prompt, n=3, choose=lambda turns: team.rng.randrange(3))]
-        drafts.append(await team["b" if pick == "a" else "a"].reply(f"see {drafts[0]}", reads=drafts))
+        drafts = [
+            await team[pick].reply(task.prompt, n=3, choose=lambda turns: team.rng.randrange(3))
+        ]
+        drafts.append(
+            await team["b" if pick == "a" else "a"].reply(f"see {drafts[0]}", reads=drafts)
+        )
         return f"{drafts[-1]} by {pick}"
 
     async def go() -> None:
         engine = ScriptedEngine(echo)
-        rollouts = play_with(Calls(["a", "b"], body), engine, [lambda t, e: float(len(e.turns))], seed=5)
+        rollouts = play_with(
+            Calls(["a", "b"], body), engine, [lambda t, e: float(len(e.turns))], seed=5
+        )
         job = EpisodeRequest(TASK, "x/t1", 2, step=4)
         first = await rollouts.play(job)
         with Store(tmp_path) as store:
@@ -329,35 +407,57 @@ def test_a_stored_episode_is_replayed_from_its_turns_or_from_its_seed(tmp_path: 
         (stored,) = Store(tmp_path).read()
         assert stored == first
         asked = len(engine.calls)
-        replayed = await rollouts.play(job, given=stored.turns, decisions=stored.decisions, seed=stored.seed)
+        replayed = await rollouts.play(
+            job, given=stored.turns, decisions=stored.decisions, seed=stored.seed
+        )
         assert len(engine.calls) == asked  # nobody was asked
         assert replayed.turns == first.turns and replayed.decisions == first.decisions
         assert (replayed.output, replayed.rewards) == (first.output, first.rewards)
-        assert facts(await rollouts.play(job, seed=stored.seed)) == facts(first)  # the requests' seeds are the same again
+        assert facts(await rollouts.play(job, seed=stored.seed)) == facts(
+            first
+        )  # the requests' seeds are the same again
         assert len(engine.calls) == asked + 2
-        changed = await rollouts.play(job, given=stored.turns[:3], replace={0: Completion("other")}, seed=stored.seed)
-        assert changed.turns[0].text == "other" and changed.turns[0].source == "written" and changed.turns[-1] != first.turns[-1]
+        changed = await rollouts.play(
+            job, given=stored.turns[:3], replace={0: Completion("other")}, seed=stored.seed
+        )
+        assert (
+            changed.turns[0].text == "other"
+            and changed.turns[0].source == "written"
+            and changed.turns[-1] != first.turns[-1]
+        )
 
     asyncio.run(go())
 
 
 def test_greedy_changes_the_temperature_of_every_agent_and_keeps_lengths() -> None:
     own = AgentSpec("a", sampling=Sampling(temperature=0.7, top_p=0.9, max_tokens=9, stop=("!",)))
-    rollouts = play_with(Chain([own, "b"]), ScriptedEngine(echo), sampling=Sampling(max_tokens=5)).greedy()
+    rollouts = play_with(
+        Chain([own, "b"]), ScriptedEngine(echo), sampling=Sampling(max_tokens=5)
+    ).greedy()
     episode = asyncio.run(rollouts.play(EpisodeRequest(TASK, "x")))
     sent = [replace(turn.sampling, seed=None) for turn in episode.turns]
-    assert sent == [Sampling(temperature=0.0, max_tokens=9, stop=("!",)), Sampling(temperature=0.0, max_tokens=5)]
+    assert sent == [
+        Sampling(temperature=0.0, max_tokens=9, stop=("!",)),
+        Sampling(temperature=0.0, max_tokens=5),
+    ]
 
 
 # settings of agents
 
 
 def test_agents_are_changed_by_name() -> None:
-    system = Chain([AgentSpec("a", "first"), AgentSpec("b", sampling=Sampling(top_p=0.5, max_tokens=7))])
+    system = Chain(
+        [AgentSpec("a", "first"), AgentSpec("b", sampling=Sampling(top_p=0.5, max_tokens=7))]
+    )
     run = Sampling(temperature=0.9, max_tokens=5)
-    changes: Mapping[str, Any] = {"a": {"prompt": "p", "sampling": {"temperature": 0}}, "b": {"sampling": {"temperature": 0.1}}}
+    changes: Mapping[str, Any] = {
+        "a": {"prompt": "p", "sampling": {"temperature": 0}},
+        "b": {"sampling": {"temperature": 0.1}},
+    }
     a, b = override_agents(system, changes, run)
-    assert a == AgentSpec("a", "first", "p", sampling=Sampling(temperature=0.0, max_tokens=5))  # the rest is the run's
+    assert a == AgentSpec(
+        "a", "first", "p", sampling=Sampling(temperature=0.0, max_tokens=5)
+    )  # the rest is the run's
     assert b.sampling == Sampling(temperature=0.1, top_p=0.5, max_tokens=7)  # the rest is its own
 
 
@@ -367,8 +467,14 @@ def test_agents_are_changed_by_name() -> None:
         ({"solvr": {}}, "agents.solvr: no such agent in Chain; did you mean 'solver'?"),
         ({"solver": {"promt": "x"}}, "agents.solver.promt: unknown field; did you mean 'prompt'?"),
         ({"solver": {"prompt": 5}}, "agents.solver.prompt: expected str, got 5"),
-        ({"solver": "be brief"}, "agents.solver: expected a mapping of fields to change, got 'be brief'"),
-        ({"solver": {"name": "x"}}, "agents.solver.name: the system names its agents, and this one 'solver'; got 'x'"),
+        (
+            {"solver": "be brief"},
+            "agents.solver: expected a mapping of fields to change, got 'be brief'",
+        ),
+        (
+            {"solver": {"name": "x"}},
+            "agents.solver.name: the system names its agents, and this one 'solver'; got 'x'",
+        ),
         (
             {"solver": {"sampling": {"temprature": 0}}},
             "agents.solver.sampling.temprature: unknown field; did you mean 'temperature'",

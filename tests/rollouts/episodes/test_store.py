@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlora.agents.types import (Completion, Decision, Message, Sampling, SettingError, Task, Turn)
+from marlora.agents.types import Completion, Decision, Message, Sampling, SettingError, Task, Turn
 from marlora.rollouts.episodes.store import Store, StoreError, pack, unpack
 from marlora.rollouts.types import Episode, Reward, Usage
 
@@ -19,12 +19,48 @@ def chat_episode(id="e1", step=0, **fields):
     asked = (Message("system", "You add."), Message("user", "1+1?"))
     later = (*asked, Message("assistant", "2"), Message("user", "sure?"))
     turns = (
-        Turn(0, "a", asked, text="2", prompt_ids=(7, 8, 9), token_ids=(2, 1), logprobs=(-0.5, -0.25), version="a-v1"),
-        Turn(1, "b", (Message("user", "2"),), reads=(0,), text="ok", prompt_ids=(7, 8, 9, 4), token_ids=(5,), logprobs=(-1.0,)),
         Turn(
-            2, "a", later, (1,), taken=False, text="no", prompt_ids=(7, 8, 9, 2, 1, 30, 31), token_ids=(6, 1), logprobs=(-2.0, -0.1)
+            0,
+            "a",
+            asked,
+            text="2",
+            prompt_ids=(7, 8, 9),
+            token_ids=(2, 1),
+            logprobs=(-0.5, -0.25),
+            version="a-v1",
         ),
-        Turn(2, "a", later, (1,), 1, text="yes", prompt_ids=(7, 8, 9, 2, 1, 30, 31), token_ids=(3, 1), logprobs=(-0.7, -0.1)),
+        Turn(
+            1,
+            "b",
+            (Message("user", "2"),),
+            reads=(0,),
+            text="ok",
+            prompt_ids=(7, 8, 9, 4),
+            token_ids=(5,),
+            logprobs=(-1.0,),
+        ),
+        Turn(
+            2,
+            "a",
+            later,
+            (1,),
+            taken=False,
+            text="no",
+            prompt_ids=(7, 8, 9, 2, 1, 30, 31),
+            token_ids=(6, 1),
+            logprobs=(-2.0, -0.1),
+        ),
+        Turn(
+            2,
+            "a",
+            later,
+            (1,),
+            1,
+            text="yes",
+            prompt_ids=(7, 8, 9, 2, 1, 30, 31),
+            token_ids=(3, 1),
+            logprobs=(-0.7, -0.1),
+        ),
     )
     defaults = {
         "group": "g1",
@@ -58,20 +94,45 @@ def test_turns_are_stored_as_what_they_add():
     turns = pack(chat_episode())["turns"]
     assert [t["extends"] for t in turns] == [[-1, 0], [-1, 0], [0, 0], [2, 0]]
     assert [t["prompt_ids"] for t in turns] == [[7, 8, 9], [7, 8, 9, 4], [30, 31], []]
-    assert [[m["content"] for m in t["messages"]] for t in turns] == [["You add.", "1+1?"], ["2"], ["sure?"], []]
+    assert [[m["content"] for m in t["messages"]] for t in turns] == [
+        ["You add.", "1+1?"],
+        ["2"],
+        ["sure?"],
+        [],
+    ]
 
 
 def test_a_template_that_rewrites_history_is_stored_whole():
-    first = Turn(0, "a", (Message("user", "x"),), text="<think>hm</think>y", prompt_ids=(1, 2), token_ids=(3, 4))
-    second = Turn(1, "a", (*first.messages, Message("assistant", first.text), Message("user", "z")), prompt_ids=(1, 2, 4, 9))
+    first = Turn(
+        0,
+        "a",
+        (Message("user", "x"),),
+        text="<think>hm</think>y",
+        prompt_ids=(1, 2),
+        token_ids=(3, 4),
+    )
+    second = Turn(
+        1,
+        "a",
+        (*first.messages, Message("assistant", first.text), Message("user", "z")),
+        prompt_ids=(1, 2, 4, 9),
+    )
     episode = chat_episode(turns=(first, second))
-    assert pack(episode)["turns"][1]["prompt_ids"] == [1, 2, 4, 9] and pack(episode)["turns"][1]["extends"] == [-1, 0]
+    assert pack(episode)["turns"][1]["prompt_ids"] == [1, 2, 4, 9] and pack(episode)["turns"][1][
+        "extends"
+    ] == [-1, 0]
     assert unpack(pack(episode)) == episode
 
 
 def test_nan_is_kept_apart_from_zero(tmp_path):
     Store(tmp_path).append(
-        chat_episode(rewards=(Reward("correct", math.nan, "boom"), Reward("judge", math.inf), Reward("format", 0.0)))
+        chat_episode(
+            rewards=(
+                Reward("correct", math.nan, "boom"),
+                Reward("judge", math.inf),
+                Reward("format", 0.0),
+            )
+        )
     )
     assert [str(r.value) for r in next(Store(tmp_path).read()).rewards] == ["nan", "nan", "0.0"]
 
@@ -91,37 +152,84 @@ messages = st.builds(
 
 @st.composite
 def chats(draw):
-    """Turns of which some go on from an earlier one, exactly, almost, or not at all; siblings and lone calls."""
+    """Turns of which some go on from an earlier one, exactly, almost, or not at all; siblings and
+    lone calls."""
     turns: list[Turn] = []
     for index in range(draw(st.integers(0, 5))):
         chat, prompt = tuple(draw(st.lists(messages, max_size=2))), draw(ids)
         if turns and draw(st.booleans()):
             old = draw(st.sampled_from(turns))
-            chat = (*old.messages, Message("assistant", draw(st.sampled_from([old.text, "other"]))), *chat)
+            chat = (
+                *old.messages,
+                Message("assistant", draw(st.sampled_from([old.text, "other"]))),
+                *chat,
+            )
             prompt = old.prompt_ids + draw(st.sampled_from([old.token_ids, ()])) + prompt
         agent, source = draw(st.sampled_from("ab")), draw(st.sampled_from(["sampled", "written"]))
-        sampling = Sampling(stop=draw(st.sampled_from([(), ("x",)])), seed=draw(st.integers(0, 2**62)))
+        sampling = Sampling(
+            stop=draw(st.sampled_from([(), ("x",)])), seed=draw(st.integers(0, 2**62))
+        )
         for sibling in range(draw(st.integers(1, 3))):
             if draw(st.integers(0, 5)) == 0:
                 prompt = (*prompt, 9)
-            said = Completion(draw(words), prompt, tokens := draw(ids), tuple(-0.1 * t for t in tokens), draw(words), draw(words))
+            said = Completion(
+                draw(words),
+                prompt,
+                tokens := draw(ids),
+                tuple(-0.1 * t for t in tokens),
+                draw(words),
+                draw(words),
+            )
             gold = draw(st.booleans())
-            turns.append(Turn(index, agent, chat, draw(ids), sibling, sibling == 0, source, gold, sampling, **vars(said)))
+            turns.append(
+                Turn(
+                    index,
+                    agent,
+                    chat,
+                    draw(ids),
+                    sibling,
+                    sibling == 0,
+                    source,
+                    gold,
+                    sampling,
+                    **vars(said),
+                )
+            )
     return tuple(turns)
 
 
 @settings(max_examples=60, deadline=None)
-@given(turns=chats(), output=optional, answer=st.none() | st.integers() | words, parent=st.sampled_from([None, "p"]))
+@given(
+    turns=chats(),
+    output=optional,
+    answer=st.none() | st.integers() | words,
+    parent=st.sampled_from([None, "p"]),
+)
 def test_expansion_equals_what_was_sent(turns, output, answer, parent):
     task = Task("t", "?", answer, meta={"_tests": ["1"]})
-    episode = Episode("e", "g", task, turns=turns, output=output, parent=parent, rewards=(Reward("r", 0.1, turn=0),))
+    episode = Episode(
+        "e",
+        "g",
+        task,
+        turns=turns,
+        output=output,
+        parent=parent,
+        rewards=(Reward("r", 0.1, turn=0),),
+    )
     assert unpack(json.loads(json.dumps(pack(episode), allow_nan=False))) == episode
 
 
 def test_filters(tmp_path):
     store = Store(tmp_path)
     for n in range(6):
-        store.append(chat_episode(f"e{n}", step=n // 2, split="train" if n % 2 else "eval", parent="p" if n == 5 else None))
+        store.append(
+            chat_episode(
+                f"e{n}",
+                step=n // 2,
+                split="train" if n % 2 else "eval",
+                parent="p" if n == 5 else None,
+            )
+        )
     found = {
         "step": [e.id for e in store.read(step=1)],
         "several": [e.id for e in store.read(step=[0, 2], split="eval")],
@@ -129,15 +237,28 @@ def test_filters(tmp_path):
         "top": len(list(store.read(parent=None))),
         "task": len(list(store.read(task="t1", group="g1"))),
     }
-    assert found == {"step": ["e2", "e3"], "several": ["e0", "e4"], "parent": ["e5"], "top": 5, "task": 6}
+    assert found == {
+        "step": ["e2", "e3"],
+        "several": ["e0", "e4"],
+        "parent": ["e5"],
+        "top": 5,
+        "task": 6,
+    }
     with pytest.raises(SettingError, match="did you mean 'split'"):
         next(store.read(splits="eval"))
 
 
 def test_an_id_is_stored_once(tmp_path):
     with Store(tmp_path) as store:
-        assert store.append(chat_episode("e1")) and not store.append(chat_episode("e1", output="other"))
-        assert store.extend([chat_episode("e2"), chat_episode("e2", output="other"), chat_episode("e1")]) == 1
+        assert store.append(chat_episode("e1")) and not store.append(
+            chat_episode("e1", output="other")
+        )
+        assert (
+            store.extend(
+                [chat_episode("e2"), chat_episode("e2", output="other"), chat_episode("e1")]
+            )
+            == 1
+        )
     again = Store(tmp_path)
     assert not again.append(chat_episode("e1", output="other"))
     assert again.ids() == {"e1", "e2"} and [e.output for e in again] == ["2", "2"]
@@ -148,7 +269,11 @@ def test_files_are_rotated_by_size_and_appending_goes_on_in_the_last(tmp_path):
     for n in range(5):
         with Store(tmp_path, max_bytes=size) as store:
             store.append(chat_episode(f"e{n}"))
-    assert [f.name for f in Store(tmp_path).files()] == ["episodes-00000.jsonl", "episodes-00001.jsonl", "episodes-00002.jsonl"]
+    assert [f.name for f in Store(tmp_path).files()] == [
+        "episodes-00000.jsonl",
+        "episodes-00001.jsonl",
+        "episodes-00002.jsonl",
+    ]
     assert [e.id for e in Store(tmp_path)] == ["e0", "e1", "e2", "e3", "e4"]
 
 
@@ -184,14 +309,18 @@ def test_a_torn_line_elsewhere_is_an_error(tmp_path):
     for use in (lambda: list(Store(tmp_path)), lambda: Store(tmp_path).append(chat_episode("e2"))):
         with pytest.raises(StoreError, match=r"episodes-00000.jsonl, line 1: not an episode"):
             use()
-    (tmp_path / "episodes-00001.jsonl").write_bytes(lines[1])  # a torn end of a file that is not the last
+    (tmp_path / "episodes-00001.jsonl").write_bytes(
+        lines[1]
+    )  # a torn end of a file that is not the last
     path.write_bytes(lines[0] + lines[1][:50])
     with pytest.raises(StoreError, match=r"episodes-00000.jsonl, line 2"):
         list(Store(tmp_path))
 
 
 def test_a_newer_schema_is_refused(tmp_path):
-    (tmp_path / "episodes-00000.jsonl").write_text(json.dumps({**pack(chat_episode()), "schema": 2}) + "\n")
+    (tmp_path / "episodes-00000.jsonl").write_text(
+        json.dumps({**pack(chat_episode()), "schema": 2}) + "\n"
+    )
     for use in (lambda: list(Store(tmp_path)), lambda: Store(tmp_path).append(chat_episode("e2"))):
         with pytest.raises(StoreError, match="schema 2, this version of marlora reads 1"):
             use()
@@ -213,7 +342,9 @@ def test_a_full_disk_is_an_error_and_earlier_lines_stay_whole(tmp_path, monkeypa
     def limited(handle, data):
         if room[0] <= 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        written = write(handle, bytes(data)[: min(700, room[0])])  # short writes, as the system may do
+        written = write(
+            handle, bytes(data)[: min(700, room[0])]
+        )  # short writes, as the system may do
         room[0] -= written
         return written
 
@@ -236,19 +367,39 @@ def test_what_is_not_json_is_an_error_that_names_the_episode(tmp_path):
 
 
 def test_datasets_reads_the_files_as_they_are(tmp_path, monkeypatch):
-    """The shapes differ as much as they can: mixed answers, no turns, no output, other agents, NaN, tools."""
+    """The shapes differ as much as they can: mixed answers, no turns, no output, other agents, NaN,
+    tools."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets
 
     call = Message("assistant", "", tool_calls=({"name": "f", "arguments": {"x": 1}},))
     episodes = [
-        chat_episode("e0", turns=(), output=None, error="boom", rewards=(), usage={}, values={}, team_version={}, decisions=()),
         chat_episode(
-            "e1", task=Task("t", "?", ["4", 4.5], meta={"a": 1}), rewards=(Reward("correct", math.nan, "raised"),), parent="e0"
+            "e0",
+            turns=(),
+            output=None,
+            error="boom",
+            rewards=(),
+            usage={},
+            values={},
+            team_version={},
+            decisions=(),
         ),
-        chat_episode("e2", task=Task("t", "?", "x", meta={"a": "text", "b": {"c": None}}), usage={"z": Usage(1, 2, 3, 4)}),
         chat_episode(
-            "e3", turns=(Turn(0, "z", (call, Message("tool", "3", tool_call_id="c1"))),), values={"a.demos": [{"role": "user"}]}
+            "e1",
+            task=Task("t", "?", ["4", 4.5], meta={"a": 1}),
+            rewards=(Reward("correct", math.nan, "raised"),),
+            parent="e0",
+        ),
+        chat_episode(
+            "e2",
+            task=Task("t", "?", "x", meta={"a": "text", "b": {"c": None}}),
+            usage={"z": Usage(1, 2, 3, 4)},
+        ),
+        chat_episode(
+            "e3",
+            turns=(Turn(0, "z", (call, Message("tool", "3", tool_call_id="c1"))),),
+            values={"a.demos": [{"role": "user"}]},
         ),
     ]
     with Store(tmp_path, max_bytes=4000) as store:
@@ -256,10 +407,19 @@ def test_datasets_reads_the_files_as_they_are(tmp_path, monkeypatch):
             store.append(episode)
     assert len(store.files()) == 2
     rows = datasets.load_dataset(
-        "json", data_files=str(tmp_path / "episodes-*.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
+        "json",
+        data_files=str(tmp_path / "episodes-*.jsonl"),
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
     )
-    assert rows["id"] == ["e0", "e1", "e2", "e3"] and [json.loads(t["answer"]) for t in rows["task"]] == [2, ["4", 4.5], "x", 2]
-    assert [unpack(row) for row in rows.select([0, 2, 3])] == [episodes[0], episodes[2], episodes[3]]
+    assert rows["id"] == ["e0", "e1", "e2", "e3"] and [
+        json.loads(t["answer"]) for t in rows["task"]
+    ] == [2, ["4", 4.5], "x", 2]
+    assert [unpack(row) for row in rows.select([0, 2, 3])] == [
+        episodes[0],
+        episodes[2],
+        episodes[3],
+    ]
     assert math.isnan(unpack(rows[1]).rewards[0].value)
 
 
@@ -272,8 +432,10 @@ def test_writers_with_names_fill_one_folder_at_the_same_time(tmp_path: Path) -> 
         with pytest.raises(StoreError, match="another process or Store"):
             Store(tmp_path, writer="1").append(two)
     assert [f.name for f in Store(tmp_path).files()] == [
-        "episodes-1-00000.jsonl", "episodes-2-00000.jsonl", "episodes-2-00001.jsonl",
-    ]  # fmt: skip
+        "episodes-1-00000.jsonl",
+        "episodes-2-00000.jsonl",
+        "episodes-2-00001.jsonl",
+    ]
     assert Store(tmp_path).ids() == {one.id, "other", "third"}
     with Store(tmp_path, writer="1") as first:
         assert not first.append(one), "it goes on where it was"

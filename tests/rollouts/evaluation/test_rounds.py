@@ -16,7 +16,9 @@ def episode(*rows: tuple[float, float], error: str | None = None, name: str = "r
         for member, value in zip("ab", row, strict=True):
             rewards.append(Reward(name, value, turn=len(turns)))
             turns.append(Turn(len(turns), f"{member}-{min(number, 1) + 1}"))
-    return Episode("e", "g", Task("t", "?"), turns=tuple(turns), rewards=tuple(rewards), error=error)
+    return Episode(
+        "e", "g", Task("t", "?"), turns=tuple(turns), rewards=tuple(rewards), error=error
+    )
 
 
 def test_rounds_are_a_members_answers_in_order():
@@ -32,7 +34,8 @@ def test_rounds_are_a_members_answers_in_order():
 
 
 def test_numbers_by_hand():
-    """Rounds: 3 of 6, 3 of 4 (the second debate ended early), 1 of 2; last answers 4 of 6 right against 3 of 6 first ones."""
+    """Rounds: 3 of 6, 3 of 4 (the second debate ended early), 1 of 2; last answers 4 of 6 right
+    against 3 of 6 first ones."""
     debates = [episode((1, 0), (1, 1), (0, 1)), episode((1, 1)), episode((0, 0), (0, 1))]
     found = transitions([*debates, episode((1, 1), error="lost")], MEMBERS)
     assert found["answers"] == [6, 4, 2] and found["accuracy"] == [0.5, 0.75, 0.5]
@@ -44,8 +47,14 @@ def test_numbers_by_hand():
 
 
 def test_answers_without_a_label_are_left_out():
-    found = transitions([episode((1, float("nan")), (0, 1)), episode((1, 1), name="other")], MEMBERS)
-    assert found["answers"] == [1, 2] and found["changes"][0]["right_wrong"] == 1 and sum(found["changes"][0].values()) == 1
+    found = transitions(
+        [episode((1, float("nan")), (0, 1)), episode((1, 1), name="other")], MEMBERS
+    )
+    assert (
+        found["answers"] == [1, 2]
+        and found["changes"][0]["right_wrong"] == 1
+        and sum(found["changes"][0].values()) == 1
+    )
     assert transitions([], MEMBERS) == {"answers": [], "accuracy": [], "gain": None, "changes": []}
 
 
@@ -53,4 +62,7 @@ def test_rows_for_people():
     before = transitions([episode((1, 0), (1, 1))], MEMBERS)
     head, rows = transition_rows({"before": before, "after": transitions([], MEMBERS)})
     assert head == ["", "round 1", "round 2", "last - first", "wrong to right", "right to wrong"]
-    assert rows == [["before", "0.500", "1.000", "+0.500", "1 of 1", "0 of 1"], ["after", "", "", "", "0 of 0", "0 of 0"]]
+    assert rows == [
+        ["before", "0.500", "1.000", "+0.500", "1 of 1", "0 of 1"],
+        ["after", "", "", "", "0 of 0", "0 of 0"],
+    ]

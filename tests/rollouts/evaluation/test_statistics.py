@@ -6,7 +6,13 @@ import math
 
 import pytest
 
-from marlora.rollouts.evaluation.statistics import holm, majority_at_k, pass_at_k, quantile, sign_flip_p
+from marlora.rollouts.evaluation.statistics import (
+    holm,
+    majority_at_k,
+    pass_at_k,
+    quantile,
+    sign_flip_p,
+)
 
 
 def test_pass_at_k_by_hand() -> None:
@@ -46,10 +52,16 @@ def test_other_differences_are_enumerated_or_drawn() -> None:
 def test_holm_by_hand() -> None:
     # ranked .01 x 3, .02 x 2, .9 x 1
     assert holm({"a": 0.02, "b": 0.9, "c": 0.01}) == pytest.approx({"a": 0.04, "b": 0.9, "c": 0.03})
-    assert holm({"a": 0.03, "b": 0.04}) == pytest.approx({"a": 0.06, "b": 0.06}), "never below one that ranks before it"
+    assert holm({"a": 0.03, "b": 0.04}) == pytest.approx({"a": 0.06, "b": 0.06}), (
+        "never below one that ranks before it"
+    )
     assert holm({}) == {} and holm({"a": 0.7, "b": 0.8}) == {"a": 1.0, "b": 1.0}
 
 
 def test_quantile_by_hand() -> None:
-    assert quantile([3, 1, 2, 4], 0.5) == 2 and quantile([3, 1, 2, 4], 0.95) == 4 and quantile([5], 0.0) == 5
+    assert (
+        quantile([3, 1, 2, 4], 0.5) == 2
+        and quantile([3, 1, 2, 4], 0.95) == 4
+        and quantile([5], 0.0) == 5
+    )
     assert math.isnan(quantile([], 0.5))

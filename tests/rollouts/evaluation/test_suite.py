@@ -20,7 +20,17 @@ from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import EpisodeRunner
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.evaluation.accuracy import Evaluation
-from marlora.rollouts.evaluation.suite import (Variant, Measured, Plan, compare, measured, play, prompt_hash, seen, suite)
+from marlora.rollouts.evaluation.suite import (
+    Variant,
+    Measured,
+    Plan,
+    compare,
+    measured,
+    play,
+    prompt_hash,
+    seen,
+    suite,
+)
 from marlora.rollouts.evaluation.variants import asked, distinct
 from marlora.rollouts.rewards.builtin import correct
 from marlora.rollouts.types import Episode, Reward, Usage
@@ -30,11 +40,19 @@ TASKS = tuple(Task(f"t{n}", f"say {n}", str(n)) for n in range(4))
 
 def rollouts(engine: ScriptedEngine, system: System | None = None) -> EpisodeRunner:
     system = system or Vote(["a", "b"])
-    return EpisodeRunner(system, {s.policy: EngineCompleter(engine, engine.tokens, s.policy) for s in system.specs}, [correct])
+    return EpisodeRunner(
+        system,
+        {s.policy: EngineCompleter(engine, engine.tokens, s.policy) for s in system.specs},
+        [correct],
+    )
 
 
 def scripted(answer: str = "0") -> ScriptedEngine:
-    return ScriptedEngine(lambda prompt, ref, sampling, k: answer if sampling.temperature == 0 else str(sampling.seed % 4))
+    return ScriptedEngine(
+        lambda prompt, ref, sampling, k: (
+            answer if sampling.temperature == 0 else str(sampling.seed % 4)
+        )
+    )
 
 
 @contextlib.contextmanager
@@ -43,7 +61,9 @@ def quiet(name: str, total: int, done: int) -> Iterator[Any]:
 
 
 def contestant(engine: ScriptedEngine, name: str = "team", **changes: Any) -> Variant:
-    return dataclasses.replace(Variant(name, rollouts(engine), {}, {}, {"a": "base", "b": "base"}), **changes)
+    return dataclasses.replace(
+        Variant(name, rollouts(engine), {}, {}, {"a": "base", "b": "base"}), **changes
+    )
 
 
 def test_what_is_stored_is_not_played_again(tmp_path: Path) -> None:
@@ -74,22 +94,35 @@ def test_a_stopped_suite_goes_on_where_it_was(tmp_path: Path) -> None:
 
     engine = scripted()
     one = contestant(
-        engine, rollouts=dataclasses.replace(rollouts(engine), limits=dataclasses.replace(rollouts(engine).limits, concurrency=1))
+        engine,
+        rollouts=dataclasses.replace(
+            rollouts(engine), limits=dataclasses.replace(rollouts(engine).limits, concurrency=1)
+        ),
     )
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(play(one, Plan(TASKS, "correct"), tmp_path, stopping))
     found = asyncio.run(play(one, Plan(TASKS, "correct"), tmp_path, stopping))
-    assert sorted(played) == sorted(e.id for e in found) and len(played) == 4, "each episode was played once"
+    assert sorted(played) == sorted(e.id for e in found) and len(played) == 4, (
+        "each episode was played once"
+    )
 
 
 KEYED: dict[str, Any] = {
     "adapters": lambda c: dataclasses.replace(c, versions={"a": "a-v1"}, sha256={"a": "f00"}),
     "base": lambda c: dataclasses.replace(c, bases={"a": "other", "b": "base"}),
-    "values": lambda c: dataclasses.replace(c, rollouts=dataclasses.replace(c.rollouts, values={"a.prompt": "Think."})),
-    "prompt": lambda c: dataclasses.replace(c, rollouts=dataclasses.replace(c.rollouts, system=Vote([AgentSpec("a", prompt="x"), "b"]))),
-    "system": lambda c: dataclasses.replace(c, rollouts=dataclasses.replace(c.rollouts, system=Debate(["a", "b"]))),
-    "rewards": lambda c: dataclasses.replace(c, rollouts=dataclasses.replace(c.rollouts, rewards=[])),
-}  # fmt: skip
+    "values": lambda c: dataclasses.replace(
+        c, rollouts=dataclasses.replace(c.rollouts, values={"a.prompt": "Think."})
+    ),
+    "prompt": lambda c: dataclasses.replace(
+        c, rollouts=dataclasses.replace(c.rollouts, system=Vote([AgentSpec("a", prompt="x"), "b"]))
+    ),
+    "system": lambda c: dataclasses.replace(
+        c, rollouts=dataclasses.replace(c.rollouts, system=Debate(["a", "b"]))
+    ),
+    "rewards": lambda c: dataclasses.replace(
+        c, rollouts=dataclasses.replace(c.rollouts, rewards=[])
+    ),
+}
 
 
 @pytest.mark.parametrize("what", KEYED)
@@ -98,22 +131,39 @@ def test_the_key_is_what_the_answers_depend_on(what: str) -> None:
     assert KEYED[what](one).key(0, True) != one.key(0, True)
     assert dataclasses.replace(one, name="x").key(0, True) == one.key(0, True) != one.key(1, True)
     assert one.key(0, True) != one.key(0, False)
-    assert dataclasses.replace(one, sha256={"a": "f00"}).key(0, True) == one.key(0, True), "an adapter that is off"
+    assert dataclasses.replace(one, sha256={"a": "f00"}).key(0, True) == one.key(0, True), (
+        "an adapter that is off"
+    )
 
 
 def test_contestants_that_are_the_same_are_one() -> None:
     engine = scripted()
     kept, same = distinct(
-        [contestant(engine), contestant(engine, "twin"), contestant(engine, "other", bases={"a": "x", "b": "x"})], 0, True
+        [
+            contestant(engine),
+            contestant(engine, "twin"),
+            contestant(engine, "other", bases={"a": "x", "b": "x"}),
+        ],
+        0,
+        True,
     )
     assert [c.name for c in kept] == ["team", "other"] and same == {"twin": "team"}
 
 
 def test_samples_and_seeds_draw_the_same_numbers_for_all(tmp_path: Path) -> None:
     engine, plan = scripted(), Plan(TASKS, "correct", seeds=(0, 1), samples=2, greedy=False)
-    found = asyncio.run(suite([contestant(engine), contestant(engine, "other", bases={"a": "x", "b": "x"})], plan, tmp_path, quiet))
+    found = asyncio.run(
+        suite(
+            [contestant(engine), contestant(engine, "other", bases={"a": "x", "b": "x"})],
+            plan,
+            tmp_path,
+            quiet,
+        )
+    )
     one, two = found["team"], found["other"]
-    assert len(one.episodes) == 16 and [e.output for e in one.episodes] == [e.output for e in two.episodes]
+    assert len(one.episodes) == 16 and [e.output for e in one.episodes] == [
+        e.output for e in two.episodes
+    ]
     assert len({e.seed for e in one.episodes}) == 16
     assert set(one.row["by_seed"]) == {"0", "1"}
     assert set(one.row["pass_at"]) == set(one.row["majority_at"]) == {"1", "2", "4"}
@@ -128,7 +178,9 @@ class Family(System):
     """Plays one child per task."""
 
     async def run(self, task: Task, team: Team) -> str:
-        children = await team.play(Vote(self.specs), [Task(f"{task.id}-child", task.prompt, task.answer)])
+        children = await team.play(
+            Vote(self.specs), [Task(f"{task.id}-child", task.prompt, task.answer)]
+        )
         return str(children[0].output)
 
 
@@ -148,7 +200,11 @@ def turn(index: int, agent: str, text: str, **more: Any) -> Turn:
 
 def episode(task: Task, output: str | None, *turns: Turn, **more: Any) -> Episode:
     value = float(output == task.answer)
-    given = {"rewards": (Reward("correct", value), Reward("kind", 0.5, agent="a")), "usage": {"a": Usage(2, 30, 5, 1.5)}, **more}
+    given = {
+        "rewards": (Reward("correct", value), Reward("kind", 0.5, agent="a")),
+        "usage": {"a": Usage(2, 30, 5, 1.5)},
+        **more,
+    }
     return Episode(task.id, task.id, task, turns=turns, output=output, **given)
 
 
@@ -156,9 +212,24 @@ def test_measures_by_hand() -> None:
     two = TASKS[:2]
     cut = turn(3, "b", "6", taken=False)
     episodes = [
-        episode(two[0], "0", turn(0, "a", "1"), turn(1, "b", "0"), turn(2, "a", "answer: 0"), turn(3, "b", "0.0")),
-        episode(two[1], "2", turn(0, "a", "1"), turn(1, "b", "5"), turn(2, "a", "2"), cut, turn(3, "b", "1", sibling=1)),
-    ]  # fmt: skip
+        episode(
+            two[0],
+            "0",
+            turn(0, "a", "1"),
+            turn(1, "b", "0"),
+            turn(2, "a", "answer: 0"),
+            turn(3, "b", "0.0"),
+        ),
+        episode(
+            two[1],
+            "2",
+            turn(0, "a", "1"),
+            turn(1, "b", "5"),
+            turn(2, "a", "2"),
+            cut,
+            turn(3, "b", "1", sibling=1),
+        ),
+    ]
     row = asyncio.run(measured(contestant(scripted()), Plan(two, "correct"), episodes)).row
     assert (row["accuracy"], row["num_tasks"], row["failed"]) == (0.5, 2, 0)
     assert row["rewards"] == {"correct": 0.5, "kind of a": 0.5}
@@ -170,42 +241,75 @@ def test_measures_by_hand() -> None:
     }
     assert row["agreement"] == 0.5, "0 and 0.0 agree, 2 and 1 do not"
     assert row["diversity"] == {"agents": 0.75, "samples": None}
-    # t0: a 1 -> 0 wrong, right; b 0 -> 0.0 right, right.  t1: a 1 -> 2 right, wrong; b 5 -> 1 (the taken one) wrong, right
+    # t0: a 1 -> 0 wrong, right; b 0 -> 0.0 right, right.  t1: a 1 -> 2 right, wrong; b 5 -> 1 (the
+    # taken one) wrong, right
     assert row["transitions"] == {
-        "answers": [4, 4], "accuracy": [0.5, 0.75], "gain": 0.25,
+        "answers": [4, 4],
+        "accuracy": [0.5, 0.75],
+        "gain": 0.25,
         "changes": [{"right_right": 1, "right_wrong": 1, "wrong_right": 2, "wrong_wrong": 0}],
-    }  # fmt: skip
+    }
     assert "pass_at" not in row
 
 
 def test_a_critics_answer_stands_beside_its_generators_and_a_summary_is_none() -> None:
     system = Debate(["g", "h", "c", "d", "s"], critics=True, summariser="s")
     one = dataclasses.replace(contestant(scripted()), rollouts=rollouts(scripted(), system))
-    turns = [turn(0, "g", "1"), turn(1, "h", "0"), turn(2, "s", "0"), turn(3, "s", "0"), turn(4, "c", "0"), turn(5, "d", "5")]
-    row = asyncio.run(measured(one, Plan(TASKS[:1], "correct"), [episode(TASKS[0], "0", *turns)])).row
+    turns = [
+        turn(0, "g", "1"),
+        turn(1, "h", "0"),
+        turn(2, "s", "0"),
+        turn(3, "s", "0"),
+        turn(4, "c", "0"),
+        turn(5, "d", "5"),
+    ]
+    row = asyncio.run(
+        measured(one, Plan(TASKS[:1], "correct"), [episode(TASKS[0], "0", *turns)])
+    ).row
     assert row["transitions"] == {
-        "answers": [2, 2], "accuracy": [0.5, 0.5], "gain": 0.0,
+        "answers": [2, 2],
+        "accuracy": [0.5, 0.5],
+        "gain": 0.0,
         "changes": [{"right_right": 0, "right_wrong": 1, "wrong_right": 1, "wrong_wrong": 0}],
-    }  # fmt: skip
+    }
 
 
 def test_a_failed_episode_counts_0_and_is_told() -> None:
     failed = episode(TASKS[0], None, rewards=(), error="boom", stop_reason="error")
     row = asyncio.run(measured(contestant(scripted()), Plan(TASKS[:1], "correct"), [failed])).row
-    assert (row["accuracy"], row["failed"], row["agreement"], row["transitions"]) == (0, 1, None, None)
+    assert (row["accuracy"], row["failed"], row["agreement"], row["transitions"]) == (
+        0,
+        1,
+        None,
+        None,
+    )
     with pytest.raises(SettingError, match="none of the team is named 'exact'"):
-        asyncio.run(measured(contestant(scripted()), Plan(TASKS[:1], "exact"), [episode(TASKS[0], "0")]))
+        asyncio.run(
+            measured(contestant(scripted()), Plan(TASKS[:1], "exact"), [episode(TASKS[0], "0")])
+        )
 
 
 def test_comparisons_are_corrected_for_their_number() -> None:
     def score(name: str, *values: float) -> Measured:
         return Measured(name, "", Evaluation(dict(zip("abcdef", values, strict=True))), (), {})
 
-    base, better, same = score("base", 0, 0, 0, 0, 0, 1), score("better", 1, 1, 1, 1, 1, 0), score("same", 0, 0, 0, 0, 0, 1)
+    base, better, same = (
+        score("base", 0, 0, 0, 0, 0, 1),
+        score("better", 1, 1, 1, 1, 1, 0),
+        score("same", 0, 0, 0, 0, 0, 1),
+    )
     found = compare([(base, better), (base, same)])
     # 5 gained, 1 lost: p = 14/64, the smaller of two, so twice that
-    assert (found[0]["p"], found[0]["p_holm"], found[0]["gained"], found[0]["lost"]) == (14 / 64, 28 / 64, 5, 1)
-    assert found[0]["difference"] == pytest.approx(4 / 6) and (found[1]["p"], found[1]["p_holm"]) == (1, 1)
+    assert (found[0]["p"], found[0]["p_holm"], found[0]["gained"], found[0]["lost"]) == (
+        14 / 64,
+        28 / 64,
+        5,
+        1,
+    )
+    assert found[0]["difference"] == pytest.approx(4 / 6) and (
+        found[1]["p"],
+        found[1]["p_holm"],
+    ) == (1, 1)
 
 
 def test_tasks_are_known_again_by_id_or_by_what_they_ask() -> None:

@@ -15,12 +15,21 @@ from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import EpisodeRunner
 from marlora.rollouts.episodes.store import Store
-from marlora.rollouts.evaluation.variants import (ablations, cross_play, ladder, trained_name, trained_on, trained_team)
+from marlora.rollouts.evaluation.variants import (
+    ablations,
+    cross_play,
+    ladder,
+    trained_name,
+    trained_on,
+    trained_team,
+)
 from marlora.rollouts.rewards.builtin import correct
 from marlora.rollouts.types import Episode
 
 
-def team(*agents: str | AgentSpec, values: dict[str, Any] | None = None, mark: str = "0", base: str = "b") -> Any:
+def team(
+    *agents: str | AgentSpec, values: dict[str, Any] | None = None, mark: str = "0", base: str = "b"
+) -> Any:
     """What `LoadedTeam` gives of a checkpoint whose every policy is trained."""
     system = Vote(agents)
     policies = list(dict.fromkeys(spec.policy for spec in system.specs))
@@ -32,9 +41,11 @@ def team(*agents: str | AgentSpec, values: dict[str, Any] | None = None, mark: s
         "tasks": {"name": "own"},
     }
     return SimpleNamespace(
-        data=data, rollouts=EpisodeRunner(system, speakers, [correct], values or {}), versions={p: f"{p}-{mark}" for p in policies},
+        data=data,
+        rollouts=EpisodeRunner(system, speakers, [correct], values or {}),
+        versions={p: f"{p}-{mark}" for p in policies},
         tasks=lambda split: [Task("t", f"{split} prompt")],
-    )  # fmt: skip
+    )
 
 
 def names(found: list[Any]) -> list[str]:
@@ -43,12 +54,27 @@ def names(found: list[Any]) -> list[str]:
 
 def test_the_ladder_has_the_rungs_that_differ() -> None:
     assert names(ladder(team("a", "b"))) == ["single agent", "base team"]
-    told = team(AgentSpec("a", prompt="Add."), "b", values={"b.prompt": "Think.", "decision": {"x": 1}})
+    told = team(
+        AgentSpec("a", prompt="Add."), "b", values={"b.prompt": "Think.", "decision": {"x": 1}}
+    )
     single, without, base, prompts = ladder(told)
-    assert names([single, without, base, prompts]) == ["single agent", "team without prompts", "base team", "prompt-only team"]
-    assert [spec.policy for spec in single.rollouts.system.specs] == [BASE] and not single.rollouts.values
-    assert [spec.prompt for spec in without.rollouts.system.specs] == ["", ""] and without.rollouts.values == {"decision": {"x": 1}}
-    assert [spec.prompt for spec in base.rollouts.system.specs] == ["Add.", ""] and base.rollouts.values == {}
+    assert names([single, without, base, prompts]) == [
+        "single agent",
+        "team without prompts",
+        "base team",
+        "prompt-only team",
+    ]
+    assert [spec.policy for spec in single.rollouts.system.specs] == [
+        BASE
+    ] and not single.rollouts.values
+    assert [spec.prompt for spec in without.rollouts.system.specs] == [
+        "",
+        "",
+    ] and without.rollouts.values == {"decision": {"x": 1}}
+    assert [spec.prompt for spec in base.rollouts.system.specs] == [
+        "Add.",
+        "",
+    ] and base.rollouts.values == {}
     assert prompts.rollouts.values == told.rollouts.values
     assert all(each.versions == {} for each in (single, without, base, prompts))
     assert len({each.key(0, True) for each in (single, without, base, prompts)}) == 4
@@ -58,26 +84,39 @@ def test_a_trained_team_says_whether_its_agents_share() -> None:
     own, shared = team("a", "b"), team(AgentSpec("a", policy="p"), AgentSpec("b", policy="p"))
     assert trained_name(own, own.versions) == "trained team, per-agent LoRA"
     assert trained_name(shared, shared.versions) == "trained team, shared-policy LoRA"
-    assert trained_name(own, {"a": "a-0"}) == "adapters: a" and trained_name(own, {}) == "adapters: none"
+    assert (
+        trained_name(own, {"a": "a-0"}) == "adapters: a"
+        and trained_name(own, {}) == "adapters: none"
+    )
     assert trained_team(own, own.versions, "x: ").name == "x: trained team, per-agent LoRA"
 
 
 def test_what_policies_are_called_makes_no_other_team() -> None:
-    """Of a checkpoint with an adapter per agent and one with a shared adapter, the rungs below are the same teams."""
-    own, shared = team("a", "b", mark="1"), team(AgentSpec("a", policy="p"), AgentSpec("b", policy="p"), mark="2")
+    """Of a checkpoint with an adapter per agent and one with a shared adapter, the rungs below are
+    the same teams."""
+    own, shared = (
+        team("a", "b", mark="1"),
+        team(AgentSpec("a", policy="p"), AgentSpec("b", policy="p"), mark="2"),
+    )
     for one, other in zip(ladder(own), ladder(shared), strict=True):
         assert one.key(0, True) == other.key(0, True), one.name
     mine, theirs = (trained_team(each, each.versions) for each in (own, shared))
     assert mine.key(0, True) != theirs.key(0, True)
     twin = team(AgentSpec("a", policy="p"), AgentSpec("b", policy="p"), mark="1")
-    assert trained_team(twin, twin.versions).key(0, True) == mine.key(0, True), "both agents speak with the same weights"
+    assert trained_team(twin, twin.versions).key(0, True) == mine.key(0, True), (
+        "both agents speak with the same weights"
+    )
     swapped = team(AgentSpec("a", policy="b"), AgentSpec("b", policy="a"), mark="1")
-    assert trained_team(swapped, {"a": "a-1"}).key(0, True) != trained_team(own, {"a": "a-1"}).key(0, True)
+    assert trained_team(swapped, {"a": "a-1"}).key(0, True) != trained_team(own, {"a": "a-1"}).key(
+        0, True
+    )
 
 
 def test_each_adapter_alone_and_all_but_each() -> None:
     two, three = team("a", "b"), team("a", "b", "c")
-    assert names(ablations(two, two.versions)) == ["only a", "only b"], "of two, all but one is the other alone"
+    assert names(ablations(two, two.versions)) == ["only a", "only b"], (
+        "of two, all but one is the other alone"
+    )
     found = ablations(three, three.versions)
     assert names(found) == ["only a", "only b", "only c", "all but a", "all but b", "all but c"]
     assert found[3].versions == {"b": "b-0", "c": "c-0"} and ablations(three, {"a": "a-0"}) == []
@@ -85,10 +124,18 @@ def test_each_adapter_alone_and_all_but_each() -> None:
 
 def test_cross_play_puts_every_adapter_into_the_other_team() -> None:
     found = cross_play({"x": team("a", "b", mark="1"), "y": team("a", "b", mark="2")})
-    assert [(policy, guest, host) for policy, guest, host, _ in found] == [("a", "x", "y"), ("a", "y", "x")]
+    assert [(policy, guest, host) for policy, guest, host, _ in found] == [
+        ("a", "x", "y"),
+        ("a", "y", "x"),
+    ]
     first = found[0][3]
-    assert first.versions == {"a": "a-1", "b": "b-2"} and first.sha256 == {"a": "1" * 64, "b": "2" * 64}
-    assert len(cross_play({m: team("a", "b", "c", mark=m) for m in "12"})) == 6, "of three policies each has a matrix"
+    assert first.versions == {"a": "a-1", "b": "b-2"} and first.sha256 == {
+        "a": "1" * 64,
+        "b": "2" * 64,
+    }
+    assert len(cross_play({m: team("a", "b", "c", mark=m) for m in "12"})) == 6, (
+        "of three policies each has a matrix"
+    )
     for teams, words in (
         ({"x": team("a", "b")}, "at least two checkpoints"),
         ({"x": team("a"), "y": team("a")}, "at least two adapters"),
@@ -108,14 +155,20 @@ def test_what_was_trained_on_is_looked_up_where_it_is_written(tmp_path: Path) ->
     run = tmp_path / "run"
     checkpoint = run / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
-    assert trained_on(checkpoint, team("a")) == ({"t": "train prompt"}, ["the training split of own"]), (
-        "no store: the set's own split"
-    )
+    assert trained_on(checkpoint, team("a")) == (
+        {"t": "train prompt"},
+        ["the training split of own"],
+    ), "no store: the set's own split"
     store(run / "episodes", "played")
-    (run / "config.yaml").write_text(yaml.safe_dump({"episodes": str(store(tmp_path / "given" / "episodes", "given").parent)}))
+    (run / "config.yaml").write_text(
+        yaml.safe_dump({"episodes": str(store(tmp_path / "given" / "episodes", "given").parent)})
+    )
     more = store(tmp_path / "more", "more")
     asked, where = trained_on(checkpoint, team("a"), [str(more)])
-    assert asked == {"played": "ask played", "given": "ask given", "more": "ask more"} and len(where) == 3
+    assert (
+        asked == {"played": "ask played", "given": "ask given", "more": "ask more"}
+        and len(where) == 3
+    )
     unknown = team("a")
     unknown.data["tasks"]["name"] = ""
     assert trained_on(tmp_path / "copy", unknown) == ({}, []), "nobody can say"

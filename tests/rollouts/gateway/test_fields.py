@@ -1,4 +1,5 @@
-"""Every field of every body by every JSON type: an answer or a 400 that names the field, and nothing else has changed."""
+"""Every field of every body by every JSON type: an answer or a 400 that names the field, and
+nothing else has changed."""
 
 from __future__ import annotations
 
@@ -20,54 +21,127 @@ TOKEN = "a-reward-token-of-24-chars"
 SCHEMA = {"type": "object", "properties": {"x": {"type": "integer", "maximum": 9}}}
 FUNCTION = {"name": "calc", "description": "adds", "parameters": SCHEMA, "strict": True}
 SETTINGS = {
-    "seed": 7, "user": "u", "metadata": {"k": "v"}, "store": False, "service_tier": "auto", "safety_identifier": "s",
-    "prompt_cache_key": "p", "parallel_tool_calls": True, "reasoning_effort": "low", "verbosity": "low",
-    "prompt_cache_retention": "24h", "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1,
-    "presence_penalty": 0.5, "frequency_penalty": 0.5,
-}  # fmt: skip
+    "seed": 7,
+    "user": "u",
+    "metadata": {"k": "v"},
+    "store": False,
+    "service_tier": "auto",
+    "safety_identifier": "s",
+    "prompt_cache_key": "p",
+    "parallel_tool_calls": True,
+    "reasoning_effort": "low",
+    "verbosity": "low",
+    "prompt_cache_retention": "24h",
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+}
 CALLED = {"id": "c1", "type": "function", "function": {"name": "calc", "arguments": '{"x": 1}'}}
 CHAT = {
     "model": "a",
     "messages": [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "add"}], "name": "me"},
-        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}], "tool_calls": [CALLED]},
+        {
+            "role": "assistant",
+            "content": [{"type": "refusal", "refusal": "no"}],
+            "tool_calls": [CALLED],
+        },
         {"role": "tool", "tool_call_id": "c1", "content": "15"},
         {"role": "user", "content": "and?"},
     ],
-    "n": 2, "stream": True, "stream_options": {"include_usage": True}, "stop": ["zz"], "max_tokens": 9, "max_completion_tokens": 8,
-    "logprobs": True, "top_logprobs": 0, "tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "auto",
-    "logit_bias": {"15": -1.5}, "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}},
+    "n": 2,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "stop": ["zz"],
+    "max_tokens": 9,
+    "max_completion_tokens": 8,
+    "logprobs": True,
+    "top_logprobs": 0,
+    "tools": [{"type": "function", "function": FUNCTION}],
+    "tool_choice": "auto",
+    "logit_bias": {"15": -1.5},
+    "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}},
     **SETTINGS,
-}  # fmt: skip
-FORCED = {**chat("a", "hi"), "tool_choice": {"type": "function", "function": {"name": "calc"}}, "tools": CHAT["tools"]}
+}
+FORCED = {
+    **chat("a", "hi"),
+    "tool_choice": {"type": "function", "function": {"name": "calc"}},
+    "tools": CHAT["tools"],
+}
 HELD = {**chat("a", "hi"), "structured_outputs": {"choice": ["yes", "no"]}}
 RESPONSE = {
-    "model": "a", "instructions": "Be brief.",
+    "model": "a",
+    "instructions": "Be brief.",
     "input": [
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "add"}]},
         {"type": "reasoning", "summary": []},
-        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "so"}]},
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "so"}],
+        },
         {"type": "function_call", "call_id": "c1", "name": "calc", "arguments": '{"x": 1}'},
         {"type": "function_call_output", "call_id": "c1", "output": "15"},
         {"role": "user", "content": "and?"},
     ],
-    "tools": [{"type": "function", **FUNCTION}], "tool_choice": {"type": "function", "name": "calc"}, "max_output_tokens": 9,
-    "text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}, "verbosity": "low"},
-    "stream": False, "stream_options": {}, "include": ["reasoning.encrypted_content"], "truncation": "auto",
-    "reasoning": {"effort": "low"}, **SETTINGS,
-}  # fmt: skip
+    "tools": [{"type": "function", **FUNCTION}],
+    "tool_choice": {"type": "function", "name": "calc"},
+    "max_output_tokens": 9,
+    "text": {
+        "format": {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True},
+        "verbosity": "low",
+    },
+    "stream": False,
+    "stream_options": {},
+    "include": ["reasoning.encrypted_content"],
+    "truncation": "auto",
+    "reasoning": {"effort": "low"},
+    **SETTINGS,
+}
 REWARDS = [{"value": 1, "name": "r", "text": "t", "agent": "a", "turn": 0, "sibling": 1}, 0.5]
-BODIES = {"chat": CHAT, "forced": FORCED, "held": HELD, "response": RESPONSE, "rewards": REWARDS, "reward": REWARDS[0]}
+BODIES = {
+    "chat": CHAT,
+    "forced": FORCED,
+    "held": HELD,
+    "response": RESPONSE,
+    "rewards": REWARDS,
+    "reward": REWARDS[0],
+}
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
 WELL_FORMED = [
-    b"null", b"true", b"0", b"-1", b"1.5", b'""', b'"x"', b"[]", b"[1]", b"[[]]", b"[null]", b'["x", {}]', b"{}", b'{"a":1}',
-    b"9" * 30, b"1e30",
-]  # fmt: skip
+    b"null",
+    b"true",
+    b"0",
+    b"-1",
+    b"1.5",
+    b'""',
+    b'"x"',
+    b"[]",
+    b"[1]",
+    b"[[]]",
+    b"[null]",
+    b'["x", {}]',
+    b"{}",
+    b'{"a":1}',
+    b"9" * 30,
+    b"1e30",
+]
 NEVER_RIGHT = [
-    b"1e999", b"NaN", b"-Infinity", b"9" * 5000, b'"\\ud800"', b'{"\\udfff": 1}', DEEP, b'{"a":' * 200 + b"1" + b"}" * 200,
-]  # fmt: skip
+    b"1e999",
+    b"NaN",
+    b"-Infinity",
+    b"9" * 5000,
+    b'"\\ud800"',
+    b'{"\\udfff": 1}',
+    DEEP,
+    b'{"a":' * 200 + b"1" + b"}" * 200,
+]
 MARK = "@here@"
 Path = tuple[str | int, ...]
 
@@ -75,7 +149,13 @@ Path = tuple[str | int, ...]
 def nodes(value: Any, path: Path = ()) -> Iterator[Path]:
     if path:
         yield path
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, each in inner:
         yield from nodes(each, (*path, key))
 
@@ -105,21 +185,33 @@ def names(param: str | None, path: Path, start: str) -> bool:
     if param == "the body":  # which is a list
         return True
     spelt = [(named(path, begin), named(path[:-1], begin)) for begin in {start, ""}]
-    return any(where.startswith(param) or param.startswith(beside or where) for where, beside in spelt)
+    return any(
+        where.startswith(param) or param.startswith(beside or where) for where, beside in spelt
+    )
 
 
 def state(visit: Session) -> tuple[Any, ...]:
     """All that a request can change in an episode."""
     team = visit.team
     return (
-        [(t.index, t.sibling, t.taken) for t in team.turns], team.reserve(0), list(team.rewards), len(visit.asked),
-        set(visit._went_on), set(visit._ended), set(visit._remembered), visit.posted.is_set(), visit._fatal.done(), visit.too_long,
-    )  # fmt: skip
+        [(t.index, t.sibling, t.taken) for t in team.turns],
+        team.reserve(0),
+        list(team.rewards),
+        len(visit.asked),
+        set(visit._went_on),
+        set(visit._ended),
+        set(visit._remembered),
+        visit.posted.is_set(),
+        visit._fatal.done(),
+        visit.too_long,
+    )
 
 
 async def post(asker: Asker, kind: str, raw: bytes) -> tuple[int, Any]:
     if kind.startswith("reward"):
-        return await asker.post(asker.visit.base_url.removesuffix("/v1") + "/rewards", raw, key=TOKEN)
+        return await asker.post(
+            asker.visit.base_url.removesuffix("/v1") + "/rewards", raw, key=TOKEN
+        )
     return await asker.post("/responses" if kind == "response" else "/chat/completions", raw)
 
 
@@ -133,7 +225,9 @@ async def refused_or_answered(asker: Asker, kind: str, path: Path, raw: bytes | 
     assert status == 400 or (unknown and status == 404), case
     start = "" if not kind.startswith("reward") else "reward"
     assert names(reply["error"]["param"], path, start), case
-    assert reply["error"]["message"].startswith(re.split(r"[.\[]", reply["error"]["param"])[0]), case
+    assert reply["error"]["message"].startswith(re.split(r"[.\[]", reply["error"]["param"])[0]), (
+        case
+    )
     assert state(asker.visit) == before, case
     return status
 
@@ -152,7 +246,11 @@ def test_every_field_by_every_json_type(kind: str, monkeypatch: pytest.MonkeyPat
             for raw in WELL_FORMED:
                 await refused_or_answered(asker, kind, path, raw)
             for raw in NEVER_RIGHT:
-                assert await refused_or_answered(asker, kind, path, raw) == 400, (kind, named(path), raw[:40])
+                assert await refused_or_answered(asker, kind, path, raw) == 400, (
+                    kind,
+                    named(path),
+                    raw[:40],
+                )
         assert (await post(asker, kind, json.dumps(BODIES[kind]).encode()))[0] == 200
         await asker.say("a", "start", heard, "go on", stop=["last"])
 
@@ -165,7 +263,12 @@ def test_every_field_by_every_json_type(kind: str, monkeypatch: pytest.MonkeyPat
 WRONG = [
     ("chat", ("messages", 0, "role"), b'{"a": 1}', "messages[0].role"),
     ("chat", ("messages", 1, "content", 0, "type"), b"[]", "messages[1].content[0].type"),
-    ("chat", ("messages", 2, "tool_calls", 0, "function", "arguments"), b"{}", "messages[2].tool_calls[0].function.arguments"),
+    (
+        "chat",
+        ("messages", 2, "tool_calls", 0, "function", "arguments"),
+        b"{}",
+        "messages[2].tool_calls[0].function.arguments",
+    ),
     ("chat", ("messages", 3, "tool_call_id"), b"7", "messages[3].tool_call_id"),
     ("chat", ("stream",), b'"no"', "stream"),
     ("chat", ("logprobs",), b"1", "logprobs"),
@@ -173,7 +276,12 @@ WRONG = [
     ("chat", ("metadata", "k"), b"{}", "metadata.k"),
     ("chat", ("top_k",), b"1.5", "top_k"),
     ("chat", ("tools", 0, "function", "parameters"), b'"x"', "tools[0].function.parameters"),
-    ("chat", ("response_format", "json_schema", "schema"), b"[]", "response_format.json_schema.schema"),
+    (
+        "chat",
+        ("response_format", "json_schema", "schema"),
+        b"[]",
+        "response_format.json_schema.schema",
+    ),
     ("forced", ("tool_choice", "function", "name"), b"[]", "tool_choice.function.name"),
     ("held", ("structured_outputs", "choice", 0), b"1", "structured_outputs.choice[0]"),
     ("response", ("input", 3, "call_id"), b"{}", "input[3].call_id"),
@@ -195,16 +303,35 @@ def test_the_field_is_named_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
             before = state(asker.visit)
             status, reply = await post(asker, kind, changed(BODIES[kind], path, raw))
             assert (status, reply["error"]["param"]) == (400, field), reply
-            assert reply["error"]["message"].startswith(field.removesuffix(".value") if "reward" in kind else field)
+            assert reply["error"]["message"].startswith(
+                field.removesuffix(".value") if "reward" in kind else field
+            )
             assert state(asker.visit) == before
 
     played(body, numbered(), program={"unforced_tools": True})
 
 
 NO_JSON = [
-    b"", b"nope", b"{", b'"', b'"\\', b"\xff", b'{"model": "\xff"}', "{}".encode("utf-16"), b"null", b"1", b'"x"', b"[]", b"[1, 2]",
-    DEEP, b"[" * 100_000, b'{"model": ' * 100_000, b'{"model": "a", "model": "b"}', b'{"\\ud800": 1}', b'{"": 1}',
-]  # fmt: skip
+    b"",
+    b"nope",
+    b"{",
+    b'"',
+    b'"\\',
+    b"\xff",
+    b'{"model": "\xff"}',
+    "{}".encode("utf-16"),
+    b"null",
+    b"1",
+    b'"x"',
+    b"[]",
+    b"[1, 2]",
+    DEEP,
+    b"[" * 100_000,
+    b'{"model": ' * 100_000,
+    b'{"model": "a", "model": "b"}',
+    b'{"\\ud800": 1}',
+    b'{"": 1}',
+]
 
 
 def test_what_is_no_object_at_all() -> None:
@@ -248,19 +375,28 @@ def test_lists_have_a_length() -> None:
                 chat("a", {"role": "user", "content": [{"type": "text", "text": "x"}] * len(many)}),
                 "messages[0].content",
             ),
-            ("/chat/completions", chat("a", "x", logit_bias={str(i): 1 for i in range(len(many))}), "logit_bias"),
+            (
+                "/chat/completions",
+                chat("a", "x", logit_bias={str(i): 1 for i in range(len(many))}),
+                "logit_bias",
+            ),
             ("/chat/completions", chat("a", "x", **{"k" * 10**6: 1}), "k" * 80),
         ):
             status, reply = await asker.post(path, asked)
-            assert (status, reply["error"]["param"]) == (400, field) and len(reply["error"]["message"]) < 3000
+            assert (status, reply["error"]["param"]) == (400, field) and len(
+                reply["error"]["message"]
+            ) < 3000
 
     played(body)
 
 
 HEADERS = [
-    {"x-stainless-retry-count": "9" * 5000}, {"x-stainless-retry-count": "٣"}, {"x-stainless-retry-count": "²"},
-    {"Content-Type": "text/plain; charset=nonsense"}, {"Idempotency-Key": "x" * 5000},
-]  # fmt: skip
+    {"x-stainless-retry-count": "9" * 5000},
+    {"x-stainless-retry-count": "٣"},
+    {"x-stainless-retry-count": "²"},
+    {"Content-Type": "text/plain; charset=nonsense"},
+    {"Idempotency-Key": "x" * 5000},
+]
 
 
 def test_headers_of_any_kind_are_no_fault_of_ours() -> None:
@@ -268,8 +404,13 @@ def test_headers_of_any_kind_are_no_fault_of_ours() -> None:
         for head in HEADERS:
             assert (await asker.post("/chat/completions", chat("a", "x"), head))[0] == 200, head
         for kind in ("gzip", "deflate", "br", "zstd", "zz"):
-            status, reply = await asker.post("/chat/completions", chat("a", "x"), {"Content-Encoding": kind})
-            assert status == 400 and reply["error"]["message"].startswith("Content-Encoding: "), (kind, reply)
+            status, reply = await asker.post(
+                "/chat/completions", chat("a", "x"), {"Content-Encoding": kind}
+            )
+            assert status == 400 and reply["error"]["message"].startswith("Content-Encoding: "), (
+                kind,
+                reply,
+            )
         status, reply = await asker.post("/chat/completions", chat("a", "x"), key="\udcff")
         assert status == 401 and reply["error"]["code"] == "invalid_api_key"
         status, reply = await asker.post("/chat/completions", b'"' + b"x" * (9 << 20) + b'"')
@@ -278,14 +419,21 @@ def test_headers_of_any_kind_are_no_fault_of_ours() -> None:
     played(body)
 
 
-@pytest.mark.parametrize("arguments", ["[" * 100_000, '{"x": "\\ud800"}', "9" * 5000, "1e999", '{"x": 1, "x": 2}', "no"])
+@pytest.mark.parametrize(
+    "arguments", ["[" * 100_000, '{"x": "\\ud800"}', "9" * 5000, "1e999", '{"x": 1, "x": 2}', "no"]
+)
 def test_arguments_that_are_no_json_within_bounds_stay_text(arguments: str) -> None:
     """A program may send back what a model wrote, whatever that is."""
     engine = ScriptedEngine(lambda *_: "15", context=10**6)
 
     async def body(asker: Asker) -> None:
         called = {**CALLED, "function": {"name": "calc", "arguments": arguments}}
-        await asker.say("a", "x", {"role": "assistant", "tool_calls": [called]}, {"role": "tool", "content": "1"})
+        await asker.say(
+            "a",
+            "x",
+            {"role": "assistant", "tool_calls": [called]},
+            {"role": "tool", "content": "1"},
+        )
 
     (turn,) = played(body, engine).turns
     assert json.dumps(arguments)[:40] in turn.messages[1].content and loaded(arguments) == arguments
@@ -293,23 +441,36 @@ def test_arguments_that_are_no_json_within_bounds_stay_text(arguments: str) -> N
 
 def test_json_within_bounds_is_read() -> None:
     deep = "[" * MAX_DEPTH + "]" * MAX_DEPTH
-    assert loaded('{"x": 1}') == {"x": 1} and loaded(deep) == json.loads(deep) and loaded(f"[{deep}]") == f"[{deep}]"
+    assert (
+        loaded('{"x": 1}') == {"x": 1}
+        and loaded(deep) == json.loads(deep)
+        and loaded(f"[{deep}]") == f"[{deep}]"
+    )
 
 
 def test_a_refused_call_settles_no_earlier_one() -> None:
-    """What is wrong with a call that goes on with a sibling is found before that sibling counts as the one gone on with."""
+    """What is wrong with a call that goes on with a sibling is found before that sibling counts as
+    the one gone on with."""
 
     async def body(asker: Asker) -> None:
         first = await asker.ask("a", "pick", n=2)
-        one, two = ({"role": "assistant", "content": c["message"]["content"]} for c in first["choices"])
+        one, two = (
+            {"role": "assistant", "content": c["message"]["content"]} for c in first["choices"]
+        )
         for settings in ({"top_p": 0}, {}):
             last = "why?" if settings else {"role": "assistant", "content": "because"}
-            status, _ = await asker.post("/chat/completions", chat("a", "pick", two, last, **settings))
+            status, _ = await asker.post(
+                "/chat/completions", chat("a", "pick", two, last, **settings)
+            )
             assert status == 400
         await asker.say("a", "pick", one, "why?")
 
     turns = played(body, numbered(), program={"keep_sampling": True}).turns
-    assert [(t.index, t.sibling, t.taken) for t in turns] == [(0, 0, True), (0, 1, False), (1, 0, True)]
+    assert [(t.index, t.sibling, t.taken) for t in turns] == [
+        (0, 0, True),
+        (0, 1, False),
+        (1, 0, True),
+    ]
 
 
 def test_of_several_posted_rewards_all_or_none_count(monkeypatch: pytest.MonkeyPatch) -> None:

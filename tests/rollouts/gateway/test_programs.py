@@ -1,4 +1,5 @@
-"""Programs of one's own as systems: functions, commands within bounds, results, rewards, and what does not leak."""
+"""Programs of one's own as systems: functions, commands within bounds, results, rewards, and what
+does not leak."""
 
 from __future__ import annotations
 
@@ -67,40 +68,61 @@ def command(script: str, **settings: Any) -> Command:
 
 
 def one(system: ExternalProgram, rewards: Any = (), engine: Any = None) -> Episode:
-    return asyncio.run(rollouts(engine or ScriptedEngine(lambda *_: "15"), system, rewards).play(EpisodeRequest(TASK, "g")))
+    return asyncio.run(
+        rollouts(engine or ScriptedEngine(lambda *_: "15"), system, rewards).play(
+            EpisodeRequest(TASK, "g")
+        )
+    )
 
 
 # functions
 
 
 def test_a_function_is_played_like_any_system() -> None:
-    system = build_system({"class": "marlora.rollouts.gateway.programs:Function", "agents": ["a", "b"], **function().arguments()})
+    system = build_system(
+        {
+            "class": "marlora.rollouts.gateway.programs:Function",
+            "agents": ["a", "b"],
+            **function().arguments(),
+        }
+    )
     engine = ScriptedEngine(lambda prompt, ref, sampling, k: f"{ref.policy}{sampling.seed}")
     first, again = (one(system, engine=engine) for _ in range(2))
-    assert first.error is None and [t.agent for t in first.turns] == ["a", "b"] and first.turns[1].reads == (0,)
-    assert first.turns == again.turns and first.output == again.output  # the seed fixes a program that asks in a fixed order
+    assert (
+        first.error is None
+        and [t.agent for t in first.turns] == ["a", "b"]
+        and first.turns[1].reads == (0,)
+    )
+    assert (
+        first.turns == again.turns and first.output == again.output
+    )  # the seed fixes a program that asks in a fixed order
     player = rollouts(engine, system)
     replayed = asyncio.run(player.play(EpisodeRequest(TASK, "g"), given=first.turns[:1]))
-    assert replayed.turns == first.turns and len(engine.calls) == 5  # one of the third episode's turns was not asked for
+    assert (
+        replayed.turns == first.turns and len(engine.calls) == 5
+    )  # one of the third episode's turns was not asked for
 
 
 def test_a_program_that_asks_in_a_fixed_order_keeps_what_every_system_must() -> None:
-    """Repeatable, replayable turn for turn, what it was shown on record, no gold answer seen, rebuilt from its settings."""
+    """Repeatable, replayable turn for turn, what it was shown on record, no gold answer seen,
+    rebuilt from its settings."""
     check_system(function(), [TASK, Task("t2", "3+3?", "gold-6")])
 
 
 def test_many_episodes_at_once_and_greedy_evaluation() -> None:
     tasks = [Task(f"t{i}", str(i), str(i)) for i in range(40)]
-    engine = ScriptedEngine(lambda prompt, *_: prompt.rpartition("<|user|>")[2].partition("<|end|>")[0], latency=0.01)
+    engine = ScriptedEngine(
+        lambda prompt, *_: prompt.rpartition("<|user|>")[2].partition("<|end|>")[0], latency=0.01
+    )
     player = rollouts(engine, function(), resolve_rewards(["exact"])).greedy()
 
     async def collected() -> list[Episode]:
         return [e async for e in player.collect(episode_requests(tasks, label="eval"))]
 
     episodes = asyncio.run(collected())
-    assert evaluation(tasks, episodes, "exact").accuracy == 1.0 and {t.sampling.temperature for e in episodes for t in e.turns} == {
-        0.0
-    }
+    assert evaluation(tasks, episodes, "exact").accuracy == 1.0 and {
+        t.sampling.temperature for e in episodes for t in e.turns
+    } == {0.0}
 
 
 @pytest.mark.parametrize(
@@ -108,11 +130,17 @@ def test_many_episodes_at_once_and_greedy_evaluation() -> None:
     [
         ({"main": "nowhere"}, r"main: expected module:function, got 'nowhere'"),
         ({"main": "marlora.nowhere:main"}, r"main 'marlora.nowhere:main': cannot be imported"),
-        ({"main": f"{__name__}:blocking"}, r"expected an async function; a program that blocks is run as a Command"),
+        (
+            {"main": f"{__name__}:blocking"},
+            r"expected an async function; a program that blocks is run as a Command",
+        ),
         ({"models": {"gpt": "c"}}, r"models.gpt: no agent 'c'; expected one of a, b"),
         ({"reward_wait": -1.0}, r"reward_wait, call_timeout: expected seconds, got -1.0 and 600.0"),
         ({"call_timeout": 0.0}, r"reward_wait, call_timeout: expected seconds"),
-        ({"agents": [{"name": "a", "tools": ["calculator"]}]}, r"agents.a.tools: a program brings its own tools"),
+        (
+            {"agents": [{"name": "a", "tools": ["calculator"]}]},
+            r"agents.a.tools: a program brings its own tools",
+        ),
         ({"host": "0.0.0.0"}, r"host '0.0.0.0': name the address"),
     ],
 )
@@ -133,7 +161,10 @@ print(ask("b", ask("a", task["prompt"]) + "+" + str(task["meta"]["c"])))
 """
     episode = one(command(script))
     assert (episode.error, episode.output) == (None, "15")
-    assert [(t.agent, t.messages[0].content) for t in episode.turns] == [("a", "7+8+5"), ("b", "15+5")]
+    assert [(t.agent, t.messages[0].content) for t in episode.turns] == [
+        ("a", "7+8+5"),
+        ("b", "15+5"),
+    ]
 
 
 def test_only_named_variables_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,14 +190,24 @@ def test_only_named_variables_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("sys.exit('no luck')", {}, r"exit code 1: no luck"),
         ("os.kill(os.getpid(), 9)", {}, r"ended by signal 9: nothing on stderr"),
-        ("import time; time.sleep(60)", {"timeout": 0.5}, r"not done after 0.5 s \(system.timeout\)"),
+        (
+            "import time; time.sleep(60)",
+            {"timeout": 0.5},
+            r"not done after 0.5 s \(system.timeout\)",
+        ),
         ("x = bytearray(3 << 30)", {"memory": 2048}, r"MemoryError"),
         ("while True: pass", {"cpu_seconds": 1, "timeout": 60.0}, r"ended by signal"),
         ("print('x' * 5_000_000)", {}, r"the program wrote more than 4194304 bytes to stdout"),
-        ("print(json.dumps({'output': 1, 'reward': 'good'}))", {}, r"the program returned a reward: expected a finite number"),
+        (
+            "print(json.dumps({'output': 1, 'reward': 'good'}))",
+            {},
+            r"the program returned a reward: expected a finite number",
+        ),
     ],
-)  # fmt: skip
-def test_a_command_that_fails_is_a_failed_episode(script: str, settings: dict[str, Any], problem: str) -> None:
+)
+def test_a_command_that_fails_is_a_failed_episode(
+    script: str, settings: dict[str, Any], problem: str
+) -> None:
     episode = one(command(script, **settings), resolve_rewards(["exact"]))
     assert episode.stop_reason == "error" and episode.output is None and episode.rewards == ()
     assert re.search(problem, str(episode.error)), episode.error
@@ -187,7 +228,8 @@ def test_a_command_that_is_not_there_and_settings_of_commands() -> None:
 
 
 def test_what_a_command_starts_ends_with_it(tmp_path: Path) -> None:
-    """A child left behind holds the pipes open; neither it nor its files in TMPDIR outlive the episode."""
+    """A child left behind holds the pipes open; neither it nor its files in TMPDIR outlive the
+    episode."""
     script = f"""
 import subprocess, tempfile
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -213,9 +255,13 @@ def alive(pid: int) -> bool:
 
 def test_a_cancelled_command_is_ended() -> None:
     async def main() -> int:
-        task = asyncio.create_task(run_command(["sleep", "600"], "", dict(os.environ), None, ProcessLimits(600)))
+        task = asyncio.create_task(
+            run_command(["sleep", "600"], "", dict(os.environ), None, ProcessLimits(600))
+        )
         await asyncio.sleep(0.3)
-        children = [int(p) for p in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+        children = [
+            int(p) for p in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        ]
         mine = [p for p in children if "sleep" in Path(f"/proc/{p}/cmdline").read_text()]
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -230,7 +276,11 @@ def test_a_command_that_ignores_the_wish_to_stop_is_killed(monkeypatch: pytest.M
     monkeypatch.setattr("marlora.rollouts.gateway.process.GRACE", 0.2)
     script = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)"
     with pytest.raises(ProgramError, match="not done after 1 s"):
-        asyncio.run(run_command([sys.executable, "-c", script], "", dict(os.environ), None, ProcessLimits(1.0)))
+        asyncio.run(
+            run_command(
+                [sys.executable, "-c", script], "", dict(os.environ), None, ProcessLimits(1.0)
+            )
+        )
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
 
 
@@ -238,11 +288,22 @@ def test_a_command_that_ignores_the_wish_to_stop_is_killed(monkeypatch: pytest.M
 
 
 def test_a_returned_reward_counts_if_the_run_asks_for_it() -> None:
-    script = 'said = ask("a", "x")\nprint("chatter")\nprint(json.dumps({"output": said, "reward": 0.25}))'
+    script = (
+        'said = ask("a", "x")\nprint("chatter")\nprint(json.dumps({"output": said, "reward":'
+        " 0.25}))"
+    )
     (reward,) = one(command(script), resolve_rewards(["returned"])).rewards
-    assert (reward.name, reward.value, reward.agent, reward.source) == ("returned", 0.25, None, "returned")
+    assert (reward.name, reward.value, reward.agent, reward.source) == (
+        "returned",
+        0.25,
+        None,
+        "returned",
+    )
     (exact,) = one(command(script), resolve_rewards(["exact"])).rewards
-    assert (exact.name, exact.value) == ("exact", 0.0)  # the program does not grade itself unless asked to
+    assert (exact.name, exact.value) == (
+        "exact",
+        0.0,
+    )  # the program does not grade itself unless asked to
     (silent,) = one(command('print(ask("a", "x"))'), resolve_rewards(["returned"])).rewards
     assert math.isnan(silent.value) and silent.text.endswith("no reward was returned")
 
@@ -250,12 +311,21 @@ def test_a_returned_reward_counts_if_the_run_asks_for_it() -> None:
 def test_returned_rewards_may_be_about_agents_and_turns() -> None:
     async def body(asker: Asker) -> Any:
         await asker.say("a", "x", n=2)
-        told = [{"value": 1, "name": "style", "agent": "b"}, {"value": 0.5, "turn": 0, "sibling": 1, "text": "brief"}]
+        told = [
+            {"value": 1, "name": "style", "agent": "b"},
+            {"value": 0.5, "turn": 0, "sibling": 1, "text": "brief"},
+        ]
         return {"output": "done", "rewards": told}
 
     style, brief = played(body, rewards=resolve_rewards(["returned"])).rewards
     assert (style.name, style.agent, style.turn, style.value) == ("style", "b", None, 1.0)
-    assert (brief.name, brief.agent, brief.turn, brief.sibling, brief.text) == ("returned", "a", 0, 1, "brief")
+    assert (brief.name, brief.agent, brief.turn, brief.sibling, brief.text) == (
+        "returned",
+        "a",
+        0,
+        1,
+        "brief",
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,7 +347,9 @@ def test_rewards_that_cannot_be_read(told: Any, problem: str) -> None:
     assert problem in str(play(body).error)
 
 
-def test_a_posted_reward_needs_a_token_that_the_program_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_posted_reward_needs_a_token_that_the_program_does_not_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("MARLORA_REWARD_TOKEN", TOKEN)
     refused: list[int] = []
 
@@ -286,12 +358,18 @@ def test_a_posted_reward_needs_a_token_that_the_program_does_not_have(monkeypatc
         await asker.say("a", "x")
         for key in (asker.visit.key, ""):
             refused.append((await asker.post(url, 1.0, key=key))[0])
-        refused.append((await asker.post("/chat/completions", {"model": "a", "messages": []}, key=TOKEN))[0])
+        refused.append(
+            (await asker.post("/chat/completions", {"model": "a", "messages": []}, key=TOKEN))[0]
+        )
 
         async def scorer() -> None:
             await asyncio.sleep(0.2)
             async with aiohttp.ClientSession() as session:
-                assert (await Asker(asker.visit, session).post(url, {"value": 0.75, "turn": 0}, key=TOKEN))[0] == 200
+                assert (
+                    await Asker(asker.visit, session).post(
+                        url, {"value": 0.75, "turn": 0}, key=TOKEN
+                    )
+                )[0] == 200
 
         scorers.append(asyncio.create_task(scorer()))
         return "done"
@@ -299,10 +377,14 @@ def test_a_posted_reward_needs_a_token_that_the_program_does_not_have(monkeypatc
     scorers: list[asyncio.Task[None]] = []
     episode = played(body, rewards=resolve_rewards(["posted"]), program={"reward_wait": 30.0})
     assert refused == [401, 401, 401]
-    assert [(r.name, r.value, r.agent, r.turn, r.source) for r in episode.rewards] == [("posted", 0.75, "a", 0, "posted")]
+    assert [(r.name, r.value, r.agent, r.turn, r.source) for r in episode.rewards] == [
+        ("posted", 0.75, "a", 0, "posted")
+    ]
 
 
-def test_without_a_token_nobody_posts_and_a_short_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_token_nobody_posts_and_a_short_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def body(asker: Asker) -> str:
         url = asker.visit.base_url.removesuffix("/v1") + "/rewards"
         status, error = await asker.post(url, 1.0, key="")
@@ -325,4 +407,7 @@ def test_a_reward_that_never_comes_is_a_failed_episode(monkeypatch: pytest.Monke
 
 
 def test_programs_are_systems() -> None:
-    assert issubclass(Command, System) and Command(["a"], command=["true"]).arguments()["timeout"] == 600.0
+    assert (
+        issubclass(Command, System)
+        and Command(["a"], command=["true"]).arguments()["timeout"] == 600.0
+    )

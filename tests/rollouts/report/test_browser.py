@@ -1,4 +1,5 @@
-"""The report in a headless Chromium, opened from disk and served live: no errors, nothing fetched, and everything works."""
+"""The report in a headless Chromium, opened from disk and served live: no errors, nothing fetched,
+and everything works."""
 
 from __future__ import annotations
 
@@ -30,11 +31,31 @@ def episode(step: int, n: int, said: str = "7", **more: Any) -> Episode:
     turns = (
         Turn(0, "solver", told, text="3", token_ids=(5,), logprobs=(-0.1,), taken=False),
         Turn(0, "solver", told, text=said, sibling=1, token_ids=(1, 2), logprobs=(-0.5, -2.0)),
-        Turn(1, "critic", (Message("user", f"check {said}"),), reads=(0,), text="fine", token_ids=(3,), logprobs=(-0.1,)),
-        Turn(2, "solver", told, reads=(1,), text=said, token_ids=(1, 2), logprobs=(-0.5, -2.0), finish_reason="length"),
+        Turn(
+            1,
+            "critic",
+            (Message("user", f"check {said}"),),
+            reads=(0,),
+            text="fine",
+            token_ids=(3,),
+            logprobs=(-0.1,),
+        ),
+        Turn(
+            2,
+            "solver",
+            told,
+            reads=(1,),
+            text=said,
+            token_ids=(1, 2),
+            logprobs=(-0.5, -2.0),
+            finish_reason="length",
+        ),
     )
     label = f"train-{step:06d}"
-    rewards = (Reward("correct", float(n % 2), "the last line is wrong"), Reward("kind", 0.5, agent="critic"))
+    rewards = (
+        Reward("correct", float(n % 2), "the last line is wrong"),
+        Reward("kind", 0.5, agent="critic"),
+    )
     return Episode(
         f"{label}/t{n}/0",
         f"{label}/t{n}",
@@ -51,8 +72,17 @@ def episode(step: int, n: int, said: str = "7", **more: Any) -> Episode:
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "max_steps": 2, "rewards": ["correct"]}))
-    rows = [{"step": s, "reward": 0.5, "policies": {"solver": {"loss": 0.1 * s}, "critic": {"loss": 0.2}}} for s in (1, 2)]
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"model": "tiny", "max_steps": 2, "rewards": ["correct"]})
+    )
+    rows = [
+        {
+            "step": s,
+            "reward": 0.5,
+            "policies": {"solver": {"loss": 0.1 * s}, "critic": {"loss": 0.2}},
+        }
+        for s in (1, 2)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     learned = {
         "step": 1,
@@ -66,7 +96,9 @@ def run(tmp_path: Path) -> Path:
     (folder / "learned.jsonl").write_text(json.dumps(learned) + "\n")
     with Store(folder / "episodes", fsync=False) as store:
         store.extend([episode(s, n) for s in (1, 2) for n in range(4)])
-        failed = dataclasses.replace(episode(2, 9, EVIL), error=EVIL, rewards=(), output=None, stop_reason="error")
+        failed = dataclasses.replace(
+            episode(2, 9, EVIL), error=EVIL, rewards=(), output=None, stop_reason="error"
+        )
         store.append(dataclasses.replace(failed, task=Task("t9", EVIL, EVIL)))
     return folder
 
@@ -93,19 +125,32 @@ def test_opened_from_disk_it_works_and_fetches_nothing(run: Path, tmp_path: Path
         assert await page.run('document.querySelectorAll("figure svg").length') >= 2
         await page.run('document.querySelector("#rows a").click()')
         await page.until(f'{TITLE} === "train-000001/t0/0"')
-        lanes = 'document.querySelectorAll(".lane").length', 'document.querySelectorAll(".lanes .arrows path").length'
+        lanes = (
+            'document.querySelectorAll(".lane").length',
+            'document.querySelectorAll(".lanes .arrows path").length',
+        )
         await page.until(f"{lanes[1]} === 2", "an arrow for each turn that was read")
         assert await page.run(lanes[0]) == 2
-        rows = '[...document.querySelectorAll(".cell")].map((c) => [c.className, c.style.gridRowStart])'
+        rows = (
+            '[...document.querySelectorAll(".cell")].map((c) => [c.className,'
+            " c.style.gridRowStart])"
+        )
         assert await page.run(rows) == [["cell l1", "2"], ["cell l2", "3"], ["cell l1", "4"]]
-        assert await page.run('document.querySelector(".siblings summary").textContent') == "1 sibling not taken"
-        assert "the last line is wrong" in await page.run('document.querySelector("#episode").textContent')
+        assert (
+            await page.run('document.querySelector(".siblings summary").textContent')
+            == "1 sibling not taken"
+        )
+        assert "the last line is wrong" in await page.run(
+            'document.querySelector("#episode").textContent'
+        )
         tokens = (
-            '[...document.querySelector(".cell .turn").querySelectorAll(".t")].map((t) => [t.textContent, t.className, t.title])'
+            '[...document.querySelector(".cell .turn").querySelectorAll(".t")].map((t) =>'
+            " [t.textContent, t.className, t.title])"
         )
         assert await page.run(tokens) == [
-            ["<1>", "t m2", "advantage -1, ratio 1, log-prob -0.500"], ["<2>", "t m2", "advantage -1, ratio 1.90, log-prob -2"],
-        ]  # fmt: skip
+            ["<1>", "t m2", "advantage -1, ratio 1, log-prob -0.500"],
+            ["<2>", "t m2", "advantage -1, ratio 1.90, log-prob -2"],
+        ]
         await page.press("r")
         assert [each[1] for each in await page.run(tokens)] == ["t", "t p4"]
         await page.press("n")
@@ -126,12 +171,19 @@ def test_opened_from_disk_it_works_and_fetches_nothing(run: Path, tmp_path: Path
 
 def test_filters_and_deep_links(run: Path, tmp_path: Path) -> None:
     with Store(run / "episodes", fsync=False) as store:
-        store.append(dataclasses.replace(episode(2, 3), id="train-000002/t3/0/mend/0", parent="train-000002/t3/0", rewards=()))
+        store.append(
+            dataclasses.replace(
+                episode(2, 3), id="train-000002/t3/0/mend/0", parent="train-000002/t3/0", rewards=()
+            )
+        )
     path = write_report(run)
 
     async def choose(page: Browser, name: str, value: str) -> int:
         box = f'document.querySelector("#{name}")'
-        await page.run(f'{box}.value = {json.dumps(value)}; {box}.dispatchEvent(new Event("input", {{bubbles: true}}))')
+        await page.run(
+            f'{box}.value = {json.dumps(value)}; {box}.dispatchEvent(new Event("input", {{bubbles:'
+            " true}))"
+        )
         return int(await page.run(ROWS))
 
     async def work(page: Browser) -> None:
@@ -146,10 +198,18 @@ def test_filters_and_deep_links(run: Path, tmp_path: Path) -> None:
         assert await page.run(ROWS) == 1, "the child"
         await page.run('document.querySelector("#rows a").click()')
         await page.until(f'{TITLE} === "train-000002/t3/0/mend/0"')
-        await page.run('[...document.querySelectorAll("#episode a")].find((a) => a.textContent.includes("follows from")).click()')
+        await page.run(
+            '[...document.querySelectorAll("#episode a")].find((a) =>'
+            ' a.textContent.includes("follows from")).click()'
+        )
         await page.until(f'{TITLE} === "train-000002/t3/0"')
-        await page.run('[...document.querySelectorAll("#episode a")].find((a) => a.textContent.includes("followed")).click()')
-        await page.until(f"{ROWS} === 1 && document.querySelector('#q').value === 'train-000002/t3/0/'")
+        await page.run(
+            '[...document.querySelectorAll("#episode a")].find((a) =>'
+            ' a.textContent.includes("followed")).click()'
+        )
+        await page.until(
+            f"{ROWS} === 1 && document.querySelector('#q').value === 'train-000002/t3/0/'"
+        )
         await page.run('document.querySelector("#filters").reset()')
         await page.until(f"{ROWS} === 10")
         assert await choose(page, "low", "0.5") == 4
@@ -157,15 +217,24 @@ def test_filters_and_deep_links(run: Path, tmp_path: Path) -> None:
         assert await choose(page, "high", "0") == 4
         await page.run('document.querySelector("#filters").reset()')
         await page.until(f"{ROWS} === 10")
-        labels = await page.run('[...document.querySelector("#label").options].map((o) => o.textContent)')
+        labels = await page.run(
+            '[...document.querySelector("#label").options].map((o) => o.textContent)'
+        )
         assert labels == ["any time", "train-000001", "train-000002"]
-        assert await choose(page, "agent", await page.run('document.querySelector("#agent").options[2].value')) == 10
+        assert (
+            await choose(
+                page, "agent", await page.run('document.querySelector("#agent").options[2].value')
+            )
+            == 10
+        )
         await page.call("Page.navigate", url="about:blank")
         await page.open(path.as_uri() + "#e=0:train-000002/t9/0")
         await page.until(f'{TITLE} === "train-000002/t9/0"')
         assert EVIL in await page.run('document.querySelector("#episode .bad").textContent')
         assert await page.run("document.title") == "run: run"
-        assert await page.run('document.querySelectorAll("#episode img, #episode script").length') == 0
+        assert (
+            await page.run('document.querySelectorAll("#episode img, #episode script").length') == 0
+        )
         await page.call("Page.navigate", url="about:blank")
         await page.open(path.as_uri() + "#q=task%203&outcome=right")
         await page.until(f"{ROWS} === 2")
@@ -184,13 +253,20 @@ def test_ten_thousand_episodes_stay_small(run: Path, tmp_path: Path) -> None:
 
     async def work(page: Browser) -> None:
         await page.open(path.as_uri())
-        assert await page.run(ROWS) == 100 and await page.run('document.querySelectorAll("*").length') < 3000
-        assert "10009 of 10009 episodes" in await page.run('document.querySelector("#count").textContent')
+        assert (
+            await page.run(ROWS) == 100
+            and await page.run('document.querySelectorAll("*").length') < 3000
+        )
+        assert "10009 of 10009 episodes" in await page.run(
+            'document.querySelector("#count").textContent'
+        )
         assert "A sample: run: 10009 episodes, the whole text of 2000" in await page.run(
             'document.querySelector("#sampled").textContent'
         )
         await page.run('document.querySelector("#next").click()')
-        assert await page.run('document.querySelector("#where").textContent') == "101 to 200 of 10009"
+        assert (
+            await page.run('document.querySelector("#where").textContent') == "101 to 200 of 10009"
+        )
 
     look(work, tmp_path)
 
@@ -202,16 +278,27 @@ def test_a_running_run_is_followed_behind_its_token(run: Path, tmp_path: Path) -
         try:
             root = url.rsplit("/", 2)[0]
             async with aiohttp.ClientSession() as session:
-                for path in ("/", "/wrong/", "/wrong/version", "/wrong/episode?name=0:train-000001/t0/0"):
+                for path in (
+                    "/",
+                    "/wrong/",
+                    "/wrong/version",
+                    "/wrong/episode?name=0:train-000001/t0/0",
+                ):
                     async with session.get(root + path) as reply:
                         assert reply.status == 404, path
                 async with session.get(url + "episode?name=7:x") as reply:
                     assert reply.status == 404
                 async with session.get(url) as reply:
-                    assert reply.headers["Referrer-Policy"] == "no-referrer" and "connect-src 'self'" in await reply.text()
+                    assert (
+                        reply.headers["Referrer-Policy"] == "no-referrer"
+                        and "connect-src 'self'" in await reply.text()
+                    )
             async with browser(tmp_path / "profile") as page:
                 await page.open(url + "#e=0:train-000001/t2/0")
-                await page.until('document.querySelector(".cell .said")?.textContent === "<1><2>"', "an episode that is fetched")
+                await page.until(
+                    'document.querySelector(".cell .said")?.textContent === "<1><2>"',
+                    "an episode that is fetched",
+                )
                 assert await page.run(ROWS) == 9
                 await page.until('document.querySelector("#live").textContent === "live"')
                 with Store(run / "episodes") as store:

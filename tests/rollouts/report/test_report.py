@@ -1,4 +1,5 @@
-"""`report.html`: well-formed, harmless whatever was written, complete, and there for runs that did not end."""
+"""`report.html`: well-formed, harmless whatever was written, complete, and there for runs that did
+not end."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ from marlora.rollouts.report.report import RunData, write_report
 from marlora.rollouts.report.sections import more
 from marlora.rollouts.types import Episode, Reward
 
-EVIL = '<script src="https://evil.example/x.js">alert(1)</script><img src=x onerror=alert(2)>"\'&\x00\x1b\u202e'
+EVIL = (
+    '<script src="https://evil.example/x.js">alert(1)</script><img src=x'
+    " onerror=alert(2)>\"'&\x00\x1b\u202e"
+)
 VOID = {"meta", "link", "br", "img", "input"}
 
 
@@ -56,9 +60,25 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def episode(step: int, task: str, value: float, sample: int = 0, split: str = "train", said: str = "7") -> Episode:
-    first = Turn(0, "solver", (Message("user", f"solve {task}"),), text=said, token_ids=(1, 2), version="solver-v1-aa")
-    second = Turn(1, "critic", (Message("user", f"check {said}"),), reads=(0,), text=f"{said}!", finish_reason="length")
+def episode(
+    step: int, task: str, value: float, sample: int = 0, split: str = "train", said: str = "7"
+) -> Episode:
+    first = Turn(
+        0,
+        "solver",
+        (Message("user", f"solve {task}"),),
+        text=said,
+        token_ids=(1, 2),
+        version="solver-v1-aa",
+    )
+    second = Turn(
+        1,
+        "critic",
+        (Message("user", f"check {said}"),),
+        reads=(0,),
+        text=f"{said}!",
+        finish_reason="length",
+    )
     label = "eval-after" if split == "eval" else f"train-{step:06d}"
     rewards = (
         Reward("correct", value, "because"),
@@ -66,31 +86,66 @@ def episode(step: int, task: str, value: float, sample: int = 0, split: str = "t
         Reward("good", 1.0, agent="solver", turn=0),
     )
     return Episode(
-        f"{label}/{task}/{sample}", f"{label}/{task}", Task(task, f"task {task}", "7", split=split), split=split, step=step,
-        turns=(first, second), output=said, rewards=rewards,
-    )  # fmt: skip
+        f"{label}/{task}/{sample}",
+        f"{label}/{task}",
+        Task(task, f"task {task}", "7", split=split),
+        split=split,
+        step=step,
+        turns=(first, second),
+        output=said,
+        rewards=rewards,
+    )
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
-    policies = {"solver": {"loss": -0.1 * step, "grad_norm": 0.5, "entropy": math.nan, "clipped": 0.0}, "critic": {"tokens": 0}}
-    return {"step": step, "reward": 0.1 * step, "episodes": 4, "tokens_per_s": 100.0, "policies": policies,
-            "proof": {"solver": {"status": "passed", "residual": 0.07}}, **more}  # fmt: skip
+    policies = {
+        "solver": {"loss": -0.1 * step, "grad_norm": 0.5, "entropy": math.nan, "clipped": 0.0},
+        "critic": {"tokens": 0},
+    }
+    return {
+        "step": step,
+        "reward": 0.1 * step,
+        "episodes": 4,
+        "tokens_per_s": 100.0,
+        "policies": policies,
+        "proof": {"solver": {"status": "passed", "residual": 0.07}},
+        **more,
+    }
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """The folder of a run of three steps that ended."""
     paired = {"difference": 0.25, "ci95": [0.1, 0.4]}
-    before, after = ({"accuracy": a, "ci95": [a - 0.1, a + 0.1], "num_tasks": 50, "failed": 0} for a in (0.25, 0.5))
+    before, after = (
+        {"accuracy": a, "ci95": [a - 0.1, a + 0.1], "num_tasks": 50, "failed": 0}
+        for a in (0.25, 0.5)
+    )
     summary = {
-        "recipe": "grpo_team", "model": "tiny", "engine": "vllm", "steps": 3,
-        "seconds": {"total": 12.0, "rollout": 5.0, "train": 3.0, "publish": 1.0}, "tokens": {"sampled": 1234, "trained": 567},
-        "policies": {"solver": {"trainable_parameters": 4096, "sha256_before": "a" * 64, "sha256_after": "b" * 64},
-                     "critic": {"trainable_parameters": 0, "sha256_before": "c" * 64, "sha256_after": "c" * 64}},
+        "recipe": "grpo_team",
+        "model": "tiny",
+        "engine": "vllm",
+        "steps": 3,
+        "seconds": {"total": 12.0, "rollout": 5.0, "train": 3.0, "publish": 1.0},
+        "tokens": {"sampled": 1234, "trained": 567},
+        "policies": {
+            "solver": {
+                "trainable_parameters": 4096,
+                "sha256_before": "a" * 64,
+                "sha256_after": "b" * 64,
+            },
+            "critic": {
+                "trainable_parameters": 0,
+                "sha256_before": "c" * 64,
+                "sha256_after": "c" * 64,
+            },
+        },
         "live_proof": {"checks": 2, "passed": 1, "untrained": 0, "failed": 1, "max_residual": 0.3},
-        "rounds": [{"round": 1, "kept": 0.5}], "table": {"wrong": {"right": 3}},
-        "eval": {"before": before, "after": after, "paired": paired}, "adapters": {"solver": {**before, "paired": paired}},
-    }  # fmt: skip
+        "rounds": [{"round": 1, "kept": 0.5}],
+        "table": {"wrong": {"right": 3}},
+        "eval": {"before": before, "after": after, "paired": paired},
+        "adapters": {"solver": {**before, "paired": paired}},
+    }
     proofs = [
         {
             "step": s,
@@ -103,18 +158,35 @@ def run(tmp_path: Path) -> Path:
         }
         for s, status in ((1, "passed"), (2, "failed"))
     ]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "tasks": "arithmetic", "max_steps": 5}))
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"model": "tiny", "tasks": "arithmetic", "max_steps": 5})
+    )
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "metrics.jsonl").write_text(
         "".join(
-            json.dumps(row(s, failed=s, dropped={"solver: gold": 2}, selection={"first": {"kept": {"success": s}}})) + "\n"
+            json.dumps(
+                row(
+                    s,
+                    failed=s,
+                    dropped={"solver: gold": 2},
+                    selection={"first": {"kept": {"success": s}}},
+                )
+            )
+            + "\n"
             for s in (1, 2, 3)
         )
     )
     (tmp_path / "proofs.json").write_text(json.dumps(proofs))
     (tmp_path / "warnings.log").write_text("step 2: entropy of 'solver' fell\n")
     with Store(tmp_path / "episodes") as store:
-        store.extend([episode(s, f"t{n}", float(n % 2), sample) for s in (1, 2, 3) for n in range(5) for sample in range(2)])
+        store.extend(
+            [
+                episode(s, f"t{n}", float(n % 2), sample)
+                for s in (1, 2, 3)
+                for n in range(5)
+                for sample in range(2)
+            ]
+        )
         store.extend([episode(3, f"e{n}", float(n % 2), split="eval") for n in range(9)])
     return tmp_path
 
@@ -122,7 +194,9 @@ def run(tmp_path: Path) -> Path:
 def read(run: Path) -> tuple[str, Page, dict[str, Any]]:
     """The page's source, the page, and the data of its browser."""
     source = write_report(run).read_text()
-    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', source, re.DOTALL)
+    (data,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', source, re.DOTALL
+    )
     return source, Page(source), json.loads(data)
 
 
@@ -134,19 +208,43 @@ def test_the_report_tells_what_the_run_did(run: Path) -> None:
     _, page, _ = read(run)
     words = words_of(page)
     for expected in (
-        "grpo_team", "engine vllm", "Training helped: 0.250 → 0.500 on 50 held-out tasks (+0.250, 95 % interval +0.100 to +0.400)",
-        "By adapter: solver alone helps", "12 (rollout 5, train 3, publish 1)", "1,234 sampled, 567 trained", "only solver",
-        "+0.250 [+0.100, +0.400]", "4,096", "a" * 16, "b" * 16, "unchanged", "solver-v2-aa", "failed",
-        "entropy of 'solver' fell", "6 of 12 episodes failed", "6 turns not trained on, solver: gold",
-    ):  # fmt: skip
+        "grpo_team",
+        "engine vllm",
+        (
+            "Training helped: 0.250 → 0.500 on 50 held-out tasks (+0.250, 95 % interval +0.100 to"
+            " +0.400)"
+        ),
+        "By adapter: solver alone helps",
+        "12 (rollout 5, train 3, publish 1)",
+        "1,234 sampled, 567 trained",
+        "only solver",
+        "+0.250 [+0.100, +0.400]",
+        "4,096",
+        "a" * 16,
+        "b" * 16,
+        "unchanged",
+        "solver-v2-aa",
+        "failed",
+        "entropy of 'solver' fell",
+        "6 of 12 episodes failed",
+        "6 turns not trained on, solver: gold",
+    ):
         assert expected in words, expected
-    assert "selection, step 3" in words and "first" in words and "success" in words, "what a method told of the last step"
-    assert "rounds round kept 1 0.5" in words and "table right wrong 3" in words, "what a method adds is shown as it is"
+    assert "selection, step 3" in words and "first" in words and "success" in words, (
+        "what a method told of the last step"
+    )
+    assert "rounds round kept 1 0.5" in words and "table right wrong 3" in words, (
+        "what a method adds is shown as it is"
+    )
 
 
 @pytest.mark.parametrize(
     ("low", "high", "said"),
-    [(0.1, 0.4, "Training helped"), (-0.4, -0.1, "Training hurt"), (-0.1, 0.2, "No effect of training is shown")],
+    [
+        (0.1, 0.4, "Training helped"),
+        (-0.4, -0.1, "Training hurt"),
+        (-0.1, 0.2, "No effect of training is shown"),
+    ],
 )
 def test_the_verdict_follows_the_interval(run: Path, low: float, high: float, said: str) -> None:
     summary = json.loads((run / "summary.json").read_text())
@@ -158,17 +256,33 @@ def test_the_verdict_follows_the_interval(run: Path, low: float, high: float, sa
 def test_the_verdict_names_episodes_to_read(run: Path) -> None:
     with Store(run / "episodes") as store:
         after = [e for e in store if e.split == "eval"]
-        old = [dataclasses.replace(e, id=e.id.replace("after", "before"), group=e.group.replace("after", "before")) for e in after]
+        old = [
+            dataclasses.replace(
+                e, id=e.id.replace("after", "before"), group=e.group.replace("after", "before")
+            )
+            for e in after
+        ]
         wrong = {"e1": 0.0, "e0": 1.0}  # after: odd ones are right
-        store.extend([dataclasses.replace(e, rewards=(Reward("correct", wrong.get(e.task.id, e.reward("correct"))),)) for e in old])
+        store.extend(
+            [
+                dataclasses.replace(
+                    e, rewards=(Reward("correct", wrong.get(e.task.id, e.reward("correct"))),)
+                )
+                for e in old
+            ]
+        )
     folder = run / "episodes"
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    lines = [
+        line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()
+    ]
     lines.sort(key=lambda line: "eval-after" in line)
     for path in folder.glob("*.jsonl"):
         path.unlink()
     (folder / "episodes-00000.jsonl").write_text("".join(line + "\n" for line in lines))
     _, page, _ = read(run)
-    links = [a["href"] for tag, a in page.tags if tag == "a" and str(a.get("href")).startswith("#e=")]
+    links = [
+        a["href"] for tag, a in page.tags if tag == "a" and str(a.get("href")).startswith("#e=")
+    ]
     assert links == ["#e=0:eval-after/e1/0", "#e=0:eval-after/e0/0", "#e=0:eval-after/e2/0"]
 
 
@@ -191,13 +305,26 @@ def test_curves_hold_the_points_that_are_numbers(run: Path) -> None:
 
 
 def test_a_chart_by_hand() -> None:
-    made = chart("x", "", {"a": Line([(1, 0.0), (3, 1.0)], [(1, -1.0, 0.5), (3, 0.5, 2.0)]), "b": Line([])}, {"a": "c0", "b": "c1"})
-    points = [tuple(map(float, pair.split(","))) for pair in re.search(r'<polyline points="([^"]+)"', made)[1].split()]  # type: ignore[index]
-    corners = [tuple(map(float, pair.split(","))) for pair in re.search(r'<polygon [^>]*points="([^"]+)"', made)[1].split()]  # type: ignore[index]
+    made = chart(
+        "x",
+        "",
+        {"a": Line([(1, 0.0), (3, 1.0)], [(1, -1.0, 0.5), (3, 0.5, 2.0)]), "b": Line([])},
+        {"a": "c0", "b": "c1"},
+    )
+    points = [
+        tuple(map(float, pair.split(",")))
+        for pair in re.search(r'<polyline points="([^"]+)"', made)[1].split()
+    ]  # type: ignore[index]
+    corners = [
+        tuple(map(float, pair.split(",")))
+        for pair in re.search(r'<polygon [^>]*points="([^"]+)"', made)[1].split()
+    ]  # type: ignore[index]
     (x1, y1), (x2, y2) = points
     assert x1 < x2 and y1 > y2 and [x for x, _ in corners] == [x1, x2, x2, x1]
     unit = y1 - y2
-    assert [y for _, y in corners] == pytest.approx([y1 + unit, y1 - unit / 2, y1 - 2 * unit, y1 - unit / 2], abs=0.2)
+    assert [y for _, y in corners] == pytest.approx(
+        [y1 + unit, y1 - unit / 2, y1 - 2 * unit, y1 - unit / 2], abs=0.2
+    )
     assert "style=" not in made and chart("x", "", {"a": Line([])}, {"a": "c0"}) == ""
     assert "polyline" in chart("one point", "", {"a": Line([(4, 0.0)])}, {"a": "c0"})
 
@@ -205,15 +332,28 @@ def test_a_chart_by_hand() -> None:
 def test_the_browser_has_every_episode(run: Path) -> None:
     _, _, data = read(run)
     text_of = data["strings"]
-    assert data["runs"] == [{"name": run.name, "episodes": 39, "listed": 39, "whole": 39}] and len(data["rows"]) == 39
+    assert (
+        data["runs"] == [{"name": run.name, "episodes": 39, "listed": 39, "whole": 39}]
+        and len(data["rows"]) == 39
+    )
     found = data["episodes"]["0:train-000002/t1/0"]
-    assert text_of[found["prompt"]] == "task t1" and text_of[found["answer"]] == "7" and text_of[found["output"]] == "7"
-    assert [(text_of[name], value, why and text_of[why]) for name, value, why in found["rewards"]] == [
-        ("correct", 1.0, "because"), ("kind of critic", 0.5, None),
-    ]  # fmt: skip
+    assert (
+        text_of[found["prompt"]] == "task t1"
+        and text_of[found["answer"]] == "7"
+        and text_of[found["output"]] == "7"
+    )
+    assert [
+        (text_of[name], value, why and text_of[why]) for name, value, why in found["rewards"]
+    ] == [("correct", 1.0, "because"), ("kind of critic", 0.5, None)]
     solver, critic = found["turns"]
-    assert text_of[critic["agent"]] == "critic" and critic["reads"] == [0] and critic["marks"] == ["cut off"]
-    assert [(text_of[name], value) for name, value, _ in solver["rewards"]] == [("good of solver", 1.0)] and solver["n"] == 2
+    assert (
+        text_of[critic["agent"]] == "critic"
+        and critic["reads"] == [0]
+        and critic["marks"] == ["cut off"]
+    )
+    assert [(text_of[name], value) for name, value, _ in solver["rewards"]] == [
+        ("good of solver", 1.0)
+    ] and solver["n"] == 2
     assert "tokens" not in solver, "no tokenizer was given"
 
 
@@ -245,7 +385,11 @@ def test_a_large_run_is_sampled_and_says_so(run: Path) -> None:
         store.append(failed)
         rows = [episode_row(pack(e), "correct") for e in store]
     kept = chosen(rows, 12)
-    assert len(kept) == 12 == len({row.id for row in kept}) and kept[0].id == failed.id and kept[0].marks == "fc"
+    assert (
+        len(kept) == 12 == len({row.id for row in kept})
+        and kept[0].id == failed.id
+        and kept[0].marks == "fc"
+    )
     assert {row.label for row in kept} >= {"train-000001", "train-000002"}
     assert chosen(rows, 100) and len(chosen(rows, 100)) == 40
     assert [rows.index(row) for row in even(rows, 4)] == [0, 10, 20, 30]
@@ -259,7 +403,9 @@ def test_a_large_run_is_sampled_and_says_so(run: Path) -> None:
 def test_what_models_write_is_text(run: Path) -> None:
     bad = episode(4, "t9", math.nan, said=EVIL)
     task = Task(EVIL, EVIL, EVIL, split="train")
-    bad = dataclasses.replace(bad, task=task, rewards=(Reward(EVIL, math.nan, EVIL),), error=EVIL, output=None)
+    bad = dataclasses.replace(
+        bad, task=task, rewards=(Reward(EVIL, math.nan, EVIL),), error=EVIL, output=None
+    )
     with Store(run / "episodes") as store:
         store.append(bad)
     (run / "warnings.log").write_text(EVIL)
@@ -269,26 +415,45 @@ def test_what_models_write_is_text(run: Path) -> None:
     (run / "summary.json").write_text(json.dumps(summary))
     source, page, data = read(run)
     assert any("<script src=" in word for word in page.words)
-    assert visible(EVIL, 8000) in data["strings"] and "\x00" not in source and "\x1b" not in source and "\u202e" not in source
+    assert (
+        visible(EVIL, 8000) in data["strings"]
+        and "\x00" not in source
+        and "\x1b" not in source
+        and "\u202e" not in source
+    )
     assert sum(tag == "script" for tag, _ in page.tags) == 2, "the data and the page's own"
     assert {tag for tag, _ in page.tags} & {"img", "iframe", "link", "object"} == set()
     for tag, attributes in page.tags:
         for name, value in attributes.items():
-            assert not name.startswith("on") and name not in ("src", "style", "action"), (tag, name, value)
+            assert not name.startswith("on") and name not in ("src", "style", "action"), (
+                tag,
+                name,
+                value,
+            )
             assert name != "href" or str(value).startswith("#"), value
     assert not re.search(r"url\(|@import", source)
 
 
 def test_the_policy_allows_its_style_and_script_and_nothing_else(run: Path) -> None:
     source, page, _ = read(run)
-    (policy,) = (a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    (policy,) = (
+        a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"
+    )
     (style,) = re.findall(r"<style>(.*?)</style>", source, re.DOTALL)
     (script,) = re.findall(r"<script>(.*?)</script>", source, re.DOTALL)
-    style_hash, script_hash = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script))
-    expected = f"default-src 'none'; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'; base-uri 'none'; form-action 'none'"
+    style_hash, script_hash = (
+        base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+        for part in (style, script)
+    )
+    expected = (
+        f"default-src 'none'; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}';"
+        " base-uri 'none'; form-action 'none'"
+    )
     assert policy == expected
     assert "prefers-color-scheme: dark" in style
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function", script)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function", script
+    )
 
 
 def test_data_cannot_end_its_script(run: Path) -> None:
@@ -304,7 +469,9 @@ def test_several_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(run, other, ignore=shutil.ignore_patterns("other"))
     (other / "config.yaml").write_text(
-        yaml.safe_dump({"model": "tiny", "tasks": "arithmetic", "max_steps": 5, "learning_rate": 0.5})
+        yaml.safe_dump(
+            {"model": "tiny", "tasks": "arithmetic", "max_steps": 5, "learning_rate": 0.5}
+        )
     )
     path = write_report(run, other, output=tmp_path / "both.html")
     page = Page(path.read_text())
@@ -324,16 +491,28 @@ def test_a_run_that_did_not_end_has_a_report_too(run: Path) -> None:
         file.write('{"step": 4, "rew')
     folder = run / "checkpoints" / "step-000002"
     (folder / "trainer").mkdir(parents=True)
-    (folder / "system.json").write_text(json.dumps({"recipe": "grpo_team", "adapters": {"solver": {"sha256": "d" * 64}}}))
-    (folder / "trainer" / "state.json").write_text(json.dumps({"step": 2, "sha256_before": {"solver": "c" * 64}}))
+    (folder / "system.json").write_text(
+        json.dumps({"recipe": "grpo_team", "adapters": {"solver": {"sha256": "d" * 64}}})
+    )
+    (folder / "trainer" / "state.json").write_text(
+        json.dumps({"step": 2, "sha256_before": {"solver": "c" * 64}})
+    )
     _, page, _ = read(run)
     words = " ".join(page.words)
-    assert "did not end" in words and "3 of 5" in words and "d" * 16 in words and "Live proof" not in words
-    assert "Training helped" not in words and "Training hurt" not in words, "only one evaluation was finished"
+    assert (
+        "did not end" in words
+        and "3 of 5" in words
+        and "d" * 16 in words
+        and "Live proof" not in words
+    )
+    assert "Training helped" not in words and "Training hurt" not in words, (
+        "only one evaluation was finished"
+    )
 
 
 def test_a_run_that_went_on_after_its_end_says_how_far_it_came(run: Path) -> None:
-    """Its summary is of the earlier end. Before 1 of 4 tasks is right, at step 4 all are; an evaluation that was cut off does not count."""
+    """Its summary is of the earlier end. Before 1 of 4 tasks is right, at step 4 all are; an
+    evaluation that was cut off does not count."""
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row(4)) + "\n")
     shutil.rmtree(run / "episodes")
@@ -346,13 +525,23 @@ def test_a_run_that_went_on_after_its_end_says_how_far_it_came(run: Path) -> Non
         ):
             for n, value in enumerate(values):
                 one = episode(4, f"t{n}", float(value), split="eval")
-                store.append(dataclasses.replace(one, id=f"eval-{label}/t{n}/0", group=f"eval-{label}/t{n}"))
+                store.append(
+                    dataclasses.replace(one, id=f"eval-{label}/t{n}/0", group=f"eval-{label}/t{n}")
+                )
     found = RunData.read(run).summary
-    assert found["unfinished"] and found["eval"]["before"]["accuracy"] == 0.25 and found["eval"]["after"]["accuracy"] == 1.0
+    assert (
+        found["unfinished"]
+        and found["eval"]["before"]["accuracy"] == 0.25
+        and found["eval"]["after"]["accuracy"] == 1.0
+    )
     assert (found["eval"]["paired"]["difference"], found["eval"]["paired"]["gained"]) == (0.75, 3)
     assert found["live_proof"] == {"checks": 2, "passed": 1, "untrained": 0, "failed": 1}
     words = " ".join(read(run)[1].words)
-    assert "did not end" in words and "Training helped so far: 0.250 → 1.000 on 4 held-out tasks" in words and "4 of 5" in words
+    assert (
+        "did not end" in words
+        and "Training helped so far: 0.250 → 1.000 on 4 held-out tasks" in words
+        and "4 of 5" in words
+    )
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
@@ -364,26 +553,57 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
 
 def test_a_child_has_a_row_and_no_part_in_the_curves(run: Path) -> None:
     before = RunData.read(run)
-    child = dataclasses.replace(episode(3, "t1", 1.0), id="train-000003/t1/0/mend/0", parent="train-000003/t1/0", rewards=())
+    child = dataclasses.replace(
+        episode(3, "t1", 1.0), id="train-000003/t1/0/mend/0", parent="train-000003/t1/0", rewards=()
+    )
     with Store(run / "episodes") as store:
         store.append(child)
     after = RunData.read(run)
-    assert (len(after.episodes), after.episodes[-1].follows, after.episodes[-1].marks) == (len(before.episodes) + 1, True, "ck")
-    assert after.reward_points() == before.reward_points() and after.eval_points() == before.eval_points()
+    assert (len(after.episodes), after.episodes[-1].follows, after.episodes[-1].marks) == (
+        len(before.episodes) + 1,
+        True,
+        "ck",
+    )
+    assert (
+        after.reward_points() == before.reward_points()
+        and after.eval_points() == before.eval_points()
+    )
     gallery = EpisodeIndex()
     gallery.add(run, "run", after.episodes)
     assert gallery.episodes[f"0:{child.id}"]["parent"] == "train-000003/t1/0"
 
 
 def test_what_a_method_adds_is_shown_whatever_its_shape() -> None:
-    assert more({"a": {"x": {"hits": 3, "<i>": 0.5}}}).count("hits <b>3</b> · &lt;i&gt; <b>0.5</b>") == 1
+    assert (
+        more({"a": {"x": {"hits": 3, "<i>": 0.5}}}).count("hits <b>3</b> · &lt;i&gt; <b>0.5</b>")
+        == 1
+    )
     assert "<td>0.5</td>" in more({"a": 0.5}) and '<th scope="col">x</th>' in more([{"x": 1}])
-    assert more({}) == more(None) == "" and more([1, 2]) == "<p>1, 2</p>" and "&lt;b&gt;" in more({"<b>": "<b>"})
+    assert (
+        more({}) == more(None) == ""
+        and more([1, 2]) == "<p>1, 2</p>"
+        and "&lt;b&gt;" in more({"<b>": "<b>"})
+    )
 
 
 def test_numbers_are_short() -> None:
-    found = [number(value) for value in (0, 3, 12345, 0.0, 0.25, 1071.6, 5e-06, -0.1613, None, True, math.nan)]
-    assert found == ["0", "3", "12,345", "0", "0.25", "1,072", "5.0e-06", "-0.161", "–", "True", "nan"]
+    found = [
+        number(value)
+        for value in (0, 3, 12345, 0.0, 0.25, 1071.6, 5e-06, -0.1613, None, True, math.nan)
+    ]
+    assert found == [
+        "0",
+        "3",
+        "12,345",
+        "0",
+        "0.25",
+        "1,072",
+        "5.0e-06",
+        "-0.161",
+        "–",
+        "True",
+        "nan",
+    ]
 
 
 def test_long_and_invisible_text_is_told() -> None:
@@ -399,7 +619,11 @@ def test_rounds_of_debates_have_a_table_and_sampled_ones_are_no_evaluation(run: 
     before = RunData.read(run).eval_points()
     sampled = episode(3, "t9", 1.0, split="eval")
     with Store(run / "episodes") as store:
-        store.append(dataclasses.replace(sampled, id="eval-sampled-after/t9/0", group="eval-sampled-after/t9"))
+        store.append(
+            dataclasses.replace(
+                sampled, id="eval-sampled-after/t9/0", group="eval-sampled-after/t9"
+            )
+        )
     words = "".join(Page(write_report(run).read_text()).words)
     assert "Rounds" in words and "2 of 3" in words and "+0.100" in words
     assert RunData.read(run).eval_points() == before

@@ -23,13 +23,29 @@ def earned(*said: tuple[str, str]) -> list[tuple[str, float, str]]:
 
 def test_each_role_earns_its_own() -> None:
     assert earned(
-        ("actor", "4"), ("judge", "Verdict: wrong"), ("critic", "count again"), ("actor", "5"), ("judge", "Verdict: right")
-    ) == [("actor", 0.0, ""), ("judge", 1.0, "NT"), ("critic", 1.0, ""), ("actor", 1.0, ""), ("judge", 1.0, "PT")]
-    assert earned(("actor", "5"), ("judge", "Verdict: wrong"), ("critic", "no"), ("actor", "6")) == [
-        ("actor", 1.0, ""), ("judge", 0.0, "PF"), ("critic", 0.0, ""), ("actor", 0.0, ""),
-    ]  # fmt: skip
-    assert earned(("actor", "4"), ("judge", "Verdict: right")) == [("actor", 0.0, ""), ("judge", 0.0, "NF")]
-    assert earned(("actor", "5"), ("judge", "hm")) == [("actor", 1.0, ""), ("judge", 0.0, "no verdict")]
+        ("actor", "4"),
+        ("judge", "Verdict: wrong"),
+        ("critic", "count again"),
+        ("actor", "5"),
+        ("judge", "Verdict: right"),
+    ) == [
+        ("actor", 0.0, ""),
+        ("judge", 1.0, "NT"),
+        ("critic", 1.0, ""),
+        ("actor", 1.0, ""),
+        ("judge", 1.0, "PT"),
+    ]
+    assert earned(
+        ("actor", "5"), ("judge", "Verdict: wrong"), ("critic", "no"), ("actor", "6")
+    ) == [("actor", 1.0, ""), ("judge", 0.0, "PF"), ("critic", 0.0, ""), ("actor", 0.0, "")]
+    assert earned(("actor", "4"), ("judge", "Verdict: right")) == [
+        ("actor", 0.0, ""),
+        ("judge", 0.0, "NF"),
+    ]
+    assert earned(("actor", "5"), ("judge", "hm")) == [
+        ("actor", 1.0, ""),
+        ("judge", 0.0, "no verdict"),
+    ]
 
 
 def test_labels_of_judgements() -> None:
@@ -48,4 +64,6 @@ def test_labels_of_judgements() -> None:
 )
 def test_near_enough(gold: object, accepted: list[str], rejected: list[str]) -> None:
     for said, value in [*((text, 1.0) for text in accepted), *((text, 0.0) for text in rejected)]:
-        assert close(Task("t", "?", gold), Episode("e", "g", Task("t", "?"), output=said)) == value, said
+        assert (
+            close(Task("t", "?", gold), Episode("e", "g", Task("t", "?"), output=said)) == value
+        ), said

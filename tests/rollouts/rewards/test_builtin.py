@@ -12,7 +12,20 @@ import pytest
 from marlora.agents.team import Fake
 from marlora.agents.types import AgentSpec, SettingError, Task, Turn
 from marlora.rollouts.rewards import math_check
-from marlora.rollouts.rewards.builtin import (REWARDS, correct, exact, format_ok, graded, judge, length, per_agent, per_turn, resolve_rewards, reward_name, score)
+from marlora.rollouts.rewards.builtin import (
+    REWARDS,
+    correct,
+    exact,
+    format_ok,
+    graded,
+    judge,
+    length,
+    per_agent,
+    per_turn,
+    resolve_rewards,
+    reward_name,
+    score,
+)
 from marlora.rollouts.tasks.registry import load_tasks
 from marlora.rollouts.types import Episode, Reward
 
@@ -23,7 +36,9 @@ def task(answer):
 
 def said(output, *texts):
     """An episode with this output, in which `a`, `b`, ... said these texts."""
-    turns = tuple(Turn(i, "abc"[i], text=text, token_ids=(1,) * len(text)) for i, text in enumerate(texts))
+    turns = tuple(
+        Turn(i, "abc"[i], text=text, token_ids=(1,) * len(text)) for i, text in enumerate(texts)
+    )
     return Episode("e", "g", task(None), turns=turns, output=output)
 
 
@@ -67,7 +82,9 @@ def test_correct(answer, output, value):
     assert is_correct(answer, output) == value
 
 
-def test_an_answer_that_cannot_be_compared_in_time_is_wrong_and_said_again_costs_nothing(monkeypatch):
+def test_an_answer_that_cannot_be_compared_in_time_is_wrong_and_said_again_costs_nothing(
+    monkeypatch,
+):
     math_check._math._slow.clear()
     monkeypatch.setattr(math_check._math, "timeout", 0.5)
     bomb = said(r"\boxed{9^{9^{9^{9}}}}")
@@ -82,7 +99,9 @@ def test_a_checker_works_in_threads_starts_again_and_is_gone_at_stop():
         found.append(asyncio.run(math_check.equal("x+1", "1+x")))
 
     found = []
-    thread = threading.Thread(target=in_thread, args=(found,))  # where math-verify's own time-out raises
+    thread = threading.Thread(
+        target=in_thread, args=(found,)
+    )  # where math-verify's own time-out raises
     thread.start()
     thread.join()
     child = math_check._math._caged.process
@@ -123,7 +142,9 @@ def test_tasks_of_reasoning_gym_are_scored_by_their_set():
     async def all_of(*outputs):
         return [(await correct(one, said(o)), await graded(one, said(o))) for o in outputs]
 
-    right, boxed, wrong, nothing = asyncio.run(all_of(one.answer, rf"I get \boxed{{{one.answer}}}", "1 + 1", ""))
+    right, boxed, wrong, nothing = asyncio.run(
+        all_of(one.answer, rf"I get \boxed{{{one.answer}}}", "1 + 1", "")
+    )
     assert [r.value for r in (*right, *boxed)] == [1, 1, 1, 1]
     assert wrong[0].value == 0 and 0 < wrong[1].value < 1 and nothing[1].value == 0
 
@@ -135,7 +156,9 @@ def test_every_set_of_reasoning_gym_accepts_its_own_answer():
 
     async def own_answers():
         low = {}
-        for name in sorted(set(DATASETS) - {"composite"}):  # composite is made of others, named in its settings
+        for name in sorted(
+            set(DATASETS) - {"composite"}
+        ):  # composite is made of others, named in its settings
             (one,) = load_tasks(f"reasoning-gym:{name}", limit=1)
             if one.answer is not None:
                 reward = await graded(one, said(one.answer))
@@ -152,7 +175,10 @@ def test_exact_format_and_length():
     assert [exact(task("4"), said(o)) for o in (" 4\n", "4.0", None)] == [1.0, 0.0, 0.0]
     texts = (r"\boxed{4}", "Answer: 4", "The final answer is: 4", "#### 4", "4", "I answer 4", "")
     assert [format_ok(task("4"), said("4", text)).value for text in texts] == [1, 1, 1, 1, 0, 0, 0]
-    assert format_ok(task("4"), said("4")).value == 0.0 and format_ok(task("4"), said("4", "Answer: 1", "4")).value == 0.0
+    assert (
+        format_ok(task("4"), said("4")).value == 0.0
+        and format_ok(task("4"), said("4", "Answer: 1", "4")).value == 0.0
+    )
     assert length(task("4"), said("4", "12345", "678")) == -0.008
 
 
@@ -165,18 +191,27 @@ def test_rewards_of_agents_and_turns():
 
     found = scored([per_agent(spoke_well), per_turn(brevity, "brief")], "4", "4", "yes", "y")
     assert [(r.name, r.value, r.agent, r.turn) for r in found] == [
-        ("spoke_well", 0.0, "a", None), ("spoke_well", 1.0, "b", None), ("brief", 1 / 3, "a", 0), ("brief", 1.0, "b", 1),
-    ]  # fmt: skip
+        ("spoke_well", 0.0, "a", None),
+        ("spoke_well", 1.0, "b", None),
+        ("brief", 1 / 3, "a", 0),
+        ("brief", 1.0, "b", 1),
+    ]
 
 
 def test_a_judge_gives_a_value_and_its_words():
     fake = Fake(lambda agent, messages: "It adds {up}. Score: 3, no:\n**Score: 8**")
     reward = judge(fake, agent=AgentSpec("critic", prompt="Be fair."), scale=(0, 10))
     (found,) = scored([reward], "4 {answer}", "the gold")
-    assert (found.name, found.value, found.source) == ("judge", 0.8, "critic") and found.text.startswith("It adds {up}.")
+    assert (found.name, found.value, found.source) == (
+        "judge",
+        0.8,
+        "critic",
+    ) and found.text.startswith("It adds {up}.")
     (call,) = fake.calls
     assert call.messages[0].content == "Be fair." and call.sampling.temperature == 0.0
-    assert "the gold" in call.messages[1].content and "4 {answer}" in call.messages[1].content  # nothing is filled in twice
+    assert (
+        "the gold" in call.messages[1].content and "4 {answer}" in call.messages[1].content
+    )  # nothing is filled in twice
 
 
 @pytest.mark.parametrize("reply", ["Good!", "Score: 11", "Score: -1", ""])
@@ -203,8 +238,12 @@ def test_what_a_reward_may_return():
 
     found = scored([later, two, flag, scalar])
     assert found == (
-        Reward("later", 0.5), Reward("x", 1.0), Reward("y", 2.0, agent="a"), Reward("flag", 1.0), Reward("scalar", 1.0),
-    )  # fmt: skip
+        Reward("later", 0.5),
+        Reward("x", 1.0),
+        Reward("y", 2.0, agent="a"),
+        Reward("flag", 1.0),
+        Reward("scalar", 1.0),
+    )
     assert all(type(r.value) is float for r in found)
 
 
@@ -241,12 +280,23 @@ def infinite(one, episode):
     [
         (raises, "raises", "reward 'raises' failed: KeyError: 'gone'"),
         (raises_later, "raises_later", "reward 'raises_later' failed: OSError: no judge"),
-        (nothing, "nothing", "reward 'nothing' failed: TypeError: expected a Reward, several, a number or a bool, got None"),
+        (
+            nothing,
+            "nothing",
+            (
+                "reward 'nothing' failed: TypeError: expected a Reward, several, a number or a"
+                " bool, got None"
+            ),
+        ),
         (text, "text", "got 'good'"),
         (mixed, "mixed", "expected a Reward, several, a number or a bool, got [Reward("),
         (not_a_number, "quality", "reward 'not_a_number' gave nan: why"),
         (infinite, "infinite", "reward 'infinite' gave -inf"),
-        (graded, "graded", "reward 'graded' failed: ValueError: task 't' is not of a reasoning-gym set"),
+        (
+            graded,
+            "graded",
+            "reward 'graded' failed: ValueError: task 't' is not of a reasoning-gym set",
+        ),
         (correct, "correct", "reward 'correct' failed: ValueError: task 't' has no answer"),
     ],
 )
@@ -264,7 +314,9 @@ def test_every_turn_is_compared_with_the_answer_or_given_to_a_verifier():
     values = [("a", 0, 1.0), ("b", 1, 0.0), ("c", 2, 1.0)]
     assert told == [("right", *v) for v in values] + [("verifier", *v) for v in values]
     assert math.isnan(episode.reward())  # none of them is the team's
-    (blind,) = asyncio.run(score(Task("t", "Who?", "4"), said("4", "4"), resolve_rewards("verified(calculator)")))
+    (blind,) = asyncio.run(
+        score(Task("t", "Who?", "4"), said("4", "4"), resolve_rewards("verified(calculator)"))
+    )
     assert math.isnan(blind.value) and "no arithmetic expression" in blind.text
 
 

@@ -1,4 +1,5 @@
-"""The sandbox under attack: what a program tries, in both cages, and that each attack would work without one."""
+"""The sandbox under attack: what a program tries, in both cages, and that each attack would work
+without one."""
 
 from __future__ import annotations
 
@@ -28,8 +29,12 @@ QUICK = Limits(seconds=0.7, cpu_seconds=5, memory=256 << 20)
 PATIENT = Limits(seconds=30.0, cpu_seconds=20, memory=256 << 20)
 HIDDEN = TestSuite((f"assert f(3) == {SECRET}",), ("f",))
 HELD = self_test.isolations()
-# The cage that this machine would use is attacked in every `make test`, the other one, if it holds too, in `make test-full`.
-EACH = [pytest.param(held.kind, marks=[pytest.mark.slow] if k else [pytest.mark.process]) for k, held in enumerate(HELD)]
+# The cage that this machine would use is attacked in every `make test`, the other one, if it holds
+# too, in `make test-full`.
+EACH = [
+    pytest.param(held.kind, marks=[pytest.mark.slow] if k else [pytest.mark.process])
+    for k, held in enumerate(HELD)
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +43,25 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object
     folder = tmp_path_factory.mktemp("outside")
     (folder / "canary").write_text("the secret")
     (folder / "victim").write_text("whole")
-    servers = [socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)]
+    servers = [
+        socket.create_server(("127.0.0.1", 0)),
+        socket.socket(socket.AF_UNIX),
+        socket.socket(socket.AF_UNIX),
+    ]
     at, abstract = str(folder / "s"), f"\0marlora-{os.getpid()}"
     servers[1].bind(at)
     servers[2].bind(abstract)
     for server in servers:
         server.listen(100)
     yield {
-        "CANARY": str(folder / "canary"), "VICTIM": str(folder / "victim"), "DROP": str(folder / "drop"), "PARENT": os.getpid(),
-        "PORT": servers[0].getsockname()[1], "SOCKET": at, "ABSTRACT": abstract,
-    }  # fmt: skip
+        "CANARY": str(folder / "canary"),
+        "VICTIM": str(folder / "victim"),
+        "DROP": str(folder / "drop"),
+        "PARENT": os.getpid(),
+        "PORT": servers[0].getsockname()[1],
+        "SOCKET": at,
+        "ABSTRACT": abstract,
+    }
     for server in servers:
         server.close()
 
@@ -72,45 +86,77 @@ def test_at_least_one_cage_holds_and_the_attacks_are_many() -> None:
 
 
 @pytest.mark.parametrize("kind", EACH)
-def test_nothing_comes_through(kind: str, known: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_comes_through(
+    kind: str, known: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     folder = Path(str(known["CANARY"])).parent
-    before = {path.name: (path.read_bytes() if path.is_file() else None, path.stat().st_mode) for path in folder.iterdir()}
-    ends = side_by_side(lambda attack: run_plain(caged(kind), attack.text(known), limits(attack)), PLAIN)
-    through = {a.name: end for a, end in zip(PLAIN, ends, strict=True) if "THROUGH" in end.output or end.status not in a.met}
+    before = {
+        path.name: (path.read_bytes() if path.is_file() else None, path.stat().st_mode)
+        for path in folder.iterdir()
+    }
+    ends = side_by_side(
+        lambda attack: run_plain(caged(kind), attack.text(known), limits(attack)), PLAIN
+    )
+    through = {
+        a.name: end
+        for a, end in zip(PLAIN, ends, strict=True)
+        if "THROUGH" in end.output or end.status not in a.met
+    }
     assert not through
-    assert {path.name: (path.read_bytes() if path.is_file() else None, path.stat().st_mode) for path in folder.iterdir()} == before
+    assert {
+        path.name: (path.read_bytes() if path.is_file() else None, path.stat().st_mode)
+        for path in folder.iterdir()
+    } == before
     assert not Path("/tmp/marlora-attack").exists() and not Path("/dev/shm/marlora-attack").exists()
 
 
 @pytest.mark.slow
 def test_without_a_cage_the_attacks_work(known: dict[str, object], tmp_path: Path) -> None:
-    """The controls: an attack that is refused everywhere, by a misspelling say, would prove nothing about a cage."""
+    """The controls: an attack that is refused everywhere, by a misspelling say, would prove nothing
+    about a cage."""
 
     def bare(attack: Attack) -> str:
         folder = tmp_path / str(PLAIN.index(attack))
         folder.mkdir()
         for name in ("canary", "victim"):
             (folder / name).write_text("x")
-        own = {"CANARY": str(folder / "canary"), "VICTIM": str(folder / "victim"), "DROP": str(folder / "drop")}
+        own = {
+            "CANARY": str(folder / "canary"),
+            "VICTIM": str(folder / "victim"),
+            "DROP": str(folder / "drop"),
+        }
         handle = os.open(os.devnull, os.O_RDONLY)
         try:
             return subprocess.run(
-                [sys.executable, "-c", attack.text(known | own)], capture_output=True, text=True, timeout=60, pass_fds=[handle],
-                env={**os.environ, "HF_TOKEN": "hf_secret"}, start_new_session=False,
-            ).stdout  # fmt: skip
+                [sys.executable, "-c", attack.text(known | own)],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                pass_fds=[handle],
+                env={**os.environ, "HF_TOKEN": "hf_secret"},
+                start_new_session=False,
+            ).stdout
         finally:
             os.close(handle)
 
     harmless = [attack for attack in PLAIN if attack.bare]
     said = side_by_side(bare, harmless)
-    assert not [attack.name for attack, out in zip(harmless, said, strict=True) if "THROUGH" not in out]
+    assert not [
+        attack.name for attack, out in zip(harmless, said, strict=True) if "THROUGH" not in out
+    ]
 
 
 @pytest.mark.parametrize("kind", EACH)
 def test_no_verdict_is_forged(kind: str) -> None:
-    ends = side_by_side(lambda program: check_plain(caged(kind), program, HIDDEN, QUICK), FORGERIES.values())
-    assert not {name: end for name, end in zip(FORGERIES, ends, strict=True) if end.passed or len(end.results) != 1}
+    ends = side_by_side(
+        lambda program: check_plain(caged(kind), program, HIDDEN, QUICK), FORGERIES.values()
+    )
+    assert not {
+        name: end
+        for name, end in zip(FORGERIES, ends, strict=True)
+        if end.passed or len(end.results) != 1
+    }
     honest = check_plain(caged(kind), f"def f(x): return {SECRET}", HIDDEN, PATIENT)
     assert honest.passed and honest.results == ("",)
 
@@ -125,13 +171,19 @@ def test_workflow_programs_reach_nothing_but_their_externals(known: dict[str, ob
 
     async def one(program: str) -> object:
         head = "".join(f"{name} = {known[name]!r}\n" for name in ("CANARY", "DROP"))
-        return await sandbox.run(head + program, {"ask": ask}, Limits(seconds=1.0, memory=128 << 20, calls=20))
+        return await sandbox.run(
+            head + program, {"ask": ask}, Limits(seconds=1.0, memory=128 << 20, calls=20)
+        )
 
     async def all_of_them() -> list[object]:
         return [await one(program) for program, _ in WORKFLOWS.values()]
 
     ends = asyncio.run(all_of_them())
-    wrong = {name: end for (name, (_, met)), end in zip(WORKFLOWS.items(), ends, strict=True) if end.status not in met}  # type: ignore[attr-defined]
+    wrong = {
+        name: end
+        for (name, (_, met)), end in zip(WORKFLOWS.items(), ends, strict=True)
+        if end.status not in met
+    }  # type: ignore[attr-defined]
     assert not wrong
     assert not any("secret" in f"{end.value}{end.output}" for end in ends)  # type: ignore[attr-defined]
     assert set(asked) <= {"x"} and len(asked) <= 60  # at most 20 of each flood
@@ -184,18 +236,28 @@ except OSError:
     if "bubblewrap" in kinds:
         end = run_plain(caged("bubblewrap"), program, Limits(seconds=30.0, scratch=1 << 20))
         made, size = map(int, end.output.split())
-        assert made == 255 and size <= 1 << 20 and size >= (1 << 20) - 8192  # 256 files, the folder among them
+        assert (
+            made == 255 and size <= 1 << 20 and size >= (1 << 20) - 8192
+        )  # 256 files, the folder among them
     if "landlock" in kinds:  # it cannot bound what is written, so nothing is
-        assert "PermissionError" in run_plain(caged("landlock"), "open('/tmp/x', 'w')", Limits(scratch=1 << 20)).error
+        assert (
+            "PermissionError"
+            in run_plain(caged("landlock"), "open('/tmp/x', 'w')", Limits(scratch=1 << 20)).error
+        )
 
 
 def test_where_no_cage_holds_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail closed: a machine without bubblewrap and Landlock, and one where they are there and do not hold."""
+    """Fail closed: a machine without bubblewrap and Landlock, and one where they are there and do
+    not hold."""
     self_test._tried.cache_clear()
-    monkeypatch.setattr(cages_module, "call_filter", lambda *rights: "060000000000ff7f")  # a filter that allows everything
+    monkeypatch.setattr(
+        cages_module, "call_filter", lambda *rights: "060000000000ff7f"
+    )  # a filter that allows everything
     monkeypatch.setattr(self_test, "Cage", lambda kind: Isolation("landlock"))
     try:
-        with pytest.raises(SandboxError, match=r"does not hold; what came through: .*fork.*internet"):
+        with pytest.raises(
+            SandboxError, match=r"does not hold; what came through: .*fork.*internet"
+        ):
             asyncio.run(sandbox.run("print(1)"))
         with pytest.raises(SandboxError, match="cannot be run on this machine"):
             asyncio.run(sandbox.run("1 + 1", {}))
@@ -231,7 +293,9 @@ print(asyncio.run(twice(21)), hashlib.sha256(b"x").hexdigest()[:4], fractions.Fr
     failed = run_plain(caged(kind), "print('before')\nraise KeyError('what')", PATIENT)
     assert (failed.status, failed.output, failed.error) == ("error", "before\n", "KeyError: 'what'")
     assert run_plain(caged(kind), "def f(:", PATIENT).status == "syntax"
-    assert run_plain(caged(kind), "x = '\ud800'", PATIENT).status == "syntax"  # no text, so no program
+    assert (
+        run_plain(caged(kind), "x = '\ud800'", PATIENT).status == "syntax"
+    )  # no text, so no program
 
 
 def test_values_cross_as_builtin_types_and_tests_are_counted_one_by_one() -> None:
@@ -244,12 +308,21 @@ def wrong(): raise ValueError("no")
 def stuck():
     while True: pass
 """
-    values = "[(1, [2, {'a': {3}}]), float('inf'), -7, '\\u20ac', b'\\x00', frozenset({1}), {(1, 2): None}]"
+    values = (
+        "[(1, [2, {'a': {3}}]), float('inf'), -7, '\\u20ac', b'\\x00', frozenset({1}), {(1, 2):"
+        " None}]"
+    )
     tests = TestSuite(
         (
             f"assert all(same(v) == v and type(same(v)) is type(v) for v in {values})",
-            "assert kinds() == [(1, 2), {'a': 2, 'b': 1}, {'a': 1}, True, 2**200, -0.5, 1j, b'x', {1, (2,)}, None]",
-            "try:\n    wrong()\nexcept ValueError as error:\n    assert str(error) == 'no'\nelse:\n    raise AssertionError",
+            (
+                "assert kinds() == [(1, 2), {'a': 2, 'b': 1}, {'a': 1}, True, 2**200, -0.5, 1j,"
+                " b'x', {1, (2,)}, None]"
+            ),
+            (
+                "try:\n    wrong()\nexcept ValueError as error:\n    assert str(error) =="
+                " 'no'\nelse:\n    raise AssertionError"
+            ),
             "assert same(value=helper(1)) == 2",
             "assert same(1) == 2",
             "stuck()",
@@ -258,14 +331,17 @@ def stuck():
         ("same", "kinds", "wrong", "stuck"),
         setup="def helper(x): return x + 1",
     )
-    (verdict,) = {check_plain(held, program, tests, Limits(seconds=2.0)) for held in HELD}  # in every cage the same
+    (verdict,) = {
+        check_plain(held, program, tests, Limits(seconds=2.0)) for held in HELD
+    }  # in every cage the same
     late = "not done within 2 s"
     assert verdict.results == ("", "", "", "", "AssertionError: ", late, late)
     assert verdict.share == pytest.approx(4 / 7) and not verdict.passed
 
 
 def test_calls_are_answered_in_rounds_so_that_timing_orders_nothing() -> None:
-    """Two branches of two calls each: whichever is faster, the order of calls is that of the program."""
+    """Two branches of two calls each: whichever is faster, the order of calls is that of the
+    program."""
     program = """
 import asyncio
 async def branch(name):
@@ -302,14 +378,23 @@ def test_an_externals_own_failure_ends_the_run_and_misuse_is_the_programs_to_han
         return x
 
     with pytest.raises(ConnectionError, match="gone"):
-        asyncio.run(sandbox.run("try:\n    await broken(1)\nexcept Exception:\n    pass", {"broken": broken}))
-    program = "try:\n    await picky(2)\nexcept ValueError as error:\n    said = str(error)\n(said, await picky(1))"
+        asyncio.run(
+            sandbox.run(
+                "try:\n    await broken(1)\nexcept Exception:\n    pass", {"broken": broken}
+            )
+        )
+    program = (
+        "try:\n    await picky(2)\nexcept ValueError as error:\n    said = str(error)\n(said, await"
+        " picky(1))"
+    )
     assert asyncio.run(sandbox.run(program, {"picky": picky})).value == ("x is at most 1", 1)
 
 
 def test_a_cancelled_run_is_ended_at_once() -> None:
     async def cancelled() -> None:
-        waiting = asyncio.ensure_future(sandbox.run("import time\ntime.sleep(1000)", None, Limits(seconds=1000.0)))
+        waiting = asyncio.ensure_future(
+            sandbox.run("import time\ntime.sleep(1000)", None, Limits(seconds=1000.0))
+        )
         await asyncio.sleep(0.5)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -325,16 +410,32 @@ async def _several(count: int) -> list:  # type: ignore[type-arg]
 
 
 def test_the_python_tool_answers_a_model() -> None:
-    calls = iter(['<tool_call>{"name": "python", "arguments": {"program": "print(6 * 7)\\n1/0"}}</tool_call>', "42"])
-    team = fake_team([AgentSpec("solver", tools=("python",))], lambda agent, messages: next(calls), execute=sandbox.run)
+    calls = iter(
+        [
+            (
+                '<tool_call>{"name": "python", "arguments": {"program": "print(6 *'
+                ' 7)\\n1/0"}}</tool_call>'
+            ),
+            "42",
+        ]
+    )
+    team = fake_team(
+        [AgentSpec("solver", tools=("python",))],
+        lambda agent, messages: next(calls),
+        execute=sandbox.run,
+    )
 
     async def talk() -> str:
         return (await team["solver"].reply(Task("t", "6 * 7?").prompt)).text
 
     assert asyncio.run(talk()) == "42"
-    assert "<tools>" in team.turns[0].messages[0].content and '"name": "python"' in team.turns[0].messages[0].content
     assert (
-        team.turns[1].messages[-1].content == "<tool_response>\n42\n\nerror: ZeroDivisionError: division by zero\n</tool_response>"
+        "<tools>" in team.turns[0].messages[0].content
+        and '"name": "python"' in team.turns[0].messages[0].content
+    )
+    assert (
+        team.turns[1].messages[-1].content
+        == "<tool_response>\n42\n\nerror: ZeroDivisionError: division by zero\n</tool_response>"
     )
 
 
@@ -350,7 +451,15 @@ def test_many_workflow_programs_at_once_may_be_the_first() -> None:
     pool = Interpreter(self_test.isolation())
 
     async def several(start: int) -> list[object]:
-        return [end.value for end in await asyncio.gather(*(pool.run(f"{start + n} + 1", {}, PATIENT) for n in range(4)))]
+        return [
+            end.value
+            for end in await asyncio.gather(
+                *(pool.run(f"{start + n} + 1", {}, PATIENT) for n in range(4))
+            )
+        ]
 
     with ThreadPoolExecutor(2) as threads:
-        assert list(threads.map(lambda start: asyncio.run(several(start)), (0, 10))) == [[1, 2, 3, 4], [11, 12, 13, 14]]
+        assert list(threads.map(lambda start: asyncio.run(several(start)), (0, 10))) == [
+            [1, 2, 3, 4],
+            [11, 12, 13, 14],
+        ]

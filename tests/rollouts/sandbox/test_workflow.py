@@ -10,7 +10,15 @@ import pytest
 
 from marlora.agents.execution import Limits, ExecutionResult
 from marlora.rollouts.sandbox import crossing, sandbox, workflow
-from marlora.rollouts.sandbox.crossing import (CHARS, DEPTH, DIGITS, ITEMS, BadValue, answering, plain_value)
+from marlora.rollouts.sandbox.crossing import (
+    CHARS,
+    DEPTH,
+    DIGITS,
+    ITEMS,
+    BadValue,
+    answering,
+    plain_value,
+)
 
 QUICK = Limits(seconds=2.0, calls=20)
 SHARED = "a = [1, 1, 1, 1]\nfor _ in range(11):\n    a = [a] * 4\n"
@@ -43,20 +51,29 @@ HOSTILE: dict[str, tuple[str, str, str]] = {
     "an argument's number": ("await ask(10 ** 5000)", "error", f"more than {DIGITS} digits"),
     "an argument, again and again": (
         f"{SHARED}while 1:\n    try:\n        await ask(a)\n    except ValueError:\n        pass",
-        "time", "time limit",
+        "time",
+        "time limit",
     ),
     "an argument behind other builtins": (
-        "len = lambda x: 0\ntype = lambda x: int\nint = list = tuple = dict = str = None\n"
-        f"{SHARED}await ask(a)", "error", PARTS,
+        (
+            "len = lambda x: 0\ntype = lambda x: int\nint = list = tuple = dict = str = None\n"
+            f"{SHARED}await ask(a)"
+        ),
+        "error",
+        PARTS,
     ),
     "an answer behind other builtins": (
-        f"len = lambda x: 0\ntype = lambda x: None\n{SHARED}a", "error", PARTS,
+        f"len = lambda x: 0\ntype = lambda x: None\n{SHARED}a",
+        "error",
+        PARTS,
     ),
     "an answer in brackets": (f"{SHARED}(\n    a  # all\n)", "error", PARTS),
     "an answer after others": (f"{SHARED}'ü'; (a)  # all", "error", PARTS),
     "an answer of two": (f"{SHARED}1, *a", "error", PARTS),
     "an answer of an entry": (
-        "async def workflow():\n    return [1, 1] * 100000\nawait workflow()", "error", PARTS,
+        "async def workflow():\n    return [1, 1] * 100000\nawait workflow()",
+        "error",
+        PARTS,
     ),
     "an error's text": ("raise ValueError('x ' * (12 << 20))", "error", "x x x"),
     "an error's text beyond memory": ("raise ValueError('x' * (60 << 20))", "memory", ""),
@@ -66,17 +83,21 @@ HOSTILE: dict[str, tuple[str, str, str]] = {
     "one print": ("print('x' * (20 << 20))", "output", ""),
     "prints of nothing": ("while True:\n    print('', end='')", "time", ""),
     "unknown names": (
-        "while True:\n    try:\n        nobody\n    except NameError:\n        pass", "calls", "",
+        "while True:\n    try:\n        nobody\n    except NameError:\n        pass",
+        "calls",
+        "",
     ),
     "unknown functions": (
-        "while True:\n    try:\n        nobody()\n    except NameError:\n        pass", "calls", "",
+        "while True:\n    try:\n        nobody()\n    except NameError:\n        pass",
+        "calls",
+        "",
     ),
     "calls": ("while True:\n    ask('x')", "calls", ""),
     "deep source": ("-" * 50000 + "1", "syntax", "levels deep"),
     "a chain of attributes": ("a" + ".b" * 50000, "syntax", "levels deep"),
     "a number in the source": ("0x" + "f" * 100000, "syntax", "bits"),
     "a lone surrogate": ("'\ud800'", "syntax", "surrogate"),
-}  # fmt: skip
+}
 
 
 def unfolded(value: Any) -> int:
@@ -153,11 +174,19 @@ def test_our_process_does_not_trust_what_crossed(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "value",
     [
-        [[0] * 1000] * 101, [0] * ITEMS, ["x" * (CHARS // 2)] * 3, {"x" * (CHARS + 1): 1},
-        10**DIGITS, -(10**DIGITS), {1}, b"", 1j,
-        [object()], type("Text", (str,), {})("x"),
+        [[0] * 1000] * 101,
+        [0] * ITEMS,
+        ["x" * (CHARS // 2)] * 3,
+        {"x" * (CHARS + 1): 1},
+        10**DIGITS,
+        -(10**DIGITS),
+        {1},
+        b"",
+        1j,
+        [object()],
+        type("Text", (str,), {})("x"),
     ],
-)  # fmt: skip
+)
 def test_values_that_are_too_large_or_of_no_plain_type_are_refused(value: Any) -> None:
     with pytest.raises(BadValue, match="cannot come out of a program"):
         plain_value(value)

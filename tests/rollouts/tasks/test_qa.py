@@ -39,7 +39,12 @@ def test_hotpotqa_by_hand(said: str, gold: str, exact: float, value: float) -> N
     [
         (["2"], ["2.0"], 1.0, 1.0),  # one spelling of numbers
         (["5,000 yards"], ["5000"], 0.0, 2 / 3),  # P 1/2, R 1; the number is there
-        (["6 yards"], ["5 yards"], 0.0, 0.0),  # another number is worth nothing, however many words agree
+        (
+            ["6 yards"],
+            ["5 yards"],
+            0.0,
+            0.0,
+        ),  # another number is worth nothing, however many words agree
         (["yards"], ["5 yards"], 0.0, 0.0),
         (["five yards"], ["yards"], 0.0, 2 / 3),
         (["Tom Brady"], ["tom-brady"], 1.0, 1.0),
@@ -61,17 +66,30 @@ def test_pairs_are_the_best_there_are() -> None:
     for rows, columns in itertools.product(range(1, 5), repeat=2):
         table = [[rng.random() for _ in range(columns)] for _ in range(rows)]
         if rows <= columns:
-            sums = [sum(table[r][c] for r, c in enumerate(p)) for p in itertools.permutations(range(columns), rows)]
+            sums = [
+                sum(table[r][c] for r, c in enumerate(p))
+                for p in itertools.permutations(range(columns), rows)
+            ]
         else:
-            sums = [sum(table[r][c] for c, r in enumerate(p)) for p in itertools.permutations(range(rows), columns)]
+            sums = [
+                sum(table[r][c] for c, r in enumerate(p))
+                for p in itertools.permutations(range(rows), columns)
+            ]
         assert best_pairing(table) == pytest.approx(max(sums))
 
 
 def test_several_right_answers_and_the_better_one_counts() -> None:
     task = Task("q", "?", [["3"], ["three", "four"]], meta={"_scorer": "drop"})
-    assert scores("3", task) == (1.0, 1.0) and scores("four | three", task) == (1.0, 1.0) and scores("four", task) == (0.0, 0.5)
+    assert (
+        scores("3", task) == (1.0, 1.0)
+        and scores("four | three", task) == (1.0, 1.0)
+        and scores("four", task) == (0.0, 0.5)
+    )
     other = Task("q", "?", ["New York City", "NYC"])
-    assert scores("nyc", other) == (1.0, 1.0) and scores("New York", other) == (0.0, pytest.approx(0.8))
+    assert scores("nyc", other) == (1.0, 1.0) and scores("New York", other) == (
+        0.0,
+        pytest.approx(0.8),
+    )
     with pytest.raises(ValueError, match="no answer"):
         scores("3", Task("q", "?"))
 
@@ -82,8 +100,12 @@ def test_rewards_read_the_answer_out_of_the_output() -> None:
     def said(output: str | None) -> Episode:
         return Episode("e", "g", task, output=output)
 
-    assert em(task, said("It lies in France.\nAnswer: Paris")) == 1.0 and f1(task, said("Paris France")) == pytest.approx(2 / 3)
-    assert asyncio.run(correct(task, said("the Paris"))).value == 1.0 and f1(task, said(None)) == 0.0
+    assert em(task, said("It lies in France.\nAnswer: Paris")) == 1.0 and f1(
+        task, said("Paris France")
+    ) == pytest.approx(2 / 3)
+    assert (
+        asyncio.run(correct(task, said("the Paris"))).value == 1.0 and f1(task, said(None)) == 0.0
+    )
 
 
 # rows
@@ -104,11 +126,22 @@ def test_hotpotqa_from_a_local_copy(tmp_path, monkeypatch) -> None:
         "answer": "Paris",
         "type": "bridge",
         "level": "easy",
-        "context": {"title": ["France", "Spain"], "sentences": [["It has ", "a capital."], ["No."]]},
+        "context": {
+            "title": ["France", "Spain"],
+            "sentences": [["It has ", "a capital."], ["No."]],
+        },
     }
-    path = copy(tmp_path, monkeypatch, [row], [{**row, "id": "b", "question": "When?", "answer": "1990"}])
-    (task,), (held_out,) = load_tasks("hotpotqa", path=path), load_tasks("hotpotqa", "eval", path=path)
-    assert task.prompt == "France: It has a capital.\n\nSpain: No.\n\nQuestion: Where?" and task.answer == ["Paris"]
+    path = copy(
+        tmp_path, monkeypatch, [row], [{**row, "id": "b", "question": "When?", "answer": "1990"}]
+    )
+    (task,), (held_out,) = (
+        load_tasks("hotpotqa", path=path),
+        load_tasks("hotpotqa", "eval", path=path),
+    )
+    assert (
+        task.prompt == "France: It has a capital.\n\nSpain: No.\n\nQuestion: Where?"
+        and task.answer == ["Paris"]
+    )
     assert not task.public().meta and (held_out.id, held_out.answer) == ("b", ["1990"])
 
 
@@ -124,7 +157,14 @@ def test_drop_from_a_local_copy(tmp_path, monkeypatch) -> None:
         tmp_path,
         monkeypatch,
         [row],
-        [{**row, "query_id": "b", "question": "How many?", "answers_spans": {"spans": ["2", "two"], "types": ["number", "span"]}}],
+        [
+            {
+                **row,
+                "query_id": "b",
+                "question": "How many?",
+                "answers_spans": {"spans": ["2", "two"], "types": ["number", "span"]},
+            }
+        ],
     )
     (task,), (held_out,) = load_tasks("drop", path=path), load_tasks("drop", "eval", path=path)
     assert task.answer == [["Cats", "dogs"]] and scores("dogs | cats", task) == (1.0, 1.0)
@@ -136,8 +176,19 @@ def test_drop_as_its_authors_give_it(tmp_path, monkeypatch) -> None:
     none = {"day": "", "month": "", "year": ""}
     first = {"number": "", "date": date, "spans": []}
     validated = {"number": ["", ""], "date": [none, date], "spans": [["March 1992"], []]}
-    row = {"query_id": "a", "passage": "P.", "question": "When?", "answer": first, "validated_answers": validated}
-    other = {**row, "query_id": "b", "question": "How many?", "answer": {"number": "4", "date": none, "spans": []}}
+    row = {
+        "query_id": "a",
+        "passage": "P.",
+        "question": "When?",
+        "answer": first,
+        "validated_answers": validated,
+    }
+    other = {
+        **row,
+        "query_id": "b",
+        "question": "How many?",
+        "answer": {"number": "4", "date": none, "spans": []},
+    }
     path = copy(tmp_path, monkeypatch, [row], [other])
     (task,) = load_tasks("drop", path=path)
     assert task.answer == [["3 March 1992"], ["March 1992"]] and "put | between" in task.prompt

@@ -1,25 +1,45 @@
-"""Which tokens are trained: masks as full lists on a hand-built episode of two agents, forks, siblings, refusals."""
+"""Which tokens are trained: masks as full lists on a hand-built episode of two agents, forks,
+siblings, refusals."""
 
 import pytest
 
 from marlora.agents.types import Sampling, Task, Turn
 from marlora.rollouts.types import Episode
-from marlora.trainers.batching.samples import Denominators, TrainingSequence, _Segment, denominators, samples
+from marlora.trainers.batching.samples import (
+    Denominators,
+    TrainingSequence,
+    _Segment,
+    denominators,
+    samples,
+)
 
 POLICY = {"solver": "solver", "critic": "critic"}
 
 
 def turn(index: int, agent: str, prompt: list[int], reply: list[int], **fields) -> Turn:
     logprobs = tuple(-0.1 * token for token in reply)
-    return Turn(index, agent, prompt_ids=tuple(prompt), token_ids=tuple(reply), **({"logprobs": logprobs} | fields))
+    return Turn(
+        index,
+        agent,
+        prompt_ids=tuple(prompt),
+        token_ids=tuple(reply),
+        **({"logprobs": logprobs} | fields),
+    )
 
 
 def episode(*turns: Turn, name: str = "e", **fields) -> Episode:
     return Episode(name, "g", Task("t", "2+2?"), turns=turns, **fields)
 
 
-def both(*turns: Turn, credit: float = 1.0, ratios: bool = True, **fields) -> tuple[list[TrainingSequence], dict]:
-    made, dropped = samples([episode(*turns, **fields)], {("e", t.index, t.sibling): credit for t in turns}, POLICY, ratios=ratios)
+def both(
+    *turns: Turn, credit: float = 1.0, ratios: bool = True, **fields
+) -> tuple[list[TrainingSequence], dict]:
+    made, dropped = samples(
+        [episode(*turns, **fields)],
+        {("e", t.index, t.sibling): credit for t in turns},
+        POLICY,
+        ratios=ratios,
+    )
     return made, dict(dropped)
 
 
@@ -28,16 +48,21 @@ def masked(sample: TrainingSequence) -> list[int]:
 
 
 def two_agents() -> Episode:
-    """Solver drafts, critic comments on the draft's text (10 11), solver answers again in the same chat."""
+    """Solver drafts, critic comments on the draft's text (10 11), solver answers again in the same
+    chat."""
     return episode(
         turn(0, "solver", [1, 2, 3], [10, 11, 9]),
         turn(1, "critic", [1, 5, 10, 11, 3], [20, 9], sampling=Sampling(temperature=0.7)),
-        turn(2, "solver", [1, 2, 3, 10, 11, 9, 4, 20, 3], [12, 9], sampling=Sampling(temperature=0.5)),
+        turn(
+            2, "solver", [1, 2, 3, 10, 11, 9, 4, 20, 3], [12, 9], sampling=Sampling(temperature=0.5)
+        ),
     )
 
 
 def test_a_chat_is_one_sequence_and_only_own_sampled_tokens_are_trained():
-    made, dropped = samples([two_agents()], {("e", 0, 0): 1.0, ("e", 1, 0): -2.0, ("e", 2, 0): 0.5}, POLICY)
+    made, dropped = samples(
+        [two_agents()], {("e", 0, 0): 1.0, ("e", 1, 0): -2.0, ("e", 2, 0): 0.5}, POLICY
+    )
     solver, critic = made
     assert not dropped
     assert (solver.policy, critic.policy, solver.episode) == ("solver", "critic", "e")
@@ -60,7 +85,9 @@ def test_a_zero_or_missing_credit_is_context_and_a_sample_without_trained_tokens
     assert solver.mask == (0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1)
     assert dict(dropped) == {("solver", "zero advantage"): 1}
     first_only, _ = samples([two_agents()], {("e", 0, 0): 1.0}, POLICY)
-    assert [s.ids for s in first_only] == [(1, 2, 3, 10, 11, 9)]  # nothing after the last trained token is computed
+    assert [s.ids for s in first_only] == [
+        (1, 2, 3, 10, 11, 9)
+    ]  # nothing after the last trained token is computed
 
 
 def test_agents_without_a_trained_policy_give_nothing_and_shared_policies_share():
@@ -72,11 +99,17 @@ def test_agents_without_a_trained_policy_give_nothing_and_shared_policies_share(
 
 
 def test_a_template_that_rewrites_history_forks_with_the_same_trained_tokens():
-    chat = [turn(0, "solver", [1, 2, 3], [7, 10, 9]), turn(1, "solver", [1, 2, 3, 10, 9, 4, 3], [7, 12, 9])]  # thinking (7) dropped
+    chat = [
+        turn(0, "solver", [1, 2, 3], [7, 10, 9]),
+        turn(1, "solver", [1, 2, 3, 10, 9, 4, 3], [7, 12, 9]),
+    ]  # thinking (7) dropped
     made, _ = both(*chat)
     assert [s.ids for s in made] == [(1, 2, 3, 7, 10, 9), (1, 2, 3, 10, 9, 4, 3, 7, 12, 9)]
     assert [masked(s) for s in made] == [[7, 10, 9], [7, 12, 9]]
-    kept, _ = both(turn(0, "solver", [1, 2, 3], [7, 10, 9]), turn(1, "solver", [1, 2, 3, 7, 10, 9, 4, 3], [7, 12, 9]))
+    kept, _ = both(
+        turn(0, "solver", [1, 2, 3], [7, 10, 9]),
+        turn(1, "solver", [1, 2, 3, 7, 10, 9, 4, 3], [7, 12, 9]),
+    )
     assert [masked(s) for s in kept] == [[7, 10, 9, 7, 12, 9]]
 
 
@@ -85,9 +118,15 @@ def test_a_new_chat_and_two_heirs_of_one_turn_fork():
         turn(0, "solver", [1, 2], [10]),
         turn(1, "solver", [1, 2], [11]),  # agent.fresh()
         turn(2, "solver", [1, 2, 10, 4], [12]),
-        turn(3, "solver", [1, 2, 10, 4], [13]),  # extends turn 0 too, but turn 2 stands there already
+        turn(
+            3, "solver", [1, 2, 10, 4], [13]
+        ),  # extends turn 0 too, but turn 2 stands there already
     )
-    assert [(s.ids, masked(s)) for s in made] == [((1, 2, 10, 4, 12), [10, 12]), ((1, 2, 11), [11]), ((1, 2, 10, 4, 13), [13])]
+    assert [(s.ids, masked(s)) for s in made] == [
+        ((1, 2, 10, 4, 12), [10, 12]),
+        ((1, 2, 11), [11]),
+        ((1, 2, 10, 4, 13), [13]),
+    ]
 
 
 def test_siblings_are_segments_of_their_own_and_the_taken_one_goes_on():
@@ -117,7 +156,9 @@ def test_turns_unfit_for_ratios_are_counted_by_agent_and_reason_but_stay_context
         ({"policy": "critic"}, "spoken by policy 'critic'"),
     ]
     for fields, reason in cases:
-        made, dropped = both(turn(0, "solver", [1, 2], [10, 9], **fields), turn(1, "solver", [1, 2, 10, 9, 3], [11]))
+        made, dropped = both(
+            turn(0, "solver", [1, 2], [10, 9], **fields), turn(1, "solver", [1, 2, 10, 9, 3], [11])
+        )
         assert dropped == {("solver", reason): 1}
         assert [(s.ids, s.mask) for s in made] == [((1, 2, 10, 9, 3, 11), (0, 0, 0, 0, 0, 1))]
 
@@ -147,8 +188,14 @@ def test_what_saw_the_answer_is_never_trained_nor_what_extends_it(ratios):
 
 
 def test_failed_episodes_and_turns_without_tokens_are_counted():
-    assert both(turn(0, "solver", [1], [2]), error="boom") == ([], {("solver", "failed episode"): 1})
-    assert both(turn(0, "solver", [], [], text="from outside")) == ([], {("solver", "no tokens"): 1})
+    assert both(turn(0, "solver", [1], [2]), error="boom") == (
+        [],
+        {("solver", "failed episode"): 1},
+    )
+    assert both(turn(0, "solver", [], [], text="from outside")) == (
+        [],
+        {("solver", "no tokens"): 1},
+    )
     assert both(turn(0, "solver", [1], [])) == ([], {("solver", "no tokens"): 1})
     assert both(turn(0, "solver", [], [5])) == ([], {("solver", "no prompt"): 1})
 
@@ -162,6 +209,8 @@ def test_a_credit_that_is_not_finite_stops_the_step(bad):
 def test_inverting_the_mask_is_noticed(monkeypatch):
     """The mutation of this room's most important line: 1 where the agent read, 0 where it spoke."""
     right = _Segment._add
-    monkeypatch.setattr(_Segment, "_add", lambda self, token, mask, *rest: right(self, token, 1 - mask, *rest))
+    monkeypatch.setattr(
+        _Segment, "_add", lambda self, token, mask, *rest: right(self, token, 1 - mask, *rest)
+    )
     with pytest.raises(AssertionError):
         test_a_chat_is_one_sequence_and_only_own_sampled_tokens_are_trained()

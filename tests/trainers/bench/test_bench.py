@@ -1,4 +1,5 @@
-"""Every suite of `marlora bench` at the size of a test: what is counted, and that nothing is told unless the same work was done."""
+"""Every suite of `marlora bench` at the size of a test: what is counted, and that nothing is told
+unless the same work was done."""
 
 from __future__ import annotations
 
@@ -16,7 +17,17 @@ from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.vllm import server as vllm_server
 from marlora.rollouts.engines.vllm.server_args import ServerSettings
 from marlora.trainers.batching.batches import pack
-from marlora.trainers.bench import (agents, ahead, geometry, loop, measure, publish, rollout, serve, update)
+from marlora.trainers.bench import (
+    agents,
+    ahead,
+    geometry,
+    loop,
+    measure,
+    publish,
+    rollout,
+    serve,
+    update,
+)
 from marlora.trainers.bench.measure import Options, Time, Way, race
 from marlora.trainers.bench.suites import SUITES
 from marlora.trainers.config import RunError
@@ -37,7 +48,10 @@ def test_ways_run_in_turns_after_a_round_that_does_not_count():
 
     times = race("x", [way("a"), way("b")], 2, measure.same, 0.0)
     assert ran == ["a", "b"] * 3
-    assert {name: (len(t.wall), len(t.process)) for name, t in times.items()} == {"a": (2, 2), "b": (2, 2)}
+    assert {name: (len(t.wall), len(t.process)) for name, t in times.items()} == {
+        "a": (2, 2),
+        "b": (2, 2),
+    }
 
 
 def test_a_way_that_does_other_work_is_told_and_there_are_no_numbers():
@@ -47,21 +61,44 @@ def test_a_way_that_does_other_work_is_told_and_there_are_no_numbers():
         laps.append(1)
         return torch.tensor([3.0, 4.0 + 1e-3])
 
-    with pytest.raises(RunError, match=r"bench x: what 'other' does is 2\.0e-04 from what 'ours' does \(at most 1e-05\); no ratio"):
-        race("x", [Way("ours", lambda: torch.tensor([3.0, 4.0])), Way("other", other)], 5, measure.apart, 1e-5)
+    with pytest.raises(
+        RunError,
+        match=(
+            r"bench x: what 'other' does is 2\.0e-04 from what 'ours' does \(at most 1e-05\); no"
+            r" ratio"
+        ),
+    ):
+        race(
+            "x",
+            [Way("ours", lambda: torch.tensor([3.0, 4.0])), Way("other", other)],
+            5,
+            measure.apart,
+            1e-5,
+        )
     assert len(laps) == 1  # refused before anything is timed
 
 
 def test_not_a_number_is_no_agreement():
     nan = torch.tensor([float("nan")])
     with pytest.raises(RunError, match="no ratio"):
-        race("x", [Way("ours", lambda: torch.ones(1)), Way("nan", lambda: nan)], 1, measure.apart, 1e-5)
+        race(
+            "x",
+            [Way("ours", lambda: torch.ones(1)), Way("nan", lambda: nan)],
+            1,
+            measure.apart,
+            1e-5,
+        )
 
 
 def test_medians_and_ratios():
-    times = {"ours": Time([9.0, 1.0, 2.0], [0.5, 0.5, 4.0]), "padded": Time([8.0] * 3, [1.0, 2.0, 9.0])}
+    times = {
+        "ours": Time([9.0, 1.0, 2.0], [0.5, 0.5, 4.0]),
+        "padded": Time([8.0] * 3, [1.0, 2.0, 9.0]),
+    }
     assert times["padded"].to_json()["seconds"]["process"] == {"median": 2.0, "smallest": 1.0}
-    assert measure.ratios(times, "ours", "4.5") == {"padded@4.5": 2.0 / 0.5 if not torch.cuda.is_available() else 8.0 / 2.0}
+    assert measure.ratios(times, "ours", "4.5") == {
+        "padded@4.5": 2.0 / 0.5 if not torch.cuda.is_available() else 8.0 / 2.0
+    }
 
 
 def test_memory_above_rest_is_what_a_way_takes():
@@ -92,7 +129,8 @@ def test_flops_of_attention_are_counted_on_a_cpu():
 
 
 def test_flops_of_a_step_by_hand():
-    """Two replies of two tokens to one prompt of three: tokens 3 + 2 x 1 (the last of a reply predicts nothing), pairs 1+2+3 + 2 x 4."""
+    """Two replies of two tokens to one prompt of three: tokens 3 + 2 x 1 (the last of a reply
+    predicts nothing), pairs 1+2+3 + 2 x 4."""
     model = tiny_network()
     work = geometry.needed(model, update.recorded(update.Case(2, 3, 2)))
     assert (work.unique, work.pairs, work.terms) == (5, 14, 4)
@@ -100,12 +138,17 @@ def test_flops_of_a_step_by_hand():
     per_layer = 128 * (128 + 64 + 64 + 128) + 3 * 128 * 384
     assert work.linear == 3 * per_layer
     assert work.adapter == 16 * 3 * ((128 + 128) + 2 * (128 + 64) + (128 + 128) + 3 * (128 + 384))
-    assert work.entrance == 128 * (128 + 64 + 64) + 3 * 16 * 128  # q, k and v of the first layer, and their A
+    assert (
+        work.entrance == 128 * (128 + 64 + 64) + 3 * 16 * 128
+    )  # q, k and v of the first layer, and their A
     through = 4 * work.linear + 6 * work.adapter - 2 * work.entrance
     assert work.flops == through * 5 + 14 * 3 * 128 * 14 + 4 * work.head * 4
 
 
-@pytest.mark.parametrize(("size", "millions"), [("135m", 134.5), ("qwen3-0.6b", 596), ("qwen3-4b", 4022), ("qwen3-8b", 8191)])
+@pytest.mark.parametrize(
+    ("size", "millions"),
+    [("135m", 134.5), ("qwen3-0.6b", 596), ("qwen3-4b", 4022), ("qwen3-8b", 8191)],
+)
 def test_geometries_have_the_size_of_their_name(size: str, millions: float):
     model = geometry.network(size, "meta", torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.005)
@@ -117,7 +160,9 @@ def test_the_shares_of_common_tokens(case: update.Case):
     work = geometry.needed(tiny_network(), samples)
     raw = sum(len(sample.ids) - 1 for sample in samples)
     assert case.rho in (1, 2, 3, 4.5, 6, 8)
-    assert raw / work.unique == pytest.approx(case.rho, rel=0.07)  # the last token of a reply is no input
+    assert raw / work.unique == pytest.approx(
+        case.rho, rel=0.07
+    )  # the last token of a reply is no input
 
 
 # the suites
@@ -125,18 +170,31 @@ def test_the_shares_of_common_tokens(case: update.Case):
 
 @pytest.mark.usefixtures("one_thread")
 def test_update_against_padded_rows_single_turns_and_trl(monkeypatch: pytest.MonkeyPatch):
-    cases = (update.Case(4, 0, 8, full=True), update.Case(4, 24, 4, full=True), update.Case(4, 8, 4))
+    cases = (
+        update.Case(4, 0, 8, full=True),
+        update.Case(4, 24, 4, full=True),
+        update.Case(4, 8, 4),
+    )
     monkeypatch.setattr(update, "CASES", cases)
     found = SUITES["update"](TINY)
     everyone = {f"{name}@{rho}" for name in update.OPPONENTS for rho in ("1", "2.8")}
-    assert set(found["ratios"]) == everyone | {"padded@2"} and all(ratio > 0 for ratio in found["ratios"].values())
+    assert set(found["ratios"]) == everyone | {"padded@2"} and all(
+        ratio > 0 for ratio in found["ratios"].values()
+    )
     for case, result in zip(cases, found["results"], strict=True):
         assert all(way["difference"] <= 1e-5 for way in result["ways"].values())
-        # to the last one: more than needed are only the pairs of a token and a later one, which the counter charges, and the entropy
+        # to the last one: more than needed are only the pairs of a token and a later one, which the
+        # counter charges, and the entropy
         (batch,) = pack(update.recorded(case), max_tokens=10_000, layout="shared")
-        unseen = sum(b.branches * b.queries * b.keys for b in batch.tree.blocks) - int((batch.position_ids + 1).sum())
+        unseen = sum(b.branches * b.queries * b.keys for b in batch.tree.blocks) - int(
+            (batch.position_ids + 1).sum()
+        )
         extra = 14 * 3 * 128 * unseen + 2 * batch.num_terms * 264
-        assert result["ways"]["ours"]["flops_spent"] - result["flops_useful"] == extra > 2 * batch.num_terms * 264
+        assert (
+            result["ways"]["ours"]["flops_spent"] - result["flops_useful"]
+            == extra
+            > 2 * batch.num_terms * 264
+        )
     shared = found["results"][1]["ways"]
     assert shared["padded"]["flops_spent"] > 1.5 * shared["ours"]["flops_spent"]
     assert shared["trl"]["flops_spent"] > shared["trl_compact_head"]["flops_spent"]
@@ -148,11 +206,17 @@ def test_update_against_padded_rows_single_turns_and_trl(monkeypatch: pytest.Mon
 def test_update_takes_the_cases_it_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(update, "CASES", (update.Case(4, 0, 4), update.Case(4, 8, 4)))
     assert set(SUITES["update"](dataclasses.replace(TINY, rho=(2.0,)))["ratios"]) == {"padded@2"}
-    assert set(SUITES["update"](dataclasses.replace(TINY, rho=(1.0,), opponents=("per_turn",)))["ratios"]) == {"per_turn@1"}
+    assert set(
+        SUITES["update"](dataclasses.replace(TINY, rho=(1.0,), opponents=("per_turn",)))["ratios"]
+    ) == {"per_turn@1"}
     with pytest.raises(SettingError, match=r"--rho 9: expected some of 1, 2"):
         update.update(dataclasses.replace(TINY, rho=(9.0,)))
     with pytest.raises(
-        SettingError, match=r"--opponents comlrl: the update is raced against padded, per_turn, trl, trl_compact_head"
+        SettingError,
+        match=(
+            r"--opponents comlrl: the update is raced against padded, per_turn, trl,"
+            r" trl_compact_head"
+        ),
     ):
         update.update(dataclasses.replace(TINY, opponents=("comlrl",)))
 
@@ -177,18 +241,32 @@ def test_agents_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch):
     """One in a process of its own; the others in this one, for a process is seconds of imports."""
     monkeypatch.setattr(agents, "NUMBERS", (1, 2))
     real = agents._child
-    monkeypatch.setattr(agents, "_child", lambda *how: (real if how[:2] == ("adapters", 2) else agents.measured)(*how))
+    monkeypatch.setattr(
+        agents,
+        "_child",
+        lambda *how: (real if how[:2] == ("adapters", 2) else agents.measured)(*how),
+    )
     found = agents.agents(TINY)
     for way in ("agents", "copies"):
         assert set(found[way]) == {"1", "2"}
         assert all(set(one) == {"tokens_per_second", "peak_bytes"} for one in found[way].values())
-        assert all(one["tokens_per_second"] > 0 and one["peak_bytes"] > 2**27 for one in found[way].values())
-    assert found["peak_of_most_over_one"] == found["agents"]["2"]["peak_bytes"] / found["agents"]["1"]["peak_bytes"]
+        assert all(
+            one["tokens_per_second"] > 0 and one["peak_bytes"] > 2**27
+            for one in found[way].values()
+        )
+    assert (
+        found["peak_of_most_over_one"]
+        == found["agents"]["2"]["peak_bytes"] / found["agents"]["1"]["peak_bytes"]
+    )
 
 
 def test_agents_that_learnt_something_else_are_not_compared(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(agents, "NUMBERS", (1,))
-    monkeypatch.setattr(agents, "_child", lambda way, n, options: {"tokens_per_second": 1.0, "peak_bytes": 1, "sha256": [way]})
+    monkeypatch.setattr(
+        agents,
+        "_child",
+        lambda way, n, options: {"tokens_per_second": 1.0, "peak_bytes": 1, "sha256": [way]},
+    )
     with pytest.raises(RunError, match="learnt other weights"):
         agents.agents(TINY)
 
@@ -196,16 +274,22 @@ def test_agents_that_learnt_something_else_are_not_compared(monkeypatch: pytest.
 def test_publish_in_this_process():
     found = publish.publish(dataclasses.replace(TINY, engine="transformers"))
     median = found["median"]["transformers"]
-    assert 0 < median["publish"] < median["first_token"] and 0 < median["prove_trainer"] < median["prove"]
+    assert (
+        0 < median["publish"] < median["first_token"]
+        and 0 < median["prove_trainer"] < median["prove"]
+    )
     (lap,) = found["results"]["transformers"]
-    assert lap["residual"] < 0.005 and lap["forwards"] >= 3 * len(publish.POLICIES)  # base, amplified and decoded, of each
+    assert lap["residual"] < 0.005 and lap["forwards"] >= 3 * len(
+        publish.POLICIES
+    )  # base, amplified and decoded, of each
 
 
 def test_rollouts_play_the_same_with_and_without_a_barrier(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rollout, "TASKS", 3)
     found = rollout.rollout(TINY)
     assert set(found["ratios"]) == {"barrier@1", "oversampled@1"}
-    # of ten of each task eight are kept (two may end in the same turn of the loop, then the later one is dropped all the same)
+    # of ten of each task eight are kept (two may end in the same turn of the loop, then the later
+    # one is dropped all the same)
     assert (found["oversampled"]["begun"], found["oversampled"]["dropped"]) == (30, 6)
 
 
@@ -214,7 +298,10 @@ def test_steps_are_counted_at_every_bound_of_staleness(monkeypatch: pytest.Monke
     for name, value in dict(BOUNDS=(0, 1), STEPS=4, TASKS=2, SAMPLES=2, MEDIAN=0.02).items():
         monkeypatch.setattr(ahead, name, value)
     found = ahead.ahead(TINY)
-    assert [(r["bound"], len(r["seconds"]), r["oldest"]) for r in found["results"]] == [(0, 2, 0), (1, 2, 1)]
+    assert [(r["bound"], len(r["seconds"]), r["oldest"]) for r in found["results"]] == [
+        (0, 2, 0),
+        (1, 2, 1),
+    ]
     assert set(found["median"]) == {"0", "1"} and len(found["rows"]) == 2
 
 
@@ -255,18 +342,26 @@ def test_serving_on_the_live_server(server: Live, monkeypatch: pytest.MonkeyPatc
     """The measurement itself, on a server that runs already."""
     monkeypatch.setattr(serve, "PREFIX", 320)
     monkeypatch.setattr(serve, "ADAPTERS", (0, 1, 2))
-    folders = {name: server.adapter(f"{name}-v1-bench", seed) for seed, name in enumerate(("solver", "critic"))}
+    folders = {
+        name: server.adapter(f"{name}-v1-bench", seed)
+        for seed, name in enumerate(("solver", "critic"))
+    }
 
     async def go() -> dict[str, Any]:
         engine = server.engine()
         try:
-            refs = [ModelRef(policy, version) for policy, version in (await engine.publish(folders)).items()]
+            refs = [
+                ModelRef(policy, version)
+                for policy, version in (await engine.publish(folders)).items()
+            ]
             return await serve.measured(engine, refs, callers=4, repeats=1)
         finally:
             await engine.close()
 
     found = asyncio.run(go())
-    assert set(found["tokens_per_second"]) == {"0", "1", "2"} and all(rate > 0 for rate in found["tokens_per_second"].values())
+    assert set(found["tokens_per_second"]) == {"0", "1", "2"} and all(
+        rate > 0 for rate in found["tokens_per_second"].values()
+    )
     assert found["miss"] > 0 and found["hit"] > 0
 
 
@@ -276,7 +371,9 @@ def test_serve_and_publish_with_servers_of_their_own(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(serve, "ADAPTERS", (0, 1, 2))
     found = serve.serve(dataclasses.replace(TINY, engine="vllm"))
     assert set(found["servers"]) == {"guard", "open"}
-    assert {"miss_over_hit@384", "base_over_adapters@2", "open_over_guard@0"} <= set(found["ratios"])
+    assert {"miss_over_hit@384", "base_over_adapters@2", "open_over_guard@0"} <= set(
+        found["ratios"]
+    )
     found = publish.publish(dataclasses.replace(TINY, engine="vllm"))
     assert set(found["median"]) == {"vllm"} and found["median"]["vllm"]["prove"] > 0
 
@@ -287,5 +384,7 @@ def test_a_server_without_the_guard_is_the_same_command_but_for_it(model: Path):
     for guard in (True, False):
         with serve._guarded(guard):
             made.append(vllm_server.command(settings, 1, True))
-    assert [flag for flag in made[0] if flag not in made[1]] == ["--middleware=marlora.rollouts.engines.vllm.auth.Guard"]
+    assert [flag for flag in made[0] if flag not in made[1]] == [
+        "--middleware=marlora.rollouts.engines.vllm.auth.Guard"
+    ]
     assert [flag for flag in made[1] if flag not in made[0]] == []

@@ -1,4 +1,5 @@
-"""Rollouts ahead of the trainer: nothing learnt from is ever too old, nothing is lost or counted twice, and S = 0 is the synchronous run."""
+"""Rollouts ahead of the trainer: nothing learnt from is ever too old, nothing is lost or counted
+twice, and S = 0 is the synchronous run."""
 
 from __future__ import annotations
 
@@ -20,7 +21,12 @@ from marlora.agents.types import Completion, SettingError, Task, Turn
 from marlora.rollouts.episodes.runner import EpisodeLimits, EpisodeRunner
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
-from marlora.trainers.collection.async_rollouts import AsyncCollector, CollectedStep, TeamVersions, by_length
+from marlora.trainers.collection.async_rollouts import (
+    AsyncCollector,
+    CollectedStep,
+    TeamVersions,
+    by_length,
+)
 from marlora.trainers.collection.background import BackgroundLoop
 from marlora.trainers.collection.rollout_manager import RolloutManager
 from marlora.trainers.config import RunError
@@ -34,7 +40,14 @@ TASK = Task("t", "a prompt", "42")
 def episode(version: dict[str, str], *turns: tuple[str, str, int], **fields: Any) -> Episode:
     """`turns`: (policy, the version that spoke, sampled tokens)."""
     said = [
-        Turn(n, policy, policy=policy, version=spoke, token_ids=(7,) * count, logprobs=(-1.0,) * count)
+        Turn(
+            n,
+            policy,
+            policy=policy,
+            version=spoke,
+            token_ids=(7,) * count,
+            logprobs=(-1.0,) * count,
+        )
         for n, (policy, spoke, count) in enumerate(turns)
     ]
     return Episode("e", "g", TASK, team_version=version, turns=tuple(said), **fields)
@@ -47,9 +60,21 @@ def test_versions_of_the_last_steps_are_known_and_older_ones_forgotten() -> None
     team = TeamVersions(2)
     for step in range(5):
         team.put(step, {"a": f"a-v{step}"})
-    assert team.of == {2: {"a": "a-v2"}, 3: {"a": "a-v3"}, 4: {"a": "a-v4"}} and team.newest == {"a": "a-v4"}
-    assert [team.age(episode({"a": f"a-v{step}"})) for step in (4, 3, 2, 1, 0)] == [0, 1, 2, None, None]
-    assert [team.named(ahead) for ahead in (0, 1, 2)] == [{"a": "a-v2"}, {"a": "a-v3"}, {"a": "a-v4"}]
+    assert team.of == {2: {"a": "a-v2"}, 3: {"a": "a-v3"}, 4: {"a": "a-v4"}} and team.newest == {
+        "a": "a-v4"
+    }
+    assert [team.age(episode({"a": f"a-v{step}"})) for step in (4, 3, 2, 1, 0)] == [
+        0,
+        1,
+        2,
+        None,
+        None,
+    ]
+    assert [team.named(ahead) for ahead in (0, 1, 2)] == [
+        {"a": "a-v2"},
+        {"a": "a-v3"},
+        {"a": "a-v4"},
+    ]
     assert TeamVersions(0, {3: {"a": "x"}, 4: {"a": "y"}}).named(0) == {"a": "y"}
 
 
@@ -74,9 +99,14 @@ def test_too_old_or_with_a_foreign_turn_is_refused_at_consumption() -> None:
     for step in range(4):
         team.put(step, {"a": f"a-v{step}", "b": f"b-v{step}"})
     fresh, late = {"a": "a-v3", "b": "b-v3"}, {"a": "a-v2", "b": "b-v2"}
-    right = [episode(fresh, ("a", "a-v3", 1), ("b", "b-v3", 1)), episode(late, ("a", "a-v2", 1), ("base", "", 1))]
+    right = [
+        episode(fresh, ("a", "a-v3", 1), ("b", "b-v3", 1)),
+        episode(late, ("a", "a-v2", 1), ("base", "", 1)),
+    ]
     assert team.ages(right) == [0, 1]
-    assert team.ages([episode({"a": "a-v2"}, ("a", "a-v2", 2), parent="p")]) == [1], "a child names the policies it heard"
+    assert team.ages([episode({"a": "a-v2"}, ("a", "a-v2", 2), parent="p")]) == [1], (
+        "a child names the policies it heard"
+    )
     with pytest.raises(RunError, match="more than max_staleness 1 versions behind"):
         team.ages([episode({"a": "a-v1", "b": "b-v1"})])
     with pytest.raises(RunError, match="more than max_staleness 1"):
@@ -87,7 +117,9 @@ def test_too_old_or_with_a_foreign_turn_is_refused_at_consumption() -> None:
     team.pin = "call"
     assert team.ages([mixed, *right]) == [1, 0, 1], "as old as what it began with"
     for foreign in (("b", "b-v2", 1), ("b", "", 1), ("a", "b-v3", 1)):
-        with pytest.raises(RunError, match=r"turn 0: spoken by .*a turn is as young as its episode"):
+        with pytest.raises(
+            RunError, match=r"turn 0: spoken by .*a turn is as young as its episode"
+        ):
             team.ages([episode(fresh, foreign)])
 
 
@@ -98,8 +130,14 @@ def test_drops_are_counted_by_agent_and_length() -> None:
         episode({}, ("a", "", 64), ("b", "", 65)),
     ]
     assert by_length(found) == {"a": {"<=8": 2, "<=64": 1}, "b": {"<=1": 1, "<=128": 1}}
-    assert CollectedStep([], 1.0, [], found).row(0) == {"dropped_stale": {"episodes": 3, "tokens": by_length(found)}}
-    assert CollectedStep([], 1.0, [0, 1, 1]).row(1) == {"tokens_per_s": 0.0, "staleness": 2 / 3, "max_staleness": 1}
+    assert CollectedStep([], 1.0, [], found).row(0) == {
+        "dropped_stale": {"episodes": 3, "tokens": by_length(found)}
+    }
+    assert CollectedStep([], 1.0, [0, 1, 1]).row(1) == {
+        "tokens_per_s": 0.0,
+        "staleness": 2 / 3,
+        "max_staleness": 1,
+    }
     assert CollectedStep([], 1.0, [0, 0]).row(0) == {}
 
 
@@ -107,7 +145,8 @@ def test_drops_are_counted_by_agent_and_length() -> None:
 
 
 class World:
-    """Plays and "learns" with the real `RolloutManager` and `AsyncCollector`. Learning a step makes the version `NAME-vSTEP`.
+    """Plays and "learns" with the real `RolloutManager` and `AsyncCollector`. Learning a step makes
+    the version `NAME-vSTEP`.
 
     Args:
         latencies: loop turns that each reply, and each learning, takes; used again and again.
@@ -115,16 +154,45 @@ class World:
     """
 
     def __init__(
-        self, folder: Path, bound: int, latencies: Sequence[int], room: int, exact: bool, last: int, pin: str = "episode"
+        self,
+        folder: Path,
+        bound: int,
+        latencies: Sequence[int],
+        room: int,
+        exact: bool,
+        last: int,
+        pin: str = "episode",
     ) -> None:
-        self.folder, self.latencies, self.exact, self.last, self.asked = folder, latencies, exact, last, 0
-        self.begun: dict[int, int] = {}  # by step: the step that was to be learnt when its first reply was asked for
+        self.folder, self.latencies, self.exact, self.last, self.asked = (
+            folder,
+            latencies,
+            exact,
+            last,
+            0,
+        )
+        self.begun: dict[
+            int, int
+        ] = {}  # by step: the step that was to be learnt when its first reply was asked for
         self.now, self.versions = 1, dict[str, str]()
         self.config = SimpleNamespace(
-            max_staleness=bound, max_concurrency=room, num_generations=2, oversample=0, max_steps=last, pin=pin
+            max_staleness=bound,
+            max_concurrency=room,
+            num_generations=2,
+            oversample=0,
+            max_steps=last,
+            pin=pin,
         )
-        self.progress, self.metric, self.stop, self.system = Progress(False), "correct", None, Chain(["a", "b"])
-        self.bases = {"m": SimpleNamespace(publisher=None, engine=SimpleNamespace(info=lambda: SimpleNamespace(exact=exact)))}
+        self.progress, self.metric, self.stop, self.system = (
+            Progress(False),
+            "correct",
+            None,
+            Chain(["a", "b"]),
+        )
+        self.bases = {
+            "m": SimpleNamespace(
+                publisher=None, engine=SimpleNamespace(info=lambda: SimpleNamespace(exact=exact))
+            )
+        }
 
     def wait(self) -> int:
         self.asked += 1
@@ -133,7 +201,9 @@ class World:
     async def speak(self, call: Call, version: str) -> list[Completion]:
         for _ in range(self.wait()):
             await asyncio.sleep(0)
-        return [Completion("x", (1,), (2, 3), (-1.0, -1.0), policy=call.agent.policy, version=version)]
+        return [
+            Completion("x", (1,), (2, 3), (-1.0, -1.0), policy=call.agent.policy, version=version)
+        ]
 
     def tasks_of(self, step: int) -> list[Task]:
         self.begun.setdefault(step, self.now)
@@ -143,7 +213,10 @@ class World:
         self.stage = RolloutManager(self)  # type: ignore[arg-type]
         self.stage.background, self.stage.store = BackgroundLoop(), Store(self.folder, fsync=False)
         self.stage.rollouts = EpisodeRunner(
-            self.system, {"a": self.speak, "b": self.speak}, limits=EpisodeLimits(concurrency=1000), pin=self.config.pin
+            self.system,
+            {"a": self.speak, "b": self.speak},
+            limits=EpisodeLimits(concurrency=1000),
+            pin=self.config.pin,
         )
         self.stage._crowd = asyncio.Lock()
         self.stage.team = TeamVersions(self.config.max_staleness, team, self.config.pin)
@@ -168,7 +241,9 @@ class World:
 
 def behind(episode: Episode, step: int) -> int:
     """From the names alone: `a-v3-02dfb623` is one behind at step 5."""
-    played = {int(name.rpartition("v")[2].partition("-")[0]) for name in episode.team_version.values()} or {0}
+    played = {
+        int(name.rpartition("v")[2].partition("-")[0]) for name in episode.team_version.values()
+    } or {0}
     assert len(played) == 1, "a team version is of one step"
     return step - 1 - played.pop()
 
@@ -193,11 +268,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 )  # stored by versions that are learnt again only later
 @example(bound=2, latencies=[9, 1], room=3, exact=False, kills=[6, 3], saved=3, same=False)
 def test_whatever_the_schedule_nothing_is_too_old_lost_or_counted_twice(
-    folders: Iterator[Path], bound: int, latencies: list[int], room: int, exact: bool, kills: list[int], saved: int, same: bool
+    folders: Iterator[Path],
+    bound: int,
+    latencies: list[int],
+    room: int,
+    exact: bool,
+    kills: list[int],
+    saved: int,
+    same: bool,
 ) -> None:
-    """Seven steps, cut off at random ones and resumed from checkpoints of every `saved`-th. `same`: do steps learnt again come out the same?"""
+    """Seven steps, cut off at random ones and resumed from checkpoints of every `saved`-th. `same`:
+    do steps learnt again come out the same?"""
     last, world = 7, World(next(folders), bound, latencies, room, exact, 7)
-    step, team, versions, name, checkpoint = 1, dict[int, dict[str, str]](), dict[str, str](), "v", (1, {}, {})
+    step, team, versions, name, checkpoint = (
+        1,
+        dict[int, dict[str, str]](),
+        dict[str, str](),
+        "v",
+        (1, {}, {}),
+    )
     consumed: dict[int, list[Episode]] = {}
     world.open(0, team)
     while step <= last:
@@ -210,11 +299,17 @@ def test_whatever_the_schedule_nothing_is_too_old_lost_or_counted_twice(
             world.open(step - 1, team)
         rollout = world.stage.ahead.take(step)
         found = rollout.episodes
-        assert len(found) == 4 and len({e.id for e in found}) == 4 and all(len(e.turns) == 2 for e in found)
+        assert (
+            len(found) == 4
+            and len({e.id for e in found}) == 4
+            and all(len(e.turns) == 2 for e in found)
+        )
         assert all(e.step == step for e in found)
         assert [behind(e, step) for e in found] == rollout.ages and max(rollout.ages) <= bound
         if exact:
-            assert set(rollout.ages) == {min(bound, step - 1)}, "the version follows from the step's number"
+            assert set(rollout.ages) == {min(bound, step - 1)}, (
+                "the version follows from the step's number"
+            )
         if step in consumed and same:
             assert found == consumed[step], "learnt again from the same episodes"
             assert rollout.dropped == []
@@ -226,12 +321,16 @@ def test_whatever_the_schedule_nothing_is_too_old_lost_or_counted_twice(
             checkpoint = (step, dict(world.stage.team.of), dict(world.versions))
     world.close()
     stored = [e.id for e in Store(world.folder)]
-    assert len(stored) == len(set(stored)) and {e.id for es in consumed.values() for e in es} <= set(stored)
+    assert len(stored) == len(set(stored)) and {
+        e.id for es in consumed.values() for e in es
+    } <= set(stored)
     if same:
         assert len(stored) == 4 * last, "each episode was played and stored once"
 
 
-@pytest.mark.parametrize(("pin", "spoke"), [("episode", ["a-v1", "b-v1"]), ("call", ["a-v1", "b-v2"])])
+@pytest.mark.parametrize(
+    ("pin", "spoke"), [("episode", ["a-v1", "b-v1"]), ("call", ["a-v1", "b-v2"])]
+)
 def test_what_is_pinned_keeps_its_version(pin: str, spoke: list[str], tmp_path: Path) -> None:
     """Step 2 is learnt between the two turns of step 3's episodes, which began before."""
     world = World(tmp_path, 1, [2], 8, False, 4, pin)
@@ -249,18 +348,29 @@ def test_what_is_pinned_keeps_its_version(pin: str, spoke: list[str], tmp_path: 
         world.stage.ahead.take(step)
         world.learn(step, "v")
     taken = world.stage.ahead.take(3)
-    assert taken.ages == [1] * 4 and all(e.team_version == {"a": "a-v1", "b": "b-v1"} for e in taken.episodes)
+    assert taken.ages == [1] * 4 and all(
+        e.team_version == {"a": "a-v1", "b": "b-v1"} for e in taken.episodes
+    )
     assert [[turn.version for turn in e.turns] for e in taken.episodes] == [spoke] * 4
     world.close()
 
 
-def test_stored_episodes_of_versions_that_nobody_knows_are_played_anew_and_counted(tmp_path: Path) -> None:
-    """Resumed on hardware that does not repeat itself: step 3 had been played by a version that this time came out otherwise."""
-    world, first, second = World(tmp_path, 1, [2], 1, False, 5), {"a": "a-v1", "b": "b-v1"}, {"a": "a-v2", "b": "b-v2"}
+def test_stored_episodes_of_versions_that_nobody_knows_are_played_anew_and_counted(
+    tmp_path: Path,
+) -> None:
+    """Resumed on hardware that does not repeat itself: step 3 had been played by a version that
+    this time came out otherwise."""
+    world, first, second = (
+        World(tmp_path, 1, [2], 1, False, 5),
+        {"a": "a-v1", "b": "b-v1"},
+        {"a": "a-v2", "b": "b-v2"},
+    )
     speak = world.speak
 
     async def slowly(call: Call, version: str) -> list[Completion]:
-        while call.messages[-1].content == "3" and world.now < 3:  # there is room for one: the others begin after step 2 is learnt
+        while (
+            call.messages[-1].content == "3" and world.now < 3
+        ):  # there is room for one: the others begin after step 2 is learnt
             await asyncio.sleep(0)
         return await speak(call, version)
 
@@ -270,7 +380,12 @@ def test_stored_episodes_of_versions_that_nobody_knows_are_played_anew_and_count
         world.stage.ahead.take(step)
         world.learn(step, "v")
     taken = world.stage.ahead.take(3)
-    assert [e.team_version for e in taken.episodes] == [first, second, second, second] and taken.ages == [1, 0, 0, 0]
+    assert [e.team_version for e in taken.episodes] == [
+        first,
+        second,
+        second,
+        second,
+    ] and taken.ages == [1, 0, 0, 0]
     world.close()
     world.open(2, {1: first})
     again = world.stage.ahead.take(3)
@@ -280,8 +395,14 @@ def test_stored_episodes_of_versions_that_nobody_knows_are_played_anew_and_count
     world.open(2, {1: first})
     rollout = world.stage.ahead.take(3)
     assert [e.id for e in rollout.dropped] == [e.id for e in taken.episodes]
-    assert rollout.row(1)["dropped_stale"] == {"episodes": 4, "tokens": {"a": {"<=2": 4}, "b": {"<=2": 4}}}
-    assert all(e.id.startswith("train-000003.1/") and e.team_version == world.versions for e in rollout.episodes)
+    assert rollout.row(1)["dropped_stale"] == {
+        "episodes": 4,
+        "tokens": {"a": {"<=2": 4}, "b": {"<=2": 4}},
+    }
+    assert all(
+        e.id.startswith("train-000003.1/") and e.team_version == world.versions
+        for e in rollout.episodes
+    )
     world.close()
 
 
@@ -299,20 +420,30 @@ def weights(made: GRPOTrainer) -> dict[str, str]:
 def test_s_0_is_the_synchronous_run_bit_for_bit(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    """Against a loop that plays a step to its end before it learns it, and knows nothing of staleness."""
+    """Against a loop that plays a step to its end before it learns it, and knows nothing of
+    staleness."""
     ours = trainer(tmp_path / "ours", model)
     ours.train()
 
     def synchronous(self: AsyncCollector, step: int) -> CollectedStep:
         run, stage = self.stage.run, self.stage
-        episodes = stage.play(run.tasks_of(step), f"train-{step:06d}", step, stage.rollouts, run.config.num_generations)
+        episodes = stage.play(
+            run.tasks_of(step),
+            f"train-{step:06d}",
+            step,
+            stage.rollouts,
+            run.config.num_generations,
+        )
         return CollectedStep(episodes, 1.0)
 
     monkeypatch.setattr(AsyncCollector, "take", synchronous)
     plain = trainer(tmp_path / "plain", model)
     plain.train()
     assert weights(ours) == weights(plain)
-    played = [{e.id: dataclasses.replace(e, usage={}) for e in Store(tmp_path / f / "episodes")} for f in ("ours", "plain")]
+    played = [
+        {e.id: dataclasses.replace(e, usage={}) for e in Store(tmp_path / f / "episodes")}
+        for f in ("ours", "plain")
+    ]
     assert played[0] == played[1] and len(played[0]) > 3 * EPISODES
 
 
@@ -330,7 +461,9 @@ def test_a_run_ahead_repeats_itself_and_says_how_old_its_episodes_were(
         ]
         assert not any("dropped_stale" in row for row in rows(tmp_path / name))
         played = [e for e in Store(tmp_path / name / "episodes") if not e.group.startswith("eval-")]
-        assert sorted(e.step for e in played) == [step for step in (1, 2, 3, 4) for _ in range(EPISODES)]
+        assert sorted(e.step for e in played) == [
+            step for step in (1, 2, 3, 4) for _ in range(EPISODES)
+        ]
         for e in played:
             assert behind(e, e.step) == min(bound, e.step - 1)
             assert all(turn.version == e.team_version.get(turn.policy, "") for turn in e.turns)
@@ -339,7 +472,10 @@ def test_a_run_ahead_repeats_itself_and_says_how_old_its_episodes_were(
     synchronous.train()
     assert weights(synchronous) != found[0], "else nothing was played ahead"
     assert "staleness" not in rows(tmp_path / "sync")[0]
-    told = {name: "versions behind" in (tmp_path / name / "report.html").read_text() for name in ("one", "two", "sync")}
+    told = {
+        name: "versions behind" in (tmp_path / name / "report.html").read_text()
+        for name in ("one", "two", "sync")
+    }
     assert told == {"one": True, "two": True, "sync": False}, "the report draws it"
 
 
@@ -350,5 +486,7 @@ def test_settings_that_cannot_work(model: Path, tmp_path: Path) -> None:
         config("x", "y", max_staleness=1, episodes="runs/other")
     with pytest.raises(SettingError, match="pin: call changes nothing unless rollouts run ahead"):
         config("x", "y", pin="call")
-    with pytest.raises(SettingError, match="pin: call with an engine that repeats itself to the last bit"):
+    with pytest.raises(
+        SettingError, match="pin: call with an engine that repeats itself to the last bit"
+    ):
         trainer(tmp_path / "run", model, pin="call", max_staleness=1).train()

@@ -1,4 +1,5 @@
-"""A run whose rollouts are ahead of it, on a real vLLM server: with and without a router before it."""
+"""A run whose rollouts are ahead of it, on a real vLLM server: with and without a router before
+it."""
 
 from __future__ import annotations
 
@@ -24,28 +25,63 @@ torch.set_num_threads(1)
 def learn(live: Live, folder: Path, **changes: Any) -> dict[str, Any]:
     """Four steps, one ahead, of two agents; every version proven. Leaves the server as it was."""
     args = GRPOConfig(
-        output_dir=str(folder), model=str(live.model), server_urls=[live.server.url], server_key=str(live.server.key_file),
-        engine_dtype="float32", max_staleness=1, max_steps=4, tasks_per_step=4, num_generations=4, num_eval_tasks=4, max_concurrency=5,
-        max_completion_length=6, lora_r=4, lora_alpha=8.0, learning_rate=1e-2, lora_target_modules=list(TARGETS), **changes,
-    )  # fmt: skip
+        output_dir=str(folder),
+        model=str(live.model),
+        server_urls=[live.server.url],
+        server_key=str(live.server.key_file),
+        engine_dtype="float32",
+        max_staleness=1,
+        max_steps=4,
+        tasks_per_step=4,
+        num_generations=4,
+        num_eval_tasks=4,
+        max_concurrency=5,
+        max_completion_length=6,
+        lora_r=4,
+        lora_alpha=8.0,
+        learning_rate=1e-2,
+        lora_target_modules=list(TARGETS),
+        **changes,
+    )
     made = GRPOTrainer(
-        system=tiny_chain(), tasks=tiny_tasks()[:40], eval_tasks=tiny_tasks("eval")[:4], rewards=[bytes_mod_7], args=args
+        system=tiny_chain(),
+        tasks=tiny_tasks()[:40],
+        eval_tasks=tiny_tasks("eval")[:4],
+        rewards=[bytes_mod_7],
+        args=args,
     )
     summary = made.train()
     for name in listed(live, folder):
-        assert http(f"{live.server.url}/v1/unload_lora_adapter", live.server.key, "POST", {"lora_name": name}, 60)[0] == 200
+        assert (
+            http(
+                f"{live.server.url}/v1/unload_lora_adapter",
+                live.server.key,
+                "POST",
+                {"lora_name": name},
+                60,
+            )[0]
+            == 200
+        )
     return summary
 
 
 def listed(live: Live, folder: Path) -> list[str]:
     status, body = http(f"{live.server.url}/v1/models", live.server.key)
     assert status == 200
-    return [entry["id"] for entry in json.loads(body)["data"] if str(entry["root"]).startswith(str(folder))]
+    return [
+        entry["id"]
+        for entry in json.loads(body)["data"]
+        if str(entry["root"]).startswith(str(folder))
+    ]
 
 
 def check(folder: Path, summary: dict[str, Any]) -> None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 and rows[0]["staleness"] == 0 and all(row["max_staleness"] <= 1 for row in rows)
+    assert (
+        len(rows) == 4
+        and rows[0]["staleness"] == 0
+        and all(row["max_staleness"] <= 1 for row in rows)
+    )
     assert any(row["staleness"] > 0 for row in rows), "something was played ahead"
     assert not any("dropped_stale" in row for row in rows)
     assert summary["live_proof"]["failed"] == 0 and summary["live_proof"]["passed"] >= 8
@@ -53,7 +89,9 @@ def check(folder: Path, summary: dict[str, Any]) -> None:
     assert len(played) == len({e.id for e in played}) == 4 * 16
     for e in played:
         assert all(turn.version == e.team_version.get(turn.policy, "") for turn in e.turns)
-        steps = {int(version.split("-v")[1].split("-")[0]) for version in e.team_version.values()} or {0}
+        steps = {
+            int(version.split("-v")[1].split("-")[0]) for version in e.team_version.values()
+        } or {0}
         assert len(steps) == 1 and 0 <= e.step - 1 - steps.pop() <= 1
     trained = {p["sha256_after"] != p["sha256_before"] for p in summary["policies"].values()}
     assert trained == {True}

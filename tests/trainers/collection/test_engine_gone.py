@@ -1,4 +1,5 @@
-"""No server is left: the run ends with one clear error, and what was finished is in a checkpoint that resume takes."""
+"""No server is left: the run ends with one clear error, and what was finished is in a checkpoint
+that resume takes."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ def gone(*_: Any, **__: Any) -> Any:
 
 
 def steps(folder: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("where", ["generate", "publish"])
@@ -41,16 +44,26 @@ def test_the_last_finished_step_is_saved_and_resume_ends_like_a_run_that_was_nev
     monkeypatch.setattr(run, "learn", and_then_gone)
     with pytest.raises(EngineError, match="all 2 servers are gone"):
         run.train()
-    assert [path.name for path in (cut / "checkpoints").iterdir()] == ["step-000002"] and steps(cut) == [1, 2]
+    assert [path.name for path in (cut / "checkpoints").iterdir()] == ["step-000002"] and steps(
+        cut
+    ) == [1, 2]
     report = write_report(cut).read_text()
-    assert "did not end" in report and "the run ended after step 2: all 2 servers are gone" in report
+    assert (
+        "did not end" in report and "the run ended after step 2: all 2 servers are gone" in report
+    )
     monkeypatch.undo()
     found = small_run.trainer(cut, model, max_steps=3, resume=True).train()
     expected = small_run.trainer(whole, model, max_steps=3).train()
-    assert found["policies"] == expected["policies"] and found["tokens"] == expected["tokens"] and steps(cut) == [1, 2, 3]
+    assert (
+        found["policies"] == expected["policies"]
+        and found["tokens"] == expected["tokens"]
+        and steps(cut) == [1, 2, 3]
+    )
 
 
-def test_a_step_that_was_cut_off_while_it_learnt_is_not_saved(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_was_cut_off_while_it_learnt_is_not_saved(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = small_run.trainer(tmp_path / "run", model, max_steps=2, save_every=100)
     learn = run.run.learn
 

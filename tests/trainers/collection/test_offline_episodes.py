@@ -24,11 +24,15 @@ def played(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     return folder
 
 
-def test_a_run_learns_from_the_store_of_another_without_playing(tmp_path: Path, model: Path, played: Path) -> None:
+def test_a_run_learns_from_the_store_of_another_without_playing(
+    tmp_path: Path, model: Path, played: Path
+) -> None:
     learner = small_run.trainer(tmp_path / "run", model, max_steps=2, episodes=str(played))
     summary = learner.train()
     assert summary["tokens"]["trained"] > 0
-    assert all(entry["sha256_before"] != entry["sha256_after"] for entry in summary["policies"].values())
+    assert all(
+        entry["sha256_before"] != entry["sha256_after"] for entry in summary["policies"].values()
+    )
     assert {e.group.split("-")[0] for e in Store(tmp_path / "run" / "episodes")} == {"eval"}
 
 
@@ -42,7 +46,9 @@ def test_given_episodes_are_those_trained_on_in_whole_groups(played: Path) -> No
     assert tasks == {e.task.id for e in given.episodes}, "an epoch visits every task"
 
 
-def test_stores_that_cannot_be_learnt_from_are_named(tmp_path: Path, model: Path, played: Path) -> None:
+def test_stores_that_cannot_be_learnt_from_are_named(
+    tmp_path: Path, model: Path, played: Path
+) -> None:
     with pytest.raises(SettingError, match=r"episodes '.*nowhere'.*no such folder"):
         OfflineEpisodes(tmp_path / "nowhere", tiny_chain().specs)
     (tmp_path / "empty").mkdir()
@@ -53,7 +59,13 @@ def test_stores_that_cannot_be_learnt_from_are_named(tmp_path: Path, model: Path
     trained_on = [e.task for e in OfflineEpisodes(played, tiny_chain().specs).episodes]
     args = small_run.config(tmp_path / "leak", model, max_steps=1, episodes=str(played))
     others = [t for t in tiny_tasks() if t.id not in {task.id for task in trained_on}]
-    learner = GRPOTrainer(system=tiny_chain(), tasks=others, eval_tasks=trained_on[:2], rewards=[small_run.bytes_mod_7], args=args)
+    learner = GRPOTrainer(
+        system=tiny_chain(),
+        tasks=others,
+        eval_tasks=trained_on[:2],
+        rewards=[small_run.bytes_mod_7],
+        args=args,
+    )
     with pytest.raises(SettingError, match="held-out tasks are also trained on"):
         learner.train()
 
@@ -62,8 +74,16 @@ def test_episodes_of_another_tokenizer_are_refused(played: Path) -> None:
     """The ids of `played` shifted by one: other words, though every id is known."""
     given, tokens = OfflineEpisodes(played, tiny_chain().specs), ChatRenderer(tiny_tokenizer())
     given.check_tokens({"first": tokens, "last": tokens})
-    turns = [dataclasses.replace(t, token_ids=tuple(i - 1 for i in t.token_ids)) for t in given.episodes[0].turns]
+    turns = [
+        dataclasses.replace(t, token_ids=tuple(i - 1 for i in t.token_ids))
+        for t in given.episodes[0].turns
+    ]
     given.episodes[0] = dataclasses.replace(given.episodes[0], turns=tuple(turns))
-    with pytest.raises(SettingError, match=r"a turn of 'first' says .* but its tokens read .* expected episodes that were sampled"):
+    with pytest.raises(
+        SettingError,
+        match=(
+            r"a turn of 'first' says .* but its tokens read .* expected episodes that were sampled"
+        ),
+    ):
         given.check_tokens({"first": tokens, "last": tokens})
     given.check_tokens({"nobody": tokens})

@@ -7,7 +7,7 @@ import pytest
 
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.team import Fake, System, gather
-from marlora.agents.types import (Completion, Decision, Sampling, SettingError, Task, Turn)
+from marlora.agents.types import Completion, Decision, Sampling, SettingError, Task, Turn
 from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from marlora.rollouts.types import Episode, Reward
 from marlora.trainers.credit.counterfactual import counterfactual_rewards
@@ -18,7 +18,8 @@ CONFIG = CreditConfig(credit="counterfactual")
 
 @dataclass
 class Recorded:
-    """A player that gives the next of the scores told for (turn index, text that replaces it), and keeps what it was asked."""
+    """A player that gives the next of the scores told for (turn index, text that replaces it), and
+    keeps what it was asked."""
 
     scores: dict
     asked: list = field(default_factory=list)
@@ -26,27 +27,52 @@ class Recorded:
     async def play(self, job, version=None, *, given=(), replace=None, decisions=(), seed=None):
         ((index, completion),) = replace.items()
         self.asked.append(
-            {"job": job, "given": tuple(given), "index": index, "seed": seed, "decisions": decisions, "version": version}
+            {
+                "job": job,
+                "given": tuple(given),
+                "index": index,
+                "seed": seed,
+                "decisions": decisions,
+                "version": version,
+            }
         )
         score = self.scores[index, completion.text].pop(0)
         error = "gone" if score is None else None
-        return Episode(job.id, job.group, job.task, rewards=() if error else (Reward("correct", score),), error=error)
+        return Episode(
+            job.id,
+            job.group,
+            job.task,
+            rewards=() if error else (Reward("correct", score),),
+            error=error,
+        )
 
 
 def recorded(turns, reward, **fields):
-    return Episode("e", "g", Task("t", "?"), seed=5, turns=tuple(turns), rewards=(Reward("correct", reward),), **fields)
+    return Episode(
+        "e",
+        "g",
+        Task("t", "?"),
+        seed=5,
+        turns=tuple(turns),
+        rewards=(Reward("correct", reward),),
+        **fields,
+    )
 
 
 def run(player, episode, **settings):
     judged = asyncio.run(counterfactual_rewards(player, episode, CONFIG, **settings))
-    assert judged.turns == episode.turns and judged.rewards[: len(episode.rewards)] == episode.rewards
+    assert (
+        judged.turns == episode.turns and judged.rewards[: len(episode.rewards)] == episode.rewards
+    )
     return judged
 
 
 def test_difference_rewards():
     """R .8; without the turns .5, .8, .9: D = .3, 0, -.1."""
     episode = recorded(
-        [Turn(i, a, text=f"said {a}") for i, a in enumerate("abc")], 0.8, decisions=(Decision(0, "d", ("x",), "x", 0.0),)
+        [Turn(i, a, text=f"said {a}") for i, a in enumerate("abc")],
+        0.8,
+        decisions=(Decision(0, "d", ("x",), "x", 0.0),),
     )
     player = Recorded({(0, "-"): [0.5], (1, "-"): [0.8], (2, "-"): [0.9]})
     judged = run(player, dataclasses.replace(episode, team_version={"a": "a-v1"}), default="-")
@@ -54,7 +80,10 @@ def test_difference_rewards():
     assert [found["e", i, 0] for i in range(3)] == pytest.approx([0.3, 0.0, -0.1])
     asked = {a["index"]: a for a in player.asked}
     assert [t.index for t in asked[2]["given"]] == [0, 1] and asked[0]["given"] == ()
-    assert all(a["seed"] == 5 and a["version"] == {"a": "a-v1"} and a["decisions"] == episode.decisions for a in player.asked)
+    assert all(
+        a["seed"] == 5 and a["version"] == {"a": "a-v1"} and a["decisions"] == episode.decisions
+        for a in player.asked
+    )
     assert len({a["job"].id for a in player.asked} | {"e"}) == 4
 
 
@@ -66,8 +95,11 @@ def test_several_replays_are_averaged_with_seeds_of_their_own():
 
 
 def test_siblings_are_compared_by_what_follows_them():
-    """Replays (1,1,0,1), (0,1,0,0), (1,0,1,0): q (.75,.25,.5), A (.375,-.375,0). The episode is the taken answer's first play."""
-    turns = [Turn(0, "a", text=name, sibling=k, taken=k == 0) for k, name in enumerate("xyz")] + [Turn(1, "b", text="end")]
+    """Replays (1,1,0,1), (0,1,0,0), (1,0,1,0): q (.75,.25,.5), A (.375,-.375,0). The episode is the
+    taken answer's first play."""
+    turns = [Turn(0, "a", text=name, sibling=k, taken=k == 0) for k, name in enumerate("xyz")] + [
+        Turn(1, "b", text="end")
+    ]
     player = Recorded({(0, "x"): [1, 0, 1], (0, "y"): [0, 1, 0, 0], (0, "z"): [1, 0, 1, 0]})
     judged = run(player, recorded(turns, 1.0), baseline="siblings", num_replays=4)
     found = credit([judged], CONFIG)
@@ -78,13 +110,18 @@ def test_siblings_are_compared_by_what_follows_them():
 def test_a_replay_that_cannot_be_scored_is_left_out(caplog):
     player = Recorded({(0, ""): [None], (1, ""): [0.0]})
     judged = run(player, recorded([Turn(0, "a", text="x"), Turn(1, "b", text="y")], 1.0))
-    assert credit([judged], CONFIG) == {("e", 1, 0): 1.0} and "replay of turn 0 of e cannot be scored: gone" in caplog.text
+    assert (
+        credit([judged], CONFIG) == {("e", 1, 0): 1.0}
+        and "replay of turn 0 of e cannot be scored: gone" in caplog.text
+    )
 
 
 def test_nothing_is_replayed_for_written_turns_gold_turns_and_unscorable_episodes():
     turns = [Turn(0, "a", text="x", source="written"), Turn(1, "b", text="y", saw_gold=True)]
     assert run(Recorded({}), recorded(turns, 1.0)).rewards == (Reward("correct", 1.0),)
-    unscorable = asyncio.run(counterfactual_rewards(Recorded({}), recorded([Turn(0, "a")], math.nan), CONFIG))
+    unscorable = asyncio.run(
+        counterfactual_rewards(Recorded({}), recorded([Turn(0, "a")], math.nan), CONFIG)
+    )
     assert len(unscorable.rewards) == 1
     with pytest.raises(SettingError, match="baseline: expected default or siblings"):
         run(Recorded({}), recorded([], 1.0), baseline="mean")
@@ -100,19 +137,28 @@ def rollouts(system, answer):
         return await fake(call)
 
     speakers = {agent.policy: speak for agent in system.specs}
-    return EpisodeRunner(system, speakers, [lambda task, episode: float(episode.output == task.answer)], sampling=Sampling())
+    return EpisodeRunner(
+        system,
+        speakers,
+        [lambda task, episode: float(episode.output == task.answer)],
+        sampling=Sampling(),
+    )
 
 
 def test_replays_of_a_chain_tell_who_mattered():
-    """`first` finds the answer and `last` repeats what it is told; `idle`, in between, is read by nobody."""
+    """`first` finds the answer and `last` repeats what it is told; `idle`, in between, is read by
+    nobody."""
     views = {"first": "{prompt}", "idle": "hm", "last": "{first}"}
     player = rollouts(
-        Chain(["first", "idle", "last"], views=views), lambda agent, chat: {"first": "4"}.get(agent, chat[-1].content)
+        Chain(["first", "idle", "last"], views=views),
+        lambda agent, chat: {"first": "4"}.get(agent, chat[-1].content),
     )
 
     async def both():
         episode = await player.play(EpisodeRequest(Task("t", "2+2?", "4"), "g"))
-        return await counterfactual_rewards(player, episode, CreditConfig(reward_weights={"<lambda>": 1.0}), default="?")
+        return await counterfactual_rewards(
+            player, episode, CreditConfig(reward_weights={"<lambda>": 1.0}), default="?"
+        )
 
     found = credit([asyncio.run(both())], CONFIG)
     assert {index: value for (_, index, _), value in found.items()} == {0: 1.0, 1: 0.0, 2: 1.0}
@@ -120,7 +166,9 @@ def test_replays_of_a_chain_tell_who_mattered():
 
 class Best(System):
     async def run(self, task, team):
-        drafts = await gather(agent.reply(task.prompt, n=3, choose=lambda turns: 1) for agent in team)
+        drafts = await gather(
+            agent.reply(task.prompt, n=3, choose=lambda turns: 1) for agent in team
+        )
         return drafts[0].text
 
 
@@ -138,4 +186,8 @@ def test_replays_of_siblings_play_each_of_them():
         episode = await player.play(EpisodeRequest(Task("t", "2+2?", "4"), "g"))
         return await counterfactual_rewards(player, episode, config, baseline="siblings")
 
-    assert credit([asyncio.run(both())], CONFIG) == {(("g/0"), 0, 0): -0.5, ("g/0", 0, 1): 1.0, ("g/0", 0, 2): -0.5}
+    assert credit([asyncio.run(both())], CONFIG) == {
+        ("g/0", 0, 0): -0.5,
+        ("g/0", 0, 1): 1.0,
+        ("g/0", 0, 2): -0.5,
+    }

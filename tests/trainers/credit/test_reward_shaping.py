@@ -1,4 +1,5 @@
-"""MAPoRL's reward and bonus against numbers worked out by hand, and what makes an answer invalid."""
+"""MAPoRL's reward and bonus against numbers worked out by hand, and what makes an answer
+invalid."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ def flat(found: Table) -> list[float]:
 
 def test_discounted_sum_shared_by_all():
     """R[0][a] = (.2 + .3 x .7 + .09 x .8) / 1.39."""
-    assert flat(influence(SCORES)) == pytest.approx([0.346763, 0.850360, 0.646154, 0.8, 0.9, 0.7], abs=1e-6)
+    assert flat(influence(SCORES)) == pytest.approx(
+        [0.346763, 0.850360, 0.646154, 0.8, 0.9, 0.7], abs=1e-6
+    )
 
 
 def test_discounted_sum_of_ones_own():
@@ -32,13 +35,17 @@ def test_discounted_sum_of_ones_own():
 @pytest.mark.parametrize("horizon", ["discounted_sum", "last", "current"])
 @pytest.mark.parametrize("share", ["all", "individual"])
 def test_equal_scores_are_everybodys_reward(horizon, share):
-    assert flat(influence(table([0.4] * 3, [0.4] * 3, [0.4] * 3), horizon=horizon, share=share)) == pytest.approx([0.4] * 9)
+    assert flat(
+        influence(table([0.4] * 3, [0.4] * 3, [0.4] * 3), horizon=horizon, share=share)
+    ) == pytest.approx([0.4] * 9)
 
 
 def test_other_horizons():
     assert flat(influence(SCORES, horizon="last")) == pytest.approx([0.8] * 6)
     assert flat(influence(SCORES, horizon="last", share="individual")) == [0.9, 0.7] * 3
-    assert flat(influence(SCORES, horizon="current")) == pytest.approx([0.55, 0.55, 0.7, 0.7, 0.8, 0.8])
+    assert flat(influence(SCORES, horizon="current")) == pytest.approx(
+        [0.55, 0.55, 0.7, 0.7, 0.8, 0.8]
+    )
     assert flat(influence(SCORES, horizon="current", share="individual")) == flat(SCORES)
 
 
@@ -47,7 +54,9 @@ def test_a_penalty_enters_everybodys_sum_unless_it_is_the_owns_alone():
     assert influence(punished)[0]["a"] == pytest.approx(-0.818705, abs=1e-6)
     private = influence(SCORES, own=punished)
     assert private[0] == influence(SCORES)[0]
-    assert private[1] == pytest.approx({"a": influence(SCORES)[1]["a"], "b": (-10 + 0.3 * 0.8) / 1.3})
+    assert private[1] == pytest.approx(
+        {"a": influence(SCORES)[1]["a"], "b": (-10 + 0.3 * 0.8) / 1.3}
+    )
 
 
 def test_what_was_not_played_is_in_no_sum():
@@ -60,9 +69,17 @@ def test_what_was_not_played_is_in_no_sum():
     ("rows", "where", "expected"),
     [
         (([0, 1], [1, 1], [1, 1]), (1, "a"), 1.0),  # it followed the right one
-        (([0, 0], [1, 0], [1, 1]), (1, "a"), 1.75),  # right by itself (2), and the code punishes that the other then was (.25)
+        (
+            ([0, 0], [1, 0], [1, 1]),
+            (1, "a"),
+            1.75,
+        ),  # right by itself (2), and the code punishes that the other then was (.25)
         (([0, 0], [1, 0], [1, 1]), (2, "b"), 1.0),
-        (([1, 0], [0, 0], [0, 0]), (1, "a"), -1.0),  # it followed the wrong one; no sentinel that needs .001
+        (
+            ([1, 0], [0, 0], [0, 0]),
+            (1, "a"),
+            -1.0,
+        ),  # it followed the wrong one; no sentinel that needs .001
     ],
 )
 def test_bonus_with_the_codes_signs(rows, where, expected):
@@ -86,12 +103,18 @@ def test_bonus_with_the_codes_signs(rows, where, expected):
     ],
 )
 def test_bonus_with_the_papers_signs(rows, where, expected):
-    assert shaping(table(*rows), WEIGHTS, "paper_sign")[where[0]][where[1]] == pytest.approx(expected)
+    assert shaping(table(*rows), WEIGHTS, "paper_sign")[where[0]][where[1]] == pytest.approx(
+        expected
+    )
 
 
 def test_a_tie_among_the_others_gives_no_bonus_and_one_alone_is_never_persuaded():
     assert shaping(table([0, 0, 1], [1, 0, 1]), WEIGHTS, "paper_sign")[1]["a"] == 0.0
-    assert shaping([{"a": 0}, {"a": 1}, {"a": 0}], WEIGHTS, "paper_sign") == [{"a": 0.0}, {"a": 1.0}, {"a": -1.0}]
+    assert shaping([{"a": 0}, {"a": 1}, {"a": 0}], WEIGHTS, "paper_sign") == [
+        {"a": 0.0},
+        {"a": 1.0},
+        {"a": -1.0},
+    ]
     assert shaping([{"a": 0}, {"a": 1}], WEIGHTS, "code_sign") == [{"a": 0.0}, {"a": 2.0}]
 
 

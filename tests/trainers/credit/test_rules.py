@@ -1,4 +1,5 @@
-"""Credit rules against numbers worked by hand (no rule checks itself), then what must hold for any rewards."""
+"""Credit rules against numbers worked by hand (no rule checks itself), then what must hold for any
+rewards."""
 
 import dataclasses
 import math
@@ -16,9 +17,20 @@ NAN = math.nan
 
 def episode(id, reward=None, agents="a", group="g", **fields):
     """An episode whose agents speak in this order, with one team reward (None: no reward)."""
-    turns = tuple(Turn(i, agent, token_ids=(1,), logprobs=(-1.0,)) for i, agent in enumerate(agents))
+    turns = tuple(
+        Turn(i, agent, token_ids=(1,), logprobs=(-1.0,)) for i, agent in enumerate(agents)
+    )
     rewards = () if reward is None else (Reward("correct", reward),)
-    return Episode(**{"id": str(id), "group": group, "task": Task("t", "?"), "turns": turns, "rewards": rewards, **fields})
+    return Episode(
+        **{
+            "id": str(id),
+            "group": group,
+            "task": Task("t", "?"),
+            "turns": turns,
+            "rewards": rewards,
+            **fields,
+        }
+    )
 
 
 def group(rewards, agents="a", name="g"):
@@ -45,10 +57,30 @@ def near(*values):
 @pytest.mark.parametrize(
     ("rewards", "grpo", "rloo", "dr_grpo"),
     [
-        ((1, 0, 0, 1), (0.865875, -0.865875, -0.865875, 0.865875), (2 / 3, -2 / 3, -2 / 3, 2 / 3), (0.5, -0.5, -0.5, 0.5)),
-        ((1, 0, 0, 0), (1.499700, -0.499900, -0.499900, -0.499900), (1, -1 / 3, -1 / 3, -1 / 3), (0.75, -0.25, -0.25, -0.25)),
-        ((0.2, 0.5, 0.9, 0.4), (-1.018703, 0, 1.358271, -0.339568), (-0.4, 0, 0.533333, -0.133333), (-0.3, 0, 0.4, -0.1)),
-        ((1, 0, NAN, 0), (1.154501, -0.577250, 0, -0.577250), (1, -0.5, 0, -0.5), (2 / 3, -1 / 3, 0, -1 / 3)),
+        (
+            (1, 0, 0, 1),
+            (0.865875, -0.865875, -0.865875, 0.865875),
+            (2 / 3, -2 / 3, -2 / 3, 2 / 3),
+            (0.5, -0.5, -0.5, 0.5),
+        ),
+        (
+            (1, 0, 0, 0),
+            (1.499700, -0.499900, -0.499900, -0.499900),
+            (1, -1 / 3, -1 / 3, -1 / 3),
+            (0.75, -0.25, -0.25, -0.25),
+        ),
+        (
+            (0.2, 0.5, 0.9, 0.4),
+            (-1.018703, 0, 1.358271, -0.339568),
+            (-0.4, 0, 0.533333, -0.133333),
+            (-0.3, 0, 0.4, -0.1),
+        ),
+        (
+            (1, 0, NAN, 0),
+            (1.154501, -0.577250, 0, -0.577250),
+            (1, -0.5, 0, -0.5),
+            (2 / 3, -1 / 3, 0, -1 / 3),
+        ),
     ],
 )
 def test_group_rules(rewards, grpo, rloo, dr_grpo):
@@ -59,14 +91,18 @@ def test_group_rules(rewards, grpo, rloo, dr_grpo):
 
 
 def test_epsilon_is_added_to_the_spread():
-    assert advantages("grpo", (1, 0, 0, 1), advantage_epsilon=1e-6)[0] == pytest.approx(0.866024, abs=1e-6)
+    assert advantages("grpo", (1, 0, 0, 1), advantage_epsilon=1e-6)[0] == pytest.approx(
+        0.866024, abs=1e-6
+    )
     assert max(advantages("grpo", (0.5, 0.5, 0.5, 0.5001))) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_the_batch_spread_is_over_all_rewards_and_the_mean_is_still_the_group_s():
     episodes = group((1, 0, 0, 1), name="g") + group((1, 0, 0, 0), name="h")
     found = by_episode(credit(episodes, CreditConfig(scale_rewards="batch")), episodes)
-    assert found == near(0.965905, -0.965905, -0.965905, 0.965905, 1.448858, -0.482953, -0.482953, -0.482953)
+    assert found == near(
+        0.965905, -0.965905, -0.965905, 0.965905, 1.448858, -0.482953, -0.482953, -0.482953
+    )
 
 
 @pytest.mark.parametrize("rule", ["grpo", "rloo", "dr_grpo", "dr_mas"])
@@ -85,13 +121,17 @@ def test_every_taken_turn_shares_the_advantage_and_nothing_else_gets_one():
     )
     first = dataclasses.replace(first, turns=(first.turns[0], *odd))
     found = credit([first, second], CreditConfig())
-    assert set(found) == {("g0", 0, 0), ("g1", 0, 0), ("g1", 1, 0), ("g1", 2, 0)} and has_signal(found)
+    assert set(found) == {("g0", 0, 0), ("g1", 0, 0), ("g1", 1, 0), ("g1", 2, 0)} and has_signal(
+        found
+    )
     assert found["g1", 0, 0] == found["g1", 2, 0] == -found["g0", 0, 0]
 
 
 def test_failed_episodes_are_neither_trained_nor_counted():
     episodes = [*group((1, 0, 0)), episode("bad", 1.0, error="timeout"), episode("none")]
-    assert by_episode(credit(episodes, CreditConfig(credit="dr_grpo")), episodes) == near(2 / 3, -1 / 3, -1 / 3, 0, 0)
+    assert by_episode(credit(episodes, CreditConfig(credit="dr_grpo")), episodes) == near(
+        2 / 3, -1 / 3, -1 / 3, 0, 0
+    )
 
 
 # team, agent, turn
@@ -106,7 +146,10 @@ def test_team_reward_discounted_by_position():
 
 @pytest.mark.parametrize(
     ("clock", "expected"),
-    [("global", (0.885700, 0.873000, 0.970000, 1.300000)), ("own", (0.820000, 1.170000, 0.800000, 1.300000))],
+    [
+        ("global", (0.885700, 0.873000, 0.970000, 1.300000)),
+        ("own", (0.820000, 1.170000, 0.800000, 1.300000)),
+    ],
 )
 def test_returns_of_turns(clock, expected):
     """Planner speaks at 0 and 2, coder at 1 and 3; r (.1, 0, -.2, .3), R 1, discount .9."""
@@ -118,7 +161,9 @@ def test_returns_of_turns(clock, expected):
 
 def test_returns_of_turns_need_a_reward_that_can_be_scored():
     some = [
-        episode("a", agents="ab", rewards=(Reward("step", 0.5, turn=1),)),  # no team reward at all: it adds nothing
+        episode(
+            "a", agents="ab", rewards=(Reward("step", 0.5, turn=1),)
+        ),  # no team reward at all: it adds nothing
         episode("b", agents="ab", rewards=(Reward("step", NAN, turn=0), Reward("correct", 1.0))),
         episode("c", agents="ab"),
         episode("d", agents="ab", rewards=(Reward("step", 0.5, turn=1),), error="timeout"),
@@ -128,7 +173,13 @@ def test_returns_of_turns_need_a_reward_that_can_be_scored():
 
 def test_agents_have_their_own_rewards_or_the_team_s():
     one = episode(
-        "e", agents="abc", rewards=(Reward("correct", 1.0), Reward("tidy", 0.25, agent="a"), Reward("tidy", NAN, agent="c"))
+        "e",
+        agents="abc",
+        rewards=(
+            Reward("correct", 1.0),
+            Reward("tidy", 0.25, agent="a"),
+            Reward("tidy", NAN, agent="c"),
+        ),
     )
     assert credit([one], CreditConfig(credit="agent")) == {("e", 0, 0): 0.25, ("e", 1, 0): 1.0}
 
@@ -140,21 +191,31 @@ def test_dr_mas_gives_every_agent_its_own_statistics():
     """Solver (1,1,0,1) and verifier (.2,.1,0,.3): pooled, the verifier would never be praised."""
     solver, verifier = (1, 1, 0, 1), (0.2, 0.1, 0, 0.3)
     episodes = [
-        episode(f"e{i}", agents="sv", rewards=(Reward("own", s, agent="s"), Reward("own", v, agent="v")))
+        episode(
+            f"e{i}", agents="sv", rewards=(Reward("own", s, agent="s"), Reward("own", v, agent="v"))
+        )
         for i, (s, v) in enumerate(zip(solver, verifier, strict=True))
     ]
     found = credit(episodes, CreditConfig(credit="dr_mas", advantage_epsilon=1e-6))
     assert [found[f"e{i}", 0, 0] for i in range(4)] == near(0.499999, 0.499999, -1.499997, 0.499999)
-    assert [found[f"e{i}", 1, 0] for i in range(4)] == near(0.387295, -0.387295, -1.161886, 1.161886)
+    assert [found[f"e{i}", 1, 0] for i in range(4)] == near(
+        0.387295, -0.387295, -1.161886, 1.161886
+    )
 
 
 def test_dr_mas_counts_turns_and_a_missing_agent_is_no_zero():
     """R (1,0,1,0), the agent called (1,3,2,0) times: rows (1,0,0,0,1,1), mean .5, A +-.912869."""
-    episodes = [episode(f"e{i}", r, "s" + "a" * n) for i, (r, n) in enumerate([(1, 1), (0, 3), (1, 2), (0, 0)])]
+    episodes = [
+        episode(f"e{i}", r, "s" + "a" * n)
+        for i, (r, n) in enumerate([(1, 1), (0, 3), (1, 2), (0, 0)])
+    ]
     found = credit(episodes, CreditConfig(credit="dr_mas", advantage_epsilon=1e-6))
     rows = {key: value for key, value in found.items() if key[1] > 0}
     assert len(rows) == 6 and ("e3", 1, 0) not in found
-    assert all(value == pytest.approx(0.912869 if key[0] in ("e0", "e2") else -0.912869, abs=1e-6) for key, value in rows.items())
+    assert all(
+        value == pytest.approx(0.912869 if key[0] in ("e0", "e2") else -0.912869, abs=1e-6)
+        for key, value in rows.items()
+    )
 
 
 SIBLINGS = (
@@ -176,22 +237,32 @@ def with_siblings(team_scores, own_scores, id="e"):
 @pytest.mark.parametrize(("weight", "scale", "expected"), SIBLINGS)
 def test_at_grpo_compares_and_trains_all_siblings(weight, scale, expected):
     one = with_siblings((1, 0, 1, 0), (0.5, 0.2, -0.5, 0.8))
-    config = CreditConfig(credit="at_grpo", team_weight=weight, scale_rewards=scale, advantage_epsilon=1e-6)
+    config = CreditConfig(
+        credit="at_grpo", team_weight=weight, scale_rewards=scale, advantage_epsilon=1e-6
+    )
     found = credit([one], config)
     assert [found["e", 0, k] for k in range(4)] == near(*expected)
 
 
 def test_at_grpo_does_not_compare_different_states():
-    """Two episodes whose only siblings agree within each: nothing to learn, although they differ from one another."""
+    """Two episodes whose only siblings agree within each: nothing to learn, although they differ
+    from one another."""
     episodes = [with_siblings((1, 1), (0, 0), "e"), with_siblings((0, 0), (0, 0), "f")]
     assert credit(episodes, CreditConfig(credit="at_grpo")) == {}
-    assert credit(group((1, 0)), CreditConfig(credit="at_grpo")) == {}  # no siblings, no scores of turns
+    assert (
+        credit(group((1, 0)), CreditConfig(credit="at_grpo")) == {}
+    )  # no siblings, no scores of turns
 
 
 def test_rae_compares_a_role_with_its_own_past():
-    """Role rewards (1,-1), (1,-1), (-1,1), decay .95: A 1, .95, -1.0975; the baselines end at +-.042625."""
+    """Role rewards (1,-1), (1,-1), (-1,1), decay .95: A 1, .95, -1.0975; the baselines end at
+    +-.042625."""
     games = [
-        episode(f"e{i}", agents="xy", rewards=(Reward("win", r, agent="x"), Reward("win", -r, agent="y")))
+        episode(
+            f"e{i}",
+            agents="xy",
+            rewards=(Reward("win", r, agent="x"), Reward("win", -r, agent="y")),
+        )
         for i, r in enumerate((1, 1, -1))
     ]
     state = {}
@@ -210,12 +281,22 @@ def test_rae_remembers_between_steps_and_only_what_it_saw():
     for game in games:
         apart |= credit([game], config, parts)
     assert together == apart and whole == parts
-    assert together == pytest.approx({("e0", 0, 0): 0.5, ("e0", 1, 0): 1.0, ("e2", 0, 0): 0.225, ("e2", 1, 0): 0.45})
+    assert together == pytest.approx(
+        {("e0", 0, 0): 0.5, ("e0", 1, 0): 1.0, ("e2", 0, 0): 0.225, ("e2", 1, 0): 0.45}
+    )
 
 
 def test_success_keeps_correct_episodes_whole():
-    written = dataclasses.replace(episode("w", 1.0, "ab"), turns=(Turn(0, "a", source="written"), Turn(1, "b", saw_gold=True)))
-    episodes = [episode("x", 1.0, "ab"), episode("y", 0.99, "ab"), episode("z", NAN), written, episode("f", 1.0, error="timeout")]
+    written = dataclasses.replace(
+        episode("w", 1.0, "ab"), turns=(Turn(0, "a", source="written"), Turn(1, "b", saw_gold=True))
+    )
+    episodes = [
+        episode("x", 1.0, "ab"),
+        episode("y", 0.99, "ab"),
+        episode("z", NAN),
+        written,
+        episode("f", 1.0, error="timeout"),
+    ]
     found = credit(episodes, CreditConfig(credit="success"))
     assert found == {("x", 0, 0): 1.0, ("x", 1, 0): 1.0, ("w", 0, 0): 1.0}
     assert ("y", 0, 0) in credit(episodes, CreditConfig(credit="success", success_threshold=0.9))
@@ -224,7 +305,10 @@ def test_success_keeps_correct_episodes_whole():
 def test_counterfactual_takes_what_replays_have_found():
     shown = [Reward("counterfactual", v, agent="a", turn=i) for i, v in ((0, 0.3), (2, -0.1))]
     one = episode("e", 0.8, "aba", rewards=(Reward("correct", 0.8), *shown))
-    assert credit([one], CreditConfig(credit="counterfactual")) == {("e", 0, 0): 0.3, ("e", 2, 0): -0.1}
+    assert credit([one], CreditConfig(credit="counterfactual")) == {
+        ("e", 0, 0): 0.3,
+        ("e", 2, 0): -0.1,
+    }
     # other rules do not mix them into the agent's reward
     assert credit([one], CreditConfig(credit="agent"))["e", 0, 0] == 0.8
 
@@ -252,8 +336,12 @@ def test_nan_of_a_reward_without_weight_does_no_harm():
 
 
 def test_an_episode_that_lacks_a_reward_of_its_group_is_unscorable():
-    """A judge that failed on one episode must not make it look worse by what the judge would have given."""
-    complete = [episode(f"e{i}", rewards=(Reward("correct", r), Reward("judge", 0.5))) for i, r in enumerate((1.0, 0.0))]
+    """A judge that failed on one episode must not make it look worse by what the judge would have
+    given."""
+    complete = [
+        episode(f"e{i}", rewards=(Reward("correct", r), Reward("judge", 0.5)))
+        for i, r in enumerate((1.0, 0.0))
+    ]
     torn = episode("e2", rewards=(Reward("correct", 1.0), Reward("my_judge_fn", NAN)))
     found = credit([*complete, torn], CreditConfig(credit="dr_grpo"))
     assert found == {("e0", 0, 0): 0.5, ("e1", 0, 0): -0.5}
@@ -297,7 +385,9 @@ def test_centred_rules_sum_to_zero(rewards, rule):
 @settings(max_examples=40, deadline=None)
 @given(rewards=scores, rule=centred, shift=st.integers(-3, 3))
 def test_a_shift_of_all_rewards_changes_nothing(rewards, rule, shift):
-    assert advantages(rule, [r + shift for r in rewards]) == pytest.approx(advantages(rule, rewards), abs=1e-9)
+    assert advantages(rule, [r + shift for r in rewards]) == pytest.approx(
+        advantages(rule, rewards), abs=1e-9
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -307,14 +397,19 @@ def test_a_scale_changes_nothing_only_with_the_spread(rewards, scale):
     assert advantages("grpo", scaled, advantage_epsilon=0.0) == pytest.approx(
         advantages("grpo", rewards, advantage_epsilon=0.0), abs=1e-9
     )
-    assert advantages("dr_grpo", scaled) == pytest.approx([a * scale for a in advantages("dr_grpo", rewards)], abs=1e-9)
+    assert advantages("dr_grpo", scaled) == pytest.approx(
+        [a * scale for a in advantages("dr_grpo", rewards)], abs=1e-9
+    )
 
 
 @settings(max_examples=40, deadline=None)
 @given(rewards=scores)
 def test_a_failed_episode_beside_the_others_changes_nothing(rewards):
     episodes = group(rewards)
-    alone, beside = credit(episodes, CreditConfig()), credit([*episodes, episode("x", 1.0, error="gone")], CreditConfig())
+    alone, beside = (
+        credit(episodes, CreditConfig()),
+        credit([*episodes, episode("x", 1.0, error="gone")], CreditConfig()),
+    )
     assert alone == beside
 
 
@@ -326,8 +421,15 @@ def test_renaming_agents_permutes_credit_and_order_does_not_matter(data, rule):
     for i in range(data.draw(st.integers(1, 4))):
         agents = data.draw(st.text("ab", min_size=1, max_size=4))
         values = data.draw(st.lists(st.integers(0, 4).map(lambda n: n / 4), min_size=4, max_size=4))
-        rewards = [Reward("correct", values[0]), Reward("own", values[1], agent="a"), Reward("own", values[2], agent="b")]
-        rewards += [Reward("step", values[3], turn=0), Reward("counterfactual", values[1], agent=agents[0], turn=0)]
+        rewards = [
+            Reward("correct", values[0]),
+            Reward("own", values[1], agent="a"),
+            Reward("own", values[2], agent="b"),
+        ]
+        rewards += [
+            Reward("step", values[3], turn=0),
+            Reward("counterfactual", values[1], agent=agents[0], turn=0),
+        ]
         episodes.append(episode(i, agents=agents, rewards=tuple(rewards)))
         named = tuple(dataclasses.replace(r, agent=other.get(r.agent)) for r in rewards)
         swapped.append(episode(i, agents="".join(other[a] for a in agents), rewards=named))

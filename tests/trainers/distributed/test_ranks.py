@@ -22,7 +22,14 @@ BIN = Path(sys.executable).parent
 
 
 def torchrun(count: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(count),
+    ]
 
 
 TORCHRUN = torchrun(2)
@@ -30,8 +37,15 @@ ACCELERATE = [str(BIN / "accelerate"), "launch"]
 
 
 def start(command: list[str], **settings: str) -> subprocess.CompletedProcess[str]:
-    env = clean_environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT), TOKENIZERS_PARALLELISM="false")
-    return subprocess.run(command, cwd=ROOT, env={**env, **settings}, capture_output=True, text=True, timeout=280)
+    env = clean_environment(
+        OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
+        PYTHONPATH=str(ROOT),
+        TOKENIZERS_PARALLELISM="false",
+    )
+    return subprocess.run(
+        command, cwd=ROOT, env={**env, **settings}, capture_output=True, text=True, timeout=280
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +55,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model = tiny_random_model(folder / "model")
     found = []
     for name, launcher in (("one", [sys.executable]), ("two", TORCHRUN)):
-        done = start([*launcher, "-m", "tests.trainers.rank_program", str(folder / name), str(model)])
+        done = start(
+            [*launcher, "-m", "tests.trainers.rank_program", str(folder / name), str(model)]
+        )
         assert done.returncode == 0, done.stderr[-4000:]
         found.append(folder / name)
     return found[0], found[1]
@@ -51,7 +67,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def four(runs: tuple[Path, Path]) -> Path:
     """The same run of four."""
     folder = runs[0].with_name("four")
-    done = start([*torchrun(4), "-m", "tests.trainers.rank_program", str(folder), str(folder.with_name("model"))])
+    done = start(
+        [
+            *torchrun(4),
+            "-m",
+            "tests.trainers.rank_program",
+            str(folder),
+            str(folder.with_name("model")),
+        ]
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -61,7 +85,9 @@ def said(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def tensors(folder: Path, policy: str) -> torch.Tensor:
-    found = load_file(folder / "checkpoints/step-000003/adapters" / policy / "adapter_model.safetensors")
+    found = load_file(
+        folder / "checkpoints/step-000003/adapters" / policy / "adapter_model.safetensors"
+    )
     return torch.cat([found[key].flatten() for key in sorted(found)]).double()
 
 
@@ -94,7 +120,9 @@ def test_four_ranks_train_what_one_trains(runs: tuple[Path, Path], four: Path) -
     assert_trained_alike(four, runs[0])
     assert len({json.dumps(said(four, rank)["sha256"]) for rank in range(4)}) == 1
     batches = said(four, 3)["batches"]
-    assert batches[2:4] == [[1, 0, 0, 0]] * 2, "in the second step three ranks have no samples of either agent, and join"
+    assert batches[2:4] == [[1, 0, 0, 0]] * 2, (
+        "in the second step three ranks have no samples of either agent, and join"
+    )
 
 
 def assert_trained_alike(ours: Path, theirs: Path) -> None:
@@ -108,7 +136,14 @@ def assert_trained_alike(ours: Path, theirs: Path) -> None:
             a, b = mine["policies"][policy], other["policies"][policy]
             assert a.keys() == b.keys() and a["grad_norm"] > 0
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-6)
-            for key in ("tokens", "sequences", "entropy", "truncated", "constant_groups", "clipped"):
+            for key in (
+                "tokens",
+                "sequences",
+                "entropy",
+                "truncated",
+                "constant_groups",
+                "clipped",
+            ):
                 assert a[key] == pytest.approx(b[key], rel=1e-6)
 
 
@@ -117,7 +152,8 @@ def test_every_rank_holds_the_same_adapters(runs: tuple[Path, Path]) -> None:
 
 
 def test_a_rank_without_samples_of_an_agent_joins(runs: tuple[Path, Path]) -> None:
-    """That the run has ended shows it; here, that it came to this: by step and policy, batches dealt to each rank."""
+    """That the run has ended shows it; here, that it came to this: by step and policy, batches
+    dealt to each rank."""
     batches = said(runs[1], 1)["batches"]
     assert len(batches) == 3 * 2
     assert batches[2:4] == [[1, 0], [1, 0]]
@@ -136,7 +172,13 @@ def test_rank_0_alone_writes(runs: tuple[Path, Path]) -> None:
 LAUNCHES = {
     "python -m": [sys.executable, "-m", "marlora.recipes.grpo_team"],
     "accelerate launch": [*ACCELERATE, "recipes/grpo_team.py"],
-    "accelerate launch --cpu --num_processes 2": [*ACCELERATE, "--cpu", "--num_processes", "2", "recipes/grpo_team.py"],
+    "accelerate launch --cpu --num_processes 2": [
+        *ACCELERATE,
+        "--cpu",
+        "--num_processes",
+        "2",
+        "recipes/grpo_team.py",
+    ],
     "torchrun": [*TORCHRUN, "recipes/grpo_team.py"],
 }
 
@@ -148,7 +190,16 @@ def test_every_way_to_launch_a_recipe_gives_the_same_run(tmp_path: Path) -> None
     found = {}
     for number, (name, command) in enumerate(LAUNCHES.items()):
         folder = tmp_path / str(number)
-        options = ["--max_steps", "2", "--num_eval_tasks", "10", "--tokens_per_batch", "512", "--output_dir", str(folder)]
+        options = [
+            "--max_steps",
+            "2",
+            "--num_eval_tasks",
+            "10",
+            "--tokens_per_batch",
+            "512",
+            "--output_dir",
+            str(folder),
+        ]
         done = start([*command, *options])
         assert done.returncode == 0, f"{name}: {done.stderr[-4000:]}"
         assert "held-out accuracy" in done.stdout
@@ -158,17 +209,20 @@ def test_every_way_to_launch_a_recipe_gives_the_same_run(tmp_path: Path) -> None
     for name, summary in found.items():
         assert summary["eval"]["after"] == first["eval"]["after"], name
         assert summary["tokens"] == first["tokens"], name
-        if name == "accelerate launch":  # two ranks add in another order: equal within the contract, not to the last bit
+        if (
+            name == "accelerate launch"
+        ):  # two ranks add in another order: equal within the contract, not to the last bit
             assert summary["policies"] == first["policies"], name
 
 
 def test_a_rank_that_stalls_ends_all_with_their_stacks() -> None:
-    """Rank 1 never joins the second sum. Rank 0, which waits for it, says so; the stacks show where rank 1 is; the launcher has code 1."""
+    """Rank 1 never joins the second sum. Rank 0, which waits for it, says so; the stacks show where
+    rank 1 is; the launcher has code 1."""
     done = start([*TORCHRUN, "-m", "tests.trainers.stalled_program", "sleep"])
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert line == (
-        "error: hung: rank 0 has waited 3 s in collective number 2 (sum of gradients) for "
+    assert (
+        line == "error: hung: rank 0 has waited 3 s in collective number 2 (sum of gradients) for "
         "rank 1, which has been in none since number 1; stacks of all ranks follow"
     )
     stacks = done.stderr.split("stacks of rank ")[1:]
@@ -182,7 +236,8 @@ def test_a_rank_that_stalls_ends_all_with_their_stacks() -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_keeps_the_interpreter_to_itself_ends_too() -> None:
-    """No thread of Python runs there: the timer in C writes the stacks and ends it, before it holds up anybody."""
+    """No thread of Python runs there: the timer in C writes the stacks and ends it, before it holds
+    up anybody."""
     done = start([*TORCHRUN, "-m", "tests.trainers.stalled_program", "frozen"])
     assert done.returncode == 1
     assert "Timeout" in done.stderr and "in freeze_here" in done.stderr
@@ -190,12 +245,15 @@ def test_a_rank_that_keeps_the_interpreter_to_itself_ends_too() -> None:
 
 @pytest.mark.slow
 def test_a_failure_of_rank_0_ends_both_with_one_line(tmp_path: Path) -> None:
-    """An earlier run's folder is refused on rank 0 only; the other rank must neither wait nor complain."""
+    """An earlier run's folder is refused on rank 0 only; the other rank must neither wait nor
+    complain."""
     model = tiny_random_model(tmp_path / "model")
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text("model: other\n")
-    done = start([*TORCHRUN, "recipes/grpo_team.py", "--model", str(model), "--output_dir", str(folder)])
+    done = start(
+        [*TORCHRUN, "recipes/grpo_team.py", "--model", str(model), "--output_dir", str(folder)]
+    )
     assert done.returncode == 1
     assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
     assert "holds an earlier run" in done.stderr and os.listdir(folder) == ["config.yaml"]

@@ -17,7 +17,9 @@ GPUS = {str(number): 80.0 * GIB for number in range(4)}
 
 def lines(gpus: dict[str, float], ranks: int = 1, bases: int = 1, **settings: object) -> list[str]:
     node = Node("n1", gpus, 23 * GIB, ranks, ranks)
-    found = placement(RunConfig(engine="vllm", **settings), {f"m{k}": NEED for k in range(bases)}, node)  # type: ignore[arg-type]
+    found = placement(
+        RunConfig(engine="vllm", **settings), {f"m{k}": NEED for k in range(bases)}, node
+    )  # type: ignore[arg-type]
     return [" ".join(line.split()) for line in found]
 
 
@@ -38,7 +40,11 @@ def test_three_trainers_and_a_server_with_a_gpu_of_its_own() -> None:
 
 def test_one_gpu_is_shared_by_the_printed_split() -> None:
     found = lines({"2": 80.0 * GIB})
-    assert found[2] == "server 0 GPU 2 beside trainer 0, 127.0.0.1, a free port: 78% of its memory, 8.00 GiB of weights"
+    assert (
+        found[2]
+        == "server 0 GPU 2 beside trainer 0, 127.0.0.1, a free port: 78% of its memory, 8.00 GiB of"
+        " weights"
+    )
     assert found[3].startswith("memory: trainer about 18.0 GiB of the GPU's 80")
     with pytest.raises(SettingError, match=r"server_memory: .*a server needs at least"):
         lines({"0": 16.0 * GIB})

@@ -1,4 +1,5 @@
-"""Who may speak in a trained team: warm starts, frozen, shared and outside policies, the bare base, two bases, a user's own System."""
+"""Who may speak in a trained team: warm starts, frozen, shared and outside policies, the bare base,
+two bases, a user's own System."""
 
 from __future__ import annotations
 
@@ -34,29 +35,50 @@ def earlier(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The last checkpoint of a run of two steps; both adapters have moved."""
     folder = tmp_path_factory.mktemp("runs") / "earlier"
     torch.set_num_threads(1)
-    GRPOTrainer(system=tiny_chain(), rewards=[bytes_mod_7], args=config(folder, model, max_steps=2)).train()
+    GRPOTrainer(
+        system=tiny_chain(), rewards=[bytes_mod_7], args=config(folder, model, max_steps=2)
+    ).train()
     return folder / "checkpoints" / "step-000002"
 
 
-def train(folder: Path, model: Path, system: Any = None, **changes: Any) -> tuple[dict[str, Any], Run]:
+def train(
+    folder: Path, model: Path, system: Any = None, **changes: Any
+) -> tuple[dict[str, Any], Run]:
     settings = {"max_steps": 1, **changes}
-    trainer = GRPOTrainer(system=system or Chain(**CHAIN), rewards=[bytes_mod_7], args=config(folder, model, **settings))
+    trainer = GRPOTrainer(
+        system=system or Chain(**CHAIN),
+        rewards=[bytes_mod_7],
+        args=config(folder, model, **settings),
+    )
     return trainer.train(), trainer.run
 
 
 def turns(folder: Path, agent: str, step: int = 1) -> list[Turn]:
     """The turns an agent took in a step's training episodes."""
-    found = [t for e in Store(folder / "episodes").read(step=step) if e.id.startswith("train") for t in e.turns if t.agent == agent]
+    found = [
+        t
+        for e in Store(folder / "episodes").read(step=step)
+        if e.id.startswith("train")
+        for t in e.turns
+        if t.agent == agent
+    ]
     assert found
     return found
 
 
 def proofs(folder: Path, policy: str) -> list[dict[str, Any]]:
-    return [proof for proof in json.loads((folder / "proofs.json").read_text()) if proof["policy"] == policy]
+    return [
+        proof
+        for proof in json.loads((folder / "proofs.json").read_text())
+        if proof["policy"] == policy
+    ]
 
 
 def moved(summary: dict[str, Any]) -> dict[str, bool]:
-    return {name: entry["sha256_before"] != entry["sha256_after"] for name, entry in summary["policies"].items()}
+    return {
+        name: entry["sha256_before"] != entry["sha256_after"]
+        for name, entry in summary["policies"].items()
+    }
 
 
 # the ten lines
@@ -65,7 +87,14 @@ def moved(summary: dict[str, Any]) -> dict[str, bool]:
 def test_ten_lines_in_a_notebook(model: Path, tmp_path: Path) -> None:
     async def cell() -> None:  # a loop is running, as in a notebook
         team = Chain(["solver", "reviewer"])
-        small = dict(engine="transformers", max_steps=1, tasks_per_step=2, num_generations=2, max_completion_length=4, lora_r=2)
+        small = dict(
+            engine="transformers",
+            max_steps=1,
+            tasks_per_step=2,
+            num_generations=2,
+            max_completion_length=4,
+            lora_r=2,
+        )
         args = GRPOConfig(output_dir=str(tmp_path / "first"), num_eval_tasks=3, **small)  # type: ignore[arg-type]
         trainer = GRPOTrainer(model=str(model), system=team, tasks="arithmetic", args=args)
         summary = trainer.train()
@@ -81,24 +110,49 @@ def test_ten_lines_in_a_notebook(model: Path, tmp_path: Path) -> None:
 
 def test_the_summary_has_every_pinned_key(model: Path, tmp_path: Path) -> None:
     summary, _ = train(tmp_path / "run", model)
-    keys = {"recipe", "model", "engine", "steps", "seconds", "tokens", "policies", "live_proof", "eval"}
+    keys = {
+        "recipe",
+        "model",
+        "engine",
+        "steps",
+        "seconds",
+        "tokens",
+        "policies",
+        "live_proof",
+        "eval",
+    }
     assert keys <= set(summary)
-    assert {"total", "rollout", "train", "publish"} <= set(summary["seconds"]) and {"sampled", "trained"} <= set(summary["tokens"])
+    assert {"total", "rollout", "train", "publish"} <= set(summary["seconds"]) and {
+        "sampled",
+        "trained",
+    } <= set(summary["tokens"])
     assert set(summary["policies"]) == {"first", "last"}
     for entry in summary["policies"].values():
         assert set(entry) >= {"trainable_parameters", "sha256_before", "sha256_after"}
-        assert entry["trainable_parameters"] == 2 * (4 * (32 + 32) + 4 * (32 + 32))  # 2 layers, r = 4, q and v of 32 x 32
+        assert entry["trainable_parameters"] == 2 * (
+            4 * (32 + 32) + 4 * (32 + 32)
+        )  # 2 layers, r = 4, q and v of 32 x 32
     assert set(summary["live_proof"]) >= {"checks", "passed", "untrained", "failed", "max_residual"}
     assert (summary["live_proof"]["passed"], summary["live_proof"]["failed"]) == (2, 0)
     for when in ("before", "after"):
         assert {"accuracy", "ci95", "num_tasks"} <= set(summary["eval"][when])
     assert {"difference", "ci95"} <= set(summary["eval"]["paired"])
-    assert (summary["recipe"], summary["engine"], summary["steps"]) == ("GRPOTrainer", "transformers", 1)
+    assert (summary["recipe"], summary["engine"], summary["steps"]) == (
+        "GRPOTrainer",
+        "transformers",
+        1,
+    )
     assert moved(summary) == {"first": True, "last": True}
 
 
-def test_a_run_goes_on_after_evaluation_with_the_adapters_it_has(model: Path, tmp_path: Path) -> None:
-    trainer = GRPOTrainer(system=tiny_chain(), rewards=[bytes_mod_7], args=config(tmp_path / "run", model, max_steps=1))
+def test_a_run_goes_on_after_evaluation_with_the_adapters_it_has(
+    model: Path, tmp_path: Path
+) -> None:
+    trainer = GRPOTrainer(
+        system=tiny_chain(),
+        rewards=[bytes_mod_7],
+        args=config(tmp_path / "run", model, max_steps=1),
+    )
     first = trainer.evaluate()
     summary = trainer.train()
     assert summary["eval"]["before"]["accuracy"] == first["accuracy"]
@@ -106,7 +160,12 @@ def test_a_run_goes_on_after_evaluation_with_the_adapters_it_has(model: Path, tm
     after = trainer.evaluate()
     assert after["accuracy"] == summary["eval"]["after"]["accuracy"]
     assert {name: trainer.run.bases[str(model)].adapters.sha256(name) for name in hashes} == hashes
-    served = {t.version for e in Store(tmp_path / "run" / "episodes").read(step=1) if "eval-step" in e.id for t in e.turns}
+    served = {
+        t.version
+        for e in Store(tmp_path / "run" / "episodes").read(step=1)
+        if "eval-step" in e.id
+        for t in e.turns
+    }
     assert served == {f"{name}-v1-{digest[:8]}" for name, digest in hashes.items()}
 
 
@@ -115,16 +174,23 @@ def test_a_run_goes_on_after_evaluation_with_the_adapters_it_has(model: Path, tm
 
 def test_warm_starts_and_a_frozen_policy(model: Path, earlier: Path, tmp_path: Path) -> None:
     saved = json.loads((earlier / "system.json").read_text())["adapters"]
-    policies = {"first": {"init": str(earlier / "adapters" / "first")}, "last": {"init": f"{earlier}#last", "trainable": False}}
+    policies = {
+        "first": {"init": str(earlier / "adapters" / "first")},
+        "last": {"init": f"{earlier}#last", "trainable": False},
+    }
     summary, _ = train(tmp_path / "run", model, policies=policies)
     for name in ("first", "last"):
         assert summary["policies"][name]["sha256_before"] == saved[name]["sha256"]
         # served from the first step on, as the version that was loaded
-        assert {turn.version for turn in turns(tmp_path / "run", name)} == {f"{name}-v0-{saved[name]['sha256'][:8]}"}
+        assert {turn.version for turn in turns(tmp_path / "run", name)} == {
+            f"{name}-v0-{saved[name]['sha256'][:8]}"
+        }
     assert moved(summary) == {"first": True, "last": False}
     assert summary["policies"]["last"]["trainable_parameters"] == 0
     assert {proof["status"] for proof in proofs(tmp_path / "run", "last")} == {"passed"}
-    assert not (tmp_path / "run" / "checkpoints" / "step-000001" / "trainer" / "last.safetensors").exists()
+    assert not (
+        tmp_path / "run" / "checkpoints" / "step-000001" / "trainer" / "last.safetensors"
+    ).exists()
 
 
 def test_two_agents_share_a_policy(model: Path, tmp_path: Path) -> None:
@@ -132,7 +198,9 @@ def test_two_agents_share_a_policy(model: Path, tmp_path: Path) -> None:
     summary, run = train(tmp_path / "run", model, agents=agents, max_steps=2)
     assert list(summary["policies"]) == ["both"] and moved(summary) == {"both": True}
     for agent in ("first", "last"):
-        assert {turn.version.split("-v")[0] for turn in turns(tmp_path / "run", agent, step=2)} == {"both"}
+        assert {turn.version.split("-v")[0] for turn in turns(tmp_path / "run", agent, step=2)} == {
+            "both"
+        }
     assert run.policy_of == {"first": "both", "last": "both"}
     assert (summary["live_proof"]["passed"], summary["live_proof"]["failed"]) == (2, 0)
 
@@ -140,8 +208,12 @@ def test_two_agents_share_a_policy(model: Path, tmp_path: Path) -> None:
 def test_an_agent_on_the_bare_base(model: Path, tmp_path: Path) -> None:
     summary, run = train(tmp_path / "run", model, agents={"first": {"policy": "base"}}, max_steps=2)
     assert moved(summary) == {"last": True} and run.policy_of == {"last": "last"}
-    assert {(turn.policy, turn.version) for turn in turns(tmp_path / "run", "first", step=2)} == {("base", "")}
-    assert {turn.version.split("-v")[0] for turn in turns(tmp_path / "run", "last", step=2)} == {"last"}
+    assert {(turn.policy, turn.version) for turn in turns(tmp_path / "run", "first", step=2)} == {
+        ("base", "")
+    }
+    assert {turn.version.split("-v")[0] for turn in turns(tmp_path / "run", "last", step=2)} == {
+        "last"
+    }
 
 
 def test_an_outside_teammate_by_url(model: Path, tmp_path: Path) -> None:
@@ -150,8 +222,14 @@ def test_an_outside_teammate_by_url(model: Path, tmp_path: Path) -> None:
         summary, run = train(tmp_path / "run", model, policies=policies)
     assert moved(summary) == {"last": True} and run.policy_of == {"last": "last"}
     told = turns(tmp_path / "run", "first")
-    assert all(turn.token_ids == () and turn.prompt_ids == () and turn.text in "0123456789" for turn in told)
-    assert all(turn.reads == (0,) and turn.messages[-1].content[0] in "0123456789" for turn in turns(tmp_path / "run", "last"))
+    assert all(
+        turn.token_ids == () and turn.prompt_ids == () and turn.text in "0123456789"
+        for turn in told
+    )
+    assert all(
+        turn.reads == (0,) and turn.messages[-1].content[0] in "0123456789"
+        for turn in turns(tmp_path / "run", "last")
+    )
     assert {body["model"] for body in outside.bodies} == {"far"}
 
 
@@ -160,10 +238,21 @@ def test_two_bases_in_one_team(model: Path, tmp_path: Path) -> None:
     names = ["first", "critic", "last"]
     system = Chain(names, views={"first": "{prompt}", "critic": "{first}", "last": "{critic}+{c}"})
     agents, policies = {"critic": {"policy": "base"}}, {"last": {"base": str(other)}}
-    summary, run = train(tmp_path / "run", model, system, agents=agents, policies=policies, max_steps=2, save_total_limit=1)
+    summary, run = train(
+        tmp_path / "run",
+        model,
+        system,
+        agents=agents,
+        policies=policies,
+        max_steps=2,
+        save_total_limit=1,
+    )
     assert moved(summary) == {"first": True, "last": True}
     # 2 layers against 1, r = 4, q and v of 32 x 32
-    assert [summary["policies"][name]["trainable_parameters"] for name in ("first", "last")] == [1024, 512]
+    assert [summary["policies"][name]["trainable_parameters"] for name in ("first", "last")] == [
+        1024,
+        512,
+    ]
     assert [base.policies for base in run.bases.values()] == [("first",), ("last",)]
     assert (summary["live_proof"]["passed"], summary["live_proof"]["failed"]) == (4, 0)
     speaker = run.stage.rollouts.speakers["base"]
@@ -174,9 +263,17 @@ def test_two_bases_in_one_team(model: Path, tmp_path: Path) -> None:
     async def again() -> None:
         checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
         config = EngineConfig(engine="transformers")
-        team = await LoadedTeam.open(checkpoint, config, rewards=["exact"], scratch=tmp_path / "scratch", say=lambda text: None)
+        team = await LoadedTeam.open(
+            checkpoint,
+            config,
+            rewards=["exact"],
+            scratch=tmp_path / "scratch",
+            say=lambda text: None,
+        )
         try:
-            bases = {name: speaker.engine.info().base for name, speaker in team.rollouts.speakers.items()}  # type: ignore[attr-defined]
+            bases = {
+                name: speaker.engine.info().base for name, speaker in team.rollouts.speakers.items()
+            }  # type: ignore[attr-defined]
             assert bases == {"first": str(model), "base": str(model), "last": str(other)}
             assert set(team.versions) == {"first", "last"}
         finally:
@@ -186,19 +283,30 @@ def test_two_bases_in_one_team(model: Path, tmp_path: Path) -> None:
 
 
 def test_learning_rate_and_shape_of_each_policy(model: Path, tmp_path: Path) -> None:
-    policies = {"first": {"learning_rate": 3e-3, "adapter": {"r": 2, "targets": ["k_proj"]}}, "last": {"adapter": {"alpha": 4}}}
+    policies = {
+        "first": {"learning_rate": 3e-3, "adapter": {"r": 2, "targets": ["k_proj"]}},
+        "last": {"adapter": {"alpha": 4}},
+    }
     summary, _ = train(tmp_path / "run", model, policies=policies)
-    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["policies"][name]["learning_rate"] for name in ("first", "last")] == [3e-3, 1e-2]
     shapes = {}
     for name in ("first", "last"):
-        saved = json.loads((tmp_path / "run/checkpoints/step-000001/adapters" / name / "adapter_config.json").read_text())
+        saved = json.loads(
+            (
+                tmp_path / "run/checkpoints/step-000001/adapters" / name / "adapter_config.json"
+            ).read_text()
+        )
         shapes[name] = (saved["r"], saved["lora_alpha"], saved["target_modules"])
     assert shapes == {"first": (2, 8, ["k_proj"]), "last": (4, 4, ["q_proj", "v_proj"])}
     assert moved(summary) == {"first": True, "last": True}
 
 
-def test_a_system_of_the_users_own(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_of_the_users_own(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "my_team.py").write_text(
         "from dataclasses import dataclass\n"
         "from marlora.agents.team import System, gather\n"
@@ -211,7 +319,9 @@ def test_a_system_of_the_users_own(model: Path, tmp_path: Path, monkeypatch: pyt
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     settings = {"class": "my_team:Pair", "agents": ["one", "two"], "polite": False}
-    trainer = GRPOTrainer(rewards=[bytes_mod_7], args=config(tmp_path / "run", model, max_steps=1, system=settings))
+    trainer = GRPOTrainer(
+        rewards=[bytes_mod_7], args=config(tmp_path / "run", model, max_steps=1, system=settings)
+    )
     assert moved(trainer.train()) == {"one": True, "two": True}
     saved = json.loads((tmp_path / "run/checkpoints/step-000001/system.json").read_text())
     assert saved["system"] == {"class": "my_team:Pair", "arguments": {"polite": False}}

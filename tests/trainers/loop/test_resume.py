@@ -1,4 +1,5 @@
-"""Killed, stopped or out of disk: a run that goes on ends where the undisturbed one does, bit for bit."""
+"""Killed, stopped or out of disk: a run that goes on ends where the undisturbed one does, bit for
+bit."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def weights(folder: Path, step: int = STEPS) -> dict[str, str]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows without what two equal runs may differ in: clocks, and the residual of a proof, which is a measurement."""
+    """The rows without what two equal runs may differ in: clocks, and the residual of a proof,
+    which is a measurement."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         del row["seconds"], row["tokens_per_s"]
@@ -77,23 +79,34 @@ def assert_same(folder: Path, expected: Path, steps: int = STEPS) -> None:
     mine, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, expected))
     for key in ("steps", "tokens", "policies", "eval"):
         assert mine[key] == theirs[key], key
-    assert mine["live_proof"]["failed"] == 0 and mine["live_proof"]["passed"] >= theirs["live_proof"]["passed"]
+    assert (
+        mine["live_proof"]["failed"] == 0
+        and mine["live_proof"]["passed"] >= theirs["live_proof"]["passed"]
+    )
     leftovers = [p.name for p in (folder / "checkpoints").iterdir() if p.name.startswith(".")]
     assert leftovers == [], "staged by a run that was killed"
 
 
 def test_the_run_learns_something(undisturbed: Path) -> None:
-    """The equalities below mean nothing unless every step moves both adapters and old checkpoints are pruned."""
+    """The equalities below mean nothing unless every step moves both adapters and old checkpoints
+    are pruned."""
     rows = metrics(undisturbed)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["policies"][name]["grad_norm"] > 0 for row in rows for name in ("first", "last"))
     summary = json.loads((undisturbed / "summary.json").read_text())["policies"]
     assert all(policy["sha256_before"] != policy["sha256_after"] for policy in summary.values())
-    assert [p.name for p in sorted((undisturbed / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
-    assert len(episodes(undisturbed)) == STEPS * EPISODES + 2 * EVAL, "training, and two evaluations"
+    assert [p.name for p in sorted((undisturbed / "checkpoints").iterdir())] == [
+        "step-000002",
+        "step-000003",
+    ]
+    assert len(episodes(undisturbed)) == STEPS * EPISODES + 2 * EVAL, (
+        "training, and two evaluations"
+    )
 
 
-def test_a_run_repeats_itself_bit_for_bit(play, model: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_run_repeats_itself_bit_for_bit(
+    play, model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     assert play(tmp_path / "run", model) == 0
     assert_same(tmp_path / "run", undisturbed)
     assert play(tmp_path / "other", model, seed=1) == 0
@@ -107,14 +120,18 @@ def test_a_checkpoint_holds_plain_files_only(undisturbed: Path) -> None:
 
 
 KILLS = {
-    "a line of the store is half written": dict(fault="torn line", at=EVAL + EPISODES + 4),  # in step 2
+    "a line of the store is half written": dict(
+        fault="torn line", at=EVAL + EPISODES + 4
+    ),  # in step 2
     "updated, not published": dict(fault="learn", at=2, after=True),
     "saving, between two files": dict(fault="optimizer file", at=2 + 2),
 }
 
 
 @pytest.mark.parametrize("point", KILLS)
-def test_killed_and_resumed(point: str, play, model: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed(
+    point: str, play, model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     assert play(folder, model, **KILLS[point]) == -9
     assert play(folder, model, resume=True) == 0, log(folder)
@@ -137,7 +154,9 @@ MORE_KILLS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", MORE_KILLS)
-def test_killed_and_resumed_at_more_points(point: str, play, model: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_at_more_points(
+    point: str, play, model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     assert play(folder, model, **MORE_KILLS[point]) == -9
     assert play(folder, model, resume=True) == 0, log(folder)
@@ -147,7 +166,8 @@ def test_killed_and_resumed_at_more_points(point: str, play, model: Path, undist
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_killed_anywhere_again_and_again(seed: int, play, model: Path, tmp_path: Path) -> None:
-    """Seven kills per seed at random durable writes; every second run is killed a second time after it was resumed."""
+    """Seven kills per seed at random durable writes; every second run is killed a second time after
+    it was resumed."""
     whole = tmp_path / "whole"
     assert play(whole, model, seed=seed, fault="fsync") == 0
     writes = int(Path(f"{whole}.calls").read_text())
@@ -157,8 +177,18 @@ def test_killed_anywhere_again_and_again(seed: int, play, model: Path, tmp_path:
         at, after = rng.randint(1, writes), rng.random() < 0.5
         assert play(folder, model, seed=seed, fault="fsync", at=at, after=after) == -9
         if number % 2:
-            assert play(folder, model, seed=seed, resume=True, fault="fsync", at=rng.randint(1, 12), after=after) in (-9, 0)
-        assert play(folder, model, seed=seed, resume=True) == 0, f"killed at write {at} of {writes}: {log(folder)}"
+            assert play(
+                folder,
+                model,
+                seed=seed,
+                resume=True,
+                fault="fsync",
+                at=rng.randint(1, 12),
+                after=after,
+            ) in (-9, 0)
+        assert play(folder, model, seed=seed, resume=True) == 0, (
+            f"killed at write {at} of {writes}: {log(folder)}"
+        )
         assert_same(folder, whole)
 
 
@@ -176,7 +206,9 @@ AHEAD = {
     **{
         point: pytest.param(order, marks=pytest.mark.slow)
         for point, order in {
-            "an episode half written, of this step or the next": dict(fault="torn line", at=EVAL + EPISODES + 4),
+            "an episode half written, of this step or the next": dict(
+                fault="torn line", at=EVAL + EPISODES + 4
+            ),
             "an episode of the last step": dict(fault="store", at=EVAL + 2 * EPISODES + 3),
             "published, not proven": dict(fault="prove", at=2),
             "logged, not saved": dict(fault="save", at=3),
@@ -187,8 +219,11 @@ AHEAD = {
 
 
 @pytest.mark.parametrize("order", AHEAD.values(), ids=list(AHEAD))
-def test_killed_and_resumed_with_rollouts_ahead(order: dict[str, Any], play, model: Path, ahead: Path, tmp_path: Path) -> None:
-    """What was stored of later steps counts, what was not is played as it would have been: nothing is lost or counted twice."""
+def test_killed_and_resumed_with_rollouts_ahead(
+    order: dict[str, Any], play, model: Path, ahead: Path, tmp_path: Path
+) -> None:
+    """What was stored of later steps counts, what was not is played as it would have been: nothing
+    is lost or counted twice."""
     folder = tmp_path / "run"
     assert play(folder, model, max_staleness=1, **order) == -9
     assert play(folder, model, max_staleness=1, resume=True) == 0, log(folder)
@@ -197,20 +232,32 @@ def test_killed_and_resumed_with_rollouts_ahead(order: dict[str, Any], play, mod
 
 @pytest.mark.slow
 def test_killed_anywhere_with_rollouts_ahead(play, model: Path, tmp_path: Path) -> None:
-    whole, rng, order = tmp_path / "whole", random.Random(5), dict(seed=5, max_staleness=2, max_steps=4)
+    whole, rng, order = (
+        tmp_path / "whole",
+        random.Random(5),
+        dict(seed=5, max_staleness=2, max_steps=4),
+    )
     assert play(whole, model, **order, fault="fsync") == 0
     writes = int(Path(f"{whole}.calls").read_text())
     for number in range(5):
         folder = tmp_path / f"run-{number}"
         at = rng.randint(1, writes)
         assert play(folder, model, **order, fault="fsync", at=at) == -9
-        assert play(folder, model, **order, resume=True, fault="fsync", at=rng.randint(1, 12)) in (-9, 0)
-        assert play(folder, model, **order, resume=True) == 0, f"killed at write {at} of {writes}: {log(folder)}"
+        assert play(folder, model, **order, resume=True, fault="fsync", at=rng.randint(1, 12)) in (
+            -9,
+            0,
+        )
+        assert play(folder, model, **order, resume=True) == 0, (
+            f"killed at write {at} of {writes}: {log(folder)}"
+        )
         assert_same(folder, whole, steps=4)
 
 
-def test_stored_episodes_give_the_same_update_without_the_engine(play, model: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Contract (a): with the later checkpoints gone, the steps are learnt again from the store, and nothing is played."""
+def test_stored_episodes_give_the_same_update_without_the_engine(
+    play, model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Contract (a): with the later checkpoints gone, the steps are learnt again from the store, and
+    nothing is played."""
     folder = tmp_path / "run"
     assert play(folder, model, save_total_limit=9) == 0
     for name in ("step-000002", "step-000003"):
@@ -221,11 +268,20 @@ def test_stored_episodes_give_the_same_update_without_the_engine(play, model: Pa
     assert weights(folder) == weights(undisturbed) and metrics(folder) == metrics(undisturbed)
 
 
-@pytest.mark.parametrize("signal", ["SIGINT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGUSR1"))])
-def test_asked_to_stop_it_saves_the_last_finished_step(signal: str, play, model: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """While an episode of step 3 is stored. Only every tenth step is saved by itself, so the checkpoint is the signal's."""
+@pytest.mark.parametrize(
+    "signal",
+    ["SIGINT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGUSR1"))],
+)
+def test_asked_to_stop_it_saves_the_last_finished_step(
+    signal: str, play, model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """While an episode of step 3 is stored. Only every tenth step is saved by itself, so the
+    checkpoint is the signal's."""
     folder = tmp_path / "run"
-    assert play(folder, model, fault="store", at=EVAL + 2 * EPISODES + 4, signal=signal, save_every=10) == 1
+    assert (
+        play(folder, model, fault="store", at=EVAL + 2 * EPISODES + 4, signal=signal, save_every=10)
+        == 1
+    )
     said = log(folder).splitlines()
     assert "stopped: the last finished step is saved; go on with --resume true" in said
     assert not any("Traceback" in line for line in said)
@@ -236,7 +292,9 @@ def test_asked_to_stop_it_saves_the_last_finished_step(signal: str, play, model:
 
 
 @pytest.mark.slow
-def test_asked_to_stop_while_learning_it_finishes_the_step(play, model: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_asked_to_stop_while_learning_it_finishes_the_step(
+    play, model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     assert play(folder, model, fault="learn", at=2, signal="SIGINT", save_every=10) == 1
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000002"]
@@ -244,21 +302,35 @@ def test_asked_to_stop_while_learning_it_finishes_the_step(play, model: Path, un
     assert weights(folder) == weights(undisturbed)
 
 
-def test_an_impatient_second_interrupt_saves_nothing_half_learnt(play, model: Path, tmp_path: Path) -> None:
+def test_an_impatient_second_interrupt_saves_nothing_half_learnt(
+    play, model: Path, tmp_path: Path
+) -> None:
     """In the middle of a step the adapters are of no step: what is on disk stays as it is."""
     folder = tmp_path / "run"
     assert play(folder, model, fault="step", at=4, signal="SIGINT twice") == 1
-    assert "interrupted: go on from the newest checkpoint with --resume true" in log(folder).splitlines()
+    assert (
+        "interrupted: go on from the newest checkpoint with --resume true"
+        in log(folder).splitlines()
+    )
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000001"]
 
 
-def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(play, model: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(
+    play, model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     assert play(folder, model, fault="optimizer file", at=2 * 2 + 1, signal="ENOSPC") == 1
     errors = [line for line in log(folder).splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "checkpoint of step 3" in errors[0] and "No space left on device" in errors[0]
+    assert (
+        len(errors) == 1
+        and "checkpoint of step 3" in errors[0]
+        and "No space left on device" in errors[0]
+    )
     assert "Traceback" not in log(folder)
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "step-000001",
+        "step-000002",
+    ]
     verify(folder / "checkpoints/step-000002")
     assert play(folder, model, resume=True) == 0
     assert_same(folder, undisturbed)
@@ -270,25 +342,40 @@ def test_a_full_disk_while_logging(play, model: Path, undisturbed: Path, tmp_pat
     folder = tmp_path / "run"
     assert play(folder, model, fault="metrics", at=2, signal="ENOSPC") == 1
     errors = [line for line in log(folder).splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "No space left on device" in errors[0] and "Traceback" not in log(folder)
+    assert (
+        len(errors) == 1
+        and "No space left on device" in errors[0]
+        and "Traceback" not in log(folder)
+    )
     assert play(folder, model, resume=True) == 0, log(folder)
     assert_same(folder, undisturbed)
 
 
-@pytest.mark.parametrize("room", [24, *(pytest.param(room, marks=pytest.mark.slow) for room in (0, 8, 48))])
-def test_a_disk_that_is_really_full(room: int, play, model: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """A small file system with `room` KiB left after two steps; without the right to mount one, files that may not grow."""
+@pytest.mark.parametrize(
+    "room", [24, *(pytest.param(room, marks=pytest.mark.slow) for room in (0, 8, 48))]
+)
+def test_a_disk_that_is_really_full(
+    room: int, play, model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """A small file system with `room` KiB left after two steps; without the right to mount one,
+    files that may not grow."""
     disk = tmp_path / "disk"
     disk.mkdir()
     folder, filler = disk / "run", disk / "filler"
-    mounted = os.geteuid() == 0 and not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk]).returncode
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk]).returncode
+    )
     try:
         assert play(folder, model, max_steps=2) == 0
         if mounted:
             filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - room * 1024))
             assert play(folder, model, resume=True) == 1, log(folder)
         else:
-            assert play(folder, model, resume=True, fault="fsync", at=1 + room // 4, signal="ENOSPC") == 1, log(folder)
+            assert (
+                play(folder, model, resume=True, fault="fsync", at=1 + room // 4, signal="ENOSPC")
+                == 1
+            ), log(folder)
         errors = [line for line in log(folder).splitlines() if line.startswith("error:")]
         assert len(errors) == 1 and "No space left on device" in errors[0], log(folder)
         assert "Traceback" not in log(folder)
@@ -302,7 +389,9 @@ def test_a_disk_that_is_really_full(room: int, play, model: Path, undisturbed: P
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over(play, model: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    play, model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
     path = folder / LAST / "adapters/first/adapter_model.safetensors"
@@ -314,7 +403,9 @@ def test_a_damaged_checkpoint_is_passed_over(play, model: Path, undisturbed: Pat
     assert weights(folder) == weights(undisturbed)
 
 
-def test_a_checkpoint_of_another_base_rank_or_seed_is_refused(play, model: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_base_rank_or_seed_is_refused(
+    play, model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
     other = tiny_random_model(tmp_path / "other", seed=1)

@@ -26,7 +26,10 @@ def state(run: Run) -> dict[str, tuple[str, dict[str, list[float]]]]:
     """Per policy: hash of its tensors, and its optimizer's moments."""
     (base,) = run.bases.values()
     return {
-        policy: (base.adapters.sha256(policy), {k: t.flatten().tolist() for k, t in base.optimizers.state(policy).items()})
+        policy: (
+            base.adapters.sha256(policy),
+            {k: t.flatten().tolist() for k, t in base.optimizers.state(policy).items()},
+        )
         for policy in base.policies
     }
 
@@ -53,7 +56,11 @@ def infinite_logprob(made: GRPOTrainer, monkeypatch: pytest.MonkeyPatch) -> None
 
     def logprobs(model: Any, batch: Any, **kwargs: Any) -> Any:
         logp, entropy = real(model, batch, **kwargs)
-        return (torch.where(torch.arange(len(logp)) == 1, -math.inf, logp) if batch.policy == "first" else logp), entropy
+        return (
+            torch.where(torch.arange(len(logp)) == 1, -math.inf, logp)
+            if batch.policy == "first"
+            else logp
+        ), entropy
 
     monkeypatch.setattr(optimizer_step, "token_logprobs", logprobs)
 
@@ -70,7 +77,10 @@ def nan_gradient(made: GRPOTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(made, "loss", loss)
 
 
-@pytest.mark.parametrize(("inject", "what"), [(nan_loss, "loss"), (infinite_logprob, "log-prob"), (nan_gradient, "gradient norm")])
+@pytest.mark.parametrize(
+    ("inject", "what"),
+    [(nan_loss, "loss"), (infinite_logprob, "log-prob"), (nan_gradient, "gradient norm")],
+)
 def test_what_is_not_finite_is_no_step(
     inject: Any, what: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,22 +93,31 @@ def test_what_is_not_finite_is_no_step(
         after = state(run)
         assert after["first"] == before["first"], "neither a tensor nor a moment"
         assert after["last"] != before["last"], "the other policy learns on"
-        assert row["policies"]["first"]["applied"] is False and what in row["policies"]["first"]["problem"]
+        assert (
+            row["policies"]["first"]["applied"] is False
+            and what in row["policies"]["first"]["problem"]
+        )
         dump = json.loads((tmp_path / "run/dumps/step-000002.json").read_text())
         assert what in dump["problems"]["first"] and "last" not in dump["problems"]
         assert {sample["policy"] for sample in dump["samples"]} == {"first"}
         ids = {episode.id for episode in run.stage.store.read(step=2)}
-        assert {sample["episode"] for sample in dump["samples"]} <= ids and all(s["ids"] for s in dump["samples"])
+        assert {sample["episode"] for sample in dump["samples"]} <= ids and all(
+            s["ids"] for s in dump["samples"]
+        )
         monkeypatch.undo()
         made.__dict__.pop("loss", None)
         assert step(made, 3)["policies"]["first"]["applied"] is True
         assert run.aborted == 0 and state(run)["first"] != before["first"]
 
 
-def test_three_steps_that_are_not_finite_end_the_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_steps_that_are_not_finite_end_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = trainer(tmp_path / "run", model, max_steps=9)
     nan_loss(made, monkeypatch)
-    with pytest.raises(RunError, match=r"three steps in a row were not finite.*dumps/step-000003\.json"):
+    with pytest.raises(
+        RunError, match=r"three steps in a row were not finite.*dumps/step-000003\.json"
+    ):
         made.train()
     assert len(list((tmp_path / "run/dumps").iterdir())) == 3
 
@@ -136,14 +155,17 @@ def update_samples(made: GRPOTrainer, episodes: list[Episode], policy_of: dict[s
 
 
 def test_the_base_stays_what_it_was(model: Path, tmp_path: Path) -> None:
-    """After training, evaluation, saving and loading, in the trainer and in the engine that shares its process."""
+    """After training, evaluation, saving and loading, in the trainer and in the engine that shares
+    its process."""
     made = trainer(tmp_path / "run", model)
     with made.run as run:
         (base,) = run.bases.values()
         before, served = base.adapters.base_sha256(), engine_sha256(base.engine)
         made.train()
         assert base.adapters.base_sha256() == before
-    assert all(p["sha256_before"] != p["sha256_after"] for p in summary(tmp_path)["policies"].values())
+    assert all(
+        p["sha256_before"] != p["sha256_after"] for p in summary(tmp_path)["policies"].values()
+    )
     again = trainer(tmp_path / "run", model, resume=True)
     with again.run as run:
         (base,) = run.bases.values()
@@ -178,28 +200,42 @@ def test_a_base_that_moved_ends_the_run(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_episodes_of_other_adapters_have_spent_their_ids(model: Path, tmp_path: Path) -> None:
-    """A resumed run whose update came out differently plays anew under another name, and what it trains on is stored."""
+    """A resumed run whose update came out differently plays anew under another name, and what it
+    trains on is stored."""
     made = trainer(tmp_path / "run", model)
     with made.run as run:
         tasks, count = run.tasks_of(1), EPISODES // len(run.tasks_of(1))
 
         def recalled(version: dict[str, str]) -> PlannedEpisodes:
-            return find_stored(run.stage.store, tasks, "train-000001", count, 1, lambda episode: episode.team_version == version)
+            return find_stored(
+                run.stage.store,
+                tasks,
+                "train-000001",
+                count,
+                1,
+                lambda episode: episode.team_version == version,
+            )
 
         assert recalled({}).found == {}
         played = run.collect(1)
         known = recalled({})
-        assert [job.id for job in known.plan] == [e.id for e in played] and known.found.keys() == {e.id for e in played}
+        assert [job.id for job in known.plan] == [e.id for e in played] and known.found.keys() == {
+            e.id for e in played
+        }
         assert known.dropped == []
         known = recalled({"first": "first-v0-other"})
         assert known.found == {} and all(job.id.startswith("train-000001.1/") for job in known.plan)
-        assert {e.id for e in known.dropped} == {e.id for e in played}, "told, since they are not learnt from"
+        assert {e.id for e in known.dropped} == {e.id for e in played}, (
+            "told, since they are not learnt from"
+        )
         assert run.collect(1) == played, "the right ones are taken as they are"
 
 
 def test_an_earlier_run_is_not_overwritten_unasked(model: Path, tmp_path: Path) -> None:
     trainer(tmp_path / "run", model, max_steps=1).train()
-    with pytest.raises(SettingError, match="holds an earlier run; set resume to go on, overwrite to replace it"):
+    with pytest.raises(
+        SettingError, match="holds an earlier run; set resume to go on, overwrite to replace it"
+    ):
         trainer(tmp_path / "run", model, max_steps=1).train()
     trainer(tmp_path / "run", model, max_steps=1, overwrite=True).train()
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
@@ -238,13 +274,18 @@ def test_stopped_work_has_ended_before_the_caller_goes_on() -> None:
         background.close()
 
 
-def test_over_sampling_learns_from_as_many_as_asked_and_counts_what_it_drops(model: Path, tmp_path: Path) -> None:
-    """Two more episodes of each task begin; a resumed run finds its step complete and plays nothing."""
+def test_over_sampling_learns_from_as_many_as_asked_and_counts_what_it_drops(
+    model: Path, tmp_path: Path
+) -> None:
+    """Two more episodes of each task begin; a resumed run finds its step complete and plays
+    nothing."""
     made = trainer(tmp_path / "run", model, oversample=2)
     wanted = made.args.num_generations
     with made.run as run:
         row = step(made, 1)
-        stored = run.stage.play(run.tasks_of(1), "train-000001", 1, run.stage.rollouts, wanted, {}, oversample=2)
+        stored = run.stage.play(
+            run.tasks_of(1), "train-000001", 1, run.stage.rollouts, wanted, {}, oversample=2
+        )
         again = run.stage.oversampled
     assert row["episodes"] == made.args.tasks_per_step * wanted == len(stored)
     assert all(len(group) == wanted for group in groups(stored).values())

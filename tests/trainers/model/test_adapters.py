@@ -9,7 +9,13 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
-from marlora.trainers.model.adapters import Adapters, base_sha256, folder_sha256, linear_names, speaking
+from marlora.trainers.model.adapters import (
+    Adapters,
+    base_sha256,
+    folder_sha256,
+    linear_names,
+    speaking,
+)
 from tests.trainers.random_models import disturb, random_model
 
 SMALL = AdapterSpec(r=2, alpha=4.0, targets=("q_proj", "v_proj"))
@@ -32,22 +38,38 @@ def make(seed: int = 0, **settings) -> Adapters:
 
 
 def loss(model) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(model(input_ids=IDS, use_cache=False).logits[0, :-1], IDS[0, 1:])
+    return torch.nn.functional.cross_entropy(
+        model(input_ids=IDS, use_cache=False).logits[0, :-1], IDS[0, 1:]
+    )
 
 
 def table(adapters: Adapters) -> set[str]:
     """Names of the adapters all of whose parameters require a gradient; the base as `base`."""
-    on = {name for name in adapters.policies if all(p.requires_grad for p in adapters.parameters(name).values())}
-    partly = {name for name in adapters.policies if any(p.requires_grad for p in adapters.parameters(name).values())}
+    on = {
+        name
+        for name in adapters.policies
+        if all(p.requires_grad for p in adapters.parameters(name).values())
+    }
+    partly = {
+        name
+        for name in adapters.policies
+        if any(p.requires_grad for p in adapters.parameters(name).values())
+    }
     assert on == partly
-    return on | {"base" for n, p in adapters.model.named_parameters() if ".lora_" not in n and p.requires_grad}
+    return on | {
+        "base"
+        for n, p in adapters.model.named_parameters()
+        if ".lora_" not in n and p.requires_grad
+    }
 
 
 def test_only_policies_with_weights_of_their_own_get_an_adapter():
     adapters = make()
     assert sorted(adapters.policies) == ["a", "b", "c"]
     assert adapters.trainable == ("a", "b")
-    assert len(adapters.parameters("a")) == 2 * 2 * 2 and len(adapters.parameters("b")) == 2 * 2 * 3  # layers x sides x targets
+    assert (
+        len(adapters.parameters("a")) == 2 * 2 * 2 and len(adapters.parameters("b")) == 2 * 2 * 3
+    )  # layers x sides x targets
     assert list(adapters.parameters("a")) == sorted(adapters.parameters("a"))
     assert not any(".b." in key or ".c." in key for key in adapters.parameters("a"))
 
@@ -87,7 +109,9 @@ def test_a_fresh_adapter_equals_the_base_and_base_means_adapters_off():
 def test_adapters_are_float32_on_a_bfloat16_base():
     adapters = Adapters(random_model().to(torch.bfloat16), policies(), seed=0)
     assert {p.dtype for n in "abc" for p in adapters.parameters(n).values()} == {torch.float32}
-    assert {p.dtype for n, p in adapters.model.named_parameters() if ".lora_" not in n} == {torch.bfloat16}
+    assert {p.dtype for n, p in adapters.model.named_parameters() if ".lora_" not in n} == {
+        torch.bfloat16
+    }
     assert adapters.sha256("a") == make().sha256("a")
 
 
@@ -127,7 +151,8 @@ def test_steps_move_their_own_adapter_only_and_never_the_base(checkpointing, tmp
         adapters.checkpoint_activations()
     adapters.model.train()
     optimizers = {
-        n: torch.optim.AdamW(list(adapters.parameters(n).values()), lr=1e-2, weight_decay=0.0) for n in adapters.trainable
+        n: torch.optim.AdamW(list(adapters.parameters(n).values()), lr=1e-2, weight_decay=0.0)
+        for n in adapters.trainable
     }
     hashes = {n: adapters.sha256(n) for n in "abc"}
     for step, name in enumerate(["a", "b", "b", "a", "b"]):
@@ -135,13 +160,24 @@ def test_steps_move_their_own_adapter_only_and_never_the_base(checkpointing, tmp
             loss(model).backward()
         grads = {n: [p.grad for p in adapters.parameters(n).values()] for n in "abc"}
         assert all(g is not None and torch.isfinite(g).all() for g in grads[name])
-        assert all(p.grad.abs().sum() > 0 for key, p in adapters.parameters(name).items() if ".lora_B." in key)
+        assert all(
+            p.grad.abs().sum() > 0
+            for key, p in adapters.parameters(name).items()
+            if ".lora_B." in key
+        )
         assert all(g is None for other in "abc" if other != name for g in grads[other])
-        moments = {n: [s["exp_avg"].clone() for s in o.state.values()] for n, o in optimizers.items() if n != name}
+        moments = {
+            n: [s["exp_avg"].clone() for s in o.state.values()]
+            for n, o in optimizers.items()
+            if n != name
+        }
         optimizers[name].step()
         optimizers[name].zero_grad(set_to_none=True)
         for other, old in moments.items():
-            assert all(torch.equal(s["exp_avg"], m) for s, m in zip(optimizers[other].state.values(), old, strict=True))
+            assert all(
+                torch.equal(s["exp_avg"], m)
+                for s, m in zip(optimizers[other].state.values(), old, strict=True)
+            )
         now = {n: adapters.sha256(n) for n in "abc"}
         assert [n for n in "abc" if now[n] != hashes[n]] == [name], step
         hashes = now
@@ -173,9 +209,22 @@ def test_saved_folders_are_plain_peft_and_come_back_bit_for_bit(tmp_path):
     disturb(adapters)
     folder = adapters.save("b", tmp_path / "adapters" / "b")
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA" and config["base_model_name_or_path"] == "tiny" and config["inference_mode"] is True
-    assert config["target_modules"] == ["down_proj", "o_proj", "q_proj"] and config["lora_alpha"] == 4 and config["r"] == 4
-    assert json.loads((adapters.save("a", tmp_path / "a") / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    assert (
+        config["peft_type"] == "LORA"
+        and config["base_model_name_or_path"] == "tiny"
+        and config["inference_mode"] is True
+    )
+    assert (
+        config["target_modules"] == ["down_proj", "o_proj", "q_proj"]
+        and config["lora_alpha"] == 4
+        and config["r"] == 4
+    )
+    assert (
+        json.loads((adapters.save("a", tmp_path / "a") / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
+        == "tiny"
+    )
     assert folder_sha256(folder) == adapters.sha256("b")
     with torch.no_grad(), adapters.active("b") as model:
         expected = model(input_ids=IDS).logits
@@ -183,7 +232,9 @@ def test_saved_folders_are_plain_peft_and_come_back_bit_for_bit(tmp_path):
     assert torch.equal(alone(input_ids=IDS).logits, expected)
     fresh = Adapters(random_model(), [PolicySpec("other", adapter=WIDE, init=str(folder))], seed=5)
     assert fresh.sha256("other") == adapters.sha256("b")
-    again = Adapters(random_model(), [PolicySpec("other", adapter=WIDE, init=f"{tmp_path}#b")], seed=5)
+    again = Adapters(
+        random_model(), [PolicySpec("other", adapter=WIDE, init=f"{tmp_path}#b")], seed=5
+    )
     assert again.sha256("other") == adapters.sha256("b")
     first = (folder / "adapter_config.json").read_bytes()
     assert (adapters.save("b", tmp_path / "again") / "adapter_config.json").read_bytes() == first
@@ -193,7 +244,12 @@ def test_a_folder_written_by_peft_loads(tmp_path):
     wrapped = make()
     disturb(wrapped)
     wrapped.model.save_pretrained(tmp_path, selected_adapters=["a"])
-    fresh = Adapters(random_model(), [PolicySpec("x", adapter=SMALL, init=str(tmp_path / "a"))], seed=0, base_name="tiny")
+    fresh = Adapters(
+        random_model(),
+        [PolicySpec("x", adapter=SMALL, init=str(tmp_path / "a"))],
+        seed=0,
+        base_name="tiny",
+    )
     assert fresh.sha256("x") == wrapped.sha256("a")
 
 
@@ -218,11 +274,16 @@ def test_bad_folders_are_refused_and_change_nothing(tmp_path):
         (spoiled("dora", use_dora=True), "use_dora"),
         (spoiled("kind", peft_type="IA3"), "IA3"),
         (spoiled("base", base_model_name_or_path="other-model"), "made for base 'other-model'"),
-        (spoiled("missing", lambda t: {k: v for k, v in t.items() if k != first}), "differ in name"),
+        (
+            spoiled("missing", lambda t: {k: v for k, v in t.items() if k != first}),
+            "differ in name",
+        ),
         (spoiled("shape", lambda t: t | {first: torch.zeros(3, 3)}), "has shape"),
         (spoiled("nan", lambda t: t | {first: t[first] * float("nan")}), "not finite"),
     ]
-    (spoiled("torn") / "adapter_model.safetensors").write_bytes((good / "adapter_model.safetensors").read_bytes()[:100])
+    (spoiled("torn") / "adapter_model.safetensors").write_bytes(
+        (good / "adapter_model.safetensors").read_bytes()[:100]
+    )
     cases.append((tmp_path / "torn", "cannot be read"))
     before = adapters.sha256("a")
     for folder, message in cases:
@@ -237,8 +298,14 @@ def test_bad_folders_are_refused_and_change_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        (PolicySpec("a", adapter=AdapterSpec(targets=("q_proj", "query"))), r"'query' is not a linear layer.*down_proj.*q_proj"),
-        (PolicySpec("a", adapter=AdapterSpec(targets=("embed_tokens",))), "'embed_tokens' is not a linear layer"),
+        (
+            PolicySpec("a", adapter=AdapterSpec(targets=("q_proj", "query"))),
+            r"'query' is not a linear layer.*down_proj.*q_proj",
+        ),
+        (
+            PolicySpec("a", adapter=AdapterSpec(targets=("embed_tokens",))),
+            "'embed_tokens' is not a linear layer",
+        ),
         (PolicySpec("a", init="nowhere"), "policy 'a': adapter in nowhere: no adapter_config.json"),
         (PolicySpec("a.b"), "policy name 'a.b'"),
         (PolicySpec("values"), "policy name 'values': torch uses this word"),
@@ -260,8 +327,18 @@ def test_unknown_names_are_errors_never_the_base():
 
 
 def test_all_linear_and_a_run_without_adapters():
-    assert linear_names(random_model()) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    adapters = Adapters(random_model(), [PolicySpec("a", adapter=AdapterSpec(targets=("all-linear",)))], seed=0)
+    assert linear_names(random_model()) == [
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]
+    adapters = Adapters(
+        random_model(), [PolicySpec("a", adapter=AdapterSpec(targets=("all-linear",)))], seed=0
+    )
     assert len(adapters.parameters("a")) == 2 * 2 * 7
     assert linear_names(adapters.model) == linear_names(random_model())
     none = Adapters(random_model(), [PolicySpec("base")], seed=0)

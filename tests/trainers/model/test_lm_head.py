@@ -1,4 +1,5 @@
-"""The head's log-probs, entropies and gradients against plain autograd over full logits; TRL's kernel against ours."""
+"""The head's log-probs, entropies and gradients against plain autograd over full logits; TRL's
+kernel against ours."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def made(bias: bool = False, dtype: torch.dtype = torch.float32):
 
 def plain(head, hidden, target, temperature, cap):
     """Full logits in float32."""
-    logits = hidden.float() @ head.weight.float().T + (0 if head.bias is None else head.bias.float())
+    logits = hidden.float() @ head.weight.float().T + (
+        0 if head.bias is None else head.bias.float()
+    )
     logits = torch.tanh(logits / cap) * cap if cap else logits
     logps = torch.log_softmax(logits / temperature[:, None], -1)
     return logps[torch.arange(N), target], -(logps.exp() * logps).sum(-1)
@@ -46,13 +49,18 @@ def test_scores_and_gradients_are_those_of_full_logits(learns, bias, cap, entrop
     assert ours[1].requires_grad is entropy_grad
     if learns:
         (weight,) = torch.autograd.grad(ours[0].sum(), head.weight, retain_graph=True)
-        assert torch.allclose(weight, torch.autograd.grad(right[0].sum(), head.weight, retain_graph=True)[0], atol=1e-5)
+        assert torch.allclose(
+            weight,
+            torch.autograd.grad(right[0].sum(), head.weight, retain_graph=True)[0],
+            atol=1e-5,
+        )
     mine, his = (gradient(x, hidden, entropy_grad) for x in (ours, right))
     assert (mine - his).norm() < 1e-6 * his.norm()
 
 
 def test_half_precision_keeps_the_gradient_of_a_likely_token():
-    """log p near 0: the gradient is a small difference, which would drown if the token's row and the mean were rounded apart."""
+    """log p near 0: the gradient is a small difference, which would drown if the token's row and
+    the mean were rounded apart."""
     head, hidden, _, temperature = made(dtype=torch.bfloat16)
     with torch.no_grad():
         hidden.mul_(8)
@@ -68,17 +76,24 @@ def test_half_precision_keeps_the_gradient_of_a_likely_token():
 def test_nothing_of_the_size_of_the_logits_is_kept():
     head, hidden, target, temperature = made()
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        score(head, None, hidden, target, temperature, chunk=4, entropy_grad=False)[0].sum().backward()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
+        score(head, None, hidden, target, temperature, chunk=4, entropy_grad=False)[
+            0
+        ].sum().backward()
     assert max(kept) == N * H and head.weight.grad is None
     with torch.no_grad():
-        assert not score(head, None, hidden, target, temperature, chunk=4, entropy_grad=False)[0].requires_grad
+        assert not score(head, None, hidden, target, temperature, chunk=4, entropy_grad=False)[
+            0
+        ].requires_grad
     assert not _frozen_linear(nn.Sequential(head)) and _frozen_linear(head)
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_the_kernel_of_trl_is_there_and_means_the_same(cap):
-    """Its name and arguments are not TRL's stable ones. On a CPU it runs without Triton: slower, but the same numbers."""
+    """Its name and arguments are not TRL's stable ones. On a CPU it runs without Triton: slower,
+    but the same numbers."""
     fused, why = find_fused_head()
     assert fused is not None, why
     head, hidden, target, temperature = made(bias=True)
@@ -88,4 +103,6 @@ def test_the_kernel_of_trl_is_there_and_means_the_same(cap):
         assert torch.allclose(mine, his, atol=1e-5)
     mine, his = (gradient(x, hidden, True) for x in (ours, theirs))
     assert (mine - his).norm() < 1e-5 * his.norm()
-    assert fused_head(torch.device("cpu")) is None, "there it scores in tiles that cost more than ours"
+    assert fused_head(torch.device("cpu")) is None, (
+        "there it scores in tiles that cost more than ours"
+    )

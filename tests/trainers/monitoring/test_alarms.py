@@ -11,7 +11,14 @@ from marlora.rollouts.types import Episode
 from marlora.trainers.monitoring.alarms import Alarms
 from marlora.trainers.trainer import shares_of
 
-GOOD = {"tokens": 9, "first_mismatch_kl": 1e-5, "clipped": 0.5, "truncated": 0.5, "constant_groups": 0.9, "entropy": 0.01}
+GOOD = {
+    "tokens": 9,
+    "first_mismatch_kl": 1e-5,
+    "clipped": 0.5,
+    "truncated": 0.5,
+    "constant_groups": 0.9,
+    "entropy": 0.01,
+}
 
 
 def alarms(monitor: Alarms | None = None, **changes: Any) -> tuple[list[str], str]:
@@ -28,7 +35,13 @@ def test_at_the_bounds_there_is_no_alarm() -> None:
         ({"clipped": 0.51}, "policy 'solver': clipped 0.51 (above 0.5)"),
         ({"truncated": 0.6}, "policy 'solver': truncated 0.60 (above 0.5)"),
         ({"constant_groups": 0.95}, "policy 'solver': constant groups 0.95 (above 0.9)"),
-        ({"entropy": 0.009}, "policy 'solver': entropy 0.0090 nat per token (below 0.01): it hardly explores any more"),
+        (
+            {"entropy": 0.009},
+            (
+                "policy 'solver': entropy 0.0090 nat per token (below 0.01): it hardly explores any"
+                " more"
+            ),
+        ),
     ],
 )
 def test_each_share_has_its_alarm(changes: dict[str, float], told: str) -> None:
@@ -44,7 +57,8 @@ def test_mismatch_is_compared_with_the_noise_of_the_first_step() -> None:
     alarms(quiet, first_mismatch_kl=1e-6)
     alarms(noisy, first_mismatch_kl=4e-4)  # bfloat16, say
     assert alarms(quiet, first_mismatch_kl=2e-3)[0] == [
-        "policy 'solver': engine and trainer disagree by 2.0e-03 nat per token (k3 KL); it was 1.0e-06 at the start"
+        "policy 'solver': engine and trainer disagree by 2.0e-03 nat per token (k3 KL); it was"
+        " 1.0e-06 at the start"
     ]
     assert alarms(noisy, first_mismatch_kl=2e-3) == ([], "")  # less than ten times its own
 
@@ -73,12 +87,22 @@ def test_three_steps_beyond_all_bounds_end_the_run_and_two_do_not() -> None:
 
 def test_shares_of_cut_off_turns_and_silent_groups_by_hand() -> None:
     def episode(number: int, group: str, *reasons: str) -> Episode:
-        turns = [Turn(i, agent, finish_reason=reason) for i, (agent, reason) in enumerate(zip("ab", reasons, strict=True))]
+        turns = [
+            Turn(i, agent, finish_reason=reason)
+            for i, (agent, reason) in enumerate(zip("ab", reasons, strict=True))
+        ]
         return Episode(f"e{number}", group, Task(group, ""), turns=tuple(turns))
 
-    episodes = [episode(0, "g", "length", "stop"), episode(1, "g", "stop", "stop"), episode(2, "h", "stop", "length")]
+    episodes = [
+        episode(0, "g", "length", "stop"),
+        episode(1, "g", "stop", "stop"),
+        episode(2, "h", "stop", "length"),
+    ]
     advantages = {("e0", 0, 0): 1.0, ("e1", 0, 0): -1.0, ("e2", 0, 0): 0.0, ("e2", 1, 0): 2.0}
     assert shares_of(episodes, ["a"], advantages) == {"truncated": 1 / 3, "constant_groups": 0.5}
     assert shares_of(episodes, ["b"], advantages) == {"truncated": 1 / 3, "constant_groups": 0.5}
-    assert shares_of(episodes, ["a", "b"], advantages) == {"truncated": 2 / 6, "constant_groups": 0.0}
+    assert shares_of(episodes, ["a", "b"], advantages) == {
+        "truncated": 2 / 6,
+        "constant_groups": 0.0,
+    }
     assert shares_of([], ["a"], {}) == {"truncated": 0.0, "constant_groups": 0.0}

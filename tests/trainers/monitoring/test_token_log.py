@@ -17,9 +17,20 @@ from marlora.trainers.testbeds.tiny import tiny_random_model
 from tests.trainers import small_run
 
 
-def sample(policy: str, episode: str, advantages: tuple[float, ...], logprobs: tuple[float, ...]) -> TrainingSequence:
+def sample(
+    policy: str, episode: str, advantages: tuple[float, ...], logprobs: tuple[float, ...]
+) -> TrainingSequence:
     """Two prompt tokens, a turn of two tokens, one token in between, a turn of one."""
-    return TrainingSequence(policy, episode, (1, 2, 7, 8, 3, 9), (0, 0, 1, 1, 0, 1), logprobs, advantages, (1.0,) * 6, (-1, -1, 0, 0, -1, 4))
+    return TrainingSequence(
+        policy,
+        episode,
+        (1, 2, 7, 8, 3, 9),
+        (0, 0, 1, 1, 0, 1),
+        logprobs,
+        advantages,
+        (1.0,) * 6,
+        (-1, -1, 0, 0, -1, 4),
+    )
 
 
 def test_a_turn_is_put_down_with_its_advantage_and_ratios(tmp_path: Path) -> None:
@@ -30,9 +41,13 @@ def test_a_turn_is_put_down_with_its_advantage_and_ratios(tmp_path: Path) -> Non
     ]
     learned = TokenLog()
     seen: list[int] = []
-    watched, noted = learned.watch(samples, lambda batch, logp, *rest: (seen.append(batch.num_terms), (logp.sum(), {}))[1])
+    watched, noted = learned.watch(
+        samples, lambda batch, logp, *rest: (seen.append(batch.num_terms), (logp.sum(), {}))[1]
+    )
     for batch in pack([s for s in samples if s.policy == "p"], max_tokens=64, layout="padded"):
-        loss, _ = watched(batch, batch.behaviour + math.log(2), torch.zeros(1), None, Denominators(1, 1))
+        loss, _ = watched(
+            batch, batch.behaviour + math.log(2), torch.zeros(1), None, Denominators(1, 1)
+        )
     assert sum(seen) == 6 and loss.ndim == 0
     learned.add(samples, noted)
     learned.write(tmp_path / "learned.jsonl", 3)
@@ -55,14 +70,23 @@ def test_a_turn_is_put_down_with_its_advantage_and_ratios(tmp_path: Path) -> Non
 
 
 def test_a_run_writes_what_it_trained(tmp_path: Path) -> None:
-    trainer = small_run.trainer(tmp_path / "run", tiny_random_model(tmp_path / "model"), max_steps=1, num_iterations=2)
+    trainer = small_run.trainer(
+        tmp_path / "run", tiny_random_model(tmp_path / "model"), max_steps=1, num_iterations=2
+    )
     trainer.train()
-    rows = [json.loads(line) for line in (tmp_path / "run" / "learned.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "learned.jsonl").read_text().splitlines()
+    ]
     stored = {e.id: e for e in Store(tmp_path / "run" / "episodes")}
     assert rows
     for row in rows:
         (turn,) = [t for t in stored[row["episode"]].turns if t.index == row["turn"]]
-        assert zlib.crc32(json.dumps(list(turn.token_ids)).encode()) == row["ids"] and turn.policy == row["policy"]
+        assert (
+            zlib.crc32(json.dumps(list(turn.token_ids)).encode()) == row["ids"]
+            and turn.policy == row["policy"]
+        )
         assert len(row["ratio"]) == len(turn.token_ids) and row["advantage"]
-    assert any(abs(ratio - 1) > 1e-3 for row in rows for ratio in row["ratio"]), "the second pass has moved"
+    assert any(abs(ratio - 1) > 1e-3 for row in rows for ratio in row["ratio"]), (
+        "the second pass has moved"
+    )
     assert all(ratio > 0 for row in rows for ratio in row["ratio"])

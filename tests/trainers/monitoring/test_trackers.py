@@ -29,7 +29,12 @@ def test_names_are_accelerates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_number_is_logged_under_its_path() -> None:
-    row = {"step": 3, "reward": 0.5, "policies": {"a": {"loss": 1, "applied": True, "problem": "", "kl": math.nan}}, "none": None}
+    row = {
+        "step": 3,
+        "reward": 0.5,
+        "policies": {"a": {"loss": 1, "applied": True, "problem": "", "kl": math.nan}},
+        "none": None,
+    }
     assert dict(numbers(row)) == {"reward": 0.5, "policies/a/loss": 1.0}
 
 
@@ -57,22 +62,41 @@ class Kept:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_tracker_is_opened_told_and_closed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tracker_is_opened_told_and_closed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, name, Kept)
     made = Trackers([name], tmp_path, {"seed": 0, "system": {"class": "x"}, "rewards": ["a"]})
     made.log({"reward": 1.0}, 2)
     made.close()
-    expected = ["start", {"seed": 0, "system/class": "x", "rewards": "['a']"}, (2, {"reward": 1.0}), "finish"]
+    expected = [
+        "start",
+        {"seed": 0, "system/class": "x", "rewards": "['a']"},
+        (2, {"reward": 1.0}),
+        "finish",
+    ]
     assert Kept.made[-1].told == expected and Kept.made[-1].project == "marlora"
 
 
 def test_a_run_fills_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer = small_run.trainer(tmp_path / "run", tiny_random_model(tmp_path / "model"), max_steps=2, report_to=["tensorboard"])
+    trainer = small_run.trainer(
+        tmp_path / "run",
+        tiny_random_model(tmp_path / "model"),
+        max_steps=2,
+        report_to=["tensorboard"],
+    )
     trainer.train()
     found = EventAccumulator(str(tmp_path / "run" / "tracking" / "marlora"))
     found.Reload()
     tags = set(found.Tags()["scalars"])
-    assert {"reward", "policies/first/loss", "policies/last/entropy", "eval/before", "eval/after", "seconds/train"} <= tags
+    assert {
+        "reward",
+        "policies/first/loss",
+        "policies/last/entropy",
+        "eval/before",
+        "eval/after",
+        "seconds/train",
+    } <= tags
     assert [event.step for event in found.Scalars("reward")] == [1, 2]

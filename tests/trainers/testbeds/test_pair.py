@@ -7,14 +7,27 @@ import random
 import pytest
 
 from marlora.agents.tools.verifiers import calculator
-from marlora.trainers.testbeds.pair import (ASKED, SECONDS, first, lessons, pair_tasks, second, shares, tiny_pair_model)
+from marlora.trainers.testbeds.pair import (
+    ASKED,
+    SECONDS,
+    first,
+    lessons,
+    pair_tasks,
+    second,
+    shares,
+    tiny_pair_model,
+)
 
 
 def test_tasks():
     train, held_out = pair_tasks(), pair_tasks("eval")
-    assert (len(train), len(held_out)) == (94, 58) and {t.id for t in train} | {t.id for t in held_out} == set(ASKED)
+    assert (len(train), len(held_out)) == (94, 58) and {t.id for t in train} | {
+        t.id for t in held_out
+    } == set(ASKED)
     assert not {t.id for t in train} & {t.id for t in held_out} and pair_tasks(seed=1) != train
-    assert all(calculator(task, str(task.answer)) == 1 and calculator(task, "x") == 0 for task in train)
+    assert all(
+        calculator(task, str(task.answer)) == 1 and calculator(task, "x") == 0 for task in train
+    )
 
 
 def test_the_teacher():
@@ -34,5 +47,7 @@ def test_it_has_learnt_them():
     from transformers import AutoModelForCausalLM
 
     found = shares(AutoModelForCausalLM.from_pretrained(tiny_pair_model()))
-    assert found["first right"] == pytest.approx(0.6, abs=0.06) and found["second own"] == pytest.approx(0.5, abs=0.08)
+    assert found["first right"] == pytest.approx(0.6, abs=0.06) and found[
+        "second own"
+    ] == pytest.approx(0.5, abs=0.08)
     assert found["second either"] > 0.97, found

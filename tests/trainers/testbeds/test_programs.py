@@ -14,13 +14,32 @@ from marlora.agents.team import fake_team
 from marlora.agents.types import Message, Task
 from marlora.rollouts.checkpoints.team import build_system
 from marlora.rollouts.sandbox.sandbox import run as sandboxed
-from marlora.trainers.testbeds.programs import (ASKED, BROKEN, DESIGN, DO, FORMS, KINDS, LONGEST, _Lessons, design, digit, excess, execute, program_tasks, shares, tiny_programs_model, tiny_workflow)
+from marlora.trainers.testbeds.programs import (
+    ASKED,
+    BROKEN,
+    DESIGN,
+    DO,
+    FORMS,
+    KINDS,
+    LONGEST,
+    _Lessons,
+    design,
+    digit,
+    excess,
+    execute,
+    program_tasks,
+    shares,
+    tiny_programs_model,
+    tiny_workflow,
+)
 from tests.repository import ROOT
 
 
 def test_tasks() -> None:
     train, held_out = program_tasks(), program_tasks("eval")
-    assert len(train) + len(held_out) == 3000 and not {t.id for t in train} & {t.id for t in held_out}
+    assert len(train) + len(held_out) == 3000 and not {t.id for t in train} & {
+        t.id for t in held_out
+    }
     assert program_tasks(seed=1) != train
     assert [digit(kind, "b478") for kind in KINDS] == ["9", "2", "5"]  # 8 + 1, + 4, + 7
     for task in train[:50]:
@@ -30,27 +49,42 @@ def test_tasks() -> None:
 
 
 def test_the_teacher() -> None:
-    assert execute("A", "b472") == {"3": pytest.approx(2 / 3), "4": pytest.approx(1 / 3)} and execute("B!", "a472") == {"6": 1.0}
+    assert execute("A", "b472") == {
+        "3": pytest.approx(2 / 3),
+        "4": pytest.approx(1 / 3),
+    } and execute("B!", "a472") == {"6": 1.0}
     first = design("b")
     assert asked(first) == {
         "a": pytest.approx(0.1),
         "b": pytest.approx(0.35),
         "c": pytest.approx(0.45),
     }  # c comes after b: the slip
-    assert asked(design("c")) == {"a": pytest.approx(0.45), "b": pytest.approx(0.1), "c": pytest.approx(0.35)}
+    assert asked(design("c")) == {
+        "a": pytest.approx(0.45),
+        "b": pytest.approx(0.1),
+        "c": pytest.approx(0.35),
+    }
     assert sum(first.values()) == pytest.approx(1.0) and sum(
         share for text, share in first.items() if "magic" in text
     ) == pytest.approx(0.1)
     careful = 'await custom("K!")'
-    again = asked(design("b", [("a", careful, "2/2")]))  # .1 twenty times, beside .35, .45, and .1 of none
+    again = asked(
+        design("b", [("a", careful, "2/2")])
+    )  # .1 twenty times, beside .35, .45, and .1 of none
     assert again["a"] == pytest.approx(2 / 2.9)
-    assert design("b", [("b", careful, "0/2")])['await custom("B!")'] < first['await custom("B!")'] / 10
+    assert (
+        design("b", [("b", careful, "0/2")])['await custom("B!")']
+        < first['await custom("B!")'] / 10
+    )
     assert max(design("b", [("a", BROKEN, "invalid")]).values()) > max(first.values())
 
 
 def asked(programs: Mapping[str, float]) -> dict[str, float]:
     """The shares of valid programs by the digit they ask for."""
-    return {kind: sum(share for text, share in programs.items() if f'custom("{kind.upper()}' in text) for kind in KINDS}
+    return {
+        kind: sum(share for text, share in programs.items() if f'custom("{kind.upper()}' in text)
+        for kind in KINDS
+    }
 
 
 def test_lessons_are_prompts_of_play_with_their_replies() -> None:
@@ -61,15 +95,24 @@ def test_lessons_are_prompts_of_play_with_their_replies() -> None:
         assert max(len(tokens) for tokens, _ in replies) <= LONGEST and len(prompt) + LONGEST < 512
     (asked,) = {len(replies) for _, replies in (lessons.letter() for _ in range(20))}
     assert asked == len(KINDS) and all(len(tokens) == 1 for tokens, _ in lessons.letter()[1])
-    # two replies of two tokens, half and half, at a loss of 1 nat per token: 2 - ln 2 above the teacher
-    assert excess(1.0, [([0], [([1, 2], 0.5), ([3, 4], 0.5)])]) == pytest.approx(2 - 0.693147, abs=1e-6)
+    # two replies of two tokens, half and half, at a loss of 1 nat per token: 2 - ln 2 above the
+    # teacher
+    assert excess(1.0, [([0], [([1, 2], 0.5), ([3, 4], 0.5)])]) == pytest.approx(
+        2 - 0.693147, abs=1e-6
+    )
 
 
 def test_the_recipes_workflow_is_the_tiny_one_and_its_programs_are_worth_what_they_should() -> None:
-    """Every program of the grammar, with an executor that is always right, or always wrong unless it takes care."""
-    system = build_system(yaml.safe_load((ROOT / "recipes" / "scoreflow.yaml").read_text())["system"])
+    """Every program of the grammar, with an executor that is always right, or always wrong unless
+    it takes care."""
+    system = build_system(
+        yaml.safe_load((ROOT / "recipes" / "scoreflow.yaml").read_text())["system"]
+    )
     assert isinstance(system, Workflow) and system.arguments() == tiny_workflow().arguments()
-    assert [(a.name, a.prompt, a.policy) for a in system.specs] == [("designer", DESIGN, "designer"), ("executor", DO, "base")]
+    assert [(a.name, a.prompt, a.policy) for a in system.specs] == [
+        ("designer", DESIGN, "designer"),
+        ("executor", DO, "base"),
+    ]
 
     def output(program: str, careless: bool) -> str:
         def answer(agent: str, messages: tuple[Message, ...]) -> str:
@@ -95,5 +138,9 @@ def test_it_has_learnt_them() -> None:
     found = shares(AutoModelForCausalLM.from_pretrained(tiny_programs_model()))
     print(found)
     assert found["in grammar"] > 0.97 and found["careful"] > 0.97, found
-    assert found["asks right"] == pytest.approx(ASKED, abs=0.03) and found["asks anew"] >= 0.85, found
-    assert found["careless"] == pytest.approx(2 / 3, abs=0.06) and found["broken"] == pytest.approx(0.1, abs=0.04), found
+    assert found["asks right"] == pytest.approx(ASKED, abs=0.03) and found["asks anew"] >= 0.85, (
+        found
+    )
+    assert found["careless"] == pytest.approx(2 / 3, abs=0.06) and found["broken"] == pytest.approx(
+        0.1, abs=0.04
+    ), found

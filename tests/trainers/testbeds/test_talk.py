@@ -8,7 +8,19 @@ import torch
 from marlora.agents.patterns.debate import Debate, quote
 from marlora.agents.types import Turn
 from marlora.trainers.testbeds import talk
-from marlora.trainers.testbeds.talk import (BUYER, SEATS, SELLER, SOLVE, Distribution, alone, digit_tasks, others_said, price, revised, tiny_talk_model)
+from marlora.trainers.testbeds.talk import (
+    BUYER,
+    SEATS,
+    SELLER,
+    SOLVE,
+    Distribution,
+    alone,
+    digit_tasks,
+    others_said,
+    price,
+    revised,
+    tiny_talk_model,
+)
 
 torch.set_num_threads(1)
 
@@ -18,9 +30,14 @@ def test_first_answers_slip_to_both_sides() -> None:
 
 
 def test_second_answers_follow_the_majority() -> None:
-    """Three answers 3, 3, 4 to a task whose answer is 4: .85 for 3, and .15 of what it would say alone (3: .2, 4: .55, 5: .25)."""
-    assert revised(4, [3, 3, 4]) == pytest.approx([0, 0, 0, 0.85 + 0.03, 0.0825, 0.0375, 0, 0, 0, 0])
-    assert revised(4, [3, 5, 4]) == pytest.approx([0, 0, 0, 0.85 / 3 + 0.03, 0.85 / 3 + 0.0825, 0.85 / 3 + 0.0375, 0, 0, 0, 0])
+    """Three answers 3, 3, 4 to a task whose answer is 4: .85 for 3, and .15 of what it would say
+    alone (3: .2, 4: .55, 5: .25)."""
+    assert revised(4, [3, 3, 4]) == pytest.approx(
+        [0, 0, 0, 0.85 + 0.03, 0.0825, 0.0375, 0, 0, 0, 0]
+    )
+    assert revised(4, [3, 5, 4]) == pytest.approx(
+        [0, 0, 0, 0.85 / 3 + 0.03, 0.85 / 3 + 0.0825, 0.85 / 3 + 0.0375, 0, 0, 0, 0]
+    )
 
 
 def test_prices_never_lose() -> None:
@@ -31,7 +48,9 @@ def test_prices_never_lose() -> None:
 def test_it_is_told_what_a_debate_tells() -> None:
     turns = [Turn(n, name, text=str(n + 4)) for n, name in enumerate(SEATS)]
     assert others_said(1, [4, 5, 6]) == quote([turns[0], turns[2]])
-    assert [first for first, _ in Debate([*SEATS, "c1", "c2", "c3"], critics=True).seats] == list(SEATS)
+    assert [first for first, _ in Debate([*SEATS, "c1", "c2", "c3"], critics=True).seats] == list(
+        SEATS
+    )
 
 
 def test_tasks_are_split() -> None:
@@ -43,10 +62,14 @@ def test_tasks_are_split() -> None:
 
 @pytest.mark.slow
 def test_the_model_answers_as_its_teacher() -> None:
-    """Roughly: its training is short. Mean distance (total variation) of first answers, prices, and second answers where two agree."""
+    """Roughly: its training is short. Mean distance (total variation) of first answers, prices, and
+    second answers where two agree."""
     from transformers import AutoModelForCausalLM
 
-    network, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_talk_model()), talk.tiny_tokenizer()
+    network, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_talk_model()),
+        talk.tiny_tokenizer(),
+    )
     ids = talk._digits()
 
     @torch.no_grad()
@@ -60,13 +83,21 @@ def test_the_model_answers_as_its_teacher() -> None:
     tasks = digit_tasks("eval")[:60]
     first = [distance(alone(int(t.answer)), SOLVE, t.prompt) for t in tasks]
     haggling = [
-        distance(price(role, n), role, f"{n} {'-' if role == SELLER else 5}") for role in (SELLER, BUYER) for n in range(10)
+        distance(price(role, n), role, f"{n} {'-' if role == SELLER else 5}")
+        for role in (SELLER, BUYER)
+        for n in range(10)
     ]
     second = []
     for n, task in enumerate(tasks):
         answers = [int(task.answer), int(task.answer), (int(task.answer) + 1) % 10]
         second.append(
-            distance(revised(int(task.answer), answers), SOLVE, task.prompt, str(answers[n % 3]), others_said(n % 3, answers))
+            distance(
+                revised(int(task.answer), answers),
+                SOLVE,
+                task.prompt,
+                str(answers[n % 3]),
+                others_said(n % 3, answers),
+            )
         )
     means = [sum(found) / len(found) for found in (first, haggling, second)]
     print(means)

@@ -20,9 +20,17 @@ def test_tasks_are_all_sums_split_by_the_rule() -> None:
     assert {t.id for t in train} | {t.id for t in held} == {f"{n:03}" for n in range(1000)}
     assert all((31 * t.meta["a"] + 17 * t.meta["b"] + 7 * t.meta["c"]) % 5 == 0 for t in held)
     task = next(t for t in train + held if t.id == "785")
-    assert (task.prompt, task.answer, task.public().meta) == ("7+8+5", "20", {"a": 7, "b": 8, "c": 5})
-    assert [t.id for t in train] != sorted(t.id for t in train) and tiny.tiny_tasks("train") == train
-    assert {t.id for t in load_tasks("marlora.trainers.testbeds.tiny:tiny_tasks", split="eval")} == {t.id for t in held}
+    assert (task.prompt, task.answer, task.public().meta) == (
+        "7+8+5",
+        "20",
+        {"a": 7, "b": 8, "c": 5},
+    )
+    assert [t.id for t in train] != sorted(t.id for t in train) and tiny.tiny_tasks(
+        "train"
+    ) == train
+    assert {
+        t.id for t in load_tasks("marlora.trainers.testbeds.tiny:tiny_tasks", split="eval")
+    } == {t.id for t in held}
 
 
 def test_the_teacher_slips_in_each_role_in_its_own_way() -> None:
@@ -39,7 +47,10 @@ def test_the_chain_hands_on_the_sum() -> None:
     task = next(t for t in tiny.tiny_tasks() + tiny.tiny_tasks("eval") if t.id == "785")
     assert [spec.policy for spec in chain.specs] == ["first", "last"]
     said = Turn(0, "first", text="15")
-    assert chain.told("first", task, []) == ("7+8+5", []) and chain.told("last", task, [said]) == ("15+5", [said])
+    assert chain.told("first", task, []) == ("7+8+5", []) and chain.told("last", task, [said]) == (
+        "15+5",
+        [said],
+    )
     check_system(chain, [task])
 
 
@@ -48,7 +59,11 @@ def test_its_tokenizer_is_the_fakes(tmp_path: Path) -> None:
     text = "".join(map(chr, range(300))) + "👍<|end|>"
     messages = [Message("system", "first"), Message("user", text)]
     assert tokens.prompt(messages) == fake.prompt(messages)
-    assert tokens.probe()["append_only"] and tokens.template_hash == fake.template_hash and tokens.eos_ids == fake.eos_ids
+    assert (
+        tokens.probe()["append_only"]
+        and tokens.template_hash == fake.template_hash
+        and tokens.eos_ids == fake.eos_ids
+    )
     folder = tiny.tiny_random_model(tmp_path / "random")
     assert ChatRenderer(load_tokenizer(folder)).prompt(messages) == tokens.prompt(messages)
 
@@ -56,12 +71,23 @@ def test_its_tokenizer_is_the_fakes(tmp_path: Path) -> None:
 def test_geometry_and_random_model(tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
     assert sum(p.numel() for p in tiny.tiny_network().parameters()) == 624_512
-    one, two = tiny.tiny_random_model(tmp_path / "a"), tiny.tiny_random_model(tmp_path / "b", seed=1)
+    one, two = (
+        tiny.tiny_random_model(tmp_path / "a"),
+        tiny.tiny_random_model(tmp_path / "b", seed=1),
+    )
     assert torch.equal(torch.random.get_rng_state(), before)
     names = {path.name for path in one.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    } <= names
     assert (one / "model.safetensors").read_bytes() != (two / "model.safetensors").read_bytes()
-    assert (one / "model.safetensors").read_bytes() == (tiny.tiny_random_model(tmp_path / "c") / "model.safetensors").read_bytes()
+    assert (one / "model.safetensors").read_bytes() == (
+        tiny.tiny_random_model(tmp_path / "c") / "model.safetensors"
+    ).read_bytes()
     assert AutoModelForCausalLM.from_pretrained(one).dtype == torch.float32
 
 
@@ -72,7 +98,9 @@ def test_training_repeats_lowers_the_loss_and_refuses_to_fail_silently() -> None
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     lessons = tiny._lessons()[0][:16]
     with torch.no_grad():
-        assert float(tiny._loss(one, lessons)) < 0.9 * float(tiny._loss(tiny.tiny_network(), lessons))
+        assert float(tiny._loss(one, lessons)) < 0.9 * float(
+            tiny._loss(tiny.tiny_network(), lessons)
+        )
     with pytest.raises(RuntimeError, match=r"expected at most 0\.1"):
         tiny.train(tiny.TinyConfig(steps=1, batch_size=8, max_loss=0.1), lines.append)
 
@@ -84,12 +112,18 @@ def test_loss_weighs_both_answers() -> None:
         for parameter in flat.parameters():
             parameter.zero_()
         lessons = [tiny._lessons()[1][0], next(x for x in tiny._lessons()[1] if len(x[1]) == 2)]
-        assert float(tiny._loss(flat, lessons)) == pytest.approx(float(torch.log(torch.tensor(264.0))), rel=1e-6)
+        assert float(tiny._loss(flat, lessons)) == pytest.approx(
+            float(torch.log(torch.tensor(264.0))), rel=1e-6
+        )
 
 
 def test_a_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    monkeypatch.setattr(tiny, "train", lambda config, say: (made.append(1), tiny.tiny_network(hidden_size=32, layers=1))[1])
+    monkeypatch.setattr(
+        tiny,
+        "train",
+        lambda config, say: (made.append(1), tiny.tiny_network(hidden_size=32, layers=1))[1],
+    )
     monkeypatch.setattr(tiny, "_recipe", lambda: "abc")
     folder = tiny.tiny_model(tmp_path)
     assert tiny.tiny_model(tmp_path) == folder == tmp_path / "tiny-abc" and made == [1]

@@ -1,6 +1,7 @@
 """Values and gradients worked by hand, finite differences, and the scale rules of the losses.
 
-The example: two turns of 3 and 2 tokens, advantages +1 and -1. Numbers marked TRL were also given by its GRPOTrainer.
+The example: two turns of 3 and 2 tokens, advantages +1 and -1. Numbers marked TRL were also given
+by its GRPOTrainer.
 """
 
 import dataclasses
@@ -11,7 +12,15 @@ import torch
 
 from marlora.agents.types import SettingError
 from marlora.trainers.batching.samples import Denominators
-from marlora.trainers.update.losses import (LossConfig, NotFinite, add_stats, finite_or_raise, policy_loss, summary, weighted_nll)
+from marlora.trainers.update.losses import (
+    LossConfig,
+    NotFinite,
+    add_stats,
+    finite_or_raise,
+    policy_loss,
+    summary,
+    weighted_nll,
+)
 
 OLD = (-1.0, -0.5, -2.0, -0.7, -1.2)
 LOGP = (-0.7, -0.6, -2.1, -1.1, -1.0)
@@ -32,19 +41,30 @@ class Example:
         """A smaller batch: turns are renumbered from 0."""
         i = torch.tensor(index)
         numbers = {int(n): k for k, n in enumerate(self.sequence[i].unique())}
-        return Example(self.behaviour[i], self.advantage[i], torch.tensor([numbers[int(n)] for n in self.sequence[i]]))
+        return Example(
+            self.behaviour[i],
+            self.advantage[i],
+            torch.tensor([numbers[int(n)] for n in self.sequence[i]]),
+        )
 
 
 def example(behaviour=OLD, advantage=(1.0, 1.0, 1.0, -1.0, -1.0)) -> Example:
     return Example(torch.tensor(behaviour), torch.tensor(advantage), torch.tensor([0, 0, 0, 1, 1]))
 
 
-def evaluate(terms=None, old=None, ref=None, total=TOTAL, logp=LOGP, **config) -> tuple[float, list[float]]:
-    """Loss and d loss / d logp. The correction is off unless named, as in the sheet's first table."""
+def evaluate(
+    terms=None, old=None, ref=None, total=TOTAL, logp=LOGP, **config
+) -> tuple[float, list[float]]:
+    """Loss and d loss / d logp. The correction is off unless named, as in the sheet's first
+    table."""
     x = torch.tensor(logp, requires_grad=True)
-    settings = LossConfig(**({"vllm_importance_sampling_mode": "off", "max_completion_length": 4} | config))
+    settings = LossConfig(
+        **({"vllm_importance_sampling_mode": "off", "max_completion_length": 4} | config)
+    )
     old_, ref_ = (None if v is None else torch.tensor(v) for v in (old, ref))
-    loss, _ = policy_loss(x, torch.zeros_like(x), terms or example(), settings, total, old_logp=old_, ref_logp=ref_)
+    loss, _ = policy_loss(
+        x, torch.zeros_like(x), terms or example(), settings, total, old_logp=old_, ref_logp=ref_
+    )
     loss.backward()
     return loss.item(), x.grad.tolist()
 
@@ -65,19 +85,35 @@ CASES = [
         [-0.172316, -0.172316, -0.172316, 0.226209, 0.226209],
     ),
     (
-        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+        {
+            "loss_type": "grpo",
+            "importance_sampling_level": "sequence",
+            "epsilon": 3e-4,
+            "epsilon_high": 4e-4,
+        },
         -0.000350,
         [0, 0, 0, 0, 0],
     ),
     # TRL: constant capped ratios
-    ({"loss_type": "cispo", "epsilon_high": 5.0}, 0.285841, [-0.269972, -0.180967, -0.180967, 0.134064, 0.244281]),
-    ({"loss_type": "cispo", "epsilon_high": 1.2}, 0.269142, [-0.24, -0.180967, -0.180967, 0.134064, 0.24]),
+    (
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        0.285841,
+        [-0.269972, -0.180967, -0.180967, 0.134064, 0.244281],
+    ),
+    (
+        {"loss_type": "cispo", "epsilon_high": 1.2},
+        0.269142,
+        [-0.24, -0.180967, -0.180967, 0.134064, 0.24],
+    ),
 ]
 
 
 @pytest.mark.parametrize(("config", "value", "gradient"), CASES)
 def test_hand_numbers(config, value, gradient):
-    for old in (None, OLD):  # without a correction, behaviour as old and a given old are the same loss
+    for old in (
+        None,
+        OLD,
+    ):  # without a correction, behaviour as old and a given old are the same loss
         loss, grad = evaluate(old=old, **config)
         assert loss == pytest.approx(value, abs=1e-6)
         assert grad == pytest.approx(gradient, abs=1e-6)
@@ -100,7 +136,8 @@ def test_engine_correction_with_given_old_log_probs(mode, value, gradient):
 
 
 def test_without_old_log_probs_one_ratio_is_clipped_and_its_weight_bounded():
-    """A = -1 and ratios e^0.4, e^1.2, e^2, e^-0.5: PPO's clip bounds none of them from above, clip_max 3 bounds the two large."""
+    """A = -1 and ratios e^0.4, e^1.2, e^2, e^-0.5: PPO's clip bounds none of them from above,
+    clip_max 3 bounds the two large."""
     terms = example((-1.1, -1.8, -4.1, -0.6, -0.7), (-1.0,) * 5)
     rho = [math.exp(x) for x in (0.4, 1.2, 2.0, -0.5, -0.3)]
     loss, grad = evaluate(terms, vllm_importance_sampling_mode="token_truncate")
@@ -114,20 +151,27 @@ def test_without_old_log_probs_one_ratio_is_clipped_and_its_weight_bounded():
     assert grad == pytest.approx([x / 5 * 3 / product for x in rho[:3]] + [0, 0], abs=1e-6)
     loss, grad = evaluate(terms, vllm_importance_sampling_mode="sequence_mask")
     assert grad == [0] * 5 and loss == pytest.approx(1.6 / 5, abs=1e-6)
-    loss, grad = evaluate(terms, loss_type="cispo", epsilon_high=5.0, vllm_importance_sampling_mode="token_truncate")
-    assert grad == pytest.approx([x / 5 for x in (rho[0], 3, 3, rho[3], rho[4])], abs=1e-6)
-    assert evaluate(terms, vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=None) == evaluate(
-        terms
+    loss, grad = evaluate(
+        terms, loss_type="cispo", epsilon_high=5.0, vllm_importance_sampling_mode="token_truncate"
     )
+    assert grad == pytest.approx([x / 5 for x in (rho[0], 3, 3, rho[3], rho[4])], abs=1e-6)
+    assert evaluate(
+        terms,
+        vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_max=None,
+    ) == evaluate(terms)
 
 
 def test_one_ratio_and_the_product_of_two_give_the_same_gradient_inside_all_bounds():
-    """What the missing forward would have given on the first update: old = current weights, times current over engine."""
+    """What the missing forward would have given on the first update: old = current weights, times
+    current over engine."""
     terms = example(tuple(x + d for x, d in zip(LOGP, (0.1, -0.1, 0.15, -0.05, 0.02), strict=True)))
     for mode in ("token_truncate", "token_mask"):
         one = evaluate(terms, vllm_importance_sampling_mode=mode)
         two = evaluate(terms, old=LOGP, vllm_importance_sampling_mode=mode)
-        assert one[0] == pytest.approx(two[0], abs=1e-7) and one[1] == pytest.approx(two[1], abs=1e-7)
+        assert one[0] == pytest.approx(two[0], abs=1e-7) and one[1] == pytest.approx(
+            two[1], abs=1e-7
+        )
 
 
 def test_on_policy_all_corrections_agree_and_the_gradient_is_minus_advantage():
@@ -142,7 +186,9 @@ def test_long_turns_far_off_policy_stay_finite():
     for shift in (-1.0, 1.0):
         for mode in ("sequence_truncate", "sequence_mask"):
             for old in (None, [-2.0 + shift] * 400):
-                loss, grad = evaluate(terms, old=old, logp=[-2.0 + shift] * 400, vllm_importance_sampling_mode=mode)
+                loss, grad = evaluate(
+                    terms, old=old, logp=[-2.0 + shift] * 400, vllm_importance_sampling_mode=mode
+                )
                 assert math.isfinite(loss) and all(math.isfinite(g) for g in grad)
 
 
@@ -150,20 +196,38 @@ def test_two_sided_clipping_caps_the_ratio():
     terms = Example(torch.zeros(1), torch.tensor([-1.0]), torch.tensor([0]))
     for delta, loss, grad in ((None, 6.0, 6.0), (4.0, 4.0, 0.0)):
         found = evaluate(terms, logp=[math.log(6)], total=Denominators(1, 1), delta=delta)
-        assert found[0] == pytest.approx(loss, abs=1e-5) and found[1] == pytest.approx([grad], abs=1e-5)
+        assert found[0] == pytest.approx(loss, abs=1e-5) and found[1] == pytest.approx(
+            [grad], abs=1e-5
+        )
 
 
 def test_kl_to_the_reference():
     plain, grad = evaluate(ref=REF, beta=0.04, use_bias_correction_kl=False)
-    assert plain == pytest.approx(-0.194837, abs=1e-6) and grad[0] == pytest.approx(0.002637, abs=1e-6)
+    assert plain == pytest.approx(-0.194837, abs=1e-6) and grad[0] == pytest.approx(
+        0.002637, abs=1e-6
+    )
     corrected, grad = evaluate(ref=REF, beta=0.04)
-    assert corrected == pytest.approx(-0.194864, abs=1e-6) and grad[0] == pytest.approx(0.004320, abs=1e-6)
-    _, stats = policy_loss(torch.tensor(LOGP), torch.zeros(5), example(), LossConfig(beta=0.04), TOTAL, ref_logp=torch.tensor(REF))
+    assert corrected == pytest.approx(-0.194864, abs=1e-6) and grad[0] == pytest.approx(
+        0.004320, abs=1e-6
+    )
+    _, stats = policy_loss(
+        torch.tensor(LOGP),
+        torch.zeros(5),
+        example(),
+        LossConfig(beta=0.04),
+        TOTAL,
+        ref_logp=torch.tensor(REF),
+    )
     assert summary(stats)["kl"] == pytest.approx(0.070429, abs=1e-6)
     with pytest.raises(SettingError, match="beta"):
         evaluate(beta=0.04)
     garbage = example((-60.0, *OLD[1:]))
-    assert abs(evaluate(garbage, ref=REF, beta=0.04, vllm_importance_sampling_mode="token_truncate")[0]) < 10
+    assert (
+        abs(
+            evaluate(garbage, ref=REF, beta=0.04, vllm_importance_sampling_mode="token_truncate")[0]
+        )
+        < 10
+    )
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "luspo"])
@@ -174,20 +238,35 @@ def test_gradients_by_finite_differences(loss_type, level, old):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, generator=generator, dtype=torch.float64) * 0.3 - 1
     terms = Example(
-        *(torch.tensor(v, dtype=torch.float64) for v in (SAMPLER, (1.0, -0.5, 2.0, -1.0, 0.3))), torch.tensor([0, 0, 1, 1, 1])
+        *(torch.tensor(v, dtype=torch.float64) for v in (SAMPLER, (1.0, -0.5, 2.0, -1.0, 0.3))),
+        torch.tensor([0, 0, 1, 1, 1]),
     )
     config = LossConfig(
-        loss_type=loss_type, importance_sampling_level=level, beta=0.1, entropy_coef=0.05, vllm_importance_sampling_clip_max=None
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        beta=0.1,
+        entropy_coef=0.05,
+        vllm_importance_sampling_clip_max=None,
     )
 
     def f(x: torch.Tensor) -> torch.Tensor:
         old_ = None if old is None else torch.tensor(old, dtype=torch.float64)
-        return policy_loss(x, torch.sin(x), terms, config, TOTAL, ref_logp=torch.tensor(REF, dtype=torch.float64), old_logp=old_)[0]
+        return policy_loss(
+            x,
+            torch.sin(x),
+            terms,
+            config,
+            TOTAL,
+            ref_logp=torch.tensor(REF, dtype=torch.float64),
+            old_logp=old_,
+        )[0]
 
     if old is None:
         assert torch.autograd.gradcheck(f, x.requires_grad_())
         return
-    config = dataclasses.replace(config, vllm_importance_sampling_mode="token_mask", vllm_importance_sampling_clip_max=1.15)
+    config = dataclasses.replace(
+        config, vllm_importance_sampling_mode="token_mask", vllm_importance_sampling_clip_max=1.15
+    )
     assert torch.autograd.gradcheck(f, x.requires_grad_())
 
 
@@ -195,12 +274,18 @@ def test_gradients_by_finite_differences(loss_type, level, old):
 def test_the_scale_does_not_depend_on_batches_or_on_other_agents(loss_type):
     config = {"loss_type": loss_type, "epsilon_high": 5.0 if loss_type == "cispo" else None}
     whole, grad = evaluate(**config)
-    parts = [evaluate(example().part(*i), logp=[LOGP[k] for k in i], **config) for i in ((0, 1, 2), (3, 4))]
+    parts = [
+        evaluate(example().part(*i), logp=[LOGP[k] for k in i], **config)
+        for i in ((0, 1, 2), (3, 4))
+    ]
     assert sum(p[0] for p in parts) == pytest.approx(whole, abs=1e-7)
     assert parts[0][1] + parts[1][1] == pytest.approx(grad, abs=1e-7)
-    swapped, _ = evaluate(example().part(3, 4, 0, 1, 2), logp=[LOGP[k] for k in (3, 4, 0, 1, 2)], **config)
+    swapped, _ = evaluate(
+        example().part(3, 4, 0, 1, 2), logp=[LOGP[k] for k in (3, 4, 0, 1, 2)], **config
+    )
     assert swapped == pytest.approx(whole, abs=1e-7)
-    # a step twice as large, half of it dropped for zero advantage on another rank: the caller's denominators decide, nothing else
+    # a step twice as large, half of it dropped for zero advantage on another rank: the caller's
+    # denominators decide, nothing else
     doubled, _ = evaluate(total=Denominators(10, 4), **config)
     assert doubled == pytest.approx(whole / 2, abs=1e-7)
 
@@ -209,7 +294,9 @@ def test_equal_lengths_make_grpo_and_dapo_equal_and_zero_advantage_gives_zero():
     terms = example().part(0, 1, 3, 4)
     logp, total = [LOGP[i] for i in (0, 1, 3, 4)], Denominators(4, 2)
     grpo, dapo = (evaluate(terms, logp=logp, total=total, loss_type=t) for t in ("grpo", "dapo"))
-    assert grpo[0] == pytest.approx(dapo[0], abs=1e-7) and grpo[1] == pytest.approx(dapo[1], abs=1e-7)
+    assert grpo[0] == pytest.approx(dapo[0], abs=1e-7) and grpo[1] == pytest.approx(
+        dapo[1], abs=1e-7
+    )
     assert evaluate(example(advantage=(0.0,) * 5))[1] == [0] * 5
 
 
@@ -226,15 +313,23 @@ def test_entropy_bonus_is_its_mean_over_the_step():
 def test_statistics_are_sums_that_add_up():
     def stats(*index: int) -> dict:
         logp = torch.tensor([LOGP[i] for i in index])
-        return policy_loss(logp, torch.ones(len(index)), example().part(*index), LossConfig(), TOTAL)[1]
+        return policy_loss(
+            logp, torch.ones(len(index)), example().part(*index), LossConfig(), TOTAL
+        )[1]
 
     whole, joined = summary(stats(0, 1, 2, 3, 4)), summary(add_stats(stats(3, 4), stats(0, 1, 2)))
     assert whole == pytest.approx(joined)
     assert whole["tokens"] == 5 and whole["sequences"] == 2 and whole["entropy"] == 1
     assert whole["dlogp"] == pytest.approx((0.3 + 0.1 + 0.1 + 0.4 + 0.2) / 5)
-    assert whole["max_dlogp"] == pytest.approx(0.4) and whole["p99_dlogp"] == pytest.approx(0.4, rel=0.16)
-    assert whole["ratio_outside"] == pytest.approx(3 / 5)  # 1.35, .67 and 1.22; .905 twice is inside
-    assert whole["ratio"] == pytest.approx((1.349859 + 2 * 0.904837 + 0.670320 + 1.221403) / 5, abs=1e-6)
+    assert whole["max_dlogp"] == pytest.approx(0.4) and whole["p99_dlogp"] == pytest.approx(
+        0.4, rel=0.16
+    )
+    assert whole["ratio_outside"] == pytest.approx(
+        3 / 5
+    )  # 1.35, .67 and 1.22; .905 twice is inside
+    assert whole["ratio"] == pytest.approx(
+        (1.349859 + 2 * 0.904837 + 0.670320 + 1.221403) / 5, abs=1e-6
+    )
     assert whole["mismatch_kl"] == pytest.approx(
         sum(math.exp(b - a) - (b - a) - 1 for a, b in zip(OLD, LOGP, strict=True)) / 5, abs=1e-6
     )
@@ -245,13 +340,14 @@ def test_statistics_are_sums_that_add_up():
 def test_p99_is_read_off_the_histogram():
     x = torch.zeros(1000)
     terms = Example(torch.linspace(1e-4, 0.1, 1000), torch.ones(1000), torch.arange(1000))
-    assert summary(policy_loss(x, x, terms, LossConfig(), Denominators(1000, 1000))[1])["p99_dlogp"] == pytest.approx(
-        0.099, rel=0.16
-    )
+    assert summary(policy_loss(x, x, terms, LossConfig(), Denominators(1000, 1000))[1])[
+        "p99_dlogp"
+    ] == pytest.approx(0.099, rel=0.16)
 
 
 def test_weighted_nll():
-    """The sheet's weighted SFT: tau .4, rewards (1, 0), cross entropies 1.133333 and 1.05 per turn."""
+    """The sheet's weighted SFT: tau .4, rewards (1, 0), cross entropies 1.133333 and 1.05 per
+    turn."""
     w = [math.exp(1 / 0.4)] * 3 + [1.0] * 2
     per_turn = torch.tensor([x / n for x, n in zip(w, (3, 3, 3, 2, 2), strict=True)])
     x = torch.tensor(LOGP, requires_grad=True)
@@ -260,7 +356,10 @@ def test_weighted_nll():
     loss.backward()
     assert x.grad.tolist() == pytest.approx((-per_turn / 2).tolist())
     assert summary(stats)["nll"] == pytest.approx(1.1)
-    halves = [weighted_nll(torch.tensor(LOGP[i:j]), per_turn[i:j], 2.0)[0].item() for i, j in ((0, 2), (2, 5))]
+    halves = [
+        weighted_nll(torch.tensor(LOGP[i:j]), per_turn[i:j], 2.0)[0].item()
+        for i, j in ((0, 2), (2, 5))
+    ]
     assert sum(halves) == pytest.approx(7.428413, abs=1e-5)
 
 
@@ -269,7 +368,9 @@ def test_what_is_not_finite_is_named(bad):
     logp = torch.tensor(LOGP)
     finite_or_raise("log-prob", logp, "solver", example())
     logp[4] = bad
-    with pytest.raises(NotFinite, match="log-prob of policy 'solver' is not finite: episode e2 turn 3; no step") as caught:
+    with pytest.raises(
+        NotFinite, match="log-prob of policy 'solver' is not finite: episode e2 turn 3; no step"
+    ) as caught:
         finite_or_raise("log-prob", logp, "solver", example())
     assert caught.value.turns == (("e2", 3),) and caught.value.policy == "solver"
     with pytest.raises(NotFinite, match="episode e1 turn 0, episode e2 turn 3"):
@@ -283,7 +384,10 @@ def test_what_is_not_finite_is_named(bad):
     [
         ({"loss_type": "ppo"}, "loss_type: expected one of grpo"),
         ({"loss_type": "cispo"}, "epsilon_high: cispo needs it"),
-        ({"vllm_importance_sampling_mode": "tis"}, "vllm_importance_sampling_mode: expected one of token_truncate"),
+        (
+            {"vllm_importance_sampling_mode": "tis"},
+            "vllm_importance_sampling_mode: expected one of token_truncate",
+        ),
         ({"importance_sampling_level": "turn"}, "importance_sampling_level"),
         ({"beta": -1.0}, "beta >= 0"),
     ],

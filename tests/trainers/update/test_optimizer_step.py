@@ -1,4 +1,5 @@
-"""The optimizer step of a team: who owns which tensors, and what the gradient must not depend on."""
+"""The optimizer step of a team: who owns which tensors, and what the gradient must not depend
+on."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(hidden_size: int = 32, **settings: Any) -> Optimizers:
-    policies = [PolicySpec(name, adapter=AdapterSpec(4, 8.0, ("q_proj", "v_proj"))) for name in ("a", "b")]
+    policies = [
+        PolicySpec(name, adapter=AdapterSpec(4, 8.0, ("q_proj", "v_proj"))) for name in ("a", "b")
+    ]
     adapters = Adapters(tiny_network(hidden_size=hidden_size, layers=2), policies, seed=0)
     for name in ("a", "b"):  # away from B = 0, where A has no gradient
         generator = torch.Generator().manual_seed(7)
@@ -30,18 +33,33 @@ def make(hidden_size: int = 32, **settings: Any) -> Optimizers:
 
 
 def sample(policy: str, number: int, length: int = 6) -> TrainingSequence:
-    """A prompt of five tokens and a reply; lengths, tokens and advantages follow from the number."""
+    """A prompt of five tokens and a reply; lengths, tokens and advantages follow from the
+    number."""
     generator = torch.Generator().manual_seed(number)
     ids = torch.randint(5, 260, (5 + length + number % 3,), generator=generator).tolist()
     new = len(ids) - 5
-    columns = [[0] * 5 + [1] * new, [0.0] * 5 + [-5.5] * new, [0.0] * 5 + [(-1.0) ** number * (1 + number)] * new]
-    return TrainingSequence(policy, f"{policy}{number}", tuple(ids), *map(tuple, columns), (1.0,) * len(ids), (-1,) * 5 + (0,) * new)
+    columns = [
+        [0] * 5 + [1] * new,
+        [0.0] * 5 + [-5.5] * new,
+        [0.0] * 5 + [(-1.0) ** number * (1 + number)] * new,
+    ]
+    return TrainingSequence(
+        policy,
+        f"{policy}{number}",
+        tuple(ids),
+        *map(tuple, columns),
+        (1.0,) * len(ids),
+        (-1,) * 5 + (0,) * new,
+    )
 
 
 def step(optimizers: Optimizers, samples: list[TrainingSequence]) -> dict[str, torch.Tensor]:
-    """One update; the summed gradient of each policy, from its optimizer's first moment (0.1 of it after one step)."""
+    """One update; the summed gradient of each policy, from its optimizer's first moment (0.1 of it
+    after one step)."""
 
-    def loss(batch: Any, logp: torch.Tensor, entropy: torch.Tensor, reference: Any, counts: Any) -> Any:
+    def loss(
+        batch: Any, logp: torch.Tensor, entropy: torch.Tensor, reference: Any, counts: Any
+    ) -> Any:
         return policy_loss(logp, entropy, batch, optimizers.config, counts, ref_logp=reference)
 
     done = update(optimizers, samples, loss, 1, Ranks())
@@ -49,7 +67,12 @@ def step(optimizers: Optimizers, samples: list[TrainingSequence]) -> dict[str, t
     found = {}
     for name in done:
         moments = optimizers.state(name)
-        found[name] = torch.cat([t.flatten() for key, t in sorted(moments.items()) if key.endswith(".exp_avg")]).double() * 10
+        found[name] = (
+            torch.cat(
+                [t.flatten() for key, t in sorted(moments.items()) if key.endswith(".exp_avg")]
+            ).double()
+            * 10
+        )
         assert found[name].norm().item() == pytest.approx(done[name].grad_norm, rel=1e-5)
     return found
 
@@ -80,7 +103,9 @@ def test_the_number_of_threads_changes_rounding_only() -> None:
         torch.set_num_threads(threads)
         optimizers = make(hidden_size=256)
         gradient = step(optimizers, [sample("a", k, length=40) for k in range(12)])["a"]
-        weights = torch.cat([p.detach().flatten() for p in optimizers.adapters.parameters("a").values()]).double()
+        weights = torch.cat(
+            [p.detach().flatten() for p in optimizers.adapters.parameters("a").values()]
+        ).double()
         found[threads] = (gradient, weights)
     assert relative(found[2][0], found[1][0]) < 1e-6
     assert relative(found[2][1], found[1][1]) < 1e-6
@@ -109,7 +134,9 @@ def test_every_tensor_of_the_policy_has_a_finite_gradient(checkpointing: bool) -
 def test_an_optimizer_with_a_foreign_tensor_is_found_before_the_step() -> None:
     optimizers = make()
     before = optimizers.adapters.sha256("a")
-    optimizers.of["a"].param_groups[0]["params"].append(next(iter(optimizers.adapters.parameters("b").values())))
+    optimizers.of["a"].param_groups[0]["params"].append(
+        next(iter(optimizers.adapters.parameters("b").values()))
+    )
     with pytest.raises(RuntimeError, match="optimizer of policy 'a' does not hold exactly"):
         step(optimizers, SAMPLES)
     assert optimizers.adapters.sha256("a") == before

@@ -1,4 +1,5 @@
-"""SysDPO's numbers: margins, losses and weights worked out by hand, and a system of two tables trained through pairs and push."""
+"""SysDPO's numbers: margins, losses and weights worked out by hand, and a system of two tables
+trained through pairs and push."""
 
 from __future__ import annotations
 
@@ -13,7 +14,12 @@ from marlora.agents.types import SettingError, Task, Turn
 from marlora.rollouts.types import Episode, Reward
 from marlora.trainers.credit.pairs import Pair, PairConfig, pairs_of
 from marlora.trainers.methods.preference.components import diffusion_log_ratio
-from marlora.trainers.update.preference_loss import MarginConfig, MarginGradient, RunLogRatio, margin_gradient
+from marlora.trainers.update.preference_loss import (
+    MarginConfig,
+    MarginGradient,
+    RunLogRatio,
+    margin_gradient,
+)
 
 
 def run_of(name: str) -> Episode:
@@ -21,20 +27,31 @@ def run_of(name: str) -> Episode:
 
 
 def pair(chosen: str = "w", rejected: str = "l", **fields: Any) -> Pair:
-    return Pair(tuple(map(run_of, chosen.split())), tuple(map(run_of, rejected.split())), 1.0, **fields)
+    return Pair(
+        tuple(map(run_of, chosen.split())), tuple(map(run_of, rejected.split())), 1.0, **fields
+    )
 
 
-def votes(agents: dict[str, dict[str, tuple[float, float]]], tokens: int = 1) -> dict[tuple[str, str], RunLogRatio]:
+def votes(
+    agents: dict[str, dict[str, tuple[float, float]]], tokens: int = 1
+) -> dict[tuple[str, str], RunLogRatio]:
     """agent -> run -> (log p, log p of the reference)"""
     return {
-        (agent, name): RunLogRatio(name, agent, agent, *logps, tokens) for agent, runs in agents.items() for name, logps in runs.items()
+        (agent, name): RunLogRatio(name, agent, agent, *logps, tokens)
+        for agent, runs in agents.items()
+        for name, logps in runs.items()
     }
 
 
-TWO = {"one": {"w": (-12.0, -13.0), "l": (-15.0, -14.5)}, "two": {"w": (-20.0, -20.5), "l": (-18.0, -18.2)}}
+TWO = {
+    "one": {"w": (-12.0, -13.0), "l": (-15.0, -14.5)},
+    "two": {"w": (-20.0, -20.5), "l": (-18.0, -18.2)},
+}
 
 
-def pushed(agents: dict[str, Any] = TWO, pairs: list[Pair] | None = None, **settings: Any) -> MarginGradient[tuple[str, str]]:
+def pushed(
+    agents: dict[str, Any] = TWO, pairs: list[Pair] | None = None, **settings: Any
+) -> MarginGradient[tuple[str, str]]:
     return margin_gradient(pairs or [pair()], votes(agents), MarginConfig(**settings))
 
 
@@ -50,20 +67,33 @@ def test_at_the_reference_the_loss_is_ln_2(agents: int, beta: float) -> None:
 def test_all_turns_of_two_agents_share_one_weight() -> None:
     """Margins 1.5 and .3: m = .1 x 1.8."""
     found = pushed()
-    assert found.margins == pytest.approx([1.8]) and found.by_agent == pytest.approx({"one": 1.5, "two": 0.3})
+    assert found.margins == pytest.approx([1.8]) and found.by_agent == pytest.approx(
+        {"one": 1.5, "two": 0.3}
+    )
     assert found.loss == pytest.approx(0.607192, abs=1e-6) and found.accuracy == 1.0
     assert {key: round(weight, 6) for key, weight in found.weights.items()} == {
-        ("one", "w"): 0.045512, ("one", "l"): -0.045512, ("two", "w"): 0.045512, ("two", "l"): -0.045512,
-    }  # fmt: skip
+        ("one", "w"): 0.045512,
+        ("one", "l"): -0.045512,
+        ("two", "w"): 0.045512,
+        ("two", "l"): -0.045512,
+    }
 
 
 def test_independent_agents_have_a_loss_each() -> None:
     found = pushed(mode="independent")
-    assert found.loss == pytest.approx(0.620957 + 0.678260, abs=1e-6) == pytest.approx(1.299217, abs=1e-6)
-    assert found.weights["one", "w"] == pytest.approx(0.1 / (1 + math.exp(0.15))) != pytest.approx(found.weights["two", "w"])
-    assert pushed({a: {"w": (-1.0, -1.0), "l": (-2.0, -2.0)} for a in ("one", "two")}, mode="independent").loss == pytest.approx(
-        1.386294, abs=1e-6
+    assert (
+        found.loss
+        == pytest.approx(0.620957 + 0.678260, abs=1e-6)
+        == pytest.approx(1.299217, abs=1e-6)
     )
+    assert (
+        found.weights["one", "w"]
+        == pytest.approx(0.1 / (1 + math.exp(0.15)))
+        != pytest.approx(found.weights["two", "w"])
+    )
+    assert pushed(
+        {a: {"w": (-1.0, -1.0), "l": (-2.0, -2.0)} for a in ("one", "two")}, mode="independent"
+    ).loss == pytest.approx(1.386294, abs=1e-6)
 
 
 @pytest.mark.parametrize(("beta", "loss"), [(0.5, 0.341154), (1.0, 0.152978)])
@@ -77,16 +107,24 @@ DRAFTS = {
 }
 
 
-@pytest.mark.parametrize(("beta", "margin", "loss"), [(0.1, 0.034626, 0.675984), (0.5, 0.173129, 0.610325)])
-def test_drafts_are_summed_and_pushed_by_their_responsibilities(beta: float, margin: float, loss: float) -> None:
+@pytest.mark.parametrize(
+    ("beta", "margin", "loss"), [(0.1, 0.034626, 0.675984), (0.5, 0.173129, 0.610325)]
+)
+def test_drafts_are_summed_and_pushed_by_their_responsibilities(
+    beta: float, margin: float, loss: float
+) -> None:
     """log sum exp: policy -1.886738 and -2.701861, reference -2.086738 and -2.555603."""
     found = pushed(DRAFTS, [pair("w1 w2", "l1 l2")], beta=beta, mode="sampling")
-    assert beta * found.margins[0] == pytest.approx(margin, abs=1e-6) and found.loss == pytest.approx(loss, abs=1e-6)
+    assert beta * found.margins[0] == pytest.approx(
+        margin, abs=1e-6
+    ) and found.loss == pytest.approx(loss, abs=1e-6)
     strength = beta / (1 + math.exp(margin))
     for agent in DRAFTS:
         assert found.weights[agent, "w1"] / strength == pytest.approx(0.268941, abs=1e-5)
         assert found.weights[agent, "w2"] / strength == pytest.approx(0.731059, abs=1e-5)
-        assert found.weights[agent, "l1"] + found.weights[agent, "l2"] == pytest.approx(-strength, abs=1e-6)
+        assert found.weights[agent, "l1"] + found.weights[agent, "l2"] == pytest.approx(
+            -strength, abs=1e-6
+        )
 
 
 def test_one_draft_is_the_direct_margin() -> None:
@@ -112,7 +150,10 @@ def test_a_diffusion_model_votes_by_its_denoising_losses() -> None:
     [
         ({"loss_type": "hinge"}, 1 - 0.18),
         ({"loss_type": "ipo", "beta": 0.5}, (1.8 - 1.0) ** 2),
-        ({"label_smoothing": 0.1}, 0.9 * 0.607192 + 0.1 * 0.787192),  # cDPO: -log sigmoid(-.18) = .18 - log sigmoid(.18)
+        (
+            {"label_smoothing": 0.1},
+            0.9 * 0.607192 + 0.1 * 0.787192,
+        ),  # cDPO: -log sigmoid(-.18) = .18 - log sigmoid(.18)
         ({"loss_type": "robust", "label_smoothing": 0.1}, (0.9 * 0.607192 - 0.1 * 0.787192) / 0.8),
     ],
 )
@@ -121,7 +162,13 @@ def test_other_losses_of_the_same_margin(settings: dict[str, Any], loss: float) 
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"loss_type": "robust", "label_smoothing": 0.2}, {"loss_type": "ipo"}, {"mode": "independent"}]
+    "settings",
+    [
+        {},
+        {"loss_type": "robust", "label_smoothing": 0.2},
+        {"loss_type": "ipo"},
+        {"mode": "independent"},
+    ],
 )
 def test_weights_are_the_slope_of_the_loss(settings: dict[str, Any]) -> None:
     pairs = [pair(), pair("w", "x", weight=0.5), pair("x", "l")]
@@ -136,25 +183,40 @@ def test_weights_are_the_slope_of_the_loss(settings: dict[str, Any]) -> None:
 
 
 def test_length_normalisation_counts_an_agents_tokens_of_the_whole_episode() -> None:
-    """Two turns of 3 and 1 tokens: their log-ratios .8 and .4 count .3 together; the other run is at the reference."""
-    long = {0: RunLogRatio("w", "a", "a", -1.0, -1.8, 3), 1: RunLogRatio("w", "a", "a", -1.0, -1.4, 1), 2: RunLogRatio("l", "a", "a", -2.0, -2.0, 7)}
+    """Two turns of 3 and 1 tokens: their log-ratios .8 and .4 count .3 together; the other run is
+    at the reference."""
+    long = {
+        0: RunLogRatio("w", "a", "a", -1.0, -1.8, 3),
+        1: RunLogRatio("w", "a", "a", -1.0, -1.4, 1),
+        2: RunLogRatio("l", "a", "a", -2.0, -2.0, 7),
+    }
     found = margin_gradient([pair()], long, MarginConfig(length_normalised=True, beta=1.0))
     assert found.margins == pytest.approx([0.3])
-    assert found.weights[0] == pytest.approx(found.weights[1]) == pytest.approx(1 / (1 + math.exp(0.3)) / 4)
+    assert (
+        found.weights[0]
+        == pytest.approx(found.weights[1])
+        == pytest.approx(1 / (1 + math.exp(0.3)) / 4)
+    )
     assert margin_gradient([pair()], long, MarginConfig(beta=1.0)).margins == pytest.approx([1.2])
 
 
 def test_pairs_count_by_their_weight_and_frozen_parts_nothing() -> None:
     assert pushed(pairs=[pair(weight=0.5)]).loss == pytest.approx(0.5 * 0.607192, abs=1e-6)
     frozen = pushed({"one": TWO["one"]})
-    assert frozen.margins == pytest.approx([1.5]) and set(frozen.weights) == {("one", "w"), ("one", "l")}
+    assert frozen.margins == pytest.approx([1.5]) and set(frozen.weights) == {
+        ("one", "w"),
+        ("one", "l"),
+    }
     assert margin_gradient([pair()], {}, MarginConfig()).loss == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "together"}, "mode: expected one of joint, independent, sampling, got 'together'"),
+        (
+            {"mode": "together"},
+            "mode: expected one of joint, independent, sampling, got 'together'",
+        ),
         ({"loss_type": "dpo"}, "loss_type: expected one of sigmoid"),
         ({"beta": 0.0}, "beta > 0"),
         ({"label_smoothing": 0.5}, "label_smoothing < 0.5"),
@@ -170,14 +232,19 @@ REWARD = [[0.0, 0.2, 0.1], [0.3, 1.0, 0.2], [0.1, 0.4, 0.5]]  # of first's symbo
 
 
 def table(*trained: str, told: tuple[int, ...] = (200,)) -> list[tuple[float, float]]:
-    """Mean loss and expected reward of two tables after so many steps of gradient descent (rate 1, beta .5) on every pair of cells."""
+    """Mean loss and expected reward of two tables after so many steps of gradient descent (rate 1,
+    beta .5) on every pair of cells."""
     cells = [
         Episode(
-            f"{y}{z}", f"g{y}{z}", Task("t", ""), rewards=(Reward("r", REWARD[y][z]),),
+            f"{y}{z}",
+            f"g{y}{z}",
+            Task("t", ""),
+            rewards=(Reward("r", REWARD[y][z]),),
             turns=(Turn(0, "first", token_ids=(y,)), Turn(1, "last", token_ids=(z,))),
         )
-        for y in range(3) for z in range(3)
-    ]  # fmt: skip
+        for y in range(3)
+        for z in range(3)
+    ]
     pairs = pairs_of(cells, PairConfig(), seed=0)
     assert len(pairs) == 34
     first, last = (
@@ -188,12 +255,18 @@ def table(*trained: str, told: tuple[int, ...] = (200,)) -> list[tuple[float, fl
 
     def said() -> dict[tuple[str, str], torch.Tensor]:
         both = {"first": first.log_softmax(-1)[:, None].expand(3, 3), "last": last.log_softmax(-1)}
-        return {(name, e.id): both[name][int(e.id[0]), int(e.id[1])] for name in trained for e in cells}
+        return {
+            (name, e.id): both[name][int(e.id[0]), int(e.id[1])] for name in trained for e in cells
+        }
 
     told_of = []
     for step in range(max(told) + 1):
         here = said()
-        found = margin_gradient(pairs, {k: RunLogRatio(k[1], k[0], k[0], p.item(), uniform) for k, p in here.items()}, MarginConfig(beta=0.5))
+        found = margin_gradient(
+            pairs,
+            {k: RunLogRatio(k[1], k[0], k[0], p.item(), uniform) for k, p in here.items()},
+            MarginConfig(beta=0.5),
+        )
         if step in told:
             joint = (first.softmax(-1)[:, None] * last.softmax(-1)).detach()
             told_of.append((found.loss, float((joint * torch.tensor(REWARD)).sum())))
@@ -206,9 +279,16 @@ def table(*trained: str, told: tuple[int, ...] = (200,)) -> list[tuple[float, fl
 
 
 def test_a_system_of_two_tables() -> None:
-    """Loss and expected reward after 0, 1, 10, 50 and 200 steps; both tables together beat either alone."""
+    """Loss and expected reward after 0, 1, 10, 50 and 200 steps; both tables together beat either
+    alone."""
     together = table("first", "last", told=(0, 1, 10, 50, 200))
-    expected = [(0.693147, 0.311111), (0.669972, 0.328518), (0.524205, 0.448749), (0.306680, 0.662380), (0.149991, 0.847042)]
+    expected = [
+        (0.693147, 0.311111),
+        (0.669972, 0.328518),
+        (0.524205, 0.448749),
+        (0.306680, 0.662380),
+        (0.149991, 0.847042),
+    ]
     assert together == [pytest.approx(pair, abs=1e-6) for pair in expected]
     (first,), (last,) = table("first"), table("last")
     assert first == pytest.approx((0.471343, 0.447379), abs=1e-6)

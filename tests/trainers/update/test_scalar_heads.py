@@ -19,7 +19,11 @@ from marlora.trainers.update.scalar_heads import ScalarHead, HeadSpec, after
 from tests.trainers.random_models import disturb, random_model
 
 SHAPE = AdapterSpec(r=2, alpha=4.0, targets=("q_proj", "v_proj"))
-FAMILIES = ["llama", "gemma2", "cohere"]  # cohere scales its logits, so its head is not lm_head(hidden)
+FAMILIES = [
+    "llama",
+    "gemma2",
+    "cohere",
+]  # cohere scales its logits, so its head is not lm_head(hidden)
 
 
 def sample(number: int, prompt: int = 3, reply: int = 3, policy: str = "a") -> TrainingSequence:
@@ -27,21 +31,32 @@ def sample(number: int, prompt: int = 3, reply: int = 3, policy: str = "a") -> T
     ids = (*range(5, 5 + prompt), *(11 + (7 * number + k) % 29 for k in range(reply)))
     rest = [(0,) * prompt, (0.0,) * prompt, (0.0,) * prompt, (1.0,) * prompt, (-1,) * prompt]
     own = [(1,) * reply, (-3.0,) * reply, (1.0,) * reply, (1.0,) * reply, (0,) * reply]
-    return TrainingSequence(policy, f"e{number}", ids, *(a + b for a, b in zip(rest, own, strict=True)))  # type: ignore[arg-type]
+    return TrainingSequence(
+        policy, f"e{number}", ids, *(a + b for a, b in zip(rest, own, strict=True))
+    )  # type: ignore[arg-type]
 
 
 SAMPLES = [sample(k, reply=2 + k % 3) for k in range(6)]
 
 
 def make(family: str = "llama", seed: int = 0, name: str = "critic", **settings: Any) -> ScalarHead:
-    adapters = Adapters(random_model(family), [PolicySpec("a", adapter=SHAPE), PolicySpec("b", adapter=SHAPE)], seed=seed)
+    adapters = Adapters(
+        random_model(family),
+        [PolicySpec("a", adapter=SHAPE), PolicySpec("b", adapter=SHAPE)],
+        seed=seed,
+    )
     disturb(adapters)
-    return ScalarHead(adapters, HeadSpec(name, adapter=SHAPE), GRPOConfig(learning_rate=1e-2, **settings))
+    return ScalarHead(
+        adapters, HeadSpec(name, adapter=SHAPE), GRPOConfig(learning_rate=1e-2, **settings)
+    )
 
 
 def squares(scores: torch.Tensor, targets: Any, counts: Denominators) -> tuple[torch.Tensor, Stats]:
     loss = ((scores - targets["wanted"]) ** 2).sum() / counts.tokens
-    return loss, {"loss": loss.detach().double(), "tokens": torch.tensor(float(scores.numel())).double()}
+    return loss, {
+        "loss": loss.detach().double(),
+        "tokens": torch.tensor(float(scores.numel())).double(),
+    }
 
 
 def wanted(samples: list[TrainingSequence] = SAMPLES) -> torch.Tensor:
@@ -53,13 +68,20 @@ def read(head: ScalarHead, samples: list[TrainingSequence] = SAMPLES) -> list[to
 
 
 def teach(head: ScalarHead, steps: int = 3) -> list[float]:
-    done = [head.learn(SAMPLES, {"wanted": wanted()}, squares, step, Ranks()) for step in range(1, steps + 1)]
-    assert all(d.applied and d.grad_norm > 0 and d.tokens == sum(s.num_trained for s in SAMPLES) for d in done)
+    done = [
+        head.learn(SAMPLES, {"wanted": wanted()}, squares, step, Ranks())
+        for step in range(1, steps + 1)
+    ]
+    assert all(
+        d.applied and d.grad_norm > 0 and d.tokens == sum(s.num_trained for s in SAMPLES)
+        for d in done
+    )
     return [d.stats["loss"] for d in done]
 
 
 def by_hand(head: ScalarHead, s: TrainingSequence, shift: int = -1) -> torch.Tensor:
-    """w . h + b from the plain model's hidden states of one sample alone, at each trained token (`shift` 0) or before it (-1)."""
+    """w . h + b from the plain model's hidden states of one sample alone, at each trained token
+    (`shift` 0) or before it (-1)."""
     at = [i + shift for i, trained in enumerate(s.mask) if trained]
     with head.adapters.active(head.adapter) as model, torch.no_grad():
         decoder = model.get_base_model().get_decoder()
@@ -75,7 +97,9 @@ def test_a_head_reads_the_state_before_each_trained_token(family: str, layout: s
     teach(head)
     for found, s in zip(read(head), SAMPLES, strict=True):
         assert torch.allclose(found, by_hand(head, s), atol=1e-5) and found.abs().max() > 0.01
-    assert all(torch.equal(a, b) for a, b in zip(read(head, SAMPLES[::-1]), read(head)[::-1], strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(read(head, SAMPLES[::-1]), read(head)[::-1], strict=True)
+    )
 
 
 def test_after_it_reads_the_state_of_the_token_itself() -> None:
@@ -91,7 +115,9 @@ def test_after_it_reads_the_state_of_the_token_itself() -> None:
 def test_terms_know_their_place_among_the_samples(layout: str) -> None:
     """Also where one sample is there twice."""
     samples = [SAMPLES[3], SAMPLES[0], SAMPLES[3], SAMPLES[5]]
-    tokens = [token for s in samples for token, trained in zip(s.ids, s.mask, strict=True) if trained]
+    tokens = [
+        token for s in samples for token, trained in zip(s.ids, s.mask, strict=True) if trained
+    ]
     found = [-1] * len(tokens)
     for batch in pack(samples, max_tokens=15, layout=layout):  # type: ignore[arg-type]
         for place, target in zip(batch.place.tolist(), batch.target.tolist(), strict=True):
@@ -102,14 +128,22 @@ def test_terms_know_their_place_among_the_samples(layout: str) -> None:
 def test_a_head_learns_lora_and_linear_layer_and_nothing_else_moves() -> None:
     head = make()
     adapters = head.adapters
-    base, policies, before = adapters.base_sha256(), {p: adapters.sha256(p) for p in "ab"}, head.sha256()
+    base, policies, before = (
+        adapters.base_sha256(),
+        {p: adapters.sha256(p) for p in "ab"},
+        head.sha256(),
+    )
     parameters = {name: p.detach().clone() for name, p in head.parameters().items()}
     losses = teach(head, 20)
     assert losses[-1] < 0.5 * losses[0]
-    assert all(not torch.equal(p, parameters[name]) for name, p in head.parameters().items()), "each tensor is trained"
+    assert all(not torch.equal(p, parameters[name]) for name, p in head.parameters().items()), (
+        "each tensor is trained"
+    )
     assert head.sha256() != before
     assert base == adapters.base_sha256() and policies == {p: adapters.sha256(p) for p in "ab"}
-    assert (sorted(adapters.policies), adapters.trainable) == (["a", "b"], ("a", "b")), "a head is no policy"
+    assert (sorted(adapters.policies), adapters.trainable) == (["a", "b"], ("a", "b")), (
+        "a head is no policy"
+    )
     assert speaking(adapters.model) != (head.adapter,)
 
 
@@ -148,11 +182,17 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
         second.learn(SAMPLES, {"wanted": wanted()}, squares, step, Ranks())
     assert second.sha256() == whole.sha256()
     assert {p.name for p in (tmp_path / "head").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "head.safetensors",
+    }
     with pytest.raises(SettingError, match=r"no .*head\.safetensors"):
         second.load(tmp_path)
-    wide = ScalarHead(make().adapters, HeadSpec("wide", adapter=AdapterSpec(4, 4.0, ("q_proj", "v_proj"))), GRPOConfig())
+    wide = ScalarHead(
+        make().adapters,
+        HeadSpec("wide", adapter=AdapterSpec(4, 4.0, ("q_proj", "v_proj"))),
+        GRPOConfig(),
+    )
     with pytest.raises(SettingError, match=r"set the head's adapter\.r"):
         wide.load(tmp_path / "head")
 
@@ -177,6 +217,8 @@ def test_what_is_not_finite_changes_nothing() -> None:
 
 def test_a_foreign_tensor_in_its_optimizer_is_found() -> None:
     head = make()
-    head.optimizer.param_groups[0]["params"].append(next(iter(head.adapters.parameters("a").values())))
+    head.optimizer.param_groups[0]["params"].append(
+        next(iter(head.adapters.parameters("a").values()))
+    )
     with pytest.raises(RuntimeError, match="optimizer of head 'critic'"):
         teach(head)

@@ -21,10 +21,33 @@ from marlora.rollouts.engines.base import EngineInfo, ModelRef, ReplicaLost, Tea
 from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.rollouts.types import Episode
 from marlora.trainers.model.adapters import Adapters
-from marlora.trainers.weight_sync.probes import (CONTEXT, REPLY, SURPRISED, Probe, ScoredWindow, probes, trainer_logprobs)
+from marlora.trainers.weight_sync.probes import (
+    CONTEXT,
+    REPLY,
+    SURPRISED,
+    Probe,
+    ScoredWindow,
+    probes,
+    trainer_logprobs,
+)
 from marlora.trainers.weight_sync.publisher import Publisher
 from marlora.trainers.weight_sync.verification import VerificationRecord
-from tests.trainers.publishing import (PROMPTS, BareBase, BareBaseButTwins, Honest, Learner, Liar, Penalised, Previous, PreviousButTwins, Swapped, adapters_on, play, published, with_engine)
+from tests.trainers.publishing import (
+    PROMPTS,
+    BareBase,
+    BareBaseButTwins,
+    Honest,
+    Learner,
+    Liar,
+    Penalised,
+    Previous,
+    PreviousButTwins,
+    Swapped,
+    adapters_on,
+    play,
+    published,
+    with_engine,
+)
 
 torch.set_num_threads(1)
 
@@ -42,28 +65,52 @@ def proofs(
 ) -> list[VerificationRecord]:
     adapters = adapters_on(model, trained)
     learner = Learner(adapters, learning_rate)
-    return with_engine(model, lambda engine: published(wrap(engine), root, adapters, learner, steps, temperature), served)
+    return with_engine(
+        model,
+        lambda engine: published(wrap(engine), root, adapters, learner, steps, temperature),
+        served,
+    )
 
 
 # right adapters
 
 
 @pytest.mark.parametrize(
-    ("learning_rate", "steps", "temperature"), [(1e-5, (1,), 1.0), (1e-3, (1, 1), 0.7), (1e-2, (15,), 1.0)], ids=str
+    ("learning_rate", "steps", "temperature"),
+    [(1e-5, (1,), 1.0), (1e-3, (1, 1), 0.7), (1e-2, (15,), 1.0)],
+    ids=str,
 )
-def test_right_adapters_pass(model: Path, tmp_path: Path, learning_rate: float, steps: Sequence[int], temperature: float):
-    made = proofs(model, tmp_path, learning_rate=learning_rate, steps=steps, temperature=temperature)
-    assert [(proof.policy, proof.status) for proof in made] == [("reviewer", "passed"), ("solver", "passed")]
+def test_right_adapters_pass(
+    model: Path, tmp_path: Path, learning_rate: float, steps: Sequence[int], temperature: float
+):
+    made = proofs(
+        model, tmp_path, learning_rate=learning_rate, steps=steps, temperature=temperature
+    )
+    assert [(proof.policy, proof.status) for proof in made] == [
+        ("reviewer", "passed"),
+        ("solver", "passed"),
+    ]
     for proof in made:
-        assert proof.residual < 1e-4 and proof.decode < 1e-4 and proof.noise < 1e-5  # float32 on both sides
-        assert proof.step == len(steps) and proof.version.startswith(f"{proof.policy}-v{len(steps)}-")
+        assert (
+            proof.residual < 1e-4 and proof.decode < 1e-4 and proof.noise < 1e-5
+        )  # float32 on both sides
+        assert proof.step == len(steps) and proof.version.startswith(
+            f"{proof.policy}-v{len(steps)}-"
+        )
     assert all(proof.amplified > 1000 for proof in made) == (learning_rate == 1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("served", "trained"), [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
-def test_right_adapters_pass_in_half_precision(model: Path, tmp_path: Path, served: str, trained: str):
-    made = proofs(model, tmp_path, learning_rate=1e-5, served=served, trained=getattr(torch, trained))
+@pytest.mark.parametrize(
+    ("served", "trained"),
+    [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")],
+)
+def test_right_adapters_pass_in_half_precision(
+    model: Path, tmp_path: Path, served: str, trained: str
+):
+    made = proofs(
+        model, tmp_path, learning_rate=1e-5, served=served, trained=getattr(torch, trained)
+    )
     assert [proof.status for proof in made] == ["passed", "passed"]
     for proof in made:  # half the tolerance at most
         assert 1e-3 < proof.residual < 0.1 and proof.residual_tolerance == 0.2
@@ -89,16 +136,27 @@ def test_right_adapters_pass_in_half_precision(model: Path, tmp_path: Path, serv
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_fault_fails_the_proof(
-    model: Path, tmp_path: Path, fault: type[Liar], learning_rate: float, steps: Sequence[int], part: str
+    model: Path,
+    tmp_path: Path,
+    fault: type[Liar],
+    learning_rate: float,
+    steps: Sequence[int],
+    part: str,
 ):
     """All of them keep names and folders right: identity alone sees none."""
     made = proofs(model, tmp_path, fault, learning_rate=learning_rate, steps=steps)
-    assert [(proof.policy, proof.status) for proof in made] == [("reviewer", "failed"), ("solver", "failed")]
+    assert [(proof.policy, proof.status) for proof in made] == [
+        ("reviewer", "failed"),
+        ("solver", "failed"),
+    ]
     assert all(proof.reason.startswith(f"{part}: ") for proof in made)
 
 
 def test_the_detour_of_the_faults_is_none_itself(model: Path, tmp_path: Path):
-    assert [proof.status for proof in proofs(model, tmp_path, Honest, steps=(1, 1))] == ["passed", "passed"]
+    assert [proof.status for proof in proofs(model, tmp_path, Honest, steps=(1, 1))] == [
+        "passed",
+        "passed",
+    ]
 
 
 @pytest.mark.slow
@@ -109,7 +167,8 @@ def test_a_fault_fails_the_proof_in_half_precision(model: Path, tmp_path: Path, 
 
 
 class StalePrefix(Liar):
-    """An adapter reloaded in place: replies come from the new weights, behind keys and values that the old ones left of the prompt."""
+    """An adapter reloaded in place: replies come from the new weights, behind keys and values that
+    the old ones left of the prompt."""
 
     true: TransformersEngine
 
@@ -130,7 +189,13 @@ class StalePrefix(Liar):
             await self.true.retire(ref)
 
     async def generate(
-        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, n: int = 1, *, replica: str | None = None
+        self,
+        ids: Sequence[int],
+        ref: ModelRef,
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        replica: str | None = None,
     ) -> list[Completion]:
         return [await self.true._work(lambda: self._reply(tuple(ids), ref, sampling))]
 
@@ -142,11 +207,15 @@ class StalePrefix(Liar):
         self.true._speak_as(ref)
         for _ in range(sampling.max_tokens):
             last = torch.tensor([[tokens[-1] if tokens else ids[-1]]])
-            logits = self.true._model(input_ids=last, past_key_values=cache, use_cache=True).logits[0, -1]
+            logits = self.true._model(input_ids=last, past_key_values=cache, use_cache=True).logits[
+                0, -1
+            ]
             row = torch.log_softmax(logits / sampling.temperature, -1)
             tokens.append(draw.choices(range(len(row)), row.exp().tolist())[0])
             logprobs.append(float(row[tokens[-1]]))
-        return Completion("", ids, tuple(tokens), tuple(logprobs), "length", ref.policy, ref.version)
+        return Completion(
+            "", ids, tuple(tokens), tuple(logprobs), "length", ref.policy, ref.version
+        )
 
 
 def test_a_reload_in_place_fails_the_proof(model: Path, tmp_path: Path):
@@ -165,11 +234,19 @@ class TwoReplicas(Liar):
         return replace(self.of["a"].info(), replicas=("a", "b"))
 
     async def generate(
-        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, n: int = 1, *, replica: str | None = None
+        self,
+        ids: Sequence[int],
+        ref: ModelRef,
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        replica: str | None = None,
     ) -> list[Completion]:
         return await self.of[replica].generate(ids, ref, sampling, n)
 
-    async def score(self, ids: Sequence[int], ref: ModelRef, replica: str | None = None) -> list[float]:
+    async def score(
+        self, ids: Sequence[int], ref: ModelRef, replica: str | None = None
+    ) -> list[float]:
         return await self.of[replica].score(ids, ref)
 
     async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
@@ -186,10 +263,15 @@ class TwoReplicas(Liar):
 
 @pytest.mark.parametrize(("fault", "part"), [(BareBase, "weights"), (Penalised, "decoding")])
 def test_every_replica_is_proven(model: Path, tmp_path: Path, fault: type[Liar], part: str):
-    made = proofs(model, tmp_path, lambda engine: TwoReplicas(engine, fault(TransformersEngine(model))))
+    made = proofs(
+        model, tmp_path, lambda engine: TwoReplicas(engine, fault(TransformersEngine(model)))
+    )
     assert [(proof.policy, proof.replica, proof.status) for proof in made] == [
-        ("reviewer", "a", "passed"), ("reviewer", "b", "failed"), ("solver", "a", "passed"), ("solver", "b", "failed"),
-    ]  # fmt: skip
+        ("reviewer", "a", "passed"),
+        ("reviewer", "b", "failed"),
+        ("solver", "a", "passed"),
+        ("solver", "b", "failed"),
+    ]
     assert made[1].reason.startswith(f"{part}: ")
 
 
@@ -198,7 +280,9 @@ class Blinks(Liar):
 
     lost = False
 
-    async def score(self, ids: Sequence[int], ref: ModelRef, replica: str | None = None) -> list[float]:
+    async def score(
+        self, ids: Sequence[int], ref: ModelRef, replica: str | None = None
+    ) -> list[float]:
         if "-twin-" in ref.version and not self.lost:
             self.lost = True
             raise ReplicaLost("gone for a moment")
@@ -214,13 +298,18 @@ def test_a_replica_that_was_lost_for_a_moment_is_proven_next_time(model: Path, t
         publisher = Publisher(tmp_path, adapters, both)
         await publisher.publish(1, ["solver"])
         found = await play(both, publisher)
-        assert [(proof.replica, proof.status) for proof in await publisher.prove(1, found)] == [("a", "passed")]
+        assert [(proof.replica, proof.status) for proof in await publisher.prove(1, found)] == [
+            ("a", "passed")
+        ]
         assert publisher.unproven == {"solver"}
         made = await publisher.prove(2, found)
         assert publisher.unproven == set() and await publisher.prove(3, found) == []
         return made
 
-    assert [(proof.replica, proof.status) for proof in with_engine(model, work)] == [("a", "passed"), ("b", "passed")]
+    assert [(proof.replica, proof.status) for proof in with_engine(model, work)] == [
+        ("a", "passed"),
+        ("b", "passed"),
+    ]
 
 
 class Slow(Liar):
@@ -261,7 +350,9 @@ def test_a_proof_that_is_called_off_leaves_no_twin_behind(model: Path, tmp_path:
         with pytest.raises(asyncio.CancelledError):
             await proving
         (replica,) = engine.info().replicas
-        assert engine.twins == set() and set(await engine.adapters(replica)) == set(publisher.versions.values())
+        assert engine.twins == set() and set(await engine.adapters(replica)) == set(
+            publisher.versions.values()
+        )
 
     with_engine(model, work)
 
@@ -269,7 +360,9 @@ def test_a_proof_that_is_called_off_leaves_no_twin_behind(model: Path, tmp_path:
 class Lists(Liar):
     """Changes what replicas list."""
 
-    def __init__(self, true: TransformersEngine, change: Callable[[str, str], tuple[str, str]]) -> None:
+    def __init__(
+        self, true: TransformersEngine, change: Callable[[str, str], tuple[str, str]]
+    ) -> None:
         super().__init__(true)
         self.change = change
 
@@ -281,10 +374,15 @@ class Lists(Liar):
     ("change", "reason"),
     [
         (lambda version, folder: (f"{version}-old", folder), "does not list"),
-        (lambda version, folder: (version, folder.replace("solver", "reviewer")), "serves 'solver-v1-.*' from"),
+        (
+            lambda version, folder: (version, folder.replace("solver", "reviewer")),
+            "serves 'solver-v1-.*' from",
+        ),
     ],
 )
-def test_a_version_listed_otherwise_fails_the_proof(model: Path, tmp_path: Path, change: Any, reason: str):
+def test_a_version_listed_otherwise_fails_the_proof(
+    model: Path, tmp_path: Path, change: Any, reason: str
+):
     solver = proofs(model, tmp_path, lambda engine: Lists(engine, change))[1]
     assert solver.status == "failed" and solver.residual is None
     assert re.match(f"identity: .*{reason}", solver.reason)
@@ -294,7 +392,8 @@ def test_a_version_listed_otherwise_fails_the_proof(model: Path, tmp_path: Path,
 
 
 def test_untrained_then_trained_and_frozen_ones_once(model: Path, tmp_path: Path):
-    """Fresh: untrained. Not played yet: still to be proven. Unchanged, whether frozen or without signal: proven once, never sent again."""
+    """Fresh: untrained. Not played yet: still to be proven. Unchanged, whether frozen or without
+    signal: proven once, never sent again."""
     adapters = adapters_on(model)
     learner = Learner(adapters, 1e-3)
     del learner.optimizers["reviewer"]  # the reviewer's adapter does not learn
@@ -308,7 +407,10 @@ def test_untrained_then_trained_and_frozen_ones_once(model: Path, tmp_path: Path
         assert await publisher.prove(1, found) == []
         learner.step()
         second = await publisher.publish(2, adapters.trainable)
-        assert second == {"reviewer": first["reviewer"], "solver": f"solver-v2-{adapters.sha256('solver')[:8]}"}
+        assert second == {
+            "reviewer": first["reviewer"],
+            "solver": f"solver-v2-{adapters.sha256('solver')[:8]}",
+        }
         await publisher.prove(2, {"solver": []})
         assert publisher.records[-1].reason == "no turn of this policy to compare yet"
         await publisher.prove(3, found)
@@ -317,8 +419,11 @@ def test_untrained_then_trained_and_frozen_ones_once(model: Path, tmp_path: Path
 
     records = with_engine(model, work)
     assert [(proof.step, proof.policy, proof.status) for proof in records] == [
-        (0, "reviewer", "untrained"), (0, "solver", "untrained"), (2, "solver", "untrained"), (3, "solver", "passed"),
-    ]  # fmt: skip
+        (0, "reviewer", "untrained"),
+        (0, "solver", "untrained"),
+        (2, "solver", "untrained"),
+        (3, "solver", "passed"),
+    ]
     assert records[0].reason == "B is zero" and records[0].residual is None
 
 
@@ -327,7 +432,9 @@ def test_a_frozen_adapter_that_came_trained_is_proven(model: Path, tmp_path: Pat
     Learner(donor, 1e-3, seed=7).step()
     donor.save("solver", tmp_path / "donor")
     spec = replace(donor.policies["solver"], trainable=False, init=str(tmp_path / "donor"))
-    adapters = Adapters(AutoModelForCausalLM.from_pretrained(model), [spec], seed=0, base_name=str(model))
+    adapters = Adapters(
+        AutoModelForCausalLM.from_pretrained(model), [spec], seed=0, base_name=str(model)
+    )
 
     async def work(engine: TransformersEngine) -> list[VerificationRecord]:
         publisher = Publisher(tmp_path / "versions", adapters, engine)
@@ -355,8 +462,16 @@ def test_summary_and_how_often(model: Path, tmp_path: Path):
     publisher = with_engine(model, work)
     assert [proof.step for proof in publisher.records] == [1, 3, 5]
     worst = max(proof.residual or 0.0 for proof in publisher.records)
-    assert publisher.summary() == {"checks": 3, "passed": 3, "untrained": 0, "failed": 0, "max_residual": worst}
-    assert [VerificationRecord(**record) for record in json.loads(json.dumps(publisher.to_json()))] == publisher.records
+    assert publisher.summary() == {
+        "checks": 3,
+        "passed": 3,
+        "untrained": 0,
+        "failed": 0,
+        "max_residual": worst,
+    }
+    assert [
+        VerificationRecord(**record) for record in json.loads(json.dumps(publisher.to_json()))
+    ] == publisher.records
 
 
 def test_a_proof_leaves_the_trainer_as_it_was(model: Path, tmp_path: Path):
@@ -366,8 +481,17 @@ def test_a_proof_leaves_the_trainer_as_it_was(model: Path, tmp_path: Path):
 
     def state() -> tuple[Any, ...]:
         grads = {full: p.requires_grad for full, p in adapters.model.named_parameters()}
-        scalings = [dict(m.scaling) for m in adapters.model.modules() if hasattr(m, "scaling") and isinstance(m.scaling, dict)]
-        return {name: adapters.sha256(name) for name in adapters.policies}, adapters.base_sha256(), grads, scalings
+        scalings = [
+            dict(m.scaling)
+            for m in adapters.model.modules()
+            if hasattr(m, "scaling") and isinstance(m.scaling, dict)
+        ]
+        return (
+            {name: adapters.sha256(name) for name in adapters.policies},
+            adapters.base_sha256(),
+            grads,
+            scalings,
+        )
 
     async def work(engine: TransformersEngine) -> None:
         publisher = Publisher(tmp_path, adapters, engine)
@@ -386,7 +510,14 @@ def test_probes_take_every_task_once_first_then_short_prompts():
     def turn(index: int, agent: str, prompt: int, reply: int, **more: Any) -> Turn:
         sampling = more.pop("sampling", Sampling(temperature=0.7))
         ids, tokens = tuple(range(prompt)), tuple(range(100, 100 + reply))
-        fields = {"source": "sampled", "text": "", "finish_reason": "stop", "policy": agent, "version": "", **more}
+        fields = {
+            "source": "sampled",
+            "text": "",
+            "finish_reason": "stop",
+            "policy": agent,
+            "version": "",
+            **more,
+        }
         return Turn(
             index=index,
             agent=agent,
@@ -413,36 +544,56 @@ def test_probes_take_every_task_once_first_then_short_prompts():
         (4, 5, 0.7),  # the rest, shortest prompt first
         (9, 9 + REPLY, 0.7),  # cut
     ]
-    assert probes(episodes, {"p": ["x", "y"]}, "p", count=1) == found[:1] and probes(episodes, {"q": []}, "q") == []
+    assert (
+        probes(episodes, {"p": ["x", "y"]}, "p", count=1) == found[:1]
+        and probes(episodes, {"q": []}, "q") == []
+    )
 
 
 def test_a_window_ends_with_the_reply_and_stands_alone():
-    """Tokens before it are compared too, for trained tokens are soon so sure that one or two of them decide; nothing predicts the first."""
-    short, edge, long = (Probe(tuple(range(5, 5 + prompt + 6)), prompt, 0.7) for prompt in (4, CONTEXT + 1, 80))
+    """Tokens before it are compared too, for trained tokens are soon so sure that one or two of
+    them decide; nothing predicts the first."""
+    short, edge, long = (
+        Probe(tuple(range(5, 5 + prompt + 6)), prompt, 0.7) for prompt in (4, CONTEXT + 1, 80)
+    )
     assert short.window == ScoredWindow(short.ids, 1) and edge.window == ScoredWindow(edge.ids, 1)
-    assert long.window == ScoredWindow((5, *range(5 + 80 - CONTEXT, 5 + 80 + 6)), 1 + SURPRISED), "behind the cut a few are passed over"
+    assert long.window == ScoredWindow((5, *range(5 + 80 - CONTEXT, 5 + 80 + 6)), 1 + SURPRISED), (
+        "behind the cut a few are passed over"
+    )
     assert len(long.window.ids) == 1 + CONTEXT + 6
 
 
 def test_what_sequences_begin_with_is_computed_once(model: Path):
-    """The trainer's numbers are those of every sequence alone; the tokens that go through the model are those of the tree."""
+    """The trainer's numbers are those of every sequence alone; the tokens that go through the model
+    are those of the tree."""
     common = tuple(range(5, 45))
     adapters = adapters_on(model)
     Learner(adapters, 1e-2).step()
     tokens: list[int] = []
     embed = adapters.model.get_input_embeddings()
-    trainer_logprobs(adapters, [ScoredWindow(common)], "solver", 8.0)  # the attention is tried at first use
-    with_hook = embed.register_forward_hook(lambda module, args, out: tokens.append(args[0].numel()))
+    trainer_logprobs(
+        adapters, [ScoredWindow(common)], "solver", 8.0
+    )  # the attention is tried at first use
+    with_hook = embed.register_forward_hook(
+        lambda module, args, out: tokens.append(args[0].numel())
+    )
     for first, temperatures in ((1, (1.0, 1.0, 1.0)), (44, (0.5, 1.5, 2.5))):
-        asked = [ScoredWindow((*common, *range(50 + k, 60 + k)), first, t) for k, t in enumerate(temperatures)]
+        asked = [
+            ScoredWindow((*common, *range(50 + k, 60 + k)), first, t)
+            for k, t in enumerate(temperatures)
+        ]
         together = trainer_logprobs(adapters, asked, "solver", 8.0)
         assert tokens == [40 + 3 * 9]  # nobody asks what comes after the last
-        alone = [value for one in asked for value in trainer_logprobs(adapters, [one], "solver", 8.0)]
+        alone = [
+            value for one in asked for value in trainer_logprobs(adapters, [one], "solver", 8.0)
+        ]
         assert together == pytest.approx(alone, abs=1e-5) and len(alone) == 3 * (50 - first)
         ids = torch.tensor([asked[1].ids])
         with torch.no_grad(), adapters.active("solver"), adapters.amplified("solver", 8.0):
             logits = adapters.model(input_ids=ids).logits[0, :-1]
-        right = torch.log_softmax(logits / temperatures[1], -1).gather(1, ids[0, 1:, None])[first - 1 :, 0]
+        right = torch.log_softmax(logits / temperatures[1], -1).gather(1, ids[0, 1:, None])[
+            first - 1 :, 0
+        ]
         assert together[len(right) : 2 * len(right)] == pytest.approx(right.tolist(), abs=1e-5)
         tokens.clear()
     with_hook.remove()
@@ -457,7 +608,9 @@ class Counting(Liar):
         self.loaded: list[str] = []
         self.most = 0  # twins loaded at the same time
 
-    async def score(self, ids: Sequence[int], ref: ModelRef, replica: str | None = None) -> list[float]:
+    async def score(
+        self, ids: Sequence[int], ref: ModelRef, replica: str | None = None
+    ) -> list[float]:
         self.scored.append("twin" if "-twin-" in ref.version else ref.version or "base")
         return await super().score(ids, ref, replica)
 
@@ -472,7 +625,8 @@ class Counting(Liar):
 
 
 def test_a_later_proof_asks_for_no_more_than_it_needs(model: Path, tmp_path: Path):
-    """Of the trainer: base, twin and decoded replies, one pass each. Of the engine: the twin's scores; how noisy it is was found out once."""
+    """Of the trainer: base, twin and decoded replies, one pass each. Of the engine: the twin's
+    scores; how noisy it is was found out once."""
     adapters = adapters_on(model)
     learner = Learner(adapters, 1e-3)
     passes: list[tuple[str, float]] = []
@@ -485,21 +639,35 @@ def test_a_later_proof_asks_for_no_more_than_it_needs(model: Path, tmp_path: Pat
         engine = Counting(true)
         publisher = Publisher(tmp_path, adapters, engine, forward=forward)
         for step in (1, 2):
-            learner.step(5 - 4 * (step - 1))  # the second time it moves by little, and needs no other amplification
+            learner.step(
+                5 - 4 * (step - 1)
+            )  # the second time it moves by little, and needs no other amplification
             await publisher.publish(step, adapters.trainable)
             found = await play(engine, publisher)
             if step == 2:
                 assert engine.scored.count("base") == len(PROMPTS), "not once for every policy"
                 passes.clear()
                 engine.scored.clear()
-            assert [proof.status for proof in await publisher.prove(step, found)] == ["passed", "passed"]
+            assert [proof.status for proof in await publisher.prove(step, found)] == [
+                "passed",
+                "passed",
+            ]
         assert all(proof.noise is not None for proof in publisher.records)
         return engine
 
     engine = with_engine(model, work)
     assert engine.scored == ["twin"] * 2 * len(PROMPTS)
-    assert sorted(policy for policy, _ in passes) == ["base", "base", "reviewer", "reviewer", "solver", "solver"]
-    assert engine.most == 1, "one adapter more than versions in force is what servers are given room for"
+    assert sorted(policy for policy, _ in passes) == [
+        "base",
+        "base",
+        "reviewer",
+        "reviewer",
+        "solver",
+        "solver",
+    ]
+    assert engine.most == 1, (
+        "one adapter more than versions in force is what servers are given room for"
+    )
     assert not any("-twin-" in name for name in engine.loaded)
 
 

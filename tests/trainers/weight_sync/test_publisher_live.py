@@ -11,7 +11,18 @@ import torch
 
 from marlora.trainers.weight_sync.verification import VerificationRecord
 from tests.live_server import Live
-from tests.trainers.publishing import (BareBase, BareBaseButTwins, InPlace, Learner, Penalised, Previous, PreviousButTwins, Swapped, adapters_on, published)
+from tests.trainers.publishing import (
+    BareBase,
+    BareBaseButTwins,
+    InPlace,
+    Learner,
+    Penalised,
+    Previous,
+    PreviousButTwins,
+    Swapped,
+    adapters_on,
+    published,
+)
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 torch.set_num_threads(1)
@@ -42,13 +53,20 @@ def proofs(
 
 @pytest.mark.parametrize(("learning_rate", "temperature"), [(1e-5, 1.0), (1e-5, 0.7), (1e-2, 0.7)])
 def test_right_adapters_pass(server: Live, learning_rate: float, temperature: float):
-    """After one step of 1e-5, and after a few of 1e-2; the log-probs are those at the run's temperature (float32 on both sides)."""
+    """After one step of 1e-5, and after a few of 1e-2; the log-probs are those at the run's
+    temperature (float32 on both sides)."""
     name = f"right-{learning_rate:g}-{temperature}".replace(".", "_")
     made = proofs(
-        server, name, learning_rate=learning_rate, steps=(1,) if learning_rate < 1e-3 else (1, 3), temperature=temperature
+        server,
+        name,
+        learning_rate=learning_rate,
+        steps=(1,) if learning_rate < 1e-3 else (1, 3),
+        temperature=temperature,
     )
     assert [proof.status for proof in made] == ["passed", "passed"]
-    assert all(proof.residual < 0.001 and proof.decode < 0.001 and proof.noise < 0.001 for proof in made)
+    assert all(
+        proof.residual < 0.001 and proof.decode < 0.001 and proof.noise < 0.001 for proof in made
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,7 +82,9 @@ def test_right_adapters_pass(server: Live, learning_rate: float, temperature: fl
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_a_fault_fails_the_proof(server: Live, fault: Any, learning_rate: float, steps: Sequence[int], part: str):
+def test_a_fault_fails_the_proof(
+    server: Live, fault: Any, learning_rate: float, steps: Sequence[int], part: str
+):
     made = proofs(server, fault.__name__.lower(), fault, learning_rate=learning_rate, steps=steps)
     assert [proof.status for proof in made] == ["failed", "failed"]
     assert all(proof.reason.startswith(f"{part}: ") for proof in made), made

@@ -23,26 +23,42 @@ from tests.trainers.publishing import PROMPTS, Learner, adapters_on, with_engine
 torch.set_num_threads(1)
 
 
-def test_a_version_is_a_new_folder_durable_before_it_has_its_name(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_version_is_a_new_folder_durable_before_it_has_its_name(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     adapters = adapters_on(model, policies=["solver"])
     learner = Learner(adapters, 1e-3)
     events: list[tuple[str, str]] = []
     rename, fsync = Path.rename, publish.fsync
-    monkeypatch.setattr(publish, "fsync", lambda path: (events.append(("fsync", path.name)), fsync(path))[1])
-    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append(("rename", self.name)), rename(self, to))[1])
+    monkeypatch.setattr(
+        publish, "fsync", lambda path: (events.append(("fsync", path.name)), fsync(path))[1]
+    )
+    monkeypatch.setattr(
+        Path, "rename", lambda self, to: (events.append(("rename", self.name)), rename(self, to))[1]
+    )
 
     async def work(engine: TransformersEngine) -> list[str]:
         publisher, names = Publisher(tmp_path / "versions", adapters, engine), []
         for step in range(4):
             learner.step()
             names.append((await publisher.publish(step, ["solver"]))["solver"])
-            assert await engine.adapters("local") == {names[-1]: str(tmp_path / "versions" / names[-1])}
+            assert await engine.adapters("local") == {
+                names[-1]: str(tmp_path / "versions" / names[-1])
+            }
             assert folder_sha256(tmp_path / "versions" / names[-1]) == adapters.sha256("solver")
         return names
 
     names = with_engine(model, work)
-    assert len(set(names)) == 4 and all(re.fullmatch(rf"solver-v{step}-[0-9a-f]{{8}}", name) for step, name in enumerate(names))
-    one = [("fsync", CONFIG), ("fsync", WEIGHTS), ("fsync", f".{names[0]}"), ("rename", f".{names[0]}"), ("fsync", "versions")]
+    assert len(set(names)) == 4 and all(
+        re.fullmatch(rf"solver-v{step}-[0-9a-f]{{8}}", name) for step, name in enumerate(names)
+    )
+    one = [
+        ("fsync", CONFIG),
+        ("fsync", WEIGHTS),
+        ("fsync", f".{names[0]}"),
+        ("rename", f".{names[0]}"),
+        ("fsync", "versions"),
+    ]
     assert sorted(events[:2]) + events[2:5] == one and len(events) == 20
     kept = sorted(path.name for path in (tmp_path / "versions").iterdir())
     assert kept == sorted(names)[-KEEP_VERSIONS - 1 :]
@@ -51,15 +67,21 @@ def test_a_version_is_a_new_folder_durable_before_it_has_its_name(model: Path, t
 def test_a_resumed_run_gives_an_unchanged_adapter_its_name_back(model: Path, tmp_path: Path):
     adapters = adapters_on(model)
 
-    async def publish_all(engine: TransformersEngine, step: int, earlier: Mapping[str, str]) -> dict[str, str]:
-        return await Publisher(tmp_path, adapters, engine, earlier=earlier).publish(step, adapters.trainable)
+    async def publish_all(
+        engine: TransformersEngine, step: int, earlier: Mapping[str, str]
+    ) -> dict[str, str]:
+        return await Publisher(tmp_path, adapters, engine, earlier=earlier).publish(
+            step, adapters.trainable
+        )
 
     first = with_engine(model, lambda engine: publish_all(engine, 3, {}))
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert with_engine(model, lambda engine: publish_all(engine, 5, first)) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == written
     Learner(adapters, 1e-3).step()
-    assert with_engine(model, lambda engine: publish_all(engine, 5, first))["solver"].startswith("solver-v5-")
+    assert with_engine(model, lambda engine: publish_all(engine, 5, first))["solver"].startswith(
+        "solver-v5-"
+    )
     weights = tmp_path / first["solver"] / WEIGHTS
     weights.write_bytes((tmp_path / first["reviewer"] / WEIGHTS).read_bytes())
     adapters = adapters_on(model)  # as fresh as those published first
@@ -68,7 +90,8 @@ def test_a_resumed_run_gives_an_unchanged_adapter_its_name_back(model: Path, tmp
 
 
 def test_versions_in_play_outlive_five_publishes(model: Path, tmp_path: Path):
-    """A slow episode speaks with the version it began with; its folder stays until nobody can ask for it."""
+    """A slow episode speaks with the version it began with; its folder stays until nobody can ask
+    for it."""
     adapters = adapters_on(model, policies=["solver"])
     learner = Learner(adapters, 1e-3)
     sampling = Sampling(max_tokens=6, seed=4)
@@ -78,12 +101,19 @@ def test_versions_in_play_outlive_five_publishes(model: Path, tmp_path: Path):
         learner.step()
         versions = await publisher.publish(1, ["solver"])
         ref, folder = ModelRef("solver", versions["solver"]), tmp_path / versions["solver"]
-        with publisher.hold(versions), publisher.hold({"solver": versions["solver"], "other": "other-v1-00000000"}):
+        with (
+            publisher.hold(versions),
+            publisher.hold({"solver": versions["solver"], "other": "other-v1-00000000"}),
+        ):
             (first,) = await engine.generate(PROMPTS[0], ref, sampling)
             for step in range(2, 7):
                 learner.step()
                 await publisher.publish(step, ["solver"])
-                assert set(await engine.adapters("local")) == {ref.version, publisher.versions["solver"]} and folder.is_dir()
+                assert (
+                    set(await engine.adapters("local"))
+                    == {ref.version, publisher.versions["solver"]}
+                    and folder.is_dir()
+                )
             assert (await engine.generate(PROMPTS[0], ref, sampling)) == [first]
         for step in range(7, 7 + KEEP_VERSIONS):
             assert folder.is_dir()
@@ -104,7 +134,9 @@ def test_a_publish_waits_for_open_requests_of_the_old_version(model: Path, tmp_p
     async def work(engine: TransformersEngine) -> None:
         publisher = Publisher(tmp_path, adapters, engine)
         old = (await publisher.publish(0, ["solver"]))["solver"]
-        talking = asyncio.create_task(engine.generate(PROMPTS[0], ModelRef("solver", old), Sampling(max_tokens=40, seed=1)))
+        talking = asyncio.create_task(
+            engine.generate(PROMPTS[0], ModelRef("solver", old), Sampling(max_tokens=40, seed=1))
+        )
         await asyncio.sleep(0)
         learner.step()
         new = (await publisher.publish(1, ["solver"]))["solver"]
@@ -114,8 +146,11 @@ def test_a_publish_waits_for_open_requests_of_the_old_version(model: Path, tmp_p
     with_engine(model, work)
 
 
-def test_what_a_killed_process_left_behind_goes_as_if_it_had_been_retired(model: Path, tmp_path: Path):
-    """Half-written versions and twins at once, versions one by one; other policies' and other people's folders stay."""
+def test_what_a_killed_process_left_behind_goes_as_if_it_had_been_retired(
+    model: Path, tmp_path: Path
+):
+    """Half-written versions and twins at once, versions one by one; other policies' and other
+    people's folders stay."""
     adapters = adapters_on(model, policies=["solver"])
     learner = Learner(adapters, 1e-3)
     left = [f"solver-v{step}-0000000{step}" for step in range(1, 7)]
@@ -127,23 +162,33 @@ def test_what_a_killed_process_left_behind_goes_as_if_it_had_been_retired(model:
         publisher = Publisher(tmp_path, adapters, engine)
         earlier = (await publisher.publish(6, ["solver"]))["solver"]
         publisher.sweep()
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*left[-KEEP_VERSIONS:], *others, earlier])
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+            [*left[-KEEP_VERSIONS:], *others, earlier]
+        )
         for step in (7, 8, 9, 10):
             learner.step()
             await publisher.publish(step, ["solver"])
         kept = sorted(path.name for path in tmp_path.iterdir() if path.name not in others)
-        assert len(kept) == KEEP_VERSIONS + 1 and publisher.versions["solver"] in kept and not set(left) & set(kept)
+        assert (
+            len(kept) == KEEP_VERSIONS + 1
+            and publisher.versions["solver"] in kept
+            and not set(left) & set(kept)
+        )
 
     with_engine(model, work)
 
 
 def test_a_version_that_is_learnt_again_is_no_leftover(model: Path, tmp_path: Path):
-    """Resumed from before it: the same adapter gets the folder that lies there, and keeps it while it is in force."""
+    """Resumed from before it: the same adapter gets the folder that lies there, and keeps it while
+    it is in force."""
     adapters = adapters_on(model, policies=["solver"])
     Learner(adapters, 1e-3).step()
     publish_it = lambda engine: Publisher(tmp_path, adapters, engine).publish(1, ["solver"])  # noqa: E731
     name = with_engine(model, publish_it)["solver"]
-    for step in (2, 3):  # with these as many as are kept, so that the next one retired pushes the oldest out
+    for step in (
+        2,
+        3,
+    ):  # with these as many as are kept, so that the next one retired pushes the oldest out
         (tmp_path / f"solver-v{step}-0000000{step}").mkdir()
 
     async def work(engine: TransformersEngine) -> None:
@@ -173,7 +218,9 @@ def test_versions_of_a_resumed_run_are_loaded_again(model: Path, tmp_path: Path)
     async def after(engine: TransformersEngine) -> None:
         publisher = Publisher(tmp_path, adapters, engine, earlier={"solver": new})
         await publisher.publish(2, ["solver"])
-        assert await publisher.load_again("solver", old) and await publisher.load_again("solver", new)
+        assert await publisher.load_again("solver", old) and await publisher.load_again(
+            "solver", new
+        )
         assert set(await engine.adapters("local")) == {old, new}
         assert not await publisher.load_again("solver", "solver-v0-00000000"), "its folder is gone"
         with publisher.hold({"solver": old}):
@@ -188,6 +235,10 @@ def test_versions_of_a_resumed_run_are_loaded_again(model: Path, tmp_path: Path)
 
 
 def test_nothing_of_ours_reloads_in_place():
-    sources = [path for room in ("agents", "rollouts", "trainers", "recipes") for path in (ROOT / room).rglob("*.py")]
+    sources = [
+        path
+        for room in ("agents", "rollouts", "trainers", "recipes")
+        for path in (ROOT / room).rglob("*.py")
+    ]
     assert len(sources) > 50
     assert [str(path) for path in sources if "load_inplace" in path.read_text()] == []

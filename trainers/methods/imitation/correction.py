@@ -1,9 +1,11 @@
-"""Mending failed episodes, the augmentation of SiriuS (arXiv 2502.04780): feedback, regeneration, rephrasing, and a live replay.
+"""Mending failed episodes, the augmentation of SiriuS (arXiv 2502.04780): feedback, regeneration,
+rephrasing, and a live replay.
 
-For a failed episode one agent after the other is tried. A conversation (`agents.repair`) makes a new text for the agent's failed turn; the
-text, unless it gives away how it was made, takes the turn's place as a written answer to the turn's ORIGINAL prompt; what was said
-before is given, the successors play on live, the rewards judge. The first success ends it. All of it is stored, failures too:
-selection keeps what succeeded. Pure Python.
+For a failed episode one agent after the other is tried. A conversation (`agents.repair`) makes a
+new text for the agent's failed turn; the text, unless it gives away how it was made, takes the
+turn's place as a written answer to the turn's ORIGINAL prompt; what was said before is given, the
+successors play on live, the rewards judge. The first success ends it. All of it is stored, failures
+too: selection keeps what succeeded. Pure Python.
 """
 
 from __future__ import annotations
@@ -15,8 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ....agents.patterns.self_correction import FEEDBACK, REGENERATE, REPHRASE, SelfCorrection, correction_task
-from ....agents.types import (BASE, AgentSpec, Completion, SettingError, Turn, from_json, nearest)
+from ....agents.patterns.self_correction import (
+    FEEDBACK,
+    REGENERATE,
+    REPHRASE,
+    SelfCorrection,
+    correction_task,
+)
+from ....agents.types import BASE, AgentSpec, Completion, SettingError, Turn, from_json, nearest
 from ....rollouts.engines.factory import help_of
 from ....rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from ....rollouts.types import Episode
@@ -24,7 +32,15 @@ from ...credit.filtering import SelectionConfig, golds, outcome, saw_answer, tel
 from ...credit.rules import team_rewards
 
 CORRECTION = "mend"  # the kind of follow-up, see `follow`
-TRACES = ("feedback", "corrected", "correction", "previous answer", "reference answer", "my mistake", "original text")
+TRACES = (
+    "feedback",
+    "corrected",
+    "correction",
+    "previous answer",
+    "reference answer",
+    "my mistake",
+    "original text",
+)
 
 
 @dataclass
@@ -32,23 +48,35 @@ class CorrectionConfig:
     """How failed episodes are mended. The templates' fields: see `agents.repair.Repair`."""
 
     repair: str = help_of(
-        "episodes that are mended: unsolved (one of each task that none solved), all failed ones, or none", "unsolved"
+        "episodes that are mended: unsolved (one of each task that none solved), all failed ones,"
+        " or none",
+        "unsolved",
     )
-    repair_agents: list[str] = help_of("agents whose turns are mended, in this order; empty: all that learn", factory=list)
+    repair_agents: list[str] = help_of(
+        "agents whose turns are mended, in this order; empty: all that learn", factory=list
+    )
     feedback_agent: dict | str | None = help_of(
-        "who gives feedback and knows the answer: fields of AgentSpec (policy, prompt, sampling); the bare base if empty",
+        "who gives feedback and knows the answer: fields of AgentSpec (policy, prompt, sampling);"
+        " the bare base if empty",
         factory=dict,
     )
     max_feedback: int = help_of("tries of feedback per failed turn", 1)
     max_regenerations: int = help_of("tries to regenerate the turn per feedback", 1)
-    feedback: str = help_of("template: what the feedback agent is told; empty: no feedback, the turn is only said anew", FEEDBACK)
+    feedback: str = help_of(
+        "template: what the feedback agent is told; empty: no feedback, the turn is only said anew",
+        FEEDBACK,
+    )
     regenerate: str = help_of("template: what the agent is told to say its turn anew", REGENERATE)
-    rephrase: str = help_of("template: what the agent is told to hide that it was corrected; empty leaves it out", REPHRASE)
+    rephrase: str = help_of(
+        "template: what the agent is told to hide that it was corrected; empty leaves it out",
+        REPHRASE,
+    )
     may_tell_answer: list[str] = help_of(
         "agents, besides the one that answers, whose mended text may hold the answer", factory=list
     )
     traces: list[str] = help_of(
-        "a mended text that holds one of these is refused: it shows how it was made", factory=lambda: list(TRACES)
+        "a mended text that holds one of these is refused: it shows how it was made",
+        factory=lambda: list(TRACES),
     )
 
     def __post_init__(self) -> None:
@@ -56,27 +84,41 @@ class CorrectionConfig:
             raise SettingError(f"repair: expected unsolved, all or none, got {self.repair!r}")
         if self.max_feedback < 1 or self.max_regenerations < 1:
             raise SettingError(
-                f"max_feedback and max_regenerations: at least 1 expected, got {self.max_feedback}, {self.max_regenerations}"
+                f"max_feedback and max_regenerations: at least 1 expected, got {self.max_feedback},"
+                f" {self.max_regenerations}"
             )
         if isinstance(self.feedback_agent, str):
             try:
                 self.feedback_agent = json.loads(self.feedback_agent)
             except ValueError as error:
-                raise SettingError(f"feedback_agent: expected a mapping, got {self.feedback_agent!r}") from error
+                raise SettingError(
+                    f"feedback_agent: expected a mapping, got {self.feedback_agent!r}"
+                ) from error
         if self.feedback_agent is not None and not isinstance(self.feedback_agent, Mapping):
-            raise SettingError(f"feedback_agent: expected a mapping of fields of AgentSpec, got {self.feedback_agent!r}")
+            raise SettingError(
+                "feedback_agent: expected a mapping of fields of AgentSpec, got"
+                f" {self.feedback_agent!r}"
+            )
         self.conversation(AgentSpec("x"))  # checks the templates
 
     @property
     def critic(self) -> AgentSpec:
         """Who gives feedback."""
-        given = {"name": "feedback", "role": "knows the answer, is outside the team", "policy": BASE, **(self.feedback_agent or {})}  # type: ignore[dict-item]
+        given = {
+            "name": "feedback",
+            "role": "knows the answer, is outside the team",
+            "policy": BASE,
+            **(self.feedback_agent or {}),
+        }  # type: ignore[dict-item]
         return from_json(AgentSpec, given, "feedback_agent")
 
     def conversation(self, mended: AgentSpec) -> SelfCorrection:
         """The conversation that mends a turn of this agent."""
         if mended.name == self.critic.name:
-            raise SettingError(f"feedback_agent.name: {mended.name!r} is an agent of the team; give it another name")
+            raise SettingError(
+                f"feedback_agent.name: {mended.name!r} is an agent of the team; give it another"
+                " name"
+            )
         return SelfCorrection([self.critic, mended], self.feedback, self.regenerate, self.rephrase)
 
     def check_agents(self, team: Sequence[AgentSpec]) -> None:
@@ -85,7 +127,9 @@ class CorrectionConfig:
         for setting in ("repair_agents", "may_tell_answer"):
             for name in getattr(self, setting):
                 if name not in names:
-                    raise SettingError(f"{setting}: {name!r} is no agent of the team; {nearest(name, names)}")
+                    raise SettingError(
+                        f"{setting}: {name!r} is no agent of the team; {nearest(name, names)}"
+                    )
         for spec in team:
             self.conversation(spec)
 
@@ -110,17 +154,25 @@ class Corrector:
     openings: Mapping[str, str]
 
     async def __call__(self, episode: Episode) -> list[Episode]:
-        """All that was played to mend it: conversations, and replays with a written turn. The last one is the success, if there is one."""
+        """All that was played to mend it: conversations, and replays with a written turn. The last
+        one is the success, if there is one."""
         made: list[Episode] = []
-        for turn, corrected in targets(episode, self.selection, self.repair.repair_agents or self.learning):
+        for turn, corrected in targets(
+            episode, self.selection, self.repair.repair_agents or self.learning
+        ):
             if await self._mend(episode, turn, corrected, made):
                 break
         return made
 
-    async def _mend(self, episode: Episode, turn: Turn, corrected: Turn | None, made: list[Episode]) -> bool:
-        """Try to mend one turn; whether a replay succeeded. `corrected`: the agent's own later success, which is only rephrased."""
+    async def _mend(
+        self, episode: Episode, turn: Turn, corrected: Turn | None, made: list[Episode]
+    ) -> bool:
+        """Try to mend one turn; whether a replay succeeded. `corrected`: the agent's own later
+        success, which is only rephrased."""
         tried, place = {turn.text.strip()}, f"{episode.id}/{CORRECTION}/{turn.agent}-{turn.index}"
-        task = correction_task(episode.task, turn, episode.turns, corrected.text if corrected else "")
+        task = correction_task(
+            episode.task, turn, episode.turns, corrected.text if corrected else ""
+        )
         spec = next(spec for spec in self.player.system.specs if spec.name == turn.agent)
         system = self.repair.conversation(spec)
         if corrected is not None:
@@ -131,7 +183,10 @@ class Corrector:
         for number in range(self.repair.max_feedback):
             given: Sequence[Turn] = ()
             for attempt in range(self.repair.max_regenerations):
-                talk = await helper.play(EpisodeRequest(task, f"{place}/talk-{number}", attempt, episode.step), given=given)
+                talk = await helper.play(
+                    EpisodeRequest(task, f"{place}/talk-{number}", attempt, episode.step),
+                    given=given,
+                )
                 given = talk.turns[:1] if system.feedback else ()
                 why = talk.error or self._refused(episode, turn, talk.output or "", tried)
                 note = {"agent": turn.agent, "turn": turn.index, "refused": why}
@@ -139,13 +194,20 @@ class Corrector:
                 if why:
                     continue
                 tried.add(talk.output or "")
-                made.append(await self._replay(episode, turn, talk.output or "", f"{place}/play-{number}", attempt))
+                made.append(
+                    await self._replay(
+                        episode, turn, talk.output or "", f"{place}/play-{number}", attempt
+                    )
+                )
                 if is_corrected(made[-1], self.selection):
                     return True
         return False
 
-    async def _replay(self, episode: Episode, turn: Turn, text: str, group: str, attempt: int) -> Episode:
-        """The episode with `text` in the turn's place: what was said before is given, what follows is live."""
+    async def _replay(
+        self, episode: Episode, turn: Turn, text: str, group: str, attempt: int
+    ) -> Episode:
+        """The episode with `text` in the turn's place: what was said before is given, what follows
+        is live."""
         return await self.player.play(
             EpisodeRequest(episode.task, group, attempt, episode.step),
             given=[earlier for earlier in episode.turns if earlier.index < turn.index],
@@ -161,18 +223,29 @@ class Corrector:
         if text in tried:
             return "nothing new"
         low = text.lower()
-        if any(trace.lower() in low and trace.lower() not in turn.text.lower() for trace in self.repair.traces):
+        if any(
+            trace.lower() in low and trace.lower() not in turn.text.lower()
+            for trace in self.repair.traces
+        ):
             return "shows that it was corrected"
         if turn.agent not in {*answering(episode), *self.repair.may_tell_answer}:
             public = episode.task.public()
-            known = "\n".join([public.prompt, *map(str, public.meta.values()), self.openings.get(turn.agent, "")])
+            known = "\n".join(
+                [public.prompt, *map(str, public.meta.values()), self.openings.get(turn.agent, "")]
+            )
             if tells(text, golds(episode.task)) and not tells(known, golds(episode.task)):
                 return "tells the answer"
         return ""
 
 
-def broken(episodes: Sequence[Episode], repair: CorrectionConfig, selection: SelectionConfig, learning: Sequence[str]) -> list[Episode]:
-    """The episodes to mend: failed ones as `repair` says, and successes in which an agent has corrected itself on the way."""
+def broken(
+    episodes: Sequence[Episode],
+    repair: CorrectionConfig,
+    selection: SelectionConfig,
+    learning: Sequence[str],
+) -> list[Episode]:
+    """The episodes to mend: failed ones as `repair` says, and successes in which an agent has
+    corrected itself on the way."""
     if repair.repair == "none":
         return []
     solved = {e.task.id for e in episodes if _team(e, selection) >= selection.success_threshold}
@@ -188,20 +261,31 @@ def broken(episodes: Sequence[Episode], repair: CorrectionConfig, selection: Sel
     return found
 
 
-def targets(episode: Episode, selection: SelectionConfig, agents: Sequence[str]) -> Iterator[tuple[Turn, Turn | None]]:
-    """Turns to mend, agent by agent: its first turn without success. In an episode that succeeded only an agent's turn that it has
-    corrected itself, with the later turn that has success."""
+def targets(
+    episode: Episode, selection: SelectionConfig, agents: Sequence[str]
+) -> Iterator[tuple[Turn, Turn | None]]:
+    """Turns to mend, agent by agent: its first turn without success. In an episode that succeeded
+    only an agent's turn that it has corrected itself, with the later turn that has success."""
     team, gold = _team(episode, selection), saw_answer(episode)
     for agent in agents:
-        turns = [t for t in episode.trajectory(agent) if t.source == "sampled" and t.prompt_ids and t.index not in gold]
+        turns = [
+            t
+            for t in episode.trajectory(agent)
+            if t.source == "sampled" and t.prompt_ids and t.index not in gold
+        ]
         values = [outcome(episode, turn, team, selection) for turn in turns]
-        first = next((n for n, value in enumerate(values) if value < selection.success_threshold), None)
+        first = next(
+            (n for n, value in enumerate(values) if value < selection.success_threshold), None
+        )
         if first is None:
             continue
         if team < selection.success_threshold:
             yield turns[first], None
             continue
-        later = next((n for n in range(first + 1, len(turns)) if values[n] >= selection.success_threshold), None)
+        later = next(
+            (n for n in range(first + 1, len(turns)) if values[n] >= selection.success_threshold),
+            None,
+        )
         if later is not None and team >= selection.success_threshold:
             yield turns[first], turns[later]
 
@@ -213,21 +297,34 @@ def is_corrected(episode: Episode, selection: SelectionConfig) -> bool:
     return (
         bool(written)
         and team >= selection.success_threshold
-        and all(outcome(episode, turn, team, selection) >= selection.success_threshold for turn in written)
+        and all(
+            outcome(episode, turn, team, selection) >= selection.success_threshold
+            for turn in written
+        )
     )
 
 
 def answering(episode: Episode) -> set[str]:
-    """Agents whose text is the team's output, and the one that spoke last: theirs is to give the answer."""
+    """Agents whose text is the team's output, and the one that spoke last: theirs is to give the
+    answer."""
     taken = [turn for turn in episode.turns if turn.taken]
-    return {turn.agent for turn in taken if turn.text == episode.output} | {turn.agent for turn in taken[-1:]}
+    return {turn.agent for turn in taken if turn.text == episode.output} | {
+        turn.agent for turn in taken[-1:]
+    }
 
 
 def tally(episodes: Sequence[Episode], selection: SelectionConfig) -> dict[str, Any]:
-    """What mending did, for metrics: conversations, refused texts by reason, replays, and episodes that were mended, by agent."""
+    """What mending did, for metrics: conversations, refused texts by reason, replays, and episodes
+    that were mended, by agent."""
     talks = [e.values["repair"] for e in episodes if "repair" in e.values]
     plays = [e for e in episodes if "repair" not in e.values]
-    who = Counter(t.agent for e in plays if is_corrected(e, selection) for t in e.turns if t.source == "written")
+    who = Counter(
+        t.agent
+        for e in plays
+        if is_corrected(e, selection)
+        for t in e.turns
+        if t.source == "written"
+    )
     refused = Counter(talk["refused"] for talk in talks if talk["refused"])
     return {
         "talks": len(talks),

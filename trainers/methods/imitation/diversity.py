@@ -1,10 +1,12 @@
-"""How different the agents of a team are: agreement of their answers, likelihood of one's words for another, distance of embeddings.
+"""How different the agents of a team are: agreement of their answers, likelihood of one's words for
+another, distance of embeddings.
 
-The metrics of Multiagent Finetuning (arXiv 2501.05707). All from one table: nll[n, k], the mean of -log p_k over the tokens that n's policy
-sampled, in nats at temperature 1. The mean over pairs n != k is the cross NLL (the paper's likelihood metric, but over all tokens
-alike, where it averages within each text first), and nll[n, k] - nll[n, n] estimates KL(n | k) per token on n's own words, with the
-tokens drawn as the only noise; the exact sum over the vocabulary would need every logit. No embedder is at hand without a network: the
-distance of embeddings takes a function of the user's.
+The metrics of Multiagent Finetuning (arXiv 2501.05707). All from one table: nll[n, k], the mean of
+-log p_k over the tokens that n's policy sampled, in nats at temperature 1. The mean over pairs n !=
+k is the cross NLL (the paper's likelihood metric, but over all tokens alike, where it averages
+within each text first), and nll[n, k] - nll[n, n] estimates KL(n | k) per token on n's own words,
+with the tokens drawn as the only noise; the exact sum over the vocabulary would need every logit.
+No embedder is at hand without a network: the distance of embeddings takes a function of the user's.
 """
 
 from __future__ import annotations
@@ -27,40 +29,52 @@ Embedder = Callable[[Sequence[str]], Sequence[Sequence[float]]]  # texts -> a ve
 
 @dataclass(frozen=True)
 class Divergence:
-    """Means over ordered pairs of different agents, in nats per token. Agents that share a policy differ by 0."""
+    """Means over ordered pairs of different agents, in nats per token. Agents that share a policy
+    differ by 0."""
 
     cross_nll: float
     kl: float
 
 
 def divergence(table: Table, policies: Sequence[str]) -> Divergence:
-    """Of agents that speak with these policies, one entry per agent (so agents that share one are counted as agents)."""
+    """Of agents that speak with these policies, one entry per agent (so agents that share one are
+    counted as agents)."""
     pairs = list(permutations(policies, 2))
     if not pairs:
         raise ValueError(f"divergence: at least two agents expected, got {list(policies)}")
     cross = [table[n, k] for n, k in pairs]
     own = [table[n, n] for n, _ in pairs]
-    return Divergence(math.fsum(cross) / len(pairs), (math.fsum(cross) - math.fsum(own)) / len(pairs))
+    return Divergence(
+        math.fsum(cross) / len(pairs), (math.fsum(cross) - math.fsum(own)) / len(pairs)
+    )
 
 
-def nll_table(run: Run, found: Sequence[TrainingSequence], judges: Sequence[str] | None = None) -> dict[tuple[str, str], float]:
-    """nll[n, k] of every policy n that has samples and every judge k (None: these policies themselves) on the same base.
+def nll_table(
+    run: Run, found: Sequence[TrainingSequence], judges: Sequence[str] | None = None
+) -> dict[tuple[str, str], float]:
+    """nll[n, k] of every policy n that has samples and every judge k (None: these policies
+    themselves) on the same base.
 
-    One forward per sample and judge, no gradient. `base` as a judge is the bare base. Every rank has to call it.
+    One forward per sample and judge, no gradient. `base` as a judge is the bare base. Every rank
+    has to call it.
     """
     authors = sorted({sample.policy for sample in found})
     table: dict[tuple[str, str], float] = {}
     for judge in dict.fromkeys(judges or authors):
         at_home = [b.policies for b in run.bases.values()]
-        mine = [s for s in found if judge == BASE or any(judge in home and s.policy in home for home in at_home)]
+        mine = [
+            s
+            for s in found
+            if judge == BASE or any(judge in home and s.policy in home for home in at_home)
+        ]
         nll = mean_nll(run, mine, dict.fromkeys(authors, judge))
         table |= {(author, judge): value for author, value in nll.items()}
     return table
 
 
 def consensus(episodes: Sequence[Episode], agents: Sequence[str]) -> float:
-    """Mean share of these agents whose last answer is the team's output. Episodes that failed or have no output are left out; NaN if none
-    is left."""
+    """Mean share of these agents whose last answer is the team's output. Episodes that failed or
+    have no output are left out; NaN if none is left."""
     shares = []
     for episode in episodes:
         if episode.error is None and (episode.output or "").strip():
@@ -70,7 +84,8 @@ def consensus(episodes: Sequence[Episode], agents: Sequence[str]) -> float:
 
 
 def dissimilarity(vectors: Sequence[Sequence[float]]) -> float:
-    """Mean of 1 - cos over pairs of vectors; a vector of zeros is at distance 1 from every other."""
+    """Mean of 1 - cos over pairs of vectors; a vector of zeros is at distance 1 from every
+    other."""
     pairs = list(combinations(vectors, 2))
     if not pairs:
         raise ValueError(f"dissimilarity: at least two vectors expected, got {len(vectors)}")
@@ -82,15 +97,27 @@ def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
     return math.fsum(x * y for x, y in zip(a, b, strict=True)) / norm if norm else 0.0
 
 
-def embedding_distance(episodes: Sequence[Episode], agents: Sequence[str], embed: Embedder) -> float:
+def embedding_distance(
+    episodes: Sequence[Episode], agents: Sequence[str], embed: Embedder
+) -> float:
     """Mean over episodes of the `dissimilarity` of what these agents said last."""
-    spoken = [[said[-1].text for name in agents if (said := e.trajectory(name))] for e in episodes if e.error is None]
+    spoken = [
+        [said[-1].text for name in agents if (said := e.trajectory(name))]
+        for e in episodes
+        if e.error is None
+    ]
     spoken = [texts for texts in spoken if len(texts) > 1]
     if not spoken:
         return math.nan
     vectors = list(embed([text for texts in spoken for text in texts]))
     if len(vectors) != sum(map(len, spoken)):
-        raise SettingError(f"embedder: expected a vector per text, got {len(vectors)} for {sum(map(len, spoken))} texts")
+        raise SettingError(
+            f"embedder: expected a vector per text, got {len(vectors)} for {sum(map(len, spoken))}"
+            " texts"
+        )
     ends = [sum(map(len, spoken[: n + 1])) for n in range(len(spoken))]
-    found = [dissimilarity([list(v) for v in vectors[end - len(texts) : end]]) for end, texts in zip(ends, spoken, strict=True)]
+    found = [
+        dissimilarity([list(v) for v in vectors[end - len(texts) : end]])
+        for end, texts in zip(ends, spoken, strict=True)
+    ]
     return math.fsum(found) / len(found)

@@ -1,8 +1,9 @@
 """Imitation: several epochs of weighted supervised updates of every policy on its own turns.
 
-What supervised methods share: they differ in which turns they keep, with which weight, and what they play. The loss of an update is
--sum(weight x log p) / trained tokens over a minibatch of one policy's sequences, on exactly the tokens that were sampled (or
-written: a repaired turn re-encoded for its original prompt); prompts, tools and other agents' words are read and not trained.
+What supervised methods share: they differ in which turns they keep, with which weight, and what
+they play. The loss of an update is -sum(weight x log p) / trained tokens over a minibatch of one
+policy's sequences, on exactly the tokens that were sampled (or written: a repaired turn re-encoded
+for its original prompt); prompts, tools and other agents' words are read and not trained.
 """
 
 from __future__ import annotations
@@ -47,18 +48,22 @@ class ImitationConfig(TrainerChoice):
 
 @dataclass
 class IterationConfig:
-    """Iterations of play and imitation. To come before `RunConfig` among the parents of a config: an iteration is a step of the run."""
+    """Iterations of play and imitation. To come before `RunConfig` among the parents of a config:
+    an iteration is a step of the run."""
 
     max_iterations: int = help_of("iterations: play, select, imitate", 1)
     max_steps: int = help_of("the same as max_iterations; leave it out", 0)
-    start_from: str = help_of("what an iteration trains: the last adapters (last), or new ones on the base (base)", "last")
+    start_from: str = help_of(
+        "what an iteration trains: the last adapters (last), or new ones on the base (base)", "last"
+    )
 
     def __post_init__(self) -> None:
         if self.max_iterations < 0:
             raise SettingError(f"max_iterations: expected at least 0, got {self.max_iterations}")
         if self.max_steps not in (0, self.max_iterations):
             raise SettingError(
-                f"max_steps: an iteration is a step, so set max_iterations alone; got {self.max_steps}, {self.max_iterations}"
+                "max_steps: an iteration is a step, so set max_iterations alone; got"
+                f" {self.max_steps}, {self.max_iterations}"
             )
         self.max_steps = self.max_iterations
         if self.start_from not in ("last", "base"):
@@ -67,9 +72,9 @@ class IterationConfig:
 
 @dataclass(frozen=True)
 class ImitationResult:
-    """What imitation did. `updates`: per policy, all updates joined. `before`, `after`: per policy the mean negative log-probability
-    per trained token of all it learnt from, in nats at temperature 1. `dropped`: turns that had a weight but cannot be trained, by
-    (agent, reason)."""
+    """What imitation did. `updates`: per policy, all updates joined. `before`, `after`: per policy
+    the mean negative log-probability per trained token of all it learnt from, in nats at
+    temperature 1. `dropped`: turns that had a weight but cannot be trained, by (agent, reason)."""
 
     updates: dict[str, UpdateResult]
     before: dict[str, float]
@@ -79,25 +84,45 @@ class ImitationResult:
     @property
     def untrained(self) -> dict[str, int]:
         """`dropped` for metrics."""
-        return {f"{agent}: {reason}": count for (agent, reason), count in sorted(self.dropped.items())}
+        return {
+            f"{agent}: {reason}": count for (agent, reason), count in sorted(self.dropped.items())
+        }
 
     def into(self, rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The rows of a step's metrics (see `Trainer.rows`) with the loss on all kept turns before and after."""
-        measured = {p: {"nll_before": self.before[p], "nll_after": self.after[p]} for p in self.after}
+        """The rows of a step's metrics (see `Trainer.rows`) with the loss on all kept turns before
+        and after."""
+        measured = {
+            p: {"nll_before": self.before[p], "nll_after": self.after[p]} for p in self.after
+        }
         return {policy: {**row, **measured.get(policy, {})} for policy, row in rows.items()}
 
 
 def fit_turns(
-    run: Run, step: int, episodes: Sequence[Episode], weights: Mapping[TurnKey, float], config: ImitationConfig
+    run: Run,
+    step: int,
+    episodes: Sequence[Episode],
+    weights: Mapping[TurnKey, float],
+    config: ImitationConfig,
 ) -> ImitationResult:
-    """Train every policy on its turns that have a weight: `num_train_epochs` seeded passes in minibatches.
+    """Train every policy on its turns that have a weight: `num_train_epochs` seeded passes in
+    minibatches.
 
     Raises `RunError` if nothing is left to learn from; the store keeps what was played.
     """
-    found, dropped = samples([encoded(run, episode) for episode in episodes], weights, run.policy_of, ratios=False)
+    found, dropped = samples(
+        [encoded(run, episode) for episode in episodes], weights, run.policy_of, ratios=False
+    )
     if not found:
-        told = ", ".join(f"{count} {agent}: {reason}" for (agent, reason), count in sorted(dropped.items())) or "no turn was kept"
-        raise RunError(f"step {step}: nothing to learn from ({told}); the episodes are stored, no adapter was changed")
+        told = (
+            ", ".join(
+                f"{count} {agent}: {reason}" for (agent, reason), count in sorted(dropped.items())
+            )
+            or "no turn was kept"
+        )
+        raise RunError(
+            f"step {step}: nothing to learn from ({told}); the episodes are stored, no adapter was"
+            " changed"
+        )
     if step == 1:
         run.show(found)
     before = mean_nll(run, found)
@@ -108,18 +133,28 @@ def fit_turns(
 
 def teacher_text(run: Run, turn: Turn, text: str) -> Completion:
     """A text as an answer to the turn's own prompt, in the tokens of its agent's base."""
-    tokens = next(base.tokens for base in run.bases.values() if run.policy_of[turn.agent] in base.policies)
+    tokens = next(
+        base.tokens for base in run.bases.values() if run.policy_of[turn.agent] in base.policies
+    )
     return tokens.write(turn.prompt_ids or tokens.prompt(turn.messages), text)
 
 
 def encoded(run: Run, episode: Episode) -> Episode:
-    """The episode with tokens for written turns that are text only. What was sampled is never encoded."""
+    """The episode with tokens for written turns that are text only. What was sampled is never
+    encoded."""
 
     def with_tokens(turn: Turn) -> Turn:
-        if turn.source == "sampled" or turn.token_ids or not turn.text or turn.agent not in run.policy_of:
+        if (
+            turn.source == "sampled"
+            or turn.token_ids
+            or not turn.text
+            or turn.agent not in run.policy_of
+        ):
             return turn
         made = teacher_text(run, turn, turn.text)
-        return dataclasses.replace(turn, text=made.text, prompt_ids=made.prompt_ids, token_ids=made.token_ids)
+        return dataclasses.replace(
+            turn, text=made.text, prompt_ids=made.prompt_ids, token_ids=made.token_ids
+        )
 
     turns = tuple(map(with_tokens, episode.turns))
     return episode if turns == episode.turns else dataclasses.replace(episode, turns=turns)
@@ -135,17 +170,29 @@ def reset_adapters(run: Run, policies: Collection[str]) -> None:
 
 
 def nll_loss(
-    batch: Batch, logp: torch.Tensor, entropy: torch.Tensor, reference: torch.Tensor | None, counts: Denominators
+    batch: Batch,
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    reference: torch.Tensor | None,
+    counts: Denominators,
 ) -> tuple[torch.Tensor, Stats]:
-    """-sum(weight x log p) / tokens: the weight of a turn stands where a policy gradient has its advantage."""
+    """-sum(weight x log p) / tokens: the weight of a turn stands where a policy gradient has its
+    advantage."""
     return weighted_nll(logp, batch.advantage, counts.tokens)
 
 
-def _epochs(run: Run, step: int, found: Sequence[TrainingSequence], config: ImitationConfig) -> dict[str, UpdateResult]:
-    """Minibatches are a policy's own, so that how often it is updated does not depend on the other policies' turns."""
+def _epochs(
+    run: Run, step: int, found: Sequence[TrainingSequence], config: ImitationConfig
+) -> dict[str, UpdateResult]:
+    """Minibatches are a policy's own, so that how often it is updated does not depend on the other
+    policies' turns."""
     seed = derive_seed(run.config.seed, "imitate", step)
     plans = [
-        list(minibatches(own, config.train_batch_size, config.num_train_epochs, derive_seed(seed, policy)))
+        list(
+            minibatches(
+                own, config.train_batch_size, config.num_train_epochs, derive_seed(seed, policy)
+            )
+        )
         for policy, own in by_policy(found).items()
     ]
     done = []
@@ -156,51 +203,80 @@ def _epochs(run: Run, step: int, found: Sequence[TrainingSequence], config: Imit
 
 def by_policy(found: Sequence[TrainingSequence]) -> dict[str, list[TrainingSequence]]:
     """Samples of each policy, policies sorted by name."""
-    return {policy: [s for s in found if s.policy == policy] for policy in sorted({s.policy for s in found})}
+    return {
+        policy: [s for s in found if s.policy == policy]
+        for policy in sorted({s.policy for s in found})
+    }
 
 
-def mean_nll(run: Run, found: Sequence[TrainingSequence], speaker: Mapping[str, str] | None = None) -> dict[str, float]:
-    """Per policy the mean of -log p over the trained tokens of its samples, unweighted. Every rank has to call it.
+def mean_nll(
+    run: Run, found: Sequence[TrainingSequence], speaker: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """Per policy the mean of -log p over the trained tokens of its samples, unweighted. Every rank
+    has to call it.
 
     Args:
-        speaker: whose weights judge a policy's samples (another policy, or `base`); a policy that is missing judges its own.
+        speaker: whose weights judge a policy's samples (another policy, or `base`); a policy that
+            is missing judges its own.
     """
     joint: dict[str, float] = {}
     for base in run.bases.values():
         model, layout = base.adapters.model, base.optimizers.layout
-        for policy, own in by_policy([sample for sample in found if sample.policy in base.policies]).items():
+        for policy, own in by_policy(
+            [sample for sample in found if sample.policy in base.policies]
+        ).items():
             with base.adapters.active((speaker or {}).get(policy, policy)):
                 logp = forward_only(
-                    own, lambda batch, model=model: token_logprobs(model, batch)[0], run.config.tokens_per_batch, layout, run.ranks
+                    own,
+                    lambda batch, model=model: token_logprobs(model, batch)[0],
+                    run.config.tokens_per_batch,
+                    layout,
+                    run.ranks,
                 )
             joint[policy] = -float(logp.double().mean())
     return joint
 
 
-def _with_trl(run: Run, step: int, found: Sequence[TrainingSequence], config: ImitationConfig) -> dict[str, UpdateResult]:
-    """The same sequences, masks and minibatch size through TRL's SFTTrainer. It knows no weights."""
-    weights = {advantage for s in found for advantage, m in zip(s.advantages, s.mask, strict=True) if m}
+def _with_trl(
+    run: Run, step: int, found: Sequence[TrainingSequence], config: ImitationConfig
+) -> dict[str, UpdateResult]:
+    """The same sequences, masks and minibatch size through TRL's SFTTrainer. It knows no
+    weights."""
+    weights = {
+        advantage for s in found for advantage, m in zip(s.advantages, s.mask, strict=True) if m
+    }
     if weights != {1.0}:
         raise SettingError(
-            f"trainer trl: its SFT knows no weights, and these turns have {sorted(weights)[:5]}; use trainer: marlora"
+            f"trainer trl: its SFT knows no weights, and these turns have {sorted(weights)[:5]};"
+            " use trainer: marlora"
         )
-    lessons = {policy: TRLExample([_row(s) for s in own], sum(s.num_trained for s in own)) for policy, own in by_policy(found).items()}
+    lessons = {
+        policy: TRLExample([_row(s) for s in own], sum(s.num_trained for s in own))
+        for policy, own in by_policy(found).items()
+    }
 
     def make(model: Any, tokenizer: Any, rows: Sequence[Row], shared: dict[str, Any]) -> Any:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
         args = SFTConfig(
-            num_train_epochs=config.num_train_epochs, per_device_train_batch_size=config.train_batch_size,
-            dataset_kwargs={"skip_prepare_dataset": True}, **shared,
-        )  # fmt: skip
+            num_train_epochs=config.num_train_epochs,
+            per_device_train_batch_size=config.train_batch_size,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            **shared,
+        )
         return SFTTrainer(
-            model=model, args=args, train_dataset=Dataset.from_list([dict(r) for r in rows]), processing_class=tokenizer
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_list([dict(r) for r in rows]),
+            processing_class=tokenizer,
         )
 
     return learn_with_trl(run, step, lessons, make)
 
 
 def _row(sample: TrainingSequence) -> Row:
-    labels = [token if trained else -100 for token, trained in zip(sample.ids, sample.mask, strict=True)]
+    labels = [
+        token if trained else -100 for token, trained in zip(sample.ids, sample.mask, strict=True)
+    ]
     return {"input_ids": list(sample.ids), "labels": labels}

@@ -1,19 +1,25 @@
-"""
-Multiagent Finetuning: a debate teaches itself, and its members stay different (Subramaniam et al., arXiv 2501.05707).
+"""Multiagent Finetuning: a debate teaches itself, and its members stay different (Subramaniam et
+al., arXiv 2501.05707).
 
-Every seat of a `Debate` has a generator, which answers first, and a critic, which goes on in its chat: two adapters per seat. The majority
-of the last round is the label; no gold answer is read. An iteration is a step: play; every generator imitates its first answers that
-give the label; every critic imitates the transcripts of its seat that end in the label, those that came to it (C-: the first answer was
-another) and those that stayed with it (C+: it was the same) mixed in shares w and 1 - w; publish; the next iteration goes on from there.
+Every seat of a `Debate` has a generator, which answers first, and a critic, which goes on in its
+chat: two adapters per seat. The majority of the last round is the label; no gold answer is read. An
+iteration is a step: play; every generator imitates its first answers that give the label; every
+critic imitates the transcripts of its seat that end in the label, those that came to it (C-: the
+first answer was another) and those that stayed with it (C+: it was the same) mixed in shares w and
+1 - w; publish; the next iteration goes on from there.
 
-Against the paper: LoRA adapters on one base, not copies of the model; C- and C+ are mixed by weights, so that no transcript is
-thrown away and w is kept exactly (the authors' code keeps every C- and adds a C+ with probability 1/2 after each: w = 2/3 on average);
-where one of the two is empty, the other counts alone; a critic learns its last answer only (`critic_loss`), where the authors' code
-puts the loss on every answer of the transcript, the wrong first ones too; ties of the majority are broken by the episode's seed (their
-code: by the order of strings); held-out tasks are never trained on (their scripts train and test on the same problems). The control with
-one adapter for all is the same trainer: let the agents share a policy (recipes/multiagent_finetuning_pooled.yaml).
+Against the paper: LoRA adapters on one base, not copies of the model; C- and C+ are mixed by
+weights, so that no transcript is thrown away and w is kept exactly (the authors' code keeps every
+C- and adds a C+ with probability 1/2 after each: w = 2/3 on average); where one of the two is
+empty, the other counts alone; a critic learns its last answer only (`critic_loss`), where the
+authors' code puts the loss on every answer of the transcript, the wrong first ones too; ties of the
+majority are broken by the episode's seed (their code: by the order of strings); held-out tasks are
+never trained on (their scripts train and test on the same problems). The control with one adapter
+for all is the same trainer: let the agents share a policy
+(recipes/multiagent_finetuning_pooled.yaml).
 
-accelerate launch recipes/multiagent_finetuning.py [--config recipes/multiagent_finetuning.yaml] [--max_iterations 3] [--field value]
+accelerate launch recipes/multiagent_finetuning.py [--config recipes/multiagent_finetuning.yaml]
+[--max_iterations 3] [--field value]
 """
 
 from __future__ import annotations
@@ -44,25 +50,40 @@ Seats = Sequence[tuple[str, str]]  # (generator, critic) by seat
 
 @dataclass
 class MultiagentFinetuningConfig(IterationConfig, RunConfig, ImitationConfig):
-    """`RunConfig` with iterations, the mixture of a critic's transcripts, and epochs of imitation."""
+    """`RunConfig` with iterations, the mixture of a critic's transcripts, and epochs of
+    imitation."""
 
-    output_dir: str = help_of("run folder: config, episodes, metrics, checkpoints, report", "runs/multiagent_finetuning")
-    correction_share: float = help_of(
-        "w: share of transcripts that came to the majority's answer, against those that stayed with it", 0.5
+    output_dir: str = help_of(
+        "run folder: config, episodes, metrics, checkpoints, report", "runs/multiagent_finetuning"
     )
-    critic_loss: str = help_of("answers of a transcript that a critic imitates: last, or all (the generator's too)", "last")
-    num_eval_samples: int = help_of("sampled debates per held-out task, before and after, for accuracy and diversity", 1)
-    embedder: str = help_of("module:function from texts to vectors, for the embedding distance; empty: not measured", "")
+    correction_share: float = help_of(
+        "w: share of transcripts that came to the majority's answer, against those that stayed"
+        " with it",
+        0.5,
+    )
+    critic_loss: str = help_of(
+        "answers of a transcript that a critic imitates: last, or all (the generator's too)", "last"
+    )
+    num_eval_samples: int = help_of(
+        "sampled debates per held-out task, before and after, for accuracy and diversity", 1
+    )
+    embedder: str = help_of(
+        "module:function from texts to vectors, for the embedding distance; empty: not measured", ""
+    )
 
     def __post_init__(self) -> None:
         for part in (RunConfig, IterationConfig, ImitationConfig):
             part.__post_init__(self)
         if not 0 <= self.correction_share <= 1:
-            raise SettingError(f"correction_share: expected a number from 0 to 1, got {self.correction_share}")
+            raise SettingError(
+                f"correction_share: expected a number from 0 to 1, got {self.correction_share}"
+            )
         if self.critic_loss not in ("last", "all"):
             raise SettingError(f"critic_loss: expected last or all, got {self.critic_loss!r}")
         if self.num_eval_samples < 1:
-            raise SettingError(f"num_eval_samples: expected at least 1, got {self.num_eval_samples}")
+            raise SettingError(
+                f"num_eval_samples: expected at least 1, got {self.num_eval_samples}"
+            )
 
 
 class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
@@ -74,13 +95,17 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
         super().__init__(*args, **settings)
         if not isinstance(self.run.system, Debate):
             raise SettingError(
-                f"system: Multiagent Finetuning trains a marlora.agents.patterns.debate:Debate, got {type(self.run.system).__name__}"
+                "system: Multiagent Finetuning trains a marlora.agents.patterns.debate:Debate, got"
+                f" {type(self.run.system).__name__}"
             )
         self.seats = self.run.system.seats
-        self.embed = load_function("embedder", self.args.embedder, {}) if self.args.embedder else None
+        self.embed = (
+            load_function("embedder", self.args.embedder, {}) if self.args.embedder else None
+        )
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
-        """Measure, select, imitate; returns metrics. Diversity is that of the policies that played the step."""
+        """Measure, select, imitate; returns metrics. Diversity is that of the policies that played
+        the step."""
         diversity = self.diversity(episodes)
         lessons = [view for episode in episodes for view in transcripts(episode, self.seats)]
         rule = debate_rule(lessons, self.seats, self.args)
@@ -95,7 +120,8 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
         }
 
     def diversity(self, episodes: Sequence[Episode], judge: str | None = None) -> dict[str, Any]:
-        """Consensus of the last round, and how far generators (on first answers) and critics (on last ones) are apart.
+        """Consensus of the last round, and how far generators (on first answers) and critics (on
+        last ones) are apart.
 
         `judge`: a policy that spoke for everybody, such as `base` before anything was learnt.
         """
@@ -105,8 +131,19 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
         for name, agents, place in (("generators", generators, 0), ("critics", critics, -1)):
             if not all(agent in policy_of for agent in agents):
                 continue  # frozen: nothing of theirs changes
-            turns = [(e, said[place]) for e in episodes if not e.error for a in agents if (said := e.trajectory(a))]
-            own, _ = samples(episodes, {(e.id, t.index, t.sibling): 1.0 for e, t in turns}, policy_of, ratios=False)
+            turns = [
+                (e, said[place])
+                for e in episodes
+                if not e.error
+                for a in agents
+                if (said := e.trajectory(a))
+            ]
+            own, _ = samples(
+                episodes,
+                {(e.id, t.index, t.sibling): 1.0 for e, t in turns},
+                policy_of,
+                ratios=False,
+            )
             policies = [judge or policy_of[agent] for agent in agents]
             table = nll_table(self.run, own, list(dict.fromkeys(policies)))
             if judge is not None:
@@ -117,23 +154,35 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
         return found
 
     def report(self) -> dict[str, Any]:
-        """Held-out tasks as the team plays in training, sampled: accuracy and diversity, the bare base beside it."""
+        """Held-out tasks as the team plays in training, sampled: accuracy and diversity, the bare
+        base beside it."""
         run, tasks, count = self.run, self.run.eval_tasks, self.args.num_eval_samples
-        before, after = run.play("sampled-base", tasks, count, versions={}), run.play("sampled", tasks, count)
-        scored = {name: evaluation(tasks, played, run.metric) for name, played in (("before", before), ("after", after))}
+        before, after = (
+            run.play("sampled-base", tasks, count, versions={}),
+            run.play("sampled", tasks, count),
+        )
+        scored = {
+            name: evaluation(tasks, played, run.metric)
+            for name, played in (("before", before), ("after", after))
+        }
         found: dict[str, Any] = {name: result.summary() for name, result in scored.items()}
         run.progress.say(
-            f"sampled, {len(tasks)} held-out tasks x {count}: {run.metric} {scored['before'].accuracy:.3f} as the base, "
-            f"{scored['after'].accuracy:.3f} now"
+            f"sampled, {len(tasks)} held-out tasks x {count}: {run.metric}"
+            f" {scored['before'].accuracy:.3f} as the base, {scored['after'].accuracy:.3f} now"
         )
         found["paired"] = paired(scored["before"], scored["after"])
-        found["diversity"] = {"before": self.diversity(before, "base"), "after": self.diversity(after)}
+        found["diversity"] = {
+            "before": self.diversity(before, "base"),
+            "after": self.diversity(after),
+        }
         return {"sampled": found, **self.contributions()}
 
 
 def transcripts(episode: Episode, seats: Seats) -> list[Episode]:
-    """A debate in two views, as the two sets are taken from it: the generators' first answers, and the critics' transcripts, in which a
-    generator's answer stands as the critic's own first one. The second has an id of its own. Neither holds the gold answer."""
+    """A debate in two views, as the two sets are taken from it: the generators' first answers, and
+    the critics' transcripts, in which a generator's answer stands as the critic's own first one.
+    The second has an id of its own. Neither holds the gold answer.
+    """
     first = {name: said[0].index for name, _ in seats if (said := episode.trajectory(name))}
     critic_of = dict(seats)
     opening = [turn for turn in episode.turns if first.get(turn.agent) == turn.index]
@@ -149,30 +198,45 @@ def transcripts(episode: Episode, seats: Seats) -> list[Episode]:
     ]
 
 
-def debate_rule(lessons: Sequence[Episode], seats: Seats, config: MultiagentFinetuningConfig) -> Rule:
-    """The sets D^G, C- and C+ of all seats as a rule of `selection`: weights and reasons of the turns of `transcripts`."""
+def debate_rule(
+    lessons: Sequence[Episode], seats: Seats, config: MultiagentFinetuningConfig
+) -> Rule:
+    """The sets D^G, C- and C+ of all seats as a rule of `selection`: weights and reasons of the
+    turns of `transcripts`."""
     kind: dict[TurnKey, str] = {}
     for lesson in lessons:
         whole = lesson.id.endswith("#transcripts")
         for generator, critic in seats:
             said = lesson.trajectory(critic if whole else generator)
             for n, turn in enumerate(said):
-                kind[lesson.id, turn.index, turn.sibling] = _kind(lesson, said, n, whole, config.critic_loss)
-    counts = Counter((turn.agent, kind.get((e.id, turn.index, turn.sibling))) for e in lessons for turn in e.turns)
+                kind[lesson.id, turn.index, turn.sibling] = _kind(
+                    lesson, said, n, whole, config.critic_loss
+                )
+    counts = Counter(
+        (turn.agent, kind.get((e.id, turn.index, turn.sibling)))
+        for e in lessons
+        for turn in e.turns
+    )
 
     def rule(episode: Episode, turn: Turn) -> tuple[float, str]:
         what = kind.get((episode.id, turn.index, turn.sibling), "not taken")
         if what == AGREES:
             return 1.0, what
         if what in (CORRECTED, STAYED):
-            minus, plus = mixture(counts[turn.agent, CORRECTED], counts[turn.agent, STAYED], config.correction_share)
+            minus, plus = mixture(
+                counts[turn.agent, CORRECTED], counts[turn.agent, STAYED], config.correction_share
+            )
             return (minus if what == CORRECTED else plus), what
         return 0.0, what
 
     return rule
 
 
-AGREES, CORRECTED, STAYED = "first answer agrees (G)", "came to the majority (C-)", "stayed with the majority (C+)"
+AGREES, CORRECTED, STAYED = (
+    "first answer agrees (G)",
+    "came to the majority (C-)",
+    "stayed with the majority (C+)",
+)
 
 
 def _kind(lesson: Episode, said: Sequence[Turn], n: int, whole: bool, critic_loss: str) -> str:
@@ -190,7 +254,8 @@ def _kind(lesson: Episode, said: Sequence[Turn], n: int, whole: bool, critic_los
 
 
 def mixture(minus: int, plus: int, share: float) -> tuple[float, float]:
-    """Weight of one of `minus` samples and of one of `plus`, so that the first have `share` of the whole and the mean weight is 1.
+    """Weight of one of `minus` samples and of one of `plus`, so that the first have `share` of the
+    whole and the mean weight is 1.
 
     Where there are none of one kind, the others count 1.
     """

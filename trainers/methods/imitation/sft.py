@@ -1,11 +1,14 @@
-"""
-SFT for a team: play (or take a store of episodes), keep some turns, and let every agent imitate its own kept turns.
+"""SFT for a team: play (or take a store of episodes), keep some turns, and let every agent imitate
+its own kept turns.
 
-With the default selection, `success`, this is rejection sampling fine-tuning with one LoRA per agent. What is kept is `selection.py`, how
-it is learnt `imitate.py`. One step plays `tasks_per_step` tasks `num_generations` times and makes `num_train_epochs` passes over what was
-kept. `--trainer trl` hands the same sequences and masks to TRL's SFTTrainer, one policy after the other.
+With the default selection, `success`, this is rejection sampling fine-tuning with one LoRA per
+agent. What is kept is `selection.py`, how it is learnt `imitate.py`. One step plays
+`tasks_per_step` tasks `num_generations` times and makes `num_train_epochs` passes over what was
+kept. `--trainer trl` hands the same sequences and masks to TRL's SFTTrainer, one policy after the
+other.
 
-accelerate launch recipes/sft_team.py [--config recipes/sft_team.yaml] [--episodes runs/x/episodes] [--field value]
+accelerate launch recipes/sft_team.py [--config recipes/sft_team.yaml] [--episodes runs/x/episodes]
+[--field value]
 """
 
 from __future__ import annotations
@@ -27,9 +30,12 @@ from .imitation import ImitationConfig, fit_turns
 
 @dataclass
 class SFTConfig(RunConfig, SelectionConfig, ImitationConfig):
-    """`RunConfig` with a selection of turns (`SelectionConfig`) and epochs of imitation (`ImitationConfig`)."""
+    """`RunConfig` with a selection of turns (`SelectionConfig`) and epochs of imitation
+    (`ImitationConfig`)."""
 
-    output_dir: str = help_of("run folder: config, episodes, metrics, checkpoints, report", "runs/sft")
+    output_dir: str = help_of(
+        "run folder: config, episodes, metrics, checkpoints, report", "runs/sft"
+    )
 
     def __post_init__(self) -> None:
         for part in (RunConfig, SelectionConfig, ImitationConfig):
@@ -52,13 +58,24 @@ class SFTTrainer(Trainer[SFTConfig]):
         }
 
 
-def selected(run: Run, step: int, episodes: Sequence[Episode], config: SelectionConfig, rule: Rule | None = None) -> FilteredTurns:
+def selected(
+    run: Run,
+    step: int,
+    episodes: Sequence[Episode],
+    config: SelectionConfig,
+    rule: Rule | None = None,
+) -> FilteredTurns:
     """What a run keeps of a step's episodes, told to people. Raises `RunError` if it is nothing."""
-    found = filter_turns(episodes, config, rule, agents=run.policy_of, openings=openings(run), seed=run.config.seed)
+    found = filter_turns(
+        episodes, config, rule, agents=run.policy_of, openings=openings(run), seed=run.config.seed
+    )
     run.progress.say("\n".join(f"step {step}: {line}" for line in str(found).splitlines()))
     if not found.kept:
         lines = "; ".join(str(found).splitlines()) or "no agent that learns has spoken"
-        raise RunError(f"step {step}: no turn was kept ({lines}); the episodes are stored, no adapter was changed")
+        raise RunError(
+            f"step {step}: no turn was kept ({lines}); the episodes are stored, no adapter was"
+            " changed"
+        )
     return found
 
 
@@ -66,7 +83,8 @@ def openings(run: Run) -> Mapping[str, str]:
     """Per agent what stands at the head of all its chats: there an answer is no leak."""
     team = Team(run.system.specs, _nobody, values=run.values)
     return {
-        spec.name: "\n".join(message.content for message in team.opening(spec, team.tools_of(spec))) for spec in run.system.specs
+        spec.name: "\n".join(message.content for message in team.opening(spec, team.tools_of(spec)))
+        for spec in run.system.specs
     }
 
 

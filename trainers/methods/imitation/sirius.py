@@ -1,19 +1,23 @@
-"""
-SiriuS: a team bootstraps itself. It plays, its successes go into a library, failures are mended with the help of somebody who knows the
-answer, and every agent is fine-tuned on its own turns of the library (Zhao et al., arXiv 2502.04780).
+"""SiriuS: a team bootstraps itself. It plays, its successes go into a library, failures are mended
+with the help of somebody who knows the answer, and every agent is fine-tuned on its own turns of
+the library (Zhao et al., arXiv 2502.04780).
 
-An iteration is a step: play, mend (`mend.py`), select by success (`selection.py`), imitate (`imitate.py`), publish, evaluate. The library is
-the run's own store: which of its turns are learnt from is decided by selection each time. Nothing that saw the answer is learnt: the
-conversations that mend are marked, a mended turn is trained on its original prompt as `written`, and a text that tells the answer
-without being the one to give it, or that shows how it was made, is refused.
+An iteration is a step: play, mend (`mend.py`), select by success (`selection.py`), imitate
+(`imitate.py`), publish, evaluate. The library is the run's own store: which of its turns are learnt
+from is decided by selection each time. Nothing that saw the answer is learnt: the conversations
+that mend are marked, a mended turn is trained on its original prompt as `written`, and a text that
+tells the answer without being the one to give it, or that shows how it was made, is refused.
 
-Against the paper: LoRA adapters on one base instead of full or hosted fine-tuning; several episodes per task at temperature 1 where the
-paper has one at 0; `start_from` says whether an iteration begins from the base or goes on (the paper does not say); turns before a mended
-one are not added, as in its appendix; regenerated turns keep the prompts of play, where the authors' code trains on the templates of
-regeneration; in teams with rewards per turn (actor-critic) a turn counts by its own reward. Competitive games are the same trainer
-with rewards per agent: the winner's turns are kept, nothing is mended; freeze the other side by `policies.NAME.trainable`.
+Against the paper: LoRA adapters on one base instead of full or hosted fine-tuning; several episodes
+per task at temperature 1 where the paper has one at 0; `start_from` says whether an iteration
+begins from the base or goes on (the paper does not say); turns before a mended one are not added,
+as in its appendix; regenerated turns keep the prompts of play, where the authors' code trains on
+the templates of regeneration; in teams with rewards per turn (actor-critic) a turn counts by its
+own reward. Competitive games are the same trainer with rewards per agent: the winner's turns are
+kept, nothing is mended; freeze the other side by `policies.NAME.trainable`.
 
-accelerate launch recipes/sirius.py [--config recipes/sirius_problem_solving.yaml] [--max_iterations 1] [--field value]
+accelerate launch recipes/sirius.py [--config recipes/sirius_problem_solving.yaml] [--max_iterations
+1] [--field value]
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from functools import partial
 from typing import Any
 
 from ....agents.patterns.self_correction import SPLIT
-from ....agents.types import (BASE, AgentSpec, PolicySpec, SettingError, from_json, to_json)
+from ....agents.types import BASE, AgentSpec, PolicySpec, SettingError, from_json, to_json
 from ....rollouts.engines.factory import help_of
 from ....rollouts.types import Episode
 from ...collection.derived_episodes import derive, is_derived
@@ -41,19 +45,30 @@ from .sft import openings, selected
 class SiriusConfig(IterationConfig, RunConfig, SelectionConfig, CorrectionConfig, ImitationConfig):
     """`RunConfig` with iterations, a selection, the repair of failures and epochs of imitation."""
 
-    output_dir: str = help_of("run folder: config, episodes, metrics, checkpoints, report", "runs/sirius")
+    output_dir: str = help_of(
+        "run folder: config, episodes, metrics, checkpoints, report", "runs/sirius"
+    )
     library: str = help_of(
-        "what an iteration learns from: iteration (its own successes), or all (of all iterations so far)", "iteration"
+        "what an iteration learns from: iteration (its own successes), or all (of all iterations so"
+        " far)",
+        "iteration",
     )
 
     def __post_init__(self) -> None:
-        for part in (RunConfig, IterationConfig, SelectionConfig, CorrectionConfig, ImitationConfig):
+        for part in (
+            RunConfig,
+            IterationConfig,
+            SelectionConfig,
+            CorrectionConfig,
+            ImitationConfig,
+        ):
             part.__post_init__(self)
         if self.library not in ("iteration", "all"):
             raise SettingError(f"library: expected iteration or all, got {self.library!r}")
         if self.library == "all" and self.episodes:
             raise SettingError(
-                "library: all is of the run's own iterations, so it needs episodes played here; leave `episodes` out"
+                "library: all is of the run's own iterations, so it needs episodes played here;"
+                " leave `episodes` out"
             )
 
     def policy_specs(self, agents: tuple[AgentSpec, ...]) -> dict[str, PolicySpec]:
@@ -65,8 +80,8 @@ class SiriusConfig(IterationConfig, RunConfig, SelectionConfig, CorrectionConfig
         specs = super().policy_specs((*agents, critic))
         if specs[critic.policy].url is None:
             raise SettingError(
-                f"feedback_agent.policy: {critic.policy!r} is neither base nor a policy of the team; "
-                f"give policies.{critic.policy}.url if it is an outside model"
+                f"feedback_agent.policy: {critic.policy!r} is neither base nor a policy of the"
+                f" team; give policies.{critic.policy}.url if it is an outside model"
             )
         return specs
 
@@ -86,7 +101,12 @@ class SiriusTrainer(Trainer[SiriusConfig]):
     async def mend(self, episode: Episode) -> list[Episode]:
         run = self.run
         mender = Corrector(
-            run.stage.player(run.versions), self.args, self.args, list(run.policy_of), partial(teacher_text, run), openings(run)
+            run.stage.player(run.versions),
+            self.args,
+            self.args,
+            list(run.policy_of),
+            partial(teacher_text, run),
+            openings(run),
         )
         return await mender(episode)
 

@@ -1,20 +1,25 @@
-"""
-FlowReasoner: a designer learns to write a workflow for the query at hand, first from its own rounds, then from what runs of its programs earn.
+"""FlowReasoner: a designer learns to write a workflow for the query at hand, first from its own
+rounds, then from what runs of its programs earn.
 
-Gao et al., arXiv:2504.15257, on the system `agents/programs/flowreasoner.py`. The first `sft_steps` steps are the reasoning warm-up: play rounds,
-join each successful trajectory into one reply (all rounds up to the one that is kept, as reasoning, with its program at the end), and
-imitate it as the answer to the bare query. All later steps are GRPO: one reward per trajectory, shared by the tokens of all its rounds.
-The reward is the weighted sum of `performance` (public checks passed, -1 for a program that cannot be run), `complexity`, `efficiency`
-and `diversity`; hidden tests and the task's answer are evaluation's.
+Gao et al., arXiv:2504.15257, on the system `agents/programs/flowreasoner.py`. The first `sft_steps`
+steps are the reasoning warm-up: play rounds, join each successful trajectory into one reply (all
+rounds up to the one that is kept, as reasoning, with its program at the end), and imitate it as the
+answer to the bare query. All later steps are GRPO: one reward per trajectory, shared by the tokens
+of all its rounds. The reward is the weighted sum of `performance` (public checks passed, -1 for a
+program that cannot be run), `complexity`, `efficiency` and `diversity`; hidden tests and the task's
+answer are evaluation's.
 
-Against the paper, whose training code and reward formulas are not published, so all of these are ours: the transcripts are the trained
-model's own, where theirs are DeepSeek-R1's (name another `init`, or learn from a teacher's store by `episodes`); the trajectories whose
-kept program reaches `success_threshold` are imitated; the weights (`REWARD_WEIGHTS`); a trajectory is worth its best round, or the mean of
-all (`system.worth`); `diversity` is 1 - the mean similarity of a program to those of its group: one number per group, as the figure may
-be read, cancels in group-relative advantages. The spread of a group is that of a sample (n - 1). The reference of a KL term (`beta`) is
-the base, not the warm-up's end.
+Against the paper, whose training code and reward formulas are not published, so all of these are
+ours: the transcripts are the trained model's own, where theirs are DeepSeek-R1's (name another
+`init`, or learn from a teacher's store by `episodes`); the trajectories whose kept program reaches
+`success_threshold` are imitated; the weights (`REWARD_WEIGHTS`); a trajectory is worth its best
+round, or the mean of all (`system.worth`); `diversity` is 1 - the mean similarity of a program to
+those of its group: one number per group, as the figure may be read, cancels in group-relative
+advantages. The spread of a group is that of a sample (n - 1). The reference of a KL term (`beta`)
+is the base, not the warm-up's end.
 
-accelerate launch recipes/flowreasoner.py [--config recipes/flowreasoner.yaml] [--sft_steps 2] [--field value]
+accelerate launch recipes/flowreasoner.py [--config recipes/flowreasoner.yaml] [--sft_steps 2]
+[--field value]
 """
 
 from __future__ import annotations
@@ -41,7 +46,12 @@ from ..imitation.imitation import ImitationConfig, fit_turns
 from ..imitation.sft import selected
 from .grpo import GRPOConfig, grpo_loss, policy_gradient
 
-REWARD_WEIGHTS: Mapping[str, float] = {"performance": 1.0, "complexity": 0.1, "efficiency": 0.0, "diversity": 0.1}  # ours
+REWARD_WEIGHTS: Mapping[str, float] = {
+    "performance": 1.0,
+    "complexity": 0.1,
+    "efficiency": 0.0,
+    "diversity": 0.1,
+}  # ours
 REASONING = "{reply}\n\n{feedback}\n\n"
 
 
@@ -49,19 +59,28 @@ REASONING = "{reply}\n\n{feedback}\n\n"
 class FlowReasonerConfig(GRPOConfig, SelectionConfig, ImitationConfig):
     """GRPO's settings, with a warm-up that selects and imitates."""
 
-    output_dir: str = help_of("run folder: config, episodes, metrics, checkpoints, report", "runs/flowreasoner")
+    output_dir: str = help_of(
+        "run folder: config, episodes, metrics, checkpoints, report", "runs/flowreasoner"
+    )
     sft_steps: int = help_of("steps of the warm-up; 0 starts with GRPO", 1)
     sft_learning_rate: float = help_of("learning rate of the warm-up; 0 takes learning_rate", 0.0)
-    reasoning: str = help_of("how a round before the last one is told in a joined trajectory; fields reply and feedback", REASONING)
+    reasoning: str = help_of(
+        "how a round before the last one is told in a joined trajectory; fields reply and feedback",
+        REASONING,
+    )
     reward_weights: dict | str | None = help_of(
-        "weights of performance, complexity, efficiency, diversity and of other rewards", factory=lambda: dict(REWARD_WEIGHTS)
+        "weights of performance, complexity, efficiency, diversity and of other rewards",
+        factory=lambda: dict(REWARD_WEIGHTS),
     )
 
     def __post_init__(self) -> None:
         for part in (GRPOConfig, SelectionConfig, ImitationConfig):
             part.__post_init__(self)
         if self.sft_steps < 0 or not 0 <= self.sft_learning_rate < math.inf:
-            raise SettingError(f"sft_steps, sft_learning_rate: from 0 expected, got {self.sft_steps}, {self.sft_learning_rate}")
+            raise SettingError(
+                f"sft_steps, sft_learning_rate: from 0 expected, got {self.sft_steps},"
+                f" {self.sft_learning_rate}"
+            )
         revision_prompt(self.reasoning, "", "")
 
     def learning_rate_at(self, step: int, peak: float) -> float:
@@ -80,7 +99,8 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
         super().__init__(*args, **settings)
         if not isinstance(self.run.system, FlowReasoner):
             raise SettingError(
-                f"system: FlowReasoner trains a marlora.agents.programs.flowreasoner:FlowReasoner, got {type(self.run.system).__name__}"
+                "system: FlowReasoner trains a marlora.agents.programs.flowreasoner:FlowReasoner,"
+                f" got {type(self.run.system).__name__}"
             )
         self.system: FlowReasoner = self.run.system
         if workflow not in self.run.rewards:
@@ -97,37 +117,61 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
         told = {"designs": self.designs(played)}
         if step > self.args.sft_steps:
             scored = with_diversity(episodes, self.system)
-            return {**policy_gradient(self, step, scored, self.args, partial(grpo_loss, self.args)), **told}
+            return {
+                **policy_gradient(self, step, scored, self.args, partial(grpo_loss, self.args)),
+                **told,
+            }
         lessons = [as_single_turn(episode, self.system, self.args.reasoning) for episode in played]
         selection = selected(self.run, step, lessons, self.args, self.rule)
         done = fit_turns(self.run, step, lessons, selection.weights, self.args)
         return {
-            "policies": done.into(self.rows(done.updates, episodes)), "selection": selection.table(), "dropped": done.untrained, **told,
-        }  # fmt: skip
+            "policies": done.into(self.rows(done.updates, episodes)),
+            "selection": selection.table(),
+            "dropped": done.untrained,
+            **told,
+        }
 
     def rule(self, episode: Episode, turn: Turn) -> tuple[float, str]:
         """Trajectories whose kept program reaches `success_threshold`, weight 1."""
-        score = next((r.value for r in episode.rewards if r.name == "val" and r.turn == turn.index), math.nan)
+        score = next(
+            (r.value for r in episode.rewards if r.name == "val" and r.turn == turn.index), math.nan
+        )
         if turn.agent != self.system.designer:
             return 0.0, "no designer"
         if math.isnan(score) or score < self.args.success_threshold:
             return 0.0, "no success" if score == score else "no score"
-        return 1.0, f"solved in round {1 + sum(r.name == 'val' for r in episode.rewards if (r.turn or 0) < turn.index)}"
+        return (
+            1.0,
+            (
+                "solved in round"
+                f" {1 + sum(r.name == 'val' for r in episode.rewards if (r.turn or 0) < turn.index)}"
+            ),
+        )
 
     def designs(self, episodes: Sequence[Episode]) -> dict[str, Any]:
-        """Means over trajectories: each reward of the mix and their sum, rounds, and the share of programs that cannot be run."""
-        played = [episode for episode in with_diversity(episodes, self.system) if episode.error is None]
+        """Means over trajectories: each reward of the mix and their sum, rounds, and the share of
+        programs that cannot be run."""
+        played = [
+            episode for episode in with_diversity(episodes, self.system) if episode.error is None
+        ]
         found: dict[str, Any] = {}
         for name in REWARD_WEIGHTS:
             values = [value for e in played if not math.isnan(value := e.reward(name))]
             found[name] = sum(values) / len(values) if values else None
-        found["reward"] = sum(self.args.weight(name) * (found[name] or 0.0) for name in REWARD_WEIGHTS)
+        found["reward"] = sum(
+            self.args.weight(name) * (found[name] or 0.0) for name in REWARD_WEIGHTS
+        )
         valid = [r for e in played for r in e.rewards if r.name == "valid"]
         rounds = [sum(r.name == "val" for r in e.rewards) for e in played]
-        return {**found, "rounds": sum(rounds) / max(len(rounds), 1), "invalid": invalid_kinds(valid)}
+        return {
+            **found,
+            "rounds": sum(rounds) / max(len(rounds), 1),
+            "invalid": invalid_kinds(valid),
+        }
 
     def report(self) -> dict[str, Any]:
-        """Held-out tasks as the team plays in training, sampled: as the base, after the warm-up, at the end."""
+        """Held-out tasks as the team plays in training, sampled: as the base, after the warm-up, at
+        the end."""
         run, tasks = self.run, self.run.eval_tasks
         before, after = run.play("sampled-base", tasks, versions={}), run.play("sampled", tasks)
         between = self.stored("sampled-sft")
@@ -135,22 +179,36 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
         for name, played in (("base", before), ("sft", between), ("rl", after)):
             if played:
                 values = [e.reward(run.metric) for e in played]
-                found[name] = {**self.designs(played), run.metric: sum(v for v in values if v == v) / len(values)}
+                found[name] = {
+                    **self.designs(played),
+                    run.metric: sum(v for v in values if v == v) / len(values),
+                }
                 run.progress.say(f"sampled, {name}: {found[name]}")
         return {"stages": found, **self.contributions()}
 
     def stored(self, label: str) -> list[Episode]:
         """The episodes of an evaluation of this run, a resumed one too; on rank 0."""
-        return [e for e in self.run.stage.store if e.group.startswith(f"eval-{label}/")] if self.run.ranks.main else []
+        return (
+            [e for e in self.run.stage.store if e.group.startswith(f"eval-{label}/")]
+            if self.run.ranks.main
+            else []
+        )
 
 
 # trajectories
 
 
 def rounds_of(episode: Episode, system: FlowReasoner) -> list[tuple[Turn, Reward]]:
-    """The designer's turns with what was told of each (`val`), up to the one whose program is kept."""
-    told = {(r.turn, r.sibling): r for r in episode.rewards if r.name == "val" and r.source == SOURCE}
-    found = [(t, told[t.index, t.sibling]) for t in episode.trajectory(system.designer) if (t.index, t.sibling) in told]
+    """The designer's turns with what was told of each (`val`), up to the one whose program is
+    kept."""
+    told = {
+        (r.turn, r.sibling): r for r in episode.rewards if r.name == "val" and r.source == SOURCE
+    }
+    found = [
+        (t, told[t.index, t.sibling])
+        for t in episode.trajectory(system.designer)
+        if (t.index, t.sibling) in told
+    ]
     return found[: best_round([reward.value for _, reward in found]) + 1] if found else []
 
 
@@ -166,36 +224,54 @@ def revision_prompt(template: str, reply: str, feedback: str) -> str:
 
 
 def as_single_turn(episode: Episode, system: FlowReasoner, reasoning: str = REASONING) -> Episode:
-    """A trajectory as a lesson: one turn that answers the bare query with the reasoning of all rounds and the kept program last.
+    """A trajectory as a lesson: one turn that answers the bare query with the reasoning of all
+    rounds and the kept program last.
 
-    It is `written` (nobody sampled it as a whole), unless the first round's program is kept: then it is that round's own turn, if
-    that has tokens (an outside teacher's has none).
+    It is `written` (nobody sampled it as a whole), unless the first round's program is kept: then
+    it is that round's own turn, if that has tokens (an outside teacher's has none).
     """
     rounds = rounds_of(episode, system)
     if not rounds:
         return dataclasses.replace(episode, turns=())
     (first, _), (last, _) = rounds[0], rounds[-1]
     if len(rounds) > 1 or not last.token_ids:
-        text = "".join(revision_prompt(reasoning, turn.text.strip(), reward.text) for turn, reward in rounds[:-1]) + last.text
+        text = (
+            "".join(
+                revision_prompt(reasoning, turn.text.strip(), reward.text)
+                for turn, reward in rounds[:-1]
+            )
+            + last.text
+        )
         unsaid: dict[str, Any] = {"token_ids": (), "logprobs": (), "source": "written", "reads": ()}
-        last = dataclasses.replace(last, messages=first.messages, prompt_ids=first.prompt_ids, text=text, **unsaid)
+        last = dataclasses.replace(
+            last, messages=first.messages, prompt_ids=first.prompt_ids, text=text, **unsaid
+        )
     return dataclasses.replace(episode, turns=(last,))
 
 
 def with_diversity(episodes: Sequence[Episode], system: FlowReasoner) -> list[Episode]:
-    """Each episode with its reward `diversity`: 1 - mean similarity of its program to the programs of the others of its group.
+    """Each episode with its reward `diversity`: 1 - mean similarity of its program to the programs
+    of the others of its group.
 
-    Programs are compared without comments and layout. 0 for one that cannot be run, and where no other can.
+    Programs are compared without comments and layout. 0 for one that cannot be run, and where no
+    other can.
     """
     found: dict[str, Reward] = {}
     for group in groups(e for e in episodes if e.parent is None and e.error is None).values():
         programs = {e.id: program for e in group if (program := _program(e, system)) is not None}
         for episode in group:
             own = programs.get(episode.id)
-            others = [similarity(own, each) for i, each in programs.items() if i != episode.id] if own is not None else []
+            others = (
+                [similarity(own, each) for i, each in programs.items() if i != episode.id]
+                if own is not None
+                else []
+            )
             value = 1 - sum(others) / len(others) if others else 0.0
             found[episode.id] = Reward("diversity", value, source=SOURCE)
-    return [dataclasses.replace(e, rewards=(*e.rewards, found[e.id])) if e.id in found else e for e in episodes]
+    return [
+        dataclasses.replace(e, rewards=(*e.rewards, found[e.id])) if e.id in found else e
+        for e in episodes
+    ]
 
 
 def _program(episode: Episode, system: FlowReasoner) -> str | None:
@@ -209,4 +285,7 @@ def _program(episode: Episode, system: FlowReasoner) -> str | None:
 def invalid_kinds(valid: Sequence[Reward]) -> dict[str, float]:
     """Share of programs that cannot be run, by what is wrong with them."""
     kinds = sorted({r.text.split(":")[0] for r in valid if not r.value})
-    return {kind: sum(not r.value and r.text.split(":")[0] == kind for r in valid) / len(valid) for kind in kinds}
+    return {
+        kind: sum(not r.value and r.text.split(":")[0] == kind for r in valid) / len(valid)
+        for kind in kinds
+    }

@@ -1,10 +1,12 @@
-"""
-GRPO for a team: every episode of a task is compared with its siblings, and each agent's own tokens learn from the comparison.
+"""GRPO for a team: every episode of a task is compared with its siblings, and each agent's own
+tokens learn from the comparison.
 
-One step plays `tasks_per_step` tasks `num_generations` times, turns rewards into one advantage per turn (`credit`, see `credit.py`), drops
-what carries no signal, and updates each agent's adapter on exactly the tokens it sampled (loss: `losses.py`). Against the paper
-(arXiv:2402.03300): behaviour log-probabilities are the engine's, so there is no old-log-prob forward; no KL term unless `beta` > 0;
-statistics run over whatever the credit rule compares, by default the team's reward over episodes of one task.
+One step plays `tasks_per_step` tasks `num_generations` times, turns rewards into one advantage per
+turn (`credit`, see `credit.py`), drops what carries no signal, and updates each agent's adapter on
+exactly the tokens it sampled (loss: `losses.py`). Against the paper (arXiv:2402.03300): behaviour
+log-probabilities are the engine's, so there is no old-log-prob forward; no KL term unless `beta` >
+0; statistics run over whatever the credit rule compares, by default the team's reward over episodes
+of one task.
 
 accelerate launch recipes/grpo_team.py [--config recipes/grpo_team.yaml] [--field value]
 """
@@ -34,7 +36,9 @@ from ...update.optimizer_step import UpdateOptions, LossFn
 class GRPOConfig(RunConfig, CreditConfig, LossConfig):
     """`RunConfig` with a credit rule (`CreditConfig`) and a policy-gradient loss (`LossConfig`)."""
 
-    output_dir: str = help_of("run folder: config, episodes, metrics, checkpoints, report", "runs/grpo")
+    output_dir: str = help_of(
+        "run folder: config, episodes, metrics, checkpoints, report", "runs/grpo"
+    )
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
@@ -44,15 +48,16 @@ class GRPOConfig(RunConfig, CreditConfig, LossConfig):
                 check(self)
         if self.num_generations < 2 and self.credit in ("grpo", "rloo", "dr_grpo", "dr_mas"):
             raise SettingError(
-                f"num_generations: credit {self.credit!r} compares episodes of one task, so at least 2; got {self.num_generations}"
+                f"num_generations: credit {self.credit!r} compares episodes of one task, so at"
+                f" least 2; got {self.num_generations}"
             )
 
 
 class GRPOTrainer(Trainer[GRPOConfig]):
     """Trains a team by policy gradient. Arguments: see `Trainer`.
 
-    trainer = GRPOTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", system=Chain(["solver", "reviewer"]), tasks="arithmetic",
-                          args=GRPOConfig(output_dir="runs/first"))
+    trainer = GRPOTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", system=Chain(["solver", "reviewer"]),
+                          tasks="arithmetic", args=GRPOConfig(output_dir="runs/first"))
     trainer.train()
     print(trainer.evaluate())
     """
@@ -68,11 +73,19 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         return policy_gradient(self, step, episodes, self.args, self.loss)
 
     async def replay(self, episode: Episode) -> Episode:
-        """The episode with counterfactual rewards, from replays of each turn by the team that played it."""
-        return await counterfactual_rewards(self.run.stage.player(episode.team_version), episode, self.args)
+        """The episode with counterfactual rewards, from replays of each turn by the team that
+        played it."""
+        return await counterfactual_rewards(
+            self.run.stage.player(episode.team_version), episode, self.args
+        )
 
     def loss(
-        self, batch: Batch, logp: torch.Tensor, entropy: torch.Tensor, reference: torch.Tensor | None, counts: Denominators
+        self,
+        batch: Batch,
+        logp: torch.Tensor,
+        entropy: torch.Tensor,
+        reference: torch.Tensor | None,
+        counts: Denominators,
     ) -> tuple[torch.Tensor, Stats]:
         return grpo_loss(self.args, batch, logp, entropy, reference, counts)
 
@@ -98,8 +111,15 @@ def policy_gradient(
     found, dropped = samples(episodes, advantages, run.policy_of)
     if step == 1 and found:
         run.show(found)
-    done = run.learn(step, found, loss, UpdateOptions(reference=config.beta > 0, entropy_grad=config.entropy_coef > 0))
+    done = run.learn(
+        step,
+        found,
+        loss,
+        UpdateOptions(reference=config.beta > 0, entropy_grad=config.entropy_coef > 0),
+    )
     return {
         "policies": trainer.rows(done, episodes, advantages),
-        "dropped": {f"{agent}: {reason}": count for (agent, reason), count in sorted(dropped.items())},
+        "dropped": {
+            f"{agent}: {reason}": count for (agent, reason), count in sorted(dropped.items())
+        },
     }

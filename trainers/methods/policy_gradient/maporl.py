@@ -1,17 +1,22 @@
-"""
-MAPoRL: a team learns to debate. Every answer is worth what a verifier makes of it and of the answers that follow from it.
+"""MAPoRL: a team learns to debate. Every answer is worth what a verifier makes of it and of the
+answers that follow from it.
 
-Multi-agent post-co-training by PPO (Park et al., arXiv:2502.18439) on a `Collaboration`. A verifier scores every answer of every round;
-an answer's reward is its own score and, discounted, the team's later ones (`influence.py`), plus a bonus for changing one's mind or
-another's for the better; PPO with a critic per policy (`ppo.py`) learns from it, the rounds taking turns. Against the paper:
+Multi-agent post-co-training by PPO (Park et al., arXiv:2502.18439) on a `Collaboration`. A verifier
+scores every answer of every round; an answer's reward is its own score and, discounted, the team's
+later ones (`influence.py`), plus a bonus for changing one's mind or another's for the better; PPO
+with a critic per policy (`ppo.py`) learns from it, the rounds taking turns. Against the paper:
 
-- The verifier learns with the run's own base, or is a rule; `verifier: ""` compares with the gold answer ("no verifier").
-- Scores are read from rewards of turns, in the store: a run can learn from stored debates (`episodes`).
-- Words are shown to agents only of a verifier that cannot see the gold answer. The authors' code may show the label itself;
-  here no system can reach it, and a turn that saw it would not be trained on.
-- A critic reads what the member reads, where theirs may read question and answer only, and its head is trained, where theirs stays
-  random. One update per policy over all its turns, where they step after every (turn, agent) block. Masks in the place of their
-  sentinels; a full base, not a 4-bit one.
+- The verifier learns with the run's own base, or is a rule; `verifier: ""` compares with the gold
+  answer ("no verifier").
+- Scores are read from rewards of turns, in the store: a run can learn from stored debates
+  (`episodes`).
+- Words are shown to agents only of a verifier that cannot see the gold answer. The authors' code
+  may show the label itself; here no system can reach it, and a turn that saw it would not be
+  trained on.
+- A critic reads what the member reads, where theirs may read question and answer only, and its head
+  is trained, where theirs stays random. One update per policy over all its turns, where they step
+  after every (turn, agent) block. Masks in the place of their sentinels; a full base, not a 4-bit
+  one.
 - An invalid answer's penalty counts against its own author only, unless `share_penalty`.
 
 accelerate launch recipes/maporl.py [--config recipes/maporl.yaml] [--field value]
@@ -31,7 +36,7 @@ from ....rollouts.engines.factory import help_of
 from ....rollouts.evaluation.rounds import answers_by_round, transitions
 from ....rollouts.types import Episode
 from ...batching.samples import TurnKey
-from ...credit.reward_shaping import (HORIZONS, SHARES, SIGNS, Table, influence, invalid, shaping)
+from ...credit.reward_shaping import HORIZONS, SHARES, SIGNS, Table, influence, invalid, shaping
 from ...trainer import Trainer
 from ...update.scalar_heads import HeadSpec
 from .critics import critics
@@ -42,34 +47,66 @@ RIGHT, VERIFIER = "right", "verifier"  # rewards of turns: by the gold answer, b
 
 @dataclass
 class MAPoRLConfig(PPOConfig):
-    """`PPOConfig` with a verifier, the reward of an answer, and which rounds learn when. Ablations are settings:
+    """`PPOConfig` with a verifier, the reward of an answer, and which rounds learn when. Ablations
+    are settings:
 
     no verifier: `verifier: ""`.    single-agent PPO: one member, or `horizon: current`, `share: individual`.    no shaping: `shaping: none`.
     """
 
-    output_dir: str = help_of("run folder: config, episodes, metrics, checkpoints, report", "runs/maporl")
-    rewards: list[str] = help_of("team's rewards; those of turns (`right`, `verified(...)`) are added", factory=lambda: ["correct"])
-    num_generations: int = help_of("debates per task: nothing compares them, the critic is the baseline", 1)
-    num_eval_samples: int = help_of("sampled debates per held-out task, before and after, for the table of transitions", 1)
-    verifier: str = help_of(
-        "who scores answers: calculator, module:function, marlora.trainers.methods.reward_model.verifier:trained(FOLDER); empty: the gold answer", ""
+    output_dir: str = help_of(
+        "run folder: config, episodes, metrics, checkpoints, report", "runs/maporl"
     )
-    feedback: bool = help_of("members are told the verifier's score of every answer in words, from the second round on", False)
-    horizon: str = help_of("what an answer is worth: discounted_sum, last or current (see trainers/credit/reward_shaping.py)", "discounted_sum")
+    rewards: list[str] = help_of(
+        "team's rewards; those of turns (`right`, `verified(...)`) are added",
+        factory=lambda: ["correct"],
+    )
+    num_generations: int = help_of(
+        "debates per task: nothing compares them, the critic is the baseline", 1
+    )
+    num_eval_samples: int = help_of(
+        "sampled debates per held-out task, before and after, for the table of transitions", 1
+    )
+    verifier: str = help_of(
+        "who scores answers: calculator, module:function,"
+        " marlora.trainers.methods.reward_model.verifier:trained(FOLDER); empty: the gold answer",
+        "",
+    )
+    feedback: bool = help_of(
+        "members are told the verifier's score of every answer in words, from the second round on",
+        False,
+    )
+    horizon: str = help_of(
+        "what an answer is worth: discounted_sum, last or current (see"
+        " trainers/credit/reward_shaping.py)",
+        "discounted_sum",
+    )
     share: str = help_of("whose later answers count: all or individual", "all")
     influence_discount: float = help_of("discounted_sum: factor per round", 0.3)
-    shaping: str = help_of("bonus for changes for the better: none, paper_sign or code_sign", "none")
+    shaping: str = help_of(
+        "bonus for changes for the better: none, paper_sign or code_sign", "none"
+    )
     shaping_weights: list[float] = help_of(
-        "alpha0, alpha1 (own revision), beta0, beta1 (others')", factory=lambda: [1.0, 1.0, 1.0, 1.0]
+        "alpha0, alpha1 (own revision), beta0, beta1 (others')",
+        factory=lambda: [1.0, 1.0, 1.0, 1.0],
     )
     penalty: float = help_of("score of an invalid answer", -1.0)
-    share_penalty: bool = help_of("it enters the sums of everybody's earlier answers too, as in the authors' code", False)
+    share_penalty: bool = help_of(
+        "it enters the sums of everybody's earlier answers too, as in the authors' code", False
+    )
     min_words: int = help_of("an answer of fewer words and signs is invalid", 0)
-    repeats: int = help_of("an answer with a pattern more than so often in a row is invalid; 0 never", 3)
-    boxed: bool = help_of("an answer without \\\\boxed{...} is invalid (not looked for in rounds that are not trained)", False)
+    repeats: int = help_of(
+        "an answer with a pattern more than so often in a row is invalid; 0 never", 3
+    )
+    boxed: bool = help_of(
+        "an answer without \\\\boxed{...} is invalid (not looked for in rounds that are not"
+        " trained)",
+        False,
+    )
     warm_steps: int = help_of("schedule: so many steps train the second round only", 0)
     block_steps: int = help_of(
-        "schedule: then so many train the last round, then the one before, ... and again; 0 trains all always", 0
+        "schedule: then so many train the last round, then the one before, ... and again; 0 trains"
+        " all always",
+        0,
     )
 
     def __post_init__(self) -> None:
@@ -78,24 +115,43 @@ class MAPoRLConfig(PPOConfig):
         self.rewards = [*self.rewards, *(name for name in added if name not in self.rewards)]
         if self.verifier == RIGHT or (self.feedback and not self.verifier):
             raise SettingError(
-                "verifier: empty means the gold answer, and what knows that cannot be shown to members that are trained (feedback); name a "
-                "verifier that reads question and answer only: calculator, module:function or marlora.trainers.methods.reward_model.verifier:trained(FOLDER)"
+                "verifier: empty means the gold answer, and what knows that cannot be shown to"
+                " members that are trained (feedback); name a verifier that reads question and"
+                " answer only: calculator, module:function or"
+                " marlora.trainers.methods.reward_model.verifier:trained(FOLDER)"
             )
         if self.feedback:
             self.system = {**self.system, "verifier": self.verifier}  # type: ignore[dict-item]
         for name, allowed in (("horizon", HORIZONS), ("share", SHARES), ("shaping", SIGNS)):
             if getattr(self, name) not in allowed:
-                raise SettingError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise SettingError(
+                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
         weights = self.shaping_weights
-        if len(weights) != 4 or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
-            raise SettingError(f"shaping_weights: expected four numbers (alpha0, alpha1, beta0, beta1), got {weights!r}")
+        if len(weights) != 4 or not all(
+            isinstance(w, (int, float)) and math.isfinite(w) for w in weights
+        ):
+            raise SettingError(
+                "shaping_weights: expected four numbers (alpha0, alpha1, beta0, beta1), got"
+                f" {weights!r}"
+            )
         if not 0 <= self.influence_discount <= 1 or not math.isfinite(self.penalty):
-            raise SettingError(f"influence_discount: 0 to 1, penalty: a number; got {self.influence_discount} and {self.penalty}")
+            raise SettingError(
+                f"influence_discount: 0 to 1, penalty: a number; got {self.influence_discount} and"
+                f" {self.penalty}"
+            )
         if self.credit != "agent" or self.across_turns:
             raise SettingError(
-                "credit, across_turns: MAPoRL has a reward for every answer that counts later ones already; leave them as they are"
+                "credit, across_turns: MAPoRL has a reward for every answer that counts later ones"
+                " already; leave them as they are"
             )
-        for name, low in (("num_eval_samples", 1), ("min_words", 0), ("repeats", 0), ("warm_steps", 0), ("block_steps", 0)):
+        for name, low in (
+            ("num_eval_samples", 1),
+            ("min_words", 0),
+            ("repeats", 0),
+            ("warm_steps", 0),
+            ("block_steps", 0),
+        ):
             if getattr(self, name) < low:
                 raise SettingError(f"{name}: expected at least {low}, got {getattr(self, name)}")
 
@@ -103,8 +159,8 @@ class MAPoRLConfig(PPOConfig):
 def scheduled(step: int, rounds: int, warm_steps: int, block_steps: int) -> set[int] | None:
     """The rounds (0, 1, ...) that learn in step 1, 2, ...; None is all.
 
-    The paper's: `warm_steps` of round 1 only, then blocks of `block_steps` for the last round, the one before, ... and round 1, again and
-    again. With one round there is nothing to take turns.
+    The paper's: `warm_steps` of round 1 only, then blocks of `block_steps` for the last round, the
+    one before, ... and round 1, again and again. With one round there is nothing to take turns.
     """
     if rounds < 2 or (not block_steps and step > warm_steps):
         return None
@@ -122,7 +178,8 @@ def answer_rewards(
     frozen: Iterable[str] = (),
     step: int = 1,
 ) -> dict[TurnKey, float]:
-    """R + B of every answer that learns in this step, by turn; NaN where an answer of the debate has no score.
+    """R + B of every answer that learns in this step, by turn; NaN where an answer of the debate
+    has no score.
 
     Args:
         member_of: agent -> member.
@@ -135,26 +192,44 @@ def answer_rewards(
 
     def counted(member: str, turn: Turn, score: float) -> float:
         why = invalid(
-            turn.text, min_words=config.min_words, boxed=config.boxed and turn.agent not in exempt, repeats=config.repeats
+            turn.text,
+            min_words=config.min_words,
+            boxed=config.boxed and turn.agent not in exempt,
+            repeats=config.repeats,
         )
         return config.penalty if why else score
 
     for episode in episodes:
         played = answers_by_round(episode, member_of)
         scores = _table(episode, played, VERIFIER if config.verifier else RIGHT)
-        own = [{m: counted(m, turn, scores[t][m]) for m, turn in row.items()} for t, row in enumerate(played)]
+        own = [
+            {m: counted(m, turn, scores[t][m]) for m, turn in row.items()}
+            for t, row in enumerate(played)
+        ]
         others = own if config.share_penalty else scores
-        worth = influence(others, horizon=config.horizon, share=config.share, discount=config.influence_discount, own=own)
+        worth = influence(
+            others,
+            horizon=config.horizon,
+            share=config.share,
+            discount=config.influence_discount,
+            own=own,
+        )
         bonus = shaping(_table(episode, played, RIGHT), config.shaping_weights, config.shaping)
         for t, row in enumerate(played):
             if learn is None or t in learn:
-                found |= {(episode.id, turn.index, turn.sibling): worth[t][m] + bonus[t][m] for m, turn in row.items()}
+                found |= {
+                    (episode.id, turn.index, turn.sibling): worth[t][m] + bonus[t][m]
+                    for m, turn in row.items()
+                }
     return found
 
 
 def _table(episode: Episode, played: Sequence[Mapping[str, Turn]], name: str) -> Table:
     values = {(r.turn, r.sibling): r.value for r in episode.rewards if r.name == name}
-    return [{m: values.get((turn.index, turn.sibling), math.nan) for m, turn in row.items()} for row in played]
+    return [
+        {m: values.get((turn.index, turn.sibling), math.nan) for m, turn in row.items()}
+        for row in played
+    ]
 
 
 class MAPoRLTrainer(Trainer[MAPoRLConfig]):
@@ -167,11 +242,15 @@ class MAPoRLTrainer(Trainer[MAPoRLConfig]):
         super().__init__(*args, **settings)
         if not isinstance(self.run.system, Collaboration):
             name = type(self.run.system).__name__
-            raise SettingError(f"system.class: MAPoRL trains a marlora.agents.patterns.collaboration:Collaboration, got a {name}")
+            raise SettingError(
+                "system.class: MAPoRL trains a"
+                f" marlora.agents.patterns.collaboration:Collaboration, got a {name}"
+            )
         self.system = self.run.system
         if self.args.feedback and self.system.verifier != self.args.verifier:
             raise SettingError(
-                f"feedback: the system was built with verifier {self.system.verifier!r}; expected {self.args.verifier!r}, the one that scores"
+                f"feedback: the system was built with verifier {self.system.verifier!r}; expected"
+                f" {self.args.verifier!r}, the one that scores"
             )
         if self.system.verifier:
             resolve_verifier(self.system.verifier)
@@ -182,14 +261,27 @@ class MAPoRLTrainer(Trainer[MAPoRLConfig]):
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """One step of PPO; returns metrics, with the accuracy of every round."""
         frozen = [spec.name for spec in self.system.specs if spec.name not in self.run.policy_of]
-        rewards = answer_rewards(episodes, self.args, self.system.member_of, rounds=self.system.rounds, frozen=frozen, step=step)
+        rewards = answer_rewards(
+            episodes,
+            self.args,
+            self.system.member_of,
+            rounds=self.system.rounds,
+            frozen=frozen,
+            step=step,
+        )
         accuracy = transitions(episodes, self.system.member_of)["accuracy"]
-        return {**ppo_step(self, step, episodes, rewards), "rounds": {str(n): value for n, value in enumerate(accuracy, start=1)}}
+        return {
+            **ppo_step(self, step, episodes, rewards),
+            "rounds": {str(n): value for n, value in enumerate(accuracy, start=1)},
+        }
 
     def report(self) -> dict[str, Any]:
-        """`collaboration`: accuracy of every round and the transitions between them, on sampled held-out debates before and after."""
+        """`collaboration`: accuracy of every round and the transitions between them, on sampled
+        held-out debates before and after."""
         run, found = self.run, {}
         for name, versions in (("before", {}), ("after", None)):
-            played = run.play(f"sampled-{name}", run.eval_tasks, self.args.num_eval_samples, versions)
+            played = run.play(
+                f"sampled-{name}", run.eval_tasks, self.args.num_eval_samples, versions
+            )
             found[name] = transitions(played, self.system.member_of)
         return {**super().report(), "collaboration": found}

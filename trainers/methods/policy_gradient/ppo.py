@@ -1,14 +1,19 @@
-"""
-PPO for a team: every agent's turns are judged token by token against what a critic expected, and each policy learns from the surprise.
+"""PPO for a team: every agent's turns are judged token by token against what a critic expected,
+and each policy learns from the surprise.
 
-One step plays `tasks_per_step` tasks, gives every turn a reward (`credit`: the agent's own or the team's, or of the turn), lets a critic
-per policy (a scalar head on the shared base, `heads.py`) say what it expects before each token, and turns both into advantages
-(`gae.py`). Then policies and critics learn from them in several epochs of minibatches. Against the paper (arXiv:1707.06347):
+One step plays `tasks_per_step` tasks, gives every turn a reward (`credit`: the agent's own or the
+team's, or of the turn), lets a critic per policy (a scalar head on the shared base, `heads.py`) say
+what it expects before each token, and turns both into advantages (`gae.py`). Then policies and
+critics learn from them in several epochs of minibatches. Against the paper (arXiv:1707.06347):
 
-- Behaviour log-probabilities are the engine's, so there is no old-log-prob forward: the ratio and its clipping are `losses.policy_loss`.
-- Policy and critic share the frozen base and no weights, so each has its own optimizer, and no coefficient weighs one loss against the other.
-- The KL to the reference (the base with adapters off) is part of the token rewards (`kl_coef`), or of the loss (`beta`).
-- Where all turns that share a critic earned the same, whitening would blow the critic's errors up to advantages: they teach the critic only.
+- Behaviour log-probabilities are the engine's, so there is no old-log-prob forward: the ratio and
+  its clipping are `losses.policy_loss`.
+- Policy and critic share the frozen base and no weights, so each has its own optimizer, and no
+  coefficient weighs one loss against the other.
+- The KL to the reference (the base with adapters off) is part of the token rewards (`kl_coef`), or
+  of the loss (`beta`).
+- Where all turns that share a critic earned the same, whitening would blow the critic's errors up
+  to advantages: they teach the critic only.
 
 accelerate launch recipes/ppo_team.py [--config recipes/ppo_team.yaml] [--field value]
 """
@@ -41,23 +46,36 @@ from .critics import CriticConfig, CriticBatch, critic_of, critics, critic_batch
 
 T = TypeVar("T")
 
-REWARDS = ("agent", "team", "turn")  # rules of `credit` that compare nothing: the critic is the baseline
+REWARDS = (
+    "agent",
+    "team",
+    "turn",
+)  # rules of `credit` that compare nothing: the critic is the baseline
 
 
 @dataclass
 class PPOConfig(RunConfig, CreditConfig, CriticConfig, LossConfig):
-    """`RunConfig` with rewards of turns (`CreditConfig`), critics (`CriticConfig`) and the clipped loss (`LossConfig`).
+    """`RunConfig` with rewards of turns (`CreditConfig`), critics (`CriticConfig`) and the clipped
+    loss (`LossConfig`).
 
     Names are those that TRL's PPO had.
     """
 
-    output_dir: str = help_of("run folder: config, episodes, metrics, checkpoints, report", "runs/ppo")
+    output_dir: str = help_of(
+        "run folder: config, episodes, metrics, checkpoints, report", "runs/ppo"
+    )
     credit: str = help_of(
-        "reward of a turn: agent (its own, else the team's), team (discounted), turn (returns of turns' rewards)", "agent"
+        "reward of a turn: agent (its own, else the team's), team (discounted), turn (returns of"
+        " turns' rewards)",
+        "agent",
     )
     num_ppo_epochs: int = help_of("passes over a step's episodes", 4)
     num_mini_batches: int = help_of("updates of each policy and of each critic per pass", 1)
-    target_kl: float = help_of("a policy's passes end once it is this far from the one that played, in nat per token; 0 never", 0.0)
+    target_kl: float = help_of(
+        "a policy's passes end once it is this far from the one that played, in nat per token; 0"
+        " never",
+        0.0,
+    )
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
@@ -65,22 +83,30 @@ class PPOConfig(RunConfig, CreditConfig, CriticConfig, LossConfig):
             parent.__post_init__(self)
         if self.credit not in REWARDS:
             raise SettingError(
-                f"credit: ppo has a critic for a baseline; expected one of {', '.join(REWARDS)}, got {self.credit!r}"
+                f"credit: ppo has a critic for a baseline; expected one of {', '.join(REWARDS)},"
+                f" got {self.credit!r}"
             )
         if self.num_iterations != 1:
-            raise SettingError(f"num_iterations: 1 expected, got {self.num_iterations}; ppo repeats its updates by num_ppo_epochs")
-        if self.num_ppo_epochs < 1 or self.num_mini_batches < 1 or not 0 <= self.target_kl < math.inf:
             raise SettingError(
-                "num_ppo_epochs, num_mini_batches: at least 1 expected, target_kl: a number from 0; "
-                f"got {self.num_ppo_epochs}, {self.num_mini_batches}, {self.target_kl}"
+                f"num_iterations: 1 expected, got {self.num_iterations}; ppo repeats its updates by"
+                " num_ppo_epochs"
+            )
+        if (
+            self.num_ppo_epochs < 1
+            or self.num_mini_batches < 1
+            or not 0 <= self.target_kl < math.inf
+        ):
+            raise SettingError(
+                "num_ppo_epochs, num_mini_batches: at least 1 expected, target_kl: a number from"
+                f" 0; got {self.num_ppo_epochs}, {self.num_mini_batches}, {self.target_kl}"
             )
 
 
 class PPOTrainer(Trainer[PPOConfig]):
     """Trains a team by PPO. Arguments: see `Trainer`.
 
-    trainer = PPOTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", system=Chain(["solver", "reviewer"]), tasks="gsm8k",
-                         args=PPOConfig(output_dir="runs/ppo"))
+    trainer = PPOTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", system=Chain(["solver", "reviewer"]),
+                         tasks="gsm8k", args=PPOConfig(output_dir="runs/ppo"))
     trainer.train()
     """
 
@@ -98,22 +124,30 @@ class PPOTrainer(Trainer[PPOConfig]):
 def turn_rewards(episodes: Sequence[Episode], config: PPOConfig) -> dict[TurnKey, float]:
     """The reward of each turn, by `config.credit`. A turn that is missing is not learnt from.
 
-    Where turns end a sequence each, a turn has all it is held to account for. In one sequence of an agent's turns (`across_turns`) it is
-    what comes in with that turn: its own rewards, and with the agent's last turn those of the agent or team.
+    Where turns end a sequence each, a turn has all it is held to account for. In one sequence of an
+    agent's turns (`across_turns`) it is what comes in with that turn: its own rewards, and with the
+    agent's last turn those of the agent or team.
     """
     if not config.across_turns:
         return credit(episodes, config)
     if config.credit == "turn":
         return credit(episodes, dataclasses.replace(config, turn_clock="own", discount=0.0))
     earned = credit(episodes, dataclasses.replace(config, discount=1.0))
-    last = {(e.id, turn.agent): (e.id, turn.index, turn.sibling) for e in episodes for turn in e.turns if turn.taken}
+    last = {
+        (e.id, turn.agent): (e.id, turn.index, turn.sibling)
+        for e in episodes
+        for turn in e.turns
+        if turn.taken
+    }
     final = set(last.values())
     return {key: reward if key in final else 0.0 for key, reward in earned.items()}
 
 
-def ppo_step(trainer: Trainer[Any], step: int, episodes: Sequence[Episode], rewards: Mapping[TurnKey, float]) -> dict[str, Any]:
-    """One step of PPO from these rewards of turns; returns the step's metrics. For any trainer whose config is a `PPOConfig` and whose
-    heads are `critics`.
+def ppo_step(
+    trainer: Trainer[Any], step: int, episodes: Sequence[Episode], rewards: Mapping[TurnKey, float]
+) -> dict[str, Any]:
+    """One step of PPO from these rewards of turns; returns the step's metrics. For any trainer
+    whose config is a `PPOConfig` and whose heads are `critics`.
 
     A turn whose reward is missing or NaN is read as context and not learnt from.
     """
@@ -134,12 +168,17 @@ def ppo_step(trainer: Trainer[Any], step: int, episodes: Sequence[Episode], rewa
     return {
         "policies": rows,
         "critics": {name: critic_row(lesson, name, update) for name, update in judged.items()},
-        "dropped": {f"{agent}: {reason}": count for (agent, reason), count in sorted(dropped.items())},
+        "dropped": {
+            f"{agent}: {reason}": count for (agent, reason), count in sorted(dropped.items())
+        },
     }
 
 
-def learn_policies(trainer: Trainer[Any], step: int, lesson: CriticBatch) -> list[dict[str, UpdateResult]]:
-    """Every policy's updates, in order. One that is `target_kl` away from the policy that played, or not finite, has no more of them.
+def learn_policies(
+    trainer: Trainer[Any], step: int, lesson: CriticBatch
+) -> list[dict[str, UpdateResult]]:
+    """Every policy's updates, in order. One that is `target_kl` away from the policy that played,
+    or not finite, has no more of them.
 
     The distance is measured in the pass of an update, so that update is the last one.
     """
@@ -149,7 +188,11 @@ def learn_policies(trainer: Trainer[Any], step: int, lesson: CriticBatch) -> lis
     how = UpdateOptions(reference=config.beta > 0, entropy_grad=config.entropy_coef > 0)
 
     def loss(
-        batch: Batch, logp: torch.Tensor, entropy: torch.Tensor, reference: torch.Tensor | None, counts: Denominators
+        batch: Batch,
+        logp: torch.Tensor,
+        entropy: torch.Tensor,
+        reference: torch.Tensor | None,
+        counts: Denominators,
     ) -> tuple[torch.Tensor, Stats]:
         return policy_loss(logp, entropy, batch, config, counts, ref_logp=reference)
 
@@ -158,12 +201,15 @@ def learn_policies(trainer: Trainer[Any], step: int, lesson: CriticBatch) -> lis
         for policy in sorted({sample.policy for sample in taught})
     }
     while plans:
-        update = trainer.run.learn(step, [sample for plan in plans.values() for sample in plan.pop(0)], loss, how)
+        update = trainer.run.learn(
+            step, [sample for plan in plans.values() for sample in plan.pop(0)], loss, how
+        )
         done.append(update)
         far = {
             policy
             for policy, result in update.items()
-            if not result.applied or (config.target_kl and result.stats["mismatch_kl"] > config.target_kl)
+            if not result.applied
+            or (config.target_kl and result.stats["mismatch_kl"] > config.target_kl)
         }
         plans = {policy: plan for policy, plan in plans.items() if plan and policy not in far}
     return done
@@ -174,26 +220,39 @@ def learn_critics(trainer: Trainer[Any], step: int, lesson: CriticBatch) -> dict
     config: PPOConfig = trainer.args
     found: dict[str, UpdateResult] = {}
 
-    def loss(scores: torch.Tensor, targets: Targets, counts: Denominators) -> tuple[torch.Tensor, Stats]:
-        return value_loss(scores, targets["values"], targets["returns"], config.cliprange_value, counts)
+    def loss(
+        scores: torch.Tensor, targets: Targets, counts: Denominators
+    ) -> tuple[torch.Tensor, Stats]:
+        return value_loss(
+            scores, targets["values"], targets["returns"], config.cliprange_value, counts
+        )
 
     for name in lesson.critics:
         done = []
         for batch in _minibatches(lesson.judged_by(name), config, step, name):
             tokens = torch.cat([numbers for _, numbers in batch])
             targets = {"values": lesson.values[tokens], "returns": lesson.returns[tokens]}
-            done.append({name: trainer.run.learn_head(step, name, [sample for sample, _ in batch], targets, loss)})
+            done.append(
+                {
+                    name: trainer.run.learn_head(
+                        step, name, [sample for sample, _ in batch], targets, loss
+                    )
+                }
+            )
         found |= merge_results(done)
     return found
 
 
 def _minibatches(items: Sequence[T], config: PPOConfig, step: int, name: str) -> Iterator[list[T]]:
     size = max(1, math.ceil(len(items) / config.num_mini_batches))
-    return minibatches(items, size, config.num_ppo_epochs, derive_seed(config.seed, "ppo", step, name))
+    return minibatches(
+        items, size, config.num_ppo_epochs, derive_seed(config.seed, "ppo", step, name)
+    )
 
 
 def lesson_row(lesson: CriticBatch, tokens: torch.Tensor) -> dict[str, float]:
-    """What the critics knew of these tokens before the step: their mean word, the variance they explain, half their mean squared error."""
+    """What the critics knew of these tokens before the step: their mean word, the variance they
+    explain, half their mean squared error."""
     values, returns = lesson.values[tokens], lesson.returns[tokens]
     return {
         "value": float(values.mean()),
@@ -207,6 +266,10 @@ def critic_row(lesson: CriticBatch, name: str, update: UpdateResult) -> dict[str
     """One critic's row of the step's metrics: `lesson_row`, and its last update."""
     return {
         **lesson_row(lesson, lesson.tokens(name)),
-        "tokens": update.tokens, "learning_rate": update.learning_rate, "grad_norm": update.grad_norm, "applied": update.applied,
-        "value_loss_after": update.stats.get("loss"), "value_clipped": update.stats.get("value_clipped"),
-    }  # fmt: skip
+        "tokens": update.tokens,
+        "learning_rate": update.learning_rate,
+        "grad_norm": update.grad_norm,
+        "applied": update.applied,
+        "value_loss_after": update.stats.get("loss"),
+        "value_clipped": update.stats.get("value_clipped"),
+    }

@@ -1,10 +1,11 @@
-"""
-SysDPO-Sampling: an output's probability summed over several drafts that could have led to it (arXiv:2502.17721, section on sampling).
+"""SysDPO-Sampling: an output's probability summed over several drafts that could have led to it
+(arXiv:2502.17721, section on sampling).
 
-Where only outputs were compared, log p(output | task) = log sum over drafts of p(draft | task) p(output | task, draft). The sum runs over
-drafts that the team as it stands has just made: the task is played again `num_drafts` times up to its last turn, and every output in
-question is put there. Siblings of a draft's turns count as drafts of their own, equal drafts once. Against the paper: drafts are sampled,
-not found by diverse beam search.
+Where only outputs were compared, log p(output | task) = log sum over drafts of p(draft | task)
+p(output | task, draft). The sum runs over drafts that the team as it stands has just made: the task
+is played again `num_drafts` times up to its last turn, and every output in question is put there.
+Siblings of a draft's turns count as drafts of their own, equal drafts once. Against the paper:
+drafts are sampled, not found by diverse beam search.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Quoting:
-    """Speaks as `live` does, but in call `turn.index` it says what `turn` said, in the place where it is asked."""
+    """Speaks as `live` does, but in call `turn.index` it says what `turn` said, in the place where
+    it is asked."""
 
     live: EngineCompleter
     turn: Turn
@@ -38,13 +40,19 @@ class Quoting:
         if call.index != self.turn.index or call.agent.name != self.turn.agent:
             return await self.live(call, version)
         prompt = tuple(self.live.prompt(call))
-        return [dataclasses.replace(self.turn.completion, prompt_ids=prompt, logprobs=(), version=version)] * call.n
+        return [
+            dataclasses.replace(
+                self.turn.completion, prompt_ids=prompt, logprobs=(), version=version
+            )
+        ] * call.n
 
 
 def with_drafts(run: Run, step: int, pairs: Sequence[Pair], num_drafts: int) -> list[Pair]:
-    """The pairs, each side as the alternatives that end in its output, after the same distinct drafts; equal on every rank.
+    """The pairs, each side as the alternatives that end in its output, after the same distinct
+    drafts; equal on every rank.
 
-    A pair is left out if its outputs were not said at the same place of the conversation, or if no draft leads there any more.
+    A pair is left out if its outputs were not said at the same place of the conversation, or if no
+    draft leads there any more.
     """
     start = time.perf_counter()
     by_task: dict[str, list[Pair]] = {}
@@ -58,10 +66,14 @@ def with_drafts(run: Run, step: int, pairs: Sequence[Pair], num_drafts: int) -> 
 
         async def one(number: int, group: Sequence[Pair]) -> list[Pair]:
             async with room:
-                return await _drafted(player, group, f"drafts-{step:06d}.{number}", num_drafts, step)
+                return await _drafted(
+                    player, group, f"drafts-{step:06d}.{number}", num_drafts, step
+                )
 
         with run.stage.holding(run.versions):
-            made = run.stage.perform(gather(one(n, group) for n, group in enumerate(by_task.values())))
+            made = run.stage.perform(
+                gather(one(n, group) for n, group in enumerate(by_task.values()))
+            )
         return [to_json(pair) for several in made for pair in several]
 
     found = [from_json(Pair, pair) for pair in run.ranks.on_main(play)]
@@ -79,25 +91,47 @@ def place(end: Turn) -> tuple[Any, ...]:
     return end.index, end.agent, end.token_ids
 
 
-async def _drafted(player: EpisodeRunner, pairs: Sequence[Pair], label: str, num_drafts: int, step: int) -> list[Pair]:
+async def _drafted(
+    player: EpisodeRunner, pairs: Sequence[Pair], label: str, num_drafts: int, step: int
+) -> list[Pair]:
     """The pairs of one task with their alternatives."""
-    outputs = {place(t := output(side[0])): t for pair in pairs for side in (pair.chosen, pair.rejected)}
+    outputs = {
+        place(t := output(side[0])): t for pair in pairs for side in (pair.chosen, pair.rejected)
+    }
     task, first = pairs[0].chosen[0].task, next(iter(outputs.values()))
-    played = await gather(_play(player, EpisodeRequest(task, f"{label}/draft", k, step), first) for k in range(num_drafts))
-    drafts = {said(e)[:-1]: e for e in played + await _siblings(player, played, first) if _arrived(e, first)}
+    played = await gather(
+        _play(player, EpisodeRequest(task, f"{label}/draft", k, step), first)
+        for k in range(num_drafts)
+    )
+    drafts = {
+        said(e)[:-1]: e
+        for e in played + await _siblings(player, played, first)
+        if _arrived(e, first)
+    }
     ends: dict[tuple[Any, ...], tuple[Episode, ...]] = {}
     for number, (key, end) in enumerate(outputs.items()):
         again = await gather(
-            _play(player, EpisodeRequest(task, f"{label}/{number}", k, step), end, [t for t in draft.turns if t.taken and t.index < end.index])
+            _play(
+                player,
+                EpisodeRequest(task, f"{label}/{number}", k, step),
+                end,
+                [t for t in draft.turns if t.taken and t.index < end.index],
+            )
             for k, draft in enumerate(drafts.values())
         )
         ends[key] = tuple(e for e in again if _arrived(e, end))
-    sides = [(p, ends[place(output(p.chosen[0]))], ends[place(output(p.rejected[0]))]) for p in pairs]
+    sides = [
+        (p, ends[place(output(p.chosen[0]))], ends[place(output(p.rejected[0]))]) for p in pairs
+    ]
     return [dataclasses.replace(p, chosen=c, rejected=r) for p, c, r in sides if c and r]
 
 
 async def _play(
-    player: EpisodeRunner, job: EpisodeRequest, end: Turn, given: Sequence[Turn] = (), replace: Mapping[int, Completion] | None = None
+    player: EpisodeRunner,
+    job: EpisodeRequest,
+    end: Turn,
+    given: Sequence[Turn] = (),
+    replace: Mapping[int, Completion] | None = None,
 ) -> Episode:
     """Play the task to its end, where `end` is quoted."""
     quoting: dict[str, Completer] = {**player.speakers}
@@ -105,12 +139,20 @@ async def _play(
     live = quoting[agent.policy]
     assert isinstance(live, EngineCompleter)  # outside models are refused at start
     quoting[agent.policy] = Quoting(live, end)
-    return await dataclasses.replace(player, speakers=quoting).play(job, given=given, replace=replace)
+    return await dataclasses.replace(player, speakers=quoting).play(
+        job, given=given, replace=replace
+    )
 
 
 async def _siblings(player: EpisodeRunner, drafts: Sequence[Episode], end: Turn) -> list[Episode]:
     """Drafts that go on from the answers a draft's calls gave besides the taken ones."""
-    others = [(e, t) for e in drafts if e.error is None for t in e.turns if not t.taken and t.index < end.index]
+    others = [
+        (e, t)
+        for e in drafts
+        if e.error is None
+        for t in e.turns
+        if not t.taken and t.index < end.index
+    ]
     return await gather(
         _play(
             player,

@@ -1,8 +1,8 @@
-"""
-Learning from pairs of episodes: what preference methods share. They differ in which pairs they make, and with which weight.
+"""Learning from pairs of episodes: what preference methods share. They differ in which pairs they
+make, and with which weight.
 
-Only scalars couple the agents (`margins.py`): turns are scored by forward passes first, then each adapter learns from its own turns, each
-with the number that `push` gave it.
+Only scalars couple the agents (`margins.py`): turns are scored by forward passes first, then each
+adapter learns from its own turns, each with the number that `push` gave it.
 """
 
 from __future__ import annotations
@@ -27,15 +27,20 @@ from ...update.optimizer_step import UpdateResult
 from ...update.preference_loss import MarginConfig, MarginGradient, RunLogRatio, margin_gradient
 from .components import Component
 
-Key = TurnKey | tuple[str, str]  # of a turn, or of what a component made: (episode id, component's name)
+Key = (
+    TurnKey | tuple[str, str]
+)  # of a turn, or of what a component made: (episode id, component's name)
 
 
 @dataclass
 class PairLearnerConfig(MarginConfig):
-    """A loss of margins (`MarginConfig`), what they are measured against, and how often pairs are gone through."""
+    """A loss of margins (`MarginConfig`), what they are measured against, and how often pairs are
+    gone through."""
 
     reference: str = help_of(
-        "start: the adapters as the run began (off, unless they have an init); step: as the step began", "start"
+        "start: the adapters as the run began (off, unless they have an init); step: as the step"
+        " began",
+        "start",
     )
     train_batch_size: int = help_of("pairs of one optimizer update; 0 takes all of the step", 0)
     num_train_epochs: int = help_of("times a step's pairs are gone through", 1)
@@ -46,14 +51,16 @@ class PairLearnerConfig(MarginConfig):
             raise SettingError(f"reference: expected start or step, got {self.reference!r}")
         if self.train_batch_size < 0 or self.num_train_epochs < 1:
             raise SettingError(
-                f"train_batch_size >= 0 and num_train_epochs >= 1 expected, got {self.train_batch_size} and {self.num_train_epochs}"
+                "train_batch_size >= 0 and num_train_epochs >= 1 expected, got"
+                f" {self.train_batch_size} and {self.num_train_epochs}"
             )
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """What a step's pairs did. `updates`: per policy, all updates joined. `told`: the losses and margins before each update, in the mean.
-    `dropped`: turns that cannot be scored, by (agent, reason)."""
+    """What a step's pairs did. `updates`: per policy, all updates joined. `told`: the losses and
+    margins before each update, in the mean. `dropped`: turns that cannot be scored, by (agent,
+    reason)."""
 
     updates: dict[str, UpdateResult]
     told: dict[str, Any]
@@ -68,12 +75,17 @@ class PairLearner:
         components: other parts of the system that learn in the same sum (`components.py`).
     """
 
-    def __init__(self, run: Run, config: PairLearnerConfig, components: Sequence[Component] = ()) -> None:
+    def __init__(
+        self, run: Run, config: PairLearnerConfig, components: Sequence[Component] = ()
+    ) -> None:
         self.run, self.config, self.components = run, config, components
-        self.references: dict[TurnKey, float] = {}  # of stored episodes, for good: they do not change
+        self.references: dict[
+            TurnKey, float
+        ] = {}  # of stored episodes, for good: they do not change
 
     def learn(self, step: int, pairs: Sequence[Pair]) -> Learnt:
-        """Go through the pairs, `num_train_epochs` times in minibatches. Without a pair nothing moves, and people are told."""
+        """Go through the pairs, `num_train_epochs` times in minibatches. Without a pair nothing
+        moves, and people are told."""
         made, dropped = self.samples_of(pairs)
         if step == 1 and made:
             self.run.show(made)
@@ -86,24 +98,34 @@ class PairLearner:
             done.append(updated)
             pushes.append(pushed)
         if not pairs:
-            self.run.progress.warn(f"step {step}: no two episodes of a task differ in score; nothing to learn from")
-        return Learnt(merge_results(done), {"pairs": len(pairs), "updates": len(done), **_told(pushes)}, dropped)
+            self.run.progress.warn(
+                f"step {step}: no two episodes of a task differ in score; nothing to learn from"
+            )
+        return Learnt(
+            merge_results(done),
+            {"pairs": len(pairs), "updates": len(done), **_told(pushes)},
+            dropped,
+        )
 
     @property
     def voters(self) -> dict[str, str]:
-        """Agent -> policy of those whose turns are scored: what is frozen stands still, but among drafts its probabilities weigh."""
+        """Agent -> policy of those whose turns are scored: what is frozen stands still, but among
+        drafts its probabilities weigh."""
         if self.config.mode != "sampling":
             return self.run.policy_of
         return {agent.name: agent.policy for agent in self.run.system.specs}
 
-    def samples_of(self, pairs: Iterable[Pair]) -> tuple[list[TrainingSequence], Counter[tuple[str, str]]]:
+    def samples_of(
+        self, pairs: Iterable[Pair]
+    ) -> tuple[list[TrainingSequence], Counter[tuple[str, str]]]:
         """The token sequences of every turn that has a vote."""
         chosen = {episode.id: episode for pair in pairs for episode in pair.episodes}.values()
         everything = {(e.id, t.index, t.sibling): 1.0 for e in chosen for t in e.turns if t.taken}
         return samples(chosen, everything, self.voters, ratios=False)
 
     def reference_scores(self, made: Sequence[TrainingSequence]) -> Mapping[TurnKey, float]:
-        """log p of every turn under the reference; for stored episodes each is computed once in a run."""
+        """log p of every turn under the reference; for stored episodes each is computed once in a
+        run."""
         if self.config.reference == "step":
             return self.run.score(made)
         if not self.run.config.episodes:
@@ -113,12 +135,20 @@ class PairLearner:
         return self.references
 
     def update(
-        self, step: int, number: int, pairs: Sequence[Pair], made: Sequence[TrainingSequence], references: Mapping[TurnKey, float]
+        self,
+        step: int,
+        number: int,
+        pairs: Sequence[Pair],
+        made: Sequence[TrainingSequence],
+        references: Mapping[TurnKey, float],
     ) -> tuple[dict[str, UpdateResult], MarginGradient[Key]]:
-        """One optimizer update of every policy and component from these pairs: score, push, learn."""
+        """One optimizer update of every policy and component from these pairs: score, push,
+        learn."""
         episodes = {episode.id: episode for pair in pairs for episode in pair.episodes}
         mine = [sample for sample in made if sample.episode in episodes]
-        votes = self.votes(episodes, mine, references, draw := self.run.config.seed + 1000 * step + number)
+        votes = self.votes(
+            episodes, mine, references, draw := self.run.config.seed + 1000 * step + number
+        )
         pushed = margin_gradient(pairs, votes, self.config)
         self.push_components(episodes, pushed, draw)
         weights = {key: weight for key, weight in pushed.weights.items() if len(key) == 3}
@@ -129,22 +159,36 @@ class PairLearner:
         return done, pushed
 
     def votes(
-        self, episodes: Mapping[str, Episode], made: Sequence[TrainingSequence], references: Mapping[TurnKey, float], draw: int
+        self,
+        episodes: Mapping[str, Episode],
+        made: Sequence[TrainingSequence],
+        references: Mapping[TurnKey, float],
+        draw: int,
     ) -> dict[Key, RunLogRatio]:
         """What every part of these episodes says now, and said under the reference."""
-        agents = {(e.id, t.index, t.sibling): (t.agent, len(t.token_ids)) for e in episodes.values() for t in e.turns}
+        agents = {
+            (e.id, t.index, t.sibling): (t.agent, len(t.token_ids))
+            for e in episodes.values()
+            for t in e.turns
+        }
         found: dict[Key, RunLogRatio] = {}
         for key, now in self.run.score(made).items():
             agent, tokens = agents[key]
-            found[key] = RunLogRatio(key[0], agent, self.voters[agent], now, references[key], tokens)
+            found[key] = RunLogRatio(
+                key[0], agent, self.voters[agent], now, references[key], tokens
+            )
         for component in self.components:
             for episode in episodes.values():
                 with torch.no_grad():
                     ratio = float(component.log_ratio(episode, draw))
-                found[episode.id, component.name] = RunLogRatio(episode.id, component.name, component.name, ratio, 0.0)
+                found[episode.id, component.name] = RunLogRatio(
+                    episode.id, component.name, component.name, ratio, 0.0
+                )
         return found
 
-    def push_components(self, episodes: Mapping[str, Episode], pushed: MarginGradient[Key], draw: int) -> None:
+    def push_components(
+        self, episodes: Mapping[str, Episode], pushed: MarginGradient[Key], draw: int
+    ) -> None:
         for component in self.components:
             for name, episode in episodes.items():
                 weight = pushed.weights[name, component.name]
@@ -153,7 +197,12 @@ class PairLearner:
             component.step()
 
     def loss(
-        self, batch: Batch, logp: torch.Tensor, entropy: torch.Tensor, reference: torch.Tensor | None, counts: Denominators
+        self,
+        batch: Batch,
+        logp: torch.Tensor,
+        entropy: torch.Tensor,
+        reference: torch.Tensor | None,
+        counts: Denominators,
     ) -> tuple[torch.Tensor, Stats]:
         """-sum(weight x log p): its gradient is the preference loss's, its value is not."""
         return weighted_nll(logp, batch.advantage, 1.0)
@@ -169,5 +218,8 @@ def _told(pushes: Sequence[MarginGradient[Key]]) -> dict[str, Any]:
         "first_loss": pushes[0].loss,
         "accuracy": sum(p.accuracy for p in pushes) / count,
         "margin": sum(sum(p.margins) / len(p.margins) for p in pushes) / count,
-        "margins": {agent: sum(p.by_agent.get(agent, 0.0) for p in pushes) / count for agent in pushes[-1].by_agent},
+        "margins": {
+            agent: sum(p.by_agent.get(agent, 0.0) for p in pushes) / count
+            for agent in pushes[-1].by_agent
+        },
     }

@@ -1,17 +1,21 @@
-"""
-ScoreFlow: a designer learns to write workflow programs from how well its programs score (Wang et al., arXiv:2502.04306).
+"""ScoreFlow: a designer learns to write workflow programs from how well its programs score (Wang
+et al., arXiv:2502.04306).
 
-A round is a step: `num_generations` programs are written for each of `tasks_per_step` tasks, every valid one is run `num_runs` times, and
-its score is the mean (`scores.py`). All ordered pairs of programs of a task go into one pool; `num_pairs` of them are drawn, with chances
-proportional to (s_w - s_l)^alpha, and learnt from by Score-DPO (`margins.py`) against the base. The other runs of a program are children of
-the episode that wrote it: its designer's turns given, everything else live. A round without a pair changes nothing, aloud.
+A round is a step: `num_generations` programs are written for each of `tasks_per_step` tasks, every
+valid one is run `num_runs` times, and its score is the mean (`scores.py`). All ordered pairs of
+programs of a task go into one pool; `num_pairs` of them are drawn, with chances proportional to
+(s_w - s_l)^alpha, and learnt from by Score-DPO (`margins.py`) against the base. The other runs of a
+program are children of the episode that wrote it: its designer's turns given, everything else live.
+A round without a pair changes nothing, aloud.
 
-`objective` has the paper's controls on the same data: `dpo` (no weighing by scores), `sft` (imitates the best program of each task), `grpo`
-(a program's score against those of its task; executors that learn too are compared among the runs of one program).
+`objective` has the paper's controls on the same data: `dpo` (no weighing by scores), `sft`
+(imitates the best program of each task), `grpo` (a program's score against those of its task;
+executors that learn too are compared among the runs of one program).
 
-Against the paper: LoRA on more than q and v if you say so; temperature 1 by default; two programs of the same text are no pair; invalid
-programs are asked for again `system.attempts` times, not 500, and then drop out (`invalid: zero` lets them be rejected); programs run in a
-sandbox. Which reward trains and which is reported are two settings: `reward_weights` and the first of `rewards`.
+Against the paper: LoRA on more than q and v if you say so; temperature 1 by default; two programs
+of the same text are no pair; invalid programs are asked for again `system.attempts` times, not 500,
+and then drop out (`invalid: zero` lets them be rejected); programs run in a sandbox. Which reward
+trains and which is reported are two settings: `reward_weights` and the first of `rewards`.
 
 accelerate launch recipes/scoreflow.py [--config recipes/scoreflow.yaml] [--field value]
 """
@@ -39,7 +43,14 @@ from ...batching.batches import Batch
 from ...batching.samples import Denominators, samples
 from ...collection.derived_episodes import derive, is_derived
 from ...config import RunConfig, parsed_mapping
-from ...credit.program_scores import (ScoredProgram, best_programs, drawn, ordered_pairs, preference, score_table)
+from ...credit.program_scores import (
+    ScoredProgram,
+    best_programs,
+    drawn,
+    ordered_pairs,
+    preference,
+    score_table,
+)
 from ...credit.rules import Advantages, CreditConfig, RewardWeights, credit
 from ...trainer import Trainer
 from ...update.losses import LossConfig, Stats, policy_loss
@@ -62,36 +73,66 @@ class GroupConfig(CreditConfig, LossConfig):
 
 @dataclass
 class ScoreFlowConfig(RunConfig, RewardWeights, PairLearnerConfig):
-    """`RunConfig` with runs of a program, pairs and how they are learnt from (`PairLearnerConfig`)."""
+    """`RunConfig` with runs of a program, pairs and how they are learnt from
+    (`PairLearnerConfig`)."""
 
-    output_dir: str = help_of("run folder: config, episodes, metrics, checkpoints, report", "runs/scoreflow")
-    objective: str = help_of("score_dpo, or on the same data dpo, sft (on each task's best program), grpo", "score_dpo")
+    output_dir: str = help_of(
+        "run folder: config, episodes, metrics, checkpoints, report", "runs/scoreflow"
+    )
+    objective: str = help_of(
+        "score_dpo, or on the same data dpo, sft (on each task's best program), grpo", "score_dpo"
+    )
     num_runs: int = help_of("runs of a program, whose mean is its score", 3)
     num_pairs: int = help_of("pairs drawn in a round, with replacement", 600)
-    alpha: float = help_of("a pair is drawn in proportion to its difference in score to this power; 0 draws all alike", 3.0)
-    score_weighting: str = help_of("score_dpo: which sides are weighed by scores: both, chosen or rejected", "both")
+    alpha: float = help_of(
+        "a pair is drawn in proportion to its difference in score to this power; 0 draws all alike",
+        3.0,
+    )
+    score_weighting: str = help_of(
+        "score_dpo: which sides are weighed by scores: both, chosen or rejected", "both"
+    )
     score_power: float = help_of("score_dpo: weights are the scores to this power", 1.0)
-    invalid: str = help_of("programs that cannot be run: drop, or zero (they take part with a score of 0)", "drop")
-    sft: dict | str | None = help_of("objective sft: num_train_epochs, train_batch_size", factory=dict)
-    grpo: dict | str | None = help_of("objective grpo: fields of CreditConfig and LossConfig", factory=dict)
+    invalid: str = help_of(
+        "programs that cannot be run: drop, or zero (they take part with a score of 0)", "drop"
+    )
+    sft: dict | str | None = help_of(
+        "objective sft: num_train_epochs, train_batch_size", factory=dict
+    )
+    grpo: dict | str | None = help_of(
+        "objective grpo: fields of CreditConfig and LossConfig", factory=dict
+    )
 
     def __post_init__(self) -> None:
         for parent in (RunConfig, RewardWeights, PairLearnerConfig):
             parent.__post_init__(self)
         for name, allowed in (
-            ("objective", OBJECTIVES), ("score_weighting", WEIGHTINGS), ("invalid", ("drop", "zero")), ("mode", ("joint",)),
-        ):  # fmt: skip
+            ("objective", OBJECTIVES),
+            ("score_weighting", WEIGHTINGS),
+            ("invalid", ("drop", "zero")),
+            ("mode", ("joint",)),
+        ):
             if getattr(self, name) not in allowed:
-                raise SettingError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if min(self.num_runs, self.num_pairs) < 1 or not 0 <= self.alpha < math.inf or not 0 < self.score_power < math.inf:
+                raise SettingError(
+                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        if (
+            min(self.num_runs, self.num_pairs) < 1
+            or not 0 <= self.alpha < math.inf
+            or not 0 < self.score_power < math.inf
+        ):
             raise SettingError(
                 "num_runs, num_pairs: from 1, alpha: from 0, score_power: above 0 expected, "
                 f"got {self.num_runs}, {self.num_pairs}, {self.alpha}, {self.score_power}"
             )
         if self.num_generations < 2 and not self.episodes:
-            raise SettingError(f"num_generations: a pair needs two programs of a task; got {self.num_generations}")
+            raise SettingError(
+                f"num_generations: a pair needs two programs of a task; got {self.num_generations}"
+            )
         if self.num_iterations != 1:
-            raise SettingError("num_iterations: preferences are weighed anew before every update; set num_train_epochs instead")
+            raise SettingError(
+                "num_iterations: preferences are weighed anew before every update; set"
+                " num_train_epochs instead"
+            )
         self.imitation = from_json(ImitationConfig, parsed_mapping("sft", self.sft), "sft")
         self.group = from_json(GroupConfig, parsed_mapping("grpo", self.grpo), "grpo")
         if self.imitation.trainer != "marlora":
@@ -99,7 +140,8 @@ class ScoreFlowConfig(RunConfig, RewardWeights, PairLearnerConfig):
 
 
 class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
-    """Trains a designer by the scores of its programs. The system is a `Workflow`. Arguments: see `Trainer`."""
+    """Trains a designer by the scores of its programs. The system is a `Workflow`. Arguments: see
+    `Trainer`."""
 
     Config = ScoreFlowConfig
 
@@ -107,37 +149,57 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
         super().__init__(*args, **settings)
         run = self.run
         if not isinstance(run.system, Workflow):
-            raise SettingError(f"system: ScoreFlow trains the designer of a Workflow, got {type(run.system).__name__}")
+            raise SettingError(
+                "system: ScoreFlow trains the designer of a Workflow, got"
+                f" {type(run.system).__name__}"
+            )
         self.system: Workflow = run.system
         if workflow not in run.rewards:
             run.rewards.append(workflow)  # which programs are valid
-        self.policy = next(spec.policy for spec in run.system.specs if spec.name == self.system.designer)
-        learning = [name for name, spec in run.policies.items() if spec.trainable and spec.has_adapter]
+        self.policy = next(
+            spec.policy for spec in run.system.specs if spec.name == self.system.designer
+        )
+        learning = [
+            name for name, spec in run.policies.items() if spec.trainable and spec.has_adapter
+        ]
         if self.policy not in learning:
-            raise SettingError(f"policies.{self.policy}: the designer's policy has to be trainable, with an adapter")
+            raise SettingError(
+                f"policies.{self.policy}: the designer's policy has to be trainable, with an"
+                " adapter"
+            )
         if self.args.objective == "grpo":
             self._check_sampling()
         elif idle := [name for name in learning if name != self.policy]:
             raise SettingError(
-                f"policies.{idle[0]}: objective {self.args.objective} trains the designer alone; set trainable: false, let its agents speak "
-                "as policy base, or take objective grpo"
+                f"policies.{idle[0]}: objective {self.args.objective} trains the designer alone;"
+                " set trainable: false, let its agents speak as policy base, or take objective"
+                " grpo"
             )
         self.learner = PairLearner(run, self.args)
 
     def collect(self, step: int) -> list[Episode]:
-        """The round's programs, each with its first run, and the other runs of those that are valid."""
+        """The round's programs, each with its first run, and the other runs of those that are
+        valid."""
         episodes = self.run.collect(step)
         if self.args.episodes or self.args.num_runs == 1:
             return episodes
         written = [e for e in episodes if not is_derived(e, RUNS)]
         table, _ = self.table(written)
-        return [*written, *derive(self.run, step, [row.episode for row in table if not row.fault], RUNS, self.more)]
+        return [
+            *written,
+            *derive(
+                self.run, step, [row.episode for row in table if not row.fault], RUNS, self.more
+            ),
+        ]
 
     async def more(self, episode: Episode) -> list[Episode]:
         """The other runs of an episode's program."""
         player = self.run.stage.player(self.run.versions)
         given = [turn for turn in episode.turns if turn.agent == self.system.designer]
-        again = [EpisodeRequest(episode.task, f"{episode.id}/{RUNS}/all", k, episode.step) for k in range(1, self.args.num_runs)]
+        again = [
+            EpisodeRequest(episode.task, f"{episode.id}/{RUNS}/all", k, episode.step)
+            for k in range(1, self.args.num_runs)
+        ]
         return await gather(player.play(job, given=given) for job in again)
 
     def table(self, episodes: Sequence[Episode]) -> tuple[list[ScoredProgram], Counter[str]]:
@@ -147,7 +209,9 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
         """Score the programs, learn from them; returns metrics."""
         table, without = self.table(episodes)
         told = {"programs": len(table), **self.told(table), "without_score": dict(without)}
-        method = {"sft": self.imitate_best, "grpo": self.compare}.get(self.args.objective, self.prefer)
+        method = {"sft": self.imitate_best, "grpo": self.compare}.get(
+            self.args.objective, self.prefer
+        )
         updates, found = method(step, table)
         return {"policies": self.rows(updates, episodes), "scoreflow": {**told, **found}}
 
@@ -168,18 +232,23 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
             "distinct": len(set(programs)) / max(len(programs), 1),
         }
 
-    def prefer(self, step: int, table: Sequence[ScoredProgram]) -> tuple[dict[str, UpdateResult], dict[str, Any]]:
+    def prefer(
+        self, step: int, table: Sequence[ScoredProgram]
+    ) -> tuple[dict[str, UpdateResult], dict[str, Any]]:
         """Score-DPO or DPO on drawn pairs."""
         args = self.args
         pool = ordered_pairs(table, args.invalid == "zero")
         weighting = args.score_weighting if args.objective == "score_dpo" else "none"
         pairs = [
-            preference(*pair, weighting, args.score_power) for pair in drawn(pool, args.num_pairs, args.alpha, args.seed + step)
+            preference(*pair, weighting, args.score_power)
+            for pair in drawn(pool, args.num_pairs, args.alpha, args.seed + step)
         ]
         found = self.learner.learn(step, pairs)
         return found.updates, {"pool": len(pool), **found.told}
 
-    def imitate_best(self, step: int, table: Sequence[ScoredProgram]) -> tuple[dict[str, UpdateResult], dict[str, Any]]:
+    def imitate_best(
+        self, step: int, table: Sequence[ScoredProgram]
+    ) -> tuple[dict[str, UpdateResult], dict[str, Any]]:
         """SFT on the best program of each task."""
         best = best_programs(table)
         if not best:
@@ -189,29 +258,59 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
         done = fit_turns(self.run, step, [row.view for row in best], weights, self.args.imitation)
         return done.updates, {"kept": len(best), "nll_before": done.before, "nll_after": done.after}
 
-    def compare(self, step: int, table: Sequence[ScoredProgram]) -> tuple[dict[str, UpdateResult], dict[str, Any]]:
-        """GRPO: programs against those of their task; executors' turns against the other runs of their program."""
+    def compare(
+        self, step: int, table: Sequence[ScoredProgram]
+    ) -> tuple[dict[str, UpdateResult], dict[str, Any]]:
+        """GRPO: programs against those of their task; executors' turns against the other runs of
+        their program."""
         run, group = self.run, self.args.group
         rows = [row for row in table if self.args.invalid == "zero" or not row.fault]
-        designs = [dataclasses.replace(row.view, rewards=(Reward("score", row.score),)) for row in rows]
-        advantages: Advantages = credit(designs, dataclasses.replace(group, reward_weights={}), run.credit_state)
+        designs = [
+            dataclasses.replace(row.view, rewards=(Reward("score", row.score),)) for row in rows
+        ]
+        advantages: Advantages = credit(
+            designs, dataclasses.replace(group, reward_weights={}), run.credit_state
+        )
         played = [
-            dataclasses.replace(e, group=row.episode.id, turns=tuple(t for t in e.turns if t.agent != self.system.designer))
+            dataclasses.replace(
+                e,
+                group=row.episode.id,
+                turns=tuple(t for t in e.turns if t.agent != self.system.designer),
+            )
             for row in rows
             for e in row.runs
         ]
         if len(run.policy_of) > 1:
-            advantages |= credit(played, dataclasses.replace(group, reward_weights=self.args.reward_weights), run.credit_state)
+            advantages |= credit(
+                played,
+                dataclasses.replace(group, reward_weights=self.args.reward_weights),
+                run.credit_state,
+            )
         found, dropped = samples([row.view for row in rows] + played, advantages, run.policy_of)
         if step == 1 and found:
             run.show(found)
         if not found:
-            run.progress.warn(f"step {step}: no two programs of a task differ in score; nothing to learn from")
-        done = run.learn(step, found, self.group_loss, UpdateOptions(reference=group.beta > 0, entropy_grad=group.entropy_coef > 0))
-        return done, {"trained": len(found), "dropped": {f"{agent}: {why}": n for (agent, why), n in sorted(dropped.items())}}
+            run.progress.warn(
+                f"step {step}: no two programs of a task differ in score; nothing to learn from"
+            )
+        done = run.learn(
+            step,
+            found,
+            self.group_loss,
+            UpdateOptions(reference=group.beta > 0, entropy_grad=group.entropy_coef > 0),
+        )
+        return done, {
+            "trained": len(found),
+            "dropped": {f"{agent}: {why}": n for (agent, why), n in sorted(dropped.items())},
+        }
 
     def group_loss(
-        self, batch: Batch, logp: torch.Tensor, entropy: torch.Tensor, reference: torch.Tensor | None, counts: Denominators
+        self,
+        batch: Batch,
+        logp: torch.Tensor,
+        entropy: torch.Tensor,
+        reference: torch.Tensor | None,
+        counts: Denominators,
     ) -> tuple[torch.Tensor, Stats]:
         return policy_loss(logp, entropy, batch, self.args.group, counts, ref_logp=reference)
 

@@ -1,11 +1,13 @@
-"""
-Preferences between whole runs of a team: SysDPO (arXiv:2502.17721), and DPO per agent (arXiv:2305.18290) as its control.
+"""Preferences between whole runs of a team: SysDPO (arXiv:2502.17721), and DPO per agent
+(arXiv:2305.18290) as its control.
 
-One step takes the episodes of `tasks_per_step` tasks (played, or from `episodes: FOLDER`), pairs those of a task whose scores differ
-(`preferences.py`), and moves every trainable adapter so that the chosen run as a whole gains on the rejected one against the reference
-(`margins.py`). Only scalars couple the agents: turns are scored by forward passes first, then each adapter learns from its own turns, each
-with the number that `push` gave it. Against the paper: LoRA, with the adapters off (or as the run began with them) as reference; a score
-difference makes the pairs. Frozen and outside agents may stand in the team; they count 0.
+One step takes the episodes of `tasks_per_step` tasks (played, or from `episodes: FOLDER`), pairs
+those of a task whose scores differ (`preferences.py`), and moves every trainable adapter so that
+the chosen run as a whole gains on the rejected one against the reference (`margins.py`). Only
+scalars couple the agents: turns are scored by forward passes first, then each adapter learns from
+its own turns, each with the number that `push` gave it. Against the paper: LoRA, with the adapters
+off (or as the run began with them) as reference; a score difference makes the pairs. Frozen and
+outside agents may stand in the team; they count 0.
 
 accelerate launch recipes/sysdpo.py [--config recipes/sysdpo.yaml] [--field value]
 """
@@ -34,36 +36,63 @@ from .pair_learner import PairLearner, PairLearnerConfig
 class PreferenceConfig(RunConfig, PairConfig, PairLearnerConfig, TrainerChoice):
     """`RunConfig` with pairs (`PairConfig`) and how they are learnt from (`PairLearnerConfig`).
 
-    What learns is said by the policies: `policies: {critic: {trainable: false}}` trains all but the critic.
+    What learns is said by the policies: `policies: {critic: {trainable: false}}` trains all but the
+    critic.
     """
 
-    output_dir: str = help_of("run folder: config, episodes, metrics, checkpoints, report", "runs/sysdpo")
-    num_drafts: int = help_of("sampling: drafts played for every task of a step; equal ones count once", 4)
-    best_of: int = help_of("also tell what the untrained team reaches if the best of this many episodes counts; 0 does not", 0)
+    output_dir: str = help_of(
+        "run folder: config, episodes, metrics, checkpoints, report", "runs/sysdpo"
+    )
+    num_drafts: int = help_of(
+        "sampling: drafts played for every task of a step; equal ones count once", 4
+    )
+    best_of: int = help_of(
+        "also tell what the untrained team reaches if the best of this many episodes counts; 0"
+        " does not",
+        0,
+    )
 
     def __post_init__(self) -> None:
         for parent in (RunConfig, PairConfig, PairLearnerConfig, TrainerChoice):
             parent.__post_init__(self)
         if self.mode == "sampling" and (self.train_batch_size or self.num_train_epochs > 1):
             raise SettingError(
-                "mode sampling: drafts are drawn anew for every update, so train_batch_size 0 and num_train_epochs 1 expected"
+                "mode sampling: drafts are drawn anew for every update, so train_batch_size 0 and"
+                " num_train_epochs 1 expected"
             )
         if self.num_drafts < 1 or self.best_of < 0:
-            raise SettingError(f"num_drafts >= 1 and best_of >= 0 expected, got {self.num_drafts} and {self.best_of}")
+            raise SettingError(
+                f"num_drafts >= 1 and best_of >= 0 expected, got {self.num_drafts} and"
+                f" {self.best_of}"
+            )
         if self.num_iterations != 1:
-            raise SettingError("num_iterations: preferences are weighed anew before every update; set num_train_epochs instead")
+            raise SettingError(
+                "num_iterations: preferences are weighed anew before every update; set"
+                " num_train_epochs instead"
+            )
         if self.trainer == "trl":
             self._check_trl()
         if self.num_generations < 2 and not self.episodes:
-            raise SettingError(f"num_generations: a pair needs two episodes of a task; got {self.num_generations}")
+            raise SettingError(
+                f"num_generations: a pair needs two episodes of a task; got {self.num_generations}"
+            )
 
     def _check_trl(self) -> None:
         if self.mode != "independent":
-            raise SettingError(f"trainer trl: TRL knows single agents, so mode independent expected, got {self.mode!r}")
+            raise SettingError(
+                "trainer trl: TRL knows single agents, so mode independent expected, got"
+                f" {self.mode!r}"
+            )
         if self.reference != "step" and self.max_steps > 1:
-            raise SettingError("trainer trl: TRL's reference is the adapter as a step begins; set reference step, or max_steps 1")
+            raise SettingError(
+                "trainer trl: TRL's reference is the adapter as a step begins; set reference step,"
+                " or max_steps 1"
+            )
         if self.length_normalised != (self.loss_type == "ipo"):
-            raise SettingError("trainer trl: TRL divides by length for ipo and for no other loss; set length_normalised so")
+            raise SettingError(
+                "trainer trl: TRL divides by length for ipo and for no other loss; set"
+                " length_normalised so"
+            )
 
 
 class PreferenceTrainer(Trainer[PreferenceConfig]):
@@ -77,10 +106,13 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
 
     def __init__(self, *args: Any, components: Sequence[Component] = (), **settings: Any) -> None:
         super().__init__(*args, **settings)
-        outside = [agent.name for agent in self.run.system.specs if self.run.policies[agent.policy].url]
+        outside = [
+            agent.name for agent in self.run.system.specs if self.run.policies[agent.policy].url
+        ]
         if self.args.mode == "sampling" and outside:
             raise SettingError(
-                f"mode sampling: agent {outside[0]!r} is an outside model, whose probability of a draft or an output nobody knows; use joint"
+                f"mode sampling: agent {outside[0]!r} is an outside model, whose probability of a"
+                " draft or an output nobody knows; use joint"
             )
         self.learner = PairLearner(self.run, self.args, components)
 
@@ -89,42 +121,71 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         pairs = pairs_of(episodes, self.args, self.args.seed + step)
         if self.args.trainer == "trl":
             return self.learn_with_trl(step, pairs, episodes)
-        drafted = with_drafts(self.run, step, pairs, self.args.num_drafts) if self.args.mode == "sampling" else pairs
+        drafted = (
+            with_drafts(self.run, step, pairs, self.args.num_drafts)
+            if self.args.mode == "sampling"
+            else pairs
+        )
         found = self.learner.learn(step, drafted)
         told = {**found.told, "without_drafts": len(pairs) - len(drafted)}
-        return {"policies": self.rows(found.updates, episodes), "dropped": _counted(found.dropped), "preference": told}
+        return {
+            "policies": self.rows(found.updates, episodes),
+            "dropped": _counted(found.dropped),
+            "preference": told,
+        }
 
-    def learn_with_trl(self, step: int, pairs: Sequence[Pair], episodes: Sequence[Episode]) -> dict[str, Any]:
-        """The step by TRL's DPOTrainer, on the pairs of replies to one prompt (`agent_pairs`), one policy after the other."""
+    def learn_with_trl(
+        self, step: int, pairs: Sequence[Pair], episodes: Sequence[Episode]
+    ) -> dict[str, Any]:
+        """The step by TRL's DPOTrainer, on the pairs of replies to one prompt (`agent_pairs`), one
+        policy after the other."""
         lessons, dropped = {}, Counter[tuple[str, str]]()
         for policy in sorted(set(self.run.policy_of.values())):
             rows, without = agent_pairs(pairs, self.run.agents_of[policy])
-            lessons[policy] = TRLExample(rows, sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows))
+            lessons[policy] = TRLExample(
+                rows, sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+            )
             dropped += without
         done = learn_with_trl(self.run, step, lessons, self.dpo_trainer)
         return {
             "policies": self.rows(done, episodes),
             "dropped": _counted(dropped),
-            "preference": {"pairs": len(pairs), "rows": {policy: len(lesson.rows) for policy, lesson in lessons.items()}},
+            "preference": {
+                "pairs": len(pairs),
+                "rows": {policy: len(lesson.rows) for policy, lesson in lessons.items()},
+            },
         }
 
-    def dpo_trainer(self, model: Any, tokenizer: Any, rows: Sequence[Row], shared: Mapping[str, Any]) -> Any:
+    def dpo_trainer(
+        self, model: Any, tokenizer: Any, rows: Sequence[Row], shared: Mapping[str, Any]
+    ) -> Any:
         """A `DPOTrainer` with this run's settings."""
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
 
         class Exact(DPOTrainer):
             def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-                return dataset  # it would tokenise the texts again; the columns hold the tokens that were sampled
+                # it would tokenise the texts again; the columns hold the tokens that were sampled
+                return dataset
 
         args = DPOConfig(
-            **shared, beta=self.args.beta, loss_type=[self.args.loss_type], label_smoothing=self.args.label_smoothing,
-            per_device_train_batch_size=self.args.train_batch_size or len(rows), num_train_epochs=self.args.num_train_epochs,
-        )  # fmt: skip
-        return Exact(model, args=args, train_dataset=Dataset.from_list(list(rows)), processing_class=tokenizer)
+            **shared,
+            beta=self.args.beta,
+            loss_type=[self.args.loss_type],
+            label_smoothing=self.args.label_smoothing,
+            per_device_train_batch_size=self.args.train_batch_size or len(rows),
+            num_train_epochs=self.args.num_train_epochs,
+        )
+        return Exact(
+            model,
+            args=args,
+            train_dataset=Dataset.from_list(list(rows)),
+            processing_class=tokenizer,
+        )
 
     def report(self) -> dict[str, Any]:
-        """Besides the adapters' shares: best-of-n without training, the team as it was, its best episode picked by the reward itself."""
+        """Besides the adapters' shares: best-of-n without training, the team as it was, its best
+        episode picked by the reward itself."""
         if not self.args.best_of:
             return super().report()
         run, count = self.run, self.args.best_of

@@ -1,4 +1,5 @@
-"""Does a verifier mean what it says? Scores from 0 to 1 against what was right, held out. Pure Python."""
+"""Does a verifier mean what it says? Scores from 0 to 1 against what was right, held out. Pure
+Python."""
 
 from __future__ import annotations
 
@@ -36,7 +37,15 @@ def calibration(judged: Sequence[ScoredAnswer], bins: int = 10) -> dict[str, Any
     rows = []
     for k, cell in sorted(cells.items()):
         score, right = _mean([j.score for j in cell]), _mean([j.right for j in cell])
-        rows.append({"low": k / bins, "high": (k + 1) / bins, "num": len(cell), "score": score, "right": right})
+        rows.append(
+            {
+                "low": k / bins,
+                "high": (k + 1) / bins,
+                "num": len(cell),
+                "score": score,
+                "right": right,
+            }
+        )
     pairs = [
         (good.score > bad.score) + 0.5 * (good.score == bad.score)
         for _, same in groupby(sorted(judged, key=lambda j: j.task), key=lambda j: j.task)

@@ -1,15 +1,19 @@
-"""
-A learned verifier: how likely is this answer to this question right? A LoRA and a linear head on the base (see `heads.py`).
+"""A learned verifier: how likely is this answer to this question right? A LoRA and a linear head
+on the base (see `heads.py`).
 
-The verifier of MAPoRL (arXiv:2502.18439): answers are sampled and compared with the gold answer, every task gives as many right as
-wrong ones, and the head learns by binary cross-entropy at every token of the answer; the score of an answer is what it says at the
-last one. It reads question and answer only, no debate and no gold answer, so what it says may be shown to agents. Against the paper:
-the mean is over the tokens of an answer, then over answers, so that long ones do not count more; equal answers to a task count once.
+The verifier of MAPoRL (arXiv:2502.18439): answers are sampled and compared with the gold answer,
+every task gives as many right as wrong ones, and the head learns by binary cross-entropy at every
+token of the answer; the score of an answer is what it says at the last one. It reads question and
+answer only, no debate and no gold answer, so what it says may be shown to agents. Against the
+paper: the mean is over the tokens of an answer, then over answers, so that long ones do not count
+more; equal answers to a task count once.
 
 accelerate launch recipes/verifier.py [--episodes RUN] [--field value]
 
-Then, by name: reward `verified(marlora.trainers.methods.reward_model.verifier:trained(RUN/verifier))`, or the same without `verified(...)` as the verifier of
-a `Collaboration`. A second copy of the base is loaded for it, in this process.
+Then, by name: reward
+`verified(marlora.trainers.methods.reward_model.verifier:trained(RUN/verifier))`, or the same
+without `verified(...)` as the verifier of a `Collaboration`. A second copy of the base is loaded
+for it, in this process.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ....agents.lookup import trusted
 from ....agents.team import derive_seed
-from ....agents.types import (AdapterSpec, Message, SettingError, Task, from_json, to_json)
+from ....agents.types import AdapterSpec, Message, SettingError, Task, from_json, to_json
 from ....rollouts.checkpoints.reader import files_sha256
 from ....rollouts.engines.factory import help_of
 from ....rollouts.renderer import ChatRenderer
@@ -57,10 +61,15 @@ class VerifierConfig(RunConfig):
 
     output_dir: str = help_of("run folder; the verifier is its folder `verifier`", "runs/verifier")
     rewards: list[str] = help_of(
-        "`correct` is the accuracy of the base, `right` labels the answers", factory=lambda: ["correct", "right"]
+        "`correct` is the accuracy of the base, `right` labels the answers",
+        factory=lambda: ["correct", "right"],
     )
-    instruction: str = help_of("system message before every question that the verifier reads; empty: none", "")
-    label: str = help_of("the reward of turns that says whether an answer is right (from 0.5)", "right")
+    instruction: str = help_of(
+        "system message before every question that the verifier reads; empty: none", ""
+    )
+    label: str = help_of(
+        "the reward of turns that says whether an answer is right (from 0.5)", "right"
+    )
     per_task: int = help_of("right and wrong answers kept of a task, at most, of each", 10)
     min_answers: int = help_of("a step with fewer answers left after balancing is refused", 32)
     num_train_epochs: int = help_of("passes over the answers of a step", 1)
@@ -75,7 +84,8 @@ class VerifierConfig(RunConfig):
                 raise SettingError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.label not in [name.rpartition(":")[2] for name in self.rewards]:
             raise SettingError(
-                f"label {self.label!r}: not among the rewards {', '.join(self.rewards)}; `right` labels every answer"
+                f"label {self.label!r}: not among the rewards {', '.join(self.rewards)}; `right`"
+                " labels every answer"
             )
 
 
@@ -93,72 +103,105 @@ class Answer:
 
 
 def answers_of(episodes: Iterable[Episode], label: str = "right") -> list[Answer]:
-    """Every turn with a finite reward of this name, siblings included; right from 0.5. Equal answers to a task count once."""
+    """Every turn with a finite reward of this name, siblings included; right from 0.5. Equal
+    answers to a task count once."""
     found: dict[tuple[str, str], Answer] = {}
     for episode in episodes:
-        values = {(r.turn, r.sibling): r.value for r in episode.rewards if r.name == label and r.value == r.value}
+        values = {
+            (r.turn, r.sibling): r.value
+            for r in episode.rewards
+            if r.name == label and r.value == r.value
+        }
         for turn in episode.turns:
             value = values.get((turn.index, turn.sibling))
             if value is not None and turn.text.strip() and not turn.saw_gold:
-                found[episode.task.id, turn.text] = Answer(episode.task.id, episode.task.prompt, turn.text, value >= 0.5)
+                found[episode.task.id, turn.text] = Answer(
+                    episode.task.id, episode.task.prompt, turn.text, value >= 0.5
+                )
     return list(found.values())
 
 
-def balanced(answers: Sequence[Answer], per_task: int, seed: int, min_answers: int = 1) -> list[Answer]:
-    """As many right as wrong answers of every task, at most `per_task` of each, drawn by `seed`; tasks without both give none.
+def balanced(
+    answers: Sequence[Answer], per_task: int, seed: int, min_answers: int = 1
+) -> list[Answer]:
+    """As many right as wrong answers of every task, at most `per_task` of each, drawn by `seed`;
+    tasks without both give none.
 
-    Trained on what is sampled, a verifier learns how hard a task is. Raises `RunError`, with the numbers, if fewer than `min_answers` are left.
+    Trained on what is sampled, a verifier learns how hard a task is. Raises `RunError`, with the
+    numbers, if fewer than `min_answers` are left.
     """
     by_task: dict[str, tuple[list[Answer], list[Answer]]] = {}
     for answer in answers:
         by_task.setdefault(answer.task, ([], []))[answer.right].append(answer)
     kept: list[Answer] = []
     for task, (wrong, right) in sorted(by_task.items()):
-        rng, count = random.Random(derive_seed(seed, "balanced", task)), min(len(wrong), len(right), per_task)
+        rng, count = (
+            random.Random(derive_seed(seed, "balanced", task)),
+            min(len(wrong), len(right), per_task),
+        )
         kept += [*rng.sample(right, count), *rng.sample(wrong, count)]
     if len(kept) < min_answers:
         both = sum(bool(wrong and right) for wrong, right in by_task.values())
         share = sum(answer.right for answer in answers)
         raise RunError(
-            f"verifier: {len(answers)} different answers to {len(by_task)} tasks, {share} right and {len(answers) - share} wrong; only {both} "
-            f"tasks have both, so {len(kept)} are left when balanced, and min_answers is {min_answers}. Sample more (num_generations, "
-            "temperature), or let an agent be asked for what is rare"
+            f"verifier: {len(answers)} different answers to {len(by_task)} tasks, {share} right and"
+            f" {len(answers) - share} wrong; only {both} tasks have both, so {len(kept)} are left"
+            f" when balanced, and min_answers is {min_answers}. Sample more (num_generations,"
+            " temperature), or let an agent be asked for what is rare"
         )
     return kept
 
 
-def reading(tokens: ChatRenderer, prompt: str, text: str, number: int = 0, instruction: str = "") -> TrainingSequence:
-    """Question and answer as one chat, after the instruction, if any. Its trained tokens are the answer's, its end included; for `ScalarHead`, at the
-    tokens themselves."""
-    asked = tokens.prompt([*([Message("system", instruction)] if instruction else []), Message("user", prompt)])
+def reading(
+    tokens: ChatRenderer, prompt: str, text: str, number: int = 0, instruction: str = ""
+) -> TrainingSequence:
+    """Question and answer as one chat, after the instruction, if any. Its trained tokens are the
+    answer's, its end included; for `ScalarHead`, at the tokens themselves."""
+    asked = tokens.prompt(
+        [*([Message("system", instruction)] if instruction else []), Message("user", prompt)]
+    )
     said = tokens.write(asked, text).token_ids
     rest, own = len(asked), len(said)
     columns = [(0, 1), (0.0, 0.0), (0.0, 1.0), (1.0, 1.0), (-1, 0)]
-    return after(TrainingSequence(NAME, str(number), (*asked, *said), *((a,) * rest + (b,) * own for a, b in columns)))  # type: ignore[arg-type]
+    return after(
+        TrainingSequence(
+            NAME, str(number), (*asked, *said), *((a,) * rest + (b,) * own for a, b in columns)
+        )
+    )  # type: ignore[arg-type]
 
 
 # learning
 
 
-def verifier_loss(scores: torch.Tensor, targets: Targets, counts: Denominators) -> tuple[torch.Tensor, Stats]:
-    """This batch's share of the mean over answers of BCE(sigmoid(score), right), averaged over each answer's tokens.
+def verifier_loss(
+    scores: torch.Tensor, targets: Targets, counts: Denominators
+) -> tuple[torch.Tensor, Stats]:
+    """This batch's share of the mean over answers of BCE(sigmoid(score), right), averaged over each
+    answer's tokens.
 
     scores: [N] logits, one per token.    targets: `right` [N] 0 or 1; `weight` [N] 1 / tokens of the answer.
     """
     losses = binary_cross_entropy_with_logits(scores, targets["right"], reduction="none")
     loss = (losses * targets["weight"]).sum() / counts.sequences
     hits = ((scores > 0) == (targets["right"] > 0.5)).sum()
-    stats = {"loss": loss.detach(), "tokens": torch.tensor(float(scores.numel())), "token_accuracy": hits}
+    stats = {
+        "loss": loss.detach(),
+        "tokens": torch.tensor(float(scores.numel())),
+        "token_accuracy": hits,
+    }
     return loss, {name: value.double() for name, value in stats.items()}
 
 
 class VerifierTrainer(Trainer[VerifierConfig]):
-    """Plays (or takes `episodes`), labels, balances, and trains the head; policies stay as they are. Arguments: see `Trainer`."""
+    """Plays (or takes `episodes`), labels, balances, and trains the head; policies stay as they
+    are. Arguments: see `Trainer`."""
 
     Config = VerifierConfig
 
     def heads(self) -> Sequence[HeadSpec]:
-        shape = AdapterSpec(self.args.lora_r, float(self.args.lora_alpha), tuple(self.args.lora_target_modules))
+        shape = AdapterSpec(
+            self.args.lora_r, float(self.args.lora_alpha), tuple(self.args.lora_target_modules)
+        )
         return (HeadSpec(NAME, adapter=shape),)
 
     @property
@@ -172,41 +215,76 @@ class VerifierTrainer(Trainer[VerifierConfig]):
         kept = balanced(found, args.per_task, args.seed, args.min_answers)
         numbers = {"answers": len(found), "right": sum(a.right for a in found), "kept": len(kept)}
         losses = []
-        for part in minibatches(kept, args.train_batch_size, args.num_train_epochs, derive_seed(args.seed, NAME, step)):
+        for part in minibatches(
+            kept, args.train_batch_size, args.num_train_epochs, derive_seed(args.seed, NAME, step)
+        ):
             samples = self._readings(part)
             sizes = torch.tensor([sample.num_trained for sample in samples])
             right = torch.tensor([float(a.right) for a in part])
-            targets = {"right": right.repeat_interleave(sizes), "weight": (1 / sizes).repeat_interleave(sizes)}
+            targets = {
+                "right": right.repeat_interleave(sizes),
+                "weight": (1 / sizes).repeat_interleave(sizes),
+            }
             done = self.run.learn_head(step, NAME, samples, targets, verifier_loss)
             self.run.tokens["trained"] += done.tokens
             losses.append(done.stats.get("loss", math.nan))
-        ends = {"loss_first": losses[0], "loss": sum(losses[-10:]) / len(losses[-10:]), "updates": len(losses)}
+        ends = {
+            "loss_first": losses[0],
+            "loss": sum(losses[-10:]) / len(losses[-10:]),
+            "updates": len(losses),
+        }
         return {"verifier": {**numbers, **ends}, "policies": self.rows({}, episodes)}
 
     def report(self) -> dict[str, Any]:
-        """Judges sampled answers to held-out tasks, saves the verifier with what came out, and tells it."""
+        """Judges sampled answers to held-out tasks, saves the verifier with what came out, and
+        tells it."""
         run = self.run
-        held_out = answers_of(run.play("verifier", run.eval_tasks, self.args.num_generations), self.args.label)
+        held_out = answers_of(
+            run.play("verifier", run.eval_tasks, self.args.num_generations), self.args.label
+        )
         if not held_out:
-            raise RunError(f"verifier: no held-out answer has a reward {self.args.label!r}; it cannot be calibrated")
+            raise RunError(
+                f"verifier: no held-out answer has a reward {self.args.label!r}; it cannot be"
+                " calibrated"
+            )
         head, samples = self.base.heads[NAME], self._readings(held_out)
         ends = torch.tensor([sample.num_trained for sample in samples]).cumsum(0) - 1
         scores = head.read(samples, run.ranks)[ends].sigmoid().tolist()
-        found = calibration([ScoredAnswer(a.task, score, a.right) for a, score in zip(held_out, scores, strict=True)])
+        found = calibration(
+            [
+                ScoredAnswer(a.task, score, a.right)
+                for a, score in zip(held_out, scores, strict=True)
+            ]
+        )
         run.ranks.on_main(lambda: self._save(found))
-        return {NAME: {"folder": str(run.config.folder / NAME), "sha256": head.sha256(), "calibration": found}}
+        return {
+            NAME: {
+                "folder": str(run.config.folder / NAME),
+                "sha256": head.sha256(),
+                "calibration": found,
+            }
+        }
 
     def _readings(self, answers: Sequence[Answer]) -> list[TrainingSequence]:
-        return [reading(self.base.tokens, a.prompt, a.text, number, self.args.instruction) for number, a in enumerate(answers)]
+        return [
+            reading(self.base.tokens, a.prompt, a.text, number, self.args.instruction)
+            for number, a in enumerate(answers)
+        ]
 
     def _save(self, found: Mapping[str, Any]) -> None:
         base = self.base
         head = base.heads[NAME]
         card = {
-            "schema": ckpt.SCHEMA, "base": base.name, "files": files_sha256(base.path), "template": base.tokens.template_hash,
-            "adapter": to_json(head.spec.adapter), "dtype": self.args.dtype, "instruction": self.args.instruction,
-            "sha256": head.sha256(), "calibration": found,
-        }  # fmt: skip
+            "schema": ckpt.SCHEMA,
+            "base": base.name,
+            "files": files_sha256(base.path),
+            "template": base.tokens.template_hash,
+            "adapter": to_json(head.spec.adapter),
+            "dtype": self.args.dtype,
+            "instruction": self.args.instruction,
+            "sha256": head.sha256(),
+            "calibration": found,
+        }
 
         def write(folder: Path) -> None:
             head.save(folder)
@@ -219,17 +297,20 @@ class VerifierTrainer(Trainer[VerifierConfig]):
 
 
 class TrainedVerifier:
-    """A saved verifier at work in this process: `await verifier(task, text)` is its score from 0 to 1.
+    """A saved verifier at work in this process: `await verifier(task, text)` is its score from 0 to
+    1.
 
-    One answer at a time, so a score does not depend on what is judged beside it; equal questions are asked once. The base is loaded at the
-    first question. Raises `SettingError` if the folder holds no whole verifier, or the base is no longer what it was trained on.
+    One answer at a time, so a score does not depend on what is judged beside it; equal questions
+    are asked once. The base is loaded at the first question. Raises `SettingError` if the folder
+    holds no whole verifier, or the base is no longer what it was trained on.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not (self.folder / CARD).is_file():
             raise SettingError(
-                f"verifier {str(folder)!r}: no {CARD} there; expected the folder `verifier` of a run of recipes/verifier.py"
+                f"verifier {str(folder)!r}: no {CARD} there; expected the folder `verifier` of a"
+                " run of recipes/verifier.py"
             )
         ckpt.verify(self.folder)
         self.card = json.loads((self.folder / CARD).read_text())
@@ -245,12 +326,24 @@ class TrainedVerifier:
         card = self.card
         path = local_model(card["base"])
         if card["files"] is not None and files_sha256(path) != card["files"]:
-            raise SettingError(f"verifier {self.folder}: base {card['base']!r} has other files than when the verifier was trained")
+            raise SettingError(
+                f"verifier {self.folder}: base {card['base']!r} has other files than when the"
+                " verifier was trained"
+            )
         config = RunConfig(model=card["base"], dtype=card["dtype"], layout="padded")
         spec = HeadSpec(NAME, adapter=from_json(AdapterSpec, card["adapter"]))
-        base = load_base(card["base"], [], config, torch.device("cuda" if torch.cuda.is_available() else "cpu"), [spec])
+        base = load_base(
+            card["base"],
+            [],
+            config,
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            [spec],
+        )
         if base.tokens.template_hash != card["template"]:
-            raise SettingError(f"verifier {self.folder}: the chat template of {card['base']!r} is not the one it was trained with")
+            raise SettingError(
+                f"verifier {self.folder}: the chat template of {card['base']!r} is not the one it"
+                " was trained with"
+            )
         base.heads[NAME].load(self.folder)
         return base
 
@@ -265,7 +358,8 @@ class TrainedVerifier:
     def _score(self, prompt: str, text: str) -> float:
         head: ScalarHead = self.base.heads[NAME]
         sample = dataclasses.replace(
-            reading(self.base.tokens, prompt, text, instruction=self.card["instruction"]), policy=head.adapter
+            reading(self.base.tokens, prompt, text, instruction=self.card["instruction"]),
+            policy=head.adapter,
         )
         (batch,) = pack([sample], max_tokens=len(sample.ids), layout="padded")
         with head.adapters.active(head.adapter):
@@ -275,5 +369,6 @@ class TrainedVerifier:
 @trusted("verifier maker")
 @functools.cache
 def trained(folder: str) -> TrainedVerifier:
-    """The verifier saved in a folder, loaded once per process: for settings that name it, as `marlora.trainers.methods.reward_model.verifier:trained(FOLDER)`."""
+    """The verifier saved in a folder, loaded once per process: for settings that name it, as
+    `marlora.trainers.methods.reward_model.verifier:trained(FOLDER)`."""
     return TrainedVerifier(folder)

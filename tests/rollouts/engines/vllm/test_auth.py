@@ -35,7 +35,9 @@ def status(guard: Guard, method: str, path: str, *keys: str, kind: str = "http")
         sent.append(message)
 
     headers = [(b"authorization", key.encode()) for key in keys]
-    asyncio.run(guard({"type": kind, "method": method, "path": path, "headers": headers}, None, send))
+    asyncio.run(
+        guard({"type": kind, "method": method, "path": path, "headers": headers}, None, send)
+    )
     return sent[0].get("status", sent[0])
 
 
@@ -47,7 +49,18 @@ def test_only_health_is_open(guard: Guard):
         assert status(guard, method, path, f"Bearer {KEY}") == 200
 
 
-@pytest.mark.parametrize("key", ["", "Bearer", f"Bearer {KEY[:-1]}", f"Bearer {KEY}0", KEY, f"Basic {KEY}", f"Bearer {KEY}\u00e9"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "Bearer",
+        f"Bearer {KEY[:-1]}",
+        f"Bearer {KEY}0",
+        KEY,
+        f"Basic {KEY}",
+        f"Bearer {KEY}\u00e9",
+    ],
+)
 def test_other_keys_are_refused(guard: Guard, key: str):
     assert status(guard, "POST", "/v1/completions", key) == 401
 
@@ -67,7 +80,9 @@ PATHS = [
 ]
 
 
-@pytest.mark.parametrize("path", [*PATHS, "/v1/../invocations", "/V1/completions", "/openapi.json", ""])
+@pytest.mark.parametrize(
+    "path", [*PATHS, "/v1/../invocations", "/V1/completions", "/openapi.json", ""]
+)
 def test_routes_we_do_not_use_do_not_exist_even_with_the_key(guard: Guard, path: str):
     assert status(guard, "POST", path) == 401
     assert status(guard, "POST", path, f"Bearer {KEY}") == 403
@@ -80,14 +95,19 @@ def test_other_methods_are_refused(guard: Guard, method: str):
 
 
 def test_websockets_are_closed(guard: Guard):
-    assert status(guard, "GET", "/v1/realtime", f"Bearer {KEY}", kind="websocket") == {"type": "websocket.close", "code": 1008}
+    assert status(guard, "GET", "/v1/realtime", f"Bearer {KEY}", kind="websocket") == {
+        "type": "websocket.close",
+        "code": 1008,
+    }
 
 
 def test_lifespan_passes(guard: Guard):
     assert status(guard, "", "", kind="lifespan") == 200
 
 
-def test_a_server_without_a_safe_key_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_server_without_a_safe_key_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     file = tmp_path / "key"
     monkeypatch.delenv(KEY_FILE, raising=False)
     with pytest.raises(ValueError, match=KEY_FILE):
@@ -103,7 +123,14 @@ def test_a_server_without_a_safe_key_does_not_start(tmp_path: Path, monkeypatch:
 
 
 def test_it_imports_the_standard_library_alone():
-    script = "import sys; import marlora.rollouts.engines.vllm.auth; print(sorted(m for m in sys.modules if m.startswith('marlora')))"
-    heavy = "; assert not {'torch', 'vllm', 'aiohttp', 'starlette', 'transformers'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script + heavy], capture_output=True, text=True, check=True)
+    script = (
+        "import sys; import marlora.rollouts.engines.vllm.auth; print(sorted(m for m in sys.modules"
+        " if m.startswith('marlora')))"
+    )
+    heavy = (
+        "; assert not {'torch', 'vllm', 'aiohttp', 'starlette', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script + heavy], capture_output=True, text=True, check=True
+    )
     assert "'marlora.rollouts.engines.vllm.auth'" in done.stdout and "types" not in done.stdout

@@ -29,17 +29,24 @@ def test_groups():
 def check(indices: list[int]) -> None:
     a, b = stacked()
     generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(len(indices), IN, generator=generator), torch.randn(len(indices), sum(SIZES), generator=generator)
+    x, y = (
+        torch.randn(len(indices), IN, generator=generator),
+        torch.randn(len(indices), sum(SIZES), generator=generator),
+    )
     expected = y.clone()
     for row, slot in enumerate(indices):
         if slot >= 0:
-            expected[row] += torch.cat([b[s][slot, 0] @ (a[s][slot, 0] @ x[row]) * 0.5 for s in range(2)])
+            expected[row] += torch.cat(
+                [b[s][slot, 0] @ (a[s][slot, 0] @ x[row]) * 0.5 for s in range(2)]
+            )
     before = y.clone()
     add_lora(y, x, a, b, 0.5, SIZES, groups_of(torch.tensor(indices)))
     torch.testing.assert_close(y, expected)
     for row, slot in enumerate(indices):
         if slot < 0:
-            assert torch.equal(y[row], before[row])  # the base to the last bit, though slot -1, the last, holds an adapter
+            assert torch.equal(
+                y[row], before[row]
+            )  # the base to the last bit, though slot -1, the last, holds an adapter
 
 
 def test_rows_of_the_base_are_left_alone_beside_adapters():
@@ -61,5 +68,10 @@ def test_narrow_weights_are_multiplied_in_float32():
 
 
 def test_importing_it_outside_a_worker_does_nothing():
-    script = "import sys, marlora.rollouts.engines.vllm.cpu_lora; assert not {'torch', 'vllm'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == ""
+    script = (
+        "import sys, marlora.rollouts.engines.vllm.cpu_lora; assert not {'torch', 'vllm'} &"
+        " set(sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == ""
+    )

@@ -18,7 +18,13 @@ from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.factory import EngineConfig, choose_engine
 from marlora.rollouts.engines.vllm import discovery, server
 from marlora.rollouts.engines.vllm.client import RetryPolicy
-from marlora.rollouts.engines.vllm.discovery import Endpoint, read_endpoints, serve_endpoints, wait_for_endpoints, write_endpoints
+from marlora.rollouts.engines.vllm.discovery import (
+    Endpoint,
+    read_endpoints,
+    serve_endpoints,
+    wait_for_endpoints,
+    write_endpoints,
+)
 from marlora.rollouts.engines.vllm.engine import VLLMEngine, start_vllm
 from marlora.rollouts.engines.vllm.server_args import ServerSettings
 from tests.rollouts.engines.vllm.test_engine import BASE, DRAW, KEY, adapter
@@ -37,10 +43,16 @@ def key_file(folder: Path) -> str:
 
 def test_a_folder_of_files_is_as_good_as_one_file(tmp_path: Path) -> None:
     assert read_endpoints(tmp_path / "none", "m") == []
-    one, two, other = Endpoint("http://a:1", "k"), Endpoint("http://b:1", "k", "m", "float32"), Endpoint("http://c:1", "", "else")
+    one, two, other = (
+        Endpoint("http://a:1", "k"),
+        Endpoint("http://b:1", "k", "m", "float32"),
+        Endpoint("http://c:1", "", "else"),
+    )
     write_endpoints(tmp_path / "all/a.json", [one])
     write_endpoints(tmp_path / "all/b.json", [two, other])
-    assert read_endpoints(tmp_path / "all", "m") == [one, two] and read_endpoints(tmp_path / "all/b.json", "m") == [two]
+    assert read_endpoints(tmp_path / "all", "m") == [one, two] and read_endpoints(
+        tmp_path / "all/b.json", "m"
+    ) == [two]
     assert [path.name for path in (tmp_path / "all").iterdir() if path.suffix != ".json"] == []
 
 
@@ -49,7 +61,10 @@ def test_a_folder_of_files_is_as_good_as_one_file(tmp_path: Path) -> None:
     [
         ("{", "expected"),
         ("[]", "expected"),
-        ('{"servers": [{"uri": "http://a"}]}', r"servers\[0\].uri: unknown field; did you mean 'url'"),
+        (
+            '{"servers": [{"uri": "http://a"}]}',
+            r"servers\[0\].uri: unknown field; did you mean 'url'",
+        ),
     ],
 )
 def test_a_file_of_another_form_is_named(tmp_path: Path, text: str, told: str) -> None:
@@ -58,7 +73,9 @@ def test_a_file_of_another_form_is_named(tmp_path: Path, text: str, told: str) -
         read_endpoints(tmp_path, "m")
 
 
-def test_trainers_wait_until_enough_servers_are_there_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainers_wait_until_enough_servers_are_there_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(discovery, "POLL", 0.01)
     said: list[str] = []
 
@@ -70,7 +87,10 @@ def test_trainers_wait_until_enough_servers_are_there_and_say_so(tmp_path: Path,
         return await waiting
 
     assert [endpoint.url for endpoint in asyncio.run(later())] == ["http://a:1", "http://b:1"]
-    assert [line.split(" in ")[0] for line in said] == ["waiting for servers: 0 of 2", "waiting for servers: 1 of 2"]
+    assert [line.split(" in ")[0] for line in said] == [
+        "waiting for servers: 0 of 2",
+        "waiting for servers: 1 of 2",
+    ]
     with pytest.raises(EngineError, match="2 of 3 servers of m"):
         asyncio.run(wait_for_endpoints(tmp_path, "m", 3, 0.05, said.append))
 
@@ -78,12 +98,22 @@ def test_trainers_wait_until_enough_servers_are_there_and_say_so(tmp_path: Path,
 def test_an_engine_on_endpoints_publishes_to_all_of_them(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "versions", "solver-v1-aa")
     with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two:
-        write_endpoints(tmp_path / "servers.json", [Endpoint(fake.url, key_file(tmp_path), dtype="float32") for fake in (one, two)])
+        write_endpoints(
+            tmp_path / "servers.json",
+            [Endpoint(fake.url, key_file(tmp_path), dtype="float32") for fake in (one, two)],
+        )
         config = EngineConfig(endpoints=str(tmp_path / "servers.json"), num_servers=2)
         assert choose_engine(config)[0] == "vllm"
 
         async def work() -> None:
-            engine = await start_vllm("m", Tokens(), [PolicySpec("solver")], config, folder=tmp_path, say=lambda line: None)
+            engine = await start_vllm(
+                "m",
+                Tokens(),
+                [PolicySpec("solver")],
+                config,
+                folder=tmp_path,
+                say=lambda line: None,
+            )
             assert engine.info().dtype == "float32" and len(engine.info().replicas) == 2
             await engine.publish({"solver": folder})
             await engine.generate([2, 3], ModelRef("solver", "solver-v1-aa"), DRAW)
@@ -104,7 +134,11 @@ def test_a_node_starts_a_dead_server_again_where_trainers_find_it(
     """At its old address with a new key, which the engine reads anew."""
     monkeypatch.setattr(discovery, "POLL", 0.05)
     monkeypatch.setattr(server, "vllm_version", lambda: ("0.0", True))
-    monkeypatch.setattr(server, "command", lambda s, port, cpu: fake_program(port, Path(s.folder) / f"{s.label}-0.key"))
+    monkeypatch.setattr(
+        server,
+        "command",
+        lambda s, port, cpu: fake_program(port, Path(s.folder) / f"{s.label}-0.key"),
+    )
     monkeypatch.setattr("marlora.rollouts.engines.vllm.server.check_engine_args", lambda args: None)
     path, ended = tmp_path / "node.json", threading.Event()
 
@@ -120,7 +154,11 @@ def test_a_node_starts_a_dead_server_again_where_trainers_find_it(
 
     def node() -> None:
         try:
-            serve_endpoints([ServerSettings(str(model), tmp_path, label=name) for name in ("a", "b")], path, lambda line: None)
+            serve_endpoints(
+                [ServerSettings(str(model), tmp_path, label=name) for name in ("a", "b")],
+                path,
+                lambda line: None,
+            )
         except End as error:
             failures.append(error)
 
@@ -156,4 +194,8 @@ def pid_at(url: str) -> int:
     import psutil
 
     port = int(url.rsplit(":", 1)[1])
-    return next(c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port and c.pid)
+    return next(
+        c.pid
+        for c in psutil.net_connections("tcp")
+        if c.status == "LISTEN" and c.laddr.port == port and c.pid
+    )

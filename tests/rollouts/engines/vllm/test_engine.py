@@ -1,4 +1,5 @@
-"""The vLLM client against a scripted server: what it asks, what it believes, what it does when things break."""
+"""The vLLM client against a scripted server: what it asks, what it believes, what it does when
+things break."""
 
 from __future__ import annotations
 
@@ -26,7 +27,12 @@ PROMPT = [3, 9, 4]
 
 
 def engine_on(*fakes: FakeVLLM, root: str | Path = "/nowhere", **settings: Any) -> VLLMEngine:
-    return VLLMEngine([fake.url for fake in fakes], Tokens(), adapter_root=root, **({"key": KEY, "patience": QUICK} | settings))
+    return VLLMEngine(
+        [fake.url for fake in fakes],
+        Tokens(),
+        adapter_root=root,
+        **({"key": KEY, "patience": QUICK} | settings),
+    )
 
 
 def play(engine: VLLMEngine, work: Callable[[VLLMEngine], Awaitable[Any]]) -> Any:
@@ -87,16 +93,28 @@ def test_every_sampling_field_is_sent():
 
 def test_grammar_and_bias_are_sent_where_they_are_set():
     with FakeVLLM(key=KEY) as fake:
-        generate(fake, Sampling(max_tokens=6, seed=1, grammar='{"json": {"type": "object"}}', logit_bias={"7": -100.0}))
+        generate(
+            fake,
+            Sampling(
+                max_tokens=6,
+                seed=1,
+                grammar='{"json": {"type": "object"}}',
+                logit_bias={"7": -100.0},
+            ),
+        )
         (body,) = fake.completions()
-        assert body["structured_outputs"] == {"json": {"type": "object"}} and body["logit_bias"] == {"7": -100.0}
+        assert body["structured_outputs"] == {"json": {"type": "object"}} and body[
+            "logit_bias"
+        ] == {"7": -100.0}
 
 
 def test_ids_and_logprobs_belong_together_and_text_is_ours():
     with FakeVLLM(key=KEY) as fake:
         first, second = generate(fake, n=2)
     assert first.token_ids == tuple(sampled("served-base", PROMPT, 100, 6))
-    assert second.token_ids == tuple(sampled("served-base", PROMPT, 101, 6))  # sibling k draws with seed + k
+    assert second.token_ids == tuple(
+        sampled("served-base", PROMPT, 101, 6)
+    )  # sibling k draws with seed + k
     assert first.logprobs == tuple(table(token) for token in first.token_ids)
     assert first.text == "".join(f"<{token}>" for token in first.token_ids)
     assert first.prompt_ids == tuple(PROMPT)
@@ -120,7 +138,10 @@ def test_a_request_without_a_seed_gets_one_that_its_retry_repeats():
 
 def test_score_gives_the_logprobs_of_the_prompt_itself():
     with FakeVLLM(key=KEY) as fake:
-        assert play(engine_on(fake), lambda engine: engine.score(PROMPT, BASE)) == [table(9), table(4)]
+        assert play(engine_on(fake), lambda engine: engine.score(PROMPT, BASE)) == [
+            table(9),
+            table(4),
+        ]
         assert fake.completions()[0]["temperature"] == 1.0
 
 
@@ -135,7 +156,19 @@ def test_too_long_prompts_are_told_before_they_are_sent():
 
 # when things break
 
-ONCE = ["500", "503", "429", "reset", "half", "garbage", "list", "short", "long", "nan", "no logprobs"]
+ONCE = [
+    "500",
+    "503",
+    "429",
+    "reset",
+    "half",
+    "garbage",
+    "list",
+    "short",
+    "long",
+    "nan",
+    "no logprobs",
+]
 
 
 @pytest.mark.parametrize("fault", [*ONCE, "extra choice", "twice", "other prompt", "abort"])
@@ -158,7 +191,9 @@ def test_retries_end_with_an_error_that_names_the_server(fault: str):
 
 def test_another_model_in_the_reply_is_fatal_at_once():
     with FakeVLLM(key=KEY, faults=["other model"]) as fake:
-        with pytest.raises(EngineError, match="asked for 'served-base', answered by 'served-base-2'"):
+        with pytest.raises(
+            EngineError, match="asked for 'served-base', answered by 'served-base-2'"
+        ):
             generate(fake)
         assert len(fake.completions()) == 1
 
@@ -173,7 +208,9 @@ def test_a_refusal_is_not_repeated_and_says_why():
 def test_a_slow_try_is_given_up_and_repeated():
     patience = RetryPolicy(retries=1, backoff=0.01, request=0.2, stall=60.0)
     with FakeVLLM(key=KEY, faults=["slow"]) as fake:
-        [reply] = play(engine_on(fake, patience=patience), lambda engine: engine.generate(PROMPT, BASE, DRAW))
+        [reply] = play(
+            engine_on(fake, patience=patience), lambda engine: engine.generate(PROMPT, BASE, DRAW)
+        )
         assert reply.token_ids == tuple(sampled("served-base", PROMPT, 100, 6))
         assert len(fake.completions()) == 2
 
@@ -181,7 +218,10 @@ def test_a_slow_try_is_given_up_and_repeated():
 def test_a_server_whose_health_is_fine_but_computes_nothing_is_dead():
     with FakeVLLM(key=KEY) as fake:
         fake.dead = True
-        with pytest.raises(EngineError, match=rf"{fake.url}.*no request finished and no token came.*one token could not"):
+        with pytest.raises(
+            EngineError,
+            match=rf"{fake.url}.*no request finished and no token came.*one token could not",
+        ):
             generate(fake)
         assert [body["max_tokens"] for body in fake.completions()] == [6, 1]  # ours, then the probe
 
@@ -208,7 +248,9 @@ def test_sixty_four_requests_at_once_with_faults_between():
             return await asyncio.gather(*(engine.generate([2, k], BASE, DRAW) for k in range(64)))
 
         replies = play(engine_on(fake), work)
-    assert [reply.token_ids for [reply] in replies] == [tuple(sampled("served-base", [2, k], 100, 6)) for k in range(64)]
+    assert [reply.token_ids for [reply] in replies] == [
+        tuple(sampled("served-base", [2, k], 100, 6)) for k in range(64)
+    ]
 
 
 def test_cancelling_a_request_is_no_failure_of_the_server():
@@ -257,7 +299,9 @@ def test_publish_reaches_every_replica_and_replies_carry_the_version(tmp_path: P
         assert (reply.policy, reply.version) == ("solver", "solver-v1-aa")
         assert reply.token_ids == tuple(sampled("solver-v1-aa", PROMPT, 100, 6))
         loads = [body for path, _, body in one.requests if path == "/v1/load_lora_adapter"]
-        assert [body for body in loads if body] == [{"lora_name": "solver-v1-aa", "lora_path": str(folder)}]  # never in place
+        assert [body for body in loads if body] == [
+            {"lora_name": "solver-v1-aa", "lora_path": str(folder)}
+        ]  # never in place
 
 
 def test_an_unknown_or_retired_version_is_an_error_and_never_the_base(tmp_path: Path):
@@ -285,7 +329,9 @@ def test_retire_waits_for_a_slow_request_across_five_publishes(tmp_path: Path):
 
         async def work(engine: VLLMEngine) -> None:
             await engine.publish({"solver": folders[0]})
-            slow = asyncio.ensure_future(engine.generate(PROMPT, ModelRef("solver", "solver-v0-aa"), DRAW))
+            slow = asyncio.ensure_future(
+                engine.generate(PROMPT, ModelRef("solver", "solver-v0-aa"), DRAW)
+            )
             await asyncio.sleep(0.05)
             retiring = asyncio.ensure_future(engine.retire(ModelRef("solver", "solver-v0-aa")))
             for k in range(1, 6):
@@ -304,7 +350,9 @@ def test_retire_waits_for_a_slow_request_across_five_publishes(tmp_path: Path):
 def test_a_load_whose_answer_was_lost_is_not_an_error(tmp_path: Path):
     folder = adapter(tmp_path, "solver-v1-aa")
     with FakeVLLM(key=KEY, faults=["load lost"]) as fake:
-        assert play(engine_on(fake, root=tmp_path), lambda engine: engine.publish({"solver": folder})) == {"solver": "solver-v1-aa"}
+        assert play(
+            engine_on(fake, root=tmp_path), lambda engine: engine.publish({"solver": folder})
+        ) == {"solver": "solver-v1-aa"}
 
 
 def bad_folders(root: Path) -> dict[str, Path]:
@@ -316,7 +364,13 @@ def bad_folders(root: Path) -> dict[str, Path]:
     (linked / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
     (root / "versions" / "link-v1-aa").symlink_to(outside)
     dots = root / "versions" / ".." / "elsewhere" / "out-v1-aa"
-    return {"outside": outside, "extra": extra, "linked": linked, "link": root / "versions" / "link-v1-aa", "dots": dots}
+    return {
+        "outside": outside,
+        "extra": extra,
+        "linked": linked,
+        "link": root / "versions" / "link-v1-aa",
+        "dots": dots,
+    }
 
 
 @pytest.mark.parametrize("kind", ["outside", "extra", "linked", "link", "dots", "missing"])
@@ -324,7 +378,10 @@ def test_only_plain_adapter_folders_inside_the_root_are_loaded(tmp_path: Path, k
     folder = {**bad_folders(tmp_path), "missing": tmp_path / "versions" / "missing"}[kind]
     with FakeVLLM(key=KEY) as fake:
         with pytest.raises(SettingError, match=r"adapter .*expected"):
-            play(engine_on(fake, root=tmp_path / "versions"), lambda engine: engine.publish({"solver": folder}))
+            play(
+                engine_on(fake, root=tmp_path / "versions"),
+                lambda engine: engine.publish({"solver": folder}),
+            )
         assert fake.loaded == {}
 
 
@@ -337,9 +394,13 @@ def test_a_chat_stays_on_its_replica_and_new_chats_spread():
     assert routes.choose("solver", [*shots, 91], {"a": 0, "b": 0}) == "a"
     assert routes.choose("solver", [*shots, 92], {"a": 1, "b": 0}) == "b"
     assert routes.choose("solver", [*shots, 92], {"a": 0, "b": 9}) == "b"  # the same prompt again
-    assert routes.choose("solver", [*shots, 91, 5, 6, 7], {"a": 9, "b": 0}) == "a"  # the chat goes on
+    assert (
+        routes.choose("solver", [*shots, 91, 5, 6, 7], {"a": 9, "b": 0}) == "a"
+    )  # the chat goes on
     assert routes.choose("solver", [*shots, 91, 5, 6, 7, 8], {"a": 9, "b": 0}) == "a"
-    assert routes.choose("critic", [*shots, 91, 5], {"a": 9, "b": 0}) == "b"  # another policy's cache is another one
+    assert (
+        routes.choose("critic", [*shots, 91, 5], {"a": 9, "b": 0}) == "b"
+    )  # another policy's cache is another one
 
 
 def test_requests_go_to_all_replicas():
@@ -356,7 +417,9 @@ def test_requests_go_to_all_replicas():
 
 
 def test_an_open_server_is_refused_by_naming_its_open_doors():
-    with FakeVLLM(key=KEY, open_routes={"/invocations"}) as fake:  # what vLLM's own --api-key leaves
+    with FakeVLLM(
+        key=KEY, open_routes={"/invocations"}
+    ) as fake:  # what vLLM's own --api-key leaves
         with pytest.raises(SettingError, match=r"is open.*POST /invocations.*allow_open_server"):
             engine_on(fake)
         engine_on(fake, allow_open_server=True)
@@ -367,7 +430,9 @@ def test_an_open_server_is_refused_by_naming_its_open_doors():
 def test_the_key_is_sent_and_a_wrong_one_is_an_error_at_once():
     with FakeVLLM(key=KEY) as fake:
         generate(fake)
-        assert {key for path, key, body in fake.requests if body and path == "/v1/completions"} == {f"Bearer {KEY}"}
+        assert {key for path, key, body in fake.requests if body and path == "/v1/completions"} == {
+            f"Bearer {KEY}"
+        }
         with pytest.raises(EngineError, match="HTTP 401; is the key right"):
             engine_on(fake, key="wrong")
 

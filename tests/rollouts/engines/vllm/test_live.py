@@ -21,13 +21,26 @@ from marlora.rollouts.engines.vllm.client import RetryPolicy
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from marlora.rollouts.engines.vllm.server import VLLMServer, http
 from tests.live_server import CONTEXT, Live, settings_for
-from tests.rollouts.engine_conformance import (CHECKS, OWNED_CHECKS, Bench, Check, name_of, run, top_k_one_is_certain)
+from tests.rollouts.engine_conformance import (
+    CHECKS,
+    OWNED_CHECKS,
+    Bench,
+    Check,
+    name_of,
+    run,
+    top_k_one_is_certain,
+)
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 BASE = ModelRef("base")
 PROMPT = [3, *range(40, 90), 1, 4]
 DRAW = Sampling(max_tokens=16, seed=11)
-DEVELOPER = [("POST", "/sleep"), ("POST", "/wake_up"), ("POST", "/collective_rpc"), ("GET", "/server_info")]
+DEVELOPER = [
+    ("POST", "/sleep"),
+    ("POST", "/wake_up"),
+    ("POST", "/collective_rpc"),
+    ("GET", "/server_info"),
+]
 
 
 def play(live: Live, work: Callable[[VLLMEngine], Awaitable[Any]]) -> Any:
@@ -52,12 +65,21 @@ def test_contract(check: Check, server: Live):
 def routes(live: Live) -> list[tuple[str, str]]:
     """Every route of the server, from the list vLLM writes to its log as it starts."""
     found = re.findall(r"Route: (\S+), Methods: ([A-Z, ]+)", live.server.log.read_text())
-    return [(method, re.sub(r"\{.*?\}", "x", path)) for path, methods in found for method in methods.strip().split(", ")]
+    return [
+        (method, re.sub(r"\{.*?\}", "x", path))
+        for path, methods in found
+        for method in methods.strip().split(", ")
+    ]
 
 
 def test_every_route_asks_for_the_key(server: Live):
     found = routes(server)
-    assert {("POST", "/invocations"), ("POST", "/adapters"), ("DELETE", "/adapters/x"), ("POST", "/v1/completions")} <= set(found)
+    assert {
+        ("POST", "/invocations"),
+        ("POST", "/adapters"),
+        ("DELETE", "/adapters/x"),
+        ("POST", "/v1/completions"),
+    } <= set(found)
     assert set(found) >= ROUTES and len(found) > 30
     url = server.server.url
     for method, path in [*found, *DEVELOPER]:
@@ -81,7 +103,8 @@ def test_the_key_is_on_no_command_line_and_in_no_environment(server: Live):
 
 
 def test_a_hostile_generation_config_changes_nothing(server: Live):
-    """Sampled log-probs are those of the plain softmax, and token 40, which that file calls an end, ends no reply."""
+    """Sampled log-probs are those of the plain softmax, and token 40, which that file calls an end,
+    ends no reply."""
 
     async def work(engine: VLLMEngine) -> None:
         replies = await engine.generate(PROMPT, BASE, Sampling(max_tokens=200, seed=1), n=16)
@@ -95,7 +118,9 @@ def test_a_hostile_generation_config_changes_nothing(server: Live):
 
 
 def test_a_reply_ends_with_the_token_that_ended_it(server: Live):
-    replies = play(server, lambda engine: engine.generate(PROMPT, BASE, Sampling(max_tokens=300, seed=2), n=16))
+    replies = play(
+        server, lambda engine: engine.generate(PROMPT, BASE, Sampling(max_tokens=300, seed=2), n=16)
+    )
     assert {reply.finish_reason for reply in replies} == {"stop", "length"}
     for reply in replies:
         assert (reply.finish_reason == "stop") == (reply.token_ids[-1] == 1)
@@ -105,21 +130,43 @@ def test_a_reply_ends_with_the_token_that_ended_it(server: Live):
 
 
 def test_a_stop_string_is_kept(server: Live):
-    [free] = play(server, lambda engine: engine.generate(PROMPT, BASE, Sampling(max_tokens=60, seed=4)))
-    word = next(char for char in free.text[8:] if char.isascii() and char.isalnum() and char not in free.text[:4])
-    [cut] = play(server, lambda engine: engine.generate(PROMPT, BASE, Sampling(max_tokens=60, seed=4, stop=(word,))))
+    [free] = play(
+        server, lambda engine: engine.generate(PROMPT, BASE, Sampling(max_tokens=60, seed=4))
+    )
+    word = next(
+        char
+        for char in free.text[8:]
+        if char.isascii() and char.isalnum() and char not in free.text[:4]
+    )
+    [cut] = play(
+        server,
+        lambda engine: engine.generate(PROMPT, BASE, Sampling(max_tokens=60, seed=4, stop=(word,))),
+    )
     assert cut.finish_reason == "stop" and cut.text.endswith(word)
-    assert cut.token_ids == free.token_ids[: len(cut.token_ids)] and len(cut.token_ids) < len(free.token_ids)
+    assert cut.token_ids == free.token_ids[: len(cut.token_ids)] and len(cut.token_ids) < len(
+        free.token_ids
+    )
 
 
 def test_a_reply_is_held_to_a_grammar_or_biased(server: Live):
-    schema = {"type": "object", "properties": {"sum": {"type": "integer", "maximum": 9, "minimum": 1}}, "required": ["sum"]}
-    held = Sampling(max_tokens=200, seed=1, grammar=json.dumps({"json": {**schema, "additionalProperties": False}}))
+    schema = {
+        "type": "object",
+        "properties": {"sum": {"type": "integer", "maximum": 9, "minimum": 1}},
+        "required": ["sum"],
+    }
+    held = Sampling(
+        max_tokens=200,
+        seed=1,
+        grammar=json.dumps({"json": {**schema, "additionalProperties": False}}),
+    )
     chosen = Sampling(max_tokens=20, seed=2, grammar=json.dumps({"choice": ["yes", "no"]}))
     biased = Sampling(max_tokens=5, seed=3, logit_bias={"40": 100.0})
 
     async def work(engine: VLLMEngine) -> Any:
-        return [(await engine.generate(PROMPT, BASE, sampling))[0] for sampling in (held, chosen, biased)]
+        return [
+            (await engine.generate(PROMPT, BASE, sampling))[0]
+            for sampling in (held, chosen, biased)
+        ]
 
     structured, choice, same = play(server, work)
     if structured.finish_reason == "stop":  # a random model may go on with white space
@@ -137,7 +184,9 @@ def test_seeds_reproduce_alone_and_together(server: Live):
         return [await engine.generate(ids, BASE, sampling) for ids, sampling in draws[:8]]
 
     async def together(engine: VLLMEngine) -> Any:
-        return await asyncio.gather(*(engine.generate(ids, BASE, sampling) for ids, sampling in draws))
+        return await asyncio.gather(
+            *(engine.generate(ids, BASE, sampling) for ids, sampling in draws)
+        )
 
     first, second, third = play(server, alone), play(server, together), play(server, together)
     tokens = [[reply.token_ids for reply in replies] for replies in second]
@@ -147,11 +196,17 @@ def test_seeds_reproduce_alone_and_together(server: Live):
 
 
 def test_more_prompt_tokens_than_one_step_reads(server: Live):
-    """25 thousand tokens at once, with seeds: vLLM on a CPU dies of a seeded prompt that it reads in two parts."""
-    draws = [([3 + (k + j * j) % 250 for j in range(400)], Sampling(max_tokens=4, seed=k)) for k in range(64)]
+    """25 thousand tokens at once, with seeds: vLLM on a CPU dies of a seeded prompt that it reads
+    in two parts."""
+    draws = [
+        ([3 + (k + j * j) % 250 for j in range(400)], Sampling(max_tokens=4, seed=k))
+        for k in range(64)
+    ]
 
     async def work(engine: VLLMEngine) -> None:
-        together = await asyncio.gather(*(engine.generate(ids, BASE, sampling) for ids, sampling in draws))
+        together = await asyncio.gather(
+            *(engine.generate(ids, BASE, sampling) for ids, sampling in draws)
+        )
         for k in (0, 31, 63):
             [alone] = await engine.generate(draws[k][0], BASE, draws[k][1])
             assert together[k][0].token_ids == alone.token_ids
@@ -162,10 +217,15 @@ def test_more_prompt_tokens_than_one_step_reads(server: Live):
 def test_siblings_draw_with_the_next_seeds(server: Live):
     async def work(engine: VLLMEngine) -> None:
         together = await engine.generate(PROMPT, BASE, DRAW, n=3)
-        apart = [(await engine.generate(PROMPT, BASE, Sampling(max_tokens=16, seed=11 + k)))[0] for k in range(3)]
+        apart = [
+            (await engine.generate(PROMPT, BASE, Sampling(max_tokens=16, seed=11 + k)))[0]
+            for k in range(3)
+        ]
         assert [reply.token_ids for reply in together] == [reply.token_ids for reply in apart]
         assert len({reply.token_ids for reply in together}) == 3
-        greedy = await engine.generate(PROMPT, BASE, Sampling(temperature=0.0, max_tokens=5, seed=1), n=2)
+        greedy = await engine.generate(
+            PROMPT, BASE, Sampling(temperature=0.0, max_tokens=5, seed=1), n=2
+        )
         assert greedy[0] == greedy[1]
 
     play(server, work)
@@ -175,11 +235,18 @@ def test_sampled_logprobs_are_those_at_the_temperature_of_the_draw(server: Live)
     import torch
     from transformers import AutoModelForCausalLM
 
-    [reply] = play(server, lambda engine: engine.generate(PROMPT, BASE, Sampling(temperature=0.6, max_tokens=16, seed=5)))
+    [reply] = play(
+        server,
+        lambda engine: engine.generate(
+            PROMPT, BASE, Sampling(temperature=0.6, max_tokens=16, seed=5)
+        ),
+    )
     model = AutoModelForCausalLM.from_pretrained(server.model)
     with torch.no_grad():
         logits = model(torch.tensor([[*PROMPT, *reply.token_ids]])).logits[0, len(PROMPT) - 1 : -1]
-    expected = torch.log_softmax(logits / 0.6, -1).gather(1, torch.tensor(reply.token_ids)[:, None])[:, 0]
+    expected = torch.log_softmax(logits / 0.6, -1).gather(
+        1, torch.tensor(reply.token_ids)[:, None]
+    )[:, 0]
     assert list(reply.logprobs) == pytest.approx(expected.tolist(), abs=1e-3)
 
 
@@ -197,20 +264,27 @@ def peft_scores(live: Live, folder: Path | None, ids: list[int]) -> list[float]:
 
 def test_each_policy_is_served_with_its_own_adapter(server: Live):
     """Two adapters and the base, asked for at once: each has the log-probs PEFT gives it."""
-    folders = {"solver": server.adapter("solver-v1-live", 1), "critic": server.adapter("critic-v1-live", 2)}
+    folders = {
+        "solver": server.adapter("solver-v1-live", 1),
+        "critic": server.adapter("critic-v1-live", 2),
+    }
 
     async def work(engine: VLLMEngine) -> Any:
         version = await engine.publish(folders)
         assert version == {"solver": "solver-v1-live", "critic": "critic-v1-live"}
         listed = await engine.adapters(server.server.name)
-        assert {name: listed[name] for name in version.values()} == {folder.name: str(folder) for folder in folders.values()}
+        assert {name: listed[name] for name in version.values()} == {
+            folder.name: str(folder) for folder in folders.values()
+        }
         refs = [BASE, *(ModelRef(policy, name) for policy, name in version.items())]
         scores = await asyncio.gather(*(engine.score(PROMPT, ref) for ref in refs))
         replies = await asyncio.gather(*(engine.generate(PROMPT, ref, DRAW) for ref in refs))
         for ref, [reply] in zip(refs, replies, strict=True):
             assert (reply.policy, reply.version) == ref
             seen = (await engine.score([*PROMPT, *reply.token_ids], ref))[len(PROMPT) - 1 :]
-            assert seen == pytest.approx(reply.logprobs, abs=1e-3)  # the prompt just served, so its cache is hit
+            assert seen == pytest.approx(
+                reply.logprobs, abs=1e-3
+            )  # the prompt just served, so its cache is hit
         return scores
 
     base, solver, critic = play(server, work)
@@ -254,8 +328,11 @@ def test_more_versions_than_slots_go_through(server: Live):
 
 
 def test_the_base_stays_the_base_beside_adapters_in_every_slot(server: Live):
-    """vLLM 0.32 on a CPU gives base requests the adapter of the last slot; our workers' LoRA does not."""
-    folders = [server.adapter(f"solver-v{k}-slots", 40 + k) for k in range(6)]  # the server has five slots
+    """vLLM 0.32 on a CPU gives base requests the adapter of the last slot; our workers' LoRA does
+    not."""
+    folders = [
+        server.adapter(f"solver-v{k}-slots", 40 + k) for k in range(6)
+    ]  # the server has five slots
 
     async def work(engine: VLLMEngine) -> Any:
         refs = []
@@ -263,7 +340,9 @@ def test_the_base_stays_the_base_beside_adapters_in_every_slot(server: Live):
             await engine.publish({"solver": folder})
             refs.append(ModelRef("solver", folder.name))
         await asyncio.gather(*(engine.generate(PROMPT, ref, DRAW) for ref in refs))
-        together = await asyncio.gather(*(engine.generate(PROMPT, ref, DRAW) for ref in [BASE, refs[0], BASE, refs[1]]))
+        together = await asyncio.gather(
+            *(engine.generate(PROMPT, ref, DRAW) for ref in [BASE, refs[0], BASE, refs[1]])
+        )
         return together, await engine.generate(PROMPT, BASE, DRAW)
 
     together, [alone] = play(server, work)
@@ -278,7 +357,10 @@ def test_the_context_is_used_to_its_end(server: Live):
 
     async def work(engine: VLLMEngine) -> None:
         assert engine.info().context == CONTEXT
-        assert len((await engine.generate(long, BASE, Sampling(max_tokens=4, seed=0)))[0].token_ids) == 4
+        assert (
+            len((await engine.generate(long, BASE, Sampling(max_tokens=4, seed=0)))[0].token_ids)
+            == 4
+        )
         assert len(await engine.score([3] * (CONTEXT - 1), BASE)) == CONTEXT - 2
         with pytest.raises(PromptTooLong):
             await engine.generate(long, BASE, Sampling(max_tokens=5, seed=0))
@@ -305,20 +387,30 @@ def engine_processes(server: VLLMServer) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_dead_engine_is_started_again_and_then_named_with_the_end_of_its_log(server: Live, tmp_path: Path):
-    """Killed while it serves: the requests get what they would have got. Killed once more: the run stops and shows the log."""
+def test_a_dead_engine_is_started_again_and_then_named_with_the_end_of_its_log(
+    server: Live, tmp_path: Path
+):
+    """Killed while it serves: the requests get what they would have got. Killed once more: the run
+    stops and shows the log."""
     folder = server.adapter("solver-v1-death", 7)
-    ref, draws = ModelRef("solver", folder.name), [Sampling(max_tokens=300, seed=k) for k in range(8)]
+    ref, draws = (
+        ModelRef("solver", folder.name),
+        [Sampling(max_tokens=300, seed=k) for k in range(8)],
+    )
 
     async def publish_and_ask(engine: VLLMEngine) -> Any:
         await engine.publish({"solver": folder})
         return await asyncio.gather(*(engine.generate(PROMPT, ref, draw) for draw in draws))
 
     expected = play(server, publish_and_ask)
-    second = VLLMServer(settings_for(server.model, tmp_path, max_restarts=1, label="second")).start()
+    second = VLLMServer(
+        settings_for(server.model, tmp_path, max_restarts=1, label="second")
+    ).start()
     pids = engine_processes(second)
     assert pids
-    engine = VLLMEngine([second], server.tokens, adapter_root=server.root, patience=RetryPolicy(stall=30.0))
+    engine = VLLMEngine(
+        [second], server.tokens, adapter_root=server.root, patience=RetryPolicy(stall=30.0)
+    )
 
     async def run() -> None:
         await engine.publish({"solver": folder})
@@ -329,7 +421,10 @@ def test_a_dead_engine_is_started_again_and_then_named_with_the_end_of_its_log(s
         assert [reply.token_ids for [reply] in replies] == [reply.token_ids for [reply] in expected]
         assert await engine.adapters("second-0") == {folder.name: str(folder)}
         os.kill(engine_processes(second)[-1], signal.SIGKILL)
-        with pytest.raises(EngineError, match=r"second-0 .* is dead(.|\n)*End of .*second-0\.log(.|\n)*EngineDeadError"):
+        with pytest.raises(
+            EngineError,
+            match=r"second-0 .* is dead(.|\n)*End of .*second-0\.log(.|\n)*EngineDeadError",
+        ):
             await engine.generate(PROMPT, ref, DRAW)
 
     try:

@@ -1,4 +1,5 @@
-"""Several servers: what gets lost, who goes on, and with what a lost one comes back. Servers without a model."""
+"""Several servers: what gets lost, who goes on, and with what a lost one comes back. Servers
+without a model."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from marlora.rollouts.engines.vllm.replicas import HASTE, hasty
 from marlora.rollouts.engines.vllm.server import VLLMServer
 from marlora.rollouts.engines.vllm.server_args import ServerSettings
-from tests.rollouts.engines.vllm.test_engine import (BASE, DRAW, KEY, QUICK, adapter, engine_on, play)
+from tests.rollouts.engines.vllm.test_engine import BASE, DRAW, KEY, QUICK, adapter, engine_on, play
 from tests.rollouts.engines.vllm.test_server import fake_program, group_of, model
 from tests.rollouts.fake_vllm import FakeVLLM, Tokens, sampled
 
@@ -39,16 +40,24 @@ async def until(done: Callable[[], bool], engine: VLLMEngine) -> None:
 async def many(engine: VLLMEngine, ref: ModelRef = BASE) -> None:
     replies = await asyncio.gather(*(engine.generate([2, k], ref, DRAW) for k in range(16)))
     name = ref.version or "served-base"
-    assert [reply.token_ids for [reply] in replies] == [tuple(sampled(name, [2, k], 100, 6)) for k in range(16)]
+    assert [reply.token_ids for [reply] in replies] == [
+        tuple(sampled(name, [2, k], 100, 6)) for k in range(16)
+    ]
 
 
-def test_the_others_answer_for_a_lost_server_which_comes_back_with_the_right_adapters(tmp_path: Path) -> None:
-    folders = {name: adapter(tmp_path, name) for name in ("solver-v1-aa", "solver-v2-bb", "critic-v1-cc")}
+def test_the_others_answer_for_a_lost_server_which_comes_back_with_the_right_adapters(
+    tmp_path: Path,
+) -> None:
+    folders = {
+        name: adapter(tmp_path, name) for name in ("solver-v1-aa", "solver-v2-bb", "critic-v1-cc")
+    }
     with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two:
         port = int(two.url.rsplit(":", 1)[1])
 
         async def work(engine: VLLMEngine) -> None:
-            await engine.publish({"solver": folders["solver-v1-aa"], "critic": folders["critic-v1-cc"]})
+            await engine.publish(
+                {"solver": folders["solver-v1-aa"], "critic": folders["critic-v1-cc"]}
+            )
             await many(engine)
             assert one.completions() and two.completions()
             two.stop()
@@ -60,7 +69,9 @@ def test_the_others_answer_for_a_lost_server_which_comes_back_with_the_right_ada
             await engine.publish({"solver": folders["solver-v2-bb"]})
             await engine.retire(ModelRef("solver", "solver-v1-aa"))
             with FakeVLLM(key=KEY, port=port) as again:
-                again.loaded["solver-v1-aa"] = str(folders["solver-v1-aa"])  # as after a broken network: nobody told it
+                again.loaded["solver-v1-aa"] = str(
+                    folders["solver-v1-aa"]
+                )  # as after a broken network: nobody told it
                 again.loaded["critic-v1-cc"] = "/elsewhere"
                 await until(lambda: len(engine.info().replicas) == 2, engine)
                 wanted = {name: str(folders[name]) for name in ("solver-v2-bb", "critic-v1-cc")}
@@ -98,12 +109,17 @@ def test_errors_of_one_server_are_answered_by_another() -> None:
 
 def test_when_all_are_gone_the_error_names_each() -> None:
     with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two:
-        patience = RetryPolicy(retries=1, backoff=0.01, longest=0.02, stall=0.3, probe=0.2, gone=0.1)
+        patience = RetryPolicy(
+            retries=1, backoff=0.01, longest=0.02, stall=0.3, probe=0.2, gone=0.1
+        )
 
         async def work(engine: VLLMEngine) -> None:
             one.stop()
             two.stop()
-            with pytest.raises(EngineError, match=rf"all 2 servers are gone \(.*{one.url}.*{two.url}|{two.url}.*{one.url}"):
+            with pytest.raises(
+                EngineError,
+                match=rf"all 2 servers are gone \(.*{one.url}.*{two.url}|{two.url}.*{one.url}",
+            ):
                 await engine.generate([2, 3], BASE, DRAW)
 
         play(engine_on(one, two, patience=patience), work)
@@ -111,7 +127,9 @@ def test_when_all_are_gone_the_error_names_each() -> None:
 
 def test_a_version_cannot_be_published_to_nobody(tmp_path: Path) -> None:
     with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two:
-        patience = RetryPolicy(retries=1, backoff=0.01, longest=0.02, stall=0.3, probe=0.2, gone=0.1)
+        patience = RetryPolicy(
+            retries=1, backoff=0.01, longest=0.02, stall=0.3, probe=0.2, gone=0.1
+        )
 
         async def work(engine: VLLMEngine) -> None:
             one.stop()
@@ -122,23 +140,41 @@ def test_a_version_cannot_be_published_to_nobody(tmp_path: Path) -> None:
         play(engine_on(one, two, root=tmp_path, patience=patience), work)
 
 
-def servers(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, restarts: int) -> list[VLLMServer]:
+def servers(
+    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, restarts: int
+) -> list[VLLMServer]:
     """Two of ours, of which a program that only pretends plays vLLM."""
     made: list[VLLMServer] = []
     monkeypatch.setattr(vllm_server, "vllm_version", lambda: ("0.0", True))
     for index in range(2):
         settings = ServerSettings(
-            str(model), folder, policies=[PolicySpec("solver")], max_restarts=restarts, label="vllm", devices=("", "")
+            str(model),
+            folder,
+            policies=[PolicySpec("solver")],
+            max_restarts=restarts,
+            label="vllm",
+            devices=("", ""),
         )
         server = VLLMServer(settings, index, progress=lambda line: None)
-        monkeypatch.setattr(vllm_server, "command", lambda s, port, cpu, own=server: fake_program(port, own.key_file))
+        monkeypatch.setattr(
+            vllm_server,
+            "command",
+            lambda s, port, cpu, own=server: fake_program(port, own.key_file),
+        )
         made.append(server.start())
     return made
 
 
-def test_one_of_ours_is_started_again_behind_the_others_back(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_ours_is_started_again_behind_the_others_back(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, two = servers(model, tmp_path, monkeypatch, restarts=1)
-    engine = VLLMEngine([one, two], Tokens(), adapter_root=tmp_path / "versions", patience=RetryPolicy(backoff=0.05, stall=1.0))
+    engine = VLLMEngine(
+        [one, two],
+        Tokens(),
+        adapter_root=tmp_path / "versions",
+        patience=RetryPolicy(backoff=0.05, stall=1.0),
+    )
     folder = adapter(tmp_path / "versions", "solver-v1-aa")
 
     async def work(engine: VLLMEngine) -> None:
@@ -147,7 +183,9 @@ def test_one_of_ours_is_started_again_behind_the_others_back(model: Path, tmp_pa
         for restart in (1, 2):
             os.kill(group_of(two)[0], signal.SIGKILL)
             await many(engine, ref)
-            if restart == 1:  # the last of the servers that was made is the one that `command` starts again
+            if (
+                restart == 1
+            ):  # the last of the servers that was made is the one that `command` starts again
                 await until(lambda: len(engine.info().replicas) == 2, engine)
                 assert await engine.adapters(two.name) == {"solver-v1-aa": str(folder)}
         await until(lambda: "started again 1 times" in engine.fleet.lost.get(two.name, ""), engine)
@@ -164,14 +202,23 @@ def test_with_others_to_ask_patience_is_short() -> None:
     assert waiting <= 30 and HASTE["stall"] + HASTE["probe"] <= 30
 
 
-def test_what_an_earlier_process_left_loaded_is_unloaded_and_other_peoples_adapters_stay(tmp_path: Path) -> None:
-    mine, old, foreign = adapter(tmp_path, "solver-v3-cc"), str(tmp_path / "solver-v1-aa"), "/elsewhere/solver-v1-aa"
+def test_what_an_earlier_process_left_loaded_is_unloaded_and_other_peoples_adapters_stay(
+    tmp_path: Path,
+) -> None:
+    mine, old, foreign = (
+        adapter(tmp_path, "solver-v3-cc"),
+        str(tmp_path / "solver-v1-aa"),
+        "/elsewhere/solver-v1-aa",
+    )
     with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two:
 
         async def work(engine: VLLMEngine) -> None:
             await engine.publish({"solver": mine})
             one.loaded["solver-v1-aa"], two.loaded["theirs"] = old, foreign
             await engine.fleet.forget(tmp_path)
-            assert one.loaded == {"solver-v3-cc": str(mine)} and two.loaded == {"solver-v3-cc": str(mine), "theirs": foreign}
+            assert one.loaded == {"solver-v3-cc": str(mine)} and two.loaded == {
+                "solver-v3-cc": str(mine),
+                "theirs": foreign,
+            }
 
         play(engine_on(one, two, root=tmp_path), work)

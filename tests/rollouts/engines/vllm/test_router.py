@@ -1,4 +1,5 @@
-"""A router before several servers: it is asked to generate, they themselves to load and to prove. Servers without a model."""
+"""A router before several servers: it is asked to generate, they themselves to load and to prove.
+Servers without a model."""
 
 from __future__ import annotations
 
@@ -65,20 +66,39 @@ class FakeRouter:
     async def _pass_on(self, request: web.Request) -> web.Response:
         session = request.headers.get(SESSION)
         server = self.urls[sum((session or "").encode()) % len(self.urls)]
-        if request.path != "/metrics":  # which the client's watch asks for when replies are slow to come
+        if (
+            request.path != "/metrics"
+        ):  # which the client's watch asks for when replies are slow to come
             self.seen.append((request.path, session, server))
-        headers = {"Authorization": request.headers.get("Authorization", ""), "Content-Type": "application/json"}
+        headers = {
+            "Authorization": request.headers.get("Authorization", ""),
+            "Content-Type": "application/json",
+        }
         async with self._session.request(
             request.method, server + request.path, data=await request.read(), headers=headers
         ) as reply:
-            return web.Response(status=reply.status, body=await reply.read(), content_type=reply.content_type)
+            return web.Response(
+                status=reply.status, body=await reply.read(), content_type=reply.content_type
+            )
 
 
-def play(root: Path, router: str, servers: list[FakeVLLM], work: Callable[[VLLMEngine], Awaitable[None]], **more: Any) -> None:
+def play(
+    root: Path,
+    router: str,
+    servers: list[FakeVLLM],
+    work: Callable[[VLLMEngine], Awaitable[None]],
+    **more: Any,
+) -> None:
     async def run() -> None:
         engine = VLLMEngine(
-            [s.url for s in servers], Tokens(), adapter_root=root, key=KEY, patience=QUICK, router=router, **more
-        )  # fmt: skip
+            [s.url for s in servers],
+            Tokens(),
+            adapter_root=root,
+            key=KEY,
+            patience=QUICK,
+            router=router,
+            **more,
+        )
         try:
             await work(engine)
         finally:
@@ -93,8 +113,13 @@ def play(root: Path, router: str, servers: list[FakeVLLM], work: Callable[[VLLME
 def test_a_chat_has_the_id_of_its_first_prompt() -> None:
     routes, again = Routes(), Routes()
     first = routes.chat("solver", FIRST)
-    assert first == again.chat("solver", FIRST) and first.startswith("solver-"), "in every process the same"
-    assert routes.chat("solver", [*FIRST, 9, 9]) == first and routes.chat("solver", [*FIRST, 9, 9, 1, 7]) == first
+    assert first == again.chat("solver", FIRST) and first.startswith("solver-"), (
+        "in every process the same"
+    )
+    assert (
+        routes.chat("solver", [*FIRST, 9, 9]) == first
+        and routes.chat("solver", [*FIRST, 9, 9, 1, 7]) == first
+    )
     assert routes.chat("solver", [*FIRST, 8, 8]) == first, "another chat that began alike"
     assert routes.chat("critic", FIRST) != first and routes.chat("solver", [3, *FIRST]) != first
 
@@ -114,10 +139,17 @@ def test_generation_goes_through_the_router_and_adapters_to_every_server(tmp_pat
             for k in range(12):
                 for prompt in chats[k]:
                     (reply,) = await engine.generate(prompt, ref, DRAW)
-                    assert reply.token_ids == tuple(sampled("solver-v1-aa", prompt, 100, 6)) and reply.version == "solver-v1-aa"
-            assert {path for path, *_ in router.seen} == {"/v1/completions"} and len(router.seen) == 24
+                    assert (
+                        reply.token_ids == tuple(sampled("solver-v1-aa", prompt, 100, 6))
+                        and reply.version == "solver-v1-aa"
+                    )
+            assert {path for path, *_ in router.seen} == {"/v1/completions"} and len(
+                router.seen
+            ) == 24
             sessions = [session for _, session, _ in router.seen]
-            assert sessions[::2] == sessions[1::2] and len(set(sessions)) == 12, "both prompts of a chat, and no other's"
+            assert sessions[::2] == sessions[1::2] and len(set(sessions)) == 12, (
+                "both prompts of a chat, and no other's"
+            )
             assert {server for *_, server in router.seen} == {one.url, two.url}
             # A server that is named is asked itself, and so is whoever scores.
             before = len(router.seen)
@@ -133,7 +165,9 @@ def test_generation_goes_through_the_router_and_adapters_to_every_server(tmp_pat
         play(tmp_path, router.url, [one, two], work)
 
 
-def test_a_server_that_was_started_again_behind_the_router_gets_its_adapters_again(tmp_path: Path) -> None:
+def test_a_server_that_was_started_again_behind_the_router_gets_its_adapters_again(
+    tmp_path: Path,
+) -> None:
     folder = adapter(tmp_path, "solver-v1-aa")
     with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two, FakeRouter(one.url, two.url) as router:
 
@@ -141,15 +175,22 @@ def test_a_server_that_was_started_again_behind_the_router_gets_its_adapters_aga
             await engine.publish({"solver": folder})
             two.loaded.clear()
             replies = await asyncio.gather(
-                *(engine.generate([2, k], ModelRef("solver", "solver-v1-aa"), DRAW) for k in range(8))
-            )  # fmt: skip
-            assert [r.token_ids for (r,) in replies] == [tuple(sampled("solver-v1-aa", [2, k], 100, 6)) for k in range(8)]
+                *(
+                    engine.generate([2, k], ModelRef("solver", "solver-v1-aa"), DRAW)
+                    for k in range(8)
+                )
+            )
+            assert [r.token_ids for (r,) in replies] == [
+                tuple(sampled("solver-v1-aa", [2, k], 100, 6)) for k in range(8)
+            ]
             assert two.loaded == {"solver-v1-aa": str(folder)} and engine.fleet.lost == {}
 
         play(tmp_path, router.url, [one, two], work)
 
 
-def test_a_version_is_retired_when_no_request_is_on_its_way_through_the_router(tmp_path: Path) -> None:
+def test_a_version_is_retired_when_no_request_is_on_its_way_through_the_router(
+    tmp_path: Path,
+) -> None:
     folder = adapter(tmp_path, "solver-v1-aa")
     with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two, FakeRouter(one.url, two.url) as router:
 
@@ -178,7 +219,9 @@ def test_what_a_router_cannot_do_is_refused(tmp_path: Path) -> None:
     with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two:
         engine = VLLMEngine([one.url, two.url], Tokens(), adapter_root=tmp_path, key=KEY)
         next(iter(engine.replicas.values())).key = "another key of the same length"
-        with pytest.raises(SettingError, match="a router sends one key to all servers, but they have 2"):
+        with pytest.raises(
+            SettingError, match="a router sends one key to all servers, but they have 2"
+        ):
             engine._routed_by("http://127.0.0.1:30000", QUICK)
 
 
@@ -195,8 +238,21 @@ def free_port() -> int:
 def vllm_router(log: Path, *urls: str) -> Iterator[str]:
     """As users start it: by its command, chats kept together by their id."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("vllm-router")), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--policy", "consistent_hash", "--prometheus-port", str(free_port()), "--worker-urls", *urls]
+    command = [
+        str(Path(sys.executable).with_name("vllm-router")),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    command += [
+        "--policy",
+        "consistent_hash",
+        "--prometheus-port",
+        str(free_port()),
+        "--worker-urls",
+        *urls,
+    ]
     process = subprocess.Popen(command, stdout=log.open("wb"), stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -220,10 +276,24 @@ def vllm_router(log: Path, *urls: str) -> Iterator[str]:
 def test_vllm_router_hands_on_all_that_is_asked_and_keeps_chats_together(tmp_path: Path) -> None:
     folder = adapter(tmp_path, "solver-v1-aa")
     every = Sampling(
-        temperature=0.7, top_p=0.9, top_k=3, min_p=0.1, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.3,
-        max_tokens=6, stop=("x",), seed=2**61 + 5, grammar=json.dumps({"regex": "a+"}), logit_bias={"5": -100.0},
-    )  # fmt: skip
-    with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two, vllm_router(tmp_path / "log", one.url, two.url) as router:
+        temperature=0.7,
+        top_p=0.9,
+        top_k=3,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        frequency_penalty=0.3,
+        max_tokens=6,
+        stop=("x",),
+        seed=2**61 + 5,
+        grammar=json.dumps({"regex": "a+"}),
+        logit_bias={"5": -100.0},
+    )
+    with (
+        FakeVLLM(key=KEY) as one,
+        FakeVLLM(key=KEY) as two,
+        vllm_router(tmp_path / "log", one.url, two.url) as router,
+    ):
 
         async def work(engine: VLLMEngine) -> None:
             await engine.publish({"solver": folder})
@@ -231,19 +301,31 @@ def test_vllm_router_hands_on_all_that_is_asked_and_keeps_chats_together(tmp_pat
             await engine.generate(FIRST, ModelRef("solver", "solver-v1-aa"), every, n=2)
             (body,) = [*one.completions(), *two.completions()]
             sent = request_body(FIRST, "solver-v1-aa", every, 2, (EOS,))
-            assert {name: body.get(name) for name in sent} == sent, "no field is lost or changed on the way"
+            assert {name: body.get(name) for name in sent} == sent, (
+                "no field is lost or changed on the way"
+            )
             assert set(body) - set(sent) == {"echo", "no_stop_trim", "return_hidden_states"}
             places: dict[int, set[str]] = {}
             for k in range(16):
                 for prompt in ([2, 10 + k], [2, 10 + k, 5, EOS, 7]):
-                    (reply,) = await engine.generate(prompt, ModelRef("solver", "solver-v1-aa"), DRAW)
+                    (reply,) = await engine.generate(
+                        prompt, ModelRef("solver", "solver-v1-aa"), DRAW
+                    )
                     assert reply.token_ids == tuple(sampled("solver-v1-aa", prompt, 100, 6))
-                    here = [s.url for s in (one, two) if s.completions()[-1:] and s.completions()[-1]["prompt"] == prompt]
+                    here = [
+                        s.url
+                        for s in (one, two)
+                        if s.completions()[-1:] and s.completions()[-1]["prompt"] == prompt
+                    ]
                     places.setdefault(k, set()).update(here)
-            assert all(len(found) == 1 for found in places.values()), "both prompts of a chat went to one server"
+            assert all(len(found) == 1 for found in places.values()), (
+                "both prompts of a chat went to one server"
+            )
             assert set.union(*places.values()) == {one.url, two.url}
             two.stop()
             replies = await asyncio.gather(*(engine.generate([2, k], BASE, DRAW) for k in range(8)))
-            assert [r.token_ids for (r,) in replies] == [tuple(sampled("served-base", [2, k], 100, 6)) for k in range(8)]
+            assert [r.token_ids for (r,) in replies] == [
+                tuple(sampled("served-base", [2, k], 100, 6)) for k in range(8)
+            ]
 
         play(tmp_path, router, [one, two], work)

@@ -1,4 +1,5 @@
-"""Starting, restarting and ending servers: the command line, and processes that only pretend to be vLLM."""
+"""Starting, restarting and ending servers: the command line, and processes that only pretend to be
+vLLM."""
 
 from __future__ import annotations
 
@@ -22,13 +23,25 @@ from marlora.rollouts.engines.vllm import server_args
 from marlora.rollouts.engines.vllm.client import RetryPolicy
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from marlora.rollouts.engines.vllm.server import VLLMServer, start_servers
-from marlora.rollouts.engines.vllm.server_args import (ServerSettings, check_engine_args, command, context, environment, lora_sizes, to_flags)
+from marlora.rollouts.engines.vllm.server_args import (
+    ServerSettings,
+    check_engine_args,
+    command,
+    context,
+    environment,
+    lora_sizes,
+    to_flags,
+)
 from tests.repository import ROOT
 from tests.rollouts.engines.vllm.test_engine import adapter
 from tests.rollouts.fake_vllm import Tokens, sampled
 
 FAKE = ROOT / "tests/rollouts/fake_vllm.py"
-TEAM = [PolicySpec("solver", adapter=AdapterSpec(r=4)), PolicySpec("critic", adapter=AdapterSpec(r=12)), PolicySpec("base")]
+TEAM = [
+    PolicySpec("solver", adapter=AdapterSpec(r=4)),
+    PolicySpec("critic", adapter=AdapterSpec(r=12)),
+    PolicySpec("base"),
+]
 OUTSIDE = PolicySpec("judge", base="gpt", url="http://elsewhere", adapter=AdapterSpec(r=4096))
 
 
@@ -36,7 +49,9 @@ OUTSIDE = PolicySpec("judge", base="gpt", url="http://elsewhere", adapter=Adapte
 def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 8192, "dtype": "float32"}))
+    (folder / "config.json").write_text(
+        json.dumps({"max_position_embeddings": 8192, "dtype": "float32"})
+    )
     return folder
 
 
@@ -46,7 +61,11 @@ def model(tmp_path: Path) -> Path:
 def test_slots_for_two_policies():
     sizes = lora_sizes([*TEAM, OUTSIDE], staleness=1)
     assert sizes is not None
-    assert (sizes.max_rank, sizes.max_loras, sizes.max_cpu_loras) == (16, 5, 7)  # 2 x (1 + 1) + 1, 2 x (1 + 2) + 1; 12 -> 16
+    assert (sizes.max_rank, sizes.max_loras, sizes.max_cpu_loras) == (
+        16,
+        5,
+        7,
+    )  # 2 x (1 + 1) + 1, 2 x (1 + 2) + 1; 12 -> 16
     assert sizes.targets == ("k_proj", "o_proj", "q_proj", "v_proj")
     assert lora_sizes([PolicySpec("base"), OUTSIDE]) is None
     with pytest.raises(SettingError, match=r"policies\.big\.adapter\.r.*512, got 600"):
@@ -54,7 +73,11 @@ def test_slots_for_two_policies():
 
 
 def test_command_line(model: Path, tmp_path: Path):
-    flags = command(ServerSettings(str(model), tmp_path, policies=TEAM, engine_args={"max_num_seqs": 64}), 8123, on_cpu=True)
+    flags = command(
+        ServerSettings(str(model), tmp_path, policies=TEAM, engine_args={"max_num_seqs": 64}),
+        8123,
+        on_cpu=True,
+    )
     for flag in (
         "--served-model-name=base",
         "--host=127.0.0.1",
@@ -92,16 +115,40 @@ def test_context_is_the_models_own_up_to_a_limit(model: Path, tmp_path: Path):
         context(ServerSettings(str(tmp_path), tmp_path))
 
 
-def test_environment_drops_other_keys_and_a_launchers_ranks(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("VLLM_API_KEY", "VLLM_SERVER_DEV_MODE", "RANK", "MASTER_PORT", "ACCELERATE_USE_CPU", "OMP_NUM_THREADS"):
+def test_environment_drops_other_keys_and_a_launchers_ranks(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in (
+        "VLLM_API_KEY",
+        "VLLM_SERVER_DEV_MODE",
+        "RANK",
+        "MASTER_PORT",
+        "ACCELERATE_USE_CPU",
+        "OMP_NUM_THREADS",
+    ):
         monkeypatch.setenv(name, "1")
-    env = environment(ServerSettings(str(model), tmp_path, memory=3.2), tmp_path / "key", on_cpu=True, devices="1")
-    assert not {"VLLM_API_KEY", "VLLM_SERVER_DEV_MODE", "RANK", "MASTER_PORT", "ACCELERATE_USE_CPU", "OMP_NUM_THREADS"} & set(env)
-    assert (env["HF_HUB_OFFLINE"], env["VLLM_CPU_KVCACHE_SPACE"], env["CUDA_VISIBLE_DEVICES"]) == ("1", "3", "1")
+    env = environment(
+        ServerSettings(str(model), tmp_path, memory=3.2), tmp_path / "key", on_cpu=True, devices="1"
+    )
+    assert not {
+        "VLLM_API_KEY",
+        "VLLM_SERVER_DEV_MODE",
+        "RANK",
+        "MASTER_PORT",
+        "ACCELERATE_USE_CPU",
+        "OMP_NUM_THREADS",
+    } & set(env)
+    assert (env["HF_HUB_OFFLINE"], env["VLLM_CPU_KVCACHE_SPACE"], env["CUDA_VISIBLE_DEVICES"]) == (
+        "1",
+        "3",
+        "1",
+    )
     assert env["MARLORA_KEY_FILE"] == str(tmp_path / "key") and env["VLLM_NO_USAGE_STATS"] == "1"
 
 
-@pytest.mark.parametrize("name", ["host", "api_key", "--api-key", "middleware", "generation_config", "max_lora_rank"])
+@pytest.mark.parametrize(
+    "name", ["host", "api_key", "--api-key", "middleware", "generation_config", "max_lora_rank"]
+)
 def test_arguments_the_engine_relies_on_cannot_be_overridden(name: str):
     with pytest.raises(SettingError, match=f"engine_args.{name}: marlora sets it"):
         check_engine_args({name: 1})
@@ -112,7 +159,8 @@ def test_arguments_the_engine_relies_on_cannot_be_overridden(name: str):
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Lets servers run another program in vLLM's place: `pretend(lambda port, key_file: [program, ...])`."""
+    """Lets servers run another program in vLLM's place: `pretend(lambda port, key_file: [program,
+    ...])`."""
 
     def use(program: Callable[[int, Path], list[str]]) -> None:
         def fake_command(settings: ServerSettings, port: int, on_cpu: bool) -> list[str]:
@@ -161,7 +209,9 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_start_and_stop_leave_no_process_and_no_key(model: Path, tmp_path: Path, pretend: Callable[..., None]):
+def test_start_and_stop_leave_no_process_and_no_key(
+    model: Path, tmp_path: Path, pretend: Callable[..., None]
+):
     pretend(fake_program)
     lines: list[str] = []
     server = VLLMServer(ServerSettings(str(model), tmp_path), progress=lines.append).start()
@@ -173,26 +223,37 @@ def test_start_and_stop_leave_no_process_and_no_key(model: Path, tmp_path: Path,
     assert gone(pid) and not server.alive and not server.key_file.exists()
 
 
-def test_a_server_that_dies_at_start_shows_the_end_of_its_log(model: Path, tmp_path: Path, pretend: Callable[..., None]):
+def test_a_server_that_dies_at_start_shows_the_end_of_its_log(
+    model: Path, tmp_path: Path, pretend: Callable[..., None]
+):
     pretend(python("import sys; [print(k) for k in range(100)]; sys.exit('out of memory')"))
-    with pytest.raises(EngineError, match=r"vllm-0 ended while it started(.|\n)*99\nout of memory") as caught:
+    with pytest.raises(
+        EngineError, match=r"vllm-0 ended while it started(.|\n)*99\nout of memory"
+    ) as caught:
         VLLMServer(ServerSettings(str(model), tmp_path), progress=quiet).start()
     assert "\n69\n" not in str(caught.value)  # thirty lines
 
 
-def test_a_server_that_never_comes_up_is_stopped(model: Path, tmp_path: Path, pretend: Callable[..., None]):
+def test_a_server_that_never_comes_up_is_stopped(
+    model: Path, tmp_path: Path, pretend: Callable[..., None]
+):
     pretend(python("import time; print('loading', flush=True); time.sleep(600)"))
     server = VLLMServer(ServerSettings(str(model), tmp_path, timeout=1.0), progress=quiet)
     server.launch()
     while not (pids := group_of(server)):
         time.sleep(0.01)
-    with pytest.raises(EngineError, match=r"did not come up \(server_timeout is 1 s\) and was stopped(.|\n)*loading"):
+    with pytest.raises(
+        EngineError,
+        match=r"did not come up \(server_timeout is 1 s\) and was stopped(.|\n)*loading",
+    ):
         while not server.ready():
             time.sleep(0.05)
     assert all(gone(pid) for pid in pids) and not server.alive
 
 
-def test_a_port_of_the_user_that_is_taken_is_a_setting_error(model: Path, tmp_path: Path, pretend: Callable[..., None]):
+def test_a_port_of_the_user_that_is_taken_is_a_setting_error(
+    model: Path, tmp_path: Path, pretend: Callable[..., None]
+):
     pretend(fake_program)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -202,7 +263,9 @@ def test_a_port_of_the_user_that_is_taken_is_a_setting_error(model: Path, tmp_pa
             VLLMServer(ServerSettings(str(model), tmp_path, port=port), progress=quiet).start()
 
 
-def test_a_free_port_that_somebody_takes_is_replaced(model: Path, tmp_path: Path, pretend: Callable[..., None]):
+def test_a_free_port_that_somebody_takes_is_replaced(
+    model: Path, tmp_path: Path, pretend: Callable[..., None]
+):
     ports: list[int] = []
 
     def program(port: int, key_file: Path) -> list[str]:
@@ -216,7 +279,9 @@ def test_a_free_port_that_somebody_takes_is_replaced(model: Path, tmp_path: Path
     server.stop()
 
 
-def test_one_replica_that_fails_stops_the_others(model: Path, tmp_path: Path, pretend: Callable[..., None]):
+def test_one_replica_that_fails_stops_the_others(
+    model: Path, tmp_path: Path, pretend: Callable[..., None]
+):
     calls: list[int] = []
 
     def program(port: int, key_file: Path) -> list[str]:
@@ -266,7 +331,9 @@ def test_no_server_outlives_its_keeper(model: Path, tmp_path: Path, pretend: Cal
     server.stop()
 
 
-def test_children_of_a_server_that_died_are_ended(model: Path, tmp_path: Path, pretend: Callable[..., None]):
+def test_children_of_a_server_that_died_are_ended(
+    model: Path, tmp_path: Path, pretend: Callable[..., None]
+):
     pretend(python("import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True)"))
     server = VLLMServer(ServerSettings(str(model), tmp_path), progress=quiet)
     with pytest.raises(EngineError):
@@ -285,18 +352,27 @@ def test_a_killed_server_comes_back_with_its_adapters_and_the_result_is_the_same
     lines: list[str] = []
     settings = ServerSettings(str(model), tmp_path, policies=TEAM[:1], max_restarts=1)
     server = VLLMServer(settings, progress=lines.append).start()
-    ref, draw, quick = ModelRef("solver", "solver-v1-aa"), Sampling(max_tokens=6, seed=3), RetryPolicy(backoff=0.05, stall=1.0)
+    ref, draw, quick = (
+        ModelRef("solver", "solver-v1-aa"),
+        Sampling(max_tokens=6, seed=3),
+        RetryPolicy(backoff=0.05, stall=1.0),
+    )
     engine = VLLMEngine([server], Tokens(), adapter_root=tmp_path / "versions", patience=quick)
 
     async def run() -> None:
         await engine.publish({"solver": folder})
         os.kill(group_of(server)[0], signal.SIGKILL)
         replies = await asyncio.gather(*(engine.generate([5, k], ref, draw) for k in range(8)))
-        assert [reply.token_ids for [reply] in replies] == [tuple(sampled("solver-v1-aa", [5, k], 3, 6)) for k in range(8)]
+        assert [reply.token_ids for [reply] in replies] == [
+            tuple(sampled("solver-v1-aa", [5, k], 3, 6)) for k in range(8)
+        ]
         assert await engine.adapters("vllm-0") == {"solver-v1-aa": str(folder)}
         assert any("Starting it again (1)" in line for line in lines)
         os.kill(group_of(server)[0], signal.SIGKILL)
-        with pytest.raises(EngineError, match=r"vllm-0 .* is dead: .*started again 1 times(.|\n)*End of .*vllm-0\.log"):
+        with pytest.raises(
+            EngineError,
+            match=r"vllm-0 .* is dead: .*started again 1 times(.|\n)*End of .*vllm-0\.log",
+        ):
             await engine.generate([5], ref, draw)
         await engine.close()
 
@@ -304,7 +380,9 @@ def test_a_killed_server_comes_back_with_its_adapters_and_the_result_is_the_same
     assert not server.alive
 
 
-def test_a_cpu_server_whose_workers_lack_our_lora_is_refused(model: Path, tmp_path: Path, pretend: Callable[..., None]):
+def test_a_cpu_server_whose_workers_lack_our_lora_is_refused(
+    model: Path, tmp_path: Path, pretend: Callable[..., None]
+):
     pretend(
         lambda port, key_file: [
             sys.executable,
@@ -319,12 +397,22 @@ def test_a_cpu_server_whose_workers_lack_our_lora_is_refused(model: Path, tmp_pa
     assert not list(tmp_path.glob("*.key"))
 
 
-def test_an_adapter_above_the_servers_rank_is_named(model: Path, tmp_path: Path, pretend: Callable[..., None]):
+def test_an_adapter_above_the_servers_rank_is_named(
+    model: Path, tmp_path: Path, pretend: Callable[..., None]
+):
     pretend(fake_program)
-    server = VLLMServer(ServerSettings(str(model), tmp_path, policies=TEAM[:1]), progress=quiet).start()
+    server = VLLMServer(
+        ServerSettings(str(model), tmp_path, policies=TEAM[:1]), progress=quiet
+    ).start()
     engine = VLLMEngine([server], Tokens(), adapter_root=tmp_path / "versions")
     info = engine.info()
-    assert (info.kind, info.base, info.dtype, info.max_rank, info.replicas) == ("vllm", str(model), "float32", 8, ("vllm-0",))
+    assert (info.kind, info.base, info.dtype, info.max_rank, info.replicas) == (
+        "vllm",
+        str(model),
+        "float32",
+        8,
+        ("vllm-0",),
+    )
 
     async def run() -> None:
         with pytest.raises(SettingError, match="rank 9 is above the server's 8"):
@@ -346,7 +434,9 @@ def test_without_vllm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_vllms_own_parser_checks_engine_args():
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    with pytest.raises(SettingError, match=r"engine_args\.max_num_seqz.*did you mean 'max_num_seqs'"):
+    with pytest.raises(
+        SettingError, match=r"engine_args\.max_num_seqz.*did you mean 'max_num_seqs'"
+    ):
         check_engine_args({"max_num_seqz": 4})
     with pytest.raises(SettingError, match=r"max-num-seqs.*invalid"):
         check_engine_args({"max_num_seqs": "many"})

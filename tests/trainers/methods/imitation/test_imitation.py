@@ -1,4 +1,5 @@
-"""Imitation against numbers worked out by hand: the loss of one turn, SiriuS's tabular iteration, and TRL's SFTTrainer."""
+"""Imitation against numbers worked out by hand: the loss of one turn, SiriuS's tabular iteration,
+and TRL's SFTTrainer."""
 
 from __future__ import annotations
 
@@ -17,7 +18,14 @@ from marlora.rollouts.types import Episode, Reward
 from marlora.trainers.batching.batches import Batch, pack
 from marlora.trainers.batching.samples import denominators, samples
 from marlora.trainers.credit.filtering import SelectionConfig, filter_turns
-from marlora.trainers.methods.imitation.imitation import (ImitationConfig, IterationConfig, encoded, mean_nll, nll_loss, reset_adapters)
+from marlora.trainers.methods.imitation.imitation import (
+    ImitationConfig,
+    IterationConfig,
+    encoded,
+    mean_nll,
+    nll_loss,
+    reset_adapters,
+)
 from marlora.trainers.methods.imitation.sft import SFTConfig, SFTTrainer
 from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks
 from tests.trainers.small_run import bytes_mod_7
@@ -27,15 +35,29 @@ TASK = Task("t", "?", "20")
 POLICY = {"one": "one", "two": "two"}
 
 
-def turn(index: int, agent: str, prompt: tuple[int, ...], reply: tuple[int, ...], **fields: Any) -> Turn:
+def turn(
+    index: int, agent: str, prompt: tuple[int, ...], reply: tuple[int, ...], **fields: Any
+) -> Turn:
     chat = (Message("system", "s"), Message("user", "u"))
-    return Turn(index, agent, chat, prompt_ids=prompt, token_ids=reply, **{"logprobs": (-1.0,) * len(reply), **fields})
+    return Turn(
+        index,
+        agent,
+        chat,
+        prompt_ids=prompt,
+        token_ids=reply,
+        **{"logprobs": (-1.0,) * len(reply), **fields},
+    )
 
 
-def learn_from(episodes: list[Episode], mass: dict[str, float] | None = None) -> tuple[dict[str, Batch], float]:
-    """The batch of each policy from what selection keeps, every turn weighted by its episode's mass; and the mass that was kept."""
+def learn_from(
+    episodes: list[Episode], mass: dict[str, float] | None = None
+) -> tuple[dict[str, Batch], float]:
+    """The batch of each policy from what selection keeps, every turn weighted by its episode's
+    mass; and the mass that was kept."""
     selection = filter_turns(episodes, SelectionConfig())
-    weights = {key: weight * (mass or {}).get(key[0], 1.0) for key, weight in selection.weights.items()}
+    weights = {
+        key: weight * (mass or {}).get(key[0], 1.0) for key, weight in selection.weights.items()
+    }
     found, dropped = samples(episodes, weights, POLICY, ratios=False)
     assert not dropped
     batches = {batch.policy: batch for batch in pack(found, max_tokens=10_000, layout="padded")}
@@ -43,8 +65,15 @@ def learn_from(episodes: list[Episode], mass: dict[str, float] | None = None) ->
 
 
 def test_the_loss_is_the_mean_over_the_agents_own_tokens() -> None:
-    """Probabilities .5, .25, .8: -(log .5 + log .25 + log .8) / 3 = 0.767528. System, user and the other agent do not count."""
-    one = Episode("e", "g", TASK, turns=(turn(0, "one", (2, 9, 3, 8), (5, 6, 1)),), rewards=(Reward("r", 1.0),))
+    """Probabilities .5, .25, .8: -(log .5 + log .25 + log .8) / 3 = 0.767528. System, user and the
+    other agent do not count."""
+    one = Episode(
+        "e",
+        "g",
+        TASK,
+        turns=(turn(0, "one", (2, 9, 3, 8), (5, 6, 1)),),
+        rewards=(Reward("r", 1.0),),
+    )
     batches, _ = learn_from([one])
     logp = torch.tensor([0.5, 0.25, 0.8], dtype=torch.float64).log()
     assert batches["one"].num_terms == 3 and batches["one"].target.tolist() == [5, 6, 1]
@@ -65,15 +94,28 @@ ROUNDS = [
 ]
 
 
-def outcomes(p1: float, p2: list[float], augmented: float = 0.0) -> tuple[list[Episode], dict[str, float]]:
-    """Every way an episode can go, with its probability. `augmented`: share of failures that are mended to (1, 1) and played again."""
+def outcomes(
+    p1: float, p2: list[float], augmented: float = 0.0
+) -> tuple[list[Episode], dict[str, float]]:
+    """Every way an episode can go, with its probability. `augmented`: share of failures that are
+    mended to (1, 1) and played again."""
     episodes, mass, failed = [], {}, 0.0
 
-    def add(name: str, a1: int, a2: int, good: bool, weight: float, source: str = "sampled") -> None:
+    def add(
+        name: str, a1: int, a2: int, good: bool, weight: float, source: str = "sampled"
+    ) -> None:
         logprobs = {} if source == "sampled" else {"logprobs": ()}
         first = turn(0, "one", (3,), (5 + a1,), source=source, **logprobs)
         rewards = (Reward("r", float(good)),)
-        episodes.append(Episode(name, name, TASK, turns=(first, turn(1, "two", (4, 5 + a1), (5 + a2,))), rewards=rewards))
+        episodes.append(
+            Episode(
+                name,
+                name,
+                TASK,
+                turns=(first, turn(1, "two", (4, 5 + a1), (5 + a2,))),
+                rewards=rewards,
+            )
+        )
         mass[name] = weight
 
     for a1 in (0, 1):
@@ -89,12 +131,18 @@ def outcomes(p1: float, p2: list[float], augmented: float = 0.0) -> tuple[list[E
 
 
 def fit(batch: Batch, total: float) -> tuple[dict[int, float], float, float]:
-    """p(1) in every context after training to convergence, and the mean loss on what was kept, before and after."""
+    """p(1) in every context after training to convergence, and the mean loss on what was kept,
+    before and after."""
     table = torch.zeros(10, 2, dtype=torch.float64, requires_grad=True)
     context, choice = batch.input_ids[batch.row, batch.column], batch.target - 5
     counts = type("Counts", (), {"tokens": total})()
     optimizer = torch.optim.LBFGS(
-        [table], lr=1, max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+        [table],
+        lr=1,
+        max_iter=200,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-15,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> torch.Tensor:
@@ -106,7 +154,11 @@ def fit(batch: Batch, total: float) -> tuple[dict[int, float], float, float]:
 
     before = closure().item()
     optimizer.step(closure)
-    return {c: table.softmax(-1)[c, 1].item() for c in set(context.tolist())}, before, closure().item()
+    return (
+        {c: table.softmax(-1)[c, 1].item() for c in set(context.tolist())},
+        before,
+        closure().item(),
+    )
 
 
 def accuracy(p1: float, p2: list[float]) -> float:
@@ -143,7 +195,9 @@ def test_published_accuracies_are_shares_of_their_test_sets() -> None:
     physics = Evaluation({str(i): float(i < 36) for i in range(107)}).accuracy
     chemistry = Evaluation({str(i): float(i < 39) for i in range(65)}).accuracy
     assert (100 * physics, 100 * chemistry) == pytest.approx((33.644860, 60.0), abs=1e-6)
-    assert physics / (35 / 107) == pytest.approx(1.028571, abs=1e-6) and chemistry / (32 / 65) == pytest.approx(1.218750)
+    assert physics / (35 / 107) == pytest.approx(1.028571, abs=1e-6) and chemistry / (
+        32 / 65
+    ) == pytest.approx(1.218750)
 
 
 # in a run
@@ -151,13 +205,30 @@ def test_published_accuracies_are_shares_of_their_test_sets() -> None:
 
 def trainer(folder: Path, model: Path, **changes: Any) -> SFTTrainer:
     small: dict[str, Any] = dict(
-        output_dir=str(folder), model=str(model), engine="transformers", num_eval_tasks=2, max_steps=1, tasks_per_step=4,
-        num_generations=2, max_completion_length=4, lora_r=4, lora_alpha=8.0, learning_rate=1e-2, success_threshold=0.5,
-        lora_target_modules=["q_proj", "v_proj"], save_every=1, proof_every=3, train_batch_size=3,
-    )  # fmt: skip
+        output_dir=str(folder),
+        model=str(model),
+        engine="transformers",
+        num_eval_tasks=2,
+        max_steps=1,
+        tasks_per_step=4,
+        num_generations=2,
+        max_completion_length=4,
+        lora_r=4,
+        lora_alpha=8.0,
+        learning_rate=1e-2,
+        success_threshold=0.5,
+        lora_target_modules=["q_proj", "v_proj"],
+        save_every=1,
+        proof_every=3,
+        train_batch_size=3,
+    )
     tasks, held_out = tiny_tasks()[:40], tiny_tasks("eval")[:2]
     return SFTTrainer(
-        system=tiny_chain(), tasks=tasks, eval_tasks=held_out, rewards=[bytes_mod_7], args=SFTConfig(**{**small, **changes})
+        system=tiny_chain(),
+        tasks=tasks,
+        eval_tasks=held_out,
+        rewards=[bytes_mod_7],
+        args=SFTConfig(**{**small, **changes}),
     )
 
 
@@ -167,7 +238,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 def adapters(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     last = sorted((folder / "checkpoints").iterdir())[-1]
-    return {a.name: load_file(a / "adapter_model.safetensors") for a in (last / "adapters").iterdir()}
+    return {
+        a.name: load_file(a / "adapter_model.safetensors") for a in (last / "adapters").iterdir()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -185,30 +258,51 @@ def test_a_step_tells_what_it_kept_and_how_the_loss_on_it_fell(trained: SFTTrain
         learnt = row["policies"][agent]
         assert learnt["sequences"] == 3 * kept and learnt["nll_after"] < learnt["nll_before"] - 0.05
         assert learnt["moved"] > 1e-3
-    assert trained.run.tokens["trained"] == sum(row["policies"][agent]["tokens"] for agent in ("first", "last"))
+    assert trained.run.tokens["trained"] == sum(
+        row["policies"][agent]["tokens"] for agent in ("first", "last")
+    )
 
 
-def test_mean_nll_is_that_of_the_tokens_as_sampled_and_of_other_speakers(trained: SFTTrainer) -> None:
+def test_mean_nll_is_that_of_the_tokens_as_sampled_and_of_other_speakers(
+    trained: SFTTrainer,
+) -> None:
     with trained.run as run:
         episodes = run.collect(2)
         weights = filter_turns(episodes, SelectionConfig(select="all")).weights
         found, _ = samples(episodes, weights, run.policy_of, ratios=False)
         own, base = mean_nll(run, found), mean_nll(run, found, {"first": "base"})
-        sampled = {p: [x for s in found if s.policy == p for x, m in zip(s.logprobs, s.mask, strict=True) if m] for p in own}
+        sampled = {
+            p: [
+                x
+                for s in found
+                if s.policy == p
+                for x, m in zip(s.logprobs, s.mask, strict=True)
+                if m
+            ]
+            for p in own
+        }
         assert own == pytest.approx({p: -sum(x) / len(x) for p, x in sampled.items()}, abs=1e-4)
-        assert abs(base["first"] - own["first"]) > 1e-3 and base["last"] == pytest.approx(own["last"], abs=1e-6)
+        assert abs(base["first"] - own["first"]) > 1e-3 and base["last"] == pytest.approx(
+            own["last"], abs=1e-6
+        )
 
 
-def test_written_text_without_tokens_is_encoded_for_its_prompt_and_sampled_tokens_never(trained: SFTTrainer) -> None:
+def test_written_text_without_tokens_is_encoded_for_its_prompt_and_sampled_tokens_never(
+    trained: SFTTrainer,
+) -> None:
     with trained.run as run:
-        (episode, *_) = run.collect(3)
+        episode, *_ = run.collect(3)
         first, last = episode.turns
-        text = dataclasses.replace(first, source="written", text="12", prompt_ids=(), token_ids=(), logprobs=())
+        text = dataclasses.replace(
+            first, source="written", text="12", prompt_ids=(), token_ids=(), logprobs=()
+        )
         made = encoded(run, dataclasses.replace(episode, turns=(text, last)))
         assert made.turns[0].prompt_ids == first.prompt_ids and made.turns[1] is last
         assert run.bases[run.config.model].tokens.show(made.turns[0].token_ids) == "12<|end|>"
         assert made.turns[0].logprobs == () and encoded(run, episode) is episode
-        untold = dataclasses.replace(episode, turns=(dataclasses.replace(first, token_ids=()), last))
+        untold = dataclasses.replace(
+            episode, turns=(dataclasses.replace(first, token_ids=()), last)
+        )
         assert encoded(run, untold) is untold, "a sampled turn that lost its tokens is not made up"
 
 
@@ -217,7 +311,10 @@ def test_restart_gives_back_what_init_gave(trained: SFTTrainer) -> None:
     moved = {p: base.adapters.sha256(p) for p in ("first", "last")}
     assert all(moved[p] != run.before[p] for p in moved)
     reset_adapters(run, ["first"])
-    assert base.adapters.sha256("first") == run.before["first"] and base.adapters.sha256("last") == moved["last"]
+    assert (
+        base.adapters.sha256("first") == run.before["first"]
+        and base.adapters.sha256("last") == moved["last"]
+    )
     assert not base.optimizers.of["first"].state and base.optimizers.of["last"].state
 
 
@@ -225,16 +322,26 @@ def test_restart_gives_back_what_init_gave(trained: SFTTrainer) -> None:
 def test_trl_makes_the_same_update(tmp_path: Path, model: Path) -> None:
     """One batch, one epoch: the same loss, and the same adapters after AdamW's step."""
     for name in ("marlora", "trl"):
-        trainer(tmp_path / name, model, trainer=name, num_train_epochs=1, train_batch_size=64).train()
+        trainer(
+            tmp_path / name, model, trainer=name, num_train_epochs=1, train_batch_size=64
+        ).train()
     ours, theirs = adapters(tmp_path / "marlora"), adapters(tmp_path / "trl")
     (row,), (their_row,) = rows(tmp_path / "marlora"), rows(tmp_path / "trl")
     for agent in ("first", "last"):
-        assert row["policies"][agent]["loss"] == pytest.approx(row["policies"][agent]["nll_before"], abs=1e-6)
-        assert row["policies"][agent]["loss"] == pytest.approx(their_row["policies"][agent]["loss"], abs=1e-4)
-        assert row["policies"][agent]["grad_norm"] == pytest.approx(their_row["policies"][agent]["grad_norm"], rel=1e-4)
+        assert row["policies"][agent]["loss"] == pytest.approx(
+            row["policies"][agent]["nll_before"], abs=1e-6
+        )
+        assert row["policies"][agent]["loss"] == pytest.approx(
+            their_row["policies"][agent]["loss"], abs=1e-4
+        )
+        assert row["policies"][agent]["grad_norm"] == pytest.approx(
+            their_row["policies"][agent]["grad_norm"], rel=1e-4
+        )
         for key, tensor in ours[agent].items():
             assert torch.allclose(tensor, theirs[agent][key], atol=1e-5), key
-        assert row["policies"][agent]["nll_after"] == pytest.approx(their_row["policies"][agent]["nll_after"], abs=1e-4)
+        assert row["policies"][agent]["nll_after"] == pytest.approx(
+            their_row["policies"][agent]["nll_after"], abs=1e-4
+        )
 
 
 def test_wrong_settings_are_named() -> None:

@@ -27,7 +27,13 @@ from marlora.trainers.batching.samples import denominators, samples
 from marlora.trainers.credit.filtering import FilteredTurns, SelectionConfig, filter_turns
 from marlora.trainers.methods.imitation import multiagent_finetuning as method
 from marlora.trainers.methods.imitation.imitation import mean_nll, nll_loss
-from marlora.trainers.methods.imitation.multiagent_finetuning import MultiagentFinetuningConfig, MultiagentFinetuningTrainer, debate_rule, mixture, transcripts
+from marlora.trainers.methods.imitation.multiagent_finetuning import (
+    MultiagentFinetuningConfig,
+    MultiagentFinetuningTrainer,
+    debate_rule,
+    mixture,
+    transcripts,
+)
 from tests.repository import ROOT
 
 torch.set_num_threads(1)
@@ -36,20 +42,37 @@ ARGS = MultiagentFinetuningConfig()
 
 
 def debate(name: str, first: Sequence[str], last: Sequence[str], output: str) -> Episode:
-    """A debate of two rounds. Every turn's chat is its seat's: prompt 9, answer 5 5, glue 9 9, answer 6 6 6."""
+    """A debate of two rounds. Every turn's chat is its seat's: prompt 9, answer 5 5, glue 9 9,
+    answer 6 6 6."""
     turns = []
     for n, text in enumerate(first):
         turns.append(
-            Turn(n, f"g{n + 1}", (Message("user", "x"),), text=text, prompt_ids=(9,), token_ids=(5, 5), logprobs=(-0.5, -0.6))
+            Turn(
+                n,
+                f"g{n + 1}",
+                (Message("user", "x"),),
+                text=text,
+                prompt_ids=(9,),
+                token_ids=(5, 5),
+                logprobs=(-0.5, -0.6),
+            )
         )
     for n, text in enumerate(last):
         reads = tuple(k for k in range(len(first)) if k != n)
-        fields: dict[str, Any] = {"prompt_ids": (9, 5, 5, 9, 9), "token_ids": (6, 6, 6), "logprobs": (-0.1, -0.2, -0.3)}
-        turns.append(Turn(len(first) + n, f"c{n + 1}", (Message("user", "y"),), reads, text=text, **fields))
+        fields: dict[str, Any] = {
+            "prompt_ids": (9, 5, 5, 9, 9),
+            "token_ids": (6, 6, 6),
+            "logprobs": (-0.1, -0.2, -0.3),
+        }
+        turns.append(
+            Turn(len(first) + n, f"c{n + 1}", (Message("user", "y"),), reads, text=text, **fields)
+        )
     return Episode(name, name, Task(name, "x"), turns=tuple(turns), output=output)
 
 
-def sets(episodes: Sequence[Episode], args: MultiagentFinetuningConfig = ARGS) -> tuple[list[Episode], FilteredTurns]:
+def sets(
+    episodes: Sequence[Episode], args: MultiagentFinetuningConfig = ARGS
+) -> tuple[list[Episode], FilteredTurns]:
     lessons = [view for e in episodes for view in transcripts(e, SEATS)]
     return lessons, filter_turns(lessons, SelectionConfig(), debate_rule(lessons, SEATS, args))
 
@@ -58,16 +81,20 @@ def sets(episodes: Sequence[Episode], args: MultiagentFinetuningConfig = ARGS) -
 
 
 def test_majority_of_three_voters_who_are_right_in_six_of_ten() -> None:
-    """.6 ** 3 + 3 x .6 ** 2 x .4, with two ways to be wrong no majority of the wrong is lost: they say the same."""
+    """.6 ** 3 + 3 x .6 ** 2 x .4, with two ways to be wrong no majority of the wrong is lost: they
+    say the same."""
     right = 0.0
     for votes in itertools.product((True, False), repeat=3):
         chance = 0.6 ** sum(votes) * 0.4 ** (3 - sum(votes))
-        right += chance * (majority(["8" if vote else "3" for vote in votes], random.Random(0)) == "8")
+        right += chance * (
+            majority(["8" if vote else "3" for vote in votes], random.Random(0)) == "8"
+        )
     assert right == pytest.approx(0.648)
 
 
 def test_ties_are_broken_by_seed_and_not_by_the_order_of_strings() -> None:
-    """The authors' code gives "7" for 12, 7, 3 and "b" for a, b, b, a: the largest string. That rule is not copied, and it is said so."""
+    """The authors' code gives "7" for 12, 7, 3 and "b" for a, b, b, a: the largest string. That
+    rule is not copied, and it is said so."""
     for drafts, theirs in ((["12", "7", "3"], "7"), (["a", "b", "b", "a"], "b")):
         assert theirs == max(drafts, key=lambda d: (drafts.count(d), d))
         drawn = [majority(drafts, random.Random(seed)) for seed in range(60)]
@@ -79,12 +106,19 @@ def test_ties_are_broken_by_seed_and_not_by_the_order_of_strings() -> None:
 
 
 def test_who_learns_what_from_one_debate() -> None:
-    """First answers 8, 3, 5, last ones 8, 8, 5: the label is 8. D^G has agent 1, C+ agent 1, C- agent 2, and agent 3 learns nothing."""
+    """First answers 8, 3, 5, last ones 8, 8, 5: the label is 8. D^G has agent 1, C+ agent 1, C-
+    agent 2, and agent 3 learns nothing."""
     _, found = sets([debate("e", "835", "885", "8")])
     assert {(kept.agent, kept.reason) for kept in found.kept} == {
-        ("g1", method.AGREES), ("c1", method.STAYED), ("c2", method.CORRECTED),
-    }  # fmt: skip
-    assert [kept.key for kept in found.kept] == [("e", 0, 0), ("e#transcripts", 3, 0), ("e#transcripts", 4, 0)]
+        ("g1", method.AGREES),
+        ("c1", method.STAYED),
+        ("c2", method.CORRECTED),
+    }
+    assert [kept.key for kept in found.kept] == [
+        ("e", 0, 0),
+        ("e#transcripts", 3, 0),
+        ("e#transcripts", 4, 0),
+    ]
     table = found.table()
     assert table["g3"] == {"kept": {}, "dropped": {"first answer differs": 1}}
     assert table["c3"] == {"kept": {}, "dropped": {"ends otherwise": 2}}
@@ -93,18 +127,42 @@ def test_who_learns_what_from_one_debate() -> None:
 
 def test_a_summary_is_nobodys_lesson() -> None:
     played = debate("e", "885", "888", "8")
-    summed = Turn(6, "sum", (Message("user", "z"),), text="8", prompt_ids=(9,), token_ids=(7,), logprobs=(-0.1,))
-    views = transcripts(Episode("e", "e", played.task, turns=(*played.turns, summed), output="8"), SEATS)
-    assert {turn.agent for view in views for turn in view.turns} == {"g1", "g2", "g3", "c1", "c2", "c3"}
+    summed = Turn(
+        6,
+        "sum",
+        (Message("user", "z"),),
+        text="8",
+        prompt_ids=(9,),
+        token_ids=(7,),
+        logprobs=(-0.1,),
+    )
+    views = transcripts(
+        Episode("e", "e", played.task, turns=(*played.turns, summed), output="8"), SEATS
+    )
+    assert {turn.agent for view in views for turn in view.turns} == {
+        "g1",
+        "g2",
+        "g3",
+        "c1",
+        "c2",
+        "c3",
+    }
     assert [len(view.turns) for view in views] == [3, 6]
 
 
 def test_what_is_learnt_does_not_depend_on_the_gold_answer_standing_in_a_prompt() -> None:
-    """A summary hits on the gold answer, which nobody else has said: still the critic learns, for nothing here reads it."""
+    """A summary hits on the gold answer, which nobody else has said: still the critic learns, for
+    nothing here reads it."""
     played = debate("e", "335", "888", "8")
-    told = [replace(t, messages=(Message("user", "Somebody thinks 9."),)) if t.agent == "c1" else t for t in played.turns]
+    told = [
+        replace(t, messages=(Message("user", "Somebody thinks 9."),)) if t.agent == "c1" else t
+        for t in played.turns
+    ]
     kept = [
-        {(k.agent, k.reason) for k in sets([replace(played, task=Task("e", "x", gold), turns=tuple(told))])[1].kept}
+        {
+            (k.agent, k.reason)
+            for k in sets([replace(played, task=Task("e", "x", gold), turns=tuple(told))])[1].kept
+        }
         for gold in ("9", "8", None)
     ]
     assert kept[0] == kept[1] == kept[2] == {(f"c{n}", method.CORRECTED) for n in (1, 2, 3)}
@@ -116,7 +174,8 @@ def test_a_debate_without_a_majority_teaches_nothing() -> None:
 
 
 def test_keeping_every_correction_and_half_as_many_others_is_a_share_of_two_thirds() -> None:
-    """The code: every C-, and after each a C+ with probability 1/2: 1 / (1 + 1/2) of what it trains on are C-."""
+    """The code: every C-, and after each a C+ with probability 1/2: 1 / (1 + 1/2) of what it trains
+    on are C-."""
     minus, plus = mixture(4, 36, 2 / 3)
     assert 4 * minus / (4 * minus + 36 * plus) == pytest.approx(0.666667, abs=1e-6)
     assert 4 * minus + 36 * plus == pytest.approx(40), "the mean weight is 1"
@@ -126,7 +185,9 @@ def test_keeping_every_correction_and_half_as_many_others_is_a_share_of_two_thir
 
 def test_the_mixture_is_every_critics_own() -> None:
     """Critic 1: one C- and three C+, w = 1/2: weights 2 and 2/3. Critic 2: four C+, weight 1."""
-    played = [debate(f"e{n}", first, "885", "8") for n, first in enumerate(("385", "885", "885", "885"))]
+    played = [
+        debate(f"e{n}", first, "885", "8") for n, first in enumerate(("385", "885", "885", "885"))
+    ]
     _, found = sets(played)
     weights = {(k.key[0][:2], k.agent): k.weight for k in found.kept if k.agent in ("c1", "c2")}
     assert weights[("e0", "c1")] == 2.0 and weights[("e1", "c1")] == pytest.approx(2 / 3)
@@ -137,7 +198,8 @@ def test_the_mixture_is_every_critics_own() -> None:
 
 @pytest.mark.parametrize(("loss", "nll"), [("all", 0.458923), ("last", 0.228393)])
 def test_a_critics_loss_on_the_last_answer_or_on_all(loss: str, nll: float) -> None:
-    """Probabilities of the wrong first answer .5, .4 and of the last one .7, .8, .9, through the loss that trains."""
+    """Probabilities of the wrong first answer .5, .4 and of the last one .7, .8, .9, through the
+    loss that trains."""
     played = debate("e", "385", "885", "8")
     turns = [turn for turn in played.turns if turn.agent in ("g1", "c1")]
     args = MultiagentFinetuningConfig(critic_loss=loss)
@@ -148,11 +210,14 @@ def test_a_critics_loss_on_the_last_answer_or_on_all(loss: str, nll: float) -> N
     (batch,) = pack(made, max_tokens=100, layout="padded")
     chances = (0.5, 0.4, 0.7, 0.8, 0.9) if loss == "all" else (0.7, 0.8, 0.9)
     logp = torch.tensor(chances, dtype=torch.float64).log()
-    assert nll_loss(batch, logp, logp, None, denominators(made)["c1"])[0].item() == pytest.approx(nll, abs=1e-6)
+    assert nll_loss(batch, logp, logp, None, denominators(made)["c1"])[0].item() == pytest.approx(
+        nll, abs=1e-6
+    )
 
 
 def test_standard_errors_of_the_paper() -> None:
-    """Accuracy .468 and .606 of 500 problems: 2.231484 % and 2.185241 %, the half width of an interval of one (tiny) sigma."""
+    """Accuracy .468 and .606 of 500 problems: 2.231484 % and 2.185241 %, the half width of an
+    interval of one (tiny) sigma."""
     for share, percent in ((0.468, 2.231484), (0.606, 2.185241)):
         low, high = wilson(share, 500, z=1e-4)
         assert (high - low) / 2e-4 * 100 == pytest.approx(percent, abs=1e-5)
@@ -167,8 +232,17 @@ def test_standard_errors_of_the_paper() -> None:
         ({"correction_share": 1.5}, "correction_share: expected a number from 0 to 1"),
         ({"critic_loss": "first"}, "critic_loss: expected last or all"),
         ({"num_eval_samples": 0}, "num_eval_samples: expected at least 1"),
-        ({"embedder": "nowhere:at_all", "system": Debate(["a", "b"])}, "embedder 'nowhere:at_all': cannot be imported"),
-        ({"system": Chain(["a", "b"])}, "system: Multiagent Finetuning trains a marlora.agents.patterns.debate:Debate, got Chain"),
+        (
+            {"embedder": "nowhere:at_all", "system": Debate(["a", "b"])},
+            "embedder 'nowhere:at_all': cannot be imported",
+        ),
+        (
+            {"system": Chain(["a", "b"])},
+            (
+                "system: Multiagent Finetuning trains a marlora.agents.patterns.debate:Debate, got"
+                " Chain"
+            ),
+        ),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], problem: str) -> None:
@@ -183,7 +257,9 @@ def test_the_recipes_settings_make_a_trainer(name: str) -> None:
     config = parse(MultiagentFinetuningConfig, ROOT / "recipes" / f"{name}.py", [])
     trainer = MultiagentFinetuningTrainer(args=config)
     assert trainer.seats == SEATS
-    assert list(trainer.run.policies) == (["shared"] if name.endswith("pooled") else ["g1", "g2", "g3", "c1", "c2", "c3"])
+    assert list(trainer.run.policies) == (
+        ["shared"] if name.endswith("pooled") else ["g1", "g2", "g3", "c1", "c2", "c3"]
+    )
 
 
 # a run
@@ -199,23 +275,39 @@ def small(folder: Path, model: Path, gold: str, **changes: Any) -> MultiagentFin
     system = Debate(["g1", "g2", "c1", "c2"], critics=True, revise="{others}")
     tasks = [Task(f"{n}", f"{n}+1", gold) for n in range(10)]
     args: dict[str, Any] = dict(
-        output_dir=str(folder), engine="transformers", max_iterations=1, tasks_per_step=8, num_eval_tasks=2, max_completion_length=1,
-        lora_r=4, lora_alpha=8.0, lora_target_modules=["q_proj", "v_proj"], learning_rate=1e-2, rewards=["exact"],
+        output_dir=str(folder),
+        engine="transformers",
+        max_iterations=1,
+        tasks_per_step=8,
+        num_eval_tasks=2,
+        max_completion_length=1,
+        lora_r=4,
+        lora_alpha=8.0,
+        lora_target_modules=["q_proj", "v_proj"],
+        learning_rate=1e-2,
+        rewards=["exact"],
         embedder=f"{__name__}:lengths" if changes.pop("embed", False) else "",
-    )  # fmt: skip
+    )
     settings = MultiagentFinetuningConfig(**args | changes)
-    return MultiagentFinetuningTrainer(str(model), system, tasks[:8], settings, eval_tasks=tasks[8:])
+    return MultiagentFinetuningTrainer(
+        str(model), system, tasks[:8], settings, eval_tasks=tasks[8:]
+    )
 
 
 def test_a_run_learns_from_its_majority_alone(tmp_path: Path, model: Path) -> None:
-    """With other gold answers the adapters are the same to the last bit; what was measured is on record; held-out tasks are not played."""
+    """With other gold answers the adapters are the same to the last bit; what was measured is on
+    record; held-out tasks are not played."""
     trained = small(tmp_path / "one", model, gold="7")
     summary = trained.train()
     other = small(tmp_path / "two", model, gold="no such answer").train()
     hashes = {name: policy["sha256_after"] for name, policy in summary["policies"].items()}
     assert hashes == {name: policy["sha256_after"] for name, policy in other["policies"].items()}
-    (row,) = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
-    assert row["diversity"]["generators"]["kl"] == pytest.approx(0.0, abs=1e-6), "all began as the base"
+    (row,) = [
+        json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert row["diversity"]["generators"]["kl"] == pytest.approx(0.0, abs=1e-6), (
+        "all began as the base"
+    )
     assert 0 < row["diversity"]["consensus"] <= 1 and row["diversity"]["critics"]["cross_nll"] > 0
     kept = {agent: sum(of["kept"].values()) for agent, of in row["selection"].items()}
     assert kept["c1"] > 0 and kept["c2"] > 0 and kept["g1"] + kept["g2"] > 0
@@ -223,9 +315,15 @@ def test_a_run_learns_from_its_majority_alone(tmp_path: Path, model: Path) -> No
         assert (policy["sha256_before"] != policy["sha256_after"]) == (kept[name] > 0), (
             "an agent learns its own set and nothing else"
         )
-        assert not kept[name] or row["policies"][name]["nll_after"] < row["policies"][name]["nll_before"]
+        assert (
+            not kept[name]
+            or row["policies"][name]["nll_after"] < row["policies"][name]["nll_before"]
+        )
     sampled = summary["sampled"]
-    assert sampled["before"]["num_tasks"] == 2 and sampled["diversity"]["before"]["generators"]["kl"] == 0.0
+    assert (
+        sampled["before"]["num_tasks"] == 2
+        and sampled["diversity"]["before"]["generators"]["kl"] == 0.0
+    )
     assert sampled["diversity"]["after"]["generators"]["kl"] != 0.0
     played = list(Store(tmp_path / "one" / "episodes"))
     assert {e.task.id for e in played if e.group.startswith("train")} == {str(n) for n in range(8)}
@@ -233,16 +331,25 @@ def test_a_run_learns_from_its_majority_alone(tmp_path: Path, model: Path) -> No
 
 
 def test_nll_of_every_pair(tmp_path: Path, model: Path) -> None:
-    """The table's diagonal is what each policy's own weights say; another judge says something else once adapters differ."""
+    """The table's diagonal is what each policy's own weights say; another judge says something else
+    once adapters differ."""
     trained = small(tmp_path / "run", model, gold="7", embed=True)
     with trained.run as run:
         episodes = trained.collect(1)
         trained.learn(1, episodes)
-        turns = {(e.id, t.index, t.sibling): 1.0 for e in episodes for t in e.turns if t.agent in ("g1", "g2")}
+        turns = {
+            (e.id, t.index, t.sibling): 1.0
+            for e in episodes
+            for t in e.turns
+            if t.agent in ("g1", "g2")
+        }
         found, _ = samples(episodes, turns, run.policy_of, ratios=False)
         table = method.nll_table(run, found)
         own, crossed = mean_nll(run, found), mean_nll(run, found, {"g1": "g2", "g2": "g1"})
-        assert {pair: table[pair] for pair in (("g1", "g1"), ("g2", "g2"))} == {("g1", "g1"): own["g1"], ("g2", "g2"): own["g2"]}
+        assert {pair: table[pair] for pair in (("g1", "g1"), ("g2", "g2"))} == {
+            ("g1", "g1"): own["g1"],
+            ("g2", "g2"): own["g2"],
+        }
         assert (table["g1", "g2"], table["g2", "g1"]) == (crossed["g1"], crossed["g2"])
         assert table["g1", "g2"] != own["g1"]
         assert trained.diversity(episodes)["embedding_distance"] >= 0

@@ -1,4 +1,5 @@
-"""SiriuS as a run: nothing learnt has seen the answer, empty libraries, resumption, iterations, and that it learns."""
+"""SiriuS as a run: nothing learnt has seen the answer, empty libraries, resumption, iterations, and
+that it learns."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_nothing_learnt_has_seen_the_answer(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_learnt_has_seen_the_answer(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     learnt: list[TrainingSequence] = []
     update = Run.learn
 
@@ -51,24 +54,32 @@ def test_nothing_learnt_has_seen_the_answer(tmp_path: Path, model: Path, monkeyp
     (base,) = made.run.bases.values()
     stored = [e for e in Store(tmp_path / "run" / "episodes") if not e.group.startswith("eval-")]
     told = [t for e in stored for t in e.turns if GOLD in base.tokens.show(t.prompt_ids)]
-    assert told and all(t.saw_gold and t.agent == "feedback" for t in told), "only the feedback agent was told"
+    assert told and all(t.saw_gold and t.agent == "feedback" for t in told), (
+        "only the feedback agent was told"
+    )
     regenerated = {t.prompt_ids for e in stored for t in e.turns if t.saw_gold}
     assert len(regenerated) > len(told), "others read what it said, and are marked"
-    written = {(t.prompt_ids, t.token_ids) for e in stored for t in e.turns if t.source == "written"}
+    written = {
+        (t.prompt_ids, t.token_ids) for e in stored for t in e.turns if t.source == "written"
+    }
     original = {t.prompt_ids for e in stored if e.parent is None for t in e.turns}
-    assert written and {prompt for prompt, _ in written} <= original, "a mended turn stands under its original prompt"
+    assert written and {prompt for prompt, _ in written} <= original, (
+        "a mended turn stands under its original prompt"
+    )
     assert learnt
     for sample in learnt:
         text = base.tokens.show(sample.ids)
         assert GOLD not in text and "Feedback" not in text and "Rewrite" not in text
         assert not any(sample.ids[: len(prompt)] == prompt for prompt in regenerated)
-    assert any(tuple(s.ids) == prompt + ids for s in learnt for prompt, ids in written), "and the mended turns are learnt"
+    assert any(tuple(s.ids) == prompt + ids for s in learnt for prompt, ids in written), (
+        "and the mended turns are learnt"
+    )
     first, second = metrics(tmp_path / "run")
     assert first["repairs"]["mended"] and first["repairs"]["talks"] > 0
     for agent in ("first", "last"):
-        assert sum(second["selection"][agent]["kept"].values()) > sum(first["selection"][agent]["kept"].values()), (
-            "the library grows"
-        )
+        assert sum(second["selection"][agent]["kept"].values()) > sum(
+            first["selection"][agent]["kept"].values()
+        ), "the library grows"
     assert summary["steps"] == 2
 
 
@@ -86,43 +97,77 @@ def scripted(prompt: str, *_: Any) -> str:
 
 
 def test_actor_judge_and_critic_each_learn_what_they_did_well(tmp_path: Path, model: Path) -> None:
-    """Every actor is wrong at first, mended by its own second answer; its judge is right twice, its critic has helped."""
+    """Every actor is wrong at first, mended by its own second answer; its judge is right twice, its
+    critic has helped."""
     tasks = [Task(f"{n}", f"{n}+1", str(n + 1)) for n in range(1, 6)]
     args = SiriusConfig(
-        output_dir=str(tmp_path / "run"), model=str(model), num_eval_tasks=1, tasks_per_step=4, num_generations=1, lora_r=4,
-        lora_target_modules=["q_proj", "v_proj"], learning_rate=1e-2, rewards=["exact", "marlora.rollouts.rewards.actor_critic:roles"],
-    )  # fmt: skip
+        output_dir=str(tmp_path / "run"),
+        model=str(model),
+        num_eval_tasks=1,
+        tasks_per_step=4,
+        num_generations=1,
+        lora_r=4,
+        lora_target_modules=["q_proj", "v_proj"],
+        learning_rate=1e-2,
+        rewards=["exact", "marlora.rollouts.rewards.actor_critic:roles"],
+    )
     system = ActorCritic(["actor", "judge", "critic"], max_rounds=1)
-    made = SiriusTrainer(system=system, tasks=tasks[:4], eval_tasks=tasks[4:], engine=ScriptedEngine(scripted), args=args)
+    made = SiriusTrainer(
+        system=system,
+        tasks=tasks[:4],
+        eval_tasks=tasks[4:],
+        engine=ScriptedEngine(scripted),
+        args=args,
+    )
     with made.run as run:
         (base,) = run.bases.values()
         metrics = made.learn(1, made.collect(1))
         moved = {name for name in base.policies if base.adapters.sha256(name) != run.before[name]}
     assert moved == {"actor", "judge", "critic"}
     kept = {agent: of["kept"] for agent, of in metrics["selection"].items()}
-    assert kept == {"actor": {"success": 4, "repaired": 4}, "judge": {"success": 8}, "critic": {"success": 4}}
-    assert metrics["selection"]["actor"]["dropped"] == {"no success": 4} and metrics["repairs"]["mended"] == {"actor": 4}
+    assert kept == {
+        "actor": {"success": 4, "repaired": 4},
+        "judge": {"success": 8},
+        "critic": {"success": 4},
+    }
+    assert metrics["selection"]["actor"]["dropped"] == {"no success": 4} and metrics["repairs"][
+        "mended"
+    ] == {"actor": 4}
 
 
 def test_an_empty_library_stops_clearly_and_leaves_the_store(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = trainer(tmp_path / "run", model, success_threshold=2.0, repair="unsolved", max_regenerations=1)
+    made = trainer(
+        tmp_path / "run", model, success_threshold=2.0, repair="unsolved", max_regenerations=1
+    )
     with pytest.raises(SystemExit) as stopped:
         settings.run(made.train)
     assert stopped.value.code == 1
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told.startswith("error: step 1: no turn was kept (first: kept 0; dropped ") and "no success" in told
+    assert (
+        told.startswith("error: step 1: no turn was kept (first: kept 0; dropped ")
+        and "no success" in told
+    )
     assert told.endswith("the episodes are stored, no adapter was changed")
     stored = [e for e in Store(tmp_path / "run" / "episodes") if not e.group.startswith("eval-")]
-    assert sum(e.parent is None for e in stored) == 6 and any(is_derived(e, CORRECTION) for e in stored)
+    assert sum(e.parent is None for e in stored) == 6 and any(
+        is_derived(e, CORRECTION) for e in stored
+    )
     assert not (tmp_path / "run" / "checkpoints").exists()
-    assert {p: b.adapters.sha256(p) for b in made.run.bases.values() for p in b.policies} == made.run.before
+    assert {
+        p: b.adapters.sha256(p) for b in made.run.bases.values() for p in b.policies
+    } == made.run.before
 
 
-def test_what_was_mended_before_a_kill_is_not_mended_again(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_mended_before_a_kill_is_not_mended_again(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def adapters(folder: Path) -> dict[str, str]:
-        return {p: found["sha256_after"] for p, found in json.loads((folder / "summary.json").read_text())["policies"].items()}
+        return {
+            p: found["sha256_after"]
+            for p, found in json.loads((folder / "summary.json").read_text())["policies"].items()
+        }
 
     trainer(tmp_path / "whole", model).train()
     with monkeypatch.context() as patch:
@@ -133,7 +178,9 @@ def test_what_was_mended_before_a_kill_is_not_mended_again(tmp_path: Path, model
     before = [e.id for e in Store(tmp_path / "cut" / "episodes")]
     trainer(tmp_path / "cut", model, resume=True).train()
     after = [e.id for e in Store(tmp_path / "cut" / "episodes")]
-    assert after[: len(before)] == before and all(name.startswith("eval-") for name in after[len(before) :])
+    assert after[: len(before)] == before and all(
+        name.startswith("eval-") for name in after[len(before) :]
+    )
     assert adapters(tmp_path / "cut") == adapters(tmp_path / "whole")
     (path,) = (tmp_path / "torn" / "episodes").glob("*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
@@ -145,8 +192,11 @@ def test_what_was_mended_before_a_kill_is_not_mended_again(tmp_path: Path, model
     assert sorted(e.id for e in Store(tmp_path / "torn" / "episodes")) == sorted(after)
 
 
-def test_an_iteration_may_begin_at_the_base(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the second iteration learns, adapters are those of the start; with `last` they are those of the first."""
+def test_an_iteration_may_begin_at_the_base(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the second iteration learns, adapters are those of the start; with `last` they are
+    those of the first."""
     seen: dict[str, list[dict[str, str]]] = {}
     imitate = sirius.imitate
 
@@ -163,8 +213,16 @@ def test_an_iteration_may_begin_at_the_base(tmp_path: Path, model: Path, monkeyp
 
 
 def test_who_may_give_feedback(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(SettingError, match=r"feedback_agent\.policy: 'wise' is neither base nor a policy of the team"):
-        trainer(tmp_path / "run", model, feedback_agent={"policy": "wise"}, policies={"wise": {"trainable": False}})
+    with pytest.raises(
+        SettingError,
+        match=r"feedback_agent\.policy: 'wise' is neither base nor a policy of the team",
+    ):
+        trainer(
+            tmp_path / "run",
+            model,
+            feedback_agent={"policy": "wise"},
+            policies={"wise": {"trainable": False}},
+        )
     outside = {"wise": {"url": "http://127.0.0.1:9/v1", "base": "wise-1"}}
     made = trainer(tmp_path / "run", model, feedback_agent={"policy": "wise"}, policies=outside)
     assert made.run.policies["wise"].url and made.run.agents_of["wise"] == []
@@ -172,32 +230,57 @@ def test_who_may_give_feedback(tmp_path: Path, model: Path) -> None:
         trainer(tmp_path / "run", model, library="all", episodes="elsewhere")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("sirius*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes").glob("sirius*.yaml")), ids=lambda path: path.stem
+)
 def test_every_setting_of_the_recipe_can_be_built(path: Path) -> None:
     made = SiriusTrainer(args=settings.parse(SiriusConfig, path, []))
-    assert made.args.max_steps == made.args.max_iterations >= 1 and made.run.tasks and made.run.eval_tasks
+    assert (
+        made.args.max_steps == made.args.max_iterations >= 1
+        and made.run.tasks
+        and made.run.eval_tasks
+    )
 
 
 # learning
 
 
 def check_learning(folder: Path, seed: int) -> None:
-    """One iteration on the tiny model: the loss on kept turns falls for every agent, and held-out accuracy rises over the base, and over
-    as much learning from as many turns of the same episodes drawn at random."""
+    """One iteration on the tiny model: the loss on kept turns falls for every agent, and held-out
+    accuracy rises over the base, and over as much learning from as many turns of the same episodes
+    drawn at random."""
     given = yaml.safe_load((ROOT / "recipes" / "sirius_problem_solving.yaml").read_text())
-    given |= {"tasks_per_step": 48, "num_generations": 2, "num_eval_tasks": 100, "ablate_adapters": False, "seed": seed}
-    mended = SiriusTrainer(args=SiriusConfig(**{**given, "output_dir": str(folder / "sirius")})).train()
+    given |= {
+        "tasks_per_step": 48,
+        "num_generations": 2,
+        "num_eval_tasks": 100,
+        "ablate_adapters": False,
+        "seed": seed,
+    }
+    mended = SiriusTrainer(
+        args=SiriusConfig(**{**given, "output_dir": str(folder / "sirius")})
+    ).train()
     (row,) = metrics(folder / "sirius")
     share = sum(sum(of["kept"].values()) for of in row["selection"].values()) / (2 * 96)
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     args = {key: value for key, value in given.items() if key in known}
-    args |= {"output_dir": str(folder / "random"), "episodes": str(folder / "sirius"), "select": "random", "keep_share": share}
+    args |= {
+        "output_dir": str(folder / "random"),
+        "episodes": str(folder / "sirius"),
+        "select": "random",
+        "keep_share": share,
+    }
     control = SFTTrainer(args=SFTConfig(**{**args, "max_steps": 1})).train()
     before, after = mended["eval"]["before"]["accuracy"], mended["eval"]["after"]["accuracy"]
     random = control["eval"]["after"]["accuracy"]
-    print(f"seed {seed}: base {before}, random turns {random}, SiriuS {after}; {row['selection']} {row['repairs']}")
+    print(
+        f"seed {seed}: base {before}, random turns {random}, SiriuS {after}; {row['selection']}"
+        f" {row['repairs']}"
+    )
     for policy in ("first", "last"):
-        assert row["policies"][policy]["nll_after"] < 0.75 * row["policies"][policy]["nll_before"], row["policies"][policy]
+        assert (
+            row["policies"][policy]["nll_after"] < 0.75 * row["policies"][policy]["nll_before"]
+        ), row["policies"][policy]
     assert after - before >= 0.2 and mended["eval"]["paired"]["ci95"][0] > 0.1
     assert after - random >= 0.2
     assert row["repairs"]["mended"], "some failures were mended"
@@ -219,23 +302,37 @@ def test_the_recipe_runs_as_it_is_launched(tmp_path: Path) -> None:
     done = start([*command, "--max_iterations", "1", "--output_dir", str(tmp_path / "run")])
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["recipe"] == "sirius" and summary["steps"] == 1 and summary["live_proof"]["failed"] == 0
-    assert summary["eval"]["paired"]["ci95"][0] > 0.2 and set(summary["adapters"]) == {"first", "last"}
+    assert (
+        summary["recipe"] == "sirius"
+        and summary["steps"] == 1
+        and summary["live_proof"]["failed"] == 0
+    )
+    assert summary["eval"]["paired"]["ci95"][0] > 0.2 and set(summary["adapters"]) == {
+        "first",
+        "last",
+    }
     for alone in summary["adapters"].values():
-        assert alone["accuracy"] < summary["eval"]["after"]["accuracy"] - 0.1, "with the other agent back on the base it is worse"
+        assert alone["accuracy"] < summary["eval"]["after"]["accuracy"] - 0.1, (
+            "with the other agent back on the base it is worse"
+        )
 
 
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_learns(tmp_path: Path, model: Path) -> None:
-    """Mending, an experience library of two iterations, and the loss measured on it: shared by ranks, the same on both."""
+    """Mending, an experience library of two iterations, and the loss measured on it: shared by
+    ranks, the same on both."""
     done = start([*TORCHRUN, "-m", "tests.trainers.sirius_run", str(tmp_path / "two"), str(model)])
     assert done.returncode == 0, done.stderr[-4000:]
     learn(tmp_path / "one", model)
     ranks = [json.loads(Path(f"{tmp_path / 'two'}.rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert [row["selection"] for row in one] == [row["selection"] for row in two] and one[0]["repairs"] == two[0]["repairs"]
+    assert [row["selection"] for row in one] == [row["selection"] for row in two] and one[0][
+        "repairs"
+    ] == two[0]["repairs"]
     for ours, theirs in zip(one, two, strict=True):
         for policy in ("first", "last"):
             for key in ("nll_before", "nll_after"):
-                assert ours["policies"][policy][key] == pytest.approx(theirs["policies"][policy][key], abs=1e-4)
+                assert ours["policies"][policy][key] == pytest.approx(
+                    theirs["policies"][policy][key], abs=1e-4
+                )

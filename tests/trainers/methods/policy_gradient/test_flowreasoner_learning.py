@@ -1,4 +1,5 @@
-"""FlowReasoner on the tiny designer: GRPO raises what trajectories earn above what the warm-up left.
+"""FlowReasoner on the tiny designer: GRPO raises what trajectories earn above what the warm-up
+left.
 
 What was measured stands in recipes/RESULTS.md.
 """
@@ -13,7 +14,10 @@ import pytest
 import torch
 import yaml
 
-from marlora.trainers.methods.policy_gradient.flowreasoner import FlowReasonerConfig, FlowReasonerTrainer
+from marlora.trainers.methods.policy_gradient.flowreasoner import (
+    FlowReasonerConfig,
+    FlowReasonerTrainer,
+)
 from tests.repository import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -23,7 +27,9 @@ torch.set_num_threads(1)
 def run(folder: Path, **changes: Any) -> dict[str, Any]:
     """The summary."""
     settings = yaml.safe_load((ROOT / "recipes" / "flowreasoner.yaml").read_text())
-    args = FlowReasonerConfig(**{**settings, "output_dir": str(folder), "ablate_adapters": False, **changes})
+    args = FlowReasonerConfig(
+        **{**settings, "output_dir": str(folder), "ablate_adapters": False, **changes}
+    )
     summary = FlowReasonerTrainer(args=args).train()
     print(json.dumps({"stages": summary["stages"], "eval": summary["eval"]}))
     return summary
@@ -38,5 +44,7 @@ def test_without_a_learning_rate_the_stages_are_one(tmp_path: Path) -> None:
     """The control: the same trajectories, and no step."""
     summary = run(tmp_path / "run", learning_rate=0.0, sft_learning_rate=0.0, max_steps=2)
     stages = summary["stages"]
-    assert all(policy["sha256_before"] == policy["sha256_after"] for policy in summary["policies"].values())
+    assert all(
+        policy["sha256_before"] == policy["sha256_after"] for policy in summary["policies"].values()
+    )
     assert stages["rl"]["reward"] == pytest.approx(stages["sft"]["reward"], abs=0.1), stages

@@ -1,4 +1,5 @@
-"""Haggling on the tiny model that talks: training one side raises its payoff against the other, which stays as it is."""
+"""Haggling on the tiny model that talks: training one side raises its payoff against the other,
+which stays as it is."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def settings(recipe: str, folder: Path) -> dict[str, Any]:
 
 
 def payoffs(trained: Trainer[Any], side: str, games: int = 60) -> tuple[Evaluation, Evaluation]:
-    """Mean payoff of a side by task over sampled games of all tasks, as the bare base plays and as the team plays now."""
+    """Mean payoff of a side by task over sampled games of all tasks, as the bare base plays and as
+    the team plays now."""
     with trained.run as run:
         tasks = [*run.tasks, *run.eval_tasks]
         found = run.play("base", tasks, games, versions={}), run.play("now", tasks, games)
@@ -37,27 +39,42 @@ def payoffs(trained: Trainer[Any], side: str, games: int = 60) -> tuple[Evaluati
     def means(played: list[Episode]) -> Evaluation:
         values: dict[str, list[float]] = {}
         for episode in played:
-            values.setdefault(episode.task.id, []).append(json.loads(episode.output or "")["payoffs"][side])
+            values.setdefault(episode.task.id, []).append(
+                json.loads(episode.output or "")["payoffs"][side]
+            )
         return Evaluation({task: sum(each) / len(each) for task, each in values.items()})
 
     return means(found[0]), means(found[1])
 
 
 def check(trained: Trainer[Any], side: str) -> None:
-    """The 95 % interval of the side's gain, paired by task, is above 0; the other side's adapter is the one it was."""
+    """The 95 % interval of the side's gain, paired by task, is above 0; the other side's adapter is
+    the one it was."""
     summary = trained.train()
     before, after = payoffs(trained, side)
     gain = paired(before, after)
-    told = f"{type(trained).__name__}, {side}: {before.accuracy:.3f} -> {after.accuracy:.3f}, {gain}"
+    told = (
+        f"{type(trained).__name__}, {side}: {before.accuracy:.3f} -> {after.accuracy:.3f}, {gain}"
+    )
     print(told)
     assert gain["ci95"][0] > 0, told
-    moved = {name: entry["sha256_before"] != entry["sha256_after"] for name, entry in summary["policies"].items()}
+    moved = {
+        name: entry["sha256_before"] != entry["sha256_after"]
+        for name, entry in summary["policies"].items()
+    }
     assert moved == {"seller": side == "seller", "buyer": side == "buyer"}
 
 
-@pytest.mark.parametrize(("side", "seed"), [("seller", 0), ("seller", 1), ("seller", 2), ("buyer", 0)])
-def test_training_one_side_raises_its_payoff_against_the_frozen_other(tmp_path: Path, side: str, seed: int) -> None:
-    args = settings("grpo_team_games", tmp_path / "run") | {"seed": seed, "policies": {OTHER[side]: {"trainable": False}}}
+@pytest.mark.parametrize(
+    ("side", "seed"), [("seller", 0), ("seller", 1), ("seller", 2), ("buyer", 0)]
+)
+def test_training_one_side_raises_its_payoff_against_the_frozen_other(
+    tmp_path: Path, side: str, seed: int
+) -> None:
+    args = settings("grpo_team_games", tmp_path / "run") | {
+        "seed": seed,
+        "policies": {OTHER[side]: {"trainable": False}},
+    }
     check(GRPOTrainer(args=GRPOConfig(**args)), side)
 
 

@@ -1,6 +1,8 @@
-"""GRPO on the tiny model with the settings of recipes/grpo_team.yaml: it learns, each adapter does its share, and nothing else does.
+"""GRPO on the tiny model with the settings of recipes/grpo_team.yaml: it learns, each adapter does
+its share, and nothing else does.
 
-Measured, 20 steps, seed 0, held-out greedy accuracy on 200 tasks: base .34, only `first` .60, only `last` .55, both 1.0, swapped .39.
+Measured, 20 steps, seed 0, held-out greedy accuracy on 200 tasks: base .34, only `first` .60, only
+`last` .55, both 1.0, swapped .39.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ torch.set_num_threads(1)
 
 def trainer(folder: Path, **changes: Any) -> GRPOTrainer:
     settings = yaml.safe_load((ROOT / "recipes" / "grpo_team.yaml").read_text())
-    return GRPOTrainer(args=GRPOConfig(**{**settings, "output_dir": str(folder), "save_every": 1000, **changes}))
+    return GRPOTrainer(
+        args=GRPOConfig(**{**settings, "output_dir": str(folder), "save_every": 1000, **changes})
+    )
 
 
 def swapped(trained: GRPOTrainer) -> float:
@@ -35,14 +39,16 @@ def swapped(trained: GRPOTrainer) -> float:
             folder = base.publisher.root / f"{agent}-swapped"
             shutil.copytree(base.publisher.root / run.versions[other], folder)
             run.stage.background.run(base.engine.publish({agent: folder}))
-        result = run.evaluate("swapped", versions={"first": "first-swapped", "last": "last-swapped"})
+        result = run.evaluate(
+            "swapped", versions={"first": "first-swapped", "last": "last-swapped"}
+        )
         assert result is not None
         return result.accuracy
 
 
 def check_learning(folder: Path, **changes: Any) -> None:
-    """The reward rises, held-out accuracy by at least .25; each adapter alone is worth .08; swapped, together they are worth no more
-    than one alone."""
+    """The reward rises, held-out accuracy by at least .25; each adapter alone is worth .08;
+    swapped, together they are worth no more than one alone."""
     trained = trainer(folder, **changes)
     summary = trained.train()
     before, after = summary["eval"]["before"]["accuracy"], summary["eval"]["after"]["accuracy"]
@@ -54,11 +60,19 @@ def check_learning(folder: Path, **changes: Any) -> None:
     assert after - before >= 0.25 and summary["eval"]["paired"]["ci95"][0] > 0.15, told
     assert min(alone.values()) - before >= 0.08 and max(alone.values()) < after, told
     assert crossed <= after - 0.2 and crossed <= max(alone.values()) + 0.05, told
-    rewards = [json.loads(line)["reward"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rewards = [
+        json.loads(line)["reward"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.05, rewards
     proof = summary["live_proof"]
-    assert proof["failed"] == 0 and proof["passed"] == 2 * summary["steps"] and proof["max_residual"] < 0.001
-    assert all(policy["sha256_before"] != policy["sha256_after"] for policy in summary["policies"].values())
+    assert (
+        proof["failed"] == 0
+        and proof["passed"] == 2 * summary["steps"]
+        and proof["max_residual"] < 0.001
+    )
+    assert all(
+        policy["sha256_before"] != policy["sha256_after"] for policy in summary["policies"].values()
+    )
 
 
 def test_a_team_learns(tmp_path: Path):
@@ -66,12 +80,20 @@ def test_a_team_learns(tmp_path: Path):
 
 
 def test_with_learning_rate_0_nothing_changes(tmp_path: Path):
-    """Not one bit of an adapter, not one held-out answer; the proof says that there was nothing to prove."""
+    """Not one bit of an adapter, not one held-out answer; the proof says that there was nothing to
+    prove."""
     control = trainer(tmp_path / "run", max_steps=3, learning_rate=0.0, num_eval_tasks=100)
     summary = control.train()
-    assert all(policy["sha256_before"] == policy["sha256_after"] for policy in summary["policies"].values())
+    assert all(
+        policy["sha256_before"] == policy["sha256_after"] for policy in summary["policies"].values()
+    )
     assert summary["eval"]["after"] == summary["eval"]["before"]
-    assert summary["eval"]["paired"] == {"difference": 0.0, "ci95": [0.0, 0.0], "gained": 0, "lost": 0}
+    assert summary["eval"]["paired"] == {
+        "difference": 0.0,
+        "ci95": [0.0, 0.0],
+        "gained": 0,
+        "lost": 0,
+    }
     assert summary["tokens"]["trained"] > 500 and summary["adapters"] == {}
     proof = summary["live_proof"]
     assert (proof["checks"], proof["untrained"], proof["passed"], proof["failed"]) == (2, 2, 0, 0)
@@ -85,5 +107,6 @@ def test_a_team_learns_with_other_seeds(tmp_path: Path, seed: int):
 
 @pytest.mark.slow
 def test_learning_from_success_alone(tmp_path: Path):
-    """Rejection sampling as a credit rule: the turns of correct episodes count 1, all others are dropped."""
+    """Rejection sampling as a credit rule: the turns of correct episodes count 1, all others are
+    dropped."""
     check_learning(tmp_path / "run", max_steps=20, credit="success")

@@ -1,8 +1,10 @@
-"""A debate small enough to be solved: two members, right with chance .6 each, and flags that tell right from wrong with accuracy .9.
+"""A debate small enough to be solved: two members, right with chance .6 each, and flags that tell
+right from wrong with accuracy .9.
 
-Where the answers differ, a member keeps its own or takes the other's, by four logits: one for each pair of flags, (own, other's). Both
-members share them. Accuracy of the second round follows from them exactly; believing the flags makes at most .7918 of .6, or .84 with
-flags that are always right. The gradients below go through the losses that train language models.
+Where the answers differ, a member keeps its own or takes the other's, by four logits: one for each
+pair of flags, (own, other's). Both members share them. Accuracy of the second round follows from
+them exactly; believing the flags makes at most .7918 of .6, or .84 with flags that are always
+right. The gradients below go through the losses that train language models.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def actions(logits: torch.Tensor) -> torch.Tensor:
 
 
 def situations(accuracy: float = FLAG) -> list[tuple[float, int, int, int]]:
-    """(chance, own flag, other's flag, the action that ends right) of all situations in which one member is right and the other is wrong."""
+    """(chance, own flag, other's flag, the action that ends right) of all situations in which one
+    member is right and the other is wrong."""
     return [
         (
             RIGHT * (1 - RIGHT) * chance(own, mine, accuracy) * chance(other, not mine, accuracy),
@@ -46,22 +49,38 @@ def situations(accuracy: float = FLAG) -> list[tuple[float, int, int, int]]:
 
 
 def accuracy_of(logits: torch.Tensor, accuracy: float = FLAG) -> float:
-    return RIGHT**2 + sum(p * float(actions(logits)[own, other, right].exp()) for p, own, other, right in situations(accuracy))
+    return RIGHT**2 + sum(
+        p * float(actions(logits)[own, other, right].exp())
+        for p, own, other, right in situations(accuracy)
+    )
 
 
 def exact(steps: list[int], accuracy: float = FLAG) -> tuple[list[float], torch.Tensor]:
-    """Accuracies after so many steps of size 20 along the exact policy gradient, which `policy_loss` gives where every situation and action is
-    a term of its own and its advantage is its chance times its reward."""
+    """Accuracies after so many steps of size 20 along the exact policy gradient, which
+    `policy_loss` gives where every situation and action is a term of its own and its advantage is
+    its chance times its reward."""
     logits = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
-    terms = [(p, own, other, act, float(act == right)) for p, own, other, right in situations(accuracy) for act in (KEEP, SWITCH)]
+    terms = [
+        (p, own, other, act, float(act == right))
+        for p, own, other, right in situations(accuracy)
+        for act in (KEEP, SWITCH)
+    ]
     index = torch.tensor([term[1:4] for term in terms]).T
-    weight, reward = (torch.tensor([term[k] for term in terms], dtype=torch.float64) for k in (0, 4))
+    weight, reward = (
+        torch.tensor([term[k] for term in terms], dtype=torch.float64) for k in (0, 4)
+    )
     found = [accuracy_of(logits, accuracy)]
     for step in range(1, max(steps) + 1):
         logp = actions(logits)[tuple(index)]
         behaviour = logp.detach()
-        batch = SimpleNamespace(behaviour=behaviour, advantage=weight * behaviour.exp() * reward, sequence=torch.arange(len(terms)))
-        loss, _ = policy_loss(logp, torch.zeros_like(behaviour), batch, LossConfig(), Denominators(1, 1))
+        batch = SimpleNamespace(
+            behaviour=behaviour,
+            advantage=weight * behaviour.exp() * reward,
+            sequence=torch.arange(len(terms)),
+        )
+        loss, _ = policy_loss(
+            logp, torch.zeros_like(behaviour), batch, LossConfig(), Denominators(1, 1)
+        )
         (gradient,) = torch.autograd.grad(loss, logits)
         with torch.no_grad():
             logits -= 20 * gradient
@@ -85,7 +104,8 @@ def test_with_flags_that_are_always_right_the_limit_is_that_of_one_being_right()
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_sampled_trainer_approaches_them(seed: int):
-    """The same by PPO: 256 debates a step, influence-aware rewards, a critic with a number per pair of flags, four epochs."""
+    """The same by PPO: 256 debates a step, influence-aware rewards, a critic with a number per pair
+    of flags, four epochs."""
     rng, table = random.Random(seed), torch.zeros(2, 2, requires_grad=True)
     critic = torch.zeros(2, 2, requires_grad=True)
     optimizer = torch.optim.Adam([{"params": [table], "lr": 0.1}, {"params": [critic], "lr": 0.1}])
@@ -95,13 +115,19 @@ def test_a_sampled_trainer_approaches_them(seed: int):
         index = tuple(torch.tensor(states).T)
         values = critic.detach()[index]
         judged = [
-            gae(token_rewards(score, torch.zeros(1), 0.0), v[None], 1.0, 0.95) for score, v in zip(scores, values, strict=True)
+            gae(token_rewards(score, torch.zeros(1), 0.0), v[None], 1.0, 0.95)
+            for score, v in zip(scores, values, strict=True)
         ]
-        advantage, returns = whiten(torch.cat([a for a, _ in judged])).float(), torch.cat([r for _, r in judged]).float()
+        advantage, returns = (
+            whiten(torch.cat([a for a, _ in judged])).float(),
+            torch.cat([r for _, r in judged]).float(),
+        )
         errors.append(float(((values - returns) ** 2).mean()))
         act, total = torch.tensor(acts), Denominators(len(acts), len(acts))
         batch = SimpleNamespace(
-            behaviour=actions(table.detach())[(*index, act)], advantage=advantage, sequence=torch.arange(len(acts))
+            behaviour=actions(table.detach())[(*index, act)],
+            advantage=advantage,
+            sequence=torch.arange(len(acts)),
         )
         for _ in range(4):
             logp = actions(table)[(*index, act)]
@@ -111,11 +137,16 @@ def test_a_sampled_trainer_approaches_them(seed: int):
             loss.backward()
             optimizer.step()
     assert accuracy_of(table.detach().double()) > 0.78
-    assert sum(errors[-5:]) < 0.9 * sum(errors[:5])  # the critic learns what pairs of flags are worth
+    assert sum(errors[-5:]) < 0.9 * sum(
+        errors[:5]
+    )  # the critic learns what pairs of flags are worth
 
 
-def played(rng: random.Random, table: torch.Tensor, debates: int = 256) -> tuple[list[tuple[int, int]], list[int], list[float]]:
-    """Pairs of flags, actions and rewards of the members whose answers differed, in sampled debates."""
+def played(
+    rng: random.Random, table: torch.Tensor, debates: int = 256
+) -> tuple[list[tuple[int, int]], list[int], list[float]]:
+    """Pairs of flags, actions and rewards of the members whose answers differed, in sampled
+    debates."""
     switch = actions(table)[:, :, SWITCH].exp().tolist()
     states, acts, rewards = [], [], []
     for _ in range(debates):

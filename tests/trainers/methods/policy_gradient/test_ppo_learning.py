@@ -1,4 +1,5 @@
-"""Plain PPO on the tiny chain, with the settings of its recipe: it learns, and so do its critics."""
+"""Plain PPO on the tiny chain, with the settings of its recipe: it learns, and so do its
+critics."""
 
 from __future__ import annotations
 

@@ -21,7 +21,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     last = folder / "checkpoints" / "step-000002"
     files = [path for path in last.rglob("*.safetensors") if path.stem in ("adapter_model", "head")]
     assert len(files) == 2 * (1 + 2)
-    return {f"{path.parent}/{path.stem} {key}".removeprefix(str(last)): t for path in files for key, t in load_file(path).items()}
+    return {
+        f"{path.parent}/{path.stem} {key}".removeprefix(str(last)): t
+        for path in files
+        for key, t in load_file(path).items()
+    }
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

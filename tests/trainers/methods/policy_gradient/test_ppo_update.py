@@ -1,4 +1,5 @@
-"""One update of PPO against a plain one: loops over episodes, the model's own forward, full logits."""
+"""One update of PPO against a plain one: loops over episodes, the model's own forward, full
+logits."""
 
 from __future__ import annotations
 
@@ -25,39 +26,68 @@ def slow_gae(rewards: list[float], values: list[float], lam: float) -> list[floa
 def plain_logps(network: Any, turn: Turn) -> torch.Tensor:
     """log p of one reply by the model's own forward: no packing, no chunks."""
     ids = torch.tensor([turn.prompt_ids + turn.token_ids])
-    logits = network(input_ids=ids).logits[0, len(turn.prompt_ids) - 1 : -1] / turn.sampling.temperature
+    logits = (
+        network(input_ids=ids).logits[0, len(turn.prompt_ids) - 1 : -1] / turn.sampling.temperature
+    )
     return logits.log_softmax(-1).gather(1, torch.tensor(turn.token_ids)[:, None])[:, 0]
 
 
 def plain_values(network: Any, head: Any, turn: Turn) -> torch.Tensor:
-    hidden = network.get_base_model().model(input_ids=torch.tensor([turn.prompt_ids + turn.token_ids])).last_hidden_state[0]
+    hidden = (
+        network.get_base_model()
+        .model(input_ids=torch.tensor([turn.prompt_ids + turn.token_ids]))
+        .last_hidden_state[0]
+    )
     return head.linear(hidden[len(turn.prompt_ids) - 1 : -1])[:, 0]
 
 
 def plain_loss(
-    logp: torch.Tensor, behaviour: torch.Tensor, reference: torch.Tensor, white: torch.Tensor, beta: float
+    logp: torch.Tensor,
+    behaviour: torch.Tensor,
+    reference: torch.Tensor,
+    white: torch.Tensor,
+    beta: float,
 ) -> torch.Tensor:
-    """The clipped surrogate, and beta times the KL to the reference, each term of which counts by its ratio."""
+    """The clipped surrogate, and beta times the KL to the reference, each term of which counts by
+    its ratio."""
     ratio, away = torch.exp(logp - behaviour), logp - reference
-    return (torch.maximum(-white * ratio, -white * ratio.clamp(0.8, 1.2)) + beta * ratio * (torch.exp(-away) + away - 1)).mean()
+    return (
+        torch.maximum(-white * ratio, -white * ratio.clamp(0.8, 1.2))
+        + beta * ratio * (torch.exp(-away) + away - 1)
+    ).mean()
 
 
 @pytest.mark.parametrize(
-    ("layout", "across", "beta"), [("padded", False, 0.0), ("padded", True, 0.5), ("shared", False, 0.5), ("shared", True, 0.0)]
+    ("layout", "across", "beta"),
+    [("padded", False, 0.0), ("padded", True, 0.5), ("shared", False, 0.5), ("shared", True, 0.0)],
 )
-def test_one_update_is_that_of_a_plain_implementation(layout: str, across: bool, beta: float, tmp_path: Path, model: Path) -> None:
-    """Gradients of both adapters and both critics, from loops over episodes and full logits. KL in the rewards, and in the loss (`beta`); two
-    turns in a chat."""
+def test_one_update_is_that_of_a_plain_implementation(
+    layout: str, across: bool, beta: float, tmp_path: Path, model: Path
+) -> None:
+    """Gradients of both adapters and both critics, from loops over episodes and full logits. KL in
+    the rewards, and in the loss (`beta`); two turns in a chat."""
     made = trainer(
-        tmp_path / "run", model, Twice(["first", "last"]), layout=layout, tokens_per_batch=60, across_turns=across,
-        num_ppo_epochs=1, kl_coef=0.3, beta=beta, lam=0.8, temperature=0.8, max_grad_norm=1e9,
-    )  # fmt: skip
+        tmp_path / "run",
+        model,
+        Twice(["first", "last"]),
+        layout=layout,
+        tokens_per_batch=60,
+        across_turns=across,
+        num_ppo_epochs=1,
+        kl_coef=0.3,
+        beta=beta,
+        lam=0.8,
+        temperature=0.8,
+        max_grad_norm=1e9,
+    )
     with made.run as run:
         (base,) = run.bases.values()
         disturb(base.adapters)
         for head in base.heads.values():
             for name, p in head.parameters().items():
-                p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+                p.data += 0.1 * torch.randn(
+                    p.shape, generator=torch.Generator().manual_seed(len(name))
+                )
         run.stage.publish(0, (), final=False)
         episodes = run.collect(1)
         truth: dict[str, tuple[torch.Tensor, ...]] = {}
@@ -75,7 +105,9 @@ def test_one_update_is_that_of_a_plain_implementation(layout: str, across: bool,
                     said = [plain_values(network, head, t) for t in turns]
                 rewards: list[float] = []
                 for turn, ref in zip(turns, reference, strict=True):
-                    rewards += [-0.3 * (p - float(r)) for p, r in zip(turn.logprobs, ref, strict=True)]
+                    rewards += [
+                        -0.3 * (p - float(r)) for p, r in zip(turn.logprobs, ref, strict=True)
+                    ]
                     rewards[-1] += e.rewards[0].value if turn is turns[-1] or not across else 0.0
                 values.append(torch.cat(said))
                 advantages += slow_gae(rewards, values[-1].tolist(), 0.8)
@@ -98,7 +130,9 @@ def test_one_update_is_that_of_a_plain_implementation(layout: str, across: bool,
                 (agent, base.optimizers.of[agent], base.adapters.parameters(agent)),
                 (head.adapter, head.optimizer, head.parameters()),
             ):
-                found = torch.cat([optimizer.state[p]["exp_avg"].flatten() * 10 for p in parameters.values()])
+                found = torch.cat(
+                    [optimizer.state[p]["exp_avg"].flatten() * 10 for p in parameters.values()]
+                )
                 expected = torch.cat([g.flatten() for g in truth[name]])
                 assert expected.norm() > 1e-3
                 assert (found - expected).norm() / expected.norm() < 1e-4, name

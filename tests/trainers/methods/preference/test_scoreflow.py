@@ -1,6 +1,8 @@
-"""ScoreFlow as a run: programs are written, run several times, stored, paired and learnt from; the controls learn from the same data.
+"""ScoreFlow as a run: programs are written, run several times, stored, paired and learnt from; the
+controls learn from the same data.
 
-The network knows nothing. What it says is put into its mouth (`Saying`); what it learns from is real.
+The network knows nothing. What it says is put into its mouth (`Saying`); what it learns from is
+real.
 """
 
 from __future__ import annotations
@@ -30,11 +32,18 @@ from tests.trainers import small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WRITTEN = ['await custom("A")', 'await custom("B")', 'await custom("C")', "await magic('A')", 'while True:\n  await custom("A")\n1']
+WRITTEN = [
+    'await custom("A")',
+    'await custom("B")',
+    'await custom("C")',
+    "await magic('A')",
+    'while True:\n  await custom("A")\n1',
+]
 
 
 def said(call: Call) -> str:
-    """A designer's program by the seed of the call, the second task's always the same; an executor's digit, wrong where the seed says."""
+    """A designer's program by the seed of the call, the second task's always the same; an
+    executor's digit, wrong where the seed says."""
     seed, text = call.sampling.seed or 0, call.messages[-1].content
     if call.agent.name == "designer":
         return WRITTEN[seed % len(WRITTEN)]
@@ -48,28 +57,48 @@ class Saying(EngineCompleter):
     async def __call__(self, call: Call, version: str) -> list[Completion]:
         await asyncio.sleep(0)
         made = self.tokens.write(self.prompt(call), said(call))
-        return [dataclasses.replace(made, logprobs=(-1.0,) * len(made.token_ids), policy=self.policy, version=version)] * call.n
+        return [
+            dataclasses.replace(
+                made, logprobs=(-1.0,) * len(made.token_ids), policy=self.policy, version=version
+            )
+        ] * call.n
 
 
 def put_words(made: ScoreFlowTrainer) -> ScoreFlowTrainer:
     """Open the run and let its agents say what `said` says."""
     run = made.run.open()
-    spoken = {p: Saying(s.engine, s.tokens, p) for p, s in run.stage.rollouts.speakers.items() if isinstance(s, EngineCompleter)}
+    spoken = {
+        p: Saying(s.engine, s.tokens, p)
+        for p, s in run.stage.rollouts.speakers.items()
+        if isinstance(s, EngineCompleter)
+    }
     run.stage.rollouts = dataclasses.replace(run.stage.rollouts, speakers=spoken)
     return made
 
 
-def trainer(folder: Path, model: Path, system: Workflow | None = None, **changes: Any) -> ScoreFlowTrainer:
-    small = {f.name: getattr(small_run.config(folder, model), f.name) for f in dataclasses.fields(small_run.GRPOConfig)}
+def trainer(
+    folder: Path, model: Path, system: Workflow | None = None, **changes: Any
+) -> ScoreFlowTrainer:
+    small = {
+        f.name: getattr(small_run.config(folder, model), f.name)
+        for f in dataclasses.fields(small_run.GRPOConfig)
+    }
     known = {f.name for f in dataclasses.fields(ScoreFlowConfig)} - {"beta", "loss_type"}
     fields = {n: v for n, v in small.items() if n in known} | {
-        "max_steps": 1, "tasks_per_step": 3, "num_generations": 6, "num_pairs": 12, "num_eval_tasks": 2,
-    }  # fmt: skip
+        "max_steps": 1,
+        "tasks_per_step": 3,
+        "num_generations": 6,
+        "num_pairs": 12,
+        "num_eval_tasks": 2,
+    }
     args = ScoreFlowConfig(**{**fields, **changes})
     return ScoreFlowTrainer(
-        system=system or tiny_workflow(seconds=0.5), tasks=program_tasks()[:12], eval_tasks=program_tasks("eval")[:2],
-        rewards=["exact"], args=args,
-    )  # fmt: skip
+        system=system or tiny_workflow(seconds=0.5),
+        tasks=program_tasks()[:12],
+        eval_tasks=program_tasks("eval")[:2],
+        rewards=["exact"],
+        args=args,
+    )
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -80,7 +109,9 @@ def runs_of(episodes: Sequence[Episode], parent: Episode) -> list[Episode]:
     return [e for e in episodes if e.parent == parent.id]
 
 
-def test_a_round_runs_every_valid_program_again_and_learns_from_pairs(tmp_path: Path, model: Path) -> None:
+def test_a_round_runs_every_valid_program_again_and_learns_from_pairs(
+    tmp_path: Path, model: Path
+) -> None:
     made = put_words(trainer(tmp_path / "run", model))
     summary = made.train()
     episodes = [e for e in Store(tmp_path / "run" / "episodes") if not e.group.startswith("eval-")]
@@ -91,36 +122,64 @@ def test_a_round_runs_every_valid_program_again_and_learns_from_pairs(tmp_path: 
         again = runs_of(episodes, parent)
         assert len(again) == (2 if valid.value else 0)
         for child in again:
-            assert child.group == f"{parent.id}/{RUNS}/all" and child.task.answer == parent.task.answer
-            assert child.turns[0].completion == parent.turns[0].completion, "the program is given, to the token"
-            assert "designer" not in {name for name, usage in child.usage.items() if usage.calls}, "and not paid for again"
+            assert (
+                child.group == f"{parent.id}/{RUNS}/all" and child.task.answer == parent.task.answer
+            )
+            assert child.turns[0].completion == parent.turns[0].completion, (
+                "the program is given, to the token"
+            )
+            assert "designer" not in {name for name, usage in child.usage.items() if usage.calls}, (
+                "and not paid for again"
+            )
             assert {r.name for r in child.rewards} >= {"exact", "valid", "ran"}
-    outputs = {tuple(e.output for e in [p, *runs_of(episodes, p)]) for p in parents if runs_of(episodes, p)}
+    outputs = {
+        tuple(e.output for e in [p, *runs_of(episodes, p)]) for p in parents if runs_of(episodes, p)
+    }
     assert any(len(set(each)) > 1 for each in outputs), "executors are sampled anew"
     (row,) = rows(tmp_path / "run")
     told = row["scoreflow"]
-    assert told["programs"] == 18 and 0 < told["valid"] < 1 and told["updates"] == 1 and told["pairs"] == 12 <= 12 * told["pool"]
-    assert set(told["faults"]) <= {"name", "calls"} and sum(told["faults"].values()) == 18 - round(18 * told["valid"])
+    assert (
+        told["programs"] == 18
+        and 0 < told["valid"] < 1
+        and told["updates"] == 1
+        and told["pairs"] == 12 <= 12 * told["pool"]
+    )
+    assert set(told["faults"]) <= {"name", "calls"} and sum(told["faults"].values()) == 18 - round(
+        18 * told["valid"]
+    )
     assert told["loss"] == pytest.approx(0.693147, abs=1e-5)  # the policy is the base still
     table, _ = made.table(episodes)
     assert told["score"] == pytest.approx(sum(r.score for r in table) / 18)
     assert {round(3 * r.score, 6) for r in table} <= {0.0, 1.0, 2.0, 3.0}
     policies = summary["policies"]
-    assert policies["designer"]["sha256_before"] != policies["designer"]["sha256_after"] and set(policies) == {"designer"}
+    assert policies["designer"]["sha256_before"] != policies["designer"]["sha256_after"] and set(
+        policies
+    ) == {"designer"}
 
 
 def test_every_episode_can_be_replayed_from_the_store(tmp_path: Path, model: Path) -> None:
     made = put_words(trainer(tmp_path / "run", model))
     with made.run:
         episodes = made.collect(1)
-        silent = dataclasses.replace(made.run.stage.rollouts, speakers=dict.fromkeys(made.run.stage.rollouts.speakers, nobody))
+        silent = dataclasses.replace(
+            made.run.stage.rollouts,
+            speakers=dict.fromkeys(made.run.stage.rollouts.speakers, nobody),
+        )
 
         async def again(e: Episode) -> Episode:
-            return await silent.play(EpisodeRequest(e.task, e.group, int(e.id.rsplit("/", 1)[1]), e.step), given=e.turns, seed=e.seed)
+            return await silent.play(
+                EpisodeRequest(e.task, e.group, int(e.id.rsplit("/", 1)[1]), e.step),
+                given=e.turns,
+                seed=e.seed,
+            )
 
         for episode in Store(tmp_path / "run" / "episodes"):
             replayed = made.run.stage.background.run(again(episode))
-            assert (replayed.output, replayed.turns, replayed.rewards) == (episode.output, episode.turns, episode.rewards)
+            assert (replayed.output, replayed.turns, replayed.rewards) == (
+                episode.output,
+                episode.turns,
+                episode.rewards,
+            )
         assert len(episodes) > 18
 
 
@@ -129,7 +188,8 @@ async def nobody(call: Call, version: str) -> list[Completion]:
 
 
 def test_a_resumed_round_takes_what_was_run(tmp_path: Path, model: Path) -> None:
-    """Cut off after the programs and the runs of the first: what is stored is not played again, and the update is the same."""
+    """Cut off after the programs and the runs of the first: what is stored is not played again, and
+    the update is the same."""
     whole = put_words(trainer(tmp_path / "whole", model))
     whole.train()
     cut = put_words(trainer(tmp_path / "run", model))
@@ -139,7 +199,9 @@ def test_a_resumed_round_takes_what_was_run(tmp_path: Path, model: Path) -> None
     resumed = put_words(trainer(tmp_path / "run", model, resume=True))
     with resumed.run:
         for policy in resumed.run.stage.rollouts.speakers.values():
-            policy.__class__ = type("Silent", (Saying,), {"__call__": lambda self, call, version: nobody(call, version)})
+            policy.__class__ = type(
+                "Silent", (Saying,), {"__call__": lambda self, call, version: nobody(call, version)}
+            )
         resumed.learn(1, resumed.collect(1))
         assert len(list(Store(tmp_path / "run" / "episodes"))) == stored
         (one,), (other,) = whole.run.bases.values(), resumed.run.bases.values()
@@ -149,11 +211,15 @@ def test_a_resumed_round_takes_what_was_run(tmp_path: Path, model: Path) -> None
 def test_without_an_informative_pair_the_round_is_skipped_aloud(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.trainers.methods.preference.test_scoreflow.WRITTEN", ["await magic('A')"])
+    monkeypatch.setattr(
+        "tests.trainers.methods.preference.test_scoreflow.WRITTEN", ["await magic('A')"]
+    )
     summary = put_words(trainer(tmp_path / "run", model)).train()
     assert all(p["sha256_before"] == p["sha256_after"] for p in summary["policies"].values())
     told = rows(tmp_path / "run")[0]["scoreflow"]
-    assert told["pairs"] == told["pool"] == 0 and told["valid"] == 0 and told["faults"] == {"name": 18}
+    assert (
+        told["pairs"] == told["pool"] == 0 and told["valid"] == 0 and told["faults"] == {"name": 18}
+    )
     assert "nothing to learn from" in (tmp_path / "run" / "warnings.log").read_text()
 
 
@@ -167,31 +233,48 @@ def played(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"objective": "dpo", "alpha": 0.0, "invalid": "zero"}, {"score_weighting": "chosen"},
-        {"objective": "sft", "sft": {"num_train_epochs": 1, "train_batch_size": 4}}, {"objective": "grpo", "grpo": {"epsilon": 0.1}},
-        {"objective": "grpo", "invalid": "zero", "grpo": '{"beta": 0.01}'}, {"num_train_epochs": 2, "train_batch_size": 5},
+        {"objective": "dpo", "alpha": 0.0, "invalid": "zero"},
+        {"score_weighting": "chosen"},
+        {"objective": "sft", "sft": {"num_train_epochs": 1, "train_batch_size": 4}},
+        {"objective": "grpo", "grpo": {"epsilon": 0.1}},
+        {"objective": "grpo", "invalid": "zero", "grpo": '{"beta": 0.01}'},
+        {"num_train_epochs": 2, "train_batch_size": 5},
     ],
     ids=str,
-)  # fmt: skip
-def test_objectives_learn_from_one_store(tmp_path: Path, model: Path, played: Path, changes: dict[str, Any]) -> None:
-    summary = trainer(tmp_path / "run", model, episodes=str(played), tasks_per_step=3, **changes).train()
-    assert summary["policies"]["designer"]["sha256_before"] != summary["policies"]["designer"]["sha256_after"]
+)
+def test_objectives_learn_from_one_store(
+    tmp_path: Path, model: Path, played: Path, changes: dict[str, Any]
+) -> None:
+    summary = trainer(
+        tmp_path / "run", model, episodes=str(played), tasks_per_step=3, **changes
+    ).train()
+    assert (
+        summary["policies"]["designer"]["sha256_before"]
+        != summary["policies"]["designer"]["sha256_after"]
+    )
     assert {e.group.split("-")[0] for e in Store(tmp_path / "run" / "episodes")} == {"eval"}
     told = rows(tmp_path / "run")[0]["scoreflow"]
     assert told["score"] == rows(played)[0]["scoreflow"]["score"]
     if changes.get("num_train_epochs") == 2:
         assert told["updates"] == 6
     if changes.get("objective") == "sft":
-        assert 0 < told["kept"] <= 3 and told["nll_after"]["designer"] < told["nll_before"]["designer"]
+        assert (
+            0 < told["kept"] <= 3 and told["nll_after"]["designer"] < told["nll_before"]["designer"]
+        )
 
 
 def test_executors_are_trained_too_by_the_runs_of_one_program(tmp_path: Path, model: Path) -> None:
-    agents = [AgentSpec("designer", sampling=Sampling(max_tokens=60)), AgentSpec("executor", sampling=Sampling(max_tokens=2))]
+    agents = [
+        AgentSpec("designer", sampling=Sampling(max_tokens=60)),
+        AgentSpec("executor", sampling=Sampling(max_tokens=2)),
+    ]
     system = tiny_workflow(agents=agents, seconds=0.5)
     summary = put_words(trainer(tmp_path / "run", model, system, objective="grpo")).train()
     assert all(p["sha256_before"] != p["sha256_after"] for p in summary["policies"].values())
     assert set(summary["policies"]) == {"designer", "executor"}
-    with pytest.raises(SettingError, match=r"policies.executor: objective score_dpo trains the designer alone"):
+    with pytest.raises(
+        SettingError, match=r"policies.executor: objective score_dpo trains the designer alone"
+    ):
         trainer(tmp_path / "other", model, system)
     trainer(tmp_path / "frozen", model, system, policies={"executor": {"trainable": False}})
 
@@ -199,12 +282,20 @@ def test_executors_are_trained_too_by_the_runs_of_one_program(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"objective": "ppo"}, "objective"), ({"invalid": "keep"}, "invalid"), ({"num_runs": 0}, "num_runs"), ({"alpha": -1.0}, "alpha"),
-        ({"mode": "sampling"}, "mode"), ({"num_generations": 1}, "num_generations"), ({"sft": {"epochs": 1}}, "sft.epochs: unknown"),
-        ({"grpo": "{"}, "grpo: expected a mapping"), ({"policies": {"designer": {"trainable": False}}}, "policies.designer"),
+        ({"objective": "ppo"}, "objective"),
+        ({"invalid": "keep"}, "invalid"),
+        ({"num_runs": 0}, "num_runs"),
+        ({"alpha": -1.0}, "alpha"),
+        ({"mode": "sampling"}, "mode"),
+        ({"num_generations": 1}, "num_generations"),
+        ({"sft": {"epochs": 1}}, "sft.epochs: unknown"),
+        ({"grpo": "{"}, "grpo: expected a mapping"),
+        ({"policies": {"designer": {"trainable": False}}}, "policies.designer"),
     ],
-)  # fmt: skip
-def test_settings_that_cannot_work_are_refused(tmp_path: Path, model: Path, changes: dict[str, Any], why: str) -> None:
+)
+def test_settings_that_cannot_work_are_refused(
+    tmp_path: Path, model: Path, changes: dict[str, Any], why: str
+) -> None:
     with pytest.raises(SettingError, match=why):
         trainer(tmp_path / "run", model, **changes)
 
@@ -215,7 +306,11 @@ def test_other_systems_are_refused(tmp_path: Path, model: Path) -> None:
     args = ScoreFlowConfig(output_dir=str(tmp_path), model=str(model), engine="transformers")
     with pytest.raises(SettingError, match="designer of a Workflow, got Chain"):
         ScoreFlowTrainer(
-            system=tiny_chain(), tasks=tiny_tasks()[:4], eval_tasks=tiny_tasks("eval")[:2], rewards=["exact"], args=args
+            system=tiny_chain(),
+            tasks=tiny_tasks()[:4],
+            eval_tasks=tiny_tasks("eval")[:2],
+            rewards=["exact"],
+            args=args,
         )
 
 

@@ -1,4 +1,5 @@
-"""Preference training of a small team: two passes give the joint gradient, references stand still, drafts are drawn anew."""
+"""Preference training of a small team: two passes give the joint gradient, references stand still,
+drafts are drawn anew."""
 
 from __future__ import annotations
 
@@ -30,14 +31,29 @@ from tests.trainers.random_models import disturb
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def trainer(folder: Path, model: Path, system: System | None = None, components: Any = (), **changes: Any) -> PreferenceTrainer:
-    small = {field.name: getattr(small_run.config(folder, model), field.name) for field in dataclasses.fields(small_run.GRPOConfig)}
+def trainer(
+    folder: Path, model: Path, system: System | None = None, components: Any = (), **changes: Any
+) -> PreferenceTrainer:
+    small = {
+        field.name: getattr(small_run.config(folder, model), field.name)
+        for field in dataclasses.fields(small_run.GRPOConfig)
+    }
     known = {field.name for field in dataclasses.fields(PreferenceConfig)} - {"beta", "loss_type"}
-    args = PreferenceConfig(**{**{name: value for name, value in small.items() if name in known}, "max_steps": 1, **changes})
+    args = PreferenceConfig(
+        **{
+            **{name: value for name, value in small.items() if name in known},
+            "max_steps": 1,
+            **changes,
+        }
+    )
     return PreferenceTrainer(
-        system=system or tiny_chain(), tasks=tiny_tasks()[:40], eval_tasks=tiny_tasks("eval")[:2],
-        rewards=[small_run.bytes_mod_7], args=args, components=components,
-    )  # fmt: skip
+        system=system or tiny_chain(),
+        tasks=tiny_tasks()[:40],
+        eval_tasks=tiny_tasks("eval")[:2],
+        rewards=[small_run.bytes_mod_7],
+        args=args,
+        components=components,
+    )
 
 
 def played(made: PreferenceTrainer) -> tuple[Any, list[Episode]]:
@@ -48,7 +64,9 @@ def played(made: PreferenceTrainer) -> tuple[Any, list[Episode]]:
     return base.adapters, episodes
 
 
-def logprob(adapters: Any, policy: str, prompt: tuple[int, ...], reply: tuple[int, ...]) -> torch.Tensor:
+def logprob(
+    adapters: Any, policy: str, prompt: tuple[int, ...], reply: tuple[int, ...]
+) -> torch.Tensor:
     """Summed log-probability of one reply by the model's own forward: no packing, no chunks."""
     with adapters.active(policy) as network:
         logits = network(input_ids=torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
@@ -59,13 +77,18 @@ def every_turn(made: PreferenceTrainer, episodes: list[Episode]) -> dict[TurnKey
     adapters, policy_of = next(iter(made.run.bases.values())).adapters, made.run.policy_of
     return {
         (e.id, t.index, t.sibling): logprob(adapters, policy_of[t.agent], t.prompt_ids, t.token_ids)
-        for e in episodes for t in e.turns if t.agent in policy_of
-    }  # fmt: skip
+        for e in episodes
+        for t in e.turns
+        if t.agent in policy_of
+    }
 
 
 @pytest.mark.parametrize("tokens", [24, 8192])
-def test_two_passes_give_the_gradient_of_the_joint_loss(tmp_path: Path, model: Path, tokens: int) -> None:
-    """One sigmoid over all turns of both agents, backward through all of them at once, against one row at a time."""
+def test_two_passes_give_the_gradient_of_the_joint_loss(
+    tmp_path: Path, model: Path, tokens: int
+) -> None:
+    """One sigmoid over all turns of both agents, backward through all of them at once, against one
+    row at a time."""
     made = trainer(tmp_path / "run", model, tokens_per_batch=tokens, max_grad_norm=1e9, beta=0.5)
     adapters, episodes = played(made)
     with made.run:
@@ -73,12 +96,22 @@ def test_two_passes_give_the_gradient_of_the_joint_loss(tmp_path: Path, model: P
         assert len(pairs) >= 3 and len({e.id for p in pairs for e in p.episodes}) >= 4
         now = every_turn(made, episodes)
         with torch.no_grad():
-            then = {(e.id, t.index, 0): logprob(adapters, BASE, t.prompt_ids, t.token_ids) for e in episodes for t in e.turns}
-        ratio = {e.id: torch.stack([now[k] - then[k] for k in now if k[0] == e.id]).sum() for e in episodes}
+            then = {
+                (e.id, t.index, 0): logprob(adapters, BASE, t.prompt_ids, t.token_ids)
+                for e in episodes
+                for t in e.turns
+            }
+        ratio = {
+            e.id: torch.stack([now[k] - then[k] for k in now if k[0] == e.id]).sum()
+            for e in episodes
+        }
         margins = torch.stack([ratio[p.chosen[0].id] - ratio[p.rejected[0].id] for p in pairs])
         loss = -torch.nn.functional.logsigmoid(0.5 * margins).mean()
         parameters = {name: adapters.parameters(name) for name in ("first", "last")}
-        truth = {name: torch.autograd.grad(loss, list(own.values()), retain_graph=True) for name, own in parameters.items()}
+        truth = {
+            name: torch.autograd.grad(loss, list(own.values()), retain_graph=True)
+            for name, own in parameters.items()
+        }
         metrics = made.learn(1, episodes)
         assert metrics["preference"]["loss"] == pytest.approx(loss.item(), abs=1e-5)
         assert metrics["preference"]["margin"] == pytest.approx(margins.mean().item(), abs=1e-4)
@@ -100,7 +133,9 @@ def test_turns_are_scored_as_wholes_and_siblings_apart(tmp_path: Path, model: Pa
         found = made.run.score(samples(episodes, everything, made.run.policy_of, ratios=False)[0])
         expected = every_turn(made, episodes)
         assert found.keys() == expected.keys()
-        assert found == {key: pytest.approx(value.item(), abs=1e-4) for key, value in expected.items()}
+        assert found == {
+            key: pytest.approx(value.item(), abs=1e-4) for key, value in expected.items()
+        }
 
 
 class Drafts(System):
@@ -112,7 +147,8 @@ class Drafts(System):
 
 
 def test_the_reference_is_what_the_run_began_with(tmp_path: Path, model: Path) -> None:
-    """Fresh: the base. From an earlier run's adapter: that adapter, however far the policy has come since; its weights of now stay."""
+    """Fresh: the base. From an earlier run's adapter: that adapter, however far the policy has come
+    since; its weights of now stay."""
     earlier = trainer(tmp_path / "earlier", model)
     earlier.train()
     init = f"{tmp_path / 'earlier' / 'checkpoints' / 'step-000001'}#first"
@@ -134,7 +170,11 @@ def moved(made: PreferenceTrainer) -> dict[str, str]:
     """One step without publishing and evaluating; the hashes of the adapters that it has moved."""
     with made.run as run:
         made.learn(1, run.collect(1))
-        now = {policy: base.adapters.sha256(policy) for base in run.bases.values() for policy in base.policies}
+        now = {
+            policy: base.adapters.sha256(policy)
+            for base in run.bases.values()
+            for policy in base.policies
+        }
         return {policy: sha256 for policy, sha256 in now.items() if sha256 != run.before[policy]}
 
 
@@ -148,7 +188,14 @@ def test_a_stored_run_is_learnt_from_and_its_references_are_computed_once(
     """Whatever GRPO has played; three steps that go through the same two tasks."""
     small_run.trainer(tmp_path / "grpo", model, max_steps=1).train()
     stored = [e for e in Store(tmp_path / "grpo" / "episodes") if e.split != "eval"]
-    made = trainer(tmp_path / "run", model, episodes=str(tmp_path / "grpo"), max_steps=3, train_batch_size=2, num_train_epochs=2)
+    made = trainer(
+        tmp_path / "run",
+        model,
+        episodes=str(tmp_path / "grpo"),
+        max_steps=3,
+        train_batch_size=2,
+        num_train_epochs=2,
+    )
     asked: list[set[TurnKey]] = []
     score = type(made.run).score
 
@@ -159,8 +206,14 @@ def test_a_stored_run_is_learnt_from_and_its_references_are_computed_once(
 
     monkeypatch.setattr(type(made.run), "score", counted)
     summary = made.train()
-    assert asked[0] <= {(e.id, t.index, t.sibling) for e in stored for t in e.turns} and asked[0] and not any(asked[1:])
-    assert all(policy["sha256_before"] != policy["sha256_after"] for policy in summary["policies"].values())
+    assert (
+        asked[0] <= {(e.id, t.index, t.sibling) for e in stored for t in e.turns}
+        and asked[0]
+        and not any(asked[1:])
+    )
+    assert all(
+        policy["sha256_before"] != policy["sha256_after"] for policy in summary["policies"].values()
+    )
     told = [row["preference"] for row in rows(tmp_path / "run")]
     assert [t["updates"] for t in told] == [2 * math.ceil(t["pairs"] / 2) for t in told]
     assert told[0]["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -170,28 +223,39 @@ def test_a_stored_run_is_learnt_from_and_its_references_are_computed_once(
 
 
 @pytest.mark.parametrize("frozen", ["first", "last"])
-def test_a_frozen_agent_stands_in_the_team_and_counts_nothing(tmp_path: Path, model: Path, frozen: str) -> None:
+def test_a_frozen_agent_stands_in_the_team_and_counts_nothing(
+    tmp_path: Path, model: Path, frozen: str
+) -> None:
     made = trainer(tmp_path / "run", model, policies={frozen: {"trainable": False}})
     learns = {"first", "last"} - {frozen}
     assert moved(made).keys() == learns and set(made.learner.run.policy_of) == learns
 
 
 def test_independent_policies_do_not_feel_one_another(tmp_path: Path, model: Path) -> None:
-    """An adapter trained beside another is, to the last bit, the one trained alone; trained jointly it is not."""
+    """An adapter trained beside another is, to the last bit, the one trained alone; trained jointly
+    it is not."""
     settings: dict[str, dict[str, Any]] = {
         "independent": {"mode": "independent"},
         "alone": {"mode": "independent", "policies": {"last": {"trainable": False}}},
         "joint": {},
     }
     found = {
-        name: moved(trainer(tmp_path / name, model, num_train_epochs=2, **changes))["first"] for name, changes in settings.items()
+        name: moved(trainer(tmp_path / name, model, num_train_epochs=2, **changes))["first"]
+        for name, changes in settings.items()
     }
     assert found["independent"] == found["alone"] != found["joint"]
 
 
 @pytest.mark.parametrize("system", ["chain", "siblings"])
-def test_drafts_of_a_task_are_distinct_shared_by_both_sides_and_drawn_anew(tmp_path: Path, model: Path, system: str) -> None:
-    made = trainer(tmp_path / "run", model, system=Drafts(["first", "last"]) if system == "siblings" else None, mode="sampling")
+def test_drafts_of_a_task_are_distinct_shared_by_both_sides_and_drawn_anew(
+    tmp_path: Path, model: Path, system: str
+) -> None:
+    made = trainer(
+        tmp_path / "run",
+        model,
+        system=Drafts(["first", "last"]) if system == "siblings" else None,
+        mode="sampling",
+    )
     _, episodes = played(made)
     with made.run:
         (base,) = made.run.bases.values()
@@ -202,23 +266,39 @@ def test_drafts_of_a_task_are_distinct_shared_by_both_sides_and_drawn_anew(tmp_p
             drafts = [[said(e)[:-1] for e in side] for side in (after.chosen, after.rejected)]
             assert drafts[0] == drafts[1] and len(set(drafts[0])) == len(drafts[0])
             assert 2 <= len(drafts[0]) <= (9 if system == "siblings" else 3)
-            for side, own in ((after.chosen, before.chosen[0]), (after.rejected, before.rejected[0])):
+            for side, own in (
+                (after.chosen, before.chosen[0]),
+                (after.rejected, before.rejected[0]),
+            ):
                 for e in side:
                     end = output(e)
                     assert end.token_ids == output(own).token_ids and end.agent == "last"
                     assert end.prompt_ids == tuple(base.tokens.prompt(end.messages, None))
-                    assert e.turns[0].text in end.messages[-1].content  # asked what this draft leads to
+                    assert (
+                        e.turns[0].text in end.messages[-1].content
+                    )  # asked what this draft leads to
         later = with_drafts(made.run, 2, pairs, 3)
-        assert [[said(e) for e in p.episodes] for p in later] != [[said(e) for e in p.episodes] for p in drafted]
+        assert [[said(e) for e in p.episodes] for p in later] != [
+            [said(e) for e in p.episodes] for p in drafted
+        ]
         if system == "siblings":
-            assert max(len(p.chosen) for p in drafted) > 3  # what was drafted beside what was taken counts too
+            assert (
+                max(len(p.chosen) for p in drafted) > 3
+            )  # what was drafted beside what was taken counts too
 
 
 def test_sampling_trains_both_agents_and_hears_frozen_ones(tmp_path: Path, model: Path) -> None:
-    """A frozen agent has no weight, but among drafts its probabilities say which draft led to the output."""
+    """A frozen agent has no weight, but among drafts its probabilities say which draft led to the
+    output."""
     both = trainer(tmp_path / "both", model, mode="sampling", num_drafts=3, tokens_per_batch=64)
     assert moved(both).keys() == {"first", "last"}
-    one = trainer(tmp_path / "one", model, mode="sampling", num_drafts=3, policies={"last": {"trainable": False}})
+    one = trainer(
+        tmp_path / "one",
+        model,
+        mode="sampling",
+        num_drafts=3,
+        policies={"last": {"trainable": False}},
+    )
     heard: list[MarginGradient[Any]] = []
     update = one.learner.update
     one.learner.update = lambda *given: heard.append((found := update(*given))[1]) or found  # type: ignore[method-assign,func-returns-value]
@@ -226,7 +306,8 @@ def test_sampling_trains_both_agents_and_hears_frozen_ones(tmp_path: Path, model
 
 
 def test_drafts_of_an_outside_model_are_refused_at_start(tmp_path: Path, model: Path) -> None:
-    """Nobody knows how likely it made them; where only whole runs are compared it stands in the team and counts nothing."""
+    """Nobody knows how likely it made them; where only whole runs are compared it stands in the
+    team and counts nothing."""
     outside = {"first": {"url": "http://127.0.0.1:9/v1", "base": "wise-1"}}
     with pytest.raises(SettingError, match="mode sampling: agent 'first' is an outside model"):
         trainer(tmp_path / "run", model, mode="sampling", policies=outside)
@@ -234,7 +315,8 @@ def test_drafts_of_an_outside_model_are_refused_at_start(tmp_path: Path, model: 
 
 
 class Painter:
-    """A tiny denoiser that colours what the last agent wrote: noise is taken from a point that depends on the text."""
+    """A tiny denoiser that colours what the last agent wrote: noise is taken from a point that
+    depends on the text."""
 
     name = "painter"
 
@@ -267,15 +349,22 @@ def test_a_denoiser_learns_in_the_same_sum(tmp_path: Path, model: Path) -> None:
     with made.run:
         episodes = made.run.collect(1)
         pairs = pairs_of(episodes, made.args, 0)
-        draw = made.args.seed + 1000  # of the first update, in which all agents are at the reference: m is the painter's alone
-        margins = [painter.log_ratio(p.chosen[0], draw) - painter.log_ratio(p.rejected[0], draw) for p in pairs]
+        draw = (
+            made.args.seed + 1000
+        )  # of the first update, in which all agents are at the reference: m is the painter's alone
+        margins = [
+            painter.log_ratio(p.chosen[0], draw) - painter.log_ratio(p.rejected[0], draw)
+            for p in pairs
+        ]
         loss = -torch.nn.functional.logsigmoid(0.1 * torch.stack(margins)).mean()
         truth = torch.autograd.grad(loss, list(painter.net.parameters()))
         gradients: list[list[torch.Tensor]] = []
         step = painter.step
 
         def noted() -> None:
-            gradients.append([p.grad.clone() for p in painter.net.parameters() if p.grad is not None])
+            gradients.append(
+                [p.grad.clone() for p in painter.net.parameters() if p.grad is not None]
+            )
             step()
 
         painter.step = noted  # type: ignore[method-assign]
@@ -297,12 +386,17 @@ def test_a_denoiser_learns_in_the_same_sum(tmp_path: Path, model: Path) -> None:
         ({"mode": "sampling", "num_train_epochs": 2}, "drafts are drawn anew for every update"),
         ({"num_drafts": 0}, "num_drafts >= 1"),
         ({"trainer": "trl"}, "mode independent expected, got 'joint'"),
-        ({"trainer": "trl", "mode": "independent", "max_steps": 2}, "set reference step, or max_steps 1"),
+        (
+            {"trainer": "trl", "mode": "independent", "max_steps": 2},
+            "set reference step, or max_steps 1",
+        ),
         ({"trainer": "trl", "mode": "independent", "loss_type": "ipo"}, "set length_normalised so"),
         ({"trainer": "trainer"}, "trainer: expected marlora or trl"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_at_once(changes: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_work_are_refused_at_once(
+    changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(SettingError, match=message):
         PreferenceConfig(**{"max_steps": 1, **changes})
 
@@ -312,12 +406,23 @@ def test_the_recipes_yaml_holds_known_settings_only() -> None:
     assert PreferenceConfig(**settings).mode == "joint"
 
 
-def test_without_a_difference_in_score_nothing_moves_and_it_is_said(tmp_path: Path, model: Path) -> None:
+def test_without_a_difference_in_score_nothing_moves_and_it_is_said(
+    tmp_path: Path, model: Path
+) -> None:
     made = trainer(tmp_path / "run", model, min_gap=5.0)
     summary = made.train()
-    assert all(policy["sha256_before"] == policy["sha256_after"] for policy in summary["policies"].values())
-    assert rows(tmp_path / "run")[0]["preference"] == {"pairs": 0, "updates": 0, "without_drafts": 0}
-    assert "no two episodes of a task differ in score" in (tmp_path / "run" / "warnings.log").read_text()
+    assert all(
+        policy["sha256_before"] == policy["sha256_after"] for policy in summary["policies"].values()
+    )
+    assert rows(tmp_path / "run")[0]["preference"] == {
+        "pairs": 0,
+        "updates": 0,
+        "without_drafts": 0,
+    }
+    assert (
+        "no two episodes of a task differ in score"
+        in (tmp_path / "run" / "warnings.log").read_text()
+    )
 
 
 def test_best_of_n_is_told_of_the_untrained_team(tmp_path: Path, model: Path) -> None:

@@ -1,4 +1,5 @@
-"""Preferences on the tiny model, from one store of the untrained team's episodes: joint, independent, and either agent alone.
+"""Preferences on the tiny model, from one store of the untrained team's episodes: joint,
+independent, and either agent alone.
 
 What was measured stands in recipes/RESULTS.md.
 """
@@ -28,18 +29,26 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def trainer(folder: Path, **changes: Any) -> PreferenceTrainer:
     settings = yaml.safe_load((ROOT / "recipes" / "sysdpo.yaml").read_text())
-    offline = {"output_dir": str(folder), "max_steps": 1, "tasks_per_step": 256, "ablate_adapters": False}
+    offline = {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "tasks_per_step": 256,
+        "ablate_adapters": False,
+    }
     return PreferenceTrainer(args=PreferenceConfig(**{**settings, **offline, **changes}))
 
 
 def ladder(folder: Path, seed: int) -> dict[str, float]:
-    """Held-out greedy accuracy of each arm after one pass over the same pairs; of the base; and the base's best of 4 samples."""
+    """Held-out greedy accuracy of each arm after one pass over the same pairs; of the base; and the
+    base's best of 4 samples."""
     store = trainer(folder / "store", seed=seed)
     with store.run:
         store.run.collect(1)
     found: dict[str, float] = {}
     for arm, changes in ARMS.items():
-        summary = trainer(folder / arm.replace(" ", "-"), seed=seed, episodes=str(folder / "store"), **changes).train()
+        summary = trainer(
+            folder / arm.replace(" ", "-"), seed=seed, episodes=str(folder / "store"), **changes
+        ).train()
         found[arm] = summary["eval"]["after"]["accuracy"]
         found["base"] = summary["eval"]["before"]["accuracy"]
         if "best_of" in summary:
@@ -49,7 +58,8 @@ def ladder(folder: Path, seed: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_team_learns_from_preferences(tmp_path: Path, seed: int) -> None:
-    """Jointly it gains, and more than `last` alone, which is blamed for the other's slips; recipes/RESULTS.md has all arms of three seeds."""
+    """Jointly it gains, and more than `last` alone, which is blamed for the other's slips;
+    recipes/RESULTS.md has all arms of three seeds."""
     found = ladder(tmp_path, seed)
     told = ", ".join(f"{arm} {accuracy:.3f}" for arm, accuracy in found.items())
     print(f"seed {seed}: {told}")

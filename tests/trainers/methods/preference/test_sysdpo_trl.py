@@ -1,4 +1,5 @@
-"""DPO of one agent against TRL's own `DPOTrainer` on the same tokens, and `--trainer trl` in a run."""
+"""DPO of one agent against TRL's own `DPOTrainer` on the same tokens, and `--trainer trl` in a
+run."""
 
 from __future__ import annotations
 
@@ -27,9 +28,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_dpo_of_one_agent_equals_trl(tmp_path: Path, model: Path, name: str) -> None:
-    """Loss, gradient and step of `first`, whose prompts are equal within a task, from an adapter that is not the base; reference: the step."""
-    changes = {"mode": "independent", "reference": "step", "max_grad_norm": 1e9, "policies": {"last": {"trainable": False}}}
-    ours, theirs = (trainer(tmp_path / who, model, **changes, **SETTINGS[name]) for who in ("ours", "theirs"))
+    """Loss, gradient and step of `first`, whose prompts are equal within a task, from an adapter
+    that is not the base; reference: the step."""
+    changes = {
+        "mode": "independent",
+        "reference": "step",
+        "max_grad_norm": 1e9,
+        "policies": {"last": {"trainable": False}},
+    }
+    ours, theirs = (
+        trainer(tmp_path / who, model, **changes, **SETTINGS[name]) for who in ("ours", "theirs")
+    )
     gradients, losses, stepped = [], [], []
     for made in (ours, theirs):
         adapters, episodes = played(made)
@@ -39,10 +48,17 @@ def test_dpo_of_one_agent_equals_trl(tmp_path: Path, model: Path, name: str) -> 
             before = {key: p.detach().clone() for key, p in adapters.parameters("first").items()}
             if made is ours:
                 own, _ = made.learner.samples_of(pairs)
-                done, pushed = made.learner.update(1, 0, pairs, own, made.learner.reference_scores(own))
+                done, pushed = made.learner.update(
+                    1, 0, pairs, own, made.learner.reference_scores(own)
+                )
                 losses.append(pushed.loss)
                 moments = base.optimizers.of["first"].state
-                gradients.append({key: moments[p]["exp_avg"] * 10 for key, p in adapters.parameters("first").items()})
+                gradients.append(
+                    {
+                        key: moments[p]["exp_avg"] * 10
+                        for key, p in adapters.parameters("first").items()
+                    }
+                )
             else:
                 rows, _ = agent_pairs(pairs, ["first"])
                 assert len(rows) == len(pairs) >= 3
@@ -54,28 +70,48 @@ def test_dpo_of_one_agent_equals_trl(tmp_path: Path, model: Path, name: str) -> 
 
                 done = learn_with_trl(made.run, 1, {"first": TRLExample(rows, 0)}, make)
                 losses.append(kept[0].state.log_history[0]["loss"])
-                named = {n.replace(".default", ""): p for n, p in kept[0].model.named_parameters() if ".default." in n}
-                gradients.append({key: kept[0].optimizer.state[named[key]]["exp_avg"] * 10 for key in before})
+                named = {
+                    n.replace(".default", ""): p
+                    for n, p in kept[0].model.named_parameters()
+                    if ".default." in n
+                }
+                gradients.append(
+                    {key: kept[0].optimizer.state[named[key]]["exp_avg"] * 10 for key in before}
+                )
             assert done["first"].applied
-            stepped.append({key: p.detach() - before[key] for key, p in adapters.parameters("first").items()})
+            stepped.append(
+                {key: p.detach() - before[key] for key, p in adapters.parameters("first").items()}
+            )
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     for one, other, bound in ((*gradients, 1e-5), (*stepped, 1e-3)):
-        mine, trls = (torch.cat([t.flatten() for _, t in sorted(side.items())]) for side in (one, other))
+        mine, trls = (
+            torch.cat([t.flatten() for _, t in sorted(side.items())]) for side in (one, other)
+        )
         assert trls.norm() > 1e-4 and (mine - trls).norm() / trls.norm() < bound
 
 
 def test_a_run_with_trl_publishes_and_proves_what_trl_trained(tmp_path: Path, model: Path) -> None:
     """Two steps; `last` learns from those pairs alone in which it was asked the same."""
     made = trainer(
-        tmp_path / "run", model, trainer="trl", mode="independent", reference="step", max_steps=2, train_batch_size=2,
-        tasks_per_step=4, num_generations=4,
-    )  # fmt: skip
+        tmp_path / "run",
+        model,
+        trainer="trl",
+        mode="independent",
+        reference="step",
+        max_steps=2,
+        train_batch_size=2,
+        tasks_per_step=4,
+        num_generations=4,
+    )
     summary = made.train()
     first = summary["policies"]["first"]
     assert (
-        first["sha256_before"] != first["sha256_after"] and summary["live_proof"]["failed"] == 0 < summary["live_proof"]["passed"]
+        first["sha256_before"] != first["sha256_after"]
+        and summary["live_proof"]["failed"] == 0 < summary["live_proof"]["passed"]
     )
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     for row in rows:
         assert row["preference"]["rows"]["first"] > 0 and row["policies"]["first"]["tokens"] > 0
         assert row["policies"]["first"]["loss"] > 0
