@@ -9,9 +9,7 @@ keeps every turn. Replaying is the same thing with recorded completions for the 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import inspect
-import json
 import math
 import random
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,21 +17,27 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from .execution import (
-    Limits,
     Check,
-    TestSuite,
     Execute,
-    Externals,
     ExecutionResult,
+    Externals,
+    Limits,
     SandboxError,
     TestResult,
+    TestSuite,
 )
+from .seeds import derive_seed
 from .tools.tools import Tool, parse_calls, python_tool, resolve_tools, run_call, tool_prompt
 from .types import (
     AgentSpec,
+    Ask,
+    Call,
+    Choose,
     Completion,
     Decision,
+    LimitError,
     Message,
+    ReplayError,
     Sampling,
     SettingError,
     Task,
@@ -44,52 +48,6 @@ from .types import (
 )
 
 T = TypeVar("T")
-
-
-class ReplayError(RuntimeError):
-    """The system did not do what the recording says it did."""
-
-
-class LimitError(RuntimeError):
-    """An episode asked for more turns than it may have."""
-
-
-def derive_seed(*parts: Any) -> int:
-    """A 62-bit seed from JSON values, equal on every machine. Siblings of one request use the
-    numbers that follow it."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 2
-
-
-async def gather(awaitables: Iterable[Awaitable[T]]) -> list[T]:
-    """Await all at once, results in the order given. If one fails, the others are cancelled and its
-    error is raised."""
-    tasks: list[asyncio.Future[T]] = []
-    try:
-        for awaitable in awaitables:
-            tasks.append(asyncio.ensure_future(awaitable))
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
-
-
-@dataclass(frozen=True)
-class Call:
-    """One request for completions: what `ask` gets. `previous` is the turn this chat goes on from,
-    None for a new chat."""
-
-    index: int
-    agent: AgentSpec
-    messages: tuple[Message, ...]
-    sampling: Sampling
-    n: int = 1
-    previous: Turn | None = None
-
-
-Ask = Callable[[Call], Awaitable[Sequence[Completion]]]
-Choose = Callable[[Sequence[Turn]], "int | Awaitable[int]"]
 
 
 def _agent(given: Any) -> AgentSpec:

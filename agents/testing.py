@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .execution import Check, Execute
-from .team import Call, System, Team
-from .types import Completion, Decision, Message, Task, Turn, from_json, to_json
+from .team import System, Team
+from .types import Call, Completion, Decision, Message, Task, Turn, from_json, to_json
 
 Answer = Callable[[str, "tuple[Message, ...]", str], str]
 

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -343,3 +343,50 @@ class Decision:
     choice: str
     logprob: float
     version: str = ""
+
+
+class ReplayError(RuntimeError):
+    """The system did not do what the recording says it did."""
+
+
+class LimitError(RuntimeError):
+    """An episode asked for more turns than it may have."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request for completions: what `ask` gets. `previous` is the turn this chat goes on from,
+    None for a new chat."""
+
+    index: int
+    agent: AgentSpec
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    n: int = 1
+    previous: Turn | None = None
+
+
+Ask = Callable[[Call], Awaitable[Sequence[Completion]]]
+
+
+Choose = Callable[[Sequence[Turn]], "int | Awaitable[int]"]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One judgement of an episode.
+
+    `agent` None: the whole team's. `turn`: index of the one turn it is about, with `sibling` for
+    its number among siblings. `value` NaN: could not be scored (never 0: that would be a signal).
+    `text`: feedback in words. `source`: the scorer's or turn's name. A reward counts towards
+    training if its name is in the run's reward weights (default: all but `format`-like ones, weight
+    0).
+    """
+
+    name: str
+    value: float
+    text: str = ""
+    agent: str | None = None
+    turn: int | None = None
+    sibling: int = 0
+    source: str = ""

@@ -11,7 +11,7 @@ import sys
 
 from marlora.recipes.launch.launch import train
 from marlora.recipes.launch.settings import parse, run
-from marlora.rollouts.engines.factory import has_gpu
+from marlora.rollouts.engines.hardware import has_gpu
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
 
 GPU_MODEL, CPU_MODEL = "Qwen/Qwen2.5-0.5B-Instruct", "smollm2-135m"

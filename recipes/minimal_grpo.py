@@ -22,7 +22,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marlora.agents.types import Task
-from marlora.trainers.testbeds.tiny import tiny_model, tiny_tasks
+from marlora.rollouts.tasks.toy import tiny_tasks
+from marlora.trainers.testbeds.tiny import tiny_model
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 TASKS, EPISODES, NEW_TOKENS = (

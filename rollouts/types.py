@@ -7,27 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..agents.types import Decision, Task, Turn
-
-
-@dataclass(frozen=True)
-class Reward:
-    """One judgement of an episode.
-
-    `agent` None: the whole team's. `turn`: index of the one turn it is about, with `sibling` for
-    its number among siblings. `value` NaN: could not be scored (never 0: that would be a signal).
-    `text`: feedback in words. `source`: the scorer's or turn's name. A reward counts towards
-    training if its name is in the run's reward weights (default: all but `format`-like ones, weight
-    0).
-    """
-
-    name: str
-    value: float
-    text: str = ""
-    agent: str | None = None
-    turn: int | None = None
-    sibling: int = 0
-    source: str = ""
+from ..agents.types import Decision, Reward, Task, Turn
 
 
 @dataclass(frozen=True)
@@ -109,3 +89,6 @@ def groups(episodes: Iterable[Episode]) -> dict[str, Group]:
     for episode in episodes:
         found.setdefault(episode.group, []).append(episode)
     return found
+
+
+TurnKey = tuple[str, int, int]  # episode id, turn index, sibling

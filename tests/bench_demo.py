@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from marlora.agents.types import AdapterSpec, PolicySpec
-from marlora.rollouts.engines.factory import choose_dtype, has_gpu
+from marlora.rollouts.engines.hardware import choose_dtype, has_gpu
 from marlora.rollouts.episodes.store import Store
 from marlora.trainers.batching.samples import samples
 from marlora.trainers.credit.rules import credit

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from marlora.agents.types import BASE, AdapterSpec, PolicySpec
 from marlora.rollouts.engines.base import Engine, ModelRef
-from marlora.rollouts.engines.factory import EngineConfig, choose_dtype, has_gpu, start_engine
+from marlora.rollouts.engines.config import EngineConfig
+from marlora.rollouts.engines.factory import start_engine
+from marlora.rollouts.engines.hardware import choose_dtype, has_gpu
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.renderer import ChatRenderer, load_tokenizer
 from marlora.rollouts.types import Episode

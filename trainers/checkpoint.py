@@ -8,7 +8,6 @@ the newest that holds, saying so. No pickle anywhere.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..agents.types import SettingError
+from ..rollouts.files import fsync, write_text
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -33,43 +33,6 @@ def sha256_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Make a file's or a folder's content durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees the old content or the new, never half, and so does a
-    reader after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        staged.write_text(text)
-        fsync(staged)
-        staged.replace(path)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
-
-
-def append_text(path: Path, text: str) -> None:
-    """Append lines to a log: all or none of them. Raises `OSError` that names the file."""
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("a") as file:
-            file.write(text)
-    except OSError as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.truncate(path, size)  # half a line must not stand before the next one
-        raise OSError(
-            error.errno, f"{error.strerror}; earlier lines are whole", str(path)
-        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -23,12 +23,12 @@ from typing import Any, ClassVar, Generic, TypeVar
 from ..agents.team import System
 from ..agents.types import SettingError, Task, to_json
 from ..rollouts.engines.base import Engine, EngineError
-from ..rollouts.evaluation.accuracy import Evaluation, paired
-from ..rollouts.rewards.builtin import RewardFn
+from ..rollouts.evaluation.statistics import Evaluation, paired
+from ..rollouts.rewards.scoring import RewardFn
 from ..rollouts.types import Episode, groups
-from .collection.background import Stopped
 from .config import RunConfig
 from .credit.rules import Advantages
+from .errors import Stopped
 from .loop.run import Run
 from .update.optimizer_step import UpdateResult
 from .update.scalar_heads import HeadSpec

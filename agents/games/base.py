@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..patterns.chain import view
 from ..team import Agent, System, Team
+from ..text.templates import view
 from ..types import SettingError, Task, Turn, nearest
 
 _LINE = r"^[^\w\n]*{}\b[^\w\n]*:[^\S\n]*(\S[^\n]*)$"

@@ -3,39 +3,17 @@ answer."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 from ..lookup import trusted
 from ..team import System, Team
 from ..text.answers import extract
+from ..text.templates import view
 from ..types import SettingError, Task, Turn, nearest
 
-_BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _FIELDS = ("prompt", "previous", "answer")
-
-
-def view(template: str, value: Callable[[str], str], where: str) -> str:
-    """Fill `{field}`s of a template in one pass, so that braces in what is filled in mean nothing.
-    `{{` and `}}` are braces.
-
-    Raises `SettingError` (beginning with `where`) at a lone brace; `value` raises its own at an
-    unknown field.
-    """
-
-    def put(match: re.Match[str]) -> str:
-        if match[0] in ("{{", "}}"):
-            return match[0][0]
-        if match[1] is None:
-            raise SettingError(
-                f"{where}: lone {match[0]!r} in {template!r}; write {match[0] * 2!r} for a brace"
-                " that is meant"
-            )
-        return value(match[1].strip())
-
-    return _BRACES.sub(put, template)
 
 
 @trusted("system")

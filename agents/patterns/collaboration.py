@@ -24,12 +24,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..concurrency import gather
 from ..lookup import trusted
-from ..team import Agent, System, Team, gather
+from ..team import Agent, System, Team
 from ..text.answers import extract, majority, normalise
+from ..text.templates import view
 from ..tools.verifiers import WORDS, Verifier, check_verifier, in_words, resolve_verifier, verify
 from ..types import BASE, AgentSpec, SettingError, Task, Turn, nearest
-from .chain import view
 
 SEPARATIONS = ("single", "collaboration", "turn")
 REVISE = (

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 
+from ..concurrency import gather
 from ..lookup import trusted
-from ..team import Agent, System, Team, gather
+from ..team import Agent, System, Team
 from ..text.answers import majority
+from ..text.templates import view
 from ..types import SettingError, Task, Turn, nearest
-from .chain import view
 
 REVISE = (
     "The others answered:\n\n{others}\n\nWeigh what they say, correct yourself where they are"

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..lookup import trusted
 from ..team import System, Team
+from ..text.templates import view
 from ..types import SettingError, Task, Turn, nearest
-from .chain import view
 
 FEEDBACK = (
     "A team works on this task:\n{prompt}\n\nThe reference answer is: {answer}\n\nThe team's answer"

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..concurrency import gather
 from ..lookup import trusted
-from ..team import System, Team, gather
+from ..team import System, Team
 from ..text.answers import majority
 from ..types import SettingError, Task
 

@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 from ..execution import answered
 from ..lookup import trusted
-from ..patterns.chain import view
 from ..team import Team
 from ..text.answers import same, stands_in
+from ..text.templates import view
 from ..types import SettingError, Task, Turn, nearest
 from .operators import CHECKS
 from .restrictions import nodes

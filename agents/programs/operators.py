@@ -16,11 +16,11 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..execution import Limits, Externals, ProgramError, answered, program_in
+from ..execution import Externals, Limits, ProgramError, answered, program_in
 from ..lookup import load_function
-from ..patterns.chain import view
 from ..team import Agent, Team
 from ..text.answers import extract, stands_in
+from ..text.templates import view
 from ..types import SettingError, Task, Turn, nearest
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -18,19 +18,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..execution import Limits, ExecutionResult
+from ..execution import ExecutionResult, Limits
 from ..lookup import trusted
-from ..patterns.chain import view
-from ..team import LimitError, System, Team
-from ..types import SettingError, Task, Turn, nearest
+from ..team import System, Team
+from ..text.templates import view
+from ..types import LimitError, SettingError, Task, Turn, nearest
 from .operators import (
     OPERATORS,
-    OperatorContext,
     Operator,
+    OperatorContext,
     QuotaError,
     externals,
-    resolve_operators,
     prompt_for,
+    resolve_operators,
 )
 from .restrictions import Restrictions, program_of, whole
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..execution import Limits, Execute, Externals, ExecutionResult, SandboxError
+from ..execution import Execute, ExecutionResult, Externals, Limits, SandboxError
 from ..lookup import load_function
 from ..types import SettingError, nearest
 from .calculator import evaluate

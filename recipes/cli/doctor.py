@@ -20,15 +20,17 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from marlora.agents.secrecy import shown_url
 from marlora.agents.types import SettingError
-from marlora.rollouts.engines.factory import EngineConfig, choose_engine, cpu_has_bfloat16, has_gpu
+from marlora.rollouts.engines.config import EngineConfig
+from marlora.rollouts.engines.factory import choose_engine
+from marlora.rollouts.engines.hardware import cpu_has_bfloat16, has_gpu
 from marlora.rollouts.engines.vllm.addresses import ROUTES, open_routes, tidy
 from marlora.rollouts.engines.vllm.auth import Guard
 from marlora.rollouts.engines.vllm.server import free_port
 from marlora.rollouts.engines.vllm.server_args import RANKS
 from marlora.rollouts.renderer import ChatRenderer, load_tokenizer
 from marlora.rollouts.sandbox import sandbox
-from marlora.rollouts.secrecy import shown_url
 from marlora.trainers.model.local_models import cache
 
 NEEDED = {  # package: a name that is only imported when the package is whole

@@ -33,12 +33,12 @@ from marlora.recipes.cli.team import (
 )
 from marlora.rollouts.checkpoints.reader import read_checkpoint
 from marlora.rollouts.checkpoints.team import LoadedTeam
-from marlora.rollouts.evaluation.accuracy import paired
+from marlora.rollouts.evaluation.statistics import paired
 from marlora.rollouts.evaluation.suite import (
-    Variant,
     Measured,
     Plan,
     Tick,
+    Variant,
     compare,
     prompt_hash,
     seen,

@@ -39,7 +39,7 @@ from marlora.rollouts.episodes.runner import EpisodeRequest, episode_requests
 from marlora.rollouts.episodes.store import Store, StoreError
 from marlora.rollouts.types import Episode
 from marlora.trainers.collection.background import stoppable
-from marlora.trainers.config import RunError
+from marlora.trainers.errors import RunError
 
 
 def cmd_collect(args: argparse.Namespace) -> None:

@@ -12,12 +12,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from marlora.agents.secrecy import not_shown
 from marlora.agents.types import SettingError
 from marlora.rollouts.checkpoints.reader import read_checkpoint
 from marlora.rollouts.checkpoints.team import LoadedTeam
-from marlora.rollouts.engines.factory import EngineConfig
+from marlora.rollouts.engines.config import EngineConfig
 from marlora.rollouts.episodes.runner import EpisodeRequest
-from marlora.rollouts.secrecy import not_shown
 from marlora.rollouts.types import Episode
 from marlora.trainers.model.local_models import local_model
 from marlora.trainers.monitoring.progress import Progress

@@ -14,8 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
+from marlora.agents.secrecy import MAY_HOLD_KEYS
 from marlora.agents.types import AgentSpec, PolicySpec, SettingError, nearest
-from marlora.rollouts.secrecy import MAY_HOLD_KEYS
 
 T = TypeVar("T")
 
@@ -217,8 +217,9 @@ def run(main: Callable[[], Any]) -> None:
     from marlora.recipes.launch.processes import start_all
     from marlora.rollouts.engines.base import EngineError
     from marlora.rollouts.episodes.store import StoreError
-    from marlora.trainers.collection.background import Stopped, stoppable
+    from marlora.trainers.collection.background import stoppable
     from marlora.trainers.distributed.ranks import RankError
+    from marlora.trainers.errors import Stopped
     from marlora.trainers.loop.run import RunError
 
     try:

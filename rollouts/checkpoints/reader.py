@@ -9,7 +9,6 @@ checked first. No torch here.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ...agents.lookup import AGREE, Untrusted, only_trusted
+from ...agents.secrecy import shown_url
 from ...agents.types import AgentSpec, PolicySpec, Sampling, SettingError, from_json
-from ..secrecy import shown_url
+from ..files import adapter_sha256, file_sha256
 
 SCHEMA = 1
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -65,7 +65,6 @@ _PARTS = {
     "rewards": list,
     "sampling": dict,
 }
-_DTYPES = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
@@ -189,11 +188,6 @@ def _check_files(folder: Path) -> None:
             )
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check_adapter(folder: Path, expected: str, shape: Mapping[str, Any]) -> None:
     for file in FILES:
         if not (folder / file).is_file():
@@ -240,32 +234,6 @@ def _check_plain(path: Path, config: Mapping[str, Any]) -> None:
                 f"{path}: {name} is set ({value!r:.80}); a checkpoint holds plain LoRA adapters"
                 " only"
             )
-
-
-def adapter_sha256(path: Path) -> str:
-    """Hash of an adapter file's tensors (names, dtypes, shapes, bytes): what the trainer calls the
-    adapter's sha256."""
-    from safetensors import deserialize
-
-    digest = hashlib.sha256()
-    for name, entry in sorted(deserialize(path.read_bytes())):
-        digest.update(f"{name} {_DTYPES[entry['dtype']]} {tuple(entry['shape'])}\n".encode())
-        digest.update(entry["data"])
-    return digest.hexdigest()
-
-
-def files_sha256(model: str) -> str | None:
-    """A hash of a local model's tensor files by name and content; None for a hub name."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 # what a checkpoint names

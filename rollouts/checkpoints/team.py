@@ -29,13 +29,16 @@ from ...agents.types import (
     nearest,
 )
 from ..engines.base import Engine
-from ..engines.factory import EngineConfig, start_engine
+from ..engines.config import EngineConfig
+from ..engines.factory import start_engine
 from ..episodes.completers import completers
 from ..episodes.runner import EpisodeLimits, EpisodeRunner
+from ..files import files_sha256
 from ..renderer import ChatRenderer, load_tokenizer
-from ..rewards.builtin import fn_name, resolve_rewards
+from ..rewards.builtin import resolve_rewards
+from ..rewards.scoring import fn_name
 from ..tasks.registry import load_tasks, split_hash
-from .reader import FILES, as_data, files_sha256, outside_models, read_checkpoint
+from .reader import FILES, as_data, outside_models, read_checkpoint
 
 
 def build_system(settings: Mapping[str, Any]) -> System:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from ...agents.types import Completion, Sampling
 from ..renderer import ChatRenderer
 from .adapter_versions import FILES, AdapterRegistry
-from .base import EngineError, EngineInfo, PromptTooLong, ModelRef, TeamVersion
+from .base import EngineError, EngineInfo, ModelRef, PromptTooLong, TeamVersion
 
 SPECIALS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")  # ids 0 to 4
 TEMPLATE = (

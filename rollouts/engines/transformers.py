@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from ...agents.types import Completion, Sampling, SettingError
 from ..renderer import ChatRenderer, load_tokenizer
 from .adapter_versions import AdapterRegistry
-from .base import EngineError, EngineInfo, PromptTooLong, ModelRef, TeamVersion
+from .base import EngineError, EngineInfo, ModelRef, PromptTooLong, TeamVersion
 
 T = TypeVar("T")
 QUIET = 20  # turns of the event loop without a new request before a wave starts

@@ -11,11 +11,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ...agents.team import Call
-from ...agents.types import BASE, Completion, PolicySpec, SettingError, to_json
-from ..engines.base import Engine, EngineError, PromptTooLong, ModelRef
+from ...agents.secrecy import check_url, usable_key, without
+from ...agents.types import BASE, Call, Completion, PolicySpec, SettingError, to_json
+from ..engines.base import Engine, EngineError, ModelRef, PromptTooLong
 from ..renderer import ChatRenderer
-from ..secrecy import check_url, usable_key, without
 
 # how servers say that a prompt does not fit the model
 TOO_LONG = re.compile(

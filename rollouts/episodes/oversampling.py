@@ -15,8 +15,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...agents.team import Call
-from ...agents.types import Completion
+from ...agents.types import Call, Completion
 from ..engines.base import TeamVersion
 from ..types import Episode
 from .completers import Completer

@@ -11,12 +11,17 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...agents.concurrency import gather
 from ...agents.lookup import only_trusted
-from ...agents.team import Call, LimitError, System, Team, derive_seed, gather
+from ...agents.seeds import derive_seed
+from ...agents.team import System, Team
 from ...agents.types import (
     AgentSpec,
+    Call,
     Completion,
     Decision,
+    LimitError,
+    Reward,
     Sampling,
     SettingError,
     Task,
@@ -26,10 +31,10 @@ from ...agents.types import (
     to_json,
 )
 from ..engines.base import EngineError, PromptTooLong, TeamVersion
-from ..rewards.builtin import TIMEOUT, RewardFn, score
+from ..rewards.scoring import TIMEOUT, RewardFn, score
 from ..sandbox.sandbox import check
 from ..sandbox.sandbox import run as execute
-from ..types import Episode, Reward, Usage
+from ..types import Episode, Usage
 from .completers import Completer
 
 

@@ -30,6 +30,7 @@ from typing import Any, Self
 from ...agents.types import (
     Decision,
     Message,
+    Reward,
     Sampling,
     SettingError,
     Task,
@@ -38,7 +39,7 @@ from ...agents.types import (
     nearest,
     to_json,
 )
-from ..types import Episode, Reward, Usage
+from ..types import Episode, Usage
 
 SCHEMA = 1
 FILTERS = ("id", "group", "parent", "split", "step", "seed", "stop_reason", "task")

@@ -11,8 +11,11 @@ import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from ...agents.text.answers import majority, normalise
+from ...agents.types import SettingError
 
 EXACT = 16  # up to so many differences every sign pattern is tried
 DRAWS = 20_000  # sign patterns drawn beyond that
@@ -98,3 +101,62 @@ def quantile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` of the values do not exceed; NaN of none."""
     ranked = sorted(values)
     return ranked[max(0, math.ceil(share * len(ranked)) - 1)] if ranked else math.nan
+
+
+def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % score interval of a share of `count` trials (Wilson 1927)."""
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = (
+        z
+        / (1 + z * z / count)
+        * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    )
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def interval(scores: Sequence[float], z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of the mean: Wilson's if all scores are 0 or 1, else the normal one, from their
+    spread."""
+    count, mean = len(scores), sum(scores) / len(scores)
+    if all(score in (0.0, 1.0) for score in scores):
+        return wilson(mean, count, z)
+    half = z * math.sqrt(sum((s - mean) ** 2 for s in scores) / max(count - 1, 1) / count)
+    return mean - half, mean + half
+
+
+def paired(before: Evaluation, after: Evaluation, z: float = 1.959964) -> dict[str, Any]:
+    """Mean difference after - before over the same tasks, with its 95 % interval (normal, from the
+    spread of the differences)."""
+    if set(before.scores) != set(after.scores):
+        raise SettingError(
+            "paired: the two evaluations hold different tasks; evaluate both on one task set"
+        )
+    differences = [after.scores[task] - before.scores[task] for task in before.scores]
+    n, mean = len(differences), sum(differences) / len(differences)
+    spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / max(n - 1, 1))
+    half = z * spread / math.sqrt(n)
+    gained, lost = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    return {"difference": mean, "ci95": [mean - half, mean + half], "gained": gained, "lost": lost}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores by task id (a failed or unscorable episode counts 0 and is counted in `failed`)."""
+
+    scores: Mapping[str, float]
+    failed: int = 0
+    errors: tuple[str, ...] = ()
+    tokens: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.scores.values()) / len(self.scores)
+
+    def summary(self) -> dict[str, Any]:
+        low, high = interval(list(self.scores.values()))
+        return {
+            "accuracy": self.accuracy,
+            "ci95": [low, high],
+            "num_tasks": len(self.scores),
+            "failed": self.failed,
+        }

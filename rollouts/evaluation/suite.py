@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from ...agents.text.answers import extract, normalise, same
-from ...agents.types import SettingError, Task, to_json
+from ...agents.types import Reward, SettingError, Task, to_json
 from ..episodes.runner import EpisodeRequest, EpisodeRunner
 from ..episodes.store import Store
-from ..rewards.builtin import reward_name, score
-from ..types import Episode, Reward, Usage
-from .accuracy import Evaluation, paired
+from ..rewards.builtin import reward_name
+from ..rewards.scoring import score
+from ..types import Episode, Usage
 from .rounds import answers_by_round, transitions
-from .statistics import holm, majority_at_k, pass_at_k, quantile, sign_flip_p
+from .statistics import Evaluation, holm, majority_at_k, paired, pass_at_k, quantile, sign_flip_p
 
 ANSWER = "answer of a turn"  # the reward that says whether a turn's answer is right
 RIGHT = 1.0 - 1e-9  # a score from which an answer counts as right

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...agents.team import gather
+from ...agents.concurrency import gather
 
 MAX_STDOUT = 4 << 20  # bytes; a program that writes more has failed
 MAX_STDERR = 2000  # bytes of its end that are kept

@@ -17,10 +17,10 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
-from ...agents.team import Agent, LimitError, Team
+from ...agents.team import Agent, Team
 from ...agents.text.answers import stands_in
 from ...agents.tools.tools import schemas_prompt
-from ...agents.types import Message, Sampling, SettingError, Turn, nearest
+from ...agents.types import LimitError, Message, Sampling, SettingError, Turn, nearest
 from ..engines.base import PromptTooLong
 from .chat_api import Request, shown
 from .fields import BadRequest, loaded, wrong

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...agents.types import Turn
+from ...agents.types import Reward, Turn
 from ..episodes.store import Store
-from ..types import Episode, Reward
+from ..types import Episode
 from .html import visible
 
 MAX_ROWS = 20_000  # episodes with a row in the list

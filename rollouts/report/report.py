@@ -16,8 +16,8 @@ from typing import Any
 
 from ...agents.types import SettingError
 from ..episodes.store import Store
-from ..evaluation.accuracy import Evaluation, interval, paired
-from .episode_index import MAX_EPISODES, EpisodeIndex, Pieces, EpisodeRow, json_lines, rows
+from ..evaluation.statistics import Evaluation, interval, paired
+from .episode_index import MAX_EPISODES, EpisodeIndex, EpisodeRow, Pieces, json_lines, rows
 from .html import page, section, text
 from .sections import (
     adapters,

@@ -13,8 +13,8 @@ import dataclasses
 
 from ...agents.lookup import trusted
 from ...agents.patterns.actor_critic import verdict
-from ...agents.types import Task
-from ..types import Episode, Reward
+from ...agents.types import Reward, Task
+from ..types import Episode
 from .builtin import correct
 
 

@@ -28,10 +28,9 @@ from typing import Any
 
 from ...agents.execution import Limits, SandboxError
 from ..sandbox.python import IsolatedProcess
-from ..sandbox.scorer import unplain
 from ..sandbox.self_test import isolation
 
-__all__ = ["Checker", "CheckerError", "CheckerTimeout", "equal", "gym_score", "plain", "unplain"]
+__all__ = ["Checker", "CheckerError", "CheckerTimeout", "equal", "gym_score"]
 
 MEMORY = 4 << 30  # bytes of address space of the scorer and of each of its children
 MAX_CHARS = 2000  # a longer answer is not compared as mathematics: no answer we know is that long
@@ -233,19 +232,3 @@ async def gym_score(name: str, args: dict[str, Any], entry: Any, answer: str) ->
     # Of a slow answer a hash is kept: the task may be large.
     key = hashlib.sha256(json.dumps([name, args, entry, answer]).encode()).hexdigest()
     return await _gym.ask([name, args], key, entry=entry, answer=answer)
-
-
-def plain(value: Any) -> Any:
-    """Python values as JSON values from which `unplain` restores them: tuples, sets and keys that
-    are not text survive."""
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    if isinstance(value, dict):
-        return {"dict": [[plain(key), plain(item)] for key, item in value.items()]}
-    if isinstance(value, tuple):
-        return {"tuple": [plain(item) for item in value]}
-    if isinstance(value, (set, frozenset)):
-        return {"set": sorted((plain(item) for item in value), key=repr)}
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    return {"text": str(value)}

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 
-from ...agents.execution import Limits, TestSuite, ExecutionResult, SandboxError, Status, TestResult
+from ...agents.execution import ExecutionResult, Limits, SandboxError, Status, TestResult, TestSuite
 from .init import NO_PROGRAM
 from .isolation import ENVIRONMENT, Isolation, Role, text_file
 

@@ -19,13 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from ...agents.execution import (
-    Limits,
-    TestSuite,
-    Externals,
     ExecutionResult,
+    Externals,
+    Limits,
     ProgramError,
     SandboxError,
     TestResult,
+    TestSuite,
 )
 from .isolation import Isolation
 from .python import check_plain, run_plain

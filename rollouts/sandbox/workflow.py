@@ -23,15 +23,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from ...agents.concurrency import gather
 from ...agents.execution import (
-    Limits,
-    Externals,
     ExecutionResult,
+    Externals,
+    Limits,
     ProgramError,
     SandboxError,
     Status,
 )
-from ...agents.team import gather
 from .crossing import BadValue, answering, plain_value, prelude
 from .isolation import Isolation
 

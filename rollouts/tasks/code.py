@@ -17,10 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...agents.execution import TestResult, answered
-from ...agents.programs.operators import CHECKS
 from ...agents.types import SettingError, Task
-from ..sandbox.sandbox import check
 from .datasets import of_split, own_split, read, rows_of, shuffled
 
 log = logging.getLogger(__name__)
@@ -262,16 +259,3 @@ def _parsed(text: str) -> ast.expr | None:
 
 
 # what tests say
-
-
-async def public_verdict(task: Task, text: str) -> TestResult:
-    """What the public tests say of the program in `text`. No tests: no results, and not passed."""
-    return await check(*answered(task, text, task.meta["tests"]), CHECKS)
-
-
-async def hidden_verdict(task: Task, text: str) -> TestResult:
-    """What the hidden tests say of the program in `text`: for rewards and evaluation alone. Raises
-    `ValueError` if the task has none."""
-    if not task.meta.get("_tests"):
-        raise ValueError(f"task {task.id!r} has no hidden tests; whoever plays never has them")
-    return await check(*answered(task, text, task.meta["_tests"]), CHECKS)

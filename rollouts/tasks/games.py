@@ -9,14 +9,11 @@ team's, for evaluations, whose accuracy is the first reward of the list.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from ...agents.lookup import trusted
 from ...agents.types import SettingError, Task
-from ..types import Episode, Reward
 from .datasets import of_split
 
 
@@ -130,61 +127,3 @@ def _tasks(
 
 
 # rewards
-
-
-@trusted("reward")
-def payoff(task: Task, episode: Episode) -> list[Reward]:
-    """What each player has of the game, as the referee says."""
-    return _each(episode, "payoff", lambda own, other: own)
-
-
-@trusted("reward")
-def won(task: Task, episode: Episode) -> list[Reward]:
-    """1 for the player with the higher payoff, 0 for the other, 1/2 for both if they are equal."""
-    return _each(episode, "won", lambda own, other: 0.5 if own == other else float(own > other))
-
-
-@trusted("reward")
-def first_payoff(task: Task, episode: Episode) -> float:
-    """Payoff of the player who moves first (the seller)."""
-    return _payoffs(episode)[0][1]
-
-
-@trusted("reward")
-def second_payoff(task: Task, episode: Episode) -> float:
-    """Payoff of the player who moves second (the buyer)."""
-    return _payoffs(episode)[1][1]
-
-
-@trusted("reward")
-def deal(task: Task, episode: Episode) -> float:
-    """1 if the players agreed, else 0."""
-    return float(_record(episode)["ended"] == "deal")
-
-
-def _payoffs(episode: Episode) -> list[tuple[str, float]]:
-    """Player and payoff, in the order in which they move."""
-    record = _record(episode)
-    return [(player, float(record["payoffs"][player])) for player in record["players"]]
-
-
-def _each(episode: Episode, name: str, value: Callable[[float, float], float]) -> list[Reward]:
-    """A reward for each player that was asked, from its own and the other's payoff."""
-    spoke = {turn.agent for turn in episode.turns}
-    (first, one), (second, two) = _payoffs(episode)
-    given = ((first, value(one, two)), (second, value(two, one)))
-    return [
-        Reward(name, reward, agent=player, source="referee")
-        for player, reward in given
-        if player in spoke
-    ]
-
-
-def _record(episode: Episode) -> dict[str, Any]:
-    """What the referee wrote: the output of every `Game`."""
-    record = json.loads(episode.output or "{}")
-    if not isinstance(record, dict) or "payoffs" not in record:
-        raise ValueError(
-            "the output is no game's record; this reward is for systems of marlora.agents.games"
-        )
-    return record

@@ -20,7 +20,7 @@ from typing import Any
 
 from ...agents.lookup import load_function
 from ...agents.types import SettingError, Task, nearest, to_json
-from ..rewards.math_check import plain
+from ..json_values import plain
 from .code import humaneval, mbpp
 from .datasets import READERS, SPLITS, digest, file, gsm8k, hub, math, of_split
 from .qa import drop, hotpotqa

@@ -12,24 +12,19 @@ from typing import Any, TypeVar
 
 import pytest
 
+from marlora.agents.concurrency import gather
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.patterns.debate import Debate
-from marlora.agents.team import (
-    Agent,
-    Call,
-    LimitError,
-    ReplayError,
-    System,
-    Team,
-    derive_seed,
-    fake_team,
-    gather,
-)
+from marlora.agents.seeds import derive_seed
+from marlora.agents.team import Agent, System, Team, fake_team
 from marlora.agents.types import (
     AgentSpec,
+    Call,
     Completion,
     Decision,
+    LimitError,
     Message,
+    ReplayError,
     Sampling,
     SettingError,
     Task,

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from marlora.agents.concurrency import gather
 from marlora.agents.patterns.actor_critic import ActorCritic
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.patterns.debate import Debate
 from marlora.agents.patterns.vote import Vote
-from marlora.agents.team import System, Team, gather
+from marlora.agents.team import System, Team
 from marlora.agents.types import AgentSpec, Message, SettingError, Task
 from tests.conformance import check_system
 

@@ -57,7 +57,7 @@ def collect(
     def run(store: Path, **fault: object) -> int:
         tasks = [
             "--tasks",
-            "marlora.trainers.testbeds.tiny:tiny_tasks",
+            "marlora.rollouts.tasks.toy:tiny_tasks",
             "--num_tasks",
             str(TASKS),
             "--num_generations",

@@ -20,15 +20,16 @@ from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from marlora.rollouts.engines.vllm.server import VLLMServer
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import (
-    EpisodeRequest,
     EpisodeLimits,
+    EpisodeRequest,
     EpisodeRunner,
     episode_requests,
 )
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.renderer import ChatRenderer
+from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode
-from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks
+from marlora.trainers.testbeds.tiny import tiny_chain
 from tests.chaos.ledger import balance
 from tests.rollouts.engines.vllm.test_engine import BASE, KEY, engine_on
 from tests.rollouts.engines.vllm.test_replicas import servers

@@ -21,10 +21,11 @@ from marlora.rollouts.checkpoints.team import build_system
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.engines.vllm.server_args import lora_sizes
 from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode
 from marlora.trainers.loop.run import RunError
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
-from marlora.trainers.testbeds.tiny import tiny_chain, tiny_random_model, tiny_tasks
+from marlora.trainers.testbeds.tiny import tiny_chain, tiny_random_model
 from tests.trainers.small_run import bytes_mod_7, config
 
 pytestmark = pytest.mark.usefixtures("one_thread")

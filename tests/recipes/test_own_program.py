@@ -18,7 +18,7 @@ import yaml
 
 from marlora.agents.types import SettingError, Task
 from marlora.rollouts.checkpoints.team import LoadedTeam
-from marlora.rollouts.engines.factory import EngineConfig
+from marlora.rollouts.engines.config import EngineConfig
 from marlora.rollouts.episodes.runner import EpisodeRequest
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from marlora.agents.types import BASE, Completion, Message, Sampling, SettingError
-from marlora.rollouts.engines.base import Engine, EngineError, PromptTooLong, ModelRef
+from marlora.rollouts.engines.base import Engine, EngineError, ModelRef, PromptTooLong
 from marlora.rollouts.renderer import ChatRenderer
 
 _NUMBERS = itertools.count()

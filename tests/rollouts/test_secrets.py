@@ -16,18 +16,17 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.team import Call
-from marlora.agents.types import AgentSpec, Message, PolicySpec, Sampling, SettingError
+from marlora.agents.secrecy import shown_url
+from marlora.agents.types import AgentSpec, Call, Message, PolicySpec, Sampling, SettingError
 from marlora.recipes import grpo_team
 from marlora.recipes.cli import doctor, main
 from marlora.rollouts.engines.base import EngineError
-from marlora.rollouts.engines.factory import EngineConfig
+from marlora.rollouts.engines.config import EngineConfig
 from marlora.rollouts.engines.vllm.addresses import key_from, tidy
 from marlora.rollouts.engines.vllm.auth import read_key
 from marlora.rollouts.engines.vllm.client import Transient, fresh_key
 from marlora.rollouts.engines.vllm.discovery import read_endpoints
 from marlora.rollouts.episodes.completers import APICompleter
-from marlora.rollouts.secrecy import shown_url
 from marlora.trainers.config import RunConfig
 from tests.repository import ROOT
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from marlora.trainers.collection.background import Stopped
 from marlora.trainers.distributed.ranks import RankError, Ranks
+from marlora.trainers.errors import Stopped
 from marlora.trainers.loop.run import RunError
 from marlora.trainers.update import optimizer_step
 from tests.trainers.small_run import trainer

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from marlora.agents.types import Task
+from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode
 from marlora.trainers.distributed.ranks import Ranks
 from marlora.trainers.methods.imitation.sirius import SiriusConfig, SiriusTrainer
-from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks
+from marlora.trainers.testbeds.tiny import tiny_chain
 
 GOLD = "gold-5309"  # stands in no task and no model says it
 

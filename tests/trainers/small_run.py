@@ -30,12 +30,13 @@ from marlora.recipes.cli import main
 from marlora.recipes.launch import settings
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode
 from marlora.trainers import checkpoint
 from marlora.trainers.loop import checkpointing, run
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
 from marlora.trainers.monitoring import run_folder
-from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks
+from marlora.trainers.testbeds.tiny import tiny_chain
 from marlora.trainers.weight_sync import publisher
 from tests.repository import ROOT
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from marlora.agents.types import SettingError
+from marlora.rollouts import files as rollout_files
 from marlora.trainers import checkpoint as ckpt
 from tests.repository import ROOT, modules
 
@@ -161,14 +162,14 @@ def test_sweep_deletes_what_a_kill_left(tmp_path: Path) -> None:
 
 
 def test_a_file_written_anew_is_never_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ckpt.write_text(tmp_path / "x.json", "old")
+    rollout_files.write_text(tmp_path / "x.json", "old")
 
     def fail(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ckpt, "fsync", fail)
     with pytest.raises(OSError):
-        ckpt.write_text(tmp_path / "x.json", "new")
+        rollout_files.write_text(tmp_path / "x.json", "new")
     assert (tmp_path / "x.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
@@ -202,14 +203,14 @@ def test_lines_of_a_log_are_appended_whole_or_not_at_all(tmp_path: Path) -> None
     """On a disk that takes 40 bytes more, by the limit on a file's size; the error names the
     file."""
     path = tmp_path / "metrics.jsonl"
-    ckpt.append_text(path, "x" * 59 + "\n")
+    rollout_files.append_text(path, "x" * 59 + "\n")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(OSError, match=r"earlier lines are whole: .*metrics\.jsonl"):
-            ckpt.append_text(path, "y" * 99 + "\n")
+            rollout_files.append_text(path, "y" * 99 + "\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_text() == "x" * 59 + "\n"
-    ckpt.append_text(path, "z\n")
+    rollout_files.append_text(path, "z\n")
     assert path.read_text() == "x" * 59 + "\nz\n"

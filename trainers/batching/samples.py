@@ -16,9 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...agents.types import Turn
-from ...rollouts.types import Episode
-
-TurnKey = tuple[str, int, int]  # episode id, turn index, sibling
+from ...rollouts.types import Episode, TurnKey
 
 
 @dataclass(frozen=True)

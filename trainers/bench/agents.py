@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from ...agents.types import PolicySpec
-from ..config import RunConfig, RunError
+from ..config import RunConfig
 from ..distributed.ranks import Ranks
+from ..errors import RunError
 from ..methods.policy_gradient.grpo import GRPOConfig
 from ..model.adapters import Adapters
 from ..testbeds.tiny import one_thread

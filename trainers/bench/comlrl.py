@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import RunError
+from ..errors import RunError
 from .measure import memory
 
 VERSION = "1.4.3"
@@ -75,7 +75,7 @@ def theirs(model: str, group: int, reply: int, steps: int) -> list[float]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ...rollouts.engines.factory import choose_dtype, has_gpu
+    from ...rollouts.engines.hardware import choose_dtype, has_gpu
 
     times: list[float] = []
 

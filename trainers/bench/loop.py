@@ -24,9 +24,9 @@ import torch
 
 from ...agents.patterns.chain import Chain
 from ...agents.types import Task
-from ...rollouts.engines.factory import choose_dtype, has_gpu
+from ...rollouts.engines.hardware import choose_dtype, has_gpu
 from ...rollouts.types import Episode
-from ..config import RunError
+from ..errors import RunError
 from ..methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
 from .comlrl import against_comlrl
 from .geometry import served_folder

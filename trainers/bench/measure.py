@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..config import RunError
-from ..update.learner import versions
+from ..errors import RunError
+from ..model.base_models import versions
 
 # Largest relative norm of the difference of two gradients. In bfloat16 two exact ways differ by its
 # rounding.

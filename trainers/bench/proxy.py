@@ -13,12 +13,13 @@ from typing import Any
 
 import aiohttp
 
-from ...agents.team import Team, gather
+from ...agents.concurrency import gather
+from ...agents.team import Team
 from ...agents.types import AgentSpec, Message, Sampling, Turn
 from ...rollouts.engines.scripted import ScriptedEngine
 from ...rollouts.episodes.completers import EngineCompleter
 from ...rollouts.gateway.server import GatewayServer
-from ..config import RunError
+from ..errors import RunError
 from .measure import Options, machine, table
 
 CALLS = {

@@ -21,11 +21,13 @@ import torch
 
 from ...agents.types import Completion, Message, PolicySpec, Sampling
 from ...rollouts.engines.base import Engine, ModelRef
-from ...rollouts.engines.factory import EngineConfig, choose_dtype, has_gpu, start_engine
+from ...rollouts.engines.config import EngineConfig
+from ...rollouts.engines.factory import start_engine
+from ...rollouts.engines.hardware import choose_dtype, has_gpu
 from ...rollouts.renderer import ChatRenderer, load_tokenizer
 from ..batching.samples import TrainingSequence
-from ..config import RunError
 from ..distributed.ranks import Ranks
+from ..errors import RunError
 from ..methods.policy_gradient.grpo import GRPOConfig
 from ..model.adapters import Adapters
 from ..update.losses import LossConfig, policy_loss

@@ -25,7 +25,7 @@ from ...agents.types import Completion, Sampling, Task
 from ...rollouts.engines.base import ModelRef
 from ...rollouts.engines.scripted import ScriptedEngine
 from ...rollouts.episodes.completers import EngineCompleter
-from ...rollouts.episodes.oversampling import CancelledEpisode, first_finished, drop_statistics
+from ...rollouts.episodes.oversampling import CancelledEpisode, drop_statistics, first_finished
 from ...rollouts.episodes.runner import EpisodeLimits, EpisodeRunner, episode_requests
 from ...rollouts.types import Episode
 from .measure import Options, Way, machine, race, same, table

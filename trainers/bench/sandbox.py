@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from ...rollouts.sandbox import sandbox as run_in
-from ..config import RunError
+from ..errors import RunError
 from .measure import Options, machine, table
 
 

@@ -19,7 +19,7 @@ from unittest import mock
 from ...agents.types import PolicySpec, Sampling
 from ...rollouts.engines.base import Engine, ModelRef
 from ...rollouts.engines.vllm.server_args import command
-from ..config import RunError
+from ..errors import RunError
 from ..model.adapters import Adapters
 from .measure import Options, machine, table
 from .publish import served

@@ -16,12 +16,9 @@ from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
+from ..errors import Stopped
+
 T = TypeVar("T")
-
-
-class Stopped(KeyboardInterrupt):
-    """The user or the cluster asked to stop, noticed where the last finished step can be saved as
-    it is."""
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-from ...agents.team import gather
+from ...agents.concurrency import gather
 from ...agents.types import from_json, to_json
 from ...rollouts.types import Episode
 from ..loop.run import Run

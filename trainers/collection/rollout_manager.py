@@ -15,19 +15,21 @@ from ...agents.types import BASE, PolicySpec, SettingError, Task
 from ...rollouts.engines.base import Engine, TeamVersion
 from ...rollouts.engines.factory import start_engine
 from ...rollouts.episodes.completers import completers
-from ...rollouts.episodes.oversampling import CancelledEpisode, first_finished, drop_statistics
+from ...rollouts.episodes.oversampling import CancelledEpisode, drop_statistics, first_finished
 from ...rollouts.episodes.runner import EpisodeRunner
 from ...rollouts.episodes.store import Store
 from ...rollouts.types import Episode
 from .. import checkpoint as ckpt
-from ..config import RunError
+from ..errors import RunError
+from ..model.base_models import dtype_of
 from ..model.memory_estimate import with_server_memory
-from ..model.sharding import probed_together
-from ..update.learner import LearnerBase, dtype_of
+from ..update.learner import LearnerBase
 from ..weight_sync.probes import probes
 from ..weight_sync.publisher import Publisher
+from ..weight_sync.sharded_probes import probed_together
+from ..weight_sync.team_versions import TeamVersions
 from ..weight_sync.verification import VerificationRecord
-from .async_rollouts import AsyncCollector, CollectedStep, TeamVersions
+from .async_rollouts import AsyncCollector, CollectedStep
 from .background import BackgroundLoop, BackgroundTask
 from .stored_episodes import PlannedEpisodes, find_stored
 

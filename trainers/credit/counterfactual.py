@@ -14,10 +14,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from ...agents.team import derive_seed
-from ...agents.types import Completion, Decision, SettingError, Turn
+from ...agents.seeds import derive_seed
+from ...agents.types import Completion, Decision, Reward, SettingError, Turn
 from ...rollouts.episodes.runner import EpisodeRequest
-from ...rollouts.types import Episode, Reward
+from ...rollouts.types import Episode
 from .rules import CreditConfig, leave_one_out, team_rewards
 
 log = logging.getLogger(__name__)

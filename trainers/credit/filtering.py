@@ -19,12 +19,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...agents.team import derive_seed
+from ...agents.seeds import derive_seed
+from ...agents.settings import help_of
 from ...agents.text.answers import normalise, same, vote
 from ...agents.types import SettingError, Task, Turn, nearest
-from ...rollouts.engines.factory import help_of
-from ...rollouts.types import Episode
-from ..batching.samples import TurnKey
+from ...rollouts.types import Episode, TurnKey
 from .rules import RewardWeights, agent_reward, team_rewards
 
 Rule = Callable[[Episode, Turn], tuple[float, str]]  # weight (0: dropped) and reason

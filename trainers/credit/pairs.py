@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...agents.team import derive_seed
+from ...agents.seeds import derive_seed
+from ...agents.settings import help_of
 from ...agents.types import SettingError, Turn, to_json
-from ...rollouts.engines.factory import help_of
 from ...rollouts.types import Episode
 from .rules import RewardWeights, team_rewards
 

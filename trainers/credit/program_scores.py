@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ...agents.team import derive_seed
+from ...agents.seeds import derive_seed
 from ...agents.types import SettingError, Turn
 from ...rollouts.types import Episode
 from .pairs import Pair

@@ -20,10 +20,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...agents.types import SettingError, Turn, nearest
-from ...rollouts.engines.factory import help_of
-from ...rollouts.types import Episode, Reward, groups
-from ..batching.samples import TurnKey
+from ...agents.settings import help_of
+from ...agents.types import Reward, SettingError, Turn, nearest
+from ...rollouts.types import Episode, TurnKey, groups
 
 Advantages = dict[
     TurnKey, float

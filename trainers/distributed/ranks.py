@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..collection.background import Stopped
+from ..errors import Stopped
 from .watchdog import Watchdog
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 
 from ...agents.types import SettingError, to_json
-from ...rollouts.checkpoints.reader import files_sha256
+from ...rollouts.files import files_sha256
 from ...rollouts.rewards.builtin import reward_name
 from .. import checkpoint as ckpt
+from ..model.base_models import versions
 from ..monitoring.alarms import Alarms
-from ..monitoring.run_folder import split_of
-from ..update.learner import versions
+from .summary import split_of
 
 if TYPE_CHECKING:
     from .run import Run

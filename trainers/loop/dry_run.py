@@ -9,16 +9,16 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ...agents.team import Call, Team
-from ...agents.types import Completion, SettingError
+from ...agents.team import Team
+from ...agents.types import Call, Completion, SettingError
 from ...rollouts.engines.factory import choose_engine
 from ...rollouts.engines.vllm.server_args import CPU_CACHE_GIB
 from ...rollouts.renderer import ChatRenderer, load_tokenizer
 from ..config import RunConfig
+from ..model.base_models import dtype_of, group_by_base, versions
 from ..model.local_models import local_model
 from ..model.memory_estimate import GIB, Memory, estimate, needs_checkpointing, server_share
 from ..model.sharding import sharding_mode
-from ..update.learner import dtype_of, group_by_base, versions
 from .run import Run
 
 

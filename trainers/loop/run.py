@@ -21,35 +21,45 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...agents.team import System, gather
+from ...agents.concurrency import gather
+from ...agents.team import System
 from ...agents.tools.tools import resolve_tools
 from ...agents.types import SettingError, Task, from_json, to_json
 from ...rollouts.checkpoints.team import build_system
 from ...rollouts.engines.base import Engine
 from ...rollouts.episodes.runner import override_agents
-from ...rollouts.evaluation.accuracy import Evaluation, evaluation
+from ...rollouts.evaluation.accuracy import evaluation
+from ...rollouts.evaluation.statistics import Evaluation
 from ...rollouts.report.report import write_report
-from ...rollouts.rewards.builtin import RewardFn, fn_name, resolve_rewards
+from ...rollouts.rewards.builtin import resolve_rewards
+from ...rollouts.rewards.scoring import RewardFn, fn_name
 from ...rollouts.tasks.registry import load_tasks
-from ...rollouts.types import Episode
+from ...rollouts.types import Episode, TurnKey
 from .. import checkpoint as ckpt
-from ..batching.samples import TrainingSequence, TurnKey
-from ..collection.background import StopSignal, Stopped
+from ..batching.samples import TrainingSequence
+from ..collection import task_order
+from ..collection.background import StopSignal
 from ..collection.rollout_manager import RolloutManager
-from ..collection.stored_episodes import OfflineEpisodes, collection_row
-from ..config import RunConfig, RunError
+from ..collection.stored_episodes import OfflineEpisodes
+from ..config import RunConfig
 from ..distributed.ranks import Ranks
+from ..errors import RunError, Stopped
 from ..model import sharding
+from ..model.base_models import dtype_of, group_by_base
 from ..model.memory_estimate import needs_checkpointing
 from ..monitoring import run_folder
 from ..monitoring.alarms import Alarms
 from ..monitoring.progress import Progress
+from ..monitoring.step_metrics import collection_row
 from ..monitoring.token_log import TokenLog
 from ..monitoring.trackers import Trackers
-from ..update.learner import dtype_of, group_by_base, load_base
-from ..update.optimizer_step import UpdateOptions, LossFn, UpdateResult, sample_to_json, update
-from ..update.scalar_heads import ScalarHead, HeadLoss, HeadSpec, Targets
+from ..update.learner import load_base
+from ..update.optimizer_step import LossFn, UpdateOptions, UpdateResult, sample_to_json, update
+from ..update.scalar_heads import HeadLoss, HeadSpec, ScalarHead, Targets
 from ..update.turn_logprobs import turn_logprobs
+from ..weight_sync import sharded_probes
+from . import checks
+from . import summary as summaries
 from .checkpointing import restore, save_checkpoint
 
 
@@ -81,7 +91,7 @@ class Run:
         self.config, self.recipe = config, recipe
         system = system or build_system(config.system)  # type: ignore[arg-type]
         self.system = system.with_agents(override_agents(system, config.agents, config.sampling()))  # type: ignore[arg-type]
-        run_folder.check_importable(self.system)
+        checks.check_importable(self.system)
         for agent in self.system.specs:
             resolve_tools(agent.tools)
         self.policies = config.policy_specs(self.system.specs)
@@ -106,7 +116,7 @@ class Run:
             else load_tasks(config.tasks, "eval", seed=config.seed, **args)
         )
         self.eval_tasks = list(held_out)[: config.num_eval_tasks]
-        run_folder.check_tasks(self.tasks, self.eval_tasks, config)
+        checks.check_tasks(self.tasks, self.eval_tasks, config)
         self.rewards = resolve_rewards(rewards if rewards is not None else config.rewards)
         if not self.rewards:
             raise SettingError(
@@ -162,7 +172,7 @@ class Run:
                     self.config.shard_base
                 )  # before accelerate looks for packages it may lack
                 self.ranks = Ranks(seconds=self.config.collective_timeout)
-                sharding.join_probes(self)
+                sharded_probes.join_probes(self)
             self.progress = Progress(self.ranks.main)
             self._exit.callback(self.progress.close)
             if self.ranks.warning:
@@ -218,9 +228,7 @@ class Run:
         self.progress.keep_warnings(self.config.folder / "warnings.log")
         if self.config.episodes:
             self.given = OfflineEpisodes(self.config.episodes, self.system.specs)
-            run_folder.check_tasks(
-                [e.task for e in self.given.episodes], self.eval_tasks, self.config
-            )
+            checks.check_tasks([e.task for e in self.given.episodes], self.eval_tasks, self.config)
             tokens = {
                 policy: base.tokens for base in self.bases.values() for policy in base.policies
             }
@@ -228,7 +236,7 @@ class Run:
                 {a.name: tokens[a.policy] for a in self.system.specs if a.policy in tokens}
             )
         self.stage.open(self._exit)
-        run_folder.write_config(self)
+        summaries.write_config(self)
         self.trackers = Trackers(
             self.config.report_to, self.config.folder, dataclasses.asdict(self.config)
         )
@@ -321,7 +329,7 @@ class Run:
 
     def tasks_of(self, step: int) -> list[Task]:
         """The tasks of a step, see `records.tasks_of`."""
-        return run_folder.tasks_of(self.tasks, self.config.tasks_per_step, self.config.seed, step)
+        return task_order.tasks_of(self.tasks, self.config.tasks_per_step, self.config.seed, step)
 
     def collect(
         self, step: int, after: Callable[[Episode], Awaitable[Episode]] | None = None
@@ -648,8 +656,8 @@ class Run:
                 raise RunError(
                     f"base {base.name}: its weights changed during the run; they must not"
                 )
-        result = run_folder.summary(self, before, after) | dict(extra or {})
+        result = summaries.summary(self, before, after) | dict(extra or {})
         if self.ranks.main:
             ckpt.write_json(self.config.folder / "summary.json", result)
-            write_report(self.config.folder, pieces=run_folder.pieces_of(self))
+            write_report(self.config.folder, pieces=summaries.pieces_of(self))
         return result

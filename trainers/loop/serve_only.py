@@ -16,12 +16,13 @@ from pathlib import Path
 from types import FrameType
 
 from ...agents.types import SettingError
-from ...rollouts.engines.factory import choose_dtype, has_gpu
+from ...rollouts.engines.hardware import choose_dtype, has_gpu
 from ...rollouts.engines.vllm.discovery import serve_endpoints
 from ...rollouts.engines.vllm.engine import server_settings
-from ..collection.background import Stopped, handled
+from ..collection.background import handled
+from ..errors import Stopped
+from ..model.base_models import group_by_base
 from ..model.local_models import local_model
-from ..update.learner import group_by_base
 from .run import Run
 
 

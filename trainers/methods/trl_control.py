@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...agents.team import derive_seed
+from ...agents.seeds import derive_seed
+from ...agents.settings import help_of
 from ...agents.types import SettingError
-from ...rollouts.engines.factory import help_of
 from ..update.optimizer_step import UpdateResult
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ...agents.team import derive_seed
+from ...agents.seeds import derive_seed
 from ...agents.types import BASE, AdapterSpec, PolicySpec, SettingError, nearest
 from ..checkpoint import write_tensors
 
@@ -504,3 +504,19 @@ def _read(
             f"{where}: cannot be read ({type(error).__name__}: {error}); the file is damaged"
         ) from error
     return config, tensors, meta
+
+
+def same_targets(adapters: Adapters) -> None:
+    """Raise `SettingError` if adapters stand on different linear maps: ranks could then need
+    different weights in a backward pass, and hang."""
+    found = {
+        name: sorted(adapters.model.peft_config[name].target_modules) for name in adapters.policies
+    }
+    first = next(iter(found), "")
+    for name, targets in found.items():
+        if targets != found[first]:
+            raise SettingError(
+                f"accelerate: DeepSpeed wants all adapters on the same linear maps, policy {name!r}"
+                f" has {targets} and {first!r} {found[first]}; set policies.{name}.adapter.targets,"
+                " or use --config_file recipes/accelerate/fsdp2.yaml"
+            )

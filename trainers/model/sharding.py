@@ -14,20 +14,17 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ...agents.types import SettingError, from_json, to_json
+from ...agents.types import SettingError
 from ..distributed.ranks import Ranks
-from ..weight_sync.probes import ScoredWindow, trainer_logprobs
-from .adapters import Adapters
+from .adapters import Adapters, same_targets
 
 if TYPE_CHECKING:
-    from ..loop.run import Run
-
-PROBE = "the trainer's log-probs of a proof"
+    pass
 
 
 def sharding_mode(setting: bool, environ: Mapping[str, str] = os.environ) -> str:
@@ -174,40 +171,3 @@ def _by_deepspeed(decoder: nn.Module, whole: set[nn.Parameter], ranks: Ranks) ->
     finally:
         for module, name, child in hidden:
             module._modules[name] = child
-
-
-def same_targets(adapters: Adapters) -> None:
-    """Raise `SettingError` if adapters stand on different linear maps: ranks could then need
-    different weights in a backward pass, and hang."""
-    found = {
-        name: sorted(adapters.model.peft_config[name].target_modules) for name in adapters.policies
-    }
-    first = next(iter(found), "")
-    for name, targets in found.items():
-        if targets != found[first]:
-            raise SettingError(
-                f"accelerate: DeepSpeed wants all adapters on the same linear maps, policy {name!r}"
-                f" has {targets} and {first!r} {found[first]}; set policies.{name}.adapter.targets,"
-                " or use --config_file recipes/accelerate/fsdp2.yaml"
-            )
-
-
-def join_probes(run: Run) -> None:
-    """Every rank is ready to compute a proof's log-probs when rank 0 asks, see
-    `probed_together`."""
-
-    def compute(base: str, found: list[dict[str, Any]], *how: Any) -> list[float]:
-        return trainer_logprobs(
-            run.bases[base].adapters, [from_json(ScoredWindow, one) for one in found], *how
-        )
-
-    run.ranks.joined[PROBE] = compute
-
-
-def probed_together(run: Run, base: str) -> Any:
-    """`trainer_logprobs` of a base of this run (rank 0 only), with the other ranks taking part."""
-
-    def forward(found: Any, *how: Any) -> list[float]:
-        return run.ranks.together(PROBE, base, to_json(list(found)), *how)
-
-    return forward

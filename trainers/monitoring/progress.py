@@ -23,8 +23,8 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from ...rollouts.files import append_text
 from ...rollouts.types import Episode
-from ..checkpoint import append_text
 
 
 class Progress:

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from ...rollouts.files import append_text
 from ..batching.batches import Batch
 from ..batching.samples import Denominators, TrainingSequence
-from ..checkpoint import append_text
 from ..update.losses import Stats
 from ..update.optimizer_step import LossFn
 

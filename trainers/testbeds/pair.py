@@ -22,10 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...agents.lookup import trusted
-from ...agents.types import Task
 from ...rollouts.engines.scripted import SPECIALS, TEMPLATE
-from ...rollouts.tasks.datasets import unit
+from ...rollouts.tasks.toy import ASKED
 from . import talk
 from .talk import Distribution, Lesson, TalkConfig, train
 from .tiny import VOCAB, answers, fit, kept, tiny_network, tiny_tokenizer
@@ -42,32 +40,6 @@ STRANGE = 0.3  # share of them in which any two digits stand, not two answers of
 CONFIG = TalkConfig(
     steps=250, shares=(32, 48), max_excess=0.06, learning_rate=4e-3, hidden_size=128, layers=3
 )
-
-OPERATIONS: dict[str, Callable[[int, int], int]] = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-}
-ASKED = {
-    f"{a}{sign}{b}": value
-    for sign, fn in OPERATIONS.items()
-    for a in range(10)
-    for b in range(10)
-    if 0 <= (value := fn(a, b)) <= 9
-}
-
-
-@trusted("tasks")
-def pair_tasks(split: str = "train", seed: int = 0) -> list[Task]:
-    """The 152 sums, differences and products of two digits that are a digit, shuffled: about two
-    thirds to train on, the others held out."""
-    tasks = [
-        Task(asked, asked, str(value), "pair", split)
-        for asked, value in ASKED.items()
-        if (unit(f"pair {asked}") < 0.35) == (split == "eval")
-    ]
-    random.Random(seed).shuffle(tasks)
-    return tasks
 
 
 def tiny_pair_model(cache: Path | None = None, *, say: Callable[[str], None] | None = None) -> Path:

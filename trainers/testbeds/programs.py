@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import itertools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -37,19 +36,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...agents.lookup import trusted
 from ...agents.programs.workflow import Workflow
-from ...agents.types import AgentSpec, Sampling, Task
+from ...agents.types import AgentSpec, Sampling
 from ...rollouts.engines.scripted import SPECIALS, TEMPLATE
-from ...rollouts.tasks.datasets import unit
+from ...rollouts.tasks.toy import KINDS, digit, program_tasks
 from . import tiny
 from .tiny import VOCAB, Lesson, answers, fit, kept, tiny_network, tiny_tokenizer
 
-KINDS: Mapping[str, int] = {
-    "a": 1,
-    "b": 4,
-    "c": 7,
-}  # what each adds to the last digit; as an instruction it is a capital
 ASKED, SLIPS, INVALID = (
     0.35,
     0.45,
@@ -104,21 +97,6 @@ class ProgramsConfig:
     seed: int = 0
 
 
-@trusted("tasks")
-def program_tasks(split: str = "train", seed: int = 0) -> list[Task]:
-    """The 3000 tasks in two halves, `train` and `eval`, shuffled. Public meta `examples`: two other
-    problems of the kind, with answers."""
-    rng, tasks = random.Random(seed), []
-    for kind, number in itertools.product(KINDS, range(1000)):
-        prompt = f"{kind}{number:03}"
-        if (unit(f"programs {prompt}") < 0.5) == (split == "eval"):
-            others = [f"{kind}{unit(f'{prompt} {n}') * 1000:03.0f}"[:4] for n in range(2)]
-            meta = {"kind": kind, "examples": [[other, digit(kind, other)] for other in others]}
-            tasks.append(Task(prompt, prompt, digit(kind, prompt), "programs", split, meta))
-    rng.shuffle(tasks)
-    return tasks
-
-
 def tiny_workflow(**settings: Any) -> Workflow:
     """The system of these tasks: a designer with a policy of its own; the executor is the base."""
     return Workflow(**{**WORKFLOW, **settings})
@@ -139,11 +117,6 @@ def tiny_programs_model(
 # the teacher
 
 Answers = Mapping[str, float]  # replies and their shares
-
-
-def digit(kind: str, problem: str) -> str:
-    """The answer of this kind to a problem, whatever the problem asks for."""
-    return str((int(problem[-1]) + KINDS[kind]) % 10)
 
 
 def execute(instruction: str, problem: str) -> Answers:

@@ -32,10 +32,7 @@ from typing import Any
 
 import torch
 
-from ...agents.lookup import trusted
-from ...agents.types import Task
 from ...rollouts.engines.scripted import SPECIALS, TEMPLATE
-from ...rollouts.tasks.datasets import unit
 from .tiny import VOCAB, fit, kept, tiny_network, tiny_tokenizer
 
 RIGHT, OVER, UNDER = 0.55, 0.25, 0.2  # shares of an answer that is right, one too many, one too few
@@ -63,18 +60,6 @@ class TalkConfig:
     hidden_size: int = 64
     layers: int = 2
     seed: int = 0
-
-
-@trusted("tasks")
-def digit_tasks(split: str = "train", seed: int = 0) -> list[Task]:
-    """The 1000 tasks of the debate in two halves, `train` and `eval`, shuffled."""
-    tasks = [
-        Task(f"{n:03}", f"{n:03}", f"{n:03}"[1], "digits", split)
-        for n in range(1000)
-        if (unit(f"digits {n:03}") < 0.5) == (split == "eval")
-    ]
-    random.Random(seed).shuffle(tasks)
-    return tasks
 
 
 def tiny_talk_model(cache: Path | None = None, *, say: Callable[[str], None] | None = None) -> Path:

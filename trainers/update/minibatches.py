@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from ...agents.team import derive_seed
+from ...agents.seeds import derive_seed
 from .optimizer_step import UpdateResult
 
 T = TypeVar("T")

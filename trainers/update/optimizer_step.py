@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ...agents.types import BASE
-from ..batching.batches import Batch, Layout, split_over_ranks, pad_ranks, pack
+from ..batching.batches import Batch, Layout, pack, pad_ranks, split_over_ranks
 from ..batching.samples import Denominators, TrainingSequence, denominators
 from ..checkpoint import join_optimizer, split_optimizer
 from ..config import RunConfig

@@ -17,8 +17,8 @@ from typing import Generic, TypeVar
 import torch
 from torch.nn.functional import logsigmoid
 
+from ...agents.settings import help_of
 from ...agents.types import SettingError
-from ...rollouts.engines.factory import help_of
 from ..credit.pairs import Pair
 
 K = TypeVar("K", bound=Hashable)

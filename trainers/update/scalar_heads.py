@@ -32,7 +32,7 @@ from ..model.adapters import Adapters, tensors_sha256
 from ..model.layouts import choose_layout
 from ..model.logprobs import guarded, last_hidden
 from .losses import Stats
-from .optimizer_step import UpdateResult, accumulate, batches_of, optimizer_step, forward_only
+from .optimizer_step import UpdateResult, accumulate, batches_of, forward_only, optimizer_step
 
 LINEAR = "head.safetensors"
 Targets = Mapping[str, torch.Tensor]  # by name: [N], one number per trained token

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...agents.types import BASE
-from ..batching.samples import TrainingSequence, TurnKey
-from ..config import RunError
+from ...rollouts.types import TurnKey
+from ..batching.samples import TrainingSequence
+from ..errors import RunError
 from ..model.adapters import Adapters, init_folder
 from ..model.logprobs import token_logprobs
 from .optimizer_step import forward_only

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ...agents.team import gather
+from ...agents.concurrency import gather
 from ...rollouts.engines.base import Engine, EngineError, ModelRef
-from ..checkpoint import fsync
+from ...rollouts.files import fsync
 from ..model.adapters import Adapters, folder_sha256
 from .probes import Probe, trainer_logprobs
 from .verification import VerificationRecord, WeightMismatch, WeightVerifier

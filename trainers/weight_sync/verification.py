@@ -33,7 +33,8 @@ from typing import TypeVar
 
 import torch
 
-from ...agents.team import derive_seed, gather
+from ...agents.concurrency import gather
+from ...agents.seeds import derive_seed
 from ...agents.types import BASE, Completion, Sampling
 from ...rollouts.engines.base import Engine, EngineError, ModelRef, ReplicaLost
 from ..model.adapters import Adapters, folder_sha256

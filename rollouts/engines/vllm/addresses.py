@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 
+from ....agents.secrecy import check_key_name, check_url, usable_key
 from ....agents.types import SettingError
-from ...secrecy import check_key_name, check_url, usable_key
 from .auth import read_key
 from .server import http
 

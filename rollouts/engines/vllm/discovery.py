@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ....agents.secrecy import check_url, not_shown
 from ....agents.types import SettingError, from_json, to_json
-from ...secrecy import check_url, not_shown
 from ..base import EngineError
 from .server import VLLMServer, start_servers
 from .server_args import ServerSettings, served_dtype

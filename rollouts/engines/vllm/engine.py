@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ....agents.types import BASE, Completion, PolicySpec, Sampling, SettingError, nearest
-from ..base import EngineError, EngineInfo, PromptTooLong, ModelRef, TeamVersion
-from ..factory import EngineConfig
+from ..base import EngineError, EngineInfo, ModelRef, PromptTooLong, TeamVersion
+from ..config import EngineConfig
 from .addresses import key_from, refuse_open, tidy
-from .client import RetryPolicy, Replica
+from .client import Replica, RetryPolicy
 from .discovery import Endpoint, wait_for_endpoints
 from .protocol import Reply, read_choices, read_scores, request_body
 from .replicas import ReplicaPool, hasty

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from ....agents.types import nearest
 from ..base import EngineError, ReplicaLost
-from .client import RetryPolicy, RequestRefused, Replica
+from .client import Replica, RequestRefused, RetryPolicy
 from .protocol import Transient
 from .server import Progress, say
 

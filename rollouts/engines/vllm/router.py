@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from .client import RetryPolicy, RequestRefused, Replica
+from .client import Replica, RequestRefused, RetryPolicy
 from .replicas import ReplicaPool
 
 T = TypeVar("T")

@@ -21,8 +21,9 @@ from marlora.recipes.cli.eval_tables import as_markdown, as_text
 from marlora.recipes.cli.evaluate import beside, marks_of
 from marlora.recipes.cli.main import main
 from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
-from marlora.trainers.testbeds.tiny import tiny_chain, tiny_random_model, tiny_tasks
+from marlora.trainers.testbeds.tiny import tiny_chain, tiny_random_model
 from tests.repository import ROOT
 
 REWARD = "tests.trainers.small_run:bytes_mod_7"
@@ -39,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model=str(tiny_random_model(folder / "model")),
         engine="transformers",
         rewards=[REWARD],
-        tasks="marlora.trainers.testbeds.tiny:tiny_tasks",
+        tasks="marlora.rollouts.tasks.toy:tiny_tasks",
         num_eval_tasks=5,
         max_steps=2,
         tasks_per_step=2,
@@ -166,7 +167,7 @@ def test_tasks_that_were_trained_on_are_refused(
     assert (
         evaluate(
             *argv,
-            "marlora.trainers.testbeds.tiny:tiny_tasks",
+            "marlora.rollouts.tasks.toy:tiny_tasks",
             "--allow_trained_tasks",
             "--num_tasks",
             2,
@@ -174,7 +175,7 @@ def test_tasks_that_were_trained_on_are_refused(
         == 0
     )
     sets = json.loads((tmp_path / "out" / "eval.json").read_text())["sets"]
-    assert list(sets) == [f"{__name__}:copied_tasks", "marlora.trainers.testbeds.tiny:tiny_tasks"]
+    assert list(sets) == [f"{__name__}:copied_tasks", "marlora.rollouts.tasks.toy:tiny_tasks"]
     (tmp_path / "empty").mkdir()
     assert (
         evaluate(two[0], *HERE, "--output", tmp_path / "out", "--trained_on", tmp_path / "empty")

@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model=str(tiny_random_model(folder / "model")),
         engine="transformers",
         rewards=[REWARD],
-        tasks="marlora.trainers.testbeds.tiny:tiny_tasks",
+        tasks="marlora.rollouts.tasks.toy:tiny_tasks",
         num_eval_tasks=4,
         max_steps=1,
         tasks_per_step=2,
@@ -391,7 +391,7 @@ def test_a_tool_of_ours_that_is_no_tool_is_foreign_too(
 @pytest.mark.parametrize(
     "name",
     [
-        "marlora.rollouts.rewards.builtin:fn_name(x)",
+        "marlora.rollouts.rewards.scoring:fn_name(x)",
         "verified(marlora.trainers.checkpoint:sha256_file)",
     ],
 )
@@ -437,7 +437,7 @@ def test_a_checkpoint_of_tasks_given_in_python_asks_for_a_set(
             checkpoint,
             *TRUST,
             "--tasks",
-            "marlora.trainers.testbeds.tiny:tiny_tasks",
+            "marlora.rollouts.tasks.toy:tiny_tasks",
             "--num_tasks",
             1,
         )

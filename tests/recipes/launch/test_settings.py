@@ -19,8 +19,8 @@ from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.episodes.runner import override_agents
 from marlora.rollouts.episodes.store import StoreError
 from marlora.trainers.loop.run import Run, RunError
+from marlora.trainers.loop.summary import write_config
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig
-from marlora.trainers.monitoring import run_folder
 from tests.repository import ROOT
 
 RECIPE = ROOT / "recipes" / "grpo_team.py"
@@ -326,7 +326,7 @@ def test_saved_settings_build_the_same_run_again(tmp_path: Path) -> None:
     )
     first = Run(config, Debate(agents, rounds=2))
     (tmp_path / "run").mkdir()
-    run_folder.write_config(first)
+    write_config(first)
     again = parse(GRPOConfig, RECIPE, ["--config", str(tmp_path / "run" / "config.yaml")])
     other = Run(again)
     assert other.system == first.system and other.policies == first.policies

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.lookup import load_function, is_trusted, only_trusted, trusted
+from marlora.agents.lookup import is_trusted, load_function, only_trusted, trusted
 from marlora.agents.programs.operators import OPERATORS, resolve_operators
 from marlora.agents.team import System
 from marlora.agents.types import AgentSpec, PolicySpec, Sampling, SettingError, Task, to_json
 from marlora.rollouts.checkpoints import team as served
 from marlora.rollouts.checkpoints.reader import places, read_checkpoint
 from marlora.rollouts.checkpoints.team import LoadedTeam, build_system
-from marlora.rollouts.engines.factory import EngineConfig
+from marlora.rollouts.engines.config import EngineConfig
 from marlora.rollouts.engines.scripted import ByteTokenizer, ScriptedEngine
 from marlora.rollouts.episodes.runner import EpisodeRequest
 from marlora.rollouts.renderer import ChatRenderer
@@ -268,8 +268,8 @@ def test_what_a_run_writes_is_opened_and_played(cls: str, world: Path, tmp_path:
             {},
         )
         data["rewards"] = [
-            "marlora.rollouts.tasks.games:payoff",
-            "marlora.rollouts.tasks.games:deal",
+            "marlora.rollouts.rewards.games:payoff",
+            "marlora.rollouts.rewards.games:deal",
         ]
         data["tasks"]["eval"] = split_hash(load_tasks(data["tasks"]["name"], "eval", seed=0)[:2])
     (tmp_path / "system.json").write_text(json.dumps(data))
@@ -406,7 +406,7 @@ def test_an_adapter_that_is_more_than_a_plain_lora_is_refused(
     import numpy
     from safetensors.numpy import save_file
 
-    from marlora.rollouts.checkpoints.reader import adapter_sha256
+    from marlora.rollouts.files import adapter_sha256
 
     data, folder = valid("marlora.agents.patterns.vote:Vote"), tmp_path / "adapters" / "a"
     folder.mkdir(parents=True)
@@ -493,7 +493,7 @@ def test_a_mark_is_the_objects_own() -> None:
         "exact",
         "verified(calculator)",
         "marlora.rollouts.rewards.builtin:exact",
-        "marlora.rollouts.tasks.games:won",
+        "marlora.rollouts.rewards.games:won",
     ],
 )
 def test_rewards_of_ours_need_no_trust(name: str) -> None:
@@ -505,7 +505,7 @@ def test_rewards_of_ours_need_no_trust(name: str) -> None:
     "name",
     [
         "correct(4)",
-        "marlora.rollouts.rewards.builtin:fn_name(x)",
+        "marlora.rollouts.rewards.scoring:fn_name(x)",
         "marlora.rollouts.rewards.builtin:resolve_verifier",
         "verified(calculator(x))",
     ],

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from marlora.agents.team import Call
 from marlora.agents.types import (
     BASE,
     AgentSpec,
+    Call,
     Completion,
     Message,
     PolicySpec,
@@ -23,7 +23,7 @@ from marlora.agents.types import (
 )
 from marlora.rollouts.engines.base import EngineError, PromptTooLong
 from marlora.rollouts.engines.scripted import ScriptedEngine
-from marlora.rollouts.episodes.completers import EngineCompleter, APICompleter, completers
+from marlora.rollouts.episodes.completers import APICompleter, EngineCompleter, completers
 
 CALL = Call(
     0,

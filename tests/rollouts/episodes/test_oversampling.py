@@ -8,13 +8,12 @@ from collections.abc import Callable
 import pytest
 
 from marlora.agents.patterns.chain import Chain
-from marlora.agents.team import Call
-from marlora.agents.types import Completion, Task
+from marlora.agents.types import Call, Completion, Task
 from marlora.rollouts.engines.base import EngineError
-from marlora.rollouts.episodes.oversampling import CancelledEpisode, first_finished, drop_statistics
+from marlora.rollouts.episodes.oversampling import CancelledEpisode, drop_statistics, first_finished
 from marlora.rollouts.episodes.runner import (
-    EpisodeRequest,
     EpisodeLimits,
+    EpisodeRequest,
     EpisodeRunner,
     episode_requests,
 )

@@ -14,17 +14,18 @@ import pytest
 
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.patterns.debate import Debate
-from marlora.agents.team import System, Team, derive_seed
+from marlora.agents.seeds import derive_seed
+from marlora.agents.team import System, Team
 from marlora.agents.types import AgentSpec, Completion, Sampling, SettingError, Task
 from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import (
-    EpisodeRequest,
     EpisodeLimits,
+    EpisodeRequest,
     EpisodeRunner,
-    override_agents,
     episode_requests,
+    override_agents,
 )
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.rewards.builtin import exact

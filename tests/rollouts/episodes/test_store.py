@@ -9,9 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlora.agents.types import Completion, Decision, Message, Sampling, SettingError, Task, Turn
+from marlora.agents.types import (
+    Completion,
+    Decision,
+    Message,
+    Reward,
+    Sampling,
+    SettingError,
+    Task,
+    Turn,
+)
 from marlora.rollouts.episodes.store import Store, StoreError, pack, unpack
-from marlora.rollouts.types import Episode, Reward, Usage
+from marlora.rollouts.types import Episode, Usage
 
 
 def chat_episode(id="e1", step=0, **fields):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from marlora.agents.types import Task, Turn
+from marlora.agents.types import Reward, Task, Turn
 from marlora.rollouts.evaluation.rounds import answers_by_round, transition_rows, transitions
-from marlora.rollouts.types import Episode, Reward
+from marlora.rollouts.types import Episode
 
 MEMBERS = {"a-1": "a", "b-1": "b", "a-2": "a", "b-2": "b"}
 

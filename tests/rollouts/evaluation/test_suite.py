@@ -14,16 +14,16 @@ import pytest
 from marlora.agents.patterns.debate import Debate
 from marlora.agents.patterns.vote import Vote
 from marlora.agents.team import System, Team
-from marlora.agents.types import AgentSpec, Message, SettingError, Task, Turn
+from marlora.agents.types import AgentSpec, Message, Reward, SettingError, Task, Turn
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import EpisodeRunner
 from marlora.rollouts.episodes.store import Store
-from marlora.rollouts.evaluation.accuracy import Evaluation
+from marlora.rollouts.evaluation.statistics import Evaluation
 from marlora.rollouts.evaluation.suite import (
-    Variant,
     Measured,
     Plan,
+    Variant,
     compare,
     measured,
     play,
@@ -33,7 +33,7 @@ from marlora.rollouts.evaluation.suite import (
 )
 from marlora.rollouts.evaluation.variants import asked, distinct
 from marlora.rollouts.rewards.builtin import correct
-from marlora.rollouts.types import Episode, Reward, Usage
+from marlora.rollouts.types import Episode, Usage
 
 TASKS = tuple(Task(f"t{n}", f"say {n}", str(n)) for n in range(4))
 

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.team import System, Team, derive_seed, gather
+from marlora.agents.concurrency import gather
+from marlora.agents.seeds import derive_seed
+from marlora.agents.team import System, Team
 from marlora.agents.tools.tools import calculator
 from marlora.agents.types import AgentSpec, Message, Sampling, Task, Turn
 from marlora.rollouts.engines.base import ModelRef

@@ -24,7 +24,7 @@ from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.runner import EpisodeRequest, episode_requests
 from marlora.rollouts.evaluation.accuracy import evaluation
 from marlora.rollouts.gateway.process import ProcessLimits, ProgramError, run_command
-from marlora.rollouts.gateway.programs import Command, Function, ExternalProgram
+from marlora.rollouts.gateway.programs import Command, ExternalProgram, Function
 from marlora.rollouts.rewards.builtin import resolve_rewards
 from marlora.rollouts.types import Episode
 from tests.conformance import check_system

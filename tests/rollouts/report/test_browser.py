@@ -14,12 +14,12 @@ import aiohttp
 import pytest
 import yaml
 
-from marlora.agents.types import Message, Task, Turn
+from marlora.agents.types import Message, Reward, Task, Turn
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.report.episode_index import crc
 from marlora.rollouts.report.live import LiveReport
 from marlora.rollouts.report.report import write_report
-from marlora.rollouts.types import Episode, Reward
+from marlora.rollouts.types import Episode
 from tests.browser import Browser, browser
 
 pytestmark = pytest.mark.slow

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 import yaml
 
-from marlora.agents.types import Message, SettingError, Task, Turn
+from marlora.agents.types import Message, Reward, SettingError, Task, Turn
 from marlora.rollouts.episodes.store import Store, pack
 from marlora.rollouts.report.charts import Line, chart
-from marlora.rollouts.report.episode_index import EpisodeIndex, chosen, crc, even, episode_row
+from marlora.rollouts.report.episode_index import EpisodeIndex, chosen, crc, episode_row, even
 from marlora.rollouts.report.html import number, text, visible
 from marlora.rollouts.report.report import RunData, write_report
 from marlora.rollouts.report.sections import more
-from marlora.rollouts.types import Episode, Reward
+from marlora.rollouts.types import Episode
 
 EVIL = (
     '<script src="https://evil.example/x.js">alert(1)</script><img src=x'

@@ -10,7 +10,8 @@ import numpy
 import pytest
 
 from marlora.agents.team import Fake
-from marlora.agents.types import AgentSpec, SettingError, Task, Turn
+from marlora.agents.types import AgentSpec, Reward, SettingError, Task, Turn
+from marlora.rollouts.json_values import plain
 from marlora.rollouts.rewards import math_check
 from marlora.rollouts.rewards.builtin import (
     REWARDS,
@@ -24,10 +25,11 @@ from marlora.rollouts.rewards.builtin import (
     per_turn,
     resolve_rewards,
     reward_name,
-    score,
 )
+from marlora.rollouts.rewards.scoring import score
+from marlora.rollouts.sandbox.scorer import unplain
 from marlora.rollouts.tasks.registry import load_tasks
-from marlora.rollouts.types import Episode, Reward
+from marlora.rollouts.types import Episode
 
 
 def task(answer):
@@ -131,7 +133,7 @@ def test_a_checker_that_dies_at_work_is_an_error_and_the_next_answer_is_compared
 
 def test_python_values_survive_the_way_to_the_checker():
     value = {"a": (1, [2, (3.5, None)]), 7: {(1, 2): {"x"}}, "b": True}
-    assert math_check.unplain(json.loads(json.dumps(math_check.plain(value)))) == value
+    assert unplain(json.loads(json.dumps(plain(value)))) == value
 
 
 @pytest.mark.slow

@@ -18,18 +18,12 @@ from marlora.agents.execution import Limits, SandboxError
 from marlora.agents.team import Fake
 from marlora.agents.types import Task, Turn
 from marlora.rollouts.rewards import math_check
-from marlora.rollouts.rewards.builtin import (
-    REWARDS,
-    correct,
-    exact,
-    graded,
-    judge,
-    resolve_rewards,
-    score,
-)
+from marlora.rollouts.rewards.builtin import REWARDS, correct, exact, graded, judge, resolve_rewards
+from marlora.rollouts.rewards.scoring import score
 from marlora.rollouts.sandbox import scorer, self_test
 from marlora.rollouts.sandbox.isolation import interpreter, package_folders, without_packages
 from marlora.rollouts.sandbox.python import run_plain
+from marlora.rollouts.sandbox.scorer import unplain
 from marlora.rollouts.tasks.registry import load_tasks
 from marlora.rollouts.types import Episode
 from tests.rollouts.hostile import CODE, LOADS, answers
@@ -251,7 +245,7 @@ def test_the_cage_changes_no_score_of_an_honest_answer() -> None:
             "2*x/3 + sin(x) + C",
             "[['A', 'B'], ['C']]",
         ):
-            direct = dataset.score_answer(answer=answer, entry=math_check.unplain(own["entry"]))
+            direct = dataset.score_answer(answer=answer, entry=unplain(own["entry"]))
             caged = (await graded(one, said(answer or "-"))).value
             found.append((f"{name}: {answer}", direct, caged))
         return found

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from marlora.agents.execution import Limits, TestSuite, SandboxError
+from marlora.agents.execution import Limits, SandboxError, TestSuite
 from marlora.agents.team import fake_team
 from marlora.agents.types import AgentSpec, Task
 from marlora.rollouts.sandbox import isolation as cages_module

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.execution import Limits, ExecutionResult
+from marlora.agents.execution import ExecutionResult, Limits
 from marlora.rollouts.sandbox import crossing, sandbox, workflow
 from marlora.rollouts.sandbox.crossing import (
     CHARS,

@@ -17,9 +17,11 @@ from marlora.agents.programs.workflow import Workflow
 from marlora.agents.team import System
 from marlora.agents.types import AgentSpec, Completion, SettingError, Task, to_json
 from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
-from marlora.rollouts.rewards.builtin import correct, passed_tests, resolve_rewards, score
+from marlora.rollouts.rewards.builtin import correct, passed_tests, resolve_rewards
+from marlora.rollouts.rewards.code import hidden_verdict, public_verdict
+from marlora.rollouts.rewards.scoring import score
 from marlora.rollouts.sandbox import python, sandbox, workflow
-from marlora.rollouts.tasks.code import asserts_of, examples, hidden_verdict, public_verdict
+from marlora.rollouts.tasks.code import asserts_of, examples
 from marlora.rollouts.tasks.registry import load_tasks
 from marlora.rollouts.types import Episode
 

@@ -13,11 +13,12 @@ from marlora.agents.games.exchange import Exchange
 from marlora.agents.games.trade import Trade
 from marlora.agents.games.ultimatum import Ultimatum
 from marlora.agents.team import fake_team
-from marlora.agents.types import SettingError, Task, Turn
-from marlora.rollouts.rewards.builtin import resolve_rewards, score
-from marlora.rollouts.tasks import games
+from marlora.agents.types import Reward, SettingError, Task, Turn
+from marlora.rollouts.rewards.builtin import resolve_rewards
+from marlora.rollouts.rewards.games import payoff
+from marlora.rollouts.rewards.scoring import score
 from marlora.rollouts.tasks.registry import load_tasks
-from marlora.rollouts.types import Episode, Reward
+from marlora.rollouts.types import Episode
 
 SETS = {"ultimatum": Ultimatum, "trade": Trade, "exchange": Exchange}
 
@@ -123,6 +124,6 @@ def test_an_even_game_is_half_won_and_who_was_not_asked_has_no_reward() -> None:
 
 def test_a_record_that_is_none_cannot_be_scored() -> None:
     other = Episode("e", "g", Task("t", ""), turns=(Turn(0, "a"),), output="42")
-    (reward,) = asyncio.run(score(other.task, other, [games.payoff]))
+    (reward,) = asyncio.run(score(other.task, other, [payoff]))
     assert math.isnan(reward.value) and "no game's record" in reward.text
     assert isinstance(reward, Reward)

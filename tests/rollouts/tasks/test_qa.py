@@ -11,7 +11,7 @@ import pytest
 
 from marlora.agents.types import SettingError, Task
 from marlora.rollouts.rewards.builtin import correct, em, f1
-from marlora.rollouts.tasks.qa import best_pairing, drop_scores, hotpot_scores, scores
+from marlora.rollouts.rewards.qa import best_pairing, drop_scores, hotpot_scores, scores
 from marlora.rollouts.tasks.registry import load_tasks
 from marlora.rollouts.types import Episode
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
-from marlora.trainers.batching.batches import Batch, split_over_ranks, pack
+from marlora.trainers.batching.batches import Batch, pack, split_over_ranks
 from marlora.trainers.batching.samples import TrainingSequence
 from marlora.trainers.model.adapters import Adapters
 from marlora.trainers.model.layouts import choose_layout, forced, way_of

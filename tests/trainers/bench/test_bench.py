@@ -30,7 +30,7 @@ from marlora.trainers.bench import (
 )
 from marlora.trainers.bench.measure import Options, Time, Way, race
 from marlora.trainers.bench.suites import SUITES
-from marlora.trainers.config import RunError
+from marlora.trainers.errors import RunError
 from marlora.trainers.testbeds.tiny import tiny_network
 from tests.live_server import Live
 

@@ -16,22 +16,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from marlora.agents.patterns.chain import Chain
-from marlora.agents.team import Call
-from marlora.agents.types import Completion, SettingError, Task, Turn
+from marlora.agents.types import Call, Completion, SettingError, Task, Turn
 from marlora.rollouts.episodes.runner import EpisodeLimits, EpisodeRunner
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
-from marlora.trainers.collection.async_rollouts import (
-    AsyncCollector,
-    CollectedStep,
-    TeamVersions,
-    by_length,
-)
+from marlora.trainers.collection.async_rollouts import AsyncCollector, CollectedStep, by_length
 from marlora.trainers.collection.background import BackgroundLoop
 from marlora.trainers.collection.rollout_manager import RolloutManager
-from marlora.trainers.config import RunError
+from marlora.trainers.errors import RunError
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
 from marlora.trainers.monitoring.progress import Progress
+from marlora.trainers.weight_sync.team_versions import TeamVersions
 from tests.trainers.small_run import EPISODES, config, trainer
 
 TASK = Task("t", "a prompt", "42")

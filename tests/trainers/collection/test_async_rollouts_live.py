@@ -12,8 +12,9 @@ import torch
 
 from marlora.rollouts.engines.vllm.server import http
 from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
-from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks
+from marlora.trainers.testbeds.tiny import tiny_chain
 from tests.live_server import TARGETS, Live
 from tests.rollouts.engines.vllm.test_router import vllm_router
 from tests.trainers.small_run import bytes_mod_7

@@ -11,9 +11,10 @@ from marlora.agents.patterns.chain import Chain
 from marlora.agents.types import SettingError
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.renderer import ChatRenderer
+from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.trainers.collection.stored_episodes import OfflineEpisodes
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
-from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks, tiny_tokenizer
+from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tokenizer
 from tests.trainers import small_run
 
 

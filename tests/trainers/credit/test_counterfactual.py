@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from marlora.agents.concurrency import gather
 from marlora.agents.patterns.chain import Chain
-from marlora.agents.team import Fake, System, gather
-from marlora.agents.types import Completion, Decision, Sampling, SettingError, Task, Turn
+from marlora.agents.team import Fake, System
+from marlora.agents.types import Completion, Decision, Reward, Sampling, SettingError, Task, Turn
 from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
-from marlora.rollouts.types import Episode, Reward
+from marlora.rollouts.types import Episode
 from marlora.trainers.credit.counterfactual import counterfactual_rewards
 from marlora.trainers.credit.rules import CreditConfig, credit
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.types import Message, SettingError, Task, Turn
-from marlora.rollouts.types import Episode, Reward
+from marlora.agents.types import Message, Reward, SettingError, Task, Turn
+from marlora.rollouts.types import Episode
 from marlora.trainers.credit.filtering import (
     SelectionConfig,
+    filter_turns,
     golds,
     leaks_answer,
-    filter_turns,
     saw_answer,
     tells,
 )

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.types import Message, SettingError, Task, Turn
-from marlora.rollouts.types import Episode, Reward
+from marlora.agents.types import Message, Reward, SettingError, Task, Turn
+from marlora.rollouts.types import Episode
 from marlora.trainers.credit.pairs import Pair, PairConfig, agent_pairs, pairs_of
 
 

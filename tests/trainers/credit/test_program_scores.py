@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 import torch
 
-from marlora.agents.types import SettingError, Task, Turn
-from marlora.rollouts.types import Episode, Reward
+from marlora.agents.types import Reward, SettingError, Task, Turn
+from marlora.rollouts.types import Episode
 from marlora.trainers.credit.program_scores import (
     ScoredProgram,
     best_programs,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlora.agents.types import SettingError, Task, Turn
-from marlora.rollouts.types import Episode, Reward
+from marlora.agents.types import Reward, SettingError, Task, Turn
+from marlora.rollouts.types import Episode
 from marlora.trainers.credit.rules import RULES, CreditConfig, credit, has_signal, leave_one_out
 
 NAN = math.nan

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.trainers.methods.imitation.sft import SFTTrainer
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
 from marlora.trainers.methods.policy_gradient.ppo import PPOTrainer
 from marlora.trainers.methods.preference.sysdpo import PreferenceTrainer
-from marlora.trainers.testbeds.tiny import tiny_chain, tiny_random_model, tiny_tasks
+from marlora.trainers.testbeds.tiny import tiny_chain, tiny_random_model
 from marlora.trainers.trainer import Trainer
 from tests.trainers import small_run
 

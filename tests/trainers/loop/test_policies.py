@@ -15,7 +15,7 @@ import torch
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.types import Turn
 from marlora.rollouts.checkpoints.team import LoadedTeam
-from marlora.rollouts.engines.factory import EngineConfig
+from marlora.rollouts.engines.config import EngineConfig
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.store import Store
 from marlora.trainers.loop.run import Run

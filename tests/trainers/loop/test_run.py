@@ -12,8 +12,9 @@ import torch
 
 from marlora.agents.types import SettingError
 from marlora.rollouts.types import Episode, groups
-from marlora.trainers.collection.background import BackgroundLoop, StopSignal, Stopped
+from marlora.trainers.collection.background import BackgroundLoop, StopSignal
 from marlora.trainers.collection.stored_episodes import PlannedEpisodes, find_stored
+from marlora.trainers.errors import Stopped
 from marlora.trainers.loop.run import Run, RunError
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
 from marlora.trainers.update import optimizer_step

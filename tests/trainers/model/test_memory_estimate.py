@@ -24,10 +24,10 @@ from marlora.trainers.model.memory_estimate import (
     GIB,
     Memory,
     estimate,
-    with_server_memory,
     needs_checkpointing,
     server_share,
     trainer_room,
+    with_server_memory,
 )
 from marlora.trainers.testbeds.tiny import tiny_random_model
 

@@ -7,16 +7,8 @@ import random
 import pytest
 
 from marlora.agents.tools.verifiers import calculator
-from marlora.trainers.testbeds.pair import (
-    ASKED,
-    SECONDS,
-    first,
-    lessons,
-    pair_tasks,
-    second,
-    shares,
-    tiny_pair_model,
-)
+from marlora.rollouts.tasks.toy import ASKED, pair_tasks
+from marlora.trainers.testbeds.pair import SECONDS, first, lessons, second, shares, tiny_pair_model
 
 
 def test_tasks():

@@ -14,20 +14,18 @@ from marlora.agents.team import fake_team
 from marlora.agents.types import Message, Task
 from marlora.rollouts.checkpoints.team import build_system
 from marlora.rollouts.sandbox.sandbox import run as sandboxed
+from marlora.rollouts.tasks.toy import KINDS, digit, program_tasks
 from marlora.trainers.testbeds.programs import (
     ASKED,
     BROKEN,
     DESIGN,
     DO,
     FORMS,
-    KINDS,
     LONGEST,
     _Lessons,
     design,
-    digit,
     excess,
     execute,
-    program_tasks,
     shares,
     tiny_programs_model,
     tiny_workflow,

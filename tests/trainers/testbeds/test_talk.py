@@ -7,6 +7,7 @@ import torch
 
 from marlora.agents.patterns.debate import Debate, quote
 from marlora.agents.types import Turn
+from marlora.rollouts.tasks.toy import digit_tasks
 from marlora.trainers.testbeds import talk
 from marlora.trainers.testbeds.talk import (
     BUYER,
@@ -15,7 +16,6 @@ from marlora.trainers.testbeds.talk import (
     SOLVE,
     Distribution,
     alone,
-    digit_tasks,
     others_said,
     price,
     revised,

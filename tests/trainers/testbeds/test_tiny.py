@@ -11,11 +11,12 @@ from marlora.agents.types import Message, Turn
 from marlora.rollouts.engines.scripted import ByteTokenizer
 from marlora.rollouts.renderer import ChatRenderer, load_tokenizer
 from marlora.rollouts.tasks.registry import load_tasks
+from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.trainers.testbeds import tiny
 
 
 def test_tasks_are_all_sums_split_by_the_rule() -> None:
-    train, held = tiny.tiny_tasks("train"), tiny.tiny_tasks("eval")
+    train, held = tiny_tasks("train"), tiny_tasks("eval")
     assert (len(train), len(held)) == (800, 200)
     assert {t.id for t in train} | {t.id for t in held} == {f"{n:03}" for n in range(1000)}
     assert all((31 * t.meta["a"] + 17 * t.meta["b"] + 7 * t.meta["c"]) % 5 == 0 for t in held)
@@ -25,12 +26,10 @@ def test_tasks_are_all_sums_split_by_the_rule() -> None:
         "20",
         {"a": 7, "b": 8, "c": 5},
     )
-    assert [t.id for t in train] != sorted(t.id for t in train) and tiny.tiny_tasks(
-        "train"
-    ) == train
-    assert {
-        t.id for t in load_tasks("marlora.trainers.testbeds.tiny:tiny_tasks", split="eval")
-    } == {t.id for t in held}
+    assert [t.id for t in train] != sorted(t.id for t in train) and tiny_tasks("train") == train
+    assert {t.id for t in load_tasks("marlora.rollouts.tasks.toy:tiny_tasks", split="eval")} == {
+        t.id for t in held
+    }
 
 
 def test_the_teacher_slips_in_each_role_in_its_own_way() -> None:
@@ -44,7 +43,7 @@ def test_the_teacher_slips_in_each_role_in_its_own_way() -> None:
 
 def test_the_chain_hands_on_the_sum() -> None:
     chain = tiny.tiny_chain()
-    task = next(t for t in tiny.tiny_tasks() + tiny.tiny_tasks("eval") if t.id == "785")
+    task = next(t for t in tiny_tasks() + tiny_tasks("eval") if t.id == "785")
     assert [spec.policy for spec in chain.specs] == ["first", "last"]
     said = Turn(0, "first", text="15")
     assert chain.told("first", task, []) == ("7+8+5", []) and chain.told("last", task, [said]) == (

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from marlora.agents.types import SettingError, Task, Turn
-from marlora.rollouts.types import Episode, Reward
+from marlora.agents.types import Reward, SettingError, Task, Turn
+from marlora.rollouts.types import Episode
 from marlora.trainers.credit.pairs import Pair, PairConfig, pairs_of
 from marlora.trainers.methods.preference.components import diffusion_log_ratio
 from marlora.trainers.update.preference_loss import (

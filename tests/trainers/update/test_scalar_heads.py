@@ -15,7 +15,7 @@ from marlora.trainers.distributed.ranks import Ranks
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig
 from marlora.trainers.model.adapters import Adapters, speaking
 from marlora.trainers.update.losses import Stats
-from marlora.trainers.update.scalar_heads import ScalarHead, HeadSpec, after
+from marlora.trainers.update.scalar_heads import HeadSpec, ScalarHead, after
 from tests.trainers.random_models import disturb, random_model
 
 SHAPE = AdapterSpec(r=2, alpha=4.0, targets=("q_proj", "v_proj"))

@@ -24,8 +24,8 @@ from ....agents.patterns.self_correction import (
     SelfCorrection,
     correction_task,
 )
+from ....agents.settings import help_of
 from ....agents.types import BASE, AgentSpec, Completion, SettingError, Turn, from_json, nearest
-from ....rollouts.engines.factory import help_of
 from ....rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from ....rollouts.types import Episode
 from ...credit.filtering import SelectionConfig, golds, outcome, saw_answer, tells

@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 
-from ....agents.team import derive_seed
+from ....agents.seeds import derive_seed
+from ....agents.settings import help_of
 from ....agents.types import Completion, SettingError, Turn
-from ....rollouts.engines.factory import help_of
-from ....rollouts.types import Episode
+from ....rollouts.types import Episode, TurnKey
 from ...batching.batches import Batch
-from ...batching.samples import Denominators, TrainingSequence, TurnKey, samples
-from ...config import RunError
+from ...batching.samples import Denominators, TrainingSequence, samples
+from ...errors import RunError
 from ...loop.run import Run
 from ...model.logprobs import token_logprobs
 from ...update.losses import Stats, weighted_nll
 from ...update.minibatches import merge_results, minibatches
 from ...update.optimizer_step import UpdateResult, forward_only
-from ..trl_control import TRLExample, Row, TrainerChoice, learn_with_trl
+from ..trl_control import Row, TrainerChoice, TRLExample, learn_with_trl
 
 
 @dataclass

@@ -32,12 +32,13 @@ from typing import Any
 
 from ....agents.lookup import load_function
 from ....agents.patterns.debate import Debate
+from ....agents.settings import help_of
 from ....agents.text.answers import same, vote
 from ....agents.types import SettingError, Turn
-from ....rollouts.engines.factory import help_of
-from ....rollouts.evaluation.accuracy import evaluation, paired
-from ....rollouts.types import Episode
-from ...batching.samples import TurnKey, samples
+from ....rollouts.evaluation.accuracy import evaluation
+from ....rollouts.evaluation.statistics import paired
+from ....rollouts.types import Episode, TurnKey
+from ...batching.samples import samples
 from ...config import RunConfig
 from ...credit.filtering import Rule, SelectionConfig
 from ...trainer import Trainer

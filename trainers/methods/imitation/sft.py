@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ....agents.team import Call, Team
-from ....agents.types import Completion
-from ....rollouts.engines.factory import help_of
+from ....agents.settings import help_of
+from ....agents.team import Team
+from ....agents.types import Call, Completion
 from ....rollouts.types import Episode
-from ...config import RunConfig, RunError
-from ...credit.filtering import Rule, FilteredTurns, SelectionConfig, filter_turns
+from ...config import RunConfig
+from ...credit.filtering import FilteredTurns, Rule, SelectionConfig, filter_turns
+from ...errors import RunError
 from ...loop.run import Run
 from ...trainer import Trainer
 from .imitation import ImitationConfig, fit_turns

@@ -28,15 +28,15 @@ from functools import partial
 from typing import Any
 
 from ....agents.patterns.self_correction import SPLIT
+from ....agents.settings import help_of
 from ....agents.types import BASE, AgentSpec, PolicySpec, SettingError, from_json, to_json
-from ....rollouts.engines.factory import help_of
 from ....rollouts.types import Episode
 from ...collection.derived_episodes import derive, is_derived
 from ...collection.stored_episodes import training
 from ...config import RunConfig
 from ...credit.filtering import SelectionConfig
 from ...trainer import Trainer
-from .correction import CORRECTION, Corrector, CorrectionConfig, broken, tally
+from .correction import CORRECTION, CorrectionConfig, Corrector, broken, tally
 from .imitation import ImitationConfig, IterationConfig, fit_turns, reset_adapters, teacher_text
 from .sft import openings, selected
 

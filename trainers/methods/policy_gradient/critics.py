@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ....agents.settings import help_of
 from ....agents.types import BASE, SettingError
-from ....rollouts.engines.factory import help_of
-from ....rollouts.types import Episode
-from ...batching.samples import TrainingSequence, TurnKey
+from ....rollouts.types import Episode, TurnKey
+from ...batching.samples import TrainingSequence
 from ...loop.run import Run
 from ...model.logprobs import token_logprobs
 from ...update.gae import gae, token_rewards, whiten

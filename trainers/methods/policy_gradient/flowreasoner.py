@@ -32,14 +32,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ....agents.patterns.chain import view
 from ....agents.programs.flowreasoner import FlowReasoner, best_round
 from ....agents.programs.restrictions import parsed, program_of, similarity
 from ....agents.programs.workflow import SOURCE
-from ....agents.types import SettingError, Turn, nearest
-from ....rollouts.engines.factory import help_of
+from ....agents.settings import help_of
+from ....agents.text.templates import view
+from ....agents.types import Reward, SettingError, Turn, nearest
 from ....rollouts.rewards.builtin import workflow
-from ....rollouts.types import Episode, Reward, groups
+from ....rollouts.types import Episode, groups
 from ...credit.filtering import SelectionConfig
 from ...trainer import Trainer
 from ..imitation.imitation import ImitationConfig, fit_turns

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from ....agents.settings import help_of
 from ....agents.types import SettingError
-from ....rollouts.engines.factory import help_of
 from ....rollouts.types import Episode
 from ...batching.batches import Batch
 from ...batching.samples import Denominators, samples
@@ -29,7 +29,7 @@ from ...credit.counterfactual import counterfactual_rewards
 from ...credit.rules import CreditConfig, credit
 from ...trainer import Trainer
 from ...update.losses import LossConfig, Stats, policy_loss
-from ...update.optimizer_step import UpdateOptions, LossFn
+from ...update.optimizer_step import LossFn, UpdateOptions
 
 
 @dataclass

@@ -30,12 +30,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....agents.patterns.collaboration import Collaboration
+from ....agents.settings import help_of
 from ....agents.tools.verifiers import resolve_verifier
 from ....agents.types import SettingError, Turn
-from ....rollouts.engines.factory import help_of
 from ....rollouts.evaluation.rounds import answers_by_round, transitions
-from ....rollouts.types import Episode
-from ...batching.samples import TurnKey
+from ....rollouts.types import Episode, TurnKey
 from ...credit.reward_shaping import HORIZONS, SHARES, SIGNS, Table, influence, invalid, shaping
 from ...trainer import Trainer
 from ...update.scalar_heads import HeadSpec

@@ -28,12 +28,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from ....agents.team import derive_seed
+from ....agents.seeds import derive_seed
+from ....agents.settings import help_of
 from ....agents.types import SettingError
-from ....rollouts.engines.factory import help_of
-from ....rollouts.types import Episode
+from ....rollouts.types import Episode, TurnKey
 from ...batching.batches import Batch
-from ...batching.samples import Denominators, TurnKey, samples
+from ...batching.samples import Denominators, samples
 from ...config import RunConfig
 from ...credit.rules import CreditConfig, credit
 from ...trainer import Trainer
@@ -42,7 +42,7 @@ from ...update.losses import LossConfig, Stats, policy_loss, value_loss
 from ...update.minibatches import merge_results, minibatches
 from ...update.optimizer_step import UpdateOptions, UpdateResult
 from ...update.scalar_heads import HeadSpec, Targets
-from .critics import CriticConfig, CriticBatch, critic_of, critics, critic_batch
+from .critics import CriticBatch, CriticConfig, critic_batch, critic_of, critics
 
 T = TypeVar("T")
 

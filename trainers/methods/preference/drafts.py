@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ....agents.team import Call, gather
-from ....agents.types import Completion, Turn, from_json, to_json
-from ....rollouts.episodes.completers import EngineCompleter, Completer
+from ....agents.concurrency import gather
+from ....agents.types import Call, Completion, Turn, from_json, to_json
+from ....rollouts.episodes.completers import Completer, EngineCompleter
 from ....rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from ....rollouts.types import Episode
 from ...credit.pairs import Pair, said

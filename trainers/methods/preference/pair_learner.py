@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from ....agents.settings import help_of
 from ....agents.types import SettingError
-from ....rollouts.engines.factory import help_of
-from ....rollouts.types import Episode
+from ....rollouts.types import Episode, TurnKey
 from ...batching.batches import Batch
-from ...batching.samples import Denominators, TrainingSequence, TurnKey, samples
+from ...batching.samples import Denominators, TrainingSequence, samples
 from ...credit.pairs import Pair
 from ...loop.run import Run
 from ...update.losses import Stats, weighted_nll

@@ -31,18 +31,18 @@ from typing import Any
 
 import torch
 
+from ....agents.concurrency import gather
 from ....agents.programs.restrictions import nodes, program_of
 from ....agents.programs.workflow import Workflow
-from ....agents.team import gather
-from ....agents.types import SettingError, from_json
-from ....rollouts.engines.factory import help_of
+from ....agents.settings import help_of, parsed_mapping
+from ....agents.types import Reward, SettingError, from_json
 from ....rollouts.episodes.runner import EpisodeRequest
 from ....rollouts.rewards.builtin import workflow
-from ....rollouts.types import Episode, Reward
+from ....rollouts.types import Episode
 from ...batching.batches import Batch
 from ...batching.samples import Denominators, samples
 from ...collection.derived_episodes import derive, is_derived
-from ...config import RunConfig, parsed_mapping
+from ...config import RunConfig
 from ...credit.program_scores import (
     ScoredProgram,
     best_programs,

@@ -19,14 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ....agents.settings import help_of
 from ....agents.types import SettingError
-from ....rollouts.engines.factory import help_of
 from ....rollouts.evaluation.accuracy import best, evaluation
 from ....rollouts.types import Episode
 from ...config import RunConfig
 from ...credit.pairs import Pair, PairConfig, agent_pairs, pairs_of
 from ...trainer import Trainer
-from ..trl_control import TRLExample, Row, TrainerChoice, learn_with_trl
+from ..trl_control import Row, TrainerChoice, TRLExample, learn_with_trl
 from .components import Component
 from .drafts import with_drafts
 from .pair_learner import PairLearner, PairLearnerConfig

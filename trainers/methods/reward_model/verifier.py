@@ -34,22 +34,23 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ....agents.lookup import trusted
-from ....agents.team import derive_seed
+from ....agents.seeds import derive_seed
+from ....agents.settings import help_of
 from ....agents.types import AdapterSpec, Message, SettingError, Task, from_json, to_json
-from ....rollouts.checkpoints.reader import files_sha256
-from ....rollouts.engines.factory import help_of
+from ....rollouts.files import files_sha256
 from ....rollouts.renderer import ChatRenderer
 from ....rollouts.types import Episode
 from ... import checkpoint as ckpt
 from ...batching.batches import pack
 from ...batching.samples import Denominators, TrainingSequence
-from ...config import RunConfig, RunError
+from ...config import RunConfig
+from ...errors import RunError
 from ...model.local_models import local_model
 from ...trainer import Trainer
 from ...update.learner import LearnerBase, load_base
 from ...update.losses import Stats
 from ...update.minibatches import minibatches
-from ...update.scalar_heads import ScalarHead, HeadSpec, Targets, after
+from ...update.scalar_heads import HeadSpec, ScalarHead, Targets, after
 from .calibration import ScoredAnswer, calibration
 
 NAME, CARD = "verifier", "verifier.json"

@@ -15,7 +15,8 @@ import pytest
 
 from marlora.agents.types import PolicySpec, SettingError
 from marlora.rollouts.engines.base import EngineError, ModelRef
-from marlora.rollouts.engines.factory import EngineConfig, choose_engine
+from marlora.rollouts.engines.config import EngineConfig
+from marlora.rollouts.engines.factory import choose_engine
 from marlora.rollouts.engines.vllm import discovery, server
 from marlora.rollouts.engines.vllm.client import RetryPolicy
 from marlora.rollouts.engines.vllm.discovery import (

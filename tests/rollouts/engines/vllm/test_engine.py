@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from marlora.agents.types import Sampling, SettingError
-from marlora.rollouts.engines.base import EngineError, PromptTooLong, ModelRef
+from marlora.rollouts.engines.base import EngineError, ModelRef, PromptTooLong
 from marlora.rollouts.engines.vllm.addresses import key_from, open_routes, tidy
 from marlora.rollouts.engines.vllm.client import RetryPolicy
 from marlora.rollouts.engines.vllm.engine import Routes, VLLMEngine

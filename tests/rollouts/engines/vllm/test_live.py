@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from marlora.agents.types import Sampling
-from marlora.rollouts.engines.base import EngineError, PromptTooLong, ModelRef
+from marlora.rollouts.engines.base import EngineError, ModelRef, PromptTooLong
 from marlora.rollouts.engines.vllm.addresses import open_routes
 from marlora.rollouts.engines.vllm.auth import ROUTES
 from marlora.rollouts.engines.vllm.client import RetryPolicy

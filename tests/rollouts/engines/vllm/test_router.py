@@ -22,7 +22,8 @@ from aiohttp import web
 
 from marlora.agents.types import Sampling, SettingError
 from marlora.rollouts.engines.base import EngineError, ModelRef
-from marlora.rollouts.engines.factory import EngineConfig, choose_engine
+from marlora.rollouts.engines.config import EngineConfig
+from marlora.rollouts.engines.factory import choose_engine
 from marlora.rollouts.engines.vllm.engine import Routes, VLLMEngine
 from marlora.rollouts.engines.vllm.protocol import request_body
 from marlora.rollouts.engines.vllm.router import SESSION

@@ -22,8 +22,8 @@ from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import samples
 from marlora.trainers.credit.filtering import SelectionConfig, filter_turns
 from marlora.trainers.methods.imitation.correction import (
-    Corrector,
     CorrectionConfig,
+    Corrector,
     broken,
     is_corrected,
     tally,

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from marlora.agents.types import Message, SettingError, Task, Turn
-from marlora.rollouts.evaluation.accuracy import Evaluation
-from marlora.rollouts.types import Episode, Reward
+from marlora.agents.types import Message, Reward, SettingError, Task, Turn
+from marlora.rollouts.evaluation.statistics import Evaluation
+from marlora.rollouts.tasks.toy import tiny_tasks
+from marlora.rollouts.types import Episode
 from marlora.trainers.batching.batches import Batch, pack
 from marlora.trainers.batching.samples import denominators, samples
 from marlora.trainers.credit.filtering import SelectionConfig, filter_turns
@@ -27,7 +28,7 @@ from marlora.trainers.methods.imitation.imitation import (
     reset_adapters,
 )
 from marlora.trainers.methods.imitation.sft import SFTConfig, SFTTrainer
-from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks
+from marlora.trainers.testbeds.tiny import tiny_chain
 from tests.trainers.small_run import bytes_mod_7
 
 torch.set_num_threads(1)

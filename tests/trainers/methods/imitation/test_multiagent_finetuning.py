@@ -20,7 +20,7 @@ from marlora.agents.text.answers import majority
 from marlora.agents.types import Message, SettingError, Task, Turn
 from marlora.recipes.launch.settings import parse
 from marlora.rollouts.episodes.store import Store
-from marlora.rollouts.evaluation.accuracy import wilson
+from marlora.rollouts.evaluation.statistics import wilson
 from marlora.rollouts.types import Episode
 from marlora.trainers.batching.batches import pack
 from marlora.trainers.batching.samples import denominators, samples

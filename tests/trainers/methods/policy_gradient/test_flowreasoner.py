@@ -16,17 +16,17 @@ import torch
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.programs.flowreasoner import FlowReasoner
 from marlora.agents.programs.workflow import SOURCE
-from marlora.agents.types import Message, SettingError, Task, Turn
+from marlora.agents.types import Message, Reward, SettingError, Task, Turn
 from marlora.rollouts.episodes.store import Store
-from marlora.rollouts.types import Episode, Reward
+from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import Denominators
 from marlora.trainers.credit.rules import CreditConfig, credit
 from marlora.trainers.methods.policy_gradient.flowreasoner import (
     REWARD_WEIGHTS,
     FlowReasonerConfig,
     FlowReasonerTrainer,
-    invalid_kinds,
     as_single_turn,
+    invalid_kinds,
     rounds_of,
     with_diversity,
 )

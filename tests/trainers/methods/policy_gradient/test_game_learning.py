@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from marlora.rollouts.evaluation.accuracy import Evaluation, paired
+from marlora.rollouts.evaluation.statistics import Evaluation, paired
 from marlora.rollouts.types import Episode
 from marlora.trainers.methods.imitation.sirius import SiriusConfig, SiriusTrainer
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer

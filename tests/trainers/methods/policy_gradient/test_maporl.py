@@ -14,9 +14,10 @@ import yaml
 
 from marlora.agents.patterns.collaboration import Collaboration
 from marlora.agents.patterns.debate import Debate
-from marlora.agents.types import SettingError, Task, Turn
+from marlora.agents.types import Reward, SettingError, Task, Turn
 from marlora.rollouts.checkpoints.team import build_system
-from marlora.rollouts.types import Episode, Reward
+from marlora.rollouts.tasks.toy import tiny_tasks
+from marlora.rollouts.types import Episode
 from marlora.trainers.config import RunConfig
 from marlora.trainers.methods.policy_gradient.maporl import (
     MAPoRLConfig,
@@ -26,7 +27,7 @@ from marlora.trainers.methods.policy_gradient.maporl import (
 )
 from marlora.trainers.methods.reward_model.verifier import VerifierConfig
 from marlora.trainers.testbeds.pair import PAIR
-from marlora.trainers.testbeds.tiny import tiny_random_model, tiny_tasks
+from marlora.trainers.testbeds.tiny import tiny_random_model
 from tests.repository import ROOT
 
 torch.set_num_threads(1)

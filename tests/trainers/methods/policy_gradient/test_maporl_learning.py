@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from marlora.agents.types import Task
-from marlora.rollouts.types import Episode, Reward
+from marlora.agents.types import Reward, Task
+from marlora.rollouts.types import Episode
 from marlora.trainers.methods.policy_gradient.maporl import MAPoRLConfig, MAPoRLTrainer
 from marlora.trainers.methods.reward_model.verifier import VerifierConfig, VerifierTrainer
 from tests.repository import ROOT

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from marlora.agents.team import System, Team
-from marlora.agents.types import SettingError, Task, Turn
-from marlora.rollouts.types import Episode, Reward
+from marlora.agents.types import Reward, SettingError, Task, Turn
+from marlora.rollouts.tasks.toy import tiny_tasks
+from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import Denominators
 from marlora.trainers.checkpoint import sha256_file
 from marlora.trainers.loop.run import RunError
@@ -26,7 +27,7 @@ from marlora.trainers.methods.policy_gradient import ppo
 from marlora.trainers.methods.policy_gradient.critics import sequences
 from marlora.trainers.methods.policy_gradient.ppo import PPOConfig, PPOTrainer, turn_rewards
 from marlora.trainers.model.adapters import folder_sha256
-from marlora.trainers.testbeds.tiny import tiny_chain, tiny_random_model, tiny_tasks
+from marlora.trainers.testbeds.tiny import tiny_chain, tiny_random_model
 from marlora.trainers.update.losses import LossConfig, policy_loss, value_loss
 from tests.trainers import small_run
 

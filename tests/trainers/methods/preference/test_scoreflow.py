@@ -18,15 +18,15 @@ import pytest
 import yaml
 
 from marlora.agents.programs.workflow import Workflow
-from marlora.agents.team import Call
-from marlora.agents.types import AgentSpec, Completion, Sampling, SettingError
+from marlora.agents.types import AgentSpec, Call, Completion, Sampling, SettingError
 from marlora.rollouts.checkpoints.team import build_system
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import EpisodeRequest
 from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.tasks.toy import digit, program_tasks
 from marlora.rollouts.types import Episode
 from marlora.trainers.methods.preference.scoreflow import RUNS, ScoreFlowConfig, ScoreFlowTrainer
-from marlora.trainers.testbeds.programs import digit, program_tasks, tiny_workflow
+from marlora.trainers.testbeds.programs import tiny_workflow
 from tests.repository import ROOT
 from tests.trainers import small_run
 
@@ -301,7 +301,8 @@ def test_settings_that_cannot_work_are_refused(
 
 
 def test_other_systems_are_refused(tmp_path: Path, model: Path) -> None:
-    from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks
+    from marlora.rollouts.tasks.toy import tiny_tasks
+    from marlora.trainers.testbeds.tiny import tiny_chain
 
     args = ScoreFlowConfig(output_dir=str(tmp_path), model=str(model), engine="transformers")
     with pytest.raises(SettingError, match="designer of a Workflow, got Chain"):

@@ -16,13 +16,14 @@ import yaml
 from marlora.agents.team import System, Team
 from marlora.agents.types import BASE, SettingError, Task
 from marlora.rollouts.episodes.store import Store
-from marlora.rollouts.types import Episode
-from marlora.trainers.batching.samples import TurnKey, samples
+from marlora.rollouts.tasks.toy import tiny_tasks
+from marlora.rollouts.types import Episode, TurnKey
+from marlora.trainers.batching.samples import samples
 from marlora.trainers.credit.pairs import pairs_of, said
 from marlora.trainers.methods.preference.components import diffusion_log_ratio
 from marlora.trainers.methods.preference.drafts import output, with_drafts
 from marlora.trainers.methods.preference.sysdpo import PreferenceConfig, PreferenceTrainer
-from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tasks
+from marlora.trainers.testbeds.tiny import tiny_chain
 from marlora.trainers.update.preference_loss import MarginGradient
 from tests.repository import ROOT
 from tests.trainers import small_run

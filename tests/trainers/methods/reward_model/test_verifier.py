@@ -14,12 +14,14 @@ import torch
 
 from marlora.agents.patterns.collaboration import Collaboration
 from marlora.agents.tools.verifiers import resolve_verifier
-from marlora.agents.types import AgentSpec, Message, SettingError, Task, Turn
+from marlora.agents.types import AgentSpec, Message, Reward, SettingError, Task, Turn
 from marlora.rollouts.renderer import ChatRenderer
-from marlora.rollouts.rewards.builtin import resolve_rewards, reward_name, score
-from marlora.rollouts.types import Episode, Reward
+from marlora.rollouts.rewards.builtin import resolve_rewards, reward_name
+from marlora.rollouts.rewards.scoring import score
+from marlora.rollouts.tasks.toy import tiny_tasks
+from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import Denominators
-from marlora.trainers.config import RunError
+from marlora.trainers.errors import RunError
 from marlora.trainers.methods.reward_model.verifier import (
     Answer,
     TrainedVerifier,
@@ -27,11 +29,11 @@ from marlora.trainers.methods.reward_model.verifier import (
     VerifierTrainer,
     answers_of,
     balanced,
-    trained,
     reading,
+    trained,
     verifier_loss,
 )
-from marlora.trainers.testbeds.tiny import tiny_random_model, tiny_tasks, tiny_tokenizer
+from marlora.trainers.testbeds.tiny import tiny_random_model, tiny_tokenizer
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from ..agents.types import SettingError
+from .types import SettingError
 
 HIDDEN = "***"
 MAY_HOLD_KEYS = ("server_key", "server_urls", "router_url", "policies", "engine_args")  # settings

@@ -1,0 +1,39 @@
+"""What this machine can compute with: dtype and GPU probes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...agents.types import SettingError
+
+
+def cpu_has_bfloat16() -> bool:
+    """Does this CPU multiply bfloat16 itself? Without it bfloat16 is about nine times slower than
+    float32 (measured, AVX2)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(word in flags for word in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def choose_dtype(model: str, setting: str, *, on_gpu: bool) -> str:
+    """`auto` becomes the dtype that the model's config names, but float32 on a CPU that would have
+    to emulate bfloat16."""
+    if setting != "auto":
+        if setting not in ("float32", "bfloat16"):
+            raise SettingError(f"dtype: expected auto, float32 or bfloat16; got {setting!r}")
+        return setting
+    if not on_gpu and not cpu_has_bfloat16():
+        return "float32"
+    from transformers import AutoConfig
+
+    named = str(
+        getattr(AutoConfig.from_pretrained(model, trust_remote_code=False), "dtype", None)
+    ).removeprefix("torch.")
+    return named if named in ("float32", "bfloat16") else "bfloat16" if on_gpu else "float32"
+
+
+def has_gpu() -> bool:
+    """Is there an NVIDIA device on this machine? Asked without torch."""
+    return Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/gpus").is_dir()

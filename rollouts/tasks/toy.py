@@ -1,0 +1,97 @@
+"""Task sets of the toy models: sums, digits, pairs and programs."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping
+
+from ...agents.lookup import trusted
+from ...agents.types import Task
+from .datasets import unit
+
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+}
+
+ASKED = {
+    f"{a}{sign}{b}": value
+    for sign, fn in OPERATIONS.items()
+    for a in range(10)
+    for b in range(10)
+    if 0 <= (value := fn(a, b)) <= 9
+}
+
+KINDS: Mapping[str, int] = {
+    "a": 1,
+    "b": 4,
+    "c": 7,
+}  # what each adds to the last digit; as an instruction it is a capital
+
+
+@trusted("tasks")
+def tiny_tasks(split: str = "train", seed: int = 0) -> list[Task]:
+    """All three-digit sums of a split, shuffled: 800 to train on, 200 held out of pre-training and
+    training alike (`eval`)."""
+    tasks = [
+        Task(f"{a}{b}{c}", f"{a}+{b}+{c}", str(a + b + c), "tiny", split, {"a": a, "b": b, "c": c})
+        for a, b, c in _digits()
+        if _held_out(a, b, c) == (split != "train")
+    ]
+    random.Random(seed).shuffle(tasks)
+    return tasks
+
+
+def _digits() -> Iterator[tuple[int, int, int]]:
+    return ((a, b, c) for a in range(10) for b in range(10) for c in range(10))
+
+
+def _held_out(a: int, b: int, c: int) -> bool:
+    return (31 * a + 17 * b + 7 * c) % 5 == 0
+
+
+@trusted("tasks")
+def pair_tasks(split: str = "train", seed: int = 0) -> list[Task]:
+    """The 152 sums, differences and products of two digits that are a digit, shuffled: about two
+    thirds to train on, the others held out."""
+    tasks = [
+        Task(asked, asked, str(value), "pair", split)
+        for asked, value in ASKED.items()
+        if (unit(f"pair {asked}") < 0.35) == (split == "eval")
+    ]
+    random.Random(seed).shuffle(tasks)
+    return tasks
+
+
+@trusted("tasks")
+def digit_tasks(split: str = "train", seed: int = 0) -> list[Task]:
+    """The 1000 tasks of the debate in two halves, `train` and `eval`, shuffled."""
+    tasks = [
+        Task(f"{n:03}", f"{n:03}", f"{n:03}"[1], "digits", split)
+        for n in range(1000)
+        if (unit(f"digits {n:03}") < 0.5) == (split == "eval")
+    ]
+    random.Random(seed).shuffle(tasks)
+    return tasks
+
+
+@trusted("tasks")
+def program_tasks(split: str = "train", seed: int = 0) -> list[Task]:
+    """The 3000 tasks in two halves, `train` and `eval`, shuffled. Public meta `examples`: two other
+    problems of the kind, with answers."""
+    rng, tasks = random.Random(seed), []
+    for kind, number in itertools.product(KINDS, range(1000)):
+        prompt = f"{kind}{number:03}"
+        if (unit(f"programs {prompt}") < 0.5) == (split == "eval"):
+            others = [f"{kind}{unit(f'{prompt} {n}') * 1000:03.0f}"[:4] for n in range(2)]
+            meta = {"kind": kind, "examples": [[other, digit(kind, other)] for other in others]}
+            tasks.append(Task(prompt, prompt, digit(kind, prompt), "programs", split, meta))
+    rng.shuffle(tasks)
+    return tasks
+
+
+def digit(kind: str, problem: str) -> str:
+    """The answer of this kind to a problem, whatever the problem asks for."""
+    return str((int(problem[-1]) + KINDS[kind]) % 10)

