@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -24,15 +24,19 @@ class SettingError(ValueError):
     what to do."""
 
 
-def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+def closest(name: str, known: Collection[str]) -> str | None:
+    """The known name most like `name`, None if none is like it."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def nearest(name: str, known: Collection[str]) -> str:
     """A hint for an error message: the known name most like `name`, or the list of all known
     names."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return (
-        f"did you mean {close[0]!r}?"
-        if close
-        else f"known: {', '.join(map(repr, known)) or 'none'}"
-    )
+    close = closest(name, known)
+    if close is not None:
+        return f"did you mean {close!r}?"
+    return f"known: {', '.join(map(repr, known)) or 'none'}"
 
 
 def to_json(value: Any) -> Any:
