@@ -1,14 +1,13 @@
-"""Checkpoints: plain PEFT folders and JSON, complete or absent.
+"""Checkpoint folders: plain PEFT folders and JSON, complete or absent.
 
 A checkpoint is staged under a dot name, every file and folder is fsynced, the manifest with each
 file's sha256 is written last, and one rename makes it visible. A kill at any moment leaves either
-the whole checkpoint or none; a torn or altered one fails its manifest and the loader walks back to
-the newest that holds, saying so. No pickle anywhere.
+the whole checkpoint or none. A torn or altered one does not match its manifest; it is reported, and
+the newest one that matches is loaded. Nothing is pickled.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..agents.types import SettingError
-from ..rollouts.files import fsync, write_text
+from ..rollouts.files import file_sha256, fsync, write_text
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -27,27 +26,18 @@ class CheckpointError(SettingError):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
 
 
-def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of a JSON value."""
+    """Replace a JSON file atomically (see `files.write_text`)."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file whose bytes follow from the tensors alone. A full disk raises
-    `OSError`.
+    """Write a safetensors file whose bytes are a function of the tensors and metadata. A full disk
+    raises `OSError`.
 
-    safetensors' own `save_file` writes its metadata in random order and raises an error of its own
-    kind.
+    (safetensors' `save_file` writes its metadata in random order and raises its own error.)
     """
     from safetensors.torch import save
 
@@ -67,10 +57,10 @@ def write_tensors(
 
 
 def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
-    """Let `write(staged)` fill a folder, add its manifest, make it durable and rename it to
-    `target`. On error nothing stays.
+    """Write a folder with a manifest atomically: `write(staged)` fills it, then it is made durable
+    and renamed to `target`. On error nothing stays.
 
-    A `target` that is there already is replaced: give a name that is in use only to mend what does
+    An existing `target` is replaced: give a name that is in use only to repair a folder that does
     not verify.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +70,7 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
         staged.mkdir()
         write(staged)
         files = sorted(path for path in staged.rglob("*") if path.is_file())
-        hashes = {str(path.relative_to(staged)): sha256_file(path) for path in files}
+        hashes = {str(path.relative_to(staged)): file_sha256(path) for path in files}
         (staged / MANIFEST).write_text(
             json.dumps({"schema": SCHEMA, "sha256": hashes}, indent=2) + "\n"
         )
@@ -102,7 +92,8 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
 
 
 def verify(folder: Path) -> None:
-    """Raise `CheckpointError` unless every file of the manifest is there with its sha256."""
+    """Check a folder against its manifest; raises `CheckpointError` unless every listed file is
+    there with its sha256."""
     manifest = folder / MANIFEST
     try:
         hashes = json.loads(manifest.read_text())["sha256"]
@@ -116,7 +107,7 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, though the manifest lists it")
-        if sha256_file(path) != expected:
+        if file_sha256(path) != expected:
             raise CheckpointError(
                 f"{path}: its sha256 is not the manifest's; the file was altered or torn"
             )
@@ -130,12 +121,12 @@ def list_checkpoints(run: Path) -> list[Path]:
 def newest_valid(
     run: Path, say: Callable[[str], None], fits: Callable[[Path], None] = lambda folder: None
 ) -> Path | None:
-    """The newest checkpoint whose manifest holds and that fits; every one passed over is named
-    through `say`.
+    """The newest checkpoint that matches its manifest and fits this run; each one skipped is
+    reported through `say`.
 
     `fits(folder)` raises `SettingError` where a whole checkpoint is not one of this run's (another
-    base, another rank). If such ones are all there is, the newest one's error is raised: beginning
-    anew is not what was asked for. None if there is no whole checkpoint.
+    base, another LoRA rank). If there are only such ones, the newest one's error is raised, since
+    `resume` was asked for. None if there is no whole checkpoint.
     """
     misfit: SettingError | None = None
     for folder in reversed(list_checkpoints(run)):
@@ -161,8 +152,8 @@ def newest_valid(
 
 
 def sweep(run: Path) -> None:
-    """Delete what a kill left half written or half deleted. Only for the one process that writes
-    this run."""
+    """Delete folders that a kill left half written or half deleted. Only for the one process that
+    writes this run."""
     for folder in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(folder)
 

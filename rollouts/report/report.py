@@ -7,7 +7,6 @@ report then shows what is there.
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from ...agents.types import SettingError
 from ..episodes.store import Store
 from ..evaluation.statistics import Evaluation, interval, paired
+from ..files import write_text
 from .episode_index import MAX_EPISODES, EpisodeIndex, EpisodeRow, Pieces, json_lines, rows
 from .html import page, section, text
 from .sections import (
@@ -192,9 +192,7 @@ def write_report(
     shown as one text. Raises `SettingError` if a folder holds no run.
     """
     path = output or folders[0] / "report.html"
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(build(folders, pieces, max_episodes)[0], encoding="utf-8", errors="replace")
-    staged.replace(path)
+    write_text(path, build(folders, pieces, max_episodes)[0], errors="replace")
     return path
 
 

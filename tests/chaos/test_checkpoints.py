@@ -71,7 +71,7 @@ def stamped(folder: Path) -> None:
     files = sorted(
         path for path in folder.rglob("*") if path.is_file() and path.name != ckpt.MANIFEST
     )
-    hashes = {str(path.relative_to(folder)): ckpt.sha256_file(path) for path in files}
+    hashes = {str(path.relative_to(folder)): ckpt.file_sha256(path) for path in files}
     ckpt.write_json(folder / ckpt.MANIFEST, {"schema": ckpt.SCHEMA, "sha256": hashes})
     ckpt.verify(folder)
 

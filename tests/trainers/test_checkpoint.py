@@ -167,7 +167,7 @@ def test_a_file_written_anew_is_never_half(tmp_path: Path, monkeypatch: pytest.M
     def fail(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ckpt, "fsync", fail)
+    monkeypatch.setattr(rollout_files, "fsync", fail)
     with pytest.raises(OSError):
         rollout_files.write_text(tmp_path / "x.json", "new")
     assert (tmp_path / "x.json").read_text() == "old"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from typing import Any
 
 from ....agents.secrecy import check_url, not_shown
 from ....agents.types import SettingError, from_json, to_json
+from ...files import write_text
 from ..base import EngineError
 from .server import VLLMServer, start_servers
 from .server_args import ServerSettings, served_dtype
@@ -38,11 +38,8 @@ class Endpoint:
 
 
 def write_endpoints(path: Path, found: Sequence[Endpoint]) -> None:
-    """The file whole or not at all: others read it at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(json.dumps({"servers": to_json(list(found))}, indent=2) + "\n")
-    staged.rename(path)
+    """Replace the file of endpoints atomically: others read it at any time."""
+    write_text(path, json.dumps({"servers": to_json(list(found))}, indent=2) + "\n")
 
 
 def read_endpoints(path: Path, model: str) -> list[Endpoint]:

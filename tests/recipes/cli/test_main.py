@@ -392,7 +392,7 @@ def test_a_tool_of_ours_that_is_no_tool_is_foreign_too(
     "name",
     [
         "marlora.rollouts.rewards.scoring:fn_name(x)",
-        "verified(marlora.trainers.checkpoint:sha256_file)",
+        "verified(marlora.trainers.checkpoint:write_json)",
     ],
 )
 def test_what_is_ours_but_not_meant_for_it_is_not_called(
@@ -400,7 +400,7 @@ def test_what_is_ours_but_not_meant_for_it_is_not_called(
 ) -> None:
     rewrite(checkpoint, lambda data: data.update(rewards=["length", name]))
     said = refused(capsys, "eval", checkpoint, *HERE)
-    assert name.removeprefix("verified(").removesuffix("file)") in said and "(rewards[1])" in said
+    assert name.removeprefix("verified(").removesuffix("json)") in said and "(rewards[1])" in said
 
 
 def test_a_foreign_verifier_of_the_system_is_foreign(

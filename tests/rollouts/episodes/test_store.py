@@ -19,7 +19,8 @@ from marlora.agents.types import (
     Task,
     Turn,
 )
-from marlora.rollouts.episodes.store import Store, StoreError, pack, unpack
+from marlora.rollouts.episodes.codec import pack, unpack
+from marlora.rollouts.episodes.store import Store, StoreError
 from marlora.rollouts.types import Episode, Usage
 
 

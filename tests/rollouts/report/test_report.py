@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from marlora.agents.types import Message, Reward, SettingError, Task, Turn
-from marlora.rollouts.episodes.store import Store, pack
+from marlora.rollouts.episodes.codec import pack
+from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.report.charts import Line, chart
 from marlora.rollouts.report.episode_index import EpisodeIndex, chosen, crc, episode_row, even
 from marlora.rollouts.report.html import number, text, visible

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.files import file_sha256
 from marlora.rollouts.types import Usage
-from marlora.trainers.checkpoint import sha256_file, verify
+from marlora.trainers.checkpoint import verify
 from marlora.trainers.testbeds.tiny import tiny_random_model
 from tests.chaos import ledger
 from tests.trainers.small_run import EPISODES, EVAL, STEPS, runner
@@ -48,7 +49,7 @@ def weights(folder: Path, step: int = STEPS) -> dict[str, str]:
     """sha256 of the files of adapters and optimizers of the last step's checkpoint."""
     last = folder / f"checkpoints/step-{step:06d}"
     files = [*(last / "adapters").rglob("*"), *(last / "trainer").glob("*.safetensors")]
-    found = {str(path.relative_to(folder)): sha256_file(path) for path in files if path.is_file()}
+    found = {str(path.relative_to(folder)): file_sha256(path) for path in files if path.is_file()}
     assert len(found) == 6  # two adapters of two files, two optimizers
     return found
 
@@ -262,9 +263,9 @@ def test_stored_episodes_give_the_same_update_without_the_engine(
     assert play(folder, model, save_total_limit=9) == 0
     for name in ("step-000002", "step-000003"):
         shutil.rmtree(folder / "checkpoints" / name)
-    before = sha256_file(folder / "episodes/episodes-00000.jsonl")
+    before = file_sha256(folder / "episodes/episodes-00000.jsonl")
     assert play(folder, model, resume=True, fault="speak", at=1) == 0, log(folder)
-    assert sha256_file(folder / "episodes/episodes-00000.jsonl") == before
+    assert file_sha256(folder / "episodes/episodes-00000.jsonl") == before
     assert weights(folder) == weights(undisturbed) and metrics(folder) == metrics(undisturbed)
 
 

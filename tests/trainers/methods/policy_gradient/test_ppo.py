@@ -18,10 +18,10 @@ import torch
 
 from marlora.agents.team import System, Team
 from marlora.agents.types import Reward, SettingError, Task, Turn
+from marlora.rollouts.files import file_sha256
 from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import Denominators
-from marlora.trainers.checkpoint import sha256_file
 from marlora.trainers.loop.run import RunError
 from marlora.trainers.methods.policy_gradient import ppo
 from marlora.trainers.methods.policy_gradient.critics import sequences
@@ -161,7 +161,7 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weights(folder: Path) -> dict[str, str]:
     last = folder / "checkpoints" / "step-000003"
-    return {str(path.relative_to(last)): sha256_file(path) for path in last.rglob("*.safetensors")}
+    return {str(path.relative_to(last)): file_sha256(path) for path in last.rglob("*.safetensors")}
 
 
 def test_every_tensor_of_a_critic_is_trained_and_kept(
@@ -242,10 +242,10 @@ def test_resumed_from_stored_episodes_it_ends_the_same_to_the_last_bit(
     shutil.copytree(undisturbed, folder)
     for path in [folder / "checkpoints/step-000003", folder / "summary.json"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    before = sha256_file(folder / "episodes/episodes-00000.jsonl")
+    before = file_sha256(folder / "episodes/episodes-00000.jsonl")
     trainer(folder, model, num_ppo_epochs=2, num_mini_batches=2, kl_coef=0.1, resume=True).train()
     assert weights(folder) == weights(undisturbed)
-    assert sha256_file(folder / "episodes/episodes-00000.jsonl") == before, (
+    assert file_sha256(folder / "episodes/episodes-00000.jsonl") == before, (
         "nothing was played again"
     )
     for mine, theirs in zip(rows(folder), rows(undisturbed), strict=True):
