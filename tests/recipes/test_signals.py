@@ -18,7 +18,8 @@ from marlora.trainers.collection.background import StopSignal, handled, stoppabl
 
 WAITS = """
 import sys, time
-from marlora.recipes import cli, settings
+from marlora.recipes.cli import main as cli
+from marlora.recipes.launch import settings
 def wait(*_):
     print("ready", flush=True)
     time.sleep(60)
@@ -29,8 +30,9 @@ cli.main(["doctor"])
 """
 LOOPS = """
 import asyncio
-from marlora.trainers.collection.background import Background, Stop, Stopped
-stop, background = Stop(), Background()
+from marlora.trainers.collection.background import BackgroundLoop, StopSignal
+from marlora.trainers.errors import Stopped
+stop, background = StopSignal(), BackgroundLoop()
 print("ready", flush=True)
 try:
     background.run(asyncio.sleep(60), stop)

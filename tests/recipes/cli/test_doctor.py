@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from marlora.agents.secrecy import shown_url
 from marlora.recipes.cli import doctor
 from marlora.rollouts.engines.vllm import auth
 from tests.rollouts.fake_vllm import FakeVLLM
@@ -63,7 +64,7 @@ def test_other_peoples_servers_are_tried_without_a_key() -> None:
     )
     assert (
         "no answer" in found[f"routes of {gone.url}"][0]
-        and "expected http://" in found["routes of nonsense"][0]
+        and "expected http://" in found[f"routes of {shown_url('nonsense')}"][0]
     )
 
 

@@ -99,7 +99,7 @@ def test_where_programs_cannot_be_run_the_run_ends(monkeypatch: pytest.MonkeyPat
     def none() -> None:
         raise SandboxError("no cage here")
 
-    monkeypatch.setattr(sandbox, "cage", none)
+    monkeypatch.setattr(sandbox, "isolation", none)
     with pytest.raises(SandboxError, match="no cage here"):
         asyncio.run(score(SQUARE, said(RIGHT), [passed_tests]))
 
