@@ -27,7 +27,7 @@ from ..rollouts.evaluation.statistics import Evaluation, paired
 from ..rollouts.rewards.scoring import RewardFn
 from ..rollouts.types import Episode, groups
 from .config import RunConfig
-from .credit.rules import Advantages
+from .credit.weights import Advantages
 from .errors import Stopped
 from .loop.run import Run
 from .update.optimizer_step import UpdateResult

@@ -1,8 +1,8 @@
-"""What a turn was worth, found by playing on without it: counterfactual rewards.
+"""Counterfactual rewards: what a turn was worth, measured by replays of the episode without it.
 
 Everything before the turn is given, the turn is replaced, the rest of the team answers anew.
-Replays are scored and forgotten: they are never trained on. The rule `counterfactual` of
-`trainers.credit` turns what they show into advantages.
+Replays are scored and forgotten: they are never trained on. The credit rule `counterfactual` turns
+these rewards into advantages.
 """
 
 from __future__ import annotations
@@ -18,13 +18,41 @@ from ...agents.seeds import derive_seed
 from ...agents.types import Completion, Decision, Reward, SettingError, Turn
 from ...rollouts.episodes.runner import EpisodeRequest
 from ...rollouts.types import Episode
-from .rules import CreditConfig, leave_one_out, team_rewards
+from .group import leave_one_out
+from .weights import (
+    Advantages,
+    CreditConfig,
+    RewardedEpisodes,
+    team_rewards,
+    trainable,
+    trainable_keys,
+)
 
 log = logging.getLogger(__name__)
 
 
+def counterfactual(batch: RewardedEpisodes, settings: CreditConfig) -> Advantages:
+    """A = the turn's reward named `counterfactual`, which `counterfactual_rewards` put on episodes.
+
+    Difference rewards, or C3 (arXiv:2603.06859) where one call has several answers; then all of
+    them are trained.
+    """
+    advantages = Advantages()
+    for episode in batch.episodes:
+        keys = set(trainable_keys(episode, episode.turns)) if episode.error is None else set()
+        for r in episode.rewards:
+            if (
+                r.name == "counterfactual"
+                and r.turn is not None
+                and (episode.id, r.turn, r.sibling) in keys
+                and not math.isnan(r.value)
+            ):
+                advantages[episode.id, r.turn, r.sibling] = r.value
+    return advantages
+
+
 class Player(Protocol):
-    """What replays need of `rollouts.play.Rollouts`."""
+    """What replays need of `rollouts.episodes.runner.EpisodeRunner`."""
 
     async def play(
         self,
@@ -66,25 +94,27 @@ async def counterfactual_rewards(
         raise SettingError(f"baseline: expected default or siblings, got {baseline!r}")
     if math.isnan(_value(episode, config)):
         return episode
-    judge = _difference if baseline == "default" else _siblings
+    reward_of = _difference if baseline == "default" else _siblings
     calls: dict[int, list[Turn]] = {}
     for turn in episode.turns:
         calls.setdefault(turn.index, []).append(turn)
-    judged = await asyncio.gather(
+    rewards = await asyncio.gather(
         *(
-            judge(player, episode, config, turns, Completion(default), num_replays)
+            reward_of(player, episode, config, turns, Completion(default), num_replays)
             for turns in calls.values()
-            if _judged(turns, baseline)
+            if _has_alternatives(turns, baseline)
         )
     )
     return dataclasses.replace(
-        episode, rewards=episode.rewards + tuple(reward for several in judged for reward in several)
+        episode,
+        rewards=episode.rewards + tuple(reward for of_call in rewards for reward in of_call),
     )
 
 
-def _judged(turns: list[Turn], baseline: str) -> bool:
-    sampled = all(turn.source == "sampled" and not turn.saw_gold for turn in turns)
-    return sampled and (baseline == "default" or len(turns) > 1)
+def _has_alternatives(turns: list[Turn], baseline: str) -> bool:
+    """Whether replays can compare this call's answers: all sampled, and more than one for
+    `siblings`."""
+    return len(list(trainable(turns))) == len(turns) and (baseline == "default" or len(turns) > 1)
 
 
 def _value(episode: Episode, config: CreditConfig) -> float:

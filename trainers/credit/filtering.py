@@ -1,19 +1,18 @@
-"""Selection: which turns are learnt from by imitation, with which weight, and why. Pure Python.
+"""Turn filtering: which turns are imitated, with which weight, and why. Pure Python.
 
-A `Rule` judges one turn; `select` applies it to every turn of an agent that learns and then the
-bounds that hold for any rule: turns that saw the answer or read one that did, answers that leaked
-into a prompt, first or last turn only, doubles, caps per task. What comes out is one weight per
-turn and a table, per agent, of what was kept and dropped for which reason.
+A `Rule` weighs one turn; `filter_turns` applies it to every turn of an agent that learns and then
+the bounds that hold for any rule: turns that saw the answer or read one that did, answers that
+leaked into a prompt, first or last turn only, duplicates, caps per task. The result is one weight
+per turn and a table, per agent, of the turns kept and dropped by reason.
 
-In an episode with a written turn (a repair), what was said before that turn belongs to the run that
-failed and is not kept.
+In an episode with a written turn (a correction) the turns before it belong to the attempt that
+failed and are dropped.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +20,22 @@ from typing import Any
 
 from ...agents.seeds import derive_seed
 from ...agents.settings import help_of
-from ...agents.text.answers import normalise, same, vote
-from ...agents.types import SettingError, Task, Turn, nearest
+from ...agents.text.answers import same, vote
+from ...agents.types import SettingError, Turn, nearest
 from ...rollouts.types import Episode, TurnKey
-from .rules import RewardWeights, agent_reward, team_rewards
+from .leakage import leaks_answer, saw_answer
+from .weights import (
+    Advantages,
+    CreditConfig,
+    RewardedEpisodes,
+    RewardWeights,
+    agent_reward,
+    key_of,
+    selected_turns,
+    team_rewards,
+    turn_rewards,
+    weighted_sum,
+)
 
 Rule = Callable[[Episode, Turn], tuple[float, str]]  # weight (0: dropped) and reason
 
@@ -52,9 +63,9 @@ class SelectionConfig(RewardWeights):
 
     def __post_init__(self) -> None:
         RewardWeights.__post_init__(self)
-        if self.select not in RULES:
+        if self.select not in SELECTION_RULES:
             raise SettingError(
-                f"select {self.select!r}: no such rule; {nearest(self.select, RULES)}"
+                f"select {self.select!r}: no such rule; {nearest(self.select, SELECTION_RULES)}"
             )
         if self.turns not in ("all", "first", "last"):
             raise SettingError(f"turns: expected all, first or last, got {self.turns!r}")
@@ -72,8 +83,8 @@ class SelectionConfig(RewardWeights):
 
 @dataclass(frozen=True)
 class KeptTurn:
-    """A turn that is learnt from: its key (episode id, turn index, sibling), whose it is, its
-    weight, and why."""
+    """A turn that is imitated: its key (episode id, turn index, sibling), its agent, its weight,
+    and the reason."""
 
     key: TurnKey
     agent: str
@@ -83,7 +94,7 @@ class KeptTurn:
 
 @dataclass
 class FilteredTurns:
-    """What is learnt from, and counts by (agent, reason) of what is not."""
+    """The turns that are imitated, and counts by (agent, reason) of those that are not."""
 
     kept: list[KeptTurn] = field(default_factory=list)
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -109,11 +120,11 @@ class FilteredTurns:
     def __str__(self) -> str:
         """One line per agent, for people."""
 
-        def told(counts: Mapping[str, int]) -> str:
+        def listed(counts: Mapping[str, int]) -> str:
             return ", ".join(f"{n} {reason}" for reason, n in counts.items()) or "0"
 
         return "\n".join(
-            f"{agent}: kept {told(of['kept'])}; dropped {told(of['dropped'])}"
+            f"{agent}: kept {listed(of['kept'])}; dropped {listed(of['dropped'])}"
             for agent, of in self.table().items()
         )
 
@@ -130,53 +141,53 @@ def filter_turns(
     """The turns to learn from, in the order of episodes and turns.
 
     Args:
-        rule: judges a turn; None takes the one that `config.select` names.
-        agents: whose turns count; None is everybody's. Turns of others are not even counted as
-            dropped.
-        openings: per agent the text that stands at the head of all its chats (prompt,
-            demonstrations): an answer found there is no leak.
+        rule: weighs a turn; None takes the one that `config.select` names.
+        agents: the agents whose turns are filtered; None is all. Turns of others are not even
+            counted as dropped.
+        openings: per agent the text at the head of all its chats (prompt, demonstrations): an
+            answer in it is no leak.
         seed: of the rule `random`.
     """
     if len({e.id for e in episodes}) < len(episodes):
         raise ValueError("two episodes have the same id; their turns could not be told apart")
-    rule = rule or RULES[config.select](episodes, config, seed)
-    found = FilteredTurns()
-    said: set[tuple[Any, ...]] = set()
+    rule = rule or SELECTION_RULES[config.select](episodes, config, seed)
+    result = FilteredTurns()
+    replies: set[tuple[Any, ...]] = set()
     per_task: Counter[tuple[str, str]] = Counter()
     for episode in episodes:
-        judged = list(_judged(episode, rule, found.dropped, agents, openings or {}))
-        for place, (turn, weight, reason) in enumerate(judged):
-            own = [n for n, (other, _, _) in enumerate(judged) if other.agent == turn.agent]
+        weighted = list(_weighted(episode, rule, result.dropped, agents, openings or {}))
+        for position, (turn, weight, reason) in enumerate(weighted):
+            own = [n for n, (other, _, _) in enumerate(weighted) if other.agent == turn.agent]
             reply = (turn.agent, turn.prompt_ids or turn.messages, turn.token_ids or turn.text)
             why = ""
-            if config.turns != "all" and place != own[0 if config.turns == "first" else -1]:
+            if config.turns != "all" and position != own[0 if config.turns == "first" else -1]:
                 why = f"not the {config.turns} of its kept turns"
-            elif config.deduplicate and reply in said:
+            elif config.deduplicate and reply in replies:
                 why = "a double"
             elif (
                 config.max_per_task and per_task[turn.agent, episode.task.id] >= config.max_per_task
             ):
                 why = f"over {config.max_per_task} per task"
             if why:
-                found.dropped[turn.agent, why] += 1
+                result.dropped[turn.agent, why] += 1
                 continue
-            said.add(reply)
+            replies.add(reply)
             per_task[turn.agent, episode.task.id] += 1
-            found.kept.append(
+            result.kept.append(
                 KeptTurn((episode.id, turn.index, turn.sibling), turn.agent, weight, reason)
             )
-    return found
+    return result
 
 
-def _judged(
+def _weighted(
     episode: Episode,
     rule: Rule,
     dropped: Counter[tuple[str, str]],
     agents: Collection[str] | None,
     openings: Mapping[str, str],
 ) -> Iterable[tuple[Turn, float, str]]:
-    """The turns of an episode that may be learnt from and that the rule keeps; the others are
-    counted."""
+    """(turn, weight, reason) of the turns of an episode that the rule keeps; the others are counted
+    in `dropped`."""
     gold, repaired = (
         saw_answer(episode),
         min((t.index for t in episode.turns if t.source == "written"), default=-1),
@@ -206,25 +217,18 @@ def _judged(
             dropped[turn.agent, reason] += 1
 
 
-# rules
-
-
 def outcome(episode: Episode, turn: Turn, team: float, config: RewardWeights) -> float:
-    """What a turn came to: its own rewards, weighted and summed; without any its agent's; without
-    these `team`. NaN: not known."""
-    own = [
-        r
-        for r in episode.rewards
-        if (r.turn, r.sibling) == (turn.index, turn.sibling) and config.weight(r.name)
-    ]
+    """The reward of a turn: its own rewards, weighted and summed; without any its agent's; without
+    these `team`. NaN if it is unknown."""
+    own = turn_rewards(episode, turn, config)
     if episode.error is None and own:
-        return sum(config.weight(r.name) * r.value for r in own)
+        return weighted_sum(own, config)
     return agent_reward(episode, turn.agent, team, config)
 
 
 def success(episodes: Sequence[Episode], config: SelectionConfig, seed: int = 0) -> Rule:
-    """Taken turns whose `outcome` reaches `success_threshold`, weight 1. An unknown outcome is
-    none."""
+    """Selected turns whose `outcome` reaches `success_threshold`, weight 1. An unknown outcome does
+    not reach it."""
     teams = team_rewards(episodes, config)
 
     def rule(episode: Episode, turn: Turn) -> tuple[float, str]:
@@ -241,7 +245,7 @@ def success(episodes: Sequence[Episode], config: SelectionConfig, seed: int = 0)
 
 
 def agreement(episodes: Sequence[Episode], config: SelectionConfig, seed: int = 0) -> Rule:
-    """Taken turns that give the team's own output as their answer (a majority's pseudo-label),
+    """Selected turns that give the team's own output as their answer (a majority's pseudo-label),
     weight 1. No gold answer is read."""
 
     def rule(episode: Episode, turn: Turn) -> tuple[float, str]:
@@ -255,12 +259,12 @@ def agreement(episodes: Sequence[Episode], config: SelectionConfig, seed: int = 
 
 
 def everything(episodes: Sequence[Episode], config: SelectionConfig, seed: int = 0) -> Rule:
-    """All taken turns, weight 1."""
+    """All selected turns, weight 1."""
     return lambda episode, turn: (1.0, "all") if turn.taken else (0.0, "not taken")
 
 
 def at_random(episodes: Sequence[Episode], config: SelectionConfig, seed: int = 0) -> Rule:
-    """Taken turns drawn with probability `keep_share`, whatever they are worth: the control of any
+    """Selected turns drawn with probability `keep_share` whatever their reward: the control of any
     other rule."""
 
     def rule(episode: Episode, turn: Turn) -> tuple[float, str]:
@@ -275,7 +279,7 @@ def at_random(episodes: Sequence[Episode], config: SelectionConfig, seed: int = 
     return rule
 
 
-RULES: dict[str, Callable[[Sequence[Episode], SelectionConfig, int], Rule]] = {
+SELECTION_RULES: dict[str, Callable[[Sequence[Episode], SelectionConfig, int], Rule]] = {
     "success": success,
     "agreement": agreement,
     "all": everything,
@@ -283,51 +287,12 @@ RULES: dict[str, Callable[[Sequence[Episode], SelectionConfig, int], Rule]] = {
 }
 
 
-# gold
-
-
-def saw_answer(episode: Episode) -> set[int]:
-    """Indices of turns that saw the answer, or read (however indirectly) a turn that did."""
-    found: set[int] = set()
-    for turn in episode.turns:  # ordered by index, and a turn reads earlier ones only
-        if turn.saw_gold or found & set(turn.reads):
-            found.add(turn.index)
-    return found
-
-
-def golds(task: Task) -> list[str]:
-    """The spellings of a task's answer that a text must not hold."""
-    given = task.answer if isinstance(task.answer, (list, tuple)) else [task.answer]
-    parts = [
-        part
-        for gold in given
-        for part in (gold if isinstance(gold, (list, tuple)) else [gold])
-        if part is not None
-    ]
-    return list(
-        dict.fromkeys(
-            form for part in parts for form in (str(part).strip(), normalise(str(part))) if form
-        )
-    )
-
-
-def tells(text: str, answers: Iterable[str]) -> bool:
-    """Does the text hold one of these answers, as a whole word or number?"""
-    return any(
-        re.search(rf"(?<![\w.]){re.escape(a)}(?!\w|[.,]\d)", text, re.IGNORECASE) for a in answers
-    )
-
-
-def leaks_answer(episode: Episode, turn: Turn, opening: str = "") -> bool:
-    """Does the answer stand in a turn's prompt without having a right to?
-
-    It has one if the task itself shows it (prompt, public meta), the agent's opening does, or an
-    untainted earlier turn of the episode says it: an agent may well have found it.
-    """
-    answers, public = golds(episode.task), episode.task.public()
-    if not answers or not tells("\n".join(m.content for m in turn.messages), answers):
-        return False
-    gold = saw_answer(episode)
-    said = [t.text for t in episode.turns if t.index < turn.index and t.index not in gold]
-    known = "\n".join([public.prompt, *map(str, public.meta.values()), opening, *said])
-    return not tells(known, answers)
+def rejection_sampling(batch: RewardedEpisodes, settings: CreditConfig) -> Advantages:
+    """The credit rule `success`: weight 1 for every selected turn of an episode whose team reward
+    reaches `success_threshold`, all others dropped. Turns written by a teacher are trained too."""
+    correct = [
+        e for e in batch.episodes if batch.rewards[e.id] >= settings.success_threshold
+    ]  # NaN does not reach it
+    return {
+        key_of(e, turn): 1.0 for e in correct for turn in selected_turns(e) if not turn.saw_gold
+    }

@@ -19,7 +19,7 @@ from ...agents.seeds import derive_seed
 from ...agents.settings import help_of
 from ...agents.types import SettingError, Turn, to_json
 from ...rollouts.types import Episode
-from .rules import RewardWeights, team_rewards
+from .weights import RewardWeights, team_rewards
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def pairs_of(episodes: Iterable[Episode], config: PairConfig, seed: int) -> list
     for episode in episodes:
         if episode.parent is None:
             by_task.setdefault(episode.task.id, []).append(episode)
-    found: list[Pair] = []
+    chosen_pairs: list[Pair] = []
     for task, group in by_task.items():
         rewards = team_rewards(group, config)
         scored = [e for e in group if not math.isnan(rewards[e.id])]
@@ -89,8 +89,8 @@ def pairs_of(episodes: Iterable[Episode], config: PairConfig, seed: int) -> list
             pairs = random.Random(derive_seed(seed, "pairs", task)).sample(
                 pairs, config.max_pairs_per_task
             )
-        found += pairs
-    return found
+        chosen_pairs += pairs
+    return chosen_pairs
 
 
 def said(episode: Episode) -> tuple[tuple[Any, ...], ...]:

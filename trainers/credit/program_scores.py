@@ -19,7 +19,7 @@ from ...agents.seeds import derive_seed
 from ...agents.types import SettingError, Turn
 from ...rollouts.types import Episode
 from .pairs import Pair
-from .rules import RewardWeights, team_rewards
+from .weights import RewardWeights, team_rewards
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,22 @@ def score_table(
 
 
 def _fault(episode: Episode, turn: Turn) -> str:
-    said = [
+    validity = [
         r
         for r in episode.rewards
         if r.name == "valid" and (r.turn, r.sibling) == (turn.index, turn.sibling)
     ]
-    if not said:
+    if not validity:
         raise SettingError(
             f"rewards: episode {episode.id} does not say whether its program is valid; add the"
             " reward `workflow`"
         )
-    return "" if said[0].value else said[0].text or "invalid"
+    return "" if validity[0].value else validity[0].text or "invalid"
 
 
 def _mean(runs: Sequence[Episode], num_runs: int, config: RewardWeights) -> float:
-    found = team_rewards(runs, config)
-    return sum(0.0 if run.error is not None else found[run.id] for run in runs) / num_runs
+    rewards = team_rewards(runs, config)
+    return sum(0.0 if run.error is not None else rewards[run.id] for run in runs) / num_runs
 
 
 def ordered_pairs(
@@ -157,9 +157,9 @@ def preference(
 def best_programs(table: Iterable[ScoredProgram]) -> list[ScoredProgram]:
     """Of every task the valid program that scores highest, the first of equals; none where all
     score 0."""
-    found: dict[str, ScoredProgram] = {}
+    best: dict[str, ScoredProgram] = {}
     for row in table:
-        held = found.get(row.episode.task.id)
-        if not row.fault and row.score > 0 and (held is None or row.score > held.score):
-            found[row.episode.task.id] = row
-    return list(found.values())
+        other = best.get(row.episode.task.id)
+        if not row.fault and row.score > 0 and (other is None or row.score > other.score):
+            best[row.episode.task.id] = row
+    return list(best.values())

@@ -12,7 +12,8 @@ from marlora.agents.types import Completion, Decision, Reward, Sampling, Setting
 from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from marlora.rollouts.types import Episode
 from marlora.trainers.credit.counterfactual import counterfactual_rewards
-from marlora.trainers.credit.rules import CreditConfig, credit
+from marlora.trainers.credit.rules import credit
+from marlora.trainers.credit.weights import CreditConfig
 
 CONFIG = CreditConfig(credit="counterfactual")
 

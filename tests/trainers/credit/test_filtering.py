@@ -10,13 +10,12 @@ import pytest
 
 from marlora.agents.types import Message, Reward, SettingError, Task, Turn
 from marlora.rollouts.types import Episode
-from marlora.trainers.credit.filtering import (
-    SelectionConfig,
-    filter_turns,
-    golds,
+from marlora.trainers.credit.filtering import SelectionConfig, filter_turns
+from marlora.trainers.credit.leakage import (
+    answer_spellings,
+    contains_answer,
     leaks_answer,
     saw_answer,
-    tells,
 )
 
 TASK = Task("t", "What is 7+8+5?", "20", meta={"c": 5, "_steps": [15, 20]})
@@ -213,12 +212,15 @@ def test_an_answer_in_a_prompt_is_a_leak_unless_somebody_had_found_it() -> None:
 def test_answers_are_found_as_whole_words_and_numbers(
     text: str, answers: list[str], told: bool
 ) -> None:
-    assert tells(text, answers) is told
+    assert contains_answer(text, answers) is told
 
 
 def test_every_spelling_of_every_answer() -> None:
-    assert golds(Task("t", "?", "1,000")) == ["1,000", "1000"]
-    assert golds(Task("t", "?", [2, "two"])) == ["2", "two"] and golds(Task("t", "?")) == []
+    assert answer_spellings(Task("t", "?", "1,000")) == ["1,000", "1000"]
+    assert (
+        answer_spellings(Task("t", "?", [2, "two"])) == ["2", "two"]
+        and answer_spellings(Task("t", "?")) == []
+    )
 
 
 @pytest.mark.parametrize(

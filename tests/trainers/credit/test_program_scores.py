@@ -21,7 +21,7 @@ from marlora.trainers.credit.program_scores import (
     preference,
     score_table,
 )
-from marlora.trainers.credit.rules import RewardWeights
+from marlora.trainers.credit.weights import RewardWeights
 from marlora.trainers.update.preference_loss import (
     MarginConfig,
     MarginGradient,

@@ -28,8 +28,9 @@ from ....agents.settings import help_of
 from ....agents.types import BASE, AgentSpec, Completion, SettingError, Turn, from_json, nearest
 from ....rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from ....rollouts.types import Episode
-from ...credit.filtering import SelectionConfig, golds, outcome, saw_answer, tells
-from ...credit.rules import team_rewards
+from ...credit.filtering import SelectionConfig, outcome
+from ...credit.leakage import answer_spellings, contains_answer, saw_answer
+from ...credit.weights import team_rewards
 
 CORRECTION = "mend"  # the kind of follow-up, see `follow`
 TRACES = (
@@ -233,7 +234,9 @@ class Corrector:
             known = "\n".join(
                 [public.prompt, *map(str, public.meta.values()), self.openings.get(turn.agent, "")]
             )
-            if tells(text, golds(episode.task)) and not tells(known, golds(episode.task)):
+            if contains_answer(text, answer_spellings(episode.task)) and not contains_answer(
+                known, answer_spellings(episode.task)
+            ):
                 return "tells the answer"
         return ""
 

@@ -26,7 +26,8 @@ from ...batching.batches import Batch
 from ...batching.samples import Denominators, samples
 from ...config import RunConfig
 from ...credit.counterfactual import counterfactual_rewards
-from ...credit.rules import CreditConfig, credit
+from ...credit.rules import credit
+from ...credit.weights import CreditConfig
 from ...trainer import Trainer
 from ...update.losses import LossConfig, Stats, policy_loss
 from ...update.optimizer_step import LossFn, UpdateOptions

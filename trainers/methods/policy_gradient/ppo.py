@@ -35,7 +35,8 @@ from ....rollouts.types import Episode, TurnKey
 from ...batching.batches import Batch
 from ...batching.samples import Denominators, samples
 from ...config import RunConfig
-from ...credit.rules import CreditConfig, credit
+from ...credit.rules import credit
+from ...credit.weights import CreditConfig
 from ...trainer import Trainer
 from ...update.gae import explained_variance
 from ...update.losses import LossConfig, Stats, policy_loss, value_loss

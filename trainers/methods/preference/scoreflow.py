@@ -51,7 +51,8 @@ from ...credit.program_scores import (
     preference,
     score_table,
 )
-from ...credit.rules import Advantages, CreditConfig, RewardWeights, credit
+from ...credit.rules import credit
+from ...credit.weights import Advantages, CreditConfig, RewardWeights
 from ...trainer import Trainer
 from ...update.losses import LossConfig, Stats, policy_loss
 from ...update.optimizer_step import UpdateOptions, UpdateResult

@@ -20,7 +20,8 @@ from marlora.agents.types import Message, Reward, SettingError, Task, Turn
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import Denominators
-from marlora.trainers.credit.rules import CreditConfig, credit
+from marlora.trainers.credit.weights import CreditConfig
+from marlora.trainers.credit.rules import credit
 from marlora.trainers.methods.policy_gradient.flowreasoner import (
     REWARD_WEIGHTS,
     FlowReasonerConfig,

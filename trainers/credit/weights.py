@@ -1,0 +1,209 @@
+"""Rewards of episodes, weighted: the settings that name what counts, and what every credit rule
+reads.
+
+Pure Python. For every rule: an episode that failed, or whose rewards hold NaN, is in no statistic
+and is not trained; of the answers sampled for one call only the selected one is trained, unless the
+rule says otherwise; an agent without a turn has no sample, rather than a reward of 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ...agents.settings import help_of
+from ...agents.types import Reward, SettingError, Turn, nearest
+from ...rollouts.types import Episode, TurnKey, groups
+
+# (episode id, turn index, sibling) -> advantage; a turn that is missing is not trained
+Advantages = dict[TurnKey, float]
+State = dict[str, float]  # what a rule remembers between steps; a checkpoint keeps it
+# rewards that count only if `reward_weights` names them
+UNWEIGHTED = ("format", "counterfactual", "valid", "ran")
+RULE_NAMES = (
+    *("team", "agent", "turn", "grpo", "rloo", "dr_grpo", "at_grpo", "dr_mas"),
+    *("rae", "success", "counterfactual"),
+)
+
+
+@dataclass
+class RewardWeights:
+    """Which of an episode's rewards count for learning, and how much."""
+
+    reward_weights: dict | str | None = help_of(
+        "weight by reward name; empty: every reward counts 1, but for `format`, `valid` and `ran`",
+        factory=dict,
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reward_weights, str):
+            try:
+                self.reward_weights = json.loads(self.reward_weights)
+            except ValueError as error:
+                raise SettingError(
+                    f"reward_weights: expected a mapping, got {self.reward_weights!r}"
+                ) from error
+        self.reward_weights = {} if self.reward_weights is None else self.reward_weights
+        weights = self.reward_weights
+        if not isinstance(weights, Mapping) or not all(
+            isinstance(w, (int, float)) and math.isfinite(w) for w in weights.values()
+        ):
+            raise SettingError(f"reward_weights: expected a number by reward name, got {weights!r}")
+
+    def weight(self, name: str) -> float:
+        """The factor of a reward of this name."""
+        if self.reward_weights:
+            return float(self.reward_weights.get(name, 0.0))  # type: ignore[union-attr]
+        return 0.0 if name in UNWEIGHTED else 1.0
+
+
+@dataclass
+class CreditConfig(RewardWeights):
+    """How rewards become advantages. `credit` names the rule (`rules.RULES`); each other field says
+    which rules read it."""
+
+    credit: str = help_of(
+        "rule: grpo, rloo, dr_grpo, dr_mas, at_grpo, rae, team, agent, turn, counterfactual, or"
+        " success (keep correct episodes)",
+        "grpo",
+    )
+    scale_rewards: str = help_of(
+        "grpo, dr_mas, at_grpo: divide by the standard deviation of the group, the batch, or none",
+        "group",
+    )
+    advantage_epsilon: float = help_of("added to that standard deviation", 1e-4)
+    discount: float = help_of(
+        "team, turn, rae: factor per turn between a turn and what it earned", 1.0
+    )
+    turn_clock: str = help_of(
+        "turn: discount over all turns (global), or over the agent's own only, earning only its own"
+        " (own)",
+        "global",
+    )
+    team_weight: float = help_of(
+        "at_grpo: weight of the team's reward against the agent's own (alpha)", 1.0
+    )
+    rae_decay: float = help_of("rae: decay of the running mean per task source and agent", 0.95)
+    success_threshold: float = help_of("success: team reward from which an episode is correct", 1.0)
+
+    def __post_init__(self) -> None:
+        RewardWeights.__post_init__(self)
+        if self.credit not in RULE_NAMES:
+            raise SettingError(
+                f"credit {self.credit!r}: no such rule; {nearest(self.credit, RULE_NAMES)}"
+            )
+        for name, allowed in (
+            ("scale_rewards", ("group", "batch", "none")),
+            ("turn_clock", ("global", "own")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise SettingError(
+                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        for name, low, high in (
+            ("discount", 0, 1),
+            ("rae_decay", 0, 1),
+            ("advantage_epsilon", 0, math.inf),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise SettingError(
+                    f"{name}: expected a number from {low} to {high}, got {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True)
+class RewardedEpisodes:
+    """The episodes of a step as a credit rule reads them.
+
+    Args:
+        rewards: the team's reward by episode id, NaN where it is unknown (`team_rewards`).
+        state: of rules that remember between steps; changed in place.
+    """
+
+    episodes: Sequence[Episode]
+    rewards: Mapping[str, float]
+    state: State = field(default_factory=dict)
+
+    @property
+    def known_rewards(self) -> list[float]:
+        """The team's rewards that are numbers."""
+        return [reward for reward in self.rewards.values() if not math.isnan(reward)]
+
+    def reward_of(self, episode: Episode, agent: str, weights: RewardWeights) -> float:
+        """`agent_reward` of an agent in one of these episodes."""
+        return agent_reward(episode, agent, self.rewards[episode.id], weights)
+
+
+def team_rewards(episodes: Sequence[Episode], weights: RewardWeights) -> dict[str, float]:
+    """Weighted sum of the team's rewards by episode id.
+
+    NaN if the episode failed, if a reward is NaN, if it has none, or if it lacks one that others of
+    its group have.
+    """
+    totals: dict[str, float] = {}
+    for group in groups(episodes).values():
+        of_team = {
+            e.id: [
+                r
+                for r in e.rewards
+                if r.agent is None and r.turn is None and weights.weight(r.name)
+            ]
+            for e in group
+        }
+        expected = {
+            r.name
+            for e in group
+            if e.error is None
+            for r in of_team[e.id]
+            if not math.isnan(r.value)
+        }
+        for e in group:
+            complete = (
+                e.error is None and of_team[e.id] and expected <= {r.name for r in of_team[e.id]}
+            )
+            totals[e.id] = weighted_sum(of_team[e.id], weights) if complete else math.nan
+    return totals
+
+
+def agent_reward(episode: Episode, agent: str, team: float, weights: RewardWeights) -> float:
+    """The agent's own rewards, weighted and summed; the team's reward where it has none."""
+    own = [
+        r for r in episode.rewards if r.agent == agent and r.turn is None and weights.weight(r.name)
+    ]
+    return math.nan if episode.error is not None else weighted_sum(own, weights) if own else team
+
+
+def turn_rewards(episode: Episode, turn: Turn, weights: RewardWeights) -> list[Reward]:
+    """The rewards of this turn and sibling that have a weight."""
+    return [
+        r
+        for r in episode.rewards
+        if (r.turn, r.sibling) == (turn.index, turn.sibling) and weights.weight(r.name)
+    ]
+
+
+def weighted_sum(rewards: Iterable[Reward], weights: RewardWeights) -> float:
+    """Sum of weight x value."""
+    return sum(weights.weight(r.name) * r.value for r in rewards)
+
+
+def key_of(episode: Episode, turn: Turn) -> TurnKey:
+    """(episode id, turn index, sibling)."""
+    return (episode.id, turn.index, turn.sibling)
+
+
+def selected_turns(episode: Episode) -> list[Turn]:
+    """The turns of the episode proper: of several answers to one call, the one that was used."""
+    return [turn for turn in episode.turns if turn.taken]
+
+
+def trainable(turns: Iterable[Turn]) -> Iterator[Turn]:
+    """Turns that a policy sampled itself, without having seen the answer."""
+    return (turn for turn in turns if turn.source == "sampled" and not turn.saw_gold)
+
+
+def trainable_keys(episode: Episode, turns: Iterable[Turn]) -> list[TurnKey]:
+    """Keys of those of the turns that are `trainable`."""
+    return [key_of(episode, turn) for turn in trainable(turns)]
