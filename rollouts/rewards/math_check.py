@@ -42,7 +42,7 @@ GRACE = (
     10.0  # seconds beyond its time after which a scorer is given up, its own clock having failed
 )
 LIVES = 10**9  # seconds of CPU of a scorer; each answer has its own bound
-SCORER = Path(__file__).with_name("scorer.py")
+SCORER = Path(__file__).parents[1] / "sandbox" / "scorer.py"
 PACKAGES = {"math": "math-verify", "reasoning_gym": "reasoning-gym"}
 
 

@@ -463,7 +463,7 @@ def test_every_system_of_ours_is_marked_and_nothing_else_is() -> None:
     }
     abstract = {"marlora.agents.team:System", "marlora.agents.games.base:Game"}
     programs = {
-        f"marlora.rollouts.gateway.programs:{name}" for name in ("Program", "Function", "Command")
+        f"marlora.rollouts.gateway.programs:{name}" for name in ("ExternalProgram", "Function", "Command")
     }
     assert {name for name, marked in names.items() if marked} == set(SYSTEMS)
     assert {name for name, marked in names.items() if not marked} == abstract | programs

@@ -149,7 +149,7 @@ def test_a_system_that_raises_is_an_episode_with_the_turns_so_far() -> None:
     episode = one(Calls(["a"], body), rewards=[lambda task, episode: 1.0])
     assert episode.stop_reason == "error" and episode.output is None and episode.rewards == ()
     assert episode.error is not None and episode.error.startswith(
-        "IndexError: list index out of range (test_play.py:"
+        "IndexError: list index out of range (test_runner.py:"
     )
     assert len(episode.turns) == 1 and math.isnan(episode.reward())
 

@@ -263,7 +263,7 @@ def test_no_cage_no_score_and_plain_equality_goes_on(monkeypatch: pytest.MonkeyP
         raise SandboxError("programs of a model cannot be run on this machine: no cage")
 
     stop()
-    monkeypatch.setattr(math_check, "cage", none_holds)
+    monkeypatch.setattr(math_check, "isolation", none_holds)
     assert asyncio.run(correct(Task("t", "?", "0.5"), said("1/2"))).value == 1.0
     assert asyncio.run(correct(Task("t", "?", "42"), said("43"))).value == 0.0
     assert exact(SUM, said("42")) == 1.0

@@ -253,7 +253,7 @@ def test_where_no_cage_holds_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         cages_module, "call_filter", lambda *rights: "060000000000ff7f"
     )  # a filter that allows everything
-    monkeypatch.setattr(self_test, "Cage", lambda kind: Isolation("landlock"))
+    monkeypatch.setattr(self_test, "Isolation", lambda kind: Isolation("landlock"))
     try:
         with pytest.raises(
             SandboxError, match=r"does not hold; what came through: .*fork.*internet"

@@ -392,7 +392,7 @@ def test_a_cpu_server_whose_workers_lack_our_lora_is_refused(
             str(key_file),
         ]
     )
-    with pytest.raises(EngineError, match=r"vllm-0: its workers did not load .*vllm_cpu_lora"):
+    with pytest.raises(EngineError, match=r"vllm-0: its workers did not load .*cpu_lora"):
         VLLMServer(ServerSettings(str(model), tmp_path, policies=TEAM[:1]), progress=quiet).start()
     assert not list(tmp_path.glob("*.key"))
 

@@ -171,7 +171,7 @@ def test_what_was_mended_before_a_kill_is_not_mended_again(
 
     trainer(tmp_path / "whole", model).train()
     with monkeypatch.context() as patch:
-        patch.setattr(sirius, "imitate", lambda *_: (_ for _ in ()).throw(RunError("cut off")))
+        patch.setattr(sirius, "fit_turns", lambda *_: (_ for _ in ()).throw(RunError("cut off")))
         with pytest.raises(RunError, match="cut off"):
             trainer(tmp_path / "cut", model).train()
     shutil.copytree(tmp_path / "cut", tmp_path / "torn")
@@ -198,14 +198,14 @@ def test_an_iteration_may_begin_at_the_base(
     """Before the second iteration learns, adapters are those of the start; with `last` they are
     those of the first."""
     seen: dict[str, list[dict[str, str]]] = {}
-    imitate = sirius.imitate
+    imitate = sirius.fit_turns
 
     def spy(run: Run, *args: Any) -> Any:
         hashes = {p: b.adapters.sha256(p) for b in run.bases.values() for p in b.policies}
         seen.setdefault(run.config.output_dir, []).append(hashes)
         return imitate(run, *args)
 
-    monkeypatch.setattr(sirius, "imitate", spy)
+    monkeypatch.setattr(sirius, "fit_turns", spy)
     for begin in ("base", "last"):
         trainer(tmp_path / begin, model, max_iterations=2, start_from=begin, repair="none").train()
     base, last = seen[str(tmp_path / "base")], seen[str(tmp_path / "last")]
