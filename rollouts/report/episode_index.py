@@ -104,13 +104,13 @@ def rows(store: Store, metric: str) -> list[EpisodeRow]:
     return [episode_row(data, metric) for data in store.lines()]
 
 
-def chosen(found: Sequence[EpisodeRow], limit: int) -> list[EpisodeRow]:
+def most_telling(rows: Sequence[EpisodeRow], limit: int) -> list[EpisodeRow]:
     """The rows whose episodes tell most, most telling first; at most `limit`."""
     order: dict[str, EpisodeRow] = {
-        row.id: row for row in [r for r in found if "f" in r.marks or "u" in r.marks][: limit // 4]
+        row.id: row for row in [r for r in rows if "f" in r.marks or "u" in r.marks][: limit // 4]
     }
     labels: dict[str, list[EpisodeRow]] = defaultdict(list)
-    for row in found:
+    for row in rows:
         labels[row.label].append(row)
     ends = [
         ranked[-EACH:] + ranked[:EACH]
@@ -120,7 +120,7 @@ def chosen(found: Sequence[EpisodeRow], limit: int) -> list[EpisodeRow]:
     for several in (
         *ends,
         *(labels[name] for name in latest),
-        sorted(found, key=lambda r: zlib.crc32(r.id.encode())),
+        sorted(rows, key=lambda r: zlib.crc32(r.id.encode())),
     ):
         order |= {row.id: row for row in several if row.id not in order}
     return list(order.values())[:limit]
@@ -142,20 +142,20 @@ class EpisodeIndex:
     size: int = 0
 
     def add(
-        self, run: Path, name: str, found: Sequence[EpisodeRow], max_episodes: int = MAX_EPISODES
+        self, run: Path, name: str, rows: Sequence[EpisodeRow], max_episodes: int = MAX_EPISODES
     ) -> None:
         """A run's rows and the episodes chosen among them."""
         number, store = len(self.runs), Store(run / "episodes")
-        listed = found if len(found) <= MAX_ROWS else even(found, MAX_ROWS)
-        wanted = {row.id for row in chosen(listed, max_episodes)}
-        learned = read_learned(run / "learned.jsonl", wanted)
-        told = 0
-        for episode in store.read(id=wanted):
+        listed = rows if len(rows) <= MAX_ROWS else even(rows, MAX_ROWS)
+        ids = {row.id for row in most_telling(listed, max_episodes)}
+        learned = read_learned(run / "learned.jsonl", ids)
+        whole = 0
+        for episode in store.read(id=ids):
             if self.size < MAX_BYTES:
                 packed = self.pack(episode, learned.get(episode.id, {}))
                 self.size += len(json.dumps(packed))
                 self.episodes[f"{number}:{episode.id}"] = packed
-                told += 1
+                whole += 1
         self.rows += [
             [
                 number,
@@ -172,7 +172,7 @@ class EpisodeIndex:
             for r in listed
         ]
         self.runs.append(
-            {"name": visible(name), "episodes": len(found), "listed": len(listed), "whole": told}
+            {"name": visible(name), "episodes": len(rows), "listed": len(listed), "whole": whole}
         )
 
     def text(self, value: Any, limit: int = 8000) -> int:
@@ -206,7 +206,7 @@ class EpisodeIndex:
     ) -> dict[str, Any]:
         own = [r for r in rewards if (r.turn, r.sibling) == (turn.index, turn.sibling)]
         pieces = self.pieces(turn.policy, turn.token_ids) if turn.token_ids else None
-        found = {
+        data = {
             "i": turn.index,
             "k": turn.sibling,
             "agent": self.text(turn.agent),
@@ -219,26 +219,26 @@ class EpisodeIndex:
         }
         marks = ["not taken"] * (not turn.taken) + ["cut off"] * (turn.finish_reason == "length")
         marks += ["saw the answer"] * turn.saw_gold + [turn.source] * (turn.source != "sampled")
-        found |= {"marks": marks} if marks else {}
-        found |= {"advantage": learned["advantage"]} if "advantage" in learned else {}
+        data |= {"marks": marks} if marks else {}
+        data |= {"advantage": learned["advantage"]} if "advantage" in learned else {}
         if pieces is not None and len(pieces) == len(turn.token_ids):
-            found["tokens"] = [self.text(piece) for piece in pieces]
-            found |= (
+            data["tokens"] = [self.text(piece) for piece in pieces]
+            data |= (
                 {"logp": [short(x) for x in turn.logprobs]}
                 if len(turn.logprobs) == len(pieces)
                 else {}
             )
-            found |= (
+            data |= (
                 {"ratio": learned["ratio"]}
                 if len(learned.get("ratio") or ()) == len(pieces)
                 else {}
             )
-        return found
+        return data
 
     def reward(self, reward: Reward) -> list[Any]:
         value = reward.value if math.isfinite(reward.value) else None
-        who = f"{reward.name} of {reward.agent}" if reward.agent else reward.name
-        return [self.text(who), value, self.text(reward.text) if reward.text else None]
+        name = f"{reward.name} of {reward.agent}" if reward.agent else reward.name
+        return [self.text(name), value, self.text(reward.text) if reward.text else None]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -249,9 +249,9 @@ class EpisodeIndex:
         }
 
 
-def even(found: Sequence[EpisodeRow], limit: int) -> list[EpisodeRow]:
+def even(rows: Sequence[EpisodeRow], limit: int) -> list[EpisodeRow]:
     """Every n-th row, `limit` of them, in order."""
-    return [found[i * len(found) // limit] for i in range(limit)]
+    return [rows[i * len(rows) // limit] for i in range(limit)]
 
 
 def short(value: float) -> float | None:
@@ -263,14 +263,14 @@ def crc(ids: Iterable[int]) -> int:
     return zlib.crc32(json.dumps(list(ids)).encode())
 
 
-def read_learned(path: Path, wanted: set[str]) -> dict[str, dict[tuple[int, int], dict[str, Any]]]:
+def read_learned(path: Path, ids: set[str]) -> dict[str, dict[tuple[int, int], dict[str, Any]]]:
     """What training made of each turn: {episode: {(turn, checksum of its tokens): advantage and
     ratios}}. See `trainers/monitoring/token_log.py`."""
-    found: dict[str, dict[tuple[int, int], dict[str, Any]]] = defaultdict(dict)
+    turns: dict[str, dict[tuple[int, int], dict[str, Any]]] = defaultdict(dict)
     for data in json_lines(path):
-        if data["episode"] in wanted:
-            found[data["episode"]][data["turn"], data["ids"]] = data
-    return found
+        if data["episode"] in ids:
+            turns[data["episode"]][data["turn"], data["ids"]] = data
+    return turns
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:

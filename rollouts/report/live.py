@@ -99,10 +99,10 @@ class LiveReport:
         async with self._building:
             now = self.version()
             if self._page[0] != now:
-                made, _ = await asyncio.to_thread(
+                page, _ = await asyncio.to_thread(
                     build, self.folders, self.pieces, self.max_episodes, True
                 )
-                self._page = (now, made)
+                self._page = (now, page)
         return web.Response(
             body=self._page[1].encode(errors="replace"), content_type="text/html", charset="utf-8"
         )
@@ -116,24 +116,20 @@ class LiveReport:
         """One episode by the name the list has for it, `RUN:ID`, with its texts."""
         from aiohttp import web
 
-        number, _, wanted = request.query.get("name", "").partition(":")
+        number, _, episode_id = request.query.get("name", "").partition(":")
         if not number.isdecimal() or int(number) >= len(self.folders):
             raise web.HTTPNotFound()
-        run, gallery = (
-            self.folders[int(number)],
-            EpisodeIndex(self.pieces or (lambda policy, ids: None)),
-        )
+        run = self.folders[int(number)]
+        index = EpisodeIndex(self.pieces or (lambda policy, ids: None))
 
-        def find() -> dict[str, object] | None:
-            learned = read_learned(run / "learned.jsonl", {wanted}).get(wanted, {})
-            found = next(iter(Store(run / "episodes").read(id=wanted)), None)
-            return (
-                None
-                if found is None
-                else {"episode": gallery.pack(found, learned), "strings": list(gallery.strings)}
-            )
+        def read() -> dict[str, object] | None:
+            learned = read_learned(run / "learned.jsonl", {episode_id}).get(episode_id, {})
+            episode = next(iter(Store(run / "episodes").read(id=episode_id)), None)
+            if episode is None:
+                return None
+            return {"episode": index.pack(episode, learned), "strings": list(index.strings)}
 
-        found = await asyncio.to_thread(find)
-        if found is None:
+        data = await asyncio.to_thread(read)
+        if data is None:
             raise web.HTTPNotFound()
-        return web.json_response(found)
+        return web.json_response(data)

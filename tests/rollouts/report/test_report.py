@@ -21,10 +21,11 @@ from marlora.agents.types import Message, Reward, SettingError, Task, Turn
 from marlora.rollouts.episodes.codec import pack
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.report.charts import Line, chart
-from marlora.rollouts.report.episode_index import EpisodeIndex, chosen, crc, episode_row, even
+from marlora.rollouts.report.episode_index import EpisodeIndex, crc, episode_row, even, most_telling
 from marlora.rollouts.report.html import number, text, visible
-from marlora.rollouts.report.report import RunData, write_report
-from marlora.rollouts.report.sections import more
+from marlora.rollouts.report.report import write_report
+from marlora.rollouts.report.run_data import RunData
+from marlora.rollouts.report.tables import any_value
 from marlora.rollouts.types import Episode
 
 EVIL = (
@@ -385,14 +386,14 @@ def test_a_large_run_is_sampled_and_says_so(run: Path) -> None:
     with Store(run / "episodes") as store:
         store.append(failed)
         rows = [episode_row(pack(e), "correct") for e in store]
-    kept = chosen(rows, 12)
+    kept = most_telling(rows, 12)
     assert (
         len(kept) == 12 == len({row.id for row in kept})
         and kept[0].id == failed.id
         and kept[0].marks == "fc"
     )
     assert {row.label for row in kept} >= {"train-000001", "train-000002"}
-    assert chosen(rows, 100) and len(chosen(rows, 100)) == 40
+    assert most_telling(rows, 100) and len(most_telling(rows, 100)) == 40
     assert [rows.index(row) for row in even(rows, 4)] == [0, 10, 20, 30]
     path = write_report(run, max_episodes=12)
     (data,) = re.findall(r'id="data">(.*?)</script>', path.read_text(), re.DOTALL)
@@ -576,14 +577,18 @@ def test_a_child_has_a_row_and_no_part_in_the_curves(run: Path) -> None:
 
 def test_what_a_method_adds_is_shown_whatever_its_shape() -> None:
     assert (
-        more({"a": {"x": {"hits": 3, "<i>": 0.5}}}).count("hits <b>3</b> · &lt;i&gt; <b>0.5</b>")
+        any_value({"a": {"x": {"hits": 3, "<i>": 0.5}}}).count(
+            "hits <b>3</b> · &lt;i&gt; <b>0.5</b>"
+        )
         == 1
     )
-    assert "<td>0.5</td>" in more({"a": 0.5}) and '<th scope="col">x</th>' in more([{"x": 1}])
+    assert "<td>0.5</td>" in any_value({"a": 0.5}) and '<th scope="col">x</th>' in any_value(
+        [{"x": 1}]
+    )
     assert (
-        more({}) == more(None) == ""
-        and more([1, 2]) == "<p>1, 2</p>"
-        and "&lt;b&gt;" in more({"<b>": "<b>"})
+        any_value({}) == any_value(None) == ""
+        and any_value([1, 2]) == "<p>1, 2</p>"
+        and "&lt;b&gt;" in any_value({"<b>": "<b>"})
     )
 
 

@@ -1,0 +1,111 @@
+"""Head of the report: did training help, which episodes to read, and the facts of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from .episode_index import EpisodeRow
+from .html import number, text
+from .run_data import RunData
+
+UNFINISHED = (
+    '<p class="note">This run did not end, or has not yet: what follows is as far as it came.</p>'
+)
+
+
+def verdict(run: RunData, n: int) -> str:
+    """Whether training helped in a sentence, which adapter does, and three episodes to read; `n`
+    numbers the run in links."""
+    summary = run.summary
+    lines = [UNFINISHED] if summary.get("unfinished") else []
+    accuracies = summary.get("eval") or {}
+    before, after, paired = (accuracies.get(key) for key in ("before", "after", "paired"))
+    if not (before and after and paired):
+        return "".join(lines)
+    low, high = paired["ci95"]
+    effect = (
+        "Training helped"
+        if low > 0
+        else "Training hurt"
+        if high < 0
+        else "No effect of training is shown"
+    )
+    sentence = (
+        f"{effect}{' so far' if lines else ''}: {before['accuracy']:.3f} → {after['accuracy']:.3f}"
+        f" on {after['num_tasks']} held-out tasks"
+    )
+    lines.append(
+        f'<p class="verdict {"good" if low > 0 else "bad" if high < 0 else ""}"><b>{sentence}</b>'
+        f" {change(paired)}.</p>"
+    )
+    alone = []
+    for name, entry in (summary.get("adapters") or {}).items():
+        low, high = entry["paired"]["ci95"]
+        does = "helps" if low > 0 else "hurts" if high < 0 else "shows no effect"
+        alone.append(f"<b>{text(name)}</b> alone {does} {change(entry['paired'])}")
+    lines += [f"<p>By adapter: {'; '.join(alone)}.</p>"] if alone else []
+    links = " · ".join(
+        f'<a href="#e={n}:{quote(row.id)}">{what}</a>' for what, row in examples(run.episodes)
+    )
+    return "".join(lines) + (f"<p>Read: {links}</p>" if links else "")
+
+
+def change(paired: Mapping[str, Any]) -> str:
+    """A paired difference with its interval, in brackets."""
+    low, high = paired["ci95"]
+    counts = (
+        f", {paired['gained']} tasks gained, {paired['lost']} lost" if "gained" in paired else ""
+    )
+    return f"({paired['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}{counts})"
+
+
+def examples(rows: Sequence[EpisodeRow]) -> list[tuple[str, EpisodeRow]]:
+    """Up to three episodes of the last evaluation of the whole team: one that training mended, one
+    that it broke, one that is still wrong."""
+    labels = list(dict.fromkeys(r.label for r in rows if r.evaluates_team))
+    if len(labels) < 2:
+        return []
+    before = {r.task: r.worth or 0.0 for r in rows if r.label == labels[0]}
+    after = [
+        (r, (r.worth or 0.0) - before[r.task])
+        for r in rows
+        if r.label == labels[-1] and r.task in before
+    ]
+    best = max((row.worth or 0.0 for row, _ in after), default=0.0)
+    kinds = (
+        ("an episode that training mended", [r for r, gain in after if gain > 0]),
+        ("one that it broke", [r for r, gain in after if gain < 0]),
+        ("one that still fails", [r for r, gain in after if gain == 0 and (r.worth or 0.0) < best]),
+    )
+    return [(what, episodes[0]) for what, episodes in kinds if episodes]
+
+
+def facts(run: RunData) -> str:
+    """A definition list of the run's model, system, tasks, steps, seconds and tokens."""
+    summary, config = run.summary, run.config
+    seconds, tokens = summary.get("seconds") or {}, summary.get("tokens") or {}
+    steps = (
+        f"{len(run.metrics)} of {config.get('max_steps', '?')}"
+        if summary.get("unfinished")
+        else number(summary.get("steps"))
+    )
+    parts = text(
+        ", ".join(
+            f"{name} {number(round(s))}" for name, s in seconds.items() if name != "total" and s
+        )
+    )
+    total = seconds.get("total")
+    items = (
+        ("model", text(config.get("model", ""))),
+        ("system", text(str((config.get("system") or {}).get("class", "")).rpartition(":")[2])),
+        ("tasks", text(config.get("tasks", ""))),
+        ("engine", text(summary.get("engine") or config.get("engine", ""))),
+        ("steps", steps),
+        ("credit", text(str(config.get("credit", "")))),
+        ("seconds", f"{number(round(total))} ({parts})" if total else parts),
+        ("tokens", ", ".join(f"{number(count)} {text(name)}" for name, count in tokens.items())),
+    )
+    shown = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in items if value)
+    return f"<dl>{shown}</dl>"
