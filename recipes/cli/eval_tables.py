@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from marlora.recipes.launch.tables import interval, table
+from marlora.recipes.launch.tables import table
 from marlora.rollouts.evaluation.rounds import transition_rows
+from marlora.rollouts.report.sections import interval
 
 WIDTH = 140  # of the plain text: contestants have long names
 Table = tuple[str, tuple[str, ...], list[list[str]]]  # title, columns, rows

@@ -18,8 +18,8 @@ from typing import Any
 from marlora.agents.types import SettingError
 from marlora.recipes.cli.eval_tables import row_of
 from marlora.recipes.cli.team import say
-from marlora.recipes.launch.tables import accuracy_rows
 from marlora.rollouts.checkpoints.reader import read_checkpoint
+from marlora.rollouts.report.sections import accuracy_rows
 
 LEFT_OUT = (
     "trainer",

@@ -56,6 +56,38 @@ def rounds_section(transitions: Mapping[str, Mapping[str, Any]]) -> ReportSectio
     return table_section("Rounds: accuracy and changes in sampled debates, held out", columns, rows)
 
 
+def accuracy_section(
+    title: str, entries: Mapping[str, Mapping[str, Any]], measured: str = "held-out accuracy"
+) -> ReportSection:
+    """Accuracies by name, each with its interval and its difference to the first: `entries` are
+    summaries of evaluations, with `paired` where they are compared. `measured` heads the names."""
+    columns = (measured, "mean", "95 % interval", "tasks", "against base", "95 % interval (paired)")
+    return table_section(title, columns, accuracy_rows(entries))
+
+
+def accuracy_rows(entries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Rows (name, accuracy, 95 % interval, tasks, difference to the first, its interval)."""
+    rows = []
+    for name, entry in entries.items():
+        row = [name, f"{entry['accuracy']:.3f}", interval(entry["ci95"]), str(entry["num_tasks"])]
+        paired = entry.get("paired")
+        if paired:
+            low, high = paired["ci95"]
+            row += [f"{paired['difference']:+.3f}", f"{low:+.3f} .. {high:+.3f}"]
+        else:
+            row += ["", ""]
+        rows.append(row)
+    return rows
+
+
+def interval(ends: Sequence[float]) -> str:
+    """An interval as text; with signs if it reaches below zero."""
+    low, high = ends[0], ends[1]
+    if min(low, high) < 0:
+        return f"{low:+.3f} .. {high:+.3f}"
+    return f"{low:.3f} .. {high:.3f}"
+
+
 def table_section(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text: str = ""
 ) -> ReportSection:

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from marlora.recipes.launch.tables import stages_table, summary_table
-from marlora.trainers.methods.reward_model.calibration import ScoredAnswer, calibration
+from marlora.recipes.launch.tables import section_text, summary_table
+from marlora.rollouts.report.sections import accuracy_section, rounds_section, stored
+from marlora.trainers.methods.imitation.diversity import diversity_section
+from marlora.trainers.methods.policy_gradient.flowreasoner import stages_section
+from marlora.trainers.methods.reward_model.calibration import ScoredAnswer, calibration, calibration_section
 
 SUMMARY: dict[str, Any] = {
     "recipe": "maporl",
@@ -31,14 +34,20 @@ def test_a_run_without_rounds_shows_none():
 def test_rounds_and_changes():
     changes = [{"right_right": 6, "right_wrong": 1, "wrong_right": 2, "wrong_wrong": 1}]
     entry = {"answers": [10, 10], "accuracy": [0.7, 0.8], "gain": 0.1, "changes": changes}
-    told = summary_table({**SUMMARY, "collaboration": {"before": entry}}, "runs/x")
+    told = summary_table({**SUMMARY, **stored(rounds_section({"before": entry}))}, "runs/x")
     for each in ("round 2", "0.800", "+0.100", "2 of 3", "1 of 7"):
         assert each in told
 
 
+def test_a_finished_run_of_0_1_shows_its_rounds_too():
+    changes = [{"right_right": 6, "right_wrong": 1, "wrong_right": 2, "wrong_wrong": 1}]
+    entry = {"answers": [10, 10], "accuracy": [0.7, 0.8], "gain": 0.1, "changes": changes}
+    assert "2 of 3" in summary_table({**SUMMARY, "collaboration": {"before": entry}}, "runs/x")
+
+
 def test_calibration():
     found = calibration([ScoredAnswer("a", 0.95, True), ScoredAnswer("a", 0.15, False)])
-    told = summary_table({**SUMMARY, "verifier": {"calibration": found}}, "runs/x")
+    told = summary_table({**SUMMARY, **stored(calibration_section(found))}, "runs/x")
     for each in ("0.9 .. 1.0", "0.950", "ECE 0.100", "a constant: 0.250", "ranked 1.000"):
         assert each in told
 
@@ -53,13 +62,10 @@ def test_sampled_debates_and_their_diversity():
         "critics": {"cross_nll": 0.25, "kl": 0.125},
     }
     diversity = {"before": {"consensus": 0.8}, "after": {"consensus": 0.9, **apart}}
-    sampled = {
-        "before": before,
-        "after": after,
-        "paired": {"difference": 0.05, "ci95": [0.01, 0.09]},
-        "diversity": diversity,
-    }
-    told = summary_table({**SUMMARY, "sampled": sampled}, "runs/x")
+    paired = {"difference": 0.05, "ci95": [0.01, 0.09]}
+    accuracy = accuracy_section("sampled", {"before": before, "after": {**after, "paired": paired}})
+    sections = stored(accuracy, diversity_section(diversity))
+    told = summary_table({**SUMMARY, **sections}, "runs/x")
     for each in (
         "0.750",
         "+0.050",
@@ -96,7 +102,8 @@ def test_the_stages_of_flowreasoner() -> None:
         "invalid": {"name": 0.25, "syntax": 0.125},
         "exact": 0.4,
     }
-    told = stages_table({"base": base, "rl": {**base, "performance": 1.0, "invalid": {}}})
+    stages = {"base": base, "rl": {**base, "performance": 1.0, "invalid": {}}}
+    told = section_text(stages_section(stages))
     assert [
         cell in told
         for cell in ("-0.125", "0.375", "1.000", "0.000", "base", "rl", "cannot be run")

@@ -15,9 +15,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
+from typing import Any
 
 from ....agents.text.answers import same, vote
 from ....agents.types import BASE, SettingError
+from ....rollouts.report.sections import ReportSection, table_section
 from ....rollouts.types import Episode
 from ...batching.samples import TrainingSequence
 from ...loop.run import Run
@@ -121,3 +123,18 @@ def embedding_distance(
         for end, texts in zip(ends, spoken, strict=True)
     ]
     return math.fsum(found) / len(found)
+
+
+def diversity_section(measured: Mapping[str, Mapping[str, Any]]) -> ReportSection:
+    """How different the members of a debate are, by when it was measured, as a table."""
+    sides = [(side, name) for side in ("generators", "critics") for name in ("cross_nll", "kl")]
+    heads = (f"{side}: {name.replace('_', ' ')}" for side, name in sides)
+    rows = []
+    for when, entry in measured.items():
+        numbers = [entry["consensus"], *(entry.get(side, {}).get(name) for side, name in sides)]
+        rows.append([when, *("" if value is None else f"{value:.3f}" for value in numbers)])
+    return table_section(
+        "sampled debates, held out: nats per token, and the share that agrees with the majority",
+        ("diversity", "consensus", *heads),
+        rows,
+    )

@@ -37,12 +37,13 @@ from ....agents.text.answers import same, vote
 from ....agents.types import SettingError, Turn
 from ....rollouts.evaluation.accuracy import evaluation
 from ....rollouts.evaluation.statistics import paired
+from ....rollouts.report.sections import accuracy_section, stored
 from ....rollouts.types import Episode, TurnKey
 from ...batching.samples import samples
 from ...config import RunConfig
 from ...credit.filtering import Rule, SelectionConfig
 from ...trainer import Trainer
-from .diversity import consensus, divergence, embedding_distance, nll_table
+from .diversity import consensus, divergence, diversity_section, embedding_distance, nll_table
 from .imitation import ImitationConfig, IterationConfig, fit_turns, reset_adapters
 from .sft import selected
 
@@ -176,7 +177,16 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
             "before": self.diversity(before, "base"),
             "after": self.diversity(after),
         }
-        return {"sampled": found, **self.contributions()}
+        accuracy = accuracy_section(
+            "accuracy of the majority as the team plays in training",
+            {
+                "base team": found["before"],
+                "trained team": {**found["after"], "paired": found["paired"]},
+            },
+            "sampled, held out",
+        )
+        sections = stored(accuracy, diversity_section(found["diversity"]))
+        return {"sampled": found, **sections, **self.contributions()}
 
 
 def transcripts(episode: Episode, seats: Seats) -> list[Episode]:

@@ -38,6 +38,7 @@ from ....agents.programs.workflow import SOURCE
 from ....agents.settings import help_of
 from ....agents.text.templates import view
 from ....agents.types import Reward, SettingError, Turn, nearest
+from ....rollouts.report.sections import ReportSection, stored, table_section
 from ....rollouts.rewards.builtin import workflow
 from ....rollouts.types import Episode, groups
 from ...credit.filtering import SelectionConfig
@@ -184,7 +185,7 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
                     run.metric: sum(v for v in values if v == v) / len(values),
                 }
                 run.progress.say(f"sampled, {name}: {found[name]}")
-        return {"stages": found, **self.contributions()}
+        return {"stages": found, **stored(stages_section(found)), **self.contributions()}
 
     def stored(self, label: str) -> list[Episode]:
         """The episodes of an evaluation of this run, a resumed one too; on rank 0."""
@@ -193,6 +194,23 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
             if self.run.ranks.main
             else []
         )
+
+
+def stages_section(stages: Mapping[str, Mapping[str, Any]]) -> ReportSection:
+    """What sampled trajectories of held-out tasks are worth as the base, after the warm-up and at
+    the end, as a table."""
+    first: Mapping[str, Any] = next(iter(stages.values()), {})
+    names = [name for name in first if name != "invalid"]
+    rows = [
+        [
+            stage,
+            *("-" if numbers[name] is None else f"{numbers[name]:.3f}" for name in names),
+            f"{sum(numbers['invalid'].values()):.3f}",
+        ]
+        for stage, numbers in stages.items()
+    ]
+    columns = ("stage", *names, "cannot be run")
+    return table_section("sampled trajectories, held out", columns, rows)
 
 
 # trajectories

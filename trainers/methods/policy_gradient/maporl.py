@@ -34,8 +34,9 @@ from ....agents.settings import help_of
 from ....agents.tools.verifiers import resolve_verifier
 from ....agents.types import SettingError, Turn
 from ....rollouts.evaluation.rounds import answers_by_round, transitions
+from ....rollouts.report.sections import rounds_section, stored
 from ....rollouts.types import Episode, TurnKey
-from ...credit.reward_shaping import HORIZONS, SHARES, SIGNS, Table, influence, invalid, shaping
+from ...credit.reward_shaping import (HORIZONS, SHARES, SIGNS, Table, influence, invalid, shaping)
 from ...trainer import Trainer
 from ...update.scalar_heads import HeadSpec
 from .critics import critics
@@ -283,4 +284,4 @@ class MAPoRLTrainer(Trainer[MAPoRLConfig]):
                 f"sampled-{name}", run.eval_tasks, self.args.num_eval_samples, versions
             )
             found[name] = transitions(played, self.system.member_of)
-        return {**super().report(), "collaboration": found}
+        return {**super().report(), "collaboration": found, **stored(rounds_section(found))}

@@ -3,10 +3,12 @@ Python."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 from typing import Any
+
+from ....rollouts.report.sections import ReportSection, table_section
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,24 @@ def _mean(values: Sequence[float]) -> float:
 
 def _split(judged: Sequence[ScoredAnswer]) -> tuple[list[ScoredAnswer], list[ScoredAnswer]]:
     return [j for j in judged if j.right], [j for j in judged if not j.right]
+
+
+def calibration_section(numbers: Mapping[str, Any]) -> ReportSection:
+    """`calibration` as a table of its bins, for the terminal and the report."""
+    rows = [
+        [
+            f"{b['low']:.1f} .. {b['high']:.1f}",
+            str(b["num"]),
+            f"{b['score']:.3f}",
+            f"{b['right']:.3f}",
+        ]
+        for b in numbers["bins"]
+    ]
+    ranked = "" if numbers["ranked"] is None else f", ranked {numbers['ranked']:.3f}"
+    text = (
+        f"accuracy {numbers['accuracy']:.3f} of {numbers['num']} answers, {numbers['right']:.3f} of"
+        f" them right; ECE {numbers['ece']:.3f}, Brier {numbers['brier']:.3f} (a constant:"
+        f" {numbers['brier_constant']:.3f}){ranked}"
+    )
+    columns = ("score", "answers", "mean score", "right")
+    return table_section("verifier, on held-out answers", columns, rows, text)

@@ -36,9 +36,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ....agents.lookup import trusted
 from ....agents.seeds import derive_seed
 from ....agents.settings import help_of
-from ....agents.types import AdapterSpec, Message, SettingError, Task, from_json, to_json
+from ....agents.types import (AdapterSpec, Message, SettingError, Task, from_json, to_json)
 from ....rollouts.files import files_sha256
 from ....rollouts.renderer import ChatRenderer
+from ....rollouts.report.sections import stored
 from ....rollouts.types import Episode
 from ... import checkpoint as ckpt
 from ...batching.batches import pack
@@ -48,10 +49,10 @@ from ...errors import RunError
 from ...model.local_models import local_model
 from ...trainer import Trainer
 from ...update.learner import LearnerBase, load_base
-from ...update.losses import Stats
+from ...update.losses.statistics import Stats
 from ...update.minibatches import minibatches
 from ...update.scalar_heads import HeadSpec, ScalarHead, Targets, after
-from .calibration import ScoredAnswer, calibration
+from .calibration import ScoredAnswer, calibration, calibration_section
 
 NAME, CARD = "verifier", "verifier.json"
 
@@ -263,7 +264,8 @@ class VerifierTrainer(Trainer[VerifierConfig]):
                 "folder": str(run.config.folder / NAME),
                 "sha256": head.sha256(),
                 "calibration": found,
-            }
+            },
+            **stored(calibration_section(found)),
         }
 
     def _readings(self, answers: Sequence[Answer]) -> list[TrainingSequence]:
