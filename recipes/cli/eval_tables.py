@@ -9,7 +9,7 @@ from marlora.recipes.launch.tables import table
 from marlora.rollouts.evaluation.rounds import transition_rows
 from marlora.rollouts.report.sections import interval
 
-WIDTH = 140  # of the plain text: contestants have long names
+WIDTH = 140  # of the plain text: variants have long names
 Table = tuple[str, tuple[str, ...], list[list[str]]]  # title, columns, rows
 
 
@@ -45,24 +45,24 @@ def row_of(cells: Sequence[str]) -> str:
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """Every table that has something to say, by task set."""
-    for name, found in result["sets"].items():
-        yield accuracies(result["metric"], name, found)
-        for made in (
-            between(found),
-            parts(found),
-            costs(found),
-            over_samples(found),
-            *crossed(found),
-            rounds(found),
-            seeds(found),
+    for name, measured in result["sets"].items():
+        yield accuracies(result["metric"], name, measured)
+        for entry in (
+            between(measured),
+            parts(measured),
+            costs(measured),
+            over_samples(measured),
+            *crossed(measured),
+            rounds(measured),
+            seeds(measured),
         ):
-            if made[2]:
-                yield made
+            if entry[2]:
+                yield entry
 
 
-def accuracies(metric: str, name: str, found: Mapping[str, Any]) -> Table:
+def accuracies(metric: str, name: str, measured: Mapping[str, Any]) -> Table:
     against = {
-        row["to"]: row for row in reversed(found["comparisons"])
+        row["to"]: row for row in reversed(measured["comparisons"])
     }  # the first one of a name is the base's
     columns = (
         metric,
@@ -74,38 +74,38 @@ def accuracies(metric: str, name: str, found: Mapping[str, Any]) -> Table:
         "p (Holm)",
     )
     rows = []
-    for contestant, row in found["contestants"].items():
-        change = against.get(contestant)
-        told = (
+    for variant, row in measured["contestants"].items():
+        change = against.get(variant)
+        change_cells = (
             [signed(change["difference"]), interval(change["ci95"]), p_value(change["p_holm"])]
             if change
             else ["", "", ""]
         )
         rows.append(
             [
-                contestant,
+                variant,
                 f"{row['accuracy']:.3f}",
                 interval(row["ci95"]),
                 str(row["num_tasks"]),
-                *told,
+                *change_cells,
             ]
         )
     rows += [
         [f"{other} (= {first})", "", "", "", "", "", ""]
-        for other, first in found["same_as"].items()
+        for other, first in measured["same_as"].items()
     ]
     drawn = (
-        f", {found['samples']} samples x {len(found['seeds'])} seeds"
-        if found["samples"] * len(found["seeds"]) > 1
+        f", {measured['samples']} samples x {len(measured['seeds'])} seeds"
+        if measured["samples"] * len(measured["seeds"]) > 1
         else ""
     )
-    return f"{name}: {found['tasks']} tasks{drawn}", columns, rows
+    return f"{name}: {measured['tasks']} tasks{drawn}", columns, rows
 
 
-def between(found: Mapping[str, Any]) -> Table:
+def between(measured: Mapping[str, Any]) -> Table:
     """Trained teams against one another."""
     columns = ("paired", "difference", "95 % interval", "gained", "lost", "p", "p (Holm)")
-    base = found["comparisons"][0]["from"] if found["comparisons"] else ""
+    base = measured["comparisons"][0]["from"] if measured["comparisons"] else ""
     rows = [
         [
             f"{row['to']} - {row['from']}",
@@ -116,24 +116,24 @@ def between(found: Mapping[str, Any]) -> Table:
             p_value(row["p"]),
             p_value(row["p_holm"]),
         ]
-        for row in found["comparisons"]
+        for row in measured["comparisons"]
         if row["from"] != base
     ]
     return "Trained teams against each other", columns, rows
 
 
-def parts(found: Mapping[str, Any]) -> Table:
+def parts(measured: Mapping[str, Any]) -> Table:
     """Means of all rewards, where there are several."""
-    contestants = found["contestants"]
-    names = list(dict.fromkeys(name for row in contestants.values() for name in row["rewards"]))
+    variants = measured["contestants"]
+    names = list(dict.fromkeys(name for row in variants.values() for name in row["rewards"]))
     rows = [
         [each, *(number(row["rewards"].get(name)) for name in names)]
-        for each, row in contestants.items()
+        for each, row in variants.items()
     ]
     return "Reward parts", ("mean", *names), rows if len(names) > 1 else []
 
 
-def costs(found: Mapping[str, Any]) -> Table:
+def costs(measured: Mapping[str, Any]) -> Table:
     columns = (
         "per task",
         "calls",
@@ -146,7 +146,7 @@ def costs(found: Mapping[str, Any]) -> Table:
         "different answers",
     )
     rows = []
-    for contestant, row in found["contestants"].items():
+    for variant, row in measured["contestants"].items():
         cost, seconds = row["cost"], row["cost"]["seconds"]
         counts = [f"{cost[key]:.1f}" for key in ("calls", "prompt_tokens", "sampled_tokens")]
         shares = [
@@ -155,7 +155,7 @@ def costs(found: Mapping[str, Any]) -> Table:
         ]
         rows.append(
             [
-                contestant,
+                variant,
                 *counts,
                 f"{seconds['mean']:.2f}",
                 f"{seconds['p95']:.2f}",
@@ -166,13 +166,13 @@ def costs(found: Mapping[str, Any]) -> Table:
     return "Cost, agreement, diversity", columns, rows
 
 
-def over_samples(found: Mapping[str, Any]) -> Table:
-    rows, ks = [], list(next(iter(found["contestants"].values())).get("pass_at", {}))
-    for contestant, row in found["contestants"].items():
+def over_samples(measured: Mapping[str, Any]) -> Table:
+    rows, ks = [], list(next(iter(measured["contestants"].values())).get("pass_at", {}))
+    for variant, row in measured["contestants"].items():
         if ks:
             rows.append(
                 [
-                    contestant,
+                    variant,
                     *(f"{row['pass_at'][k]:.3f}" for k in ks),
                     *(f"{row['majority_at'][k]:.3f}" for k in ks[1:]),
                 ]
@@ -184,36 +184,38 @@ def over_samples(found: Mapping[str, Any]) -> Table:
     )
 
 
-def crossed(found: Mapping[str, Any]) -> list[Table]:
-    made = []
-    for policy, matrix in found["cross_play"].items():
+def crossed(measured: Mapping[str, Any]) -> list[Table]:
+    matrices = []
+    for policy, matrix in measured["cross_play"].items():
         marks = list(matrix)
         rows = [
             [f"{policy} of {mark}", *(f"{matrix[mark][other]:.3f}" for other in marks)]
             for mark in marks
         ]
-        made.append(
+        matrices.append(
             (f"Cross-play of {policy}", ("", *(f"others of {mark}" for mark in marks)), rows)
         )
-    return made
+    return matrices
 
 
-def rounds(found: Mapping[str, Any]) -> Table:
-    spoken = {
-        name: row["transitions"] for name, row in found["contestants"].items() if row["transitions"]
+def rounds(measured: Mapping[str, Any]) -> Table:
+    transitions = {
+        name: row["transitions"]
+        for name, row in measured["contestants"].items()
+        if row["transitions"]
     }
-    head, rows = transition_rows(spoken)
+    head, rows = transition_rows(transitions)
     return "Answers from round to round", tuple(head), rows
 
 
-def seeds(found: Mapping[str, Any]) -> Table:
-    if len(found["seeds"]) < 2:
+def seeds(measured: Mapping[str, Any]) -> Table:
+    if len(measured["seeds"]) < 2:
         return "", (), []
     rows = [
         [name, *(f"{value:.3f}" for value in row["by_seed"].values())]
-        for name, row in found["contestants"].items()
+        for name, row in measured["contestants"].items()
     ]
-    return "By seed", ("", *(f"seed {seed}" for seed in found["seeds"])), rows
+    return "By seed", ("", *(f"seed {seed}" for seed in measured["seeds"])), rows
 
 
 def signed(value: float) -> str:

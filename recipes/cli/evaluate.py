@@ -1,9 +1,12 @@
 """`marlora eval`: checkpoints against the base, against each other and rung by rung, with intervals
 and paired tests.
 
-    marlora eval RUN/checkpoints/step-000004                          # base team and trained team
-    marlora eval A/checkpoints/step-000004 B/checkpoints/step-000020  # the ladder, and the two against each other
-    marlora eval CHECKPOINT --ladder --ablate --samples 8             # every rung and adapter, pass@k and majority@k
+    # base team and trained team
+    marlora eval RUN/checkpoints/step-000004
+    # the ladder, and the two against each other
+    marlora eval A/checkpoints/step-000004 B/checkpoints/step-000020
+    # every rung and adapter, pass@k and majority@k
+    marlora eval CHECKPOINT --ladder --ablate --samples 8
 
 Every finished episode is kept in `--output`, so that a suite that was stopped goes on where it was.
 """
@@ -59,66 +62,60 @@ from marlora.trainers.monitoring.progress import Progress
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """Arguments of `marlora eval`."""
     add_team(parser, several=True)
-    what = parser.add_argument_group("what is measured")
-    what.add_argument(
+    _add_measured(parser.add_argument_group("what is measured"))
+    _add_output(parser.add_argument_group("output"))
+
+
+def _add_measured(group: argparse._ArgumentGroup) -> None:
+    def flag(name: str, help: str) -> None:
+        group.add_argument(name, action="store_true", help=help)
+
+    group.add_argument(
         "--tasks",
         nargs="+",
         default=[""],
         help="other task sets, one table each; default is the checkpoint's held-out tasks",
     )
-    what.add_argument("--num_tasks", type=int, default=None, help="at most so many of each set")
-    what.add_argument(
+    group.add_argument("--num_tasks", type=int, default=None, help="at most so many of each set")
+    flag(
         "--ladder",
-        action="store_true",
-        help=(
-            "also the rungs below: single agent, team without prompts, base team, prompt-only team;"
-            " always of several checkpoints"
-        ),
+        "also the rungs below: single agent, team without prompts, base team, prompt-only team;"
+        " always of several checkpoints",
     )
-    what.add_argument(
-        "--ablate", action="store_true", help="also each adapter alone, and all but each"
-    )
-    what.add_argument(
-        "--cross",
-        action="store_true",
-        help="also teams of agents from two checkpoints: the cross-play matrix",
-    )
-    what.add_argument(
-        "--sampled", action="store_true", help="at the run's temperature instead of 0"
-    )
-    what.add_argument(
+    flag("--ablate", "also each adapter alone, and all but each")
+    flag("--cross", "also teams of agents from two checkpoints: the cross-play matrix")
+    flag("--sampled", "at the run's temperature instead of 0")
+    group.add_argument(
         "--samples",
         type=int,
         default=1,
         help="samples of each task, for pass@k and majority@k; sampled",
     )
-    what.add_argument(
+    group.add_argument(
         "--seeds",
         type=int,
         nargs="+",
         default=None,
         help="several seeds instead of --seed; sampled",
     )
-    what.add_argument(
+    group.add_argument(
         "--trained_on",
         nargs="+",
         default=[],
         metavar="FOLDER",
         help="more runs or stores whose tasks may not be evaluated on",
     )
-    what.add_argument(
-        "--allow_trained_tasks",
-        action="store_true",
-        help="evaluate on tasks that were trained on all the same",
-    )
-    out = parser.add_argument_group("output")
-    out.add_argument(
+    flag("--allow_trained_tasks", "evaluate on tasks that were trained on all the same")
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--output",
         default="",
         help="folder of episodes, eval.json and eval.md; default is eval/ in the first run",
     )
-    out.add_argument("--json", default="", help="write the numbers here too")
-    out.add_argument("--markdown", default="", help="write the tables here too")
+    group.add_argument("--json", default="", help="write the numbers here too")
+    group.add_argument("--markdown", default="", help="write the tables here too")
 
 
 def cmd_eval(args: argparse.Namespace) -> None:
@@ -166,7 +163,7 @@ def marks_of(checkpoints: Sequence[str]) -> list[str]:
 
 
 async def evaluate_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Open every checkpoint, on one engine where they share a base, and measure all contestants on
+    """Open every checkpoint, on one engine where they share a base, and measure all variants on
     all task sets."""
     marks = marks_of(args.checkpoint)
     data = [read_checkpoint(Path(name)) for name in args.checkpoint]
@@ -213,8 +210,8 @@ def tasks_for(args: argparse.Namespace, teams: Mapping[str, LoadedTeam], name: s
         asked, where = trained_on(Path(checkpoint), team, args.trained_on)
         if not where:
             say(
-                f"warning: {mark} does not say what it was trained on, so nobody knows whether"
-                " these tasks are new to it"
+                f"warning: {mark} does not say what it was trained on, so these tasks may not be"
+                " new to it"
             )
         known = seen(tasks, set(asked), {prompt_hash(prompt) for prompt in asked.values()})
         if known and not args.allow_trained_tasks:
@@ -229,61 +226,64 @@ def tasks_for(args: argparse.Namespace, teams: Mapping[str, LoadedTeam], name: s
 async def one_set(
     args: argparse.Namespace, teams: Mapping[str, LoadedTeam], tasks: Sequence[Task], folder: Path
 ) -> dict[str, Any]:
-    """All contestants on one task set: their rows, the comparisons and the cross-play matrices."""
+    """All variants on one task set: their rows, the comparisons and the cross-play matrices."""
     metric = next(iter(teams.values())).metric
     plan = Plan(
         tuple(tasks), metric, tuple(args.seeds or [args.seed]), args.samples, not args.sampled
     )
-    wanted: list[Variant] = []
+    requested: list[Variant] = []
     trained: list[str] = []
     rungs = {
         mark: ladder(team) if args.ladder or len(teams) > 1 else [base_team(team)]
         for mark, team in teams.items()
     }
-    wanted += below(rungs, plan)
+    requested += below(rungs, plan)
     for mark, team in teams.items():
         prefix, versions = f"{mark}: " if len(teams) > 1 else "", chosen(team, args.adapters)
-        wanted += ablations(team, versions, prefix) if args.ablate else []
+        requested += ablations(team, versions, prefix) if args.ablate else []
         if versions:
-            wanted.append(trained_team(team, versions, prefix))
-            trained.append(wanted[-1].name)
+            requested.append(trained_team(team, versions, prefix))
+            trained.append(requested[-1].name)
     crossed = cross_play(teams) if args.cross else []
-    wanted += [each for *_, each in crossed]
-    kept, same = distinct(wanted, plan.seeds[0], plan.greedy)
+    requested += [each for *_, each in crossed]
+    variants, same = distinct(requested, plan.seeds[0], plan.greedy)
     progress = Progress()
     progress.start(0, 0)
     try:
-        found = await suite(
-            kept, plan, folder, lambda name, total, done: bar(progress, name, total, done, metric)
+        measured = await suite(
+            variants,
+            plan,
+            folder,
+            lambda name, total, done: bar(progress, name, total, done, metric),
         )
     finally:
         progress.close()
-    found |= {name: found[first] for name, first in same.items()}
+    measured |= {name: measured[first] for name, first in same.items()}
     return {
         "tasks": len(tasks),
         "samples": args.samples,
         "seeds": list(plan.seeds),
         "same_as": same,
-        "contestants": {each.name: found[each.name].row for each in kept},
-        "comparisons": compare(pairs(found, kept, trained, same)),
-        "cross_play": matrices(teams, crossed, found, trained),
-        "first": first_pair(found, kept, trained),
+        "contestants": {each.name: measured[each.name].row for each in variants},
+        "comparisons": compare(pairs(measured, variants, trained, same)),
+        "cross_play": matrices(teams, crossed, measured, trained),
+        "first": first_pair(measured, variants, trained),
     }
 
 
 def below(rungs: Mapping[str, Sequence[Variant]], plan: Plan) -> list[Variant]:
     """The rungs of all checkpoints: once where they are the same team, else once for each, with the
     checkpoint's name."""
-    found = []
+    variants = []
     for name in dict.fromkeys(each.name for own in rungs.values() for each in own):
         own = {
             mark: each for mark, several in rungs.items() for each in several if each.name == name
         }
         if len({each.key(plan.seeds[0], plan.greedy) for each in own.values()}) == 1:
-            found.append(next(iter(own.values())))
+            variants.append(next(iter(own.values())))
         else:
-            found += [replace(each, name=f"{mark}: {name}") for mark, each in own.items()]
-    return found
+            variants += [replace(each, name=f"{mark}: {name}") for mark, each in own.items()]
+    return variants
 
 
 @contextlib.contextmanager
@@ -297,24 +297,24 @@ def bar(progress: Progress, name: str, total: int, done: int, metric: str) -> It
 
 
 def pairs(
-    found: Mapping[str, Measured],
-    kept: Sequence[Variant],
+    measured: Mapping[str, Measured],
+    variants: Sequence[Variant],
     trained: Sequence[str],
     same: Mapping[str, str],
 ) -> list[tuple[Measured, Measured]]:
-    """The first base team against every other contestant, then trained teams against one
+    """The first base team against every other variant, then trained teams against one
     another."""
-    base = next(each.name for each in kept if each.name.endswith("base team"))
-    names = [each.name for each in kept if each.name != base]
+    base = next(each.name for each in variants if each.name.endswith("base team"))
+    names = [each.name for each in variants if each.name != base]
     ahead = [name for name in trained if name not in same]
     between = [(a, b) for n, a in enumerate(ahead) for b in ahead[n + 1 :]]
-    return [(found[a], found[b]) for a, b in [*((base, name) for name in names), *between]]
+    return [(measured[a], measured[b]) for a, b in [*((base, name) for name in names), *between]]
 
 
 def matrices(
     teams: Mapping[str, LoadedTeam],
     crossed: Sequence[tuple[str, str, str, Variant]],
-    found: Mapping[str, Measured],
+    measured: Mapping[str, Measured],
     trained: Sequence[str],
 ) -> dict[str, Any]:
     """By policy: accuracy by the checkpoint the adapter is from (rows) and that of the others
@@ -323,23 +323,23 @@ def matrices(
     tables: dict[str, Any] = {}
     for policy, guest, host, each in crossed:
         table = tables.setdefault(
-            policy, {mark: {mark: found[own[mark]].evaluation.accuracy} for mark in teams}
+            policy, {mark: {mark: measured[own[mark]].evaluation.accuracy} for mark in teams}
         )
-        table[guest][host] = found[each.name].evaluation.accuracy
+        table[guest][host] = measured[each.name].evaluation.accuracy
     return tables
 
 
 def first_pair(
-    found: Mapping[str, Measured], kept: Sequence[Variant], trained: Sequence[str]
+    measured: Mapping[str, Measured], variants: Sequence[Variant], trained: Sequence[str]
 ) -> dict[str, Any]:
     """Base and trained team of the first checkpoint in the words of `summary.json`, and its
     adapters alone."""
-    base = next(m for m in found.values() if m.name.endswith("base team"))
-    after = found[trained[0]] if trained else base
+    base = next(m for m in measured.values() if m.name.endswith("base team"))
+    after = measured[trained[0]] if trained else base
     prefix = after.name.partition("trained team")[0] if trained else ""
     alone = {
-        each.name.removeprefix(f"{prefix}only "): found[each.name]
-        for each in kept
+        each.name.removeprefix(f"{prefix}only "): measured[each.name]
+        for each in variants
         if each.name.startswith(f"{prefix}only ")
     }
     return {

@@ -57,13 +57,13 @@ def evaluation(
 def best(episodes: Iterable[Episode], metric: str) -> list[Episode]:
     """Of every task the episode with the highest reward of this name: best-of-n, picked by the
     metric itself."""
-    found: dict[str, Episode] = {}
+    bests: dict[str, Episode] = {}
     for episode in episodes:
         if episode.parent is None:
-            held = found.setdefault(episode.task.id, episode)
-            if math.isnan(held.reward(metric)) or episode.reward(metric) > held.reward(metric):
-                found[episode.task.id] = episode
-    return list(found.values())
+            reward = bests.setdefault(episode.task.id, episode).reward(metric)
+            if math.isnan(reward) or episode.reward(metric) > reward:
+                bests[episode.task.id] = episode
+    return list(bests.values())
 
 
 async def evaluate(

@@ -1,5 +1,5 @@
-"""What rounds do to answers: accuracy of every round, and how many answers go from wrong to right
-and back between two. Pure Python."""
+"""Accuracy of every debate round, and how many answers go from wrong to right and back between two
+rounds. Pure Python."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHANGES = ("right_right", "right_wrong", "wrong_right", "wrong_wrong")
 
 def answers_by_round(episode: Episode, member_of: Mapping[str, str]) -> list[dict[str, Turn]]:
     """The taken turns of a debate by round and member: a member's n-th answer is of round n. Agents
-    that are nobody's seat are left out."""
+    that are no member are left out."""
     rounds: list[dict[str, Turn]] = []
     count: dict[str, int] = {}
     for turn in episode.turns:
@@ -35,9 +35,10 @@ def transitions(
     """Numbers of `summary.json`, from rewards of turns called `name` (right from 0.5). Failed
     episodes, and answers without one, are left out.
 
-    answers: how many of every round.    accuracy: their share right.    gain: accuracy of last answers minus that of first ones, over the
-    debates (one that ended early has its last answers in an earlier round).
-    changes: for every round but the first, how many answers changed how against the member's answer before.
+    answers: how many of every round.    accuracy: their share right.    gain: accuracy of last
+    answers minus that of first ones, over the debates (one that ended early has its last answers in
+    an earlier round).    changes: for every round but the first, how many answers changed how
+    against the member's answer before.
     """
     right: list[list[int]] = []  # per round: answers, right ones
     changes: list[dict[str, int]] = []
@@ -75,10 +76,10 @@ def transitions(
     }
 
 
-def transition_rows(found: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table for people, one row per name; `found` holds `transitions` by name,
+def transition_rows(by_name: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table, one row per name; `by_name` holds `transitions` by name,
     as `collaboration` in `summary.json` does."""
-    rounds = max((len(entry["accuracy"]) for entry in found.values()), default=0)
+    rounds = max((len(entry["accuracy"]) for entry in by_name.values()), default=0)
     head = [
         "",
         *(f"round {n + 1}" for n in range(rounds)),
@@ -87,7 +88,7 @@ def transition_rows(found: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], 
         "right to wrong",
     ]
     rows = []
-    for name, entry in found.items():
+    for name, entry in by_name.items():
         accuracy = [*entry["accuracy"], *[None] * (rounds - len(entry["accuracy"]))]
         count = {change: sum(row[change] for row in entry["changes"]) for change in CHANGES}
         rows.append(

@@ -1,5 +1,5 @@
-"""Numbers that say how sure an evaluation is: estimators over samples, paired tests, correction for
-many comparisons.
+"""Statistics of evaluations: intervals, estimators over samples, paired tests, correction for many
+comparisons.
 
 Pure Python. The unit is the task: several samples of one task are averaged before anything is
 tested, so that many samples of few tasks do not pass for many tasks.
@@ -38,12 +38,12 @@ def majority_at_k(
     """Mean score of the answer that most of k samples give, over the disjoint blocks of k; a rest
     shorter than k is left out.
 
-    Votes are read as `agents.answers.majority` does, ties are drawn from `seed`. The winner scores
-    what the first sample that voted for it scores; a block without any answer scores 0.
+    Votes are read as `agents.text.answers.majority` does, ties are drawn from `seed`. The winner
+    scores what the first sample that voted for it scores; a block without any answer scores 0.
     """
     if not 1 <= k <= len(outputs):
         raise ValueError(f"majority@{k} of {len(outputs)} samples: expected 1 <= k <= samples")
-    rng, found = random.Random(seed), []
+    rng, values = random.Random(seed), []
     for start in range(0, len(outputs) - k + 1, k):
         block = outputs[start : start + k]
         winner = majority(block, rng)
@@ -53,8 +53,8 @@ def majority_at_k(
             if winner and normalise(majority([block[n]], rng)) == normalise(winner)
         )
         first = next(votes, None)
-        found.append(0.0 if first is None else scores[start + first])
-    return sum(found) / len(found)
+        values.append(0.0 if first is None else scores[start + first])
+    return sum(values) / len(values)
 
 
 def sign_flip_p(differences: Sequence[float], seed: int = 0) -> float:

@@ -1,5 +1,5 @@
-"""Who is measured against whom: the rungs of the ladder, one adapter at a time, and teams of agents
-from two checkpoints.
+"""Variants of a team to evaluate: the rungs of the ladder (single agent, base team, prompts only),
+one adapter at a time, and teams of agents from two checkpoints.
 
 All are `Variant`s made from open checkpoints (`LoadedTeam`). Names begin with `mark` (of a
 checkpoint, when there are several).
@@ -126,13 +126,13 @@ def cross_play(teams: Mapping[str, LoadedTeam]) -> list[tuple[str, str, str, Var
             f"cross-play: at least two checkpoints of at least two adapters; got {len(teams)} of"
             f" {names}"
         )
-    found = []
+    crossed = []
     for policy in names[:1] if len(names) == 2 else names:
         for guest, host in itertools.permutations(teams, 2):
             versions = {**teams[host].versions, policy: teams[guest].versions[policy]}
             sha256 = {**hashes(teams[host]), policy: hashes(teams[guest])[policy]}
             name = f"{policy} of {guest}, others of {host}"
-            found.append(
+            crossed.append(
                 (
                     policy,
                     guest,
@@ -140,21 +140,21 @@ def cross_play(teams: Mapping[str, LoadedTeam]) -> list[tuple[str, str, str, Var
                     Variant(name, teams[host].rollouts, versions, sha256, bases_of(first)),
                 )
             )
-    return found
+    return crossed
 
 
 def distinct(
-    contestants: Iterable[Variant], seed: int, greedy: bool
+    variants: Iterable[Variant], seed: int, greedy: bool
 ) -> tuple[list[Variant], dict[str, str]]:
-    """The contestants without those that are the same as an earlier one, and {name: the earlier
+    """The variants without those that are the same as an earlier one, and {name: the earlier
     one's} of those."""
-    kept: dict[str, Variant] = {}
+    first_of: dict[str, Variant] = {}
     same: dict[str, str] = {}
-    for each in contestants:
-        first = kept.setdefault(each.key(seed, greedy), each)
+    for each in variants:
+        first = first_of.setdefault(each.key(seed, greedy), each)
         if first is not each:
             same[each.name] = first.name
-    return list(kept.values()), same
+    return list(first_of.values()), same
 
 
 # what was trained on
@@ -166,18 +166,18 @@ def trained_on(
     """Prompt by task id of what a checkpoint may have learnt from, and where that is written.
 
     The run's own store, the stores its settings name, and `more`; where the run is not beside the
-    checkpoint, the training split of its task set. An empty list: nobody can say.
+    checkpoint, the training split of its task set. An empty list: it is not known.
     """
     stores = [Path(name) for name in more]
     if checkpoint.resolve().parent.name == "checkpoints":
         run = checkpoint.resolve().parent.parent
         stores += [run / "episodes", *_given(run)]
-    found: dict[str, str] = {}
+    prompts: dict[str, str] = {}
     where = []
     for folder in stores:
         folder = folder / "episodes" if (folder / "episodes").is_dir() else folder
         if Store(folder).files():
-            found |= asked(Store(folder))
+            prompts |= asked(Store(folder))
             where.append(str(folder))
         elif str(folder) in more:
             raise SettingError(
@@ -185,9 +185,9 @@ def trained_on(
             )
     if not where and team.data["tasks"]["name"]:
         tasks: Sequence[Task] = team.tasks(split="train")
-        found |= {task.id: task.prompt for task in tasks}
+        prompts |= {task.id: task.prompt for task in tasks}
         where.append(f"the training split of {team.data['tasks']['name']}")
-    return found, where
+    return prompts, where
 
 
 def asked(store: Store) -> dict[str, str]:

@@ -13,7 +13,8 @@ import pytest
 
 from marlora.agents.patterns.debate import Debate
 from marlora.agents.patterns.vote import Vote
-from marlora.agents.team import System, Team
+from marlora.agents.system import System
+from marlora.agents.team import Team
 from marlora.agents.types import AgentSpec, Message, Reward, SettingError, Task, Turn
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.completers import EngineCompleter
@@ -25,7 +26,7 @@ from marlora.rollouts.evaluation.suite import (
     Plan,
     Variant,
     compare,
-    measured,
+    measure,
     play,
     prompt_hash,
     seen,
@@ -60,7 +61,7 @@ def quiet(name: str, total: int, done: int) -> Iterator[Any]:
     yield lambda episode: None
 
 
-def contestant(engine: ScriptedEngine, name: str = "team", **changes: Any) -> Variant:
+def variant(engine: ScriptedEngine, name: str = "team", **changes: Any) -> Variant:
     return dataclasses.replace(
         Variant(name, rollouts(engine), {}, {}, {"a": "base", "b": "base"}), **changes
     )
@@ -68,15 +69,15 @@ def contestant(engine: ScriptedEngine, name: str = "team", **changes: Any) -> Va
 
 def test_what_is_stored_is_not_played_again(tmp_path: Path) -> None:
     engine, plan = scripted(), Plan(TASKS, "correct")
-    first = asyncio.run(play(contestant(engine), plan, tmp_path, quiet))
+    first = asyncio.run(play(variant(engine), plan, tmp_path, quiet))
     assert [e.task.id for e in first] == ["t0", "t1", "t2", "t3"] and len(engine.calls) == 8
-    again = asyncio.run(play(contestant(engine, "another name"), plan, tmp_path, quiet))
+    again = asyncio.run(play(variant(engine, "another name"), plan, tmp_path, quiet))
     assert again == first and len(engine.calls) == 8
     more = Plan((*TASKS, Task("t4", "say 4", "4")), "correct")
-    asyncio.run(play(contestant(engine), more, tmp_path, quiet))
+    asyncio.run(play(variant(engine), more, tmp_path, quiet))
     assert len(engine.calls) == 10, "only the new task"
     changed = Plan((Task("t0", "say it", "0"),), "correct")
-    asyncio.run(play(contestant(engine), changed, tmp_path, quiet))
+    asyncio.run(play(variant(engine), changed, tmp_path, quiet))
     assert len(engine.calls) == 12, "another task of the same id"
 
 
@@ -93,7 +94,7 @@ def test_a_stopped_suite_goes_on_where_it_was(tmp_path: Path) -> None:
         yield tick
 
     engine = scripted()
-    one = contestant(
+    one = variant(
         engine,
         rollouts=dataclasses.replace(
             rollouts(engine), limits=dataclasses.replace(rollouts(engine).limits, concurrency=1)
@@ -127,7 +128,7 @@ KEYED: dict[str, Any] = {
 
 @pytest.mark.parametrize("what", KEYED)
 def test_the_key_is_what_the_answers_depend_on(what: str) -> None:
-    one = contestant(scripted())
+    one = variant(scripted())
     assert KEYED[what](one).key(0, True) != one.key(0, True)
     assert dataclasses.replace(one, name="x").key(0, True) == one.key(0, True) != one.key(1, True)
     assert one.key(0, True) != one.key(0, False)
@@ -136,13 +137,13 @@ def test_the_key_is_what_the_answers_depend_on(what: str) -> None:
     )
 
 
-def test_contestants_that_are_the_same_are_one() -> None:
+def test_variants_that_are_the_same_are_one() -> None:
     engine = scripted()
     kept, same = distinct(
         [
-            contestant(engine),
-            contestant(engine, "twin"),
-            contestant(engine, "other", bases={"a": "x", "b": "x"}),
+            variant(engine),
+            variant(engine, "twin"),
+            variant(engine, "other", bases={"a": "x", "b": "x"}),
         ],
         0,
         True,
@@ -154,7 +155,7 @@ def test_samples_and_seeds_draw_the_same_numbers_for_all(tmp_path: Path) -> None
     engine, plan = scripted(), Plan(TASKS, "correct", seeds=(0, 1), samples=2, greedy=False)
     found = asyncio.run(
         suite(
-            [contestant(engine), contestant(engine, "other", bases={"a": "x", "b": "x"})],
+            [variant(engine), variant(engine, "other", bases={"a": "x", "b": "x"})],
             plan,
             tmp_path,
             quiet,
@@ -186,11 +187,11 @@ class Family(System):
 
 def test_children_are_kept_and_cost_their_parents(tmp_path: Path) -> None:
     engine = scripted()
-    one = contestant(engine, rollouts=rollouts(engine, Family(["a"])))
+    one = variant(engine, rollouts=rollouts(engine, Family(["a"])))
     plan = Plan(TASKS[:1], "correct")
     first = asyncio.run(play(one, plan, tmp_path, quiet))
     assert [e.parent for e in first] == [None, first[0].id]
-    row = asyncio.run(measured(one, plan, asyncio.run(play(one, plan, tmp_path, quiet)))).row
+    row = asyncio.run(measure(one, plan, asyncio.run(play(one, plan, tmp_path, quiet)))).row
     assert row["num_tasks"] == 1 and row["cost"]["calls"] == 1 and row["accuracy"] == 1
 
 
@@ -230,7 +231,7 @@ def test_measures_by_hand() -> None:
             turn(3, "b", "1", sibling=1),
         ),
     ]
-    row = asyncio.run(measured(contestant(scripted()), Plan(two, "correct"), episodes)).row
+    row = asyncio.run(measure(variant(scripted()), Plan(two, "correct"), episodes)).row
     assert (row["accuracy"], row["num_tasks"], row["failed"]) == (0.5, 2, 0)
     assert row["rewards"] == {"correct": 0.5, "kind of a": 0.5}
     assert row["cost"] == {
@@ -254,7 +255,7 @@ def test_measures_by_hand() -> None:
 
 def test_a_critics_answer_stands_beside_its_generators_and_a_summary_is_none() -> None:
     system = Debate(["g", "h", "c", "d", "s"], critics=True, summariser="s")
-    one = dataclasses.replace(contestant(scripted()), rollouts=rollouts(scripted(), system))
+    one = dataclasses.replace(variant(scripted()), rollouts=rollouts(scripted(), system))
     turns = [
         turn(0, "g", "1"),
         turn(1, "h", "0"),
@@ -264,7 +265,7 @@ def test_a_critics_answer_stands_beside_its_generators_and_a_summary_is_none() -
         turn(5, "d", "5"),
     ]
     row = asyncio.run(
-        measured(one, Plan(TASKS[:1], "correct"), [episode(TASKS[0], "0", *turns)])
+        measure(one, Plan(TASKS[:1], "correct"), [episode(TASKS[0], "0", *turns)])
     ).row
     assert row["transitions"] == {
         "answers": [2, 2],
@@ -276,16 +277,16 @@ def test_a_critics_answer_stands_beside_its_generators_and_a_summary_is_none() -
 
 def test_a_failed_episode_counts_0_and_is_told() -> None:
     failed = episode(TASKS[0], None, rewards=(), error="boom", stop_reason="error")
-    row = asyncio.run(measured(contestant(scripted()), Plan(TASKS[:1], "correct"), [failed])).row
+    row = asyncio.run(measure(variant(scripted()), Plan(TASKS[:1], "correct"), [failed])).row
     assert (row["accuracy"], row["failed"], row["agreement"], row["transitions"]) == (
         0,
         1,
         None,
         None,
     )
-    with pytest.raises(SettingError, match="none of the team is named 'exact'"):
+    with pytest.raises(SettingError, match="'exact', gives no reward of the team"):
         asyncio.run(
-            measured(contestant(scripted()), Plan(TASKS[:1], "exact"), [episode(TASKS[0], "0")])
+            measure(variant(scripted()), Plan(TASKS[:1], "exact"), [episode(TASKS[0], "0")])
         )
 
 
