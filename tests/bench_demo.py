@@ -22,7 +22,7 @@ from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig
 from marlora.trainers.model.adapters import Adapters
 from marlora.trainers.model.local_models import local_model
 from marlora.trainers.testbeds.tiny import one_thread
-from marlora.trainers.update.losses import policy_loss
+from marlora.trainers.update.losses.policy_gradient import policy_loss
 from marlora.trainers.update.optimizer_step import Optimizers, update
 
 REPEATS = 2
@@ -63,15 +63,7 @@ def measure(run: Path, layouts: list[str]) -> dict[str, float]:
     for _ in range(REPEATS + 1):
         for layout, optimizers in made.items():
             start = time.process_time()
-            update(
-                optimizers,
-                learnt,
-                lambda batch, logp, entropy, _, counts: policy_loss(
-                    logp, entropy, batch, config, counts
-                ),
-                1,
-                Ranks(),
-            )
+            update(optimizers, learnt, lambda inputs: policy_loss(inputs, config), 1, Ranks())
             laps[layout].append(time.process_time() - start)
     return {layout: statistics.median(seconds[1:]) for layout, seconds in laps.items()}
 

@@ -31,7 +31,7 @@ from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig
 from marlora.trainers.model.adapters import Adapters
 from marlora.trainers.model.local_models import local_model
 from marlora.trainers.testbeds.tiny import one_thread
-from marlora.trainers.update.losses import policy_loss
+from marlora.trainers.update.losses.policy_gradient import policy_loss
 from marlora.trainers.update.optimizer_step import Optimizers, update
 from marlora.trainers.weight_sync.probes import Probe, probes
 from marlora.trainers.weight_sync.publisher import Publisher
@@ -74,15 +74,7 @@ async def measure(
         learnt, _ = samples(
             episodes[step], credit(episodes[step], config, {}), {name: name for name in names}
         )
-        update(
-            optimizers,
-            learnt,
-            lambda batch, logp, entropy, _, counts: policy_loss(
-                logp, entropy, batch, config, counts
-            ),
-            step,
-            Ranks(),
-        )
+        update(optimizers, learnt, lambda inputs: policy_loss(inputs, config), step, Ranks())
         earlier = dict(publisher.versions)
         versions = await publisher.publish(step, names)
         for name, other in zip(names, [*names[1:], names[0]], strict=True):

@@ -24,7 +24,7 @@ from ..errors import RunError
 from ..methods.policy_gradient.grpo import GRPOConfig
 from ..model.adapters import Adapters
 from ..testbeds.tiny import one_thread
-from ..update.losses import policy_loss
+from ..update.losses.policy_gradient import policy_loss
 from ..update.optimizer_step import Optimizers, update
 from .geometry import check_size, network
 from .measure import Options, machine, memory, table
@@ -112,15 +112,7 @@ def measured(way: str, number: int, options: Options) -> dict[str, Any]:
         start = clock()
         for team, optimizers in zip(teams, made, strict=True):
             own = [sample for name in team for sample in samples[name]]
-            update(
-                optimizers,
-                own,
-                lambda batch, logp, entropy, reference, counts: policy_loss(
-                    logp, entropy, batch, config, counts
-                ),
-                step,
-                ranks,
-            )
+            update(optimizers, own, lambda inputs: policy_loss(inputs, config), step, ranks)
         if options.device != "cpu":
             torch.cuda.synchronize()
         laps.append(clock() - start)

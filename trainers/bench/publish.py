@@ -30,7 +30,7 @@ from ..distributed.ranks import Ranks
 from ..errors import RunError
 from ..methods.policy_gradient.grpo import GRPOConfig
 from ..model.adapters import Adapters
-from ..update.losses import LossConfig, policy_loss
+from ..update.losses.policy_gradient import LossConfig, policy_loss
 from ..update.optimizer_step import Optimizers, update
 from ..weight_sync.probes import PROBES, Probe
 from ..weight_sync.publisher import Publisher
@@ -180,13 +180,7 @@ async def _lap(
             Probe(one.prompt_ids + one.token_ids, len(one.prompt_ids)) for one in replies[:PROBES]
         ]
         learnt += [_sample(name, k, one) for k, one in enumerate(replies)]
-    update(
-        optimizers,
-        learnt,
-        lambda batch, logp, entropy, _, counts: policy_loss(logp, entropy, batch, LOSS, counts),
-        step,
-        Ranks(),
-    )
+    update(optimizers, learnt, lambda inputs: policy_loss(inputs, LOSS), step, Ranks())
     start = time.perf_counter()
     await publisher.publish(step, POLICIES)
     published = time.perf_counter()

@@ -37,7 +37,8 @@ from ..model.adapters import Adapters
 from ..model.layouts import choose_layout
 from ..model.logprobs import token_logprobs
 from ..testbeds.tiny import one_thread, tiny_tokenizer
-from ..update.losses import LossConfig, policy_loss
+from ..update.losses.inputs import LossInputs
+from ..update.losses.policy_gradient import LossConfig, policy_loss
 from .geometry import LORA, Needed, check_size, needed, network
 from .measure import EQUAL, Options, Time, Way, apart, machine, race, rates, ratios, table
 
@@ -151,7 +152,8 @@ def gradient(
     with adapters.active(POLICY):
         for batch in batches:
             logp, entropy = token_logprobs(adapters.model, batch)
-            policy_loss(logp, entropy, batch, LossConfig(), counts)[0].backward()
+            inputs = LossInputs.of(batch, logp, entropy, counts)
+            policy_loss(inputs, LossConfig())[0].backward()
     return flat(parameters)
 
 

@@ -22,12 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from ...agents.concurrency import gather
-from ...agents.team import System
+from ...agents.system import System, build_system, override_agents
 from ...agents.tools.tools import resolve_tools
 from ...agents.types import SettingError, Task, from_json, to_json
-from ...rollouts.checkpoints.team import build_system
 from ...rollouts.engines.base import Engine
-from ...rollouts.episodes.runner import override_agents
 from ...rollouts.evaluation.accuracy import evaluation
 from ...rollouts.evaluation.statistics import Evaluation
 from ...rollouts.report.report import write_report
@@ -54,7 +52,8 @@ from ..monitoring.step_metrics import collection_row
 from ..monitoring.token_log import TokenLog
 from ..monitoring.trackers import Trackers
 from ..update.learner import load_base
-from ..update.optimizer_step import LossFn, UpdateOptions, UpdateResult, sample_to_json, update
+from ..update.losses.inputs import LossFn
+from ..update.optimizer_step import UpdateOptions, UpdateResult, sample_to_json, update
 from ..update.scalar_heads import HeadLoss, HeadSpec, ScalarHead, Targets
 from ..update.turn_logprobs import turn_logprobs
 from ..weight_sync import sharded_probes

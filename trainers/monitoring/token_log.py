@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from ...rollouts.files import append_text
-from ..batching.batches import Batch
-from ..batching.samples import Denominators, TrainingSequence
-from ..update.losses import Stats
-from ..update.optimizer_step import LossFn
+from ..batching.samples import TrainingSequence
+from ..update.losses.inputs import LossFn, LossInputs
+from ..update.losses.statistics import Stats
 
 
 class TokenLog:
@@ -43,17 +42,12 @@ class TokenLog:
                 (sum(s.num_trained for s in samples if s.policy == policy),), math.nan
             )
 
-        def watched(
-            batch: Batch,
-            logp: torch.Tensor,
-            entropy: torch.Tensor,
-            reference: torch.Tensor | None,
-            counts: Denominators,
-        ) -> tuple[torch.Tensor, Stats]:
-            noted[batch.policy][batch.place.cpu()] = (
-                (logp.detach() - batch.behaviour).exp().float().cpu()
+        def watched(inputs: LossInputs) -> tuple[torch.Tensor, Stats]:
+            assert inputs.token_index is not None, "inputs of a batch have their token numbers"
+            noted[inputs.policy][inputs.token_index.cpu()] = (
+                (inputs.logp.detach() - inputs.behaviour).exp().float().cpu()
             )
-            return loss_fn(batch, logp, entropy, reference, counts)
+            return loss_fn(inputs)
 
         return watched, noted
 

@@ -25,14 +25,8 @@ from ..distributed.ranks import Ranks
 from ..model.adapters import Adapters
 from ..model.layouts import choose_layout
 from ..model.logprobs import token_logprobs
-from .losses import NotFinite, Stats, add_stats, finite_or_raise, summary
-
-# (batch, logp [N], entropy [N], reference log-probs [N] or None, counts) -> (share of the loss,
-# statistics for `losses.add_stats`)
-LossFn = Callable[
-    [Batch, torch.Tensor, torch.Tensor, torch.Tensor | None, Denominators],
-    tuple[torch.Tensor, Stats],
-]
+from .losses.inputs import LossFn, LossInputs
+from .losses.statistics import NotFinite, Stats, add_stats, finite_or_raise, summary
 
 
 @dataclass
@@ -243,7 +237,7 @@ def _backward(
             batches,
             lambda batch: token_logprobs(adapters.model, batch, entropy_grad=how.entropy_grad),
             lambda number, batch, logp, entropy: loss_fn(
-                batch, logp, entropy, references[number], counts
+                LossInputs.of(batch, logp, entropy, counts, references[number])
             ),
         )
 

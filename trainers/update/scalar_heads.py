@@ -31,7 +31,7 @@ from ..distributed.ranks import Ranks
 from ..model.adapters import Adapters, tensors_sha256
 from ..model.layouts import choose_layout
 from ..model.logprobs import guarded, last_hidden
-from .losses import Stats
+from .losses.statistics import Stats
 from .optimizer_step import UpdateResult, accumulate, batches_of, forward_only, optimizer_step
 
 LINEAR = "head.safetensors"

@@ -7,7 +7,8 @@ import pytest
 
 from marlora.agents.concurrency import gather
 from marlora.agents.patterns.chain import Chain
-from marlora.agents.team import Fake, System
+from marlora.agents.system import System
+from marlora.agents.testing import Fake
 from marlora.agents.types import Completion, Decision, Reward, Sampling, SettingError, Task, Turn
 from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from marlora.rollouts.types import Episode

@@ -45,9 +45,9 @@ def step(made: GRPOTrainer, number: int) -> dict[str, Any]:
 def nan_loss(made: GRPOTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     real = made.loss
 
-    def loss(batch: Any, *args: Any) -> Any:
-        value, stats = real(batch, *args)
-        return (value * math.nan if batch.policy == "first" else value), stats
+    def loss(inputs: Any) -> Any:
+        value, stats = real(inputs)
+        return (value * math.nan if inputs.policy == "first" else value), stats
 
     monkeypatch.setattr(made, "loss", loss)
 
@@ -70,10 +70,10 @@ def nan_gradient(made: GRPOTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss that is finite and whose gradient is not."""
     real = made.loss
 
-    def loss(batch: Any, logp: torch.Tensor, *args: Any) -> Any:
-        if batch.policy == "first":
-            logp.register_hook(lambda gradient: gradient * math.inf)
-        return real(batch, logp, *args)
+    def loss(inputs: Any) -> Any:
+        if inputs.policy == "first":
+            inputs.logp.register_hook(lambda gradient: gradient * math.inf)
+        return real(inputs)
 
     monkeypatch.setattr(made, "loss", loss)
 

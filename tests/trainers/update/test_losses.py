@@ -12,15 +12,10 @@ import torch
 
 from marlora.agents.types import SettingError
 from marlora.trainers.batching.samples import Denominators
-from marlora.trainers.update.losses import (
-    LossConfig,
-    NotFinite,
-    add_stats,
-    finite_or_raise,
-    policy_loss,
-    summary,
-    weighted_nll,
-)
+from marlora.trainers.update.losses.inputs import LossInputs
+from marlora.trainers.update.losses.nll import weighted_nll
+from marlora.trainers.update.losses.policy_gradient import LossConfig, policy_loss
+from marlora.trainers.update.losses.statistics import NotFinite, add_stats, finite_or_raise, summary
 
 OLD = (-1.0, -0.5, -2.0, -0.7, -1.2)
 LOGP = (-0.7, -0.6, -2.1, -1.1, -1.0)
@@ -36,6 +31,17 @@ class Example:
     sequence: torch.Tensor
     policy: str = "solver"
     turns: tuple[tuple[str, int], ...] = (("e1", 0), ("e2", 3))
+
+    def inputs(
+        self,
+        logp: torch.Tensor,
+        entropy: torch.Tensor,
+        total: Denominators,
+        reference: torch.Tensor | None = None,
+    ) -> LossInputs:
+        return LossInputs(
+            logp, entropy, self.behaviour, self.advantage, self.sequence, total, reference
+        )
 
     def part(self, *index: int) -> "Example":
         """A smaller batch: turns are renumbered from 0."""
@@ -62,9 +68,8 @@ def evaluate(
         **({"vllm_importance_sampling_mode": "off", "max_completion_length": 4} | config)
     )
     old_, ref_ = (None if v is None else torch.tensor(v) for v in (old, ref))
-    loss, _ = policy_loss(
-        x, torch.zeros_like(x), terms or example(), settings, total, old_logp=old_, ref_logp=ref_
-    )
+    inputs = (terms or example()).inputs(x, torch.zeros_like(x), total, ref_)
+    loss, _ = policy_loss(inputs, settings, old_logp=old_)
     loss.backward()
     return loss.item(), x.grad.tolist()
 
@@ -210,14 +215,8 @@ def test_kl_to_the_reference():
     assert corrected == pytest.approx(-0.194864, abs=1e-6) and grad[0] == pytest.approx(
         0.004320, abs=1e-6
     )
-    _, stats = policy_loss(
-        torch.tensor(LOGP),
-        torch.zeros(5),
-        example(),
-        LossConfig(beta=0.04),
-        TOTAL,
-        ref_logp=torch.tensor(REF),
-    )
+    inputs = example().inputs(torch.tensor(LOGP), torch.zeros(5), TOTAL, torch.tensor(REF))
+    _, stats = policy_loss(inputs, LossConfig(beta=0.04))
     assert summary(stats)["kl"] == pytest.approx(0.070429, abs=1e-6)
     with pytest.raises(SettingError, match="beta"):
         evaluate(beta=0.04)
@@ -251,15 +250,9 @@ def test_gradients_by_finite_differences(loss_type, level, old):
 
     def f(x: torch.Tensor) -> torch.Tensor:
         old_ = None if old is None else torch.tensor(old, dtype=torch.float64)
-        return policy_loss(
-            x,
-            torch.sin(x),
-            terms,
-            config,
-            TOTAL,
-            ref_logp=torch.tensor(REF, dtype=torch.float64),
-            old_logp=old_,
-        )[0]
+        reference = torch.tensor(REF, dtype=torch.float64)
+        inputs = terms.inputs(x, torch.sin(x), TOTAL, reference)
+        return policy_loss(inputs, config, old_logp=old_)[0]
 
     if old is None:
         assert torch.autograd.gradcheck(f, x.requires_grad_())
@@ -303,8 +296,9 @@ def test_equal_lengths_make_grpo_and_dapo_equal_and_zero_advantage_gives_zero():
 def test_entropy_bonus_is_its_mean_over_the_step():
     x = torch.tensor(LOGP)
     entropy = torch.tensor([1.0, 2, 3, 4, 5], requires_grad=True)
-    plain, _ = policy_loss(x, entropy, example(), LossConfig(), Denominators(10, 4))
-    bonus, _ = policy_loss(x, entropy, example(), LossConfig(entropy_coef=0.1), Denominators(10, 4))
+    inputs = example().inputs(x, entropy, Denominators(10, 4))
+    plain, _ = policy_loss(inputs, LossConfig())
+    bonus, _ = policy_loss(inputs, LossConfig(entropy_coef=0.1))
     assert (plain - bonus).item() == pytest.approx(0.1 * 15 / 10)
     bonus.backward()
     assert entropy.grad.tolist() == pytest.approx([-0.01] * 5)
@@ -313,9 +307,8 @@ def test_entropy_bonus_is_its_mean_over_the_step():
 def test_statistics_are_sums_that_add_up():
     def stats(*index: int) -> dict:
         logp = torch.tensor([LOGP[i] for i in index])
-        return policy_loss(
-            logp, torch.ones(len(index)), example().part(*index), LossConfig(), TOTAL
-        )[1]
+        inputs = example().part(*index).inputs(logp, torch.ones(len(index)), TOTAL)
+        return policy_loss(inputs, LossConfig())[1]
 
     whole, joined = summary(stats(0, 1, 2, 3, 4)), summary(add_stats(stats(3, 4), stats(0, 1, 2)))
     assert whole == pytest.approx(joined)
@@ -340,9 +333,10 @@ def test_statistics_are_sums_that_add_up():
 def test_p99_is_read_off_the_histogram():
     x = torch.zeros(1000)
     terms = Example(torch.linspace(1e-4, 0.1, 1000), torch.ones(1000), torch.arange(1000))
-    assert summary(policy_loss(x, x, terms, LossConfig(), Denominators(1000, 1000))[1])[
-        "p99_dlogp"
-    ] == pytest.approx(0.099, rel=0.16)
+    inputs = terms.inputs(x, x, Denominators(1000, 1000))
+    assert summary(policy_loss(inputs, LossConfig())[1])["p99_dlogp"] == pytest.approx(
+        0.099, rel=0.16
+    )
 
 
 def test_weighted_nll():

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from marlora.trainers.batching.samples import Denominators
-from marlora.trainers.update.losses import LossConfig, policy_loss
+from marlora.trainers.update.losses.inputs import LossInputs
+from marlora.trainers.update.losses.policy_gradient import LossConfig, policy_loss
 
 pytestmark = (
     pytest.mark.slow
@@ -137,20 +138,16 @@ def test_equals_trl(mode, per_turn):
 
         keep = data["mask"].bool()
         advantages = data["advantages"] if per_turn else data["advantages"][:, None].expand(4, 6)
-        terms = SimpleNamespace(
+        inputs = LossInputs(
+            logp=logp[keep],
+            entropy=torch.zeros(13),
             behaviour=data["sampler"][keep],
             advantage=advantages[keep],
             sequence=torch.arange(4)[:, None].expand(4, 6)[keep],
+            total=Denominators(13, 4),
+            reference=data["ref"][keep],
         )
-        loss, _ = policy_loss(
-            logp[keep],
-            torch.zeros(13),
-            terms,
-            config,
-            Denominators(13, 4),
-            old_logp=data["old"][keep],
-            ref_logp=data["ref"][keep],
-        )
+        loss, _ = policy_loss(inputs, config, old_logp=data["old"][keep])
         (grad,) = torch.autograd.grad(loss, logp)
         assert loss.item() == pytest.approx(expected.item(), abs=1e-6), settings
         assert torch.allclose(grad, truth, atol=1e-6), settings

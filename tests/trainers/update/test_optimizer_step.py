@@ -14,7 +14,8 @@ from marlora.trainers.distributed.ranks import Ranks
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig
 from marlora.trainers.model.adapters import Adapters
 from marlora.trainers.testbeds.tiny import tiny_network
-from marlora.trainers.update.losses import policy_loss
+from marlora.trainers.update.losses.inputs import LossInputs
+from marlora.trainers.update.losses.policy_gradient import policy_loss
 from marlora.trainers.update.optimizer_step import Optimizers, update
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,10 +58,8 @@ def step(optimizers: Optimizers, samples: list[TrainingSequence]) -> dict[str, t
     """One update; the summed gradient of each policy, from its optimizer's first moment (0.1 of it
     after one step)."""
 
-    def loss(
-        batch: Any, logp: torch.Tensor, entropy: torch.Tensor, reference: Any, counts: Any
-    ) -> Any:
-        return policy_loss(logp, entropy, batch, optimizers.config, counts, ref_logp=reference)
+    def loss(inputs: LossInputs) -> Any:
+        return policy_loss(inputs, optimizers.config)
 
     done = update(optimizers, samples, loss, 1, Ranks())
     assert all(result.applied for result in done.values())

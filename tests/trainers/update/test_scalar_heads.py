@@ -14,7 +14,7 @@ from marlora.trainers.batching.samples import Denominators, TrainingSequence
 from marlora.trainers.distributed.ranks import Ranks
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig
 from marlora.trainers.model.adapters import Adapters, speaking
-from marlora.trainers.update.losses import Stats
+from marlora.trainers.update.losses.statistics import Stats
 from marlora.trainers.update.scalar_heads import HeadSpec, ScalarHead, after
 from tests.trainers.random_models import disturb, random_model
 

@@ -21,12 +21,13 @@ from ....agents.seeds import derive_seed
 from ....agents.settings import help_of
 from ....agents.types import Completion, SettingError, Turn
 from ....rollouts.types import Episode, TurnKey
-from ...batching.batches import Batch
-from ...batching.samples import Denominators, TrainingSequence, samples
+from ...batching.samples import TrainingSequence, samples
 from ...errors import RunError
 from ...loop.run import Run
 from ...model.logprobs import token_logprobs
-from ...update.losses import Stats, weighted_nll
+from ...update.losses.inputs import LossInputs
+from ...update.losses.nll import weighted_nll
+from ...update.losses.statistics import Stats
 from ...update.minibatches import merge_results, minibatches
 from ...update.optimizer_step import UpdateResult, forward_only
 from ..trl_control import Row, TrainerChoice, TRLExample, learn_with_trl
@@ -169,16 +170,9 @@ def reset_adapters(run: Run, policies: Collection[str]) -> None:
                 base.optimizers.of[policy].state.clear()
 
 
-def nll_loss(
-    batch: Batch,
-    logp: torch.Tensor,
-    entropy: torch.Tensor,
-    reference: torch.Tensor | None,
-    counts: Denominators,
-) -> tuple[torch.Tensor, Stats]:
-    """-sum(weight x log p) / tokens: the weight of a turn stands where a policy gradient has its
-    advantage."""
-    return weighted_nll(logp, batch.advantage, counts.tokens)
+def nll_loss(inputs: LossInputs) -> tuple[torch.Tensor, Stats]:
+    """-sum(weight x log p) / tokens of the step; a turn's weight stands in `advantage`."""
+    return weighted_nll(inputs.logp, inputs.advantage, inputs.total.tokens)
 
 
 def _epochs(

@@ -43,9 +43,10 @@ from ....rollouts.rewards.builtin import workflow
 from ....rollouts.types import Episode, groups
 from ...credit.filtering import SelectionConfig
 from ...trainer import Trainer
+from ...update.losses.policy_gradient import policy_loss
 from ..imitation.imitation import ImitationConfig, fit_turns
 from ..imitation.sft import selected
-from .grpo import GRPOConfig, grpo_loss, policy_gradient
+from .grpo import GRPOConfig, policy_gradient
 
 REWARD_WEIGHTS: Mapping[str, float] = {
     "performance": 1.0,
@@ -119,7 +120,9 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
         if step > self.args.sft_steps:
             scored = with_diversity(episodes, self.system)
             return {
-                **policy_gradient(self, step, scored, self.args, partial(grpo_loss, self.args)),
+                **policy_gradient(
+                    self, step, scored, self.args, partial(policy_loss, config=self.args)
+                ),
                 **told,
             }
         lessons = [as_single_turn(episode, self.system, self.args.reasoning) for episode in played]

@@ -22,15 +22,16 @@ import torch
 from ....agents.settings import help_of
 from ....agents.types import SettingError
 from ....rollouts.types import Episode
-from ...batching.batches import Batch
-from ...batching.samples import Denominators, samples
+from ...batching.samples import samples
 from ...config import RunConfig
 from ...credit.counterfactual import counterfactual_rewards
 from ...credit.rules import credit
 from ...credit.weights import CreditConfig
 from ...trainer import Trainer
-from ...update.losses import LossConfig, Stats, policy_loss
-from ...update.optimizer_step import LossFn, UpdateOptions
+from ...update.losses.inputs import LossFn, LossInputs
+from ...update.losses.policy_gradient import LossConfig, policy_loss
+from ...update.losses.statistics import Stats
+from ...update.optimizer_step import UpdateOptions
 
 
 @dataclass
@@ -80,27 +81,9 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             self.run.stage.player(episode.team_version), episode, self.args
         )
 
-    def loss(
-        self,
-        batch: Batch,
-        logp: torch.Tensor,
-        entropy: torch.Tensor,
-        reference: torch.Tensor | None,
-        counts: Denominators,
-    ) -> tuple[torch.Tensor, Stats]:
-        return grpo_loss(self.args, batch, logp, entropy, reference, counts)
-
-
-def grpo_loss(
-    config: LossConfig,
-    batch: Batch,
-    logp: torch.Tensor,
-    entropy: torch.Tensor,
-    reference: torch.Tensor | None,
-    counts: Denominators,
-) -> tuple[torch.Tensor, Stats]:
-    """`policy_loss` as an update takes it, once its settings are given."""
-    return policy_loss(logp, entropy, batch, config, counts, ref_logp=reference)
+    def loss(self, inputs: LossInputs) -> tuple[torch.Tensor, Stats]:
+        """The policy-gradient loss that every policy's update minimises."""
+        return policy_loss(inputs, self.args)
 
 
 def policy_gradient(

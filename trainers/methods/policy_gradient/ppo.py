@@ -32,14 +32,16 @@ from ....agents.seeds import derive_seed
 from ....agents.settings import help_of
 from ....agents.types import SettingError
 from ....rollouts.types import Episode, TurnKey
-from ...batching.batches import Batch
 from ...batching.samples import Denominators, samples
 from ...config import RunConfig
 from ...credit.rules import credit
 from ...credit.weights import CreditConfig
 from ...trainer import Trainer
 from ...update.gae import explained_variance
-from ...update.losses import LossConfig, Stats, policy_loss, value_loss
+from ...update.losses.inputs import LossInputs
+from ...update.losses.policy_gradient import LossConfig, policy_loss
+from ...update.losses.statistics import Stats
+from ...update.losses.value import value_loss
 from ...update.minibatches import merge_results, minibatches
 from ...update.optimizer_step import UpdateOptions, UpdateResult
 from ...update.scalar_heads import HeadSpec, Targets
@@ -188,14 +190,8 @@ def learn_policies(
     taught = lesson.taught(always=bool(config.beta or config.entropy_coef))
     how = UpdateOptions(reference=config.beta > 0, entropy_grad=config.entropy_coef > 0)
 
-    def loss(
-        batch: Batch,
-        logp: torch.Tensor,
-        entropy: torch.Tensor,
-        reference: torch.Tensor | None,
-        counts: Denominators,
-    ) -> tuple[torch.Tensor, Stats]:
-        return policy_loss(logp, entropy, batch, config, counts, ref_logp=reference)
+    def loss(inputs: LossInputs) -> tuple[torch.Tensor, Stats]:
+        return policy_loss(inputs, config)
 
     plans = {
         policy: list(_minibatches([s for s in taught if s.policy == policy], config, step, policy))

@@ -17,11 +17,12 @@ import torch
 from ....agents.settings import help_of
 from ....agents.types import SettingError
 from ....rollouts.types import Episode, TurnKey
-from ...batching.batches import Batch
-from ...batching.samples import Denominators, TrainingSequence, samples
+from ...batching.samples import TrainingSequence, samples
 from ...credit.pairs import Pair
 from ...loop.run import Run
-from ...update.losses import Stats, weighted_nll
+from ...update.losses.inputs import LossInputs
+from ...update.losses.nll import weighted_nll
+from ...update.losses.statistics import Stats
 from ...update.minibatches import merge_results, minibatches
 from ...update.optimizer_step import UpdateResult
 from ...update.preference_loss import MarginConfig, MarginGradient, RunLogRatio, margin_gradient
@@ -196,16 +197,9 @@ class PairLearner:
                     (-weight * component.log_ratio(episode, draw)).backward()
             component.step()
 
-    def loss(
-        self,
-        batch: Batch,
-        logp: torch.Tensor,
-        entropy: torch.Tensor,
-        reference: torch.Tensor | None,
-        counts: Denominators,
-    ) -> tuple[torch.Tensor, Stats]:
+    def loss(self, inputs: LossInputs) -> tuple[torch.Tensor, Stats]:
         """-sum(weight x log p): its gradient is the preference loss's, its value is not."""
-        return weighted_nll(logp, batch.advantage, 1.0)
+        return weighted_nll(inputs.logp, inputs.advantage, 1.0)
 
 
 def _told(pushes: Sequence[MarginGradient[Key]]) -> dict[str, Any]:

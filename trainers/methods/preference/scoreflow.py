@@ -39,8 +39,7 @@ from ....agents.types import Reward, SettingError, from_json
 from ....rollouts.episodes.runner import EpisodeRequest
 from ....rollouts.rewards.builtin import workflow
 from ....rollouts.types import Episode
-from ...batching.batches import Batch
-from ...batching.samples import Denominators, samples
+from ...batching.samples import samples
 from ...collection.derived_episodes import derive, is_derived
 from ...config import RunConfig
 from ...credit.program_scores import (
@@ -54,7 +53,9 @@ from ...credit.program_scores import (
 from ...credit.rules import credit
 from ...credit.weights import Advantages, CreditConfig, RewardWeights
 from ...trainer import Trainer
-from ...update.losses import LossConfig, Stats, policy_loss
+from ...update.losses.inputs import LossInputs
+from ...update.losses.policy_gradient import LossConfig, policy_loss
+from ...update.losses.statistics import Stats
 from ...update.optimizer_step import UpdateOptions, UpdateResult
 from ..imitation.imitation import ImitationConfig, fit_turns
 from .pair_learner import PairLearner, PairLearnerConfig
@@ -305,15 +306,8 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
             "dropped": {f"{agent}: {why}": n for (agent, why), n in sorted(dropped.items())},
         }
 
-    def group_loss(
-        self,
-        batch: Batch,
-        logp: torch.Tensor,
-        entropy: torch.Tensor,
-        reference: torch.Tensor | None,
-        counts: Denominators,
-    ) -> tuple[torch.Tensor, Stats]:
-        return policy_loss(logp, entropy, batch, self.args.group, counts, ref_logp=reference)
+    def group_loss(self, inputs: LossInputs) -> tuple[torch.Tensor, Stats]:
+        return policy_loss(inputs, self.args.group)
 
 
 def _mean(values: Any) -> float | None:

@@ -36,7 +36,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ....agents.lookup import trusted
 from ....agents.seeds import derive_seed
 from ....agents.settings import help_of
-from ....agents.types import (AdapterSpec, Message, SettingError, Task, from_json, to_json)
+from ....agents.types import AdapterSpec, Message, SettingError, Task, from_json, to_json
 from ....rollouts.files import files_sha256
 from ....rollouts.renderer import ChatRenderer
 from ....rollouts.report.sections import stored

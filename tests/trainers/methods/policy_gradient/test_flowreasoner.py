@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +19,8 @@ from marlora.agents.types import Message, Reward, SettingError, Task, Turn
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import Denominators
-from marlora.trainers.credit.weights import CreditConfig
 from marlora.trainers.credit.rules import credit
+from marlora.trainers.credit.weights import CreditConfig
 from marlora.trainers.methods.policy_gradient.flowreasoner import (
     REWARD_WEIGHTS,
     FlowReasonerConfig,
@@ -31,7 +30,8 @@ from marlora.trainers.methods.policy_gradient.flowreasoner import (
     rounds_of,
     with_diversity,
 )
-from marlora.trainers.update.losses import LossConfig, policy_loss
+from marlora.trainers.update.losses.inputs import LossInputs
+from marlora.trainers.update.losses.policy_gradient import LossConfig, policy_loss
 
 torch.set_num_threads(1)
 SYSTEM = FlowReasoner(
@@ -106,15 +106,15 @@ def test_equal_rewards_move_nothing() -> None:
 @pytest.mark.parametrize(("ratio", "advantage", "worth"), [(1.3, 1.0, 1.2), (0.7, -1.0, -0.8)])
 def test_clipping_by_hand(ratio: float, advantage: float, worth: float) -> None:
     """Fact 5, epsilon .2."""
-    terms = SimpleNamespace(
+    inputs = LossInputs(
+        logp=torch.tensor([math.log(ratio)]),
+        entropy=torch.zeros(1),
         behaviour=torch.zeros(1),
         advantage=torch.tensor([advantage]),
         sequence=torch.zeros(1, dtype=torch.long),
-        policy="designer",
-        turns=(("e", 0),),
+        total=Denominators(1, 1),
     )
-    logp = torch.tensor([math.log(ratio)])
-    loss, _ = policy_loss(logp, torch.zeros(1), terms, LossConfig(epsilon=0.2), Denominators(1, 1))
+    loss, _ = policy_loss(inputs, LossConfig(epsilon=0.2))
     assert -loss.item() == pytest.approx(worth)
 
 

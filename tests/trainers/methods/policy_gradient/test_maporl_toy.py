@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,9 @@ import torch
 from marlora.trainers.batching.samples import Denominators
 from marlora.trainers.credit.reward_shaping import influence
 from marlora.trainers.update.gae import gae, token_rewards, whiten
-from marlora.trainers.update.losses import LossConfig, policy_loss, value_loss
+from marlora.trainers.update.losses.inputs import LossInputs
+from marlora.trainers.update.losses.policy_gradient import LossConfig, policy_loss
+from marlora.trainers.update.losses.value import value_loss
 
 RIGHT, FLAG = 0.6, 0.9
 KEEP, SWITCH = 0, 1
@@ -73,14 +74,15 @@ def exact(steps: list[int], accuracy: float = FLAG) -> tuple[list[float], torch.
     for step in range(1, max(steps) + 1):
         logp = actions(logits)[tuple(index)]
         behaviour = logp.detach()
-        batch = SimpleNamespace(
+        inputs = LossInputs(
+            logp=logp,
+            entropy=torch.zeros_like(behaviour),
             behaviour=behaviour,
             advantage=weight * behaviour.exp() * reward,
             sequence=torch.arange(len(terms)),
+            total=Denominators(1, 1),
         )
-        loss, _ = policy_loss(
-            logp, torch.zeros_like(behaviour), batch, LossConfig(), Denominators(1, 1)
-        )
+        loss, _ = policy_loss(inputs, LossConfig())
         (gradient,) = torch.autograd.grad(loss, logits)
         with torch.no_grad():
             logits -= 20 * gradient
@@ -124,14 +126,17 @@ def test_a_sampled_trainer_approaches_them(seed: int):
         )
         errors.append(float(((values - returns) ** 2).mean()))
         act, total = torch.tensor(acts), Denominators(len(acts), len(acts))
-        batch = SimpleNamespace(
-            behaviour=actions(table.detach())[(*index, act)],
-            advantage=advantage,
-            sequence=torch.arange(len(acts)),
-        )
+        behaviour = actions(table.detach())[(*index, act)]
         for _ in range(4):
-            logp = actions(table)[(*index, act)]
-            loss, _ = policy_loss(logp, torch.zeros_like(advantage), batch, LossConfig(), total)
+            inputs = LossInputs(
+                logp=actions(table)[(*index, act)],
+                entropy=torch.zeros_like(advantage),
+                behaviour=behaviour,
+                advantage=advantage,
+                sequence=torch.arange(len(acts)),
+                total=total,
+            )
+            loss, _ = policy_loss(inputs, LossConfig())
             loss = loss + value_loss(critic[index], values, returns, 0.2, total)[0]
             optimizer.zero_grad()
             loss.backward()

@@ -10,13 +10,13 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from marlora.agents.team import System, Team
+from marlora.agents.system import System
+from marlora.agents.team import Team
 from marlora.agents.types import Reward, SettingError, Task, Turn
 from marlora.rollouts.files import file_sha256
 from marlora.rollouts.tasks.toy import tiny_tasks
@@ -28,7 +28,9 @@ from marlora.trainers.methods.policy_gradient.critics import sequences
 from marlora.trainers.methods.policy_gradient.ppo import PPOConfig, PPOTrainer, turn_rewards
 from marlora.trainers.model.adapters import folder_sha256
 from marlora.trainers.testbeds.tiny import tiny_chain, tiny_random_model
-from marlora.trainers.update.losses import LossConfig, policy_loss, value_loss
+from marlora.trainers.update.losses.inputs import LossInputs
+from marlora.trainers.update.losses.policy_gradient import LossConfig, policy_loss
+from marlora.trainers.update.losses.value import value_loss
 from tests.trainers import small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,13 +85,15 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     ("ratio", "advantage", "loss"), [(1.3, 1, -1.2), (0.7, -1, 0.8), (1.3, -1, 1.3), (0.7, 1, -0.7)]
 )
 def test_the_clipped_policy_loss(ratio: float, advantage: float, loss: float) -> None:
-    term = SimpleNamespace(
+    inputs = LossInputs(
+        logp=torch.tensor([-1.0 + math.log(ratio)]),
+        entropy=torch.zeros(1),
         behaviour=torch.tensor([-1.0]),
         advantage=torch.tensor([float(advantage)]),
         sequence=torch.tensor([0]),
+        total=Denominators(1, 1),
     )
-    logp = torch.tensor([-1.0 + math.log(ratio)])
-    found, _ = policy_loss(logp, torch.zeros(1), term, LossConfig(), Denominators(1, 1))
+    found, _ = policy_loss(inputs, LossConfig())
     assert float(found) == pytest.approx(loss)
 
 
