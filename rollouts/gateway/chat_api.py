@@ -1,7 +1,7 @@
-"""Chat completions as plain data: what a program asks for, and what it is told. No network here.
+"""Chat Completions request and reply bodies, as plain data. No network.
 
-What is not understood is refused with words for the program's author (`Refused`), never ignored in
-silence; the few settings that change nothing here are named in `WITHOUT_EFFECT`.
+A field that is not understood is refused with an error for the program's author (`BadRequest`),
+never ignored silently; the few settings that have no effect are listed in `WITHOUT_EFFECT`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from ...agents.tools.tools import parse_calls
 from ...agents.types import Message, Turn
+from .chat_tools import call_json, read_call, read_choice, read_grammar, read_tools
 from .fields import (
     MAX_ITEMS,
     BadRequest,
@@ -96,23 +97,18 @@ ROLES = {
 PARTS = ("text", "input_text", "output_text", "refusal")
 MAX_STOPS = 16
 TOKEN_ID = re.compile("[0-9]{1,10}")
-GRAMMARS = (
-    "json",
-    "regex",
-    "choice",
-    "grammar",
-    "json_object",
-)  # of `structured_outputs`, as vLLM names them
 
 
 @dataclass(frozen=True)
 class Request:
-    """One call of a program. `model` is the name it gave; `messages` are its own words, with tool
-    calls beside the text.
+    """One request of a program, of either API.
 
-    `sampling` holds what it asked for beyond length, stop strings, grammar and bias; `tools` are
-    schemas as OpenAI writes them; `forced`: it wants one of them called in any case; `said_in`: the
-    field of its messages.
+    Args:
+        model: the name it gave.
+        messages: as it sent them, tool calls beside the text. `messages_field`: the field they were
+            in, for errors.
+        sampling: what it asked for beyond length, stop strings, grammar and bias.
+        tools: schemas as OpenAI writes them. forced: a call of one of them is required.
     """
 
     model: str
@@ -128,7 +124,7 @@ class Request:
     logprobs: bool = False
     stream: bool = False
     include_usage: bool = False
-    said_in: str = "messages"
+    messages_field: str = "messages"
 
 
 def read_chat(body: Any) -> Request:
@@ -141,8 +137,8 @@ def read_chat(body: Any) -> Request:
     if not messages:
         raise wrong("messages", "expected at least one")
     if whole(body.get("top_logprobs"), "top_logprobs", 0, MAX_N):
-        told = "only 0; the engine gives the log-probability of what was sampled"
-        raise wrong("top_logprobs", told)
+        problem = "only 0; the engine gives the log-probability of what was sampled"
+        raise wrong("top_logprobs", problem)
     limits = [whole(body.get(key), key, 1, 2**31) for key in LIMITS]
     tools, choice = read_tools(body.get("tools")), read_choice(body.get("tool_choice"))
     options = optional_mapping(body.get("stream_options"), "stream_options")
@@ -166,8 +162,7 @@ def read_chat(body: Any) -> Request:
 
 
 def check_unused(body: Mapping[str, Any]) -> None:
-    """Settings without effect have their types all the same: a program that gets one wrong is told
-    so."""
+    """Check the types of settings without effect; raises `BadRequest` for a wrong one."""
     whole(body.get("seed"), "seed", -(2**63), 2**64)
     for key in ("store", "parallel_tool_calls"):
         flag(body.get(key), key)
@@ -178,34 +173,14 @@ def check_unused(body: Mapping[str, Any]) -> None:
 
 
 def read_sampling(body: Mapping[str, Any]) -> dict[str, float]:
-    found = {
+    sampling = {
         key: number(body[key], key, low, high)
         for key, (low, high) in NUMBERS.items()
         if body.get(key) is not None
     }
-    if not found.get("top_k", 0.0).is_integer():
+    if not sampling.get("top_k", 0.0).is_integer():
         raise wrong("top_k", f"expected a whole number, got {brief(body['top_k'])}")
-    return found
-
-
-def read_choice(value: Any) -> str:
-    """`auto`, `none`, or `required`, which naming one tool is too."""
-    if value is None:
-        return "auto"
-    if isinstance(value, str):
-        if value not in ("auto", "none", "required"):
-            told = f"expected auto, none, required or a tool, got {brief(value)}"
-            raise wrong("tool_choice", told)
-        return value
-    if not isinstance(value, dict):
-        raise wrong("tool_choice", f"expected auto, none, required or a tool, got {brief(value)}")
-    one_of(value.get("type"), "tool_choice.type", ("function",))
-    if "function" in value:
-        function = mapping(value["function"], "tool_choice.function")
-        text(function.get("name"), "tool_choice.function.name")
-    else:
-        text(value.get("name"), "tool_choice.name")
-    return "required"
+    return sampling
 
 
 def read_message(data: Any, where: str) -> Message:
@@ -217,23 +192,10 @@ def read_message(data: Any, where: str) -> Message:
         plain_text(data.get("content"), f"{where}.content"),
         name=optional_text(data.get("name"), f"{where}.name"),
         tool_calls=tuple(
-            _read_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)
+            read_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)
         ),
         tool_call_id=optional_text(data.get("tool_call_id"), f"{where}.tool_call_id"),
     )
-
-
-def _read_call(call: Any, where: str) -> dict[str, Any]:
-    kind = mapping(call, where).get("type", "function")
-    one_of(kind, f"{where}.type", ("function",))
-    function = mapping(call.get("function"), f"{where}.function")
-    return {
-        "id": optional_text(call.get("id"), f"{where}.id") or "",
-        "name": text(function.get("name"), f"{where}.function.name"),
-        "arguments": (
-            optional_text(function.get("arguments"), f"{where}.function.arguments") or "{}"
-        ),
-    }
 
 
 def plain_text(content: Any, where: str) -> str:
@@ -246,8 +208,8 @@ def plain_text(content: Any, where: str) -> str:
     for i, part in enumerate(items(content, where)):
         kind = mapping(part, f"{where}[{i}]").get("type")
         if not isinstance(kind, str) or kind not in PARTS:
-            told = f"only text can be read here, got a part of type {brief(kind)}"
-            raise wrong(f"{where}[{i}].type", told)
+            problem = f"only text can be read here, got a part of type {brief(kind)}"
+            raise wrong(f"{where}[{i}].type", problem)
         key = "refusal" if kind == "refusal" else "text"
         texts.append(text(part.get(key), f"{where}[{i}].{key}"))
     return "".join(texts)
@@ -256,82 +218,14 @@ def plain_text(content: Any, where: str) -> str:
 def read_stop(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list) or len(found) > MAX_STOPS:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
         raise wrong("stop", f"expected a text or at most {MAX_STOPS} of them, none empty")
-    for i, each in enumerate(found):
+    for i, each in enumerate(stops):
         if not isinstance(each, str) or not each:
             where = "stop" if isinstance(value, str) else f"stop[{i}]"
             raise wrong(where, f"expected a text that is not empty, got {brief(each)}")
-    return tuple(found)
-
-
-def read_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
-    made = []
-    for i, each in enumerate(items(value, "tools")):
-        if mapping(each, f"tools[{i}]").get("type") != "function":
-            told = "expected an object of type function; others cannot be shown to a model here"
-            raise BadRequest(400, f"tools[{i}]: {told}", param=f"tools[{i}].type")
-        where = f"tools[{i}].function"
-        made.append(read_function(mapping(each.get("function"), where), where))
-    return tuple(made)
-
-
-def read_function(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A function that a model may call, as it is shown to it."""
-    described = {
-        "name": text(data.get("name"), f"{where}.name"),
-        "description": optional_text(data.get("description"), f"{where}.description") or "",
-    }
-    given = optional_mapping(data.get("parameters"), f"{where}.parameters")
-    parameters = given or {"type": "object", "properties": {}}
-    flag(data.get("strict"), f"{where}.strict")
-    return {"type": "function", "function": {**described, "parameters": parameters}}
-
-
-def read_grammar(body: Mapping[str, Any]) -> str:
-    """What a reply is held to, in vLLM's words; "" if nothing."""
-    form = read_form(body.get("response_format"), "response_format")
-    if body.get("structured_outputs") is None:
-        return form
-    given = mapping(body["structured_outputs"], "structured_outputs")
-    if len(given) != 1 or next(iter(given)) not in GRAMMARS:
-        told = f"expected an object with one of {', '.join(GRAMMARS)}"
-        raise wrong("structured_outputs", told)
-    ((kind, value),) = given.items()
-    where = f"structured_outputs.{kind}"
-    if kind == "json_object":
-        if value is not True:
-            raise wrong(where, f"expected true, got {brief(value)}")
-    elif kind == "choice":
-        for i, each in enumerate(items(value, where)):
-            text(each, f"{where}[{i}]")
-        if not value:
-            raise wrong(where, "expected at least one")
-    elif kind != "json" or not isinstance(value, dict):
-        text(value, where)
-    return json.dumps(given, sort_keys=True)
-
-
-def read_form(value: Any, where: str) -> str:
-    """The grammar of a `response_format`, or of a `text.format`, which has no object of its own for
-    the schema."""
-    if value is None:
-        return ""
-    kind = mapping(value, where).get("type")
-    if not isinstance(kind, str) or kind not in ("text", "json_object", "json_schema"):
-        told = "expected type text, json_object, or json_schema with a schema"
-        raise BadRequest(400, f"{where}: {told}, got {brief(kind)}", param=f"{where}.type")
-    if kind == "text":
-        return ""
-    if kind == "json_object":
-        return json.dumps({"json_object": True})
-    if "json_schema" in value:
-        value, where = mapping(value["json_schema"], f"{where}.json_schema"), f"{where}.json_schema"
-    optional_text(value.get("name"), f"{where}.name")
-    optional_text(value.get("description"), f"{where}.description")
-    flag(value.get("strict"), f"{where}.strict")
-    return json.dumps({"json": mapping(value.get("schema"), f"{where}.schema")}, sort_keys=True)
+    return tuple(stops)
 
 
 def read_bias(value: Any) -> dict[str, float]:
@@ -350,10 +244,8 @@ def read_bias(value: Any) -> dict[str, float]:
 
 
 def shown(turn: Turn, request: Request) -> Message:
-    """A turn as the program is shown it: without the stop string it ended with, tool calls beside
-    the text.
-
-    A call that cannot be read stays text: the program sees what was said.
+    """A turn as the program gets it: without the stop string at its end, tool calls beside the
+    text. A call that cannot be parsed stays text.
     """
     text = turn.text
     ends = [at for stop in request.stop if (at := text.find(stop)) >= 0]
@@ -361,7 +253,7 @@ def shown(turn: Turn, request: Request) -> Message:
     calls = [call for call in parse_calls(text) if "error" not in call] if request.tools else []
     if not calls:
         return Message("assistant", text)
-    made = tuple(
+    tool_calls = tuple(
         {
             "id": f"call_{turn.index}_{turn.sibling}_{number}",
             "name": call["name"],
@@ -373,21 +265,13 @@ def shown(turn: Turn, request: Request) -> Message:
         }
         for number, call in enumerate(calls)
     )
-    return Message("assistant", text[: text.index("<tool_call>")].rstrip(), tool_calls=made)
+    return Message("assistant", text[: text.index("<tool_call>")].rstrip(), tool_calls=tool_calls)
 
 
 def usage(turns: Sequence[Turn]) -> dict[str, int]:
     """Tokens of one call: its prompt once, all its answers."""
-    read, said = len(turns[0].prompt_ids), sum(len(turn.token_ids) for turn in turns)
-    return {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
-
-
-def call_json(call: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "id": call["id"],
-        "type": "function",
-        "function": {"name": call["name"], "arguments": call["arguments"]},
-    }
+    prompt, sampled = len(turns[0].prompt_ids), sum(len(turn.token_ids) for turn in turns)
+    return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
 
 
 def _logprobs(turn: Turn) -> dict[str, Any]:
@@ -406,22 +290,22 @@ def _logprobs(turn: Turn) -> dict[str, Any]:
 def chat_completion(
     head: Mapping[str, Any], request: Request, turns: Sequence[Turn]
 ) -> dict[str, Any]:
-    """The reply to a call. `head`: its id and time."""
+    """The body of a reply. `head`: its id and time."""
     choices = []
     for turn in turns:
-        said = shown(turn, request)
-        message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
-        if said.tool_calls:
+        answer = shown(turn, request)
+        message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+        if answer.tool_calls:
             message |= {
-                "content": said.content or None,
-                "tool_calls": [call_json(call) for call in said.tool_calls],
+                "content": answer.content or None,
+                "tool_calls": [call_json(call) for call in answer.tool_calls],
             }
         choices.append(
             {
                 "index": turn.sibling,
                 "message": message,
                 "logprobs": _logprobs(turn) if request.logprobs else None,
-                "finish_reason": "tool_calls" if said.tool_calls else turn.finish_reason,
+                "finish_reason": "tool_calls" if answer.tool_calls else turn.finish_reason,
             }
         )
     return {
@@ -434,7 +318,7 @@ def chat_completion(
 
 
 def chat_chunks(head: Mapping[str, Any], request: Request, turns: Sequence[Turn]) -> list[str]:
-    """The same as server-sent events. The engine answers at once, so each answer is one piece."""
+    """The reply as server-sent events. The engine returns whole answers, so each is one chunk."""
     whole_reply = chat_completion(head, request, turns)
     base = {**head, "object": "chat.completion.chunk", "model": request.model}
 

@@ -1,9 +1,8 @@
-"""A request's body: JSON within bounds, and readers of single fields. Whatever is wrong names the
-field.
+"""Validation of request bodies: JSON within bounds, and readers of single fields, whose errors name
+the field.
 
-A reader takes a value and where it stands (`messages[3].role`), and returns it with the type it
-must have, or raises `Refused`. Bounds that hold for every field are checked once for the whole
-body.
+A reader takes a value and its path (`messages[3].role`), and returns it with the type it must have,
+or raises `BadRequest`. Bounds that hold for every field are checked once for the whole body.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ _MARKS = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
 class BadRequest(ValueError):
-    """A request that gets an error for an answer: HTTP status, code, words, and the field if one is
-    meant."""
+    """A request that is answered with an error: HTTP status, message, code, and the field it is
+    about, if any."""
 
     def __init__(
         self,
@@ -42,8 +41,8 @@ class BadRequest(ValueError):
 
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        told = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        return {"error": told}
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
 
 
 def wrong(where: str, problem: str, code: str = "invalid_request_error") -> BadRequest:
@@ -52,7 +51,7 @@ def wrong(where: str, problem: str, code: str = "invalid_request_error") -> BadR
 
 
 def brief(value: Any) -> str:
-    """A value as an error shows it."""
+    """A value, shortened for an error message."""
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, (list, tuple)):
@@ -66,17 +65,17 @@ def brief(value: Any) -> str:
 
 
 def parse_body(raw: bytes) -> Any:
-    """The JSON of a body. Raises `Refused` for what is none, and for what no field may be."""
+    """The JSON of a body. Raises `BadRequest` if it is not JSON or exceeds a bound."""
     try:
-        said = raw.decode("utf-8-sig")
+        document = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadRequest(
             400, f"the body is not UTF-8: byte {error.start} cannot be read"
         ) from error
     try:
-        body = json.loads(said, parse_int=_whole_number, object_pairs_hook=_unique)
+        body = json.loads(document, parse_int=_whole_number, object_pairs_hook=_unique)
     except RecursionError as error:
-        raise _too_deep(said) from error
+        raise _too_deep(document) from error
     except ValueError as error:
         if isinstance(error, BadRequest):
             raise
@@ -90,21 +89,21 @@ def _whole_number(digits: str) -> int | float:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
                 raise wrong(key[:80], "stands twice in one object")
             seen.add(key)
-    return found
+    return values
 
 
-def _too_deep(said: str) -> BadRequest:
+def _too_deep(document: str) -> BadRequest:
     """The error of a body too deep for Python's parser, with the field of the outermost object it
     stands in."""
     depth, field = 0, ""
-    for match in _MARKS.finditer(said):
+    for match in _MARKS.finditer(document):
         mark = match[0]
         if mark in ("[", "{"):
             depth += 1
@@ -118,8 +117,8 @@ def _too_deep(said: str) -> BadRequest:
 
 
 def check_bounds(body: Any) -> None:
-    """Every text can be written as UTF-8, every number is finite, nothing is too deep or too
-    much."""
+    """Check that every text can be written as UTF-8, every number is finite, and depth and size are
+    within bounds."""
     inner: list[Iterator[tuple[str | int, Any]]] = [iter([("", body)])]
     path: list[str | int] = []  # of what is being walked through, "" first
     count = 0
@@ -150,9 +149,9 @@ def _unfit(value: Any, depth: int, count: int) -> str:
 
 
 def spelt(path: Sequence[str | int]) -> str:
-    """A path as errors name it: `messages[3].role`."""
-    said = "".join(f"[{key}]" if isinstance(key, int) else f".{key[:80]}" for key in path[1:])
-    return said.removeprefix(".")[:200] or "the body"
+    """A path as text: `messages[3].role`."""
+    name = "".join(f"[{key}]" if isinstance(key, int) else f".{key[:80]}" for key in path[1:])
+    return name.removeprefix(".")[:200] or "the body"
 
 
 def inside(where: str, key: str) -> str:
@@ -167,20 +166,20 @@ def encodable(value: str) -> bool:
     return True
 
 
-def loaded(said: str) -> Any:
-    """The JSON in a text of the program's or a model's, or the text itself where it is none within
+def loaded(document: str) -> Any:
+    """The JSON value of a text by a program or a model; the text itself if it is not JSON within
     bounds."""
     try:
-        return parse_body(said.encode())
+        return parse_body(document.encode())
     except BadRequest:
-        return said
+        return document
 
 
 # single fields
 
 
 def only(body: Mapping[str, Any], known: Collection[str], where: str = "") -> None:
-    """Raise for a key that is not understood, with the one that was probably meant."""
+    """Raise `BadRequest` for an unknown key, with the nearest known one."""
     for key in map(str, body):  # a program in this process may return keys of any type
         if key not in known:
             hint = nearest(key[:80], list(known))
@@ -238,11 +237,11 @@ def whole(value: Any, where: str, low: int, high: int) -> int | None:
 
 def number(value: Any, where: str, low: float = -math.inf, high: float = math.inf) -> float:
     try:
-        found = float(value) if type(value) in (int, float) else math.nan
+        result = float(value) if type(value) in (int, float) else math.nan
     except OverflowError:
-        found = math.inf
-    if not math.isfinite(found):
+        result = math.inf
+    if not math.isfinite(result):
         raise wrong(where, f"expected a finite number, got {brief(value)}")
-    if not low <= found <= high:
+    if not low <= result <= high:
         raise wrong(where, f"expected a number from {low:g} to {high:g}, got {brief(value)}")
-    return found
+    return result

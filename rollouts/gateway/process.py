@@ -1,5 +1,5 @@
-"""A command of the user's in a process of its own: bounded in time, memory and output, and ended
-with all it started."""
+"""Running a user's command in a process of its own: bounded in time, memory and output, and ended
+with every process it started."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...agents.concurrency import gather
 
 MAX_STDOUT = 4 << 20  # bytes; a program that writes more has failed
 MAX_STDERR = 2000  # bytes of its end that are kept
-GRACE = 2.0  # seconds between the wish and the order to stop
+GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 
 # Limits are set by the shell that becomes the command: a Python function between fork and exec may
 # hang in a process with threads.
@@ -45,8 +45,8 @@ async def run_command(
     folder: str | None,
     bounds: ProcessLimits,
 ) -> str:
-    """What the command wrote to stdout. Raises `ProgramError` with the end of stderr if it failed,
-    or exceeded a bound."""
+    """Run a command and return its stdout. Raises `ProgramError` with the end of stderr if it
+    failed or exceeded a bound."""
     limits = (str(bounds.memory * 1024), str(bounds.cpu_seconds))
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
@@ -63,10 +63,10 @@ async def run_command(
         cwd=folder,
         start_new_session=True,
     )
-    told, complained = bytearray(), bytearray()
+    output, errors = bytearray(), bytearray()
     try:
         async with asyncio.timeout(bounds.timeout) as clock:
-            read, tail = _read(process.stdout, told, MAX_STDOUT), _tail(process.stderr, complained)
+            read, tail = _read(process.stdout, output, MAX_STDOUT), _tail(process.stderr, errors)
             await gather([_write(process, stdin), read, tail, _wait(process)])
     except TimeoutError as error:
         if not clock.expired():
@@ -83,9 +83,9 @@ async def run_command(
             else f"exit code {process.returncode}"
         )
         raise ProgramError(
-            f"{_name(command)}: {how}: {_text(complained).strip() or 'nothing on stderr'}"
+            f"{_name(command)}: {how}: {_text(errors).strip() or 'nothing on stderr'}"
         )
-    return _text(told)
+    return _text(output)
 
 
 async def _write(process: asyncio.subprocess.Process, text: str) -> None:
@@ -121,20 +121,19 @@ async def _exited(process: asyncio.subprocess.Process) -> None:
 
 
 async def _wait(process: asyncio.subprocess.Process) -> None:
-    """Wait for the process, then end what it left running."""
+    """Wait for the process, then end the processes it left running."""
     await _exited(process)
     _send(process, signal.SIGKILL)
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """End the process and its group, and let go of its pipes, whoever else holds them."""
+    """End the process and its group, and close its pipes, even if another process holds them."""
     if process.returncode is None and _send(process, signal.SIGTERM):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(_exited(process), GRACE)
     _send(process, signal.SIGKILL)
-    vars(process)[
-        "_transport"
-    ].close()  # what was not read keeps them open, and nothing public closes them
+    # unread output keeps the pipes open, and no public method closes them
+    vars(process)["_transport"].close()
     await process.wait()
 
 

@@ -1,16 +1,15 @@
-"""Your own program as a system: whatever asks an OpenAI-compatible address can be played, scored
-and trained.
+"""External programs as systems: any program that uses an OpenAI-compatible address can be played,
+scored and trained.
 
     system: {class: "marlora.rollouts.gateway.programs:Function", agents: [solver, critic], main:
         "my_module:main"}
     system: {class: "marlora.rollouts.gateway.programs:Command", agents: [solver, critic], command:
         [python, my_script.py]}
 
-The program calls `model="solver"` and gets that agent's reply. What it is played with is the run's:
-temperature, adapters, seeds. Its calls are turns like any other system's, in the order in which
-they arrive; so a program that asks several agents at once, or that depends on the clock, is not
-replayed turn for turn (`given`), and counterfactual credit needs a program that asks in a fixed
-order.
+The program calls `model="solver"` and gets that agent's reply. Temperature, adapters and seeds are
+the run's. Its calls are turns like those of any other system, in the order in which they arrive; so
+a program that calls several agents at once, or depends on the clock, is not replayed turn for turn
+(`given`), and counterfactual credit needs a program that calls in a fixed order.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...agents.lookup import load_function, needs_trust
-from ...agents.team import System, Team
+from ...agents.system import System
+from ...agents.team import Team
 from ...agents.types import SettingError, Task, to_json
 from .fields import BadRequest
 from .process import ProcessLimits, ProgramError, run_command
@@ -39,7 +39,7 @@ RESULT = ("output", "reward", "rewards")
 
 @dataclass
 class ExternalProgram(System):
-    """What both kinds share.
+    """The base of both kinds: plays a program behind the gateway.
 
     Args:
         models: other names that the program calls the agents by, such as `{gpt-4o: solver}`.
@@ -49,7 +49,7 @@ class ExternalProgram(System):
         unforced_tools: where the program wants to force the call of a tool (`tool_choice:
             required`, or one by name), the agent may call it or not, as it would without. Otherwise
             such a request is refused: what is forced is not what the agent would have said.
-        reward_wait: seconds to wait, after the program ended, for a reward that somebody posts.
+        reward_wait: seconds to wait, after the program ended, for a reward that is posted.
         host: the address that agents are asked at; loopback unless the program runs elsewhere.
         call_timeout: seconds until a call without an answer gets an error.
     """
@@ -79,27 +79,27 @@ class ExternalProgram(System):
                 f"reward_wait, call_timeout: expected seconds, got {self.reward_wait!r} and"
                 f" {self.call_timeout!r}"
             )
-        self._door = GatewayServer(self.host, call_timeout=self.call_timeout)
+        self._gateway = GatewayServer(self.host, call_timeout=self.call_timeout)
 
     async def run(self, task: Task, team: Team) -> str:
-        asked = {"keep_sampling": self.keep_sampling, "unforced_tools": self.unforced_tools}
-        async with self._door.admit(team, self.models, **asked) as visit:
-            output = take_result(await visit.guard(self.play(task, visit)), visit)
+        options = {"keep_sampling": self.keep_sampling, "unforced_tools": self.unforced_tools}
+        async with self._gateway.open_session(team, self.models, **options) as session:
+            output = take_result(await session.guard(self.play(task, session)), session)
             if self.reward_wait:
                 try:
-                    await asyncio.wait_for(visit.posted.wait(), self.reward_wait)
+                    await asyncio.wait_for(session.posted.wait(), self.reward_wait)
                 except TimeoutError as error:
                     raise ProgramError(
                         f"no reward was posted in {self.reward_wait:g} s (system.reward_wait)"
                     ) from error
             return output
 
-    async def play(self, task: Task, visit: Session) -> Any:
+    async def play(self, task: Task, session: Session) -> Any:
         """Run the program; what it returns is the output, see `take_result`."""
-        raise TypeError(f"{type(self).__name__} has no play(task, visit)")
+        raise TypeError(f"{type(self).__name__} has no play(task, session)")
 
 
-def take_result(result: Any, visit: Session) -> str:
+def take_result(result: Any, session: Session) -> str:
     """The output of what a program returned: a value, or a mapping of `output` and `reward` (a
     number, an object, or a list of objects).
 
@@ -110,7 +110,7 @@ def take_result(result: Any, visit: Session) -> str:
     try:
         for key in ("reward", "rewards"):
             if result.get(key) is not None:
-                visit.reward(result[key], "returned")
+                session.reward(result[key], "returned")
     except BadRequest as error:
         raise ProgramError(f"the program returned a {error}") from error
     return "" if result["output"] is None else str(result["output"])
@@ -139,8 +139,8 @@ class Function(ExternalProgram):
                 " Command"
             )
 
-    async def play(self, task: Task, visit: Session) -> Any:
-        return await self._main(task, visit.base_url, visit.key)
+    async def play(self, task: Task, session: Session) -> Any:
+        return await self._main(task, session.base_url, session.key)
 
 
 @dataclass
@@ -197,7 +197,7 @@ class Command(ExternalProgram):
         if self.folder and not os.path.isdir(self.folder):
             raise SettingError(f"folder {self.folder!r}: no such folder")
 
-    async def play(self, task: Task, visit: Session) -> Any:
+    async def play(self, task: Task, session: Session) -> Any:
         public = {key: value for key, value in to_json(task).items() if key != "answer"}
         with tempfile.TemporaryDirectory(prefix="marlora-program-") as scratch:
             environment = {
@@ -205,17 +205,17 @@ class Command(ExternalProgram):
             }
             environment |= {
                 "TMPDIR": scratch,
-                "OPENAI_BASE_URL": visit.base_url,
-                "OPENAI_API_KEY": visit.key,
-                "MARLORA_EPISODE": visit.id,
+                "OPENAI_BASE_URL": session.base_url,
+                "OPENAI_API_KEY": session.key,
+                "MARLORA_EPISODE": session.id,
             }
             bounds = ProcessLimits(self.timeout, self.memory, self.cpu_seconds)
-            told = await run_command(
+            stdout = await run_command(
                 list(self.command), json.dumps(public), environment, self.folder or None, bounds
             )
-        last = told.strip().rpartition("\n")[2]
+        last = stdout.strip().rpartition("\n")[2]
         try:
             result = json.loads(last)
         except (ValueError, RecursionError):
-            return told.strip()
-        return result if isinstance(result, dict) and "output" in result else told.strip()
+            return stdout.strip()
+        return result if isinstance(result, dict) and "output" in result else stdout.strip()

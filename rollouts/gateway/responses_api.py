@@ -1,7 +1,7 @@
-"""The Responses API, as far as it is a chat: texts, functions and their results in, texts and calls
-of functions out.
+"""Responses API request and reply bodies, as far as they are a chat: texts, functions and their
+results in, texts and function calls out.
 
-Not here: built-in tools, images, background work, conversations kept for longer than the episode.
+Not supported: built-in tools, images, background work, conversations longer than the episode.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from .chat_api import (
     Request,
     check_unused,
     plain_text,
-    read_choice,
-    read_form,
-    read_function,
     read_message,
     read_sampling,
     shown,
     usage,
 )
+from .chat_tools import read_choice, read_form, read_function
 from .fields import (
     BadRequest,
     brief,
@@ -59,8 +57,8 @@ KNOWN = (
 
 
 def read_response(body: Any, chat_of: Callable[[str], tuple[Message, ...]]) -> Request:
-    """The request of a body of `/responses`. `chat_of`: the chat that a `previous_response_id`
-    stands for."""
+    """The request of a body of `/responses`. `chat_of`: from a `previous_response_id` to its
+    chat."""
     if not isinstance(body, dict):
         raise BadRequest(400, f"expected a JSON object, got {brief(body)}")
     only(body, KNOWN)
@@ -70,23 +68,21 @@ def read_response(body: Any, chat_of: Callable[[str], tuple[Message, ...]]) -> R
     instructions = optional_text(body.get("instructions"), "instructions")
     form = optional_mapping(body.get("text"), "text").get("format")
     tools, choice = _read_tools(body.get("tools")), read_choice(body.get("tool_choice"))
-    said = read_items(body.get("input"))
+    new = read_items(body.get("input"))
     earlier = chat_of(before) if before else ()
-    if (
-        instructions is not None
-    ):  # they hold for this response only: those of an earlier one are not carried over
+    if instructions is not None:  # for this response only; those of an earlier one end
         earlier = tuple(m for i, m in enumerate(earlier) if i or m.role != "system")
         earlier = (Message("system", instructions), *earlier)
     return Request(
         model=text(body.get("model"), "model"),
-        messages=(*earlier, *said),
+        messages=(*earlier, *new),
         max_tokens=whole(body.get("max_output_tokens"), "max_output_tokens", 1, 2**31),
         tools=() if choice == "none" else tools,
         forced=choice == "required",
         sampling=read_sampling(body),
         grammar=read_form(form, "text.format"),
         stream=flag(body.get("stream"), "stream"),
-        said_in="input",
+        messages_field="input",
     )
 
 
@@ -101,39 +97,37 @@ def _check_ignored(body: Mapping[str, Any]) -> None:
 
 
 def _read_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
-    made = []
+    tools = []
     for i, each in enumerate(items(value, "tools")):
         where = f"tools[{i}]"
         if mapping(each, where).get("type") != "function":
-            told = "expected an object of type function; others cannot be shown to a model here"
-            raise BadRequest(400, f"{where}: {told}", param=f"{where}.type")
-        made.append(read_function(each, where))
-    return tuple(made)
+            problem = "expected an object of type function; others cannot be shown to a model here"
+            raise BadRequest(400, f"{where}: {problem}", param=f"{where}.type")
+        tools.append(read_function(each, where))
+    return tuple(tools)
 
 
 def read_items(given: Any) -> list[Message]:
-    """Input items as messages; calls of functions that follow one another are one message of the
-    assistant's."""
+    """Input items as messages; function calls in a row are one message of the assistant."""
     if isinstance(given, str):
         return [Message("user", given)]
     if not isinstance(given, list) or not given:
         raise wrong("input", f"expected a text or a list of items, got {brief(given)}")
-    found: list[Message] = []
+    messages: list[Message] = []
     joins = False  # the item before was the assistant's, so a call belongs to its message
     for i, item in enumerate(items(given, "input")):
         where = f"input[{i}]"
         kind = mapping(item, where).get("type", "message")
         if kind == "message":
-            found.append(read_message(item, where))
+            messages.append(read_message(item, where))
         elif kind == "function_call":
             call = _read_call(item, where)
-            last = (
-                found.pop() if joins and found[-1].role == "assistant" else Message("assistant", "")
-            )
-            found.append(Message("assistant", last.content, tool_calls=(*last.tool_calls, call)))
+            continues = joins and messages[-1].role == "assistant"
+            last = messages.pop() if continues else Message("assistant", "")
+            messages.append(Message("assistant", last.content, tool_calls=(*last.tool_calls, call)))
         elif kind == "function_call_output":
             output = plain_text(item.get("output"), f"{where}.output")
-            found.append(
+            messages.append(
                 Message(
                     "tool",
                     output,
@@ -143,7 +137,7 @@ def read_items(given: Any) -> list[Message]:
         elif kind != "reasoning":  # ours have none
             raise wrong(f"{where}.type", f"an item of type {brief(kind)} cannot be read here")
         joins = kind in ("function_call", "message")
-    return found
+    return messages
 
 
 def _read_call(item: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -155,12 +149,17 @@ def _read_call(item: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def response(name: str, created: int, request: Request, turns: Sequence[Turn]) -> dict[str, Any]:
-    """The reply to a call."""
-    said, count = shown(turns[0], request), usage(turns)
+    """The body of a reply."""
+    message, count = shown(turns[0], request), usage(turns)
     cut = turns[0].finish_reason == "length"
     output: list[dict[str, Any]] = []
-    if said.content or not said.tool_calls:
-        content = {"type": "output_text", "text": said.content, "annotations": [], "logprobs": []}
+    if message.content or not message.tool_calls:
+        content = {
+            "type": "output_text",
+            "text": message.content,
+            "annotations": [],
+            "logprobs": [],
+        }
         output.append(
             {
                 "id": f"msg_{name}",
@@ -170,7 +169,7 @@ def response(name: str, created: int, request: Request, turns: Sequence[Turn]) -
                 "content": [content],
             }
         )
-    for call in said.tool_calls:
+    for call in message.tool_calls:
         item = {
             "type": "function_call",
             "id": f"fc_{call['id']}",
@@ -208,7 +207,7 @@ def response(name: str, created: int, request: Request, turns: Sequence[Turn]) -
 
 
 def response_events(reply: Mapping[str, Any]) -> list[str]:
-    """The same as server-sent events; each item of the output comes in one piece."""
+    """The reply as server-sent events; each item of the output is one delta."""
     empty = {
         **reply,
         "status": "in_progress",
@@ -235,13 +234,13 @@ def response_events(reply: Mapping[str, Any]) -> list[str]:
                 {"type": "response.content_part.done", **spot, "part": part},
             ]
         else:
-            told = item["arguments"]
+            arguments = item["arguments"]
             events += [
-                {"type": "response.function_call_arguments.delta", **place, "delta": told},
+                {"type": "response.function_call_arguments.delta", **place, "delta": arguments},
                 {
                     "type": "response.function_call_arguments.done",
                     **place,
-                    "arguments": told,
+                    "arguments": arguments,
                     "name": item["name"],
                 },
             ]

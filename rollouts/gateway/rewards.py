@@ -1,4 +1,4 @@
-"""Rewards as a program returns them or as somebody posts them: a number, an object, or a list of
+"""Rewards that a program returns or that are posted from outside: a number, an object, or a list of
 these."""
 
 from __future__ import annotations
@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...agents.team import Team
-from ...agents.types import Turn, nearest
+from ...agents.types import Reward, Turn, nearest
 from .fields import MAX_ITEMS, BadRequest, brief, number, only, optional_text, wrong
 
 KNOWN = ("value", "name", "text", "agent", "turn", "sibling")
 
 
-def read_rewards(data: Any, source: str, team: Team) -> list[dict[str, Any]]:
-    """All rewards of `data`, or `Refused` for the first that cannot be read."""
+def read_rewards(data: Any, source: str, team: Team) -> list[Reward]:
+    """All rewards of `data`, or `BadRequest` for the first that is not valid."""
     if not isinstance(data, list):
         return [read_reward(data, "reward", source, team)]
     if len(data) > MAX_ITEMS:
@@ -22,12 +22,13 @@ def read_rewards(data: Any, source: str, team: Team) -> list[dict[str, Any]]:
     return [read_reward(each, f"reward[{i}]", source, team) for i, each in enumerate(data)]
 
 
-def read_reward(data: Any, where: str, source: str, team: Team) -> dict[str, Any]:
+def read_reward(data: Any, where: str, source: str, team: Team) -> Reward:
+    """One reward; `where` is its path for errors."""
     given = data if isinstance(data, Mapping) else {"value": data}
     value = _value(given, where, brief(data))
     only(given, KNOWN, where)
     name = optional_text(given.get("name"), f"{where}.name") or source
-    told = optional_text(given.get("text"), f"{where}.text") or ""
+    text = optional_text(given.get("text"), f"{where}.text") or ""
     agent = optional_text(given.get("agent"), f"{where}.agent")
     names = [each.name for each in team]
     if agent is not None and agent not in names:
@@ -36,23 +37,23 @@ def read_reward(data: Any, where: str, source: str, team: Team) -> dict[str, Any
     about = [] if turn is None else [t for t in team.turns if type(turn) is int and t.index == turn]
     if turn is not None and not about:
         raise _absent(f"{where}.turn", turn, "the episode has no such turn")
-    return {
-        "name": name,
-        "value": value,
-        "text": told,
-        "agent": agent or (about[0].agent if about else None),
-        "turn": turn,
-        "sibling": _sibling(given.get("sibling"), f"{where}.sibling", about),
-        "source": source,
-    }
+    return Reward(
+        name=name,
+        value=value,
+        text=text,
+        agent=agent or (about[0].agent if about else None),
+        turn=turn,
+        sibling=_sibling(given.get("sibling"), f"{where}.sibling", about),
+        source=source,
+    )
 
 
 def _value(given: Mapping[str, Any], where: str, shown: str) -> float:
     try:
         return number(given.get("value"), where)
     except BadRequest as error:
-        told = f"expected a finite number, or an object with one as `value`, got {shown}"
-        raise BadRequest(400, f"{where}: {told}", param=f"{where}.value") from error
+        problem = f"expected a finite number, or an object with one as `value`, got {shown}"
+        raise BadRequest(400, f"{where}: {problem}", param=f"{where}.value") from error
 
 
 def _sibling(value: Any, where: str, about: Sequence[Turn]) -> int:

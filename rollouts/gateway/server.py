@@ -1,14 +1,13 @@
-"""The door: an OpenAI-compatible address for each episode, behind which the team answers.
+"""The gateway: an OpenAI-compatible server with an address per episode, answered by the team.
 
-    async with Door().admit(team) as visit:
-        ...  # a program asks visit.base_url with visit.key: model="solver" is the agent of that
-        name
+    async with GatewayServer().open_session(team) as session:
+        ...  # a program asks session.base_url with session.key; model="solver" is that agent
 
-The server is up while somebody is inside. It listens on loopback, at a free port. Every episode has
-an address and a key of its own, so nothing has to be tagged and no episode can write into another.
-It answers what a chat needs: `/chat/completions` (streamed or not, `n`, tools, stop, log-probs,
-structured output), `/responses` as far as it is a chat, `/models`; and `/rewards` for whoever holds
-the reward token, which programs do not see.
+The server runs while a session is open. It listens on loopback, at a free port. Every episode has
+an address and a key of its own, so requests need no tag and no episode can write into another. It
+serves `/chat/completions` (streamed or not, `n`, tools, stop, log-probs, structured output),
+`/responses` as far as it is a chat, and `/models`; and `/rewards` for holders of the reward token,
+which programs do not get.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import hmac
 import json
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -29,19 +28,20 @@ from ...agents.types import SettingError
 from .chat_api import Request, chat_chunks, chat_completion, read_chat, shown
 from .fields import BadRequest, parse_body
 from .responses_api import read_response, response, response_events
-from .session import Asked, Session, disconnected
+from .retries import PendingCall, disconnected
+from .session import Session
 
-# environment variable of the run and of whoever posts rewards; never given to a program
+# environment variable of the run and of the process that posts rewards; never given to a program
 REWARD_TOKEN = "MARLORA_REWARD_TOKEN"
 RETRIES = re.compile("[0-9]{1,9}")
 
 
 class GatewayServer:
-    """Where programs ask.
+    """The server for programs; one listener per event loop.
 
     Args:
         host: the address to listen on and to be reached by; anything but loopback lets other
-            machines knock.
+            machines connect.
         max_body: bytes of a request.
         body_timeout: seconds in which a request has to be sent whole.
         call_timeout: seconds until a call without an answer gets an error (the episode goes on).
@@ -60,16 +60,12 @@ class GatewayServer:
                 f"host {host!r}: name the address that programs reach this machine by, such as"
                 " 127.0.0.1"
             )
-        self.host, self.max_body, self.body_timeout, self.call_timeout = (
-            host,
-            max_body,
-            body_timeout,
-            call_timeout,
-        )
+        self.host, self.max_body = host, max_body
+        self.body_timeout, self.call_timeout = body_timeout, call_timeout
         self._open: dict[asyncio.AbstractEventLoop, Listener] = {}
 
     @contextlib.asynccontextmanager
-    async def admit(
+    async def open_session(
         self,
         team: Team,
         models: Mapping[str, str] | None = None,
@@ -77,33 +73,34 @@ class GatewayServer:
         keep_sampling: bool = False,
         unforced_tools: bool = False,
     ) -> AsyncIterator[Session]:
-        """Let a program in for as long as the context lasts. See `Session` for the arguments."""
+        """A session for one program, open as long as the context lasts. See `Session` for the
+        arguments."""
         loop = asyncio.get_running_loop()
-        visit = Session(team, models, keep_sampling=keep_sampling, unforced_tools=unforced_tools)
+        session = Session(team, models, keep_sampling=keep_sampling, unforced_tools=unforced_tools)
         listener = self._open.get(loop) or Listener(self)
         self._open[loop] = listener
-        listener.guests += 1
+        listener.open_sessions += 1
         try:
             await asyncio.shield(listener.started)
-            listener.visits[visit.id] = visit
-            visit.base_url = f"{listener.url}/episodes/{visit.id}/v1"
-            yield visit
+            listener.sessions[session.id] = session
+            session.base_url = f"{listener.url}/episodes/{session.id}/v1"
+            yield session
         finally:
-            listener.visits.pop(visit.id, None)
-            await visit.close()
-            listener.guests -= 1
-            if not listener.guests:
+            listener.sessions.pop(session.id, None)
+            await session.close()
+            listener.open_sessions -= 1
+            if not listener.open_sessions:
                 del self._open[loop]
                 await listener.close()
 
 
 class Listener:
-    """A door's server in one event loop."""
+    """The gateway's HTTP server in one event loop."""
 
-    def __init__(self, door: GatewayServer) -> None:
-        self.door = door
-        self.visits: dict[str, Session] = {}
-        self.guests = 0  # who is inside or about to enter
+    def __init__(self, gateway: GatewayServer) -> None:
+        self.gateway = gateway
+        self.sessions: dict[str, Session] = {}
+        self.open_sessions = 0  # those about to open included
         self.url = ""
         self._hosts: frozenset[str] = frozenset()
         token = os.environ.get(REWARD_TOKEN, "")
@@ -113,7 +110,7 @@ class Listener:
                 f" {len(token)}"
             )
         self._reward_token = token
-        app = web.Application(client_max_size=door.max_body, middlewares=[self._errors])
+        app = web.Application(client_max_size=gateway.max_body, middlewares=[self._errors])
         app.add_routes(
             [
                 web.get("/episodes/{episode}/v1/models", self._models),
@@ -131,16 +128,14 @@ class Listener:
     async def _start(self) -> None:
         try:
             await self._runner.setup()
-            site = web.TCPSite(
-                self._runner, self.door.host, 0, backlog=4096
-            )  # many programs knock at once
-            await site.start()
+            # many programs connect at once
+            await web.TCPSite(self._runner, self.gateway.host, 0, backlog=4096).start()
         except OSError as error:
             raise SettingError(
-                f"host {self.door.host!r}: cannot listen there ({error.strerror or error})"
+                f"host {self.gateway.host!r}: cannot listen there ({error.strerror or error})"
             ) from error
         port = self._runner.addresses[0][1]
-        host = f"[{self.door.host}]" if ":" in self.door.host else self.door.host
+        host = f"[{self.gateway.host}]" if ":" in self.gateway.host else self.gateway.host
         self.url = f"http://{host}:{port}"
         self._hosts = frozenset(
             f"{name}:{port}" for name in (host, "localhost", "127.0.0.1", "[::1]")
@@ -150,15 +145,15 @@ class Listener:
         await asyncio.gather(self.started, return_exceptions=True)
         await self._runner.cleanup()
 
-    # who may ask
+    # checks of every request
 
     @web.middleware
     async def _errors(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Check who asks; tell errors as OpenAI does."""
+        """Check Host and Origin; answer errors as OpenAI does."""
         try:
-            if request.headers.get("Host") not in self._hosts:  # a name somebody made to point here
+            if request.headers.get("Host") not in self._hosts:  # DNS rebinding
                 raise BadRequest(403, "Host: not an address of this server", "forbidden")
             if "Origin" in request.headers:  # a page in a browser
                 raise BadRequest(403, "Origin: browsers are not served", "forbidden")
@@ -166,18 +161,18 @@ class Listener:
         except BadRequest as error:
             return web.json_response(error.body(), status=error.status)
         except web.HTTPException as error:
-            told = BadRequest(error.status, error.reason)
-            return web.json_response(told.body(), status=error.status, headers=_allow(error))
+            answer = BadRequest(error.status, error.reason)
+            return web.json_response(answer.body(), status=error.status, headers=_allow(error))
 
-    def _visit(self, request: web.Request) -> Session:
-        """The episode of the address, for who has its key. Without it, episodes there and not there
-        are alike."""
-        visit = self.visits.get(request.match_info["episode"])
-        if visit is None or visit.closed or not _bears(request, visit.key):
+    def _session(self, request: web.Request) -> Session:
+        """The session of the address, if the request has its key. Without the key, an episode that
+        exists and one that does not get the same error."""
+        session = self.sessions.get(request.match_info["episode"])
+        if session is None or session.closed or not _has_key(request, session.key):
             raise BadRequest(
                 401, "no such episode, it is over, or this is not its key", "invalid_api_key"
             )
-        return visit
+        return session
 
     async def _body(self, request: web.Request) -> Any:
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
@@ -185,83 +180,90 @@ class Listener:
                 400, "Content-Encoding: expected none, bodies are read as they are sent"
             )
         try:
-            async with asyncio.timeout(self.door.body_timeout):
+            async with asyncio.timeout(self.gateway.body_timeout):
                 raw = await request.read()
         except TimeoutError as error:
             raise BadRequest(
-                408, f"the request was not sent whole in {self.door.body_timeout:g} s", "timeout"
+                408, f"the request was not sent whole in {self.gateway.body_timeout:g} s", "timeout"
             ) from error
         return parse_body(raw)
 
-    # what they may ask
+    # the endpoints
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
-        visit = self._visit(request)
-        made = [
-            {"id": name, "object": "model", "created": 0, "owned_by": visit.agent(name).spec.policy}
-            for name in visit.names()
+        session = self._session(request)
+        models = [
+            {
+                "id": name,
+                "object": "model",
+                "created": 0,
+                "owned_by": session.agent(name).spec.policy,
+            }
+            for name in session.names()
         ]
         if "model" not in request.match_info:
-            return web.json_response({"object": "list", "data": made})
-        agent = visit.agent(request.match_info["model"])
-        return web.json_response(next(each for each in made if each["id"] == agent.name))
+            return web.json_response({"object": "list", "data": models})
+        agent = session.agent(request.match_info["model"])
+        return web.json_response(next(each for each in models if each["id"] == agent.name))
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        visit = self._visit(request)
+        session = self._session(request)
         body = await self._body(request)
-        call = self._ask(visit, request, body, read_chat(body))
+        call = self._ask(session, request, body, read_chat(body))
         turns = await self._answer(call, request)
-        head = {"id": f"chatcmpl-{visit.id}-{turns[0].index}", "created": call.created}
+        head = {"id": f"chatcmpl-{session.id}-{turns[0].index}", "created": call.created}
         if call.request.stream:
-            return await self._deliver(
-                request, call, "text/event-stream", "".join(chat_chunks(head, call.request, turns))
-            )
-        return await self._deliver(
-            request,
-            call,
-            "application/json",
-            json.dumps(chat_completion(head, call.request, turns)),
-        )
+            return await self._send_events(request, call, chat_chunks(head, call.request, turns))
+        return await self._send_json(request, call, chat_completion(head, call.request, turns))
 
     async def _responses(self, request: web.Request) -> web.StreamResponse:
-        visit = self._visit(request)
+        session = self._session(request)
         body = await self._body(request)
-        call = self._ask(visit, request, body, read_response(body, visit.response_chat))
+        call = self._ask(session, request, body, read_response(body, session.chats.response_chat))
         turns = await self._answer(call, request)
-        made = response(f"resp_{visit.id}_{turns[0].index}", call.created, call.request, turns)
-        visit.remember_response(made["id"], (*call.request.messages, shown(turns[0], call.request)))
+        reply = response(f"resp_{session.id}_{turns[0].index}", call.created, call.request, turns)
+        chat = (*call.request.messages, shown(turns[0], call.request))
+        session.chats.remember_response(reply["id"], chat)
         if call.request.stream:
-            return await self._deliver(
-                request, call, "text/event-stream", "".join(response_events(made))
-            )
-        return await self._deliver(request, call, "application/json", json.dumps(made))
+            return await self._send_events(request, call, response_events(reply))
+        return await self._send_json(request, call, reply)
 
-    def _ask(self, visit: Session, request: web.Request, body: Any, read: Request) -> Asked:
-        if visit.closed:  # while the body came in
+    def _ask(self, session: Session, request: web.Request, body: Any, chat: Request) -> PendingCall:
+        if session.closed:  # while the body came in
             raise BadRequest(401, "the episode is over", "invalid_api_key")
-        said = request.headers.get("x-stainless-retry-count", "")
-        retries = int(said) if RETRIES.fullmatch(said) else None
+        count = request.headers.get("x-stainless-retry-count", "")
+        retries = int(count) if RETRIES.fullmatch(count) else None
         key = request.headers.get("Idempotency-Key", "")
-        return visit.ask([request.path, body], read, request, key=key, retries=retries)
+        return session.ask([request.path, body], chat, request, key=key, retries=retries)
 
-    async def _answer(self, call: Asked, request: web.Request) -> Any:
+    async def _answer(self, call: PendingCall, request: web.Request) -> Any:
         try:
-            async with asyncio.timeout(self.door.call_timeout):
+            async with asyncio.timeout(self.gateway.call_timeout):
                 return await asyncio.shield(call.answer)
         except TimeoutError as error:
             raise BadRequest(
-                504, f"no answer in {self.door.call_timeout:g} s", "timeout"
+                504, f"no answer in {self.gateway.call_timeout:g} s", "timeout"
             ) from error
         except asyncio.CancelledError:
             if call.answer.cancelled():
                 raise BadRequest(401, "the episode is over", "invalid_api_key") from None
             raise
 
-    async def _deliver(
-        self, request: web.Request, call: Asked, kind: str, text: str
+    async def _send_json(
+        self, request: web.Request, call: PendingCall, reply: Mapping[str, Any]
     ) -> web.StreamResponse:
-        """Send the reply, and note that it was sent; a reply that nobody waits for is kept for the
-        call's next try."""
+        return await self._deliver(request, call, "application/json", json.dumps(reply))
+
+    async def _send_events(
+        self, request: web.Request, call: PendingCall, events: Sequence[str]
+    ) -> web.StreamResponse:
+        return await self._deliver(request, call, "text/event-stream", "".join(events))
+
+    async def _deliver(
+        self, request: web.Request, call: PendingCall, kind: str, text: str
+    ) -> web.StreamResponse:
+        """Send the reply and mark the call delivered; without a connection the reply stays for the
+        call's next retry."""
         reply = web.StreamResponse(headers={"Content-Type": kind, "Cache-Control": "no-store"})
         if disconnected(request):
             return reply
@@ -275,25 +277,26 @@ class Listener:
         return reply
 
     async def _rewards(self, request: web.Request) -> web.StreamResponse:
-        """Rewards from outside the program, for the holder of the reward token."""
+        """Rewards posted from outside the program, with the reward token."""
         if not self._reward_token:
             raise BadRequest(
                 403,
-                f"no rewards are taken here: set {REWARD_TOKEN} for the run and for who posts them",
+                f"no rewards are taken here: set {REWARD_TOKEN} for the run and for the process"
+                " that posts them",
                 "forbidden",
             )
-        visit = self.visits.get(request.match_info["episode"])
-        if visit is None or visit.closed or not _bears(request, self._reward_token):
+        session = self.sessions.get(request.match_info["episode"])
+        if session is None or session.closed or not _has_key(request, self._reward_token):
             raise BadRequest(
                 401,
                 "no such episode, it is over, or this is not the reward token",
                 "invalid_api_key",
             )
-        visit.reward(await self._body(request), "posted")
-        return web.json_response({"rewards": len(visit.team.rewards)})
+        session.reward(await self._body(request), "posted")
+        return web.json_response({"rewards": len(session.team.rewards)})
 
 
-def _bears(request: web.Request, key: str) -> bool:
+def _has_key(request: web.Request, key: str) -> bool:
     given = request.headers.getall("Authorization", [])
     if len(given) != 1:
         return False

@@ -1,4 +1,4 @@
-"""A program in a test: a coroutine that asks the door with a plain HTTP client."""
+"""A program in a test: a coroutine that asks the gateway with a plain HTTP client."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`marlora bench proxy`: what the door costs. The same calls, straight to the team and over HTTP,
-to an engine that answers after a fixed time and computes nothing. Client and server share one
+"""`marlora bench proxy`: what the gateway costs. The same calls, direct and over HTTP, to
+an engine that answers after a fixed time and computes nothing. Client and server share one
 process and one core, so the price shown is that of both.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 
+from ...agents.chat import Services
 from ...agents.concurrency import gather
 from ...agents.team import Team
 from ...agents.types import AgentSpec, Message, Sampling, Turn
@@ -36,7 +37,7 @@ Ask = Callable[[Team, Sequence[str]], Awaitable[None]]
 
 def proxy(options: Options) -> dict[str, Any]:
     """Tokens per second of both ways at 1, 64 and 512 calls at once, and the processor time that
-    the door adds to a call."""
+    the gateway adds to a call."""
     results = [asyncio.run(_compare(callers, options.repeats)) for callers in CALLS]
     rows = [
         [
@@ -52,10 +53,10 @@ def proxy(options: Options) -> dict[str, Any]:
     columns = [
         "calls at once",
         "direct, tokens/s",
-        "through the door",
+        "through the gateway",
         "ratio",
         "direct, ms of CPU a call",
-        "through the door",
+        "through the gateway",
     ]
     return {
         "suite": "proxy",
@@ -81,7 +82,7 @@ async def _compare(callers: int, repeats: int) -> dict[str, Any]:
                 found[name].append((seconds, process))
         if records["direct"] != records["proxy"]:
             raise RunError(
-                "bench proxy: the door's turns are not those of direct calls; no numbers are given"
+                "bench proxy: the gateway's turns are not those of direct calls; no numbers given"
             )
     calls = callers * CALLS[callers]
     made: dict[str, Any] = {"concurrent": callers, "calls": calls}
@@ -101,7 +102,7 @@ def _team() -> Team:
         lambda prompt, ref, sampling, k: "x" * REPLY, latency=LATENCY
     )  # cut off, so all are of one length
     speaker = EngineCompleter(engine, engine.tokens, "solver")
-    return Team([SPEC], lambda call: speaker(call, ""))
+    return Team([SPEC], Services(lambda call: speaker(call, "")))
 
 
 async def _measured(callers: int, ask: Ask) -> tuple[float, float, list[Turn]]:
@@ -128,11 +129,11 @@ async def _direct(callers: int) -> tuple[float, float, list[Turn]]:
 
 
 async def _through(callers: int) -> tuple[float, float, list[Turn]]:
-    door = GatewayServer()
+    gateway = GatewayServer()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def ask(team: Team, texts: Sequence[str]) -> None:
-            async with door.admit(team) as visit:
+            async with gateway.open_session(team) as visit:
                 for text in texts:
                     body = {"model": "solver", "messages": [{"role": "user", "content": text}]}
                     head = {"Authorization": f"Bearer {visit.key}"}

@@ -1,8 +1,7 @@
-"""Token fidelity: what came through the door is on record as a direct call of the engine would have
-been.
+"""Token fidelity: a call through the gateway is recorded as a direct call of the engine would be.
 
 Two witnesses. The engine itself, asked again for each recorded turn with its prompt and sampling,
-gives the same completion; and the same conversation, played by agents of ours without any door,
+gives the same completion; and the same conversation, played by agents of ours without the gateway,
 leaves the same turns.
 """
 
@@ -19,7 +18,8 @@ import pytest
 
 from marlora.agents.concurrency import gather
 from marlora.agents.seeds import derive_seed
-from marlora.agents.team import System, Team
+from marlora.agents.system import System
+from marlora.agents.team import Team
 from marlora.agents.tools.tools import calculator
 from marlora.agents.types import AgentSpec, Message, Sampling, Task, Turn
 from marlora.rollouts.engines.base import ModelRef

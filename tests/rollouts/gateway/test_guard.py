@@ -1,4 +1,4 @@
-"""The door: what becomes of calls that are sent again, and who may ask at all."""
+"""The gateway: what becomes of calls that are sent again, and who may ask at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import aiohttp
 import openai
 import pytest
 
-from marlora.agents.team import fake_team
+from marlora.agents.testing import fake_team
 from marlora.agents.types import SettingError
 from marlora.rollouts.gateway.server import GatewayServer
 from tests.rollouts.asking import Asker, chat, numbered, play, played
@@ -137,7 +137,7 @@ def test_only_the_key_of_an_episode_opens_it() -> None:
                 {"error": refused},
             )
         assert len(asker.visit.key) >= 32
-        async with other.admit(asker.visit.team) as second:
+        async with other.open_session(asker.visit.team) as second:
             assert second.key != asker.visit.key and second.id != asker.visit.id
             there = second.base_url.rsplit("/", 3)[0]
             nowhere = f"{there}/episodes/{asker.visit.id}/v1/chat/completions"
@@ -152,11 +152,11 @@ def test_only_the_key_of_an_episode_opens_it() -> None:
 
 def test_two_episodes_of_one_door_stay_apart_and_end_apart() -> None:
     async def main() -> None:
-        door = GatewayServer()
+        gateway = GatewayServer()
         one, two = (fake_team(["a"], lambda agent, messages, n=n: f"team {n}") for n in (1, 2))
         async with aiohttp.ClientSession() as session:
-            async with door.admit(one) as first:
-                async with door.admit(two) as second:
+            async with gateway.open_session(one) as first:
+                async with gateway.open_session(two) as second:
                     assert (
                         first.base_url.split("/episodes")[0]
                         == second.base_url.split("/episodes")[0]
@@ -203,9 +203,9 @@ def test_browsers_other_names_and_other_routes_are_refused() -> None:
 
 def test_bodies_have_a_size_and_a_time() -> None:
     async def main() -> None:
-        door = GatewayServer(max_body=1000, body_timeout=0.2)
+        gateway = GatewayServer(max_body=1000, body_timeout=0.2)
         async with (
-            door.admit(fake_team(["a"], lambda *_: "15")) as visit,
+            gateway.open_session(fake_team(["a"], lambda *_: "15")) as visit,
             aiohttp.ClientSession() as session,
         ):
             asker = Asker(visit, session)

@@ -1,4 +1,4 @@
-"""The door: what programs ask and are told, who may ask, and what becomes of retries."""
+"""The gateway: what programs ask and are told, who may ask, and what becomes of retries."""
 
 from __future__ import annotations
 
