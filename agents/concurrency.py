@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Iterable
 
-from .team import T
+from .types import T
 
 
 async def gather(awaitables: Iterable[Awaitable[T]]) -> list[T]:

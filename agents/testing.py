@@ -13,13 +13,16 @@ import asyncio
 import functools
 import json
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
+from .chat import Services
 from .execution import Check, Execute
-from .team import System, Team
-from .types import Call, Completion, Decision, Message, Task, Turn, from_json, to_json
+from .system import System
+from .team import Team
+from .transcript import Transcript
+from .types import AgentSpec, Call, Completion, Decision, Message, Task, Turn, from_json, to_json
 
 Answer = Callable[[str, "tuple[Message, ...]", str], str]
 
@@ -32,9 +35,43 @@ def number_alone(agent: str, messages: tuple[Message, ...], marker: str) -> str:
     return marker
 
 
-@dataclass(frozen=True)
-class Services:
-    """What runs and what tests the programs of a system under check (see `Team`)."""
+@dataclass
+class Fake:
+    """Completions from a function `(agent name, messages) -> text`: a whole system runs in a test
+    without any model. `calls` are those answered so far."""
+
+    answer: Callable[[str, tuple[Message, ...]], str]
+    calls: list[Call] = field(default_factory=list)
+
+    async def __call__(self, call: Call) -> list[Completion]:
+        self.calls.append(call)
+        await asyncio.sleep(0)
+        return [
+            Completion(self.answer(call.agent.name, call.messages), policy=call.agent.policy)
+            for _ in range(call.n)
+        ]
+
+
+def fake_team(
+    agents: Sequence[str | AgentSpec],
+    answer: Callable[[str, tuple[Message, ...]], str],
+    values: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Team:
+    """A team that answers by a function. `await system.run(task, fake_team(["a", "b"], lambda
+    agent, messages: "4"))`.
+
+    `settings`: fields of `Services` and arguments of `Transcript` by name.
+    """
+    specs = [a if isinstance(a, AgentSpec) else AgentSpec(a) for a in agents]
+    names = {f.name for f in fields(Services)}
+    services = {name: value for name, value in settings.items() if name in names}
+    recorded = {name: value for name, value in settings.items() if name not in names}
+    return Team(specs, Services(Fake(answer), **services), Transcript(**recorded), values)
+
+
+class _Programs(NamedTuple):
+    """What runs and what tests the programs of a system under check."""
 
     execute: Execute | None = None
     check: Check | None = None
@@ -73,7 +110,7 @@ def check_system(
     and `check`: what runs programs and what tests them, for a system that has some run
     (`rollouts.sandbox.run` and `.check`). From inside an event loop, await `check` instead.
     """
-    asyncio.run(_check_all(system, tasks, answer, seeds, Services(execute, check)))
+    asyncio.run(_check_all(system, tasks, answer, seeds, _Programs(execute, check)))
 
 
 async def check(
@@ -85,23 +122,23 @@ async def check(
     check: Check | None = None,
 ) -> None:
     """See `check_system`."""
-    await _check_all(system, tasks, answer, seeds, Services(execute, check))
+    await _check_all(system, tasks, answer, seeds, _Programs(execute, check))
 
 
 async def _check_all(
-    system: System, tasks: Sequence[Task], answer: Answer, seeds: Iterable[int], services: Services
+    system: System, tasks: Sequence[Task], answer: Answer, seeds: Iterable[int], programs: _Programs
 ) -> None:
     _require(bool(tasks), "tasks: expected at least one task to play")
     for task in tasks:
         for seed in seeds:
-            await _check_one(system, task, answer, seed, services)
+            await _check_one(system, task, answer, seed, programs)
 
 
 async def _check_one(
-    system: System, task: Task, answer: Answer, seed: int, services: Services
+    system: System, task: Task, answer: Answer, seed: int, programs: _Programs
 ) -> None:
     where = f"{type(system).__name__} on task {task.id!r}, seed {seed}"
-    play = functools.partial(_play, task=task, answer=answer, seed=seed, services=services)
+    play = functools.partial(_play, task=task, answer=answer, seed=seed, programs=programs)
     first = await play(system)
     _require(first.turns != (), f"{where}: no agent was asked anything")
     for delays in (1, 2, 3):
@@ -208,7 +245,7 @@ async def _play(
     delays: int = 0,
     given: Iterable[Turn] = (),
     decisions: Iterable[Decision] = (),
-    services: Services,
+    programs: _Programs,
 ) -> Played:
     """Play one episode. `delays`: how long answers take. 0: all equally long; 1: later ones are
     sooner there; else a seed."""
@@ -249,19 +286,11 @@ async def _play(
                 f"{type(system).__name__}: a child's task holds the gold answer",
             )
         return [
-            (await _play(child, each, answer, seed, services=services)).output for each in tasks
+            (await _play(child, each, answer, seed, programs=programs)).output for each in tasks
         ]
 
-    team = Team(
-        system.specs,
-        ask,
-        seed=seed,
-        given=given,
-        decisions=decisions,
-        play=play_children,
-        execute=services.execute,
-        check=services.check,
-    )
+    services = Services(ask, play_children, programs.execute, programs.check)
+    team = Team(system.specs, services, Transcript(seed, given=given, decisions=decisions))
     output = await system.run(secret.public(), team)
     return Played(output, team.turns, tuple(team.decisions), asked, markers)
 

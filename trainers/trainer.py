@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
-from ..agents.team import System
+from ..agents.system import System
 from ..agents.types import SettingError, Task, to_json
 from ..rollouts.engines.base import Engine, EngineError
 from ..rollouts.evaluation.statistics import Evaluation, paired

@@ -16,7 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..team import Agent, System, Team
+from ..chat import Agent
+from ..system import System
+from ..team import Team
 from ..text.templates import view
 from ..types import SettingError, Task, Turn, nearest
 

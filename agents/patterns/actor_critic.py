@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass
 
 from ..lookup import trusted
-from ..team import System, Team
+from ..system import System
+from ..team import Team
 from ..types import SettingError, Task
 
 _VERDICT = re.compile(r"\bverdict\b[\s:*_`\"'-]*(right|wrong)\b", re.IGNORECASE)

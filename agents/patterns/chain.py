@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ..lookup import trusted
-from ..team import System, Team
+from ..system import System
+from ..team import Team
 from ..text.answers import extract
 from ..text.templates import view
 from ..types import SettingError, Task, Turn, nearest

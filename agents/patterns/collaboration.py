@@ -24,9 +24,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..chat import Agent
 from ..concurrency import gather
 from ..lookup import trusted
-from ..team import Agent, System, Team
+from ..system import System
+from ..team import Team
 from ..text.answers import extract, majority, normalise
 from ..text.templates import view
 from ..tools.verifiers import WORDS, Verifier, check_verifier, in_words, resolve_verifier, verify

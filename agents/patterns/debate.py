@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 
+from ..chat import Agent
 from ..concurrency import gather
 from ..lookup import trusted
-from ..team import Agent, System, Team
+from ..system import System
+from ..team import Team
 from ..text.answers import majority
 from ..text.templates import view
 from ..types import SettingError, Task, Turn, nearest

@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 from ..lookup import trusted
-from ..team import System, Team
+from ..system import System
+from ..team import Team
 from ..text.templates import view
 from ..types import SettingError, Task, Turn, nearest
 

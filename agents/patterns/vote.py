@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from ..concurrency import gather
 from ..lookup import trusted
-from ..team import System, Team
+from ..system import System
+from ..team import Team
 from ..text.answers import majority
 from ..types import SettingError, Task
 

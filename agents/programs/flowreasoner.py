@@ -18,17 +18,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from ..execution import answered
 from ..lookup import trusted
 from ..team import Team
 from ..text.answers import same, stands_in
 from ..text.templates import view
-from ..types import SettingError, Task, Turn, nearest
+from ..types import Reward, SettingError, Task, Turn, nearest
 from .operators import CHECKS
 from .restrictions import nodes
-from .workflow import SOURCE, Design, Workflow, answer_of
+from .workflow import SOURCE, Design, Workflow, answer_of, reward_of
 
 FEEDBACK = """Your program passes {passed} of {total} checks.{failure}
 
@@ -158,10 +158,7 @@ class FlowReasoner(Workflow):
                     now, task, team
                 )
         now = replace(now, calls=sum(t.index > turn.index for t in team.turns))
-        told = {"name": "val", "value": now.score, "text": self.heard(now), "source": SOURCE}
-        team.rewards.append(
-            {**told, "agent": turn.agent, "turn": turn.index, "sibling": turn.sibling}
-        )
+        team.rewards.append(reward_of(turn, "val", now.score, self.heard(now)))
         return now
 
     async def _tested(self, now: Round, task: Task, team: Team) -> Round:
@@ -243,10 +240,7 @@ class FlowReasoner(Workflow):
             "complexity": -max(0, written - self.free_nodes) / self.free_nodes,
             "efficiency": -kept.calls / self.max_calls if valid else 0.0,
         }
-        told: list[dict[str, Any]] = [
-            {"name": name, "value": value, "source": SOURCE} for name, value in worth.items()
-        ]
-        team.rewards.extend(told)
+        team.rewards.extend(Reward(name, value, source=SOURCE) for name, value in worth.items())
 
 
 def _counted(now: Round, passed: int, total: int, failure: str, said: Sequence[Turn]) -> Round:

@@ -16,9 +16,10 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..chat import Agent
 from ..execution import Externals, Limits, ProgramError, answered, program_in
 from ..lookup import load_function
-from ..team import Agent, Team
+from ..team import Team
 from ..text.answers import extract, stands_in
 from ..text.templates import view
 from ..types import SettingError, Task, Turn, nearest
@@ -102,7 +103,7 @@ class OperatorCall:
     def __init__(self, desk: OperatorContext, operator: Operator) -> None:
         self.desk, self.operator = desk, operator
         agent = desk.executor(operator.name)
-        width = 1 + (desk.team.max_tool_calls if desk.team.tools_of(agent.spec) else 0)
+        width = agent.turns_per_reply
         self.first = desk.team.reserve(width * operator.calls)
         self._indices: Iterator[int] = iter(
             range(self.first, self.first + width * operator.calls, width)

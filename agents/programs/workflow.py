@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..execution import ExecutionResult, Limits
 from ..lookup import trusted
-from ..team import System, Team
+from ..system import System
+from ..team import Team
 from ..text.templates import view
-from ..types import LimitError, SettingError, Task, Turn, nearest
+from ..types import LimitError, Reward, SettingError, Task, Turn, nearest
 from .operators import (
     OPERATORS,
     Operator,
@@ -155,7 +155,7 @@ class Workflow(System):
             design = await self.read(turn, team)
             if not design.fault or not left:
                 break
-            team.settle(turn, taken=False)
+            team.select(turn, taken=False)
         if design.fault and not self.fallback:
             return ""
         return answer_of(
@@ -233,13 +233,12 @@ def _failed(outcome: ExecutionResult) -> str:
 
 
 def _tell(team: Team, turn: Turn, name: str, fault: str) -> None:
-    told: dict[str, Any] = {
-        "name": name,
-        "value": float(not fault),
-        "text": fault,
-        "source": SOURCE,
-    }
-    team.rewards.append({**told, "agent": turn.agent, "turn": turn.index, "sibling": turn.sibling})
+    team.rewards.append(reward_of(turn, name, float(not fault), fault))
+
+
+def reward_of(turn: Turn, name: str, value: float, text: str) -> Reward:
+    """A reward about one turn, from the workflow itself."""
+    return Reward(name, value, text, turn.agent, turn.index, turn.sibling, SOURCE)
 
 
 def _check_prompt(name: str, operator: Operator, prompts: Mapping[str, str]) -> None:

@@ -15,19 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...agents.lookup import AGREE, Untrusted, object_named, only_trusted
-from ...agents.team import System
+from ...agents.lookup import AGREE, Untrusted, only_trusted
+from ...agents.system import System, system_class, with_settings
 from ...agents.tools.tools import resolve_tools
-from ...agents.types import (
-    BASE,
-    AgentSpec,
-    PolicySpec,
-    Sampling,
-    SettingError,
-    Task,
-    from_json,
-    nearest,
-)
+from ...agents.types import BASE, AgentSpec, PolicySpec, Sampling, SettingError, Task, from_json
 from ..engines.base import Engine
 from ..engines.config import EngineConfig
 from ..engines.factory import start_engine
@@ -39,46 +30,6 @@ from ..rewards.builtin import resolve_rewards
 from ..rewards.scoring import fn_name
 from ..tasks.registry import load_tasks, split_hash
 from .reader import FILES, as_data, outside_models, read_checkpoint
-
-
-def build_system(settings: Mapping[str, Any]) -> System:
-    """A System from `{class: module:Class, ...arguments}`."""
-    given = dict(settings)
-    name = given.pop("class", None)
-    if not name:
-        raise SettingError(
-            "system.class: missing; expected module:Class, such as"
-            " marlora.agents.patterns.chain:Chain"
-        )
-    return with_settings(system_class(str(name)), given)
-
-
-def system_class(name: str) -> type[System]:
-    """The System that `module:Class` names. Raises `SettingError`; `Untrusted` where a stranger
-    named one that is not ours."""
-    try:
-        found = object_named("system", name, "module:Class")
-    except Untrusted:
-        raise
-    except SettingError as error:
-        raise SettingError(str(error).replace("system ", "system.class ", 1)) from error
-    if not (isinstance(found, type) and issubclass(found, System)):
-        raise SettingError(
-            f"system.class {name!r}: expected a subclass of marlora.agents.team:System, found"
-            f" {found!r:.80}"
-        )
-    return found
-
-
-def with_settings(found: type[System], given: Mapping[str, Any]) -> System:
-    """A System of this class. Raises `SettingError` at a setting that it does not have."""
-    known = sorted(f.name for f in dataclasses.fields(found))
-    for key in given:
-        if key not in known:
-            raise SettingError(
-                f"system.{key}: {found.__name__} has no such setting; {nearest(key, known)}"
-            )
-    return found(**given)
 
 
 @dataclasses.dataclass

@@ -11,24 +11,23 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...agents.chat import Services
 from ...agents.concurrency import gather
 from ...agents.lookup import only_trusted
 from ...agents.seeds import derive_seed
-from ...agents.team import System, Team
+from ...agents.system import System
+from ...agents.team import Team
+from ...agents.transcript import Transcript
 from ...agents.types import (
-    AgentSpec,
     Call,
     Completion,
     Decision,
     LimitError,
-    Reward,
     Sampling,
     SettingError,
     Task,
     Turn,
-    from_json,
     nearest,
-    to_json,
 )
 from ..engines.base import EngineError, PromptTooLong, TeamVersion
 from ..rewards.scoring import TIMEOUT, RewardFn, score
@@ -241,21 +240,18 @@ class EpisodeRunner:
             children.extend(episode for family in played for episode in family)
             return [family[-1] for family in played]
 
-        team = Team(
-            self.system.specs,
-            ask,
-            seed=seed,
-            values=self.values,
-            sampling=self.sampling,
-            given=given,
-            replace=replace,
-            decisions=decisions,
-            max_turns=self.limits.max_turns,
-            max_tool_calls=self.limits.max_tool_calls,
+        services = Services(
+            complete=ask,
             play=play_children,
             execute=execute,
             check=check,
+            sampling=self.sampling,
+            max_tool_calls=self.limits.max_tool_calls,
         )
+        transcript = Transcript(
+            seed, given=given, replace=replace, decisions=decisions, max_turns=self.limits.max_turns
+        )
+        team = Team(self.system.specs, services, transcript, self.values)
         output, stop_reason, error = await self._run(job.task, team)
         spoke = {
             agent.policy: version[agent.policy]
@@ -280,9 +276,7 @@ class EpisodeRunner:
             error=error,
         )
         if error is None:
-            episode = dataclasses.replace(
-                episode, rewards=tuple(Reward(**told) for told in team.rewards)
-            )
+            episode = dataclasses.replace(episode, rewards=tuple(team.rewards))
             episode = dataclasses.replace(
                 episode,
                 rewards=await score(job.task, episode, self.rewards, self.limits.reward_timeout),
@@ -319,36 +313,3 @@ class EpisodeRunner:
                     f" ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"
                 ),
             )
-
-
-def override_agents(
-    system: System, changes: Mapping[str, Mapping[str, Any]], sampling: Sampling = Sampling()
-) -> tuple[AgentSpec, ...]:
-    """The system's agents with fields changed by name (the `agents:` mapping of a recipe).
-
-    Of `sampling`, fields may be given alone; the others stay the agent's own, or the run's
-    (`sampling`).
-    """
-    known = {agent.name: agent for agent in system.specs}
-    for name, change in changes.items():
-        if name not in known:
-            raise SettingError(
-                f"agents.{name}: no such agent in {type(system).__name__}; {nearest(name, known)}"
-            )
-        if not isinstance(change, Mapping):
-            raise SettingError(
-                f"agents.{name}: expected a mapping of fields to change, got {change!r}"
-            )
-        if change.get("name", name) != name:
-            raise SettingError(
-                f"agents.{name}.name: the system names its agents, and this one {name!r}; got"
-                f" {change['name']!r}"
-            )
-    return tuple(_changed(agent, changes.get(agent.name, {}), sampling) for agent in known.values())
-
-
-def _changed(agent: AgentSpec, change: Mapping[str, Any], sampling: Sampling) -> AgentSpec:
-    fields = {**to_json(agent), **change}
-    if isinstance(change.get("sampling"), Mapping):
-        fields["sampling"] = {**to_json(agent.sampling or sampling), **change["sampling"]}
-    return from_json(AgentSpec, fields, f"agents.{agent.name}")

@@ -12,11 +12,15 @@ from typing import Any, TypeVar
 
 import pytest
 
+from marlora.agents.chat import Agent, Services
 from marlora.agents.concurrency import gather
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.patterns.debate import Debate
 from marlora.agents.seeds import derive_seed
-from marlora.agents.team import Agent, System, Team, fake_team
+from marlora.agents.system import System
+from marlora.agents.team import Team
+from marlora.agents.testing import fake_team
+from marlora.agents.transcript import Transcript
 from marlora.agents.types import (
     AgentSpec,
     Call,
@@ -54,7 +58,8 @@ def slow_team(names: str, waits: Sequence[int], **settings: Any) -> tuple[Team, 
             await asyncio.sleep(0)
         return [Completion(f"{call.index}.{k}") for k in range(call.n)]
 
-    return Team([AgentSpec(name) for name in names], ask, **settings), calls
+    specs = [AgentSpec(name) for name in names]
+    return Team(specs, Services(ask), Transcript(**settings)), calls
 
 
 # --- numbers and seeds
@@ -128,7 +133,7 @@ def test_a_chat_grows_by_appending_and_fresh_starts_a_new_one() -> None:
                 "a", prompt="You are a.", demos=(Message("user", "u"), Message("assistant", "v"))
             )
         ],
-        ask,
+        Services(ask),
     )
     run(play)
     head = (Message("system", "You are a."), Message("user", "u"), Message("assistant", "v"))
@@ -196,7 +201,7 @@ def test_a_failed_call_leaves_the_chat_as_it_was() -> None:
             await team["a"].reply("long long")
         await team["a"].reply("short")
 
-    team = Team([AgentSpec("a")], ask)
+    team = Team([AgentSpec("a")], Services(ask))
     run(play)
     assert [(t.index, [m.content for m in t.messages]) for t in team.turns] == [
         (0, ["one"]),
@@ -310,9 +315,9 @@ def test_what_was_taken_can_be_settled_afterwards() -> None:
     team = fake_team(["a"], lambda agent, messages: "x")
     turn = run(lambda: team["a"].answer([Message("user", "hi")], n=3))
     assert [t.taken for t in team.siblings(turn)] == [True, False, False]
-    team.settle(team.siblings(turn)[2])
+    team.select(team.siblings(turn)[2])
     assert [t.taken for t in team.siblings(turn)] == [False, False, True]
-    team.settle(team.siblings(turn)[2], taken=False)
+    team.select(team.siblings(turn)[2], taken=False)
     assert [t.taken for t in team.siblings(turn)] == [False, False, False]
 
 
@@ -327,7 +332,7 @@ def test_wrong_choices_and_counts() -> None:
         return [Completion("x")]
 
     with pytest.raises(RuntimeError, match="asked for 2 completions, got 1"):
-        run(lambda: Team([AgentSpec("a")], stingy)["a"].reply("x", n=2))
+        run(lambda: Team([AgentSpec("a")], Services(stingy))["a"].reply("x", n=2))
 
 
 # --- gather
@@ -641,7 +646,7 @@ def test_team_rng_follows_the_seed() -> None:
 
 def test_children_need_someone_who_plays_them() -> None:
     team = fake_team(["a"], lambda agent, messages: "")
-    with pytest.raises(SettingError, match=r"use rollouts\.play\.Rollouts"):
+    with pytest.raises(SettingError, match=r"use rollouts\.episodes\.runner\.EpisodeRunner"):
         run(lambda: team.play(DEBATE, [TASK]))
 
 

@@ -13,7 +13,8 @@ from marlora.agents.patterns.actor_critic import ActorCritic
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.patterns.debate import Debate
 from marlora.agents.patterns.vote import Vote
-from marlora.agents.team import System, Team
+from marlora.agents.system import System
+from marlora.agents.team import Team
 from marlora.agents.types import AgentSpec, Message, SettingError, Task
 from tests.conformance import check_system
 

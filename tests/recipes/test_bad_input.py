@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from marlora.agents.patterns.chain import Chain
-from marlora.agents.team import System, Team
+from marlora.agents.system import System, build_system
+from marlora.agents.team import Team
 from marlora.agents.types import AdapterSpec, AgentSpec, PolicySpec, SettingError, Task
 from marlora.recipes import grpo_team
-from marlora.rollouts.checkpoints.team import build_system
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.engines.vllm.server_args import lora_sizes
 from marlora.rollouts.episodes.store import Store

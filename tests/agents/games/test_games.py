@@ -15,7 +15,8 @@ from marlora.agents.games.base import Game, Illegal, Offer, message_of
 from marlora.agents.games.exchange import Exchange
 from marlora.agents.games.trade import Trade
 from marlora.agents.games.ultimatum import Ultimatum
-from marlora.agents.team import Team, fake_team
+from marlora.agents.team import Team
+from marlora.agents.testing import fake_team
 from marlora.agents.types import Message, SettingError, Task
 from tests.conformance import check_system
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from marlora.agents.patterns.collaboration import Collaboration
-from marlora.agents.team import Team, fake_team
+from marlora.agents.team import Team
+from marlora.agents.testing import fake_team
 from marlora.agents.tools.verifiers import calculator, in_words, resolve_verifier, verify
 from marlora.agents.types import AgentSpec, SettingError, Task
 from tests.conformance import check_system

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from marlora.agents.patterns.debate import Debate
-from marlora.agents.team import Team, fake_team
+from marlora.agents.team import Team
+from marlora.agents.testing import fake_team
 from marlora.agents.types import AgentSpec, Message, SettingError, Task
 from tests.conformance import check_system
 

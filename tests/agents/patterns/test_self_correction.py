@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from marlora.agents.patterns.self_correction import SelfCorrection, correction_task
-from marlora.agents.team import Team, fake_team
+from marlora.agents.team import Team
+from marlora.agents.testing import fake_team
 from marlora.agents.types import Message, SettingError, Task, Turn
 from tests.conformance import check_system
 

@@ -13,7 +13,9 @@ from marlora.agents.patterns.actor_critic import ActorCritic, verdict
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.patterns.debate import Debate
 from marlora.agents.patterns.vote import Vote
-from marlora.agents.team import System, Team, fake_team
+from marlora.agents.system import System
+from marlora.agents.team import Team
+from marlora.agents.testing import fake_team
 from marlora.agents.types import Message, SettingError, Task
 
 TASK = Task("t", "7+8+5", meta={"c": 5})

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from marlora.agents.programs.flowreasoner import FlowReasoner, best_round, parent_shares
-from marlora.agents.team import Team, fake_team
+from marlora.agents.team import Team
+from marlora.agents.testing import fake_team
 from marlora.agents.types import Message, SettingError, Task
 from marlora.rollouts.sandbox import sandbox
 from tests.conformance import check_system
@@ -40,7 +41,7 @@ def play(
 
 
 def told(team: Team, name: str) -> list[float]:
-    return [r["value"] for r in team.rewards if r["name"] == name]
+    return [r.value for r in team.rewards if r.name == name]
 
 
 def sums(text: str) -> str:

@@ -13,7 +13,8 @@ import pytest
 from marlora.agents.programs.operators import OPERATORS
 from marlora.agents.programs.restrictions import Restrictions, nodes, program_of, similarity, whole
 from marlora.agents.programs.workflow import Workflow
-from marlora.agents.team import Team, fake_team
+from marlora.agents.team import Team
+from marlora.agents.testing import fake_team
 from marlora.agents.types import Message, SettingError, Task
 from marlora.rollouts.sandbox.sandbox import check
 from marlora.rollouts.sandbox.sandbox import run as execute
@@ -40,7 +41,7 @@ def play(
 
 
 def told(team: Team, name: str) -> list[tuple[float, str]]:
-    return [(r["value"], r["text"]) for r in team.rewards if r["name"] == name]
+    return [(r.value, r.text) for r in team.rewards if r.name == name]
 
 
 def test_a_program_asks_its_executors_and_its_last_line_is_the_answer() -> None:
@@ -62,12 +63,7 @@ def test_a_program_asks_its_executors_and_its_last_line_is_the_answer() -> None:
     assert "A solution:\n\n8" in team.turns[2].messages[0].content
     assert told(team, "valid") == [(1.0, "")] and told(team, "ran") == [(1.0, "")]
     first = team.rewards[0]
-    assert (first["agent"], first["turn"], first["sibling"], first["source"]) == (
-        "designer",
-        0,
-        0,
-        "workflow",
-    )
+    assert (first.agent, first.turn, first.sibling, first.source) == ("designer", 0, 0, "workflow")
 
 
 def test_calls_of_one_round_are_asked_together_and_numbered_in_the_programs_order() -> None:

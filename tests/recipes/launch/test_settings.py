@@ -12,11 +12,10 @@ import yaml
 
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.patterns.debate import Debate
+from marlora.agents.system import build_system, override_agents
 from marlora.agents.types import AgentSpec, Message, Sampling, SettingError, to_json
 from marlora.recipes.launch.settings import parse, read_value, run
-from marlora.rollouts.checkpoints.team import build_system
 from marlora.rollouts.engines.base import EngineError
-from marlora.rollouts.episodes.runner import override_agents
 from marlora.rollouts.episodes.store import StoreError
 from marlora.trainers.loop.run import Run, RunError
 from marlora.trainers.loop.summary import write_config

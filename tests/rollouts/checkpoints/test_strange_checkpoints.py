@@ -19,11 +19,11 @@ import pytest
 
 from marlora.agents.lookup import is_trusted, load_function, only_trusted, trusted
 from marlora.agents.programs.operators import OPERATORS, resolve_operators
-from marlora.agents.team import System
+from marlora.agents.system import System, build_system
 from marlora.agents.types import AgentSpec, PolicySpec, Sampling, SettingError, Task, to_json
 from marlora.rollouts.checkpoints import team as served
 from marlora.rollouts.checkpoints.reader import places, read_checkpoint
-from marlora.rollouts.checkpoints.team import LoadedTeam, build_system
+from marlora.rollouts.checkpoints.team import LoadedTeam
 from marlora.rollouts.engines.config import EngineConfig
 from marlora.rollouts.engines.scripted import ByteTokenizer, ScriptedEngine
 from marlora.rollouts.episodes.runner import EpisodeRequest
@@ -65,7 +65,7 @@ def hostile(marker: Path) -> list[str]:
         "marlora.agents.lookup:importlib",
         "marlora.agents.lookup:load_function(x)",
         "marlora.agents.patterns.chain:Chain.__init__",
-        "marlora.agents.team:System",
+        "marlora.agents.system:System",
         "marlora.rollouts.gateway.programs:Command",
         "marlora.rollouts.gateway.programs:Function",
         f"marlora.rollouts.gateway.programs:os.system(touch {marker})",
@@ -461,9 +461,10 @@ def test_every_system_of_ours_is_marked_and_nothing_else_is() -> None:
     names = {
         f"{found.__module__}:{found.__name__}": is_trusted("system", found) for found in classes
     }
-    abstract = {"marlora.agents.team:System", "marlora.agents.games.base:Game"}
+    abstract = {"marlora.agents.system:System", "marlora.agents.games.base:Game"}
     programs = {
-        f"marlora.rollouts.gateway.programs:{name}" for name in ("ExternalProgram", "Function", "Command")
+        f"marlora.rollouts.gateway.programs:{name}"
+        for name in ("ExternalProgram", "Function", "Command")
     }
     assert {name for name, marked in names.items() if marked} == set(SYSTEMS)
     assert {name for name, marked in names.items() if not marked} == abstract | programs

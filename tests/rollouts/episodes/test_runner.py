@@ -15,7 +15,8 @@ import pytest
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.patterns.debate import Debate
 from marlora.agents.seeds import derive_seed
-from marlora.agents.team import System, Team
+from marlora.agents.system import System, override_agents
+from marlora.agents.team import Team
 from marlora.agents.types import AgentSpec, Completion, Sampling, SettingError, Task
 from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
@@ -25,7 +26,6 @@ from marlora.rollouts.episodes.runner import (
     EpisodeRequest,
     EpisodeRunner,
     episode_requests,
-    override_agents,
 )
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.rewards.builtin import exact

@@ -17,9 +17,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from marlora.agents.team import System
+from marlora.agents.system import System, build_system
 from marlora.agents.types import SettingError, Task
-from marlora.rollouts.checkpoints.team import build_system
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.runner import EpisodeRequest, episode_requests
 from marlora.rollouts.evaluation.accuracy import evaluation

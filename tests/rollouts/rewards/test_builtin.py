@@ -9,7 +9,7 @@ import threading
 import numpy
 import pytest
 
-from marlora.agents.team import Fake
+from marlora.agents.testing import Fake
 from marlora.agents.types import AgentSpec, Reward, SettingError, Task, Turn
 from marlora.rollouts.json_values import plain
 from marlora.rollouts.rewards import math_check

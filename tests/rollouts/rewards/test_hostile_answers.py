@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from marlora.agents.execution import Limits, SandboxError
-from marlora.agents.team import Fake
+from marlora.agents.testing import Fake
 from marlora.agents.types import Task, Turn
 from marlora.rollouts.rewards import math_check
 from marlora.rollouts.rewards.builtin import REWARDS, correct, exact, graded, judge, resolve_rewards

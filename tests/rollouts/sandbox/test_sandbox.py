@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from marlora.agents.execution import Limits, SandboxError, TestSuite
-from marlora.agents.team import fake_team
+from marlora.agents.testing import fake_team
 from marlora.agents.types import AgentSpec, Task
 from marlora.rollouts.sandbox import isolation as cages_module
 from marlora.rollouts.sandbox import sandbox, self_test

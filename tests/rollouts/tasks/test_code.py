@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (rows of data sets and cases of tests stand in a line each)
 """Coding tasks: their public and hidden tests, one by one, and programs as they come."""
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from marlora.agents.execution import SandboxError, program_in
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.programs.flowreasoner import FlowReasoner
 from marlora.agents.programs.workflow import Workflow
-from marlora.agents.team import System
+from marlora.agents.system import System
 from marlora.agents.types import AgentSpec, Completion, SettingError, Task, to_json
 from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from marlora.rollouts.rewards.builtin import correct, passed_tests, resolve_rewards

@@ -12,7 +12,7 @@ from marlora.agents.games.base import Game
 from marlora.agents.games.exchange import Exchange
 from marlora.agents.games.trade import Trade
 from marlora.agents.games.ultimatum import Ultimatum
-from marlora.agents.team import fake_team
+from marlora.agents.testing import fake_team
 from marlora.agents.types import Reward, SettingError, Task, Turn
 from marlora.rollouts.rewards.builtin import resolve_rewards
 from marlora.rollouts.rewards.games import payoff
@@ -50,7 +50,7 @@ def test_every_task_can_be_played(name: str, cls: type[Game]) -> None:
         team = fake_team(
             game.specs,
             lambda agent, messages: f"Move: {'offer ' + first if agent == 'a' else 'accept'}",
-        )  # noqa: B023
+        )
         assert json.loads(asyncio.run(game.run(task.public(), team)))["ended"] == "deal"
 
 

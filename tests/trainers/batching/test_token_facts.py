@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from marlora.agents.team import System, Team
+from marlora.agents.system import System
+from marlora.agents.team import Team
 from marlora.agents.types import Message, SettingError, Task
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
 from marlora.rollouts.episodes.completers import EngineCompleter

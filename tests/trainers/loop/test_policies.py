@@ -309,7 +309,7 @@ def test_a_system_of_the_users_own(
 ) -> None:
     (tmp_path / "my_team.py").write_text(
         "from dataclasses import dataclass\n"
-        "from marlora.agents.concurrency import gather\nfrom marlora.agents.team import System\n"
+        "from marlora.agents.concurrency import gather\nfrom marlora.agents.system import System\n"
         "@dataclass\n"
         "class Pair(System):\n"
         "    polite: bool = True\n"

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from marlora.agents.programs.workflow import Workflow
-from marlora.agents.team import fake_team
+from marlora.agents.system import build_system
+from marlora.agents.testing import fake_team
 from marlora.agents.types import Message, Task
-from marlora.rollouts.checkpoints.team import build_system
 from marlora.rollouts.sandbox.sandbox import run as sandboxed
 from marlora.rollouts.tasks.toy import KINDS, digit, program_tasks
 from marlora.trainers.testbeds.programs import (

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ....agents.chat import Services
 from ....agents.settings import help_of
 from ....agents.team import Team
 from ....agents.types import Call, Completion
@@ -82,10 +83,10 @@ def selected(
 
 def openings(run: Run) -> Mapping[str, str]:
     """Per agent what stands at the head of all its chats: there an answer is no leak."""
-    team = Team(run.system.specs, _nobody, values=run.values)
+    team = Team(run.system.specs, Services(_nobody), values=run.values)
     return {
-        spec.name: "\n".join(message.content for message in team.opening(spec, team.tools_of(spec)))
-        for spec in run.system.specs
+        agent.name: "\n".join(message.content for message in agent.opening(agent.tools))
+        for agent in team
     }
 
 

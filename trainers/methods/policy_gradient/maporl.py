@@ -36,7 +36,7 @@ from ....agents.types import SettingError, Turn
 from ....rollouts.evaluation.rounds import answers_by_round, transitions
 from ....rollouts.report.sections import rounds_section, stored
 from ....rollouts.types import Episode, TurnKey
-from ...credit.reward_shaping import (HORIZONS, SHARES, SIGNS, Table, influence, invalid, shaping)
+from ...credit.reward_shaping import HORIZONS, SHARES, SIGNS, Table, influence, invalid, shaping
 from ...trainer import Trainer
 from ...update.scalar_heads import HeadSpec
 from .critics import critics

@@ -11,7 +11,7 @@ import pytest
 
 from marlora.agents.patterns.actor_critic import ActorCritic
 from marlora.agents.patterns.chain import Chain
-from marlora.agents.team import System
+from marlora.agents.system import System
 from marlora.agents.types import BASE, AgentSpec, SettingError, Task, Turn
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.completers import EngineCompleter

@@ -14,8 +14,8 @@ import yaml
 
 from marlora.agents.patterns.collaboration import Collaboration
 from marlora.agents.patterns.debate import Debate
+from marlora.agents.system import build_system
 from marlora.agents.types import Reward, SettingError, Task, Turn
-from marlora.rollouts.checkpoints.team import build_system
 from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode
 from marlora.trainers.config import RunConfig

@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from marlora.agents.team import System, Team
+from marlora.agents.system import System
+from marlora.agents.team import Team
 from marlora.agents.types import BASE, SettingError, Task
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.tasks.toy import tiny_tasks

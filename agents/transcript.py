@@ -1,0 +1,175 @@
+"""The transcript of an episode: its turns and decisions in order, and the replay of recorded
+ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from .seeds import derive_seed
+from .types import (
+    Ask,
+    Call,
+    Choose,
+    Completion,
+    Decision,
+    LimitError,
+    ReplayError,
+    SettingError,
+    Turn,
+)
+
+
+class Transcript:
+    """The turns and decisions of one episode. Calls are numbered before anything is awaited, so the
+    order of turns does not depend on how long answers take.
+
+    Args:
+        seed: the episode's; the seeds of requests and decisions follow from it.
+        given: recorded turns that answer the first calls.
+        replace: completions by turn index that answer instead of recorded or sampled ones.
+        decisions: recorded decisions that are taken again.
+        max_turns: bound on turn indices; a reply of an agent with tools takes 1 +
+            `max_tool_calls` of them, used or not.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        given: Iterable[Turn] = (),
+        replace: Mapping[int, Completion] | None = None,
+        decisions: Iterable[Decision] = (),
+        max_turns: int = 200,
+    ) -> None:
+        self.seed, self.max_turns = seed, max_turns
+        self.decisions: list[Decision] = []
+        self._turns: dict[int, list[Turn]] = {}
+        self._next = 0
+        self._given: dict[int, list[Turn]] = {}
+        for turn in given:
+            self._given.setdefault(turn.index, []).append(turn)
+        self._replace = dict(replace or {})
+        self._given_decisions = {d.index: d for d in decisions}
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """All turns so far, siblings included, ordered by index."""
+        return tuple(turn for index in sorted(self._turns) for turn in self._turns[index])
+
+    def siblings(self, turn: Turn) -> tuple[Turn, ...]:
+        """Every answer sampled by the call that gave `turn`, itself included."""
+        return tuple(self._turns[turn.index])
+
+    def reserve(self, count: int) -> int:
+        """The first of `count` turn indices that belong to one call: a tool loop's turns do not
+        depend on timing. Raises `LimitError` from `max_turns` on."""
+        index, self._next = self._next, self._next + count
+        if index >= self.max_turns:
+            raise LimitError(f"episode asked for turn {index}; max_turns is {self.max_turns}")
+        return index
+
+    async def record(
+        self,
+        call: Call,
+        complete: Ask,
+        *,
+        reads: tuple[int, ...] = (),
+        choose: Choose | None = None,
+        saw_gold: bool = False,
+    ) -> Turn:
+        """Get the completions of a call, recorded or from `complete`, and record them as turns.
+        Returns the one that the chat goes on with: the first, or what `choose` picks."""
+        self._turns[call.index] = []  # the call is on record even if it fails or is cancelled
+        completions, sources = await self._completions(call, complete)
+        turns = [
+            Turn(
+                index=call.index,
+                agent=call.agent.name,
+                messages=call.messages,
+                reads=reads,
+                sibling=k,
+                taken=False,
+                source=source,
+                saw_gold=saw_gold,
+                sampling=call.sampling,
+                **{f.name: getattr(c, f.name) for f in fields(c)},
+            )
+            for k, (c, source) in enumerate(zip(completions, sources, strict=True))
+        ]
+        self._turns[call.index] = turns
+        picked = choose(turns) if choose and len(turns) > 1 else 0
+        number = await picked if inspect.isawaitable(picked) else picked
+        if not 0 <= number < len(turns):
+            raise SettingError(
+                f"agent {call.agent.name!r}: choose returned {number}, expected a number below"
+                f" {len(turns)}"
+            )
+        turns[number] = dataclasses.replace(turns[number], taken=True)
+        return turns[number]
+
+    def select(self, turn: Turn, *, taken: bool = True) -> None:
+        """Mark afterwards which sibling the chat went on with (the others are then not taken), or,
+        with `taken` False, that a turn was never read."""
+        self._turns[turn.index] = [
+            dataclasses.replace(
+                each, taken=taken if each.sibling == turn.sibling else each.taken and not taken
+            )
+            for each in self._turns[turn.index]
+        ]
+
+    async def _completions(
+        self, call: Call, complete: Ask
+    ) -> tuple[Sequence[Completion], list[Any]]:
+        """The completions of a call and the source of each: `sampled` or `written`."""
+        if call.index in self._replace:
+            # Sampled completions have their log-probabilities; a text, or tokens that another
+            # policy wrote for this prompt, has none.
+            replacement = self._replace[call.index]
+            return [replacement], ["sampled" if replacement.logprobs else "written"]
+        if call.index in self._given:
+            recorded = self._given[call.index]
+            # 1: only the taken one was given, or it had been replaced
+            if len(recorded) not in (1, call.n):
+                raise ReplayError(
+                    f"turn {call.index}: the system now asks for {call.n} answers, the recording"
+                    f" has {len(recorded)}"
+                )
+            if recorded[0].agent != call.agent.name or recorded[0].messages != call.messages:
+                raise ReplayError(
+                    f"turn {call.index}: the system now asks {call.agent.name!r} something else"
+                    f" than the recording did ({recorded[0].agent!r}); give only the turns before"
+                    " the first change"
+                )
+            return [turn.completion for turn in recorded], [turn.source for turn in recorded]
+        completions = await complete(call)
+        if len(completions) != call.n:
+            raise RuntimeError(
+                f"agent {call.agent.name!r}: asked for {call.n} completions, got {len(completions)}"
+            )
+        return completions, ["sampled"] * len(completions)
+
+    def decide(self, name: str, options: Sequence[str], logits: Mapping[str, float]) -> str:
+        """Sample one of `options` by its logit (0 where it has none) and record it; a recorded
+        decision is taken again."""
+        if not options:
+            raise SettingError(f"team.decide({name!r}): expected at least one option")
+        index = len(self.decisions)
+        top = max((logits.get(o, 0.0) for o in options), default=0.0)
+        weights = [math.exp(logits.get(o, 0.0) - top) for o in options]
+        given = self._given_decisions.get(index)
+        if given and (given.name != name or given.choice not in options):
+            raise ReplayError(
+                f"decision {index}: the system now decides {name!r} among {options}, the recording"
+                f" has {given}"
+            )
+        rng = random.Random(derive_seed(self.seed, "decide", index))
+        choice = given.choice if given else rng.choices(list(options), weights)[0]
+        logprob = math.log(weights[list(options).index(choice)] / sum(weights))
+        self.decisions.append(Decision(index, name, tuple(options), choice, logprob))
+        return choice
