@@ -25,8 +25,8 @@ from marlora.agents.types import SettingError
 from marlora.rollouts.engines.config import EngineConfig
 from marlora.rollouts.engines.factory import choose_engine
 from marlora.rollouts.engines.hardware import cpu_has_bfloat16, has_gpu
-from marlora.rollouts.engines.vllm.addresses import ROUTES, open_routes, tidy
 from marlora.rollouts.engines.vllm.auth import Guard
+from marlora.rollouts.engines.vllm.discovery import ROUTES, open_routes, tidy
 from marlora.rollouts.engines.vllm.server import free_port
 from marlora.rollouts.engines.vllm.server_args import RANKS
 from marlora.rollouts.renderer import ChatRenderer, load_tokenizer

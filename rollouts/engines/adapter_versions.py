@@ -1,22 +1,34 @@
-"""The book of an engine's adapter versions: what is loaded, for whom, from where, and which names
-are spent."""
+"""Registry of an engine's adapter versions: what is loaded, for which policy, from where, and which
+names are used up."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from ...agents.types import BASE, SettingError, nearest
 from .base import EngineError, ModelRef
 
-FILES = ("adapter_config.json", "adapter_model.safetensors")
+FILES = ("adapter_config.json", "adapter_model.safetensors")  # of a PEFT adapter folder
+
+
+def check_files(folder: Path) -> None:
+    """Raises `SettingError` for a folder that holds no adapter."""
+    missing = [name for name in FILES if not (folder.resolve() / name).is_file()]
+    if missing:
+        raise SettingError(
+            f"adapter {folder.resolve()}: no {' and no '.join(missing)}; expected a folder that"
+            " PEFT saved"
+        )
 
 
 class AdapterRegistry:
-    """`engine` is named in errors. Counts open requests per version, so that none is retired under
-    a request's feet."""
+    """The adapter versions of one engine, named in errors.
+
+    Counts open requests per version, so that none is retired while a request uses it.
+    """
 
     def __init__(self, engine: str) -> None:
         self.engine = engine
@@ -34,64 +46,73 @@ class AdapterRegistry:
         if not ref.version:
             return
         if ref.version not in self.folders:
+            reason = (
+                "was retired"
+                if ref.version in self._used
+                else f"was never published; {nearest(ref.version, self.folders)}"
+            )
             raise EngineError(
-                f"{self.engine} engine: no version {ref.version!r} is loaded;"
-                f" {nearest(ref.version, self.folders)}"
+                f"{self.engine} engine: adapter version {ref.version!r} of policy"
+                f" {ref.policy!r} {reason}"
             )
         owner = self._policies[ref.version]
         if owner != ref.policy:
             raise EngineError(
-                f"{self.engine} engine: version {ref.version!r} belongs to policy {owner!r}, not to"
-                f" {ref.policy!r}"
+                f"{self.engine} engine: adapter version {ref.version!r} belongs to policy"
+                f" {owner!r}, not to {ref.policy!r}"
             )
 
-    def checked(self, adapters: Mapping[str, Path]) -> dict[str, Path]:
-        """The absolute folders to load, by policy; their names are spent from now on.
+    def reserve(
+        self,
+        adapters: Mapping[str, Path],
+        check_folder: Callable[[Path], None] = check_files,
+        reserved: tuple[str, ...] = (BASE,),
+    ) -> dict[str, Path]:
+        """The absolute folders to load, by policy; their names are used up from now on.
 
-        Raises `SettingError` for a folder that holds no adapter, `EngineError` for a name that was
-        used before.
+        Raises what `check_folder` raises, and `EngineError` for a name that was used before or is
+        in `reserved`.
         """
         self.check(ModelRef(BASE))
-        found = {policy: Path(folder).resolve() for policy, folder in adapters.items()}
-        names = [folder.name for folder in found.values()]
-        for folder in found.values():
-            missing = [name for name in FILES if not (folder / name).is_file()]
-            if missing:
-                raise SettingError(
-                    f"adapter {folder}: no {' and no '.join(missing)}; expected a folder that PEFT"
-                    " saved"
-                )
-            if folder.name in self._used or names.count(folder.name) > 1 or folder.name == BASE:
+        for folder in adapters.values():
+            check_folder(Path(folder))
+        folders = {policy: Path(folder).resolve() for policy, folder in adapters.items()}
+        names = [folder.name for folder in folders.values()]
+        for name in names:
+            if name in self._used or names.count(name) > 1 or name in reserved:
                 raise EngineError(
-                    f"{self.engine} engine: the version name {folder.name!r} was used before; each"
-                    " needs a new one"
+                    f"{self.engine} engine: the version name {name!r} was used before; every"
+                    " version needs a new one"
                 )
         self._used.update(names)
-        return found
+        return folders
 
     def add(self, policy: str, folder: Path) -> None:
+        """Requests for the version of this folder are accepted from now on."""
         self.folders[folder.name], self._policies[folder.name] = folder, policy
 
     async def forget(self, ref: ModelRef) -> None:
-        """Take no new requests for this version, then wait for the open ones."""
+        """Accept no new requests for this version, then wait for the open ones."""
         self.check(ref)
         if not ref.version:
             raise EngineError(f"{self.engine} engine: the bare base cannot be retired")
         del self.folders[ref.version], self._policies[ref.version]
         if self._open.get(ref.version):
             await asyncio.wait(self._open[ref.version])
+        self._open.pop(ref.version, None)
 
     @contextmanager
     def request(self, ref: ModelRef) -> Iterator[None]:
-        """A request for this version is open. Raises like `check`."""
+        """Count a request for this version as open. Raises like `check`."""
         self.check(ref)
         ended = asyncio.get_running_loop().create_future()
-        self._open.setdefault(ref.version, set()).add(ended)
+        requests = self._open.setdefault(ref.version, set())
+        requests.add(ended)
         try:
             yield
         finally:
             ended.set_result(None)
-            self._open[ref.version].discard(ended)
+            requests.discard(ended)
 
     def listed(self, replica: str, loaded: Mapping[str, object] | None = None) -> dict[str, str]:
         """{version: folder}, of those in `loaded` (None: of all). Raises `EngineError` for another

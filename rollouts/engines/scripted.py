@@ -182,7 +182,7 @@ class ScriptedEngine:
             return self._logprobs(ref, tuple(ids), 1)
 
     async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
-        found = self._versions.checked(adapters)
+        found = self._versions.reserve(adapters)
         for policy, folder in found.items():
             self._versions.add(policy, folder)
             self._contents[folder.name] = _contents(folder)

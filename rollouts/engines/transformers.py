@@ -202,7 +202,7 @@ class TransformersEngine:
                     f"adapter {folder}: PEFT takes no '.' in the name of an adapter; rename the"
                     " folder"
                 )
-        found = self._versions.checked(adapters)
+        found = self._versions.reserve(adapters)
         for policy, folder in found.items():
             await self._work(partial(self._load, folder))
             self._versions.add(policy, folder)

@@ -1,19 +1,21 @@
-"""Who answers for a policy: an engine that knows tokens and versions, or an outside model behind an
-OpenAI-compatible address."""
+"""Completers: what samples the replies of a policy, an engine (by token ids and adapter version) or a
+model behind an OpenAI-compatible address (by text)."""
 
 from __future__ import annotations
 
-import asyncio
 import json
+import math
 import os
-import random
 import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import aiohttp
+
 from ...agents.secrecy import check_url, usable_key, without
 from ...agents.types import BASE, Call, Completion, PolicySpec, SettingError, to_json
 from ..engines.base import Engine, EngineError, ModelRef, PromptTooLong
+from ..http import Response, RetryPolicy, Transient, open_session, retry, send
 from ..renderer import ChatRenderer
 
 # how servers say that a prompt does not fit the model
@@ -23,20 +25,22 @@ TOO_LONG = re.compile(
 
 
 class Completer(Protocol):
+    """Samples `call.n` replies to a chat, with the policy's adapter `version` ("" = the base)."""
+
     async def __call__(self, call: Call, version: str) -> list[Completion]: ...
 
 
 class EngineCompleter:
-    """A policy of ours: the chat becomes token ids once, and the engine answers with the adapter
-    version it is told."""
+    """A policy that is served here: the chat becomes token ids once, and the engine samples with the
+    adapter version of the call."""
 
     def __init__(self, engine: Engine, tokens: ChatRenderer, policy: str) -> None:
         self.engine, self.tokens, self.policy = engine, tokens, policy
 
     def prompt(self, call: Call) -> tuple[int, ...]:
-        """What the engine is to read."""
-        # A written or outside turn has no tokens to go on from: its text is encoded like any other
-        # message.
+        """Token ids of the chat, for the engine."""
+        # A turn that was not sampled here has no tokens to continue: its text is encoded like any
+        # other message.
         previous = call.previous if call.previous is not None and call.previous.token_ids else None
         return self.tokens.prompt(call.messages, previous)
 
@@ -47,13 +51,13 @@ class EngineCompleter:
 
 
 class APICompleter:
-    """A model that we do not serve, over `/chat/completions`. Its turns have text only, so they are
-    never trained on.
+    """A model that is not served here, over `/chat/completions`. Its turns have text only, so they
+    are never trained on.
 
     The key is read from the environment variable `MARLORA_OUTSIDE_KEY` (absent: none is sent). On
     429, 5xx, time-outs and lost connections a request is tried again, `tries` times in all, after
-    `pause` seconds and twice as long each time. Anything else raises `EngineError` with the
-    server's words, but `PromptTooLong` where these say that the prompt does not fit.
+    about `pause` seconds and twice as long each time. Anything else raises `EngineError` with the
+    server's message, but `PromptTooLong` where this says that the prompt does not fit.
     """
 
     def __init__(
@@ -65,7 +69,14 @@ class APICompleter:
                 " its /v1"
             )
         check_url(f"policies.{policy.name}.url", policy.url)
-        self.policy, self.timeout, self.tries, self.pause = policy, timeout, tries, pause
+        self.policy = policy
+        self.retry = RetryPolicy(
+            retries=tries - 1,
+            backoff=2 * pause,
+            longest=math.inf,
+            request=timeout,
+            jitter=(0.5, 1.0),
+        )
 
     def _body(self, call: Call) -> dict[str, Any]:
         messages = [
@@ -88,39 +99,47 @@ class APICompleter:
         return body | ({"stop": list(s.stop)} if s.stop else {})
 
     async def __call__(self, call: Call, version: str) -> list[Completion]:
-        import aiohttp
-
         url = f"{str(self.policy.url).rstrip('/')}/chat/completions"
         key = usable_key(
             "environment variable MARLORA_OUTSIDE_KEY", os.environ.get("MARLORA_OUTSIDE_KEY", "")
         )
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        problem = ""
-        for attempt in range(self.tries):
-            if attempt:
-                await asyncio.sleep(random.uniform(0.5, 1.0) * self.pause * 2**attempt)
+        body = self._body(call)
+        async with open_session() as session:
+
+            async def attempt() -> list[Completion]:
+                return await send(
+                    session,
+                    "POST",
+                    url,
+                    lambda response: self._read(response, url, key),
+                    body=body,
+                    key=key,
+                    seconds=self.retry.request,
+                )
+
             try:
-                timeout = aiohttp.ClientTimeout(total=self.timeout)
-                async with (
-                    aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
-                    session.post(url, json=self._body(call)) as response,
-                ):
-                    text = without(await response.text(errors="replace"), key)
-                    if response.status == 200:
-                        return self._completions(text, url)
-                    problem = f"{response.status} {text[:300]}"
-                    if response.status in (400, 413, 422) and TOO_LONG.search(text):
-                        raise PromptTooLong(f"policy {self.policy.name!r}: {url}: {problem}")
-                    if response.status != 429 and response.status < 500:
-                        break
+                return await retry(self.retry, attempt)
             except aiohttp.InvalidURL as error:
                 raise SettingError(
                     f"policies.{self.policy.name}.url: {self.policy.url!r} is no address; expected"
                     " http://HOST:PORT/v1"
                 ) from error
-            except (aiohttp.ClientError, TimeoutError) as error:
-                problem = f"{type(error).__name__} {error}"
-        raise EngineError(
+            except Transient as error:
+                raise self._no_answer(url, str(error)) from error
+
+    def _read(self, response: Response, url: str, key: str) -> list[Completion]:
+        text = without(response.text, key)
+        if response.status == 200:
+            return self._completions(text, url)
+        problem = f"{response.status} {text[:300]}"
+        if response.status in (400, 413, 422) and TOO_LONG.search(text):
+            raise PromptTooLong(f"policy {self.policy.name!r}: {url}: {problem}")
+        if response.may_pass:
+            raise Transient(problem)
+        raise self._no_answer(url, problem)
+
+    def _no_answer(self, url: str, problem: str) -> EngineError:
+        return EngineError(
             f"policy {self.policy.name!r}: outside model at {url} did not answer: {problem}"
         )
 
@@ -145,13 +164,13 @@ class APICompleter:
 def completers(
     policies: Mapping[str, PolicySpec], engine_of: Mapping[str, tuple[Engine, ChatRenderer]]
 ) -> dict[str, Completer]:
-    """A speaker per policy. `engine_of` gives engine and tokens by policy name; outside policies
+    """A completer per policy. `engine_of` gives engine and renderer by policy name; outside models
     need none."""
-    found: dict[str, Completer] = {}
+    by_policy: dict[str, Completer] = {}
     for name, policy in policies.items():
-        found[name] = (
+        by_policy[name] = (
             APICompleter(policy) if policy.url else EngineCompleter(*engine_of[name], policy=name)
         )
-    if BASE not in found and BASE in engine_of:
-        found[BASE] = EngineCompleter(*engine_of[BASE], policy=BASE)
-    return found
+    if BASE not in by_policy and BASE in engine_of:
+        by_policy[BASE] = EngineCompleter(*engine_of[BASE], policy=BASE)
+    return by_policy

@@ -86,7 +86,7 @@ def test_two_hundred_publishes_and_eight_hundred_requests(tmp_path: Path) -> Non
                 )
             (replica,) = engine.replicas.values()
             assert (
-                len(engine._versions) == len(replica.adapters) == len(fake.loaded) == 1
+                len(engine._versions.folders) == len(replica.adapters) == len(fake.loaded) == 1
                 and +replica.open == {}
             )
             await engine.close()

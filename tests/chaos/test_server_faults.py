@@ -15,8 +15,8 @@ import pytest
 from marlora.agents.types import Sampling, Task
 from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.engines.scripted import ByteTokenizer
-from marlora.rollouts.engines.vllm.client import RetryPolicy
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
+from marlora.rollouts.engines.vllm.health import ReplicaPolicy
 from marlora.rollouts.engines.vllm.server import VLLMServer
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import (
@@ -39,7 +39,7 @@ from tests.rollouts.fake_vllm import FakeVLLM, sampled
 
 __all__ = ["folder_of_config"]  # a fixture
 
-QUICK = RetryPolicy(
+QUICK = ReplicaPolicy(
     retries=3, backoff=0.01, longest=0.02, request=1.0, stall=30.0, probe=0.2, gone=0.1
 )
 SERVED = {"key": KEY, "context": 4096}
@@ -91,8 +91,8 @@ def collect(
     asyncio.run(go())
 
 
-def on(*fakes: FakeVLLM, patience: RetryPolicy = QUICK) -> VLLMEngine:
-    engine = engine_on(*fakes, patience=patience)
+def on(*fakes: FakeVLLM, policy: ReplicaPolicy = QUICK) -> VLLMEngine:
+    engine = engine_on(*fakes, retry=policy)
     engine.tokens = ChatRenderer(ByteTokenizer())
     return engine
 
@@ -157,7 +157,7 @@ def test_a_reply_that_comes_again_is_not_the_next_ones() -> None:
 
 def test_a_busy_server_is_waited_for(undisturbed: dict[str, Episode], tmp_path: Path) -> None:
     """For several times the patience with a silent one: tokens are being generated."""
-    patience = RetryPolicy(retries=1, backoff=0.01, request=60.0, stall=0.2, probe=0.1)
+    policy = ReplicaPolicy(retries=1, backoff=0.01, request=60.0, stall=0.2, probe=0.1)
     with FakeVLLM(**SERVED) as fake:
 
         def rest(count: int) -> None:
@@ -165,7 +165,7 @@ def test_a_busy_server_is_waited_for(undisturbed: dict[str, Episode], tmp_path: 
                 fake.busy = True
                 asyncio.get_running_loop().call_later(1.0, setattr, fake, "busy", False)
 
-        collect(on(fake, patience=patience), tmp_path, rest)
+        collect(on(fake, policy=policy), tmp_path, rest)
         assert len(fake.completions()) == 24
     assert balance(tmp_path, undisturbed) == undisturbed
 
@@ -174,7 +174,7 @@ def test_a_busy_server_is_waited_for(undisturbed: dict[str, Episode], tmp_path: 
 def test_a_server_that_stays_away_ends_with_its_name_and_the_rest_is_played_later(
     how: str, undisturbed: dict[str, Episode], tmp_path: Path
 ) -> None:
-    patience = RetryPolicy(
+    policy = ReplicaPolicy(
         retries=2, backoff=0.01, longest=0.02, request=10.0, stall=0.3, probe=0.2
     )
     with FakeVLLM(**SERVED) as fake:
@@ -187,7 +187,7 @@ def test_a_server_that_stays_away_ends_with_its_name_and_the_rest_is_played_late
                     fake.stop()
 
         with pytest.raises(EngineError, match=fake.url):
-            collect(on(fake, patience=patience), tmp_path, fail)
+            collect(on(fake, policy=policy), tmp_path, fail)
     kept = set(Store(tmp_path).ids())
     assert 5 <= len(kept) < 12
     with FakeVLLM(**SERVED) as fake:
@@ -214,7 +214,7 @@ def test_sigkill_of_a_server_of_ours(
         made,
         ChatRenderer(ByteTokenizer()),
         adapter_root=tmp_path,
-        patience=RetryPolicy(backoff=0.05, stall=1.0),
+        retry=ReplicaPolicy(backoff=0.05, stall=1.0),
     )
     engine.context = 4096  # what pretends to be a server says 64
 

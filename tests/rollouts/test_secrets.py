@@ -22,11 +22,11 @@ from marlora.recipes import grpo_team
 from marlora.recipes.cli import doctor, main
 from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.engines.config import EngineConfig
-from marlora.rollouts.engines.vllm.addresses import key_from, tidy
 from marlora.rollouts.engines.vllm.auth import read_key
-from marlora.rollouts.engines.vllm.client import Transient, fresh_key
-from marlora.rollouts.engines.vllm.discovery import read_endpoints
+from marlora.rollouts.engines.vllm.client import fresh_key
+from marlora.rollouts.engines.vllm.discovery import key_from, read_endpoints, tidy
 from marlora.rollouts.episodes.completers import APICompleter
+from marlora.rollouts.http import Transient
 from marlora.trainers.config import RunConfig
 from tests.repository import ROOT
 

@@ -1,10 +1,9 @@
-"""The lock on our vLLM servers: an ASGI middleware that vLLM loads with `--middleware
-marlora.rollouts.engines.vllm.auth.Guard`.
+"""ASGI middleware with an API key and an allow-list of routes, for the vLLM servers started here.
 
-vLLM's own `--api-key` leaves routes open that generate, load any folder as an adapter and delete
-adapters. This guard stands before all of them: only the routes and methods we use exist, and all
-but `GET /health` need the key. Standard library only, since it is imported inside the server's
-process.
+vLLM loads it with `--middleware marlora.rollouts.engines.vllm.auth.Guard`. Its own `--api-key` leaves
+routes open that generate, load any folder as an adapter and delete adapters. Behind this middleware
+only the routes and methods that marlora uses exist, and all but `GET /health` need the key.
+Standard library only, since it is imported inside the server's process.
 """
 
 from __future__ import annotations
@@ -24,10 +23,8 @@ ROUTES = {
     ("GET", "/metrics"),
     ("GET", "/v1/models"),
     ("POST", "/v1/completions"),
-    (
-        "POST",
-        "/v1/chat/completions",
-    ),  # for other people's programs at a served checkpoint; we send token ids
+    # for external programs at a served checkpoint; marlora itself sends token ids
+    ("POST", "/v1/chat/completions"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
 }
@@ -53,8 +50,8 @@ def read_key(path: str | Path) -> str:
 
 
 class Guard:
-    """Answers 401 without the key and 403 for a route that is not ours; a server whose key cannot
-    be read does not start."""
+    """The middleware: 401 without the key, 403 for a route that is not in `ROUTES`. A server whose
+    key file cannot be read does not start."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], key_file: str | Path = "") -> None:
         path = key_file or os.environ.get(KEY_FILE)
@@ -66,9 +63,8 @@ class Guard:
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        if (
-            scope["type"] != "http"
-        ):  # a websocket: closing it before it is accepted refuses the handshake
+        if scope["type"] != "http":
+            # a websocket: closing it before it is accepted refuses the handshake
             return await send({"type": "websocket.close", "code": 1008})
         route = (scope["method"], scope["path"])
         if route in OPEN:

@@ -1,16 +1,16 @@
-"""LoRA on vLLM's CPU backend, done row group by row group. Loaded into the workers of our CPU
-servers, nowhere else.
+"""LoRA on vLLM's CPU backend, one matrix product per group of rows: a worker extension, loaded into
+the workers of CPU servers that are started here.
 
 vLLM 0.32 marks a row of the base model with adapter index -1 and, on a CPU, reads the weights of
-slot -1: the *last* slot. Once that slot is taken, base requests decoded beside adapter requests
-speak with somebody's adapter (measured: 2 to 5 nat per token). It also copies an adapter's weights
+slot -1: the *last* slot. Once that slot is in use, base requests decoded beside adapter requests are
+computed with that adapter (measured: 2 to 5 nat per token). It also copies an adapter's weights
 once per token. Here rows are grouped by adapter: each group is two matrix products (3 to 20 times
 faster on one core: SmolLM2-135M's shapes, rank 16, 32 to 1024 rows, bfloat16 or float32), and the
 base's are left alone.
 
 A server loads this with `--worker-extension-cls marlora.rollouts.engines.vllm.cpu_lora.Extension`;
-vLLM imports the class in each worker before it builds the model, and what importing does is the
-point. The line `MARK` in the log says that it was done.
+vLLM imports the class in each worker before it builds the model, and the import itself installs the
+product. The line `MARK` in the log confirms it.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def install() -> None:
 
 
 class Extension:
-    """Nothing but a name for `--worker-extension-cls`."""
+    """The empty class that `--worker-extension-cls` names."""
 
 
-if "vllm.v1.worker.worker_base" in sys.modules:  # we are in a worker
+if "vllm.v1.worker.worker_base" in sys.modules:  # in a worker of vLLM
     install()

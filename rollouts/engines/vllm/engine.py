@@ -1,4 +1,4 @@
-"""The vLLM engine: token ids to `/v1/completions` of servers started by us or given by URL,
+"""The vLLM engine: token ids to `/v1/completions` of servers that are started here or given by URL,
 adapters by version on all of them.
 
 Everything that shapes sampling is sent with every request, so no default of a server or model
@@ -15,96 +15,45 @@ import asyncio
 import json
 import random
 import re
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from ....agents.types import BASE, Completion, PolicySpec, Sampling, SettingError, nearest
+from ....agents.types import BASE, Completion, PolicySpec, Sampling, SettingError
+from ..adapter_versions import FILES, AdapterRegistry
 from ..base import EngineError, EngineInfo, ModelRef, PromptTooLong, TeamVersion
 from ..config import EngineConfig
-from .addresses import key_from, refuse_open, tidy
-from .client import Replica, RetryPolicy
-from .discovery import Endpoint, wait_for_endpoints
+from .client import ReplicaClient
+from .discovery import Endpoint, key_from, refuse_open, tidy, wait_for_endpoints
+from .health import ReplicaPolicy
 from .protocol import Reply, read_choices, read_scores, request_body
-from .replicas import ReplicaPool, hasty
-from .router import Router
+from .replicas import Replica, ReplicaPool, capped
+from .router import Router, Routes
 from .server import VLLMServer, served_base, start_servers
 from .server_args import ServerSettings, lora_sizes, served_dtype, vllm_version
 
-ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
-CHATS = 4096  # chats whose replica is remembered
-
 
 class Tokens(Protocol):
-    """The two things the engine needs from `ChatRenderer`."""
+    """What the engine needs of `ChatRenderer`."""
 
     eos_ids: tuple[int, ...]
 
     def decode(self, ids: Sequence[int], /) -> str: ...
 
 
-class Routes:
-    """Keeps a chat on one replica, where its prefix is cached.
-
-    A chat's next prompt begins with its last one (design: chats grow by appending), so a prompt
-    goes where the longest prompt that it extends went, for the same policy. Prompts that extend
-    none go to the replica with the fewest open requests. Compared are whole earlier prompts, not
-    first tokens: few-shot prompts share those across all chats.
-    """
-
-    def __init__(self) -> None:
-        self._seen: OrderedDict[tuple[str, int], str] = OrderedDict()
-
-    def choose(self, policy: str, ids: Sequence[int], open_requests: Mapping[str, int]) -> str:
-        if len(open_requests) == 1:
-            return next(iter(open_requests))
-        found, last = self._earlier(policy, ids)
-        name = (
-            found
-            if found is not None and found in open_requests
-            else min(open_requests, key=lambda one: open_requests[one])
-        )
-        return self._remember(policy, last, name)
-
-    def chat(self, policy: str, ids: Sequence[int]) -> str:
-        """The chat's id: its first prompt's hash, the same in every process. Chats that begin alike
-        share one, as they share a prefix."""
-        found, last = self._earlier(policy, ids)
-        return self._remember(policy, last, found or f"{policy}-{last % 2**64:016x}")
-
-    def _earlier(self, policy: str, ids: Sequence[int]) -> tuple[str | None, int]:
-        """Where the longest prompt that this one extends went, and this one's hash."""
-        hashes = list(accumulate(ids, lambda seen, token: hash((seen, token)), initial=0))[1:]
-        return (
-            next(
-                (self._seen[policy, h] for h in reversed(hashes) if (policy, h) in self._seen), None
-            ),
-            hashes[-1],
-        )
-
-    def _remember(self, policy: str, last: int, place: str) -> str:
-        self._seen[policy, last] = place
-        self._seen.move_to_end((policy, last))
-        if len(self._seen) > CHATS:
-            self._seen.popitem(last=False)
-        return place
-
-
 class VLLMEngine:
-    """Keeps the contract of `engine.Engine` over one or more vLLM servers.
+    """The `Engine` contract over one or more vLLM servers.
 
     Args:
         servers: started `VLLMServer`s, which `close` stops, or endpoints or URLs of servers that
             others run.
         tokens: decodes, and names the tokens that end a reply.
         adapter_root: the only folder adapters are loaded from.
-        key: for URLs: what they ask for as a bearer token ("" = none).
+        key: for URLs: their bearer token ("" = none).
         allow_open_server: accept URLs that generate or load adapters without a key.
-        dtype: of weights served by URL, which servers do not tell; ours know theirs.
+        dtype: of weights served by URL, which servers do not report; our own servers' is known.
         router: URL of a router before the servers ("" = none): it is asked to generate, they
             themselves for all else.
     """
@@ -119,17 +68,18 @@ class VLLMEngine:
         allow_open_server: bool = False,
         dtype: str = "bfloat16",
         router: str = "",
-        patience: RetryPolicy | None = None,
+        retry: ReplicaPolicy | None = None,
     ) -> None:
         if not servers:
             raise SettingError("engine vllm: expected at least one server or URL")
         self.tokens, self.root = tokens, Path(adapter_root).resolve()
         self.replicas: dict[str, Replica] = {}
         self.max_rank, self.base, contexts = 0, "", []
-        calm = patience or RetryPolicy()
-        patience = hasty(calm) if len(servers) > 1 else calm
+        policy = retry or ReplicaPolicy()
         for server in servers:
-            replica, context = _connect(server, key, allow_open_server, patience)
+            replica, context = _connect(
+                server, key, allow_open_server, capped(policy) if len(servers) > 1 else policy
+            )
             if replica.name in self.replicas:
                 raise SettingError(f"server_urls: {replica.name} is given twice")
             self.replicas[replica.name] = replica
@@ -140,27 +90,25 @@ class VLLMEngine:
                 dtype = served_dtype(server.settings)
         self.context, self.dtype = min(contexts), dtype
         self.base = self.base or next(iter(self.replicas.values())).base
-        self._versions: dict[str, str] = {}  # version -> policy, of those that may be asked for
-        self._used: set[str] = set()  # every version name there ever was
         self.fleet = ReplicaPool(self.replicas)
-        self.router = self._routed_by(router, calm) if router else None
+        self.router = self._routed_by(router, policy) if router else None
+        self._versions = AdapterRegistry("vllm")
         self._routes = Routes()
         self._draw = random.SystemRandom()
-        self._closed = False
 
-    def _routed_by(self, url: str, patience: RetryPolicy) -> Router:
-        """Raises `SettingError` unless the servers are told apart by nothing but their place."""
-        for what, found in (
-            ("key", {r.key for r in self.replicas.values()}),
-            ("name", {r.base for r in self.replicas.values()}),
+    def _routed_by(self, url: str, policy: ReplicaPolicy) -> Router:
+        """Raises `SettingError` unless all servers have one key and one name of the base."""
+        for what, values in (
+            ("key", {replica.client.key for replica in self.replicas.values()}),
+            ("name", {replica.base for replica in self.replicas.values()}),
         ):
-            if len(found) > 1:
+            if len(values) > 1:
                 raise SettingError(
                     f"router_url {url}: a router sends one {what} to all servers, but they have"
-                    f" {len(found)}; start them with one"
+                    f" {len(values)}; start them with one"
                 )
         first = next(iter(self.replicas.values()))
-        return Router(tidy(url), first.key, first.base, self.fleet, patience)
+        return Router(tidy(url), first.client.key, first.base, self.fleet, policy)
 
     # tokens
 
@@ -179,31 +127,35 @@ class VLLMEngine:
                 f"{len(ids)} prompt tokens and max_tokens {sampling.max_tokens} exceed the context"
                 f" of {self.context}"
             )
-        if sampling.seed is None:
-            sampling = replace(
-                sampling, seed=self._draw.getrandbits(62)
-            )  # drawn once, so that a retry repeats it
-        asked = (
-            n if sampling.temperature > 0 else 1
-        )  # vLLM refuses n > 1 for greedy sampling; sibling k draws with seed + k
+        if not ids:
+            raise EngineError("an empty prompt: at least one token expected")
+        if sampling.seed is None:  # drawn once, so that a retry repeats it
+            sampling = replace(sampling, seed=self._draw.getrandbits(62))
+        # vLLM refuses n > 1 for greedy sampling; sibling k draws with seed + k
+        siblings = n if sampling.temperature > 0 else 1
 
         def request(model: str) -> tuple[dict[str, Any], Callable[[Any], list[Reply]]]:
             read = partial(
-                read_choices, model=model, prompt=list(ids), n=asked, max_tokens=sampling.max_tokens
+                read_choices,
+                model=model,
+                prompt=list(ids),
+                n=siblings,
+                max_tokens=sampling.max_tokens,
             )
-            return request_body(ids, model, sampling, asked, self.tokens.eos_ids), read
+            return request_body(ids, model, sampling, siblings, self.tokens.eos_ids), read
 
         async def ask(place: Replica) -> Any:
-            model = self._model(ref, place.base)
+            model = ref.version or place.base
             return await self._send(place, model, *request(model))
 
-        if self.router is not None and replica is None:
-            self._some_of(ids)
-            chat = self._routes.chat(ref.policy, ids)
-            replies = await self.router.complete(chat, *request(self._model(ref, self.router.base)))
-        else:
-            replies = await self._ask(ref, ids, replica, ask)
-        made = [
+        with self._versions.request(ref):
+            if self.router is not None and replica is None:
+                chat = self._routes.chat(ref.policy, ids)
+                body, read = request(ref.version or self.router.base)
+                replies = await self.router.complete(chat, body, read)
+            else:
+                replies = await self._ask(ref, ids, replica, ask)
+        completions = [
             Completion(
                 self.tokens.decode(tokens),
                 tuple(ids),
@@ -215,28 +167,29 @@ class VLLMEngine:
             )
             for tokens, logprobs, reason in replies
         ]
-        return made if asked == n else made * n
+        return completions if siblings == n else completions * n
 
     async def score(
         self, ids: Sequence[int], ref: ModelRef, replica: str | None = None
     ) -> list[float]:
-        """See `Engine.score`. vLLM wants to generate a token, so at most context - 1 tokens can be
-        scored."""
+        """See `Engine.score`. vLLM always generates a token too, so at most context - 1 tokens can
+        be scored."""
         if len(ids) + 1 > self.context:
             raise PromptTooLong(
                 f"{len(ids)} tokens to score do not fit the context of {self.context} with one more"
             )
+        if not ids:
+            raise EngineError("an empty prompt: at least one token expected")
 
         async def ask(place: Replica) -> Any:
-            model = self._model(ref, place.base)
-            body = request_body(
-                ids, model, Sampling(max_tokens=1, seed=0), 1, self.tokens.eos_ids
-            ) | {"prompt_logprobs": 0}
-            return await self._send(
-                place, model, body, partial(read_scores, model=model, prompt=list(ids))
-            )
+            model = ref.version or place.base
+            sampling = Sampling(max_tokens=1, seed=0)
+            body = request_body(ids, model, sampling, 1, self.tokens.eos_ids)
+            read = partial(read_scores, model=model, prompt=list(ids))
+            return await self._send(place, model, body | {"prompt_logprobs": 0}, read)
 
-        return await self._ask(ref, ids, replica, ask)
+        with self._versions.request(ref):
+            return await self._ask(ref, ids, replica, ask)
 
     async def _ask(
         self,
@@ -259,75 +212,33 @@ class VLLMEngine:
             replica.open[model] -= 1
 
     def _choose(self, ref: ModelRef, ids: Sequence[int], present: Mapping[str, Replica]) -> Replica:
-        self._some_of(ids)
-        return present[
-            self._routes.choose(
-                ref.policy, ids, {name: r.open.total() for name, r in present.items()}
-            )
-        ]
-
-    @staticmethod
-    def _some_of(ids: Sequence[int]) -> None:
-        if not ids:
-            raise EngineError("an empty prompt: at least one token expected")
-
-    def _model(self, ref: ModelRef, base: str) -> str:
-        """The name to ask for, `base` for the bare base. An unknown version, or another policy's,
-        is an error and never the base."""
-        if self._closed:
-            raise EngineError("the vLLM engine is closed")
-        if not ref.version:
-            return base
-        if ref.version not in self._versions:
-            why = (
-                "was retired"
-                if ref.version in self._used
-                else f"was never published; {nearest(ref.version, self._versions)}"
-            )
-            raise EngineError(f"adapter version {ref.version!r} of policy {ref.policy!r} {why}")
-        if self._versions[ref.version] != ref.policy:
-            raise EngineError(
-                f"adapter version {ref.version!r} is policy {self._versions[ref.version]!r}'s, not"
-                f" {ref.policy!r}'s"
-            )
-        return ref.version
+        open_requests = {name: replica.open.total() for name, replica in present.items()}
+        return present[self._routes.choose(ref.policy, ids, open_requests)]
 
     # versions
 
     async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
         """See `Engine.publish`. Raises `SettingError` for a folder that is not a plain adapter
         inside `adapter_root`."""
-        found = {policy: self._checked(Path(folder)) for policy, folder in adapters.items()}
-        names = [folder.name for folder in found.values()]
-        for name in names:
-            if (
-                name in self._used
-                or names.count(name) > 1
-                or name == BASE
-                or any(name == r.base for r in self.replicas.values())
-            ):
-                raise EngineError(
-                    f"adapter version {name!r}: the name was used before; every version needs a"
-                    " new one"
-                )
-        self._used.update(names)
-        for folder in found.values():
+        bases = (replica.base for replica in self.replicas.values())
+        folders = self._versions.reserve(adapters, self._check_folder, (BASE, *bases))
+        for folder in folders.values():
             await self.fleet.load(folder.name, folder)
-        self._versions |= {folder.name: policy for policy, folder in found.items()}
-        return {policy: folder.name for policy, folder in found.items()}
+        for policy, folder in folders.items():
+            self._versions.add(policy, folder)
+        return {policy: folder.name for policy, folder in folders.items()}
 
-    def _checked(self, folder: Path) -> Path:
-        """The real folder. A server loads any file it is told to, so what it is told is checked
-        here."""
-        where = folder.resolve()
-        if where.parent != self.root or folder.is_symlink():
+    def _check_folder(self, folder: Path) -> None:
+        """A server loads any file it is asked to, so what it is asked to load is checked here."""
+        target = folder.resolve()
+        if target.parent != self.root or folder.is_symlink():
             raise SettingError(f"adapter {folder}: expected a folder in {self.root}, not a link")
-        files = {file.name: file for file in where.iterdir()} if where.is_dir() else {}
-        if set(files) != ADAPTER_FILES or any(
+        files = {file.name: file for file in target.iterdir()} if target.is_dir() else {}
+        if set(files) != set(FILES) or any(
             file.is_symlink() or not file.is_file() for file in files.values()
         ):
             raise SettingError(
-                f"adapter {folder}: exactly {sorted(ADAPTER_FILES)} expected, as plain files; got"
+                f"adapter {folder}: exactly {sorted(FILES)} expected, as plain files; got"
                 f" {sorted(files)}"
             )
         rank = json.loads(files["adapter_config.json"].read_text()).get("r")
@@ -336,16 +247,10 @@ class VLLMEngine:
                 f"adapter {folder.name}: rank {rank} is above the server's {self.max_rank}; start"
                 " it with this policy"
             )
-        return where
 
     async def retire(self, ref: ModelRef) -> None:
         """See `Engine.retire`. Waits for the open requests of this version."""
-        self._model(ref, BASE)
-        if not ref.version:
-            raise EngineError("the bare base cannot be retired")
-        del self._versions[ref.version]
-        if self.router is not None:
-            await self.router.idle(ref.version)
+        await self._versions.forget(ref)
         await self.fleet.unload(ref.version)
 
     async def adapters(self, replica: str) -> Mapping[str, str]:
@@ -353,7 +258,7 @@ class VLLMEngine:
 
     def info(self) -> EngineInfo:
         servers = [replica.server for replica in self.replicas.values() if replica.server]
-        settings = {"urls": [replica.url for replica in self.replicas.values()]} | (
+        settings = {"urls": [replica.client.url for replica in self.replicas.values()]} | (
             {"vllm": servers[0].version} if servers else {}
         )
         present = tuple(self.fleet.present)
@@ -362,30 +267,30 @@ class VLLMEngine:
         )
 
     async def close(self) -> None:
-        """Close connections and stop the servers that are ours. Safe to call twice."""
-        self._closed = True
+        """Close connections and stop the servers that were started here. Safe to call twice."""
+        self._versions.closed = True
         if self.router is not None:
             await self.router.close()
         await self.fleet.close()
 
 
 def _connect(
-    server: VLLMServer | Endpoint | str, key: str, allow_open: bool, patience: RetryPolicy
+    server: VLLMServer | Endpoint | str, key: str, allow_open: bool, policy: ReplicaPolicy
 ) -> tuple[Replica, int]:
+    """(replica, its context in tokens). Raises `SettingError` for an open server."""
     if isinstance(server, VLLMServer):
         if not server.alive:
             raise EngineError(f"{server.name} is not running; start it before the engine")
         base, context = served_base(server.url, server.key)
-        return Replica(server.name, server.url, server.key, base, patience, server), context
+        client = ReplicaClient(server.name, server.url, server.key, base)
+        return Replica(client, policy, server), context
     key_file = server.key_file if isinstance(server, Endpoint) else ""
-    url, key = (
-        tidy(server.url if isinstance(server, Endpoint) else server),
-        key_from(key_file, "endpoints: key_file") or key,
-    )
+    url = tidy(server.url if isinstance(server, Endpoint) else server)
+    key = key_from(key_file, "endpoints: key_file") or key
     if not allow_open:
         refuse_open(url)
     base, context = served_base(url, key)
-    return Replica(url, url, key, base, patience, key_file=key_file), context
+    return Replica(ReplicaClient(url, url, key, base, key_file), policy), context
 
 
 async def start_vllm(
@@ -397,8 +302,8 @@ async def start_vllm(
     folder: Path,
     say: Callable[[str], None],
 ) -> VLLMEngine:
-    """Servers of ours, or those of `endpoints` or `server_urls`, as an engine; adapters come from
-    `folder/versions`.
+    """An engine on servers that are started here, or on those of `endpoints` or `server_urls`;
+    adapters come from `folder/versions`.
 
     `server_devices` "0" or "0,1" is one server on these; "0;1" is one server on each.
     """
@@ -408,20 +313,20 @@ async def start_vllm(
     }
     if config.endpoints or config.server_urls:
         settings |= {"router": config.router_url, "key": key_from(config.server_key)}
-        found: Sequence[Endpoint | str] = config.server_urls
+        running: Sequence[Endpoint | str] = config.server_urls
         if config.endpoints:
-            found = await wait_for_endpoints(
+            running = await wait_for_endpoints(
                 Path(config.endpoints), model, config.num_servers, config.server_timeout, say
             )
-        named = next((e.dtype for e in found if isinstance(e, Endpoint) and e.dtype), "bfloat16")
-        dtype = named if config.engine_dtype == "auto" else config.engine_dtype
+        served = next((e.dtype for e in running if isinstance(e, Endpoint) and e.dtype), "bfloat16")
+        dtype = served if config.engine_dtype == "auto" else config.engine_dtype
         engine = await asyncio.to_thread(
-            partial(VLLMEngine, found, tokens, dtype=dtype, **settings)
+            partial(VLLMEngine, running, tokens, dtype=dtype, **settings)
         )
         await engine.fleet.forget(engine.root)
         return engine
-    wanted = server_settings(model, policies, config, folder, say)
-    servers = await start_servers(wanted, len(wanted.devices), say)
+    start = server_settings(model, policies, config, folder, say)
+    servers = await start_servers(start, len(start.devices), say)
     return VLLMEngine(servers, tokens, **settings)
 
 
@@ -433,8 +338,8 @@ def server_settings(
     say: Callable[[str], None],
     where: str = "",
 ) -> ServerSettings:
-    """How to start servers of this base here. `where`: part of their names, if servers on several
-    nodes share the folder."""
+    """Settings of vLLM servers of this base, to be started here. `where`: part of their names, if
+    servers on several nodes share the folder."""
     memory, on_cpu = config.server_memory, vllm_version()[1]
     if not memory and not on_cpu:
         memory = 0.9

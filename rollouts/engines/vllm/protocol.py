@@ -1,5 +1,4 @@
-"""Requests to `/v1/completions` and its replies, as plain data: what is asked, and what is
-believed. No network here."""
+"""Bodies of requests to `/v1/completions`, and the checks of its replies. No network here."""
 
 from __future__ import annotations
 
@@ -9,11 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ....agents.types import Sampling
+from ...http import Transient
 from ..base import EngineError
-
-
-class Transient(RuntimeError):
-    """This try failed; the same request may work when sent again."""
 
 
 def request_body(

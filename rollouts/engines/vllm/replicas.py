@@ -1,48 +1,145 @@
-"""Several vLLM servers as one: a lost one is passed over, brought back with exactly the adapters it
-should have, and used again.
+"""Several vLLM servers as one: a lost replica is passed over, brought back with exactly the adapters
+it should have, and used again.
 
-A server of ours is started again; one by URL is asked until it answers. Meanwhile requests go to
-the others, and versions are loaded and retired there. A server comes back only when it lists what
-the others serve and has generated a token.
+A server that was started here is started again; one by URL is asked until it answers. Meanwhile
+requests go to the others, and versions are loaded and retired there. A replica comes back only when
+it lists what the others serve and has generated a token.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ....agents.types import nearest
+from ...http import Transient, retry
 from ..base import EngineError, ReplicaLost
-from .client import Replica, RequestRefused, RetryPolicy
-from .protocol import Transient
-from .server import Progress, say
+from .client import ReplicaClient, RequestRefused, adapters_of
+from .health import ReplicaHealth, ReplicaPolicy
+from .server import Progress, VLLMServer, say
 
 T = TypeVar("T")
 
-# Where others can answer, waiting is worth less: gone or silent servers are passed over within half
-# a minute.
-HASTE = {"retries": 3, "stall": 15.0, "probe": 10.0}
-PAUSES = (
-    1.0,
-    10.0,
-)  # seconds between two looks at a lost server, doubled from the first to the last
+# Limits where other servers can answer: lost or silent ones are passed over within half a minute.
+CAPS = {"retries": 3, "stall": 15.0, "probe": 10.0}
+# seconds between two looks at a lost server, doubled from the first to the last
+PAUSES = (1.0, 10.0)
 
 
-def hasty(patience: RetryPolicy) -> RetryPolicy:
-    """The patience with each of several servers: nowhere more than `HASTE`."""
+def capped(policy: ReplicaPolicy) -> ReplicaPolicy:
+    """The policy for each of several servers: nowhere more than `CAPS`."""
     return replace(
-        patience, **{name: min(getattr(patience, name), limit) for name, limit in HASTE.items()}
+        policy, **{name: min(getattr(policy, name), limit) for name, limit in CAPS.items()}
     )
+
+
+class Replica:
+    """One server: requests with retries, and its adapters.
+
+    `open` counts requests in flight by served name.
+    """
+
+    def __init__(
+        self, client: ReplicaClient, policy: ReplicaPolicy, server: VLLMServer | None = None
+    ) -> None:
+        self.client, self.policy, self.server = client, policy, server
+        self.health = ReplicaHealth(client, policy, server)
+        self.open: Counter[str] = Counter()
+
+    def __str__(self) -> str:
+        return str(self.client)
+
+    @property
+    def name(self) -> str:
+        return self.client.name
+
+    @property
+    def base(self) -> str:
+        return self.client.base
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Version -> folder, as they should be loaded."""
+        return self.health.adapters
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        read: Callable[[Any], T] = lambda reply: reply,
+        headers: Mapping[str, str] | None = None,
+    ) -> T:
+        """Send, and `read` the reply (may raise `Transient`).
+
+        Raises `RequestRefused` for a 4xx, after the last try `EngineError`, or `ReplicaLost` if
+        there are other replicas.
+        """
+        await self.health.attach()
+
+        async def attempt() -> T:
+            await self.health.revive()
+            return await self.health.watched(
+                self.client.send(
+                    method, path, body, seconds=self.policy.request, read=read, headers=headers
+                )
+            )
+
+        try:
+            return await retry(self.policy, attempt, self.health.final)
+        except Transient as error:
+            kind = EngineError if self.health.alone else ReplicaLost
+            raise kind(
+                f"{self}: {method} {path} failed {error.tries} times, last:"
+                f" {error}{self.health.log_tail}"
+            ) from error
+
+    async def listed(self) -> dict[str, str]:
+        """The adapters that the server lists: {version: folder}."""
+        return await self.request("GET", "/v1/models", read=adapters_of)
+
+    async def load(self, version: str, folder: str) -> None:
+        """Load an adapter. One that a lost reply had loaded from this folder counts as loaded."""
+        try:
+            await self.request(
+                "POST", "/v1/load_lora_adapter", {"lora_name": version, "lora_path": folder}
+            )
+        except RequestRefused as error:
+            if (
+                "already been loaded" not in str(error)
+                or (await self.listed()).get(version) != folder
+            ):
+                raise
+        self.adapters[version] = folder
+
+    async def unload(self, version: str) -> None:
+        """Unload an adapter, once no open request names it. After this the server's cache asks for
+        its files no more."""
+        self.adapters.pop(version, None)
+        while self.open[version]:
+            await asyncio.sleep(0.02)
+        del self.open[version]
+        try:
+            await self.request("POST", "/v1/unload_lora_adapter", {"lora_name": version})
+        except RequestRefused as error:
+            if error.status != 404 or version in await self.listed():
+                raise
+
+    async def close(self) -> None:
+        await self.client.close()
+        if self.server is not None:
+            await asyncio.to_thread(self.server.stop)
 
 
 class ReplicaPool:
     """The replicas by name, which of them are lost, and the adapters (version -> folder) that each
     should have.
 
-    One replica is never passed over: it is waited for and started again where it stands.
+    A single replica is never passed over: requests wait for it while it is started again.
     """
 
     def __init__(self, replicas: Mapping[str, Replica], progress: Progress = say) -> None:
@@ -50,9 +147,9 @@ class ReplicaPool:
         self.lost: dict[str, str] = {}  # name -> why
         self.adapters: dict[str, str] = {}
         self._returns: dict[str, asyncio.Task[None]] = {}
-        self._hopeless: set[str] = set()
+        self._given_up: set[str] = set()
         for replica in self.replicas.values():
-            replica.alone = len(self.replicas) == 1
+            replica.health.alone = len(self.replicas) == 1
 
     @property
     def present(self) -> dict[str, Replica]:
@@ -79,22 +176,26 @@ class ReplicaPool:
     async def everywhere(self, work: Callable[[Replica], Awaitable[None]]) -> None:
         """`work` on every replica present; those that get lost over it are brought up to date when
         they return."""
+        await self._each((await self._some()).values(), work)
+        await self._some()
 
+    async def _each(
+        self, replicas: Iterable[Replica], work: Callable[[Replica], Awaitable[None]]
+    ) -> None:
         async def one(replica: Replica) -> None:
             try:
                 await work(replica)
             except ReplicaLost as error:
                 self.lose(replica, str(error))
 
-        await asyncio.gather(*(one(replica) for replica in (await self._some()).values()))
-        await self._some()
+        await asyncio.gather(*(one(replica) for replica in replicas))
 
     async def load(self, version: str, folder: Path) -> None:
         self.adapters[version] = str(folder)
         await self.everywhere(lambda replica: replica.load(version, str(folder)))
 
     async def unload(self, version: str) -> None:
-        """Forget a version everywhere, once no open request names it."""
+        """Unload a version everywhere, once no open request names it."""
         self.adapters.pop(version, None)
         await self.everywhere(lambda replica: replica.unload(version))
 
@@ -123,23 +224,18 @@ class ReplicaPool:
         Waits for them a while."""
 
         async def one(replica: Replica) -> None:
-            try:
-                listed = await replica.listed()
-            except ReplicaLost as error:
-                return self.lose(replica, str(error))
+            listed = await replica.listed()
             if listed != self.adapters:
                 self.lose(
                     replica,
                     f"it lists {len(listed)} adapters, not the {len(self.adapters)} that it should",
                 )
 
-        await asyncio.gather(*(one(replica) for replica in self.present.values()))
+        await self._each(self.present.values(), one)
         await self._some()
-        coming = [
-            task for name, task in self._returns.items() if name in self.lost and not task.done()
-        ]
-        if coming:
-            await asyncio.wait(coming, timeout=PAUSES[1])
+        returning = self._returning()
+        if returning:
+            await asyncio.wait(returning, timeout=PAUSES[1])
 
     async def forget(self, root: Path) -> None:
         """Unload what an earlier process has left loaded from this folder."""
@@ -160,24 +256,25 @@ class ReplicaPool:
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(replica.close() for replica in self.replicas.values()))
 
-    # coming back
+    # the return of lost replicas
+
+    def _returning(self) -> list[asyncio.Task[None]]:
+        return [
+            task for name, task in self._returns.items() if name in self.lost and not task.done()
+        ]
 
     async def _some(self) -> dict[str, Replica]:
         """Those present, once there are any. Starts to bring the lost ones back."""
         here = asyncio.get_running_loop()
-        for name in self.lost.keys() - self._hopeless:
+        for name in self.lost.keys() - self._given_up:
             task = self._returns.get(name)
             if task is None or task.done() or task.get_loop() is not here:
                 self._returns[name] = asyncio.create_task(self._return(self.replicas[name]))
         if not self.present:
-            coming = [
-                task
-                for name, task in self._returns.items()
-                if name in self.lost and not task.done()
-            ]
-            patience = max(replica.comeback for replica in self.replicas.values())
-            if coming:
-                await asyncio.wait(coming, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            returning = self._returning()
+            limit = max(replica.health.comeback for replica in self.replicas.values())
+            if returning:
+                await asyncio.wait(returning, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             if not self.present:
                 why = "; ".join(
                     f"{self.replicas[name]}: {reason}" for name, reason in self.lost.items()
@@ -186,17 +283,18 @@ class ReplicaPool:
         return self.present
 
     async def _return(self, replica: Replica) -> None:
+        """Until the replica is back, or may not be started again."""
         pause, longest = PAUSES
         while True:
             try:
-                await replica.rise()
-                await self._equip(replica)
+                await replica.health.rise()
+                await replica.health.equip(self.adapters)
             except (Transient, RequestRefused) as error:
                 self.lost[replica.name] = str(error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, longest)
-            except EngineError as error:  # ours, and started too often
-                self._hopeless.add(replica.name)
+            except EngineError as error:  # started too often
+                self._given_up.add(replica.name)
                 self.lost[replica.name] = str(error)
                 self.progress(f"{replica} is given up: {error}")
                 return
@@ -204,18 +302,3 @@ class ReplicaPool:
                 del self.lost[replica.name]
                 self.progress(f"{replica} is back with {len(self.adapters)} adapters")
                 return
-
-    async def _equip(self, replica: Replica) -> None:
-        """Until it lists exactly what it should. Raises `Transient` where it fails; nothing is
-        awaited after the last look."""
-        await replica.compute()
-        while (listed := await replica.look()) != self.adapters:
-            for version in listed:
-                if listed[version] != self.adapters.get(version):
-                    await replica.order("/v1/unload_lora_adapter", {"lora_name": version})
-            for version, folder in list(self.adapters.items()):
-                if listed.get(version) != folder:
-                    await replica.order(
-                        "/v1/load_lora_adapter", {"lora_name": version, "lora_path": folder}
-                    )
-        replica.adapters = dict(self.adapters)

@@ -1,5 +1,5 @@
-"""A vLLM server of ours: one process group, its key, its log; started, watched while it comes up,
-started again, ended by id."""
+"""Starts and stops vLLM servers: each is one process group under a supervisor, with a key file and a
+log in the run's folder."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ....agents.types import SettingError
+from ...http import fetch
 from ..base import EngineError
 from .cpu_lora import MARK
 from .server_args import (
@@ -33,11 +31,10 @@ from .server_args import (
 )
 
 TAIL = 30  # lines of the log that an error shows
-NOISE = re.compile(
-    r"nanobind|^ - |^/.*resource_tracker|warnings\.warn\("
-)  # what the CPU build prints as it exits
+# what the CPU build prints as it exits
+NOISE = re.compile(r"nanobind|^ - |^/.*resource_tracker|warnings\.warn\(")
 TRIES = 3  # of finding a free port
-STOP = 30.0  # seconds for a keeper to end its server; it forces after 10
+STOP = 30.0  # seconds for a supervisor to end its server; it forces after 10
 PROGRESS = 15.0  # seconds between two progress lines
 
 Progress = Callable[[str], None]
@@ -63,31 +60,11 @@ def port_is_free(host: str, port: int) -> bool:
     return True
 
 
-def http(
-    url: str, key: str = "", method: str = "GET", body: Any = None, timeout: float = 10.0
-) -> tuple[int, bytes]:
-    """One request, without retries, for start-up checks: (status, body). Raises `OSError` when
-    nobody answers."""
-    headers = {"Content-Type": "application/json"} | (
-        {"Authorization": f"Bearer {key}"} if key else {}
-    )
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers=headers, method=method)
-    try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-            request, timeout=timeout
-        ) as response:
-            return response.status, response.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read()
-
-
 def served_base(url: str, key: str) -> tuple[str, int]:
-    """(name, context) of the base that a server serves. Raises `EngineError` if it does not answer
-    like one that knows our key."""
+    """(name, context in tokens) of the base that a server serves. Raises `EngineError` if it gives no
+    answer, or not that of a vLLM server with this key."""
     try:
-        status, body = http(f"{url}/v1/models", key)
+        status, body = fetch(f"{url}/v1/models", key)
         if status != 200:
             hint = "; is the key right?" if status in (401, 403) else ""
             raise EngineError(f"server {url}: GET /v1/models gave HTTP {status}{hint}")
@@ -104,8 +81,8 @@ def served_base(url: str, key: str) -> tuple[str, int]:
 
 
 class VLLMServer:
-    """One replica. `start()` blocks until it is ready; or `launch()` once and `ready()` until it
-    says so.
+    """The process of one replica. `start()` blocks until it is ready; or call `launch()` once and
+    `ready()` until it is true.
 
     The process is ended by `stop`, when this object's process ends in any way, or with the group's
     first process. Only processes started here are ever ended. The log is `folder/NAME.log`; the
@@ -119,10 +96,8 @@ class VLLMServer:
         self.log, self.key_file = self.folder / f"{self.name}.log", self.folder / f"{self.name}.key"
         self.url, self.key, self.context = "", "", 0
         self.version, self.on_cpu = vllm_version()
-        self._keeper: subprocess.Popen[bytes] | None = None
-        self._log_start, self._launched, self._said, self._tries = 0, 0.0, 0.0, 0
-
-    # life
+        self._supervisor: subprocess.Popen[bytes] | None = None
+        self._log_start, self._launched, self._reported, self._tries = 0, 0.0, 0.0, 0
 
     def start(self) -> VLLMServer:
         """Launch, and wait until it answers. Raises `SettingError` (a port in use) or `EngineError`
@@ -134,7 +109,7 @@ class VLLMServer:
 
     def launch(self) -> None:
         """Begin to start, without waiting."""
-        if self._keeper is not None:
+        if self._supervisor is not None:
             raise EngineError(f"{self.name}: already started; stop it first")
         self._tries = 0
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +133,7 @@ class VLLMServer:
         with self.log.open("a") as log:
             log.write(f"$ {' '.join(argv)}\n")
             self._log_start = log.tell()
-        keeper = [
+        supervisor = [
             sys.executable,
             "-P",
             str(Path(__file__).with_name("supervisor.py")),
@@ -166,35 +141,35 @@ class VLLMServer:
             str(self.log),
         ]
         devices = settings.devices[self.index % len(settings.devices)]
-        self._keeper = subprocess.Popen(
-            keeper + argv,
+        self._supervisor = subprocess.Popen(
+            supervisor + argv,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd=self.folder,
             env=environment(settings, self.key_file, self.on_cpu, devices),
-            start_new_session=True,  # Ctrl-C is ours to handle
+            start_new_session=True,  # Ctrl-C is handled by this process
         )
         self.url = f"http://{settings.host}:{port}"
-        self._launched = self._said = time.monotonic()
+        self._launched = self._reported = time.monotonic()
         self._tries += 1
 
     def ready(self) -> bool:
-        """One look at a starting server. Raises `EngineError` if it died or took too long (then it
+        """Does the starting server answer? Raises `EngineError` if it died or took too long (then it
         has been stopped)."""
         seconds = time.monotonic() - self._launched
         if not self.alive:
             tail = self.tail()
             self.stop()
             if "ddress already in use" in tail and not self.settings.port and self._tries < TRIES:
-                self._launch()  # somebody took the port between our look and the server's
+                self._launch()  # the port was taken between our look and the server's
                 return False
             raise EngineError(
                 f"{self.name} ended while it started, after {seconds:.0f} s. End of"
                 f" {self.log}:\n{tail}"
             )
         with contextlib.suppress(OSError):  # not listening yet
-            if http(f"{self.url}/health", timeout=2.0)[0] == 200:
+            if fetch(f"{self.url}/health", timeout=2.0)[0] == 200:
                 self.context = served_base(self.url, self.key)[1]
                 self._check_lora()
                 self.progress(
@@ -208,8 +183,8 @@ class VLLMServer:
             raise EngineError(
                 f"{self.name} did not come up ({limit}) and was stopped. End of {self.log}:\n{tail}"
             )
-        if time.monotonic() - self._said > PROGRESS:
-            self._said = time.monotonic()
+        if time.monotonic() - self._reported > PROGRESS:
+            self._reported = time.monotonic()
             self.progress(
                 f"{self.name}: starting, {seconds:.0f} s (usually 25 to 60), log {self.log}"
             )
@@ -227,33 +202,34 @@ class VLLMServer:
 
     @property
     def alive(self) -> bool:
-        return self._keeper is not None and self._keeper.poll() is None
+        return self._supervisor is not None and self._supervisor.poll() is None
 
     @property
-    def keeper_pid(self) -> int | None:
-        return self._keeper.pid if self._keeper else None
+    def supervisor_pid(self) -> int | None:
+        return self._supervisor.pid if self._supervisor else None
 
     def stop(self) -> None:
         """End the server and all its processes. Safe to call twice. Raises `EngineError` if they
         will not end."""
-        keeper, self._keeper = self._keeper, None
-        if keeper is None:
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is None:
             return
-        if keeper.poll() is None:
-            # closing the pipe is not enough where a forked child of ours holds it open
-            keeper.terminate()
-        if keeper.stdin:
-            keeper.stdin.close()
+        if supervisor.poll() is None:
+            # closing the pipe is not enough where a forked child of this process holds it open
+            supervisor.terminate()
+        if supervisor.stdin:
+            supervisor.stdin.close()
         try:
-            keeper.wait(STOP)
+            supervisor.wait(STOP)
         except subprocess.TimeoutExpired as error:
             raise EngineError(
-                f"{self.name}: its keeper, process {keeper.pid}, does not end; see {self.log}"
+                f"{self.name}: its supervisor, process {supervisor.pid}, does not end; see"
+                f" {self.log}"
             ) from error
         self.key_file.unlink(missing_ok=True)
 
     def _log_text(self) -> str:
-        """What the server wrote since it was last started."""
+        """The log since the server was last started."""
         if not self.log.exists():
             return ""
         with self.log.open("rb") as file:
@@ -261,13 +237,13 @@ class VLLMServer:
             return file.read().decode("utf-8", "replace")
 
     def tail(self, lines: int = TAIL) -> str:
-        """The end of what the server wrote since it was last started."""
-        kept = [
+        """The last lines of the log since the server was last started."""
+        text = [
             line
             for line in self._log_text().splitlines()
             if line.strip() and not NOISE.search(line)
         ]
-        return "\n".join(kept[-lines:]) or "(the log is empty)"
+        return "\n".join(text[-lines:]) or "(the log is empty)"
 
 
 async def start_servers(

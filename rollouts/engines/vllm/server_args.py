@@ -1,5 +1,5 @@
-"""What a vLLM server of ours is started with: sizes, command line and environment, all pure but for
-reading the model's config."""
+"""Arguments of `vllm serve`: LoRA sizes, command line and environment of a server that is started
+here. Pure functions but for reading the model's config."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .auth import KEY_FILE
 GUARD = "marlora.rollouts.engines.vllm.auth.Guard"
 CPU_LORA = "marlora.rollouts.engines.vllm.cpu_lora.Extension"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
-LONGEST = 4096  # context of a server when the settings name none
+MAX_CONTEXT = 4096  # tokens of a server's context when max_model_len is not set
 CPU_CACHE_GIB = 2.0
-BATCH = 4096  # tokens of one step on a CPU
-OURS = {  # engine_args that would undo what the engine relies on -> what to do instead
+CPU_BATCH = 4096  # tokens of one step on a CPU
+RESERVED = {  # engine_args that would undo what the engine relies on -> what to set instead
     "model": "model",
     "served-model-name": "",
     "host": "",
@@ -51,14 +51,14 @@ OURS = {  # engine_args that would undo what the engine relies on -> what to do 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How to start vLLM servers.
+    """Settings of vLLM servers.
 
     Args:
         model: folder or hub name of the base.
         folder: where logs and the key file go (the run's folder); label: what their names begin
             with.
-        policies: who will be served; sizes LoRA ranks, slots and target modules.
-        staleness: how many versions behind an episode may be (S); every policy then needs S + 1
+        policies: those that will be served; they size LoRA ranks, slots and target modules.
+        staleness: how many versions old an episode may be (S); every policy then needs S + 1
             slots.
         dtype: `auto` takes the model's own (float32, bfloat16 or float16).
         max_model_len: context in tokens; 0 is the model's own, at most 4096.
@@ -70,6 +70,8 @@ class ServerSettings:
             again.
         engine_args: more arguments of `vllm serve` (`{"max_num_seqs": 64}`), checked by vLLM's own
             parser.
+        guard: path of the ASGI middleware that asks for the key; "" starts an open server, for
+            measurements on loopback only.
     """
 
     model: str
@@ -87,6 +89,7 @@ class ServerSettings:
     timeout: float = 600.0
     max_restarts: int = 2
     engine_args: Mapping[str, Any] = field(default_factory=dict)
+    guard: str = GUARD
 
 
 def vllm_version() -> tuple[str, bool]:
@@ -116,8 +119,8 @@ class LoraSizes:
 
 
 def lora_sizes(policies: Iterable[PolicySpec], staleness: int = 0) -> LoraSizes | None:
-    """Slots so that no adapter in use is ever evicted, and one more for the live proof's twin. None
-    if nobody has an adapter."""
+    """Slots so that no adapter in use is ever evicted, and one more for the second copy that the live
+    proof loads. None if no policy has an adapter."""
     served = [policy for policy in policies if policy.has_adapter]
     if not served:
         return None
@@ -144,7 +147,7 @@ def model_config(model: str) -> dict[str, Any]:
             path = Path(hf_hub_download(model, "config.json"))
         except (OSError, ValueError) as error:
             raise SettingError(
-                f"model {model!r}: neither a folder nor a model the hub gives us ({error})"
+                f"model {model!r}: neither a folder nor a model on the hub ({error})"
             ) from error
     if not path.is_file():
         raise SettingError(f"model {model!r}: no config.json in that folder")
@@ -153,8 +156,8 @@ def model_config(model: str) -> dict[str, Any]:
 
 
 def served_dtype(settings: ServerSettings) -> str:
-    """`float32`, `bfloat16` or `float16`: always said to vLLM, whose `auto` would turn float32 into
-    something narrower."""
+    """`float32`, `bfloat16` or `float16`: always passed to vLLM, whose `auto` would narrow
+    float32."""
     if settings.dtype != "auto":
         return settings.dtype
     config = model_config(settings.model)
@@ -162,42 +165,39 @@ def served_dtype(settings: ServerSettings) -> str:
 
 
 def context(settings: ServerSettings) -> int:
-    """Tokens per sequence. Raises `SettingError` for more than the model can."""
-    own = int(model_config(settings.model).get("max_position_embeddings") or LONGEST)
+    """Context of the server in tokens. Raises `SettingError` for more than the model has."""
+    own = int(model_config(settings.model).get("max_position_embeddings") or MAX_CONTEXT)
     if settings.max_model_len > own:
         raise SettingError(
             f"max_model_len: the model has a context of {own} tokens, got {settings.max_model_len}"
         )
-    return settings.max_model_len or min(own, LONGEST)
+    return settings.max_model_len or min(own, MAX_CONTEXT)
 
 
 def command(settings: ServerSettings, port: int, on_cpu: bool) -> list[str]:
-    """The command line: the module, since `vllm serve` does not start with the CPU rebuild (it
-    looks for a package `vllm`)."""
+    """The command line of a server. It runs the module, since `vllm serve` does not start with the
+    CPU build (it looks for a package `vllm`)."""
     flags: dict[str, Any] = {
         "model": settings.model,
         "served-model-name": BASE,
         "host": settings.host,
         "port": port,
-        "middleware": GUARD,
+        **({"middleware": settings.guard} if settings.guard else {}),
         "dtype": served_dtype(settings),
         "max-model-len": context(settings),
-        "generation-config": "vllm",  # the model's own sampling defaults would apply in silence
+        "generation-config": "vllm",  # else the model's own sampling defaults would apply
         "logprobs-mode": "processed_logprobs",  # of the distribution a token was drawn from
         "disable-uvicorn-access-log": True,
         "disable-fastapi-docs": True,
         "enforce-eager": settings.enforce_eager,
     }
     if on_cpu:
-        flags["block-size"] = (
-            # prefix-cache hits need whole blocks, and the CPU default of 128 is longer than most
-            # prompts
-            32
-        )
+        # prefix-cache hits need whole blocks; the CPU default of 128 is longer than most prompts
+        flags["block-size"] = 32
         # A prompt with a seed that is read in two parts kills vLLM 0.32's engine on a CPU ("CPU
         # Generator does not use offset").
         flags["enable-chunked-prefill"] = False
-        flags["max-num-batched-tokens"] = max(BATCH, flags["max-model-len"])
+        flags["max-num-batched-tokens"] = max(CPU_BATCH, flags["max-model-len"])
     else:
         flags["gpu-memory-utilization"] = settings.memory or 0.9
     sizes = lora_sizes(settings.policies, settings.staleness)
@@ -206,12 +206,10 @@ def command(settings: ServerSettings, port: int, on_cpu: bool) -> list[str]:
             "enable-lora": True,
             "max-lora-rank": sizes.max_rank,
             "max-loras": sizes.max_loras,
+            "max-cpu-loras": sizes.max_cpu_loras,
         }
-        flags |= {"max-cpu-loras": sizes.max_cpu_loras}
-        if "all-linear" not in sizes.targets:
-            flags["lora-target-modules"] = list(
-                sizes.targets
-            )  # every other module is spared the work
+        if "all-linear" not in sizes.targets:  # other modules are spared the work
+            flags["lora-target-modules"] = list(sizes.targets)
         if on_cpu:
             flags["worker-extension-cls"] = CPU_LORA
     flags |= {flag_name(name): value for name, value in settings.engine_args.items()}
@@ -239,8 +237,8 @@ def to_flags(values: Mapping[str, Any]) -> list[str]:
 def environment(
     settings: ServerSettings, key_file: Path, on_cpu: bool, devices: str = ""
 ) -> dict[str, str]:
-    """The server's environment: ours, without other keys, developer routes, or a launcher's
-    ranks."""
+    """The server's environment: this process's, without other keys, developer routes, or the ranks
+    of a launcher."""
     drop = {
         "VLLM_API_KEY",
         "VLLM_SERVER_DEV_MODE",
@@ -264,9 +262,8 @@ def environment(
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    env["VLLM_LOGGING_LEVEL"] = (
-        "INFO"  # importing trl sets it to ERROR, and the log would say little of a server that dies
-    )
+    # importing trl sets it to ERROR, and the log of a server that dies would be empty
+    env["VLLM_LOGGING_LEVEL"] = "INFO"
     if Path(settings.model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
     if on_cpu:
@@ -294,8 +291,8 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> None:
     """Ask vLLM's own parser, in a process of its own (15 s of imports). Raises `SettingError`
     naming the nearest known argument."""
     for name in engine_args:
-        if flag_name(str(name)) in OURS:
-            instead = OURS[flag_name(str(name))]
+        if flag_name(str(name)) in RESERVED:
+            instead = RESERVED[flag_name(str(name))]
             raise SettingError(
                 f"engine_args.{name}: marlora sets it; "
                 + (f"use {instead}" if instead else "it cannot be changed")

@@ -1,9 +1,9 @@
-"""Runs one server and ends all its processes when its owner goes away, however that happens.
+"""Process supervisor: runs one server and ends its process group when its owner is gone.
 
-`python -P keeper.py OWNER_PID LOG COMMAND...`, run as a script. The owner holds the other end of
+`python -P supervisor.py OWNER_PID LOG COMMAND...`, run as a script. The owner holds the other end of
 our standard input: when it closes (stop, exit, SIGKILL) the server's process group is ended. An
 owner that forked leaves that pipe open in its children, so the parent's id is watched as well. A
-keeper is needed because the kernel's parent-death signal follows the *thread* that started a
+supervisor is needed because the kernel's parent-death signal follows the *thread* that started a
 process, and an owner may start servers from any thread. Standard library only.
 """
 
@@ -23,11 +23,11 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_supervisor() -> None:
-    """Runs in the server's process before its program: if the keeper itself is killed, so is the
-    server.
+    """Runs in the server's process before its program: if the supervisor itself is killed, so is
+    the server.
 
-    The keeper ignores SIGINT, and its owner may have been started with signals ignored; the server
-    has neither from them.
+    The supervisor ignores SIGINT, and its owner may have been started with signals ignored; the
+    server inherits neither.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
@@ -44,8 +44,8 @@ def group_alive(group: int) -> bool:
 
 
 def end(server: subprocess.Popen[bytes]) -> None:
-    """End the server's process group: ask, wait, then force. The group is ours: its id is the id of
-    a process we started."""
+    """End the server's process group: SIGTERM, wait, then SIGKILL. Its id is that of a process
+    started here."""
     deadline = time.monotonic() + GRACE
     asked = server.poll() is not None  # a server that ended by itself leaves only strays
     while group_alive(server.pid):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from marlora.rollouts.engines.vllm.server import http
 from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.http import fetch
 from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
 from marlora.trainers.testbeds.tiny import tiny_chain
@@ -54,7 +54,7 @@ def learn(live: Live, folder: Path, **changes: Any) -> dict[str, Any]:
     summary = made.train()
     for name in listed(live, folder):
         assert (
-            http(
+            fetch(
                 f"{live.server.url}/v1/unload_lora_adapter",
                 live.server.key,
                 "POST",
@@ -67,7 +67,7 @@ def learn(live: Live, folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def listed(live: Live, folder: Path) -> list[str]:
-    status, body = http(f"{live.server.url}/v1/models", live.server.key)
+    status, body = fetch(f"{live.server.url}/v1/models", live.server.key)
     assert status == 200
     return [
         entry["id"]

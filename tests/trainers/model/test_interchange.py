@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.transformers import TransformersEngine
-from marlora.rollouts.engines.vllm.server import http
+from marlora.rollouts.http import fetch
 from marlora.trainers.testbeds.tiny import tiny_random_model
 from tests.live_server import Live
 from tests.repository import clean_environment
@@ -75,7 +75,7 @@ def test_plain_vllm_serves_a_checkpoints_adapters(server: Live, tmp_path: Path) 
     url, key = server.server.url, server.server.key
     for name, folder in folders.items():
         served = f"interchange-{name}"
-        status, body = http(
+        status, body = fetch(
             f"{url}/v1/load_lora_adapter",
             key,
             "POST",
@@ -92,7 +92,7 @@ def test_plain_vllm_serves_a_checkpoints_adapters(server: Live, tmp_path: Path) 
             "return_token_ids": True,
             "ignore_eos": True,
         }
-        status, body = http(f"{url}/v1/completions", key, "POST", ask, 60)
+        status, body = fetch(f"{url}/v1/completions", key, "POST", ask, 60)
         assert status == 200, body
         (choice,) = json.loads(body)["choices"]
         ids = choice["token_ids"]
@@ -107,7 +107,7 @@ def test_plain_vllm_serves_a_checkpoints_adapters(server: Live, tmp_path: Path) 
         found = torch.tensor(choice["logprobs"]["token_logprobs"])
         assert torch.allclose(found, expected, atol=1e-3) and (found - bare).abs().max() > 5e-3
         assert (
-            http(f"{url}/v1/unload_lora_adapter", key, "POST", {"lora_name": served}, 60)[0] == 200
+            fetch(f"{url}/v1/unload_lora_adapter", key, "POST", {"lora_name": served}, 60)[0] == 200
         )
 
 
@@ -131,7 +131,7 @@ def test_inspect_ai_evaluates_a_served_checkpoint(server: Live, tmp_path: Path) 
     folder = adapters_of(tmp_path / "run", server.model)["first"]
     url, key = server.server.url, server.server.key
     served = {"lora_name": "inspect-first", "lora_path": str(folder)}
-    assert http(f"{url}/v1/load_lora_adapter", key, "POST", served, 60)[0] == 200
+    assert fetch(f"{url}/v1/load_lora_adapter", key, "POST", served, 60)[0] == 200
     python, env = (
         tmp_path / "env" / "bin" / "python",
         clean_environment(MARLORA_API_KEY=key, NO_PROXY="127.0.0.1"),
@@ -180,6 +180,6 @@ def test_inspect_ai_evaluates_a_served_checkpoint(server: Live, tmp_path: Path) 
         for sample in log["samples"]
     )
     assert (
-        http(f"{url}/v1/unload_lora_adapter", key, "POST", {"lora_name": "inspect-first"}, 60)[0]
+        fetch(f"{url}/v1/unload_lora_adapter", key, "POST", {"lora_name": "inspect-first"}, 60)[0]
         == 200
     )

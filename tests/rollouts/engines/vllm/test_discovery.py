@@ -18,7 +18,6 @@ from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.config import EngineConfig
 from marlora.rollouts.engines.factory import choose_engine
 from marlora.rollouts.engines.vllm import discovery, server
-from marlora.rollouts.engines.vllm.client import RetryPolicy
 from marlora.rollouts.engines.vllm.discovery import (
     Endpoint,
     read_endpoints,
@@ -27,6 +26,7 @@ from marlora.rollouts.engines.vllm.discovery import (
     write_endpoints,
 )
 from marlora.rollouts.engines.vllm.engine import VLLMEngine, start_vllm
+from marlora.rollouts.engines.vllm.health import ReplicaPolicy
 from marlora.rollouts.engines.vllm.server_args import ServerSettings
 from tests.rollouts.engines.vllm.test_engine import BASE, DRAW, KEY, adapter
 from tests.rollouts.engines.vllm.test_server import fake_program, model
@@ -167,8 +167,8 @@ def test_a_node_starts_a_dead_server_again_where_trainers_find_it(
     thread.start()
     try:
         found = asyncio.run(wait_for_endpoints(path, str(model), 2, 60, lambda line: None))
-        quick = RetryPolicy(retries=2, backoff=0.05, stall=1.0, probe=1.0)
-        engine = VLLMEngine(found, Tokens(), adapter_root=tmp_path, patience=quick)
+        quick = ReplicaPolicy(retries=2, backoff=0.05, stall=1.0, probe=1.0)
+        engine = VLLMEngine(found, Tokens(), adapter_root=tmp_path, retry=quick)
 
         async def work() -> None:
             await engine.generate([2, 3], BASE, DRAW)

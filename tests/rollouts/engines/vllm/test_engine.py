@@ -14,14 +14,14 @@ import pytest
 
 from marlora.agents.types import Sampling, SettingError
 from marlora.rollouts.engines.base import EngineError, ModelRef, PromptTooLong
-from marlora.rollouts.engines.vllm.addresses import key_from, open_routes, tidy
-from marlora.rollouts.engines.vllm.client import RetryPolicy
+from marlora.rollouts.engines.vllm.discovery import key_from, open_routes, tidy
 from marlora.rollouts.engines.vllm.engine import Routes, VLLMEngine
+from marlora.rollouts.engines.vllm.health import ReplicaPolicy
 from tests.rollouts.fake_vllm import FakeVLLM, Tokens, sampled, table
 
 KEY = "k" * 20
 BASE = ModelRef("base")
-QUICK = RetryPolicy(retries=3, backoff=0.01, longest=0.02, request=10.0, stall=0.3, probe=0.2)
+QUICK = ReplicaPolicy(retries=3, backoff=0.01, longest=0.02, request=10.0, stall=0.3, probe=0.2)
 DRAW = Sampling(max_tokens=6, seed=100)
 PROMPT = [3, 9, 4]
 
@@ -31,7 +31,7 @@ def engine_on(*fakes: FakeVLLM, root: str | Path = "/nowhere", **settings: Any) 
         [fake.url for fake in fakes],
         Tokens(),
         adapter_root=root,
-        **({"key": KEY, "patience": QUICK} | settings),
+        **({"key": KEY, "retry": QUICK} | settings),
     )
 
 
@@ -206,10 +206,10 @@ def test_a_refusal_is_not_repeated_and_says_why():
 
 
 def test_a_slow_try_is_given_up_and_repeated():
-    patience = RetryPolicy(retries=1, backoff=0.01, request=0.2, stall=60.0)
+    policy = ReplicaPolicy(retries=1, backoff=0.01, request=0.2, stall=60.0)
     with FakeVLLM(key=KEY, faults=["slow"]) as fake:
         [reply] = play(
-            engine_on(fake, patience=patience), lambda engine: engine.generate(PROMPT, BASE, DRAW)
+            engine_on(fake, retry=policy), lambda engine: engine.generate(PROMPT, BASE, DRAW)
         )
         assert reply.token_ids == tuple(sampled("served-base", PROMPT, 100, 6))
         assert len(fake.completions()) == 2
@@ -344,7 +344,7 @@ def test_retire_waits_for_a_slow_request_across_five_publishes(tmp_path: Path):
             assert slow.done() and (await slow)[0].version == "solver-v0-aa"
             assert set(fake.loaded) == {"solver-v5-aa"}
 
-        play(engine_on(fake, root=tmp_path, patience=RetryPolicy(stall=60.0)), work)
+        play(engine_on(fake, root=tmp_path, retry=ReplicaPolicy(stall=60.0)), work)
 
 
 def test_a_load_whose_answer_was_lost_is_not_an_error(tmp_path: Path):

@@ -15,11 +15,12 @@ import pytest
 
 from marlora.agents.types import Sampling
 from marlora.rollouts.engines.base import EngineError, ModelRef, PromptTooLong
-from marlora.rollouts.engines.vllm.addresses import open_routes
 from marlora.rollouts.engines.vllm.auth import ROUTES
-from marlora.rollouts.engines.vllm.client import RetryPolicy
+from marlora.rollouts.engines.vllm.discovery import open_routes
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
-from marlora.rollouts.engines.vllm.server import VLLMServer, http
+from marlora.rollouts.engines.vllm.health import ReplicaPolicy
+from marlora.rollouts.engines.vllm.server import VLLMServer
+from marlora.rollouts.http import fetch
 from tests.live_server import CONTEXT, Live, settings_for
 from tests.rollouts.engine_conformance import (
     CHECKS,
@@ -85,10 +86,10 @@ def test_every_route_asks_for_the_key(server: Live):
     for method, path in [*found, *DEVELOPER]:
         expected = 200 if (method, path) == ("GET", "/health") else 401
         body = {} if method == "POST" else None
-        assert http(url + path, "", method, body)[0] == expected, f"{method} {path}"
-        assert http(url + path, "0" * 64, method, body)[0] == expected, f"{method} {path}"
+        assert fetch(url + path, "", method, body)[0] == expected, f"{method} {path}"
+        assert fetch(url + path, "0" * 64, method, body)[0] == expected, f"{method} {path}"
         if (method, path) not in ROUTES | {("GET", "/health")}:
-            assert http(url + path, server.server.key, method, body)[0] == 403, f"{method} {path}"
+            assert fetch(url + path, server.server.key, method, body)[0] == 403, f"{method} {path}"
     assert open_routes(url) == []
 
 
@@ -307,7 +308,7 @@ def test_a_retired_version_is_gone_from_the_server(server: Live):
 
     play(server, work)
     body = {"model": "solver-v2-live", "prompt": PROMPT, "max_tokens": 1}
-    assert http(f"{server.server.url}/v1/completions", server.server.key, "POST", body)[0] == 404
+    assert fetch(f"{server.server.url}/v1/completions", server.server.key, "POST", body)[0] == 404
 
 
 def test_more_versions_than_slots_go_through(server: Live):
@@ -381,7 +382,7 @@ def engine_processes(server: VLLMServer) -> list[int]:
             parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
         except OSError:
             continue
-    front = next(pid for pid, parent in parents.items() if parent == server.keeper_pid)
+    front = next(pid for pid, parent in parents.items() if parent == server.supervisor_pid)
     below = [pid for pid, parent in parents.items() if parent == front]
     return below + [pid for pid, parent in parents.items() if parent in below]
 
@@ -409,7 +410,7 @@ def test_a_dead_engine_is_started_again_and_then_named_with_the_end_of_its_log(
     pids = engine_processes(second)
     assert pids
     engine = VLLMEngine(
-        [second], server.tokens, adapter_root=server.root, patience=RetryPolicy(stall=30.0)
+        [second], server.tokens, adapter_root=server.root, retry=ReplicaPolicy(stall=30.0)
     )
 
     async def run() -> None:

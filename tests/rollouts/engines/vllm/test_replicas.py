@@ -15,9 +15,9 @@ import pytest
 from marlora.agents.types import PolicySpec
 from marlora.rollouts.engines.base import EngineError, ModelRef, ReplicaLost
 from marlora.rollouts.engines.vllm import server as vllm_server
-from marlora.rollouts.engines.vllm.client import RetryPolicy
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
-from marlora.rollouts.engines.vllm.replicas import HASTE, hasty
+from marlora.rollouts.engines.vllm.health import ReplicaPolicy
+from marlora.rollouts.engines.vllm.replicas import CAPS, capped
 from marlora.rollouts.engines.vllm.server import VLLMServer
 from marlora.rollouts.engines.vllm.server_args import ServerSettings
 from tests.rollouts.engines.vllm.test_engine import BASE, DRAW, KEY, QUICK, adapter, engine_on, play
@@ -109,7 +109,7 @@ def test_errors_of_one_server_are_answered_by_another() -> None:
 
 def test_when_all_are_gone_the_error_names_each() -> None:
     with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two:
-        patience = RetryPolicy(
+        policy = ReplicaPolicy(
             retries=1, backoff=0.01, longest=0.02, stall=0.3, probe=0.2, gone=0.1
         )
 
@@ -122,12 +122,12 @@ def test_when_all_are_gone_the_error_names_each() -> None:
             ):
                 await engine.generate([2, 3], BASE, DRAW)
 
-        play(engine_on(one, two, patience=patience), work)
+        play(engine_on(one, two, retry=policy), work)
 
 
 def test_a_version_cannot_be_published_to_nobody(tmp_path: Path) -> None:
     with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two:
-        patience = RetryPolicy(
+        policy = ReplicaPolicy(
             retries=1, backoff=0.01, longest=0.02, stall=0.3, probe=0.2, gone=0.1
         )
 
@@ -137,7 +137,7 @@ def test_a_version_cannot_be_published_to_nobody(tmp_path: Path) -> None:
             with pytest.raises(EngineError, match="all 2 servers are gone"):
                 await engine.publish({"solver": adapter(tmp_path, "solver-v1-aa")})
 
-        play(engine_on(one, two, root=tmp_path, patience=patience), work)
+        play(engine_on(one, two, root=tmp_path, retry=policy), work)
 
 
 def servers(
@@ -173,7 +173,7 @@ def test_one_of_ours_is_started_again_behind_the_others_back(
         [one, two],
         Tokens(),
         adapter_root=tmp_path / "versions",
-        patience=RetryPolicy(backoff=0.05, stall=1.0),
+        retry=ReplicaPolicy(backoff=0.05, stall=1.0),
     )
     folder = adapter(tmp_path / "versions", "solver-v1-aa")
 
@@ -195,11 +195,11 @@ def test_one_of_ours_is_started_again_behind_the_others_back(
     assert not one.alive and not two.alive
 
 
-def test_with_others_to_ask_patience_is_short() -> None:
-    assert hasty(RetryPolicy()) == RetryPolicy(**HASTE)  # type: ignore[arg-type]
-    assert hasty(QUICK) == QUICK
-    waiting = sum(RetryPolicy().backoff * 1.5 * 2**k for k in range(HASTE["retries"] - 1))  # type: ignore[arg-type]
-    assert waiting <= 30 and HASTE["stall"] + HASTE["probe"] <= 30
+def test_with_other_servers_to_ask_waits_are_short() -> None:
+    assert capped(ReplicaPolicy()) == ReplicaPolicy(**CAPS)  # type: ignore[arg-type]
+    assert capped(QUICK) == QUICK
+    waiting = sum(ReplicaPolicy().backoff * 1.5 * 2**k for k in range(CAPS["retries"] - 1))  # type: ignore[arg-type]
+    assert waiting <= 30 and CAPS["stall"] + CAPS["probe"] <= 30
 
 
 def test_what_an_earlier_process_left_loaded_is_unloaded_and_other_peoples_adapters_stay(

@@ -96,7 +96,7 @@ def play(
             Tokens(),
             adapter_root=root,
             key=KEY,
-            patience=QUICK,
+            retry=QUICK,
             router=router,
             **more,
         )
@@ -219,7 +219,7 @@ def test_what_a_router_cannot_do_is_refused(tmp_path: Path) -> None:
         choose_engine(EngineConfig(router_url="http://127.0.0.1:30000"))
     with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two:
         engine = VLLMEngine([one.url, two.url], Tokens(), adapter_root=tmp_path, key=KEY)
-        next(iter(engine.replicas.values())).key = "another key of the same length"
+        next(iter(engine.replicas.values())).client.key = "another key of the same length"
         with pytest.raises(
             SettingError, match="a router sends one key to all servers, but they have 2"
         ):

@@ -20,8 +20,8 @@ from marlora.agents.types import AdapterSpec, PolicySpec, Sampling, SettingError
 from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.vllm import server as vllm_server
 from marlora.rollouts.engines.vllm import server_args
-from marlora.rollouts.engines.vllm.client import RetryPolicy
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
+from marlora.rollouts.engines.vllm.health import ReplicaPolicy
 from marlora.rollouts.engines.vllm.server import VLLMServer, start_servers
 from marlora.rollouts.engines.vllm.server_args import (
     ServerSettings,
@@ -185,14 +185,14 @@ def quiet(line: str) -> None:
 
 
 def group_of(server: VLLMServer) -> list[int]:
-    """Processes whose parent is the keeper."""
+    """Processes whose parent is the supervisor."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rsplit(")", 1)[1].split()
         except OSError:
             continue
-        if int(fields[1]) == server.keeper_pid:
+        if int(fields[1]) == server.supervisor_pid:
             found.append(int(stat.parent.name))
     return found
 
@@ -302,7 +302,7 @@ from tests.rollouts.engines.vllm.test_server import *
 vllm_server.vllm_version = lambda: ("0.0", True)
 vllm_server.command = lambda settings, port, on_cpu: fake_program(port, Path(settings.folder) / "vllm-0.key")
 server = VLLMServer(ServerSettings({model!r}, Path({folder!r})), progress=quiet).start()
-if os.fork() == 0:  # a child that inherits the pipe to the keeper, and lives on
+if os.fork() == 0:  # a child that inherits the pipe to the supervisor, and lives on
     time.sleep(20)
     os._exit(0)
 print(group_of(server)[0], flush=True)
@@ -321,12 +321,14 @@ def test_no_server_outlives_an_owner_that_is_killed(model: Path, tmp_path: Path)
     assert gone(pid)
 
 
-def test_no_server_outlives_its_keeper(model: Path, tmp_path: Path, pretend: Callable[..., None]):
+def test_no_server_outlives_its_supervisor(
+    model: Path, tmp_path: Path, pretend: Callable[..., None]
+):
     pretend(fake_program)
     server = VLLMServer(ServerSettings(str(model), tmp_path), progress=quiet).start()
     [pid] = group_of(server)
-    assert server.keeper_pid is not None
-    os.kill(server.keeper_pid, signal.SIGKILL)
+    assert server.supervisor_pid is not None
+    os.kill(server.supervisor_pid, signal.SIGKILL)
     assert gone(pid)
     server.stop()
 
@@ -355,9 +357,9 @@ def test_a_killed_server_comes_back_with_its_adapters_and_the_result_is_the_same
     ref, draw, quick = (
         ModelRef("solver", "solver-v1-aa"),
         Sampling(max_tokens=6, seed=3),
-        RetryPolicy(backoff=0.05, stall=1.0),
+        ReplicaPolicy(backoff=0.05, stall=1.0),
     )
-    engine = VLLMEngine([server], Tokens(), adapter_root=tmp_path / "versions", patience=quick)
+    engine = VLLMEngine([server], Tokens(), adapter_root=tmp_path / "versions", retry=quick)
 
     async def run() -> None:
         await engine.publish({"solver": folder})
