@@ -1,11 +1,13 @@
-"""Chats as tokens: what was sampled stays as sampled, and no text can forge a role.
+"""The renderer: chats to token ids and back. Sampled tokens stay as sampled, and no content can
+forge a role.
 
 Two rules. First, a chat that goes on is never re-tokenised: the next prompt is the last prompt, the
 tokens sampled after it, and *glue*, the template's tokens from the end of the answer to the next
 generation prompt. Second, message content never yields a special token. The template is rendered
-with marks instead of contents, so it is known which characters are structure and which are content;
-where a content spells a special token, the text is cut inside that spelling and tokenised in
-pieces. Every other text is tokenised in one go, exactly as the tokenizer's own chat template would.
+with marks instead of contents (see `template_probe`), so it is known which characters are structure
+and which are content; where a content spells a special token, the text is cut inside that spelling
+and tokenised in pieces. Every other text is tokenised at once, exactly as the tokenizer's own chat
+template would.
 
 This module imports neither torch nor, except in `load_tokenizer`, transformers: any object with the
 handful of methods in `Tokenizer` will do.
@@ -13,51 +15,32 @@ handful of methods in `Tokenizer` will do.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..agents.types import Completion, Message, SettingError, Turn
+from .template_probe import (
+    MARK,
+    THOUGHT,
+    ChatTemplate,
+    Slot,
+    TemplateProbe,
+    Tokenizer,
+    template_text,
+)
 
-MARK = "\ue000slot"  # a private-use character: not whitespace, in no template
-OPEN, CLOSE = (
-    "<tool_response>",
-    "</tool_response>",
-)  # how tool results are shown; some templates look for this wrapping
-THOUGHT = re.compile(
-    r"</?\w*think\w*>"
-)  # marks of a thought are no role: a text may hold them, as tokens
+# how tool results are shown; some templates look for this wrapping
+OPEN, CLOSE = "<tool_response>", "</tool_response>"
 Part = tuple[str, bool]  # text, and whether it is the content of a message
 
 
-class Tokenizer(Protocol):
-    """What `ChatRenderer` asks of a tokenizer; every fast tokenizer of transformers has it, and
-    `scripted.ByteTokenizer`."""
-
-    eos_token_id: int | None
-    bos_token_id: int | None
-    added_tokens_decoder: Mapping[int, Any]  # id -> object with `content` and `special`
-
-    def get_chat_template(self) -> str: ...
-    def convert_ids_to_tokens(self, ids: int) -> Any: ...
-    def apply_chat_template(
-        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool, **settings: Any
-    ) -> Any: ...
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-    def decode(
-        self, token_ids: Any, *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
-    ) -> Any: ...
-
-
 class ChatRenderer:
-    """The chats of one tokenizer and its chat template.
+    """Renders chats with one tokenizer and its chat template.
 
     Args:
-        tokenizer: see `Tokenizer`.
+        tokenizer: see `template_probe.Tokenizer`.
         settings: variables of the template, such as `enable_thinking=False`.
 
     Attributes:
@@ -73,51 +56,20 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: Tokenizer, **settings: Any) -> None:
         self.tokenizer, self.settings = tokenizer, settings
-        template = _template(tokenizer)
-        self.template_hash = hashlib.sha256(
-            (template + json.dumps(settings, sort_keys=True)).encode()
-        ).hexdigest()[:16]
-        self._shapes: dict[tuple[tuple[str, str, str], ...], list[str | int]] = {}
-        self._structure: dict[str, list[int]] = {}
-        self._forbidden: dict[str, int] = {}
-        self.system_kept = self._keeps("system", [("system", "", ""), ("user", "", "")])
-        self.tool_kept = self._keeps(
-            "tool", [("user", "", ""), ("assistant", "", ""), ("tool", "", "")]
-        )
-        self._trims = {role: self._trim(role) for role in ("system", "user", "assistant")}
-        self.rewrites = self._rewrites()
-        self.append_only = not self.rewrites
-        after = self._encode_structure(self._after_answer([("user", "", "")])[0])
-        added = tokenizer.added_tokens_decoder
-        self.end_of_turn: int | None = after[0] if after and after[0] in added else None
-        self.eos_ids: tuple[int, ...] = tuple(
-            dict.fromkeys(
-                token for token in (self.end_of_turn, tokenizer.eos_token_id) if token is not None
-            )
-        )
-        if not self.eos_ids:
-            raise SettingError(
-                "tokenizer: no eos token, and its chat template ends answers with none; a reply"
-                " would never stop"
-            )
-        written = "".join(
-            piece for shape in self._shapes.values() for piece in shape if isinstance(piece, str)
-        )
-        # what a text must not spell: all that is special, and whatever else the template writes as
-        # a token
-        self._forbidden = {
-            t.content: i
-            for i, t in added.items()
-            if t.special or (t.content in written and not THOUGHT.fullmatch(t.content))
-        }
-        self._forbidden_ids = frozenset(self._forbidden.values())
+        self.template = ChatTemplate(tokenizer, settings)
+        self.facts = TemplateProbe(self.template).run()
+        self.template_hash = self.template.hash
+        self.append_only = self.facts.append_only
+        self.end_of_turn, self.eos_ids = self.facts.end_of_turn, self.facts.eos_ids
+        self._structure: dict[str, list[int]] = {}  # structure text -> its token ids
+        self._forbidden_ids = frozenset(self.facts.forbidden.values())
 
     def prompt(self, messages: Sequence[Message], previous: Turn | None = None) -> tuple[int, ...]:
         """Token ids of the chat, generation prompt included.
 
         Args:
             messages: the whole chat. With `previous` it must be `previous.messages`, its answer,
-                then what was said since.
+                then the messages since.
             previous: the turn this chat goes on from. If it holds tokens and the template is
                 append-only, the result begins with `previous.prompt_ids + previous.token_ids`; the
                 end-of-turn token follows if the answer lacks it.
@@ -144,12 +96,11 @@ class ChatRenderer:
         return tuple(self._encode(self._parts(messages)))
 
     def write(self, prompt_ids: Sequence[int], text: str) -> Completion:
-        """`text` as an answer that somebody else wrote to this prompt, the end-of-turn token
-        included: fit for imitation.
+        """A given text as an answer to this prompt, end-of-turn token included, for imitation.
 
-        It has no log-probabilities, for nobody sampled it. The prompt stays as it was sent; a text
-        that spells special tokens is cut so that it has none. The completion's text is what its
-        tokens say.
+        It was not sampled, so it has no log-probabilities. The prompt stays as it was sent; a text
+        that spells special tokens is cut so that it has none. The completion's text is decoded from
+        its tokens.
         """
         ids = self._encode([(_clean(text), True)])
         return Completion(self.decode(ids), tuple(prompt_ids), (*ids, self.eos_ids[0]))
@@ -165,77 +116,38 @@ class ChatRenderer:
         )
 
     def show(self, ids: Sequence[int]) -> str:
-        """Any token ids as text for people, special tokens visible."""
+        """Any token ids as text, special tokens visible."""
         return self.tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
     def probe(self) -> dict[str, Any]:
-        """What was found out about the template, as JSON values for logs and checkpoints."""
+        """The facts about the template as JSON values, for logs."""
         ids = self.prompt([Message("user", "probe")])
         bos = self.tokenizer.bos_token_id
         return {
             "template_hash": self.template_hash,
             "append_only": self.append_only,
-            "rewrites": self.rewrites,
-            "system": "kept" if self.system_kept else "merged into the first user message",
-            "tool": "kept" if self.tool_kept else "sent as user message",
-            "trims": sorted(role for role, sides in self._trims.items() if any(sides)),
+            "rewrites": self.facts.rewrites,
+            "system": "kept" if self.facts.system_kept else "merged into the first user message",
+            "tool": "kept" if self.facts.tool_kept else "sent as user message",
+            "trims": sorted(role for role, sides in self.facts.trims.items() if any(sides)),
             "ends_turn": self.end_of_turn is not None,
-            "eos": [
-                self.tokenizer.decode(
-                    [i], skip_special_tokens=False, clean_up_tokenization_spaces=False
-                )
-                for i in self.eos_ids
-            ],
-            "bos": next(
-                i for i, token in enumerate(ids) if token != bos
-            ),  # how many at the start: 2 would be one too many
+            "eos": [self.show([i]) for i in self.eos_ids],
+            # how many at the start: 2 would be one too many
+            "bos": next(i for i, token in enumerate(ids) if token != bos),
         }
 
-    # -- text: structure and content
-    # ------------------------------------------------------------------------------------------
-
-    def _render(self, chat: list[dict[str, str]]) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True, **self.settings
-            )
-        except Exception as error:  # templates raise whatever jinja gives them
-            roles = ", ".join(m["role"] for m in chat)
-            raise SettingError(
-                f"chat template refuses a chat of the roles ({roles}): {error}"
-            ) from error
-
-    def _shape(self, slots: Sequence[tuple[str, str, str]]) -> list[str | int]:
-        """The template's text around the contents: pieces of structure and, between them, numbers
-        of messages.
-
-        A slot is (role, text before, text after the content): the wrapping that templates look at
-        stays visible to them.
-        """
-        key = tuple(slots)
-        if key not in self._shapes:
-            chat = [
-                {"role": role, "content": f"{pre}{MARK}{i};{post}"}
-                for i, (role, pre, post) in enumerate(slots)
-            ]
-            pieces: list[str | int] = list(re.split(f"{MARK}(\\d+);", self._render(chat)))
-            pieces[1::2] = [int(number) for number in pieces[1::2]]
-            for i, (role, _, _) in enumerate(slots):
-                if i not in pieces[1::2]:
-                    raise SettingError(
-                        f"chat template drops the {role} message at place {i} of {len(slots)}"
-                    )
-            self._shapes[key] = pieces
-        return self._shapes[key]
+    # text: structure and content
 
     def _parts(self, messages: Sequence[Message]) -> list[Part]:
         chat = self._known_roles(messages)
         slots, contents = [_slot(m) for m in chat], [self._content(m) for m in chat]
-        pieces = list(self._shape(slots))
+        pieces = list(self.template.shape(slots))
         for i, message in enumerate(chat):
-            if message.role == "assistant" and (self.rewrites or THOUGHT.search(message.content)):
+            if message.role == "assistant" and (
+                self.facts.rewrites or THOUGHT.search(message.content)
+            ):
                 at = pieces.index(i)
                 pieces[at - 1], contents[i] = self._kept(chat, slots, i)
         return [
@@ -245,16 +157,10 @@ class ChatRenderer:
 
     def _tail_parts(self, messages: Sequence[Message]) -> list[Part]:
         chat = self._known_roles(messages)
-        pieces = self._after_answer([_slot(m) for m in chat])
+        pieces = self.template.after_answer([_slot(m) for m in chat])
         return [
             (self._content(chat[p - 2]), True) if isinstance(p, int) else (p, False) for p in pieces
         ]
-
-    def _after_answer(self, slots: Sequence[tuple[str, str, str]]) -> list[Any]:
-        """The shape of what follows an answer: `slots`, then the generation prompt. Message numbers
-        count from 2."""
-        pieces = self._shape([("user", "", ""), ("assistant", "", ""), *slots])
-        return pieces[pieces.index(1) + 1 :]
 
     def _known_roles(self, messages: Sequence[Message]) -> list[Message]:
         """Tool results as wrapped user messages; the system text in the first user message if the
@@ -263,7 +169,7 @@ class ChatRenderer:
             Message("user", f"{OPEN}\n{m.content}\n{CLOSE}") if m.role == "tool" else m
             for m in messages
         ]
-        if not self.system_kept and chat and chat[0].role == "system":
+        if not self.facts.system_kept and chat and chat[0].role == "system":
             text = chat[0].content
             if len(chat) > 1 and chat[1].role == "user":
                 chat[1:2] = [Message("user", f"{text}\n\n{chat[1].content}")]
@@ -275,25 +181,23 @@ class ChatRenderer:
         text = _clean(message.content)
         _, pre, post = _slot(message)
         text = text[len(pre) : len(text) - len(post)] if pre else text
-        left, right = self._trims[message.role] if not pre else (False, False)
+        left, right = self.facts.trims[message.role] if not pre else (False, False)
         text = text.lstrip() if left else text
         return text.rstrip() if right else text
 
-    def _kept(
-        self, chat: list[Message], slots: list[tuple[str, str, str]], number: int
-    ) -> tuple[str, str]:
+    def _kept(self, chat: list[Message], slots: list[Slot], number: int) -> tuple[str, str]:
         """What the template makes of an answer it may rewrite: the structure before it, and the
         text it keeps.
 
         The answer is rendered with its real text, all other messages as marks. Only structure that
         stands there with a mark for the answer too counts as structure.
         """
-        pieces = self._shape(slots)
+        pieces = self.template.shape(slots)
         at = pieces.index(number)
         before, after = str(pieces[at - 1]), str(pieces[at + 1])
         texts = [f"{pre}{MARK}{i};{post}" for i, (_, pre, post) in enumerate(slots)]
         texts[number] = _clean(chat[number].content).replace(MARK, "")
-        rendered = self._render(
+        rendered = self.template.render(
             [{"role": slot[0], "content": text} for slot, text in zip(slots, texts, strict=True)]
         )
         marks = [
@@ -303,7 +207,7 @@ class ChatRenderer:
         start = rendered.index(marks[0]) + len(marks[0])
         piece = rendered[start : rendered.index(marks[1], start) if marks[1] else len(rendered)]
         head = _common(before, piece.removesuffix(after))
-        lost = [i for i in self._encode_structure(before[len(head) :]) if i in self._forbidden_ids]
+        lost = self._special(self._encode_structure(before[len(head) :]))
         if lost or not piece.endswith(after):
             raise SettingError(
                 "chat template changes the roles it writes with the text of the answer"
@@ -311,84 +215,26 @@ class ChatRenderer:
             )
         return head, piece[len(head) : len(piece) - len(after)]
 
-    # -- probes
-    # -----------------------------------------------------------------------------------------------------------------
-
-    def _keeps(self, role: str, slots: list[tuple[str, str, str]]) -> bool:
-        """False if the template refuses or drops messages of this role."""
-        try:
-            self._shape(slots)
-        except SettingError:
-            if role == "system":
-                self._shape(
-                    [("user", "", "")]
-                )  # a template that refuses even this is broken: let its error out
-            return False
-        return True
-
-    def _trim(self, role: str) -> tuple[bool, bool]:
-        """Whether the template strips whitespace at the left and at the right of this role's
-        contents."""
-        roles = ["system"] * self.system_kept + ["user", "assistant", "user"]
-        if role not in roles:
-            return False, False
-        number = roles.index(role)
-        plain = self._shape([(r, "", "") for r in roles])
-        padded = self._shape(
-            [(r, " \n", "\n ") if i == number else (r, "", "") for i, r in enumerate(roles)]
-        )
-        at = plain.index(number)
-        return padded[at - 1] == plain[at - 1], padded[at + 1] == plain[at + 1]
-
-    def _rewrites(self) -> str:
-        """Why a later prompt does not begin with an earlier prompt and its answer; "" if it
-        does."""
-        head = [("system", "", "")] * self.system_kept + [("user", "", "")]
-        answer, thought, user = (
-            ("assistant", "", ""),
-            ("assistant", "<think>\ndeep thought\n</think>\n\n", ""),
-            ("user", "", ""),
-        )
-        first, second = self._shape(head), self._shape([*head, answer, user])
-        third = self._shape([*head, answer, user, answer, user])
-        if not _begins(second, first) or not _begins(third, second):
-            return "an earlier prompt is not the beginning of a later one"
-        glues = [
-            shape[shape.index(n) + 1 :: 2]
-            for shape, n in ((second, len(head)), (third, len(head) + 2))
-        ]
-        if not glues[0] == glues[1] == self._after_answer([user])[::2]:
-            return "the text between answer and next prompt depends on where in the chat it stands"
-        chat = [
-            {"role": role, "content": f"{pre}{role}"} for role, pre, _ in [*head, thought, user]
-        ]
-        if "deep thought" not in self._render(chat):
-            return "the thinking of past answers is dropped"
-        return ""
-
-    # -- tokens
-    # -----------------------------------------------------------------------------------------------------------------
+    # tokens
 
     def _encode(self, parts: Sequence[Part]) -> list[int]:
         """Tokenise, cut only where a content spells a forbidden token."""
-        wanted = [
-            i
-            for text, content in parts
-            if not content
-            for i in self._encode_structure(text)
-            if i in self._forbidden_ids
+        structure = [
+            i for text, content in parts if not content for i in self._encode_structure(text)
         ]
+        expected = self._special(structure)
         ids = self._encode_cut(parts, everywhere=False)
-        if [
-            i for i in ids if i in self._forbidden_ids
-        ] != wanted:  # a token that matches more than its spelling, e.g. any case
+        if self._special(ids) != expected:  # a token matches more than its spelling, e.g. any case
             ids = self._encode_cut(parts, everywhere=True)
-            if [i for i in ids if i in self._forbidden_ids] != wanted:
+            if self._special(ids) != expected:
                 raise SettingError(
                     "tokenizer: the text of a message becomes special tokens however it is cut; use"
                     " another tokenizer"
                 )
         return ids
+
+    def _special(self, ids: Sequence[int]) -> list[int]:
+        return [i for i in ids if i in self._forbidden_ids]
 
     def _encode_cut(self, parts: Sequence[Part], *, everywhere: bool) -> list[int]:
         text, cuts, legal = "", {0}, set()
@@ -398,7 +244,7 @@ class ChatRenderer:
             elif not content:
                 legal.add((len(text), len(text) + len(part)))
             text += part
-        for token in self._forbidden:
+        for token in self.facts.forbidden:
             at = text.find(token)
             while at >= 0:
                 if not any(start <= at and at + len(token) <= end for start, end in legal):
@@ -418,12 +264,6 @@ class ChatRenderer:
         return self._structure[text]
 
 
-def _begins(later: list[str | int], earlier: list[str | int]) -> bool:
-    """Whether one shape begins with another; the last piece of the earlier one may go on."""
-    *same, last = earlier
-    return later[: len(same)] == same and str(later[len(same)]).startswith(str(last))
-
-
 def _common(a: str, b: str) -> str:
     """The longest text with which both begin."""
     same = next(
@@ -432,7 +272,7 @@ def _common(a: str, b: str) -> str:
     return a[:same]
 
 
-def _slot(message: Message) -> tuple[str, str, str]:
+def _slot(message: Message) -> Slot:
     text = message.content
     wrapped = (
         message.role == "user"
@@ -446,22 +286,6 @@ def _slot(message: Message) -> tuple[str, str, str]:
 def _clean(text: str) -> str:
     """Lone surrogates, which no tokenizer takes, as U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _template(tokenizer: Tokenizer) -> str:
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise SettingError(
-            "tokenizer: no chat template; use the instruct variant of the model, or add"
-            " chat_template.jinja"
-        ) from error
-    if not template:
-        raise SettingError(
-            "tokenizer: its chat template is empty; use the instruct variant of the model, or"
-            " add one"
-        )
-    return template
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -498,7 +322,7 @@ def load_tokenizer(path: str | Path) -> Any:
             f" {type(tokenizer).__name__}"
         )
     try:
-        _template(tokenizer)
+        template_text(tokenizer)
     except SettingError as error:
         raise SettingError(f"model {str(path)!r}: {error}") from error
     return tokenizer
