@@ -1,8 +1,8 @@
-"""What a chat template does with messages: rendered once at start with marks instead of contents.
+"""Probing a chat template: rendered once at start with marks instead of contents.
 
-The text of a template that stands around the contents is a *shape*: pieces of structure and, between
-them, numbers of messages. Comparing shapes shows whether a template keeps system and tool messages,
-trims contents, or rewrites earlier turns, and which token ends an answer.
+The text of a template around the contents is a *shape*: pieces of structure and, between them,
+numbers of messages. Comparing shapes shows whether a template keeps system and tool messages, trims
+contents, or rewrites earlier turns, and which token ends an answer.
 """
 
 from __future__ import annotations
