@@ -1,6 +1,5 @@
-"""What each turn of an actor-critic team was worth: the reward of
-`marlora.agents.patterns.actor_critic`, by `rewards: [correct,
-marlora.rollouts.rewards.actor_critic:roles]`.
+"""Reward of each turn of an actor-critic team (`marlora.agents.patterns.actor_critic`); in a YAML
+file `rewards: [correct, marlora.rollouts.rewards.actor_critic:roles]`.
 
 With it a selection by success keeps an actor's right answers, a judge's right judgements, and a
 critic's feedback that a right answer followed (SiriuS, arXiv 2502.04780), whatever came of the
@@ -22,7 +21,7 @@ from .builtin import correct
 async def roles(task: Task, episode: Episode) -> list[Reward]:
     """A reward named `role` for each taken turn, 1 or 0; its text is the judge's `label`.
 
-    Who speaks first is the actor, who speaks second the judge, any other the critic.
+    The agent of the first turn is the actor, the second agent the judge, any other the critic.
     """
     turns = [turn for turn in episode.turns if turn.taken]
     actor, judge, *_ = [*dict.fromkeys(turn.agent for turn in turns), "", ""]
@@ -33,7 +32,7 @@ async def roles(task: Task, episode: Episode) -> list[Reward]:
         for turn in turns
         if turn.agent == actor
     }
-    found = []
+    rewards = []
     for turn in turns:
         text = ""
         if turn.agent == actor:
@@ -43,15 +42,15 @@ async def roles(task: Task, episode: Episode) -> list[Reward]:
             good, text = judged is answer, label(answer, judged)
         else:
             good = next((right[index] for index in sorted(right) if index > turn.index), False)
-        found.append(
+        rewards.append(
             Reward("role", float(good), text, turn.agent, turn.index, turn.sibling, source="roles")
         )
-    return found
+    return rewards
 
 
 def label(right: bool, judged: bool | None) -> str:
-    """A judgement in the paper's confusion table: PT and NT are correct, PF calls a right answer
-    wrong, NF a wrong one right."""
+    """The judge's verdict in the paper's confusion table: PT and NT are correct, PF calls a right
+    answer wrong, NF a wrong one right."""
     if judged is None:
         return "no verdict"
     return ("P" if right else "N") + ("T" if judged is right else "F")

@@ -1,4 +1,4 @@
-"""Rewards: functions of a task and an episode, sync or async.
+"""Built-in reward functions of a task and an episode, sync or async.
 
 A reward returns a `Reward`, several of them, or a bare number or bool (then it is the team's, named
 like the function). It sees the whole task, the answer included. A reward that fails makes the
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..types import Episode
 from .code import hidden_verdict
 from .math_check import CheckerError, CheckerTimeout, equal, gym_score
 from .qa import scores
-from .scoring import RewardFn, _awaited, fn_name
+from .scoring import RewardFn, awaited, fn_name
 
 _EXPLICIT = re.compile(r"\\boxed\s*\{|\banswer\b[^\n:=]{0,20}[:=]|####", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -34,12 +34,10 @@ _EXACT = re.compile(
 _SCORE = re.compile(
     r"score\s{0,20}[:=]\s{0,20}\*{0,4}\s{0,20}(-?\d{1,30}(?:\.\d{1,30})?)(?!\d)", re.IGNORECASE
 )
-_WORD = re.compile(
-    r"[^\W\d_]{3,}"
-)  # three letters in a row: a word, which math-verify would take for a product of variables
-_MATH_WORDS = re.compile(
-    r"\\[a-zA-Z]+|\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|mod|max|min)\b"
-)
+# three letters in a row: a word, which math-verify would take for a product of variables
+_WORD = re.compile(r"[^\W\d_]{3,}")
+_FUNCTIONS = "sin|cos|tan|cot|sec|csc|log|exp|sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|mod|max|min"
+_MATH_WORDS = re.compile(rf"\\[a-zA-Z]+|\b(?:{_FUNCTIONS})\b")
 
 
 # rewards
@@ -53,17 +51,12 @@ async def correct(task: Task, episode: Episode) -> Reward:
     the full score. Several answers (a list) are alternatives. Programs have to pass every hidden
     test (`passed_tests`), HotpotQA and DROP ask for their exact match (`em`).
     """
-    if "_tests" in task.meta:
-        return dataclasses.replace(
-            passed := await passed_tests(task, episode),
-            name="correct",
-            value=float(passed.value == 1.0),
-        )
-    if "_scorer" in task.meta:
-        return Reward("correct", em(task, episode))
-    if "_reasoning_gym" in task.meta:
-        score = await graded(task, episode)
-        return Reward("correct", float(score.value >= 1.0 - 1e-9), score.text)
+    grader = next((fn for key, fn in GRADERS.items() if key in task.meta), _compared)
+    return await grader(task, episode)
+
+
+async def _compared(task: Task, episode: Episode) -> Reward:
+    """`correct` of a task set without a grader of its own: the output against the task's answer."""
     if task.answer is None:
         raise ValueError(f"task {task.id!r} has no answer to compare with")
     golds = [
@@ -74,22 +67,42 @@ async def correct(task: Task, episode: Episode) -> Reward:
         return Reward("correct", 0.0, "no answer")
     text = ""
     for gold in golds:
-        found = _candidate(episode.output or "", numeric=_is_mathematical(gold))
-        if same(found, gold):
+        answer = _candidate(episode.output or "", numeric=_is_mathematical(gold))
+        if same(answer, gold):
             return Reward("correct", 1.0)
         try:
             if (
-                not _both_numbers(gold, found)
+                not _both_numbers(gold, answer)
                 and _is_mathematical(gold)
-                and await equal(gold, found)
+                and await equal(gold, answer)
             ):
                 return Reward("correct", 1.0)
-        except (
-            CheckerTimeout,
-            CheckerError,
-        ) as error:  # what a model wrote to break the comparison is a wrong answer
+        except (CheckerTimeout, CheckerError) as error:  # a comparison that the answer broke
             text = str(error)
     return Reward("correct", 0.0, text)
+
+
+async def _all_tests_pass(task: Task, episode: Episode) -> Reward:
+    passed = await passed_tests(task, episode)
+    return dataclasses.replace(passed, name="correct", value=float(passed.value == 1.0))
+
+
+async def _exact_match(task: Task, episode: Episode) -> Reward:
+    return Reward("correct", em(task, episode))
+
+
+async def _full_score(task: Task, episode: Episode) -> Reward:
+    score = await graded(task, episode)
+    return Reward("correct", float(score.value >= 1.0 - 1e-9), score.text)
+
+
+# how `correct` grades the tasks of a set: by the key of `task.meta` under which the set stores what
+# its grader reads. Other tasks are compared with their answer.
+GRADERS: dict[str, Callable[[Task, Episode], Awaitable[Reward]]] = {
+    "_tests": _all_tests_pass,
+    "_scorer": _exact_match,
+    "_reasoning_gym": _full_score,
+}
 
 
 async def graded(task: Task, episode: Episode) -> Reward:
@@ -123,13 +136,13 @@ async def passed_tests(task: Task, episode: Episode) -> Reward:
 
 
 def em(task: Task, episode: Episode) -> float:
-    """Exact match of HotpotQA and DROP (see `reading.py`), for any task with a text for an
+    """Exact match of HotpotQA and DROP (see `rewards/qa.py`), for any task with a text for an
     answer."""
     return scores(_candidate(episode.output or ""), task)[0]
 
 
 def f1(task: Task, episode: Episode) -> float:
-    """F1 of HotpotQA and DROP over words (see `reading.py`), for any task with a text for an
+    """F1 of HotpotQA and DROP over words (see `rewards/qa.py`), for any task with a text for an
     answer."""
     return scores(_candidate(episode.output or ""), task)[1]
 
@@ -150,14 +163,14 @@ def close(task: Task, episode: Episode) -> float:
     """
     if task.answer is None:
         raise ValueError(f"task {task.id!r} has no answer to compare with")
-    gold, found = str(task.answer), _candidate(episode.output or "", numeric=True)
+    gold, text = str(task.answer), _candidate(episode.output or "", numeric=True)
     try:
-        value, said = _fraction(gold), _fraction(found)
+        value, answer = _fraction(gold), _fraction(text)
     except (ValueError, ZeroDivisionError):
-        return float(same(found, gold))
-    return float(
-        abs(said - value) <= abs(value) * Fraction(4, 100) if "." in gold else round(said) == value
-    )
+        return float(same(text, gold))
+    if "." in gold:
+        return float(abs(answer - value) <= abs(value) * Fraction(4, 100))
+    return float(round(answer) == value)
 
 
 def format_ok(task: Task, episode: Episode) -> Reward:
@@ -179,52 +192,50 @@ def length(task: Task, episode: Episode) -> float:
 async def right(task: Task, episode: Episode) -> list[Reward]:
     """Of each turn: `correct`, as if its text were the team's output. It reads the gold answer, so
     no agent is ever shown it."""
-    found = []
+    rewards = []
     for turn in episode.turns:
         value = await correct(task, dataclasses.replace(episode, output=turn.text))
-        found.append(
+        rewards.append(
             dataclasses.replace(
                 value, name="right", agent=turn.agent, turn=turn.index, sibling=turn.sibling
             )
         )
-    return found
+    return rewards
 
 
 @trusted("reward maker")
 def verified(name: str) -> RewardFn:
     """Of each turn: what the verifier of this name says of its text, from 0 to 1 (see
-    `agents.verifiers.resolve_verifier`)."""
+    `agents.tools.verifiers.resolve_verifier`)."""
     verifier = resolve_verifier(name)
     reward = per_turn(lambda task, turn: verify(verifier, task, turn.text), "verifier")
-    reward.__module__, reward.__qualname__ = (
-        __name__,
-        f"verified({name})",
-    )  # what `reward_name` tells
+    reward.__module__, reward.__qualname__ = (__name__, f"verified({name})")  # for `reward_name`
     return reward
 
 
 def returned(task: Task, episode: Episode) -> list[Reward]:
-    """What a program of the user's said itself that its episode is worth (see `own_programs`). NaN
-    if it said nothing."""
-    return _told(episode, "returned")
+    """The reward that a user's own program returned for its episode (see `gateway/programs.py`);
+    NaN if it returned none."""
+    return _by_source(episode, "returned")
 
 
 def posted(task: Task, episode: Episode) -> list[Reward]:
-    """What a holder of the reward token posted for the episode (see `proxy`). NaN if nobody did."""
-    return _told(episode, "posted")
+    """The reward that was posted to the gateway for the episode with its reward token; NaN if none
+    was."""
+    return _by_source(episode, "posted")
 
 
 def workflow(task: Task, episode: Episode) -> list[Reward]:
-    """What a workflow tells of itself. Of each program that a designer wrote, by its turn: `valid`,
-    could it be run, and `ran`, did its run give an answer; why not stands in the text. Both count
-    towards training only if `reward_weights` names them. Over rounds also `val` of each and, for
-    the team, `performance`, `complexity` and `efficiency`. See `marlora.agents.programs.workflow`
-    and `flowreasoner`.
+    """The rewards that a workflow system gives itself. Of each program that a designer wrote, by
+    its turn: `valid` (it can be run) and `ran` (its run gave an answer); the reason why not is the
+    reward's text. Both count towards training only if `reward_weights` names them. Over rounds also
+    `val` of each and, for the team, `performance`, `complexity` and `efficiency`. See
+    `marlora.agents.programs.workflow` and `flowreasoner`.
     """
     return [r for r in episode.rewards if r.source == WORKFLOW]
 
 
-def _told(episode: Episode, source: str) -> list[Reward]:
+def _by_source(episode: Episode, source: str) -> list[Reward]:
     return [r for r in episode.rewards if r.source == source] or [
         Reward(source, math.nan, f"no reward was {source}", source=source)
     ]
@@ -263,21 +274,6 @@ def resolve_rewards(names: Iterable[str | RewardFn] | str | RewardFn) -> list[Re
 # makers of rewards
 
 
-def per_agent(value: Callable[[Task, Episode, str], Any], name: str = "") -> RewardFn:
-    """A reward for each agent that spoke: `value(task, episode, agent)`, sync or async. An agent
-    without a turn gets none."""
-
-    async def rewards(task: Task, episode: Episode) -> list[Reward]:
-        agents = dict.fromkeys(turn.agent for turn in episode.turns if turn.taken)
-        return [
-            Reward(name or fn_name(value), float(await _awaited(value(task, episode, a))), agent=a)
-            for a in agents
-        ]
-
-    rewards.__name__ = name or fn_name(value)
-    return rewards
-
-
 def per_turn(value: Callable[[Task, Turn], Any], name: str = "") -> RewardFn:
     """A reward for each turn, siblings included: `value(task, turn)`, sync or async."""
 
@@ -285,7 +281,7 @@ def per_turn(value: Callable[[Task, Turn], Any], name: str = "") -> RewardFn:
         return [
             Reward(
                 name or fn_name(value),
-                float(await _awaited(value(task, t))),
+                float(await awaited(value(task, t))),
                 agent=t.agent,
                 turn=t.index,
                 sibling=t.sibling,
@@ -312,11 +308,11 @@ def judge(
     scale: tuple[float, float] = (0.0, 10.0),
     name: str = "judge",
 ) -> RewardFn:
-    """A judge model as a reward: value 0 to 1 on `scale`, its words as the reward's text.
+    """A judge model as a reward: value 0 to 1 on `scale`, its reply as the reward's text.
 
     Args:
-        ask: who answers: `lambda call: speaker(call, version)` of a `Completer`, or a `Fake` in
-            tests. The judge is never trained.
+        ask: completes the judge's chat: `lambda call: completer(call, version)` of a `Completer`,
+            or a `Fake` in tests. The judge is never trained.
         agent: its name, prompt and sampling (default: temperature 0, 256 tokens).
         template: what it is asked; `{prompt}`, `{answer}` and `{output}` are filled in.
 
@@ -324,14 +320,11 @@ def judge(
     """
     spec = agent or AgentSpec("judge", sampling=Sampling(temperature=0.0, max_tokens=256))
     low, high = scale
+    render(template, dict.fromkeys(("prompt", "answer", "output"), ""), setting="template")
 
     async def reward(task: Task, episode: Episode) -> Reward:
-        fill = {
-            "{prompt}": task.prompt,
-            "{answer}": str(task.answer),
-            "{output}": str(episode.output),
-        }
-        question = re.sub(r"\{(?:prompt|answer|output)\}", lambda m: fill[m[0]], template)
+        fields = {"prompt": task.prompt, "answer": task.answer, "output": episode.output}
+        question = render(template, fields, setting="template")
         head = (Message("system", spec.prompt),) if spec.prompt else ()
         sampling = spec.sampling or Sampling(temperature=0.0)
         if sampling.seed is None:
@@ -346,7 +339,7 @@ def judge(
     return reward
 
 
-# scoring
+# reading answers
 
 
 def _fraction(text: str) -> Fraction:
@@ -370,11 +363,12 @@ def _both_numbers(a: str, b: str) -> bool:
 def _candidate(output: str, numeric: bool = False) -> str:
     """The answer in an output: what it says explicitly; else its last number where a number is
     asked for; else all of it."""
-    found = extract(output) if numeric or _EXPLICIT.search(output) else None
-    return output.strip() if found is None else found
+    answer = extract(output) if numeric or _EXPLICIT.search(output) else None
+    return output.strip() if answer is None else answer
 
 
 def reward_name(fn: RewardFn) -> str:
-    """How settings name a reward function: its short name if it is ours, else `module:function`."""
+    """How settings name a reward function: its short name if it is built in, else
+    `module:function`."""
     short = next((name for name, known in REWARDS.items() if known is fn), None)
     return short or f"{fn.__module__}:{getattr(fn, '__qualname__', type(fn).__name__)}"

@@ -1,4 +1,4 @@
-"""Rewards of coding tasks: what hidden tests say of a program."""
+"""Hidden tests of coding tasks, run on a program in the sandbox."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from ...agents.types import Task
 from ..sandbox.sandbox import check
 
 
-async def public_verdict(task: Task, text: str) -> TestResult:
-    """What the public tests say of the program in `text`. No tests: no results, and not passed."""
-    return await check(*answered(task, text, task.meta["tests"]), CHECKS)
-
-
 async def hidden_verdict(task: Task, text: str) -> TestResult:
-    """What the hidden tests say of the program in `text`: for rewards and evaluation alone. Raises
+    """Results of the hidden tests on the program in `text`; for rewards and evaluation only. Raises
     `ValueError` if the task has none."""
     if not task.meta.get("_tests"):
-        raise ValueError(f"task {task.id!r} has no hidden tests; whoever plays never has them")
+        raise ValueError(
+            f"task {task.id!r} has no hidden tests; a task as agents see it never has them"
+        )
     return await check(*answered(task, text, task.meta["_tests"]), CHECKS)

@@ -13,7 +13,7 @@ from ..types import Episode
 
 @trusted("reward")
 def payoff(task: Task, episode: Episode) -> list[Reward]:
-    """What each player has of the game, as the referee says."""
+    """Each player's payoff, as the referee recorded it."""
     return _each(episode, "payoff", lambda own, other: own)
 
 
@@ -60,7 +60,7 @@ def _each(episode: Episode, name: str, value: Callable[[float, float], float]) -
 
 
 def _record(episode: Episode) -> dict[str, Any]:
-    """What the referee wrote: the output of every `Game`."""
+    """The referee's record: the output of every `Game`."""
     record = json.loads(episode.output or "{}")
     if not isinstance(record, dict) or "payoffs" not in record:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""Scores of answers by scorers of others, math-verify and reasoning-gym: what a model wrote may
-hang, eat memory, or hold code.
+"""Scores of answers by math-verify and reasoning-gym, run in the sandbox, since a model's answer
+may hang, eat memory, or hold code.
 
 math-verify bounds its time with signals, which work in the main thread only, and sympy under it can
 spend minutes on `9^{9^9}`; scorers of reasoning-gym hand text to sympy's parser or to `eval`. So
-both run in the cage that programs of a model run in (no network, no environment, no files but
-Python's own and the packages needed), a fresh process for each answer (`scorer.py`). Where no cage
-holds there is no score: `SandboxError`, which ends a run.
+both run in the sandbox that programs of a model run in (no network, no environment, no files but
+Python's own and the packages needed), a fresh process for each answer (`scorer.py`). Where the
+sandbox does not work there is no score: `SandboxError`, which ends a run.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class CheckerError(RuntimeError):
 def packages_of(name: str) -> tuple[str, ...]:
     """Files and folders of an installed package and of all it requires. Raises `SandboxError` if it
     is not installed."""
-    found: dict[str, importlib.metadata.Distribution] = {}
+    dists: dict[str, importlib.metadata.Distribution] = {}
     asked = [name]
     while asked:
         each = re.sub(r"[-_.]+", "-", asked.pop()).lower()
-        if each in found:
+        if each in dists:
             continue
         try:
-            found[each] = importlib.metadata.distribution(each)
+            dists[each] = importlib.metadata.distribution(each)
         except importlib.metadata.PackageNotFoundError as error:
             if each == name:
                 raise SandboxError(
@@ -74,11 +74,11 @@ def packages_of(name: str) -> tuple[str, ...]:
             continue  # of another platform, or an extra
         asked += [
             match[0]
-            for line in found[each].requires or ()
+            for line in dists[each].requires or ()
             if (match := re.match(r"[\w.-]+", line)) and "extra ==" not in line
         ]
     paths = set()
-    for dist in found.values():
+    for dist in dists.values():
         tops = {
             file.parts[0]
             for file in dist.files or ()
@@ -89,16 +89,16 @@ def packages_of(name: str) -> tuple[str, ...]:
 
 
 class Checker:
-    """Our end of one scorer, started at first use, and again after it had to be killed. One request
-    at a time."""
+    """Client of one scorer process, started at first use, and again after it had to be killed. One
+    request at a time."""
 
     def __init__(self, kind: str, timeout: float) -> None:
         self.kind, self.timeout = kind, timeout
-        self._caged: IsolatedProcess | None = None
+        self._scorer: IsolatedProcess | None = None
         self._requests = self._verdicts = -1
         self._slow: dict[
             str, None
-        ] = {}  # answers that ran out of time: a policy that found one will say it again
+        ] = {}  # answers that ran out of time: a policy that drew one will draw it again
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"checker-{kind}")
         atexit.register(self.stop)
 
@@ -107,7 +107,7 @@ class Checker:
         request from others.
 
         Raises `CheckerTimeout`, `CheckerError` with the scorer's words, or `SandboxError` if it
-        cannot be caged.
+        cannot be isolated.
         """
         if key in self._slow:
             raise CheckerTimeout(f"not compared within {self.timeout:g} s")
@@ -122,14 +122,14 @@ class Checker:
             raise
 
     def stop(self) -> None:
-        caged, self._caged = self._caged, None
-        if caged is not None:
-            caged.close()
+        scorer, self._scorer = self._scorer, None
+        if scorer is not None:
+            scorer.close()
             os.close(self._requests)
             os.close(self._verdicts)
 
     def _ask(self, setup: Any, request: dict[str, Any]) -> float:
-        if self._caged is None or self._caged.process.poll() is not None:
+        if self._scorer is None or self._scorer.process.poll() is not None:
             self._start()
         name = secrets.token_hex(16)
         head = json.dumps({"id": name, "setup": setup, "seconds": self.timeout}).encode()
@@ -169,7 +169,7 @@ class Checker:
             self._requests, requests, self._verdicts, verdicts = ends
             try:
                 pipes = {"requests": requests, "verdicts": verdicts}
-                self._caged = IsolatedProcess(
+                self._scorer = IsolatedProcess(
                     isolation(),
                     "scorer",
                     limits,
@@ -184,7 +184,7 @@ class Checker:
                 raise
         os.set_blocking(self._requests, False)
         try:
-            self._caged.wait_until_shut(START)
+            self._scorer.wait_until_shut(START)
         except SandboxError:
             self.stop()
             raise
@@ -218,7 +218,8 @@ async def equal(gold: str, answer: str) -> bool:
     """Are two answers the same mathematically (`1/2` and `0.5`, `x+1` and `1+x`)? False where one
     cannot be read as mathematics.
 
-    Raises `CheckerTimeout` after 3 s, `CheckerError`, and `SandboxError` where no cage holds.
+    Raises `CheckerTimeout` after 3 s, `CheckerError`, and `SandboxError` where the sandbox does not
+    work.
     """
     if max(len(gold), len(answer)) > MAX_CHARS:
         return False

@@ -1,4 +1,8 @@
-"""Exact match and F1 of HotpotQA and DROP."""
+"""Exact match and F1 of HotpotQA and DROP, as their own evaluation scripts compute them.
+
+HotpotQA's compares bags of words, yes and no only as a whole. DROP's pairs spans one to one, and
+where the answer is a number, another number is worth nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +12,34 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ...agents.types import Task
-from ..tasks.qa import Scores
 
-MAX_SAID = (
-    20_000  # characters of an answer; a longer one is worth nothing, and would take long to compare
-)
+Scores = tuple[float, float]  # exact match, F1
 
-
+# characters of an answer; a longer one scores 0, and would take long to compare
+MAX_ANSWER = 20_000
 MAX_NUMBER = 100  # characters of a number
 
 
-def scores(said: str, task: Task) -> Scores:
+def scores(answer: str, task: Task) -> Scores:
     """(exact match, F1) of a text, the better of all right answers. Raises `ValueError` for a task
     without one."""
     if task.answer is None or task.answer == []:
         raise ValueError(f"task {task.id!r} has no answer to compare with")
-    if len(said) > MAX_SAID:
+    if len(answer) > MAX_ANSWER:
         return 0.0, 0.0
     answers = task.answer if isinstance(task.answer, (list, tuple)) else [task.answer]
     if task.meta.get("_scorer") == "drop":
-        parts = [part for part in said.split("|") if part.strip()]
-        found = [drop_scores(parts, [str(span) for span in spans]) for spans in answers]
+        parts = [part for part in answer.split("|") if part.strip()]
+        pairs = [drop_scores(parts, [str(span) for span in spans]) for spans in answers]
     else:
-        found = [hotpot_scores(said, str(answer)) for answer in answers]
-    return max(em for em, _ in found), max(f1 for _, f1 in found)
+        pairs = [hotpot_scores(answer, str(gold)) for gold in answers]
+    return max(em for em, _ in pairs), max(f1 for _, f1 in pairs)
 
 
-def hotpot_scores(said: str, gold: str) -> Scores:
+def hotpot_scores(answer: str, gold: str) -> Scores:
     """SQuAD's exact match and F1 over bags of words, without articles, punctuation and case; yes,
     no and noanswer only match whole."""
-    ours, theirs = (_words(text) for text in (said, gold))
+    ours, theirs = (_words(text) for text in (answer, gold))
     whole = ours == theirs
     if not whole and any(words in (["yes"], ["no"], ["noanswer"]) for words in (ours, theirs)):
         return 0.0, 0.0
@@ -48,14 +50,14 @@ def hotpot_scores(said: str, gold: str) -> Scores:
 
 
 def _words(text: str) -> list[str]:
-    kept = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
 
-def drop_scores(said: Sequence[str], gold: Sequence[str]) -> Scores:
+def drop_scores(answer: Sequence[str], gold: Sequence[str]) -> Scores:
     """DROP's exact match and F1: spans as sets of words, paired one to one so that the sum is
     largest, over the larger number of spans."""
-    ours, theirs = ([_bag(span) for span in spans] for spans in (said, gold))
+    ours, theirs = ([_bag(span) for span in spans] for spans in (answer, gold))
     if not ours or not theirs:
         return 0.0, 0.0
     whole = len(ours) == len(theirs) and {text for text, _ in ours} == {text for text, _ in theirs}

@@ -1,4 +1,4 @@
-"""Running reward functions on an episode; a reward that fails makes the episode unscorable."""
+"""Runs reward functions on an episode; a reward that fails makes the episode unscorable."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from ...agents.types import Reward, Task
 from ..types import Episode
 
 RewardFn = Callable[[Task, Episode], Any]
-
-
-MAX_TOLD = 2000  # characters of an error that become a reward's text
-
-
+MAX_ERROR = 2000  # characters of an error that become a reward's text
 TIMEOUT = 600.0  # seconds that each reward of an episode may take
 
 
@@ -30,19 +26,19 @@ async def score(
 
     A reward that raises, or returns what is not a reward, becomes a `Reward` of value NaN whose
     text names the function and what went wrong; NaN and infinity become NaN likewise, and so does
-    one that is not there after `timeout` seconds (an async one: a function that blocks cannot be
+    one that takes longer than `timeout` seconds (an async one: a function that blocks cannot be
     stopped). The episode is kept and is unscorable. Where programs cannot be run at all
     (`SandboxError`), that concerns the whole run and is raised.
     """
-    found = await asyncio.gather(*(_score(task, episode, fn, timeout) for fn in rewards))
-    return tuple(reward for several in found for reward in several)
+    results = await asyncio.gather(*(_score(task, episode, fn, timeout) for fn in rewards))
+    return tuple(reward for several in results for reward in several)
 
 
 async def _score(task: Task, episode: Episode, fn: RewardFn, timeout: float) -> list[Reward]:
     clock = asyncio.timeout(timeout)
     try:
         async with clock:
-            result = await _awaited(fn(task, episode))
+            result = await awaited(fn(task, episode))
         return [_finite(fn, reward) for reward in _rewards(fn, result)]
     except SandboxError:
         raise
@@ -50,7 +46,7 @@ async def _score(task: Task, episode: Episode, fn: RewardFn, timeout: float) -> 
         why = (
             f"not there after {timeout:g} s (reward_timeout)"
             if clock.expired()
-            else f"{type(error).__name__}: {str(error)[:MAX_TOLD]}"
+            else f"{type(error).__name__}: {str(error)[:MAX_ERROR]}"
         )
         return [Reward(fn_name(fn), math.nan, f"reward {fn_name(fn)!r} failed: {why}")]
 
@@ -71,16 +67,17 @@ def _finite(fn: RewardFn, reward: Reward) -> Reward:
     value = float(reward.value)
     if math.isfinite(value):
         return dataclasses.replace(reward, value=value)
-    told = f"reward {fn_name(fn)!r} gave {value}"
+    error = f"reward {fn_name(fn)!r} gave {value}"
     return dataclasses.replace(
-        reward, value=math.nan, text=f"{told}: {reward.text}" if reward.text else told
+        reward, value=math.nan, text=f"{error}: {reward.text}" if reward.text else error
     )
 
 
-async def _awaited(value: Any | Awaitable[Any]) -> Any:
+async def awaited(value: Any | Awaitable[Any]) -> Any:
+    """A value, or what an awaitable gives."""
     return await value if inspect.isawaitable(value) else value
 
 
 def fn_name(fn: Callable[..., Any]) -> str:
-    """What a reward function is called, and its reward if it returns a bare number."""
+    """Name of a reward function, and of its reward if it returns a bare number."""
     return getattr(fn, "__name__", type(fn).__name__)

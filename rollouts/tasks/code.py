@@ -1,9 +1,9 @@
-"""Tasks whose answer is a program, and what tests say of one: HumanEval, MBPP.
+"""Coding tasks, whose answer is a program: HumanEval and MBPP, with public and hidden tests.
 
-A task's public tests stand in `task.meta["tests"]` for whoever plays: a `test` step, feedback
-between rounds. The hidden ones are private (`_tests`): they go from a reward into the checker's
-process in the sandbox and to nobody else. Tests are counted one by one, each in a fresh module, so
-that one failure does not hide the others.
+Public tests are `task.meta["tests"]`, which agents may read: for a `test` step and for feedback
+between rounds. Hidden ones are private (`_tests`): only a reward reads them, and passes them to the
+checker's process in the sandbox. Tests are counted one by one, each in a fresh module, so that one
+failure does not hide the others.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def mbpp(
     name, or a local folder.
 
     The first `num_public` asserts are public and stand in the prompt, for they tell the function's
-    name and arguments; the others are hidden. Left out, aloud: tasks with too few asserts, and
-    tasks whose tests need objects of the program's own classes.
+    name and arguments; the others are hidden. Left out, with a warning: tasks with too few asserts,
+    and tasks whose tests need objects of the program's own classes.
     """
     if num_public < 1:
         raise SettingError(
@@ -168,31 +168,30 @@ def asserts_of(test: str, name: str) -> list[str]:
     nothing.
 
     `assert True`, of which the set has many, tests nothing and is left out: a share of passed tests
-    would count it for everybody. Raises `SettingError` if there is no such function, or it asserts
-    nothing.
+    would count it for every program. Raises `SettingError` if there is no such function, or it
+    asserts nothing.
     """
     tree = ast.parse(test)
     check_at = next(
         (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None
     )
-    found = [s for s in check_at.body if _asserts(s)] if check_at is not None else []
-    if check_at is None or not found:
+    assertions = [s for s in check_at.body if _asserts(s)] if check_at is not None else []
+    if check_at is None or not assertions:
         raise SettingError(
             f"tasks 'humaneval', {name}: expected tests as a function check(candidate) with"
             " assertions"
         )
     programs = []
-    for kept in found:
+    for assertion in assertions:
         body = [
             s
             for s in check_at.body
-            if s is kept or not any(isinstance(n, ast.Assert) for n in ast.walk(s))
+            if s is assertion or not any(isinstance(n, ast.Assert) for n in ast.walk(s))
         ]
         own = ast.FunctionDef(**{**dict(ast.iter_fields(check_at)), "body": body})
         others = [n for n in tree.body if n is not check_at]
-        programs.append(
-            f"{ast.unparse(ast.fix_missing_locations(ast.Module([*others, own], [])))}\ncheck({name})"
-        )
+        module = ast.fix_missing_locations(ast.Module([*others, own], []))
+        programs.append(f"{ast.unparse(module)}\ncheck({name})")
     return programs
 
 
@@ -204,7 +203,7 @@ def _asserts(statement: ast.stmt) -> bool:
 
 
 def examples(stub: str, name: str) -> list[str]:
-    """What a function's docstring says that it gives, as asserts: doctests, and lines like `f(2) ➞
+    """The examples in a function's docstring as asserts: doctests, and lines like `f(2) ➞
     4` or `f(2) == 4`."""
     docs = [
         ast.get_docstring(n) or ""
@@ -213,23 +212,23 @@ def examples(stub: str, name: str) -> list[str]:
     ]
     text = "\n".join(docs)
     try:
-        found = [
+        pairs = [
             (each.source.strip(), each.want.strip())
             for each in doctest.DocTestParser().get_examples(text)
         ]
     except ValueError:  # a prompt without a space after it
-        found = []
-    found = found or [pair for line in text.splitlines() for pair in _said(line, name)]
+        pairs = []
+    pairs = pairs or [pair for line in text.splitlines() for pair in _example(line, name)]
     return list(
         dict.fromkeys(
             f"assert {call} == {value!r}"
-            for call, want in found
+            for call, want in pairs
             for value in _literal(call, want, name)
         )
     )
 
 
-def _said(line: str, name: str) -> Iterator[tuple[str, str]]:
+def _example(line: str, name: str) -> Iterator[tuple[str, str]]:
     start = line.find(f"{name}(")
     for end in (m.end() for m in re.finditer(r"\)", line) if start >= 0 and m.end() > start):
         if _parsed(line[start:end]) is not None:
@@ -256,6 +255,3 @@ def _parsed(text: str) -> ast.expr | None:
         return ast.parse(text, mode="eval").body
     except SyntaxError:
         return None
-
-
-# what tests say

@@ -1,5 +1,5 @@
-"""Rows of data sets as tasks: GSM8K, MATH, anything `datasets` loads, JSONL, JSON and Parquet
-files."""
+"""Loaders that turn rows of data sets into tasks: GSM8K, MATH, anything `datasets` loads, and
+JSONL, JSON and Parquet files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def gsm8k(*, split: str, seed: int, path: str = "openai/gsm8k") -> Iterator[Task
     """Grade-school word problems (arXiv:2110.14168) with the data set's own splits. `path`: hub
     name, local copy, or a file."""
     rows = rows_of("gsm8k", path, split, "main")
-    return _own_split(
+    return _from_columns(
         "gsm8k", rows, seed, {"prompt": "question", "answer": "answer"}, _after_hashes
     )
 
@@ -64,7 +64,9 @@ def math(
     r"""Competition problems (MATH, arXiv:2103.03874) with their own splits; the answer is in the
     solution's last `\boxed{}`."""
     rows = rows_of("math", path, split, None)
-    return _own_split("math", rows, seed, {"prompt": "problem", "answer": "solution"}, _in_the_box)
+    return _from_columns(
+        "math", rows, seed, {"prompt": "problem", "answer": "solution"}, _in_the_box
+    )
 
 
 def hub(
@@ -75,7 +77,7 @@ def hub(
 
     `columns`: `fields` and `public` as in `file`.
     """
-    return _own_split(path, rows_of(path, path, split, config), seed, **columns)
+    return _from_columns(path, rows_of(path, path, split, config), seed, **columns)
 
 
 def file(
@@ -107,9 +109,9 @@ def file(
                 f" {', '.join(READERS)}, in the folder"
             )
         rows = {
-            each: [row for part in found for row in read(part)] for each, found in parts.items()
+            each: [row for part in paths for row in read(part)] for each, paths in parts.items()
         }
-        return _own_split(str(path), Splits(rows, split), seed, fields, None, public)
+        return _from_columns(str(path), Splits(rows, split), seed, fields, None, public)
     tasks = list(_tasks(str(path), read(path), fields, None, public))
     if num_eval is not None:
         if not 0 < num_eval < len(tasks):
@@ -120,13 +122,13 @@ def file(
         ranked = sorted(
             {task.prompt for task in tasks}, key=lambda prompt: unit(f"split of {prompt}")
         )
-        kept = set(ranked[:num_eval])
-        chosen: Iterable[Task] = (
-            task for task in tasks if (task.prompt in kept) == (split == "eval")
+        held_out = set(ranked[:num_eval])
+        of_this: Iterable[Task] = (
+            task for task in tasks if (task.prompt in held_out) == (split == "eval")
         )
     else:
-        chosen = of_split(tasks, split, eval_fraction)
-    return shuffled(chosen, seed)
+        of_this = of_split(tasks, split, eval_fraction)
+    return shuffled(of_this, seed)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Splits:
 Answer = Callable[[str], "str | None"]
 
 
-def _own_split(
+def _from_columns(
     name: str,
     rows: Splits,
     seed: int,
@@ -151,27 +153,30 @@ def _own_split(
     """Rows with columns for prompt and answer, of a set that comes with splits (see
     `own_split`)."""
     return own_split(
-        name, rows, seed, lambda split, found: _tasks(name, found, fields, answer, public)
+        name, rows, seed, lambda split, rows: _tasks(name, rows, fields, answer, public)
     )
 
 
 def own_split(
-    name: str, rows: Splits, seed: int, made: Callable[[str, list[dict[str, Any]]], Iterable[Task]]
+    name: str,
+    rows: Splits,
+    seed: int,
+    tasks_of: Callable[[str, list[dict[str, Any]]], Iterable[Task]],
 ) -> Iterator[Task]:
     """Tasks of a set that comes with splits; training tasks whose prompt is also held out are left
-    out. `made`: the tasks of a split's rows."""
-    tasks = {split: list(made(split, found)) for split, found in rows.rows.items()}
+    out. `tasks_of(split, rows)`: the tasks of a split's rows."""
+    tasks = {split: list(tasks_of(split, rows_)) for split, rows_ in rows.rows.items()}
     if rows.split == "eval":
         return shuffled(tasks["eval"], seed)
     held_out = {task.prompt for task in tasks["eval"]}
-    kept = [task for task in tasks["train"] if task.prompt not in held_out]
-    if len(kept) < len(tasks["train"]):
+    training = [task for task in tasks["train"] if task.prompt not in held_out]
+    if len(training) < len(tasks["train"]):
         log.warning(
             "tasks %r: %d training tasks are also held out; left out of training",
             name,
-            len(tasks["train"]) - len(kept),
+            len(tasks["train"]) - len(training),
         )
-    return shuffled(kept, seed)
+    return shuffled(training, seed)
 
 
 def shuffled(tasks: Iterable[Task], seed: int) -> Iterator[Task]:
@@ -198,12 +203,12 @@ def _tasks(
     column |= dict(fields or {})  # type: ignore[arg-type]
     seen: set[str] = set()
     for number, row in enumerate(rows, 1):
-        wanted = [
+        expected = [
             c
             for c in (column["prompt"], column["answer"], *public, (fields or {}).get("id"))
             if c is not None
         ]
-        if missing := [c for c in wanted if c not in row]:
+        if missing := [c for c in expected if c not in row]:
             hint = (
                 "; name yours with task_args.fields.prompt, .answer"
                 if set(missing) & {"prompt", "answer"}
@@ -211,7 +216,7 @@ def _tasks(
             )
             raise SettingError(
                 f"tasks {name!r}, row {number}: no column {missing[0]!r}; found {sorted(row)},"
-                f" expected {wanted}{hint}"
+                f" expected {expected}{hint}"
             )
         prompt, gold = (
             row[column["prompt"]],
@@ -272,21 +277,19 @@ def rows_of(name: str, path: str, split: str, config: str | None) -> Splits:
         named = (
             config if not local.is_dir() or (local / "README.md").exists() else None
         )  # plain folders have no configurations
-        found = datasets.load_dataset(str(local) if local.exists() else path, named)
-    except (
-        Exception
-    ) as error:  # no network, no such set, no such config: whatever `datasets` and the hub raise
-        told = f"{type(error).__name__}: {str(error)[:300]}"
+        loaded = datasets.load_dataset(str(local) if local.exists() else path, named)
+    except Exception as error:  # no network, set or configuration: many types of the hub's errors
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
         raise SettingError(
-            f"tasks {name!r}: {path} cannot be loaded ({told}); task_args.path takes a local copy"
+            f"tasks {name!r}: {path} cannot be loaded ({reason}); task_args.path takes a local copy"
         ) from error
-    held_out = next((each for each in ("eval", "test", "validation") if each in found), None)
-    if "train" not in found or held_out is None:
+    held_out = next((each for each in ("eval", "test", "validation") if each in loaded), None)
+    if "train" not in loaded or held_out is None:
         raise SettingError(
-            f"tasks {name!r}: {path} has the splits {sorted(found)}; expected train, and eval, test"
-            " or validation"
+            f"tasks {name!r}: {path} has the splits {sorted(loaded)}; expected train, and eval,"
+            " test or validation"
         )
-    return Splits({"train": list(found["train"]), "eval": list(found[held_out])}, split)
+    return Splits({"train": list(loaded["train"]), "eval": list(loaded[held_out])}, split)
 
 
 def _files(folder: Path, split: str) -> list[Path]:

@@ -1,8 +1,8 @@
-"""Tasks and rewards of the two-player games of `marlora.agents.games`.
+"""Task sets of the two-player games of `marlora.agents.games`; `rewards/games.py` scores them.
 
 Task sets, by `tasks: marlora.rollouts.tasks.games:NAME`: `ultimatum`, `trade`, `exchange`. Every
 task is another set of numbers; a hash of these decides whether it is held out, whatever the seed.
-Rewards, by `rewards: [marlora.rollouts.tasks.games:NAME]`: `payoff` and `won` are each player's
+Rewards, by `rewards: [marlora.rollouts.rewards.games:NAME]`: `payoff` and `won` are each player's
 own, so that credit by agent follows them; `first_payoff`, `second_payoff` and `deal` are the
 team's, for evaluations, whose accuracy is the first reward of the list.
 """
@@ -118,12 +118,9 @@ def _tasks(
     `count`."""
     rng = random.Random(f"game {seed}")
     drawn = (draw(rng) for _ in range(100 * count))
-    found: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
     for task in of_split(drawn, split, eval_fraction, lambda task: task.id):
-        found.setdefault(task.id, task)
-        if len(found) == count:
+        tasks.setdefault(task.id, task)
+        if len(tasks) == count:
             break
-    return iter(found.values())
-
-
-# rewards
+    return iter(tasks.values())

@@ -1,10 +1,7 @@
-"""Questions about texts: HotpotQA and DROP as tasks, and their own scores, exact match and F1,
-against several right answers.
+"""Question answering over texts: HotpotQA and DROP as tasks; `rewards/qa.py` scores them.
 
 An answer is a list of alternatives. HotpotQA's are texts. DROP's are lists of spans, for an answer
-can have several parts; what a team says is cut at `|`, as its prompt asks. Both scores are those of
-the sets' own evaluation scripts: HotpotQA's compares bags of words, yes and no only as a whole;
-DROP's pairs spans one to one, and where the answer is a number, another number is worth nothing.
+can have several parts; a team's output is cut at `|`, as the prompt asks.
 """
 
 from __future__ import annotations
@@ -14,11 +11,6 @@ from typing import Any
 
 from ...agents.types import SettingError, Task
 from .datasets import own_split, rows_of
-
-Scores = tuple[float, float]  # exact match, F1
-
-
-# sets
 
 
 def hotpotqa(
@@ -44,15 +36,17 @@ def drop(*, split: str, seed: int, path: str = "ucinlp/drop") -> Iterator[Task]:
     """
     rows = rows_of("drop", path, split, None)
     return own_split(
-        "drop", rows, seed, lambda part, found: (_over_passage(row, part) for row in found)
+        "drop", rows, seed, lambda part, rows: (_over_passage(row, part) for row in rows)
     )
 
 
 def _over_paragraphs(row: Mapping[str, Any]) -> Task:
     _expect("hotpotqa", row, "question", "answer", "context")
-    told = row["context"]
+    context = row["context"]
     pairs = (
-        zip(told["title"], told["sentences"], strict=True) if isinstance(told, Mapping) else told
+        zip(context["title"], context["sentences"], strict=True)
+        if isinstance(context, Mapping)
+        else context
     )  # the hub's rows, the authors'
     texts = "\n\n".join(f"{title}: {''.join(sentences).strip()}" for title, sentences in pairs)
     meta = {"_scorer": "hotpotqa", "_type": row.get("type", ""), "_level": row.get("level", "")}
@@ -105,6 +99,3 @@ def _spans(answer: Mapping[str, Any]) -> list[str]:
         str((answer.get("date") or {}).get(part) or "") for part in ("day", "month", "year")
     ).split()
     return [str(span) for span in answer.get("spans") or ()] or ([" ".join(date)] if date else [])
-
-
-# scores

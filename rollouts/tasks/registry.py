@@ -1,5 +1,5 @@
-"""Task sets by name: ours, reasoning-gym's, GSM8K, MATH, HumanEval, MBPP, HotpotQA and DROP,
-anyone's file or function.
+"""Task sets by name: arithmetic, reasoning-gym's, GSM8K, MATH, HumanEval, MBPP, HotpotQA and DROP,
+a file, or a function.
 
 Where a set has no split of its own, the hash of a task's prompt decides whether it is held out,
 whatever the seed: what one run trains on, no other run with another seed is evaluated on. `seed`
@@ -42,8 +42,8 @@ def load_tasks(
             `module:function`.
         split: `train` or `eval`; tasks of one are never in the other.
         limit: at most so many.
-        args: of the set's function: see `arithmetic`, `reasoning_gym`, `rows.py`, `coding.py`,
-            `reading.py`.
+        args: of the set's function: see `arithmetic`, `reasoning_gym`, `datasets.py`, `code.py`,
+            `qa.py`.
 
     Raises `SettingError` for a set that cannot be found, has no tasks or other columns than
     expected, or holds an id twice.
@@ -106,10 +106,10 @@ def _path(name: str) -> Path:
     return path
 
 
-def _checked(name: str, split: str, found: Iterable[Task], limit: int | None) -> list[Task]:
+def _checked(name: str, split: str, drawn: Iterable[Task], limit: int | None) -> list[Task]:
     tasks: list[Task] = []
     seen: set[str] = set()
-    for task in found:
+    for task in drawn:
         if not isinstance(task, Task):
             raise SettingError(f"tasks {name!r}: expected Tasks, got {task!r:.80}")
         if task.id in seen:

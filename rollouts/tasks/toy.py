@@ -24,11 +24,8 @@ ASKED = {
     if 0 <= (value := fn(a, b)) <= 9
 }
 
-KINDS: Mapping[str, int] = {
-    "a": 1,
-    "b": 4,
-    "c": 7,
-}  # what each adds to the last digit; as an instruction it is a capital
+# what each kind of problem adds to the last digit; as an instruction the kind is a capital
+KINDS: Mapping[str, int] = {"a": 1, "b": 4, "c": 7}
 
 
 @trusted("tasks")
@@ -37,18 +34,20 @@ def tiny_tasks(split: str = "train", seed: int = 0) -> list[Task]:
     training alike (`eval`)."""
     tasks = [
         Task(f"{a}{b}{c}", f"{a}+{b}+{c}", str(a + b + c), "tiny", split, {"a": a, "b": b, "c": c})
-        for a, b, c in _digits()
-        if _held_out(a, b, c) == (split != "train")
+        for a, b, c in digit_triples()
+        if is_held_out(a, b, c) == (split != "train")
     ]
     random.Random(seed).shuffle(tasks)
     return tasks
 
 
-def _digits() -> Iterator[tuple[int, int, int]]:
+def digit_triples() -> Iterator[tuple[int, int, int]]:
+    """All triples of digits, in order."""
     return ((a, b, c) for a in range(10) for b in range(10) for c in range(10))
 
 
-def _held_out(a: int, b: int, c: int) -> bool:
+def is_held_out(a: int, b: int, c: int) -> bool:
+    """Whether a triple is one of the 200 that no training sees."""
     return (31 * a + 17 * b + 7 * c) % 5 == 0
 
 

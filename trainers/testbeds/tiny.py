@@ -34,7 +34,7 @@ from torch import nn
 from ...agents.patterns.chain import Chain
 from ...agents.types import AgentSpec, Sampling
 from ...rollouts.engines.scripted import SPECIALS, TEMPLATE
-from ...rollouts.tasks.toy import _digits, _held_out, tiny_tasks
+from ...rollouts.tasks.toy import digit_triples, is_held_out, tiny_tasks
 from ..model.local_models import cache as default_cache
 
 SLIP = 0.6  # share of the harder answers that are wrong
@@ -249,8 +249,8 @@ def _recipe() -> str:
             train,
             _lessons,
             _loss,
-            _digits,
-            _held_out,
+            digit_triples,
+            is_held_out,
         )
     ]
     return hashlib.sha256(
@@ -272,7 +272,9 @@ def _lessons() -> tuple[list[Lesson], list[Lesson]]:
         ]
 
     firsts = [
-        lesson("first", f"{a}+{b}+{c}", a, b) for a, b, c in _digits() if not _held_out(a, b, c)
+        lesson("first", f"{a}+{b}+{c}", a, b)
+        for a, b, c in digit_triples()
+        if not is_held_out(a, b, c)
     ]
     lasts = [lesson("last", f"{x}+{c}", x, c) for x in range(19) for c in range(10)]
     return firsts, lasts

@@ -21,7 +21,6 @@ from marlora.rollouts.rewards.builtin import (
     graded,
     judge,
     length,
-    per_agent,
     per_turn,
     resolve_rewards,
     reward_name,
@@ -106,12 +105,12 @@ def test_a_checker_works_in_threads_starts_again_and_is_gone_at_stop():
     )  # where math-verify's own time-out raises
     thread.start()
     thread.join()
-    child = math_check._math._caged.process
+    child = math_check._math._scorer.process
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     in_thread(found)
-    assert found == [True, True] and math_check._math._caged.process.pid != child.pid
-    last = math_check._math._caged.process
+    assert found == [True, True] and math_check._math._scorer.process.pid != child.pid
+    last = math_check._math._scorer.process
     math_check._math.stop()
     assert last.poll() is not None
 
@@ -122,7 +121,7 @@ def test_a_checker_that_dies_at_work_is_an_error_and_the_next_answer_is_compared
         await math_check.equal("x", "y")
         dying = asyncio.create_task(math_check.equal("3", "9^{9^{9^{9}}}"))
         await asyncio.sleep(0.2)
-        os.kill(math_check._math._caged.process.pid, signal.SIGKILL)
+        os.kill(math_check._math._scorer.process.pid, signal.SIGKILL)
         with pytest.raises(math_check.CheckerError, match="the math checker ended"):
             await dying
         return await math_check.equal("x+1", "1+x")
@@ -184,17 +183,12 @@ def test_exact_format_and_length():
     assert length(task("4"), said("4", "12345", "678")) == -0.008
 
 
-def test_rewards_of_agents_and_turns():
+def test_rewards_of_turns():
     async def brevity(one, turn):
         return 1.0 / len(turn.text)
 
-    def spoke_well(one, episode, agent):
-        return agent == "b"
-
-    found = scored([per_agent(spoke_well), per_turn(brevity, "brief")], "4", "4", "yes", "y")
+    found = scored([per_turn(brevity, "brief")], "4", "4", "yes", "y")
     assert [(r.name, r.value, r.agent, r.turn) for r in found] == [
-        ("spoke_well", 0.0, "a", None),
-        ("spoke_well", 1.0, "b", None),
         ("brief", 1 / 3, "a", 0),
         ("brief", 1.0, "b", 1),
     ]

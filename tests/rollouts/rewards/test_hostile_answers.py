@@ -269,7 +269,7 @@ def test_no_cage_no_score_and_plain_equality_goes_on(monkeypatch: pytest.MonkeyP
     assert exact(SUM, said("42")) == 1.0
     with pytest.raises(SandboxError, match="on this machine"):
         asyncio.run(score(Task("t", "?", "x+1"), said("1+x"), [correct]))
-    assert math_check._math._caged is None
+    assert math_check._math._scorer is None
 
 
 # the parts

@@ -9,15 +9,16 @@ import logging
 
 import pytest
 
-from marlora.agents.execution import SandboxError, program_in
+from marlora.agents.execution import SandboxError, TestResult, answered, program_in
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.programs.flowreasoner import FlowReasoner
+from marlora.agents.programs.operators import CHECKS
 from marlora.agents.programs.workflow import Workflow
 from marlora.agents.system import System
 from marlora.agents.types import AgentSpec, Completion, SettingError, Task, to_json
 from marlora.rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from marlora.rollouts.rewards.builtin import correct, passed_tests, resolve_rewards
-from marlora.rollouts.rewards.code import hidden_verdict, public_verdict
+from marlora.rollouts.rewards.code import hidden_verdict
 from marlora.rollouts.rewards.scoring import score
 from marlora.rollouts.sandbox import python, sandbox, workflow
 from marlora.rollouts.tasks.code import asserts_of, examples
@@ -39,6 +40,11 @@ RIGHT, HALF = "def f(x): return x * x", "def f(x): return x * x if x > 0 else 0"
 
 def said(output: str | None) -> Episode:
     return Episode("e", "g", SQUARE, output=output)
+
+
+async def public_verdict(task: Task, text: str) -> TestResult:
+    """What the public tests say of the program in `text`. No tests: no results, and not passed."""
+    return await sandbox.check(*answered(task, text, task.meta["tests"]), CHECKS)
 
 
 def told(task: Task, text: str) -> tuple[float, float]:

@@ -100,7 +100,7 @@ def episode(payoffs: dict[str, float], ended: str = "deal", spoke: str = "ab") -
 
 def scored(game: Episode) -> dict[tuple[str, str | None], float]:
     names = ["first_payoff", "second_payoff", "deal", "payoff", "won"]
-    rewards = resolve_rewards([f"marlora.rollouts.tasks.games:{name}" for name in names])
+    rewards = resolve_rewards([f"marlora.rollouts.rewards.games:{name}" for name in names])
     return {(r.name, r.agent): r.value for r in asyncio.run(score(game.task, game, rewards))}
 
 
