@@ -19,7 +19,7 @@ from typing import Any, Literal
 from ..chat import Agent
 from ..system import System
 from ..team import Team
-from ..text.templates import view
+from ..text.templates import fields_in, render
 from ..types import SettingError, Task, Turn, nearest
 
 _LINE = r"^[^\w\n]*{}\b[^\w\n]*:[^\S\n]*(\S[^\n]*)$"
@@ -90,11 +90,7 @@ class Game(System):
         for key, template in self.views.items():
             if key not in names:
                 raise SettingError(f"views.{key}: no such player; {nearest(key, names)}")
-            if not isinstance(template, str):
-                raise SettingError(
-                    f"views.{key}: expected a template such as '{{prompt}}', got {template!r}"
-                )
-            view(template, lambda field: "", f"views.{key}")
+            fields_in(template, setting=f"views.{key}")
 
     # what a game adds
 
@@ -209,17 +205,9 @@ class Game(System):
                 "left": self.max_moves - number,
             }
             fields |= self.own(task, seat)
-
-            def value(key: str) -> str:
-                if key not in fields:
-                    raise SettingError(
-                        f"views.{name}: unknown field {{{key}}} for task {task.id!r};"
-                        f" {nearest(key, fields)}"
-                    )
-                return str(fields[key])
-
-            return view(self.views[name], value, f"views.{name}")
-        how = HOW.format(terms=self.form, moves=self.max_moves)
+            context = f" for task {task.id!r}"
+            return render(self.views[name], fields, setting=f"views.{name}", context=context)
+        how = render(HOW, {"terms": self.form, "moves": self.max_moves}, setting="how")
         opening = [task.prompt, self.brief(task, seat), how] if number < 2 else []
         said = [f"The other player says: {message}"] if message else []
         table = [f"The other player's offer: {offer}"] if standing is not None else []

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
 from ..lookup import trusted
 from ..system import System
 from ..team import Team
 from ..text.answers import extract
-from ..text.templates import view
+from ..text.templates import fields_in, render
 from ..types import SettingError, Task, Turn, nearest
-
-_FIELDS = ("prompt", "previous", "answer")
 
 
 @trusted("system")
@@ -41,54 +39,43 @@ class Chain(System):
                 raise SettingError(
                     f"views.{name}: no such agent in the chain; {nearest(name, names)}"
                 )
-            if not isinstance(template, str):
-                raise SettingError(
-                    f"views.{name}: expected a template such as '{{prompt}}', got {template!r}"
-                )
-            view(template, partial(self._check, name), f"views.{name}")
-
-    def _check(self, name: str, key: str) -> str:
-        """A field that cannot have been said when `name` speaks. Keys of `task.meta` are known only
-        at play."""
-        names = [spec.name for spec in self.specs]
-        position = names.index(name)
-        unsaid = {*names[position:]} | ({"previous", "answer"} if position == 0 else set())
-        if key in unsaid - {"prompt"}:
-            raise SettingError(
-                f"views.{name}: {{{key}}} has not been said when {name!r} speaks; use what came"
-                " before it"
-            )
-        return ""
+            # Keys of `task.meta` are known only at play.
+            position = names.index(name)
+            later = {*names[position:]} | ({"previous", "answer"} if position == 0 else set())
+            for key in fields_in(template, setting=f"views.{name}"):
+                if key in later - {"prompt"}:
+                    raise SettingError(
+                        f"views.{name}: {{{key}}} has not been said when {name!r} speaks; use what"
+                        " came before it"
+                    )
 
     async def run(self, task: Task, team: Team) -> str:
-        said: list[Turn] = []
+        turns: list[Turn] = []
         for agent in team:
-            text, reads = self.told(agent.name, task, said)
-            said.append(await agent.reply(text, reads=reads))
-        return said[-1].text
+            text, reads = self.prompt_of(agent.name, task, turns)
+            turns.append(await agent.reply(text, reads=reads))
+        return turns[-1].text
 
-    def told(self, name: str, task: Task, said: list[Turn]) -> tuple[str, list[Turn]]:
-        """What the agent is told after these turns, and those of them whose text it is shown."""
-        default = "{prompt}"
-        if said:
-            default += (
-                f"\n\n{said[-1].agent} wrote:\n{{previous}}\n\nGo on from this and answer the task."
+    def prompt_of(self, name: str, task: Task, turns: list[Turn]) -> tuple[str, list[Turn]]:
+        """The agent's prompt after these turns, and those of them whose text it quotes."""
+        template = "{prompt}"
+        fields: dict[str, Any] = {"prompt": task.prompt}
+        quoted = {turn.agent: turn for turn in turns}
+        if turns:
+            last = turns[-1]
+            template += (
+                f"\n\n{last.agent} wrote:\n{{previous}}\n\nGo on from this and answer the task."
             )
-        shown: dict[int, Turn] = {}
-        by_name = {turn.agent: turn for turn in said}
-
-        def value(key: str) -> str:
-            if key == "prompt":
-                return task.prompt
-            turn = said[-1] if said and key in _FIELDS else by_name.get(key)
-            if turn is not None:
-                shown[turn.index] = turn
-                return (extract(turn.text) or turn.text.strip()) if key == "answer" else turn.text
-            if key in task.meta:
-                return str(task.meta[key])
-            known = [*(_FIELDS if said else ("prompt",)), *by_name, *task.meta]
-            raise SettingError(
-                f"views.{name}: unknown field {{{key}}} for task {task.id!r}; {nearest(key, known)}"
-            )
-
-        return view(self.views.get(name, default), value, f"views.{name}"), list(shown.values())
+            fields["previous"] = last.text
+            fields["answer"] = lambda: extract(last.text) or last.text.strip()
+        fields = fields | {turn.agent: turn.text for turn in turns if turn.agent not in fields}
+        quoted |= {field: last for field in ("previous", "answer") if turns}
+        fields |= {key: value for key, value in task.meta.items() if key not in fields}
+        template, setting = self.views.get(name, template), f"views.{name}"
+        text = render(template, fields, setting=setting, context=f" for task {task.id!r}")
+        reads = [
+            quoted[field]
+            for field in fields_in(template, setting=setting)
+            if field in quoted and field != "prompt"
+        ]
+        return text, list({turn.index: turn for turn in reads}.values())

@@ -30,7 +30,7 @@ from ..lookup import trusted
 from ..system import System
 from ..team import Team
 from ..text.answers import extract, majority, normalise
-from ..text.templates import view
+from ..text.templates import render
 from ..tools.verifiers import WORDS, Verifier, check_verifier, in_words, resolve_verifier, verify
 from ..types import BASE, AgentSpec, SettingError, Task, Turn, nearest
 
@@ -104,11 +104,7 @@ class Collaboration(System):
                 f" {self.words!r}"
             )
         for name, fields in _FIELDS.items():
-            view(
-                getattr(self, name) or "",
-                functools.partial(_known, name, dict.fromkeys(fields, "")),
-                name,
-            )
+            render(getattr(self, name) or "", dict.fromkeys(fields, ""), setting=name)
         if "{text}" not in self.quote and "{answer}" not in self.quote:
             raise SettingError(
                 f"quote: expected {{text}} or {{answer}} in {self.quote!r}; else members would not"
@@ -198,7 +194,7 @@ class Collaboration(System):
         self, task: Task, member: str, drafts: Mapping[str, Turn], scores: Mapping[str, float]
     ) -> str:
         if not drafts:
-            return _fill("ask", self.ask, {"prompt": task.prompt})
+            return render(self.ask, {"prompt": task.prompt}, setting="ask")
         quotes = [
             self._quote(turn, name, scores.get(name))
             for name, turn in drafts.items()
@@ -210,7 +206,7 @@ class Collaboration(System):
             "others": "\n\n".join(quotes),
             "verdict": self._say(scores.get(member)),
         }
-        return _fill("revise", template, fields)
+        return render(template, fields, setting="revise")
 
     def _quote(self, turn: Turn, member: str, score: float | None) -> str:
         answer = extract(turn.text) or turn.text
@@ -220,14 +216,13 @@ class Collaboration(System):
             "answer": answer,
             "verdict": self._say(score),
         }
-        return _fill("quote", self.quote, fields)
+        return render(self.quote, fields, setting="quote")
 
     def _say(self, score: float | None) -> str:
         if score is None:
             return ""
-        return _fill(
-            "verdict", self.verdict, {"score": f"{score:.2f}", "words": in_words(score, self.words)}
-        )
+        fields = {"score": f"{score:.2f}", "words": in_words(score, self.words)}
+        return render(self.verdict, fields, setting="verdict")
 
     def _agreed(self, drafts: Mapping[str, Turn], scores: Mapping[str, float]) -> bool:
         answers = {
@@ -248,13 +243,3 @@ def _seat(spec: AgentSpec, suffix: str) -> AgentSpec:
     return replace(
         spec, name=spec.name + suffix, policy=BASE if spec.policy == BASE else spec.policy + suffix
     )
-
-
-def _fill(name: str, template: str, fields: Mapping[str, str]) -> str:
-    return view(template, functools.partial(_known, name, fields), name)
-
-
-def _known(name: str, fields: Mapping[str, str], key: str) -> str:
-    if key not in fields:
-        raise SettingError(f"{name}: no field {key!r}; {nearest(key, fields)}")
-    return fields[key]

@@ -19,7 +19,7 @@ from ..lookup import trusted
 from ..system import System
 from ..team import Team
 from ..text.answers import majority
-from ..text.templates import view
+from ..text.templates import render
 from ..types import SettingError, Task, Turn, nearest
 
 REVISE = (
@@ -72,7 +72,7 @@ class Debate(System):
                 f"Debate: at least two agents and rounds >= 1 expected, got {len(self.seats)} and"
                 f" rounds={self.rounds}"
             )
-        self._told(Task("", ""), "")  # checks the template
+        self._revision(Task("", ""), "")  # checks the template
 
     @property
     def seats(self) -> list[tuple[str, str]]:
@@ -112,7 +112,7 @@ class Debate(System):
                     [[summary] for summary in summaries],
                     [summary.text for summary in summaries],
                 )
-            told = [self._told(task, others) for others in quoted]
+            told = [self._revision(task, others) for others in quoted]
             drafts = await gather(
                 agent.reply(text, reads=reads)
                 for agent, text, reads in zip(speakers, told, heard, strict=True)
@@ -120,19 +120,11 @@ class Debate(System):
         return majority(drafts, team.rng)
 
     def _summary(self, agent: Agent, task: Task, others: Sequence[Turn]) -> Awaitable[Turn]:
-        return agent.fresh().reply(
-            SUMMARISE.format(prompt=task.prompt, others=quote(others)), reads=others
-        )
+        fields = {"prompt": task.prompt, "others": quote(others)}
+        return agent.fresh().reply(render(SUMMARISE, fields, setting="summarise"), reads=others)
 
-    def _told(self, task: Task, others: str) -> str:
-        fields = {"others": others, "prompt": task.prompt}
-
-        def value(key: str) -> str:
-            if key not in fields:
-                raise SettingError(f"revise: unknown field {{{key}}}; {nearest(key, fields)}")
-            return fields[key]
-
-        return view(self.revise, value, "revise")
+    def _revision(self, task: Task, others: str) -> str:
+        return render(self.revise, {"others": others, "prompt": task.prompt}, setting="revise")
 
 
 def quote(turns: Sequence[Turn]) -> str:

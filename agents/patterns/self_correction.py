@@ -9,14 +9,12 @@ on the way has seen the answer, or read who has, is marked so.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 from ..lookup import trusted
 from ..system import System
 from ..team import Team
-from ..text.templates import view
-from ..types import SettingError, Task, Turn, nearest
+from ..text.templates import fields_in, render
+from ..types import SettingError, Task, Turn
 
 FEEDBACK = (
     "A team works on this task:\n{prompt}\n\nThe reference answer is: {answer}\n\nThe team's answer"
@@ -68,7 +66,7 @@ class SelfCorrection(System):
             known = dict.fromkeys(
                 [*open_, *([more] if name != "regenerate" or self.feedback else [])], ""
             )
-            _filled(name, getattr(self, name), known)
+            render(getattr(self, name), known, setting=name)
         if not self.regenerate and (self.feedback or not self.rephrase):
             raise SettingError(
                 "regenerate: empty, so there is nothing that feedback could change, or no step at"
@@ -84,20 +82,16 @@ class SelfCorrection(System):
         gold = False  # does that text follow from the answer?
         known["text"] = known["said"]
         if self.feedback:
-            last, gold = (
-                await critic.reply(_filled("feedback", self.feedback, known), saw_gold=True),
-                True,
-            )
+            prompt = render(self.feedback, known, setting="feedback")
+            last, gold = await critic.reply(prompt, saw_gold=True), True
             known["feedback"] = last.text
         for name, template in (("regenerate", self.regenerate), ("rephrase", self.rephrase)):
             if template:
-                shown = (
-                    [last] if last is not None and _fields(template) & {"feedback", "text"} else []
-                )
-                gold = gold and bool(shown)
-                last = await agent.fresh().reply(
-                    _filled(name, template, known), reads=shown, saw_gold=gold
-                )
+                quotes = {"feedback", "text"} & {*fields_in(template, setting=name)}
+                reads = [last] if last is not None and quotes else []
+                gold = gold and bool(reads)
+                prompt = render(template, known, setting=name)
+                last = await agent.fresh().reply(prompt, reads=reads, saw_gold=gold)
                 known["text"] = last.text.strip()
         return known["text"]
 
@@ -117,19 +111,3 @@ def correction_task(task: Task, turn: Turn, turns: tuple[Turn, ...], said: str =
         "transcript": "\n\n".join(f"[{t.agent}] {t.text}" for t in turns if t.taken),
     }
     return Task(task.id, task.prompt, None, task.source, SPLIT, meta)
-
-
-def _fields(template: str) -> set[str]:
-    found: list[str] = []
-    view(template, lambda field: found.append(field) or "", "template")  # type: ignore[func-returns-value]
-    return set(found)
-
-
-def _filled(name: str, template: str, known: dict[str, str]) -> str:
-    return view(template, partial(_value, name, known), name)
-
-
-def _value(name: str, known: dict[str, Any], field: str) -> str:
-    if field not in known:
-        raise SettingError(f"{name}: unknown field {{{field}}}; {nearest(field, known)}")
-    return str(known[field])

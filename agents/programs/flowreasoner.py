@@ -24,8 +24,8 @@ from ..execution import answered
 from ..lookup import trusted
 from ..team import Team
 from ..text.answers import same, stands_in
-from ..text.templates import view
-from ..types import Reward, SettingError, Task, Turn, nearest
+from ..text.templates import render
+from ..types import Reward, SettingError, Task, Turn
 from .operators import CHECKS
 from .restrictions import nodes
 from .workflow import SOURCE, Design, Workflow, answer_of, reward_of
@@ -36,7 +36,6 @@ Write a better one between <graph> and </graph>."""
 INVALID = """Your program cannot be run: {fault}
 
 Write another one between <graph> and </graph>."""
-FIELDS = ("passed", "total", "failure", "fault", "program")
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class FlowReasoner(Workflow):
                 "attempts, fallback: rounds do their work; leave them out, and set rounds"
             )
         for name in ("feedback", "invalid"):
-            self.told(getattr(self, name), Round(Design("")), name)
+            self.feedback_text(getattr(self, name), Round(Design("")), name)
 
     async def run(self, task: Task, team: Team) -> str:
         chat, text, reads = team[self.designer].fresh(), self.instructed(task), list[Turn]()
@@ -202,27 +201,22 @@ class FlowReasoner(Workflow):
     def heard(self, now: Round) -> str:
         """What the designer is told of a round."""
         return (
-            self.told(self.invalid, now, "invalid")
+            self.feedback_text(self.invalid, now, "invalid")
             if now.design.fault
-            else self.told(self.feedback, now, "feedback")
+            else self.feedback_text(self.feedback, now, "feedback")
         )
 
     @staticmethod
-    def told(template: str, now: Round, where: str) -> str:
-        fields = dict(
-            zip(
-                FIELDS,
-                (now.passed, now.total, now.failure, now.design.fault, now.design.program),
-                strict=True,
-            )
-        )
-
-        def value(key: str) -> str:
-            if key not in fields:
-                raise SettingError(f"{where}: unknown field {{{key}}}; {nearest(key, fields)}")
-            return str(fields[key])
-
-        return view(template, value, where)
+    def feedback_text(template: str, now: Round, setting: str) -> str:
+        """A template filled with the facts of a round."""
+        fields = {
+            "passed": now.passed,
+            "total": now.total,
+            "failure": now.failure,
+            "fault": now.design.fault,
+            "program": now.design.program,
+        }
+        return render(template, fields, setting=setting)
 
     def judge(self, kept: Round, tried: Sequence[Round], team: Team) -> None:
         """Tell what the rounds were worth to the team: `performance`, see `worth`; of the kept

@@ -21,8 +21,8 @@ from ..execution import Externals, Limits, ProgramError, answered, program_in
 from ..lookup import load_function
 from ..team import Team
 from ..text.answers import extract, stands_in
-from ..text.templates import view
-from ..types import SettingError, Task, Turn, nearest
+from ..text.templates import render
+from ..types import SettingError, Task, Turn
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LETTER = re.compile(r"\b([A-Z])\b")
@@ -138,17 +138,8 @@ class OperatorCall:
 def prompt_for(operator: str, prompts: Mapping[str, str], fields: Mapping[str, str]) -> str:
     """An operator's prompt, filled in. Raises `SettingError` at a field that the template has and
     the operator has not."""
-
-    def value(key: str) -> str:
-        if key not in fields:
-            raise SettingError(
-                f"prompts.{operator}: unknown field {{{key}}}; {nearest(key, fields)}"
-            )
-        return fields[key]
-
-    return view(
-        prompts.get(operator) or PROMPTS.get(operator, "{problem}"), value, f"prompts.{operator}"
-    ).strip()
+    template = prompts.get(operator) or PROMPTS.get(operator, "{problem}")
+    return render(template, fields, setting=f"prompts.{operator}").strip()
 
 
 @dataclass(frozen=True)

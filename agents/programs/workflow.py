@@ -21,7 +21,7 @@ from ..execution import ExecutionResult, Limits
 from ..lookup import trusted
 from ..system import System
 from ..team import Team
-from ..text.templates import view
+from ..text.templates import render
 from ..types import LimitError, Reward, SettingError, Task, Turn, nearest
 from .operators import (
     OPERATORS,
@@ -168,13 +168,7 @@ class Workflow(System):
         """What the designer is told of a task."""
         docs = "\n".join(f"- {operator}" for operator in self.callable.values())
         fields = {"prompt": task.prompt, "operators": docs, "template": self.template}
-
-        def value(key: str) -> str:
-            if key not in fields:
-                raise SettingError(f"instruction: unknown field {{{key}}}; {nearest(key, fields)}")
-            return fields[key]
-
-        return view(self.instruction, value, "instruction")
+        return render(self.instruction, fields, setting="instruction")
 
     async def read(self, turn: Turn, team: Team) -> Design:
         """The program in a designer's turn, checked and tried out; what is wrong with it is told as

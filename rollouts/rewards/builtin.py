@@ -18,6 +18,7 @@ from ...agents.lookup import load_function, trusted
 from ...agents.programs.workflow import SOURCE as WORKFLOW
 from ...agents.seeds import derive_seed
 from ...agents.text.answers import extract, normalise, same
+from ...agents.text.templates import render
 from ...agents.tools.verifiers import resolve_verifier, verify
 from ...agents.types import AgentSpec, Ask, Call, Message, Reward, Sampling, Task, Turn
 from ..types import Episode
@@ -314,7 +315,7 @@ def judge(
         ask: completes the judge's chat: `lambda call: completer(call, version)` of a `Completer`,
             or a `Fake` in tests. The judge is never trained.
         agent: its name, prompt and sampling (default: temperature 0, 256 tokens).
-        template: what it is asked; `{prompt}`, `{answer}` and `{output}` are filled in.
+        template: what it is asked, with the fields `prompt`, `answer` and `output`.
 
     A reply without `Score: N` inside the scale is NaN: unscorable, not bad.
     """

@@ -150,9 +150,9 @@ def test_a_majority_ends_the_debate():
         ({"rounds": 0}, "rounds: expected at least 1"),
         ({"separation": "turns"}, "separation 'turns'.*did you mean 'turn'"),
         ({"words": ["a", "b"]}, "words: expected four"),
-        ({"quote": "{txt}"}, "quote: no field 'txt'"),
+        ({"quote": "{txt}"}, r"quote: unknown field \{txt\}"),
         ({"quote": "{member}"}, "quote: expected"),
-        ({"revise": "{other}"}, "revise: no field 'other'"),
+        ({"revise": "{other}"}, r"revise: unknown field \{other\}"),
         ({"agents": [AgentSpec("a", tools=("calculator",))]}, "agents.a.tools"),
     ],
 )

@@ -75,7 +75,7 @@ def test_the_task_of_a_repair_starts_from_another_text_if_told() -> None:
         ({"regenerate": "{answer}"}, r"regenerate: unknown field \{answer\}"),
         ({"rephrase": "{feedback}"}, r"rephrase: unknown field \{feedback\}"),
         ({"feedback": "", "regenerate": "{feedback}"}, r"regenerate: unknown field \{feedback\}"),
-        ({"feedback": "{"}, "feedback: lone '{'"),
+        ({"feedback": "{"}, "feedback: unpaired '{'"),
         ({"regenerate": ""}, "regenerate: empty"),
         ({"agents": ["alone"]}, "two agents expected"),
     ],

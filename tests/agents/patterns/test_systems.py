@@ -103,7 +103,7 @@ def test_chain_never_reads_model_text_as_a_template() -> None:
     ("views", "problem"),
     [
         ({"lst": "{previous}"}, r"views.lst: no such agent in the chain; did you mean 'last'\?"),
-        ({"last": "{previous"}, r"views.last: lone '\{'"),
+        ({"last": "{previous"}, r"views.last: unpaired '\{'"),
         ({"last": 5}, "views.last: expected a template"),
         ({"first": "{previous}"}, r"views.first: \{previous\} has not been said"),
         ({"first": "{last}"}, r"views.first: \{last\} has not been said"),

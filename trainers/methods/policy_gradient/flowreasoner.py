@@ -35,18 +35,21 @@ from typing import Any
 from ....agents.programs.flowreasoner import FlowReasoner, best_round
 from ....agents.programs.restrictions import parsed, program_of, similarity
 from ....agents.programs.workflow import SOURCE
-from ....agents.settings import help_of
-from ....agents.text.templates import view
-from ....agents.types import Reward, SettingError, Turn, nearest
+from ....agents.settings import setting
+from ....agents.text.templates import render
+from ....agents.types import Reward, SettingError, Turn
 from ....rollouts.report.sections import ReportSection, stored, table_section
 from ....rollouts.rewards.builtin import workflow
+from ....rollouts.rewards.scoring import RewardFn
 from ....rollouts.types import Episode, groups
+from ...config import RunConfig
 from ...credit.filtering import SelectionConfig
+from ...credit.weights import CreditConfig
 from ...trainer import Trainer
-from ...update.losses.policy_gradient import policy_loss
+from ...update.losses.policy_gradient import LossConfig, policy_loss
 from ..imitation.imitation import ImitationConfig, fit_turns
 from ..imitation.sft import selected
-from .grpo import GRPOConfig, policy_gradient
+from .grpo import check_group_size, policy_gradient
 
 REWARD_WEIGHTS: Mapping[str, float] = {
     "performance": 1.0,
@@ -58,31 +61,27 @@ REASONING = "{reply}\n\n{feedback}\n\n"
 
 
 @dataclass
-class FlowReasonerConfig(GRPOConfig, SelectionConfig, ImitationConfig):
+class FlowReasonerConfig(RunConfig, CreditConfig, LossConfig, SelectionConfig, ImitationConfig):
     """GRPO's settings, with a warm-up that selects and imitates."""
 
-    output_dir: str = help_of(
+    output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/flowreasoner"
     )
-    sft_steps: int = help_of("steps of the warm-up; 0 starts with GRPO", 1)
-    sft_learning_rate: float = help_of("learning rate of the warm-up; 0 takes learning_rate", 0.0)
-    reasoning: str = help_of(
+    sft_steps: int = setting("steps of the warm-up; 0 starts with GRPO", 1, at_least=0)
+    sft_learning_rate: float = setting(
+        "learning rate of the warm-up; 0 takes learning_rate", 0.0, at_least=0
+    )
+    reasoning: str = setting(
         "how a round before the last one is told in a joined trajectory; fields reply and feedback",
         REASONING,
     )
-    reward_weights: dict | str | None = help_of(
+    reward_weights: dict | str | None = setting(
         "weights of performance, complexity, efficiency, diversity and of other rewards",
         factory=lambda: dict(REWARD_WEIGHTS),
     )
 
-    def __post_init__(self) -> None:
-        for part in (GRPOConfig, SelectionConfig, ImitationConfig):
-            part.__post_init__(self)
-        if self.sft_steps < 0 or not 0 <= self.sft_learning_rate < math.inf:
-            raise SettingError(
-                f"sft_steps, sft_learning_rate: from 0 expected, got {self.sft_steps},"
-                f" {self.sft_learning_rate}"
-            )
+    def check(self) -> None:
+        check_group_size(self.num_generations, self.credit)
         revision_prompt(self.reasoning, "", "")
 
     def learning_rate_at(self, step: int, peak: float) -> float:
@@ -99,19 +98,20 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        if not isinstance(self.run.system, FlowReasoner):
+        if not isinstance(self.spec.system, FlowReasoner):
             raise SettingError(
                 "system: FlowReasoner trains a marlora.agents.programs.flowreasoner:FlowReasoner,"
-                f" got {type(self.run.system).__name__}"
+                f" got {type(self.spec.system).__name__}"
             )
-        self.system: FlowReasoner = self.run.system
-        if workflow not in self.run.rewards:
-            self.run.rewards.append(workflow)  # what the system tells of each trajectory
+        self.system: FlowReasoner = self.spec.system
+
+    def extra_rewards(self) -> Sequence[RewardFn]:
+        return (workflow,)  # what the system reports of each trajectory
 
     def collect(self, step: int) -> list[Episode]:
         if step == self.args.sft_steps + 1 > 1:
-            self.run.play("sampled-sft", self.run.eval_tasks)
-        return self.run.collect(step)
+            self.run.rollouts.play("sampled-sft", self.spec.eval_tasks)
+        return self.run.rollouts.collect(step)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Warm-up or GRPO; returns metrics."""
@@ -120,14 +120,12 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
         if step > self.args.sft_steps:
             scored = with_diversity(episodes, self.system)
             return {
-                **policy_gradient(
-                    self, step, scored, self.args, partial(policy_loss, config=self.args)
-                ),
+                **policy_gradient(self, step, scored, partial(policy_loss, config=self.args)),
                 **told,
             }
         lessons = [as_single_turn(episode, self.system, self.args.reasoning) for episode in played]
-        selection = selected(self.run, step, lessons, self.args, self.rule)
-        done = fit_turns(self.run, step, lessons, selection.weights, self.args)
+        selection = selected(self, step, lessons, self.args, self.rule)
+        done = fit_turns(self.run.learner, step, lessons, selection.weights, self.args)
         return {
             "policies": done.into(self.rows(done.updates, episodes)),
             "selection": selection.table(),
@@ -176,27 +174,20 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
     def report(self) -> dict[str, Any]:
         """Held-out tasks as the team plays in training, sampled: as the base, after the warm-up, at
         the end."""
-        run, tasks = self.run, self.run.eval_tasks
-        before, after = run.play("sampled-base", tasks, versions={}), run.play("sampled", tasks)
-        between = self.stored("sampled-sft")
+        rollouts, tasks, metric = self.run.rollouts, self.spec.eval_tasks, self.spec.metric
+        before = rollouts.play("sampled-base", tasks, versions={})
+        after = rollouts.play("sampled", tasks)
+        between = rollouts.stored("sampled-sft")
         found: dict[str, Any] = {}
         for name, played in (("base", before), ("sft", between), ("rl", after)):
             if played:
-                values = [e.reward(run.metric) for e in played]
+                values = [e.reward(metric) for e in played]
                 found[name] = {
                     **self.designs(played),
-                    run.metric: sum(v for v in values if v == v) / len(values),
+                    metric: sum(v for v in values if v == v) / len(values),
                 }
-                run.progress.say(f"sampled, {name}: {found[name]}")
+                self.run.log.say(f"sampled, {name}: {found[name]}")
         return {"stages": found, **stored(stages_section(found)), **self.contributions()}
-
-    def stored(self, label: str) -> list[Episode]:
-        """The episodes of an evaluation of this run, a resumed one too; on rank 0."""
-        return (
-            [e for e in self.run.stage.store if e.group.startswith(f"eval-{label}/")]
-            if self.run.ranks.main
-            else []
-        )
 
 
 def stages_section(stages: Mapping[str, Mapping[str, Any]]) -> ReportSection:
@@ -235,13 +226,7 @@ def rounds_of(episode: Episode, system: FlowReasoner) -> list[tuple[Turn, Reward
 
 def revision_prompt(template: str, reply: str, feedback: str) -> str:
     fields = {"reply": reply, "feedback": feedback}
-
-    def value(key: str) -> str:
-        if key not in fields:
-            raise SettingError(f"reasoning: unknown field {{{key}}}; {nearest(key, fields)}")
-        return fields[key]
-
-    return view(template, value, "reasoning")
+    return render(template, fields, setting="reasoning")
 
 
 def as_single_turn(episode: Episode, system: FlowReasoner, reasoning: str = REASONING) -> Episode:
