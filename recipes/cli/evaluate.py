@@ -35,7 +35,7 @@ from marlora.recipes.cli.team import (
     write_json,
 )
 from marlora.rollouts.checkpoints.reader import read_checkpoint
-from marlora.rollouts.checkpoints.team import LoadedTeam
+from marlora.rollouts.checkpoints.team import LoadedTeam, LoadOptions, load_team
 from marlora.rollouts.evaluation.statistics import paired
 from marlora.rollouts.evaluation.suite import (
     Measured,
@@ -177,19 +177,19 @@ async def evaluate_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]
     ]
     with tempfile.TemporaryDirectory(prefix="marlora-") as scratch:
         teams: dict[str, LoadedTeam] = {}
+        options = LoadOptions(
+            scratch=Path(scratch),
+            locate=locate(args.model),
+            system=args.system,
+            trust=args.trust_checkpoint,
+            seed=args.seed,
+            say=say,
+            guests=guests,
+        )
         try:
             for mark, checkpoint in zip(marks, args.checkpoint, strict=True):
-                teams[mark] = await LoadedTeam.open(
-                    checkpoint,
-                    engine_config(args),
-                    locate=locate(args.model),
-                    system=args.system,
-                    trust=args.trust_checkpoint,
-                    scratch=Path(scratch),
-                    seed=args.seed,
-                    say=say,
-                    beside=list(teams.values()),
-                    guests=guests,
+                teams[mark] = await load_team(
+                    checkpoint, engine_config(args), options, beside=list(teams.values())
                 )
             sets = {}
             for name in args.tasks:

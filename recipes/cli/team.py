@@ -15,7 +15,7 @@ from typing import Any
 from marlora.agents.secrecy import not_shown
 from marlora.agents.types import SettingError
 from marlora.rollouts.checkpoints.reader import read_checkpoint
-from marlora.rollouts.checkpoints.team import LoadedTeam
+from marlora.rollouts.checkpoints.team import LoadedTeam, LoadOptions, load_team
 from marlora.rollouts.engines.config import EngineConfig
 from marlora.rollouts.episodes.runner import EpisodeRequest
 from marlora.rollouts.types import Episode
@@ -118,16 +118,15 @@ async def with_team(args: argparse.Namespace, work: Callable[[LoadedTeam], Any])
         args.adapters, [name for name, entry in adapters.items() if entry.get("trained")]
     )  # before a server starts
     with tempfile.TemporaryDirectory(prefix="marlora-") as scratch:
-        team = await LoadedTeam.open(
-            args.checkpoint,
-            engine_config(args),
+        options = LoadOptions(
+            scratch=Path(scratch),
             locate=locate(args.model),
             system=args.system,
             trust=args.trust_checkpoint,
-            scratch=Path(scratch),
             seed=args.seed,
             say=say,
         )
+        team = await load_team(args.checkpoint, engine_config(args), options)
         try:
             return await work(team)
         finally:

@@ -1,9 +1,9 @@
-"""A checkpoint as it lies on disk: whole, undamaged, and naming nothing that its reader did not
-agree to.
+"""Reading a checkpoint: complete, undamaged, and without importing anything that the user did not
+trust.
 
-Anyone may hand you a checkpoint, so `system.json` is read as data: what it names is imported, or
-asked over the network, only if it is ours or the reader allows it, and what it names files by is
-checked first. No torch here.
+A checkpoint may come from anyone, so `system.json` is read as data: what it names is imported, or
+asked over the network, only if it is part of marlora or the user allows it, and names that become
+parts of paths are checked first. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 from ...agents.lookup import AGREE, Untrusted, only_trusted
 from ...agents.secrecy import shown_url
 from ...agents.types import AgentSpec, PolicySpec, Sampling, SettingError, from_json
+from ..engines.adapter_versions import FILES
 from ..files import adapter_sha256, file_sha256
 
 SCHEMA = 1
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 DAMAGE = (
     TypeError,
     ValueError,
@@ -68,8 +68,8 @@ _PARTS = {
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """`system.json` of a checkpoint whose adapters are those it names. Raises `SettingError` with
-    the path of what is wrong."""
+    """`system.json` of a checkpoint, checked together with the adapters it names. Raises
+    `SettingError` with the path of what is wrong."""
     path = folder / "system.json"
     try:
         data = json.loads(path.read_text())
@@ -97,6 +97,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _check_parts(data: Any) -> None:
+    """Check types and schema of `system.json`, then each of its parts."""
     if not isinstance(data, dict):
         raise SettingError(
             f"expected an object, got {type(data).__name__}; the checkpoint is damaged"
@@ -113,6 +114,14 @@ def _check_parts(data: Any) -> None:
         raise SettingError(
             f"schema {data['schema']}, this version of marlora reads {SCHEMA}; install a newer one"
         )
+    _check_agents(data)
+    _check_bases(data)
+    _check_values(data)
+    from_json(Sampling, data["sampling"], "sampling")
+
+
+def _check_agents(data: Mapping[str, Any]) -> None:
+    """Agents, policies and adapters; names of policies are names of files."""
     for agent in data["agents"]:
         from_json(AgentSpec, agent, "agents")
     for name, policy in data["policies"].items():
@@ -132,6 +141,9 @@ def _check_parts(data: Any) -> None:
                 f"adapters.{name}: expected a policy of that name and a sha256; the checkpoint is"
                 " damaged"
             )
+
+
+def _check_bases(data: Mapping[str, Any]) -> None:
     for name, entry in data["bases"].items():
         if not isinstance(entry["template"], str) or not set(entry["policies"]) <= set(
             data["policies"]
@@ -140,6 +152,10 @@ def _check_parts(data: Any) -> None:
                 f"bases.{name}: expected the hash of a template, and policies by name; the"
                 " checkpoint is damaged"
             )
+
+
+def _check_values(data: Mapping[str, Any]) -> None:
+    """The single values of tasks, system, base and rewards."""
     tasks, system = data["tasks"], data["system"]
     for value, kind in (
         (tasks["name"], str),
@@ -157,28 +173,26 @@ def _check_parts(data: Any) -> None:
                 f"tasks, system, base or rewards: expected {kind.__name__}, got {value!r:.60}; the"
                 " checkpoint is damaged"
             )
-    from_json(Sampling, data["sampling"], "sampling")
 
 
 def _check_files(folder: Path) -> None:
-    """Files that the manifest lists and that are here have the hash it gives; a copy may leave out
-    `trainer/`, or the manifest."""
+    """Check the files that are read here against the manifest; a copy may leave out `trainer/`, or
+    the manifest."""
     path = folder / "manifest.json"
     if not path.is_file():
         return
     try:
-        hashes = {
-            str(name): str(found) for name, found in json.loads(path.read_text())["sha256"].items()
-        }
+        entries = json.loads(path.read_text())["sha256"].items()
+        hashes = {str(name): str(sha256) for name, sha256 in entries}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingError(
             f"{path}: cannot be read ({error!r}); the checkpoint is damaged"
         ) from error
     for name, expected in hashes.items():
         file = folder / name
-        wanted = name == "system.json" or name.startswith(("adapters/", "values/"))
+        is_read = name == "system.json" or name.startswith(("adapters/", "values/"))
         if (
-            wanted
+            is_read
             and ".." not in Path(name).parts
             and file.is_file()
             and file_sha256(file) != expected
@@ -195,18 +209,16 @@ def _check_adapter(folder: Path, expected: str, shape: Mapping[str, Any]) -> Non
                 f"{folder / file}: missing, though system.json names the adapter ({expected[:8]})"
             )
     try:
-        found = adapter_sha256(folder / FILES[1])
+        sha256 = adapter_sha256(folder / FILES[1])
         config = json.loads((folder / FILES[0]).read_text())
         saved = {"r": config["r"], "alpha": config["lora_alpha"]}
-    except (
-        Exception
-    ) as error:  # safetensors and json raise many kinds; all mean the same to the user
+    except Exception as error:  # safetensors and json raise many kinds; all mean damage
         raise SettingError(
             f"{folder}: the adapter cannot be read ({type(error).__name__}: {error}); it is damaged"
         ) from error
-    if found != expected:
+    if sha256 != expected:
         raise SettingError(
-            f"{folder / FILES[1]}: its tensors are {found[:8]}, system.json names {expected[:8]};"
+            f"{folder / FILES[1]}: its tensors are {sha256[:8]}, system.json names {expected[:8]};"
             " they were swapped"
         )
     _check_plain(folder / FILES[0], config)
@@ -218,8 +230,8 @@ def _check_adapter(folder: Path, expected: str, shape: Mapping[str, Any]) -> Non
 
 
 def _check_plain(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse an adapter that is more than a plain LoRA: PEFT reads its settings, and acts on them,
-    before any weight is compared."""
+    """Refuse an adapter that is more than a plain LoRA: PEFT acts on its settings before any weight
+    is compared."""
     modules = config.get("target_modules")
     if not isinstance(modules, list) or not all(isinstance(each, str) for each in modules):
         raise SettingError(f"{path}: target_modules: expected a list of names, got {modules!r:.80}")
@@ -241,33 +253,32 @@ def _check_plain(path: Path, config: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def as_data(folder: Path, data: Mapping[str, Any], trust: bool) -> Iterator[None]:
-    """Inside, what `system.json` names is looked up as a stranger's, unless its reader trusts it
-    (see `agents.names`).
+    """A context in which names of `system.json` are looked up as untrusted, unless the user trusts
+    them (see `agents.lookup`).
 
-    Raises `SettingError` that says where in the file a refused name stands, or that what stands
-    there cannot be used.
+    Raises `SettingError` with the place in the file of a name that is refused or cannot be used.
     """
     try:
         with only_trusted(not trust):
             yield
     except Untrusted as refused:
         where = ", ".join(places(data, refused.name)[:3])
-        told = (
-            f"{folder}: the checkpoint names {refused.kind} {refused.name}{where and f' ({where})'}"
-        )
-        raise SettingError(f"{told}; {AGREE}") from refused
+        name = f"{refused.name}{where and f' ({where})'}"
+        raise SettingError(
+            f"{folder}: the checkpoint names {refused.kind} {name}; {AGREE}"
+        ) from refused
     except SettingError as error:
         raise SettingError(f"{folder / 'system.json'}: {error}") from error
     except DAMAGE as error:
-        told = f"{type(error).__name__}: {error}"
+        problem = f"{type(error).__name__}: {error}"
         raise SettingError(
-            f"{folder / 'system.json'}: cannot be used ({told:.300}); the checkpoint is damaged"
+            f"{folder / 'system.json'}: cannot be used ({problem:.300}); the checkpoint is damaged"
         ) from error
 
 
 def places(data: Any, name: str, path: str = "") -> list[str]:
-    """Where in a checkpoint's `system.json` a text stands, as `system.arguments.operators[0]`; in
-    longer texts too, if nowhere alone."""
+    """The places of a text in a checkpoint's `system.json`, such as `system.arguments.prompts[0]`;
+    those inside longer texts if there is no other."""
     leaves = list(_texts(data, path))
     alone = [where for where, text in leaves if text == name]
     return alone or [where for where, text in leaves if name in text]
@@ -285,8 +296,8 @@ def _texts(data: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def outside_models(data: Mapping[str, Any]) -> list[str]:
-    """What playing this checkpoint would ask over the network: for people to read before they
-    agree."""
+    """The models that playing this checkpoint would ask over the network, as text for the user to
+    agree to."""
     return [
         f"the model at {shown_url(p['url'])} as {name}"
         for name, p in data["policies"].items()

@@ -1,7 +1,8 @@
-"""A checkpoint at work again: its system, agents and adapters on an engine, without any trainer.
+"""A checkpoint loaded for inference: its system, agents and adapters on running engines, without a
+trainer.
 
-`system.json` names all of it, and anyone may have written it. What may be imported for it is
-decided in one place, by the mark of what a name resolves to (`agents.names`): for another System
+`system.json` names all of these, and anyone may have written it. What may be imported for it is
+decided in one place, by the mark of what a name resolves to (`agents.lookup`): for another System
 the caller names the class; other code it names (rewards, tools, operators, task sets, programs) and
 models it would ask over the network need the caller's `trust`.
 """
@@ -19,6 +20,7 @@ from ...agents.lookup import AGREE, Untrusted, only_trusted
 from ...agents.system import System, system_class, with_settings
 from ...agents.tools.tools import resolve_tools
 from ...agents.types import BASE, AgentSpec, PolicySpec, Sampling, SettingError, Task, from_json
+from ..engines.adapter_versions import FILES
 from ..engines.base import Engine
 from ..engines.config import EngineConfig
 from ..engines.factory import start_engine
@@ -27,9 +29,9 @@ from ..episodes.runner import EpisodeLimits, EpisodeRunner
 from ..files import files_sha256
 from ..renderer import ChatRenderer, load_tokenizer
 from ..rewards.builtin import resolve_rewards
-from ..rewards.scoring import fn_name
+from ..rewards.scoring import RewardFn, fn_name
 from ..tasks.registry import load_tasks, split_hash
-from .reader import FILES, as_data, outside_models, read_checkpoint
+from .reader import as_data, outside_models, read_checkpoint
 
 
 @dataclasses.dataclass
@@ -42,168 +44,239 @@ class LoadedEngine:
     async def load(
         self, folder: Path, policies: Sequence[PolicySpec], data: Mapping[str, Any], scratch: Path
     ) -> dict[str, str]:
-        """Publish what it lacks of a checkpoint's trained adapters; returns their versions by
-        policy."""
-        named = {
+        """Publish a checkpoint's trained adapters that the engine has not loaded yet; returns their
+        versions by policy."""
+        versions = {
             p.name: version_name(p.name, data)
             for p in policies
             if data["adapters"].get(p.name, {}).get("trained")
         }
         new = {
             p: copy_adapter(folder, p, data, scratch)
-            for p, version in named.items()
+            for p, version in versions.items()
             if version not in self.versions
         }
         if new:
             await self.engine.publish(new)
-        self.versions.update(named.values())
-        return named
+        self.versions.update(versions.values())
+        return versions
 
 
 def base_of(name: str, path: str, data: Mapping[str, Any]) -> tuple[ChatRenderer, str]:
-    """The tokens of a checkpoint's base that lies at `path`, and what tells it from other bases.
-    Raises `SettingError` if it is another."""
-    told = data["bases"][name]
-    check_base(name, path, told.get("files"))
-    tokens = ChatRenderer(load_tokenizer(path))
-    if tokens.template_hash != told["template"]:
+    """The renderer of a checkpoint's base that lies at `path`, and a key that tells it from other
+    bases. Raises `SettingError` if it is another base."""
+    entry = data["bases"][name]
+    check_base(name, path, entry.get("files"))
+    renderer = ChatRenderer(load_tokenizer(path))
+    if renderer.template_hash != entry["template"]:
         raise SettingError(
-            f"{path}: its chat template is not the one the checkpoint was trained with"
+            f"{path}: its chat template is not the one the checkpoint was trained with; give"
+            " --model FOLDER with that base"
         )
-    return tokens, told.get("files") or path
+    return renderer, entry.get("files") or path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a checkpoint is loaded.
+
+    Args:
+        scratch: folder for version folders and the server's log; `LoadedTeam.close` deletes its
+            `versions` part.
+        locate: from a base's name to the folder where it lies now; its files must be those that the
+            run was trained on.
+        system: `module:Class`, needed if the checkpoint's System is not one of `marlora.agents`.
+        rewards: instead of the checkpoint's own.
+        seed: of the episodes.
+        trust: import rewards, tools and task sets the checkpoint names outside marlora, and ask
+            models it names by URL.
+        say: gets lines of progress.
+        engine: a running engine to use instead of starting one (tests).
+        guests: policies of teams that will be loaded beside this one, so that the server has room
+            for them.
+    """
+
+    scratch: Path
+    locate: Callable[[str], str] = str
+    system: str = ""
+    rewards: Sequence[str] | None = None
+    seed: int = 0
+    trust: bool = False
+    say: Callable[[str], None] = print
+    engine: Engine | None = None
+    guests: Sequence[PolicySpec] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointBase:
+    """A base model of a checkpoint.
+
+    Args:
+        path: where it lies now.
+        key: tells it from other bases (see `base_of`).
+        policies: those with adapters on it.
+        base_policy: whether it is the one that policy `base`, which has no adapter, speaks with.
+    """
+
+    path: str
+    renderer: ChatRenderer
+    key: str
+    policies: tuple[PolicySpec, ...]
+    base_policy: bool
+
+
+@dataclasses.dataclass
+class TeamEngines:
+    """The engines of a checkpoint's team.
+
+    Args:
+        by_base: by the base's key (see `base_of`); another checkpoint on the same base can use
+            them.
+        used: one per base of the checkpoint. started: those that were started for this team.
+        of_policy: engine and renderer per policy.
+        versions: adapter version per trained policy.
+    """
+
+    by_base: dict[str, LoadedEngine]
+    used: list[Engine] = dataclasses.field(default_factory=list)
+    started: list[Engine] = dataclasses.field(default_factory=list)
+    of_policy: dict[str, tuple[Engine, ChatRenderer]] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    async def close(self) -> None:
+        """Stop the engines that were started for this team."""
+        for engine in self.started:
+            await engine.close()
+
+
+async def load_team(
+    checkpoint: str | Path,
+    config: EngineConfig,
+    options: LoadOptions,
+    beside: Sequence[LoadedTeam] = (),
+) -> LoadedTeam:
+    """Load a checkpoint's team and start what it needs; end it with `await team.close()`.
+
+    `beside`: loaded teams whose engines serve this one too, where the base is the same; they have
+    to stay open as long.
+    """
+    folder = Path(checkpoint)
+    data = read_checkpoint(folder)
+    system, rewards = resolve_names(folder, data, options)
+    bases = locate_bases(data, options)
+    engines_by_base = {key: each for other in beside for key, each in other.loaded_engines.items()}
+    engines = await start_engines(folder, data, bases, engines_by_base, config, options)
+    values = {
+        path.stem: json.loads(path.read_text())
+        for path in sorted((folder / "values").glob("*.json"))
+    }
+    rollouts = EpisodeRunner(
+        system,
+        completers(policies_of(data), engines.of_policy),
+        rewards,
+        values,
+        from_json(Sampling, data["sampling"]),
+        EpisodeLimits(),
+        options.seed,
+        untrusted=not options.trust,
+    )
+    return LoadedTeam(folder, data, rollouts, engines, options)
+
+
+def resolve_names(
+    folder: Path, data: Mapping[str, Any], options: LoadOptions
+) -> tuple[System, list[RewardFn]]:
+    """The trust check: the system and the rewards that a checkpoint names, imported as far as
+    `options` allows. Raises `SettingError` with what it names."""
+    if (outside := outside_models(data)) and not options.trust:
+        raise SettingError(f"{folder}: the checkpoint names {', '.join(outside)}; {AGREE}")
+    system = checkpoint_system(folder, data, options.system, options.trust)
+    if options.rewards is not None:
+        return system, resolve_rewards(options.rewards)
+    with as_data(folder, data, options.trust):
+        return system, resolve_rewards(data["rewards"])
+
+
+def policies_of(data: Mapping[str, Any]) -> dict[str, PolicySpec]:
+    """The policies of a checkpoint by name."""
+    return {name: from_json(PolicySpec, spec) for name, spec in data["policies"].items()}
+
+
+def locate_bases(data: Mapping[str, Any], options: LoadOptions) -> list[CheckpointBase]:
+    """The base check: each base of a checkpoint, found by `options.locate` and checked to have the
+    files and the chat template that the run was trained with."""
+    policies = policies_of(data)
+    base_of_base = (data["policies"].get(BASE) or {}).get("base") or data["base"]["name"]
+    bases = []
+    for name, path in {name: options.locate(name) for name in data["bases"]}.items():
+        renderer, key = base_of(name, path, data)
+        own = tuple(policies[policy] for policy in data["bases"][name]["policies"])
+        bases.append(CheckpointBase(path, renderer, key, own, name == base_of_base))
+    return bases
+
+
+async def start_engines(
+    folder: Path,
+    data: Mapping[str, Any],
+    bases: Sequence[CheckpointBase],
+    running: Mapping[str, LoadedEngine],
+    config: EngineConfig,
+    options: LoadOptions,
+) -> TeamEngines:
+    """The engine start: one engine per base, a running one where there is one for the base, with
+    the checkpoint's adapters loaded. On an error those that were started are stopped."""
+    engines = TeamEngines(dict(running))
+    try:
+        for base in bases:
+            if base.key not in engines.by_base:
+                engine = options.engine or await start_engine(
+                    base.path,
+                    base.renderer,
+                    [*base.policies, *options.guests],
+                    config,
+                    folder=options.scratch,
+                    say=options.say,
+                )
+                engines.started.append(engine)
+                engines.by_base[base.key] = LoadedEngine(engine)
+            loaded = engines.by_base[base.key]
+            engines.used.append(loaded.engine)
+            names = [policy.name for policy in base.policies] + [BASE] * base.base_policy
+            engines.of_policy |= dict.fromkeys(names, (loaded.engine, base.renderer))
+            engines.versions |= await loaded.load(folder, base.policies, data, options.scratch)
+    except BaseException:
+        await engines.close()
+        raise
+    return engines
 
 
 class LoadedTeam:
-    """A checkpoint's team on running engines. Make it with `await LoadedTeam.open(...)`, end it
-    with `await close()`.
+    """A checkpoint's team on running engines; see `load_team`.
 
-    `rollouts` plays; `versions` is the team version with every trained adapter on; `tasks(...)`
-    loads the held-out tasks.
+    Attributes:
+        data: the checkpoint's `system.json`.
+        rollouts: plays episodes.
+        engines: one per base.
+        versions: the team version with every trained adapter.
+        loaded_engines: by the base's key; another checkpoint on the same base can use them.
     """
 
     def __init__(
         self,
+        folder: Path,
         data: dict[str, Any],
         rollouts: EpisodeRunner,
-        engines: Sequence[Engine],
-        versions: dict[str, str],
-        scratch: Path,
-        trust: bool = False,
-        served: Mapping[str, LoadedEngine] | None = None,
-        own: Sequence[Engine] | None = None,
-        folder: Path = Path(),
+        engines: TeamEngines,
+        options: LoadOptions,
     ) -> None:
-        self.data, self.rollouts, self.engines, self.versions = (
-            data,
-            rollouts,
-            list(engines),
-            versions,
-        )
-        self.served = dict(
-            served or {}
-        )  # by the base's files: what another checkpoint on the same base can use too
-        self._scratch, self._trust, self._own = (
-            scratch,
-            trust,
-            list(engines if own is None else own),
-        )
-        self._folder = folder
-
-    @classmethod
-    async def open(
-        cls,
-        checkpoint: str | Path,
-        config: EngineConfig,
-        *,
-        locate: Callable[[str], str] = str,
-        system: str = "",
-        rewards: Sequence[str] | None = None,
-        scratch: Path,
-        seed: int = 0,
-        engine: Engine | None = None,
-        trust: bool = False,
-        say: Callable[[str], None] = print,
-        beside: Sequence[LoadedTeam] = (),
-        guests: Sequence[PolicySpec] = (),
-    ) -> LoadedTeam:
-        """Start what the checkpoint needs.
-
-        Args:
-            locate: from a base's name to where it lies now; its files must be those the run was
-                trained on.
-            system: `module:Class`, needed if the checkpoint's System is not one of
-                `marlora.agents`.
-            scratch: folder for version folders and the server's log; its `versions` part is deleted
-                by `close`.
-            engine: a running engine to use instead (tests).
-            trust: import rewards, tools and task sets the checkpoint names outside marlora, and ask
-                models it names by URL.
-            beside: open teams whose engines serve this one too, where the base is the same; they
-                have to stay open as long.
-            guests: policies of teams that will be opened beside this one, so that the server has
-                room for them.
-        """
-        folder = Path(checkpoint)
-        data = read_checkpoint(folder)
-        if (outside := outside_models(data)) and not trust:
-            raise SettingError(f"{folder}: the checkpoint names {', '.join(outside)}; {AGREE}")
-        team = checkpoint_system(folder, data, system, trust)
-        if rewards is None:
-            with as_data(folder, data, trust):
-                scored = resolve_rewards(data["rewards"])
-        else:
-            scored = resolve_rewards(rewards)
-        bases: dict[str, str] = {name: locate(name) for name in data["bases"]}
-        speaks_as_base = (data["policies"].get(BASE) or {}).get("base") or data["base"]["name"]
-        found_at = {name: base_of(name, path, data) for name, path in bases.items()}
-        policies = {name: from_json(PolicySpec, spec) for name, spec in data["policies"].items()}
-        versions: dict[str, str] = {}
-        engine_of: dict[str, tuple[Engine, ChatRenderer]] = {}
-        served: dict[str, LoadedEngine] = {
-            key: found for other in beside for key, found in other.served.items()
-        }
-        engines: list[Engine] = []
-        started: list[Engine] = []
-        try:
-            for name, path in bases.items():
-                tokens, key = found_at[name]
-                own = [policies[p] for p in data["bases"][name]["policies"]]
-                if key not in served:
-                    started.append(
-                        engine
-                        or await start_engine(
-                            path, tokens, [*own, *guests], config, folder=scratch, say=say
-                        )
-                    )
-                    served[key] = LoadedEngine(started[-1])
-                here = served[key]
-                engines.append(here.engine)
-                speak = [p.name for p in own] + [BASE] * (name == speaks_as_base)
-                engine_of |= dict.fromkeys(speak, (here.engine, tokens))
-                versions |= await here.load(folder, own, data, scratch)
-        except BaseException:
-            for running in started:
-                await running.close()
-            raise
-        values = {
-            path.stem: json.loads(path.read_text())
-            for path in sorted((folder / "values").glob("*.json"))
-        }
-        rollouts = EpisodeRunner(
-            team,
-            completers(policies, engine_of),
-            scored,
-            values,
-            from_json(Sampling, data["sampling"]),
-            EpisodeLimits(),
-            seed,
-            untrusted=not trust,
-        )
-        spoken = {p: v for p, v in versions.items() if p in policies}
-        return cls(data, rollouts, engines, spoken, scratch, trust, served, started, folder)
+        self.folder, self.data, self.rollouts, self.options = folder, data, rollouts, options
+        self.engines, self.loaded_engines = engines.used, engines.by_base
+        self.versions = {p: v for p, v in engines.versions.items() if p in data["policies"]}
+        self._team_engines = engines
 
     @property
     def metric(self) -> str:
+        """Name of the first reward."""
         return fn_name(self.rollouts.rewards[0])
 
     def tasks(self, name: str = "", limit: int | None = None, split: str = "eval") -> list[Task]:
@@ -218,54 +291,55 @@ class LoadedTeam:
             )
         if name and name != own["name"]:
             return load_tasks(name, split, seed=own["seed"], limit=limit)
-        with as_data(self._folder, self.data, self._trust):
-            found = load_tasks(own["name"], split, seed=own["seed"], **own["args"])
+        with as_data(self.folder, self.data, self.options.trust):
+            tasks = load_tasks(own["name"], split, seed=own["seed"], **own["args"])
         if split == "eval":
-            found = found[: own["num_eval_tasks"]]
-            if split_hash(found) != own["eval"]:
+            tasks = tasks[: own["num_eval_tasks"]]
+            if split_hash(tasks) != own["eval"]:
                 raise SettingError(
                     f"tasks {own['name']!r}: the held-out split is not the one of the checkpoint"
                     " (its hash differs)"
                 )
-        return found[:limit]
+        return tasks[:limit]
 
     async def close(self) -> None:
-        """Stop the engines that were started for this team; those of a team it was opened beside
-        are that team's."""
-        for engine in self._own:
-            await engine.close()
-        if self._own:
-            shutil.rmtree(self._scratch / "versions", ignore_errors=True)
+        """Stop the engines that were started for this team; those of a team it was loaded beside
+        go on."""
+        await self._team_engines.close()
+        if self._team_engines.started:
+            shutil.rmtree(self.options.scratch / "versions", ignore_errors=True)
 
 
 def checkpoint_system(
     folder: Path, data: Mapping[str, Any], named: str, trust: bool = False
 ) -> System:
-    """The System a checkpoint names, with its agents, whose tools can be found.
+    """The System of a checkpoint, with its agents, whose tools can be found.
 
-    Another class than ours is imported only if the caller names it (`named`), trust or not. What
-    its arguments name is the checkpoint's.
+    A class outside marlora is imported only if the caller names it (`named`), even with `trust`.
+    What its arguments name is the checkpoint's.
     """
-    cls = data["system"]["class"]
+    path = data["system"]["class"]
     if named:
-        found = system_class(named)
+        cls = system_class(named)
     else:
         try:
             with only_trusted():
-                found = system_class(cls)
+                cls = system_class(path)
         except Untrusted as refused:
             raise SettingError(
-                f"{folder}: the checkpoint's system is {cls}; give --system {cls} to import it"
+                f"{folder}: the checkpoint's system is {path}; give --system {path} to import it"
             ) from refused
     with as_data(folder, data, trust):
         agents = tuple(from_json(AgentSpec, agent) for agent in data["agents"])
-        made = with_settings(found, {"agents": agents, **data["system"]["arguments"]})
-        for agent in made.specs:
+        system = with_settings(cls, {"agents": agents, **data["system"]["arguments"]})
+        for agent in system.specs:
             resolve_tools(agent.tools)
-        return made
+        return system
 
 
 def check_base(name: str, path: str, expected: str | None) -> None:
+    """Raise `SettingError` unless the files of the base at `path` have the expected hash (None: any
+    will do)."""
     if expected is None:
         return
     if not Path(path).is_dir():
@@ -280,7 +354,7 @@ def check_base(name: str, path: str, expected: str | None) -> None:
 
 
 def version_name(policy: str, data: Mapping[str, Any]) -> str:
-    """Policy, step and hash of what a checkpoint holds for a policy."""
+    """The adapter version of a policy in a checkpoint: policy, step and the adapter's hash."""
     return f"{policy}-v{data['step']}-{data['adapters'][policy]['sha256'][:8]}"
 
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from marlora.agents.types import SettingError, Task
-from marlora.rollouts.checkpoints.team import LoadedTeam
+from marlora.rollouts.checkpoints.team import LoadOptions, load_team
 from marlora.rollouts.engines.config import EngineConfig
 from marlora.rollouts.episodes.runner import EpisodeRequest
 from marlora.rollouts.episodes.store import Store
@@ -118,11 +118,15 @@ async def evaluated(checkpoint: Path, folder: Path) -> None:
         SettingError,
         match=r"the program marlora\.recipes\.programs\.openai_roles:main.*--trust_checkpoint",
     ):
-        await LoadedTeam.open(
-            checkpoint, settings, system=system, rewards=["exact"], scratch=folder / "no"
+        await load_team(
+            checkpoint,
+            settings,
+            LoadOptions(system=system, rewards=["exact"], scratch=folder / "no"),
         )
-    team = await LoadedTeam.open(
-        checkpoint, settings, system=system, rewards=["exact"], scratch=folder / "yes", trust=True
+    team = await load_team(
+        checkpoint,
+        settings,
+        LoadOptions(system=system, rewards=["exact"], scratch=folder / "yes", trust=True),
     )
     try:
         episode = await team.rollouts.play(

@@ -23,7 +23,7 @@ from marlora.agents.system import System, build_system
 from marlora.agents.types import AgentSpec, PolicySpec, Sampling, SettingError, Task, to_json
 from marlora.rollouts.checkpoints import team as served
 from marlora.rollouts.checkpoints.reader import places, read_checkpoint
-from marlora.rollouts.checkpoints.team import LoadedTeam
+from marlora.rollouts.checkpoints.team import LoadOptions, load_team
 from marlora.rollouts.engines.config import EngineConfig
 from marlora.rollouts.engines.scripted import ByteTokenizer, ScriptedEngine
 from marlora.rollouts.episodes.runner import EpisodeRequest
@@ -144,14 +144,10 @@ async def work(folder: Path, **settings: Any) -> None:
     """What `play`, `collect`, `eval` and `serve` do with a checkpoint, on an engine that needs no
     model."""
     engine = ScriptedEngine(lambda prompt, ref, sampling, k: "Answer: 1")
-    team = await LoadedTeam.open(
-        folder,
-        EngineConfig(),
-        scratch=folder / "scratch",
-        engine=engine,
-        say=lambda text: None,
-        **settings,
+    options = LoadOptions(
+        scratch=folder / "scratch", engine=engine, say=lambda text: None, **settings
     )
+    team = await load_team(folder, EngineConfig(), options)
     try:
         tasks = [*team.tasks(limit=1), *team.tasks(limit=1, split="train")]
         for player in (team.rollouts, team.rollouts.greedy()):

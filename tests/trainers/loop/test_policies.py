@@ -14,11 +14,11 @@ import torch
 
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.types import Turn
-from marlora.rollouts.checkpoints.team import LoadedTeam
+from marlora.rollouts.checkpoints.team import LoadOptions, load_team
 from marlora.rollouts.engines.config import EngineConfig
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.store import Store
-from marlora.trainers.loop.run import Run
+from marlora.trainers.loop.run import TrainingRun
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
 from marlora.trainers.testbeds.tiny import tiny_chain, tiny_random_model
 from tests.trainers.outside import Outside
@@ -43,7 +43,7 @@ def earlier(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(
     folder: Path, model: Path, system: Any = None, **changes: Any
-) -> tuple[dict[str, Any], Run]:
+) -> tuple[dict[str, Any], TrainingRun]:
     settings = {"max_steps": 1, **changes}
     trainer = GRPOTrainer(
         system=system or Chain(**CHAIN),
@@ -159,7 +159,9 @@ def test_a_run_goes_on_after_evaluation_with_the_adapters_it_has(
     hashes = {name: entry["sha256_after"] for name, entry in summary["policies"].items()}
     after = trainer.evaluate()
     assert after["accuracy"] == summary["eval"]["after"]["accuracy"]
-    assert {name: trainer.run.bases[str(model)].adapters.sha256(name) for name in hashes} == hashes
+    assert {
+        name: trainer.run.learner.bases[str(model)].adapters.sha256(name) for name in hashes
+    } == hashes
     served = {
         t.version
         for e in Store(tmp_path / "run" / "episodes").read(step=1)
@@ -201,13 +203,13 @@ def test_two_agents_share_a_policy(model: Path, tmp_path: Path) -> None:
         assert {turn.version.split("-v")[0] for turn in turns(tmp_path / "run", agent, step=2)} == {
             "both"
         }
-    assert run.policy_of == {"first": "both", "last": "both"}
+    assert run.learner.policy_of == {"first": "both", "last": "both"}
     assert (summary["live_proof"]["passed"], summary["live_proof"]["failed"]) == (2, 0)
 
 
 def test_an_agent_on_the_bare_base(model: Path, tmp_path: Path) -> None:
     summary, run = train(tmp_path / "run", model, agents={"first": {"policy": "base"}}, max_steps=2)
-    assert moved(summary) == {"last": True} and run.policy_of == {"last": "last"}
+    assert moved(summary) == {"last": True} and run.learner.policy_of == {"last": "last"}
     assert {(turn.policy, turn.version) for turn in turns(tmp_path / "run", "first", step=2)} == {
         ("base", "")
     }
@@ -220,7 +222,7 @@ def test_an_outside_teammate_by_url(model: Path, tmp_path: Path) -> None:
     with Outside(lambda body: str(body["seed"] % 10)) as outside:
         policies = {"first": {"url": outside.url, "base": "far"}}
         summary, run = train(tmp_path / "run", model, policies=policies)
-    assert moved(summary) == {"last": True} and run.policy_of == {"last": "last"}
+    assert moved(summary) == {"last": True} and run.learner.policy_of == {"last": "last"}
     told = turns(tmp_path / "run", "first")
     assert all(
         turn.token_ids == () and turn.prompt_ids == () and turn.text in "0123456789"
@@ -253,9 +255,9 @@ def test_two_bases_in_one_team(model: Path, tmp_path: Path) -> None:
         1024,
         512,
     ]
-    assert [base.policies for base in run.bases.values()] == [("first",), ("last",)]
+    assert [base.policies for base in run.learner.bases.values()] == [("first",), ("last",)]
     assert (summary["live_proof"]["passed"], summary["live_proof"]["failed"]) == (4, 0)
-    speaker = run.stage.rollouts.speakers["base"]
+    speaker = run.rollouts.runner.speakers["base"]
     assert isinstance(speaker, EngineCompleter) and speaker.engine.info().base == str(
         model
     )  # the run's own, not the last one started
@@ -263,13 +265,10 @@ def test_two_bases_in_one_team(model: Path, tmp_path: Path) -> None:
     async def again() -> None:
         checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
         config = EngineConfig(engine="transformers")
-        team = await LoadedTeam.open(
-            checkpoint,
-            config,
-            rewards=["exact"],
-            scratch=tmp_path / "scratch",
-            say=lambda text: None,
+        options = LoadOptions(
+            rewards=["exact"], scratch=tmp_path / "scratch", say=lambda text: None
         )
+        team = await load_team(checkpoint, config, options)
         try:
             bases = {
                 name: speaker.engine.info().base for name, speaker in team.rollouts.speakers.items()
