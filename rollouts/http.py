@@ -1,7 +1,8 @@
 """HTTP client of vLLM servers and of API models: one session, one retry policy (aiohttp).
 
-`send` is one try, `retry` repeats a try as a `RetryPolicy` says, `fetch` is one blocking request for
-checks at start-up. Errors that may pass (429, 5xx, time-outs, lost connections) are `Transient`.
+`send` is one try, `retry` repeats a try as a `RetryPolicy` says, `fetch` is one blocking request
+for checks at start-up. Errors that may pass (429, 5xx, time-outs, lost connections) are
+`Transient`.
 """
 
 from __future__ import annotations

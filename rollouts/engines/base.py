@@ -57,7 +57,7 @@ class EngineInfo:
     dtype: str = "float32"
     max_rank: int = 0
     replicas: tuple[str, ...] = ("local",)
-    exact: bool = False
+    deterministic: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -1,5 +1,5 @@
-"""Completers: what samples the replies of a policy, an engine (by token ids and adapter version) or a
-model behind an OpenAI-compatible address (by text)."""
+"""Completers: what samples the replies of a policy, an engine (by token ids and adapter version) or
+a model behind an OpenAI-compatible address (by text)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Completer(Protocol):
 
 
 class EngineCompleter:
-    """A policy that is served here: the chat becomes token ids once, and the engine samples with the
-    adapter version of the call."""
+    """A policy that is served here: the chat becomes token ids once, and the engine samples with
+    the adapter version of the call."""
 
     def __init__(self, engine: Engine, tokens: ChatRenderer, policy: str) -> None:
         self.engine, self.tokens, self.policy = engine, tokens, policy

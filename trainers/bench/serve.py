@@ -12,17 +12,23 @@ import asyncio
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from ...agents.types import PolicySpec, Sampling
 from ...rollouts.engines.base import Engine, ModelRef
-from ...rollouts.engines.vllm.server_args import command
+from ...rollouts.engines.config import EngineConfig
+from ...rollouts.engines.hardware import choose_dtype, has_gpu
+from ...rollouts.engines.vllm.engine import VLLMEngine, server_settings
+from ...rollouts.engines.vllm.server import start_servers
+from ...rollouts.engines.vllm.server_args import GUARD
+from ...rollouts.renderer import ChatRenderer
 from ..errors import RunError
 from ..model.adapters import Adapters
 from .measure import Options, machine, table
-from .publish import served
+from .publish import say, served
 from .update import Case, disturb, recorded
 
 ADAPTERS = (0, 1, 2, 4, 8)
@@ -38,11 +44,10 @@ def serve(options: Options) -> dict[str, Any]:
     if options.engine not in ("", "vllm"):
         raise RunError(f"bench serve: measures vLLM servers of ours, not {options.engine}")
     found = {}
-    for guard in (True, False):
-        with served(options, "vllm", POLICIES) as (start, _, folder, model), _guarded(guard):
-            found["guard" if guard else "open"] = asyncio.run(
-                _measure(start, folder, model, options.repeats)
-            )
+    for name, guard in (("guard", GUARD), ("open", "")):
+        with served(options, "vllm", POLICIES) as (_, tokens, folder, model):
+            start = partial(_start, model, tokens, folder, guard)
+            found[name] = asyncio.run(_measure(start, folder, model, options.repeats))
     first = found["guard"]
     rows = [
         [way, what, f"{value:,.3f}" if value < 10 else f"{value:,.0f}"]
@@ -89,13 +94,13 @@ def serve(options: Options) -> dict[str, Any]:
     }
 
 
-def _guarded(guard: bool) -> Any:
-    """Servers that start meanwhile have our guard, or have not."""
-
-    def bare(*args: Any, **kwargs: Any) -> list[str]:
-        return [flag for flag in command(*args, **kwargs) if not flag.startswith("--middleware")]
-
-    return mock.patch("marlora.rollouts.engines.vllm.server.command", command if guard else bare)
+async def _start(model: str, tokens: ChatRenderer, folder: Path, guard: str) -> Engine:
+    """An engine on a server with this middleware ("" = none)."""
+    dtype = choose_dtype(model, "auto", on_gpu=has_gpu())
+    config = EngineConfig(engine="vllm", max_model_len=512, engine_dtype=dtype)
+    settings = replace(server_settings(model, POLICIES, config, folder, say), guard=guard)
+    servers = await start_servers(settings, progress=say)
+    return VLLMEngine(servers, tokens, adapter_root=folder / "versions")
 
 
 async def _measure(start: Any, folder: Path, model: str, repeats: int) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """ASGI middleware with an API key and an allow-list of routes, for the vLLM servers started here.
 
-vLLM loads it with `--middleware marlora.rollouts.engines.vllm.auth.Guard`. Its own `--api-key` leaves
-routes open that generate, load any folder as an adapter and delete adapters. Behind this middleware
-only the routes and methods that marlora uses exist, and all but `GET /health` need the key.
-Standard library only, since it is imported inside the server's process.
+vLLM loads it with `--middleware marlora.rollouts.engines.vllm.auth.Guard`. Its own `--api-key`
+leaves routes open that generate, load any folder as an adapter and delete adapters. Behind this
+middleware only the routes and methods that marlora uses exist, and all but `GET /health` need the
+key. Standard library only, since it is imported inside the server's process.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 the workers of CPU servers that are started here.
 
 vLLM 0.32 marks a row of the base model with adapter index -1 and, on a CPU, reads the weights of
-slot -1: the *last* slot. Once that slot is in use, base requests decoded beside adapter requests are
-computed with that adapter (measured: 2 to 5 nat per token). It also copies an adapter's weights
+slot -1: the *last* slot. Once that slot is in use, base requests decoded beside adapter requests
+are computed with that adapter (measured: 2 to 5 nat per token). It also copies an adapter's weights
 once per token. Here rows are grouped by adapter: each group is two matrix products (3 to 20 times
 faster on one core: SmolLM2-135M's shapes, rank 16, 32 to 1024 rows, bfloat16 or float32), and the
 base's are left alone.

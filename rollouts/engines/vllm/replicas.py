@@ -1,5 +1,5 @@
-"""Several vLLM servers as one: a lost replica is passed over, brought back with exactly the adapters
-it should have, and used again.
+"""Several vLLM servers as one: a lost replica is passed over, brought back with exactly the
+adapters it should have, and used again.
 
 A server that was started here is started again; one by URL is asked until it answers. Meanwhile
 requests go to the others, and versions are loaded and retired there. A replica comes back only when

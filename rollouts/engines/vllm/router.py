@@ -1,6 +1,6 @@
-"""Routing of chats over several servers: our own choice of a replica (`Routes`), or a router in front
-of the servers, for generation alone (`Router`): vllm-router, or any that keeps the requests of one
-`X-Session-ID` together.
+"""Routing of chats over several servers: our own choice of a replica (`Routes`), or a router in
+front of the servers, for generation alone (`Router`): vllm-router, or any that keeps the requests
+of one `X-Session-ID` together.
 
 A router spreads chats over the servers that it watches itself, and hashes a chat's id so that it
 stays where its prefix is cached. It knows nothing of adapters: they are published to every server

@@ -1,5 +1,5 @@
-"""Starts and stops vLLM servers: each is one process group under a supervisor, with a key file and a
-log in the run's folder."""
+"""Starts and stops vLLM servers: each is one process group under a supervisor, with a key file and
+a log in the run's folder."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def port_is_free(host: str, port: int) -> bool:
 
 
 def served_base(url: str, key: str) -> tuple[str, int]:
-    """(name, context in tokens) of the base that a server serves. Raises `EngineError` if it gives no
-    answer, or not that of a vLLM server with this key."""
+    """(name, context in tokens) of the base that a server serves. Raises `EngineError` if it gives
+    no answer, or not that of a vLLM server with this key."""
     try:
         status, body = fetch(f"{url}/v1/models", key)
         if status != 200:
@@ -155,8 +155,8 @@ class VLLMServer:
         self._tries += 1
 
     def ready(self) -> bool:
-        """Does the starting server answer? Raises `EngineError` if it died or took too long (then it
-        has been stopped)."""
+        """Does the starting server answer? Raises `EngineError` if it died or took too long (then
+        it has been stopped)."""
         seconds = time.monotonic() - self._launched
         if not self.alive:
             tail = self.tail()

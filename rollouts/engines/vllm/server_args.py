@@ -119,8 +119,8 @@ class LoraSizes:
 
 
 def lora_sizes(policies: Iterable[PolicySpec], staleness: int = 0) -> LoraSizes | None:
-    """Slots so that no adapter in use is ever evicted, and one more for the second copy that the live
-    proof loads. None if no policy has an adapter."""
+    """Slots so that no adapter in use is ever evicted, and one more for the second copy that the
+    live proof loads. None if no policy has an adapter."""
     served = [policy for policy in policies if policy.has_adapter]
     if not served:
         return None

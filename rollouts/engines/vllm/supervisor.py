@@ -1,7 +1,7 @@
 """Process supervisor: runs one server and ends its process group when its owner is gone.
 
-`python -P supervisor.py OWNER_PID LOG COMMAND...`, run as a script. The owner holds the other end of
-our standard input: when it closes (stop, exit, SIGKILL) the server's process group is ended. An
+`python -P supervisor.py OWNER_PID LOG COMMAND...`, run as a script. The owner holds the other end
+of our standard input: when it closes (stop, exit, SIGKILL) the server's process group is ended. An
 owner that forked leaves that pipe open in its children, so the parent's id is watched as well. A
 supervisor is needed because the kernel's parent-death signal follows the *thread* that started a
 process, and an owner may start servers from any thread. Standard library only.

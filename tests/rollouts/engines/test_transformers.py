@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.types import BASE, AgentSpec, Completion, Message, Sampling, SettingError, Task
 from marlora.rollouts.engines.base import EngineError, ModelRef
-from marlora.rollouts.engines.transformers import TransformersEngine, shape_logits
+from marlora.rollouts.engines.transformers import TransformersEngine
+from marlora.rollouts.engines.transformers_sampler import Sampler, shape_logits
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import EpisodeRunner, episode_requests
 from marlora.rollouts.renderer import ChatRenderer, load_tokenizer
@@ -196,11 +197,9 @@ def test_requests_of_the_same_moment_share_a_batch(
     model: Path, tokens: ChatRenderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    plain = TransformersEngine._decode
+    plain = Sampler.decode
     monkeypatch.setattr(
-        TransformersEngine,
-        "_decode",
-        lambda self, batch: (sizes.append(len(batch)), plain(self, batch))[1],
+        Sampler, "decode", lambda self, batch: (sizes.append(len(batch)), plain(self, batch))[1]
     )
     prompt = tokens.prompt([Message("user", "7")])
     calls = [

@@ -14,8 +14,7 @@ import torch
 
 from marlora.agents.types import SettingError
 from marlora.rollouts.engines.base import ModelRef
-from marlora.rollouts.engines.vllm import server as vllm_server
-from marlora.rollouts.engines.vllm.server_args import ServerSettings
+from marlora.rollouts.engines.vllm.server_args import GUARD, ServerSettings, command
 from marlora.trainers.batching.batches import pack
 from marlora.trainers.bench import (
     agents,
@@ -381,9 +380,8 @@ def test_serve_and_publish_with_servers_of_their_own(monkeypatch: pytest.MonkeyP
 def test_a_server_without_the_guard_is_the_same_command_but_for_it(model: Path):
     settings = ServerSettings(str(model), model)
     made = []
-    for guard in (True, False):
-        with serve._guarded(guard):
-            made.append(vllm_server.command(settings, 1, True))
+    for guard in (GUARD, ""):
+        made.append(command(dataclasses.replace(settings, guard=guard), 1, True))
     assert [flag for flag in made[0] if flag not in made[1]] == [
         "--middleware=marlora.rollouts.engines.vllm.auth.Guard"
     ]

@@ -202,14 +202,14 @@ class StalePrefix(Liar):
     @torch.inference_mode()
     def _reply(self, ids: tuple[int, ...], ref: ModelRef, sampling: Sampling) -> Completion:
         draw, tokens, logprobs = random.Random(sampling.seed), [], []
-        self.true._speak_as(ModelRef(ref.policy, self.older.get(ref.version, "")))
-        cache = self.true._model(input_ids=torch.tensor([ids[:-1]]), use_cache=True).past_key_values
-        self.true._speak_as(ref)
+        self.true.sampler.activate(ModelRef(ref.policy, self.older.get(ref.version, "")))
+        prompt = torch.tensor([ids[:-1]])
+        cache = self.true.sampler.model(input_ids=prompt, use_cache=True).past_key_values
+        self.true.sampler.activate(ref)
         for _ in range(sampling.max_tokens):
             last = torch.tensor([[tokens[-1] if tokens else ids[-1]]])
-            logits = self.true._model(input_ids=last, past_key_values=cache, use_cache=True).logits[
-                0, -1
-            ]
+            out = self.true.sampler.model(input_ids=last, past_key_values=cache, use_cache=True)
+            logits = out.logits[0, -1]
             row = torch.log_softmax(logits / sampling.temperature, -1)
             tokens.append(draw.choices(range(len(row)), row.exp().tolist())[0])
             logprobs.append(float(row[tokens[-1]]))

@@ -1,0 +1,286 @@
+"""Sampler of the in-process engine: decoding, scoring and LoRA adapters of one model, in torch.
+
+A token is the inverse of the cumulative distribution at a uniform number drawn from the request's
+own seed, so that a batch gives the same tokens whenever it is decoded. Everything here runs in the
+engine's one worker thread. torch and peft are imported inside functions only.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...agents.types import Sampling, SettingError
+from ..renderer import ChatRenderer
+from .base import ModelRef
+
+
+@dataclass(eq=False)
+class SampleRequest:
+    """One reply to be sampled: prompt ids, adapter, sampling; and the tokens sampled so far."""
+
+    ids: tuple[int, ...]
+    ref: ModelRef
+    sampling: Sampling  # without its seed, so that requests can be compared
+    seed: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str = ""
+
+    @property
+    def batch(self) -> tuple[Any, ...]:
+        """Requests of equal value can be decoded together."""
+        s = self.sampling
+        settings = (
+            s.temperature,
+            s.top_p,
+            s.top_k,
+            s.min_p,
+            s.repetition_penalty,
+            s.presence_penalty,
+            s.frequency_penalty,
+        )
+        return (self.ref, settings, tuple(sorted(s.logit_bias.items())), s.max_tokens, s.stop)
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Sort key: depends on nothing but the request."""
+        return (*self.batch, len(self.ids), self.seed, self.ids)
+
+
+def load_model(model: str, dtype: str, device: str) -> Any:
+    """The frozen model on its device. Raises `SettingError` if it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        # without False, transformers asks on the terminal whether to run the code that a model
+        # folder brings
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
+        on_device = loaded.to(device).eval()
+    except (OSError, ValueError) as error:
+        raise SettingError(
+            f"model {model!r}: cannot be loaded ({str(error).splitlines()[0]})"
+        ) from error
+    on_device.requires_grad_(False)
+    return on_device
+
+
+class Sampler:
+    """A causal language model with switchable LoRA adapters.
+
+    Adapters are never merged: the base stays what it was. At temperature 0 the log-probabilities
+    are those at temperature 1; otherwise those of the distribution the token was drawn from.
+
+    Args:
+        model: on its device, frozen, in eval mode.
+        tokens: decodes stop strings, and names the tokens that end a reply.
+    """
+
+    def __init__(self, model: Any, tokens: ChatRenderer, device: str) -> None:
+        self.model, self.tokens, self.device = model, tokens, device
+        # the version that is switched on, "" for the bare base, None if unknown
+        self._active: str | None = None
+
+    def load(self, folder: Path) -> None:
+        """Load an adapter folder; its name becomes the adapter's. Raises what PEFT raises."""
+        from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+
+        self._active = None
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        if isinstance(self.model, PeftModel):
+            self.model.add_adapter(folder.name, config, autocast_adapter_dtype=False)
+        else:
+            self.model = PeftModel(self.model, config, folder.name, autocast_adapter_dtype=False)
+        try:
+            weights = load_peft_weights(str(folder), device=self.device)
+            keys = set_peft_model_state_dict(self.model, weights, adapter_name=folder.name)
+            missing = [key for key in keys.missing_keys if f".{folder.name}." in key]
+            if missing or keys.unexpected_keys:
+                raise ValueError(
+                    f"{folder} does not fit the model: missing {missing[:3]}, unknown"
+                    f" {keys.unexpected_keys[:3]}"
+                )
+        except Exception:
+            self.unload(folder.name)
+            raise
+        self.model.eval()
+
+    def unload(self, version: str) -> None:
+        self._active = None
+        others = [name for name in self.model.peft_config if name != version]
+        if others:
+            self.model.set_adapter(others[0])  # PEFT keeps one active
+            self.model.delete_adapter(version)
+        else:
+            self.model = self.model.unload()  # the base as it was; nothing was ever merged
+        self.model.requires_grad_(False)
+
+    def activate(self, ref: ModelRef) -> None:
+        """Switch to this version's adapter, or to the bare base. Only if needed: PEFT's switches
+        cost as much as a token."""
+        if self._active == ref.version:
+            return
+        if ref.version:
+            self.model.base_model.enable_adapter_layers()
+            self.model.set_adapter(ref.version)
+            self.model.requires_grad_(False)  # PEFT turns the gradients of the active adapter on
+        elif hasattr(self.model, "peft_config"):
+            self.model.base_model.disable_adapter_layers()
+        self._active = ref.version
+
+    def score(self, ids: tuple[int, ...], ref: ModelRef) -> list[float]:
+        """Log-probabilities [len(ids) - 1] of ids[1:] at temperature 1."""
+        import torch
+
+        with torch.inference_mode():
+            self.activate(ref)
+            tensor = torch.tensor([ids], device=self.device)
+            logits = self.model(input_ids=tensor, use_cache=False).logits[0, :-1].float()
+            return torch.log_softmax(logits, -1).gather(1, tensor[0, 1:, None])[:, 0].tolist()
+
+    def decode(self, batch: Sequence[SampleRequest]) -> None:
+        """Fill in tokens, log-probs and finish reason of each request. All have the same ref and
+        sampling.
+
+        Equal prompts are read once. Rows that have ended are dropped from the cache when half of
+        them have.
+        """
+        import torch
+
+        with torch.inference_mode():
+            self.activate(batch[0].ref)
+            prompts = list(dict.fromkeys(request.ids for request in batch))
+            width = max(map(len, prompts))
+            ids = torch.tensor([(0,) * (width - len(p)) + p for p in prompts], device=self.device)
+            mask = torch.tensor(
+                [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device
+            )
+            out = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            rows = list(batch)
+            noise = {id(request): random.Random(request.seed) for request in batch}
+            selected = torch.tensor(
+                [prompts.index(request.ids) for request in batch], device=self.device
+            )
+            cache, logits, mask = out.past_key_values, out.logits[:, -1][selected], mask[selected]
+            if len(prompts) < len(batch):
+                cache.reorder_cache(selected)
+            while True:
+                tokens = self._draw(rows, logits, [noise[id(request)].random() for request in rows])
+                unfinished = [i for i, request in enumerate(rows) if not request.finish_reason]
+                if not unfinished:
+                    return
+                if len(unfinished) <= len(rows) // 2:
+                    selected = torch.tensor(unfinished, device=self.device)
+                    cache.reorder_cache(selected)
+                    rows = [rows[i] for i in unfinished]
+                    tokens, mask = tokens[selected], mask[selected]
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+                out = self.model(
+                    input_ids=tokens[:, None],
+                    attention_mask=mask,
+                    position_ids=mask.sum(1, keepdim=True) - 1,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                cache, logits = out.past_key_values, out.logits[:, -1]
+
+    def _draw(self, rows: list[SampleRequest], logits: Any, uniform: list[float]) -> Any:
+        """Draw a token [B] for each row from logits [B, V]; append it to the rows that have not
+        ended."""
+        import torch
+
+        sampling = rows[0].sampling
+        shaped = shape_logits(
+            logits.float(), sampling, [r.ids for r in rows], [r.token_ids for r in rows]
+        )
+        logprobs = torch.log_softmax(shaped, -1)
+        if sampling.temperature == 0:
+            tokens = shaped.argmax(-1)
+        else:
+            cumulative = logprobs.double().exp().cumsum(-1)
+            points = (
+                torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None]
+                * cumulative[:, -1:]
+            )
+            tokens = torch.searchsorted(cumulative, points, right=True)[:, 0].clamp(
+                max=logits.shape[-1] - 1
+            )
+        drawn = logprobs.gather(1, tokens[:, None])[:, 0]
+        for request, token, logprob in zip(rows, tokens.tolist(), drawn.tolist(), strict=True):
+            if not request.finish_reason:
+                request.token_ids.append(token)
+                request.logprobs.append(logprob)
+                request.finish_reason = self._end(request)
+        return tokens
+
+    def _end(self, request: SampleRequest) -> str:
+        """The finish reason after the newest token, "" if the reply goes on."""
+        stop = request.sampling.stop
+        if request.token_ids[-1] in self.tokens.eos_ids:
+            return "stop"
+        # a stop string ends in the newest token, so a tail of as many tokens as it has bytes is
+        # enough
+        if stop:
+            tail = request.token_ids[-max(len(s.encode()) for s in stop) - 4 :]
+            if any(s in self.tokens.decode(tail) for s in stop):
+                return "stop"
+        return "length" if len(request.token_ids) >= request.sampling.max_tokens else ""
+
+
+def shape_logits(
+    logits: Any,
+    sampling: Sampling,
+    prompts: Sequence[Sequence[int]],
+    sampled: Sequence[Sequence[int]],
+) -> Any:
+    """The logits [B, V] a token is drawn from: penalties, bias, temperature, min_p, top_k, top_p,
+    in this order.
+
+    Repetition counts prompt and reply, presence and frequency the reply alone. Temperature 0 stays
+    at 1: its token is the largest.
+    """
+    import torch
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    if sampling.repetition_penalty != 1:
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        for row, (before, after) in enumerate(zip(prompts, sampled, strict=True)):
+            seen[row, list({*before, *after})] = True
+        factor = sampling.repetition_penalty
+        logits = torch.where(
+            seen, torch.where(logits > 0, logits / factor, logits * factor), logits
+        )
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        counts = torch.zeros_like(logits)
+        for row, after in enumerate(sampled):
+            counts[row] = torch.bincount(
+                torch.tensor(after, dtype=torch.long), minlength=logits.shape[-1]
+            ).to(logits)
+        logits = (
+            logits - sampling.frequency_penalty * counts - sampling.presence_penalty * (counts > 0)
+        )
+    if sampling.logit_bias:
+        logits = logits.clone()
+        logits[:, [int(token) for token in sampling.logit_bias]] += torch.tensor(
+            list(sampling.logit_bias.values())
+        ).to(logits)
+    if sampling.temperature == 0:
+        return logits
+    logits = logits / sampling.temperature
+    if sampling.min_p > 0:
+        logits = MinPLogitsWarper(sampling.min_p)(None, logits)
+    if sampling.top_k > 0:
+        logits = TopKLogitsWarper(sampling.top_k)(None, logits)
+    if sampling.top_p < 1:
+        logits = TopPLogitsWarper(sampling.top_p)(None, logits)
+    return logits
