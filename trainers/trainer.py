@@ -7,16 +7,18 @@ A method is a subclass that names its settings and says what a step's episodes t
         Config = MyConfig
 
         def learn(self, step, episodes):
-            done = self.run.learn(step, samples(...)[0], self.loss)
+            done = self.run.learner.learn(step, samples(...)[0], self.loss)
             return self.rows(done, episodes)
 
-`Run` has the services (play, store, publish, prove, checkpoint, resume); a method that plays other
-than `tasks_per_step` tasks overrides `collect`, one that reports more than accuracies overrides
-`report`, one that learns scalar heads beside the policies overrides `heads`.
+`TrainingRun` has the parts (`rollouts`, `learner`, `sync`, `evaluator`, `log`, `checkpointer`); a
+method that plays other than `tasks_per_step` tasks overrides `collect`, one that reports more than
+accuracies overrides `report`, one that learns scalar heads beside the policies overrides `heads`,
+one whose system scores itself overrides `extra_rewards`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -29,7 +31,8 @@ from ..rollouts.types import Episode, groups
 from .config import RunConfig
 from .credit.weights import Advantages
 from .errors import Stopped
-from .loop.run import Run
+from .loop.run import TrainingRun
+from .loop.spec import RunSpec
 from .update.optimizer_step import UpdateResult
 from .update.scalar_heads import HeadSpec
 
@@ -72,30 +75,31 @@ class Trainer(Generic[C]):
         self.args.model = model or self.args.model
         if isinstance(tasks, str):
             self.args.tasks, tasks = tasks, None
-        self.run = Run(
+        self.spec = RunSpec.resolve(
             self.args,
             system,
             tasks=tasks,
             eval_tasks=eval_tasks,
             rewards=rewards,
-            engine=engine,
+            extra_rewards=self.extra_rewards(),
             recipe=recipe or type(self).__name__,
         )
-        self.run.heads = tuple(self.heads())
+        self.spec = dataclasses.replace(self.spec, heads=tuple(self.heads()))
+        self.run = TrainingRun(self.spec, engine)
         self.before: Evaluation | None = None
         if self.ratios:
             self._check_sampling()
 
     def _check_sampling(self) -> None:
-        for name, spec in self.run.policies.items():
+        for name, policy in self.spec.policies.items():
             speaks = [
                 agent.sampling or self.args.sampling()
-                for agent in self.run.system.specs
+                for agent in self.spec.system.specs
                 if agent.policy == name
             ]
             if (
-                spec.trainable
-                and spec.has_adapter
+                policy.trainable
+                and policy.has_adapter
                 and not any(sampling.on_policy for sampling in speaks)
             ):
                 raise SettingError(
@@ -109,28 +113,34 @@ class Trainer(Generic[C]):
         finished step and goes on up; so does an engine that is gone."""
         run = self.run.open()
         try:
-            self.before = run.evaluate("before", versions={})
+            self.before = run.evaluator.evaluate("before", versions={})
             for step in run.steps():
                 episodes = self.collect(step)
                 run.finish(step, episodes, self.learn(step, episodes))
-            after = run.evaluate("after")
+            after = run.evaluator.evaluate("after")
             return run.summarise(self.before, after, self.report())
         except Stopped:
             run.save()
             raise
         except EngineError as error:
-            run.rescue(error)
+            run.emergency_save(error)
             raise
         finally:
             run.close()
 
     def heads(self) -> Sequence[HeadSpec]:
-        """Scalar heads that the method learns beside the policies: critics, verifiers."""
+        """Scalar heads that the method learns beside the policies: critics, verifiers. Read once,
+        when `self.spec` is there and the run is not."""
+        return ()
+
+    def extra_rewards(self) -> Sequence[RewardFn]:
+        """Rewards that the method needs beside those of the settings. Read once, before anything
+        else is there."""
         return ()
 
     def collect(self, step: int) -> list[Episode]:
         """The step's episodes, the same on every rank."""
-        return self.run.collect(step)
+        return self.run.rollouts.collect(step)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Update the adapters from the step's episodes; returns the step's metrics (see `rows`)."""
@@ -150,34 +160,34 @@ class Trainer(Generic[C]):
     ) -> dict[str, dict[str, Any]]:
         """`policies` of the step's metrics: per trainable policy what its update did, and the
         shares of its turns cut off or silent."""
-        trainable = [name for base in self.run.bases.values() for name in base.adapters.trainable]
         return {
             name: {
                 **metrics(done.get(name)),
-                **shares_of(episodes, self.run.agents_of[name], advantages),
+                **shares_of(episodes, self.spec.agents_of[name], advantages),
             }
-            for name in trainable
+            for name in self.run.learner.trainable
         }
 
     def contributions(self) -> dict[str, Any]:
         """What each adapter is worth: held-out accuracy with one adapter on and the others off,
         paired against the base team."""
-        run, found = self.run, {}
+        run, shares = self.run, {}
         if not self.args.ablate_adapters:
             return {}
-        versions = run.versions
-        for policy in run.trained:
-            result = run.evaluate(
+        versions = run.sync.current
+        for policy in run.learner.trained:
+            result = run.evaluator.evaluate(
                 f"only-{policy}", versions={p: v for p, v in versions.items() if p == policy}
             )
             if result is not None and self.before is not None:
-                found[policy] = {**result.summary(), "paired": paired(self.before, result)}
-        return {"adapters": found}
+                shares[policy] = {**result.summary(), "paired": paired(self.before, result)}
+        return {"adapters": shares}
 
     def evaluate(self, num_tasks: int | None = None) -> dict[str, Any]:
         """Held-out accuracy of the team as it stands, with its 95 % interval."""
         with self.run as run:
-            result = run.evaluate(f"step-{run.step:06d}", tasks=run.eval_tasks[:num_tasks])
+            tasks = self.spec.eval_tasks[:num_tasks]
+            result = run.evaluator.evaluate(f"step-{run.step:06d}", tasks=tasks)
             return result.summary() if result else {}
 
 
@@ -202,7 +212,7 @@ def shares_of(
     """Share of the agents' turns that were cut off, and (given advantages) of groups whose
     comparison taught them nothing."""
     turns = [turn for episode in episodes for turn in episode.turns if turn.agent in agents]
-    found = groups(episodes)
+    compared = groups(episodes)
     shares = {
         "truncated": sum(turn.finish_reason == "length" for turn in turns) / max(len(turns), 1)
     }
@@ -215,6 +225,6 @@ def shares_of(
             for t in e.turns
             if t.agent in agents
         )
-        for group in found.values()
+        for group in compared.values()
     )
-    return {**shares, "constant_groups": silent / max(len(found), 1)}
+    return {**shares, "constant_groups": silent / max(len(compared), 1)}

@@ -18,10 +18,10 @@ def train(trainer: type[Trainer[Any]], config: Any, recipe: str) -> None:
     others (`serve_only`)."""
     made = trainer(args=config, recipe=recipe)
     if config.dry_run:
-        print_plan(made.run)
+        print_plan(made.run.spec)
         return
     if config.serve_only:
-        serve(made.run)
+        serve(made.run.spec)
         return
     summary = made.train()
     if made.run.ranks.main:

@@ -171,7 +171,7 @@ def test_moving_baselines_are_restored(model: Path, tmp_path: Path) -> None:
             credit="rae",
             **settings,
         )
-        return made.run.credit_state, made.train()["policies"]
+        return made.run.learner.credit_state, made.train()["policies"]
 
     whole = run(tmp_path / "whole", 3)
     run(tmp_path / "cut", 1)

@@ -378,7 +378,7 @@ def test_empty_replies_are_trained_on_like_others(model: Path, tmp_path: Path) -
     )
     run = made.run.open()
     try:
-        episodes = run.collect(1)
+        episodes = run.rollouts.collect(1)
         metrics = made.learn(1, episodes)
     finally:
         run.close()
@@ -407,7 +407,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(
     ]
     monkeypatch.setattr("sys.argv", ["grpo_team.py", *flags])
     monkeypatch.setattr(
-        "marlora.trainers.loop.run.Run.open", lambda self: pytest.fail("a dry run opens nothing")
+        "marlora.trainers.loop.run.TrainingRun.open", lambda self: pytest.fail("a dry run opens nothing")
     )
     grpo_team.main()
     shown = capsys.readouterr().out

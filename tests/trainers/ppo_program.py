@@ -28,11 +28,13 @@ def learn(folder: Path, model: Path, **settings: Any) -> dict[str, str]:
     made = trainer(folder, model, **{**SETTINGS, **settings})
     made.train()
     hashes = {
-        name: head.sha256() for base in made.run.bases.values() for name, head in base.heads.items()
+        name: head.sha256()
+        for base in made.run.learner.bases.values()
+        for name, head in base.heads.items()
     }
     return hashes | {
         f"policy {p}": base.adapters.sha256(p)
-        for base in made.run.bases.values()
+        for base in made.run.learner.bases.values()
         for p in base.policies
     }
 

@@ -27,7 +27,7 @@ def learn(folder: Path, model: Path) -> dict[str, Any]:
         made.train()
         found[mode] = {
             policy: base.adapters.sha256(policy)
-            for base in made.run.bases.values()
+            for base in made.run.learner.bases.values()
             for policy in base.policies
         }
     return found

@@ -65,12 +65,16 @@ def learn(folder: Path, model: Path, **settings: Any) -> dict[str, Any]:
     for step in run.steps():
         optimizer_step.pack = functools.partial(whole, pack) if step == 2 else pack
         made.args.tokens_per_batch = 8192 if step == 2 else 24
-        episodes = run.collect(step)
+        episodes = run.rollouts.collect(step)
         run.finish(step, episodes, made.learn(step, episodes))
-    result = run.evaluate("after")
+    result = run.evaluator.evaluate("after")
     made.train()  # nothing is left to do: evaluates, writes the summary on rank 0 alone, closes
-    hashes = {p: base.adapters.sha256(p) for base in run.bases.values() for p in base.policies}
-    parameters = [p for base in run.bases.values() for p in base.adapters.model.parameters()]
+    hashes = {
+        p: base.adapters.sha256(p) for base in run.learner.bases.values() for p in base.policies
+    }
+    parameters = [
+        p for base in run.learner.bases.values() for p in base.adapters.model.parameters()
+    ]
     split = {str(tuple(p.to_local().shape)) for p in parameters if hasattr(p, "to_local")}
     split |= {
         f"{p.ds_tensor.numel()} of {p.ds_numel}" for p in parameters if hasattr(p, "ds_tensor")

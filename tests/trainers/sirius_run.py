@@ -56,7 +56,11 @@ def learn(folder: Path, model: Path) -> dict[str, str]:
     for two ranks."""
     made = trainer(folder, model, max_iterations=2, library="all", tokens_per_batch=64)
     made.train()
-    return {p: base.adapters.sha256(p) for base in made.run.bases.values() for p in base.policies}
+    return {
+        p: base.adapters.sha256(p)
+        for base in made.run.learner.bases.values()
+        for p in base.policies
+    }
 
 
 if __name__ == "__main__":

@@ -33,10 +33,11 @@ from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode
 from marlora.trainers import checkpoint
-from marlora.trainers.loop import checkpointing, run
+from marlora.trainers.loop import checkpointing
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
 from marlora.trainers.monitoring import run_folder
 from marlora.trainers.testbeds.tiny import tiny_chain
+from marlora.trainers.update import learner
 from marlora.trainers.weight_sync import publisher
 from tests.repository import ROOT
 
@@ -48,7 +49,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "torn line": (os, "write"),  # of episodes: nothing else is written through it
     "store": (Store, "extend"),
     "speak": (EngineCompleter, "__call__"),
-    "learn": (run.Run, "learn"),
+    "learn": (learner.Learner, "learn"),
     "publish": (publisher.Publisher, "publish"),
     "prove": (publisher.Publisher, "prove"),
     "metrics": (run_folder, "append_row"),

@@ -20,16 +20,16 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...agents.types import Task
+from ...rollouts.engines.base import TeamVersion
+from ...rollouts.episodes.store import Store
 from ...rollouts.types import Episode
-from ..weight_sync.team_versions import spoken
-from .background import BackgroundTask
-from .stored_episodes import find_stored
-
-if TYPE_CHECKING:
-    from .rollout_manager import RolloutManager
+from ..config import RunConfig
+from ..weight_sync.team_versions import TeamVersions, spoken
+from .background import BackgroundTask, StopSignal
+from .stored_episodes import PlannedEpisodes, find_stored
 
 
 @dataclass(frozen=True)
@@ -78,20 +78,42 @@ def by_length(episodes: Sequence[Episode]) -> dict[str, dict[str, int]]:
     }
 
 
+Begin = Callable[
+    [str, PlannedEpisodes, TeamVersion | Callable[[], TeamVersion], asyncio.Semaphore, int],
+    BackgroundTask[CollectedStep],
+]
+
+
 class AsyncCollector:
     """The training rollouts of one run, begun ahead of their step (on rank 0).
 
     Args:
+        config: `num_generations`, `oversample`, `max_steps`, `max_concurrency`.
+        team: the team versions of the last S + 1 steps.
+        store: where finished episodes are.
         tasks_of: the tasks of a step.
-        last: the last step.
+        begin: (label, planned episodes, versions, semaphore, oversample) -> the rollouts at work.
+        deterministic: do the engines repeat themselves to the last bit?
+        warn: told of stored episodes that were played anew.
+        stop: ends the wait for a step.
     """
 
     def __init__(
-        self, stage: RolloutManager, tasks_of: Callable[[int], Sequence[Task]], last: int
+        self,
+        config: RunConfig,
+        team: TeamVersions,
+        store: Store,
+        tasks_of: Callable[[int], Sequence[Task]],
+        begin: Begin,
+        *,
+        deterministic: bool,
+        warn: Callable[[str], None],
+        stop: StopSignal | None,
     ) -> None:
-        self.stage, self.tasks_of, self.last = stage, tasks_of, last
+        self.config, self.team, self.store, self.tasks_of = config, team, store, tasks_of
+        self.begin, self.deterministic, self.warn, self.stop = begin, deterministic, warn, stop
         self._begun: dict[int, tuple[BackgroundTask[CollectedStep], list[Episode]]] = {}
-        self._room = asyncio.Semaphore(stage.run.config.max_concurrency)
+        self._room = asyncio.Semaphore(config.max_concurrency)
 
     def take(self, step: int) -> CollectedStep:
         """The episodes of a step, none of them too old. Begins those of the next S steps.
@@ -99,49 +121,42 @@ class AsyncCollector:
         Steps of which a run that was cut off has stored episodes are not begun ahead: only in their
         turn is it known how old these are.
         """
-        bound = self.stage.team.bound
-        for later in range(step, max(step, min(step + bound, self.last)) + 1):
+        last = min(step + self.team.bound, self.config.max_steps)
+        for later in range(step, max(step, last) + 1):
             if later not in self._begun and (later == step or not self._stored(later)):
                 self._begun[later] = self._begin(later, later - step)
         work, dropped = self._begun[step]
-        played = work.result(self.stage.run.stop)
+        collected = work.result(self.stop)
         del self._begun[step]
         if dropped:
-            self.stage.run.progress.warn(
+            self.warn(
                 f"step {step}: {len(dropped)} stored episodes were played by team versions that are"
                 " too old or unknown here; played anew"
             )
-        return replace(played, ages=self.stage.team.ages(played.episodes), dropped=dropped)
+        return replace(collected, ages=self.team.ages(collected.episodes), dropped=dropped)
 
     def _label(self, step: int) -> str:
         return f"train-{step:06d}"
 
     def _stored(self, step: int) -> bool:
-        return any(name.startswith(f"{self._label(step)}/") for name in self.stage.store.ids())
+        return any(name.startswith(f"{self._label(step)}/") for name in self.store.ids())
 
     def _begin(self, step: int, ahead: int) -> tuple[BackgroundTask[CollectedStep], list[Episode]]:
-        stage, team, exact = self.stage, self.stage.team, self.stage.exact
+        team, config = self.team, self.config
         named = team.named(ahead)
 
         def fits(episode: Episode) -> bool:
             return (
                 episode.team_version == spoken(named, episode)
-                if exact
+                if self.deterministic
                 else team.age(episode) is not None
             )
 
-        config, label = stage.run.config, self._label(step)
-        found = find_stored(
-            stage.store,
-            self.tasks_of(step),
-            label,
-            config.num_generations + config.oversample,
-            step,
-            fits,
-        )
-        versions = named if exact else lambda: team.newest
-        work = stage.begin(label, found, stage.rollouts, versions, self._room, config.oversample)
-        return work, found.dropped
+        label, count = self._label(step), config.num_generations + config.oversample
+        known = find_stored(self.store, self.tasks_of(step), label, count, step, fits)
+        versions = named if self.deterministic else lambda: team.newest
+        work = self.begin(label, known, versions, self._room, config.oversample)
+        return work, known.dropped
 
     def close(self) -> None:
         """Cancel what was begun and not taken; finished episodes are in the store."""

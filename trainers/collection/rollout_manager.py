@@ -1,5 +1,8 @@
-"""What rank 0 has and the other ranks have not: the loop beside the trainer, the store, the engines
-with their publishers, and who plays."""
+"""The rollout manager: the episodes of a step, played, stored or read from a store.
+
+Rank 0 plays and stores; `collect`, `play`, `derive`, `earlier` and `stored` give every rank the
+same episodes (`Ranks.share`), so every rank has to call them. The other methods are rank 0's.
+"""
 
 from __future__ import annotations
 
@@ -8,296 +11,309 @@ import contextlib
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
-from ...agents.types import BASE, PolicySpec, SettingError, Task
-from ...rollouts.engines.base import Engine, TeamVersion
-from ...rollouts.engines.factory import start_engine
-from ...rollouts.episodes.completers import completers
+from ...agents.concurrency import gather
+from ...agents.system import System
+from ...agents.types import SettingError, Task
+from ...rollouts.engines.base import TeamVersion
 from ...rollouts.episodes.oversampling import CancelledEpisode, drop_statistics, first_finished
 from ...rollouts.episodes.runner import EpisodeRunner
 from ...rollouts.episodes.store import Store
+from ...rollouts.rewards.scoring import RewardFn, fn_name
 from ...rollouts.types import Episode
-from .. import checkpoint as ckpt
+from ..config import RunConfig
+from ..distributed.ranks import Ranks
 from ..errors import RunError
-from ..model.base_models import dtype_of
-from ..model.memory_estimate import with_server_memory
-from ..update.learner import LearnerBase
-from ..weight_sync.probes import probes
-from ..weight_sync.publisher import Publisher
-from ..weight_sync.sharded_probes import probed_together
-from ..weight_sync.team_versions import TeamVersions
-from ..weight_sync.verification import VerificationRecord
+from ..monitoring.run_log import RunLog
+from ..weight_sync.sync import WeightSync
 from .async_rollouts import AsyncCollector, CollectedStep
-from .background import BackgroundLoop, BackgroundTask
-from .stored_episodes import PlannedEpisodes, find_stored
-
-if TYPE_CHECKING:
-    from ..loop.run import Run
+from .background import BackgroundLoop, BackgroundTask, StopSignal
+from .derived_episodes import Derivation, derive_missing, stored_children
+from .engines import EngineGroup
+from .stored_episodes import OfflineEpisodes, PlannedEpisodes, find_stored, training
+from .task_order import tasks_of
 
 T = TypeVar("T")
 
 
 class RolloutManager:
-    """Plays, stores and publishes for a run. `store`, `rollouts` and `background` exist once it is
-    open.
+    """Plays, stores and finds a run's episodes.
 
     Args:
-        engine: a running engine to use instead of starting one; it serves every base and outlives
-            the stage.
+        config: rollout settings, seed and folder of the run.
+        system: who talks to whom.
+        rewards: score every episode; the first one's name is the metric.
+        tasks: those to train on.
+        values: what a team sees of the run's state, by name.
+        engines, sync: who answers, and with which versions.
+        log: counters and progress.
+
+    `store`, `runner`, `background` and `ahead` exist on rank 0, once `open` has been called there;
+    `ranks` and `stop` on every rank after `join`.
     """
 
+    ranks: Ranks
+    stop: StopSignal | None
     background: BackgroundLoop
     store: Store
-    rollouts: EpisodeRunner
+    runner: EpisodeRunner
     ahead: AsyncCollector
+    offline: OfflineEpisodes | None = None
 
-    def __init__(self, run: Run, engine: Engine | None = None) -> None:
-        self.run, self._given = run, engine
-        self.oversampled: dict[
-            str, float | int
-        ] = {}  # what the last `play` dropped, see `oversample.told`
-        self.team = TeamVersions(run.config.max_staleness, pin=run.config.pin)
-        self.proofs: dict[str, dict[str, Any]] = {}  # by policy, what the last `prove` found
-        self._held: dict[int, contextlib.ExitStack] = {}  # by step: keeps its team version loaded
+    def __init__(
+        self,
+        config: RunConfig,
+        system: System,
+        rewards: Sequence[RewardFn],
+        tasks: Sequence[Task],
+        values: Mapping[str, Any],
+        *,
+        engines: EngineGroup,
+        sync: WeightSync,
+        log: RunLog,
+    ) -> None:
+        self.config, self.system, self.rewards, self.tasks = config, system, rewards, tasks
+        self.values, self.engines, self.sync, self.log = values, engines, sync, log
+        self.metric = fn_name(rewards[0]) if rewards else ""
 
-    def open(self, closing: contextlib.ExitStack) -> None:
-        """Open the store, start the engines, publish what is there. `closing` will end what was
-        started, in the right order."""
-        if self._given is None:
+    def join(self, ranks: Ranks, stop: StopSignal | None) -> None:
+        """Share episodes over these ranks from now on; `stop` ends what is being played."""
+        self.ranks, self.stop = ranks, stop
+
+    def open(self, closing: contextlib.ExitStack, offline: OfflineEpisodes | None = None) -> None:
+        """Open the store, start the engines, publish what is there (rank 0). `closing` will end
+        what was started, in the right order. `offline`: episodes to learn from instead of playing.
+        """
+        self.offline = offline
+        if self.engines.given is None:
             self.background = BackgroundLoop()
             closing.callback(self.background.close)
-        elif not hasattr(
-            self, "background"
-        ):  # the loop that a given engine works in outlives `close`, as the engine does
+        elif not hasattr(self, "background"):
+            # the loop that a given engine works in outlives `close`, as the engine does
             self.background = BackgroundLoop()
-        self.store = Store(self.run.config.folder / "episodes")
+        self.store = Store(self.config.folder / "episodes")
         closing.callback(self.store.close)
-        self._start_engines(closing)
-        if self.run.config.pin == "call" and self.exact:
-            raise SettingError(
-                "pin: call with an engine that repeats itself to the last bit: there a step's"
-                " version follows from its number; set pin to episode, or engine to vllm"
-            )
-        self._crowd = asyncio.Lock()
-        self.ahead = AsyncCollector(self, self.run.tasks_of, self.run.config.max_steps)
-        closing.callback(self.ahead.close)
-
-    def _start_engines(self, closing: contextlib.ExitStack) -> None:
-        run, config = self.run, self.run.config
-        self.team = TeamVersions(
-            config.max_staleness, self.team.of or run.earlier_team, config.pin
-        )  # opened again, or resumed
-        if self._given is None:
-            on = {base.path: self._specs_on(base) for base in run.bases.values()}
-            device = run.ranks.device
-            config = with_server_memory(
-                config,
-                on,
-                device,
-                lambda path: dtype_of(path, config.dtype, device),
-                run.progress.say,
-                run.ranks.size if run.ranks.lockstep else 1,
-            )
-        for base in run.bases.values():
-            if self._given is not None and base.publisher is not None:
-                continue  # opened again: the engine has kept what was published
-            engine = self._given
-            if engine is None:
-                specs = self._specs_on(base)
-                engine = self.background.run(
-                    start_engine(
-                        base.path,
-                        base.tokens,
-                        specs,
-                        config,
-                        folder=config.folder,
-                        say=run.progress.say,
-                    )
-                )
-                closing.callback(self._close, engine)
-            earlier = base.publisher
-            base.engine = engine
-            base.publisher = Publisher(
-                config.folder / "versions",
-                base.adapters,
-                engine,
-                seed=config.seed,
-                proof_every=config.proof_every,
-                earlier=run.earlier_versions.get(base.name),
-                forward=probed_together(run, base.name) if run.ranks.lockstep else None,
-            )
-            resumed = [
-                VerificationRecord(**record) for record in run.earlier_proofs.get(base.name, ())
-            ]
-            base.publisher.records = earlier.records if earlier is not None else resumed
-            self.background.run(base.publisher.publish(run.step, base.policies))
-            if run.step < config.max_steps:
-                self._load_again(base.publisher)
-            base.publisher.sweep()
-        self._in_force(run.step)
-        closing.callback(self._let_go, None)
-        served = [
-            (p, b)
-            for b in run.bases.values()
-            for p in (*b.policies, *([BASE] if b is self._base_of_base() else []))
-        ]
-        engine_of = {p: (b.engine, b.tokens) for p, b in served if b.engine is not None}
-        self.rollouts = EpisodeRunner(
-            run.system,
-            completers(run.policies, engine_of),
-            run.rewards,
-            run.values,
+        self.engines.open(self.background, self.log.say, closing)
+        self.sync.open(self.engines.of, self.background.run, self.log.step, closing)
+        config = self.config
+        self.runner = EpisodeRunner(
+            self.system,
+            self.engines.completers(),
+            self.rewards,
+            self.values,
             config.sampling(),
             config.limits(),
             config.seed,
             pin=config.pin,
         )
+        if config.pin == "call" and self.engines.deterministic:
+            raise SettingError(
+                "pin: call with an engine that repeats itself to the last bit: there a step's"
+                " version follows from its number; set pin to episode, or engine to vllm"
+            )
+        self.start()
+        closing.callback(self.ahead.close)
 
-    def _close(self, engine: Engine) -> None:
-        self.background.run(engine.close())
+    def start(self) -> None:
+        """Be ready to play, ahead of the trainer too, with the parts that are open."""
+        self._one_at_a_time = asyncio.Lock()
+        self.ahead = AsyncCollector(
+            self.config,
+            self.sync.team,
+            self.store,
+            self.tasks_of,
+            lambda label, known, versions, room, oversample: self.begin(
+                label, known, self.runner, versions, room, oversample
+            ),
+            deterministic=self.engines.deterministic,
+            warn=self.log.warn,
+            stop=self.stop,
+        )
 
-    def _base_of_base(self) -> LearnerBase | None:
-        """The base that the policy `base` speaks as, in a team on several: the one its spec names,
-        else the run's model."""
-        spec = self.run.policies.get(BASE)
-        return self.run.bases.get((spec.base if spec else None) or self.run.config.model)
+    # on every rank
 
-    def _specs_on(self, base: LearnerBase) -> list[PolicySpec]:
-        return [self.run.policies[name] for name in base.policies]
+    def tasks_of(self, step: int) -> list[Task]:
+        """The tasks of a step, see `task_order.tasks_of`."""
+        return tasks_of(self.tasks, self.config.tasks_per_step, self.config.seed, step)
 
-    # playing
+    def collect(
+        self, step: int, after: Callable[[Episode], Awaitable[Episode]] | None = None
+    ) -> list[Episode]:
+        """The step's episodes, in the order of tasks and samples.
 
-    def player(self, versions: Mapping[str, str]) -> EpisodeRunner:
-        """Rollouts that play with these versions whatever the caller asks for: replays speak as the
-        episode did."""
-        return dataclasses.replace(self.rollouts, pinned=dict(versions))
+        With `max_staleness` the rollouts of later steps are begun too and go on while this one is
+        learnt (`async_rollouts.py`). With `config.episodes` they come from that store: the groups
+        of `tasks_per_step` of its tasks, in the order `tasks_of` gives. `after` may add to a scored
+        episode before the others see it (replays, judges of whole groups). Episodes of this step
+        that are stored already, played by adapter versions that fit, are taken as they are.
+        """
+        start, row = time.perf_counter(), dict[str, Any]()
+
+        def play() -> list[Episode]:
+            if self.offline is not None:
+                config = self.config
+                episodes = self.offline.of(config.tasks_per_step, config.seed, step)
+            else:
+                collected = self.ahead.take(step)
+                episodes = collected.episodes
+                row.update(collected.row(self.config.max_staleness))
+            self.sync.verify(step - 1, episodes, start=True)
+            if after is not None:
+                episodes = self.run_rollouts(gather([after(episode) for episode in episodes]))
+            return episodes
+
+        episodes = self.ranks.share(play, Episode)
+        self.log.collected(step, episodes, self.metric, time.perf_counter() - start, row)
+        return episodes
 
     def play(
+        self,
+        label: str,
+        tasks: Sequence[Task],
+        num_generations: int = 1,
+        versions: Mapping[str, str] | None = None,
+    ) -> list[Episode]:
+        """Sampled episodes of held-out tasks, scored and stored as `eval-LABEL`. `versions` None:
+        those in force."""
+        return self.ranks.share(
+            lambda: (
+                self.play_or_find(
+                    tasks, f"eval-{label}", self.log.step, self.runner, num_generations, versions
+                ).episodes
+            ),
+            Episode,
+        )
+
+    def derive(
+        self, step: int, episodes: Sequence[Episode], kind: str, make: Derivation
+    ) -> list[Episode]:
+        """What follows from each episode, in their order, stored as their children.
+
+        Args:
+            kind: a word that names the children.
+            make: plays what follows from one episode (on rank 0), in groups named `PARENT/KIND/...`.
+                At most `max_concurrency` at once.
+        """
+        start = time.perf_counter()
+
+        def play() -> list[Episode]:
+            children = stored_children(self.store, episodes, kind)
+            # Played alone, the missing ones would be decoded in other batches: right, but not to
+            # the last bit.
+            missing = [e for e in episodes if e.id not in children]
+            todo = list(episodes) if missing and self.engines.deterministic else missing
+            with self.sync.hold(self.sync.current):
+                self.run_rollouts(
+                    derive_missing(todo, make, children, self.keep, self.config.max_concurrency)
+                )
+            return [child for e in episodes for child in children.get(e.id, ())]
+
+        derived = self.ranks.share(play, Episode)
+        self.log.spend("rollout", time.perf_counter() - start)
+        self.log.sampled(derived)
+        return derived
+
+    def earlier(self, step: int) -> list[Episode]:
+        """The training episodes of steps before this one."""
+        return self.ranks.share(lambda: [e for e in training(self.store) if e.step < step], Episode)
+
+    def stored(self, label: str) -> list[Episode]:
+        """The episodes that were played as `eval-LABEL`, also before a resume."""
+        return self.ranks.share(
+            lambda: [e for e in self.store if e.group.startswith(f"eval-{label}/")], Episode
+        )
+
+    # on rank 0
+
+    def player(self, versions: Mapping[str, str] | None = None) -> EpisodeRunner:
+        """A runner that plays with these versions (None: those in force) whatever the caller asks
+        for: replays speak as the episode did."""
+        pinned = dict(self.sync.current if versions is None else versions)
+        return dataclasses.replace(self.runner, pinned=pinned)
+
+    def play_or_find(
         self,
         tasks: Sequence[Task],
         label: str,
         step: int,
-        rollouts: EpisodeRunner,
+        runner: EpisodeRunner,
         num_generations: int = 1,
         versions: Mapping[str, str] | None = None,
         oversample: int = 0,
-    ) -> list[Episode]:
+    ) -> CollectedStep:
         """The episodes of these tasks, from the store where it has them, else played and stored.
-        `versions` None: those in force.
-
-        `oversample`: see `begin`; `oversampled` tells of the last call's.
-        """
-        chosen = self.run.versions if versions is None else versions
-        now, count = self._spoken(chosen), num_generations + oversample
+        `versions` None: those in force. `oversample`: see `begin`."""
+        chosen = self.sync.current if versions is None else versions
+        now, count = self.sync.named(chosen), num_generations + oversample
         known = find_stored(
             self.store, tasks, label, count, step, lambda episode: episode.team_version == now
         )
-        with self.holding(chosen):
-            played = self.begin(label, known, rollouts, chosen, oversample=oversample).result(
-                self.run.stop
-            )
-        self.oversampled = played.oversampled
-        return played.episodes
+        with self.sync.hold(chosen):
+            work = self.begin(label, known, runner, chosen, oversample=oversample)
+            return work.result(self.stop)
 
     def begin(
         self,
         label: str,
         known: PlannedEpisodes,
-        rollouts: EpisodeRunner,
+        runner: EpisodeRunner,
         versions: TeamVersion | Callable[[], TeamVersion],
         room: asyncio.Semaphore | None = None,
         oversample: int = 0,
     ) -> BackgroundTask[CollectedStep]:
-        """Let these episodes be played beside the caller, as `Rollouts.collect` plays, and stored;
-        known ones are taken as they are.
+        """Let these episodes be played beside the caller, as `EpisodeRunner.collect` plays, and
+        stored; known ones are taken as they are.
 
         `oversample`: so many of each task are more than is needed, and the slowest are dropped.
         """
-        plan, found, run = known.plan, dict(known.found), self.run
-        todo = [job for job in plan if job.id not in found]
-        if todo and self.exact and not oversample:
+        plan, episodes = known.plan, dict(known.found)
+        todo = [request for request in plan if request.id not in episodes]
+        if todo and self.engines.deterministic and not oversample:
             # Played alone, the missing ones would be decoded in other batches: right, but not to
             # the last bit.
             todo = plan
-
-        ended = Counter(
-            episode.group
-            for episode in found.values()
-            if episode.parent is None and episode.error is None
-        )
-        wanted = {
-            group: count - oversample - ended[group]
-            for group, count in Counter(job.group for job in plan).items()
-        }
+        needed = _needed(known, oversample)
         dropped: list[CancelledEpisode] = []
 
-        async def go() -> CollectedStep:
-            async with self.alone():
+        async def play() -> CollectedStep:
+            async with self.exclusive():
                 start = time.perf_counter()
                 playing = (
-                    first_finished(rollouts, todo, versions, wanted, dropped, room)
+                    first_finished(runner, todo, versions, needed, dropped, room)
                     if oversample
-                    else rollouts.collect(todo, versions, room)
+                    else runner.collect(todo, versions, room)
                 )
-                total = len(plan) - oversample * len(wanted)
-                with run.progress.episodes(label, total, len(plan) - len(todo), run.metric) as tick:
+                total, done = len(plan) - oversample * len(needed), len(plan) - len(todo)
+                with self.log.progress.episodes(label, total, done, self.metric) as tick:
                     async for episode in playing:
-                        if episode.id not in found:
+                        if episode.id not in episodes:
                             self.keep([episode])
-                            found[episode.id] = episode
+                            episodes[episode.id] = episode
                         tick(episode)
-            order = {job.id: number for number, job in enumerate(plan)}
-            episodes = sorted(found.values(), key=lambda e: (order.get(e.id, len(order)), e.id))
-            extra = (
-                drop_statistics([e for e in episodes if e.parent is None], dropped)
-                if oversample
-                else {}
-            )
-            return CollectedStep(episodes, time.perf_counter() - start, oversampled=extra)
+            order = {request.id: number for number, request in enumerate(plan)}
+            in_order = sorted(episodes.values(), key=lambda e: (order.get(e.id, len(order)), e.id))
+            parents = [e for e in in_order if e.parent is None]
+            extra = drop_statistics(parents, dropped) if oversample else {}
+            return CollectedStep(in_order, time.perf_counter() - start, oversampled=extra)
 
-        return self.background.start(go())
+        return self.background.start(play())
 
-    def perform(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of other plays: replays, drafts, repairs. Ends with `Stopped` when the user or
-        the cluster asks."""
+    def run_rollouts(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of other rollouts: replays, drafts, corrections. Ends with `Stopped` when the
+        user or the cluster asks."""
 
-        async def go() -> T:
-            async with self.alone():
+        async def play() -> T:
+            async with self.exclusive():
                 return await work
 
-        return self.background.run(go(), self.run.stop)
+        return self.background.run(play(), self.stop)
 
-    def alone(self) -> contextlib.AbstractAsyncContextManager[Any]:
-        """With an engine that is exact, one crowd plays after the other: which requests are decoded
-        together must not depend on chance."""
-        return self._crowd if self.exact else contextlib.nullcontext()
-
-    def _spoken(self, versions: Mapping[str, str]) -> dict[str, str]:
-        """The part of a team version that episodes name."""
-        return {
-            agent.policy: versions[agent.policy]
-            for agent in self.run.system.specs
-            if agent.policy in versions
-        }
-
-    @contextlib.contextmanager
-    def holding(self, versions: Mapping[str, str]) -> Iterator[None]:
-        """Keeps these versions loaded while something plays with them."""
-        with contextlib.ExitStack() as held:
-            for base in self.run.bases.values():
-                if base.publisher is not None:
-                    held.enter_context(base.publisher.hold(versions))
-            yield
-
-    @property
-    def exact(self) -> bool:
-        """Do all engines repeat themselves to the last bit, given the same requests in the same
-        company?"""
-        return all(
-            base.engine.info().exact for base in self.run.bases.values() if base.engine is not None
-        )
+    def exclusive(self) -> contextlib.AbstractAsyncContextManager[Any]:
+        """With deterministic engines one set of rollouts plays after the other: which requests are
+        decoded together must not depend on chance."""
+        return self._one_at_a_time if self.engines.deterministic else contextlib.nullcontext()
 
     def keep(self, episodes: Sequence[Episode]) -> None:
         """Store these episodes: all or none of them."""
@@ -310,69 +326,15 @@ class RolloutManager:
                 " are whole"
             ) from error
 
-    # publishing
 
-    def publish(self, step: int, episodes: Sequence[Episode], final: bool) -> None:
-        """Load what moved on every replica and prove it on the step's episodes."""
-        self.proofs = {}
-        self._let_go(step - self.team.bound)
-        for base in self.run.bases.values():
-            assert base.publisher is not None
-            self.background.run(base.publisher.publish(step, base.policies))
-        self.prove(step, episodes, final=final)
-        self._in_force(step)
-
-    def _in_force(self, step: int) -> None:
-        """Episodes begin with what is published now; those that began with versions of the last S
-        steps may go on."""
-        self.team.put(step, self._spoken(self.run.versions))
-        for recent, version in self.team.of.items():
-            if recent not in self._held:
-                self._held[recent] = contextlib.ExitStack()
-                self._held[recent].enter_context(self.holding(version))
-
-    def _let_go(self, before: int | None = None) -> None:
-        """Nobody plays with the team versions before this step (None: with any) any more."""
-        for step in [step for step in self._held if before is None or step < before]:
-            self._held.pop(step).close()
-
-    def _load_again(self, publisher: Publisher) -> None:
-        """Of a resumed run: versions with which episodes of the next steps were begun, or would
-        have been."""
-        for policy, version in dict.fromkeys(
-            item for known in self.team.of.values() for item in known.items()
-        ):
-            if policy in publisher.versions and not self.background.run(
-                publisher.load_again(policy, version)
-            ):
-                self.run.progress.warn(
-                    f"resume: the folder of {version} is gone, so what it would have played is"
-                    f" played by {publisher.versions[policy]}"
-                )
-
-    def prove(
-        self, step: int, episodes: Sequence[Episode], *, final: bool = False, start: bool = False
-    ) -> None:
-        """The live proof. `start`: of the versions this run began with (resumed, or from `init`),
-        on the first tokens they sampled."""
-        self.proofs = {}
-        for base in self.run.bases.values():
-            assert base.publisher is not None
-            if start and base.publisher.asked:
-                continue
-            found = {
-                policy: probes(episodes, self.run.agents_of, policy) for policy in base.policies
-            }
-            try:
-                made = self.background.run(base.publisher.prove(step, found, final=final or start))
-            finally:
-                ckpt.write_json(
-                    self.run.config.folder / "proofs.json",
-                    [
-                        r
-                        for b in self.run.bases.values()
-                        if b.publisher
-                        for r in b.publisher.to_json()
-                    ],
-                )
-            self.proofs |= {p.policy: {"status": p.status, "residual": p.residual} for p in made}
+def _needed(known: PlannedEpisodes, oversample: int) -> dict[str, int]:
+    """By group, how many of its episodes have still to end well."""
+    ended = Counter(
+        episode.group
+        for episode in known.found.values()
+        if episode.parent is None and episode.error is None
+    )
+    return {
+        group: count - oversample - ended[group]
+        for group, count in Counter(request.group for request in known.plan).items()
+    }

@@ -12,13 +12,16 @@ import datetime
 import json
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from ...agents.types import from_json, to_json
 from ..errors import Stopped
 from .watchdog import Watchdog
+
+T = TypeVar("T")
 
 
 class RankError(RuntimeError):
@@ -143,6 +146,18 @@ class Ranks:
             )
             raise
         return self.broadcast((value, "", None))[0]
+
+    def share(self, produce: Callable[[], Sequence[T]], kind: type[T]) -> list[T]:
+        """What rank 0 alone produces, a list of dataclasses of this kind, on every rank. If it fails
+        there, every rank raises, see `on_main`."""
+        produced: list[T] = []
+
+        def work() -> list[Any]:
+            produced.extend(produce())
+            return [to_json(value) for value in produced] if self.size > 1 else []
+
+        sent = self.on_main(work)
+        return produced if self.main else [from_json(kind, value) for value in sent]
 
     def together(self, name: str, *args: Any) -> Any:
         """Inside the work of `on_main`: let every rank do `joined[name]` with these JSON arguments,

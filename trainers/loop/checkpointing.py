@@ -1,186 +1,192 @@
-"""From a run to a checkpoint and back: what is written where, and what must fit when it is read."""
+"""Checkpoints of a run: what is written where, and what must fit when it is read.
+
+Each part of the run writes and reads its own state (`state_dict`, `load_state_dict`); this file
+knows which files hold them.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safetensors.torch import load_file
+from typing import Any, Protocol
 
 from ...agents.types import SettingError, to_json
 from ...rollouts.files import files_sha256
 from ...rollouts.rewards.builtin import reward_name
 from .. import checkpoint as ckpt
+from ..errors import RunError
 from ..model.base_models import versions
-from ..monitoring.alarms import Alarms
+from ..monitoring.run_log import RunLog
+from ..update.learner import Learner
+from ..weight_sync.sync import WeightSync
+from .evaluator import Evaluator
+from .spec import RunSpec
 from .summary import split_of
 
-if TYPE_CHECKING:
-    from .run import Run
+STATE = (  # the keys of trainer/state.json, in their order
+    "step",
+    "tokens",
+    "seconds",
+    "credit",
+    "monitor",
+    "evals",
+    "best",
+    "heads",
+    "sha256_before",
+    "aborted",
+    "seed",
+    "proofs",
+    "versions",
+    "team",
+)
 
 
-def system_json(run: Run) -> dict[str, Any]:
-    """All that `marlora eval` needs: base, system, agents, policies, values, adapters by hash,
-    tasks, rewards, versions."""
-    cls = type(run.system)
-    return {
-        "schema": ckpt.SCHEMA,
-        "recipe": run.recipe,
-        "step": run.step,
-        "base": {"name": run.config.model, "sha256": run.base_hashes.get(run.config.model)},
-        "bases": {
-            n: {
-                "sha256": run.base_hashes[n],
-                "files": files_sha256(b.path),
-                "template": b.tokens.template_hash,
-                "policies": list(b.policies),
-            }
-            for n, b in run.bases.items()
-        },
-        "system": {
-            "class": f"{cls.__module__}:{cls.__qualname__}",
-            "arguments": run.system.arguments(),
-        },
-        "agents": to_json(run.system.specs),
-        "policies": {name: to_json(spec) for name, spec in run.policies.items()},
-        "values": sorted(run.values),
-        "adapters": {
-            p: {"sha256": b.adapters.sha256(p), "trained": b.adapters.is_trained(p)}
-            for b in run.bases.values()
-            for p in b.policies
-        },
-        "tasks": split_of(run),
-        "rewards": [reward_name(r) for r in run.rewards],
-        "sampling": to_json(run.config.sampling()),
-        "versions": versions(),
-    }
+class Part(Protocol):
+    """What a checkpoint holds of one part of a run."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-def save_checkpoint(run: Run) -> Path:
-    """`checkpoints/step-NNNNNN` of the run: see `checkpoint.publish_folder` for what a kill
-    leaves."""
+class Checkpointer:
+    """Writes and restores the checkpoints of a run.
 
-    def write(folder: Path) -> None:
-        ckpt.write_json(folder / "system.json", system_json(run))
+    Args:
+        spec: of the run; its config names folder, limit and seed.
+        values: what a team sees of the run's state, by name; restored in place.
+        learner, sync, evaluator, log: the parts whose state is kept.
+
+    `saved`: the step whose checkpoint is on disk.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        values: dict[str, Any],
+        *,
+        learner: Learner,
+        sync: WeightSync,
+        evaluator: Evaluator,
+        log: RunLog,
+    ) -> None:
+        self.spec, self.values = spec, values
+        self.learner, self.sync, self.evaluator, self.log = learner, sync, evaluator, log
+        self.saved: int | None = None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (self.log, self.learner, self.evaluator, self.sync)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the last finished step's checkpoint."""
+        return self.spec.config.folder / "checkpoints" / f"step-{self.log.step:06d}"
+
+    def save(self) -> Path:
+        """Write a checkpoint of the last finished step and drop old ones (rank 0). See
+        `checkpoint.publish_folder` for what a kill leaves. Raises `RunError` if the disk refuses.
+        """
+        config, best = self.spec.config, self.evaluator.best
+        try:
+            path = ckpt.publish_folder(self.folder, self._write)
+            ckpt.prune(config.folder, config.save_total_limit, best[1] if best else None)
+        except OSError as error:
+            raise RunError(
+                f"checkpoint of step {self.log.step} could not be written: {error}; earlier ones"
+                " are whole"
+            ) from error
+        return path
+
+    def _write(self, folder: Path) -> None:
+        ckpt.write_json(folder / "system.json", self.system_json())
         (folder / "values").mkdir()
-        for name, value in run.values.items():
+        for name, value in self.values.items():
             ckpt.write_json(folder / "values" / f"{name}.json", to_json(value))
         (folder / "trainer").mkdir()
-        for base in run.bases.values():
-            for policy in base.policies:
-                base.adapters.save(policy, folder / "adapters" / policy)
-            for policy in base.adapters.trainable:
-                ckpt.write_tensors(
-                    folder / "trainer" / f"{policy}.safetensors", base.optimizers.state(policy)
-                )
-            for head in base.heads.values():
-                path = head.save(folder / "trainer" / "heads" / head.spec.name)
-                ckpt.write_tensors(path / "optimizer.safetensors", head.state())
-        run.clock()
-        state = {
-            "step": run.step,
-            "tokens": run.tokens,
-            "seconds": run.seconds,
-            "credit": run.credit_state,
-            "monitor": run.monitor.to_json(),
-            "evals": run.evals,
-            "best": run.best,
-            "heads": {
-                h.spec.name: h.sha256() for b in run.bases.values() for h in b.heads.values()
+        self.learner.save(folder)
+        state: dict[str, Any] = {"seed": self.spec.config.seed}
+        for part in self.parts:
+            state |= part.state_dict()
+        ckpt.write_json(folder / "trainer" / "state.json", {key: state[key] for key in STATE})
+
+    def system_json(self) -> dict[str, Any]:
+        """All that `marlora eval` needs: base, system, agents, policies, values, adapters by hash,
+        tasks, rewards, versions."""
+        spec, config, bases = self.spec, self.spec.config, self.learner.bases
+        hashes = self.learner.base_hashes
+        cls = type(spec.system)
+        return {
+            "schema": ckpt.SCHEMA,
+            "recipe": spec.recipe,
+            "step": self.log.step,
+            "base": {"name": config.model, "sha256": hashes.get(config.model)},
+            "bases": {
+                n: {
+                    "sha256": hashes[n],
+                    "files": files_sha256(b.path),
+                    "template": b.tokens.template_hash,
+                    "policies": list(b.policies),
+                }
+                for n, b in bases.items()
             },
-            "sha256_before": run.before,
-            "aborted": run.aborted,
-            "seed": run.config.seed,
-            "proofs": {
-                name: base.publisher.to_json() for name, base in run.bases.items() if base.publisher
+            "system": {
+                "class": f"{cls.__module__}:{cls.__qualname__}",
+                "arguments": spec.system.arguments(),
             },
-            "versions": {
-                name: base.publisher.versions for name, base in run.bases.items() if base.publisher
+            "agents": to_json(spec.system.specs),
+            "policies": {name: to_json(policy) for name, policy in spec.policies.items()},
+            "values": sorted(self.values),
+            "adapters": {
+                p: {"sha256": b.adapters.sha256(p), "trained": b.adapters.is_trained(p)}
+                for b in bases.values()
+                for p in b.policies
             },
-            "team": run.stage.team.of,
+            "tasks": split_of(spec),
+            "rewards": [reward_name(r) for r in spec.rewards],
+            "sampling": to_json(config.sampling()),
+            "versions": versions(),
         }
-        ckpt.write_json(folder / "trainer" / "state.json", state)
 
-    return ckpt.publish_folder(run.config.folder / "checkpoints" / f"step-{run.step:06d}", write)
+    def restore(self, folder: Path) -> None:
+        """Put adapters, optimizers, values and counters back. Raises `SettingError` where
+        checkpoint and settings do not fit."""
+        system = ckpt.read_system(folder)
+        state = json.loads((folder / "trainer" / "state.json").read_text())
+        self._check_bases(folder, system)
+        if state["seed"] != self.spec.config.seed:
+            raise SettingError(
+                f"seed: the run began with {state['seed']}, got {self.spec.config.seed}; its tasks"
+                " and samples follow from it"
+            )
+        self.learner.restore(folder, system["adapters"], state["heads"])
+        for path in sorted((folder / "values").glob("*.json")):
+            self.values[path.stem] = json.loads(path.read_text())
+        for part in self.parts:
+            part.load_state_dict(state)
 
+    def _check_bases(self, folder: Path, system: Mapping[str, Any]) -> None:
+        """Raise `SettingError` unless the checkpoint stands on the bases of this run."""
+        for name, base in self.learner.bases.items():
+            saved = system["bases"].get(name)
+            if saved is None:
+                raise SettingError(
+                    f"{folder}: made for base {', '.join(system['bases'])}, this run's is {name};"
+                    " resume with the same model"
+                )
+            if saved["sha256"] != self.learner.base_hashes[name]:
+                raise SettingError(
+                    f"{folder}: made for base {name} with other weights (sha256 differs); resume"
+                    " with the same model"
+                )
+            if saved["template"] != base.tokens.template_hash:
+                raise SettingError(
+                    f"{folder}: the chat template of {name} has changed since; resume with the same"
+                    " tokenizer"
+                )
 
-def restore(run: Run, folder: Path) -> None:
-    """Put adapters, optimizers, values and counters back. Raises `SettingError` where checkpoint
-    and settings do not fit."""
-    system, state = (
-        ckpt.read_system(folder),
-        json.loads((folder / "trainer" / "state.json").read_text()),
-    )
-    for name, base in run.bases.items():
-        saved = system["bases"].get(name)
-        if saved is None:
-            raise SettingError(
-                f"{folder}: made for base {', '.join(system['bases'])}, this run's is {name};"
-                " resume with the same model"
-            )
-        if saved["sha256"] != run.base_hashes[name]:
-            raise SettingError(
-                f"{folder}: made for base {name} with other weights (sha256 differs); resume with"
-                " the same model"
-            )
-        if saved["template"] != base.tokens.template_hash:
-            raise SettingError(
-                f"{folder}: the chat template of {name} has changed since; resume with the same"
-                " tokenizer"
-            )
-    if state["seed"] != run.config.seed:
-        raise SettingError(
-            f"seed: the run began with {state['seed']}, got {run.config.seed}; its tasks and"
-            " samples follow from it"
-        )
-    for base in run.bases.values():
-        for policy in base.policies:
-            if policy not in system["adapters"]:
-                raise SettingError(
-                    f"{folder}: holds no adapter {policy!r}; it has {', '.join(system['adapters'])}"
-                )
-            base.adapters.load(policy, folder / "adapters" / policy)
-            if base.adapters.sha256(policy) != system["adapters"][policy]["sha256"]:
-                raise SettingError(f"{folder}: adapter {policy!r} is not the one system.json names")
-        for policy in base.adapters.trainable:
-            path = folder / "trainer" / f"{policy}.safetensors"
-            if not path.exists():
-                raise SettingError(
-                    f"{folder}: no optimizer state of {policy!r}; it was not trainable in the"
-                    " earlier run"
-                )
-            base.optimizers.load(policy, load_file(path))
-        for name, head in base.heads.items():
-            path = folder / "trainer" / "heads" / name
-            if not path.is_dir():
-                raise SettingError(
-                    f"{folder}: holds no head {name!r}; the earlier run was of another method or of"
-                    " other settings"
-                )
-            head.load(path)
-            head.load_state(load_file(path / "optimizer.safetensors"))
-            if head.sha256() != state["heads"][name]:
-                raise SettingError(f"{folder}: head {name!r} is not the one that state.json names")
-    run.values.update(
-        {
-            path.stem: json.loads(path.read_text())
-            for path in sorted((folder / "values").glob("*.json"))
-        }
-    )
-    run.step, run.tokens, run.seconds, run.aborted = (
-        state["step"],
-        state["tokens"],
-        state["seconds"],
-        state["aborted"],
-    )
-    run.credit_state.update(state["credit"])
-    run.monitor = Alarms(**state["monitor"])
-    run.earlier_proofs, run.earlier_versions = state["proofs"], state["versions"]
-    # absent in checkpoints from before runs could play ahead
-    run.earlier_team = {int(step): version for step, version in state.get("team", {}).items()}
-    run.evals, run.best, run.before = (
-        state["evals"],
-        tuple(state["best"]) if state["best"] else None,
-        state["sha256_before"],
-    )
+    def newest(self) -> Path | None:
+        """Restore the newest whole checkpoint of the run's folder (rank 0); its folder, None if
+        there is none."""
+        return ckpt.newest_valid(self.spec.config.folder, self.log.say, self.restore)

@@ -9,8 +9,9 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ...agents.chat import Services
 from ...agents.team import Team
-from ...agents.types import Call, Completion, SettingError
+from ...agents.types import Call, Completion, PolicySpec, SettingError
 from ...rollouts.engines.factory import choose_engine
 from ...rollouts.engines.vllm.server_args import CPU_CACHE_GIB
 from ...rollouts.renderer import ChatRenderer, load_tokenizer
@@ -19,7 +20,7 @@ from ..model.base_models import dtype_of, group_by_base, versions
 from ..model.local_models import local_model
 from ..model.memory_estimate import GIB, Memory, estimate, needs_checkpointing, server_share
 from ..model.sharding import sharding_mode
-from .run import Run
+from .spec import RunSpec
 
 
 class _FirstCall(Exception):
@@ -27,20 +28,19 @@ class _FirstCall(Exception):
         self.call = call
 
 
-def first_call(run: Run) -> Call:
+def first_call(spec: RunSpec) -> Call:
     """The first request that the system would make on its first training task."""
 
     async def ask(call: Call) -> list[Completion]:
         raise _FirstCall(call)
 
-    team = Team(run.system.specs, ask, values=run.values, sampling=run.config.sampling())
+    system, task = spec.system, spec.tasks_of(1)[0]
+    team = Team(system.specs, Services(ask, sampling=spec.config.sampling()), values={})
     try:
-        asyncio.run(run.system.run(run.tasks_of(1)[0].public(), team))
-    except _FirstCall as found:
-        return found.call
-    raise SettingError(
-        f"{type(run.system).__name__} asked no agent anything on task {run.tasks_of(1)[0].id!r}"
-    )
+        asyncio.run(system.run(task.public(), team))
+    except _FirstCall as first:
+        return first.call
+    raise SettingError(f"{type(system).__name__} asked no agent anything on task {task.id!r}")
 
 
 @dataclass(frozen=True)
@@ -146,59 +146,87 @@ def _servers(config: RunConfig, bases: Mapping[str, Memory], node: Node) -> list
     return [*lines, *(f"             {line}" for line in split)]
 
 
-def print_memory(base: str, need: Memory) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, before anything is loaded.
+
+    `memory`: what the trainer needs on each base. `recompute`: is gradient checkpointing on?
+    `prompt`: the first rendered prompt, and its length in tokens (None: of an outside model).
+    """
+
+    spec: RunSpec
+    engine: tuple[str, str]  # kind, why
+    devices: str
+    node: Node
+    memory: Mapping[str, Memory]
+    recompute: bool
+    agent: str  # who is asked first
+    prompt: tuple[str, int | None]
+
+    def lines(self) -> list[str]:
+        """The plan as text."""
+        spec, config = self.spec, self.spec.config
+        system, (text, tokens) = spec.system, self.prompt
+        return [
+            f"run folder   {config.output_dir}",
+            f"system       {type(system).__name__} {system.arguments()}",
+            *(
+                f"  agent      {a.name}: policy {a.policy}; {a.role or 'no role given'}"
+                for a in system.specs
+            ),
+            *(policy_line(name, policy) for name, policy in spec.policies.items()),
+            f"tasks        {config.tasks}: {len(spec.tasks)} to train on, {len(spec.eval_tasks)}"
+            f" held out; rewards {', '.join(config.rewards)}",
+            f"steps        {config.max_steps} of {config.tasks_per_step} tasks x"
+            f" {config.num_generations} episodes",
+            f"engine       {self.engine[0]} ({self.engine[1]})",
+            f"devices      {self.devices}",
+            *(line for base, need in self.memory.items() for line in memory_lines(base, need)),
+            f"             gradient checkpointing {'on' if self.recompute else 'off'}"
+            f" ({config.gradient_checkpointing})",
+            *placement(config, self.memory, self.node),
+            "versions     "
+            + ", ".join(f"{name} {version}" for name, version in versions().items()),
+            f"first prompt (to {self.agent!r}):",
+            text,
+            *([f"({tokens} tokens)"] if tokens is not None else []),
+        ]
+
+
+def policy_line(name: str, policy: PolicySpec) -> str:
+    """One policy: its adapter or outside model, and whether it learns."""
+    adapter = policy.adapter
+    if policy.url:
+        kind = f"outside model at {policy.url}"
+    elif policy.has_adapter:
+        kind = f"LoRA r={adapter.r} alpha={adapter.alpha:g} on {', '.join(adapter.targets)}"
+    else:
+        kind = "bare base"
+    learns = "trained" if policy.trainable and policy.has_adapter else "frozen"
+    return f"  policy     {name}: {kind}; {learns}; init {policy.init}"
+
+
+def memory_lines(base: str, need: Memory) -> list[str]:
+    """What the trainer needs on this base, by part."""
     parts = {
         name: getattr(need, name) / GIB for name in ("weights", "adapters", "activations", "head")
     }
-    print(
+    return [
         f"memory       {base}: {need.parameters / 1e6:.1f}M parameters, adapters"
-        f" {need.adapter_parameters / 1e6:.2f}M"
-    )
-    print(
+        f" {need.adapter_parameters / 1e6:.2f}M",
         f"             trainer about {need.total / GIB:.2f} GiB"
-        f" ({', '.join(f'{n} {gib:.2f}' for n, gib in parts.items())})"
-    )
+        f" ({', '.join(f'{n} {gib:.2f}' for n, gib in parts.items())})",
+    ]
 
 
-def print_plan(run: Run) -> None:
-    """Policies, engine, devices, a memory estimate, versions and the first rendered prompt, on
-    stdout."""
+def plan(spec: RunSpec) -> Plan:
+    """What a run of this spec would do on this machine: policies, engine, devices, a memory
+    estimate and the first rendered prompt."""
     import torch
 
-    if os.environ.get("RANK", "0") != "0":
-        return
-    config, device = run.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, why = choose_engine(config)
-    print(f"run folder   {config.output_dir}")
-    print(f"system       {type(run.system).__name__} {run.system.arguments()}")
-    for agent in run.system.specs:
-        print(f"  agent      {agent.name}: policy {agent.policy}; {agent.role or 'no role given'}")
-    for name, spec in run.policies.items():
-        kind_of = (
-            f"outside model at {spec.url}"
-            if spec.url
-            else (
-                f"LoRA r={spec.adapter.r} alpha={spec.adapter.alpha:g} on"
-                f" {', '.join(spec.adapter.targets)}"
-            )
-        )
-        learns = "trained" if spec.trainable and spec.has_adapter else "frozen"
-        print(
-            f"  policy     {name}: {kind_of if spec.has_adapter or spec.url else 'bare base'};"
-            f" {learns}; init {spec.init}"
-        )
-    print(
-        f"tasks        {config.tasks}: {len(run.tasks)} to train on, {len(run.eval_tasks)} held"
-        f" out; rewards {', '.join(config.rewards)}"
-    )
-    print(
-        f"steps        {config.max_steps} of {config.tasks_per_step} tasks x"
-        f" {config.num_generations} episodes"
-    )
-    print(f"engine       {kind} ({why})")
-    print(f"devices      {torch.cuda.device_count()} GPUs, {torch.get_num_threads()} CPU threads")
-    node, needs = here(), {}
-    bases = group_by_base(run.policies, config.model)
+    config, device = spec.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    node = here()
+    bases = group_by_base(dict(spec.policies), config.model)
     on = {local_model(base): specs for base, specs in bases.items()}
     for path in on:
         load_tokenizer(path)  # first: it tells best what is wrong with a folder
@@ -208,10 +236,9 @@ def print_plan(run: Run) -> None:
         return dtype_of(path, config.dtype, device)
 
     recompute = needs_checkpointing(config, on, device, dtype, lambda text: None, ranks)
-    for base, specs in bases.items():
-        path = local_model(base)
-        needs[base] = estimate(
-            path,
+    memory = {
+        base: estimate(
+            path := local_model(base),
             specs,
             config,
             dtype(path),
@@ -219,19 +246,32 @@ def print_plan(run: Run) -> None:
             recompute=recompute,
             on_cpu=device.type == "cpu",
         )
-        print_memory(base, needs[base])
-    print(
-        f"             gradient checkpointing {'on' if recompute else 'off'}"
-        f" ({config.gradient_checkpointing})"
+        for base, specs in bases.items()
+    }
+    call = first_call(spec)
+    return Plan(
+        spec,
+        choose_engine(config),
+        f"{torch.cuda.device_count()} GPUs, {torch.get_num_threads()} CPU threads",
+        node,
+        memory,
+        recompute,
+        call.agent.name,
+        first_prompt(spec, call),
     )
-    print("\n".join(placement(config, needs, node)))
-    print("versions     " + ", ".join(f"{name} {version}" for name, version in versions().items()))
-    call = first_call(run)
-    spec = run.policies[call.agent.policy]
-    print(f"first prompt (to {call.agent.name!r}):")
-    if spec.url:
-        print("\n".join(f"  {m.role}: {m.content}" for m in call.messages))
-    else:
-        tokens = ChatRenderer(load_tokenizer(local_model(spec.base or config.model)))
-        ids = tokens.prompt(call.messages)
-        print(f"{tokens.show(ids)}\n({len(ids)} tokens)")
+
+
+def first_prompt(spec: RunSpec, call: Call) -> tuple[str, int | None]:
+    """The call as text, and its length in tokens; None where an outside model reads it."""
+    policy = spec.policies[call.agent.policy]
+    if policy.url:
+        return "\n".join(f"  {m.role}: {m.content}" for m in call.messages), None
+    tokens = ChatRenderer(load_tokenizer(local_model(policy.base or spec.config.model)))
+    ids = tokens.prompt(call.messages)
+    return tokens.show(ids), len(ids)
+
+
+def print_plan(spec: RunSpec) -> None:
+    """The plan on stdout, by the first process of a launch only."""
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(plan(spec).lines()))

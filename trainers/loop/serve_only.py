@@ -1,8 +1,15 @@
 """`serve_only`: a node that only serves. It starts the servers that a run needs and writes where
 they are; trainers elsewhere find them.
 
-python recipes/grpo_team.py --config my.yaml --serve_only true --endpoints RUN/endpoints --server_host $(hostname)     (on every server node)
-python recipes/grpo_team.py --config my.yaml --output_dir RUN --endpoints RUN/endpoints --num_servers 2                (on the trainers' node)
+On every server node:
+
+    python recipes/grpo_team.py --config my.yaml --serve_only true --endpoints RUN/endpoints \\
+        --server_host $(hostname)
+
+On the trainers' node:
+
+    python recipes/grpo_team.py --config my.yaml --output_dir RUN --endpoints RUN/endpoints \\
+        --num_servers 2
 """
 
 from __future__ import annotations
@@ -23,13 +30,13 @@ from ..collection.background import handled
 from ..errors import Stopped
 from ..model.base_models import group_by_base
 from ..model.local_models import local_model
-from .run import Run
+from .spec import RunSpec
 
 
-def serve(run: Run) -> None:
+def serve(spec: RunSpec) -> None:
     """Serve until SIGINT, SIGTERM or SIGUSR1. Logs and keys lie beside the endpoints. Raises
     `EngineError` when a server keeps dying."""
-    config, node = run.config, socket.gethostname()
+    config, node = spec.config, socket.gethostname()
     if not config.endpoints:
         raise SettingError(
             "serve_only: endpoints expected, a folder that the trainers see; servers write there"
@@ -40,13 +47,13 @@ def serve(run: Run) -> None:
         raise SettingError(
             f"endpoints {folder}: serve_only writes one file per node, so a folder is expected"
         )
-    wanted = []
-    for name, policies in group_by_base(run.policies, config.model).items():
+    servers = []
+    for name, policies in group_by_base(dict(spec.policies), config.model).items():
         path = local_model(name)
         settings = dataclasses.replace(
             config, engine_dtype=choose_dtype(path, config.engine_dtype, on_gpu=has_gpu())
         )
-        wanted.append(
+        servers.append(
             server_settings(path, policies, settings, folder, say, f"{node}-{os.getpid()}")
         )
 
@@ -55,7 +62,7 @@ def serve(run: Run) -> None:
 
     with handled(end, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)):
         try:
-            serve_endpoints(wanted, folder / f"{node}-{os.getpid()}.json", say)
+            serve_endpoints(servers, folder / f"{node}-{os.getpid()}.json", say)
         except Stopped:
             say("stopped")
 

@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from ...agents.types import to_json
 from ...rollouts import files
 from ...rollouts.evaluation.statistics import Evaluation, paired
 from ...rollouts.report.episode_index import Pieces
 from ...rollouts.tasks.registry import split_hash
+from ..monitoring.run_log import RunLog
+from ..update.learner import Learner, LearnerBase
+from ..weight_sync.sync import WeightSync
+from .spec import RunSpec
 
-if TYPE_CHECKING:
-    from .run import Run
 
-
-def split_of(run: Run) -> dict[str, Any]:
+def split_of(spec: RunSpec) -> dict[str, Any]:
     """What `system.json` says of the task set."""
     return {
-        "name": "" if run.tasks_given else run.config.tasks,
-        "args": run.config.task_args,
-        "seed": run.config.seed,
-        "num_eval_tasks": len(run.eval_tasks),
-        "train": split_hash(run.tasks),
-        "eval": split_hash(run.eval_tasks),
+        "name": "" if spec.tasks_given else spec.config.tasks,
+        "args": spec.config.task_args,
+        "seed": spec.config.seed,
+        "num_eval_tasks": len(spec.eval_tasks),
+        "train": split_hash(spec.tasks),
+        "eval": split_hash(spec.eval_tasks),
     }
 
 
-def pieces_of(run: Run) -> Pieces:
+def pieces_of(bases: Mapping[str, LearnerBase]) -> Pieces:
     """The text of every token, for the report; a policy without a base of its own is read with the
     first one's tokenizer."""
-    of = {policy: base.tokens for base in run.bases.values() for policy in base.policies}
-    usual = next(iter(run.bases.values())).tokens
+    of = {policy: base.tokens for base in bases.values() for policy in base.policies}
+    usual = next(iter(bases.values())).tokens
 
     @functools.cache
     def piece(policy: str, token: int) -> str:
@@ -41,70 +43,64 @@ def pieces_of(run: Run) -> Pieces:
     return lambda policy, ids: [piece(policy, token) for token in ids]
 
 
-def write_config(run: Run) -> None:
+def write_config(spec: RunSpec) -> None:
     """`config.yaml`: the resolved settings; it works as `--config` of another run."""
     import yaml
 
-    settings = {f.name: getattr(run.config, f.name) for f in dataclasses.fields(run.config)}
+    config, system = spec.config, spec.system
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     settings |= {
         "resume": False,
         "overwrite": False,
         "dry_run": False,
         "serve_only": False,
     }  # of one call, not of the run
-    cls = type(run.system)
-    names = [agent.name for agent in run.system.specs]
+    cls = type(system)
     settings["system"] = {
         "class": f"{cls.__module__}:{cls.__qualname__}",
-        "agents": names,
-        **run.system.arguments(),
+        "agents": [agent.name for agent in system.specs],
+        **system.arguments(),
     }
     settings["agents"] = {
-        a.name: {k: v for k, v in to_json(a).items() if k != "name"} for a in run.system.specs
+        a.name: {k: v for k, v in to_json(a).items() if k != "name"} for a in system.specs
     }
     files.write_text(
-        run.config.folder / "config.yaml",
+        config.folder / "config.yaml",
         yaml.safe_dump(to_json(settings), sort_keys=False, allow_unicode=True),
     )
 
 
-def summary(run: Run, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+def summary(
+    spec: RunSpec,
+    learner: Learner,
+    sync: WeightSync,
+    log: RunLog,
+    before: Evaluation | None,
+    after: Evaluation | None,
+) -> dict[str, Any]:
     """What `summary.json` says of a run, with every pinned key."""
-    publishers = [base.publisher for base in run.bases.values() if base.publisher]
+    publishers = list(sync.publishers.values())
     proofs = [publisher.summary() for publisher in publishers]
     total = {
         key: sum(p[key] for p in proofs) for key in ("checks", "passed", "untrained", "failed")
     }
-    policies = {}
-    for base in run.bases.values():
-        for name in base.policies:
-            count = (
-                sum(p.numel() for p in base.adapters.parameters(name).values())
-                if base.adapters.policies[name].trainable
-                else 0
-            )
-            policies[name] = {
-                "trainable_parameters": count,
-                "sha256_before": run.before[name],
-                "sha256_after": base.adapters.sha256(name),
-            }
     heads = {
         head.spec.name: {
             "trainable_parameters": sum(p.numel() for p in head.parameters().values()),
-            "sha256_before": run.before[head.adapter],
+            "sha256_before": learner.before[head.adapter],
             "sha256_after": head.sha256(),
         }
-        for base in run.bases.values()
+        for base in learner.bases.values()
         for head in base.heads.values()
     }
     return {
-        "recipe": run.recipe,
-        "model": run.config.model,
+        "recipe": spec.recipe,
+        "model": spec.config.model,
         "engine": publishers[0].engine.info().kind if publishers else "none",
-        "steps": run.step,
-        "seconds": run.seconds,
-        "tokens": run.tokens,
-        "policies": policies,
+        "steps": log.step,
+        "seconds": log.seconds,
+        "tokens": log.tokens,
+        "policies": _policies(learner),
         **({"heads": heads} if heads else {}),
         "live_proof": {
             **total,
@@ -116,3 +112,18 @@ def summary(run: Run, before: Evaluation | None, after: Evaluation | None) -> di
             "paired": paired(before, after) if before and after else None,
         },
     }
+
+
+def _policies(learner: Learner) -> dict[str, dict[str, Any]]:
+    """By policy, how much of it learns, and its hash before and after."""
+    rows: dict[str, dict[str, Any]] = {}
+    for base in learner.bases.values():
+        for name in base.policies:
+            trainable = base.adapters.policies[name].trainable
+            parameters = base.adapters.parameters(name).values() if trainable else ()
+            rows[name] = {
+                "trainable_parameters": sum(p.numel() for p in parameters),
+                "sha256_before": learner.before[name],
+                "sha256_after": base.adapters.sha256(name),
+            }
+    return rows

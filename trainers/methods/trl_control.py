@@ -14,18 +14,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...agents.seeds import derive_seed
-from ...agents.settings import help_of
+from ...agents.settings import Settings, setting
 from ...agents.types import SettingError
+from ..update.learner import Learner, LearnerBase
 from ..update.optimizer_step import UpdateResult
-
-if TYPE_CHECKING:
-    from ..loop.run import Run
-    from ..update.learner import LearnerBase
 
 Row = Mapping[str, Any]
 # (PEFT model, tokenizer, rows, arguments that TRL's configs share) -> a trainer of TRL's, ready to
@@ -34,16 +31,14 @@ Make = Callable[[Any, Any, Sequence[Row], dict[str, Any]], Any]
 
 
 @dataclass
-class TrainerChoice:
-    """Who makes the update."""
+class TrainerChoice(Settings):
+    """Which implementation makes the update."""
 
-    trainer: str = help_of(
-        "marlora, or trl: the same data through TRL's trainer, as a baseline", "marlora"
+    trainer: str = setting(
+        "marlora, or trl: the same data through TRL's trainer, as a baseline",
+        "marlora",
+        choices=("marlora", "trl"),
     )
-
-    def __post_init__(self) -> None:
-        if self.trainer not in ("marlora", "trl"):
-            raise SettingError(f"trainer: expected marlora or trl, got {self.trainer!r}")
 
 
 @dataclass(frozen=True)
@@ -56,43 +51,43 @@ class TRLExample:
 
 
 def learn_with_trl(
-    run: Run, step: int, lessons: Mapping[str, TRLExample], make: Make
+    learner: Learner, step: int, lessons: Mapping[str, TRLExample], make: Make
 ) -> dict[str, UpdateResult]:
-    """Train each policy that has rows by the trainer `make` gives; what `Run.learn` is for our own
+    """Train each policy that has rows by the trainer `make` gives; what `Learner.learn` is for our own
     update."""
-    if run.ranks.size > 1:
+    if learner.ranks.size > 1:
         raise SettingError(
-            f"trainer trl: expected one process, got {run.ranks.size}; it is a baseline for small"
+            f"trainer trl: expected one process, got {learner.ranks.size}; it is a baseline for small"
             " runs"
         )
     start, done = time.perf_counter(), {}
-    for base in run.bases.values():
+    for base in learner.bases.values():
         for policy in base.adapters.trainable:
             lesson = lessons.get(policy)
             if lesson is not None and lesson.rows:
-                done[policy] = _learn(run, base, policy, step, lesson, make)
-    run.seconds["train"] += time.perf_counter() - start
-    run.tokens["trained"] += sum(result.tokens for result in done.values())
+                done[policy] = _learn(learner, base, policy, step, lesson, make)
+    learner.log.spend("train", time.perf_counter() - start)
+    learner.log.trained(sum(result.tokens for result in done.values()))
     return done
 
 
 def _learn(
-    run: Run, base: LearnerBase, policy: str, step: int, lesson: TRLExample, make: Make
+    learner: Learner, base: LearnerBase, policy: str, step: int, lesson: TRLExample, make: Make
 ) -> UpdateResult:
     from transformers.trainer_callback import PrinterCallback
 
-    rate = run.config.learning_rate_at(step, base.optimizers.peak[policy])
+    rate = learner.config.learning_rate_at(step, base.optimizers.peak[policy])
     with lent(base, policy) as (model, folder), torch.random.fork_rng(devices=[]):
         shared = {
             "output_dir": str(folder / "trl"),
             "learning_rate": rate,
             "lr_scheduler_type": "constant",
             "optim": "adamw_torch",
-            "weight_decay": run.config.weight_decay,
-            "max_grad_norm": run.config.max_grad_norm,
+            "weight_decay": learner.config.weight_decay,
+            "max_grad_norm": learner.config.max_grad_norm,
             "max_length": None,
-            "seed": derive_seed(run.config.seed, "trl", policy, step) % 2**31,
-            "use_cpu": run.ranks.device.type == "cpu",
+            "seed": derive_seed(learner.config.seed, "trl", policy, step) % 2**31,
+            "use_cpu": learner.ranks.device.type == "cpu",
             "gradient_checkpointing": base.adapters.recomputes,
             "bf16": False,
             "report_to": "none",

@@ -8,27 +8,12 @@ send it is their own configuration (environment variables, login).
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...agents.types import SettingError, nearest
-
-NAMES = ("tensorboard", "wandb", "trackio", "mlflow")
 PROJECT = "marlora"
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raises `SettingError` for a tracker that is not known, given twice, or not installed."""
-    for name in names:
-        if name not in NAMES:
-            raise SettingError(f"report_to: no tracker {name!r}; {nearest(name, NAMES)}")
-        if importlib.util.find_spec(name) is None:
-            raise SettingError(f"report_to: {name} is not installed; pip install 'marlora[{name}]'")
-    if len(set(names)) < len(names):
-        raise SettingError(f"report_to: a tracker is named twice in {list(names)}")
 
 
 class Trackers:

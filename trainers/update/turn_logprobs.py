@@ -1,72 +1,138 @@
-"""Log-probabilities of whole turns, under the policies as they are or as the run began with them:
-what preferences compare."""
+"""Log-probabilities of sequences without a gradient: of whole turns, under the bare base, and as
+means per policy.
+
+All three read through `_read`: one forward pass per base and policy, every rank computing its
+share; the results are the same on every rank.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
-from ...agents.types import BASE
+from ...agents.types import BASE, PolicySpec
 from ...rollouts.types import TurnKey
+from ..batching.batches import Layout
 from ..batching.samples import TrainingSequence
+from ..config import RunConfig
+from ..distributed.ranks import Ranks
 from ..errors import RunError
 from ..model.adapters import Adapters, init_folder
 from ..model.logprobs import token_logprobs
-from .optimizer_step import forward_only
-
-if TYPE_CHECKING:
-    from ..loop.run import Run
-    from .learner import LearnerBase
+from .optimizer_step import Optimizers, forward_only
 
 
-def turn_logprobs(
-    run: Run, samples: Sequence[TrainingSequence], *, reference: bool = False
+class ReadableBase(Protocol):
+    """What is read of a `LearnerBase`."""
+
+    name: str
+    adapters: Adapters
+    optimizers: Optimizers
+
+    @property
+    def policies(self) -> tuple[str, ...]: ...
+
+
+class Reader(Protocol):
+    """What is read of a `Learner`."""
+
+    config: RunConfig
+    policies: dict[str, PolicySpec]
+    ranks: Ranks
+
+    @property
+    def bases(self) -> Mapping[str, ReadableBase]: ...
+
+
+def by_turn(
+    learner: Reader, sequences: Sequence[TrainingSequence], reference: bool
 ) -> dict[TurnKey, float]:
-    """log p of every trained turn of the samples, summed over its tokens, at temperature 1 if the
-    samples were made for it.
+    """log p of every trained turn, summed over its tokens, at temperature 1 if the sequences were
+    made for it.
 
-    The same on every rank; each computes its share. `reference`: under the policy as the run began,
-    which is the base with adapters off unless the policy has an `init`. Raises `RunError` at a
-    log-prob that is not finite.
+    `reference`: under the policy as the run began, which is the base with adapters off unless the
+    policy has an `init`. Raises `RunError` at a log-prob that is not finite.
     """
-    found: dict[TurnKey, float] = {}
-    bare = run.policies.get(BASE)
-    for base in run.bases.values():
-        speaks = bare is not None and (bare.base or run.config.model) == base.name
+    values: dict[TurnKey, float] = {}
+    bare = learner.policies.get(BASE)
+    for base in learner.bases.values():
+        speaks = bare is not None and (bare.base or learner.config.model) == base.name
         for policy in (*base.policies, *([BASE] if speaks else [])):
-            own = [sample for sample in samples if sample.policy == policy]
+            own = [sequence for sequence in sequences if sequence.policy == policy]
             if own:
-                found |= _score(run, base, policy, own, reference)
-    for (episode, turn, _), value in found.items():
+                tokens = _read(learner, base, own, policy, initial=reference)
+                values |= _sums([key for sequence in own for key in sequence.keys], tokens)
+    for (episode, turn, _), value in values.items():
         if not math.isfinite(value):
             raise RunError(
                 f"episode {episode}, turn {turn}: its log-probability is {value}; the policy has"
                 " diverged"
             )
-    return found
+    return values
 
 
-def _score(
-    run: Run, base: LearnerBase, policy: str, own: Sequence[TrainingSequence], reference: bool
-) -> dict[TurnKey, float]:
-    keys = [key for sample in own for key in sample.keys]
-    model, layout = base.adapters.model, base.optimizers.layout
-    with initial_weights(base.adapters, policy) if reference else base.adapters.active(policy):
-        logps = forward_only(
-            own,
+def under_base(learner: Reader, sequences: Sequence[TrainingSequence]) -> torch.Tensor:
+    """log p of every trained token [N] under its base with adapters off, at the temperature it was
+    sampled at."""
+    counts = [sequence.num_trained for sequence in sequences]
+    parts = list(torch.zeros(sum(counts)).split(counts))
+    for base in learner.bases.values():
+        mine = [n for n, sequence in enumerate(sequences) if sequence.policy in base.policies]
+        tokens = _read(learner, base, [sequences[n] for n in mine], BASE)
+        for number, part in zip(mine, tokens.split([counts[n] for n in mine]), strict=True):
+            parts[number].copy_(part)
+    return torch.cat(parts)
+
+
+def mean_nll(
+    learner: Reader, sequences: Sequence[TrainingSequence], judges: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """Per policy the mean of -log p over the trained tokens of its sequences, unweighted, in nats.
+    Every rank has to call it.
+
+    Args:
+        judges: whose weights judge a policy's sequences (another policy, or `base`); a policy that
+            is missing judges its own.
+    """
+    means: dict[str, float] = {}
+    for base in learner.bases.values():
+        authors = {sequence.policy for sequence in sequences if sequence.policy in base.policies}
+        for policy in sorted(authors):
+            own = [sequence for sequence in sequences if sequence.policy == policy]
+            tokens = _read(learner, base, own, (judges or {}).get(policy, policy))
+            means[policy] = -float(tokens.double().mean())
+    return means
+
+
+def _read(
+    learner: Reader,
+    base: ReadableBase,
+    sequences: Sequence[TrainingSequence],
+    policy: str,
+    initial: bool = False,
+) -> torch.Tensor:
+    """log p of every trained token [N] with this policy speaking, now or as the run began."""
+    model = base.adapters.model
+    layout: Layout = base.optimizers.layout
+    with initial_weights(base.adapters, policy) if initial else base.adapters.active(policy):
+        return forward_only(
+            sequences,
             lambda batch: token_logprobs(model, batch)[0],
-            run.config.tokens_per_batch,
+            learner.config.tokens_per_batch,
             layout,
-            run.ranks,
+            learner.ranks,
         )
-    found: dict[TurnKey, list[float]] = {}
-    for key, value in zip(keys, logps.tolist(), strict=True):
-        found.setdefault(key, []).append(value)
-    return {key: math.fsum(values) for key, values in found.items()}
+
+
+def _sums(keys: Sequence[TurnKey], tokens: torch.Tensor) -> dict[TurnKey, float]:
+    by_key: dict[TurnKey, list[float]] = {}
+    for key, value in zip(keys, tokens.tolist(), strict=True):
+        by_key.setdefault(key, []).append(value)
+    return {key: math.fsum(values) for key, values in by_key.items()}
 
 
 @contextlib.contextmanager

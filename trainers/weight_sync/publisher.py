@@ -69,7 +69,7 @@ class Publisher:
 
     # versions
 
-    def stage(self, policy: str, step: int, digest: str) -> Path:
+    def write_version(self, policy: str, step: int, digest: str) -> Path:
         """Write the adapter as an immutable version folder, durable before it has its name."""
         earlier = self.earlier.get(policy, "")
         target = self.root / (
@@ -99,7 +99,7 @@ class Publisher:
         for policy in policies:
             digest = self.adapters.sha256(policy)
             if self._loaded.get(self.versions.get(policy, "")) != (policy, digest):
-                new[policy] = self.stage(policy, step, digest)
+                new[policy] = self.write_version(policy, step, digest)
                 self._loaded[new[policy].name] = (policy, digest)
         if new:
             await self.engine.publish(new)
@@ -127,7 +127,7 @@ class Publisher:
             with self._holding:
                 self._held.subtract(mine)
 
-    async def load_again(self, policy: str, version: str) -> bool:
+    async def reload(self, policy: str, version: str) -> bool:
         """Load an earlier version of a run that is resumed, unless it is loaded. False if its
         folder is gone."""
         if version in self._loaded:
@@ -146,7 +146,7 @@ class Publisher:
         self._retired = [one for one in self._retired if one != folder]
         return True
 
-    def sweep(self) -> None:
+    def remove_leftovers(self) -> None:
         """Folders that a process which was killed has left behind: those half written and twins go
         now, versions as if retired here."""
         own = re.compile(

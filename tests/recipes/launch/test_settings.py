@@ -17,7 +17,8 @@ from marlora.agents.types import AgentSpec, Message, Sampling, SettingError, to_
 from marlora.recipes.launch.settings import parse, read_value, run
 from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.episodes.store import StoreError
-from marlora.trainers.loop.run import Run, RunError
+from marlora.trainers.errors import RunError
+from marlora.trainers.loop.spec import RunSpec
 from marlora.trainers.loop.summary import write_config
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig
 from tests.repository import ROOT
@@ -305,7 +306,7 @@ def test_wrong_entries_of_agents_and_policies_are_told(
     text: str, expected: str, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingError) as caught:
-        Run(read(SYSTEM + text, folder=tmp_path))
+        RunSpec.resolve(read(SYSTEM + text, folder=tmp_path))
     assert expected in str(caught.value)
 
 
@@ -323,11 +324,11 @@ def test_saved_settings_build_the_same_run_again(tmp_path: Path) -> None:
         policies={"a": {"adapter": {"r": 4}}},
         overwrite=True,
     )
-    first = Run(config, Debate(agents, rounds=2))
+    first = RunSpec.resolve(config, Debate(agents, rounds=2))
     (tmp_path / "run").mkdir()
     write_config(first)
     again = parse(GRPOConfig, RECIPE, ["--config", str(tmp_path / "run" / "config.yaml")])
-    other = Run(again)
+    other = RunSpec.resolve(again)
     assert other.system == first.system and other.policies == first.policies
     assert not again.overwrite  # of that call, not of the run
     different = {

@@ -25,7 +25,8 @@ from marlora.trainers.collection.background import BackgroundLoop
 from marlora.trainers.collection.rollout_manager import RolloutManager
 from marlora.trainers.errors import RunError
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
-from marlora.trainers.monitoring.progress import Progress
+from marlora.trainers.monitoring.run_log import RunLog
+from marlora.trainers.weight_sync.sync import WeightSync
 from marlora.trainers.weight_sync.team_versions import TeamVersions
 from tests.trainers.small_run import EPISODES, config, trainer
 
@@ -139,6 +140,16 @@ def test_drops_are_counted_by_agent_and_length() -> None:
 # schedules at random: a stage without models, whose latencies are turns of the event loop
 
 
+class GivenVersions(WeightSync):
+    """Versions that the test names instead of publishing adapters."""
+
+    versions: dict[str, str]
+
+    @property
+    def current(self) -> dict[str, str]:
+        return self.versions
+
+
 class World:
     """Plays and "learns" with the real `RolloutManager` and `AsyncCollector`. Learning a step makes
     the version `NAME-vSTEP`.
@@ -169,6 +180,7 @@ class World:
             int, int
         ] = {}  # by step: the step that was to be learnt when its first reply was asked for
         self.now, self.versions = 1, dict[str, str]()
+        self.deterministic = exact
         self.config = SimpleNamespace(
             max_staleness=bound,
             max_concurrency=room,
@@ -177,17 +189,7 @@ class World:
             max_steps=last,
             pin=pin,
         )
-        self.progress, self.metric, self.stop, self.system = (
-            Progress(False),
-            "correct",
-            None,
-            Chain(["a", "b"]),
-        )
-        self.bases = {
-            "m": SimpleNamespace(
-                publisher=None, engine=SimpleNamespace(info=lambda: SimpleNamespace(exact=exact))
-            )
-        }
+        self.system = Chain(["a", "b"])
 
     def wait(self) -> int:
         self.asked += 1
@@ -205,18 +207,31 @@ class World:
         return [Task(f"{step}-{n}", str(step), "") for n in range(2)]
 
     def open(self, step: int, team: dict[int, dict[str, str]]) -> None:
-        self.stage = RolloutManager(self)  # type: ignore[arg-type]
+        learner = SimpleNamespace(agents=self.system.specs, bases={})
+        self.sync = GivenVersions(self.config, learner, {}, lambda records: None)  # type: ignore[arg-type]
+        self.sync.team = TeamVersions(self.config.max_staleness, team, self.config.pin)
+        self.sync.versions = self.versions
+        self.stage = RolloutManager(
+            self.config,  # type: ignore[arg-type]
+            self.system,
+            [],
+            [],
+            {},
+            engines=SimpleNamespace(deterministic=self.deterministic),  # type: ignore[arg-type]
+            sync=self.sync,
+            log=RunLog(self.config),  # type: ignore[arg-type]
+        )
+        self.stage.join(None, None)  # type: ignore[arg-type]
+        self.stage.tasks_of, self.stage.metric = self.tasks_of, "correct"  # type: ignore[method-assign]
         self.stage.background, self.stage.store = BackgroundLoop(), Store(self.folder, fsync=False)
-        self.stage.rollouts = EpisodeRunner(
+        self.stage.runner = EpisodeRunner(
             self.system,
             {"a": self.speak, "b": self.speak},
             limits=EpisodeLimits(concurrency=1000),
             pin=self.config.pin,
         )
-        self.stage._crowd = asyncio.Lock()
-        self.stage.team = TeamVersions(self.config.max_staleness, team, self.config.pin)
-        self.stage.ahead = AsyncCollector(self.stage, self.tasks_of, self.last)
-        self.stage._in_force(step)
+        self.stage.start()
+        self.sync.put_in_force(step)
 
     def close(self) -> None:
         self.stage.ahead.close()
@@ -230,7 +245,8 @@ class World:
 
         self.stage.background.run(work())
         self.versions = {policy: f"{policy}-{name}{step}" for policy in ("a", "b")}
-        self.stage._in_force(step)
+        self.sync.versions = self.versions
+        self.sync.put_in_force(step)
         self.now = step + 1
 
 
@@ -313,7 +329,7 @@ def test_whatever_the_schedule_nothing_is_too_old_lost_or_counted_twice(
         world.learn(step, name)
         step += 1
         if step % saved == 0:
-            checkpoint = (step, dict(world.stage.team.of), dict(world.versions))
+            checkpoint = (step, dict(world.sync.team.of), dict(world.versions))
     world.close()
     stored = [e.id for e in Store(world.folder)]
     assert len(stored) == len(set(stored)) and {
@@ -409,7 +425,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def weights(made: GRPOTrainer) -> dict[str, str]:
-    return {p: base.adapters.sha256(p) for base in made.run.bases.values() for p in base.policies}
+    return {
+        p: base.adapters.sha256(p)
+        for base in made.run.learner.bases.values()
+        for p in base.policies
+    }
 
 
 def test_s_0_is_the_synchronous_run_bit_for_bit(
@@ -419,20 +439,20 @@ def test_s_0_is_the_synchronous_run_bit_for_bit(
     staleness."""
     ours = trainer(tmp_path / "ours", model)
     ours.train()
+    plain = trainer(tmp_path / "plain", model)
 
     def synchronous(self: AsyncCollector, step: int) -> CollectedStep:
-        run, stage = self.stage.run, self.stage
-        episodes = stage.play(
-            run.tasks_of(step),
+        rollouts = plain.run.rollouts
+        collected = rollouts.play_or_find(
+            rollouts.tasks_of(step),
             f"train-{step:06d}",
             step,
-            stage.rollouts,
-            run.config.num_generations,
+            rollouts.runner,
+            plain.args.num_generations,
         )
-        return CollectedStep(episodes, 1.0)
+        return CollectedStep(collected.episodes, 1.0)
 
     monkeypatch.setattr(AsyncCollector, "take", synchronous)
-    plain = trainer(tmp_path / "plain", model)
     plain.train()
     assert weights(ours) == weights(plain)
     played = [

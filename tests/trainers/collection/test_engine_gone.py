@@ -65,13 +65,13 @@ def test_a_step_that_was_cut_off_while_it_learnt_is_not_saved(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = small_run.trainer(tmp_path / "run", model, max_steps=2, save_every=100)
-    learn = run.run.learn
+    learn = run.run.learner.learn
 
     def twice(step: int, *args: Any) -> dict[str, UpdateResult]:
         learn(step, *args)
         return gone()  # a method that plays between two updates
 
-    monkeypatch.setattr(run.run, "learn", twice)
+    monkeypatch.setattr(run.run.learner, "learn", twice)
     with pytest.raises(EngineError):
         run.train()
     assert not (tmp_path / "run/checkpoints").exists()

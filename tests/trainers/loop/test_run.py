@@ -15,7 +15,7 @@ from marlora.rollouts.types import Episode, groups
 from marlora.trainers.collection.background import BackgroundLoop, StopSignal
 from marlora.trainers.collection.stored_episodes import PlannedEpisodes, find_stored
 from marlora.trainers.errors import Stopped
-from marlora.trainers.loop.run import Run, RunError
+from marlora.trainers.loop.run import RunError, TrainingRun
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
 from marlora.trainers.update import optimizer_step
 from tests.trainers.small_run import EPISODES, trainer
@@ -23,9 +23,9 @@ from tests.trainers.small_run import EPISODES, trainer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def state(run: Run) -> dict[str, tuple[str, dict[str, list[float]]]]:
+def state(run: TrainingRun) -> dict[str, tuple[str, dict[str, list[float]]]]:
     """Per policy: hash of its tensors, and its optimizer's moments."""
-    (base,) = run.bases.values()
+    (base,) = run.learner.bases.values()
     return {
         policy: (
             base.adapters.sha256(policy),
@@ -37,9 +37,9 @@ def state(run: Run) -> dict[str, tuple[str, dict[str, list[float]]]]:
 
 def step(made: GRPOTrainer, number: int) -> dict[str, Any]:
     """One step; its row of metrics."""
-    episodes = made.run.collect(number)
+    episodes = made.run.rollouts.collect(number)
     made.run.finish(number, episodes, made.learn(number, episodes))
-    return json.loads((made.run.config.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return json.loads((made.run.spec.config.folder / "metrics.jsonl").read_text().splitlines()[-1])
 
 
 def nan_loss(made: GRPOTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,14 +101,14 @@ def test_what_is_not_finite_is_no_step(
         dump = json.loads((tmp_path / "run/dumps/step-000002.json").read_text())
         assert what in dump["problems"]["first"] and "last" not in dump["problems"]
         assert {sample["policy"] for sample in dump["samples"]} == {"first"}
-        ids = {episode.id for episode in run.stage.store.read(step=2)}
+        ids = {episode.id for episode in run.rollouts.store.read(step=2)}
         assert {sample["episode"] for sample in dump["samples"]} <= ids and all(
             s["ids"] for s in dump["samples"]
         )
         monkeypatch.undo()
         made.__dict__.pop("loss", None)
         assert step(made, 3)["policies"]["first"]["applied"] is True
-        assert run.aborted == 0 and state(run)["first"] != before["first"]
+        assert run.log.aborted == 0 and state(run)["first"] != before["first"]
 
 
 def test_three_steps_that_are_not_finite_end_the_run(
@@ -131,10 +131,10 @@ def test_a_step_without_samples_of_a_policy_leaves_it_alone(model: Path, tmp_pat
         step(made, 1)
         for number, silent in ((2, "last"), (3, "first")):
             before = state(run)
-            episodes = run.collect(number)
-            mine = {a: p for a, p in run.policy_of.items() if p != silent}
+            episodes = run.rollouts.collect(number)
+            mine = {a: p for a, p in run.learner.policy_of.items() if p != silent}
             found, _ = update_samples(made, episodes, mine)
-            done = run.learn(number, found, made.loss)
+            done = run.learner.learn(number, found, made.loss)
             run.finish(number, episodes, {"policies": {}})
             assert silent not in done and state(run)[silent] == before[silent]
             assert all(state(run)[policy] != before[policy] for policy in done)
@@ -142,9 +142,9 @@ def test_a_step_without_samples_of_a_policy_leaves_it_alone(model: Path, tmp_pat
     again = trainer(folder, model, resume=True, max_steps=4)
     with again.run as run:
         assert state(run) == last
-        episodes = run.collect(4)
+        episodes = run.rollouts.collect(4)
         found, _ = update_samples(again, episodes, {"last": "last"})
-        run.learn(4, found, again.loss)
+        run.learner.learn(4, found, again.loss)
         assert state(run)["first"] == last["first"] and state(run)["last"] != last["last"]
 
 
@@ -152,7 +152,7 @@ def update_samples(made: GRPOTrainer, episodes: list[Episode], policy_of: dict[s
     from marlora.trainers.batching.samples import samples
     from marlora.trainers.credit.rules import credit
 
-    return samples(episodes, credit(episodes, made.args, made.run.credit_state), policy_of)
+    return samples(episodes, credit(episodes, made.args, made.run.learner.credit_state), policy_of)
 
 
 def test_the_base_stays_what_it_was(model: Path, tmp_path: Path) -> None:
@@ -160,8 +160,8 @@ def test_the_base_stays_what_it_was(model: Path, tmp_path: Path) -> None:
     its process."""
     made = trainer(tmp_path / "run", model)
     with made.run as run:
-        (base,) = run.bases.values()
-        before, served = base.adapters.base_sha256(), engine_sha256(base.engine)
+        (base,) = run.learner.bases.values()
+        before, served = base.adapters.base_sha256(), engine_sha256(run.engines.of[base.name])
         made.train()
         assert base.adapters.base_sha256() == before
     assert all(
@@ -169,16 +169,16 @@ def test_the_base_stays_what_it_was(model: Path, tmp_path: Path) -> None:
     )
     again = trainer(tmp_path / "run", model, resume=True)
     with again.run as run:
-        (base,) = run.bases.values()
+        (base,) = run.learner.bases.values()
         assert base.adapters.base_sha256() == before
-        assert run.evaluate("once more") is not None
-        assert engine_sha256(base.engine) == served
+        assert run.evaluator.evaluate("once more") is not None
+        assert engine_sha256(run.engines.of[base.name]) == served
 
 
 def engine_sha256(engine: Any) -> str:
     from marlora.trainers.model.adapters import base_sha256
 
-    return base_sha256(engine._model)
+    return base_sha256(engine.sampler.model)
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def summary(folder: Path) -> dict[str, Any]:
 def test_a_base_that_moved_ends_the_run(model: Path, tmp_path: Path) -> None:
     made = trainer(tmp_path / "run", model, max_steps=1)
     with made.run as run:
-        (base,) = run.bases.values()
+        (base,) = run.learner.bases.values()
         step(made, 1)
         weight = next(p for n, p in base.adapters.model.named_parameters() if "lora_" not in n)
         with torch.no_grad():
@@ -205,11 +205,11 @@ def test_the_episodes_of_other_adapters_have_spent_their_ids(model: Path, tmp_pa
     trains on is stored."""
     made = trainer(tmp_path / "run", model)
     with made.run as run:
-        tasks, count = run.tasks_of(1), EPISODES // len(run.tasks_of(1))
+        tasks, count = run.rollouts.tasks_of(1), EPISODES // len(run.rollouts.tasks_of(1))
 
         def recalled(version: dict[str, str]) -> PlannedEpisodes:
             return find_stored(
-                run.stage.store,
+                run.rollouts.store,
                 tasks,
                 "train-000001",
                 count,
@@ -218,7 +218,7 @@ def test_the_episodes_of_other_adapters_have_spent_their_ids(model: Path, tmp_pa
             )
 
         assert recalled({}).found == {}
-        played = run.collect(1)
+        played = run.rollouts.collect(1)
         known = recalled({})
         assert [job.id for job in known.plan] == [e.id for e in played] and known.found.keys() == {
             e.id for e in played
@@ -229,7 +229,7 @@ def test_the_episodes_of_other_adapters_have_spent_their_ids(model: Path, tmp_pa
         assert {e.id for e in known.dropped} == {e.id for e in played}, (
             "told, since they are not learnt from"
         )
-        assert run.collect(1) == played, "the right ones are taken as they are"
+        assert run.rollouts.collect(1) == played, "the right ones are taken as they are"
 
 
 def test_an_earlier_run_is_not_overwritten_unasked(model: Path, tmp_path: Path) -> None:
@@ -284,10 +284,16 @@ def test_over_sampling_learns_from_as_many_as_asked_and_counts_what_it_drops(
     wanted = made.args.num_generations
     with made.run as run:
         row = step(made, 1)
-        stored = run.stage.play(
-            run.tasks_of(1), "train-000001", 1, run.stage.rollouts, wanted, {}, oversample=2
+        found = run.rollouts.play_or_find(
+            run.rollouts.tasks_of(1),
+            "train-000001",
+            1,
+            run.rollouts.runner,
+            wanted,
+            {},
+            oversample=2,
         )
-        again = run.stage.oversampled
+    stored, again = found.episodes, found.oversampled
     assert row["episodes"] == made.args.tasks_per_step * wanted == len(stored)
     assert all(len(group) == wanted for group in groups(stored).values())
     assert row["oversampled"]["dropped"] == 2 * made.args.tasks_per_step

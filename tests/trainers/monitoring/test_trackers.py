@@ -10,20 +10,21 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from marlora.agents.types import SettingError
-from marlora.trainers.monitoring import trackers
-from marlora.trainers.monitoring.trackers import NAMES, Trackers, check_names, numbers
+from marlora.trainers import config as settings
+from marlora.trainers.config import TRACKERS, RunSettings
+from marlora.trainers.monitoring.trackers import Trackers, numbers
 from marlora.trainers.testbeds.tiny import tiny_random_model
 from tests.trainers import small_run
 
 
 def test_names_are_accelerates(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(NAMES) <= {str(name) for name in LOGGER_TYPE_TO_CLASS}
-    check_names(["tensorboard"])
+    assert set(TRACKERS) <= {str(name) for name in LOGGER_TYPE_TO_CLASS}
+    RunSettings(report_to=["tensorboard"])
     with pytest.raises(SettingError, match="did you mean 'tensorboard'"):
-        check_names(["tensorbord"])
+        RunSettings(report_to=["tensorbord"])
     with pytest.raises(SettingError, match="named twice"):
-        check_names(["tensorboard", "tensorboard"])
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+        RunSettings(report_to=["tensorboard", "tensorboard"])
+    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SettingError, match=r"pip install 'marlora\[wandb\]'"):
         small_run.config("x", "y", report_to=["wandb"])
 
@@ -61,7 +62,7 @@ class Kept:
         self.told.append("finish")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRACKERS)
 def test_every_tracker_is_opened_told_and_closed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,7 +161,7 @@ def test_what_a_killed_process_left_behind_goes_as_if_it_had_been_retired(
     async def work(engine: TransformersEngine) -> None:
         publisher = Publisher(tmp_path, adapters, engine)
         earlier = (await publisher.publish(6, ["solver"]))["solver"]
-        publisher.sweep()
+        publisher.remove_leftovers()
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
             [*left[-KEEP_VERSIONS:], *others, earlier]
         )
@@ -193,7 +193,7 @@ def test_a_version_that_is_learnt_again_is_no_leftover(model: Path, tmp_path: Pa
 
     async def work(engine: TransformersEngine) -> None:
         publisher = Publisher(tmp_path, adapters, engine)
-        publisher.sweep()
+        publisher.remove_leftovers()
         assert (await publisher.publish(1, ["solver"]))["solver"] == name
         async with publisher.prover._twin("solver", name, 2.0) as twin:
             assert (tmp_path / twin / WEIGHTS).is_file()
@@ -218,18 +218,16 @@ def test_versions_of_a_resumed_run_are_loaded_again(model: Path, tmp_path: Path)
     async def after(engine: TransformersEngine) -> None:
         publisher = Publisher(tmp_path, adapters, engine, earlier={"solver": new})
         await publisher.publish(2, ["solver"])
-        assert await publisher.load_again("solver", old) and await publisher.load_again(
-            "solver", new
-        )
+        assert await publisher.reload("solver", old) and await publisher.load_again("solver", new)
         assert set(await engine.adapters("local")) == {old, new}
-        assert not await publisher.load_again("solver", "solver-v0-00000000"), "its folder is gone"
+        assert not await publisher.reload("solver", "solver-v0-00000000"), "its folder is gone"
         with publisher.hold({"solver": old}):
             learner.step()
             await publisher.publish(3, ["solver"])
             assert set(await engine.adapters("local")) == {old, publisher.versions["solver"]}
         shutil.copytree(tmp_path / old, tmp_path / "solver-v9-00000000")
         with pytest.raises(EngineError, match="its tensors were changed"):
-            await publisher.load_again("solver", "solver-v9-00000000")
+            await publisher.reload("solver", "solver-v9-00000000")
 
     with_engine(model, after)
 

@@ -11,7 +11,6 @@ too: selection keeps what succeeded. Pure Python.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ....agents.patterns.self_correction import (
     SelfCorrection,
     correction_task,
 )
-from ....agents.settings import help_of
+from ....agents.settings import Settings, parsed_mapping, setting
 from ....agents.types import BASE, AgentSpec, Completion, SettingError, Turn, from_json, nearest
 from ....rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from ....rollouts.types import Episode
@@ -45,61 +44,46 @@ TRACES = (
 
 
 @dataclass
-class CorrectionConfig:
+class CorrectionConfig(Settings):
     """How failed episodes are mended. The templates' fields: see `agents.repair.Repair`."""
 
-    repair: str = help_of(
+    repair: str = setting(
         "episodes that are mended: unsolved (one of each task that none solved), all failed ones,"
         " or none",
         "unsolved",
+        choices=("unsolved", "all", "none"),
     )
-    repair_agents: list[str] = help_of(
+    repair_agents: list[str] = setting(
         "agents whose turns are mended, in this order; empty: all that learn", factory=list
     )
-    feedback_agent: dict | str | None = help_of(
+    feedback_agent: dict | str | None = setting(
         "who gives feedback and knows the answer: fields of AgentSpec (policy, prompt, sampling);"
         " the bare base if empty",
         factory=dict,
     )
-    max_feedback: int = help_of("tries of feedback per failed turn", 1)
-    max_regenerations: int = help_of("tries to regenerate the turn per feedback", 1)
-    feedback: str = help_of(
+    max_feedback: int = setting("tries of feedback per failed turn", 1, at_least=1)
+    max_regenerations: int = setting("tries to regenerate the turn per feedback", 1, at_least=1)
+    feedback: str = setting(
         "template: what the feedback agent is told; empty: no feedback, the turn is only said anew",
         FEEDBACK,
     )
-    regenerate: str = help_of("template: what the agent is told to say its turn anew", REGENERATE)
-    rephrase: str = help_of(
+    regenerate: str = setting("template: what the agent is told to say its turn anew", REGENERATE)
+    rephrase: str = setting(
         "template: what the agent is told to hide that it was corrected; empty leaves it out",
         REPHRASE,
     )
-    may_tell_answer: list[str] = help_of(
+    may_tell_answer: list[str] = setting(
         "agents, besides the one that answers, whose mended text may hold the answer", factory=list
     )
-    traces: list[str] = help_of(
+    traces: list[str] = setting(
         "a mended text that holds one of these is refused: it shows how it was made",
         factory=lambda: list(TRACES),
     )
 
-    def __post_init__(self) -> None:
-        if self.repair not in ("unsolved", "all", "none"):
-            raise SettingError(f"repair: expected unsolved, all or none, got {self.repair!r}")
-        if self.max_feedback < 1 or self.max_regenerations < 1:
-            raise SettingError(
-                f"max_feedback and max_regenerations: at least 1 expected, got {self.max_feedback},"
-                f" {self.max_regenerations}"
-            )
-        if isinstance(self.feedback_agent, str):
-            try:
-                self.feedback_agent = json.loads(self.feedback_agent)
-            except ValueError as error:
-                raise SettingError(
-                    f"feedback_agent: expected a mapping, got {self.feedback_agent!r}"
-                ) from error
-        if self.feedback_agent is not None and not isinstance(self.feedback_agent, Mapping):
-            raise SettingError(
-                "feedback_agent: expected a mapping of fields of AgentSpec, got"
-                f" {self.feedback_agent!r}"
-            )
+    def prepare(self) -> None:
+        self.feedback_agent = parsed_mapping("feedback_agent", self.feedback_agent)
+
+    def check(self) -> None:
         self.conversation(AgentSpec("x"))  # checks the templates
 
     @property
@@ -125,11 +109,11 @@ class CorrectionConfig:
     def check_agents(self, team: Sequence[AgentSpec]) -> None:
         """Raises `SettingError` if a setting names an agent that the team has not."""
         names = [spec.name for spec in team]
-        for setting in ("repair_agents", "may_tell_answer"):
-            for name in getattr(self, setting):
+        for field in ("repair_agents", "may_tell_answer"):
+            for name in getattr(self, field):
                 if name not in names:
                     raise SettingError(
-                        f"{setting}: {name!r} is no agent of the team; {nearest(name, names)}"
+                        f"{field}: {name!r} is no agent of the team; {nearest(name, names)}"
                     )
         for spec in team:
             self.conversation(spec)

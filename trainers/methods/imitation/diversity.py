@@ -22,8 +22,7 @@ from ....agents.types import BASE, SettingError
 from ....rollouts.report.sections import ReportSection, table_section
 from ....rollouts.types import Episode
 from ...batching.samples import TrainingSequence
-from ...loop.run import Run
-from .imitation import mean_nll
+from ...update.learner import Learner
 
 Table = Mapping[tuple[str, str], float]  # (who sampled, who judges): policies; nats per token
 Embedder = Callable[[Sequence[str]], Sequence[Sequence[float]]]  # texts -> a vector each
@@ -52,7 +51,7 @@ def divergence(table: Table, policies: Sequence[str]) -> Divergence:
 
 
 def nll_table(
-    run: Run, found: Sequence[TrainingSequence], judges: Sequence[str] | None = None
+    learner: Learner, found: Sequence[TrainingSequence], judges: Sequence[str] | None = None
 ) -> dict[tuple[str, str], float]:
     """nll[n, k] of every policy n that has samples and every judge k (None: these policies
     themselves) on the same base.
@@ -63,13 +62,13 @@ def nll_table(
     authors = sorted({sample.policy for sample in found})
     table: dict[tuple[str, str], float] = {}
     for judge in dict.fromkeys(judges or authors):
-        at_home = [b.policies for b in run.bases.values()]
+        at_home = [b.policies for b in learner.bases.values()]
         mine = [
             s
             for s in found
             if judge == BASE or any(judge in home and s.policy in home for home in at_home)
         ]
-        nll = mean_nll(run, mine, dict.fromkeys(authors, judge))
+        nll = learner.mean_nll(mine, dict.fromkeys(authors, judge))
         table |= {(author, judge): value for author, value in nll.items()}
     return table
 

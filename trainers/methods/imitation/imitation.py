@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -18,18 +18,17 @@ from typing import Any
 import torch
 
 from ....agents.seeds import derive_seed
-from ....agents.settings import help_of
+from ....agents.settings import Settings, setting
 from ....agents.types import Completion, SettingError, Turn
 from ....rollouts.types import Episode, TurnKey
 from ...batching.samples import TrainingSequence, samples
 from ...errors import RunError
-from ...loop.run import Run
-from ...model.logprobs import token_logprobs
+from ...update.learner import Learner
 from ...update.losses.inputs import LossInputs
 from ...update.losses.nll import weighted_nll
 from ...update.losses.statistics import Stats
 from ...update.minibatches import merge_results, minibatches
-from ...update.optimizer_step import UpdateResult, forward_only
+from ...update.optimizer_step import UpdateResult
 from ..trl_control import Row, TrainerChoice, TRLExample, learn_with_trl
 
 
@@ -37,38 +36,30 @@ from ..trl_control import Row, TrainerChoice, TRLExample, learn_with_trl
 class ImitationConfig(TrainerChoice):
     """How kept turns are learnt from."""
 
-    num_train_epochs: int = help_of("passes over the kept turns of a step", 2)
-    train_batch_size: int = help_of("sequences of a policy per optimizer update", 8)
-
-    def __post_init__(self) -> None:
-        TrainerChoice.__post_init__(self)
-        for name in ("num_train_epochs", "train_batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}: expected at least 1, got {getattr(self, name)}")
+    num_train_epochs: int = setting("passes over the kept turns of a step", 2, at_least=1)
+    train_batch_size: int = setting("sequences of a policy per optimizer update", 8, at_least=1)
 
 
 @dataclass
-class IterationConfig:
+class IterationConfig(Settings):
     """Iterations of play and imitation. To come before `RunConfig` among the parents of a config:
     an iteration is a step of the run."""
 
-    max_iterations: int = help_of("iterations: play, select, imitate", 1)
-    max_steps: int = help_of("the same as max_iterations; leave it out", 0)
-    start_from: str = help_of(
-        "what an iteration trains: the last adapters (last), or new ones on the base (base)", "last"
+    max_iterations: int = setting("iterations: play, select, imitate", 1, at_least=0)
+    max_steps: int = setting("the same as max_iterations; leave it out", 0, at_least=0)
+    start_from: str = setting(
+        "what an iteration trains: the last adapters (last), or new ones on the base (base)",
+        "last",
+        choices=("last", "base"),
     )
 
-    def __post_init__(self) -> None:
-        if self.max_iterations < 0:
-            raise SettingError(f"max_iterations: expected at least 0, got {self.max_iterations}")
+    def check(self) -> None:
         if self.max_steps not in (0, self.max_iterations):
             raise SettingError(
                 "max_steps: an iteration is a step, so set max_iterations alone; got"
                 f" {self.max_steps}, {self.max_iterations}"
             )
         self.max_steps = self.max_iterations
-        if self.start_from not in ("last", "base"):
-            raise SettingError(f"start_from: expected last or base, got {self.start_from!r}")
 
 
 @dataclass(frozen=True)
@@ -99,7 +90,7 @@ class ImitationResult:
 
 
 def fit_turns(
-    run: Run,
+    learner: Learner,
     step: int,
     episodes: Sequence[Episode],
     weights: Mapping[TurnKey, float],
@@ -111,7 +102,10 @@ def fit_turns(
     Raises `RunError` if nothing is left to learn from; the store keeps what was played.
     """
     found, dropped = samples(
-        [encoded(run, episode) for episode in episodes], weights, run.policy_of, ratios=False
+        [encoded(learner, episode) for episode in episodes],
+        weights,
+        learner.policy_of,
+        ratios=False,
     )
     if not found:
         told = (
@@ -125,22 +119,20 @@ def fit_turns(
             " changed"
         )
     if step == 1:
-        run.show(found)
-    before = mean_nll(run, found)
+        learner.show(found)
+    before = learner.mean_nll(found)
     learn = _with_trl if config.trainer == "trl" else _epochs
-    updates = learn(run, step, found, config)
-    return ImitationResult(updates, before, mean_nll(run, found), dropped)
+    updates = learn(learner, step, found, config)
+    return ImitationResult(updates, before, learner.mean_nll(found), dropped)
 
 
-def teacher_text(run: Run, turn: Turn, text: str) -> Completion:
+def teacher_text(learner: Learner, turn: Turn, text: str) -> Completion:
     """A text as an answer to the turn's own prompt, in the tokens of its agent's base."""
-    tokens = next(
-        base.tokens for base in run.bases.values() if run.policy_of[turn.agent] in base.policies
-    )
+    tokens = learner.base_of(learner.policy_of[turn.agent]).tokens
     return tokens.write(turn.prompt_ids or tokens.prompt(turn.messages), text)
 
 
-def encoded(run: Run, episode: Episode) -> Episode:
+def encoded(learner: Learner, episode: Episode) -> Episode:
     """The episode with tokens for written turns that are text only. What was sampled is never
     encoded."""
 
@@ -149,10 +141,10 @@ def encoded(run: Run, episode: Episode) -> Episode:
             turn.source == "sampled"
             or turn.token_ids
             or not turn.text
-            or turn.agent not in run.policy_of
+            or turn.agent not in learner.policy_of
         ):
             return turn
-        made = teacher_text(run, turn, turn.text)
+        made = teacher_text(learner, turn, turn.text)
         return dataclasses.replace(
             turn, text=made.text, prompt_ids=made.prompt_ids, token_ids=made.token_ids
         )
@@ -161,26 +153,17 @@ def encoded(run: Run, episode: Episode) -> Episode:
     return episode if turns == episode.turns else dataclasses.replace(episode, turns=turns)
 
 
-def reset_adapters(run: Run, policies: Collection[str]) -> None:
-    """Put these policies' adapters back to their `init`, with optimizers that remember nothing."""
-    for base in run.bases.values():
-        for policy in base.adapters.trainable:
-            if policy in policies:
-                base.adapters.restart(policy)
-                base.optimizers.of[policy].state.clear()
-
-
 def nll_loss(inputs: LossInputs) -> tuple[torch.Tensor, Stats]:
     """-sum(weight x log p) / tokens of the step; a turn's weight stands in `advantage`."""
     return weighted_nll(inputs.logp, inputs.advantage, inputs.total.tokens)
 
 
 def _epochs(
-    run: Run, step: int, found: Sequence[TrainingSequence], config: ImitationConfig
+    learner: Learner, step: int, found: Sequence[TrainingSequence], config: ImitationConfig
 ) -> dict[str, UpdateResult]:
     """Minibatches are a policy's own, so that how often it is updated does not depend on the other
     policies' turns."""
-    seed = derive_seed(run.config.seed, "imitate", step)
+    seed = derive_seed(learner.config.seed, "imitate", step)
     plans = [
         list(
             minibatches(
@@ -191,7 +174,7 @@ def _epochs(
     ]
     done = []
     for parts in zip_longest(*plans, fillvalue=[]):
-        done.append(run.learn(step, [sample for part in parts for sample in part], nll_loss))
+        done.append(learner.learn(step, [sample for part in parts for sample in part], nll_loss))
     return merge_results(done)
 
 
@@ -203,36 +186,8 @@ def by_policy(found: Sequence[TrainingSequence]) -> dict[str, list[TrainingSeque
     }
 
 
-def mean_nll(
-    run: Run, found: Sequence[TrainingSequence], speaker: Mapping[str, str] | None = None
-) -> dict[str, float]:
-    """Per policy the mean of -log p over the trained tokens of its samples, unweighted. Every rank
-    has to call it.
-
-    Args:
-        speaker: whose weights judge a policy's samples (another policy, or `base`); a policy that
-            is missing judges its own.
-    """
-    joint: dict[str, float] = {}
-    for base in run.bases.values():
-        model, layout = base.adapters.model, base.optimizers.layout
-        for policy, own in by_policy(
-            [sample for sample in found if sample.policy in base.policies]
-        ).items():
-            with base.adapters.active((speaker or {}).get(policy, policy)):
-                logp = forward_only(
-                    own,
-                    lambda batch, model=model: token_logprobs(model, batch)[0],
-                    run.config.tokens_per_batch,
-                    layout,
-                    run.ranks,
-                )
-            joint[policy] = -float(logp.double().mean())
-    return joint
-
-
 def _with_trl(
-    run: Run, step: int, found: Sequence[TrainingSequence], config: ImitationConfig
+    learner: Learner, step: int, found: Sequence[TrainingSequence], config: ImitationConfig
 ) -> dict[str, UpdateResult]:
     """The same sequences, masks and minibatch size through TRL's SFTTrainer. It knows no
     weights."""
@@ -266,7 +221,7 @@ def _with_trl(
             processing_class=tokenizer,
         )
 
-    return learn_with_trl(run, step, lessons, make)
+    return learn_with_trl(learner, step, lessons, make)
 
 
 def _row(sample: TrainingSequence) -> Row:

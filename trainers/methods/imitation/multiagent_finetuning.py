@@ -32,7 +32,7 @@ from typing import Any
 
 from ....agents.lookup import load_function
 from ....agents.patterns.debate import Debate
-from ....agents.settings import help_of
+from ....agents.settings import setting
 from ....agents.text.answers import same, vote
 from ....agents.types import SettingError, Turn
 from ....rollouts.evaluation.accuracy import evaluation
@@ -44,7 +44,7 @@ from ...config import RunConfig
 from ...credit.filtering import Rule, SelectionConfig
 from ...trainer import Trainer
 from .diversity import consensus, divergence, diversity_section, embedding_distance, nll_table
-from .imitation import ImitationConfig, IterationConfig, fit_turns, reset_adapters
+from .imitation import ImitationConfig, IterationConfig, fit_turns
 from .sft import selected
 
 Seats = Sequence[tuple[str, str]]  # (generator, critic) by seat
@@ -55,37 +55,29 @@ class MultiagentFinetuningConfig(IterationConfig, RunConfig, ImitationConfig):
     """`RunConfig` with iterations, the mixture of a critic's transcripts, and epochs of
     imitation."""
 
-    output_dir: str = help_of(
+    output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/multiagent_finetuning"
     )
-    correction_share: float = help_of(
+    correction_share: float = setting(
         "w: share of transcripts that came to the majority's answer, against those that stayed"
         " with it",
         0.5,
+        at_least=0,
+        at_most=1,
     )
-    critic_loss: str = help_of(
-        "answers of a transcript that a critic imitates: last, or all (the generator's too)", "last"
+    critic_loss: str = setting(
+        "answers of a transcript that a critic imitates: last, or all (the generator's too)",
+        "last",
+        choices=("last", "all"),
     )
-    num_eval_samples: int = help_of(
-        "sampled debates per held-out task, before and after, for accuracy and diversity", 1
+    num_eval_samples: int = setting(
+        "sampled debates per held-out task, before and after, for accuracy and diversity",
+        1,
+        at_least=1,
     )
-    embedder: str = help_of(
+    embedder: str = setting(
         "module:function from texts to vectors, for the embedding distance; empty: not measured", ""
     )
-
-    def __post_init__(self) -> None:
-        for part in (RunConfig, IterationConfig, ImitationConfig):
-            part.__post_init__(self)
-        if not 0 <= self.correction_share <= 1:
-            raise SettingError(
-                f"correction_share: expected a number from 0 to 1, got {self.correction_share}"
-            )
-        if self.critic_loss not in ("last", "all"):
-            raise SettingError(f"critic_loss: expected last or all, got {self.critic_loss!r}")
-        if self.num_eval_samples < 1:
-            raise SettingError(
-                f"num_eval_samples: expected at least 1, got {self.num_eval_samples}"
-            )
 
 
 class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
@@ -95,12 +87,12 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        if not isinstance(self.run.system, Debate):
+        if not isinstance(self.spec.system, Debate):
             raise SettingError(
                 "system: Multiagent Finetuning trains a marlora.agents.patterns.debate:Debate, got"
-                f" {type(self.run.system).__name__}"
+                f" {type(self.spec.system).__name__}"
             )
-        self.seats = self.run.system.seats
+        self.seats = self.spec.system.seats
         self.embed = (
             load_function("embedder", self.args.embedder, {}) if self.args.embedder else None
         )
@@ -111,10 +103,11 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
         diversity = self.diversity(episodes)
         lessons = [view for episode in episodes for view in transcripts(episode, self.seats)]
         rule = debate_rule(lessons, self.seats, self.args)
-        selection = selected(self.run, step, lessons, SelectionConfig(), rule)
+        selection = selected(self, step, lessons, SelectionConfig(), rule)
         if self.args.start_from == "base":
-            reset_adapters(self.run, {self.run.policy_of[kept.agent] for kept in selection.kept})
-        done = fit_turns(self.run, step, lessons, selection.weights, self.args)
+            learner = self.run.learner
+            learner.reset({learner.policy_of[kept.agent] for kept in selection.kept})
+        done = fit_turns(self.run.learner, step, lessons, selection.weights, self.args)
         return {
             "policies": done.into(self.rows(done.updates, episodes)),
             "selection": selection.table(),
@@ -129,7 +122,7 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
         """
         generators, critics = ([seat[n] for seat in self.seats] for n in (0, 1))
         found: dict[str, Any] = {"consensus": consensus(episodes, critics)}
-        policy_of = self.run.policy_of
+        policy_of = self.run.learner.policy_of
         for name, agents, place in (("generators", generators, 0), ("critics", critics, -1)):
             if not all(agent in policy_of for agent in agents):
                 continue  # frozen: nothing of theirs changes
@@ -147,7 +140,7 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
                 ratios=False,
             )
             policies = [judge or policy_of[agent] for agent in agents]
-            table = nll_table(self.run, own, list(dict.fromkeys(policies)))
+            table = nll_table(self.run.learner, own, list(dict.fromkeys(policies)))
             if judge is not None:
                 table = {(judge, judge): sum(table.values()) / len(table)}
             found[name] = dataclasses.asdict(divergence(table, policies))
@@ -158,18 +151,17 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
     def report(self) -> dict[str, Any]:
         """Held-out tasks as the team plays in training, sampled: accuracy and diversity, the bare
         base beside it."""
-        run, tasks, count = self.run, self.run.eval_tasks, self.args.num_eval_samples
-        before, after = (
-            run.play("sampled-base", tasks, count, versions={}),
-            run.play("sampled", tasks, count),
-        )
+        rollouts, metric = self.run.rollouts, self.spec.metric
+        tasks, count = self.spec.eval_tasks, self.args.num_eval_samples
+        before = rollouts.play("sampled-base", tasks, count, versions={})
+        after = rollouts.play("sampled", tasks, count)
         scored = {
-            name: evaluation(tasks, played, run.metric)
+            name: evaluation(tasks, played, metric)
             for name, played in (("before", before), ("after", after))
         }
         found: dict[str, Any] = {name: result.summary() for name, result in scored.items()}
-        run.progress.say(
-            f"sampled, {len(tasks)} held-out tasks x {count}: {run.metric}"
+        self.run.log.say(
+            f"sampled, {len(tasks)} held-out tasks x {count}: {metric}"
             f" {scored['before'].accuracy:.3f} as the base, {scored['after'].accuracy:.3f} now"
         )
         found["paired"] = paired(scored["before"], scored["after"])

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....agents.chat import Services
-from ....agents.settings import help_of
+from ....agents.settings import setting
+from ....agents.system import System
 from ....agents.team import Team
 from ....agents.types import Call, Completion
 from ....rollouts.types import Episode
 from ...config import RunConfig
 from ...credit.filtering import FilteredTurns, Rule, SelectionConfig, filter_turns
 from ...errors import RunError
-from ...loop.run import Run
 from ...trainer import Trainer
 from .imitation import ImitationConfig, fit_turns
 
@@ -35,13 +35,9 @@ class SFTConfig(RunConfig, SelectionConfig, ImitationConfig):
     """`RunConfig` with a selection of turns (`SelectionConfig`) and epochs of imitation
     (`ImitationConfig`)."""
 
-    output_dir: str = help_of(
+    output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/sft"
     )
-
-    def __post_init__(self) -> None:
-        for part in (RunConfig, SelectionConfig, ImitationConfig):
-            part.__post_init__(self)
 
 
 class SFTTrainer(Trainer[SFTConfig]):
@@ -51,8 +47,8 @@ class SFTTrainer(Trainer[SFTConfig]):
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Select, then imitate; returns metrics with the table of what was kept and dropped."""
-        selection = selected(self.run, step, episodes, self.args)
-        done = fit_turns(self.run, step, episodes, selection.weights, self.args)
+        selection = selected(self, step, episodes, self.args)
+        done = fit_turns(self.run.learner, step, episodes, selection.weights, self.args)
         return {
             "policies": done.into(self.rows(done.updates, episodes)),
             "selection": selection.table(),
@@ -61,29 +57,35 @@ class SFTTrainer(Trainer[SFTConfig]):
 
 
 def selected(
-    run: Run,
+    trainer: Trainer[Any],
     step: int,
     episodes: Sequence[Episode],
     config: SelectionConfig,
     rule: Rule | None = None,
 ) -> FilteredTurns:
     """What a run keeps of a step's episodes, told to people. Raises `RunError` if it is nothing."""
-    found = filter_turns(
-        episodes, config, rule, agents=run.policy_of, openings=openings(run), seed=run.config.seed
+    run, spec = trainer.run, trainer.spec
+    selection = filter_turns(
+        episodes,
+        config,
+        rule,
+        agents=run.learner.policy_of,
+        openings=openings(spec.system, run.values),
+        seed=spec.config.seed,
     )
-    run.progress.say("\n".join(f"step {step}: {line}" for line in str(found).splitlines()))
-    if not found.kept:
-        lines = "; ".join(str(found).splitlines()) or "no agent that learns has spoken"
+    run.log.say("\n".join(f"step {step}: {line}" for line in str(selection).splitlines()))
+    if not selection.kept:
+        lines = "; ".join(str(selection).splitlines()) or "no agent that learns has spoken"
         raise RunError(
             f"step {step}: no turn was kept ({lines}); the episodes are stored, no adapter was"
             " changed"
         )
-    return found
+    return selection
 
 
-def openings(run: Run) -> Mapping[str, str]:
+def openings(system: System, values: Mapping[str, Any]) -> Mapping[str, str]:
     """Per agent what stands at the head of all its chats: there an answer is no leak."""
-    team = Team(run.system.specs, Services(_nobody), values=run.values)
+    team = Team(system.specs, Services(_nobody), values=values)
     return {
         agent.name: "\n".join(message.content for message in agent.opening(agent.tools))
         for agent in team

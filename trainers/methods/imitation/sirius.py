@@ -28,16 +28,15 @@ from functools import partial
 from typing import Any
 
 from ....agents.patterns.self_correction import SPLIT
-from ....agents.settings import help_of
-from ....agents.types import BASE, AgentSpec, PolicySpec, SettingError, from_json, to_json
+from ....agents.settings import setting
+from ....agents.types import BASE, AgentSpec, PolicySpec, SettingError
 from ....rollouts.types import Episode
-from ...collection.derived_episodes import derive, is_derived
-from ...collection.stored_episodes import training
+from ...collection.derived_episodes import is_derived
 from ...config import RunConfig
 from ...credit.filtering import SelectionConfig
 from ...trainer import Trainer
 from .correction import CORRECTION, CorrectionConfig, Corrector, broken, tally
-from .imitation import ImitationConfig, IterationConfig, fit_turns, reset_adapters, teacher_text
+from .imitation import ImitationConfig, IterationConfig, fit_turns, teacher_text
 from .sft import openings, selected
 
 
@@ -45,26 +44,17 @@ from .sft import openings, selected
 class SiriusConfig(IterationConfig, RunConfig, SelectionConfig, CorrectionConfig, ImitationConfig):
     """`RunConfig` with iterations, a selection, the repair of failures and epochs of imitation."""
 
-    output_dir: str = help_of(
+    output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/sirius"
     )
-    library: str = help_of(
+    library: str = setting(
         "what an iteration learns from: iteration (its own successes), or all (of all iterations so"
         " far)",
         "iteration",
+        choices=("iteration", "all"),
     )
 
-    def __post_init__(self) -> None:
-        for part in (
-            RunConfig,
-            IterationConfig,
-            SelectionConfig,
-            CorrectionConfig,
-            ImitationConfig,
-        ):
-            part.__post_init__(self)
-        if self.library not in ("iteration", "all"):
-            raise SettingError(f"library: expected iteration or all, got {self.library!r}")
+    def check(self) -> None:
         if self.library == "all" and self.episodes:
             raise SettingError(
                 "library: all is of the run's own iterations, so it needs episodes played here;"
@@ -93,30 +83,32 @@ class SiriusTrainer(Trainer[SiriusConfig]):
 
     def collect(self, step: int) -> list[Episode]:
         """The iteration's episodes, and all that was played to mend those that failed."""
-        run, learning = self.run, list(self.run.policy_of)
-        played = [e for e in run.collect(step) if not is_derived(e, CORRECTION)]
+        rollouts, learning = self.run.rollouts, list(self.run.learner.policy_of)
+        played = [e for e in rollouts.collect(step) if not is_derived(e, CORRECTION)]
         failed = broken([e for e in played if e.parent is None], self.args, self.args, learning)
-        return [*played, *derive(run, step, failed, CORRECTION, self.mend)]
+        return [*played, *rollouts.derive(step, failed, CORRECTION, self.correct)]
 
-    async def mend(self, episode: Episode) -> list[Episode]:
+    async def correct(self, episode: Episode) -> list[Episode]:
+        """All that is played to correct an episode, see `Corrector`."""
         run = self.run
-        mender = Corrector(
-            run.stage.player(run.versions),
+        corrector = Corrector(
+            run.rollouts.player(),
             self.args,
             self.args,
-            list(run.policy_of),
-            partial(teacher_text, run),
-            openings(run),
+            list(run.learner.policy_of),
+            partial(teacher_text, run.learner),
+            openings(self.spec.system, run.values),
         )
-        return await mender(episode)
+        return await corrector(episode)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Select from the library, then imitate; returns metrics."""
         library = [*self.earlier(step), *(e for e in episodes if e.split != SPLIT)]
-        selection = selected(self.run, step, library, self.args)
+        selection = selected(self, step, library, self.args)
         if self.args.start_from == "base":
-            reset_adapters(self.run, {self.run.policy_of[kept.agent] for kept in selection.kept})
-        done = fit_turns(self.run, step, library, selection.weights, self.args)
+            learner = self.run.learner
+            learner.reset({learner.policy_of[kept.agent] for kept in selection.kept})
+        done = fit_turns(self.run.learner, step, library, selection.weights, self.args)
         return {
             "policies": done.into(self.rows(done.updates, episodes)),
             "selection": selection.table(),
@@ -128,11 +120,4 @@ class SiriusTrainer(Trainer[SiriusConfig]):
         """The episodes of earlier iterations, if the library holds them, on every rank."""
         if self.args.library == "iteration":
             return []
-        found: list[Episode] = []
-
-        def read() -> list[Any]:
-            found.extend(e for e in training(self.run.stage.store) if e.step < step)
-            return [to_json(e) for e in found] if self.run.ranks.size > 1 else []
-
-        sent = self.run.ranks.on_main(read)
-        return found if self.run.ranks.main else [from_json(Episode, e) for e in sent]
+        return self.run.rollouts.earlier(step)

@@ -8,76 +8,64 @@ learns from, and a return per token, which the critic does.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from ....agents.settings import help_of
-from ....agents.types import BASE, SettingError
+from ....agents.settings import Settings, setting
+from ....agents.types import AgentSpec, PolicySpec
 from ....rollouts.types import Episode, TurnKey
 from ...batching.samples import TrainingSequence
-from ...loop.run import Run
-from ...model.logprobs import token_logprobs
 from ...update.gae import gae, token_rewards, whiten
-from ...update.optimizer_step import forward_only
+from ...update.learner import Learner
 from ...update.scalar_heads import HeadSpec
 
 
 @dataclass
-class CriticConfig:
+class CriticConfig(Settings):
     """Who judges a turn, and how rewards and the critic's word become advantages."""
 
-    gamma: float = help_of("discount per token", 1.0)
-    lam: float = help_of(
-        "lambda of generalised advantage estimation: 1 trusts the rewards, 0 the critic", 0.95
+    gamma: float = setting("discount per token", 1.0, at_least=0, at_most=1)
+    lam: float = setting(
+        "lambda of generalised advantage estimation: 1 trusts the rewards, 0 the critic",
+        0.95,
+        at_least=0,
+        at_most=1,
     )
-    across_turns: bool = help_of(
+    across_turns: bool = setting(
         "an agent's successive turns are one sequence; otherwise each turn is one", False
     )
-    whiten_advantages: bool = help_of(
+    whiten_advantages: bool = setting(
         "advantages of turns that share a critic get mean 0 and variance 1 over their tokens", True
     )
-    kl_coef: float = help_of("weight of the KL to the base in the rewards of tokens", 0.0)
-    cliprange_value: float | None = help_of(
-        "a step moves a critic's word by at most this; null is no bound", 0.2
+    kl_coef: float = setting(
+        "weight of the KL to the base in the rewards of tokens", 0.0, at_least=0
     )
-    value_learning_rate: float = help_of(
-        "peak learning rate of the critics; 0 takes the policy's", 0.0
+    cliprange_value: float | None = setting(
+        "a step moves a critic's word by at most this; null is no bound", 0.2, above=0, finite=False
     )
-    value_heads: str = help_of(
-        "a critic per policy, or per agent and turn: policy or turn", "policy"
+    value_learning_rate: float = setting(
+        "peak learning rate of the critics; 0 takes the policy's", 0.0, at_least=0
     )
-    value_turns: int = help_of("turn: critics per agent; later turns share the last one", 2)
-
-    def __post_init__(self) -> None:
-        if self.value_heads not in ("policy", "turn"):
-            raise SettingError(f"value_heads: expected policy or turn, got {self.value_heads!r}")
-        for name, high in (
-            ("gamma", 1.0),
-            ("lam", 1.0),
-            ("kl_coef", math.inf),
-            ("value_learning_rate", math.inf),
-        ):
-            if not 0 <= getattr(self, name) <= high:
-                raise SettingError(
-                    f"{name}: expected a number from 0 to {high}, got {getattr(self, name)}"
-                )
-        if self.cliprange_value is not None and not self.cliprange_value > 0:
-            raise SettingError(
-                f"cliprange_value: expected a number above 0 or null, got {self.cliprange_value}"
-            )
-        if self.value_turns < 1:
-            raise SettingError(f"value_turns: expected at least 1, got {self.value_turns}")
+    value_heads: str = setting(
+        "a critic per policy, or per agent and turn: policy or turn",
+        "policy",
+        choices=("policy", "turn"),
+    )
+    value_turns: int = setting(
+        "turn: critics per agent; later turns share the last one", 2, at_least=1
+    )
 
 
-def critics(run: Run, config: CriticConfig) -> list[HeadSpec]:
+def critics(
+    agents: Sequence[AgentSpec], policies: Mapping[str, PolicySpec], config: CriticConfig
+) -> list[HeadSpec]:
     """One scalar head per policy that learns, or per agent and turn. Its LoRA has the policy's
     shape and base."""
-    found: dict[str, HeadSpec] = {}
-    for agent in run.system.specs:
-        policy = run.policies[agent.policy]
+    heads: dict[str, HeadSpec] = {}
+    for agent in agents:
+        policy = policies[agent.policy]
         if policy.trainable and policy.has_adapter:
             names = (
                 [f"{agent.name}-{n}" for n in range(config.value_turns)]
@@ -85,14 +73,15 @@ def critics(run: Run, config: CriticConfig) -> list[HeadSpec]:
                 else [policy.name]
             )
             rate = config.value_learning_rate or policy.learning_rate
-            found |= {name: HeadSpec(name, policy.base, policy.adapter, rate) for name in names}
-    return list(found.values())
+            heads |= {name: HeadSpec(name, policy.base, policy.adapter, rate) for name in names}
+    return list(heads.values())
 
 
-def critic_of(run: Run, episodes: Sequence[Episode], config: CriticConfig) -> dict[TurnKey, str]:
+def critic_of(
+    policy_of: Mapping[str, str], episodes: Sequence[Episode], config: CriticConfig
+) -> dict[TurnKey, str]:
     """The name of the critic that judges each turn of an agent that learns."""
     found: dict[TurnKey, str] = {}
-    policy_of = run.policy_of
     for episode in episodes:
         calls: dict[str, list[int]] = {}
         for turn in episode.turns:
@@ -167,7 +156,7 @@ class CriticBatch:
 
 
 def critic_batch(
-    run: Run,
+    learner: Learner,
     episodes: Sequence[Episode],
     found: list[TrainingSequence],
     scores: Mapping[TurnKey, float],
@@ -186,14 +175,14 @@ def critic_batch(
     values, kl = torch.zeros(len(names)), torch.zeros(len(names))
     for name in sorted(set(names)):
         parts = _judged_by(found, names, name)
-        values[torch.cat([numbers for _, numbers in parts])] = run.head(name).read(
-            [sample for sample, _ in parts], run.ranks
+        values[torch.cat([numbers for _, numbers in parts])] = learner.head(name).read(
+            [sample for sample, _ in parts], learner.ranks
         )
     if config.kl_coef:
         kl = torch.tensor(
             [p for s in found for p, trained in zip(s.logprobs, s.mask, strict=True) if trained]
         )
-        kl -= reference_logprobs(run, found)
+        kl -= learner.base_logprobs(found)
     advantages, returns = (
         torch.zeros(len(names), dtype=torch.float64),
         torch.zeros(len(names), dtype=torch.float64),
@@ -239,29 +228,6 @@ def sequences(
                     (episode.id, turn.agent) if across_turns and turn.taken else key, []
                 ).append(key)
     return list(found.values())
-
-
-def reference_logprobs(run: Run, found: Sequence[TrainingSequence]) -> torch.Tensor:
-    """log p of every trained token under its base with adapters off, at the temperature it was
-    sampled at [N]. The same on every rank."""
-    parts = list(
-        torch.zeros(sum(s.num_trained for s in found)).split([s.num_trained for s in found])
-    )
-    for base in run.bases.values():
-        mine = [number for number, sample in enumerate(found) if sample.policy in base.policies]
-        with base.adapters.active(BASE) as model:
-            flat = forward_only(
-                [found[n] for n in mine],
-                lambda batch, model=model: token_logprobs(model, batch)[0],
-                run.config.tokens_per_batch,
-                base.optimizers.layout,
-                run.ranks,
-            )
-        for number, part in zip(
-            mine, flat.split([found[n].num_trained for n in mine]), strict=True
-        ):
-            parts[number].copy_(part)
-    return torch.cat(parts)
 
 
 def _judged_by(

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ....agents.settings import help_of
+from ....agents.settings import setting
 from ....agents.types import SettingError
 from ....rollouts.types import Episode
 from ...batching.samples import samples
@@ -38,21 +38,21 @@ from ...update.optimizer_step import UpdateOptions
 class GRPOConfig(RunConfig, CreditConfig, LossConfig):
     """`RunConfig` with a credit rule (`CreditConfig`) and a policy-gradient loss (`LossConfig`)."""
 
-    output_dir: str = help_of(
+    output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/grpo"
     )
 
-    def __post_init__(self) -> None:
-        RunConfig.__post_init__(self)
-        for parent in (CreditConfig, LossConfig):
-            check = getattr(parent, "__post_init__", None)
-            if check is not None:
-                check(self)
-        if self.num_generations < 2 and self.credit in ("grpo", "rloo", "dr_grpo", "dr_mas"):
-            raise SettingError(
-                f"num_generations: credit {self.credit!r} compares episodes of one task, so at"
-                f" least 2; got {self.num_generations}"
-            )
+    def check(self) -> None:
+        check_group_size(self.num_generations, self.credit)
+
+
+def check_group_size(num_generations: int, rule: str) -> None:
+    """Refuse groups of one episode for credit rules that compare episodes of a task."""
+    if num_generations < 2 and rule in ("grpo", "rloo", "dr_grpo", "dr_mas"):
+        raise SettingError(
+            f"num_generations: credit {rule!r} compares episodes of one task, so at least 2; got"
+            f" {num_generations}"
+        )
 
 
 class GRPOTrainer(Trainer[GRPOConfig]):
@@ -68,17 +68,18 @@ class GRPOTrainer(Trainer[GRPOConfig]):
     ratios = True
 
     def collect(self, step: int) -> list[Episode]:
-        return self.run.collect(step, self.replay if self.args.credit == "counterfactual" else None)
+        replay = self.replay if self.args.credit == "counterfactual" else None
+        return self.run.rollouts.collect(step, replay)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """One update from the step's episodes; returns metrics."""
-        return policy_gradient(self, step, episodes, self.args, self.loss)
+        return policy_gradient(self, step, episodes, self.loss)
 
     async def replay(self, episode: Episode) -> Episode:
         """The episode with counterfactual rewards, from replays of each turn by the team that
         played it."""
         return await counterfactual_rewards(
-            self.run.stage.player(episode.team_version), episode, self.args
+            self.run.rollouts.player(episode.team_version), episode, self.args
         )
 
     def loss(self, inputs: LossInputs) -> tuple[torch.Tensor, Stats]:
@@ -87,15 +88,15 @@ class GRPOTrainer(Trainer[GRPOConfig]):
 
 
 def policy_gradient(
-    trainer: Trainer[Any], step: int, episodes: Sequence[Episode], config: GRPOConfig, loss: LossFn
+    trainer: Trainer[Any], step: int, episodes: Sequence[Episode], loss: LossFn
 ) -> dict[str, Any]:
     """Credit for a step's episodes, one update of every policy from it, and the step's metrics."""
-    run = trainer.run
-    advantages = credit(episodes, config, run.credit_state)
-    found, dropped = samples(episodes, advantages, run.policy_of)
+    learner, config = trainer.run.learner, trainer.args
+    advantages = credit(episodes, config, learner.credit_state)
+    found, dropped = samples(episodes, advantages, learner.policy_of)
     if step == 1 and found:
-        run.show(found)
-    done = run.learn(
+        learner.show(found)
+    done = learner.learn(
         step,
         found,
         loss,

@@ -30,87 +30,96 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....agents.patterns.collaboration import Collaboration
-from ....agents.settings import help_of
+from ....agents.settings import setting
 from ....agents.tools.verifiers import resolve_verifier
 from ....agents.types import SettingError, Turn
 from ....rollouts.evaluation.rounds import answers_by_round, transitions
 from ....rollouts.report.sections import rounds_section, stored
 from ....rollouts.types import Episode, TurnKey
+from ...config import RunConfig
 from ...credit.reward_shaping import HORIZONS, SHARES, SIGNS, Table, influence, invalid, shaping
+from ...credit.weights import CreditConfig
 from ...trainer import Trainer
+from ...update.losses.policy_gradient import LossConfig
 from ...update.scalar_heads import HeadSpec
-from .critics import critics
-from .ppo import PPOConfig, ppo_step
+from .critics import CriticConfig, critics
+from .ppo import PPOSettings, check_iterations, ppo_step
 
 RIGHT, VERIFIER = "right", "verifier"  # rewards of turns: by the gold answer, by the verifier
 
 
 @dataclass
-class MAPoRLConfig(PPOConfig):
-    """`PPOConfig` with a verifier, the reward of an answer, and which rounds learn when. Ablations
-    are settings:
+class MAPoRLConfig(RunConfig, PPOSettings, CreditConfig, CriticConfig, LossConfig):
+    """The settings of PPO with a verifier, the reward of an answer, and which rounds learn when.
 
-    no verifier: `verifier: ""`.    single-agent PPO: one member, or `horizon: current`, `share: individual`.    no shaping: `shaping: none`.
+    Ablations are settings. No verifier: `verifier: ""`. Single-agent PPO: one member, or
+    `horizon: current`, `share: individual`. No shaping: `shaping: none`.
     """
 
-    output_dir: str = help_of(
+    output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/maporl"
     )
-    rewards: list[str] = help_of(
+    rewards: list[str] = setting(
         "team's rewards; those of turns (`right`, `verified(...)`) are added",
         factory=lambda: ["correct"],
     )
-    num_generations: int = help_of(
-        "debates per task: nothing compares them, the critic is the baseline", 1
+    num_generations: int = setting(
+        "debates per task: nothing compares them, the critic is the baseline", 1, at_least=1
     )
-    num_eval_samples: int = help_of(
-        "sampled debates per held-out task, before and after, for the table of transitions", 1
+    num_eval_samples: int = setting(
+        "sampled debates per held-out task, before and after, for the table of transitions",
+        1,
+        at_least=1,
     )
-    verifier: str = help_of(
+    verifier: str = setting(
         "who scores answers: calculator, module:function,"
         " marlora.trainers.methods.reward_model.verifier:trained(FOLDER); empty: the gold answer",
         "",
     )
-    feedback: bool = help_of(
+    feedback: bool = setting(
         "members are told the verifier's score of every answer in words, from the second round on",
         False,
     )
-    horizon: str = help_of(
+    horizon: str = setting(
         "what an answer is worth: discounted_sum, last or current (see"
         " trainers/credit/reward_shaping.py)",
         "discounted_sum",
+        choices=HORIZONS,
     )
-    share: str = help_of("whose later answers count: all or individual", "all")
-    influence_discount: float = help_of("discounted_sum: factor per round", 0.3)
-    shaping: str = help_of(
-        "bonus for changes for the better: none, paper_sign or code_sign", "none"
+    share: str = setting("whose later answers count: all or individual", "all", choices=SHARES)
+    influence_discount: float = setting(
+        "discounted_sum: factor per round", 0.3, at_least=0, at_most=1
     )
-    shaping_weights: list[float] = help_of(
+    shaping: str = setting(
+        "bonus for changes for the better: none, paper_sign or code_sign", "none", choices=SIGNS
+    )
+    shaping_weights: list[float] = setting(
         "alpha0, alpha1 (own revision), beta0, beta1 (others')",
         factory=lambda: [1.0, 1.0, 1.0, 1.0],
     )
-    penalty: float = help_of("score of an invalid answer", -1.0)
-    share_penalty: bool = help_of(
+    penalty: float = setting("score of an invalid answer", -1.0)
+    share_penalty: bool = setting(
         "it enters the sums of everybody's earlier answers too, as in the authors' code", False
     )
-    min_words: int = help_of("an answer of fewer words and signs is invalid", 0)
-    repeats: int = help_of(
-        "an answer with a pattern more than so often in a row is invalid; 0 never", 3
+    min_words: int = setting("an answer of fewer words and signs is invalid", 0, at_least=0)
+    repeats: int = setting(
+        "an answer with a pattern more than so often in a row is invalid; 0 never", 3, at_least=0
     )
-    boxed: bool = help_of(
+    boxed: bool = setting(
         "an answer without \\\\boxed{...} is invalid (not looked for in rounds that are not"
         " trained)",
         False,
     )
-    warm_steps: int = help_of("schedule: so many steps train the second round only", 0)
-    block_steps: int = help_of(
+    warm_steps: int = setting("schedule: so many steps train the second round only", 0, at_least=0)
+    block_steps: int = setting(
         "schedule: then so many train the last round, then the one before, ... and again; 0 trains"
         " all always",
         0,
+        at_least=0,
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        check_iterations(self)
         added = [RIGHT, *([f"verified({self.verifier})"] if self.verifier else [])]
         self.rewards = [*self.rewards, *(name for name in added if name not in self.rewards)]
         if self.verifier == RIGHT or (self.feedback and not self.verifier):
@@ -122,11 +131,6 @@ class MAPoRLConfig(PPOConfig):
             )
         if self.feedback:
             self.system = {**self.system, "verifier": self.verifier}  # type: ignore[dict-item]
-        for name, allowed in (("horizon", HORIZONS), ("share", SHARES), ("shaping", SIGNS)):
-            if getattr(self, name) not in allowed:
-                raise SettingError(
-                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
         weights = self.shaping_weights
         if len(weights) != 4 or not all(
             isinstance(w, (int, float)) and math.isfinite(w) for w in weights
@@ -135,25 +139,11 @@ class MAPoRLConfig(PPOConfig):
                 "shaping_weights: expected four numbers (alpha0, alpha1, beta0, beta1), got"
                 f" {weights!r}"
             )
-        if not 0 <= self.influence_discount <= 1 or not math.isfinite(self.penalty):
-            raise SettingError(
-                f"influence_discount: 0 to 1, penalty: a number; got {self.influence_discount} and"
-                f" {self.penalty}"
-            )
         if self.credit != "agent" or self.across_turns:
             raise SettingError(
                 "credit, across_turns: MAPoRL has a reward for every answer that counts later ones"
                 " already; leave them as they are"
             )
-        for name, low in (
-            ("num_eval_samples", 1),
-            ("min_words", 0),
-            ("repeats", 0),
-            ("warm_steps", 0),
-            ("block_steps", 0),
-        ):
-            if getattr(self, name) < low:
-                raise SettingError(f"{name}: expected at least {low}, got {getattr(self, name)}")
 
 
 def scheduled(step: int, rounds: int, warm_steps: int, block_steps: int) -> set[int] | None:
@@ -240,13 +230,13 @@ class MAPoRLTrainer(Trainer[MAPoRLConfig]):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        if not isinstance(self.run.system, Collaboration):
-            name = type(self.run.system).__name__
+        if not isinstance(self.spec.system, Collaboration):
+            name = type(self.spec.system).__name__
             raise SettingError(
                 "system.class: MAPoRL trains a"
                 f" marlora.agents.patterns.collaboration:Collaboration, got a {name}"
             )
-        self.system = self.run.system
+        self.system = self.spec.system
         if self.args.feedback and self.system.verifier != self.args.verifier:
             raise SettingError(
                 f"feedback: the system was built with verifier {self.system.verifier!r}; expected"
@@ -256,11 +246,13 @@ class MAPoRLTrainer(Trainer[MAPoRLConfig]):
             resolve_verifier(self.system.verifier)
 
     def heads(self) -> Sequence[HeadSpec]:
-        return critics(self.run, self.args)
+        return critics(self.spec.system.specs, self.spec.policies, self.args)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """One step of PPO; returns metrics, with the accuracy of every round."""
-        frozen = [spec.name for spec in self.system.specs if spec.name not in self.run.policy_of]
+        frozen = [
+            spec.name for spec in self.system.specs if spec.name not in self.run.learner.policy_of
+        ]
         rewards = answer_rewards(
             episodes,
             self.args,
@@ -278,10 +270,10 @@ class MAPoRLTrainer(Trainer[MAPoRLConfig]):
     def report(self) -> dict[str, Any]:
         """`collaboration`: accuracy of every round and the transitions between them, on sampled
         held-out debates before and after."""
-        run, found = self.run, {}
+        found = {}
         for name, versions in (("before", {}), ("after", None)):
-            played = run.play(
-                f"sampled-{name}", run.eval_tasks, self.args.num_eval_samples, versions
+            played = self.run.rollouts.play(
+                f"sampled-{name}", self.spec.eval_tasks, self.args.num_eval_samples, versions
             )
             found[name] = transitions(played, self.system.member_of)
         return {**super().report(), "collaboration": found, **stored(rounds_section(found))}

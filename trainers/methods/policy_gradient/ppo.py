@@ -29,11 +29,11 @@ from typing import Any, TypeVar
 import torch
 
 from ....agents.seeds import derive_seed
-from ....agents.settings import help_of
+from ....agents.settings import Settings, setting
 from ....agents.types import SettingError
 from ....rollouts.types import Episode, TurnKey
 from ...batching.samples import Denominators, samples
-from ...config import RunConfig
+from ...config import OptimizerSettings, RunConfig
 from ...credit.rules import credit
 from ...credit.weights import CreditConfig
 from ...trainer import Trainer
@@ -49,60 +49,53 @@ from .critics import CriticBatch, CriticConfig, critic_batch, critic_of, critics
 
 T = TypeVar("T")
 
-REWARDS = (
-    "agent",
-    "team",
-    "turn",
-)  # rules of `credit` that compare nothing: the critic is the baseline
+# rules of `credit` that compare nothing: the critic is the baseline
+REWARDS = ("agent", "team", "turn")
 
 
 @dataclass
-class PPOConfig(RunConfig, CreditConfig, CriticConfig, LossConfig):
-    """`RunConfig` with rewards of turns (`CreditConfig`), critics (`CriticConfig`) and the clipped
-    loss (`LossConfig`).
+class PPOSettings(Settings):
+    """Passes and updates of PPO over a step's episodes. To come before `CreditConfig` among the
+    parents of a config: `credit` gives each turn its reward. Names are those that TRL's PPO had."""
 
-    Names are those that TRL's PPO had.
-    """
-
-    output_dir: str = help_of(
-        "run folder: config, episodes, metrics, checkpoints, report", "runs/ppo"
-    )
-    credit: str = help_of(
+    credit: str = setting(
         "reward of a turn: agent (its own, else the team's), team (discounted), turn (returns of"
-        " turns' rewards)",
+        " turns' rewards); ppo has a critic for a baseline, so no rule that compares episodes",
         "agent",
+        choices=REWARDS,
     )
-    num_ppo_epochs: int = help_of("passes over a step's episodes", 4)
-    num_mini_batches: int = help_of("updates of each policy and of each critic per pass", 1)
-    target_kl: float = help_of(
+    num_ppo_epochs: int = setting("passes over a step's episodes", 4, at_least=1)
+    num_mini_batches: int = setting(
+        "updates of each policy and of each critic per pass", 1, at_least=1
+    )
+    target_kl: float = setting(
         "a policy's passes end once it is this far from the one that played, in nat per token; 0"
         " never",
         0.0,
+        at_least=0,
     )
 
-    def __post_init__(self) -> None:
-        RunConfig.__post_init__(self)
-        for parent in (CreditConfig, CriticConfig, LossConfig):
-            parent.__post_init__(self)
-        if self.credit not in REWARDS:
-            raise SettingError(
-                f"credit: ppo has a critic for a baseline; expected one of {', '.join(REWARDS)},"
-                f" got {self.credit!r}"
-            )
-        if self.num_iterations != 1:
-            raise SettingError(
-                f"num_iterations: 1 expected, got {self.num_iterations}; ppo repeats its updates by"
-                " num_ppo_epochs"
-            )
-        if (
-            self.num_ppo_epochs < 1
-            or self.num_mini_batches < 1
-            or not 0 <= self.target_kl < math.inf
-        ):
-            raise SettingError(
-                "num_ppo_epochs, num_mini_batches: at least 1 expected, target_kl: a number from"
-                f" 0; got {self.num_ppo_epochs}, {self.num_mini_batches}, {self.target_kl}"
-            )
+
+def check_iterations(settings: OptimizerSettings) -> None:
+    """Refuse `num_iterations`: PPO repeats its updates by `num_ppo_epochs`."""
+    if settings.num_iterations != 1:
+        raise SettingError(
+            f"num_iterations: 1 expected, got {settings.num_iterations}; ppo repeats its updates by"
+            " num_ppo_epochs"
+        )
+
+
+@dataclass
+class PPOConfig(RunConfig, PPOSettings, CreditConfig, CriticConfig, LossConfig):
+    """`RunConfig` with the rewards of turns (`CreditConfig`), critics (`CriticConfig`), the clipped
+    loss (`LossConfig`) and the passes of PPO (`PPOSettings`)."""
+
+    output_dir: str = setting(
+        "run folder: config, episodes, metrics, checkpoints, report", "runs/ppo"
+    )
+
+    def check(self) -> None:
+        check_iterations(self)
 
 
 class PPOTrainer(Trainer[PPOConfig]):
@@ -117,7 +110,7 @@ class PPOTrainer(Trainer[PPOConfig]):
     ratios = True
 
     def heads(self) -> Sequence[HeadSpec]:
-        return critics(self.run, self.args)
+        return critics(self.spec.system.specs, self.spec.policies, self.args)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Policies and critics learn from the step's episodes; returns metrics."""
@@ -154,12 +147,14 @@ def ppo_step(
 
     A turn whose reward is missing or NaN is read as context and not learnt from.
     """
-    run, config = trainer.run, trainer.args
+    learner, config = trainer.run.learner, trainer.args
     scores = {key: float(reward) for key, reward in rewards.items() if not math.isnan(reward)}
-    found, dropped = samples(episodes, dict.fromkeys(scores, 1.0), run.policy_of)
+    found, dropped = samples(episodes, dict.fromkeys(scores, 1.0), learner.policy_of)
     if step == 1 and found:
-        run.show(found)
-    lesson = critic_batch(run, episodes, found, scores, critic_of(run, episodes, config), config)
+        learner.show(found)
+    lesson = critic_batch(
+        learner, episodes, found, scores, critic_of(learner.policy_of, episodes, config), config
+    )
     judged = learn_critics(trainer, step, lesson)
     done = learn_policies(trainer, step, lesson)
     rows = trainer.rows(merge_results(done), episodes)
@@ -198,7 +193,7 @@ def learn_policies(
         for policy in sorted({sample.policy for sample in taught})
     }
     while plans:
-        update = trainer.run.learn(
+        update = trainer.run.learner.learn(
             step, [sample for plan in plans.values() for sample in plan.pop(0)], loss, how
         )
         done.append(update)
@@ -231,7 +226,7 @@ def learn_critics(trainer: Trainer[Any], step: int, lesson: CriticBatch) -> dict
             targets = {"values": lesson.values[tokens], "returns": lesson.returns[tokens]}
             done.append(
                 {
-                    name: trainer.run.learn_head(
+                    name: trainer.run.learner.learn_head(
                         step, name, [sample for sample, _ in batch], targets, loss
                     )
                 }

@@ -15,17 +15,15 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ....agents.concurrency import gather
-from ....agents.types import Call, Completion, Turn, from_json, to_json
+from ....agents.types import Call, Completion, Turn
 from ....rollouts.episodes.completers import Completer, EngineCompleter
 from ....rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from ....rollouts.types import Episode
+from ...collection.rollout_manager import RolloutManager
 from ...credit.pairs import Pair, said
-
-if TYPE_CHECKING:
-    from ...loop.run import Run
 
 
 @dataclass
@@ -47,7 +45,9 @@ class Quoting:
         ] * call.n
 
 
-def with_drafts(run: Run, step: int, pairs: Sequence[Pair], num_drafts: int) -> list[Pair]:
+def with_drafts(
+    rollouts: RolloutManager, step: int, pairs: Sequence[Pair], num_drafts: int
+) -> list[Pair]:
     """The pairs, each side as the alternatives that end in its output, after the same distinct
     drafts; equal on every rank.
 
@@ -60,9 +60,9 @@ def with_drafts(run: Run, step: int, pairs: Sequence[Pair], num_drafts: int) -> 
         if output(pair.chosen[0]).index == output(pair.rejected[0]).index:
             by_task.setdefault(pair.chosen[0].task.id, []).append(pair)
 
-    def play() -> list[Any]:
-        player = dataclasses.replace(run.stage.player(run.versions), rewards=())
-        room = asyncio.Semaphore(run.config.max_concurrency)
+    def play() -> list[Pair]:
+        player = dataclasses.replace(rollouts.player(), rewards=())
+        room = asyncio.Semaphore(rollouts.config.max_concurrency)
 
         async def one(number: int, group: Sequence[Pair]) -> list[Pair]:
             async with room:
@@ -70,15 +70,15 @@ def with_drafts(run: Run, step: int, pairs: Sequence[Pair], num_drafts: int) -> 
                     player, group, f"drafts-{step:06d}.{number}", num_drafts, step
                 )
 
-        with run.stage.holding(run.versions):
-            made = run.stage.perform(
+        with rollouts.sync.hold(rollouts.sync.current):
+            drafted = rollouts.run_rollouts(
                 gather(one(n, group) for n, group in enumerate(by_task.values()))
             )
-        return [to_json(pair) for several in made for pair in several]
+        return [pair for several in drafted for pair in several]
 
-    found = [from_json(Pair, pair) for pair in run.ranks.on_main(play)]
-    run.seconds["rollout"] += time.perf_counter() - start
-    return found
+    pairs_with_drafts = rollouts.ranks.share(play, Pair)
+    rollouts.log.spend("rollout", time.perf_counter() - start)
+    return pairs_with_drafts
 
 
 def output(episode: Episode) -> Turn:

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from ....agents.settings import help_of
-from ....agents.types import SettingError
+from ....agents.settings import setting
 from ....rollouts.types import Episode, TurnKey
 from ...batching.samples import TrainingSequence, samples
 from ...credit.pairs import Pair
-from ...loop.run import Run
+from ...update.learner import Learner
 from ...update.losses.inputs import LossInputs
 from ...update.losses.nll import weighted_nll
 from ...update.losses.statistics import Stats
@@ -38,23 +37,16 @@ class PairLearnerConfig(MarginConfig):
     """A loss of margins (`MarginConfig`), what they are measured against, and how often pairs are
     gone through."""
 
-    reference: str = help_of(
+    reference: str = setting(
         "start: the adapters as the run began (off, unless they have an init); step: as the step"
         " began",
         "start",
+        choices=("start", "step"),
     )
-    train_batch_size: int = help_of("pairs of one optimizer update; 0 takes all of the step", 0)
-    num_train_epochs: int = help_of("times a step's pairs are gone through", 1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.reference not in ("start", "step"):
-            raise SettingError(f"reference: expected start or step, got {self.reference!r}")
-        if self.train_batch_size < 0 or self.num_train_epochs < 1:
-            raise SettingError(
-                "train_batch_size >= 0 and num_train_epochs >= 1 expected, got"
-                f" {self.train_batch_size} and {self.num_train_epochs}"
-            )
+    train_batch_size: int = setting(
+        "pairs of one optimizer update; 0 takes all of the step", 0, at_least=0
+    )
+    num_train_epochs: int = setting("times a step's pairs are gone through", 1, at_least=1)
 
 
 @dataclass(frozen=True)
@@ -77,9 +69,9 @@ class PairLearner:
     """
 
     def __init__(
-        self, run: Run, config: PairLearnerConfig, components: Sequence[Component] = ()
+        self, learner: Learner, config: PairLearnerConfig, components: Sequence[Component] = ()
     ) -> None:
-        self.run, self.config, self.components = run, config, components
+        self.learner, self.config, self.components = learner, config, components
         self.references: dict[
             TurnKey, float
         ] = {}  # of stored episodes, for good: they do not change
@@ -89,9 +81,12 @@ class PairLearner:
         moves, and people are told."""
         made, dropped = self.samples_of(pairs)
         if step == 1 and made:
-            self.run.show(made)
+            self.learner.show(made)
         references = self.reference_scores(made)
-        size, seed = self.config.train_batch_size or max(len(pairs), 1), self.run.config.seed + step
+        size, seed = (
+            self.config.train_batch_size or max(len(pairs), 1),
+            self.learner.config.seed + step,
+        )
         done: list[dict[str, UpdateResult]] = []
         pushes: list[MarginGradient[Key]] = []
         for number, some in enumerate(minibatches(pairs, size, self.config.num_train_epochs, seed)):
@@ -99,7 +94,7 @@ class PairLearner:
             done.append(updated)
             pushes.append(pushed)
         if not pairs:
-            self.run.progress.warn(
+            self.learner.log.warn(
                 f"step {step}: no two episodes of a task differ in score; nothing to learn from"
             )
         return Learnt(
@@ -113,8 +108,8 @@ class PairLearner:
         """Agent -> policy of those whose turns are scored: what is frozen stands still, but among
         drafts its probabilities weigh."""
         if self.config.mode != "sampling":
-            return self.run.policy_of
-        return {agent.name: agent.policy for agent in self.run.system.specs}
+            return self.learner.policy_of
+        return {agent.name: agent.policy for agent in self.learner.agents}
 
     def samples_of(
         self, pairs: Iterable[Pair]
@@ -128,11 +123,11 @@ class PairLearner:
         """log p of every turn under the reference; for stored episodes each is computed once in a
         run."""
         if self.config.reference == "step":
-            return self.run.score(made)
-        if not self.run.config.episodes:
+            return self.learner.turn_logprobs(made)
+        if not self.learner.config.episodes:
             self.references.clear()
         unknown = [sample for sample in made if not self.references.keys() >= set(sample.keys)]
-        self.references |= self.run.score(unknown, reference=True)
+        self.references |= self.learner.turn_logprobs(unknown, reference=True)
         return self.references
 
     def update(
@@ -148,13 +143,13 @@ class PairLearner:
         episodes = {episode.id: episode for pair in pairs for episode in pair.episodes}
         mine = [sample for sample in made if sample.episode in episodes]
         votes = self.votes(
-            episodes, mine, references, draw := self.run.config.seed + 1000 * step + number
+            episodes, mine, references, draw := self.learner.config.seed + 1000 * step + number
         )
         pushed = margin_gradient(pairs, votes, self.config)
         self.push_components(episodes, pushed, draw)
         weights = {key: weight for key, weight in pushed.weights.items() if len(key) == 3}
-        found, _ = samples(episodes.values(), weights, self.run.policy_of, ratios=False)
-        done = self.run.learn(step, found, self.loss)
+        found, _ = samples(episodes.values(), weights, self.learner.policy_of, ratios=False)
+        done = self.learner.learn(step, found, self.loss)
         for result in done.values():
             result.stats["loss"] = pushed.loss
         return done, pushed
@@ -173,7 +168,7 @@ class PairLearner:
             for t in e.turns
         }
         found: dict[Key, RunLogRatio] = {}
-        for key, now in self.run.score(made).items():
+        for key, now in self.learner.turn_logprobs(made).items():
             agent, tokens = agents[key]
             found[key] = RunLogRatio(
                 key[0], agent, self.voters[agent], now, references[key], tokens

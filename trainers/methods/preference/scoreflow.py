@@ -23,7 +23,6 @@ accelerate launch recipes/scoreflow.py [--config recipes/scoreflow.yaml] [--fiel
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,13 +33,14 @@ import torch
 from ....agents.concurrency import gather
 from ....agents.programs.restrictions import nodes, program_of
 from ....agents.programs.workflow import Workflow
-from ....agents.settings import help_of, parsed_mapping
+from ....agents.settings import parsed_mapping, setting
 from ....agents.types import Reward, SettingError, from_json
 from ....rollouts.episodes.runner import EpisodeRequest
 from ....rollouts.rewards.builtin import workflow
+from ....rollouts.rewards.scoring import RewardFn
 from ....rollouts.types import Episode
 from ...batching.samples import samples
-from ...collection.derived_episodes import derive, is_derived
+from ...collection.derived_episodes import is_derived
 from ...config import RunConfig
 from ...credit.program_scores import (
     ScoredProgram,
@@ -66,11 +66,7 @@ OBJECTIVES, WEIGHTINGS = ("score_dpo", "dpo", "sft", "grpo"), ("both", "chosen",
 
 @dataclass
 class GroupConfig(CreditConfig, LossConfig):
-    """What `objective: grpo` is made of."""
-
-    def __post_init__(self) -> None:
-        CreditConfig.__post_init__(self)
-        LossConfig.__post_init__(self)
+    """Settings of `objective: grpo`."""
 
 
 @dataclass
@@ -78,54 +74,42 @@ class ScoreFlowConfig(RunConfig, RewardWeights, PairLearnerConfig):
     """`RunConfig` with runs of a program, pairs and how they are learnt from
     (`PairLearnerConfig`)."""
 
-    output_dir: str = help_of(
+    output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/scoreflow"
     )
-    objective: str = help_of(
-        "score_dpo, or on the same data dpo, sft (on each task's best program), grpo", "score_dpo"
+    objective: str = setting(
+        "score_dpo, or on the same data dpo, sft (on each task's best program), grpo",
+        "score_dpo",
+        choices=OBJECTIVES,
     )
-    num_runs: int = help_of("runs of a program, whose mean is its score", 3)
-    num_pairs: int = help_of("pairs drawn in a round, with replacement", 600)
-    alpha: float = help_of(
+    num_runs: int = setting("runs of a program, whose mean is its score", 3, at_least=1)
+    num_pairs: int = setting("pairs drawn in a round, with replacement", 600, at_least=1)
+    alpha: float = setting(
         "a pair is drawn in proportion to its difference in score to this power; 0 draws all alike",
         3.0,
+        at_least=0,
     )
-    score_weighting: str = help_of(
-        "score_dpo: which sides are weighed by scores: both, chosen or rejected", "both"
+    score_weighting: str = setting(
+        "score_dpo: which sides are weighed by scores: both, chosen or rejected",
+        "both",
+        choices=WEIGHTINGS,
     )
-    score_power: float = help_of("score_dpo: weights are the scores to this power", 1.0)
-    invalid: str = help_of(
-        "programs that cannot be run: drop, or zero (they take part with a score of 0)", "drop"
+    score_power: float = setting("score_dpo: weights are the scores to this power", 1.0, above=0)
+    invalid: str = setting(
+        "programs that cannot be run: drop, or zero (they take part with a score of 0)",
+        "drop",
+        choices=("drop", "zero"),
     )
-    sft: dict | str | None = help_of(
+    sft: dict | str | None = setting(
         "objective sft: num_train_epochs, train_batch_size", factory=dict
     )
-    grpo: dict | str | None = help_of(
+    grpo: dict | str | None = setting(
         "objective grpo: fields of CreditConfig and LossConfig", factory=dict
     )
 
-    def __post_init__(self) -> None:
-        for parent in (RunConfig, RewardWeights, PairLearnerConfig):
-            parent.__post_init__(self)
-        for name, allowed in (
-            ("objective", OBJECTIVES),
-            ("score_weighting", WEIGHTINGS),
-            ("invalid", ("drop", "zero")),
-            ("mode", ("joint",)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise SettingError(
-                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        if (
-            min(self.num_runs, self.num_pairs) < 1
-            or not 0 <= self.alpha < math.inf
-            or not 0 < self.score_power < math.inf
-        ):
-            raise SettingError(
-                "num_runs, num_pairs: from 1, alpha: from 0, score_power: above 0 expected, "
-                f"got {self.num_runs}, {self.num_pairs}, {self.alpha}, {self.score_power}"
-            )
+    def check(self) -> None:
+        if self.mode != "joint":
+            raise SettingError(f"mode: expected joint, got {self.mode!r}; programs have one author")
         if self.num_generations < 2 and not self.episodes:
             raise SettingError(
                 f"num_generations: a pair needs two programs of a task; got {self.num_generations}"
@@ -149,20 +133,20 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        run = self.run
-        if not isinstance(run.system, Workflow):
+        spec = self.spec
+        if not isinstance(spec.system, Workflow):
             raise SettingError(
                 "system: ScoreFlow trains the designer of a Workflow, got"
-                f" {type(run.system).__name__}"
+                f" {type(spec.system).__name__}"
             )
-        self.system: Workflow = run.system
-        if workflow not in run.rewards:
-            run.rewards.append(workflow)  # which programs are valid
+        self.system: Workflow = spec.system
         self.policy = next(
-            spec.policy for spec in run.system.specs if spec.name == self.system.designer
+            agent.policy for agent in spec.system.specs if agent.name == self.system.designer
         )
         learning = [
-            name for name, spec in run.policies.items() if spec.trainable and spec.has_adapter
+            name
+            for name, policy in spec.policies.items()
+            if policy.trainable and policy.has_adapter
         ]
         if self.policy not in learning:
             raise SettingError(
@@ -177,26 +161,26 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
                 " set trainable: false, let its agents speak as policy base, or take objective"
                 " grpo"
             )
-        self.learner = PairLearner(run, self.args)
+        self.learner = PairLearner(self.run.learner, self.args)
+
+    def extra_rewards(self) -> Sequence[RewardFn]:
+        return (workflow,)  # which programs are valid
 
     def collect(self, step: int) -> list[Episode]:
         """The round's programs, each with its first run, and the other runs of those that are
         valid."""
-        episodes = self.run.collect(step)
+        rollouts = self.run.rollouts
+        episodes = rollouts.collect(step)
         if self.args.episodes or self.args.num_runs == 1:
             return episodes
         written = [e for e in episodes if not is_derived(e, RUNS)]
         table, _ = self.table(written)
-        return [
-            *written,
-            *derive(
-                self.run, step, [row.episode for row in table if not row.fault], RUNS, self.more
-            ),
-        ]
+        valid = [row.episode for row in table if not row.fault]
+        return [*written, *rollouts.derive(step, valid, RUNS, self.more)]
 
     async def more(self, episode: Episode) -> list[Episode]:
         """The other runs of an episode's program."""
-        player = self.run.stage.player(self.run.versions)
+        player = self.run.rollouts.player()
         given = [turn for turn in episode.turns if turn.agent == self.system.designer]
         again = [
             EpisodeRequest(episode.task, f"{episode.id}/{RUNS}/all", k, episode.step)
@@ -254,10 +238,12 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
         """SFT on the best program of each task."""
         best = best_programs(table)
         if not best:
-            self.run.progress.warn(f"step {step}: no program scored above 0; nothing to learn from")
+            self.run.log.warn(f"step {step}: no program scored above 0; nothing to learn from")
             return {}, {"kept": 0}
         weights = {(row.episode.id, row.turn.index, row.turn.sibling): 1.0 for row in best}
-        done = fit_turns(self.run, step, [row.view for row in best], weights, self.args.imitation)
+        done = fit_turns(
+            self.run.learner, step, [row.view for row in best], weights, self.args.imitation
+        )
         return done.updates, {"kept": len(best), "nll_before": done.before, "nll_after": done.after}
 
     def compare(
@@ -265,13 +251,13 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
     ) -> tuple[dict[str, UpdateResult], dict[str, Any]]:
         """GRPO: programs against those of their task; executors' turns against the other runs of
         their program."""
-        run, group = self.run, self.args.group
+        learner, group = self.run.learner, self.args.group
         rows = [row for row in table if self.args.invalid == "zero" or not row.fault]
         designs = [
             dataclasses.replace(row.view, rewards=(Reward("score", row.score),)) for row in rows
         ]
         advantages: Advantages = credit(
-            designs, dataclasses.replace(group, reward_weights={}), run.credit_state
+            designs, dataclasses.replace(group, reward_weights={}), learner.credit_state
         )
         played = [
             dataclasses.replace(
@@ -282,20 +268,20 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
             for row in rows
             for e in row.runs
         ]
-        if len(run.policy_of) > 1:
+        if len(learner.policy_of) > 1:
             advantages |= credit(
                 played,
                 dataclasses.replace(group, reward_weights=self.args.reward_weights),
-                run.credit_state,
+                learner.credit_state,
             )
-        found, dropped = samples([row.view for row in rows] + played, advantages, run.policy_of)
+        found, dropped = samples([row.view for row in rows] + played, advantages, learner.policy_of)
         if step == 1 and found:
-            run.show(found)
+            learner.show(found)
         if not found:
-            run.progress.warn(
+            learner.log.warn(
                 f"step {step}: no two programs of a task differ in score; nothing to learn from"
             )
-        done = run.learn(
+        done = learner.learn(
             step,
             found,
             self.group_loss,

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ....agents.settings import help_of
+from ....agents.settings import setting
 from ....agents.types import SettingError
 from ....rollouts.evaluation.accuracy import best, evaluation
 from ....rollouts.types import Episode
@@ -40,30 +40,24 @@ class PreferenceConfig(RunConfig, PairConfig, PairLearnerConfig, TrainerChoice):
     critic.
     """
 
-    output_dir: str = help_of(
+    output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/sysdpo"
     )
-    num_drafts: int = help_of(
-        "sampling: drafts played for every task of a step; equal ones count once", 4
+    num_drafts: int = setting(
+        "sampling: drafts played for every task of a step; equal ones count once", 4, at_least=1
     )
-    best_of: int = help_of(
+    best_of: int = setting(
         "also tell what the untrained team reaches if the best of this many episodes counts; 0"
         " does not",
         0,
+        at_least=0,
     )
 
-    def __post_init__(self) -> None:
-        for parent in (RunConfig, PairConfig, PairLearnerConfig, TrainerChoice):
-            parent.__post_init__(self)
+    def check(self) -> None:
         if self.mode == "sampling" and (self.train_batch_size or self.num_train_epochs > 1):
             raise SettingError(
                 "mode sampling: drafts are drawn anew for every update, so train_batch_size 0 and"
                 " num_train_epochs 1 expected"
-            )
-        if self.num_drafts < 1 or self.best_of < 0:
-            raise SettingError(
-                f"num_drafts >= 1 and best_of >= 0 expected, got {self.num_drafts} and"
-                f" {self.best_of}"
             )
         if self.num_iterations != 1:
             raise SettingError(
@@ -107,14 +101,14 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
     def __init__(self, *args: Any, components: Sequence[Component] = (), **settings: Any) -> None:
         super().__init__(*args, **settings)
         outside = [
-            agent.name for agent in self.run.system.specs if self.run.policies[agent.policy].url
+            agent.name for agent in self.spec.system.specs if self.spec.policies[agent.policy].url
         ]
         if self.args.mode == "sampling" and outside:
             raise SettingError(
                 f"mode sampling: agent {outside[0]!r} is an outside model, whose probability of a"
                 " draft or an output nobody knows; use joint"
             )
-        self.learner = PairLearner(self.run, self.args, components)
+        self.learner = PairLearner(self.run.learner, self.args, components)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Pair the episodes, learn from the pairs; returns metrics."""
@@ -122,7 +116,7 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         if self.args.trainer == "trl":
             return self.learn_with_trl(step, pairs, episodes)
         drafted = (
-            with_drafts(self.run, step, pairs, self.args.num_drafts)
+            with_drafts(self.run.rollouts, step, pairs, self.args.num_drafts)
             if self.args.mode == "sampling"
             else pairs
         )
@@ -140,13 +134,13 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         """The step by TRL's DPOTrainer, on the pairs of replies to one prompt (`agent_pairs`), one
         policy after the other."""
         lessons, dropped = {}, Counter[tuple[str, str]]()
-        for policy in sorted(set(self.run.policy_of.values())):
-            rows, without = agent_pairs(pairs, self.run.agents_of[policy])
+        for policy in sorted(set(self.run.learner.policy_of.values())):
+            rows, without = agent_pairs(pairs, self.spec.agents_of[policy])
             lessons[policy] = TRLExample(
                 rows, sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
             )
             dropped += without
-        done = learn_with_trl(self.run, step, lessons, self.dpo_trainer)
+        done = learn_with_trl(self.run.learner, step, lessons, self.dpo_trainer)
         return {
             "policies": self.rows(done, episodes),
             "dropped": _counted(dropped),
@@ -188,9 +182,9 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         episode picked by the reward itself."""
         if not self.args.best_of:
             return super().report()
-        run, count = self.run, self.args.best_of
-        episodes = run.play(f"best-of-{count}", run.eval_tasks, count, versions={})
-        result = evaluation(run.eval_tasks, best(episodes, run.metric), run.metric)
+        tasks, metric, count = self.spec.eval_tasks, self.spec.metric, self.args.best_of
+        episodes = self.run.rollouts.play(f"best-of-{count}", tasks, count, versions={})
+        result = evaluation(tasks, best(episodes, metric), metric)
         return {**super().report(), "best_of": {"n": count, **result.summary()}}
 
 

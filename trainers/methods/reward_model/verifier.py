@@ -35,7 +35,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ....agents.lookup import trusted
 from ....agents.seeds import derive_seed
-from ....agents.settings import help_of
+from ....agents.settings import setting
 from ....agents.types import AdapterSpec, Message, SettingError, Task, from_json, to_json
 from ....rollouts.files import files_sha256
 from ....rollouts.renderer import ChatRenderer
@@ -61,29 +61,29 @@ NAME, CARD = "verifier", "verifier.json"
 class VerifierConfig(RunConfig):
     """Settings of the verifier's training; what is played is what makes its answers."""
 
-    output_dir: str = help_of("run folder; the verifier is its folder `verifier`", "runs/verifier")
-    rewards: list[str] = help_of(
+    output_dir: str = setting("run folder; the verifier is its folder `verifier`", "runs/verifier")
+    rewards: list[str] = setting(
         "`correct` is the accuracy of the base, `right` labels the answers",
         factory=lambda: ["correct", "right"],
     )
-    instruction: str = help_of(
+    instruction: str = setting(
         "system message before every question that the verifier reads; empty: none", ""
     )
-    label: str = help_of(
+    label: str = setting(
         "the reward of turns that says whether an answer is right (from 0.5)", "right"
     )
-    per_task: int = help_of("right and wrong answers kept of a task, at most, of each", 10)
-    min_answers: int = help_of("a step with fewer answers left after balancing is refused", 32)
-    num_train_epochs: int = help_of("passes over the answers of a step", 1)
-    train_batch_size: int = help_of("answers per optimizer update", 8)
-    learning_rate: float = help_of("peak learning rate of LoRA and head", 2e-4)
-    max_steps: int = help_of("steps of playing and learning", 1)
+    per_task: int = setting(
+        "right and wrong answers kept of a task, at most, of each", 10, at_least=1
+    )
+    min_answers: int = setting(
+        "a step with fewer answers left after balancing is refused", 32, at_least=1
+    )
+    num_train_epochs: int = setting("passes over the answers of a step", 1, at_least=1)
+    train_batch_size: int = setting("answers per optimizer update", 8, at_least=1)
+    learning_rate: float = setting("peak learning rate of LoRA and head", 2e-4, at_least=0)
+    max_steps: int = setting("steps of playing and learning", 1, at_least=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("per_task", "min_answers", "num_train_epochs", "train_batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}: expected at least 1, got {getattr(self, name)}")
+    def check(self) -> None:
         if self.label not in [name.rpartition(":")[2] for name in self.rewards]:
             raise SettingError(
                 f"label {self.label!r}: not among the rewards {', '.join(self.rewards)}; `right`"
@@ -208,7 +208,7 @@ class VerifierTrainer(Trainer[VerifierConfig]):
 
     @property
     def base(self) -> LearnerBase:
-        return next(base for base in self.run.bases.values() if NAME in base.heads)
+        return next(b for b in self.run.learner.bases.values() if NAME in b.heads)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Several passes over the step's balanced answers; returns metrics."""
@@ -227,8 +227,8 @@ class VerifierTrainer(Trainer[VerifierConfig]):
                 "right": right.repeat_interleave(sizes),
                 "weight": (1 / sizes).repeat_interleave(sizes),
             }
-            done = self.run.learn_head(step, NAME, samples, targets, verifier_loss)
-            self.run.tokens["trained"] += done.tokens
+            done = self.run.learner.learn_head(step, NAME, samples, targets, verifier_loss)
+            self.run.log.trained(done.tokens)
             losses.append(done.stats.get("loss", math.nan))
         ends = {
             "loss_first": losses[0],
@@ -242,7 +242,8 @@ class VerifierTrainer(Trainer[VerifierConfig]):
         tells it."""
         run = self.run
         held_out = answers_of(
-            run.play("verifier", run.eval_tasks, self.args.num_generations), self.args.label
+            run.rollouts.play("verifier", self.spec.eval_tasks, self.args.num_generations),
+            self.args.label,
         )
         if not held_out:
             raise RunError(
@@ -261,7 +262,7 @@ class VerifierTrainer(Trainer[VerifierConfig]):
         run.ranks.on_main(lambda: self._save(found))
         return {
             NAME: {
-                "folder": str(run.config.folder / NAME),
+                "folder": str(self.args.folder / NAME),
                 "sha256": head.sha256(),
                 "calibration": found,
             },
@@ -293,7 +294,7 @@ class VerifierTrainer(Trainer[VerifierConfig]):
             head.save(folder)
             ckpt.write_json(folder / CARD, card)
 
-        ckpt.publish_folder(self.run.config.folder / NAME, write)
+        ckpt.publish_folder(self.args.folder / NAME, write)
 
 
 # serving

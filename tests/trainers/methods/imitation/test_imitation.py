@@ -23,9 +23,7 @@ from marlora.trainers.methods.imitation.imitation import (
     ImitationConfig,
     IterationConfig,
     encoded,
-    mean_nll,
     nll_loss,
-    reset_adapters,
 )
 from marlora.trainers.methods.imitation.sft import SFTConfig, SFTTrainer
 from marlora.trainers.testbeds.tiny import tiny_chain
@@ -259,7 +257,7 @@ def test_a_step_tells_what_it_kept_and_how_the_loss_on_it_fell(trained: SFTTrain
         learnt = row["policies"][agent]
         assert learnt["sequences"] == 3 * kept and learnt["nll_after"] < learnt["nll_before"] - 0.05
         assert learnt["moved"] > 1e-3
-    assert trained.run.tokens["trained"] == sum(
+    assert trained.run.log.tokens["trained"] == sum(
         row["policies"][agent]["tokens"] for agent in ("first", "last")
     )
 
@@ -268,10 +266,11 @@ def test_mean_nll_is_that_of_the_tokens_as_sampled_and_of_other_speakers(
     trained: SFTTrainer,
 ) -> None:
     with trained.run as run:
-        episodes = run.collect(2)
+        episodes = run.rollouts.collect(2)
         weights = filter_turns(episodes, SelectionConfig(select="all")).weights
-        found, _ = samples(episodes, weights, run.policy_of, ratios=False)
-        own, base = mean_nll(run, found), mean_nll(run, found, {"first": "base"})
+        found, _ = samples(episodes, weights, run.learner.policy_of, ratios=False)
+        learner = run.learner
+        own, base = learner.mean_nll(found), learner.mean_nll(found, {"first": "base"})
         sampled = {
             p: [
                 x
@@ -292,28 +291,33 @@ def test_written_text_without_tokens_is_encoded_for_its_prompt_and_sampled_token
     trained: SFTTrainer,
 ) -> None:
     with trained.run as run:
-        episode, *_ = run.collect(3)
+        episode, *_ = run.rollouts.collect(3)
         first, last = episode.turns
         text = dataclasses.replace(
             first, source="written", text="12", prompt_ids=(), token_ids=(), logprobs=()
         )
-        made = encoded(run, dataclasses.replace(episode, turns=(text, last)))
+        made = encoded(run.learner, dataclasses.replace(episode, turns=(text, last)))
         assert made.turns[0].prompt_ids == first.prompt_ids and made.turns[1] is last
-        assert run.bases[run.config.model].tokens.show(made.turns[0].token_ids) == "12<|end|>"
-        assert made.turns[0].logprobs == () and encoded(run, episode) is episode
+        assert (
+            run.learner.bases[run.spec.config.model].tokens.show(made.turns[0].token_ids)
+            == "12<|end|>"
+        )
+        assert made.turns[0].logprobs == () and encoded(run.learner, episode) is episode
         untold = dataclasses.replace(
             episode, turns=(dataclasses.replace(first, token_ids=()), last)
         )
-        assert encoded(run, untold) is untold, "a sampled turn that lost its tokens is not made up"
+        assert encoded(run.learner, untold) is untold, (
+            "a sampled turn that lost its tokens is not made up"
+        )
 
 
 def test_restart_gives_back_what_init_gave(trained: SFTTrainer) -> None:
-    run, (base,) = trained.run, trained.run.bases.values()
+    run, (base,) = trained.run, trained.run.learner.bases.values()
     moved = {p: base.adapters.sha256(p) for p in ("first", "last")}
-    assert all(moved[p] != run.before[p] for p in moved)
-    reset_adapters(run, ["first"])
+    assert all(moved[p] != run.learner.before[p] for p in moved)
+    run.learner.reset(["first"])
     assert (
-        base.adapters.sha256("first") == run.before["first"]
+        base.adapters.sha256("first") == run.learner.before["first"]
         and base.adapters.sha256("last") == moved["last"]
     )
     assert not base.optimizers.of["first"].state and base.optimizers.of["last"].state

@@ -26,7 +26,7 @@ from marlora.trainers.batching.batches import pack
 from marlora.trainers.batching.samples import denominators, samples
 from marlora.trainers.credit.filtering import FilteredTurns, SelectionConfig, filter_turns
 from marlora.trainers.methods.imitation import multiagent_finetuning as method
-from marlora.trainers.methods.imitation.imitation import mean_nll, nll_loss
+from marlora.trainers.methods.imitation.imitation import nll_loss
 from marlora.trainers.methods.imitation.multiagent_finetuning import (
     MultiagentFinetuningConfig,
     MultiagentFinetuningTrainer,
@@ -257,7 +257,7 @@ def test_the_recipes_settings_make_a_trainer(name: str) -> None:
     config = parse(MultiagentFinetuningConfig, ROOT / "recipes" / f"{name}.py", [])
     trainer = MultiagentFinetuningTrainer(args=config)
     assert trainer.seats == SEATS
-    assert list(trainer.run.policies) == (
+    assert list(trainer.run.spec.policies) == (
         ["shared"] if name.endswith("pooled") else ["g1", "g2", "g3", "c1", "c2", "c3"]
     )
 
@@ -343,9 +343,10 @@ def test_nll_of_every_pair(tmp_path: Path, model: Path) -> None:
             for t in e.turns
             if t.agent in ("g1", "g2")
         }
-        found, _ = samples(episodes, turns, run.policy_of, ratios=False)
-        table = method.nll_table(run, found)
-        own, crossed = mean_nll(run, found), mean_nll(run, found, {"g1": "g2", "g2": "g1"})
+        found, _ = samples(episodes, turns, run.learner.policy_of, ratios=False)
+        table = method.nll_table(run.learner, found)
+        own = run.learner.mean_nll(found)
+        crossed = run.learner.mean_nll(found, {"g1": "g2", "g2": "g1"})
         assert {pair: table[pair] for pair in (("g1", "g1"), ("g2", "g2"))} == {
             ("g1", "g1"): own["g1"],
             ("g2", "g2"): own["g2"],

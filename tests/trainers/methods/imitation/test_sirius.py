@@ -21,11 +21,12 @@ from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.store import Store
 from marlora.trainers.batching.samples import TrainingSequence
 from marlora.trainers.collection.derived_episodes import is_derived
-from marlora.trainers.loop.run import Run, RunError
+from marlora.trainers.errors import RunError
 from marlora.trainers.methods.imitation import sirius
 from marlora.trainers.methods.imitation.correction import CORRECTION
 from marlora.trainers.methods.imitation.sft import SFTConfig, SFTTrainer
 from marlora.trainers.methods.imitation.sirius import SiriusConfig, SiriusTrainer
+from marlora.trainers.update.learner import Learner
 from tests.repository import ROOT
 from tests.trainers.distributed.test_ranks import ACCELERATE, TORCHRUN, start
 from tests.trainers.sirius_run import GOLD, learn, trainer
@@ -42,16 +43,16 @@ def test_nothing_learnt_has_seen_the_answer(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learnt: list[TrainingSequence] = []
-    update = Run.learn
+    update = Learner.learn
 
-    def spy(run: Run, step: int, samples: list[TrainingSequence], *args: Any) -> Any:
+    def spy(learner: Learner, step: int, samples: list[TrainingSequence], *args: Any) -> Any:
         learnt.extend(samples)
-        return update(run, step, samples, *args)
+        return update(learner, step, samples, *args)
 
-    monkeypatch.setattr(Run, "learn", spy)
+    monkeypatch.setattr(Learner, "learn", spy)
     made = trainer(tmp_path / "run", model, max_iterations=2, library="all")
     summary = made.train()
-    (base,) = made.run.bases.values()
+    (base,) = made.run.learner.bases.values()
     stored = [e for e in Store(tmp_path / "run" / "episodes") if not e.group.startswith("eval-")]
     told = [t for e in stored for t in e.turns if GOLD in base.tokens.show(t.prompt_ids)]
     assert told and all(t.saw_gold and t.agent == "feedback" for t in told), (
@@ -120,9 +121,11 @@ def test_actor_judge_and_critic_each_learn_what_they_did_well(tmp_path: Path, mo
         args=args,
     )
     with made.run as run:
-        (base,) = run.bases.values()
+        (base,) = run.learner.bases.values()
         metrics = made.learn(1, made.collect(1))
-        moved = {name for name in base.policies if base.adapters.sha256(name) != run.before[name]}
+        moved = {
+            name for name in base.policies if base.adapters.sha256(name) != run.learner.before[name]
+        }
     assert moved == {"actor", "judge", "critic"}
     kept = {agent: of["kept"] for agent, of in metrics["selection"].items()}
     assert kept == {
@@ -156,8 +159,8 @@ def test_an_empty_library_stops_clearly_and_leaves_the_store(
     )
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert {
-        p: b.adapters.sha256(p) for b in made.run.bases.values() for p in b.policies
-    } == made.run.before
+        p: b.adapters.sha256(p) for b in made.run.learner.bases.values() for p in b.policies
+    } == made.run.learner.before
 
 
 def test_what_was_mended_before_a_kill_is_not_mended_again(
@@ -200,10 +203,9 @@ def test_an_iteration_may_begin_at_the_base(
     seen: dict[str, list[dict[str, str]]] = {}
     imitate = sirius.fit_turns
 
-    def spy(run: Run, *args: Any) -> Any:
-        hashes = {p: b.adapters.sha256(p) for b in run.bases.values() for p in b.policies}
-        seen.setdefault(run.config.output_dir, []).append(hashes)
-        return imitate(run, *args)
+    def spy(learner: Learner, *args: Any) -> Any:
+        seen.setdefault(learner.config.output_dir, []).append(learner.hashes())
+        return imitate(learner, *args)
 
     monkeypatch.setattr(sirius, "fit_turns", spy)
     for begin in ("base", "last"):
@@ -225,7 +227,7 @@ def test_who_may_give_feedback(tmp_path: Path, model: Path) -> None:
         )
     outside = {"wise": {"url": "http://127.0.0.1:9/v1", "base": "wise-1"}}
     made = trainer(tmp_path / "run", model, feedback_agent={"policy": "wise"}, policies=outside)
-    assert made.run.policies["wise"].url and made.run.agents_of["wise"] == []
+    assert made.run.spec.policies["wise"].url and made.run.spec.agents_of["wise"] == []
     with pytest.raises(SettingError, match="library: all is of the run's own iterations"):
         trainer(tmp_path / "run", model, library="all", episodes="elsewhere")
 
@@ -237,8 +239,8 @@ def test_every_setting_of_the_recipe_can_be_built(path: Path) -> None:
     made = SiriusTrainer(args=settings.parse(SiriusConfig, path, []))
     assert (
         made.args.max_steps == made.args.max_iterations >= 1
-        and made.run.tasks
-        and made.run.eval_tasks
+        and made.run.spec.tasks
+        and made.run.spec.eval_tasks
     )
 
 

@@ -33,8 +33,11 @@ def payoffs(trained: Trainer[Any], side: str, games: int = 60) -> tuple[Evaluati
     """Mean payoff of a side by task over sampled games of all tasks, as the bare base plays and as
     the team plays now."""
     with trained.run as run:
-        tasks = [*run.tasks, *run.eval_tasks]
-        found = run.play("base", tasks, games, versions={}), run.play("now", tasks, games)
+        tasks = [*run.spec.tasks, *run.spec.eval_tasks]
+        found = (
+            run.rollouts.play("base", tasks, games, versions={}),
+            run.rollouts.play("now", tasks, games),
+        )
 
     def means(played: list[Episode]) -> Evaluation:
         values: dict[str, list[float]] = {}

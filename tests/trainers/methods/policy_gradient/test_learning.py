@@ -33,13 +33,13 @@ def trainer(folder: Path, **changes: Any) -> GRPOTrainer:
 def swapped(trained: GRPOTrainer) -> float:
     """Held-out accuracy with each adapter under the other agent's name."""
     with trained.run as run:
-        (base,) = run.bases.values()
-        assert base.publisher is not None and base.engine is not None
+        (base,) = run.learner.bases.values()
+        publisher, engine = run.sync.publishers[base.name], run.engines.of[base.name]
         for agent, other in (("first", "last"), ("last", "first")):
-            folder = base.publisher.root / f"{agent}-swapped"
-            shutil.copytree(base.publisher.root / run.versions[other], folder)
-            run.stage.background.run(base.engine.publish({agent: folder}))
-        result = run.evaluate(
+            folder = publisher.root / f"{agent}-swapped"
+            shutil.copytree(publisher.root / run.sync.current[other], folder)
+            run.rollouts.background.run(engine.publish({agent: folder}))
+        result = run.evaluator.evaluate(
             "swapped", versions={"first": "first-swapped", "last": "last-swapped"}
         )
         assert result is not None

@@ -131,7 +131,7 @@ def test_epochs_and_minibatches(tmp_path: Path, model: Path) -> None:
     made.train()
     (row,) = rows(tmp_path / "run")
     with made.run as run:
-        (base,) = run.bases.values()
+        (base,) = run.learner.bases.values()
         for name in ("first", "last"):
             assert row["policies"][name]["updates"] == 9
             assert row["critics"][name]["tokens"] == row["policies"][name]["tokens"] > 3 * 6
@@ -149,7 +149,7 @@ def test_a_policy_that_has_gone_far_enough_stops_and_its_critic_does_not(
             assert 1 < policy["updates"] < 6 and policy["mismatch_kl"] > 0.002
     with made.run as run:
         assert {
-            float(h.state()["0.step"]) for b in run.bases.values() for h in b.heads.values()
+            float(h.state()["0.step"]) for b in run.learner.bases.values() for h in b.heads.values()
         } == {12.0}
 
 
@@ -197,7 +197,7 @@ def test_every_tensor_of_a_critic_is_trained_and_kept(
         "a critic is no policy"
     )
     with trainer(tmp_path / "fresh", model).run as run:
-        (base,) = run.bases.values()
+        (base,) = run.learner.bases.values()
         before = {
             n: {k: p.detach().clone() for k, p in h.parameters().items()}
             for n, h in base.heads.items()
@@ -205,7 +205,7 @@ def test_every_tensor_of_a_critic_is_trained_and_kept(
     with trainer(
         undisturbed, model, num_ppo_epochs=2, num_mini_batches=2, kl_coef=0.1, resume=True
     ).run as run:
-        (base,) = run.bases.values()
+        (base,) = run.learner.bases.values()
         for name, head in base.heads.items():
             assert all(
                 not torch.equal(p, before[name][key]) for key, p in head.parameters().items()
@@ -299,7 +299,7 @@ def test_a_critic_on_each_of_two_bases(model: Path, tmp_path: Path) -> None:
         for part in ("heads", "policies")
         for entry in summary[part].values()
     )
-    assert [list(base.heads) for base in made.run.bases.values()] == [["first"], ["last"]]
+    assert [list(base.heads) for base in made.run.learner.bases.values()] == [["first"], ["last"]]
     told = [
         (row["step"], name, row["policies"][name]["kl_reward"])
         for row in rows(folder)[1:]
@@ -424,7 +424,7 @@ def test_a_turn_without_reward_is_not_learnt_from_and_one_with_reward_0_is(
 ) -> None:
     made = trainer(tmp_path / "run", model)
     with made.run as run:
-        episodes = run.collect(1)
+        episodes = run.rollouts.collect(1)
         rewards = {
             (e.id, t.index, 0): float(n % 2)
             for n, e in enumerate(episodes)

@@ -81,15 +81,15 @@ def test_one_update_is_that_of_a_plain_implementation(
         max_grad_norm=1e9,
     )
     with made.run as run:
-        (base,) = run.bases.values()
+        (base,) = run.learner.bases.values()
         disturb(base.adapters)
         for head in base.heads.values():
             for name, p in head.parameters().items():
                 p.data += 0.1 * torch.randn(
                     p.shape, generator=torch.Generator().manual_seed(len(name))
                 )
-        run.stage.publish(0, (), final=False)
-        episodes = run.collect(1)
+        run.sync.advance(0, (), final=False)
+        episodes = run.rollouts.collect(1)
         truth: dict[str, tuple[torch.Tensor, ...]] = {}
         for agent in ("first", "last"):
             head, chains = base.heads[agent], []

@@ -69,10 +69,10 @@ def put_words(made: ScoreFlowTrainer) -> ScoreFlowTrainer:
     run = made.run.open()
     spoken = {
         p: Saying(s.engine, s.tokens, p)
-        for p, s in run.stage.rollouts.speakers.items()
+        for p, s in run.rollouts.runner.speakers.items()
         if isinstance(s, EngineCompleter)
     }
-    run.stage.rollouts = dataclasses.replace(run.stage.rollouts, speakers=spoken)
+    run.rollouts.runner = dataclasses.replace(run.rollouts.runner, speakers=spoken)
     return made
 
 
@@ -162,8 +162,8 @@ def test_every_episode_can_be_replayed_from_the_store(tmp_path: Path, model: Pat
     with made.run:
         episodes = made.collect(1)
         silent = dataclasses.replace(
-            made.run.stage.rollouts,
-            speakers=dict.fromkeys(made.run.stage.rollouts.speakers, nobody),
+            made.run.rollouts.runner,
+            speakers=dict.fromkeys(made.run.rollouts.runner.speakers, nobody),
         )
 
         async def again(e: Episode) -> Episode:
@@ -174,7 +174,7 @@ def test_every_episode_can_be_replayed_from_the_store(tmp_path: Path, model: Pat
             )
 
         for episode in Store(tmp_path / "run" / "episodes"):
-            replayed = made.run.stage.background.run(again(episode))
+            replayed = made.run.rollouts.background.run(again(episode))
             assert (replayed.output, replayed.turns, replayed.rewards) == (
                 episode.output,
                 episode.turns,
@@ -198,13 +198,13 @@ def test_a_resumed_round_takes_what_was_run(tmp_path: Path, model: Path) -> None
     stored = len(list(Store(tmp_path / "run" / "episodes")))
     resumed = put_words(trainer(tmp_path / "run", model, resume=True))
     with resumed.run:
-        for policy in resumed.run.stage.rollouts.speakers.values():
+        for policy in resumed.run.rollouts.runner.speakers.values():
             policy.__class__ = type(
                 "Silent", (Saying,), {"__call__": lambda self, call, version: nobody(call, version)}
             )
         resumed.learn(1, resumed.collect(1))
         assert len(list(Store(tmp_path / "run" / "episodes"))) == stored
-        (one,), (other,) = whole.run.bases.values(), resumed.run.bases.values()
+        (one,), (other,) = whole.run.learner.bases.values(), resumed.run.learner.bases.values()
         assert one.adapters.sha256("designer") == other.adapters.sha256("designer")
 
 

@@ -60,8 +60,8 @@ def trainer(
 
 def played(made: PreferenceTrainer) -> tuple[Any, list[Episode]]:
     """The run opened, and its first episodes; afterwards its adapters differ from the base."""
-    episodes = made.run.open().collect(1)
-    (base,) = made.run.bases.values()
+    episodes = made.run.open().rollouts.collect(1)
+    (base,) = made.run.learner.bases.values()
     disturb(base.adapters)
     return base.adapters, episodes
 
@@ -76,7 +76,10 @@ def logprob(
 
 
 def every_turn(made: PreferenceTrainer, episodes: list[Episode]) -> dict[TurnKey, torch.Tensor]:
-    adapters, policy_of = next(iter(made.run.bases.values())).adapters, made.run.policy_of
+    adapters, policy_of = (
+        next(iter(made.run.learner.bases.values())).adapters,
+        made.run.learner.policy_of,
+    )
     return {
         (e.id, t.index, t.sibling): logprob(adapters, policy_of[t.agent], t.prompt_ids, t.token_ids)
         for e in episodes
@@ -117,7 +120,7 @@ def test_two_passes_give_the_gradient_of_the_joint_loss(
         metrics = made.learn(1, episodes)
         assert metrics["preference"]["loss"] == pytest.approx(loss.item(), abs=1e-5)
         assert metrics["preference"]["margin"] == pytest.approx(margins.mean().item(), abs=1e-4)
-        (base,) = made.run.bases.values()
+        (base,) = made.run.learner.bases.values()
         for name, own in parameters.items():
             moments = base.optimizers.of[name].state
             found = torch.cat([moments[p]["exp_avg"].flatten() * 10 for p in own.values()])
@@ -132,7 +135,9 @@ def test_turns_are_scored_as_wholes_and_siblings_apart(tmp_path: Path, model: Pa
     with made.run:
         everything = {(e.id, t.index, t.sibling): 1.0 for e in episodes for t in e.turns}
         assert {key[2] for key in everything} == {0, 1, 2}
-        found = made.run.score(samples(episodes, everything, made.run.policy_of, ratios=False)[0])
+        found = made.run.learner.turn_logprobs(
+            samples(episodes, everything, made.run.learner.policy_of, ratios=False)[0]
+        )
         expected = every_turn(made, episodes)
         assert found.keys() == expected.keys()
         assert found == {
@@ -156,14 +161,19 @@ def test_the_reference_is_what_the_run_began_with(tmp_path: Path, model: Path) -
     init = f"{tmp_path / 'earlier' / 'checkpoints' / 'step-000001'}#first"
     made = trainer(tmp_path / "run", model, policies={"first": {"init": init}})
     with made.run:
-        (base,) = made.run.bases.values()
-        episodes = made.run.collect(1)
+        (base,) = made.run.learner.bases.values()
+        episodes = made.run.rollouts.collect(1)
         own, _ = made.learner.samples_of(pairs_of(episodes, made.args, 0))
-        begun = made.run.score(own)
+        begun = made.run.learner.turn_logprobs(own)
         disturb(base.adapters)
         hashes = {name: base.adapters.sha256(name) for name in base.policies}
-        turned = made.run.score(own)
-        assert made.run.score(own, reference=True) == begun != turned == made.run.score(own)
+        turned = made.run.learner.turn_logprobs(own)
+        assert (
+            made.run.learner.turn_logprobs(own, reference=True)
+            == begun
+            != turned
+            == made.run.learner.turn_logprobs(own)
+        )
         assert hashes == {name: base.adapters.sha256(name) for name in base.policies}
         base.adapters.check()
 
@@ -171,13 +181,15 @@ def test_the_reference_is_what_the_run_began_with(tmp_path: Path, model: Path) -
 def moved(made: PreferenceTrainer) -> dict[str, str]:
     """One step without publishing and evaluating; the hashes of the adapters that it has moved."""
     with made.run as run:
-        made.learn(1, run.collect(1))
+        made.learn(1, run.rollouts.collect(1))
         now = {
             policy: base.adapters.sha256(policy)
-            for base in run.bases.values()
+            for base in run.learner.bases.values()
             for policy in base.policies
         }
-        return {policy: sha256 for policy, sha256 in now.items() if sha256 != run.before[policy]}
+        return {
+            policy: sha256 for policy, sha256 in now.items() if sha256 != run.learner.before[policy]
+        }
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -199,14 +211,14 @@ def test_a_stored_run_is_learnt_from_and_its_references_are_computed_once(
         num_train_epochs=2,
     )
     asked: list[set[TurnKey]] = []
-    score = type(made.run).score
+    score = type(made.run.learner).turn_logprobs
 
-    def counted(run: Any, samples: Any, *, reference: bool = False) -> Any:
+    def counted(learner: Any, samples: Any, *, reference: bool = False) -> Any:
         if reference:
             asked.append({key for sample in samples for key in sample.keys})
-        return score(run, samples, reference=reference)
+        return score(learner, samples, reference=reference)
 
-    monkeypatch.setattr(type(made.run), "score", counted)
+    monkeypatch.setattr(type(made.run.learner), "turn_logprobs", counted)
     summary = made.train()
     assert (
         asked[0] <= {(e.id, t.index, t.sibling) for e in stored for t in e.turns}
@@ -230,7 +242,7 @@ def test_a_frozen_agent_stands_in_the_team_and_counts_nothing(
 ) -> None:
     made = trainer(tmp_path / "run", model, policies={frozen: {"trainable": False}})
     learns = {"first", "last"} - {frozen}
-    assert moved(made).keys() == learns and set(made.learner.run.policy_of) == learns
+    assert moved(made).keys() == learns and set(made.learner.learner.policy_of) == learns
 
 
 def test_independent_policies_do_not_feel_one_another(tmp_path: Path, model: Path) -> None:
@@ -260,9 +272,9 @@ def test_drafts_of_a_task_are_distinct_shared_by_both_sides_and_drawn_anew(
     )
     _, episodes = played(made)
     with made.run:
-        (base,) = made.run.bases.values()
+        (base,) = made.run.learner.bases.values()
         pairs = pairs_of(episodes, made.args, 0)
-        drafted = with_drafts(made.run, 1, pairs, 3)
+        drafted = with_drafts(made.run.rollouts, 1, pairs, 3)
         assert len(drafted) == len(pairs) and [p.gap for p in drafted] == [p.gap for p in pairs]
         for before, after in zip(pairs, drafted, strict=True):
             drafts = [[said(e)[:-1] for e in side] for side in (after.chosen, after.rejected)]
@@ -279,7 +291,7 @@ def test_drafts_of_a_task_are_distinct_shared_by_both_sides_and_drawn_anew(
                     assert (
                         e.turns[0].text in end.messages[-1].content
                     )  # asked what this draft leads to
-        later = with_drafts(made.run, 2, pairs, 3)
+        later = with_drafts(made.run.rollouts, 2, pairs, 3)
         assert [[said(e) for e in p.episodes] for p in later] != [
             [said(e) for e in p.episodes] for p in drafted
         ]
@@ -313,7 +325,7 @@ def test_drafts_of_an_outside_model_are_refused_at_start(tmp_path: Path, model: 
     outside = {"first": {"url": "http://127.0.0.1:9/v1", "base": "wise-1"}}
     with pytest.raises(SettingError, match="mode sampling: agent 'first' is an outside model"):
         trainer(tmp_path / "run", model, mode="sampling", policies=outside)
-    assert trainer(tmp_path / "run", model, policies=outside).run.policies["first"].url
+    assert trainer(tmp_path / "run", model, policies=outside).run.spec.policies["first"].url
 
 
 class Painter:
@@ -349,7 +361,7 @@ def test_a_denoiser_learns_in_the_same_sum(tmp_path: Path, model: Path) -> None:
     made = trainer(tmp_path / "run", model, components=[painter], num_train_epochs=6, max_steps=1)
     before = [p.detach().clone() for p in painter.net.parameters()]
     with made.run:
-        episodes = made.run.collect(1)
+        episodes = made.run.rollouts.collect(1)
         pairs = pairs_of(episodes, made.args, 0)
         draw = (
             made.args.seed + 1000

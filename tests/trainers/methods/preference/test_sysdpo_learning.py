@@ -43,7 +43,7 @@ def ladder(folder: Path, seed: int) -> dict[str, float]:
     base's best of 4 samples."""
     store = trainer(folder / "store", seed=seed)
     with store.run:
-        store.run.collect(1)
+        store.run.rollouts.collect(1)
     found: dict[str, float] = {}
     for arm, changes in ARMS.items():
         summary = trainer(

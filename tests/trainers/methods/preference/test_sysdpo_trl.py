@@ -44,7 +44,7 @@ def test_dpo_of_one_agent_equals_trl(tmp_path: Path, model: Path, name: str) -> 
         adapters, episodes = played(made)
         with made.run:
             pairs = [p for p in pairs_of(episodes, made.args, 0) if agent_pairs([p], ["first"])[0]]
-            (base,) = made.run.bases.values()
+            (base,) = made.run.learner.bases.values()
             before = {key: p.detach().clone() for key, p in adapters.parameters("first").items()}
             if made is ours:
                 own, _ = made.learner.samples_of(pairs)
@@ -116,5 +116,5 @@ def test_a_run_with_trl_publishes_and_proves_what_trl_trained(tmp_path: Path, mo
         assert row["preference"]["rows"]["first"] > 0 and row["policies"]["first"]["tokens"] > 0
         assert row["policies"]["first"]["loss"] > 0
     assert any("last: was asked different things" in row["dropped"] for row in rows)
-    (base,) = made.run.bases.values()
+    (base,) = made.run.learner.bases.values()
     assert base.adapters.sha256("first") == first["sha256_after"]

@@ -1,0 +1,117 @@
+"""What a run is: settings, team, tasks and rewards, resolved and checked before anything is
+loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...agents.system import System, build_system, override_agents
+from ...agents.tools.tools import resolve_tools
+from ...agents.types import PolicySpec, SettingError, Task
+from ...rollouts.rewards.builtin import resolve_rewards
+from ...rollouts.rewards.scoring import RewardFn, fn_name
+from ...rollouts.tasks.registry import load_tasks
+from ..collection.task_order import tasks_of
+from ..config import RunConfig
+from ..update.scalar_heads import HeadSpec
+from . import checks
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run's resolved settings and what they name.
+
+    `agents_of`: the agents of each policy. `heads`: scalar heads that the method learns beside the
+    policies. `tasks_given`: the tasks came as lists, not by the name of a task set.
+    """
+
+    config: RunConfig
+    system: System
+    policies: Mapping[str, PolicySpec]
+    agents_of: Mapping[str, Sequence[str]]
+    tasks: Sequence[Task]
+    eval_tasks: Sequence[Task]
+    rewards: Sequence[RewardFn]
+    heads: tuple[HeadSpec, ...] = ()
+    recipe: str = ""
+    tasks_given: bool = False
+
+    @classmethod
+    def resolve(
+        cls,
+        config: RunConfig,
+        system: System | None = None,
+        *,
+        tasks: Sequence[Task] | None = None,
+        eval_tasks: Sequence[Task] | None = None,
+        rewards: Sequence[RewardFn | str] | None = None,
+        heads: Sequence[HeadSpec] = (),
+        extra_rewards: Sequence[RewardFn] = (),
+        recipe: str = "",
+    ) -> RunSpec:
+        """The spec of a run.
+
+        Args:
+            config: the settings, resolved.
+            system: who talks to whom; None takes `config.system`.
+            tasks, eval_tasks: None loads `config.tasks`. Training and held-out tasks must not share
+                an id.
+            rewards: functions or names; None takes `config.rewards`. The first one's name is the
+                accuracy of evaluations.
+            extra_rewards: what the method itself needs, appended unless it is there.
+
+        Raises `SettingError` for what cannot work.
+        """
+        system = system or build_system(config.system)  # type: ignore[arg-type]
+        system = system.with_agents(override_agents(system, config.agents, config.sampling()))  # type: ignore[arg-type]
+        checks.check_importable(system)
+        for agent in system.specs:
+            resolve_tools(agent.tools)
+        policies = config.policy_specs(system.specs)
+        if tasks is not None and eval_tasks is None:
+            raise SettingError(
+                "eval_tasks: the training tasks are given as a list, so the held-out ones must be"
+                " given too"
+            )
+        args: dict[str, Any] = dict(config.task_args)  # type: ignore[arg-type]
+        train = list(
+            tasks
+            if tasks is not None
+            else load_tasks(config.tasks, "train", seed=config.seed, **args)
+        )
+        held_out = (
+            eval_tasks
+            if eval_tasks is not None
+            else load_tasks(config.tasks, "eval", seed=config.seed, **args)
+        )
+        held_out = list(held_out)[: config.num_eval_tasks]
+        checks.check_tasks(train, held_out, config)
+        scores = resolve_rewards(rewards if rewards is not None else config.rewards)
+        if not scores:
+            raise SettingError(
+                "rewards: empty; expected at least one function, whose name is the accuracy of"
+                " evaluations"
+            )
+        return cls(
+            config,
+            system,
+            policies,
+            {name: [a.name for a in system.specs if a.policy == name] for name in policies},
+            train,
+            held_out,
+            [*scores, *(extra for extra in extra_rewards if extra not in scores)],
+            tuple(heads),
+            recipe,
+            tasks is not None or eval_tasks is not None,
+        )
+
+    @property
+    def metric(self) -> str:
+        """The reward whose mean is the accuracy of evaluations."""
+        return fn_name(self.rewards[0])
+
+    def tasks_of(self, step: int) -> list[Task]:
+        """The tasks of a step, see `task_order.tasks_of`."""
+        return tasks_of(self.tasks, self.config.tasks_per_step, self.config.seed, step)
