@@ -38,24 +38,24 @@ WAYS = ("adapters", "copies")
 def agents(options: Options) -> dict[str, Any]:
     """Tokens per second and peak memory at 1, 2, 4 and 8 agents, both ways, in turns."""
     check_size(options.size)
-    found: dict[str, dict[str, Any]] = {way: {} for way in WAYS}
+    by_way: dict[str, dict[str, Any]] = {way: {} for way in WAYS}
     for number in NUMBERS:
         for way in WAYS:
-            found[way][str(number)] = _child(way, number, options)
-    for n, learnt in found["adapters"].items():
-        if learnt.pop("sha256") != found["copies"][n].pop("sha256"):
+            by_way[way][str(number)] = _child(way, number, options)
+    for n, learnt in by_way["adapters"].items():
+        if learnt.pop("sha256") != by_way["copies"][n].pop("sha256"):
             raise RunError(
                 f"bench agents: {n} adapters on one base and on {n} copies learnt other weights; no"
                 " numbers are given"
             )
     first, last = (
-        found["adapters"][str(number)]["peak_bytes"] for number in (NUMBERS[0], NUMBERS[-1])
+        by_way["adapters"][str(number)]["peak_bytes"] for number in (NUMBERS[0], NUMBERS[-1])
     )
     rows = [
         [
             str(n),
-            *(f"{found[way][str(n)]['tokens_per_second']:,.0f}" for way in WAYS),
-            *(f"{found[way][str(n)]['peak_bytes'] / 2**30:.2f}" for way in WAYS),
+            *(f"{by_way[way][str(n)]['tokens_per_second']:,.0f}" for way in WAYS),
+            *(f"{by_way[way][str(n)]['peak_bytes'] / 2**30:.2f}" for way in WAYS),
         ]
         for n in NUMBERS
     ]
@@ -68,8 +68,8 @@ def agents(options: Options) -> dict[str, Any]:
         "suite": "agents",
         "size": options.size,
         **machine(),
-        "agents": found["adapters"],
-        "copies": found["copies"],
+        "agents": by_way["adapters"],
+        "copies": by_way["copies"],
         "peak_of_most_over_one": last / first,
         **table(f"agents: {options.size}, one optimizer step of every agent", columns, rows),
     }
@@ -106,11 +106,11 @@ def measured(way: str, number: int, options: Options) -> dict[str, Any]:
         for k, name in enumerate(names)
     }
     teams = [names] if way == "adapters" else [[name] for name in names]
-    made = [_optimizers(team, config, options) for team in teams]
+    optimizers_of = [_optimizers(team, config, options) for team in teams]
     clock, laps = time.process_time if options.device == "cpu" else time.perf_counter, []
     for step in range(1, options.repeats + 2):
         start = clock()
-        for team, optimizers in zip(teams, made, strict=True):
+        for team, optimizers in zip(teams, optimizers_of, strict=True):
             own = [sample for name in team for sample in samples[name]]
             update(optimizers, own, lambda inputs: policy_loss(inputs, config), step, ranks)
         if options.device != "cpu":
@@ -120,7 +120,7 @@ def measured(way: str, number: int, options: Options) -> dict[str, Any]:
     tokens = sum(len(sample.ids) for own in samples.values() for sample in own)
     hashes = [
         optimizers.adapters.sha256(name)
-        for team, optimizers in zip(teams, made, strict=True)
+        for team, optimizers in zip(teams, optimizers_of, strict=True)
         for name in team
     ]
     return {

@@ -63,7 +63,7 @@ def check_size(size: str) -> None:
 
 
 def network(size: str, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
-    """A causal language model of this geometry with random weights, made on its device."""
+    """A causal language model of this geometry with random weights, on its device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_size(size)
@@ -113,7 +113,7 @@ class Needed:
     def flops(self) -> float:
         """Of a forward and backward pass with a frozen base: (4 N + 6 A - 2 E) U + 14 L d P + 4 H
         M, where A is the adapter's parameters and E those at the entrance: the embeddings are
-        frozen, so nobody asks for their gradient.
+        frozen, so their gradient is not computed.
 
         The backward pass has no weight gradients but the adapter's; the head is not computed again.
         The last layer counts in full, though tokens without a term need no more of it than keys and

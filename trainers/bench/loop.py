@@ -1,10 +1,10 @@
-"""`marlora bench loop`: whole steps, ours and those of TRL's `GRPOTrainer`: sample, score, learn,
-and bring what was learnt to whoever samples.
+"""`marlora bench loop`: whole steps of marlora and of TRL's `GRPOTrainer`: sample, score, learn and
+publish.
 
 One agent (TRL's trainer has one), the same model, tasks, LoRA, group size, reply length and reward.
-They step in turns in one process. Ours publishes every step and proves it. TRL samples with
-`generate` of transformers: it cannot bring weights to a vLLM server on a CPU. There is no gate but
-that both made as many replies and moved their adapter; what is sampled differs, so tokens are given
+They step in turns in one process. Ours publishes every step and verifies it. TRL samples with
+`generate` of transformers: it cannot bring weights to a vLLM server on a CPU. The only gate is that
+both sampled as many replies and moved their adapter; what is sampled differs, so tokens are given
 too.
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -23,12 +25,11 @@ from typing import Any
 import torch
 
 from ...agents.patterns.chain import Chain
-from ...agents.types import Task
+from ...agents.types import SettingError, Task
 from ...rollouts.engines.hardware import choose_dtype, has_gpu
 from ...rollouts.types import Episode
 from ..errors import RunError
 from ..methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
-from .comlrl import against_comlrl
 from .geometry import served_folder
 from .measure import Options, machine, table
 from .publish import engines
@@ -47,6 +48,7 @@ WORK = {"tiny": Work(2, 4, 8)}
 USUAL = Work(4, 8, 16)
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 RATE = 1e-4
+COMLRL = Path(__file__).parents[2] / "benchmarks" / "scripts" / "comlrl_steps.py"
 
 
 @dataclass
@@ -112,10 +114,10 @@ def loop(options: Options) -> dict[str, Any]:
     """Seconds of a step and tokens sampled per second, ours on every engine that is here against
     TRL."""
     work = WORK.get(options.size, USUAL)
-    found = {}
+    results = {}
     for kind in engines(options):
         with tempfile.TemporaryDirectory(prefix="marlora-bench-") as scratch:
-            found[kind] = _race(kind, Path(scratch), work, options)
+            results[kind] = _race(kind, Path(scratch), work, options)
     rows = [
         [
             kind,
@@ -124,23 +126,20 @@ def loop(options: Options) -> dict[str, Any]:
             f"{one['tokens_per_step']:.0f}",
             f"{one['tokens_per_second']:.1f}",
         ]
-        for kind, both in found.items()
+        for kind, both in results.items()
         for name, one in both.items()
     ]
     ratios = {
         f"trl@{kind}": both["trl"]["seconds"] / both["ours"]["seconds"]
-        for kind, both in found.items()
+        for kind, both in results.items()
     }
     ratios |= {
         f"trl_per_token@{k}": b["ours"]["tokens_per_second"] / b["trl"]["tokens_per_second"]
-        for k, b in found.items()
+        for k, b in results.items()
     }
     comlrl = {}
     if "comlrl" in options.opponents:
-        with tempfile.TemporaryDirectory(prefix="marlora-bench-") as scratch:
-            comlrl = against_comlrl(
-                served_folder(options.size, Path(scratch)), work.group, work.reply, options.repeats
-            )
+        comlrl = _against_comlrl(options, work)
         ratios["comlrl@transformers"] = comlrl["comlrl"]["seconds"] / comlrl["ours"]["seconds"]
     columns = ["our engine", "whose step", "median, s", "tokens sampled", "tokens/s"]
     return {
@@ -149,11 +148,32 @@ def loop(options: Options) -> dict[str, Any]:
         "clock": "wall",
         **machine(),
         "work": vars(work),
-        "results": found,
+        "results": results,
         "two_agents": comlrl,
         "ratios": ratios,
         **table(f"loop: {options.size}, {work.tasks} x {work.group} replies a step", columns, rows),
     }
+
+
+def _against_comlrl(options: Options, work: Work) -> dict[str, dict[str, float]]:
+    """{"ours" | "comlrl": seconds of a step and peak memory}, by a script of a checkout, since it
+    installs a package. Raises `RunError` with the words of the script."""
+    if not COMLRL.is_file():
+        raise SettingError(
+            f"--opponents comlrl: {COMLRL} is missing; it installs a package and is no part of an"
+            " installed marlora, so run this from a checkout"
+        )
+    with tempfile.TemporaryDirectory(prefix="marlora-bench-") as scratch:
+        model = served_folder(options.size, Path(scratch))
+        shape = (model, work.group, work.reply, options.repeats + 2, scratch)
+        argv = [sys.executable, str(COMLRL), "both", *map(str, shape)]
+        done = subprocess.run(argv, capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(
+            f"bench loop: {COMLRL.name} failed; no numbers are given\n{done.stderr[-2000:]}"
+        )
+    results: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return results
 
 
 def _race(kind: str, folder: Path, work: Work, options: Options) -> dict[str, dict[str, float]]:
@@ -259,7 +279,7 @@ def _trl_trainer(
         completions: Any, completion_ids: Sequence[Sequence[int]], **columns: Any
     ) -> list[float]:
         tokens.append(sum(map(len, completion_ids)))
-        return [reward(made[0]["content"]) for made in completions]
+        return [reward(reply[0]["content"]) for reply in completions]
 
     args = TRLConfig(
         output_dir=str(folder / "trl"),

@@ -77,12 +77,12 @@ class Time:
 
     def to_json(self) -> dict[str, Any]:
         clocks = {"wall": self.wall, "process": self.process}
-        told = {
+        seconds = {
             name: {"median": statistics.median(laps), "smallest": min(laps)}
             for name, laps in clocks.items()
         }
         return {
-            "seconds": told,
+            "seconds": seconds,
             "bytes_above_rest": self.bytes,
             "flops_spent": self.flops,
             "difference": self.difference,
@@ -111,9 +111,9 @@ def race(
             if count
             else contextlib.nullcontext()
         ) as counter:
-            found = way.run()
-        first = found if way is ways[0] else first
-        apart = gate(first, found)
+            result = way.run()
+        first = result if way is ways[0] else first
+        apart = gate(first, result)
         if not apart <= most:
             raise RunError(
                 f"bench {suite}: what {way.name!r} does is {apart:.1e} from what {ways[0].name!r}"

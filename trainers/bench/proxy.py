@@ -72,28 +72,28 @@ def proxy(options: Options) -> dict[str, Any]:
 async def _compare(callers: int, repeats: int) -> dict[str, Any]:
     """Both ways in turns, after one round that does not count. Raises `RunError` if the turns on
     record differ."""
-    found: dict[str, list[tuple[float, float]]] = {"direct": [], "proxy": []}
+    timings: dict[str, list[tuple[float, float]]] = {"direct": [], "proxy": []}
     for number in range(repeats + 1):
         records = {}
         for name, way in (("direct", _direct), ("proxy", _through)):
             seconds, process, turns = await way(callers)
             records[name] = sorted((t.messages[0].content, t.completion) for t in turns)
             if number:
-                found[name].append((seconds, process))
+                timings[name].append((seconds, process))
         if records["direct"] != records["proxy"]:
             raise RunError(
                 "bench proxy: the gateway's turns are not those of direct calls; no numbers given"
             )
     calls = callers * CALLS[callers]
-    made: dict[str, Any] = {"concurrent": callers, "calls": calls}
-    for name, times in found.items():
+    report: dict[str, Any] = {"concurrent": callers, "calls": calls}
+    for name, times in timings.items():
         wall, process = (
             statistics.median(w for w, _ in times),
             statistics.median(p for _, p in times),
         )
-        made[name] = {"tokens_per_s": calls * REPLY / wall, "ms_per_call": 1000 * process / calls}
-    return made | {
-        "proxy_over_direct": made["proxy"]["tokens_per_s"] / made["direct"]["tokens_per_s"]
+        report[name] = {"tokens_per_s": calls * REPLY / wall, "ms_per_call": 1000 * process / calls}
+    return report | {
+        "proxy_over_direct": report["proxy"]["tokens_per_s"] / report["direct"]["tokens_per_s"]
     }
 
 

@@ -1,8 +1,8 @@
-"""`marlora bench publish`: from the last optimizer step to the first token that the new version
-says, and the live proof apart.
+"""`marlora bench publish`: seconds from the last optimizer step to the first token of the new
+version, and of the live proof.
 
 Three adapters on one replica. Of the proof, the seconds of the trainer's own forward passes are
-told, beside which the engine works.
+given too, during which the engine works.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +90,19 @@ def served(
 def publish(options: Options) -> dict[str, Any]:
     """Seconds of every part, by engine."""
     policies = [PolicySpec(name) for name in POLICIES]
-    found = {}
+    results = {}
     for kind in engines(options):
         with served(options, kind, policies) as (start, tokens, folder, model):
-            found[kind] = asyncio.run(
+            results[kind] = asyncio.run(
                 _measure(start, tokens, folder, model, policies, options.repeats)
             )
     median = {
         kind: {part: statistics.median(r[part] for r in laps) for part in PARTS}
-        for kind, laps in found.items()
+        for kind, laps in results.items()
     }
     rows = [
         [kind, what, *(f"{f([r[part] for r in laps]):.3f}" for f in (statistics.median, min, max))]
-        for kind, laps in found.items()
+        for kind, laps in results.items()
         for part, what in PARTS.items()
     ]
     return {
@@ -111,7 +111,7 @@ def publish(options: Options) -> dict[str, Any]:
         "clock": "wall",
         **machine(),
         "adapters": len(POLICIES),
-        "results": found,
+        "results": results,
         "median": median,
         **table(
             f"publish: {len(POLICIES)} adapters, {options.size}",
@@ -155,31 +155,13 @@ async def _lap(
     trainer: list[float],
     step: int,
 ) -> dict[str, float]:
-    """One step: something is learnt, published, spoken with and proven. Raises `RunError` if a
-    proof does not pass."""
+    """Seconds of the parts of one step: learn, publish, sample one token, verify. Raises `RunError`
+    if a verification does not pass."""
     prompts = [
         tokens.prompt([Message("user", ASKED.format(a=step, b=k + 3, c=step + k))])
         for k in range(TURNS)
     ]
-    probes: dict[str, list[Probe]] = {}
-    learnt: list[TrainingSequence] = []
-    for number, name in enumerate(
-        POLICIES
-    ):  # what the step was learnt from: turns of the versions in force
-        ref, drawn = (
-            ModelRef(name, publisher.versions.get(name, "")),
-            Sampling(max_tokens=REPLY, seed=number),
-        )
-        replies = [
-            made
-            for (made,) in await asyncio.gather(
-                *(engine.generate(prompt, ref, drawn) for prompt in prompts)
-            )
-        ]
-        probes[name] = [
-            Probe(one.prompt_ids + one.token_ids, len(one.prompt_ids)) for one in replies[:PROBES]
-        ]
-        learnt += [_sample(name, k, one) for k, one in enumerate(replies)]
+    learnt, probes = await _turns(engine, publisher, prompts)
     update(optimizers, learnt, lambda inputs: policy_loss(inputs, LOSS), step, Ranks())
     start = time.perf_counter()
     await publisher.publish(step, POLICIES)
@@ -205,6 +187,28 @@ async def _lap(
         "prompt_tokens": len(prompts[0]),
         "residual": max(p.residual or 0.0 for p in proofs),
     }
+
+
+async def _turns(
+    engine: Engine, publisher: Publisher, prompts: Sequence[Any]
+) -> tuple[list[TrainingSequence], dict[str, list[Probe]]]:
+    """Turns of the current versions, sampled for every policy: what a step learns from, and the
+    windows that verify it."""
+    probes: dict[str, list[Probe]] = {}
+    learnt: list[TrainingSequence] = []
+    for number, name in enumerate(POLICIES):
+        ref = ModelRef(name, publisher.versions.get(name, ""))
+        sampling = Sampling(max_tokens=REPLY, seed=number)
+        completions = await asyncio.gather(
+            *(engine.generate(prompt, ref, sampling) for prompt in prompts)
+        )
+        replies = [reply for (reply,) in completions]
+        probes[name] = [
+            Probe(reply.prompt_ids + reply.token_ids, len(reply.prompt_ids))
+            for reply in replies[:PROBES]
+        ]
+        learnt += [_sample(name, k, reply) for k, reply in enumerate(replies)]
+    return learnt, probes
 
 
 def _sample(policy: str, number: int, reply: Completion) -> TrainingSequence:
@@ -234,9 +238,9 @@ def _timed(publisher: Publisher) -> list[float]:
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
-        found = ask(*args, **kwargs)
+        scores = ask(*args, **kwargs)
         seconds.append(time.perf_counter() - start)
-        return found
+        return scores
 
     publisher.prover.forward = timed
     return seconds

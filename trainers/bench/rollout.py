@@ -1,4 +1,4 @@
-"""`marlora bench rollout`: episodes that wait for nobody, against a barrier after every turn, on
+"""`marlora bench rollout`: episodes without a barrier, against a barrier after every turn, on
 replies whose latency has a long tail.
 
 The engine computes nothing: it answers after a time that follows from the prompt alone (log-normal,
@@ -102,7 +102,7 @@ def rollout(options: Options) -> dict[str, Any]:
         start = time.perf_counter()
         oversampled()
         extra.append(time.perf_counter() - start)
-    seconds = {name: statistics.median(found.wall) for name, found in times.items()} | {
+    seconds = {name: statistics.median(time_.wall) for name, time_ in times.items()} | {
         "oversampled": statistics.median(extra)
     }
     joined = {
@@ -155,8 +155,8 @@ async def _play(
     ]
     if dropped is None:
         return [episode async for episode in rollouts.collect(plan)]
-    wanted = {job.group: GROUP for job in plan}
-    return [episode async for episode in first_finished(rollouts, plan, None, wanted, dropped)]
+    per_group = {job.group: GROUP for job in plan}
+    return [episode async for episode in first_finished(rollouts, plan, None, per_group, dropped)]
 
 
 def _record(episodes: Sequence[Episode]) -> list[tuple[str, str]]:

@@ -1,5 +1,5 @@
-"""`marlora bench update`: forward and backward of a step, ours against the ways others do it, from
-nothing in common to eight tokens of nine.
+"""`marlora bench update`: forward and backward of a training step, marlora's against other ways to
+do it, for shares of common prefixes from none to eight tokens of nine.
 
 All train on the same tokens, drawn from a seed (no engine is needed for them), with rewards +1 and
 -1 in every group and the behaviour's log-probabilities equal to the trainer's, so that all losses
@@ -8,10 +8,11 @@ have one gradient: ours within 1e-5 of it, or there is no ratio.
     ours      what `trainers/update/optimizer_step.py` does, laid out as `layout: auto` says
     padded    one sample a row, rows padded to one length, our head (trained positions only)
     per_turn  one sample at a time
-    trl       TRL's `GRPOTrainer`, fed by `rollout_func`: the log-probs of the old policy that it computes for rollouts of an engine, its
-              loss, backward
-    trl_compact_head    the same, its head on the trained positions only, as it is where Triton runs: on a CPU it computes every position
-              (`trl_old_s` of the JSON: seconds of either that are the old policy's log-probs)
+    trl       TRL's `GRPOTrainer`, fed by `rollout_func`: the log-probs of the old policy that it
+              computes for rollouts of an engine, its loss, backward
+    trl_compact_head    the same, its head on the trained positions only, as where Triton runs; on
+              a CPU it computes every position (`trl_old_s` of the JSON: seconds of either that are
+              the old policy's log-probs)
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def recorded(
 ) -> list[TrainingSequence]:
     """The samples of `groups` tasks."""
     rng = random.Random(seed)
-    found = []
+    sequences = []
     for group in range(groups):
         common = [rng.randrange(5, 261) for _ in range(case.prompt)]
         for number in range(case.group):
@@ -97,7 +98,7 @@ def recorded(
             ids, first = tuple(common + own), case.prompt or 1
             mask = tuple(int(i >= first) for i in range(len(ids)))
             advantage = 1.0 if number % 2 else -1.0
-            found.append(
+            sequences.append(
                 TrainingSequence(
                     policy,
                     f"{group}/{number}",
@@ -109,7 +110,7 @@ def recorded(
                     tuple(m - 1 for m in mask),
                 )
             )
-    return found
+    return sequences
 
 
 def disturb(adapters: Adapters, seed: int, std: float = 0.02) -> None:
@@ -134,9 +135,9 @@ def with_logprobs(
     for batch in pack(samples, max_tokens=TOKENS, layout="padded"):
         with torch.no_grad(), adapters.active(batch.policy):
             values[batch.place] = token_logprobs(adapters.model, batch.to(adapters.device))[0].cpu()
-    told = iter(values.tolist())
+    flat_values = iter(values.tolist())
     return [
-        dataclasses.replace(s, logprobs=tuple(next(told) if m else 0.0 for m in s.mask))
+        dataclasses.replace(s, logprobs=tuple(next(flat_values) if m else 0.0 for m in s.mask))
         for s in samples
     ]
 
@@ -225,7 +226,7 @@ def trl_ways(
 def _trl_trainer(
     adapters: Adapters, samples: Sequence[TrainingSequence], options: Options
 ) -> tuple[Any, dict[str, Any]]:
-    """(`GRPOTrainer`, the inputs of its loss that it made of the samples)."""
+    """(`GRPOTrainer`, the inputs of its loss for the samples)."""
     os.environ.setdefault(
         "TRL_EXPERIMENTAL_SILENCE", "1"
     )  # `rollout_func` is experimental, and says so each time
@@ -282,22 +283,22 @@ def compare(
     """One case: seconds, memory and FLOPs of every way, and their ratios to ours. Raises `RunError`
     if gradients differ."""
     samples = with_logprobs(adapters, recorded(case))
-    wanted = {"ours", *(options.opponents or (OPPONENTS if case.full else ("padded",)))}
+    names = {"ours", *(options.opponents or (OPPONENTS if case.full else ("padded",)))}
     runs, old_s = ways(adapters, samples), list[float]()
-    if wanted & {"trl", "trl_compact_head"}:
+    if names & {"trl", "trl_compact_head"}:
         theirs, old_s = trl_ways(adapters, samples, options)
         runs += theirs
-    runs = [way for way in runs if way.name in wanted]
+    runs = [way for way in runs if way.name in names]
     times = race("update", runs, options.repeats, apart, EQUAL[options.dtype], count=True)
     gc.collect()  # a trainer of TRL's holds itself, and its model
     work, label = needed(adapters.model.get_base_model(), samples), f"{case.rho:g}"
-    found = ratios(times, "ours", label)
+    times_to_ours = ratios(times, "ours", label)
     padded, ours = (times[name].bytes if name in times else None for name in ("padded", "ours"))
     row = [
         label,
         f"{max(t.difference for t in times.values()):.0e}",
         f"{times['ours'].seconds:.3f}",
-        *(f"{found[f'{name}@{label}']:.2f}" if name in times else "" for name in OPPONENTS),
+        *(f"{times_to_ours[f'{name}@{label}']:.2f}" if name in times else "" for name in OPPONENTS),
         f"{work.flops / best['flops_per_s'] / times['ours'].seconds:.2f}",
         f"{padded / ours:.2f}" if padded and ours else "",
     ]
@@ -306,14 +307,14 @@ def compare(
         **dataclasses.asdict(case),
         "flops_useful": work.flops,
         "bound_s": work.flops / best["flops_per_s"],
-        "ways": {name: _told(t, work, best) for name, t in times.items()},
-        "ratios": found,
+        "ways": {name: _shares_of_time(t, work, best) for name, t in times.items()},
+        "ratios": times_to_ours,
         "row": row,
         **({"trl_old_s": statistics.median(old_s)} if old_s else {}),
     }
 
 
-def _told(time_: Time, work: Needed, best: dict[str, float]) -> dict[str, Any]:
+def _shares_of_time(time_: Time, work: Needed, best: dict[str, float]) -> dict[str, Any]:
     """`roofline`: share of the time that the useful FLOPs take at the device's rate; `busy`: the
     same of the FLOPs spent."""
     share = {

@@ -1,5 +1,5 @@
 """Processor seconds of one pass of the demo's update over a run's stored episodes, by layout:
-python -m tests.bench_demo RUN LAYOUT..."""
+python -m benchmarks.scripts.demo RUN LAYOUT..."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Seconds until the report of 10,000 episodes is written, and until it is set up in a browser:
-python -m tests.bench_report"""
+python -m benchmarks.scripts.report"""
 
 from __future__ import annotations
 

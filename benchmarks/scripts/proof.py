@@ -1,5 +1,5 @@
-"""What the live proof's residual is for right adapters and for wrong ones, on vLLM: python -m
-tests.bench_proof RUN
+"""Residual of the live proof for right adapters and for wrong ones, on vLLM:
+python -m benchmarks.scripts.proof RUN
 
 RUN is a finished run of the demo (`make demo`). From its stored steps two teams learn anew, at
 learning rates 1e-5 and 1e-4. After every step but the first, each policy's adapter is served as
@@ -37,25 +37,25 @@ from marlora.trainers.weight_sync.probes import Probe, probes
 from marlora.trainers.weight_sync.publisher import Publisher
 from marlora.trainers.weight_sync.verification import WeightVerifier, _minus, _norm
 
-KEPT = ("loss_type", "epsilon_high", "credit", "tokens_per_batch")
+FROM_RUN = ("loss_type", "epsilon_high", "credit", "tokens_per_batch")
 STEPS = 3
 
 
 async def residuals(
-    prover: WeightVerifier, policy: str, versions: list[str], found: list[Probe]
+    prover: WeightVerifier, policy: str, versions: list[str], windows: list[Probe]
 ) -> list[float]:
     """Of the adapter that the trainer has, against each of these versions as served."""
-    asked = [probe.window for probe in found]
+    asked = [probe.window for probe in windows]
     base = await prover._trained(asked, BASE)
     factor, trained = await prover._amplify(policy, asked, base)
-    made = []
+    residuals = []
     for version in versions:
         async with prover._twin(policy, version, factor) as twin:
             served = await prover._scores(
                 asked, ModelRef(policy, twin), prover.engine.info().replicas[0]
             )
-        made.append(_norm(_minus(served, trained)) / _norm(_minus(trained, base)))
-    return made
+        residuals.append(_norm(_minus(served, trained)) / _norm(_minus(trained, base)))
+    return residuals
 
 
 async def measure(
@@ -79,15 +79,18 @@ async def measure(
         versions = await publisher.publish(step, names)
         for name, other in zip(names, [*names[1:], names[0]], strict=True):
             if step > 1:
-                found = probes(episodes[step], {n: [n] for n in names}, name)
+                windows = probes(episodes[step], {n: [n] for n in names}, name)
                 row = await residuals(
-                    publisher.prover, name, [versions[name], earlier[name], versions[other]], found
+                    publisher.prover,
+                    name,
+                    [versions[name], earlier[name], versions[other]],
+                    windows,
                 )
-                said = "  ".join(
+                line = "  ".join(
                     f"{what} {x:.3f}"
                     for what, x in zip(("itself", "a step earlier", f"{other}'s"), row, strict=True)
                 )
-                print(f"{config.learning_rate:g}  step {step}  {name}: {said}", flush=True)
+                print(f"{config.learning_rate:g}  step {step}  {name}: {line}", flush=True)
 
 
 async def main(run: Path) -> None:
@@ -116,7 +119,7 @@ async def main(run: Path) -> None:
                 base_name=model,
             )
             config = GRPOConfig(
-                num_iterations=1, learning_rate=rate, **{name: given[name] for name in KEPT}
+                num_iterations=1, learning_rate=rate, **{name: given[name] for name in FROM_RUN}
             )
             await measure(engine, adapters, config, episodes, folder / "versions")
     finally:
