@@ -1,4 +1,4 @@
-"""From a YAML file and a command line to a config, with every unknown name an error.
+"""Settings of a recipe from a YAML file and a command line; every unknown name is an error.
 
 `python -m marlora.recipes.NAME [--config FILE] [--field value] [--agents.solver.prompt "..."]`: the
 default file is the YAML beside the recipe; flags win over the file; a dotted flag sets one entry of
@@ -30,10 +30,9 @@ def parse(cls: type[T], recipe: str | Path, argv: Sequence[str] | None = None) -
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
-            told = re.sub(
-                r"^argument (--\w+)(/--[\w-]+)*", r"\1", message
-            )  # argparse lists every spelling of a flag
-            raise SettingError(f"{told}; --help lists every setting")
+            # argparse lists every spelling of a flag
+            reason = re.sub(r"^argument (--\w+)(/--[\w-]+)*", r"\1", message)
+            raise SettingError(f"{reason}; --help lists every setting")
 
     path, args = config_file(
         Path(recipe).with_suffix(".yaml"), list(sys.argv[1:] if argv is None else argv)
@@ -197,9 +196,9 @@ def _put(settings: dict[str, Any], flag: str, path: Sequence[str], value: Any) -
             place[key] = {}
         place = place[key]
         if not isinstance(place, dict):
-            told = f"a {type(place).__name__}" if path[0] in MAY_HOLD_KEYS else repr(place)
+            value_ = f"a {type(place).__name__}" if path[0] in MAY_HOLD_KEYS else repr(place)
             raise SettingError(
-                f"{flag}: {'.'.join(path[: number + 1])} is {told}, so nothing can be set inside it"
+                f"{flag}: {'.'.join(path[: number + 1])} is {value_}, so nothing can be set inside it"
             )
     place[path[-1]] = value
 
@@ -212,25 +211,45 @@ def _is_text(head: str, path: Sequence[str]) -> bool:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Exit codes of every recipe: 0 success, 1 a run that failed (one clear line on stderr), 2
-    wrong usage."""
+    """Run a recipe's `main`, in as many processes as its devices ask for; exit codes as of
+    `exit_with_code`."""
     from marlora.recipes.launch.processes import start_all
+    from marlora.trainers.distributed.ranks import RankError
+
+    def work() -> None:
+        try:
+            main()
+        except RankError:  # rank 0 has printed why
+            raise SystemExit(1) from None
+
+    exit_with_code(
+        work,
+        start=start_all,
+        interrupted="interrupted: go on from the newest checkpoint with --resume true",
+    )
+
+
+def exit_with_code(
+    work: Callable[[], Any], *, interrupted: str, start: Callable[[], Any] = lambda: None
+) -> None:
+    """Call `start` and `work`. Exit codes of every recipe and command: 0 success, 1 a run that
+    failed (one clear line on stderr) or was stopped, 2 wrong usage.
+
+    `start` runs with the signal handlers that the process was started with. `interrupted`: the line
+    after Ctrl-C.
+    """
     from marlora.rollouts.engines.base import EngineError
     from marlora.rollouts.episodes.store import StoreError
     from marlora.trainers.collection.background import stoppable
-    from marlora.trainers.distributed.ranks import RankError
-    from marlora.trainers.errors import Stopped
-    from marlora.trainers.loop.run import RunError
+    from marlora.trainers.errors import RunError, Stopped
 
     try:
-        start_all()
+        start()
         with stoppable():
-            main()
+            work()
     except SettingError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    except RankError:  # rank 0 has said it
-        raise SystemExit(1) from None
     except (RunError, EngineError, StoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
@@ -238,5 +257,5 @@ def run(main: Callable[[], Any]) -> None:
         print("stopped: the last finished step is saved; go on with --resume true", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("interrupted: go on from the newest checkpoint with --resume true", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         raise SystemExit(1) from None

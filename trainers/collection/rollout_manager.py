@@ -106,7 +106,7 @@ class RolloutManager:
             config.sampling(),
             config.limits(),
             config.seed,
-            pin=config.pin,
+            version_policy=config.pin,
         )
         if config.pin == "call" and self.engines.deterministic:
             raise SettingError(
@@ -193,8 +193,8 @@ class RolloutManager:
 
         Args:
             kind: a word that names the children.
-            make: plays what follows from one episode (on rank 0), in groups named `PARENT/KIND/...`.
-                At most `max_concurrency` at once.
+            make: plays what follows from one episode (on rank 0), in groups named
+                `PARENT/KIND/...`. At most `max_concurrency` at once.
         """
         start = time.perf_counter()
 

@@ -148,8 +148,8 @@ class Ranks:
         return self.broadcast((value, "", None))[0]
 
     def share(self, produce: Callable[[], Sequence[T]], kind: type[T]) -> list[T]:
-        """What rank 0 alone produces, a list of dataclasses of this kind, on every rank. If it fails
-        there, every rank raises, see `on_main`."""
+        """What rank 0 alone produces, a list of dataclasses of this kind, on every rank. If it
+        fails there, every rank raises, see `on_main`."""
         produced: list[T] = []
 
         def work() -> list[Any]:

@@ -99,14 +99,14 @@ class Watchdog:
 
     def _reason(self, what: str, until: float, seconds: float) -> str:
         """Which ranks have not come, and what they are at."""
-        told = {rank: self._told(rank) for rank in range(self.size) if rank != self.rank}
+        reports = {rank: self._report(rank) for rank in range(self.size) if rank != self.rank}
         absent = [
             (
                 f"rank {rank}, which is at number {at} ({doing})"
                 if doing
                 else f"rank {rank}, which has been in none since number {at}"
             )
-            for rank, (at, doing) in told.items()
+            for rank, (at, doing) in reports.items()
             if at != self._joined
         ]
         return (
@@ -115,7 +115,8 @@ class Watchdog:
             " all ranks follow"
         )
 
-    def _told(self, rank: int) -> tuple[int, str]:
+    def _report(self, rank: int) -> tuple[int, str]:
+        """A rank's last collective: its number, and what it is ("" if it has ended)."""
         if not self._store.check([f"at/{rank}"]):
             return 0, ""
         at, doing = json.loads(self._store.get(f"at/{rank}"))

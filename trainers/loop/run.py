@@ -243,9 +243,7 @@ class TrainingRun:
     ) -> dict[str, Any]:
         """`summary.json`, with every pinned key, and `report.html`."""
         self.log.clock()
-        for name, base in self.learner.bases.items():
-            if base.adapters.base_sha256() != self.learner.base_hashes[name]:
-                raise RunError(f"base {name}: its weights changed during the run; they must not")
+        self.learner.check_bases()
         result = summaries.summary(
             self.spec, self.learner, self.sync, self.log, before, after
         ) | dict(extra or {})

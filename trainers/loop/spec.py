@@ -65,29 +65,13 @@ class RunSpec:
         Raises `SettingError` for what cannot work.
         """
         system = system or build_system(config.system)  # type: ignore[arg-type]
-        system = system.with_agents(override_agents(system, config.agents, config.sampling()))  # type: ignore[arg-type]
+        agents = override_agents(system, config.agents, config.sampling())  # type: ignore[arg-type]
+        system = system.with_agents(agents)
         checks.check_importable(system)
         for agent in system.specs:
             resolve_tools(agent.tools)
         policies = config.policy_specs(system.specs)
-        if tasks is not None and eval_tasks is None:
-            raise SettingError(
-                "eval_tasks: the training tasks are given as a list, so the held-out ones must be"
-                " given too"
-            )
-        args: dict[str, Any] = dict(config.task_args)  # type: ignore[arg-type]
-        train = list(
-            tasks
-            if tasks is not None
-            else load_tasks(config.tasks, "train", seed=config.seed, **args)
-        )
-        held_out = (
-            eval_tasks
-            if eval_tasks is not None
-            else load_tasks(config.tasks, "eval", seed=config.seed, **args)
-        )
-        held_out = list(held_out)[: config.num_eval_tasks]
-        checks.check_tasks(train, held_out, config)
+        train, held_out = _tasks(config, tasks, eval_tasks)
         scores = resolve_rewards(rewards if rewards is not None else config.rewards)
         if not scores:
             raise SettingError(
@@ -115,3 +99,25 @@ class RunSpec:
     def tasks_of(self, step: int) -> list[Task]:
         """The tasks of a step, see `task_order.tasks_of`."""
         return tasks_of(self.tasks, self.config.tasks_per_step, self.config.seed, step)
+
+
+def _tasks(
+    config: RunConfig, tasks: Sequence[Task] | None, eval_tasks: Sequence[Task] | None
+) -> tuple[list[Task], list[Task]]:
+    """(tasks to train on, held-out tasks): those given, else of the task set that the settings
+    name."""
+    if tasks is not None and eval_tasks is None:
+        raise SettingError(
+            "eval_tasks: the training tasks are given as a list, so the held-out ones must be"
+            " given too"
+        )
+
+    def load(split: str) -> Sequence[Task]:
+        args: dict[str, Any] = dict(config.task_args)  # type: ignore[arg-type]
+        return load_tasks(config.tasks, split, seed=config.seed, **args)
+
+    train = list(tasks if tasks is not None else load("train"))
+    held_out = list(eval_tasks if eval_tasks is not None else load("eval"))
+    held_out = held_out[: config.num_eval_tasks]
+    checks.check_tasks(train, held_out, config)
+    return train, held_out

@@ -38,8 +38,8 @@ class RunLog:
     Args:
         config: `output_dir`, `report_to`, `max_staleness`.
 
-    `step`: the last finished step. `aborted`: steps in a row that were not finite. `seconds`: total,
-    rollout, train, publish. `tokens`: sampled, trained.
+    `step`: the last finished step. `aborted`: steps in a row that were not finite. `seconds`:
+    total, rollout, train, publish. `tokens`: sampled, trained.
     """
 
     def __init__(self, config: RunConfig) -> None:

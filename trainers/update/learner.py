@@ -196,6 +196,12 @@ class Learner:
         """sha256 of every policy's adapter."""
         return {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
 
+    def check_bases(self) -> None:
+        """Raise `RunError` if a base's own weights are not those that were loaded."""
+        for name, base in self.bases.items():
+            if base.adapters.base_sha256() != self.base_hashes[name]:
+                raise RunError(f"base {name}: its weights changed during the run; they must not")
+
     def _head_hashes(self, key: str) -> dict[str, str]:
         """sha256 of every head, by its adapter's name or (`name`) its own."""
         return {

@@ -149,9 +149,8 @@ class Publisher:
     def remove_leftovers(self) -> None:
         """Folders that a process which was killed has left behind: those half written and twins go
         now, versions as if retired here."""
-        own = re.compile(
-            rf"\.?({'|'.join(map(re.escape, self.adapters.policies))})-v(\d+)-[0-9a-f]{{8}}(-twin-[0-9a-f]{{8}})?"
-        )
+        policies = "|".join(map(re.escape, self.adapters.policies))
+        own = re.compile(rf"\.?({policies})-v(\d+)-[0-9a-f]{{8}}(-twin-[0-9a-f]{{8}})?")
         left = (
             [(folder, own.fullmatch(folder.name)) for folder in self.root.iterdir()]
             if self.root.is_dir()

@@ -38,25 +38,21 @@ from ...agents.seeds import derive_seed
 from ...agents.types import BASE, Completion, Sampling
 from ...rollouts.engines.base import Engine, EngineError, ModelRef, ReplicaLost
 from ..model.adapters import Adapters, folder_sha256
+from .log_prob_gaps import Noise, mean, measured_noise, minus, norm
 from .probes import Probe, ScoredWindow
 
 T = TypeVar("T")
 
-NATS = (
-    0.5,
-    1.5,
-    # mean |difference to base| that the amplified twin should show: between these, or more where factor
-    # 1 shows more
-)
+# mean |difference to base| that the amplified twin should show: between these, or more where factor
+# 1 shows more
+NATS = (0.5, 1.5)
 MAX_FACTOR = 2.0**24
 # Tolerances are MARGIN x the noise, but at least the first number here (float32) or the second
 # (anything shorter on either side, where the adapter's own rounding adds noise that the bare base
 # does not show). A residual's is never above its second, decoding's its third.
 MARGIN = 4.0
-RESIDUAL = (
-    0.005,
-    0.2,
-)  # measured in bfloat16: right pairs up to 0.12, adapters one step apart from 0.29
+# Measured in bfloat16: right pairs up to 0.12, adapters one step apart from 0.29.
+RESIDUAL = (0.005, 0.2)
 # Nats per token; measured in bfloat16: up to 0.011 where the bare base agreed to the last bit, up
 # to 0.08 where it was off by 0.03.
 DECODE = (0.002, 0.05, 0.3)
@@ -107,15 +103,6 @@ class VerificationRecord:
         return replace(self, status="failed", reason=reason)
 
 
-@dataclass(frozen=True)
-class Noise:
-    """Of a replica with every adapter off: |server - trainer| in nats, root mean square of all
-    tokens and mean of the sampled ones."""
-
-    all: float
-    sampled: float
-
-
 class WeightVerifier:
     """Proves versions. It remembers how far each policy had to be amplified, and how noisy each
     replica is.
@@ -147,7 +134,7 @@ class WeightVerifier:
         self._coarse = int(served != torch.float32 or trained != torch.float32)
 
     async def prove(
-        self, step: int, policy: str, version: str, found: Sequence[Probe]
+        self, step: int, policy: str, version: str, probes: Sequence[Probe]
     ) -> list[VerificationRecord]:
         """The proof of a version on every replica that is there."""
         looked = await gather(
@@ -156,8 +143,8 @@ class WeightVerifier:
         )
         proofs = {proof.replica: proof for proof in looked if proof is not None}
         open_ = [replica for replica, proof in proofs.items() if proof.status == "passed"]
-        if not self.adapters.is_trained(policy) or not found:
-            why = "B is zero" if found else "no turn of this policy to compare yet"
+        if not self.adapters.is_trained(policy) or not probes:
+            why = "B is zero" if probes else "no turn of this policy to compare yet"
             return [
                 replace(p, status="untrained", reason=why) if p.replica in open_ else p
                 for p in proofs.values()
@@ -166,11 +153,11 @@ class WeightVerifier:
         if open_:
             weighed, decoded = await gather(
                 [
-                    self._weights({r: proofs[r] for r in open_}, found),
-                    self._decoding({r: proofs[r] for r in open_}, found[:DECODED]),
+                    self._weights({r: proofs[r] for r in open_}, probes),
+                    self._decoding({r: proofs[r] for r in open_}, probes[:DECODED]),
                 ]
             )
-            coldest = min(1.0, *(probe.temperature for probe in found[:DECODED]))
+            coldest = min(1.0, *(probe.temperature for probe in probes[:DECODED]))
             weighed = {
                 replica: (
                     replace(
@@ -208,24 +195,24 @@ class WeightVerifier:
         return replace(proof, status="failed", reason=f"identity: {wrong}")
 
     async def _weights(
-        self, proofs: dict[str, VerificationRecord], found: Sequence[Probe]
+        self, proofs: dict[str, VerificationRecord], probes: Sequence[Probe]
     ) -> dict[str, VerificationRecord]:
         """By replica, the proof with noise, amplification and relative residual of the served twin;
         lost ones are left out."""
         some = next(iter(proofs.values()))
-        policy, asked = some.policy, [probe.window for probe in found]
+        policy, asked = some.policy, [probe.window for probe in probes]
         base = await self._trained(asked, BASE)
         factor, trained = await self._amplify(policy, asked, base)
-        size = max(_norm(_minus(trained, base)), 1e-12)
+        size = max(norm(minus(trained, base)), 1e-12)
         async with self._twin(policy, some.version, factor) as twin:
             served = await self._served(proofs, asked, ModelRef(policy, twin))
         async with self._measuring:
             bare = await self._served(proofs.keys() - self._noise.keys(), asked, ModelRef(policy))
             self._noise |= {
-                replica: _noise(found, asked, _minus(scores, base))
+                replica: measured_noise(probes, asked, minus(scores, base))
                 for replica, scores in bare.items()
             }
-        made = {}
+        records = {}
         for replica, scores in served.items():
             if replica not in self._noise:  # lost in between
                 continue
@@ -236,15 +223,15 @@ class WeightVerifier:
                 if self._coarse
                 else min(max(low, MARGIN * noise.all * math.sqrt(len(base)) / size), high)
             )
-            residual = _norm(_minus(scores, trained)) / size
-            made[replica] = replace(
+            residual = norm(minus(scores, trained)) / size
+            records[replica] = replace(
                 proofs[replica],
                 noise=noise.sampled,
                 amplified=factor,
                 residual=residual,
                 residual_tolerance=tolerance,
             )
-        return made
+        return records
 
     @contextlib.asynccontextmanager
     async def _twin(self, policy: str, version: str, factor: float) -> AsyncIterator[str]:
@@ -272,10 +259,10 @@ class WeightVerifier:
         factor, tried = self._factor.get(policy, 1.0), dict[float, tuple[float, list[float]]]()
         while factor not in tried and len(tried) < 12:
             trained = await self._trained(asked, policy, factor)
-            mean = _mean(_minus(trained, base))
-            doublings = math.log2(NATS[0] / max(mean, 1e-9)) if math.isfinite(mean) else -100.0
+            nats = mean(minus(trained, base))
+            doublings = math.log2(NATS[0] / max(nats, 1e-9)) if math.isfinite(nats) else -100.0
             tried[factor] = (abs(doublings + 0.5), trained)
-            if NATS[0] <= mean <= NATS[1]:
+            if NATS[0] <= nats <= NATS[1]:
                 break
             # In the linear range one jump would do; from noise, or from saturation, go in steps and
             # look again.
@@ -287,7 +274,7 @@ class WeightVerifier:
         return best, tried[best][1]
 
     async def _decoding(
-        self, proofs: dict[str, VerificationRecord], found: Sequence[Probe]
+        self, proofs: dict[str, VerificationRecord], probes: Sequence[Probe]
     ) -> dict[str, VerificationRecord]:
         """By replica, the proof with the mean |server - trainer| of freshly sampled tokens'
         log-probs; lost ones are left out."""
@@ -298,21 +285,21 @@ class WeightVerifier:
                 max_tokens=SAMPLED,
                 seed=derive_seed(self.seed, some.version, "proof", number),
             )
-            for number, p in enumerate(found)
+            for number, p in enumerate(probes)
         ]
 
         async def decode(replica: str, max_tokens: int) -> list[Completion]:
             ref = ModelRef(some.policy, some.version)
-            made = await gather(
+            replies = await gather(
                 self.engine.generate(
                     probe.ids[: probe.prompt],
                     ref,
                     replace(sampling, max_tokens=max_tokens),
                     replica=replica,
                 )
-                for probe, sampling in zip(found, drawn, strict=True)
+                for probe, sampling in zip(probes, drawn, strict=True)
             )
-            return [one for (one,) in made]
+            return [one for (one,) in replies]
 
         async def twice(replica: str) -> list[Completion]:
             await decode(replica, 1)  # so that the next requests meet the prefix cache
@@ -325,17 +312,17 @@ class WeightVerifier:
                 strict=True,
             )
         )
-        made = {}
-        for replica, said in replies.items():
-            if said is not None:
+        records = {}
+        for replica, completions in replies.items():
+            if completions is not None:
                 asked = [
                     ScoredWindow(p.ids[: p.prompt] + one.token_ids, p.prompt, p.temperature)
-                    for p, one in zip(found, said, strict=True)
+                    for p, one in zip(probes, completions, strict=True)
                 ]
                 ours = await self._trained(asked, some.policy)
-                gap = _mean(_minus([value for one in said for value in one.logprobs], ours))
-                made[replica] = replace(proofs[replica], decode=gap)
-        return made
+                gap = mean(minus([value for one in completions for value in one.logprobs], ours))
+                records[replica] = replace(proofs[replica], decode=gap)
+        return records
 
     async def _trained(
         self, asked: Sequence[ScoredWindow], policy: str, factor: float = 1.0
@@ -361,7 +348,9 @@ class WeightVerifier:
         """The log-probs of the scored tokens by every replica that is not lost."""
         names = list(replicas)
         scores = await gather(_unless_lost(self._scores(asked, ref, replica)) for replica in names)
-        return {name: found for name, found in zip(names, scores, strict=True) if found is not None}
+        return {
+            name: values for name, values in zip(names, scores, strict=True) if values is not None
+        }
 
     async def _scores(
         self, asked: Sequence[ScoredWindow], ref: ModelRef, replica: str
@@ -390,26 +379,3 @@ async def _unless_lost(work: Awaitable[T]) -> T | None:
         return await work
     except ReplicaLost:
         return None
-
-
-def _noise(found: Sequence[Probe], asked: Sequence[ScoredWindow], gaps: Sequence[float]) -> Noise:
-    """`gaps`: server - trainer of all scored tokens."""
-    sampled: list[float] = []
-    place = 0
-    for probe, one in zip(found, asked, strict=True):
-        place += len(one.ids) - one.first
-        sampled += gaps[place - (len(probe.ids) - probe.prompt) : place]
-    return Noise(_norm(gaps) / math.sqrt(len(gaps)), _mean(sampled))
-
-
-def _minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    return [x - y for x, y in zip(a, b, strict=True)]
-
-
-def _norm(values: Sequence[float]) -> float:
-    return math.sqrt(sum(value * value for value in values))
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Mean of the absolute values."""
-    return sum(map(abs, values)) / max(len(values), 1)

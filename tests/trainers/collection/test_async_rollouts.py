@@ -228,7 +228,7 @@ class World:
             self.system,
             {"a": self.speak, "b": self.speak},
             limits=EpisodeLimits(concurrency=1000),
-            pin=self.config.pin,
+            version_policy=self.config.pin,
         )
         self.stage.start()
         self.sync.put_in_force(step)

@@ -257,7 +257,7 @@ def test_two_bases_in_one_team(model: Path, tmp_path: Path) -> None:
     ]
     assert [base.policies for base in run.learner.bases.values()] == [("first",), ("last",)]
     assert (summary["live_proof"]["passed"], summary["live_proof"]["failed"]) == (4, 0)
-    speaker = run.rollouts.runner.speakers["base"]
+    speaker = run.rollouts.runner.completers["base"]
     assert isinstance(speaker, EngineCompleter) and speaker.engine.info().base == str(
         model
     )  # the run's own, not the last one started
@@ -271,7 +271,7 @@ def test_two_bases_in_one_team(model: Path, tmp_path: Path) -> None:
         team = await load_team(checkpoint, config, options)
         try:
             bases = {
-                name: speaker.engine.info().base for name, speaker in team.rollouts.speakers.items()
+                name: speaker.engine.info().base for name, speaker in team.rollouts.completers.items()
             }  # type: ignore[attr-defined]
             assert bases == {"first": str(model), "base": str(model), "last": str(other)}
             assert set(team.versions) == {"first", "last"}

@@ -134,12 +134,12 @@ async def _play(
     replace: Mapping[int, Completion] | None = None,
 ) -> Episode:
     """Play the task to its end, where `end` is quoted."""
-    quoting: dict[str, Completer] = {**player.speakers}
+    quoting: dict[str, Completer] = {**player.completers}
     agent = next(spec for spec in player.system.specs if spec.name == end.agent)
     live = quoting[agent.policy]
     assert isinstance(live, EngineCompleter)  # outside models are refused at start
     quoting[agent.policy] = Quoting(live, end)
-    return await dataclasses.replace(player, speakers=quoting).play(
+    return await dataclasses.replace(player, completers=quoting).play(
         job, given=given, replace=replace
     )
 

@@ -69,10 +69,10 @@ def put_words(made: ScoreFlowTrainer) -> ScoreFlowTrainer:
     run = made.run.open()
     spoken = {
         p: Saying(s.engine, s.tokens, p)
-        for p, s in run.rollouts.runner.speakers.items()
+        for p, s in run.rollouts.runner.completers.items()
         if isinstance(s, EngineCompleter)
     }
-    run.rollouts.runner = dataclasses.replace(run.rollouts.runner, speakers=spoken)
+    run.rollouts.runner = dataclasses.replace(run.rollouts.runner, completers=spoken)
     return made
 
 
@@ -163,7 +163,7 @@ def test_every_episode_can_be_replayed_from_the_store(tmp_path: Path, model: Pat
         episodes = made.collect(1)
         silent = dataclasses.replace(
             made.run.rollouts.runner,
-            speakers=dict.fromkeys(made.run.rollouts.runner.speakers, nobody),
+            completers=dict.fromkeys(made.run.rollouts.runner.completers, nobody),
         )
 
         async def again(e: Episode) -> Episode:
@@ -198,7 +198,7 @@ def test_a_resumed_round_takes_what_was_run(tmp_path: Path, model: Path) -> None
     stored = len(list(Store(tmp_path / "run" / "episodes")))
     resumed = put_words(trainer(tmp_path / "run", model, resume=True))
     with resumed.run:
-        for policy in resumed.run.rollouts.runner.speakers.values():
+        for policy in resumed.run.rollouts.runner.completers.values():
             policy.__class__ = type(
                 "Silent", (Saying,), {"__call__": lambda self, call, version: nobody(call, version)}
             )
