@@ -8,6 +8,8 @@ whatever asks for the name and whenever.
 The rule: the name is a shipped short name, or `module:name` of a file of this package whose object
 carries the mark of `@trusted(KIND)` (or stands in the table of shipped ones). `maker(text)` needs
 the mark `KIND maker`: its text is a stranger's.
+
+Names of 0.1 stand in settings and checkpoints for good: `RENAMED` says what they are called now.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import contextlib
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -29,10 +32,54 @@ AGREE = "give --trust_checkpoint if you know where it comes from"
 ROOMS = ("agents", "rollouts", "trainers")  # where something may be marked
 _PACKAGE = __name__.partition(".")[0]
 _ROOT = Path(__file__).resolve().parents[1]
-_MARKED: dict[
-    tuple[str, int], Any
-] = {}  # (kind, id) -> the object; holding it keeps its id from being used again
+# (kind, id) -> the object; holding it keeps its id from being used again
+_MARKED: dict[tuple[str, int], Any] = {}
 _ONLY_TRUSTED: ContextVar[bool] = ContextVar("only_trusted", default=False)
+
+_MOVED = (  # module of 0.1, module now, names; `old=new` where the name changed too
+    ("agents.actor_critic", "agents.patterns.actor_critic", "ActorCritic"),
+    ("agents.chain", "agents.patterns.chain", "Chain"),
+    ("agents.collaboration", "agents.patterns.collaboration", "Collaboration"),
+    ("agents.debate", "agents.patterns.debate", "Debate"),
+    ("agents.flowreasoner", "agents.programs.flowreasoner", "FlowReasoner"),
+    ("agents.games.game", "agents.games.base", "Game"),
+    (
+        "agents.operators",
+        "agents.programs.operators",
+        "custom answer_generate ensemble review revise programmer test",
+    ),
+    ("agents.repair", "agents.patterns.self_correction", "Repair=SelfCorrection"),
+    ("agents.team", "agents.system", "System"),
+    ("agents.tools", "agents.tools.tools", "calculator"),
+    ("agents.verifiers", "agents.tools.verifiers", "calculator"),
+    ("agents.vote", "agents.patterns.vote", "Vote"),
+    ("agents.workflow", "agents.programs.workflow", "Workflow"),
+    ("rollouts.actor_critic", "rollouts.rewards.actor_critic", "roles"),
+    ("rollouts.coding", "rollouts.tasks.code", "humaneval mbpp"),
+    ("rollouts.games", "rollouts.rewards.games", "payoff won first_payoff second_payoff deal"),
+    ("rollouts.games", "rollouts.tasks.games", "ultimatum trade exchange"),
+    ("rollouts.own_programs", "rollouts.gateway.programs", "Command Function"),
+    ("rollouts.own_programs", "rollouts.gateway.programs", "Program=ExternalProgram"),
+    ("rollouts.reading", "rollouts.tasks.qa", "hotpotqa drop"),
+    (
+        "rollouts.rewards",
+        "rollouts.rewards.builtin",
+        "correct exact close em f1 format_ok graded length passed_tests posted returned right"
+        " verified workflow",
+    ),
+    ("rollouts.rows", "rollouts.tasks.datasets", "gsm8k math hub file"),
+    ("rollouts.tasks", "rollouts.tasks.registry", "arithmetic reasoning_gym"),
+    ("trainers.tiny", "rollouts.tasks.toy", "tiny_tasks"),
+    ("trainers.tiny_pair", "rollouts.tasks.toy", "pair_tasks"),
+    ("trainers.tiny_programs", "rollouts.tasks.toy", "program_tasks"),
+    ("trainers.tiny_talk", "rollouts.tasks.toy", "digit_tasks"),
+    ("trainers.verifier", "trainers.methods.reward_model.verifier", "learned=trained"),
+)
+RENAMED: Mapping[str, str] = {
+    f"{_PACKAGE}.{old}:{name.partition('=')[0]}": f"{_PACKAGE}.{new}:{name.rpartition('=')[2]}"
+    for old, new, names in _MOVED
+    for name in names.split()
+}
 
 
 class Untrusted(SettingError):
@@ -53,17 +100,17 @@ def trusted(*kinds: str) -> Callable[[T], T]:
             its own. Nothing that is marked may run, import or fetch what its arguments say.
     """
 
-    def mark(found: T) -> T:
+    def mark(item: T) -> T:
         for kind in kinds:
-            _MARKED[kind, id(found)] = found
-        return found
+            _MARKED[kind, id(item)] = item
+        return item
 
     return mark
 
 
-def is_trusted(kind: str, found: Any) -> bool:
+def is_trusted(kind: str, item: Any) -> bool:
     """Is this very object marked? A subclass, a copy or a wrapper of a marked one is not."""
-    return _MARKED.get((kind, id(found)), _MARKED) is found
+    return _MARKED.get((kind, id(item)), _MARKED) is item
 
 
 @contextlib.contextmanager
@@ -84,6 +131,16 @@ def needs_trust(kind: str, name: str) -> None:
         raise Untrusted(kind, name)
 
 
+def renamed(kind: str, name: str) -> str:
+    """What `module:name` is called now. Warns (`FutureWarning`) of a name of 0.1."""
+    new = RENAMED.get(name, name)
+    if new != name:
+        warnings.warn(
+            f"{kind} {name} is now {new}; write the new name where you can", FutureWarning, 2
+        )
+    return new
+
+
 def load_function(
     kind: str, name: str, shipped: Mapping[str, Callable[..., Any]]
 ) -> Callable[..., Any]:
@@ -95,23 +152,19 @@ def load_function(
     """
     if not isinstance(name, str):
         raise SettingError(f"{kind} {name!r:.80}: expected a name, got a {type(name).__name__}")
-    maker, bracket, text = name.partition("(")
-    makes = bool(bracket) and text.endswith(")")
-    found = _found(
-        kind, f"{kind} maker" if makes else kind, maker if makes else name, shipped, name
-    )
-    if not callable(found):
-        raise SettingError(f"{kind} {name!r}: expected a function, found a {type(found).__name__}")
-    return found(text[:-1]) if makes else found
+    function, text = _named(kind, name, shipped)
+    if not callable(function):
+        raise SettingError(
+            f"{kind} {name!r}: expected a function, found a {type(function).__name__}"
+        )
+    return function if text is None else function(text)
 
 
 def check_name(kind: str, name: str, shipped: Mapping[str, Callable[..., Any]]) -> None:
     """Judge a name that is looked up later: raises `Untrusted` now, where the lookup would. Calls
     no maker."""
     if _ONLY_TRUSTED.get():
-        maker, bracket, text = name.partition("(")
-        makes = bool(bracket) and text.endswith(")")
-        _found(kind, f"{kind} maker" if makes else kind, maker if makes else name, shipped, name)
+        _named(kind, name, shipped)
 
 
 def object_named(kind: str, name: str, expected: str = "module:function") -> Any:
@@ -120,38 +173,46 @@ def object_named(kind: str, name: str, expected: str = "module:function") -> Any
     return _imported(kind, kind, name, {}, name, expected)
 
 
-def _found(kind: str, mark: str, name: str, shipped: Mapping[str, Any], told: str) -> Any:
-    if name in shipped:
-        found = shipped[name]
-        if mark != kind and _ONLY_TRUSTED.get() and not is_trusted(mark, found):
-            raise Untrusted(kind, told)
-        return found
-    module, colon, attribute = name.partition(":")
+def _named(kind: str, name: str, shipped: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """What a name means: the shipped or imported object, and the text in brackets after a maker's
+    name, None if there is none."""
+    maker, bracket, text = name.partition("(")
+    if bracket and text.endswith(")"):
+        mark, short, argument = f"{kind} maker", maker, text[:-1]
+    else:
+        mark, short, argument = kind, name, None
+    if short in shipped:
+        item = shipped[short]
+        if mark != kind and _ONLY_TRUSTED.get() and not is_trusted(mark, item):
+            raise Untrusted(kind, name)
+        return item, argument
+    module, colon, attribute = short.partition(":")
     if not (colon and module and attribute):
         raise SettingError(
-            f"{kind} {told!r}: no such {kind}; {nearest(name, shipped)}; your own are named"
+            f"{kind} {name!r}: no such {kind}; {nearest(short, shipped)}; your own are named"
             " module:function"
         )
-    return _imported(kind, mark, name, shipped, told, "module:function")
+    return _imported(kind, mark, short, shipped, name, "module:function"), argument
 
 
 def _imported(
-    kind: str, mark: str, name: str, shipped: Mapping[str, Any], told: str, expected: str
+    kind: str, mark: str, name: str, shipped: Mapping[str, Any], given: str, expected: str
 ) -> Any:
-    module, _, attribute = name.partition(":")
+    """The object at `module:name`. `given`: the name as it stands in the setting, for errors."""
+    module, _, attribute = renamed(kind, name).partition(":")
     strict = _ONLY_TRUSTED.get()
     if strict and not (attribute.isidentifier() and _is_ours(module)):
-        raise Untrusted(kind, told)
+        raise Untrusted(kind, given)
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        item = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise SettingError(
-            f"{kind} {told!r}: cannot be imported ({error}); expected {expected}"
+            f"{kind} {given!r}: cannot be imported ({error}); expected {expected}"
         ) from error
-    in_table = mark == kind and any(each is found for each in shipped.values())
-    if strict and not (in_table or is_trusted(mark, found)):
-        raise Untrusted(kind, told)
-    return found
+    in_table = mark == kind and any(each is item for each in shipped.values())
+    if strict and not (in_table or is_trusted(mark, item)):
+        raise Untrusted(kind, given)
+    return item
 
 
 def _is_ours(module: str) -> bool:
