@@ -1,8 +1,9 @@
-"""More episodes than are needed begin, and once a group has enough the stragglers are cancelled.
+"""Over-sampling: more episodes than needed are started, and once a group has enough, the rest are
+cancelled.
 
-A step is as slow as its slowest episode. Over-sampling cuts that tail and has a price: what is kept
-is no longer a fair sample, since the long ones are those that are dropped. So every drop is on
-record with its length, beside the lengths of what was kept.
+A step is as slow as its slowest episode. Over-sampling cuts that tail and has a price: the episodes
+are no longer a fair sample, since the long ones are cancelled. So every cancelled episode is
+recorded with its length, beside the lengths of the finished ones.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .runner import EpisodeRequest, EpisodeRunner
 @dataclass(frozen=True)
 class CancelledEpisode:
     """An episode that was cancelled. `turns`, `tokens`: sampled in turns that had ended; `seconds`:
-    since it began (0: it had not)."""
+    since it began (0: not begun)."""
 
     id: str
     turns: int
@@ -34,59 +35,63 @@ class CancelledEpisode:
 
 
 class _TokenCounter:
-    """A speaker that counts what an episode has sampled."""
+    """A completer that counts the turns and tokens sampled in one episode."""
 
-    def __init__(self, speaker: Completer, count: Counter[str]) -> None:
-        self.speaker, self.count = speaker, count
+    def __init__(self, completer: Completer, count: Counter[str]) -> None:
+        self.completer, self.count = completer, count
 
     async def __call__(self, call: Call, version: str) -> list[Completion]:
-        found = await self.speaker(call, version)
+        completions = await self.completer(call, version)
         self.count["turns"] += 1
-        self.count["tokens"] += sum(len(completion.token_ids) for completion in found)
-        return found
+        self.count["tokens"] += sum(len(completion.token_ids) for completion in completions)
+        return completions
 
 
 async def first_finished(
-    rollouts: EpisodeRunner,
+    runner: EpisodeRunner,
     plan: Sequence[EpisodeRequest],
     version: TeamVersion | Callable[[], TeamVersion] | None,
-    wanted: Mapping[str, int],
+    needed: Mapping[str, int],
     dropped: list[CancelledEpisode],
-    room: asyncio.Semaphore | None = None,
+    slots: asyncio.Semaphore | None = None,
 ) -> AsyncIterator[Episode]:
-    """Like `Rollouts.collect`, but the jobs of a group are cancelled as soon as `wanted[group]` of
-    it have ended without an error.
+    """Like `EpisodeRunner.collect`, but the requests of a group are cancelled as soon as
+    `needed[group]` of it have ended without an error.
 
-    Failed episodes are given out and do not count. Cancelled ones are appended to `dropped`.
+    Failed episodes are yielded and do not count. Cancelled ones are appended to `dropped`.
     """
-    room = room or asyncio.Semaphore(rollouts.limits.concurrency)
-    counts: dict[str, Counter[str]] = {job.id: Counter() for job in plan}
+    slots = slots or asyncio.Semaphore(runner.limits.concurrency)
+    counts: dict[str, Counter[str]] = {request.id: Counter() for request in plan}
     begun: dict[str, float] = {}
 
-    async def one(job: EpisodeRequest) -> list[Episode]:
-        speakers = {
-            policy: _TokenCounter(speaker, counts[job.id])
-            for policy, speaker in rollouts.speakers.items()
+    async def one(request: EpisodeRequest) -> list[Episode]:
+        completers = {
+            policy: _TokenCounter(completer, counts[request.id])
+            for policy, completer in runner.completers.items()
         }
-        mine = dataclasses.replace(rollouts, speakers=speakers)
-        async with room:
-            begun[job.id] = time.perf_counter()
-            return [episode async for episode in mine.collect([job], version)]
+        counting = dataclasses.replace(runner, completers=completers)
+        async with slots:
+            begun[request.id] = time.perf_counter()
+            return [episode async for episode in counting.collect([request], version)]
 
-    left = Counter({group: wanted[group] for group in {job.group for job in plan}})
-    tasks = {asyncio.create_task(one(job), name=job.id): job for job in plan if left[job.group] > 0}
+    left = Counter({group: needed[group] for group in {request.group for request in plan}})
+    tasks = {
+        asyncio.create_task(one(request), name=request.id): request
+        for request in plan
+        if left[request.group] > 0
+    }
     open_ = set(tasks)
     try:
         while open_:
             done, open_ = await asyncio.wait(open_, return_when=asyncio.FIRST_COMPLETED)
             # Of several that ended at once the first of the plan count first.
             for task in sorted(done, key=list(tasks).index):
-                job = tasks[task]
+                request = tasks[task]
                 episodes = task.result()  # an `EngineError` or `SettingError` concerns all
-                if left[job.group] <= 0:  # it ended beside the last one that was wanted
-                    dropped.append(_drop(job, counts[job.id], begun))
+                if left[request.group] <= 0:  # it ended beside the last one that was needed
+                    dropped.append(_drop(request, counts[request.id], begun))
                     continue
-                left[job.group] -= episodes[-1].error is None
+                left[request.group] -= episodes[-1].error is None
                 for episode in episodes:
                     yield episode
             late = [task for task in tasks if task in open_ and left[tasks[task].group] <= 0]
@@ -103,17 +108,21 @@ async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _drop(job: EpisodeRequest, count: Counter[str], begun: Mapping[str, float]) -> CancelledEpisode:
-    seconds = time.perf_counter() - begun[job.id] if job.id in begun else 0.0
-    return CancelledEpisode(job.id, count["turns"], count["tokens"], seconds)
+def _drop(
+    request: EpisodeRequest, count: Counter[str], begun: Mapping[str, float]
+) -> CancelledEpisode:
+    seconds = time.perf_counter() - begun[request.id] if request.id in begun else 0.0
+    return CancelledEpisode(request.id, count["turns"], count["tokens"], seconds)
 
 
 def drop_statistics(
-    kept: Sequence[Episode], dropped: Sequence[CancelledEpisode]
+    finished: Sequence[Episode], dropped: Sequence[CancelledEpisode]
 ) -> dict[str, float | int]:
-    """For the step's metrics: how many were dropped, what they had cost, and how long they were
-    beside those that were kept."""
-    lengths = [sum(usage.sampled_tokens for usage in episode.usage.values()) for episode in kept]
+    """Metrics of a step: how many episodes were cancelled, their cost, and their length beside
+    that of the finished ones."""
+    lengths = [
+        sum(usage.sampled_tokens for usage in episode.usage.values()) for episode in finished
+    ]
     started = [d for d in dropped if d.seconds]
     return {
         "dropped": len(dropped),

@@ -1,5 +1,5 @@
-"""Play a system on tasks: many episodes at once, each reproducible from its seed, failures kept as
-data."""
+"""The episode runner: plays a system on tasks, many episodes at once, each reproducible from its
+seed; failures are recorded as data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import dataclasses
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,8 +39,9 @@ from .completers import Completer
 
 @dataclass(frozen=True)
 class EpisodeLimits:
-    """Bounds of play. `max_turns` and `max_tool_calls` (per reply) per episode; `episode_timeout`
-    and `reward_timeout` (each reward function's) in seconds; `concurrency` in episodes."""
+    """Limits of episodes. `max_turns` and `max_tool_calls` (per reply) per episode;
+    `episode_timeout` and `reward_timeout` (each reward function's) in seconds; `concurrency` in
+    episodes."""
 
     max_turns: int = 200
     max_tool_calls: int = 4
@@ -51,11 +52,12 @@ class EpisodeLimits:
 
 @dataclass(frozen=True)
 class EpisodeRequest:
-    """An episode to play. `group` is shared by the episodes of one task in one step; `sample`
-    numbers them.
+    """An episode to play.
 
-    `draw`: what its seed is derived from, beside the run's; "" is its id. Jobs of one `draw` draw
-    the same random numbers.
+    Args:
+        group: shared by the episodes of one task in one step; `sample` numbers them.
+        draw: what its seed is derived from, beside the run's; "" is its id. Requests of one `draw`
+            draw the same random numbers.
     """
 
     task: Task
@@ -72,7 +74,7 @@ class EpisodeRequest:
 def episode_requests(
     tasks: Iterable[Task], *, label: str, num_generations: int = 1, step: int = 0
 ) -> list[EpisodeRequest]:
-    """One job per task and sample; groups are named `label/TASK`."""
+    """One request per task and sample; groups are named `label/TASK`."""
     return [
         EpisodeRequest(task, f"{label}/{task.id}", k, step)
         for task in tasks
@@ -80,55 +82,72 @@ def episode_requests(
     ]
 
 
+@dataclass(frozen=True)
+class _Start:
+    """What an episode starts from: adapter versions (`latest` gives those of the next call, if they
+    may change inside the episode), what is replayed, its seed, and the episode it is a child of."""
+
+    version: TeamVersion
+    latest: Callable[[], TeamVersion] | None = None
+    given: Iterable[Turn] = ()
+    replace: Mapping[int, Completion] | None = None
+    decisions: Iterable[Decision] = ()
+    seed: int | None = None
+    parent: str | None = None
+
+
 @dataclass
 class EpisodeRunner:
-    """Plays `system` with one speaker per policy and scores what comes out.
+    """Plays `system` with one completer per policy and scores the episodes.
 
-    `seed` is the run's: an episode's seed is derived from it and the job's id, whatever is played
-    beside it. `sampling` holds for agents that name none of their own. `pinned`: the team version
-    of episodes played without naming one. `pin`: what keeps the team version it began with, the
-    "episode" or only the "call" (see `collect`). `untrusted`: the system is a stranger's, and so
-    are names that it looks up while it runs (see `agents.names`).
+    Args:
+        sampling: of agents that have none of their own.
+        seed: the run's; an episode's seed is derived from it and the request's id, whatever is
+            played beside it.
+        pinned: the team version of episodes that are played without naming one.
+        version_policy: what keeps the team version it began with (setting `pin`): the "episode", or
+            only the "call", so that weights may change inside an episode (see `collect`).
+        untrusted: the system is a stranger's, and so are names that it looks up while it runs (see
+            `agents.lookup`).
     """
 
     system: System
-    speakers: Mapping[str, Completer]
+    completers: Mapping[str, Completer]
     rewards: Sequence[RewardFn] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
     sampling: Sampling = Sampling()
     limits: EpisodeLimits = EpisodeLimits()
     seed: int = 0
     pinned: TeamVersion | None = None
-    pin: str = "episode"
+    version_policy: str = "episode"
     untrusted: bool = False
 
     def __post_init__(self) -> None:
         for agent in self.system.specs:
-            if agent.policy not in self.speakers:
-                hint = nearest(agent.policy, list(self.speakers))
+            if agent.policy not in self.completers:
+                hint = nearest(agent.policy, list(self.completers))
                 raise SettingError(
-                    f"agent {agent.name!r} speaks with policy {agent.policy!r}, which nobody"
-                    f" serves; {hint}"
+                    f"agent {agent.name!r}: its policy {agent.policy!r} is not served; {hint}"
                 )
 
     def greedy(self) -> EpisodeRunner:
-        """The same, with every agent at temperature 0 and no other change of the distribution: the
-        usual way to evaluate."""
+        """A runner for greedy evaluation: every agent at temperature 0, and no other change of the
+        distribution."""
 
-        def cold(sampling: Sampling) -> Sampling:
+        def greedy(sampling: Sampling) -> Sampling:
             return Sampling(temperature=0.0, max_tokens=sampling.max_tokens, stop=sampling.stop)
 
         agents = [
-            dataclasses.replace(a, sampling=cold(a.sampling) if a.sampling else None)
+            dataclasses.replace(a, sampling=greedy(a.sampling) if a.sampling else None)
             for a in self.system.specs
         ]
         return dataclasses.replace(
-            self, system=self.system.with_agents(agents), sampling=cold(self.sampling)
+            self, system=self.system.with_agents(agents), sampling=greedy(self.sampling)
         )
 
     async def play(
         self,
-        job: EpisodeRequest,
+        request: EpisodeRequest,
         version: TeamVersion | None = None,
         *,
         given: Iterable[Turn] = (),
@@ -136,45 +155,47 @@ class EpisodeRunner:
         decisions: Iterable[Decision] = (),
         seed: int | None = None,
     ) -> Episode:
-        """Play one episode and score it. `given` and `replace` are replayed (see `Team`); what they
-        do not cover is played live.
+        """Play one episode and score it. `given`, `replace` and `decisions` are replayed (see
+        `Transcript`); the rest is sampled.
 
         A failing system, reward or prompt is data in the episode. Raises `EngineError` when an
         engine is gone and `SettingError` when the system asks for what does not exist: both concern
         the whole run.
         """
-        return (
-            await self._play(
-                job, version or self.pinned or {}, given, replace, decisions, seed, parent=None
-            )
-        )[-1]
+        start = _Start(
+            version or self.pinned or {},
+            given=given,
+            replace=replace,
+            decisions=decisions,
+            seed=seed,
+        )
+        return (await self._play(request, start))[-1]
 
     async def collect(
         self,
         plan: Sequence[EpisodeRequest],
         version: TeamVersion | Callable[[], TeamVersion] | None = None,
-        room: asyncio.Semaphore | None = None,
+        slots: asyncio.Semaphore | None = None,
     ) -> AsyncIterator[Episode]:
-        """Play all jobs, at most `limits.concurrency` at once; yields episodes as they end,
+        """Play all requests, at most `limits.concurrency` at once; yields episodes as they end,
         children before their parent.
 
-        Every episode keeps the team version it began with; a function as `version` is asked
-        whenever one begins (with `pin` "call" at every call of a policy too, and turns say who
-        spoke). `room`: shared with other plans that are played at the same time. Closing the
-        iterator cancels what is open. An `EngineError` or `SettingError` cancels it too, and is
-        raised once every episode that had ended is yielded.
+        Every episode keeps the team version it began with; a function as `version` is called
+        whenever one begins (with `version_policy` "call" at every call of a policy too; turns
+        record the versions that sampled them). `slots`: shared with other plans that are played at
+        the same time. Closing the iterator cancels open episodes. An `EngineError` or
+        `SettingError` cancels them too, and is raised once every episode that had ended is yielded.
         """
-        room = room or asyncio.Semaphore(self.limits.concurrency)
+        slots = slots or asyncio.Semaphore(self.limits.concurrency)
 
-        async def one(job: EpisodeRequest) -> list[Episode]:
-            async with room:
+        async def one(request: EpisodeRequest) -> list[Episode]:
+            async with slots:
                 now = version() if callable(version) else version
-                latest = version if callable(version) and self.pin == "call" else None
-                return await self._play(
-                    job, now or self.pinned or {}, (), None, (), None, parent=None, latest=latest
-                )
+                in_flight = callable(version) and self.version_policy == "call"
+                latest = version if callable(version) and in_flight else None
+                return await self._play(request, _Start(now or self.pinned or {}, latest))
 
-        tasks = [asyncio.create_task(one(job), name=job.id) for job in plan]
+        tasks = [asyncio.create_task(one(request), name=request.id) for request in plan]
         try:
             ended: asyncio.Queue[asyncio.Task[list[Episode]]] = asyncio.Queue()
             for task in tasks:
@@ -197,76 +218,40 @@ class EpisodeRunner:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _play(
-        self,
-        job: EpisodeRequest,
-        version: TeamVersion,
-        given: Iterable[Turn],
-        replace: Mapping[int, Completion] | None,
-        decisions: Iterable[Decision],
-        seed: int | None,
-        parent: str | None,
-        latest: Callable[[], TeamVersion] | None = None,
-    ) -> list[Episode]:
-        seed = derive_seed(self.seed, job.draw or job.id) if seed is None else seed
+    async def _play(self, request: EpisodeRequest, start: _Start) -> list[Episode]:
+        """The episode after its children."""
+        seed = start.seed
+        if seed is None:
+            seed = derive_seed(self.seed, request.draw or request.id)
         usage: dict[str, Usage] = {agent.name: Usage() for agent in self.system.specs}
         children: list[Episode] = []
-
-        async def ask(call: Call) -> list[Completion]:
-            start = time.perf_counter()
-            now = version if latest is None else latest()
-            completions = await self.speakers[call.agent.policy](
-                call, now.get(call.agent.policy, "")
-            )
-            prompts, sampled = (
-                sum(len(c.prompt_ids) for c in completions),
-                sum(len(c.token_ids) for c in completions),
-            )
-            usage[call.agent.name] += Usage(1, prompts, sampled, time.perf_counter() - start)
-            return completions
-
-        async def play_children(system: System, tasks: Sequence[Task]) -> list[Episode]:
-            inner = dataclasses.replace(self, system=system)
-            first = len(children)
-            made = [
-                EpisodeRequest(
-                    task, f"{job.id}/{type(system).__name__}/{task.id}", first + k, job.step
-                )
-                for k, task in enumerate(tasks)
-            ]
-            played = await gather(
-                inner._play(j, version, (), None, (), None, job.id, latest) for j in made
-            )
-            children.extend(episode for family in played for episode in family)
-            return [family[-1] for family in played]
-
         services = Services(
-            complete=ask,
-            play=play_children,
+            complete=self._completion(start, usage),
+            play=self._child_player(request, start, children),
             execute=execute,
             check=check,
             sampling=self.sampling,
             max_tool_calls=self.limits.max_tool_calls,
         )
         transcript = Transcript(
-            seed, given=given, replace=replace, decisions=decisions, max_turns=self.limits.max_turns
+            seed,
+            given=start.given,
+            replace=start.replace,
+            decisions=start.decisions,
+            max_turns=self.limits.max_turns,
         )
         team = Team(self.system.specs, services, transcript, self.values)
-        output, stop_reason, error = await self._run(job.task, team)
-        spoke = {
-            agent.policy: version[agent.policy]
-            for agent in self.system.specs
-            if agent.policy in version
-        }
+        output, stop_reason, error = await self._run(request.task, team)
+        policies = [agent.policy for agent in self.system.specs]
         episode = Episode(
-            id=job.id,
-            group=job.group,
-            task=job.task,
+            id=request.id,
+            group=request.group,
+            task=request.task,
             seed=seed,
-            parent=parent,
-            split=job.task.split,
-            step=job.step,
-            team_version=spoke,
+            parent=start.parent,
+            split=request.task.split,
+            step=request.step,
+            team_version={p: start.version[p] for p in policies if p in start.version},
             values=dict(self.values),
             turns=team.turns,
             decisions=tuple(team.decisions),
@@ -277,15 +262,50 @@ class EpisodeRunner:
         )
         if error is None:
             episode = dataclasses.replace(episode, rewards=tuple(team.rewards))
-            episode = dataclasses.replace(
-                episode,
-                rewards=await score(job.task, episode, self.rewards, self.limits.reward_timeout),
-            )
+            rewards = await score(request.task, episode, self.rewards, self.limits.reward_timeout)
+            episode = dataclasses.replace(episode, rewards=rewards)
         return [*children, episode]
 
+    def _completion(
+        self, start: _Start, usage: dict[str, Usage]
+    ) -> Callable[[Call], Awaitable[list[Completion]]]:
+        """Completes an agent's calls in one episode; adds their cost to `usage`."""
+
+        async def complete(call: Call) -> list[Completion]:
+            began = time.perf_counter()
+            version = start.version if start.latest is None else start.latest()
+            policy = call.agent.policy
+            completions = await self.completers[policy](call, version.get(policy, ""))
+            prompts = sum(len(c.prompt_ids) for c in completions)
+            sampled = sum(len(c.token_ids) for c in completions)
+            usage[call.agent.name] += Usage(1, prompts, sampled, time.perf_counter() - began)
+            return completions
+
+        return complete
+
+    def _child_player(
+        self, request: EpisodeRequest, start: _Start, children: list[Episode]
+    ) -> Callable[[System, Sequence[Task]], Awaitable[list[Episode]]]:
+        """Plays child episodes of one episode; appends them, and their own, to `children`."""
+
+        async def play(system: System, tasks: Sequence[Task]) -> list[Episode]:
+            runner = dataclasses.replace(self, system=system)
+            group = f"{request.id}/{type(system).__name__}"
+            first = len(children)
+            requests = [
+                EpisodeRequest(task, f"{group}/{task.id}", first + k, request.step)
+                for k, task in enumerate(tasks)
+            ]
+            begin = _Start(start.version, start.latest, parent=request.id)
+            played = await gather(runner._play(each, begin) for each in requests)
+            children.extend(episode for family in played for episode in family)
+            return [family[-1] for family in played]
+
+        return play
+
     async def _run(self, task: Task, team: Team) -> tuple[str | None, str, str | None]:
-        """(output, stop reason, error) of one run; only errors that concern the whole run get
-        out."""
+        """(output, stop reason, error) of one run; raises only errors that concern the whole
+        run."""
         try:
             async with asyncio.timeout(self.limits.episode_timeout) as clock:
                 with only_trusted(self.untrusted):
@@ -299,17 +319,8 @@ class EpisodeRunner:
             raise
         except Exception as error:
             if isinstance(error, TimeoutError) and clock.expired():
-                return (
-                    None,
-                    "timeout",
-                    f"not done after {self.limits.episode_timeout:g} s (episode_timeout)",
-                )
+                seconds = self.limits.episode_timeout
+                return None, "timeout", f"not done after {seconds:g} s (episode_timeout)"
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            return (
-                None,
-                "error",
-                (
-                    f"{type(error).__name__}: {error}"
-                    f" ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"
-                ),
-            )
+            where = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
+            return None, "error", f"{type(error).__name__}: {error} ({where})"

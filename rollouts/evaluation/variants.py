@@ -73,7 +73,7 @@ def ladder(team: LoadedTeam, mark: str = "") -> list[Variant]:
     bare = [dataclasses.replace(agent, prompt="", demos=()) for agent in system.specs]
     alone = Chain((AgentSpec("agent", policy=BASE, sampling=system.specs[-1].sampling),))
     rungs = []
-    if BASE in player.speakers:
+    if BASE in player.completers:
         rungs.append(
             variant(
                 team,

@@ -233,7 +233,7 @@ def test_an_agent_without_a_speaker_is_refused_before_anything_is_played() -> No
     with pytest.raises(
         SettingError,
         match=(
-            "agent 'solver' speaks with policy 'solvr', which nobody serves; did you mean 'solver'"
+            "agent 'solver': its policy 'solvr' is not served; did you mean 'solver'"
         ),
     ):
         EpisodeRunner(system, {"solver": EngineCompleter(engine, engine.tokens, "solver")})

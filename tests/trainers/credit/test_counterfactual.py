@@ -182,7 +182,7 @@ def test_replays_of_siblings_play_each_of_them():
         return [Completion(next(answers)) for _ in range(call.n)]
 
     player = rollouts(Best(["a"]), lambda agent, chat: "")
-    player.speakers = {"a": speak}
+    player.completers = {"a": speak}
     config = CreditConfig(reward_weights={"<lambda>": 1.0})
 
     async def both():
