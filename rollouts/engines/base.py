@@ -1,7 +1,8 @@
-"""The contract of an engine: tokens in, tokens and log-probabilities out, adapters by version.
+"""The contract of an inference engine: token ids in, token ids and log-probabilities out, LoRA
+adapters by version.
 
-Three engines keep it, under one conformance suite (tests/rollouts/engine_conformance.py): `vllm`,
-`transformers`, `scripted`.
+Three engines implement it, under one conformance suite (tests/rollouts/engine_conformance.py):
+`vllm`, `transformers`, `scripted`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,15 @@ from ...agents.types import Completion, Sampling
 
 
 class ModelRef(NamedTuple):
-    """Whose weights speak: a policy and the name of its adapter version (`solver-v12-3fa9`).
-    Version "" is the bare base."""
+    """The weights to sample with: a policy and the name of its adapter version
+    (`solver-v12-3fa9`). Version "" is the bare base."""
 
     policy: str
     version: str = ""
 
 
-TeamVersion = Mapping[
-    str, str
-]  # policy -> adapter version; a policy that is missing speaks with the bare base
+# policy -> adapter version; a policy that is missing uses the bare base
+TeamVersion = Mapping[str, str]
 
 
 class EngineError(RuntimeError):
@@ -33,13 +33,12 @@ class EngineError(RuntimeError):
 
 
 class ReplicaLost(EngineError):
-    """One of several replicas is gone for now and the others go on: what was asked of it by name
-    cannot be had."""
+    """One of several replicas is lost for now and the others go on: a request to it by name
+    fails."""
 
 
 class PromptTooLong(EngineError):
-    """A prompt and the tokens asked for do not fit the model's context; counted as data, not
-    fatal."""
+    """A prompt and `max_tokens` do not fit the model's context; counted as data, not fatal."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class EngineInfo:
     """Facts of a running engine. `context`: tokens per sequence; `dtype`: of the served weights;
     `replicas`: places a version must reach, those that are there now.
 
-    `exact`: the same requests, all asked again, get the same answers to the last bit; some of them
-    asked alone may not.
+    `deterministic`: the same requests, all sent again, get the same replies to the last bit; some
+    of them sent alone may not (another batch rounds differently).
     """
 
     kind: str
@@ -62,6 +61,8 @@ class EngineInfo:
 
 
 class Engine(Protocol):
+    """An inference engine for one base model and its adapters."""
+
     async def generate(
         self,
         ids: Sequence[int],
@@ -95,12 +96,12 @@ class Engine(Protocol):
         ...
 
     async def retire(self, ref: ModelRef) -> None:
-        """Forget a version on every replica once nothing asks for it. Files may be deleted only
+        """Unload a version from every replica once no request uses it. Files may be deleted only
         after this returns."""
         ...
 
     async def adapters(self, replica: str) -> Mapping[str, str]:
-        """What a replica itself says it has loaded: {version: absolute folder}."""
+        """What a replica itself lists as loaded: {version: absolute folder}."""
         ...
 
     def info(self) -> EngineInfo: ...

@@ -1,4 +1,4 @@
-"""Which engine plays, and its settings."""
+"""Chooses and starts the inference engine of a base model."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from .hardware import choose_dtype, has_gpu
 
 
 def choose_engine(config: EngineConfig) -> tuple[str, str]:
-    """(kind, why) for the setting `engine`."""
-    setting, elsewhere = config.engine, config.server_urls or config.endpoints
+    """(kind, reason) for the setting `engine`."""
+    setting, running = config.engine, config.server_urls or config.endpoints
     if config.server_urls and config.endpoints:
         raise SettingError(
             "server_urls and endpoints: choose one; both say where servers run already"
         )
-    if config.router_url and not elsewhere:
+    if config.router_url and not running:
         raise SettingError(
             "router_url: name the servers behind the router too (server_urls or endpoints);"
             " adapters go to each of them"
         )
     if setting not in ("auto", "vllm", "transformers"):
         raise SettingError(f"engine: expected one of auto, vllm, transformers; got {setting!r}")
-    found = importlib.util.find_spec("vllm") is not None
+    installed = importlib.util.find_spec("vllm") is not None
     if setting != "auto":
-        if setting == "vllm" and not elsewhere and not found:
+        if setting == "vllm" and not running and not installed:
             raise SettingError(
                 "engine: vllm is not installed here; install the extra (make setup), give"
                 " server_urls, or use transformers"
             )
         return setting, "as set"
-    if elsewhere:
+    if running:
         return "vllm", "servers that run already are named"
-    return ("vllm", "vllm is installed") if found else ("transformers", "vllm is not installed")
+    return ("vllm", "vllm is installed") if installed else ("transformers", "vllm is not installed")
 
 
 async def start_engine(
@@ -52,8 +52,8 @@ async def start_engine(
 ) -> Engine:
     """A running engine for one base and its policies. `folder`: the run's, for the server's log,
     key and version folders."""
-    kind, why = choose_engine(config)
-    say(f"engine: {kind} ({why}) for {model}")
+    kind, reason = choose_engine(config)
+    say(f"engine: {kind} ({reason}) for {model}")
     if kind == "transformers":
         from .transformers import TransformersEngine
 

@@ -1,4 +1,4 @@
-"""What this machine can compute with: dtype and GPU probes."""
+"""Probes of this machine: the dtype its CPU multiplies, and whether it has a GPU."""
 
 from __future__ import annotations
 

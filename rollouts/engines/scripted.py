@@ -1,10 +1,10 @@
-"""The public fake: an engine whose answers are a function's, with tokens, log-probabilities,
-versions and faults, but no model.
+"""Scripted engine, a public test double: replies come from a function, with token ids,
+log-probabilities, versions and faults, but no model.
 
     engine = ScriptedEngine(lambda prompt, ref, sampling, k: "15")
 
 Its tokenizer knows bytes and five special tokens, the same ids as the tiny model's, so whole runs
-can be played and even trained on without a model having spoken. Log-probabilities come from a known
+can be played and even trained on without a model. Log-probabilities come from a known
 function, `scripted_logprob`, so that alignment can be tested.
 """
 
@@ -29,9 +29,8 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-Answer = Callable[
-    [str, ModelRef, Sampling, int], str
-]  # the prompt with its special tokens as text, who speaks, how, sibling -> text
+# (prompt with its special tokens as text, weights, sampling, number of the sibling) -> text
+Answer = Callable[[str, ModelRef, Sampling, int], str]
 
 
 def _byte_order() -> list[int]:
@@ -90,17 +89,17 @@ class ByteTokenizer:
 
 
 def scripted_logprob(weights: str, before: Sequence[int], token: int) -> float:
-    """The made-up log-probability, between -2 and 0, of `token` after the tokens `before`.
+    """The log-probability, between -2 and 0, that this engine gives `token` after `before`.
 
-    `weights` is the sha256 of the adapter's weights file, "" for the base, so that adapters can be
-    told apart as real ones can.
+    `weights` is the sha256 of the adapter's weights file, "" for the base, so that adapters differ
+    as real ones do.
     """
     return -(zlib.crc32(repr((weights, *before[-8:], token)).encode()) % 2000) / 1000
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with a call.
+    """A fault of one call.
 
     `raise`: `error`. `delay`: `seconds` late. `stall`: no answer until cancelled or closed.
     `miscount`: a log-probability too few. `drop`: a completion too few.
@@ -112,7 +111,7 @@ class Fault:
 
 
 class ScriptedEngine:
-    """Keeps the contract of `engine.Engine` with answers from a function.
+    """The `Engine` contract with replies from a function.
 
     Args:
         answer: gives the text of sibling k. It is cut after `max_tokens` tokens or the first stop
@@ -137,9 +136,8 @@ class ScriptedEngine:
     ) -> None:
         self.answer, self.tokens = answer, tokens or ChatRenderer(ByteTokenizer())
         self.faults, self.latency, self.context = dict(faults or {}), latency, context
-        self.calls: list[
-            tuple[tuple[int, ...], ModelRef, Sampling, int]
-        ] = []  # every generate call: ids, ref, sampling, n
+        # every generate call: ids, ref, sampling, n
+        self.calls: list[tuple[tuple[int, ...], ModelRef, Sampling, int]] = []
         self._versions = AdapterRegistry("scripted")
         self._contents: dict[str, dict[str, bytes]] = {}
         self._stalled: set[asyncio.Future[None]] = set()
@@ -156,20 +154,22 @@ class ScriptedEngine:
         if replica is not None:
             self._versions.listed(replica)
         if len(ids) + sampling.max_tokens > self.context:
-            asked = f"{len(ids)} prompt tokens and max_tokens={sampling.max_tokens}"
-            raise PromptTooLong(f"scripted engine: {asked} do not fit a context of {self.context}")
+            raise PromptTooLong(
+                f"scripted engine: {len(ids)} prompt tokens and max_tokens={sampling.max_tokens} do"
+                f" not fit a context of {self.context}"
+            )
         if not ids:
             raise EngineError("scripted engine: an empty prompt; at least one token is needed")
         number = len(self.calls)
         self.calls.append((tuple(ids), ref, sampling, n))
         with self._versions.request(ref):
-            self._unchanged(ref)
+            self._check_unchanged(ref)
             await asyncio.sleep(self.latency(number) if callable(self.latency) else self.latency)
-            kind = await self._go_wrong(number)
-            made = [
+            kind = await self._fault(number)
+            replies = [
                 self._completion(tuple(ids), ref, sampling, k, kind == "miscount") for k in range(n)
             ]
-            return made[:-1] if kind == "drop" else made
+            return replies[:-1] if kind == "drop" else replies
 
     async def score(
         self, ids: Sequence[int], ref: ModelRef, replica: str | None = None
@@ -177,16 +177,16 @@ class ScriptedEngine:
         if replica is not None:
             self._versions.listed(replica)
         with self._versions.request(ref):
-            self._unchanged(ref)
+            self._check_unchanged(ref)
             await asyncio.sleep(0)
             return self._logprobs(ref, tuple(ids), 1)
 
     async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
-        found = self._versions.reserve(adapters)
-        for policy, folder in found.items():
+        folders = self._versions.reserve(adapters)
+        for policy, folder in folders.items():
             self._versions.add(policy, folder)
             self._contents[folder.name] = _contents(folder)
-        return {policy: folder.name for policy, folder in found.items()}
+        return {policy: folder.name for policy, folder in folders.items()}
 
     async def retire(self, ref: ModelRef) -> None:
         await self._versions.forget(ref)
@@ -205,7 +205,7 @@ class ScriptedEngine:
             if not stalled.done():
                 stalled.set_exception(EngineError("scripted engine: closed while a call stalled"))
 
-    def _unchanged(self, ref: ModelRef) -> None:
+    def _check_unchanged(self, ref: ModelRef) -> None:
         if (
             ref.version
             and _contents(self._versions.folders[ref.version]) != self._contents[ref.version]
@@ -215,7 +215,8 @@ class ScriptedEngine:
                 " loaded"
             )
 
-    async def _go_wrong(self, number: int) -> str:
+    async def _fault(self, number: int) -> str:
+        """Play the fault of this call; its kind, or ""."""
         fault = self.faults.get(number)
         if fault is None:
             return ""
@@ -240,12 +241,12 @@ class ScriptedEngine:
         )
         text = self.answer(prompt, ref, sampling, k)
         stops = [at + len(s) for s in sampling.stop if (at := text.find(s)) >= 0]
-        made = self.tokens.tokenizer.encode(
+        encoded = self.tokens.tokenizer.encode(
             text[: min(stops)] if stops else text, add_special_tokens=False
         )
-        made += [] if stops else [self.tokens.eos_ids[0]]
-        reason = "length" if len(made) > sampling.max_tokens else "stop"
-        sampled = tuple(made[: sampling.max_tokens])
+        encoded += [] if stops else [self.tokens.eos_ids[0]]
+        reason = "length" if len(encoded) > sampling.max_tokens else "stop"
+        sampled = tuple(encoded[: sampling.max_tokens])
         logprobs = self._logprobs(ref, ids + sampled, len(ids))[: -1 if miscount else None]
         return Completion(
             self.tokens.decode(sampled),

@@ -67,20 +67,20 @@ def _sampling(seed: int = 11, **settings: object) -> Sampling:
     return Sampling(**({"max_tokens": 12, "seed": seed} | settings))  # type: ignore[arg-type]
 
 
-def _ended_well(bench: Bench, made: Completion, sampling: Sampling) -> None:
-    assert made.finish_reason in ("stop", "length")
-    if made.finish_reason == "length":
-        assert len(made.token_ids) == sampling.max_tokens
-    elif not any(stop in made.text for stop in sampling.stop):
-        assert made.token_ids[-1] in bench.tokens.eos_ids
-    assert not any(token in bench.tokens.eos_ids for token in made.token_ids[:-1])
+def _ended_well(bench: Bench, reply: Completion, sampling: Sampling) -> None:
+    assert reply.finish_reason in ("stop", "length")
+    if reply.finish_reason == "length":
+        assert len(reply.token_ids) == sampling.max_tokens
+    elif not any(stop in reply.text for stop in sampling.stop):
+        assert reply.token_ids[-1] in bench.tokens.eos_ids
+    assert not any(token in bench.tokens.eos_ids for token in reply.token_ids[:-1])
 
 
 async def tokens_and_logprobs_are_aligned(engine: Engine, bench: Bench) -> None:
     ids, sampling = bench.prompt(), _sampling(max_tokens=24)
-    made = await engine.generate(ids, bench.base, sampling, n=16)
-    assert len(made) == 16
-    for one in made:
+    replies = await engine.generate(ids, bench.base, sampling, n=16)
+    assert len(replies) == 16
+    for one in replies:
         assert one.prompt_ids == ids and one.token_ids and len(one.token_ids) == len(one.logprobs)
         assert all(value <= 0 for value in one.logprobs)
         assert one.text == bench.tokens.decode(one.token_ids)
@@ -95,9 +95,8 @@ async def a_seed_reproduces_and_siblings_differ(engine: Engine, bench: Bench) ->
     assert [one.token_ids for one in first] == [one.token_ids for one in again]
     assert len({one.token_ids for one in first}) > 1
     (third,) = await engine.generate(ids, bench.base, replace(sampling, seed=2**61 + 2))
-    assert (
-        third.token_ids == first[2].token_ids
-    )  # sibling k draws with seed + k, whoever is sampled beside it
+    # sibling k draws with seed + k, whatever is sampled beside it
+    assert third.token_ids == first[2].token_ids
     others = await asyncio.gather(
         *(engine.generate(bench.prompt(f"{k}+1+1"), bench.base, _sampling(k)) for k in range(4))
     )
@@ -106,9 +105,9 @@ async def a_seed_reproduces_and_siblings_differ(engine: Engine, bench: Bench) ->
 
 async def temperature_zero_is_greedy(engine: Engine, bench: Bench) -> None:
     sampling = _sampling(temperature=0.0)
-    made = await engine.generate(bench.prompt(), bench.base, sampling, n=3)
+    replies = await engine.generate(bench.prompt(), bench.base, sampling, n=3)
     again = await engine.generate(bench.prompt(), bench.base, replace(sampling, seed=5))
-    assert len({one.token_ids for one in [*made, *again]}) == 1
+    assert len({one.token_ids for one in [*replies, *again]}) == 1
 
 
 async def length_ends_a_reply(engine: Engine, bench: Bench) -> None:
@@ -162,7 +161,7 @@ async def the_score_of_a_reply_is_its_logprobs(engine: Engine, bench: Bench) -> 
     )
 
 
-async def adapters_are_told_apart(engine: Engine, bench: Bench) -> None:
+async def adapters_differ(engine: Engine, bench: Bench) -> None:
     team = await engine.publish(
         {"solver": bench.new_adapter("solver", 1), "critic": bench.new_adapter("critic", 2)}
     )
@@ -188,9 +187,9 @@ async def adapters_are_told_apart(engine: Engine, bench: Bench) -> None:
         critic, abs=bench.tolerance
     )
     replies = await asyncio.gather(*(engine.generate(ids, ref, _sampling(), n=4) for ref in refs))
-    for ref, made in zip(refs, replies, strict=True):
-        assert {(one.policy, one.version) for one in made} == {ref}
-        for one in made:
+    for ref, completions in zip(refs, replies, strict=True):
+        assert {(one.policy, one.version) for one in completions} == {ref}
+        for one in completions:
             scores = await engine.score(one.prompt_ids + one.token_ids, ref)
             assert scores[len(ids) - 1 :] == pytest.approx(one.logprobs, abs=bench.tolerance)
 
@@ -260,7 +259,7 @@ async def unknown_names_are_errors(engine: Engine, bench: Bench) -> None:
         await engine.publish({"solver": empty})
 
 
-async def what_does_not_fit_is_told(engine: Engine, bench: Bench) -> None:
+async def what_does_not_fit_is_refused(engine: Engine, bench: Bench) -> None:
     context = engine.info().context
     ids = (bench.prompt() * context)[:context]
     for length, most in ((context, 1), (context - 4, 5)):
@@ -287,10 +286,10 @@ async def top_k_one_is_certain(engine: Engine, bench: Bench) -> None:
     )  # of the processed distribution
 
 
-async def a_repetition_penalty_forbids_what_was_said(engine: Engine, bench: Bench) -> None:
+async def a_repetition_penalty_forbids_what_was_sampled(engine: Engine, bench: Bench) -> None:
     sampling = _sampling(temperature=0.0, presence_penalty=1000.0)
-    (made,) = await engine.generate(bench.prompt(), bench.base, sampling)
-    assert len(set(made.token_ids)) == len(made.token_ids)
+    (reply,) = await engine.generate(bench.prompt(), bench.base, sampling)
+    assert len(set(reply.token_ids)) == len(reply.token_ids)
 
 
 CHECKS: list[Check] = [  # every engine
@@ -300,15 +299,15 @@ CHECKS: list[Check] = [  # every engine
     length_ends_a_reply,
     a_stop_string_ends_a_reply_and_is_kept,
     the_score_of_a_reply_is_its_logprobs,
-    adapters_are_told_apart,
+    adapters_differ,
     the_base_is_the_same_after_adapters_spoke,
     versions_come_and_go,
     a_version_is_not_retired_under_a_request,
     unknown_names_are_errors,
-    what_does_not_fit_is_told,
+    what_does_not_fit_is_refused,
 ]
 MODEL_CHECKS: list[Check] = [
     top_k_one_is_certain,
-    a_repetition_penalty_forbids_what_was_said,
+    a_repetition_penalty_forbids_what_was_sampled,
 ]  # engines that have a model
 OWNED_CHECKS: list[Check] = [closing_twice_is_fine]  # engines that the test may close

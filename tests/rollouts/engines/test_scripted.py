@@ -49,15 +49,15 @@ def test_tokens_and_logprobs_are_known() -> None:
                 "15" if prompt == "<|user|>7+8<|end|><|assistant|>" else "?"
             )
         )
-        (made,) = await engine.generate(PROMPT, ModelRef(BASE), Sampling(seed=0))
+        (reply,) = await engine.generate(PROMPT, ModelRef(BASE), Sampling(seed=0))
         zero = ByteTokenizer().encode("0")[0]
         assert (
-            made.token_ids == (zero + 1, zero + 5, 1)
-            and made.text == "15"
-            and made.finish_reason == "stop"
+            reply.token_ids == (zero + 1, zero + 5, 1)
+            and reply.text == "15"
+            and reply.finish_reason == "stop"
         )
-        everything = PROMPT + made.token_ids
-        assert list(made.logprobs) == [
+        everything = PROMPT + reply.token_ids
+        assert list(reply.logprobs) == [
             scripted_logprob("", everything[:i], everything[i])
             for i in (len(PROMPT), len(PROMPT) + 1, -1)
         ]

@@ -73,12 +73,12 @@ def test_contract(check: Check, model: Path, tokens: ChatRenderer, tmp_path: Pat
 
 def test_replies_end_by_token_and_by_length(model: Path, tokens: ChatRenderer) -> None:
     prompt = tokens.prompt([Message("user", "7+8+5")])
-    (made,) = play(
+    (replies,) = play(
         TransformersEngine(model, tokens=tokens),
         (prompt, ModelRef(BASE), Sampling(max_tokens=32, seed=3), 64),
     )
-    assert {one.finish_reason for one in made} == {"stop", "length"}
-    stopped = [one for one in made if one.finish_reason == "stop"]
+    assert {one.finish_reason for one in replies} == {"stop", "length"}
+    stopped = [one for one in replies if one.finish_reason == "stop"]
     assert all(one.token_ids[-1] == 1 and not one.text.endswith("<|end|>") for one in stopped)
 
 
@@ -91,71 +91,71 @@ def test_logprobs_are_those_of_the_plain_model(model: Path, tokens: ChatRenderer
         (prompt, ModelRef(BASE), Sampling(temperature=0.7, max_tokens=24, seed=i), 4)
         for i, prompt in enumerate(prompts)
     ]
-    for made in play(TransformersEngine(model, tokens=tokens), *calls):
-        for one in made:
+    for replies in play(TransformersEngine(model, tokens=tokens), *calls):
+        for one in replies:
             ids = torch.tensor([one.prompt_ids + one.token_ids])
             with torch.no_grad():
-                wanted = torch.log_softmax(plain(input_ids=ids).logits[0, :-1] / 0.7, -1).gather(
+                expected = torch.log_softmax(plain(input_ids=ids).logits[0, :-1] / 0.7, -1).gather(
                     1, ids[0, 1:, None]
                 )[:, 0]
             assert list(one.logprobs) == pytest.approx(
-                wanted[len(one.prompt_ids) - 1 :].tolist(), abs=2e-5
+                expected[len(one.prompt_ids) - 1 :].tolist(), abs=2e-5
             )
 
 
 def test_tokens_follow_their_distribution(model: Path, tokens: ChatRenderer) -> None:
     prompt = tokens.prompt([Message("user", "7")])
-    (made,) = play(
+    (replies,) = play(
         TransformersEngine(model, tokens=tokens, max_batch=512),
         (prompt, ModelRef(BASE), Sampling(max_tokens=1, seed=0), 4000),
     )
     plain = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
-        wanted = plain(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
-    found = (
-        torch.bincount(torch.tensor([one.token_ids[0] for one in made]), minlength=len(wanted))
+        expected = plain(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    observed = (
+        torch.bincount(torch.tensor([one.token_ids[0] for one in replies]), minlength=len(expected))
         / 4000
     )
     assert (
-        float((found - wanted).abs().sum()) / 2
-        < 3 * float((wanted * (1 - wanted) / 4000).sqrt().sum()) / 2
+        float((observed - expected).abs().sum()) / 2
+        < 3 * float((expected * (1 - expected) / 4000).sqrt().sum()) / 2
     )
-    assert float((found - torch.roll(wanted, 1)).abs().sum()) / 2 > 0.2  # the test can fail
+    assert float((observed - torch.roll(expected, 1)).abs().sum()) / 2 > 0.2  # the test can fail
 
 
 def test_penalties_and_cuts_by_hand() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]]))
 
-    def kept(
+    def probabilities(
         prompt: tuple[int, ...] = (), sampled: tuple[int, ...] = (), **settings: float
     ) -> list[float]:
         shaped = shape_logits(logits, Sampling(**settings), [prompt], [sampled])  # type: ignore[arg-type]
         return [round(p, 4) for p in shaped.softmax(-1)[0].tolist()]
 
-    assert kept() == [0.5, 0.25, 0.15, 0.1]
-    assert kept(top_k=2) == [0.6667, 0.3333, 0, 0]
-    assert kept(top_p=0.7) == [0.6667, 0.3333, 0, 0]
-    assert kept(min_p=0.25) == [0.5556, 0.2778, 0.1667, 0]
-    assert kept(temperature=0.5) == [0.7246, 0.1812, 0.0652, 0.029]  # squares over their sum, 0.345
-    assert kept(sampled=(0, 0), frequency_penalty=float(torch.log(torch.tensor(2.0)))) == [
+    assert probabilities() == [0.5, 0.25, 0.15, 0.1]
+    assert probabilities(top_k=2) == [0.6667, 0.3333, 0, 0]
+    assert probabilities(top_p=0.7) == [0.6667, 0.3333, 0, 0]
+    assert probabilities(min_p=0.25) == [0.5556, 0.2778, 0.1667, 0]
+    assert probabilities(temperature=0.5) == [0.7246, 0.1812, 0.0652, 0.029]  # squares / 0.345
+    assert probabilities(sampled=(0, 0), frequency_penalty=float(torch.log(torch.tensor(2.0)))) == [
         0.2,
         0.4,
         0.24,
         0.16,
     ]  # 0.5 / 4
-    assert kept(prompt=(0,), presence_penalty=9.0) == [
+    assert probabilities(prompt=(0,), presence_penalty=9.0) == [
         0.5,
         0.25,
         0.15,
         0.1,
     ]  # only what was sampled counts
-    assert kept(sampled=(0, 0), presence_penalty=float(torch.log(torch.tensor(2.0)))) == [
+    assert probabilities(sampled=(0, 0), presence_penalty=float(torch.log(torch.tensor(2.0)))) == [
         0.3333,
         0.3333,
         0.2,
         0.1333,
     ]
-    assert kept(prompt=(0,), repetition_penalty=2.0) == [
+    assert probabilities(prompt=(0,), repetition_penalty=2.0) == [
         0.3333,
         0.3333,
         0.2,
@@ -179,13 +179,13 @@ def test_a_run_repeats_bit_for_bit(model: Path, tokens: ChatRenderer, tmp_path: 
             team = await engine.publish(folders)
             speakers = {name: EngineCompleter(engine, tokens, name) for name in ("first", "last")}
             rollouts = EpisodeRunner(system, speakers, sampling=Sampling(max_tokens=8))
-            found = [
+            played = [
                 e
                 async for e in rollouts.collect(
                     episode_requests(tasks, label="step-1", num_generations=2), team
                 )
             ]
-            return sorted((e.id, [(t.token_ids, t.logprobs) for t in e.turns]) for e in found)
+            return sorted((e.id, [(t.token_ids, t.logprobs) for t in e.turns]) for e in played)
         finally:
             await engine.close()
 
@@ -247,7 +247,7 @@ def test_closing_fails_what_is_open(model: Path, tokens: ChatRenderer) -> None:
     asyncio.run(work())
 
 
-def test_bad_models_and_adapters_are_told(
+def test_errors_name_bad_models_and_adapters(
     model: Path, tokens: ChatRenderer, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingError, match="nowhere"):

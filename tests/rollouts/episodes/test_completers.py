@@ -99,8 +99,8 @@ def ask(
 
 def test_an_outside_model_answers_with_text_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MARLORA_OUTSIDE_KEY", raising=False)
-    found, outside = ask((200, GOOD))
-    assert found == [
+    result, outside = ask((200, GOOD))
+    assert result == [
         Completion("hello", policy="helper"),
         Completion("", finish_reason="length", policy="helper"),
     ]
@@ -127,24 +127,24 @@ def test_an_outside_model_answers_with_text_only(monkeypatch: pytest.MonkeyPatch
 
 
 def test_passing_trouble_is_tried_again() -> None:
-    found, outside = ask((429, "slow down"), (503, "busy"), "drop", (200, GOOD))
-    assert isinstance(found, list) and found[0].text == "hello" and len(outside.bodies) == 4
+    result, outside = ask((429, "slow down"), (503, "busy"), "drop", (200, GOOD))
+    assert isinstance(result, list) and result[0].text == "hello" and len(outside.bodies) == 4
     assert outside.bodies[0] == outside.bodies[3]  # the seed too
 
 
 def test_trouble_that_stays_ends_with_the_servers_words() -> None:
-    found, outside = ask(*[(500, "out of luck")] * 5)
-    assert isinstance(found, EngineError) and len(outside.bodies) == 4
-    assert str(found).startswith(
+    result, outside = ask(*[(500, "out of luck")] * 5)
+    assert isinstance(result, EngineError) and len(outside.bodies) == 4
+    assert str(result).startswith(
         "policy 'helper': outside model at http://127.0.0.1:"
-    ) and "500 out of luck" in str(found)
+    ) and "500 out of luck" in str(result)
 
 
 def test_a_refusal_is_not_tried_again() -> None:
-    found, outside = ask((401, "no such key"), (200, GOOD))
+    result, outside = ask((401, "no such key"), (200, GOOD))
     assert (
-        isinstance(found, EngineError)
-        and "401 no such key" in str(found)
+        isinstance(result, EngineError)
+        and "401 no such key" in str(result)
         and len(outside.bodies) == 1
     )
 
@@ -157,9 +157,9 @@ def test_a_refusal_is_not_tried_again() -> None:
         "prompt is too long",
     ],
 )
-def test_a_prompt_that_does_not_fit_is_told_apart(body: Any) -> None:
-    found, outside = ask((400, body))
-    assert isinstance(found, PromptTooLong) and len(outside.bodies) == 1
+def test_a_prompt_that_does_not_fit_is_an_error_of_its_own(body: Any) -> None:
+    result, outside = ask((400, body))
+    assert isinstance(result, PromptTooLong) and len(outside.bodies) == 1
     assert type(ask((400, "no such model"))[0]) is EngineError
 
 
@@ -176,9 +176,9 @@ def test_a_prompt_that_does_not_fit_is_told_apart(body: Any) -> None:
         {"object": "list"},
     ],
 )
-def test_what_is_no_completion_is_told(body: Any) -> None:
-    found, _ = ask((200, body))
-    assert type(found) is EngineError and "sent no chat completion" in str(found), found
+def test_what_is_no_completion_is_an_error(body: Any) -> None:
+    result, _ = ask((200, body))
+    assert type(result) is EngineError and "sent no chat completion" in str(result), result
 
 
 def test_addresses_that_are_none() -> None:
@@ -197,10 +197,12 @@ def test_nobody_at_the_address() -> None:
 def test_a_chat_with_an_outside_turn_in_it_is_encoded_anew() -> None:
     engine = ScriptedEngine(lambda prompt, ref, sampling, k: "ok")
     speaker = EngineCompleter(engine, engine.tokens, "helper")
-    said = (*CALL.messages, Message("assistant", "outside words"), Message("user", "go on"))
+    messages = (*CALL.messages, Message("assistant", "outside words"), Message("user", "go on"))
     previous = Turn(0, "helper", CALL.messages, text="outside words")  # no tokens
-    (found,) = asyncio.run(speaker(Call(1, AgentSpec("helper"), said, Sampling(), 1, previous), ""))
-    assert found.prompt_ids == engine.tokens.prompt(said)
+    (result,) = asyncio.run(
+        speaker(Call(1, AgentSpec("helper"), messages, Sampling(), 1, previous), "")
+    )
+    assert result.prompt_ids == engine.tokens.prompt(messages)
 
 
 def test_every_policy_gets_its_speaker() -> None:
@@ -209,6 +211,8 @@ def test_every_policy_gets_its_speaker() -> None:
         "solver": PolicySpec("solver"),
         "far": PolicySpec("far", url="http://127.0.0.1:9/v1"),
     }
-    found = completers(policies, {"solver": (engine, engine.tokens), BASE: (engine, engine.tokens)})
-    assert isinstance(found["solver"], EngineCompleter) and isinstance(found["far"], APICompleter)
-    assert isinstance(found[BASE], EngineCompleter) and found[BASE].policy == BASE
+    result = completers(
+        policies, {"solver": (engine, engine.tokens), BASE: (engine, engine.tokens)}
+    )
+    assert isinstance(result["solver"], EngineCompleter) and isinstance(result["far"], APICompleter)
+    assert isinstance(result[BASE], EngineCompleter) and result[BASE].policy == BASE

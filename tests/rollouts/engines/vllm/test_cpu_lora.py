@@ -22,8 +22,8 @@ def stacked() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 def test_groups():
     assert groups_of(torch.tensor([-1, -1])) == []
     assert groups_of(torch.tensor([2, 2])) == [(2, None)]
-    found = groups_of(torch.tensor([1, -1, 0, 1]))
-    assert [(slot, rows.tolist()) for slot, rows in found] == [(0, [2]), (1, [0, 3])]
+    groups = groups_of(torch.tensor([1, -1, 0, 1]))
+    assert [(slot, rows.tolist()) for slot, rows in groups] == [(0, [2]), (1, [0, 3])]
 
 
 def check(indices: list[int]) -> None:

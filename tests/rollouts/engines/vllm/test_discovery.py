@@ -58,7 +58,7 @@ def test_a_folder_of_files_is_as_good_as_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "problem"),
     [
         ("{", "expected"),
         ("[]", "expected"),
@@ -68,9 +68,9 @@ def test_a_folder_of_files_is_as_good_as_one_file(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_file_of_another_form_is_named(tmp_path: Path, text: str, told: str) -> None:
+def test_a_file_of_another_form_is_named(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "servers.json").write_text(text)
-    with pytest.raises(SettingError, match=f"servers.json.*{told}"):
+    with pytest.raises(SettingError, match=f"servers.json.*{problem}"):
         read_endpoints(tmp_path, "m")
 
 
@@ -78,22 +78,22 @@ def test_trainers_wait_until_enough_servers_are_there_and_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(discovery, "POLL", 0.01)
-    said: list[str] = []
+    lines: list[str] = []
 
     async def later() -> list[Endpoint]:
-        waiting = asyncio.create_task(wait_for_endpoints(tmp_path, "m", 2, 30, said.append))
+        waiting = asyncio.create_task(wait_for_endpoints(tmp_path, "m", 2, 30, lines.append))
         for name in ("a", "b"):
             await asyncio.sleep(0.05)
             write_endpoints(tmp_path / f"{name}.json", [Endpoint(f"http://{name}:1")])
         return await waiting
 
     assert [endpoint.url for endpoint in asyncio.run(later())] == ["http://a:1", "http://b:1"]
-    assert [line.split(" in ")[0] for line in said] == [
+    assert [line.split(" in ")[0] for line in lines] == [
         "waiting for servers: 0 of 2",
         "waiting for servers: 1 of 2",
     ]
     with pytest.raises(EngineError, match="2 of 3 servers of m"):
-        asyncio.run(wait_for_endpoints(tmp_path, "m", 3, 0.05, said.append))
+        asyncio.run(wait_for_endpoints(tmp_path, "m", 3, 0.05, lines.append))
 
 
 def test_an_engine_on_endpoints_publishes_to_all_of_them(tmp_path: Path) -> None:
@@ -166,24 +166,24 @@ def test_a_node_starts_a_dead_server_again_where_trainers_find_it(
     thread = threading.Thread(target=node)
     thread.start()
     try:
-        found = asyncio.run(wait_for_endpoints(path, str(model), 2, 60, lambda line: None))
+        endpoints = asyncio.run(wait_for_endpoints(path, str(model), 2, 60, lambda line: None))
         quick = ReplicaPolicy(retries=2, backoff=0.05, stall=1.0, probe=1.0)
-        engine = VLLMEngine(found, Tokens(), adapter_root=tmp_path, retry=quick)
+        engine = VLLMEngine(endpoints, Tokens(), adapter_root=tmp_path, retry=quick)
 
         async def work() -> None:
             await engine.generate([2, 3], BASE, DRAW)
-            old = Path(found[1].key_file).read_text()
-            os.kill(pid_at(found[1].url), signal.SIGKILL)
+            old = Path(endpoints[1].key_file).read_text()
+            os.kill(pid_at(endpoints[1].url), signal.SIGKILL)
             end = time.monotonic() + 60
-            while Path(found[1].key_file).read_text() == old or len(engine.info().replicas) < 2:
+            while Path(endpoints[1].key_file).read_text() == old or len(engine.info().replicas) < 2:
                 assert time.monotonic() < end
                 await asyncio.gather(*(engine.generate([2, k], BASE, DRAW) for k in range(8)))
                 await asyncio.sleep(0.1)
-            await engine.score([2, 3], BASE, found[1].url)
+            await engine.score([2, 3], BASE, endpoints[1].url)
             await engine.close()
 
         asyncio.run(work())
-        assert json.loads(path.read_text())["servers"][1]["url"] == found[1].url
+        assert json.loads(path.read_text())["servers"][1]["url"] == endpoints[1].url
     finally:
         ended.set()
         thread.join(60)

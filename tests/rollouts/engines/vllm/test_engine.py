@@ -145,7 +145,7 @@ def test_score_gives_the_logprobs_of_the_prompt_itself():
         assert fake.completions()[0]["temperature"] == 1.0
 
 
-def test_too_long_prompts_are_told_before_they_are_sent():
+def test_too_long_prompts_are_refused_before_they_are_sent():
     with FakeVLLM(key=KEY, context=8) as fake:
         with pytest.raises(PromptTooLong, match="context of 8"):
             generate(fake, Sampling(max_tokens=6))
@@ -416,7 +416,7 @@ def test_requests_go_to_all_replicas():
 # servers that others run
 
 
-def test_an_open_server_is_refused_by_naming_its_open_doors():
+def test_an_open_server_is_refused_by_naming_its_open_routes():
     with FakeVLLM(
         key=KEY, open_routes={"/invocations"}
     ) as fake:  # what vLLM's own --api-key leaves

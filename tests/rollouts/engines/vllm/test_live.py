@@ -65,25 +65,25 @@ def test_contract(check: Check, server: Live):
 
 def routes(live: Live) -> list[tuple[str, str]]:
     """Every route of the server, from the list vLLM writes to its log as it starts."""
-    found = re.findall(r"Route: (\S+), Methods: ([A-Z, ]+)", live.server.log.read_text())
+    entries = re.findall(r"Route: (\S+), Methods: ([A-Z, ]+)", live.server.log.read_text())
     return [
         (method, re.sub(r"\{.*?\}", "x", path))
-        for path, methods in found
+        for path, methods in entries
         for method in methods.strip().split(", ")
     ]
 
 
 def test_every_route_asks_for_the_key(server: Live):
-    found = routes(server)
+    served = routes(server)
     assert {
         ("POST", "/invocations"),
         ("POST", "/adapters"),
         ("DELETE", "/adapters/x"),
         ("POST", "/v1/completions"),
-    } <= set(found)
-    assert set(found) >= ROUTES and len(found) > 30
+    } <= set(served)
+    assert set(served) >= ROUTES and len(served) > 30
     url = server.server.url
-    for method, path in [*found, *DEVELOPER]:
+    for method, path in [*served, *DEVELOPER]:
         expected = 200 if (method, path) == ("GET", "/health") else 401
         body = {} if method == "POST" else None
         assert fetch(url + path, "", method, body)[0] == expected, f"{method} {path}"

@@ -74,8 +74,8 @@ def test_the_others_answer_for_a_lost_server_which_comes_back_with_the_right_ada
                 )  # as after a broken network: nobody told it
                 again.loaded["critic-v1-cc"] = "/elsewhere"
                 await until(lambda: len(engine.info().replicas) == 2, engine)
-                wanted = {name: str(folders[name]) for name in ("solver-v2-bb", "critic-v1-cc")}
-                assert again.loaded == one.loaded == wanted == await engine.adapters(two.url)
+                expected = {name: str(folders[name]) for name in ("solver-v2-bb", "critic-v1-cc")}
+                assert again.loaded == one.loaded == expected == await engine.adapters(two.url)
                 before = len(again.completions())
                 await many(engine, ModelRef("solver", "solver-v2-bb"))
                 assert len(again.completions()) > before
@@ -144,7 +144,7 @@ def servers(
     model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, restarts: int
 ) -> list[VLLMServer]:
     """Two of ours, of which a program that only pretends plays vLLM."""
-    made: list[VLLMServer] = []
+    started: list[VLLMServer] = []
     monkeypatch.setattr(vllm_server, "vllm_version", lambda: ("0.0", True))
     for index in range(2):
         settings = ServerSettings(
@@ -161,8 +161,8 @@ def servers(
             "command",
             lambda s, port, cpu, own=server: fake_program(port, own.key_file),
         )
-        made.append(server.start())
-    return made
+        started.append(server.start())
+    return started
 
 
 def test_one_of_ours_is_started_again_behind_the_others_back(

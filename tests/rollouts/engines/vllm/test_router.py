@@ -230,9 +230,9 @@ def test_what_a_router_cannot_do_is_refused(tmp_path: Path) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -319,7 +319,7 @@ def test_vllm_router_hands_on_all_that_is_asked_and_keeps_chats_together(tmp_pat
                         if s.completions()[-1:] and s.completions()[-1]["prompt"] == prompt
                     ]
                     places.setdefault(k, set()).update(here)
-            assert all(len(found) == 1 for found in places.values()), (
+            assert all(len(servers) == 1 for servers in places.values()), (
                 "both prompts of a chat went to one server"
             )
             assert set.union(*places.values()) == {one.url, two.url}

@@ -186,15 +186,15 @@ def quiet(line: str) -> None:
 
 def group_of(server: VLLMServer) -> list[int]:
     """Processes whose parent is the supervisor."""
-    found = []
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rsplit(")", 1)[1].split()
         except OSError:
             continue
         if int(fields[1]) == server.supervisor_pid:
-            found.append(int(stat.parent.name))
-    return found
+            pids.append(int(stat.parent.name))
+    return pids
 
 
 def gone(pid: int) -> bool:
@@ -255,10 +255,10 @@ def test_a_port_of_the_user_that_is_taken_is_a_setting_error(
     model: Path, tmp_path: Path, pretend: Callable[..., None]
 ):
     pretend(fake_program)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         with pytest.raises(SettingError, match=f"server_port: {port} .* in use"):
             VLLMServer(ServerSettings(str(model), tmp_path, port=port), progress=quiet).start()
 
@@ -270,8 +270,8 @@ def test_a_free_port_that_somebody_takes_is_replaced(
 
     def program(port: int, key_file: Path) -> list[str]:
         ports.append(port)
-        taken = python("import sys; sys.exit('OSError: [Errno 98] Address already in use')")
-        return (taken if len(ports) == 1 else fake_program)(port, key_file)
+        busy = python("import sys; sys.exit('OSError: [Errno 98] Address already in use')")
+        return (busy if len(ports) == 1 else fake_program)(port, key_file)
 
     pretend(program)
     server = VLLMServer(ServerSettings(str(model), tmp_path), progress=quiet).start()
@@ -300,7 +300,9 @@ import os, sys, time
 sys.path.insert(0, {root!r})
 from tests.rollouts.engines.vllm.test_server import *
 vllm_server.vllm_version = lambda: ("0.0", True)
-vllm_server.command = lambda settings, port, on_cpu: fake_program(port, Path(settings.folder) / "vllm-0.key")
+def fake_command(settings, port, on_cpu):
+    return fake_program(port, Path(settings.folder) / "vllm-0.key")
+vllm_server.command = fake_command
 server = VLLMServer(ServerSettings({model!r}, Path({folder!r})), progress=quiet).start()
 if os.fork() == 0:  # a child that inherits the pipe to the supervisor, and lives on
     time.sleep(20)
