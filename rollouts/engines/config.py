@@ -5,61 +5,61 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...agents.secrecy import check_addresses, check_arguments
-from ...agents.settings import help_of
+from ...agents.settings import Settings, parsed_mapping, setting
 
 
 @dataclass
-class EngineConfig:
-    """Settings of the engine that plays."""
+class EngineConfig(Settings):
+    """Settings of the inference engine, mixed into a run's settings."""
 
-    engine: str = help_of("who plays: auto, vllm or transformers (in this process)", "auto")
-    engine_args: dict | str | None = help_of(
+    engine: str = setting("inference engine: auto, vllm or transformers (in this process)", "auto")
+    engine_args: dict | str | None = setting(
         "more arguments for the vLLM server, checked by its own parser", factory=dict
     )
-    engine_dtype: str = help_of(
-        "of the served base: auto (the model's own), float32 or bfloat16", "auto"
+    engine_dtype: str = setting(
+        "dtype of the served base: auto (the model's own), float32 or bfloat16", "auto"
     )
-    server_urls: list[str] = help_of(
-        "vLLM servers already running (.../v1); empty starts our own", factory=list
+    server_urls: list[str] = setting(
+        "vLLM servers already running (.../v1); empty starts one here", factory=list
     )
-    server_key: str = help_of(
+    server_key: str = setting(
         "environment variable or 0600 file that holds the key of server_urls", ""
     )
-    router_url: str = help_of(
+    router_url: str = setting(
         "vllm-router before these servers: it is asked to generate; adapters still go to every"
-        " server, and are proven there",
+        " server, and are verified there",
         "",
     )
-    endpoints: str = help_of(
-        "file or folder of files in which server nodes write where their servers are; see"
-        " serve_only",
-        "",
+    endpoints: str = setting(
+        "file or folder of files in which server nodes list their servers; see serve_only", ""
     )
-    num_servers: int = help_of("endpoints: how many servers to wait for", 1)
-    server_host: str = help_of(
-        "address that our servers listen on; other nodes reach only another one than this",
+    num_servers: int = setting("endpoints: how many servers to wait for", 1)
+    server_host: str = setting(
+        "address that servers started here listen on; other nodes cannot reach 127.0.0.1",
         "127.0.0.1",
     )
-    server_port: int = help_of("port of our server; 0 takes a free one", 0)
-    server_memory: float = help_of(
-        "share of the GPU's memory for our server (on a CPU: GiB of KV cache); 0 = a printed"
+    server_port: int = setting("port of the server started here; 0 takes a free one", 0)
+    server_memory: float = setting(
+        "share of the GPU's memory for the server (on a CPU: GiB of KV cache); 0 = a printed"
         " estimate",
         0.0,
     )
-    server_devices: str = help_of(
-        'CUDA_VISIBLE_DEVICES of our server ("0;1" starts one on each); empty = the trainer\'s', ""
+    server_devices: str = setting(
+        'CUDA_VISIBLE_DEVICES of the server ("0;1" starts one on each); empty = the trainer\'s', ""
     )
-    server_timeout: float = help_of("seconds our server may take to come up", 600.0)
-    max_staleness: int = help_of(
-        "team versions an episode may be behind when it is learnt from: above 0, later steps are"
-        " played while one is learnt",
+    server_timeout: float = setting("seconds a server may take to start", 600.0)
+    max_staleness: int = setting(
+        "staleness bound: team versions an episode may be behind when it is trained on; above 0,"
+        " rollouts of later steps run while one step trains",
         0,
+        at_least=0,
     )
-    max_model_len: int = help_of(
-        "context of our server in tokens; 0 = the model's own, at most 4096", 0
+    max_model_len: int = setting(
+        "context of the server in tokens; 0 = the model's own, at most 4096", 0
     )
-    allow_open_server: bool = help_of("accept servers by URL that answer without a key", False)
+    allow_open_server: bool = setting("accept servers by URL that answer without a key", False)
 
-    def __post_init__(self) -> None:
+    def prepare(self) -> None:
+        self.engine_args = parsed_mapping("engine_args", self.engine_args)
         check_addresses(self.server_urls, self.router_url, self.server_key)
         check_arguments(self.engine_args)

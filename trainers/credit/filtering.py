@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...agents.seeds import derive_seed
-from ...agents.settings import help_of
+from ...agents.settings import setting
 from ...agents.text.answers import same, vote
-from ...agents.types import SettingError, Turn, nearest
+from ...agents.types import Turn
 from ...rollouts.types import Episode, TurnKey
 from .leakage import leaks_answer, saw_answer
 from .weights import (
@@ -37,6 +37,8 @@ from .weights import (
     weighted_sum,
 )
 
+SELECTION_NAMES = ("success", "agreement", "all", "random")
+
 Rule = Callable[[Episode, Turn], tuple[float, str]]  # weight (0: dropped) and reason
 
 
@@ -44,41 +46,27 @@ Rule = Callable[[Episode, Turn], tuple[float, str]]  # weight (0: dropped) and r
 class SelectionConfig(RewardWeights):
     """Which turns are imitated."""
 
-    select: str = help_of(
+    select: str = setting(
         "which turns are kept: success, agreement (with the team's output), all, or random",
         "success",
+        choices=SELECTION_NAMES,
     )
-    success_threshold: float = help_of(
+    success_threshold: float = setting(
         "success: the turn's own reward, else its agent's, else the team's, from which it is kept",
         1.0,
     )
-    keep_share: float = help_of(
-        "random: share of turns that are kept, whatever they are worth", 0.5
+    keep_share: float = setting(
+        "random: share of turns that are kept, whatever their reward", 0.5, above=0, at_most=1
     )
-    turns: str = help_of(
-        "of an agent's kept turns in an episode: all, the first or the last one", "all"
+    turns: str = setting(
+        "of an agent's kept turns in an episode: all, the first or the last one",
+        "all",
+        choices=("all", "first", "last"),
     )
-    deduplicate: bool = help_of("keep a reply to the same chat once", False)
-    max_per_task: int = help_of("most kept turns of an agent per task; 0 is no limit", 0)
-
-    def __post_init__(self) -> None:
-        RewardWeights.__post_init__(self)
-        if self.select not in SELECTION_RULES:
-            raise SettingError(
-                f"select {self.select!r}: no such rule; {nearest(self.select, SELECTION_RULES)}"
-            )
-        if self.turns not in ("all", "first", "last"):
-            raise SettingError(f"turns: expected all, first or last, got {self.turns!r}")
-        if (
-            not math.isfinite(self.success_threshold)
-            or not 0 < self.keep_share <= 1
-            or self.max_per_task < 0
-        ):
-            raise SettingError(
-                "success_threshold: a number, keep_share: above 0 and at most 1, and max_per_task:"
-                f" from 0 expected, got {self.success_threshold}, {self.keep_share} and"
-                f" {self.max_per_task}"
-            )
+    deduplicate: bool = setting("keep a reply to the same chat once", False)
+    max_per_task: int = setting(
+        "most kept turns of an agent per task; 0 is no limit", 0, at_least=0
+    )
 
 
 @dataclass(frozen=True)

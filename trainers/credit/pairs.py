@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...agents.seeds import derive_seed
-from ...agents.settings import help_of
-from ...agents.types import SettingError, Turn, to_json
+from ...agents.settings import setting
+from ...agents.types import Turn, to_json
 from ...rollouts.types import Episode
 from .weights import RewardWeights, team_rewards
 
@@ -47,20 +47,14 @@ class Pair:
 class PairConfig(RewardWeights):
     """Which pairs are made of a task's episodes."""
 
-    min_gap: float = help_of(
-        "pairs whose scores differ by no more than this are dropped; 0 drops ties only", 0.0
+    min_gap: float = setting(
+        "pairs whose scores differ by no more than this are dropped; 0 drops ties only",
+        0.0,
+        at_least=0,
     )
-    max_pairs_per_task: int = help_of(
-        "pairs of one task in a step, drawn at random from all; 0 takes all", 0
+    max_pairs_per_task: int = setting(
+        "pairs of one task in a step, drawn at random from all; 0 takes all", 0, at_least=0
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.min_gap < math.inf or self.max_pairs_per_task < 0:
-            raise SettingError(
-                f"min_gap, max_pairs_per_task: numbers from 0 expected, got {self.min_gap},"
-                f" {self.max_pairs_per_task}"
-            )
 
 
 def pairs_of(episodes: Iterable[Episode], config: PairConfig, seed: int) -> list[Pair]:

@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ...agents.settings import help_of
-from ...agents.types import Reward, SettingError, Turn, nearest
+from ...agents.settings import Settings, setting
+from ...agents.types import Reward, SettingError, Turn
 from ...rollouts.types import Episode, TurnKey, groups
 
 # (episode id, turn index, sibling) -> advantage; a turn that is missing is not trained
@@ -29,15 +29,15 @@ RULE_NAMES = (
 
 
 @dataclass
-class RewardWeights:
+class RewardWeights(Settings):
     """Which of an episode's rewards count for learning, and how much."""
 
-    reward_weights: dict | str | None = help_of(
+    reward_weights: dict | str | None = setting(
         "weight by reward name; empty: every reward counts 1, but for `format`, `valid` and `ran`",
         factory=dict,
     )
 
-    def __post_init__(self) -> None:
+    def prepare(self) -> None:
         if isinstance(self.reward_weights, str):
             try:
                 self.reward_weights = json.loads(self.reward_weights)
@@ -64,53 +64,37 @@ class CreditConfig(RewardWeights):
     """How rewards become advantages. `credit` names the rule (`rules.RULES`); each other field says
     which rules read it."""
 
-    credit: str = help_of(
+    credit: str = setting(
         "rule: grpo, rloo, dr_grpo, dr_mas, at_grpo, rae, team, agent, turn, counterfactual, or"
         " success (keep correct episodes)",
         "grpo",
+        choices=RULE_NAMES,
     )
-    scale_rewards: str = help_of(
+    scale_rewards: str = setting(
         "grpo, dr_mas, at_grpo: divide by the standard deviation of the group, the batch, or none",
         "group",
+        choices=("group", "batch", "none"),
     )
-    advantage_epsilon: float = help_of("added to that standard deviation", 1e-4)
-    discount: float = help_of(
-        "team, turn, rae: factor per turn between a turn and what it earned", 1.0
+    advantage_epsilon: float = setting("added to that standard deviation", 1e-4, at_least=0)
+    discount: float = setting(
+        "team, turn, rae: factor per turn between a turn and what it earned",
+        1.0,
+        at_least=0,
+        at_most=1,
     )
-    turn_clock: str = help_of(
+    turn_clock: str = setting(
         "turn: discount over all turns (global), or over the agent's own only, earning only its own"
         " (own)",
         "global",
+        choices=("global", "own"),
     )
-    team_weight: float = help_of(
+    team_weight: float = setting(
         "at_grpo: weight of the team's reward against the agent's own (alpha)", 1.0
     )
-    rae_decay: float = help_of("rae: decay of the running mean per task source and agent", 0.95)
-    success_threshold: float = help_of("success: team reward from which an episode is correct", 1.0)
-
-    def __post_init__(self) -> None:
-        RewardWeights.__post_init__(self)
-        if self.credit not in RULE_NAMES:
-            raise SettingError(
-                f"credit {self.credit!r}: no such rule; {nearest(self.credit, RULE_NAMES)}"
-            )
-        for name, allowed in (
-            ("scale_rewards", ("group", "batch", "none")),
-            ("turn_clock", ("global", "own")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise SettingError(
-                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        for name, low, high in (
-            ("discount", 0, 1),
-            ("rae_decay", 0, 1),
-            ("advantage_epsilon", 0, math.inf),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise SettingError(
-                    f"{name}: expected a number from {low} to {high}, got {getattr(self, name)}"
-                )
+    rae_decay: float = setting(
+        "rae: decay of the running mean per task source and agent", 0.95, at_least=0, at_most=1
+    )
+    success_threshold: float = setting("success: team reward from which an episode is correct", 1.0)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 import torch
 from torch.nn.functional import logsigmoid
 
-from ...agents.settings import help_of
+from ...agents.settings import Settings, setting
 from ...agents.types import SettingError
 from ..credit.pairs import Pair
 
@@ -27,37 +27,33 @@ MODES, LOSSES = ("joint", "independent", "sampling"), ("sigmoid", "hinge", "ipo"
 
 
 @dataclass
-class MarginConfig:
+class MarginConfig(Settings):
     """How preferences become a loss. Names are TRL's where it has one."""
 
-    mode: str = help_of(
+    mode: str = setting(
         "joint: one margin over all agents (SysDPO-Direct); independent: one per policy, plain DPO;"
         " sampling: one over all agents, the output's probability summed over several drafts"
         " (SysDPO-Sampling)",
         "joint",
+        choices=MODES,
     )
-    beta: float = help_of("scale of the margin: how dear it is to leave the reference", 0.1)
-    loss_type: str = help_of("sigmoid, hinge, ipo or robust", "sigmoid")
-    label_smoothing: float = help_of(
-        "share of preferences thought wrong: sigmoid becomes cDPO, robust needs it", 0.0
+    beta: float = setting(
+        "scale of the margin: how dear it is to leave the reference", 0.1, above=0
     )
-    length_normalised: bool = help_of(
+    loss_type: str = setting("sigmoid, hinge, ipo or robust", "sigmoid", choices=LOSSES)
+    label_smoothing: float = setting(
+        "share of preferences thought wrong: sigmoid becomes cDPO, robust needs it",
+        0.0,
+        at_least=0,
+        below=0.5,
+    )
+    length_normalised: bool = setting(
         "divide an agent's log-probability by its tokens in the episode; not SysDPO, but a"
         " long-winded agent then weighs no more",
         False,
     )
 
-    def __post_init__(self) -> None:
-        for name, allowed in (("mode", MODES), ("loss_type", LOSSES)):
-            if getattr(self, name) not in allowed:
-                raise SettingError(
-                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
-            raise SettingError(
-                f"beta > 0 and 0 <= label_smoothing < 0.5 expected, got {self.beta},"
-                f" {self.label_smoothing}"
-            )
+    def check(self) -> None:
         if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
             raise SettingError(
                 f"label_smoothing: only sigmoid and robust have it; loss_type is {self.loss_type}"

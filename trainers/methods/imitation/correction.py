@@ -97,14 +97,14 @@ class CorrectionConfig(Settings):
         }  # type: ignore[dict-item]
         return from_json(AgentSpec, given, "feedback_agent")
 
-    def conversation(self, mended: AgentSpec) -> SelfCorrection:
+    def conversation(self, agent: AgentSpec) -> SelfCorrection:
         """The conversation that mends a turn of this agent."""
-        if mended.name == self.critic.name:
+        if agent.name == self.critic.name:
             raise SettingError(
-                f"feedback_agent.name: {mended.name!r} is an agent of the team; give it another"
+                f"feedback_agent.name: {agent.name!r} is an agent of the team; give it another"
                 " name"
             )
-        return SelfCorrection([self.critic, mended], self.feedback, self.regenerate, self.rephrase)
+        return SelfCorrection([self.critic, agent], self.feedback, self.regenerate, self.rephrase)
 
     def check_agents(self, team: Sequence[AgentSpec]) -> None:
         """Raises `SettingError` if a setting names an agent that the team has not."""

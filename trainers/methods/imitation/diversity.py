@@ -51,7 +51,7 @@ def divergence(table: Table, policies: Sequence[str]) -> Divergence:
 
 
 def nll_table(
-    learner: Learner, found: Sequence[TrainingSequence], judges: Sequence[str] | None = None
+    learner: Learner, sequences: Sequence[TrainingSequence], judges: Sequence[str] | None = None
 ) -> dict[tuple[str, str], float]:
     """nll[n, k] of every policy n that has samples and every judge k (None: these policies
     themselves) on the same base.
@@ -59,16 +59,16 @@ def nll_table(
     One forward per sample and judge, no gradient. `base` as a judge is the bare base. Every rank
     has to call it.
     """
-    authors = sorted({sample.policy for sample in found})
+    authors = sorted({sample.policy for sample in sequences})
     table: dict[tuple[str, str], float] = {}
     for judge in dict.fromkeys(judges or authors):
         at_home = [b.policies for b in learner.bases.values()]
-        mine = [
+        judged = [
             s
-            for s in found
+            for s in sequences
             if judge == BASE or any(judge in home and s.policy in home for home in at_home)
         ]
-        nll = learner.mean_nll(mine, dict.fromkeys(authors, judge))
+        nll = learner.mean_nll(judged, dict.fromkeys(authors, judge))
         table |= {(author, judge): value for author, value in nll.items()}
     return table
 

@@ -101,29 +101,29 @@ def fit_turns(
 
     Raises `RunError` if nothing is left to learn from; the store keeps what was played.
     """
-    found, dropped = samples(
+    sequences, dropped = samples(
         [encoded(learner, episode) for episode in episodes],
         weights,
         learner.policy_of,
         ratios=False,
     )
-    if not found:
-        told = (
+    if not sequences:
+        reasons = (
             ", ".join(
                 f"{count} {agent}: {reason}" for (agent, reason), count in sorted(dropped.items())
             )
             or "no turn was kept"
         )
         raise RunError(
-            f"step {step}: nothing to learn from ({told}); the episodes are stored, no adapter was"
+            f"step {step}: nothing to learn from ({reasons}); the episodes are stored, no adapter was"
             " changed"
         )
     if step == 1:
-        learner.show(found)
-    before = learner.mean_nll(found)
+        learner.show(sequences)
+    before = learner.mean_nll(sequences)
     learn = _with_trl if config.trainer == "trl" else _epochs
-    updates = learn(learner, step, found, config)
-    return ImitationResult(updates, before, learner.mean_nll(found), dropped)
+    updates = learn(learner, step, sequences, config)
+    return ImitationResult(updates, before, learner.mean_nll(sequences), dropped)
 
 
 def teacher_text(learner: Learner, turn: Turn, text: str) -> Completion:
@@ -144,9 +144,9 @@ def encoded(learner: Learner, episode: Episode) -> Episode:
             or turn.agent not in learner.policy_of
         ):
             return turn
-        made = teacher_text(learner, turn, turn.text)
+        completion = teacher_text(learner, turn, turn.text)
         return dataclasses.replace(
-            turn, text=made.text, prompt_ids=made.prompt_ids, token_ids=made.token_ids
+            turn, text=completion.text, prompt_ids=completion.prompt_ids, token_ids=completion.token_ids
         )
 
     turns = tuple(map(with_tokens, episode.turns))
@@ -159,7 +159,7 @@ def nll_loss(inputs: LossInputs) -> tuple[torch.Tensor, Stats]:
 
 
 def _epochs(
-    learner: Learner, step: int, found: Sequence[TrainingSequence], config: ImitationConfig
+    learner: Learner, step: int, sequences: Sequence[TrainingSequence], config: ImitationConfig
 ) -> dict[str, UpdateResult]:
     """Minibatches are a policy's own, so that how often it is updated does not depend on the other
     policies' turns."""
@@ -170,7 +170,7 @@ def _epochs(
                 own, config.train_batch_size, config.num_train_epochs, derive_seed(seed, policy)
             )
         )
-        for policy, own in by_policy(found).items()
+        for policy, own in by_policy(sequences).items()
     ]
     done = []
     for parts in zip_longest(*plans, fillvalue=[]):
@@ -178,21 +178,21 @@ def _epochs(
     return merge_results(done)
 
 
-def by_policy(found: Sequence[TrainingSequence]) -> dict[str, list[TrainingSequence]]:
+def by_policy(sequences: Sequence[TrainingSequence]) -> dict[str, list[TrainingSequence]]:
     """Samples of each policy, policies sorted by name."""
     return {
-        policy: [s for s in found if s.policy == policy]
-        for policy in sorted({s.policy for s in found})
+        policy: [s for s in sequences if s.policy == policy]
+        for policy in sorted({s.policy for s in sequences})
     }
 
 
 def _with_trl(
-    learner: Learner, step: int, found: Sequence[TrainingSequence], config: ImitationConfig
+    learner: Learner, step: int, sequences: Sequence[TrainingSequence], config: ImitationConfig
 ) -> dict[str, UpdateResult]:
     """The same sequences, masks and minibatch size through TRL's SFTTrainer. It knows no
     weights."""
     weights = {
-        advantage for s in found for advantage, m in zip(s.advantages, s.mask, strict=True) if m
+        advantage for s in sequences for advantage, m in zip(s.advantages, s.mask, strict=True) if m
     }
     if weights != {1.0}:
         raise SettingError(
@@ -201,7 +201,7 @@ def _with_trl(
         )
     lessons = {
         policy: TRLExample([_row(s) for s in own], sum(s.num_trained for s in own))
-        for policy, own in by_policy(found).items()
+        for policy, own in by_policy(sequences).items()
     }
 
     def make(model: Any, tokenizer: Any, rows: Sequence[Row], shared: dict[str, Any]) -> Any:

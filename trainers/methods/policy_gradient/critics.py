@@ -81,7 +81,7 @@ def critic_of(
     policy_of: Mapping[str, str], episodes: Sequence[Episode], config: CriticConfig
 ) -> dict[TurnKey, str]:
     """The name of the critic that judges each turn of an agent that learns."""
-    found: dict[TurnKey, str] = {}
+    critics: dict[TurnKey, str] = {}
     for episode in episodes:
         calls: dict[str, list[int]] = {}
         for turn in episode.turns:
@@ -95,8 +95,8 @@ def critic_of(
                     if config.value_heads == "turn"
                     else policy_of[turn.agent]
                 )
-                found[episode.id, turn.index, turn.sibling] = name
-    return found
+                critics[episode.id, turn.index, turn.sibling] = name
+    return critics
 
 
 @dataclass
@@ -141,24 +141,24 @@ class CriticBatch:
     def taught(self, always: bool = False) -> list[TrainingSequence]:
         """The samples with these advantages. Those of a policy none of which is above or below 0
         are left out, unless `always`."""
-        made: list[TrainingSequence] = []
+        taught: list[TrainingSequence] = []
         parts = self.advantages.split([sample.num_trained for sample in self.samples])
         for sample, part in zip(self.samples, parts, strict=True):
             numbers = iter(part.tolist())
-            made.append(
+            taught.append(
                 replace(
                     sample,
                     advantages=tuple(next(numbers) if trained else 0.0 for trained in sample.mask),
                 )
             )
-        loud = {sample.policy for sample in made if always or any(sample.advantages)}
-        return [sample for sample in made if sample.policy in loud]
+        loud = {sample.policy for sample in taught if always or any(sample.advantages)}
+        return [sample for sample in taught if sample.policy in loud]
 
 
 def critic_batch(
     learner: Learner,
     episodes: Sequence[Episode],
-    found: list[TrainingSequence],
+    samples: list[TrainingSequence],
     scores: Mapping[TurnKey, float],
     critic: Mapping[TurnKey, str],
     config: CriticConfig,
@@ -170,19 +170,19 @@ def critic_batch(
     advantages are 0, for whitening would make what the critic still gets wrong as large as any.
     Their returns stay.
     """
-    spans = spans_of(found)
-    names = [critic[key] for sample in found for key in sample.keys]
+    spans = spans_of(samples)
+    names = [critic[key] for sample in samples for key in sample.keys]
     values, kl = torch.zeros(len(names)), torch.zeros(len(names))
     for name in sorted(set(names)):
-        parts = _judged_by(found, names, name)
+        parts = _judged_by(samples, names, name)
         values[torch.cat([numbers for _, numbers in parts])] = learner.head(name).read(
             [sample for sample, _ in parts], learner.ranks
         )
     if config.kl_coef:
         kl = torch.tensor(
-            [p for s in found for p, trained in zip(s.logprobs, s.mask, strict=True) if trained]
+            [p for s in samples for p, trained in zip(s.logprobs, s.mask, strict=True) if trained]
         )
-        kl -= learner.base_logprobs(found)
+        kl -= learner.base_logprobs(samples)
     advantages, returns = (
         torch.zeros(len(names), dtype=torch.float64),
         torch.zeros(len(names), dtype=torch.float64),
@@ -195,7 +195,7 @@ def critic_batch(
         advantages[numbers], returns[numbers] = gae(
             rewards, values[numbers], config.gamma, config.lam
         )
-    lesson = CriticBatch(found, spans, names, values, kl, advantages, returns)
+    lesson = CriticBatch(samples, spans, names, values, kl, advantages, returns)
     for name in lesson.critics:
         mine = lesson.tokens(name)
         if len({scores[key] for key in spans if critic[key] == name}) < 2:
@@ -205,11 +205,11 @@ def critic_batch(
     return lesson
 
 
-def spans_of(found: Sequence[TrainingSequence]) -> dict[TurnKey, range]:
+def spans_of(samples: Sequence[TrainingSequence]) -> dict[TurnKey, range]:
     """Where the tokens of each trained turn stand among all trained tokens: a turn's stand
     together."""
     spans: dict[TurnKey, range] = {}
-    for number, key in enumerate(key for sample in found for key in sample.keys):
+    for number, key in enumerate(key for sample in samples for key in sample.keys):
         spans[key] = range(spans[key].start if key in spans else number, number + 1)
     return spans
 
@@ -219,22 +219,22 @@ def sequences(
 ) -> list[list[TurnKey]]:
     """Trained turns in the sequences over which advantages are estimated: each alone, or all that
     an agent took, in order."""
-    found: dict[tuple, list[TurnKey]] = {}
+    chains: dict[tuple, list[TurnKey]] = {}
     for episode in episodes:
         for turn in episode.turns:
             key = (episode.id, turn.index, turn.sibling)
             if key in spans:
-                found.setdefault(
+                chains.setdefault(
                     (episode.id, turn.agent) if across_turns and turn.taken else key, []
                 ).append(key)
-    return list(found.values())
+    return list(chains.values())
 
 
 def _judged_by(
-    found: Sequence[TrainingSequence], names: Sequence[str], critic: str
+    samples: Sequence[TrainingSequence], names: Sequence[str], critic: str
 ) -> list[tuple[TrainingSequence, torch.Tensor]]:
     parts, start = [], 0
-    for sample in found:
+    for sample in samples:
         mine = [i for i in range(start, start + sample.num_trained) if names[i] == critic]
         if mine:
             parts.append((_only(sample, {i - start for i in mine}), torch.tensor(mine)))
@@ -242,14 +242,14 @@ def _judged_by(
     return parts
 
 
-def _only(sample: TrainingSequence, wanted: set[int]) -> TrainingSequence:
+def _only(sample: TrainingSequence, numbers: set[int]) -> TrainingSequence:
     """The sample with these of its trained tokens (by number); the others are context."""
-    if len(wanted) == sample.num_trained:
+    if len(numbers) == sample.num_trained:
         return sample
     number, mask = -1, []
     for trained in sample.mask:
         number += trained
-        mask.append(int(bool(trained) and number in wanted))
+        mask.append(int(bool(trained) and number in numbers))
     return replace(
         sample,
         mask=tuple(mask),

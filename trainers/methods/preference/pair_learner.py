@@ -79,10 +79,10 @@ class PairLearner:
     def learn(self, step: int, pairs: Sequence[Pair]) -> Learnt:
         """Go through the pairs, `num_train_epochs` times in minibatches. Without a pair nothing
         moves, and people are told."""
-        made, dropped = self.samples_of(pairs)
-        if step == 1 and made:
-            self.learner.show(made)
-        references = self.reference_scores(made)
+        sequences, dropped = self.samples_of(pairs)
+        if step == 1 and sequences:
+            self.learner.show(sequences)
+        references = self.reference_scores(sequences)
         size, seed = (
             self.config.train_batch_size or max(len(pairs), 1),
             self.learner.config.seed + step,
@@ -90,7 +90,7 @@ class PairLearner:
         done: list[dict[str, UpdateResult]] = []
         pushes: list[MarginGradient[Key]] = []
         for number, some in enumerate(minibatches(pairs, size, self.config.num_train_epochs, seed)):
-            updated, pushed = self.update(step, number, some, made, references)
+            updated, pushed = self.update(step, number, some, sequences, references)
             done.append(updated)
             pushes.append(pushed)
         if not pairs:
@@ -119,14 +119,14 @@ class PairLearner:
         everything = {(e.id, t.index, t.sibling): 1.0 for e in chosen for t in e.turns if t.taken}
         return samples(chosen, everything, self.voters, ratios=False)
 
-    def reference_scores(self, made: Sequence[TrainingSequence]) -> Mapping[TurnKey, float]:
+    def reference_scores(self, sequences: Sequence[TrainingSequence]) -> Mapping[TurnKey, float]:
         """log p of every turn under the reference; for stored episodes each is computed once in a
         run."""
         if self.config.reference == "step":
-            return self.learner.turn_logprobs(made)
+            return self.learner.turn_logprobs(sequences)
         if not self.learner.config.episodes:
             self.references.clear()
-        unknown = [sample for sample in made if not self.references.keys() >= set(sample.keys)]
+        unknown = [sample for sample in sequences if not self.references.keys() >= set(sample.keys)]
         self.references |= self.learner.turn_logprobs(unknown, reference=True)
         return self.references
 
@@ -135,21 +135,21 @@ class PairLearner:
         step: int,
         number: int,
         pairs: Sequence[Pair],
-        made: Sequence[TrainingSequence],
+        sequences: Sequence[TrainingSequence],
         references: Mapping[TurnKey, float],
     ) -> tuple[dict[str, UpdateResult], MarginGradient[Key]]:
         """One optimizer update of every policy and component from these pairs: score, push,
         learn."""
         episodes = {episode.id: episode for pair in pairs for episode in pair.episodes}
-        mine = [sample for sample in made if sample.episode in episodes]
+        mine = [sample for sample in sequences if sample.episode in episodes]
         votes = self.votes(
             episodes, mine, references, draw := self.learner.config.seed + 1000 * step + number
         )
         pushed = margin_gradient(pairs, votes, self.config)
         self.push_components(episodes, pushed, draw)
         weights = {key: weight for key, weight in pushed.weights.items() if len(key) == 3}
-        found, _ = samples(episodes.values(), weights, self.learner.policy_of, ratios=False)
-        done = self.learner.learn(step, found, self.loss)
+        weighted, _ = samples(episodes.values(), weights, self.learner.policy_of, ratios=False)
+        done = self.learner.learn(step, weighted, self.loss)
         for result in done.values():
             result.stats["loss"] = pushed.loss
         return done, pushed
@@ -157,7 +157,7 @@ class PairLearner:
     def votes(
         self,
         episodes: Mapping[str, Episode],
-        made: Sequence[TrainingSequence],
+        sequences: Sequence[TrainingSequence],
         references: Mapping[TurnKey, float],
         draw: int,
     ) -> dict[Key, RunLogRatio]:
@@ -167,20 +167,20 @@ class PairLearner:
             for e in episodes.values()
             for t in e.turns
         }
-        found: dict[Key, RunLogRatio] = {}
-        for key, now in self.learner.turn_logprobs(made).items():
+        ratios: dict[Key, RunLogRatio] = {}
+        for key, now in self.learner.turn_logprobs(sequences).items():
             agent, tokens = agents[key]
-            found[key] = RunLogRatio(
+            ratios[key] = RunLogRatio(
                 key[0], agent, self.voters[agent], now, references[key], tokens
             )
         for component in self.components:
             for episode in episodes.values():
                 with torch.no_grad():
                     ratio = float(component.log_ratio(episode, draw))
-                found[episode.id, component.name] = RunLogRatio(
+                ratios[episode.id, component.name] = RunLogRatio(
                     episode.id, component.name, component.name, ratio, 0.0
                 )
-        return found
+        return ratios
 
     def push_components(
         self, episodes: Mapping[str, Episode], pushed: MarginGradient[Key], draw: int

@@ -194,12 +194,12 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Score the programs, learn from them; returns metrics."""
         table, without = self.table(episodes)
-        told = {"programs": len(table), **self.told(table), "without_score": dict(without)}
+        row = {"programs": len(table), **self.told(table), "without_score": dict(without)}
         method = {"sft": self.imitate_best, "grpo": self.compare}.get(
             self.args.objective, self.prefer
         )
-        updates, found = method(step, table)
-        return {"policies": self.rows(updates, episodes), "scoreflow": {**told, **found}}
+        updates, numbers = method(step, table)
+        return {"policies": self.rows(updates, episodes), "scoreflow": {**row, **numbers}}
 
     def told(self, table: Sequence[ScoredProgram]) -> dict[str, Any]:
         """What the round's programs are: `score` is the mean over all, invalid ones count 0."""
@@ -229,8 +229,8 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
             preference(*pair, weighting, args.score_power)
             for pair in drawn(pool, args.num_pairs, args.alpha, args.seed + step)
         ]
-        found = self.learner.learn(step, pairs)
-        return found.updates, {"pool": len(pool), **found.told}
+        learnt = self.learner.learn(step, pairs)
+        return learnt.updates, {"pool": len(pool), **learnt.told}
 
     def imitate_best(
         self, step: int, table: Sequence[ScoredProgram]

@@ -22,79 +22,79 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 
+from ....agents.settings import Settings, setting
 from ....agents.types import SettingError
 from ...batching.samples import Denominators
 from .inputs import LossInputs
 from .statistics import Stats, mismatch_stats
 
-LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo"]
-Correction = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "off"]
+LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo")
+CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "off")
 
 
 @dataclass
-class LossConfig:
+class LossConfig(Settings):
     """Settings of the policy-gradient loss; names and defaults are TRL's where not said otherwise.
 
-    Args:
-        loss_type: how terms are summed. `dapo`: over the step's tokens. `grpo`: mean of each turn,
-            mean over turns. `dr_grpo`:
-            over turns x `max_completion_length`. `luspo`: sum over each turn, mean over turns.
-                `cispo`: REINFORCE with a capped
-            constant ratio, over tokens. `bnpo`: as `dapo`, since TRL's local-batch mean would
-                depend on packing.
-        epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high]; epsilon_high
-            None means epsilon. For `cispo` epsilon_high is the cap itself (5.0 is recommended).
-        delta: the ratio is never taken above this (two-sided clipping); None is off.
-        beta: weight of the k3 KL to the reference, which is the base with adapters off.
-            use_bias_correction_kl: times the ratio, which makes its gradient that of the reverse
-            KL.
-        importance_sampling_level: `token`, or `sequence` (GSPO: one ratio per turn, the geometric
-            mean of its tokens').
-        vllm_importance_sampling_mode: see above; TRL's default is `sequence_mask`, which drops most
-            long turns in bfloat16.
-        vllm_importance_sampling_clip_max, _clip_min: its bounds; None is none.
-        max_completion_length: the constant of `dr_grpo`.
-        entropy_coef: weight of the mean token entropy that is subtracted from the loss.
+    loss_type: `dapo` sums over the step's tokens. `grpo`: mean of each turn, mean over turns.
+    `dr_grpo`: over turns x `max_completion_length`. `luspo`: sum over each turn, mean over turns.
+    `cispo`: REINFORCE with a capped constant ratio, over tokens. `bnpo`: as `dapo`, since TRL's
+    local-batch mean would depend on packing.
+
+    vllm_importance_sampling_mode: see the module's docstring; TRL's default is `sequence_mask`,
+    which drops most long turns in bfloat16.
     """
 
-    loss_type: LossType = "dapo"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
-    beta: float = 0.0
-    use_bias_correction_kl: bool = True
-    importance_sampling_level: Literal["token", "sequence"] = "token"
-    vllm_importance_sampling_mode: Correction = "token_truncate"
-    vllm_importance_sampling_clip_max: float | None = 3.0
-    vllm_importance_sampling_clip_min: float | None = None
-    max_completion_length: int = 256
-    entropy_coef: float = 0.0
+    loss_type: str = setting(
+        "how tokens are summed: dapo, grpo, bnpo, dr_grpo, luspo or cispo",
+        "dapo",
+        choices=LOSS_TYPES,
+    )
+    epsilon: float = setting(
+        "the ratio is clipped to 1 - epsilon below, 1 + epsilon_high above", 0.2, at_least=0
+    )
+    epsilon_high: float | None = setting(
+        "null means epsilon; for cispo the cap of the ratio itself (5.0 is recommended)", None
+    )
+    delta: float | None = setting(
+        "the ratio is never taken above this (two-sided clipping); null is off", None
+    )
+    beta: float = setting(
+        "weight of the k3 KL to the reference, the base with adapters off", 0.0, at_least=0
+    )
+    use_bias_correction_kl: bool = setting(
+        "KL times the ratio, which makes its gradient that of the reverse KL", True
+    )
+    importance_sampling_level: str = setting(
+        "token, or sequence (GSPO: one ratio per turn, the geometric mean of its tokens')",
+        "token",
+        choices=("token", "sequence"),
+    )
+    vllm_importance_sampling_mode: str = setting(
+        "correction of engine against trainer: token_truncate, token_mask, sequence_truncate,"
+        " sequence_mask or off",
+        "token_truncate",
+        choices=CORRECTIONS,
+    )
+    vllm_importance_sampling_clip_max: float | None = setting(
+        "upper bound of that correction; null is none", 3.0
+    )
+    vllm_importance_sampling_clip_min: float | None = setting(
+        "lower bound of that correction; null is none", None
+    )
+    max_completion_length: int = setting("the constant of dr_grpo", 256, at_least=1)
+    entropy_coef: float = setting(
+        "weight of the mean token entropy that is subtracted from the loss", 0.0
+    )
 
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("loss_type", self.loss_type, get_args(LossType)),
-            ("importance_sampling_level", self.importance_sampling_level, ("token", "sequence")),
-            (
-                "vllm_importance_sampling_mode",
-                self.vllm_importance_sampling_mode,
-                get_args(Correction),
-            ),
-        ):
-            if value not in known:
-                raise SettingError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    def check(self) -> None:
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise SettingError(
                 "epsilon_high: cispo needs it; it is the cap of the ratio itself (5.0 is"
                 " recommended)"
-            )
-        if self.epsilon < 0 or self.beta < 0 or self.max_completion_length < 1:
-            raise SettingError(
-                "epsilon >= 0, beta >= 0 and max_completion_length >= 1 expected, "
-                f"got {self.epsilon}, {self.beta} and {self.max_completion_length}"
             )
 
 
