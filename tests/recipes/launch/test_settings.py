@@ -256,7 +256,12 @@ def test_mappings_may_be_json(tmp_path: Path) -> None:
             [],
             "loss_type: expected one of grpo, bnpo, dapo, dr_grpo, luspo, cispo, got 'gppo'",
         ),
-        ("credit: grop", [], "credit 'grop': no such rule; did you mean 'grpo'?"),
+        (
+            "credit: grop",
+            [],
+            "credit: expected one of team, agent, turn, grpo, rloo, dr_grpo, at_grpo, dr_mas, rae,"
+            " success, counterfactual, got 'grop'; did you mean 'grpo'?",
+        ),
         ("layout: tree", [], "layout: expected one of auto, shared, packed, padded, got 'tree'"),
         ("lora_r: 0", [], "lora_r: expected at least 1, got 0"),
         ("reward_timeout: 0.0", [], "reward_timeout: expected seconds above 0, got 0.0"),

@@ -226,10 +226,10 @@ def test_every_spelling_of_every_answer() -> None:
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"select": "sucess"}, "select 'sucess': no such rule; did you mean 'success'"),
-        ({"turns": "middle"}, "turns: expected all, first or last"),
-        ({"keep_share": 0.0}, "keep_share: above 0"),
-        ({"max_per_task": -1}, "max_per_task: from 0"),
+        ({"select": "sucess"}, "select: expected one of success, .* did you mean 'success'"),
+        ({"turns": "middle"}, "turns: expected one of all, first, last"),
+        ({"keep_share": 0.0}, "keep_share: expected a number above 0 to 1"),
+        ({"max_per_task": -1}, "max_per_task: expected at least 0"),
         ({"reward_weights": "x"}, "reward_weights: expected a mapping"),
     ],
 )

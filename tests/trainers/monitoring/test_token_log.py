@@ -14,6 +14,7 @@ from marlora.trainers.batching.batches import pack
 from marlora.trainers.batching.samples import Denominators, TrainingSequence
 from marlora.trainers.monitoring.token_log import TokenLog
 from marlora.trainers.testbeds.tiny import tiny_random_model
+from marlora.trainers.update.losses.inputs import LossInputs
 from tests.trainers import small_run
 
 
@@ -42,12 +43,11 @@ def test_a_turn_is_put_down_with_its_advantage_and_ratios(tmp_path: Path) -> Non
     learned = TokenLog()
     seen: list[int] = []
     watched, noted = learned.watch(
-        samples, lambda batch, logp, *rest: (seen.append(batch.num_terms), (logp.sum(), {}))[1]
+        samples, lambda inputs: (seen.append(inputs.logp.numel()), (inputs.logp.sum(), {}))[1]
     )
     for batch in pack([s for s in samples if s.policy == "p"], max_tokens=64, layout="padded"):
-        loss, _ = watched(
-            batch, batch.behaviour + math.log(2), torch.zeros(1), None, Denominators(1, 1)
-        )
+        logp = batch.behaviour + math.log(2)
+        loss, _ = watched(LossInputs.of(batch, logp, torch.zeros(1), Denominators(1, 1)))
     assert sum(seen) == 6 and loss.ndim == 0
     learned.add(samples, noted)
     learned.write(tmp_path / "learned.jsonl", 3)

@@ -383,7 +383,7 @@ def test_what_is_not_finite_is_named(bad):
             "vllm_importance_sampling_mode: expected one of token_truncate",
         ),
         ({"importance_sampling_level": "turn"}, "importance_sampling_level"),
-        ({"beta": -1.0}, "beta >= 0"),
+        ({"beta": -1.0}, "beta: expected a number from 0, got -1.0"),
     ],
 )
 def test_bad_settings(config, message):

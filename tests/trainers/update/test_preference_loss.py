@@ -218,8 +218,8 @@ def test_pairs_count_by_their_weight_and_frozen_parts_nothing() -> None:
             "mode: expected one of joint, independent, sampling, got 'together'",
         ),
         ({"loss_type": "dpo"}, "loss_type: expected one of sigmoid"),
-        ({"beta": 0.0}, "beta > 0"),
-        ({"label_smoothing": 0.5}, "label_smoothing < 0.5"),
+        ({"beta": 0.0}, "beta: expected a number above 0"),
+        ({"label_smoothing": 0.5}, "label_smoothing: expected a number from 0 and below 0.5"),
         ({"label_smoothing": 0.1, "loss_type": "hinge"}, "only sigmoid and robust have it"),
     ],
 )

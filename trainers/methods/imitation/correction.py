@@ -98,11 +98,10 @@ class CorrectionConfig(Settings):
         return from_json(AgentSpec, given, "feedback_agent")
 
     def conversation(self, agent: AgentSpec) -> SelfCorrection:
-        """The conversation that mends a turn of this agent."""
+        """The conversation that corrects a turn of this agent."""
         if agent.name == self.critic.name:
             raise SettingError(
-                f"feedback_agent.name: {agent.name!r} is an agent of the team; give it another"
-                " name"
+                f"feedback_agent.name: {agent.name!r} is an agent of the team; give it another name"
             )
         return SelfCorrection([self.critic, agent], self.feedback, self.regenerate, self.rephrase)
 
@@ -121,12 +120,12 @@ class CorrectionConfig(Settings):
 
 @dataclass(frozen=True)
 class Corrector:
-    """Mends episodes, one per call.
+    """Corrects failed episodes, one per call.
 
     Args:
         player: plays the team as it played the episodes.
         repair, selection: the settings; success is `selection`'s.
-        learning: agents whose turns may be mended.
+        learning: agents whose turns may be corrected.
         write: (turn, text) -> the text as an answer to the turn's prompt, tokens included.
         openings: see `selection.select`.
     """
@@ -139,20 +138,20 @@ class Corrector:
     openings: Mapping[str, str]
 
     async def __call__(self, episode: Episode) -> list[Episode]:
-        """All that was played to mend it: conversations, and replays with a written turn. The last
-        one is the success, if there is one."""
-        made: list[Episode] = []
+        """All that was played to correct it: conversations, and replays with a written turn. The
+        last one is the success, if there is one."""
+        played: list[Episode] = []
         for turn, corrected in targets(
             episode, self.selection, self.repair.repair_agents or self.learning
         ):
-            if await self._mend(episode, turn, corrected, made):
+            if await self._correct(episode, turn, corrected, played):
                 break
-        return made
+        return played
 
-    async def _mend(
-        self, episode: Episode, turn: Turn, corrected: Turn | None, made: list[Episode]
+    async def _correct(
+        self, episode: Episode, turn: Turn, corrected: Turn | None, played: list[Episode]
     ) -> bool:
-        """Try to mend one turn; whether a replay succeeded. `corrected`: the agent's own later
+        """Try to correct one turn; whether a replay succeeded. `corrected`: the agent's own later
         success, which is only rephrased."""
         tried, place = {turn.text.strip()}, f"{episode.id}/{CORRECTION}/{turn.agent}-{turn.index}"
         task = correction_task(
@@ -175,16 +174,16 @@ class Corrector:
                 given = talk.turns[:1] if system.feedback else ()
                 why = talk.error or self._refused(episode, turn, talk.output or "", tried)
                 note = {"agent": turn.agent, "turn": turn.index, "refused": why}
-                made.append(dataclasses.replace(talk, values={**talk.values, "repair": note}))
+                played.append(dataclasses.replace(talk, values={**talk.values, "repair": note}))
                 if why:
                     continue
                 tried.add(talk.output or "")
-                made.append(
+                played.append(
                     await self._replay(
                         episode, turn, talk.output or "", f"{place}/play-{number}", attempt
                     )
                 )
-                if is_corrected(made[-1], self.selection):
+                if is_corrected(played[-1], self.selection):
                     return True
         return False
 
@@ -231,7 +230,7 @@ def broken(
     selection: SelectionConfig,
     learning: Sequence[str],
 ) -> list[Episode]:
-    """The episodes to mend: failed ones as `repair` says, and successes in which an agent has
+    """The episodes to correct: failed ones as `repair` says, and successes in which an agent has
     corrected itself on the way."""
     if repair.repair == "none":
         return []
@@ -251,7 +250,7 @@ def broken(
 def targets(
     episode: Episode, selection: SelectionConfig, agents: Sequence[str]
 ) -> Iterator[tuple[Turn, Turn | None]]:
-    """Turns to mend, agent by agent: its first turn without success. In an episode that succeeded
+    """Turns to correct, agent by agent: its first turn without success. In an episode that succeeded
     only an agent's turn that it has corrected itself, with the later turn that has success."""
     team, gold = _team(episode, selection), saw_answer(episode)
     for agent in agents:
@@ -301,8 +300,8 @@ def answering(episode: Episode) -> set[str]:
 
 
 def tally(episodes: Sequence[Episode], selection: SelectionConfig) -> dict[str, Any]:
-    """What mending did, for metrics: conversations, refused texts by reason, replays, and episodes
-    that were mended, by agent."""
+    """What correction did, for metrics: conversations, refused texts by reason, replays, and
+    episodes that were corrected, by agent."""
     talks = [e.values["repair"] for e in episodes if "repair" in e.values]
     plays = [e for e in episodes if "repair" not in e.values]
     who = Counter(

@@ -50,13 +50,13 @@ class PairLearnerConfig(MarginConfig):
 
 
 @dataclass(frozen=True)
-class Learnt:
-    """What a step's pairs did. `updates`: per policy, all updates joined. `told`: the losses and
+class PairUpdates:
+    """What a step's pairs did. `updates`: per policy, all updates joined. `metrics`: the losses and
     margins before each update, in the mean. `dropped`: turns that cannot be scored, by (agent,
     reason)."""
 
     updates: dict[str, UpdateResult]
-    told: dict[str, Any]
+    metrics: dict[str, Any]
     dropped: Counter[tuple[str, str]]
 
 
@@ -76,7 +76,7 @@ class PairLearner:
             TurnKey, float
         ] = {}  # of stored episodes, for good: they do not change
 
-    def learn(self, step: int, pairs: Sequence[Pair]) -> Learnt:
+    def learn(self, step: int, pairs: Sequence[Pair]) -> PairUpdates:
         """Go through the pairs, `num_train_epochs` times in minibatches. Without a pair nothing
         moves, and people are told."""
         sequences, dropped = self.samples_of(pairs)
@@ -97,9 +97,9 @@ class PairLearner:
             self.learner.log.warn(
                 f"step {step}: no two episodes of a task differ in score; nothing to learn from"
             )
-        return Learnt(
+        return PairUpdates(
             merge_results(done),
-            {"pairs": len(pairs), "updates": len(done), **_told(pushes)},
+            {"pairs": len(pairs), "updates": len(done), **_means(pushes)},
             dropped,
         )
 
@@ -197,7 +197,7 @@ class PairLearner:
         return weighted_nll(inputs.logp, inputs.advantage, 1.0)
 
 
-def _told(pushes: Sequence[MarginGradient[Key]]) -> dict[str, Any]:
+def _means(pushes: Sequence[MarginGradient[Key]]) -> dict[str, Any]:
     """Means over updates of what the pairs said before each."""
     if not pushes:
         return {}

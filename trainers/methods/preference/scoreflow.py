@@ -194,14 +194,14 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Score the programs, learn from them; returns metrics."""
         table, without = self.table(episodes)
-        row = {"programs": len(table), **self.told(table), "without_score": dict(without)}
+        row = {"programs": len(table), **self.describe(table), "without_score": dict(without)}
         method = {"sft": self.imitate_best, "grpo": self.compare}.get(
             self.args.objective, self.prefer
         )
         updates, numbers = method(step, table)
         return {"policies": self.rows(updates, episodes), "scoreflow": {**row, **numbers}}
 
-    def told(self, table: Sequence[ScoredProgram]) -> dict[str, Any]:
+    def describe(self, table: Sequence[ScoredProgram]) -> dict[str, Any]:
         """What the round's programs are: `score` is the mean over all, invalid ones count 0."""
         valid = [row for row in table if not row.fault]
         best: dict[str, float] = {}
@@ -230,7 +230,7 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
             for pair in drawn(pool, args.num_pairs, args.alpha, args.seed + step)
         ]
         learnt = self.learner.learn(step, pairs)
-        return learnt.updates, {"pool": len(pool), **learnt.told}
+        return learnt.updates, {"pool": len(pool), **learnt.metrics}
 
     def imitate_best(
         self, step: int, table: Sequence[ScoredProgram]

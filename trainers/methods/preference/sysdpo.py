@@ -120,12 +120,12 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
             if self.args.mode == "sampling"
             else pairs
         )
-        found = self.learner.learn(step, drafted)
-        told = {**found.told, "without_drafts": len(pairs) - len(drafted)}
+        learnt = self.learner.learn(step, drafted)
+        metrics = {**learnt.metrics, "without_drafts": len(pairs) - len(drafted)}
         return {
-            "policies": self.rows(found.updates, episodes),
-            "dropped": _counted(found.dropped),
-            "preference": told,
+            "policies": self.rows(learnt.updates, episodes),
+            "dropped": _counted(learnt.dropped),
+            "preference": metrics,
         }
 
     def learn_with_trl(

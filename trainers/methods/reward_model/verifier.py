@@ -253,20 +253,20 @@ class VerifierTrainer(Trainer[VerifierConfig]):
         head, samples = self.base.heads[NAME], self._readings(held_out)
         ends = torch.tensor([sample.num_trained for sample in samples]).cumsum(0) - 1
         scores = head.read(samples, run.ranks)[ends].sigmoid().tolist()
-        found = calibration(
+        measured = calibration(
             [
                 ScoredAnswer(a.task, score, a.right)
                 for a, score in zip(held_out, scores, strict=True)
             ]
         )
-        run.ranks.on_main(lambda: self._save(found))
+        run.ranks.on_main(lambda: self._save(measured))
         return {
             NAME: {
                 "folder": str(self.args.folder / NAME),
                 "sha256": head.sha256(),
-                "calibration": found,
+                "calibration": measured,
             },
-            **stored(calibration_section(found)),
+            **stored(calibration_section(measured)),
         }
 
     def _readings(self, answers: Sequence[Answer]) -> list[TrainingSequence]:
@@ -275,7 +275,7 @@ class VerifierTrainer(Trainer[VerifierConfig]):
             for number, a in enumerate(answers)
         ]
 
-    def _save(self, found: Mapping[str, Any]) -> None:
+    def _save(self, measured: Mapping[str, Any]) -> None:
         base = self.base
         head = base.heads[NAME]
         card = {
@@ -287,7 +287,7 @@ class VerifierTrainer(Trainer[VerifierConfig]):
             "dtype": self.args.dtype,
             "instruction": self.args.instruction,
             "sha256": head.sha256(),
-            "calibration": found,
+            "calibration": measured,
         }
 
         def write(folder: Path) -> None:

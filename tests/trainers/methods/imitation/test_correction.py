@@ -289,8 +289,8 @@ def test_an_actor_that_corrected_itself_learns_to_say_so_at_once() -> None:
 
 def test_settings_are_checked() -> None:
     for settings, problem in [
-        ({"repair": "some"}, "repair: expected unsolved, all or none"),
-        ({"max_feedback": 0}, "max_feedback and max_regenerations: at least 1"),
+        ({"repair": "some"}, "repair: expected one of unsolved, all, none"),
+        ({"max_feedback": 0}, "max_feedback: expected at least 1"),
         ({"feedback_agent": "x"}, "feedback_agent: expected a mapping"),
         (
             {"feedback_agent": {"rol": "x"}},

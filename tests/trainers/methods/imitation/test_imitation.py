@@ -27,6 +27,7 @@ from marlora.trainers.methods.imitation.imitation import (
 )
 from marlora.trainers.methods.imitation.sft import SFTConfig, SFTTrainer
 from marlora.trainers.testbeds.tiny import tiny_chain
+from marlora.trainers.update.losses.inputs import LossInputs
 from tests.trainers.small_run import bytes_mod_7
 
 torch.set_num_threads(1)
@@ -77,7 +78,7 @@ def test_the_loss_is_the_mean_over_the_agents_own_tokens() -> None:
     logp = torch.tensor([0.5, 0.25, 0.8], dtype=torch.float64).log()
     assert batches["one"].num_terms == 3 and batches["one"].target.tolist() == [5, 6, 1]
     counts = denominators(samples([one], {("e", 0, 0): 1.0}, POLICY, ratios=False)[0])["one"]
-    loss, stats = nll_loss(batches["one"], logp, logp, None, counts)
+    loss, stats = nll_loss(LossInputs.of(batches["one"], logp, logp, counts))
     assert loss.item() == pytest.approx(0.767528, abs=1e-6) and float(stats["tokens"]) == 3
 
 
@@ -147,7 +148,7 @@ def fit(batch: Batch, total: float) -> tuple[dict[int, float], float, float]:
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
         logp = table.log_softmax(-1)[context, choice]
-        loss, _ = nll_loss(batch, logp, logp, None, counts)
+        loss, _ = nll_loss(LossInputs.of(batch, logp, logp, counts))
         loss.backward()
         return loss
 
@@ -352,9 +353,9 @@ def test_trl_makes_the_same_update(tmp_path: Path, model: Path) -> None:
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(SettingError, match="num_train_epochs: expected at least 1"):
         ImitationConfig(num_train_epochs=0)
-    with pytest.raises(SettingError, match="trainer: expected marlora or trl"):
+    with pytest.raises(SettingError, match="trainer: expected one of marlora, trl"):
         SFTConfig(trainer="other")
-    with pytest.raises(SettingError, match="start_from: expected last or base"):
+    with pytest.raises(SettingError, match="start_from: expected one of last, base"):
         IterationConfig(start_from="middle")
     with pytest.raises(SettingError, match="max_steps: an iteration is a step"):
         IterationConfig(max_iterations=2, max_steps=5)

@@ -34,6 +34,7 @@ from marlora.trainers.methods.imitation.multiagent_finetuning import (
     mixture,
     transcripts,
 )
+from marlora.trainers.update.losses.inputs import LossInputs
 from tests.repository import ROOT
 
 torch.set_num_threads(1)
@@ -210,9 +211,8 @@ def test_a_critics_loss_on_the_last_answer_or_on_all(loss: str, nll: float) -> N
     (batch,) = pack(made, max_tokens=100, layout="padded")
     chances = (0.5, 0.4, 0.7, 0.8, 0.9) if loss == "all" else (0.7, 0.8, 0.9)
     logp = torch.tensor(chances, dtype=torch.float64).log()
-    assert nll_loss(batch, logp, logp, None, denominators(made)["c1"])[0].item() == pytest.approx(
-        nll, abs=1e-6
-    )
+    inputs = LossInputs.of(batch, logp, logp, denominators(made)["c1"])
+    assert nll_loss(inputs)[0].item() == pytest.approx(nll, abs=1e-6)
 
 
 def test_standard_errors_of_the_paper() -> None:
@@ -230,7 +230,7 @@ def test_standard_errors_of_the_paper() -> None:
     ("settings", "problem"),
     [
         ({"correction_share": 1.5}, "correction_share: expected a number from 0 to 1"),
-        ({"critic_loss": "first"}, "critic_loss: expected last or all"),
+        ({"critic_loss": "first"}, "critic_loss: expected one of last, all"),
         ({"num_eval_samples": 0}, "num_eval_samples: expected at least 1"),
         (
             {"embedder": "nowhere:at_all", "system": Debate(["a", "b"])},

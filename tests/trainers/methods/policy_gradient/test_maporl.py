@@ -132,7 +132,7 @@ def test_rounds_take_turns():
         ({"share": "none"}, "share: expected one of all"),
         ({"shaping": "paper"}, "shaping: expected one of none, paper_sign"),
         ({"shaping_weights": [1.0]}, "shaping_weights: expected four"),
-        ({"influence_discount": 2.0}, "influence_discount: 0 to 1"),
+        ({"influence_discount": 2.0}, "influence_discount: expected a number from 0 to 1"),
         ({"across_turns": True}, "credit, across_turns: MAPoRL has a reward"),
         ({"block_steps": -1}, "block_steps: expected at least 0"),
     ],

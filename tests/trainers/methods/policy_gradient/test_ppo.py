@@ -441,15 +441,12 @@ def test_a_turn_without_reward_is_not_learnt_from_and_one_with_reward_0_is(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (
-            {"credit": "grpo"},
-            "credit: ppo has a critic for a baseline; expected one of agent, team, turn",
-        ),
+        ({"credit": "grpo"}, "credit: expected one of agent, team, turn, got 'grpo'"),
         ({"num_iterations": 2}, "repeats its updates by num_ppo_epochs"),
         ({"num_ppo_epochs": 0}, "num_ppo_epochs"),
         ({"target_kl": -1.0}, "target_kl"),
         ({"lam": 1.5}, "lam: expected a number from 0 to 1"),
-        ({"value_heads": "agent"}, "value_heads: expected policy or turn"),
+        ({"value_heads": "agent"}, "value_heads: expected one of policy, turn"),
         ({"cliprange_value": 0.0}, "cliprange_value"),
         ({"value_turns": 0}, "value_turns"),
     ],

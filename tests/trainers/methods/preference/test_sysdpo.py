@@ -393,19 +393,19 @@ def test_a_denoiser_learns_in_the_same_sum(tmp_path: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reference": "base"}, "reference: expected start or step, got 'base'"),
-        ({"train_batch_size": -1}, "train_batch_size >= 0"),
+        ({"reference": "base"}, "reference: expected one of start, step, got 'base'"),
+        ({"train_batch_size": -1}, "train_batch_size: expected at least 0"),
         ({"num_iterations": 2}, "set num_train_epochs instead"),
         ({"num_generations": 1}, "a pair needs two episodes"),
         ({"mode": "sampling", "num_train_epochs": 2}, "drafts are drawn anew for every update"),
-        ({"num_drafts": 0}, "num_drafts >= 1"),
+        ({"num_drafts": 0}, "num_drafts: expected at least 1"),
         ({"trainer": "trl"}, "mode independent expected, got 'joint'"),
         (
             {"trainer": "trl", "mode": "independent", "max_steps": 2},
             "set reference step, or max_steps 1",
         ),
         ({"trainer": "trl", "mode": "independent", "loss_type": "ipo"}, "set length_normalised so"),
-        ({"trainer": "trainer"}, "trainer: expected marlora or trl"),
+        ({"trainer": "trainer"}, "trainer: expected one of marlora, trl"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_once(
