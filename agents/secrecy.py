@@ -35,7 +35,7 @@ def not_shown(value: Any) -> str:
     return f"got {size} (not shown, because it may be a key)"
 
 
-def told_value(setting: str, value: Any) -> str:
+def shown_value(setting: str, value: Any) -> str:
     """What an error says of the wrong value of a setting: the value, unless it may hold a key."""
     return not_shown(value) if setting.partition(".")[0] in MAY_HOLD_KEYS else f"got {value!r}"
 

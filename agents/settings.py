@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
 
-from .secrecy import told_value
+from .secrecy import shown_value
 from .types import SettingError, closest
 
 KINDS: dict[str, tuple[type, ...]] = {
@@ -124,12 +124,18 @@ class Settings:
     def __post_init__(self) -> None:
         for each in _defined(type(self), "prepare"):
             each(self)
-        for name, (hint, bounds) in _checked_fields(type(self)).items():
-            value = getattr(self, name)
-            check_type(name, hint, value)
-            check_bounds(name, hint, bounds, value)
+        check_fields(self)
         for each in _defined(type(self), "check"):
             each(self)
+
+
+def check_fields(settings: Any) -> None:
+    """Check the value of every `setting` field of a dataclass. Raises `SettingError` naming the
+    first that is wrong."""
+    for name, (hint, bounds) in _checked_fields(type(settings)).items():
+        value = getattr(settings, name)
+        check_type(name, hint, value)
+        check_bounds(name, hint, bounds, value)
 
 
 @functools.cache
@@ -163,7 +169,7 @@ def check_type(name: str, hint: Any, value: Any) -> None:
         return
     wrong = not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind)
     if wrong or (kind == (list,) and not all(isinstance(item, str) for item in value)):
-        raise SettingError(f"{name}: expected {name_of_hint}, {told_value(name, value)}")
+        raise SettingError(f"{name}: expected {name_of_hint}, {shown_value(name, value)}")
 
 
 def check_bounds(name: str, hint: Any, bounds: Bounds, value: Any) -> None:
@@ -176,11 +182,11 @@ def check_bounds(name: str, hint: Any, bounds: Bounds, value: Any) -> None:
                 hint = f"; did you mean {close!r}?" if close else ""
                 raise SettingError(
                     f"{name}: expected one of {', '.join(bounds.choices)},"
-                    f" {told_value(name, item)}{hint}"
+                    f" {shown_value(name, item)}{hint}"
                 )
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not bounds.allow(value):
         whole = float not in (hint, *get_args(hint))
-        raise SettingError(f"{name}: expected {bounds.expected(whole)}, {told_value(name, value)}")
+        raise SettingError(f"{name}: expected {bounds.expected(whole)}, {shown_value(name, value)}")
 
 
 def parsed_mapping(name: str, value: Any) -> dict[str, Any]:
@@ -191,7 +197,7 @@ def parsed_mapping(name: str, value: Any) -> dict[str, Any]:
         except ValueError as error:
             raise SettingError(
                 f"{name}: expected a mapping (YAML, JSON or --{name}.KEY),"
-                f" {told_value(name, value)}"
+                f" {shown_value(name, value)}"
             ) from error
     return mapping(name, value)
 
@@ -199,5 +205,5 @@ def parsed_mapping(name: str, value: Any) -> dict[str, Any]:
 def mapping(name: str, value: Any) -> dict[str, Any]:
     """A copy of a mapping that may be left empty in YAML."""
     if value is not None and not isinstance(value, Mapping):
-        raise SettingError(f"{name}: expected a mapping, {told_value(name, value)}")
+        raise SettingError(f"{name}: expected a mapping, {shown_value(name, value)}")
     return dict(value or {})

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .lookup import Untrusted, object_named
+from .settings import check_fields
 from .team import Team
 from .types import AgentSpec, Sampling, SettingError, Task, from_json, nearest, to_json
 
@@ -24,7 +25,8 @@ class System:
     team) -> output`.
 
     `agents` takes names, `AgentSpec`s or mappings of their fields. Settings are JSON values, so a
-    checkpoint can hold class and arguments.
+    checkpoint can hold class and arguments. Bounds may stand at a field: `rounds: int =
+    setting("answers of each agent", 2, at_least=1)`.
     """
 
     agents: Sequence[str | AgentSpec] = ()
@@ -46,6 +48,7 @@ class System:
                     f"agents: two agents are named {name!r}; names are unique, only policies may be"
                     " shared"
                 )
+        check_fields(self)
 
     @property
     def specs(self) -> tuple[AgentSpec, ...]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..chat import Agent
+from ..settings import setting
 from ..system import System
 from ..team import Team
 from ..text.templates import fields_in, render
@@ -71,8 +72,8 @@ class Game(System):
     told what both know and its own part of it, never the other's.
     """
 
-    max_moves: int = 8
-    refusals: int = 1
+    max_moves: int = setting("moves of both together", 8, at_least=1)
+    refusals: int = setting("illegal moves that a player may correct in one move", 1, at_least=0)
     views: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,11 +82,6 @@ class Game(System):
         if len(names) != 2:
             raise SettingError(
                 f"{name}: two agents expected, in the order in which they move, got {len(names)}"
-            )
-        if self.max_moves < 1 or self.refusals < 0:
-            raise SettingError(
-                f"{name}: max_moves >= 1 and refusals >= 0 expected, got {self.max_moves} and"
-                f" {self.refusals}"
             )
         for key, template in self.views.items():
             if key not in names:
@@ -171,20 +167,18 @@ class Game(System):
         record: dict[str, Any],
     ) -> tuple[Move | None, Turn]:
         """The player's next legal move, None if it makes none, and the turn that holds it."""
-        said, reads = (
-            self.told(player.name, seat, number, standing, last, task),
-            [last] if last is not None else [],
-        )
+        text = self.prompt_for(player.name, seat, number, standing, last, task)
+        reads = [last] if last is not None else []
         for _ in range(self.refusals + 1):
-            turn = await player.reply(said, reads=reads)
+            turn = await player.reply(text, reads=reads)
             try:
                 return self.read(turn.text, seat, standing, task), turn
             except Illegal as error:
                 record["refused"][player.name] += 1
-                said, reads = f"The referee refuses this: {error}. Move again.", []
+                text, reads = f"The referee refuses this: {error}. Move again.", []
         return None, turn
 
-    def told(
+    def prompt_for(
         self,
         name: str,
         seat: int,
@@ -193,8 +187,8 @@ class Game(System):
         last: Turn | None,
         task: Task,
     ) -> str:
-        """What the player is told before move `number`, counted from 0; the referee shows `last`,
-        the other's turn, in part."""
+        """The player's prompt before move `number`, counted from 0. Of `last`, the other's turn, it
+        quotes the move and the message."""
         offer = "-" if standing is None else self.spell(standing, task)
         message = message_of(last.text) if last is not None else ""
         if name in self.views:
@@ -209,13 +203,13 @@ class Game(System):
             return render(self.views[name], fields, setting=f"views.{name}", context=context)
         how = render(HOW, {"terms": self.form, "moves": self.max_moves}, setting="how")
         opening = [task.prompt, self.brief(task, seat), how] if number < 2 else []
-        said = [f"The other player says: {message}"] if message else []
+        words = [f"The other player says: {message}"] if message else []
         table = [f"The other player's offer: {offer}"] if standing is not None else []
         left = self.max_moves - number
         return "\n\n".join(
             [
                 *opening,
-                *said,
+                *words,
                 *table,
                 f"Your move; {left} {'move is' if left == 1 else 'moves are'} left.",
             ]
@@ -224,11 +218,11 @@ class Game(System):
     def read(self, text: str, seat: int, standing: Offer | None, task: Task) -> Move:
         """The move in a reply: on its last line `Move: ...`, or all of it if it is one line. Raises
         `Illegal`."""
-        found = _MOVE.findall(text)
+        moves = _MOVE.findall(text)
         lines = [line for line in text.splitlines() if line.strip()]
-        if not found and len(lines) != 1:
+        if not moves and len(lines) != 1:
             raise Illegal("it has no line `Move: ...`")
-        spelt = (found[-1] if found else lines[0]).strip(" \t`*\"'.!")
+        spelt = (moves[-1] if moves else lines[0]).strip(" \t`*\"'.!")
         word = spelt.casefold()
         if word == "accept" and standing is None:
             raise Illegal("there is no offer on the table to accept")
@@ -242,8 +236,8 @@ class Game(System):
 
 def message_of(text: str) -> str:
     """What a reply says to the other player; "" if it says nothing."""
-    found = _MESSAGE.findall(text)
-    return found[-1].strip() if found else ""
+    messages = _MESSAGE.findall(text)
+    return messages[-1].strip() if messages else ""
 
 
 def number(text: str, most: int) -> int:

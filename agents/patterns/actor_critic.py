@@ -10,8 +10,10 @@ import re
 from dataclasses import dataclass
 
 from ..lookup import trusted
+from ..settings import setting
 from ..system import System
 from ..team import Team
+from ..text.templates import render
 from ..types import SettingError, Task
 
 _VERDICT = re.compile(r"\bverdict\b[\s:*_`\"'-]*(right|wrong)\b", re.IGNORECASE)
@@ -33,9 +35,8 @@ def verdict(text: str) -> bool | None:
     The last "Verdict: right" or "Verdict: wrong" counts; a text that is nothing but one of the two
     words does too.
     """
-    found = [word.lower() for word in _VERDICT.findall(text)]
-    bare = text.strip().strip("*_`\"'.!").lower()
-    word = found[-1] if found else bare
+    verdicts = [word.lower() for word in _VERDICT.findall(text)]
+    word = verdicts[-1] if verdicts else text.strip().strip("*_`\"'.!").lower()
     return {"right": True, "wrong": False}.get(word)
 
 
@@ -51,7 +52,7 @@ class ActorCritic(System):
     actor's last text.
     """
 
-    max_rounds: int = 2
+    max_rounds: int = setting("verdicts, each with feedback and a new answer", 2, at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,18 +61,21 @@ class ActorCritic(System):
                 "ActorCritic: two or three agents expected (actor, judge, critic), got"
                 f" {len(self.specs)}"
             )
-        if self.max_rounds < 1:
-            raise SettingError(f"ActorCritic: max_rounds >= 1 expected, got {self.max_rounds}")
 
     async def run(self, task: Task, team: Team) -> str:
         actor, judge, *critics = team
         answer = await actor.reply(task.prompt)
         for _ in range(self.max_rounds):
-            shown = {"prompt": task.prompt, "answer": answer.text}
-            feedback = await judge.fresh().reply(JUDGE.format_map(shown), reads=[answer])
+            fields = {"prompt": task.prompt, "answer": answer.text}
+            feedback = await judge.fresh().reply(
+                render(JUDGE, fields, setting="judge"), reads=[answer]
+            )
             if verdict(feedback.text) is not False:
                 break
             for critic in critics:
-                feedback = await critic.fresh().reply(CRITIC.format_map(shown), reads=[answer])
-            answer = await actor.reply(RETRY.format(feedback=feedback.text), reads=[feedback])
+                feedback = await critic.fresh().reply(
+                    render(CRITIC, fields, setting="critic"), reads=[answer]
+                )
+            retry = render(RETRY, {"feedback": feedback.text}, setting="retry")
+            answer = await actor.reply(retry, reads=[feedback])
         return answer.text

@@ -27,12 +27,13 @@ from dataclasses import dataclass, replace
 from ..chat import Agent
 from ..concurrency import gather
 from ..lookup import trusted
+from ..settings import setting
 from ..system import System
 from ..team import Team
 from ..text.answers import extract, majority, normalise
 from ..text.templates import render
 from ..tools.verifiers import WORDS, Verifier, check_verifier, in_words, resolve_verifier, verify
-from ..types import BASE, AgentSpec, SettingError, Task, Turn, nearest
+from ..types import BASE, AgentSpec, SettingError, Task, Turn
 
 SEPARATIONS = ("single", "collaboration", "turn")
 REVISE = (
@@ -76,8 +77,10 @@ class Collaboration(System):
             ends. Above 1 it never does.
     """
 
-    rounds: int = 2
-    separation: str = "single"
+    rounds: int = setting("answers of each member, the first one alone", 2, at_least=1)
+    separation: str = setting(
+        "which rounds have an agent of their own", "single", choices=SEPARATIONS
+    )
     verifier: str = ""
     words: Sequence[str] = WORDS
     ask: str = "{prompt}"
@@ -91,13 +94,6 @@ class Collaboration(System):
         super().__post_init__()
         if self.verifier:
             check_verifier(self.verifier)
-        if self.rounds < 1:
-            raise SettingError(f"rounds: expected at least 1, got {self.rounds}")
-        if self.separation not in SEPARATIONS:
-            raise SettingError(
-                f"separation {self.separation!r}: no such mode;"
-                f" {nearest(self.separation, SEPARATIONS)}"
-            )
         if len(self.words) != 4 or not all(isinstance(word, str) for word in self.words):
             raise SettingError(
                 "words: expected four texts, from a low score's to a high one's, got"
@@ -168,20 +164,23 @@ class Collaboration(System):
         for number in range(self.rounds):
             for member in self.members:
                 chats[member] = self._sit(team, member, number, chats.get(member))
-            told = {member: self._tell(task, member, drafts, scores) for member in self.members}
+            prompts = {
+                member: self._prompt(task, member, drafts, scores) for member in self.members
+            }
             others = {
                 member: [turn for name, turn in drafts.items() if name != member]
                 for member in self.members
             }
-            said = await gather(
-                chats[member].reply(told[member], reads=others[member]) for member in self.members
+            turns = await gather(
+                chats[member].reply(prompts[member], reads=others[member])
+                for member in self.members
             )
-            drafts = dict(zip(self.members, said, strict=True))
+            drafts = dict(zip(self.members, turns, strict=True))
             if number + 1 == self.rounds:
                 break
             if self._verifier is not None:
-                found = await gather(verify(self._verifier, task, turn.text) for turn in said)
-                scores = dict(zip(self.members, found, strict=True))
+                values = await gather(verify(self._verifier, task, turn.text) for turn in turns)
+                scores = dict(zip(self.members, values, strict=True))
             if self._agreed(drafts, scores):
                 break
         return majority(drafts.values(), team.rng)
@@ -190,7 +189,7 @@ class Collaboration(System):
         seat = team[self.seat(member, number)]
         return seat if chat is None else chat if chat.name == seat.name else seat.take_over(chat)
 
-    def _tell(
+    def _prompt(
         self, task: Task, member: str, drafts: Mapping[str, Turn], scores: Mapping[str, float]
     ) -> str:
         if not drafts:
@@ -204,7 +203,7 @@ class Collaboration(System):
         fields = {
             "prompt": task.prompt,
             "others": "\n\n".join(quotes),
-            "verdict": self._say(scores.get(member)),
+            "verdict": self._in_words(scores.get(member)),
         }
         return render(template, fields, setting="revise")
 
@@ -214,11 +213,11 @@ class Collaboration(System):
             "member": member,
             "text": turn.text,
             "answer": answer,
-            "verdict": self._say(score),
+            "verdict": self._in_words(score),
         }
         return render(self.quote, fields, setting="quote")
 
-    def _say(self, score: float | None) -> str:
+    def _in_words(self, score: float | None) -> str:
         if score is None:
             return ""
         fields = {"score": f"{score:.2f}", "words": in_words(score, self.words)}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from ..chat import Agent
 from ..concurrency import gather
 from ..lookup import trusted
+from ..settings import setting
 from ..system import System
 from ..team import Team
 from ..text.answers import majority
@@ -48,7 +49,7 @@ class Debate(System):
             `prompt`.
     """
 
-    rounds: int = 2
+    rounds: int = setting("answers of each seat; 1 is only a vote", 2, at_least=1)
     critics: bool = False
     summariser: str = ""
     revise: str = REVISE
@@ -61,17 +62,14 @@ class Debate(System):
                 f"Debate: summariser {self.summariser!r} is no agent;"
                 f" {nearest(self.summariser, names)}"
             )
-        speakers = len(names) - bool(self.summariser)
-        if self.critics and (speakers % 2 or self.rounds < 2):
+        seated = len(names) - bool(self.summariser)
+        if self.critics and (seated % 2 or self.rounds < 2):
             raise SettingError(
                 "Debate: with critics as many generators as critics and rounds >= 2 expected, got"
-                f" {speakers} agents and rounds={self.rounds}"
+                f" {seated} agents and rounds={self.rounds}"
             )
-        if len(self.seats) < 2 or self.rounds < 1:
-            raise SettingError(
-                f"Debate: at least two agents and rounds >= 1 expected, got {len(self.seats)} and"
-                f" rounds={self.rounds}"
-            )
+        if len(self.seats) < 2:
+            raise SettingError(f"Debate: at least two agents expected, got {len(self.seats)}")
         self._revision(Task("", ""), "")  # checks the template
 
     @property
@@ -91,31 +89,28 @@ class Debate(System):
         return {name: first for first, later in self.seats for name in (first, later)}
 
     async def run(self, task: Task, team: Team) -> str:
-        speakers = [team[first] for first, _ in self.seats]
-        drafts = await gather(agent.reply(task.prompt) for agent in speakers)
+        chats = [team[first] for first, _ in self.seats]
+        drafts = await gather(agent.reply(task.prompt) for agent in chats)
         for number in range(self.rounds - 1):
             if self.critics and number == 0:
-                speakers = [
+                chats = [
                     team[critic].take_over(agent)
-                    for agent, (_, critic) in zip(speakers, self.seats, strict=True)
+                    for agent, (_, critic) in zip(chats, self.seats, strict=True)
                 ]
-            heard = [
-                [draft for n, draft in enumerate(drafts) if n != seat]
-                for seat in range(len(speakers))
+            shown = [
+                [draft for n, draft in enumerate(drafts) if n != seat] for seat in range(len(chats))
             ]
-            quoted = [quote(others) for others in heard]
+            quoted = [quote(others) for others in shown]
             if self.summariser:
                 summaries = await gather(
-                    self._summary(team[self.summariser], task, others) for others in heard
+                    self._summary(team[self.summariser], task, others) for others in shown
                 )
-                heard, quoted = (
-                    [[summary] for summary in summaries],
-                    [summary.text for summary in summaries],
-                )
-            told = [self._revision(task, others) for others in quoted]
+                shown = [[summary] for summary in summaries]
+                quoted = [summary.text for summary in summaries]
+            prompts = [self._revision(task, others) for others in quoted]
             drafts = await gather(
                 agent.reply(text, reads=reads)
-                for agent, text, reads in zip(speakers, told, heard, strict=True)
+                for agent, text, reads in zip(chats, prompts, shown, strict=True)
             )
         return majority(drafts, team.rng)
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from ..concurrency import gather
 from ..lookup import trusted
+from ..settings import setting
 from ..system import System
 from ..team import Team
 from ..text.answers import majority
-from ..types import SettingError, Task
+from ..types import Task
 
 
 @trusted("system")
@@ -23,12 +24,7 @@ class Vote(System):
     `answers.majority`.
     """
 
-    samples: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.samples < 1:
-            raise SettingError(f"Vote: samples >= 1 expected, got {self.samples}")
+    samples: int = setting("answers of each agent", 1, at_least=1)
 
     async def run(self, task: Task, team: Team) -> str:
         drafts = await gather(

@@ -18,10 +18,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from ..execution import answered
 from ..lookup import trusted
+from ..settings import setting
 from ..team import Team
 from ..text.answers import same, stands_in
 from ..text.templates import render
@@ -84,27 +84,18 @@ class FlowReasoner(Workflow):
         free_nodes: calls of operators that a program may hold before `complexity` counts.
     """
 
-    rounds: int = 3
-    runs: int = 1
+    rounds: int = setting("programs that the designer writes at most", 3, at_least=1)
+    runs: int = setting("runs of a program on each check", 1, at_least=1)
     stop_early: bool = True
     feedback: str = FEEDBACK
     invalid: str = INVALID
-    parents: Literal["chat", "drawn"] = "chat"
-    num_parents: int = 4
-    worth: Literal["best", "mean"] = "best"
-    free_nodes: int = 5
+    parents: str = setting("where a round goes on from", "chat", choices=("chat", "drawn"))
+    num_parents: int = setting("programs that a parent is drawn from", 4, at_least=1)
+    worth: str = setting("rounds that `performance` counts", "best", choices=("best", "mean"))
+    free_nodes: int = setting("calls of operators without a loss", 5, at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.rounds, self.runs, self.num_parents, self.free_nodes) < 1:
-            raise SettingError(
-                "rounds, runs, num_parents, free_nodes: at least 1 expected, "
-                f"got {self.rounds}, {self.runs}, {self.num_parents}, {self.free_nodes}"
-            )
-        if self.parents not in ("chat", "drawn"):
-            raise SettingError(f"parents: expected chat or drawn, got {self.parents!r}")
-        if self.worth not in ("best", "mean"):
-            raise SettingError(f"worth: expected best or mean, got {self.worth!r}")
         if self.attempts > 1 or self.fallback:
             raise SettingError(
                 "attempts, fallback: rounds do their work; leave them out, and set rounds"

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from ..execution import ExecutionResult, Limits
 from ..lookup import trusted
+from ..settings import setting
 from ..system import System
 from ..team import Team
 from ..text.templates import render
@@ -39,9 +40,11 @@ DESIGN = """Write a Python program that solves the problem below by calling thes
 
 {operators}
 
-`problem` holds the text of the problem, and every function sees it. Do not solve the problem yourself and do not write its numbers \
-into the program: write how it should be solved. Loops, conditions and asyncio.gather are allowed; files, other modules and new functions \
-of a language model are not. The value of the last line, an expression, is the answer. An example, to be improved on:
+`problem` holds the text of the problem, and every function sees it. Do not solve the problem \
+yourself and do not write its numbers into the program: write how it should be solved. Loops, \
+conditions and asyncio.gather are allowed; files, other modules and new functions of a language \
+model are not. The value of the last line, an expression, is the answer. An example, to be \
+improved on:
 
 <graph>
 {template}
@@ -96,15 +99,15 @@ class Workflow(System):
     instruction: str = DESIGN
     template: str = TEMPLATE
     tag: str = "graph"
-    attempts: int = 1
+    attempts: int = setting("programs that the designer may write", 1, at_least=1)
     fallback: str = ""
-    max_similarity: float = 1.0
+    max_similarity: float = setting("likeness to the example", 1.0, above=0, at_most=1)
     banned: Sequence[str] = ()
-    max_nodes: int = 20
-    max_chars: int = 8000
+    max_nodes: int = setting("calls of operators in a program", 20, at_least=1)
+    max_chars: int = setting("characters of a program", 8000, at_least=1)
     dry_run: bool = True
-    max_calls: int = 20
-    max_text: int = 20_000
+    max_calls: int = setting("calls of executors in one run", 20, at_least=1)
+    max_text: int = setting("characters of an argument and of the answer", 20_000, at_least=1)
     seconds: float = 5.0
 
     def __post_init__(self) -> None:
@@ -131,11 +134,6 @@ class Workflow(System):
             )
         for name, operator in self.callable.items():
             _check_prompt(name, operator, self.prompts)
-        if self.attempts < 1 or self.max_calls < 1 or self.max_text < 1:
-            raise SettingError(
-                f"attempts, max_calls, max_text: at least 1 expected, got {self.attempts},"
-                f" {self.max_calls}, {self.max_text}"
-            )
         self.rules = Restrictions(
             tuple(self.callable),
             self.template,

@@ -362,7 +362,7 @@ def test_games_conform(number: int) -> None:
     ("arguments", "problem"),
     [
         ({"agents": ["a"]}, "two agents expected"),
-        ({"agents": ["a", "b"], "max_moves": 0}, "max_moves >= 1"),
+        ({"agents": ["a", "b"], "max_moves": 0}, "max_moves: expected at least 1"),
         ({"agents": ["a", "b"], "views": {"c": ""}}, "views.c: no such player; known: 'a', 'b'"),
         ({"agents": ["a", "b"], "views": {"a": "{"}}, "views.a: unpaired"),
         ({"agents": ["a", "b"], "views": {"a": 3}}, "views.a: expected a template"),

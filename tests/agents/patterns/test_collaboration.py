@@ -148,7 +148,7 @@ def test_a_majority_ends_the_debate():
     ("settings", "match"),
     [
         ({"rounds": 0}, "rounds: expected at least 1"),
-        ({"separation": "turns"}, "separation 'turns'.*did you mean 'turn'"),
+        ({"separation": "turns"}, "separation: expected one of .*'turns'; did you mean 'turn'"),
         ({"words": ["a", "b"]}, "words: expected four"),
         ({"quote": "{txt}"}, r"quote: unknown field \{txt\}"),
         ({"quote": "{member}"}, "quote: expected"),

@@ -46,7 +46,7 @@ def test_the_chain_hands_on_the_sum() -> None:
     task = next(t for t in tiny_tasks() + tiny_tasks("eval") if t.id == "785")
     assert [spec.policy for spec in chain.specs] == ["first", "last"]
     said = Turn(0, "first", text="15")
-    assert chain.told("first", task, []) == ("7+8+5", []) and chain.told("last", task, [said]) == (
+    assert chain.prompt_of("first", task, []) == ("7+8+5", []) and chain.prompt_of("last", task, [said]) == (
         "15+5",
         [said],
     )
