@@ -1,7 +1,8 @@
 """The demo: two agents with a LoRA each learn to add three numbers, on a real model and a real
 vLLM server.
 
-make demo                   (two CPU cores: SmolLM2-135M; a GPU: Qwen2.5-0.5B; times and three seeds in recipes/RESULTS.md)
+make demo                   (two CPU cores: SmolLM2-135M; a GPU: Qwen2.5-0.5B; times and three seeds
+                            in recipes/RESULTS.md)
 python -m marlora.recipes.demo --model PATH-OR-HUB-NAME --output_dir runs/mine
 """
 

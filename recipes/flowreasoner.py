@@ -2,7 +2,8 @@
 trial, then from what its programs earn.
 
 accelerate launch recipes/flowreasoner.py [--config recipes/flowreasoner.yaml] [--field value]
-accelerate launch recipes/flowreasoner.py --config recipes/flowreasoner_humaneval.yaml         (HumanEval on a GPU)
+HumanEval on a GPU:
+accelerate launch recipes/flowreasoner.py --config recipes/flowreasoner_humaneval.yaml
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Train a team by GRPO: play, compare the episodes of a task, update one adapter per agent,
-publish, prove, go on.
+publish, verify, go on.
 
-accelerate launch recipes/grpo_team.py [--config recipes/grpo_team.yaml] [--field value] [--agents.NAME.prompt "..."]
-python -m marlora.recipes.grpo_team --dry_run true          (the plan: policies, devices, memory, first prompt)
+accelerate launch recipes/grpo_team.py [--config recipes/grpo_team.yaml] [--field value] \\
+    [--agents.NAME.prompt "..."]
+python -m marlora.recipes.grpo_team --dry_run true   (plan: policies, devices, memory, first prompt)
 """
 
 from __future__ import annotations

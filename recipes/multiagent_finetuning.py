@@ -1,8 +1,12 @@
 """Multiagent Finetuning: a debate of generators and critics teaches itself; the majority is the
 label, no gold answer is read.
 
-accelerate launch recipes/multiagent_finetuning.py [--config recipes/multiagent_finetuning.yaml] [--max_iterations 3] [--field value]
-accelerate launch recipes/multiagent_finetuning.py --config recipes/multiagent_finetuning_pooled.yaml     (the control: one adapter for all)
+accelerate launch recipes/multiagent_finetuning.py \\
+    [--config recipes/multiagent_finetuning.yaml] [--max_iterations 3] [--field value]
+
+The control, one adapter for all:
+accelerate launch recipes/multiagent_finetuning.py \\
+    --config recipes/multiagent_finetuning_pooled.yaml
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Train a program of your own by GRPO, as it is: it asks an OpenAI-compatible address, and each
 model name is an agent with a LoRA.
 
-accelerate launch recipes/own_program.py [--config recipes/own_program.yaml] [--field value] [--system.main my_module:main]
+accelerate launch recipes/own_program.py [--config recipes/own_program.yaml] [--field value] \\
+    [--system.main my_module:main]
 python -m marlora.recipes.own_program --dry_run true          (the plan: policies, devices, memory)
 
 The program is an async function `main(task, base_url, api_key)` or, with `system.class`

@@ -1,8 +1,9 @@
-"""Train a team by PPO: play, let a critic per agent say what it expected, update policies and
-critics, publish, prove, go on.
+"""Train a team by PPO: play, let a critic per agent estimate returns, update policies and
+critics, publish, verify, go on.
 
-accelerate launch recipes/ppo_team.py [--config recipes/ppo_team.yaml] [--field value] [--agents.NAME.prompt "..."]
-python -m marlora.recipes.ppo_team --dry_run true           (the plan: policies, devices, memory, first prompt)
+accelerate launch recipes/ppo_team.py [--config recipes/ppo_team.yaml] [--field value] \\
+    [--agents.NAME.prompt "..."]
+python -m marlora.recipes.ppo_team --dry_run true    (plan: policies, devices, memory, first prompt)
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Train a designer of workflow programs by their scores: write, run several times, draw pairs,
-Score-DPO, publish, prove.
+Score-DPO, publish, verify.
 
 accelerate launch recipes/scoreflow.py [--config recipes/scoreflow.yaml] [--field value]
-python -m marlora.recipes.scoreflow --objective dpo                                      (the controls: dpo, sft, grpo)
-python -m marlora.recipes.scoreflow --episodes runs/scoreflow --objective sft            (on the programs of another run)
-accelerate launch recipes/scoreflow.py --config recipes/scoreflow_gsm8k.yaml             (a real model on a GPU)
+
+The controls (dpo, sft, grpo); one on the programs of another run; a real model on a GPU:
+python -m marlora.recipes.scoreflow --objective dpo
+python -m marlora.recipes.scoreflow --episodes runs/scoreflow --objective sft
+accelerate launch recipes/scoreflow.py --config recipes/scoreflow_gsm8k.yaml
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 from a store.
 
 accelerate launch recipes/sft_team.py [--config recipes/sft_team.yaml] [--field value]
-accelerate launch recipes/sft_team.py --episodes runs/x/episodes       (learns from another run's episodes; plays evaluations only)
+
+From another run's episodes, playing evaluations only:
+accelerate launch recipes/sft_team.py --episodes runs/x/episodes
 """
 
 from __future__ import annotations

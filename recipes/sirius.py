@@ -1,8 +1,9 @@
-"""SiriuS: a team learns from its own successes, and from failures that were mended with the help
-of somebody who knows the answer.
+"""SiriuS: a team learns from its own successes, and from failures corrected with feedback from an
+agent that knows the answer.
 
-accelerate launch recipes/sirius.py [--config recipes/sirius_problem_solving.yaml] [--max_iterations 2] [--field value]
-accelerate launch recipes/sirius.py --config recipes/sirius_actor_critic.yaml                  (actor, judge, critic)
+accelerate launch recipes/sirius.py [--config recipes/sirius_problem_solving.yaml] \\
+    [--max_iterations 2] [--field value]
+accelerate launch recipes/sirius.py --config recipes/sirius_actor_critic.yaml
 """
 
 from __future__ import annotations

@@ -2,11 +2,14 @@
 adapters by one joint loss, publish, prove.
 
 accelerate launch recipes/sysdpo.py [--config recipes/sysdpo.yaml] [--field value]
-python -m marlora.recipes.sysdpo --episodes runs/grpo_team                               (offline: from the store of another run)
-python -m marlora.recipes.sysdpo --mode independent                                      (the control: plain DPO for each agent)
-python -m marlora.recipes.sysdpo --policies.last.trainable false                         (only the other agent learns)
-python -m marlora.recipes.sysdpo --mode sampling --train_batch_size 0                    (several drafts of what led to an output)
-python -m marlora.recipes.sysdpo --max_steps 0 --best_of 4                               (no training: the best of four episodes)
+
+Offline, from the store of another run; the control, plain DPO for each agent; only the other agent
+learns; several drafts of what led to an output; no training, the best of four episodes:
+python -m marlora.recipes.sysdpo --episodes runs/grpo_team
+python -m marlora.recipes.sysdpo --mode independent
+python -m marlora.recipes.sysdpo --policies.last.trainable false
+python -m marlora.recipes.sysdpo --mode sampling --train_batch_size 0
+python -m marlora.recipes.sysdpo --max_steps 0 --best_of 4
 """
 
 from __future__ import annotations

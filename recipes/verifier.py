@@ -2,7 +2,9 @@
 wrong; how well it does is reported.
 
 accelerate launch recipes/verifier.py [--config recipes/verifier.yaml] [--field value]
-python -m marlora.recipes.verifier --episodes runs/store       (from answers that are stored already)
+
+From answers that are stored already:
+python -m marlora.recipes.verifier --episodes runs/store
 """
 
 from __future__ import annotations

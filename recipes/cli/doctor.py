@@ -1,5 +1,5 @@
-"""What `marlora doctor` looks at. Each row: a part, what was found, what to do ("" if nothing).
-Only what stops training is broken."""
+"""Checks of `marlora doctor`. Each row: a part, its state, what to do ("" if nothing). Only what
+stops training is broken."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def examine(
     rows: list[Row] = []
     broken: list[str] = []
 
-    def add(part: str, found: str, todo: str = "", *, stops: bool = False) -> None:
-        rows.append((part, found, todo or "ok"))
+    def add(part: str, state: str, todo: str = "", *, stops: bool = False) -> None:
+        rows.append((part, state, todo or "ok"))
         if stops:
             broken.append(part)
 
@@ -78,17 +78,17 @@ def examine(
     )
     bounds = requirements()
     for package, name in NEEDED.items():
-        found, todo = installed(package, name, bounds)
-        add(package, found, todo, stops=bool(todo))
+        state, todo = installed(package, name, bounds)
+        add(package, state, todo, stops=bool(todo))
     add("torchvision", *vision())
-    for part, found, todo in (
+    for part, state, todo in (
         *hardware("torch" in broken),
         *engine(),
         *storage(),
         *network(),
         *machine(),
     ):
-        add(part, found, todo)
+        add(part, state, todo)
     for row in (*routes(server_urls), *([] if "transformers" in broken else templates(models))):
         add(*row)
     return rows, broken
@@ -96,26 +96,26 @@ def examine(
 
 def requirements() -> dict[str, Requirement]:
     """marlora's own bounds, by distribution; what belongs to an extra is left out."""
-    found = (Requirement(line) for line in metadata.requires("marlora") or ())
+    needs = (Requirement(line) for line in metadata.requires("marlora") or ())
     return {
         need.name.lower(): need
-        for need in found
+        for need in needs
         if need.marker is None or need.marker.evaluate({"extra": ""})
     }
 
 
 def installed(package: str, name: str, bounds: dict[str, Requirement]) -> tuple[str, str]:
-    """(what was found, what to do): the version lies within the bounds, and the package can really
+    """(state, what to do): the version lies within the bounds, and the package can really
     be imported."""
     distribution = DISTRIBUTIONS.get(package, package)
     need = bounds.get(distribution)
-    wanted = f"{distribution}{need.specifier}" if need else distribution
+    requirement = f"{distribution}{need.specifier}" if need else distribution
     try:
         version = metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return "not installed", f"{SETUP}, or pip install '{wanted}'"
+        return "not installed", f"{SETUP}, or pip install '{requirement}'"
     if need and not need.specifier.contains(version, prereleases=True):
-        return f"{version}, marlora is tested with {need.specifier}", f"pip install '{wanted}'"
+        return f"{version}, marlora is tested with {need.specifier}", f"pip install '{requirement}'"
     try:
         getattr(importlib.import_module(package), name)
     except Exception as error:  # whatever an import raises is the finding
@@ -265,8 +265,8 @@ def network() -> list[Row]:
 
 
 def routes(server_urls: Sequence[str]) -> list[Row]:
-    """What strangers could do: with servers of ours, whose guard is asked on every route without a
-    key, and with those at these addresses."""
+    """Routes that answer without a key: of the servers started here, whose guard is tried on every
+    route, and of those at these addresses."""
     let_in = asyncio.run(past_the_guard())
     todo = f"do not serve: marlora is not whole; {SETUP}" if let_in else ""
     rows = [
@@ -278,7 +278,7 @@ def routes(server_urls: Sequence[str]) -> list[Row]:
     ]
     for url in server_urls:
         try:
-            found = open_routes(tidy(url))
+            open_ = open_routes(tidy(url))
         except SettingError as error:
             rows.append(
                 (
@@ -292,8 +292,8 @@ def routes(server_urls: Sequence[str]) -> list[Row]:
         rows.append(
             (
                 f"routes of {url}",
-                f"open: {', '.join(found)}" if found else "closed without the key",
-                why if found else "",
+                f"open: {', '.join(open_)}" if open_ else "closed without the key",
+                why if open_ else "",
             )
         )
     return rows
@@ -326,7 +326,7 @@ async def past_the_guard() -> list[str]:
 
 
 def templates(models: Sequence[str]) -> list[Row]:
-    """What is found out about the chat templates of these models and of those in the cache."""
+    """State of the chat templates of these models and of those in the cache."""
     place = cache()
     cached = (
         [p for p in sorted(place.iterdir()) if (p / "tokenizer_config.json").is_file()]
@@ -341,26 +341,26 @@ def templates(models: Sequence[str]) -> list[Row]:
 def template(model: str) -> tuple[str, str]:
     """(what the probes say of the model's chat template, what that means)."""
     try:
-        found = ChatRenderer(load_tokenizer(model)).probe()
+        facts = ChatRenderer(load_tokenizer(model)).probe()
     except SettingError as error:
         return str(error), "take a model with a chat template, such as its instruct variant"
     words = [
-        "append-only" if found["append_only"] else f"rewrites history ({found['rewrites']})",
-        f"system {found['system']}",
+        "append-only" if facts["append_only"] else f"rewrites history ({facts['rewrites']})",
+        f"system {facts['system']}",
     ]
     words += [
-        "ends its turns" if found["ends_turn"] else "ends its turns with no token of its own",
-        f"stops at {', '.join(found['eos'])}",
+        "ends its turns" if facts["ends_turn"] else "ends its turns with no token of its own",
+        f"stops at {', '.join(facts['eos'])}",
     ]
     todo = []
-    if found["bos"] > 1:
-        todo.append(f"it begins with {found['bos']} bos tokens: mend the template")
-    if not found["append_only"]:
+    if facts["bos"] > 1:
+        todo.append(f"it begins with {facts['bos']} bos tokens: correct the template")
+    if not facts["append_only"]:
         todo.append("nothing: every turn is a segment of its own, and costs more to train")
     return ", ".join(words), "; ".join(todo)
 
 
 def machine() -> list[Row]:
-    """What some recipes use: Slurm for clusters, a sandbox for programs that models write (found
-    out by attacking it)."""
+    """What some recipes use: Slurm for clusters, a sandbox for programs that models write (tested
+    by attacking it)."""
     return [("Slurm", shutil.which("sbatch") or "none", ""), ("sandbox", *sandbox.state())]

@@ -78,89 +78,80 @@ def summary_of(checkpoint: Path) -> Mapping[str, Any]:
     """The run's `summary.json`, if the checkpoint is its last one: earlier ones have other
     accuracies."""
     path = checkpoint.resolve().parent.parent / "summary.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return found if checkpoint.resolve().name == f"step-{found.get('steps', -1):06d}" else {}
+    summary = json.loads(path.read_text()) if path.is_file() else {}
+    return summary if checkpoint.resolve().name == f"step-{summary.get('steps', -1):06d}" else {}
 
 
 def card(data: Mapping[str, Any], summary: Mapping[str, Any], name: str) -> str:
-    """The model card: who the agents are, what they were trained on, how well they did, how to load
+    """The model card: the agents, what they were trained on, how well they did, how to load
     them."""
     base = str(data["base"]["name"])
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
-    trained = [policy for policy, entry in data["adapters"].items() if entry.get("trained")]
-    head = [
+    tasks = data["tasks"]
+    lines = [
         "---",
         *([f"base_model: {base}"] if on_hub else []),
         "library_name: peft",
         "tags: [lora, multi-agent, marlora]",
         "---",
         "",
-    ]
-    lines = [*head, f"# {name.rpartition('/')[2]}", ""]
-    lines += [
+        f"# {name.rpartition('/')[2]}",
+        "",
         f"A team of {len(data['agents'])} agents on one base model"
-        f" (`{base if on_hub else Path(base).name}`), with one LoRA adapter per"
-    ]
-    lines += [
+        f" (`{base if on_hub else Path(base).name}`), with one LoRA adapter per",
         f"policy, trained with marlora (recipe `{data.get('recipe', '')}`, step {data['step']}).",
         "",
+        *_agents_table(data),
+        "",
+        f"System: `{data['system']['class']}`. Tasks: `{tasks['name'] or 'given in Python'}`, seed"
+        f" {tasks['seed']}.",
+        "",
+        *measured(summary),
+        *_usage(data, base if on_hub else "THE-BASE"),
     ]
-    lines += [row_of(("agent", "role", "policy", "adapter's sha256")), row_of(("---",) * 4)]
+    return "\n".join(lines)
+
+
+def _agents_table(data: Mapping[str, Any]) -> list[str]:
+    rows = [("agent", "role", "policy", "adapter's sha256"), ("---",) * 4]
     for agent in data["agents"]:
         sha256 = data["adapters"].get(agent["policy"], {}).get("sha256", "none: the bare base")
-        lines.append(
-            row_of(
-                (agent["name"], plain(agent.get("role", "")), agent["policy"], f"`{sha256[:16]}`")
-            )
-        )
-    tasks = data["tasks"]
-    lines += [
-        "",
-        (
-            f"System: `{data['system']['class']}`. Tasks: `{tasks['name'] or 'given in Python'}`,"
-            f" seed {tasks['seed']}."
-        ),
-        "",
-    ]
-    lines += measured(summary)
-    lines += [
+        role = plain(agent.get("role", ""))
+        rows.append((agent["name"], role, agent["policy"], f"`{sha256[:16]}`"))
+    return [row_of(row) for row in rows]
+
+
+def _usage(data: Mapping[str, Any], base: str) -> list[str]:
+    trained = [policy for policy, entry in data["adapters"].items() if entry.get("trained")]
+    adapter = f"adapters/{trained[0] if trained else 'POLICY'}"
+    return [
         "## Use",
         "",
         "```python",
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-    ]
-    lines += [f'base = AutoModelForCausalLM.from_pretrained("{base if on_hub else "THE-BASE"}")']
-    lines += [
-        (
-            "model = PeftModel.from_pretrained(base,"
-            f' "adapters/{trained[0] if trained else "POLICY"}")'
-        ),
+        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        f'model = PeftModel.from_pretrained(base, "{adapter}")',
         "```",
         "",
-    ]
-    lines += [
-        (
-            "The whole team, as it was trained: `marlora eval FOLDER` and `marlora play FOLDER`."
-            " `system.json` names system, prompts and tasks."
-        ),
+        "The whole team, as it was trained: `marlora eval FOLDER` and `marlora play FOLDER`."
+        " `system.json` names system, prompts and tasks.",
         "",
     ]
-    return "\n".join(lines)
 
 
 def measured(summary: Mapping[str, Any]) -> list[str]:
     """Held-out accuracy with intervals, as the run measured it; nothing if this is not the run's
     last checkpoint."""
-    found = summary.get("eval") or {}
-    if not (found.get("before") and found.get("after")):
+    result = summary.get("eval") or {}
+    if not (result.get("before") and result.get("after")):
         return []
     named = {
-        "base team": found["before"],
+        "base team": result["before"],
         **{f"only {n}": e for n, e in (summary.get("adapters") or {}).items()},
     }
-    named["trained team"] = {**found["after"], "paired": found["paired"]}
+    named["trained team"] = {**result["after"], "paired": result["paired"]}
     columns = (
         "held-out",
         "mean",

@@ -30,15 +30,14 @@ from marlora.recipes.cli.team import (
     with_team,
     write_json,
 )
+from marlora.recipes.launch.settings import exit_with_code
 from marlora.recipes.launch.tables import table
 from marlora.rollouts.checkpoints.team import LoadedTeam
-from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.engines.factory import choose_engine
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from marlora.rollouts.episodes.runner import EpisodeRequest, episode_requests
-from marlora.rollouts.episodes.store import Store, StoreError
+from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
-from marlora.trainers.collection.background import stoppable
 from marlora.trainers.errors import RunError
 
 
@@ -50,12 +49,12 @@ def cmd_collect(args: argparse.Namespace) -> None:
         part, parts = shard(args.shard)
         tasks = team.tasks(args.tasks, args.num_tasks, args.split)[part::parts]
         versions = chosen(team, args.adapters)
-        # The label says who plays, so that another checkpoint's or choice of adapters' episodes are
-        # other ones.
-        who = hashlib.sha256(
+        # The label names the weights, so that episodes of another checkpoint or choice of adapters
+        # are other ones.
+        weights = hashlib.sha256(
             "\n".join([str(team.data["step"]), *sorted(versions.values())]).encode()
         ).hexdigest()[:8]
-        label = f"collect-{args.split}-{args.seed}-{who}"
+        label = f"collect-{args.split}-{args.seed}-{weights}"
         with Store(Path(args.output), writer=str(part) if args.shard else "") as store:
             known = store.ids()
             plan = [
@@ -94,16 +93,18 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def json_object(flag: str, text: str) -> dict[str, Any]:
+    """A flag's value as a JSON object."""
     try:
-        found = json.loads(text or "{}")
+        value = json.loads(text or "{}")
     except ValueError as error:
         raise SettingError(f"{flag} {text!r}: not JSON ({error})") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise SettingError(f"{flag} {text!r}: expected a JSON object")
-    return found
+    return value
 
 
 def show_episode(episode: Episode) -> str:
+    """The turns of an episode as lines of text, and the team's output."""
     lines = []
     for turn in episode.turns:
         if turn.taken:
@@ -115,7 +116,7 @@ def show_episode(episode: Episode) -> str:
 
 
 def cmd_play(args: argparse.Namespace) -> None:
-    """Talk to a team; every line you type is a task and each agent's words are shown."""
+    """Talk to a team; every line you type is a task and each agent's replies are shown."""
     meta = json_object("--meta", args.meta)
 
     async def work(team: LoadedTeam) -> None:
@@ -141,7 +142,7 @@ def cmd_play(args: argparse.Namespace) -> None:
 
 
 def cmd_serve(args: argparse.Namespace) -> None:
-    """Serve a checkpoint's adapters on a vLLM server of ours until Ctrl-C; each adapter is a model
+    """Serve a checkpoint's adapters on a guarded vLLM server until Ctrl-C; each adapter is a model
     by name."""
     if choose_engine(engine_config(args))[0] != "vllm":
         raise SettingError(
@@ -183,7 +184,7 @@ def cmd_serve(args: argparse.Namespace) -> None:
 
 
 def cmd_bench(args: argparse.Namespace) -> None:
-    """Measure, interleaved in one run; every ratio stands behind a gate on equal results."""
+    """Measure speed and memory, interleaved in one run; every ratio requires equal results."""
     from marlora.trainers.bench.geometry import check_size
     from marlora.trainers.bench.measure import Options
     from marlora.trainers.bench.suites import SUITES
@@ -221,7 +222,7 @@ def cmd_bench(args: argparse.Namespace) -> None:
 
 
 def cmd_doctor(args: argparse.Namespace) -> None:
-    """What this machine can do for marlora, and what to mend."""
+    """What this machine can do for marlora, and how to fix what is missing."""
     from marlora.recipes.cli.doctor import examine
 
     rows, broken = examine(args.model, args.server_urls)
@@ -231,120 +232,140 @@ def cmd_doctor(args: argparse.Namespace) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says which flags it does not know, and not what was typed after them: that may be a key."""
+    """Names the flags that it does not know, without their values: one may be a key."""
 
     def error(self, message: str) -> NoReturn:
-        head, found, rest = message.partition("unrecognized arguments: ")
+        head, unknown, rest = message.partition("unrecognized arguments: ")
         flags = [word.partition("=")[0] for word in rest.split() if word.startswith("-")]
         super().error(
-            f"{head}{found}{' '.join(flags) or '(not shown: no flag stands before them)'}"
-            if found
+            f"{head}{unknown}{' '.join(flags) or '(not shown: no flag stands before them)'}"
+            if unknown
             else message
         )
 
 
 def parser() -> argparse.ArgumentParser:
+    """The parser of `marlora` and its commands."""
     top = _Parser(prog="marlora", description=__doc__, allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-        made = commands.add_parser(
+    for name, (run, add) in _commands().items():
+        command = commands.add_parser(
             name,
             help=(run.__doc__ or "").split(";")[0].strip(),
             description=run.__doc__,
             allow_abbrev=False,
         )
-        made.set_defaults(run_command=run)
-        return made
+        command.set_defaults(run_command=run)
+        add(command)
+    return top
 
-    add_eval(command("eval", cmd_eval))
-    made = command("collect", cmd_collect)
-    add_team(made)
-    made.add_argument("--output", required=True, help="folder of the store")
-    made.add_argument("--tasks", default="", help="another task set")
-    made.add_argument("--split", default="train", choices=("train", "eval"))
-    made.add_argument("--num_tasks", type=int, default=64)
-    made.add_argument("--num_generations", type=int, default=1, help="episodes per task")
-    made.add_argument(
+
+def add_collect(command: argparse.ArgumentParser) -> None:
+    """Arguments of `marlora collect`."""
+    add_team(command)
+    command.add_argument("--output", required=True, help="folder of the store")
+    command.add_argument("--tasks", default="", help="another task set")
+    command.add_argument("--split", default="train", choices=("train", "eval"))
+    command.add_argument("--num_tasks", type=int, default=64)
+    command.add_argument("--num_generations", type=int, default=1, help="episodes per task")
+    command.add_argument(
         "--shard",
         default="",
         help="I/N: every N-th task from the I-th on; N such processes fill one store together",
     )
-    made = command("play", cmd_play)
-    add_team(made)
-    made.add_argument(
+
+
+def add_play(command: argparse.ArgumentParser) -> None:
+    """Arguments of `marlora play`."""
+    add_team(command)
+    command.add_argument(
         "--meta",
         default="",
         help="public meta of every task, as JSON (systems that show parts of a task need it)",
     )
-    made.add_argument(
+    command.add_argument(
         "--sampled", action="store_true", help="at the run's temperature instead of 0"
     )
-    made.add_argument("--raw", action="store_true", help="print each episode as one line of JSON")
-    add_team(command("serve", cmd_serve))
-    add_report(command("report", cmd_report))
-    add_export(command("export", cmd_export))
-    made = command("bench", cmd_bench)
-    made.add_argument(
-        "suite", help="update, agents, serve, publish, loop, rollout, sandbox or proxy"
+    command.add_argument(
+        "--raw", action="store_true", help="print each episode as one line of JSON"
     )
-    made.add_argument("--json", default="", help="write the numbers here")
-    made.add_argument("--repeats", type=int, default=3, help="interleaved repeats")
-    made.add_argument(
+
+
+def add_bench(command: argparse.ArgumentParser) -> None:
+    """Arguments of `marlora bench`."""
+    command.add_argument(
+        "suite", help="update, agents, serve, publish, loop, rollout, sandbox, proxy or ahead"
+    )
+    command.add_argument("--json", default="", help="write the numbers here")
+    command.add_argument("--repeats", type=int, default=3, help="interleaved repeats")
+    command.add_argument(
         "--size",
         default="135m",
         help="geometry of the model: tiny, 135m, or on a GPU qwen3-0.6b, qwen3-4b, qwen3-8b",
     )
-    made.add_argument(
+    command.add_argument(
         "--engine",
         default="",
         choices=("", "transformers", "vllm"),
         help="of publish and loop; all that are here if not given",
     )
-    made.add_argument(
+    command.add_argument(
         "--device", default="", help="of update and agents: cpu or cuda; the GPU if there is one"
     )
-    made.add_argument(
+    command.add_argument(
         "--rho",
         nargs="*",
         type=float,
         default=[],
         help="of update: only these shares of raw over unique tokens",
     )
-    made.add_argument(
+    command.add_argument(
         "--opponents",
         nargs="*",
         default=[],
         choices=("padded", "per_turn", "trl", "trl_compact_head", "comlrl"),
-        help="of update: only these; of loop: comlrl, installed in an environment of its own first",
+        help=(
+            "of update: only these; of loop: comlrl, which a checkout's script first installs into"
+            " a temporary folder"
+        ),
     )
-    made = command("doctor", cmd_doctor)
-    add_model(made, "a model whose chat template is to be tried, besides those in the cache")
-    made.add_argument(
+
+
+def add_doctor(command: argparse.ArgumentParser) -> None:
+    """Arguments of `marlora doctor`."""
+    add_model(command, "a model whose chat template is to be tried, besides those in the cache")
+    command.add_argument(
         "--server_urls",
         nargs="+",
         default=[],
         help="servers that others run: tries what they answer without a key",
     )
-    return top
+
+
+def _commands() -> dict[str, tuple[Callable[..., None], Callable[..., None]]]:
+    """By name: what a command does, and what adds its arguments."""
+    return {
+        "eval": (cmd_eval, add_eval),
+        "collect": (cmd_collect, add_collect),
+        "play": (cmd_play, add_play),
+        "serve": (cmd_serve, add_team),
+        "report": (cmd_report, add_report),
+        "export": (cmd_export, add_export),
+        "bench": (cmd_bench, add_bench),
+        "doctor": (cmd_doctor, add_doctor),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The console script `marlora`."""
     args = parser().parse_args(argv)
-    try:
+
+    def work() -> None:
         if getattr(args, "json", "") and not Path(args.json).absolute().parent.is_dir():
             raise SettingError(f"--json {args.json}: no such folder")
-        with stoppable():
-            args.run_command(args)
-    except SettingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    except (RunError, EngineError, StoreError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(1) from None
+        args.run_command(args)
+
+    exit_with_code(work, interrupted="stopped")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What commands share that put a checkpoint to work: its arguments, opening its team, playing with
-a bar."""
+"""Shared parts of the commands that load a checkpoint: arguments, opening its team, playing with a
+progress bar."""
 
 from __future__ import annotations
 
@@ -143,19 +143,19 @@ async def play_all(
     keep: Callable[[Episode], Any] | None = None,
 ) -> list[Episode]:
     """Play with a bar; `keep` gets each episode as it ends."""
-    progress, found = Progress(), []
+    progress, episodes = Progress(), list[Episode]()
     player = team.rollouts.greedy() if greedy else team.rollouts
     try:
         progress.start(0, 0)
         with progress.episodes(what, len(plan), 0, team.metric) as tick:
             async for episode in player.collect(plan, versions):
-                found.append(episode)
+                episodes.append(episode)
                 if keep is not None:
                     keep(episode)
                 tick(episode)
     finally:
         progress.close()
-    return found
+    return episodes
 
 
 def write_json(path: str, value: Any) -> None:

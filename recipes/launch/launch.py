@@ -13,18 +13,18 @@ from marlora.trainers.loop.serve_only import serve
 from marlora.trainers.trainer import Trainer
 
 
-def train(trainer: type[Trainer[Any]], config: Any, recipe: str) -> None:
+def train(method: type[Trainer[Any]], config: Any, recipe: str) -> None:
     """Train by these settings and print what came out; or print the plan (`dry_run`), or serve for
     others (`serve_only`)."""
-    made = trainer(args=config, recipe=recipe)
+    trainer = method(args=config, recipe=recipe)
     if config.dry_run:
-        print_plan(made.run.spec)
+        print_plan(trainer.run.spec)
         return
     if config.serve_only:
-        serve(made.run.spec)
+        serve(trainer.run.spec)
         return
-    summary = made.train()
-    if made.run.ranks.main:
+    summary = trainer.train()
+    if trainer.run.ranks.main:
         print(summary_table(summary, config.output_dir))
 
 

@@ -198,7 +198,8 @@ def _put(settings: dict[str, Any], flag: str, path: Sequence[str], value: Any) -
         if not isinstance(place, dict):
             value_ = f"a {type(place).__name__}" if path[0] in MAY_HOLD_KEYS else repr(place)
             raise SettingError(
-                f"{flag}: {'.'.join(path[: number + 1])} is {value_}, so nothing can be set inside it"
+                f"{flag}: {'.'.join(path[: number + 1])} is {value_}, so nothing can be set inside"
+                " it"
             )
     place[path[-1]] = value
 

@@ -9,7 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from marlora.rollouts.report.sections import ReportSection, accuracy_section, sections_of, table_section
+from marlora.rollouts.report.sections import (
+    ReportSection,
+    accuracy_section,
+    sections_of,
+    table_section,
+)
 
 
 def render(table: Table, width: int = 110) -> str:

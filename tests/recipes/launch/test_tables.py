@@ -9,7 +9,11 @@ from marlora.recipes.launch.tables import section_text, summary_table
 from marlora.rollouts.report.sections import accuracy_section, rounds_section, stored
 from marlora.trainers.methods.imitation.diversity import diversity_section
 from marlora.trainers.methods.policy_gradient.flowreasoner import stages_section
-from marlora.trainers.methods.reward_model.calibration import ScoredAnswer, calibration, calibration_section
+from marlora.trainers.methods.reward_model.calibration import (
+    ScoredAnswer,
+    calibration,
+    calibration_section,
+)
 
 SUMMARY: dict[str, Any] = {
     "recipe": "maporl",
