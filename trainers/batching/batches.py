@@ -20,10 +20,9 @@ import torch
 from .prefix_trees import Tree, tree_of
 from .samples import TrainingSequence
 
-# padded: one sample per row.   packed: samples end to end, nothing shared.   shared: prefix trees
-# end to end.   masked: one prefix tree per
-# row, for models whose attention takes nothing but a dense mask. Which one a model can have:
-# `layouts.choose_layout`.
+# padded: one sample per row. packed: samples end to end, nothing shared. shared: prefix trees end
+# to end. masked: one prefix tree per row, for models whose attention takes nothing but a dense
+# mask. Which one a model can have: `model.layouts.choose_layout`.
 Layout = Literal["padded", "packed", "shared", "masked"]
 
 # This many comparisons of a query with a key cost about as much as one token's way through the
@@ -36,23 +35,28 @@ PAIRS_PER_TOKEN = 2048
 class Batch:
     """R rows of L tokens of one policy, with N trained tokens (terms) of S turns (sequences).
 
-    input_ids, position_ids: [R, L].    attention_mask: [R, L] True at tokens, False at padding.
-    reach: [R, L] or None. None: rows are plain sequences. Else token k is seen by token q of its row if k <= q < reach[k]
-        (k's descendants are the tokens up to reach[k]).
-    row, column: [N] the position whose hidden state predicts the term.    target: [N] the sampled token.
-    behaviour: [N] its log-probability when sampled.    advantage, temperature: [N].
-    sequence: [N] number 0 .. S-1 of its turn within the batch; a turn is never split between batches.
+    input_ids, position_ids: [R, L].
+    attention_mask: [R, L] True at tokens, False at padding.
+    subtree_end: [R, L] or None. None: rows are plain sequences. Else token k is seen by token q of
+        its row if k <= q < subtree_end[k] (k's descendants are the tokens up to there).
+    row, column: [N] the position whose hidden state predicts the term.
+    target: [N] the sampled token.
+    behaviour: [N] its log-probability when sampled.
+    advantage, temperature: [N].
+    sequence: [N] number 0 .. S-1 of its turn within the batch; a turn is never split between
+        batches.
     turns: S pairs (episode id, turn index), for messages and dumps.
-    place: [N] where the term stands among all trained tokens of the samples given to `pack`, in their order: takes numbers that a
-        method keeps per trained token into the batch (`numbers[batch.place]`) and out of it.
-    muted: it goes through the model and counts for nothing, see `level`.
+    token_index: [N] the term's number among all trained tokens of the samples given to `pack`, in
+        their order: takes numbers that a method keeps per trained token into the batch
+        (`numbers[batch.token_index]`) and out of it.
+    is_padding: the batch goes through the model and its loss is 0, see `pad_ranks`.
     """
 
     policy: str
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor
-    reach: torch.Tensor | None
+    subtree_end: torch.Tensor | None
     row: torch.Tensor
     column: torch.Tensor
     target: torch.Tensor
@@ -61,8 +65,8 @@ class Batch:
     temperature: torch.Tensor
     sequence: torch.Tensor
     turns: tuple[tuple[str, int], ...]
-    place: torch.Tensor
-    muted: bool = False
+    token_index: torch.Tensor
+    is_padding: bool = False
 
     @property
     def num_terms(self) -> int:
@@ -75,16 +79,16 @@ class Batch:
         rows, length = self.input_ids.shape
         pairs = (
             rows * length * (length + 1) // 2
-            if self.reach is None
+            if self.subtree_end is None
             else int((self.position_ids + 1).sum())
         )
         return pairs + rows * length * PAIRS_PER_TOKEN
 
     @functools.cached_property
     def tree(self) -> Tree:
-        """Its rows cut into branches; `reach` has to be set."""
-        assert self.reach is not None, "rows of plain sequences are no trees"
-        return tree_of(self.position_ids, self.reach, self.attention_mask.sum(1).tolist())
+        """Its rows cut into branches; `subtree_end` has to be set."""
+        assert self.subtree_end is not None, "rows of plain sequences are no trees"
+        return tree_of(self.position_ids, self.subtree_end, self.attention_mask.sum(1).tolist())
 
     def to(self, device: torch.device | str) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -92,16 +96,16 @@ class Batch:
             **{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()}
         )
 
-    def sees(self) -> torch.Tensor:
+    def visible_keys(self) -> torch.Tensor:
         """[R, 1, L, L] True where token q (third axis) may look at token k (fourth)."""
         index = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
         query, key = index[:, None], index[None, :]
-        reach = (
+        subtree_end = (
             self.input_ids.shape[1] * torch.ones_like(self.input_ids)
-            if self.reach is None
-            else self.reach
+            if self.subtree_end is None
+            else self.subtree_end
         )
-        seen = (key <= query)[None] & (query[None] < reach[:, None, :])
+        seen = (key <= query)[None] & (query[None] < subtree_end[:, None, :])
         own = (key == query)[
             None
         ]  # padding sees itself: a row of attention without any key is not a number
@@ -110,14 +114,14 @@ class Batch:
 
 @dataclass
 class _Row:
-    """One row as lists. `places`: per sample, the column of each of its input tokens. `plain`: a
-    sequence like any other."""
+    """One row as lists. `columns`: per sample, the column of each of its input tokens. `plain`: a
+    sequence without a fork, which needs no `subtree_end`."""
 
     samples: list[TrainingSequence]
-    places: list[list[int]]
+    columns: list[list[int]]
     ids: list[int]
     positions: list[int]
-    reach: list[int]
+    subtree_end: list[int]
     plain: bool = False
 
 
@@ -269,7 +273,7 @@ def _share(samples: list[TrainingSequence], max_tokens: int) -> list[list[Traini
 
 def _row(trees: list[list[TrainingSequence]], plain: bool = False) -> _Row:
     """Lay out samples, sorted by their tokens, as prefix trees in depth-first order. `plain`: one
-    sequence alone needs no `reach`."""
+    sequence alone needs no `subtree_end`."""
     row = _Row([], [], [], [], [])
     for samples in trees:
         path: list[int] = []  # columns of the tokens of the current sample
@@ -278,17 +282,17 @@ def _row(trees: list[list[TrainingSequence]], plain: bool = False) -> _Row:
             tokens = _inputs(sample)
             common = _common(previous, tokens)
             for column in path[common:]:
-                row.reach[column] = len(row.ids)
+                row.subtree_end[column] = len(row.ids)
             del path[common:]
             path += range(len(row.ids), len(row.ids) + len(tokens) - common)
             row.ids += tokens[common:]
             row.positions += range(common, len(tokens))
-            row.reach += [0] * (len(tokens) - common)
+            row.subtree_end += [0] * (len(tokens) - common)
             row.samples.append(sample)
-            row.places.append(list(path))
+            row.columns.append(list(path))
             previous = tokens
         for column in path:
-            row.reach[column] = len(row.ids)
+            row.subtree_end[column] = len(row.ids)
     row.plain = plain and row.positions == list(range(len(row.ids)))
     return row
 
@@ -313,12 +317,12 @@ def _batch(policy: str, rows: list[_Row], starts: dict[int, list[int]]) -> Batch
     terms: list[tuple[int, int, int, int]] = []  # row, column, target, sequence
     values: list[tuple[float, float, float]] = []  # behaviour, advantage, temperature
     turns: list[tuple[str, int]] = []
-    places: list[int] = []
+    token_index: list[int] = []
     for r, row in enumerate(rows):
-        for sample, columns in zip(row.samples, row.places, strict=True):
+        for sample, columns in zip(row.samples, row.columns, strict=True):
             numbers: dict[int, int] = {}
             start = starts[id(sample)].pop(0)
-            places += range(start, start + sample.num_trained)
+            token_index += range(start, start + sample.num_trained)
             for i, trained in enumerate(sample.mask):
                 if trained:
                     turn = sample.sequence[i]
@@ -342,7 +346,7 @@ def _batch(policy: str, rows: list[_Row], starts: dict[int, list[int]]) -> Batch
         input_ids=grid(lambda r: r.ids),
         position_ids=grid(lambda r: r.positions),
         attention_mask=grid(lambda r: [1] * len(r.ids)).bool(),
-        reach=grid(lambda r: r.reach) if shared else None,
+        subtree_end=grid(lambda r: r.subtree_end) if shared else None,
         row=row_,
         column=column,
         target=target,
@@ -351,7 +355,7 @@ def _batch(policy: str, rows: list[_Row], starts: dict[int, list[int]]) -> Batch
         temperature=temperature,
         sequence=sequence,
         turns=tuple(turns),
-        place=torch.tensor(places),
+        token_index=torch.tensor(token_index),
     )
 
 
@@ -367,10 +371,10 @@ def split_over_ranks(batches: Sequence[Batch], num_ranks: int) -> list[list[Batc
     return ranks
 
 
-def pad_ranks(dealt: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
-    """As many batches for every rank, so that all make as many passes: who has fewer repeats the
-    cheapest of all, muted."""
-    filler = min((batch for mine in dealt for batch in mine), key=lambda b: b.cost, default=None)
-    most = max(map(len, dealt))
-    muted = [] if filler is None else [dataclasses.replace(filler, muted=True)]
-    return [[*mine, *muted * (most - len(mine))] for mine in dealt]
+def pad_ranks(shares: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
+    """The same number of batches for every rank, so that all make as many passes: a rank with fewer
+    repeats the cheapest of all as padding."""
+    filler = min((batch for mine in shares for batch in mine), key=lambda b: b.cost, default=None)
+    most = max(map(len, shares))
+    padding = [] if filler is None else [dataclasses.replace(filler, is_padding=True)]
+    return [[*mine, *padding * (most - len(mine))] for mine in shares]

@@ -24,7 +24,8 @@ class GatherIndex:
     """M rows picked out of a table of N, and the way back: its gradient sums the picks of every
     row, in a fixed order.
 
-    index: [M].    order: [M] the picks sorted by row.    offsets: [N + 1] where each row's picks begin in `order`.
+    index: [M]. order: [M] the picks sorted by row. offsets: [N + 1] where each row's picks begin in
+    `order`.
     """
 
     index: torch.Tensor
@@ -79,7 +80,7 @@ class Block:
         depths = self.query_depth.to(device), self.key_depth.to(device)
         return Block(self.branches, self.queries, self.keys, *depths, self.causal)
 
-    def sees(self, window: int | None) -> torch.Tensor:
+    def visible_keys(self, window: int | None) -> torch.Tensor:
         """[B or 1, R, K] True where the query looks at the key; with a window, at the last `window`
         positions only."""
         query, key = self.query_depth[:, :, None], self.key_depth[:, None, :]
@@ -90,21 +91,22 @@ class Block:
 class Tree:
     """The branches of a batch's rows.
 
-    queries, keys: picks of the flattened tokens [rows x length], block after block.    back: picks of the blocks' outputs, in the order
-    of the tokens.    reach, depth: [rows, length] as in `Batch`; `deepest`: the largest depth; `forks`: does
-    any branch have ancestors?    kept: masks made so far; all layers use
-    the same few.
+    queries, keys: picks of the flattened tokens [rows x length], block after block.
+    back: picks of the blocks' outputs, in the order of the tokens.
+    subtree_end, depth: [rows, length] as in `Batch` (`depth` is its `position_ids`).
+    deepest: the largest depth. forks: does any branch have ancestors?
+    masks: those already computed; all layers use the same few.
     """
 
     blocks: tuple[Block, ...]
     queries: GatherIndex
     keys: GatherIndex
     back: GatherIndex
-    reach: torch.Tensor
+    subtree_end: torch.Tensor
     depth: torch.Tensor
     deepest: int
     forks: bool
-    kept: dict[tuple, Any] = field(default_factory=dict)
+    masks: dict[tuple, Any] = field(default_factory=dict)
 
     def mask(
         self, number: int, window: int | None, repeats: int, dtype: torch.dtype
@@ -112,13 +114,13 @@ class Tree:
         """[B or 1, 1, repeats x R, K] of block `number`: 0 where it sees, minus infinity
         elsewhere."""
         key = (number, window, repeats, dtype)
-        if key not in self.kept:
-            sees = self.blocks[number].sees(window)
-            mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(
-                ~sees, -math.inf
+        if key not in self.masks:
+            visible = self.blocks[number].visible_keys(window)
+            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+                ~visible, -math.inf
             )
-            self.kept[key] = mask.repeat(1, repeats, 1)[:, None]
-        return self.kept[key]
+            self.masks[key] = mask.repeat(1, repeats, 1)[:, None]
+        return self.masks[key]
 
 
 @dataclass(frozen=True)
@@ -132,37 +134,39 @@ class _Branch:
     depth: int
 
 
-def branches(depths: torch.Tensor, reaches: torch.Tensor, sizes: Sequence[int]) -> list[_Branch]:
+def branches(
+    depths: torch.Tensor, subtree_ends: torch.Tensor, sizes: Sequence[int]
+) -> list[_Branch]:
     """Every run without a fork, in the order of the tokens; rows [R, L] as in `Batch`, of which
     `sizes` tokens are no padding."""
-    found: list[_Branch] = []
+    branches: list[_Branch] = []
     length = depths.shape[1]
-    for row, (size, depth, reach) in enumerate(
-        zip(sizes, depths.tolist(), reaches.tolist(), strict=True)
+    for row, (size, depth, subtree_end) in enumerate(
+        zip(sizes, depths.tolist(), subtree_ends.tolist(), strict=True)
     ):
         starts = [
             i
             for i in range(size)
-            if not i or depth[i] != depth[i - 1] + 1 or reach[i] != reach[i - 1]
+            if not i or depth[i] != depth[i - 1] + 1 or subtree_end[i] != subtree_end[i - 1]
         ]
         path: list[tuple[int, tuple[int, int]]] = []  # depth of the first token, range
         for start, end in zip(starts, [*starts[1:], size], strict=True):
             while path and path[-1][0] >= depth[start]:
                 path.pop()
-            place = (row * length + start, row * length + end)
-            found.append(_Branch(tuple(p for _, p in path), *place, depth[start]))
-            path.append((depth[start], place))
-    return found
+            span = (row * length + start, row * length + end)
+            branches.append(_Branch(tuple(s for _, s in path), *span, depth[start]))
+            path.append((depth[start], span))
+    return branches
 
 
-def tree_of(depths: torch.Tensor, reaches: torch.Tensor, sizes: Sequence[int]) -> Tree:
+def tree_of(depths: torch.Tensor, subtree_ends: torch.Tensor, sizes: Sequence[int]) -> Tree:
     """Cut rows into branches and those into blocks. Arguments as for `branches`."""
     tokens, device = depths.numel(), depths.device
     queries, keys, blocks = [], [], []
     back = torch.zeros(tokens, dtype=torch.long)
     count = 0
-    found = branches(depths, reaches, sizes)
-    for group in _grouped(found):
+    runs = branches(depths, subtree_ends, sizes)
+    for group in _grouped(runs):
         block, of_block, seen = _block(group)
         for i, branch in enumerate(group):
             back[branch.start : branch.end] = (
@@ -176,24 +180,24 @@ def tree_of(depths: torch.Tensor, reaches: torch.Tensor, sizes: Sequence[int]) -
         GatherIndex.of(index, size).to(device)
         for index, size in ((torch.cat(queries), tokens), (torch.cat(keys), tokens), (back, count))
     )
-    forks = any(branch.ancestors for branch in found)
+    forks = any(branch.ancestors for branch in runs)
     return Tree(
         tuple(b.to(device) for b in blocks),
         query,
         key,
         out,
-        reaches,
+        subtree_ends,
         depths,
         int(depths.max()),
         forks,
     )
 
 
-def _grouped(found: list[_Branch]) -> list[list[_Branch]]:
+def _grouped(runs: list[_Branch]) -> list[list[_Branch]]:
     """Branches of about equal size: at most a quarter more ancestors than the least in the group,
     and half as many tokens more."""
     groups: dict[tuple[int, int], list[_Branch]] = {}
-    for branch in found:
+    for branch in runs:
         size = (_grade(branch.depth, 32, 1.25), _grade(branch.end - branch.start, 8, 1.5))
         groups.setdefault(size, []).append(branch)
     split = []
@@ -211,7 +215,7 @@ def _grade(size: int, least: int, step: float) -> int:
 
 def _block(group: list[_Branch]) -> tuple[Block, torch.Tensor, torch.Tensor]:
     """The block, and the tokens that are its queries [B, R] and keys [B, K]. What is missing
-    repeats a token that nobody reads or sees."""
+    repeats a token that is not read and not seen."""
     most, ancestors = max(b.end - b.start for b in group), max(b.depth for b in group)
     query = torch.stack([_padded([(b.start, b.end)], most) for b in group])
     own = torch.arange(most)

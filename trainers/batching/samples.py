@@ -23,9 +23,12 @@ from ...rollouts.types import Episode, TurnKey
 class TrainingSequence:
     """One token sequence of one policy; all tuples have one entry per token.
 
-    ids: prompt and reply tokens as the engine saw and returned them.    mask: 1 where trained.
-    logprobs: behaviour log-probabilities (0 where mask is 0).           advantages: of the token's turn (0 where mask is 0).
-    temperatures: it was sampled at (1 where mask is 0).                 sequence: index of its turn (-1 where mask is 0).
+    ids: prompt and reply tokens as the engine saw and returned them.
+    mask: 1 where trained; the others are 0 (`sequence`: -1, `temperatures`: 1) where it is 0.
+    logprobs: behaviour log-probabilities.
+    advantages: of the token's turn.
+    temperatures: it was sampled at.
+    sequence: index of its turn.
     siblings: (turn index, sibling) of those trained turns that are not their call's first answer.
     """
 

@@ -134,7 +134,7 @@ def with_logprobs(
     values = torch.zeros(sum(s.num_trained for s in samples))
     for batch in pack(samples, max_tokens=TOKENS, layout="padded"):
         with torch.no_grad(), adapters.active(batch.policy):
-            values[batch.place] = token_logprobs(adapters.model, batch.to(adapters.device))[0].cpu()
+            values[batch.token_index] = token_logprobs(adapters.model, batch.to(adapters.device))[0].cpu()
     flat_values = iter(values.tolist())
     return [
         dataclasses.replace(s, logprobs=tuple(next(flat_values) if m else 0.0 for m in s.mask))

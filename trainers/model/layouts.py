@@ -1,11 +1,14 @@
-"""
-Which layout a model's attention allows, and a batch in the form that model takes.
+"""Which layout a model's attention allows, and a batch in the form that model takes.
 
-What an attention does with a row of prefix trees is found out by trying: a small row against the
-same sequences one by one. Four ways are tried in this order, each exact or not used:
+Whether an attention computes rows of prefix trees exactly is tried once per model: a small row
+against the same sequences one by one. Four ways are tried in this order, each exact or not used:
 
-flex: FlexAttention, on GPUs.    branches: SDPA branch by branch, everywhere.    mask: a dense mask, in any attention that follows one.
-positions: sequences end to end told apart by their positions, nothing shared.    none: one padded sequence per row.
+flex: FlexAttention, on GPUs.
+branches: SDPA branch by branch, everywhere.
+mask: a dense mask, in any attention that follows one.
+positions: sequences end to end told apart by their positions, nothing shared.
+
+none: one padded sequence per row.
 """
 
 from __future__ import annotations
@@ -48,14 +51,14 @@ def choose_layout(model: Any, setting: str = "auto") -> Layout:
     if dropout:
         why = f"dropout is on ({dropout}), and tokens of a shared prefix would be dropped together"
     packed: Layout = "padded" if way in ("mask", "none") else "packed"
-    found: Layout = (
+    layout: Layout = (
         packed
         if dropout or way in ("positions", "none")
         else "masked"
         if way == "mask"
         else "shared"
     )
-    if (setting == "shared" and found in ("packed", "padded")) or (
+    if (setting == "shared" and layout in ("packed", "padded")) or (
         setting == "packed" and packed == "padded"
     ):
         raise SettingError(
@@ -64,11 +67,11 @@ def choose_layout(model: Any, setting: str = "auto") -> Layout:
         )
     if setting == "packed":
         return "packed"
-    if found in ("packed", "padded"):
-        log.warning("prefixes are not shared in the update, rows are %s: %s", found, why)
-    elif found == "masked":
+    if layout in ("packed", "padded"):
+        log.warning("prefixes are not shared in the update, rows are %s: %s", layout, why)
+    elif layout == "masked":
         log.warning("prefixes are shared through a dense mask, where that pays: %s", why)
-    return found
+    return layout
 
 
 def way_of(model: Any) -> Way:
@@ -92,7 +95,7 @@ def model_inputs(base: Any, batch: Batch) -> dict[str, Any]:
     """Keyword arguments of the model's decoder for this batch. Raises ValueError for trees that
     share, if it can only tell sequences apart."""
     shared = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-    if batch.reach is None:
+    if batch.subtree_end is None:
         return shared | {"attention_mask": batch.attention_mask}
     return shared | _tree_inputs(base, batch, _way(base)[0])
 
@@ -114,7 +117,7 @@ def _tree_inputs(base: Any, batch: Batch, way: Way) -> dict[str, Any]:
 
 def _dense(base: Any, batch: Batch) -> Any:
     """Additive 4-D mask; one per kind of layer, if there are two."""
-    config, sees = text_config(base), batch.sees()
+    config, visible = text_config(base), batch.visible_keys()
     dtype = base.get_input_embeddings().weight.dtype
 
     def additive(allowed: torch.Tensor) -> torch.Tensor:
@@ -125,12 +128,12 @@ def _dense(base: Any, batch: Batch) -> Any:
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None) if kinds != {"full_attention"} else None
     if not window or int(batch.position_ids.max()) < window:
-        return additive(sees)
-    near = sees & (
+        return additive(visible)
+    near = visible & (
         batch.position_ids[:, None, :, None] - batch.position_ids[:, None, None, :] < window
     )
     if kinds == {"full_attention", "sliding_attention"}:
-        return {"full_attention": additive(sees), "sliding_attention": additive(near)}
+        return {"full_attention": additive(visible), "sliding_attention": additive(near)}
     return additive(near)
 
 
@@ -191,7 +194,7 @@ def _why_not(base: Any, way: Way) -> str:
             )
             row = row.to(weight.device)
             blind = dataclasses.replace(
-                row, reach=None
+                row, subtree_end=None
             )  # what it would be if every sequence saw those before it
             alone = [pack([s], max_tokens=1, layout="padded")[0].to(weight.device) for s in samples]
             right = torch.cat([_states(base, b, model_inputs(base, b)) for b in alone])

@@ -261,17 +261,19 @@ def _flex(
             "FlexAttention has no backward pass on the CPU; trees are computed by branches there"
         )
     name = ("flex", window)
-    if name not in tree.kept:
-        reach, depth = tree.reach, tree.depth
+    if name not in tree.masks:
+        subtree_end, depth = tree.subtree_end, tree.depth
 
-        def sees(
+        def visible(
             row: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor
         ) -> torch.Tensor:
-            seen = (k <= q) & ((q < reach[row, k]) | (q == k))
+            seen = (k <= q) & ((q < subtree_end[row, k]) | (q == k))
             return seen & (depth[row, q] - depth[row, k] < window) if window else seen
 
-        rows, length = reach.shape
-        tree.kept[name] = create_block_mask(sees, rows, None, length, length, device=query.device)
+        rows, length = subtree_end.shape
+        tree.masks[name] = create_block_mask(
+            visible, rows, None, length, length, device=query.device
+        )
     return flex_attention_forward(
-        module, query, key, value, tree.kept[name], scaling=scaling, softcap=softcap
+        module, query, key, value, tree.masks[name], scaling=scaling, softcap=softcap
     )[0]

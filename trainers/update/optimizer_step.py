@@ -181,8 +181,8 @@ def forward_only(
     found = torch.zeros(sum(sample.num_trained for sample in samples), device=ranks.device)
     for batch in batches_of(samples, max_tokens, layout, ranks):
         scores = score(batch)
-        if not batch.muted:
-            found[batch.place] = scores
+        if not batch.is_padding:
+            found[batch.token_index] = scores
     ranks.sum_([found])  # every place was filled by one rank and is 0 on the others
     return found.cpu()
 
@@ -267,7 +267,7 @@ def accumulate(
         except NotFinite as error:
             problem = problem or str(error)
             loss, stats = scores[0].sum(), {}
-        if batch.muted:
+        if batch.is_padding:
             loss, stats = 0 * loss, {}
         loss.backward()
         sums = add_stats(sums, stats)

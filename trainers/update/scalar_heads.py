@@ -1,15 +1,16 @@
-"""A scalar head: a LoRA of its own on the shared frozen base, and a linear layer that reads one
-number off a token's last hidden state.
+"""A scalar head (value head, reward head): a LoRA of its own on the shared frozen base, and a linear
+layer that reads one number off a token's last hidden state.
 
-What a critic says of every token and what a verifier says of an answer are the same thing, so both
-stand here. A head is no policy: it has a name among heads only (its adapter is called `head@NAME`,
-which no policy can be), nothing publishes it, and it counts in no team version. Like a policy it is
-created before any optimizer, seeded by its name, found by exact name, and leaves the base as it
-was.
+A critic's value of every token and a verifier's score of an answer are the same kind of number, so
+both stand here. A head is no policy: its adapter is called `head@NAME`, which no policy can be,
+nothing publishes it, and it counts in no team version. Like a policy it is created before any
+optimizer, seeded by its name, found by exact name, and leaves the base as it was.
 
-    head = Head(adapters, HeadSpec("critic"), config)
-    values = head.read(samples, ranks)                                # [N]: one number per trained token, in the order of samples
-    head.learn(samples, {"returns": returns}, loss, step, ranks)      # one optimizer step on a loss of (scores, targets)
+    head = ScalarHead(adapters, HeadSpec("critic"), config)
+    # [N]: one number per trained token, in the order of samples
+    values = head.read(samples, ranks)
+    # one optimizer step on a loss of (scores, targets)
+    head.learn(samples, {"returns": returns}, loss, step, ranks)
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ class ScalarHead:
                 batches,
                 lambda batch: (self.scores(batch),),
                 lambda _, batch, scores: loss_fn(
-                    scores, {name: t[batch.place] for name, t in targets.items()}, counts
+                    scores, {name: t[batch.token_index] for name, t in targets.items()}, counts
                 ),
             )
 

@@ -241,7 +241,7 @@ def test_a_tree_holds_every_sample_whatever_they_share(pairs, budget):
         batches = pack(samples, max_tokens=budget, layout=layout)
         seen: dict[str, list[tuple]] = {}
         for batch in batches:
-            sees = batch.sees()
+            sees = batch.visible_keys()
             rows, length = batch.input_ids.shape
             assert rows == 1 or rows * length <= budget
             for r, c, target, s in zip(
@@ -305,21 +305,23 @@ def test_a_shared_row_computes_every_token_once_and_the_terms_stay():
     (batch,) = pack(samples, max_tokens=100, layout="shared")
     assert batch.input_ids.tolist() == [[*prompt, 20, 30, 21, 31, 22, 32, 23, 33]]
     assert batch.position_ids.tolist() == [[*range(10), 10, 11, 10, 11, 10, 11, 10, 11]]
-    assert batch.reach.tolist() == [[18] * 10 + [12, 12, 14, 14, 16, 16, 18, 18]]
+    assert batch.subtree_end.tolist() == [[18] * 10 + [12, 12, 14, 14, 16, 16, 18, 18]]
     assert batch.column.tolist() == [9, 10, 11, 9, 12, 13, 9, 14, 15, 9, 16, 17]
     assert batch.target.tolist() == [20, 30, 5, 21, 31, 5, 22, 32, 5, 23, 33, 5]
     assert batch.sequence.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert batch.turns == (("0", 0), ("1", 0), ("2", 0), ("3", 0))
     (padded,) = pack(samples, max_tokens=100, layout="padded")
     assert (
-        padded.input_ids.shape == (4, 12) and padded.reach is None and padded.attention_mask.all()
+        padded.input_ids.shape == (4, 12)
+        and padded.subtree_end is None
+        and padded.attention_mask.all()
     )
     assert pack(samples, max_tokens=100, layout="masked")[0].input_ids.shape == (1, 18)
     (packed,) = pack(samples, max_tokens=100, layout="packed")
     assert packed.input_ids.shape == (1, 48) and packed.position_ids.tolist() == [
         list(range(12)) * 4
     ]
-    assert packed.reach.tolist() == [[12 * (1 + i // 12) for i in range(48)]]
+    assert packed.subtree_end.tolist() == [[12 * (1 + i // 12) for i in range(48)]]
 
 
 def test_a_dense_mask_does_not_share_where_the_prefix_is_too_short_to_pay():
@@ -327,8 +329,8 @@ def test_a_dense_mask_does_not_share_where_the_prefix_is_too_short_to_pay():
         sample([2, *[(g * 7 + i) % 30 + 3 for i in range(300)]], [300], episode=str(g))
         for g in range(4)
     ]
-    assert all(b.reach is None for b in pack(samples, max_tokens=5000, layout="masked"))
-    assert any(b.reach is not None for b in pack(samples, max_tokens=5000))
+    assert all(b.subtree_end is None for b in pack(samples, max_tokens=5000, layout="masked"))
+    assert any(b.subtree_end is not None for b in pack(samples, max_tokens=5000))
 
 
 def grown(*lengths: tuple[int, int, int]) -> list[TrainingSequence]:

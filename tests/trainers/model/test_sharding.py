@@ -268,7 +268,7 @@ def test_ranks_get_as_many_batches_and_the_added_ones_are_muted() -> None:
     dealt = split_over_ranks(pack([sample(n) for n in (9, 5, 3)], max_tokens=4, layout="padded"), 4)
     assert [len(mine) for mine in dealt] == [1, 1, 1, 0]
     levelled = pad_ranks(dealt)
-    assert [[(b.turns[0][0], b.muted) for b in mine] for mine in levelled] == [
+    assert [[(b.turns[0][0], b.is_padding) for b in mine] for mine in levelled] == [
         [("e9", False)],
         [("e5", False)],
         [("e3", False)],

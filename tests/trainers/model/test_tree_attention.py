@@ -74,7 +74,7 @@ def dense(
     k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     scores = q @ k.transpose(-1, -2) * SIZE**-0.5
     scores = torch.tanh(scores / softcap) * softcap if softcap else scores
-    sees, depth = batch.sees(), batch.position_ids
+    sees, depth = batch.visible_keys(), batch.position_ids
     if window:
         sees = sees & (depth[:, None, :, None] - depth[:, None, None, :] < window)
     return (torch.softmax(scores.masked_fill(~sees, -torch.inf), -1) @ v).transpose(1, 2)
@@ -102,7 +102,7 @@ def test_a_tree_is_cut_where_it_forks() -> None:
     (batch,) = packed(
         [([2, 3, 4], [5, 6, 0]), ([2, 3, 4], [5, 7, 8, 0]), ([2, 3, 4], [9, 0]), ([30, 31], [0])]
     )
-    found = branches(batch.position_ids, batch.reach, batch.attention_mask.sum(1).tolist())
+    found = branches(batch.position_ids, batch.subtree_end, batch.attention_mask.sum(1).tolist())
     ids = batch.input_ids[0].tolist()
     assert sorted(
         ([ids[i] for a, b in x.ancestors for i in range(a, b)], ids[x.start : x.end], x.depth)
@@ -136,7 +136,7 @@ def test_branches_are_the_dense_mask_whatever_is_shared(pairs, window, softcap, 
     """Duplicates, prefixes, single tokens, disjoint samples, deep forks, rows with padding: outputs
     and gradients."""
     for batch in packed(pairs, budget=25, layout=layout):
-        if batch.reach is None:
+        if batch.subtree_end is None:
             continue
         qkv = drawn(batch)
         weight = (

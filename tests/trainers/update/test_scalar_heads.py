@@ -120,7 +120,7 @@ def test_terms_know_their_place_among_the_samples(layout: str) -> None:
     ]
     found = [-1] * len(tokens)
     for batch in pack(samples, max_tokens=15, layout=layout):  # type: ignore[arg-type]
-        for place, target in zip(batch.place.tolist(), batch.target.tolist(), strict=True):
+        for place, target in zip(batch.token_index.tolist(), batch.target.tolist(), strict=True):
             found[place] = target
     assert found == tokens
 

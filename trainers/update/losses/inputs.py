@@ -60,7 +60,7 @@ class LossInputs:
             total,
             reference,
             batch.policy,
-            batch.place,
+            batch.token_index,
         )
 
 
