@@ -143,7 +143,7 @@ class ReplicaClient:
     async def token_count(self, seconds: float) -> float | None:
         """Tokens read and generated so far, over all requests; None if the server gives none."""
         try:
-            text = await self.send("GET", "/metrics", seconds=seconds)
+            text: str = await self.send("GET", "/metrics", seconds=seconds)
         except (Transient, RequestRefused):
             return None
         return sum(

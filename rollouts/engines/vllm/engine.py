@@ -258,7 +258,7 @@ class VLLMEngine:
 
     def info(self) -> EngineInfo:
         servers = [replica.server for replica in self.replicas.values() if replica.server]
-        settings = {"urls": [replica.client.url for replica in self.replicas.values()]} | (
+        settings = {"urls": [replica.url for replica in self.replicas.values()]} | (
             {"vllm": servers[0].version} if servers else {}
         )
         present = tuple(self.fleet.present)

@@ -58,6 +58,10 @@ class Replica:
         return self.client.name
 
     @property
+    def url(self) -> str:
+        return self.client.url
+
+    @property
     def base(self) -> str:
         return self.client.base
 
