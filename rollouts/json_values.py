@@ -1,4 +1,8 @@
-"""Plain Python values as JSON and back: tuples, sets and keys that are not text survive."""
+"""Plain Python values as JSON and back: tuples, sets and keys that are not text survive.
+
+`sandbox/scorer.py`, which can import nothing of marlora, has a copy of `unplain`; a test compares
+the two.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """Python values as JSON values from which `unplain` restores them: tuples, sets and keys that
-    are not text survive."""
+    """A Python value as a JSON value from which `unplain` restores it; a value of another type is
+    written as its text."""
     if isinstance(value, list):
         return [plain(item) for item in value]
     if isinstance(value, dict):
@@ -19,3 +23,16 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float)):
         return value
     return {"text": str(value)}
+
+
+def unplain(value: Any) -> Any:
+    """The Python value that `plain` wrote."""
+    if isinstance(value, list):
+        return [unplain(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "dict":
+        return {unplain(key): unplain(item) for key, item in inner}
+    kinds: dict[str, Any] = {"tuple": tuple, "set": set}
+    return inner if kind == "text" else kinds[kind](unplain(item) for item in inner)

@@ -184,7 +184,7 @@ class Checker:
                 raise
         os.set_blocking(self._requests, False)
         try:
-            self._scorer.wait_until_shut(START)
+            self._scorer.wait_until_ready(START)
         except SandboxError:
             self.stop()
             raise

@@ -1,17 +1,16 @@
-"""The first thing that runs inside a cage: gives up every right, then runs what it was told to.
-`cage.py` starts it.
+"""The init process of an isolated process: the first program inside. It gives up every right, then
+runs its role; `isolation` starts it.
 
-    python -I -S -B warden.py JOB
+    python -I -S -B init.py JOB
 
-JOB is JSON: limits, filter, what may be read (`Cage.command` makes it); what is to be run is read
-from the file descriptor `text`. Standard library alone, no import of ours: it is read as a file
-where nothing of marlora's is.
+JOB is JSON: limits, filter, readable paths (see `Isolation.command`); the program is read from the
+file descriptor `text`. Standard library only and no import of marlora, which cannot be read inside.
 
-From the moment the filter is on, this process cannot fork, open a socket, send a signal or read a
-file other than Python's own. Roles: `python` runs a program, `candidate` answers calls of a
-program's functions, `checker` runs tests that make these calls, `exec` becomes another executable.
-`scorer` may fork, and nothing else: it runs `scorer.py`, which is ours, and each child that reads a
-model's answer gives that right up first.
+Once the filter is on, this process cannot fork, open a socket, send a signal or read a file other
+than Python's own. Roles: `python` runs a program, `candidate` answers calls of a program's
+functions, `checker` runs tests that make these calls, `exec` becomes another executable. `scorer`
+may fork, and nothing else: it runs the text of `scorer.py`, and each child that reads a model's
+answer gives that right up first.
 """
 
 from __future__ import annotations
@@ -32,11 +31,8 @@ if TYPING:  # importing it takes ten milliseconds of every program's time
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 22, 24, 38, 47
 CAPSET = {"x86_64": 126, "aarch64": 91}
-CREATE_RULESET, ADD_RULE, RESTRICT_SELF = (
-    444,
-    445,
-    446,
-)  # Landlock: the same numbers on every architecture
+# Landlock: the same numbers on every architecture
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 READ, LIST = 0b1101, 0b1000  # execute, read file, read folder
 # All that Landlock can refuse, by version of its interface: 13 rights of files, then refer,
 # truncate, ioctl of devices.
@@ -48,7 +44,8 @@ BAD_JOB, NO_PROGRAM = 97, 98  # exit codes
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def must(result: int, what: str) -> int:
+def checked(result: int, what: str) -> int:
+    """The result of a system call; raises its `OSError`."""
     if result < 0:
         raise OSError(ctypes.get_errno(), what + ": " + os.strerror(ctypes.get_errno()))
     return result
@@ -65,16 +62,15 @@ def limit(job: Job) -> None:
         (resource.RLIMIT_MSGQUEUE, 0),
     ):
         resource.setrlimit(kind, (value, value))
-    resource.setrlimit(
-        resource.RLIMIT_CPU, (job["cpu_seconds"], job["cpu_seconds"] + 1)
-    )  # a signal, then the end
+    # a signal, a second later the end
+    resource.setrlimit(resource.RLIMIT_CPU, (job["cpu_seconds"], job["cpu_seconds"] + 1))
 
 
 def scratch(size: int) -> None:
-    """A /tmp of so many bytes and `FILES` files (an empty file takes memory too, and bubblewrap
-    cannot bound their number)."""
+    """Mount a /tmp of `size` bytes and `FILES` files (an empty file takes memory too, and
+    bubblewrap cannot bound their number)."""
     options = f"size={size},nr_inodes={FILES},mode=0700".encode()
-    must(
+    checked(
         libc.mount(
             b"tmpfs", b"/tmp", b"tmpfs", ctypes.c_ulong(MS_NOSUID | MS_NODEV | MS_NOEXEC), options
         ),
@@ -84,26 +80,26 @@ def scratch(size: int) -> None:
 
 
 def drop_capabilities() -> None:
+    """Give up all capabilities, also those that an executable could give back."""
     for number in range(64):
-        libc.prctl(
-            PR_CAPBSET_DROP, number, 0, 0, 0
-        )  # refused without rights, and then there is nothing to give up
+        # refused to a process without capabilities, which then has nothing to give up
+        libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0)
     libc.prctl(PR_CAP_AMBIENT, 4, 0, 0, 0)
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    must(libc.syscall(CAPSET[os.uname().machine], header, none), "capset")
+    checked(libc.syscall(CAPSET[os.uname().machine], header, none), "capset")
 
 
 def landlock(paths: list[str], listed: list[str]) -> None:
-    """Only what is below `paths` can be read, nothing written; no TCP, no signal or abstract socket
-    to the outside.
+    """Restrict this process by Landlock: only files below `paths` can be read, none written; no
+    TCP, no signal or abstract socket to the outside.
 
     Below `listed` the names of files can be read, not their contents.
     """
-    abi = must(libc.syscall(CREATE_RULESET, None, 0, 1), "landlock")
+    abi = checked(libc.syscall(CREATE_RULESET, None, 0, 1), "landlock")
     files = FILE_RIGHTS[min(abi, 5)]
     # struct landlock_ruleset_attr: access_fs, access_net (from 4 on), scoped (from 6 on)
     attr = (ctypes.c_uint64 * 3)(files, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
-    ruleset = must(
+    ruleset = checked(
         libc.syscall(CREATE_RULESET, attr, 8 * (1 + (abi >= 4) + (abi >= 6)), 0), "landlock ruleset"
     )
     for path, rights in [*((path, READ) for path in paths), *((path, LIST) for path in listed)]:
@@ -114,33 +110,31 @@ def landlock(paths: list[str], listed: list[str]) -> None:
         if not os.path.isdir(path):
             rights &= 0b101
         rule = rights.to_bytes(8, sys.byteorder) + handle.to_bytes(4, sys.byteorder)
-        must(libc.syscall(ADD_RULE, ruleset, 1, rule, 0), "landlock rule")
+        checked(libc.syscall(ADD_RULE, ruleset, 1, rule, 0), "landlock rule")
         os.close(handle)
-    must(libc.syscall(RESTRICT_SELF, ruleset, 0), "landlock")
+    checked(libc.syscall(RESTRICT_SELF, ruleset, 0), "landlock")
     os.close(ruleset)
 
 
 def seccomp(program: bytes) -> None:
-    """Load a filter in the kernel's own format."""
+    """Load a filter of system calls, a BPF program."""
 
     class Filter(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
 
     filtered = Filter(len(program) // 8, program)
-    must(libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(filtered), 0, 0), "seccomp")
+    checked(libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(filtered), 0, 0), "seccomp")
 
 
-def shut_in(job: Job) -> None:
+def isolate(job: Job) -> None:
+    """Give up every right, in the order in which each step is still allowed."""
     limit(job)
-    if job["mount"]:
-        if job["scratch"]:
-            scratch(job["scratch"])
-        else:
-            os.chdir("/")
+    if job["mount"] and job["scratch"]:
+        scratch(job["scratch"])
     else:
         os.chdir("/")
     drop_capabilities()
-    must(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     if job["landlock"]:
         landlock(job["landlock"], job["listed"])
     seccomp(bytes.fromhex(job["filter"]))
@@ -148,16 +142,15 @@ def shut_in(job: Job) -> None:
 
 def read_all(handle: int) -> str:
     with os.fdopen(handle, "rb") as file:
-        return file.read().decode(
-            "utf-8", "surrogatepass"
-        )  # what is no text is no program, and told as such
+        # a lone surrogate is an error of the program, reported as such
+        return file.read().decode("utf-8", "surrogatepass")
 
 
-# values between checker and candidate: builtin types only, whatever the candidate makes of its own
+# values between checker and candidate: of exact builtin types only
 
 
 def pack(value: Any, depth: int = 0) -> Any:
-    """A value as JSON. Of subclasses only the builtin part crosses; what has none is refused."""
+    """A value as JSON. Of a subclass only the builtin part is written; other types are refused."""
     if depth > 40:
         raise TypeError("a value nested more than 40 deep cannot cross")
     if value is None or value is True or value is False:
@@ -207,15 +200,15 @@ def unpack(data: Any) -> Any:
 
 def read_line(handle: int) -> bytes:
     """One line of at most `MAX_LINE` bytes, read unbuffered."""
-    got = b""
-    while not got.endswith(b"\n"):
+    line = b""
+    while not line.endswith(b"\n"):
         piece = os.read(handle, 65536)
         if not piece:
             raise EOFError("the other side has ended")
-        got += piece
-        if len(got) > MAX_LINE:
+        line += piece
+        if len(line) > MAX_LINE:
             raise ValueError(f"an answer of more than {MAX_LINE} bytes")
-    return got
+    return line
 
 
 def write_line(handle: int, data: Any) -> None:
@@ -228,11 +221,11 @@ def write_line(handle: int, data: Any) -> None:
 
 
 def run_python(job: Job, text: str) -> None:
-    """The program as `__main__`, in an empty module of its own."""
+    """Run a program as `__main__`, in an empty module of its own."""
     try:
         code = compile(text, "<program>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
-        sys.stderr.write(told(error))
+        sys.stderr.write(error_line(error))
         sys.exit(NO_PROGRAM)
     try:
         exec(code, {"__name__": "__main__", "__builtins__": __builtins__})
@@ -248,9 +241,8 @@ def run_python(job: Job, text: str) -> None:
 
 
 def run_candidate(job: Job, text: str) -> None:
-    """Load the program, then answer one call per line. Whoever wrote the program also has this end
-    of the pipe, so nothing that comes out of it is believed: it is a value that the checker
-    compares, or it is not."""
+    """Load the program, then answer one call per line. The program can write to this end of the
+    pipe too, so the checker trusts no answer: it only compares its value."""
     calls, answers = job["calls"], job["answers"]
     sys.stdin = open(os.devnull)  # noqa: SIM115
     space: dict[str, Any] = {"__name__": "candidate", "__builtins__": __builtins__}
@@ -273,14 +265,16 @@ def run_candidate(job: Job, text: str) -> None:
 
 
 class Failed(Exception):
-    """The candidate raised an exception that is no builtin one."""
+    """The candidate raised an exception that is not a builtin one."""
 
 
-def told(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
+    """An exception in one short text."""
     return f"{type(error).__name__}: {error}"[:300]
 
 
 def builtin_error(name: str, text: str) -> Exception:
+    """The builtin exception of this name, or `Failed`."""
     kind: Any = getattr(builtins, str(name), None)
     fits = (
         isinstance(kind, type)
@@ -291,8 +285,8 @@ def builtin_error(name: str, text: str) -> Exception:
 
 
 def run_checker(job: Job, text: str) -> None:
-    """Run the tests and tell of each at once ("" if it passed), with the nonce that only this
-    process was given."""
+    """Run the tests and report each at once ("" if it passed), with the nonce that only this
+    process knows."""
     calls, answers = job["calls"], job["answers"]
     tests = json.loads(text)
 
@@ -317,7 +311,7 @@ def run_checker(job: Job, text: str) -> None:
         ask()  # "ready"
         broken = ""
     except Exception as error:
-        broken = told(error)
+        broken = error_line(error)
     for test in tests["tests"]:
         if broken:
             say(broken)
@@ -329,11 +323,11 @@ def run_checker(job: Job, text: str) -> None:
             exec(compile(test, "<test>", "exec", dont_inherit=True), space)
             say("")
         except BaseException as error:
-            say(told(error))
+            say(error_line(error))
 
 
 def run_scorer(job: Job, text: str) -> None:
-    """Serve scores with the text of `scorer.py`. Ready is when its packages are imported."""
+    """Serve scores with the text of `scorer.py`; ready once its packages are imported."""
 
     def ready() -> None:
         os.write(job["ready"], b"r")
@@ -344,7 +338,7 @@ def run_scorer(job: Job, text: str) -> None:
     try:
         space["serve"](job, ready, lambda: seccomp(bytes.fromhex(job["inner_filter"])))
     except Exception as error:
-        os.write(2, ("scorer: " + told(error)).encode())
+        os.write(2, ("scorer: " + error_line(error)).encode())
         os._exit(1)
 
 
@@ -352,7 +346,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     try:
         text = read_all(job["text"]) if "text" in job else ""
-        shut_in(job)
+        isolate(job)
         more = sys.argv[2:]
         sys.argv[:] = [""]
         roles = {
@@ -365,7 +359,7 @@ def main() -> None:
         if role is None:
             os.execv(job["argv"][0], job["argv"] + more)
     except Exception as error:
-        os.write(2, ("cage: " + type(error).__name__ + ": " + str(error)).encode())
+        os.write(2, ("isolation: " + type(error).__name__ + ": " + str(error)).encode())
         os._exit(BAD_JOB)
     if role is not run_scorer:
         os.write(job["ready"], b"r")  # from here on, whatever happens is the program's doing

@@ -1,15 +1,15 @@
-"""Cages for processes that run what a model wrote: two ways to build one, a filter of system calls,
-and the proof that it holds.
+"""Isolation of processes that run what a model wrote, in two kinds: bubblewrap or Landlock, with a
+filter of system calls.
 
 `bubblewrap`: namespaces of its own (files, processes, network, users), read-only Python and system
 libraries and nothing else, a sized `/tmp` if asked for. `landlock`, where user namespaces are off:
-the host's files, of which only the same can be read and none written; reduced, for names and sizes
-of other files can be told. Both: every capability dropped, an allow-list of system calls (no
+the host's files, of which only the same can be read and none written; reduced, since names and
+sizes of other files can be seen. Both: every capability dropped, an allow-list of system calls (no
 process, no socket, no signal, no io_uring), hard limits, an empty environment, death with the
 parent.
 
-Which one holds here is found out by attacking it (`proof.py`), not by looking for a binary; where
-none holds, nothing is run.
+Which one holds on a machine is tested by attacking it (`self_test`), not by looking for a binary;
+where none holds, nothing is run.
 """
 
 from __future__ import annotations
@@ -43,49 +43,36 @@ ENVIRONMENT = {
 LIBRARIES = ("/lib", "/lib64", "/lib32", "/usr/lib", "/usr/lib64", "/usr/local/lib/libpython3.so")
 DEVICES = ("/dev/null", "/dev/urandom")
 
-# What Python needs, and nothing that reaches another process, another machine or the kernel's rarer
-# corners.
+# System calls that Python needs, and none that reaches another process, another machine or rarely
+# used parts of the kernel.
 CALLS = """
-read write readv writev pread64 pwrite64 preadv pwritev lseek close close_range dup dup2 dup3 pipe pipe2 poll ppoll select pselect6
+read write readv writev pread64 pwrite64 preadv pwritev lseek close close_range dup dup2 dup3 pipe
+pipe2 poll ppoll select pselect6
 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2 socketpair
-open openat openat2 creat access faccessat faccessat2 stat lstat fstat newfstatat statx statfs fstatfs readlink readlinkat getdents64
-getcwd chdir fchdir mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 ftruncate fsync fdatasync flock fadvise64 fallocate
+open openat openat2 creat access faccessat faccessat2 stat lstat fstat newfstatat statx statfs
+fstatfs readlink readlinkat getdents64
+getcwd chdir fchdir mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 ftruncate fsync
+fdatasync flock fadvise64 fallocate
 sendfile copy_file_range
 mmap munmap mremap mprotect madvise brk mincore msync membarrier
-rt_sigaction rt_sigprocmask rt_sigreturn rt_sigtimedwait rt_sigpending sigaltstack alarm setitimer getitimer pause
+rt_sigaction rt_sigprocmask rt_sigreturn rt_sigtimedwait rt_sigpending sigaltstack alarm setitimer
+getitimer pause
 nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time times getrusage
-futex set_robust_list get_robust_list set_tid_address rseq sched_yield sched_getaffinity gettid getpid getppid getuid geteuid getgid getegid
-getresuid getresgid getgroups getpgrp getpgid getsid getrlimit getrandom uname sysinfo arch_prctl restart_syscall
+futex set_robust_list get_robust_list set_tid_address rseq sched_yield sched_getaffinity gettid
+getpid getppid getuid geteuid getgid getegid
+getresuid getresgid getgroups getpgrp getpgid getsid getrlimit getrandom uname sysinfo arch_prctl
+restart_syscall
 exit exit_group
 """
-FCNTL = (
-    0,
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    1030,
-    1032,
-)  # duplicate, flags, locks, size of a pipe; F_SETOWN would send signals
-IOCTL = (
-    0x5401,
-    0x5413,
-    0x541B,
-    0x5421,
-    0x5450,
-    0x5451,
-)  # is it a terminal, bytes to read, blocking, inheritance
+# duplicate, flags, locks, size of a pipe; F_SETOWN would send signals
+FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)
+# is it a terminal, bytes to read, blocking, inheritance
+IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 PR_SET_SECCOMP = 22
-PRCTL = (
-    15,
-    16,
-    0x53564D41,
-)  # a thread's name, names of memory; the signal at the parent's death stays
+# a thread's name, names of memory; the signal at the parent's death stays
+PRCTL = (15, 16, 0x53564D41)
 CLONE_THREAD = 0x00010000
-CLONE_SHARED = 0x7E032F00 | CLONE_THREAD  # whatever a fork shares with its parent, and namespaces
+CLONE_SHARED = 0x7E032F00 | CLONE_THREAD  # all that a fork may share, and namespaces
 PACKAGES = ("site-packages", "dist-packages")
 
 
@@ -100,19 +87,18 @@ def _seccomp() -> Any:
 
 @functools.cache
 def call_filter(executes: bool = False, forks: bool = False) -> str:
-    """The allow-list as the kernel reads it, in hex. `executes`: may also become another program,
-    and start threads. `forks`: may copy itself, wait for the copy, and load a second, narrower
-    filter in it.
+    """The allow-list of system calls as a BPF program, in hex. `executes`: exec and threads are
+    allowed too. `forks`: fork, wait, and loading a second, narrower filter in the child.
 
-    What is not listed fails with EPERM; calls of another architecture end the process.
+    Other calls fail with EPERM; calls of another architecture end the process.
     """
     seccomp = _seccomp()
-    made = seccomp.SyscallFilter(seccomp.ERRNO(errno.EPERM))
+    rules = seccomp.SyscallFilter(seccomp.ERRNO(errno.EPERM))
 
     def allow(name: str, *arguments: Any, action: int = seccomp.ALLOW) -> None:
         number = seccomp.resolve_syscall(seccomp.Arch.NATIVE, name)
         if number >= 0:  # some architectures lack some
-            made.add_rule(action, number, *arguments)
+            rules.add_rule(action, number, *arguments)
 
     for name in [
         *CALLS.split(),
@@ -124,12 +110,10 @@ def call_filter(executes: bool = False, forks: bool = False) -> str:
         for value in values:
             allow(name, seccomp.Arg(argument, seccomp.EQ, value))
     for name in ("prlimit64", "sched_getscheduler"):
-        allow(
-            name, seccomp.Arg(0, seccomp.EQ, 0)
-        )  # its own alone, and raising a hard limit takes a capability
-    allow(
-        "clone3", action=seccomp.ERRNO(errno.ENOSYS)
-    )  # the C library then uses clone, whose flags can be looked at
+        # its own process only; raising a hard limit takes a capability
+        allow(name, seccomp.Arg(0, seccomp.EQ, 0))
+    # the C library then uses clone, whose flags a filter can check
+    allow("clone3", action=seccomp.ERRNO(errno.ENOSYS))
     if executes:
         allow("clone", seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_THREAD, CLONE_THREAD))
     if forks:
@@ -137,14 +121,14 @@ def call_filter(executes: bool = False, forks: bool = False) -> str:
         allow("clone", seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_SHARED, 0))
         allow("prctl", seccomp.Arg(0, seccomp.EQ, PR_SET_SECCOMP))
     with tempfile.TemporaryFile() as file:
-        made.export_bpf(file)
+        rules.export_bpf(file)
         file.seek(0)
         return file.read().hex()
 
 
 @functools.cache
 def interpreter() -> tuple[str, tuple[str, ...]]:
-    """The bare Python under this one, and what it has to be able to read."""
+    """The base Python of this one (without its packages), and the paths that it has to read."""
     base = Path(sys.base_prefix).resolve()
     executable = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
     paths = {str(executable), sysconfig.get_path("stdlib"), *LIBRARIES}
@@ -191,7 +175,7 @@ def without_packages(paths: Sequence[str]) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True)
 class Isolation:
-    """One way of confining processes. `command` says how to start one; nothing is started here."""
+    """One kind of isolation. `command` gives the command of an isolated process; starts nothing."""
 
     kind: Kind
     readable: tuple[str, ...] = field(default_factory=lambda: interpreter()[1])
@@ -204,15 +188,15 @@ class Isolation:
         argv: Sequence[str] = (),
         packages: Sequence[str] = (),
     ) -> list[str]:
-        """The command of a caged process.
+        """The command of an isolated process.
 
         Args:
-            role: what it does, see `warden.py`.
-            pipes: file descriptors handed down, by the role's names for them; `text` holds the
-                program, to `ready` it writes a byte when it is shut in. argv: what `exec` becomes,
-                an absolute path first; what kind of `scorer` it is.
+            role: what it does, see `init`.
+            pipes: file descriptors that it inherits, by the role's names for them; `text` holds the
+                program, to `ready` it writes a byte once it is isolated.
+            argv: for `exec` the program to become, an absolute path first; for `scorer` its kind.
             packages: files and folders of installed packages that can be read too, for a `scorer`
-                alone.
+                only.
         """
         readable = (*self.readable, str(INIT), *(argv[:1] if role == "exec" else ()))
         listed: list[str] = []
@@ -220,9 +204,8 @@ class Isolation:
         if self.kind == "landlock":
             listed, allowed = without_packages((*readable, *DEVICES, "/etc/ld.so.cache"))
             listed = [*listed, *dict.fromkeys(map(os.path.dirname, packages))]
-        scratch = (
-            limits.scratch if self.kind == "bubblewrap" else 0
-        )  # Landlock cannot bound what is written
+        # Landlock cannot bound what is written
+        scratch = limits.scratch if self.kind == "bubblewrap" else 0
         job = {
             "role": role,
             "argv": list(argv),
@@ -243,20 +226,20 @@ class Isolation:
         )
 
     def _namespaces(self, readable: Sequence[str], packages: Sequence[str]) -> list[str]:
-        found = shutil.which("bwrap")
-        if found is None:
+        executable = shutil.which("bwrap")
+        if executable is None:
             raise SandboxError(
                 "bubblewrap is not installed (Debian, Ubuntu: apt install bubblewrap)"
             )
         command = [
-            found,
+            executable,
             "--unshare-all",
             "--unshare-user",
             "--die-with-parent",
             "--new-session",
             "--clearenv",
         ]
-        # The right to mount is for /tmp alone: `warden.py` gives it up before anything runs.
+        # The right to mount is for /tmp alone: `init` gives it up before anything runs.
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--hostname", "cage"]
         for name, value in ENVIRONMENT.items():
             command += ["--setenv", name, value]
@@ -278,8 +261,7 @@ class Isolation:
 
 
 def text_file(text: str) -> int:
-    """A file descriptor from which a program can be read; no name, no disk. The caller closes
-    it."""
+    """A file descriptor of an anonymous file in memory that holds a text. The caller closes it."""
     handle = os.memfd_create("program")
     with os.fdopen(os.dup(handle), "wb") as file:
         file.write(text.encode("utf-8", "surrogatepass"))

@@ -1,9 +1,9 @@
-"""Plain Python in a cage: run a program, or check one against tests that it never sees.
+"""Plain Python in isolated processes: run a program, or check one against hidden tests.
 
-To check takes two processes. The candidate holds the program, the checker the tests; between them
-go calls and answers, and an answer is rebuilt of builtin types before it is compared. So a program
-can end its own process, forge `__eq__`, walk frames or write to any descriptor it finds, and has
-told the checker nothing but a value that is right or wrong.
+A check takes two processes. The candidate has the program, the checker the tests; between them go
+calls and answers, and an answer is rebuilt from builtin types before it is compared. So a program
+that ends its process, forges `__eq__`, walks frames or writes to any descriptor gives the checker
+nothing but a value that is right or wrong.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from ...agents.execution import ExecutionResult, Limits, SandboxError, Status, T
 from .init import NO_PROGRAM
 from .isolation import ENVIRONMENT, Isolation, Role, text_file
 
-START = 60.0  # seconds a cage may take until it is shut, on a busy machine
-GRACE = 2.0  # seconds between a CPU limit that is met and the end
+START = 60.0  # seconds that isolating a process may take, on a busy machine
+GRACE = 2.0  # seconds between reaching a CPU limit and the end
 
 
 class IsolatedProcess:
-    """A running process in a cage, from start to certain end."""
+    """An isolated process, from its start to its certain end."""
 
     def __init__(
         self,
-        cage: Isolation,
+        isolation: Isolation,
         role: Role,
         limits: Limits,
         text: str,
@@ -40,34 +40,32 @@ class IsolatedProcess:
         argv: Sequence[str] = (),
         packages: Sequence[str] = (),
     ) -> None:
-        program, (ready, told) = text_file(text), os.pipe()
+        program, (ready, ready_in) = text_file(text), os.pipe()
         try:
-            command = cage.command(
-                role, limits, {"text": program, "ready": told, **pipes}, argv, packages
-            )
-            out = (
-                subprocess.PIPE if role == "python" else subprocess.DEVNULL
-            )  # standard error tells why a cage failed, too
+            descriptors = {"text": program, "ready": ready_in, **pipes}
+            command = isolation.command(role, limits, descriptors, argv, packages)
+            out = subprocess.PIPE if role == "python" else subprocess.DEVNULL
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
-                stderr=subprocess.PIPE,
+                stderr=subprocess.PIPE,  # also says why isolation failed
                 env=ENVIRONMENT,
                 cwd="/",
-                pass_fds=(program, told, *pipes.values()),
+                pass_fds=(program, ready_in, *pipes.values()),
                 start_new_session=True,
             )
         except OSError as error:
             os.close(ready)
-            raise SandboxError(f"{cage.kind}: cannot be started ({error})") from error
+            raise SandboxError(f"{isolation.kind}: cannot be started ({error})") from error
         finally:
             os.close(program)
-            os.close(told)
-        self.kind, self.ready = cage.kind, ready
+            os.close(ready_in)
+        self.kind, self.ready = isolation.kind, ready
 
-    def wait_until_shut(self, seconds: float = START) -> None:
-        """Raises `SandboxError` if the cage fails before the program begins."""
+    def wait_until_ready(self, seconds: float = START) -> None:
+        """Wait until the process is isolated. Raises `SandboxError` if it fails before the program
+        begins."""
         with (
             contextlib.closing(os.fdopen(self.ready, "rb", buffering=0)) as ready,
             selectors.DefaultSelector() as selector,
@@ -77,12 +75,11 @@ class IsolatedProcess:
                 return
         self.end()
         assert self.process.stderr is not None
-        words = self.process.stderr.read(2000).decode(errors="replace").strip().splitlines()
-        raise SandboxError(f"{self.kind}: {(words or ['it did not start'])[-1][:300]}")
+        lines = self.process.stderr.read(2000).decode(errors="replace").strip().splitlines()
+        raise SandboxError(f"{self.kind}: {(lines or ['it did not start'])[-1][:300]}")
 
     def end(self) -> None:
-        """Kill all there is of it, at once. In bubblewrap the death of the first process is the
-        death of all."""
+        """Kill the process and all its children. In bubblewrap they end with the first process."""
         if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -97,51 +94,51 @@ class IsolatedProcess:
 
 @contextlib.contextmanager
 def _started(
-    cage: Isolation, role: Role, limits: Limits, text: str, pipes: Mapping[str, int]
+    isolation: Isolation, role: Role, limits: Limits, text: str, pipes: Mapping[str, int]
 ) -> Iterator[IsolatedProcess]:
-    caged = IsolatedProcess(cage, role, limits, text, pipes)
+    process = IsolatedProcess(isolation, role, limits, text, pipes)
     try:
-        caged.wait_until_shut()
-        yield caged
+        process.wait_until_ready()
+        yield process
     finally:
-        caged.close()
+        process.close()
 
 
 def run_plain(
-    cage: Isolation, program: str, limits: Limits, stop: int | None = None
+    isolation: Isolation, program: str, limits: Limits, stop: int | None = None
 ) -> ExecutionResult:
-    """Run a program as `__main__`, with what it prints as the output. Blocks.
+    """Run a program as `__main__`; the output is what it prints. Blocks.
 
     `stop`: a file descriptor; when it can be read (or its other end is closed), the program is
-    ended. Raises `SandboxError` if the cage fails.
+    ended. Raises `SandboxError` if the process cannot be isolated.
     """
-    with _started(cage, "python", limits, program, {}) as caged:
+    with _started(isolation, "python", limits, program, {}) as isolated:
         start = time.monotonic()
-        out, err, met = _read(caged.process, limits, start, stop)
+        out, err, met = _read(isolated.process, limits, start, stop)
         seconds = time.monotonic() - start
         if met is None:
             try:
-                caged.process.wait(max(0.1, limits.seconds - seconds))
+                isolated.process.wait(max(0.1, limits.seconds - seconds))
             except subprocess.TimeoutExpired:  # it closed its output and went on
                 met = "time"
         if met is not None:
-            caged.end()
-        code = caged.process.returncode
+            isolated.end()
+        code = isolated.process.returncode
     output, errors = out.decode(errors="replace"), err.decode(errors="replace")
     status = met or _status(code, errors, seconds, limits)
-    return ExecutionResult(status, output, _words(status, code, errors, limits), seconds=seconds)
+    return ExecutionResult(status, output, _reason(status, code, errors, limits), seconds=seconds)
 
 
 def _read(
     process: subprocess.Popen[bytes], limits: Limits, start: float, stop: int | None
 ) -> tuple[bytearray, bytearray, Status | None]:
-    """Both outputs to their ends, or up to the limit that was met first."""
+    """(stdout, stderr, limit that was reached first or None)."""
     assert process.stdout is not None and process.stderr is not None
-    found = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
+    outputs = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
     with selectors.DefaultSelector() as selector:
-        for handle in [*found, *([] if stop is None else [stop])]:
+        for handle in [*outputs, *([] if stop is None else [stop])]:
             selector.register(handle, selectors.EVENT_READ)
-        opened, met = len(found), None
+        opened, met = len(outputs), None
         while opened and met is None:
             left = limits.seconds - (time.monotonic() - start)
             ready = selector.select(max(0.0, left)) if left > 0 else []
@@ -155,10 +152,10 @@ def _read(
                 if not piece:
                     selector.unregister(key.fd)
                     opened -= 1
-                found[key.fd] += piece
-            if sum(map(len, found.values())) > limits.output:
+                outputs[key.fd] += piece
+            if sum(map(len, outputs.values())) > limits.output:
                 met = "output"
-    out, err = found.values()
+    out, err = outputs.values()
     return out[: limits.output], err[: limits.output], met  # type: ignore[return-value]
 
 
@@ -185,24 +182,24 @@ def _status(code: int, errors: str, seconds: float, limits: Limits) -> Status:
     return "syntax" if code == NO_PROGRAM else "error"
 
 
-def _words(status: Status, code: int, errors: str, limits: Limits) -> str:
+def _reason(status: Status, code: int, errors: str, limits: Limits) -> str:
     last = (errors.strip().splitlines() or [f"exit code {code}"])[-1][:300]
-    words = {
+    reasons = {
         "time": f"not done within {limits.seconds:g} s ({limits.cpu_seconds} s of CPU)",
         "output": f"printed more than {limits.output} bytes",
         "memory": f"needed more than {limits.memory >> 20} MiB",
         "killed": f"ended by a signal (exit code {code})",
     }
-    return "" if status == "done" else words.get(status, last)
+    return "" if status == "done" else reasons.get(status, last)
 
 
 def check_plain(
-    cage: Isolation, program: str, tests: TestSuite, limits: Limits, stop: int | None = None
+    isolation: Isolation, program: str, tests: TestSuite, limits: Limits, stop: int | None = None
 ) -> TestResult:
-    """What the tests say of a program. Blocks. Time, memory and output hold for both processes; a
-    limit met fails the tests that are left."""
+    """The results of hidden tests of a program. Blocks. Time, memory and output are limited for
+    both processes; reaching a limit fails the tests that are left."""
     nonce = secrets.token_hex(16)
-    told = json.dumps(
+    suite = json.dumps(
         {"nonce": nonce, "tests": tests.tests, "names": tests.names, "setup": tests.setup}
     )
     with contextlib.ExitStack() as stack:
@@ -210,13 +207,13 @@ def check_plain(
             _pipe(stack) for _ in range(3)
         )
         ours = {"calls": calls_out.fileno(), "answers": answers_in.fileno()}
-        candidate = stack.enter_context(_started(cage, "candidate", limits, program, ours))
+        candidate = stack.enter_context(_started(isolation, "candidate", limits, program, ours))
         ours = {
             "calls": calls_in.fileno(),
             "answers": answers_out.fileno(),
             "verdict": verdict_in.fileno(),
         }
-        checker = stack.enter_context(_started(cage, "checker", limits, told, ours))
+        checker = stack.enter_context(_started(isolation, "checker", limits, suite, ours))
         for end in (calls_out, calls_in, answers_out, answers_in, verdict_in):
             end.close()
         drained = [p.stderr for p in (candidate.process, checker.process) if p.stderr is not None]
@@ -237,8 +234,8 @@ def _pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
 def _verdict(
     verdict: int, drained: Sequence[int], limits: Limits, stop: int | None
 ) -> tuple[list[bytes], str]:
-    """(whole lines of the verdict, why the rest is missing). What the processes say beside it is
-    read and dropped."""
+    """(whole lines of the verdict, why the rest is missing). Other output of the processes is read
+    and dropped."""
     read, end, printed = b"", time.monotonic() + limits.seconds, 0
     with selectors.DefaultSelector() as selector:
         for handle in [verdict, *drained, *([] if stop is None else [stop])]:

@@ -1,12 +1,12 @@
-"""Where programs that a model wrote are run: one door, two interpreters behind it, and no way
-around.
+"""The sandbox: runs programs that a model wrote. Two entry points, two interpreters behind them.
 
-    outcome = await run("await ask('2 + 2?')", {"ask": ask})       # a workflow program, in Monty: it can call `ask` and nothing else
-    outcome = await run("print(2 + 2)")                            # plain Python, in a cage
-    verdict = await check(program, Exam(("assert f(2) == 4",), ("f",)))
+    # a workflow program, in Monty: it can call `ask` and nothing else
+    result = await run("await ask('2 + 2?')", {"ask": ask})
+    result = await run("print(2 + 2)")  # plain Python, in an isolated process
+    result = await check(program, TestSuite(("assert f(2) == 4",), ("f",)))
 
-Nothing falls back: where no cage holds (`proof.py` tries), both raise `SandboxError`, which ends a
-run. Whatever a program does is an `ExecutionResult`, and costs the episode that wrote it.
+There is no fallback: where no isolation holds (`self_test` tries them), both raise `SandboxError`,
+which ends a run. Whatever a program does is an `ExecutionResult`, and costs only its episode.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ LIMITS = Limits()
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    """As many plain programs at once as there are cores: what waits longer has not begun, so no
-    clock of it runs."""
+    """One thread per core for plain programs; those that wait have not begun, so their time limits
+    do not run."""
     return ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="sandbox")
 
 
 @functools.cache
-def _interpreter(held: Isolation) -> Interpreter:
-    return Interpreter(held)
+def _interpreter(best: Isolation) -> Interpreter:
+    return Interpreter(best)
 
 
 async def run(
@@ -67,52 +67,52 @@ async def run(
     """Run a program: with `externals` (even none, `{}`) a workflow program, without them plain
     Python.
 
-    Raises `SandboxError` if programs cannot be run here, and what an external raises (but
-    `ProgramError`, which the program sees).
+    Raises `SandboxError` if programs cannot be run on this machine, and errors of externals (except
+    `ProgramError`, which the program can catch).
     """
-    held = await _held()
+    best = await _isolation()
     if len(program) > MAX_PROGRAM or "\0" in program:
         return ExecutionResult(
             "syntax", error=f"no program: more than {MAX_PROGRAM} characters, or a NUL among them"
         )
     if externals is not None:
-        return await _interpreter(held).run(program, externals, limits)
-    return await _in_thread(run_plain, held, program, limits)
+        return await _interpreter(best).run(program, externals, limits)
+    return await _in_thread(run_plain, best, program, limits)
 
 
 async def check(program: str, tests: TestSuite, limits: Limits = LIMITS) -> TestResult:
-    """What hidden tests say of a program that cannot see them. Raises `SandboxError` if programs
-    cannot be run here."""
-    held = await _held()
+    """The results of hidden tests of a program, which cannot see them. Raises `SandboxError` if
+    programs cannot be run on this machine."""
+    best = await _isolation()
     if len(program) > MAX_PROGRAM or "\0" in program:
         return TestResult(("no program",) * len(tests.tests))
-    return await _in_thread(check_plain, held, program, tests, limits)
+    return await _in_thread(check_plain, best, program, tests, limits)
 
 
 def state() -> tuple[str, str]:
-    """(what runs programs here, what to do): for `marlora doctor`."""
+    """(what runs programs on this machine, what to do), for `marlora doctor`."""
     try:
-        held = isolation()
-        _interpreter(held)
+        best = isolation()
+        _interpreter(best)
     except SandboxError as error:
         return "none", str(error)
     names = " and ".join(each.kind for each in isolations())
-    words = f"Monty, plain Python in {held.kind} (held against attacks: {names})"
-    if held.kind == "landlock":
+    runners = f"Monty, plain Python in {best.kind} (held against attacks: {names})"
+    if best.kind == "landlock":
         return (
-            f"{words}: reduced, names and sizes of files can be told",
+            f"{runners}: reduced, names and sizes of files can be told",
             "allow user namespaces, and install bubblewrap",
         )
-    return words, ""
+    return runners, ""
 
 
-async def _held() -> Isolation:
+async def _isolation() -> Isolation:
     return await asyncio.get_running_loop().run_in_executor(_threads(), isolation)
 
 
 async def _in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Call it with a file descriptor that tells it to stop, which happens when whoever waits for
-    the result is cancelled."""
+    """Call `function(*args, stop=...)` in a thread. `stop` is a file descriptor that can be read
+    once the caller is cancelled."""
     out, into = os.pipe()
     work = asyncio.get_running_loop().run_in_executor(
         _threads(), functools.partial(function, *args, stop=out)

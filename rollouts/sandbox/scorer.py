@@ -1,16 +1,15 @@
-"""Scores answers inside a cage: a process that has imported the scorers, and a fresh child of it
-for every answer.
+"""The scorer: a process that has imported the scorers of answers, and forks a fresh child for every
+answer. It is isolated.
 
-This file is handed to the cage as text (`checker.py` sends it, `warden.py` runs it as the role
-`scorer`): standard library alone, and no import of ours. What a model wrote is never read here but
-in the child that scores it. The child has its own time and memory, may start no process, holds no
-descriptor but the pipe for its verdict, and ends after one verdict, so that nothing an answer does
-reaches another one.
+This file is sent as text (`rewards.math_check` sends it, `init` runs it as the role `scorer`):
+standard library only, and no import of marlora. A model's text is only read in the child that
+scores it. The child has its own time and memory limits, may start no process, has no descriptor but
+the pipe for its verdict, and ends after one verdict, so an answer cannot affect the next one.
 
-An answer must not become code either. Scorers hand answers to `eval`, sympy's parser above all. An
-audit hook, which cannot be removed, looks at every piece of code before it runs: expressions of
-mathematical functions and numbers pass in sympy's parser, lists of constants elsewhere, and
-everything else is refused, which makes the answer a wrong one.
+An answer must not become code either. Scorers pass answers to `eval`, sympy's parser above all. An
+audit hook, which cannot be removed, checks every piece of code before it runs: expressions of
+mathematical functions and numbers pass in sympy's parser, lists of constants elsewhere; any other
+code is refused, and the answer is wrong.
 """
 
 from __future__ import annotations
@@ -61,7 +60,8 @@ NOT_FINITE = re.compile(r"(?<![a-z])(?:nan|inf|infinity)[ij]?(?![a-z])", re.IGNO
 # function, no import, no loop.
 _DISPLAY = """
 RESUME NOP CACHE EXTENDED_ARG LOAD_CONST LOAD_SMALL_INT BUILD_TUPLE BUILD_LIST BUILD_SET BUILD_MAP
-BUILD_CONST_KEY_MAP LIST_EXTEND SET_UPDATE UNARY_NEGATIVE UNARY_POSITIVE UNARY_NOT UNARY_INVERT BINARY_OP
+BUILD_CONST_KEY_MAP LIST_EXTEND SET_UPDATE UNARY_NEGATIVE UNARY_POSITIVE UNARY_NOT UNARY_INVERT
+BINARY_OP
 CALL_INTRINSIC_1 RETURN_VALUE RETURN_CONST
 """
 DISPLAY = frozenset(_DISPLAY.split())
@@ -69,16 +69,19 @@ ARITHMETIC = DISPLAY | frozenset(
     ["LOAD_NAME", "PUSH_NULL", "PRECALL", "CALL", "KW_NAMES", "CALL_KW", "COMPARE_OP"]
 )
 _MATHEMATICS = """
-Integer Float Rational Symbol Function Add Mul Pow sqrt cbrt root real_root exp log ln Mod Max Min Abs abs pow
-round max min sum Eq Ne Lt Le Gt Ge Equality Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan
-And Or Not Tuple Interval Union FiniteSet Integral Derivative pi E I oo zoo nan true false factor expand
+Integer Float Rational Symbol Function Add Mul Pow sqrt cbrt root real_root exp log ln Mod Max Min
+Abs abs pow
+round max min sum Eq Ne Lt Le Gt Ge Equality Unequality StrictLessThan LessThan StrictGreaterThan
+GreaterThan
+And Or Not Tuple Interval Union FiniteSet Integral Derivative pi E I oo zoo nan true false factor
+expand
 simplify
 """
 MATHEMATICS = frozenset(_MATHEMATICS.split())
 
 
 class NotMathematics(BaseException):
-    """An answer held code; no scorer may take it for an error of its own and go on with a
+    """An answer held code. A `BaseException`, so that no scorer catches it and goes on with a
     default."""
 
 
@@ -89,7 +92,7 @@ class Guard:
     """The audit hook of a child."""
 
     def __init__(self) -> None:
-        self.told = ""  # what was refused, even where a scorer goes on after it
+        self.reason = ""  # what was refused first, even if a scorer goes on after it
         self.parser: CodeType | None = None
         self.namespace: CodeType | None = None
         self.generators = {
@@ -126,22 +129,21 @@ class Guard:
             self.refuse(f"{event} is refused in a scorer")
 
     def refuse(self, why: str) -> None:
-        self.told = self.told or why
+        self.reason = self.reason or why
         raise NotMathematics(why)
 
     def refused(self, code: CodeType, caller: FrameType) -> str:
-        """Why the code may not run, "" if it may. `caller` is who runs it: what an answer holds is
-        run by a scorer alone."""
+        """Why the code may not run, "" if it may. `caller`: the frame that runs it; text of an
+        answer is run by scorers only."""
         runner = caller.f_code.co_filename
         if runner == IMPORTER or runner in self.generators or code == self.namespace:
             return ""
         parsed = caller.f_code is self.parser
         allowed = ARITHMETIC if parsed else DISPLAY
-        found = next(
-            (each.opname for each in dis.get_instructions(code) if each.opname not in allowed), ""
-        )
-        if found:
-            return f"the answer is code, not mathematics ({found})"
+        names = (each.opname for each in dis.get_instructions(code))
+        forbidden = next((name for name in names if name not in allowed), "")
+        if forbidden:
+            return f"the answer is code, not mathematics ({forbidden})"
         known = caller.f_locals.get("local_dict") if parsed else None
         for name in code.co_names:
             if name not in self.names and not isinstance((known or {}).get(name), self.basic):
@@ -153,8 +155,8 @@ class Guard:
 
 
 class Drawing(types.ModuleType):
-    """A module that draws, or something of it: not needed for a score, and it would have to write
-    files and start threads."""
+    """A stand-in for modules that draw: no score needs them, and they write files and start
+    threads."""
 
     __path__: list[str] = []
 
@@ -177,7 +179,7 @@ class Drawing(types.ModuleType):
 
     @classmethod
     def exec_module(cls, module: Any) -> None:
-        """There is nothing in it."""
+        """The module is empty."""
 
 
 def math_work(job: dict[str, Any]) -> Callable[[Any], Work]:
@@ -192,25 +194,18 @@ def math_work(job: dict[str, Any]) -> Callable[[Any], Work]:
         gold, answer = parsed(request["gold"]), parsed(request["answer"])
         return bool(gold and answer and verify(gold, answer, timeout_seconds=None))
 
-    for answer in (
-        "0.5",
-        "x+1",
-        "(1,2)",
-        "[1,2)",
-        "x=3",
-    ):  # builds the grammar, which takes a while
+    for answer in ("0.5", "x+1", "(1,2)", "[1,2)", "x=3"):  # builds the grammar, which is slow
         work({"gold": "\\frac{1}{2}", "answer": answer})
     return lambda setup: work
 
 
 def gym_score(dataset: Any, request: dict[str, Any]) -> Any:
-    """The set's own score. Not a number is within any bound that a set sets wrongly (`min(1, nan)`
-    is 1), so no answer is one."""
+    """The task set's own score. `nan` passes bounds that a set checks wrongly (`min(1, nan)` is 1),
+    so an answer with nan or infinity is refused unless the right one has it."""
     answer, entry = request["answer"], unplain(request["entry"])
-    if (found := NOT_FINITE.search(answer)) and found[0].lower() not in str(
-        entry["answer"]
-    ).lower():
-        raise ValueError(f"{found[0]} is no answer")
+    match = NOT_FINITE.search(answer)
+    if match and match[0].lower() not in str(entry["answer"]).lower():
+        raise ValueError(f"{match[0]} is no answer")
     return dataset.score_answer(answer=answer, entry=entry)
 
 
@@ -218,21 +213,22 @@ def gym_work(job: dict[str, Any]) -> Callable[[Any], Work]:
     sys.meta_path.insert(0, Drawing)
     import reasoning_gym
 
-    made: dict[str, Work] = {}
+    works: dict[str, Work] = {}
 
     def prepared(setup: Any) -> Work:
         key = json.dumps(setup, sort_keys=True)
-        if key not in made:
+        if key not in works:
             name, args = setup
             dataset = reasoning_gym.create_dataset(name, **args)
-            made[key] = functools.partial(gym_score, dataset)
-        return made[key]
+            works[key] = functools.partial(gym_score, dataset)
+        return works[key]
 
     return prepared
 
 
 def unplain(value: Any) -> Any:
-    """The value of which `checker.plain` made JSON."""
+    """The inverse of `json_values.plain`; a copy of `json_values.unplain`, which cannot be imported
+    here."""
     if isinstance(value, list):
         return [unplain(item) for item in value]
     if not isinstance(value, dict):
@@ -251,23 +247,23 @@ WORKERS = {"math": math_work, "reasoning_gym": gym_work}
 
 
 def score(verdict: int, work: Work, body: bytes, seconds: float, shut: Callable[[], None]) -> None:
-    """Write one verdict and end. `shut` gives up the right to start processes."""
+    """Write one verdict. `shut` gives up the right to start processes."""
     try:
         guard = bound(verdict, seconds, shut)
         value = float(work(json.loads(body)))
-        if guard.told:
-            raise NotMathematics(guard.told)
+        if guard.reason:
+            raise NotMathematics(guard.reason)
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"a score from 0 to 1 expected, got {value}")
-        told: dict[str, Any] = {"result": value}
+        outcome: dict[str, Any] = {"result": value}
     except BaseException as error:
-        told = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-    os.write(CHANNEL, json.dumps(told).encode()[:VERDICT])
+        outcome = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    os.write(CHANNEL, json.dumps(outcome).encode()[:VERDICT])
 
 
 def bound(verdict: int, seconds: float, shut: Callable[[], None]) -> Guard:
-    """Give up everything but the channel of the verdict (and /dev/null, which the first three
-    descriptors are)."""
+    """Give up everything but the pipe for the verdict (the first three descriptors are
+    /dev/null)."""
     os.dup2(verdict, CHANNEL)
     os.closerange(CHANNEL + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -280,11 +276,11 @@ def bound(verdict: int, seconds: float, shut: Callable[[], None]) -> Guard:
     return guard
 
 
-# the process that has them
+# the process that has imported the scorers
 
 
 def verdict_of(work: Work, body: bytes, seconds: float, shut: Callable[[], None]) -> dict[str, Any]:
-    """What a child of its own says of one answer; a child that says nothing proper has failed."""
+    """The verdict of a child process on one answer; without a valid one the child has failed."""
     out, into = os.pipe()
     child = os.fork()
     if child == 0:
@@ -293,9 +289,9 @@ def verdict_of(work: Work, body: bytes, seconds: float, shut: Callable[[], None]
         finally:
             os._exit(0)
     os.close(into)
-    said = b""
+    output = b""
     while piece := os.read(out, VERDICT + 1):
-        said = (said + piece)[: VERDICT + 1]
+        output = (output + piece)[: VERDICT + 1]
     os.close(out)
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
@@ -303,44 +299,44 @@ def verdict_of(work: Work, body: bytes, seconds: float, shut: Callable[[], None]
         if number in (signal.SIGALRM, signal.SIGXCPU, signal.SIGKILL):
             return {"late": True}
         return {"error": f"the scorer ended by signal {number}"}
-    return understood(said)
+    return valid_verdict(output)
 
 
-def understood(said: bytes) -> dict[str, Any]:
-    """A verdict that is nothing but a score from 0 to 1, or an error in a few words."""
+def valid_verdict(output: bytes) -> dict[str, Any]:
+    """A child's output as a verdict: a score from 0 to 1, or a short error."""
     try:
-        told = json.loads(said)
-        if isinstance(told, dict) and len(told) == 1:
-            if type(value := told.get("result")) is float and 0.0 <= value <= 1.0:
+        data = json.loads(output)
+        if isinstance(data, dict) and len(data) == 1:
+            if type(value := data.get("result")) is float and 0.0 <= value <= 1.0:
                 return {"result": value}
-            if type(words := told.get("error")) is str:
-                return {"error": words[:320]}
+            if type(text := data.get("error")) is str:
+                return {"error": text[:320]}
     except ValueError:
         pass
     return {"error": "the scorer ended without a verdict"}
 
 
 def exactly(handle: int, size: int) -> bytes:
-    got = bytearray()
-    while len(got) < size:
-        piece = os.read(handle, min(1 << 20, size - len(got)))
+    """`size` bytes of a pipe. Raises `EOFError` if it ends before."""
+    data = bytearray()
+    while len(data) < size:
+        piece = os.read(handle, min(1 << 20, size - len(data)))
         if not piece:
             raise EOFError
-        got += piece
-    return bytes(got)
+        data += piece
+    return bytes(data)
 
 
 def serve(job: dict[str, Any], ready: Callable[[], None], shut: Callable[[], None]) -> None:
-    """Answer requests until there are no more. A request is its length in 8 bytes, then a header of
-    one line (ours), then the rest."""
+    """Answer requests until the pipe ends. A request is its length in 8 bytes, a header of one line
+    (written by marlora), then the body."""
     sys.path += job["packages"]
-    os.environ.update(
-        dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    )  # no thread may start
+    threads = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    os.environ.update(dict.fromkeys(threads, "1"))  # no thread may start
     prepare = WORKERS[job["argv"][0]](job)
     gc.freeze()
     for standard in (1, 2):
-        os.dup2(0, standard)  # /dev/null: whatever a library prints, nobody reads it
+        os.dup2(0, standard)  # /dev/null: output of libraries is not read
     ready()
     while True:
         try:
@@ -348,9 +344,9 @@ def serve(job: dict[str, Any], ready: Callable[[], None], shut: Callable[[], Non
         except EOFError:
             return
         head, body = exactly(job["requests"], size).split(b"\n", 1)
-        asked = json.loads(head)
+        request = json.loads(head)
         try:
-            told = verdict_of(prepare(asked["setup"]), body, asked["seconds"], shut)
-        except Exception as error:  # of the set's own making: no answer was looked at
-            told = {"error": f"{type(error).__name__}: {error}"[:320]}
-        os.write(job["verdicts"], json.dumps({"id": asked["id"], **told}).encode() + b"\n")
+            verdict = verdict_of(prepare(request["setup"]), body, request["seconds"], shut)
+        except Exception as error:  # of making the task set: no answer was read
+            verdict = {"error": f"{type(error).__name__}: {error}"[:320]}
+        os.write(job["verdicts"], json.dumps({"id": request["id"], **verdict}).encode() + b"\n")

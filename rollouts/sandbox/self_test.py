@@ -1,5 +1,5 @@
-"""The proof that a cage holds on this machine: attacks from inside, before anything of a model's is
-run."""
+"""The self-test of an isolation: attacks from inside, tried on this machine before any program of a
+model runs."""
 
 from __future__ import annotations
 
@@ -47,59 +47,60 @@ print(json.dumps(told))
 """
 
 
-def run_self_test(made: Isolation) -> None:
-    """Attack the cage from inside. Raises `SandboxError` naming what came through, or why nothing
-    ran at all."""
+def run_self_test(isolation: Isolation) -> None:
+    """Attack an isolation from inside. Raises `SandboxError` naming the attacks that succeeded, or
+    why nothing ran."""
     limits = Limits(seconds=20.0, cpu_seconds=10, memory=256 << 20)
     with tempfile.NamedTemporaryFile("w", prefix="marlora-proof-") as canary:
         canary.write("canary")
         canary.flush()
         known = f"PATH, PARENT, MEMORY = {canary.name!r}, {os.getpid()}, {2 * limits.memory}\n"
-        ran = run_plain(made, known + ATTACKS, limits)
-        left = os.path.exists(canary.name + "x")
+        result = run_plain(isolation, known + ATTACKS, limits)
+        written = os.path.exists(canary.name + "x")
     try:
-        told = json.loads(ran.output)
+        outcomes = json.loads(result.output)
     except ValueError as error:
         raise SandboxError(
-            f"{made.kind}: a harmless program does not work in it ({ran.status}: {ran.error})"
+            f"{isolation.kind}: a harmless program does not work in it"
+            f" ({result.status}: {result.error})"
         ) from error
-    if told.pop("control", "") != "done":
+    if outcomes.pop("control", "") != "done":
         raise SandboxError(
-            f"{made.kind}: Python's own library cannot be read inside, so the attacks prove nothing"
+            f"{isolation.kind}: Python's own library cannot be read inside, so the attacks prove"
+            " nothing"
         )
-    through = [name for name, what in told.items() if what == "done"] + (
-        ["write beside it"] if left else []
+    succeeded = [name for name, outcome in outcomes.items() if outcome == "done"] + (
+        ["write beside it"] if written else []
     )
-    if through or len(told) != ATTACKS.count("\nattack(") - 1:
+    if succeeded or len(outcomes) != ATTACKS.count("\nattack(") - 1:
         raise SandboxError(
-            f"{made.kind}: does not hold; what came through:"
-            f" {', '.join(through) or 'the report was cut'}"
+            f"{isolation.kind}: does not hold; what came through:"
+            f" {', '.join(succeeded) or 'the report was cut'}"
         )
 
 
 @functools.cache
 def _tried() -> tuple[tuple[Isolation, ...], tuple[str, ...]]:
     if platform.system() != "Linux":
-        return (), (f"no cage for processes on {platform.system()}",)
-    held, reasons = [], []
+        return (), (f"no isolation of processes on {platform.system()}",)
+    working, reasons = [], []
     for kind in ("bubblewrap", "landlock"):
         try:
-            run_self_test(made := Isolation(kind))
-            held.append(made)
+            run_self_test(each := Isolation(kind))
+            working.append(each)
         except SandboxError as error:
             reasons.append(str(error))
-    return tuple(held), tuple(reasons)
+    return tuple(working), tuple(reasons)
 
 
 def isolations() -> tuple[Isolation, ...]:
-    """The kinds of cage that hold on this machine, the better one first. Proven once per
-    process."""
+    """The isolations that hold on this machine, the better one first. Tested once per process."""
     return _tried()[0]
 
 
 def isolation() -> Isolation:
-    """The best one that holds here. Raises `SandboxError` with all reasons: nothing a model wrote
-    is run without."""
+    """The best isolation that holds on this machine. Raises `SandboxError` with all reasons;
+    programs of a model never run without one."""
     if not isolations():
         raise SandboxError(
             "programs of a model cannot be run on this machine: " + "; ".join(_tried()[1])

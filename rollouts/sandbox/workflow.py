@@ -1,11 +1,11 @@
-"""Workflow programs in Monty: an interpreter of Python's core that has no files, no network, no
-clock, and calls out only through functions that it is given. Its workers stand in a cage too, so a
-bug in the interpreter is not yet a way out.
+"""Workflow programs in Monty: an interpreter of Python's core without files, network or clock,
+which calls out only through functions that it is given. Its workers are isolated processes too, so
+a bug in the interpreter does not suffice to get out.
 
-A program's calls are answered in rounds: it runs until it waits for something, then all calls it
-has open are worked on at once, and it goes on when the last of them is answered. So the order of
-calls depends on the program and the answers, never on timing, and an episode can be replayed from
-its turns.
+A program's calls are answered in rounds: it runs until it waits for something, then all its open
+calls are answered concurrently, and it goes on when the last answer is there. So the order of calls
+depends on the program and the answers, never on timing, and an episode can be replayed from its
+turns.
 """
 
 from __future__ import annotations
@@ -32,25 +32,23 @@ from ...agents.execution import (
     SandboxError,
     Status,
 )
-from .crossing import BadValue, answering, plain_value, prelude
 from .isolation import Isolation
+from .workflow_values import BadValue, answering, plain_value, prelude
 
-WORKER = Limits(
-    seconds=1.0, cpu_seconds=10**6, memory=2 << 30
-)  # of a worker, which serves program after program
-EPOCH = datetime.datetime(
-    2000, 1, 1, tzinfo=datetime.UTC
-)  # what a program takes for now: nothing it does may hang on the clock
+# of a worker, which serves program after program
+WORKER = Limits(seconds=1.0, cpu_seconds=10**6, memory=2 << 30)
+# the time that programs see: nothing they do may depend on the clock
+EPOCH = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
 MAX_WORKERS = 256  # a worker is held while its program waits for externals
-MEMORY = 64 << 20  # bytes a program may hold: it bounds what can cross at all, its error texts too
+MEMORY = 64 << 20  # bytes of a program's values; bounds its results and error texts too
 WORDS = 2000  # characters of an error text that are read
 
 
 class Interpreter:
-    """A pool of caged Monty workers, for every event loop of this process. Raises `SandboxError`
-    where it cannot work."""
+    """A pool of isolated Monty workers, for every event loop of this process. Raises `SandboxError`
+    if Monty is not installed."""
 
-    def __init__(self, cage: Isolation) -> None:
+    def __init__(self, isolation: Isolation) -> None:
         try:
             import pydantic_monty
             from pydantic_monty import _binary
@@ -63,9 +61,8 @@ class Interpreter:
         self.monty: Any = pydantic_monty
         self._folder = tempfile.TemporaryDirectory(prefix="marlora-monty-")
         start = Path(self._folder.name) / "monty"
-        start.write_text(
-            f'#!/bin/sh\nexec {shlex.join(cage.command("exec", WORKER, {}, [binary]))} "$@"\n'
-        )
+        command = shlex.join(isolation.command("exec", WORKER, {}, [binary]))
+        start.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         start.chmod(0o700)
         self._pool: Any = self.monty.AsyncMonty(
             binary_path=start,
@@ -76,8 +73,7 @@ class Interpreter:
         self._first, self._entered = threading.Lock(), Future[None]()
 
     async def _enter(self) -> None:
-        """Open the pool, once: whoever comes while it is being opened waits, in whichever event
-        loop."""
+        """Open the pool once; other callers wait until it is open, in any event loop."""
         if self._first.acquire(blocking=False):
             try:
                 await self._pool.__aenter__()
@@ -88,13 +84,13 @@ class Interpreter:
         await asyncio.wrap_future(self._entered)
 
     async def run(self, program: str, externals: Externals, limits: Limits) -> ExecutionResult:
-        """Run a program; the value of its last line, an expression, is the outcome's value.
+        """Run a program; the value of its last line, an expression, is the result's value.
 
-        What an external raises ends the run and is raised here, but for `ProgramError`, which the
-        program sees.
+        Errors of externals end the run and are raised here, except `ProgramError`, which the
+        program can catch.
         """
         await self._enter()
-        mark = f"__marlora_{secrets.token_hex(8)}"  # no program can name what begins with it
+        mark = f"__marlora_{secrets.token_hex(8)}"  # programs cannot guess names that begin with it
         try:
             program = answering(program, mark)
         except SyntaxError as wrong:
@@ -164,7 +160,7 @@ class _TooManyCalls(Exception):
 
 
 class _Run:
-    """One program at work."""
+    """One running program."""
 
     def __init__(self, monty: Any, externals: Externals, limits: Limits, mark: str) -> None:
         self.monty, self.externals, self.limits, self.mark = monty, externals, limits, mark
@@ -175,7 +171,7 @@ class _Run:
     async def feed(self, session: Any, program: str, printed: Any) -> Any:
         monty = self.monty
         try:
-            # The names only: every call comes back as a snapshot, and is answered below.
+            # Names only: every call comes back as a snapshot, and is answered below.
             raw = {f"{self.mark}_{name}": _never for name in self.externals}
             at = await session.feed_start(
                 prelude(self.mark, self.externals), external_lookup=raw, print_callback=printed
@@ -215,10 +211,10 @@ class _Run:
             return await at.resume({"exception": ValueError(f"{name}: {error}"[:300])})
         return await at.resume({"future": ...})
 
-    async def _next(self, wanted: list[int]) -> int:
-        """The first call that is answered. If none is, all that are open are worked on; one answer
-        at a time is then handed in, in the order of the calls, for of several at once Monty takes
-        any first."""
+    async def _next(self, pending: list[int]) -> int:
+        """The number of the first answered call. If none is answered, all open calls are answered;
+        answers are handed in one at a time, in the order of the calls, since Monty takes several in
+        any order."""
 
         async def one(number: int) -> None:
             try:
@@ -228,7 +224,7 @@ class _Run:
 
         if not self.answers:
             await gather(one(number) for number in sorted(self.open))
-        return min(number for number in wanted if number in self.answers)
+        return min(number for number in pending if number in self.answers)
 
 
 def _never(*args: Any, **kwargs: Any) -> None:

@@ -1,9 +1,9 @@
-"""What may come out of a workflow program: its answer, and the arguments of its calls.
+"""Bounds of the values that leave a workflow program: its answer, and the arguments of its calls.
 
 A value that shares parts is small where the program runs and grows when it is unfolded. So every
 value is counted twice, part by part and with one budget: by `prelude`, inside the interpreter that
-runs the program, before it crosses; and by `plain_value`, in our own process, which trusts nothing
-that crossed.
+runs the program, before it leaves; and by `plain_value`, in the calling process, which trusts no
+value of a program.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ MARK_out, MARK_guarded = MARK_bounds(type, len, str, int, list, tuple, dict, Val
 
 
 class BadValue(Exception):
-    """A value that may not come out of a program."""
+    """A value that may not leave a program."""
 
 
 def prelude(mark: str, names: Collection[str]) -> str:
@@ -98,12 +98,12 @@ def answering(program: str, mark: str) -> str:
 
 
 def plain_value(value: Any) -> Any:
-    """A value that came out of a program, of exact builtin types, or `BadValue`."""
+    """A value of a program, of exact builtin types. Raises `BadValue`."""
     return _Count().plain(value, DEPTH)
 
 
 class _Count:
-    """What is left for one value."""
+    """The rest of the budget of one value."""
 
     def __init__(self) -> None:
         self.items, self.chars = ITEMS, CHARS

@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (an attack is a line: a program whose line breaks are told as \n)
 """What a program may try. Each prints THROUGH if it got what it was after, and only then.
 
 Before each stand the names of what it could reach if it ran bare: `CANARY` (a secret file),
@@ -24,7 +23,7 @@ def kernel(x86, arm, *arguments):
 
 @dataclass(frozen=True)
 class Attack:
-    """`bare`: harmless to the machine, so that a run without a cage shows that the attack works.
+    """`bare`: harmless to the machine, so that a run without isolation shows that the attack works.
     `met`: how the run must end, if not as usual."""
 
     name: str
@@ -270,7 +269,7 @@ def _limits() -> list[Attack]:
             False,
             ("killed", "memory", "error", "time"),
         ),
-        Attack("the cage's exit code", "os._exit(97)", False, ("error",)),
+        Attack("the init process's exit code", "os._exit(97)", False, ("error",)),
         Attack("a number too long", "print(10**5000)"),
     ]
 
@@ -349,7 +348,7 @@ FORGERIES: dict[str, str] = {
         "import sys\nm = sys.modules['__main__']\nm.pack = lambda v, depth=0: ['eval', '1']\ndef"
         " f(x): return 0"
     ),
-    "the warden's functions": (
+    "the init process's functions": (
         "import sys\nm = sys.modules['__main__']\nm.write_line = lambda h, d:"
         ' __import__(\'os\').write(h, b\'["value", ["int", "0x0"], ["", ""]]\\n\')\ndef f(x):'
         " return 0"

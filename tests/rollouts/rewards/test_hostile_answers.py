@@ -332,9 +332,9 @@ def test_what_may_be_evaluated_and_what_not() -> None:
     ],
 )
 def test_a_verdict_that_is_not_one_score_is_none(said_by_child: bytes) -> None:
-    told = scorer.understood(said_by_child)
+    told = scorer.valid_verdict(said_by_child)
     assert set(told) == {"error"}
-    assert scorer.understood(b'{"result": 0.25}') == {"result": 0.25}
+    assert scorer.valid_verdict(b'{"result": 0.25}') == {"result": 0.25}
 
 
 PROBE = """

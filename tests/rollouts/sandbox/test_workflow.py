@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from marlora.agents.execution import ExecutionResult, Limits
-from marlora.rollouts.sandbox import crossing, sandbox, workflow
-from marlora.rollouts.sandbox.crossing import (
+from marlora.rollouts.sandbox import sandbox, workflow, workflow_values
+from marlora.rollouts.sandbox.workflow_values import (
     CHARS,
     DEPTH,
     DIGITS,
@@ -159,9 +159,9 @@ def test_no_program_hands_over_more_than_may_cross(
 
 def test_our_process_does_not_trust_what_crossed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: with the guard in the interpreter taken away, the same values are still cut."""
-    bare = crossing._PRELUDE.replace("count(value, [", "(lambda *a: 0)(value, [")
-    assert bare != crossing._PRELUDE
-    monkeypatch.setattr(crossing, "_PRELUDE", bare)
+    bare = workflow_values._PRELUDE.replace("count(value, [", "(lambda *a: 0)(value, [")
+    assert bare != workflow_values._PRELUDE
+    monkeypatch.setattr(workflow_values, "_PRELUDE", bare)
 
     async def ask(*args: Any) -> str:
         return "no"
