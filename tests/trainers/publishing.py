@@ -17,7 +17,8 @@ from marlora.agents.types import AdapterSpec, Completion, PolicySpec, Sampling
 from marlora.rollouts.engines.base import Engine, ModelRef, TeamVersion
 from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
-from marlora.trainers.model.adapters import WEIGHTS, Adapters
+from marlora.trainers.model.adapter_files import WEIGHTS
+from marlora.trainers.model.adapters import Adapters
 from marlora.trainers.weight_sync.probes import Probe
 from marlora.trainers.weight_sync.publisher import Publisher
 from marlora.trainers.weight_sync.verification import VerificationRecord, WeightMismatch

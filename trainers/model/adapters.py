@@ -11,37 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ...agents.seeds import derive_seed
 from ...agents.types import BASE, AdapterSpec, PolicySpec, SettingError, nearest
-from ..checkpoint import write_tensors
+from .adapter_files import base_sha256, init_folder, read_adapter, tensors_sha256, write_adapter
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _LORA = re.compile(r"^(?P<module>.+\.lora_[AB])\.(?P<adapter>[^.]+)\.weight$")
-_UNSUPPORTED = (
-    "use_dora",
-    "use_rslora",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "lora_bias",
-)
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -56,42 +42,7 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted({n.removesuffix(".base_layer").rsplit(".", 1)[-1] for n in linear})
 
 
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a tensor that may be split over ranks (then every rank has to call it), see
-    `shard.split`."""
-    if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor()
-    if not hasattr(tensor, "ds_tensor"):
-        return tensor.detach()
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([tensor]):
-        return tensor.detach().clone()
-
-
-def tensors_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """A hash of names, dtypes, shapes and bytes; equal on every device and in every process."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        whole = gathered(tensor)
-        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
-        digest.update(whole.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def folder_sha256(folder: str | Path) -> str:
-    """The hash of the tensors of a saved adapter: equals `Adapters.sha256` of the policy that was
-    saved there."""
-    return tensors_sha256(_read(Path(folder), "sha256")[1].items())
-
-
-def init_folder(init: str) -> Path:
-    """Where the weights of `PolicySpec.init` lie: a PEFT folder, or `CHECKPOINT#POLICY`."""
-    checkpoint, mark, policy = init.rpartition("#")
-    return Path(checkpoint) / "adapters" / policy if mark else Path(init)
-
-
-def speaking(model: nn.Module) -> tuple[str, ...]:
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """Names of the adapters that take part in a forward pass now; () if they are off or there are
     none."""
     layer = next((m for m in model.modules() if isinstance(m, LoraLayer)), None)
@@ -200,7 +151,7 @@ class Adapters:
         """
         if name != BASE:
             self._spec(name)
-        before = speaking(self.model)
+        before = active_adapters(self.model)
         try:
             self._switch((name,) if name != BASE else ())
             yield self.model
@@ -251,19 +202,11 @@ class Adapters:
     def save(self, name: str, folder: str | Path) -> Path:
         """Write a plain PEFT folder that peft and vLLM load. The hash of the base goes into the
         file's metadata."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {key: p.detach().cpu().contiguous() for key, p in self.parameters(name).items()}
-        write_tensors(
-            folder / WEIGHTS, tensors, {"base_sha256": self.loaded_sha256, "policy": name}
-        )
         config = self.model.peft_config[name].to_dict()
         config |= {"inference_mode": True, "base_model_name_or_path": self.base_name or None}
-        config["target_modules"] = sorted(
-            config["target_modules"]
-        )  # a set: its order differs between processes
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        return folder
+        meta = {"base_sha256": self.loaded_sha256, "policy": name}
+        return write_adapter(Path(folder), tensors, config, meta)
 
     def load(self, name: str, folder: str | Path) -> None:
         """Read weights saved by `save` or by peft into this policy's adapter.
@@ -272,48 +215,14 @@ class Adapters:
         another rank, alpha or kind, or its tensors differ in name or shape or are not finite;
         nothing is changed then.
         """
-        where = f"policy {name!r}: adapter in {folder}"
-        config, tensors, meta = _read(Path(folder), where)
-        spec, mine = self._spec(name), self.parameters(name)
+        spec, parameters = self._spec(name), self.parameters(name)
+        saved = read_adapter(Path(folder), f"policy {name!r}: adapter in {folder}")
+        saved.check_base(self.base_name, lambda: self.loaded_sha256)
         setting = f"policies.{name}.adapter" if name in self.policies else "the head's adapter"
-        self._check_base(where, config, meta)
-        for key in _UNSUPPORTED:
-            if config.get(key):
-                raise SettingError(
-                    f"{where}: {key}={config[key]!r} is not supported; expected a plain LoRA"
-                )
-        if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-            raise SettingError(
-                f"{where}: peft_type {config.get('peft_type')!r}, bias {config.get('bias')!r};"
-                " expected a plain LoRA"
-            )
-        for key, value, field in (
-            ("r", spec.adapter.r, "r"),
-            ("lora_alpha", spec.adapter.alpha, "alpha"),
-        ):
-            if config.get(key) != value:
-                raise SettingError(
-                    f"{where}: {key} is {config.get(key)}, the policy says {value}; set"
-                    f" {setting}.{field}"
-                )
-        if set(tensors) != set(mine):
-            odd = sorted(set(tensors) ^ set(mine))
-            raise SettingError(
-                f"{where}: {len(odd)} tensors differ in name, first {odd[0]}; set {setting}.targets"
-            )
-        for key, tensor in tensors.items():
-            if tensor.shape != mine[key].shape:
-                raise SettingError(
-                    f"{where}: {key} has shape {tuple(tensor.shape)}, expected"
-                    f" {tuple(mine[key].shape)}"
-                )
-            if not torch.isfinite(tensor).all():
-                raise SettingError(
-                    f"{where}: {key} is not finite; the file is damaged or its training diverged"
-                )
+        saved.check_shape(spec.adapter, parameters, setting)
         with torch.no_grad():
-            for key, tensor in tensors.items():
-                mine[key].copy_(tensor)
+            for key, tensor in saved.tensors.items():
+                parameters[key].copy_(tensor)
         self.declare()
 
     def sha256(self, name: str) -> str:
@@ -381,7 +290,7 @@ class Adapters:
         return spec is not None and spec.trainable
 
     def _switch(self, names: tuple[str, ...]) -> None:
-        now = speaking(self.model)
+        now = active_adapters(self.model)
         if not isinstance(self.model, PeftModel) or names == now:
             return
         if names:
@@ -409,36 +318,6 @@ class Adapters:
                 parameter.copy_(
                     torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
                 )
-
-    def _check_base(self, where: str, config: Mapping[str, Any], meta: Mapping[str, str]) -> None:
-        if "base_sha256" in meta:
-            if meta["base_sha256"] != self.loaded_sha256:
-                made = config.get("base_model_name_or_path")
-                raise SettingError(
-                    f"{where}: made for base {made!r}, whose weights differ from those of"
-                    f" {self.base_name!r}"
-                )
-        elif config.get("base_model_name_or_path") not in (None, "", self.base_name):
-            raise SettingError(
-                f"{where}: made for base {config['base_model_name_or_path']!r}, the run's is"
-                f" {self.base_name!r}; if they are the same weights, correct"
-                f" base_model_name_or_path in {CONFIG}"
-            )
-
-
-def base_sha256(model: nn.Module) -> str:
-    """Hash of a model without its adapters; a tied weight counts once."""
-    seen: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    names = {
-        full.replace(".base_layer.", ".").removeprefix("base_model.model."): full
-        for full in state
-        if ".lora_" not in full
-    }
-    chosen = [(short, state[full]) for short, full in sorted(names.items())]
-    return tensors_sha256(
-        (short, t) for short, t in chosen if seen.setdefault(id(t), short) == short
-    )
 
 
 def _check_names(policies: Sequence[PolicySpec]) -> None:
@@ -482,28 +361,6 @@ def _config(base: nn.Module, spec: PolicySpec, base_name: str) -> LoraConfig:
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name or None,
     )
-
-
-def _read(
-    folder: Path, where: str
-) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, str]]:
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise SettingError(
-                f"{where}: no {file}; expected a PEFT folder with {CONFIG} and {WEIGHTS}"
-            )
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
-            meta = dict(file.metadata() or {})
-    except (
-        Exception
-    ) as error:  # safetensors and json raise many kinds; all mean the same to the user
-        raise SettingError(
-            f"{where}: cannot be read ({type(error).__name__}: {error}); the file is damaged"
-        ) from error
-    return config, tensors, meta
 
 
 def same_targets(adapters: Adapters) -> None:

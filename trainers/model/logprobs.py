@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 
 from ..batching.batches import Batch
-from .adapters import speaking
+from .adapters import active_adapters
 from .layouts import model_inputs, words
 from .lm_head import logits_of, of_logits, score
 from .tree_attention import text_config
@@ -87,15 +87,15 @@ def guarded(model: Any, values: torch.Tensor) -> torch.Tensor:
     """`values` of a forward pass, whose backward raises RuntimeError unless the same adapters are
     active then."""
     if values.requires_grad and isinstance(model, PeftModel):
-        values.register_hook(_same_adapter(model, speaking(model)))
+        values.register_hook(_same_adapter(model, active_adapters(model)))
     return values
 
 
 def _same_adapter(model: Any, then: tuple[str, ...]) -> Any:
     def check(grad: torch.Tensor) -> None:
-        if speaking(model) != then:
+        if active_adapters(model) != then:
             raise RuntimeError(
-                f"backward with adapters {speaking(model)} active, the forward ran with {then}: put"
+                f"backward with adapters {active_adapters(model)} active, the forward ran with {then}: put"
                 " it inside active()"
             )
 

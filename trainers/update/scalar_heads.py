@@ -29,7 +29,8 @@ from ..batching.batches import Batch, Layout
 from ..batching.samples import Denominators, TrainingSequence
 from ..checkpoint import join_optimizer, split_optimizer, write_tensors
 from ..distributed.ranks import Ranks
-from ..model.adapters import Adapters, tensors_sha256
+from ..model.adapter_files import tensors_sha256
+from ..model.adapters import Adapters
 from ..model.layouts import choose_layout
 from ..model.logprobs import guarded, last_hidden
 from .losses.statistics import Stats

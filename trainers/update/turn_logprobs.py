@@ -21,7 +21,8 @@ from ..batching.samples import TrainingSequence
 from ..config import RunConfig
 from ..distributed.ranks import Ranks
 from ..errors import RunError
-from ..model.adapters import Adapters, init_folder
+from ..model.adapter_files import init_folder
+from ..model.adapters import Adapters
 from ..model.logprobs import token_logprobs
 from .optimizer_step import Optimizers, forward_only
 

@@ -1,4 +1,4 @@
-"""Adapter versions go to the engine, and are proven there (`proof.py`).
+"""Publisher: adapter versions go to one engine and are verified there (`verification.py`).
 
 A version is a folder that never changes (`solver-v12-3fa9c01b`: policy, step, hash of its tensors).
 A team version maps policies to adapter versions. A version is retired by the first publish that
@@ -20,7 +20,8 @@ from pathlib import Path
 from ...agents.concurrency import gather
 from ...rollouts.engines.base import Engine, EngineError, ModelRef
 from ...rollouts.files import fsync
-from ..model.adapters import Adapters, folder_sha256
+from ..model.adapter_files import folder_sha256
+from ..model.adapters import Adapters
 from .probes import Probe, trainer_logprobs
 from .verification import VerificationRecord, WeightMismatch, WeightVerifier
 

@@ -37,7 +37,8 @@ from ...agents.concurrency import gather
 from ...agents.seeds import derive_seed
 from ...agents.types import BASE, Completion, Sampling
 from ...rollouts.engines.base import Engine, EngineError, ModelRef, ReplicaLost
-from ..model.adapters import Adapters, folder_sha256
+from ..model.adapter_files import folder_sha256
+from ..model.adapters import Adapters
 from .log_prob_gaps import Noise, mean, measured_noise, minus, norm
 from .probes import Probe, ScoredWindow
 

@@ -176,7 +176,7 @@ def test_the_base_stays_what_it_was(model: Path, tmp_path: Path) -> None:
 
 
 def engine_sha256(engine: Any) -> str:
-    from marlora.trainers.model.adapters import base_sha256
+    from marlora.trainers.model.adapter_files import base_sha256
 
     return base_sha256(engine.sampler.model)
 

@@ -9,13 +9,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
-from marlora.trainers.model.adapters import (
-    Adapters,
-    base_sha256,
-    folder_sha256,
-    linear_names,
-    speaking,
-)
+from marlora.trainers.model.adapter_files import base_sha256, folder_sha256
+from marlora.trainers.model.adapters import Adapters, active_adapters, linear_names
 from tests.trainers.random_models import disturb, random_model
 
 SMALL = AdapterSpec(r=2, alpha=4.0, targets=("q_proj", "v_proj"))
@@ -95,10 +90,10 @@ def test_a_fresh_adapter_equals_the_base_and_base_means_adapters_off():
             assert torch.equal(model(input_ids=IDS).logits, expected)
         disturb(adapters)
         with adapters.active("a") as model:
-            assert speaking(model) == ("a",)
+            assert active_adapters(model) == ("a",)
             spoken = model(input_ids=IDS).logits
             with adapters.active("base"):
-                assert speaking(model) == ()
+                assert active_adapters(model) == ()
                 assert torch.equal(model(input_ids=IDS).logits, expected)
             with adapters.active("b"):
                 assert not torch.equal(model(input_ids=IDS).logits, spoken)

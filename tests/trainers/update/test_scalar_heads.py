@@ -13,7 +13,7 @@ from marlora.trainers.batching.batches import pack
 from marlora.trainers.batching.samples import Denominators, TrainingSequence
 from marlora.trainers.distributed.ranks import Ranks
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig
-from marlora.trainers.model.adapters import Adapters, speaking
+from marlora.trainers.model.adapters import Adapters, active_adapters
 from marlora.trainers.update.losses.statistics import Stats
 from marlora.trainers.update.scalar_heads import HeadSpec, ScalarHead, after
 from tests.trainers.random_models import disturb, random_model
@@ -144,7 +144,7 @@ def test_a_head_learns_lora_and_linear_layer_and_nothing_else_moves() -> None:
     assert (sorted(adapters.policies), adapters.trainable) == (["a", "b"], ("a", "b")), (
         "a head is no policy"
     )
-    assert speaking(adapters.model) != (head.adapter,)
+    assert active_adapters(adapters.model) != (head.adapter,)
 
 
 def test_learning_does_not_depend_on_batches_nor_on_the_order_of_samples() -> None:

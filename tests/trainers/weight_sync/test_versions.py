@@ -14,7 +14,7 @@ import torch
 from marlora.agents.types import Sampling
 from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.transformers import TransformersEngine
-from marlora.trainers.model.adapters import CONFIG, WEIGHTS, folder_sha256
+from marlora.trainers.model.adapter_files import CONFIG, WEIGHTS, folder_sha256
 from marlora.trainers.weight_sync import publisher as publish
 from marlora.trainers.weight_sync.publisher import KEEP_VERSIONS, Publisher
 from tests.repository import ROOT
@@ -218,7 +218,7 @@ def test_versions_of_a_resumed_run_are_loaded_again(model: Path, tmp_path: Path)
     async def after(engine: TransformersEngine) -> None:
         publisher = Publisher(tmp_path, adapters, engine, earlier={"solver": new})
         await publisher.publish(2, ["solver"])
-        assert await publisher.reload("solver", old) and await publisher.load_again("solver", new)
+        assert await publisher.reload("solver", old) and await publisher.reload("solver", new)
         assert set(await engine.adapters("local")) == {old, new}
         assert not await publisher.reload("solver", "solver-v0-00000000"), "its folder is gone"
         with publisher.hold({"solver": old}):

@@ -26,7 +26,7 @@ from marlora.trainers.loop.run import RunError
 from marlora.trainers.methods.policy_gradient import ppo
 from marlora.trainers.methods.policy_gradient.critics import sequences
 from marlora.trainers.methods.policy_gradient.ppo import PPOConfig, PPOTrainer, turn_rewards
-from marlora.trainers.model.adapters import folder_sha256
+from marlora.trainers.model.adapter_files import folder_sha256
 from marlora.trainers.testbeds.tiny import tiny_chain, tiny_random_model
 from marlora.trainers.update.losses.inputs import LossInputs
 from marlora.trainers.update.losses.policy_gradient import LossConfig, policy_loss

@@ -1,0 +1,183 @@
+"""Adapter folders in PEFT's format: written, read, checked against a policy, and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ...agents.types import AdapterSpec, SettingError
+from ..checkpoint import write_tensors
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_UNSUPPORTED = (
+    "use_dora",
+    "use_rslora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "lora_bias",
+)
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """The content of an adapter folder.
+
+    where: the folder and what it is for, which begins every error message.
+    config: of `adapter_config.json`. tensors: by key, sorted. meta: of the tensor file.
+    """
+
+    where: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    meta: Mapping[str, str]
+
+    def check_base(self, base_name: str, base_sha256: Callable[[], str]) -> None:
+        """Raise `SettingError` if the adapter was made for another base. The base is hashed only if
+        the file holds its hash."""
+        trained_on = self.config.get("base_model_name_or_path")
+        if "base_sha256" in self.meta:
+            if self.meta["base_sha256"] != base_sha256():
+                raise SettingError(
+                    f"{self.where}: made for base {trained_on!r}, whose weights differ from those"
+                    f" of {base_name!r}"
+                )
+        elif trained_on not in (None, "", base_name):
+            raise SettingError(
+                f"{self.where}: made for base {trained_on!r}, the run's is {base_name!r}; if they"
+                f" are the same weights, correct base_model_name_or_path in {CONFIG}"
+            )
+
+    def check_shape(
+        self, adapter: AdapterSpec, parameters: Mapping[str, nn.Parameter], setting: str
+    ) -> None:
+        """Raise `SettingError` unless this is a plain LoRA of the policy's rank and alpha with the
+        policy's tensors, all finite. `setting` is the YAML name of the policy's adapter."""
+        where, config, tensors = self.where, self.config, self.tensors
+        for key in _UNSUPPORTED:
+            if config.get(key):
+                raise SettingError(
+                    f"{where}: {key}={config[key]!r} is not supported; expected a plain LoRA"
+                )
+        if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+            raise SettingError(
+                f"{where}: peft_type {config.get('peft_type')!r}, bias {config.get('bias')!r};"
+                " expected a plain LoRA"
+            )
+        for key, value, field in (("r", adapter.r, "r"), ("lora_alpha", adapter.alpha, "alpha")):
+            if config.get(key) != value:
+                raise SettingError(
+                    f"{where}: {key} is {config.get(key)}, the policy says {value}; set"
+                    f" {setting}.{field}"
+                )
+        if set(tensors) != set(parameters):
+            odd = sorted(set(tensors) ^ set(parameters))
+            raise SettingError(
+                f"{where}: {len(odd)} tensors differ in name, first {odd[0]}; set {setting}.targets"
+            )
+        for key, tensor in tensors.items():
+            if tensor.shape != parameters[key].shape:
+                raise SettingError(
+                    f"{where}: {key} has shape {tuple(tensor.shape)}, expected"
+                    f" {tuple(parameters[key].shape)}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise SettingError(
+                    f"{where}: {key} is not finite; the file is damaged or its training diverged"
+                )
+
+
+def write_adapter(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    meta: Mapping[str, str],
+) -> Path:
+    """Write a plain PEFT folder: tensors by their key in PEFT's file, the LoRA's config, and the
+    tensor file's metadata."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, tensors, meta)
+    # targets are a set: its order differs between processes
+    plain = {**config, "target_modules": sorted(config["target_modules"])}
+    (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
+    return folder
+
+
+def read_adapter(folder: Path, where: str) -> SavedAdapter:
+    """Read a PEFT folder. `where` begins every error message. Raises `SettingError` if a file is
+    missing or damaged."""
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise SettingError(
+                f"{where}: no {file}; expected a PEFT folder with {CONFIG} and {WEIGHTS}"
+            )
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+            meta = dict(file.metadata() or {})
+    except Exception as error:  # safetensors and json raise many kinds, for the same cause
+        raise SettingError(
+            f"{where}: cannot be read ({type(error).__name__}: {error}); the file is damaged"
+        ) from error
+    return SavedAdapter(where, config, tensors, meta)
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor that may be split over ranks (then every rank has to call it), see
+    `sharding.split`."""
+    if isinstance(tensor, DTensor):
+        return tensor.detach().full_tensor()
+    if not hasattr(tensor, "ds_tensor"):
+        return tensor.detach()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().clone()
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of names, dtypes, shapes and bytes; equal on every device and in every process."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        whole = gathered(tensor)
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+        digest.update(whole.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def folder_sha256(folder: str | Path) -> str:
+    """The hash of the tensors of a saved adapter: equals `Adapters.sha256` of the policy that was
+    saved there."""
+    return tensors_sha256(read_adapter(Path(folder), "sha256").tensors.items())
+
+
+def init_folder(init: str) -> Path:
+    """Where the weights of `PolicySpec.init` lie: a PEFT folder, or `CHECKPOINT#POLICY`."""
+    checkpoint, mark, policy = init.rpartition("#")
+    return Path(checkpoint) / "adapters" / policy if mark else Path(init)
+
+
+def base_sha256(model: nn.Module) -> str:
+    """Hash of a model without its adapters; a tied weight counts once."""
+    seen: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    names = {
+        full.replace(".base_layer.", ".").removeprefix("base_model.model."): full
+        for full in state
+        if ".lora_" not in full
+    }
+    tensors = [(short, state[full]) for short, full in sorted(names.items())]
+    return tensors_sha256(
+        (short, t) for short, t in tensors if seen.setdefault(id(t), short) == short
+    )
