@@ -50,7 +50,7 @@ def learn(folder: Path, model: Path, **settings: Any) -> dict[str, Any]:
     """Three steps. In the second all turns of an agent are packed as for one rank into one batch,
     so that the other has none of them."""
     made = trainer(folder, model, **settings)
-    run, real, batches = made.run.open(), optimizer_step.deal, []
+    run, real, batches = made.run.open(), optimizer_step.split_over_ranks, []
 
     def whole(pack: Any, samples: Any, **how: Any) -> Any:
         return pack(samples, **(how | {"parts": 1}))
@@ -60,7 +60,7 @@ def learn(folder: Path, model: Path, **settings: Any) -> dict[str, Any]:
         batches.append([len(part) for part in dealt])
         return dealt
 
-    optimizer_step.deal = counted
+    optimizer_step.split_over_ranks = counted
     pack = optimizer_step.pack
     for step in run.steps():
         optimizer_step.pack = functools.partial(whole, pack) if step == 2 else pack

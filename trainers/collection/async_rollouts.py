@@ -36,7 +36,8 @@ from .stored_episodes import PlannedEpisodes, find_stored
 class CollectedStep:
     """A step's episodes. `seconds`: between the first one's begin and the last one's end. `ages`:
     in versions, one per episode. `dropped`: stored episodes that could not be placed and were
-    played anew. `oversampled`: see `oversample.told`.
+    played anew. `oversampled`: see
+    `oversampling.drop_statistics`.
     """
 
     episodes: list[Episode]

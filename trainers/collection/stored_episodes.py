@@ -8,8 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...agents.patterns.self_correction import SPLIT
-from ...agents.types import AgentSpec, SettingError, Task
+from ...agents.types import CORRECTION_SPLIT, AgentSpec, SettingError, Task
 from ...rollouts.episodes.runner import EpisodeRequest, episode_requests
 from ...rollouts.episodes.store import Store
 from ...rollouts.renderer import ChatRenderer
@@ -71,7 +70,8 @@ def _children(store: Store, parents: Collection[str]) -> dict[str, Episode]:
 def training(store: Store) -> list[Episode]:
     """The episodes of a store that may be learnt from: evaluations are stored beside them and stay
     held out, as do repairs, which were told the answer."""
-    return [e for e in store if e.split not in ("eval", SPLIT) and not e.group.startswith("eval-")]
+    unused = ("eval", CORRECTION_SPLIT)
+    return [e for e in store if e.split not in unused and not e.group.startswith("eval-")]
 
 
 class OfflineEpisodes:

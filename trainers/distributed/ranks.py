@@ -2,7 +2,7 @@
 
 Control traffic (JSON, flags) goes through a gloo group of its own with a long time-out, because
 rank 0 may play for an hour while the others wait. Adapter gradients are small: they are summed
-directly, without a wrapper around the model. Nobody waits for ever: see `watchdog.py`.
+directly, without a wrapper around the model. No rank waits for ever: see `watchdog.py`.
 """
 
 from __future__ import annotations

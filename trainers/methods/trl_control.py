@@ -53,12 +53,12 @@ class TRLExample:
 def learn_with_trl(
     learner: Learner, step: int, lessons: Mapping[str, TRLExample], make: Make
 ) -> dict[str, UpdateResult]:
-    """Train each policy that has rows by the trainer `make` gives; what `Learner.learn` is for our own
-    update."""
+    """Train each policy that has rows by the trainer `make` gives; what `Learner.learn` is for our
+    own update."""
     if learner.ranks.size > 1:
         raise SettingError(
-            f"trainer trl: expected one process, got {learner.ranks.size}; it is a baseline for small"
-            " runs"
+            f"trainer trl: expected one process, got {learner.ranks.size}; it is a baseline for"
+            " small runs"
         )
     start, done = time.perf_counter(), {}
     for base in learner.bases.values():

@@ -1,5 +1,4 @@
-"""What a run checks before it starts and writes down as it goes: plain functions, so that `run.py`
-is the run itself."""
+"""Rows of the logs in the run folder: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -7,13 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...agents.types import to_json
 from ...rollouts import files
-
-if TYPE_CHECKING:
-    pass
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

@@ -101,7 +101,8 @@ def trainer_logprobs(
     values = torch.zeros(sum(sample.num_trained for sample in samples))
     with adapters.active(policy), adapters.amplified(policy, factor):
         for batch in pack(samples, max_tokens=MAX_TOKENS, layout=layout):
-            values[batch.token_index] = token_logprobs(adapters.model, batch.to(adapters.device))[0].cpu()
+            logps = token_logprobs(adapters.model, batch.to(adapters.device))[0]
+            values[batch.token_index] = logps.cpu()
     return values.tolist()
 
 

@@ -250,8 +250,9 @@ def broken(
 def targets(
     episode: Episode, selection: SelectionConfig, agents: Sequence[str]
 ) -> Iterator[tuple[Turn, Turn | None]]:
-    """Turns to correct, agent by agent: its first turn without success. In an episode that succeeded
-    only an agent's turn that it has corrected itself, with the later turn that has success."""
+    """Turns to correct, agent by agent: its first turn without success. In an episode that
+    succeeded only an agent's turn that it has corrected itself, with the later turn that has
+    success."""
     team, gold = _team(episode, selection), saw_answer(episode)
     for agent in agents:
         turns = [

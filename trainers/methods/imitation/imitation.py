@@ -115,8 +115,8 @@ def fit_turns(
             or "no turn was kept"
         )
         raise RunError(
-            f"step {step}: nothing to learn from ({reasons}); the episodes are stored, no adapter was"
-            " changed"
+            f"step {step}: nothing to learn from ({reasons}); the episodes are stored, no adapter"
+            " was changed"
         )
     if step == 1:
         learner.show(sequences)
@@ -146,7 +146,10 @@ def encoded(learner: Learner, episode: Episode) -> Episode:
             return turn
         completion = teacher_text(learner, turn, turn.text)
         return dataclasses.replace(
-            turn, text=completion.text, prompt_ids=completion.prompt_ids, token_ids=completion.token_ids
+            turn,
+            text=completion.text,
+            prompt_ids=completion.prompt_ids,
+            token_ids=completion.token_ids,
         )
 
     turns = tuple(map(with_tokens, episode.turns))

@@ -2,7 +2,7 @@
 its own kept turns.
 
 With the default selection, `success`, this is rejection sampling fine-tuning with one LoRA per
-agent. What is kept is `selection.py`, how it is learnt `imitate.py`. One step plays
+agent. What is kept is `credit/filtering.py`, how it is learnt `imitation.py`. One step plays
 `tasks_per_step` tasks `num_generations` times and makes `num_train_epochs` passes over what was
 kept. `--trainer trl` hands the same sequences and masks to TRL's SFTTrainer, one policy after the
 other.

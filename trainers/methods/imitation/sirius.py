@@ -2,11 +2,12 @@
 with the help of somebody who knows the answer, and every agent is fine-tuned on its own turns of
 the library (Zhao et al., arXiv 2502.04780).
 
-An iteration is a step: play, mend (`mend.py`), select by success (`selection.py`), imitate
-(`imitate.py`), publish, evaluate. The library is the run's own store: which of its turns are learnt
-from is decided by selection each time. Nothing that saw the answer is learnt: the conversations
-that mend are marked, a mended turn is trained on its original prompt as `written`, and a text that
-tells the answer without being the one to give it, or that shows how it was made, is refused.
+An iteration is a step: play, correct (`correction.py`), select by success (`credit/filtering.py`),
+imitate (`imitation.py`), publish, evaluate. The library is the run's own store: which of its turns
+are learnt from is decided by selection each time. Nothing that saw the answer is learnt: the
+conversations that mend are marked, a mended turn is trained on its original prompt as `written`,
+and a text that tells the answer without being the one to give it, or that shows how it was made, is
+refused.
 
 Against the paper: LoRA adapters on one base instead of full or hosted fine-tuning; several episodes
 per task at temperature 1 where the paper has one at 0; `start_from` says whether an iteration
@@ -27,9 +28,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ....agents.patterns.self_correction import SPLIT
 from ....agents.settings import setting
-from ....agents.types import BASE, AgentSpec, PolicySpec, SettingError
+from ....agents.types import BASE, CORRECTION_SPLIT, AgentSpec, PolicySpec, SettingError
 from ....rollouts.types import Episode
 from ...collection.derived_episodes import is_derived
 from ...config import RunConfig
@@ -103,7 +103,8 @@ class SiriusTrainer(Trainer[SiriusConfig]):
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Select from the library, then imitate; returns metrics."""
-        library = [*self.earlier(step), *(e for e in episodes if e.split != SPLIT)]
+        own = (e for e in episodes if e.split != CORRECTION_SPLIT)
+        library = [*self.earlier(step), *own]
         selection = selected(self, step, library, self.args)
         if self.args.start_from == "base":
             learner = self.run.learner

@@ -1,9 +1,9 @@
 """Critics of a team: which scalar head judges which turn, and what a step's episodes teach by their
 word.
 
-A critic is a head (`heads.py`) that says, before each token an agent samples, what that turn will
-have earned. From its word and the rewards of turns come an advantage per token, which the policy
-learns from, and a return per token, which the critic does.
+A critic is a head (`scalar_heads.py`) that says, before each token an agent samples, what that turn
+will have earned. From its word and the rewards of turns come an advantage per token, which the
+policy learns from, and a return per token, which the critic does.
 """
 
 from __future__ import annotations
@@ -104,8 +104,10 @@ class CriticBatch:
     """What a step's episodes teach: token sequences, and numbers of all their N trained tokens, in
     the order of the samples.
 
-    spans: where the tokens of each turn stand.    critic: the one that judges each token [N].
-    values: what it said of them before the step [N].    kl: log p - log p of the base, when they were sampled [N]; zeros if not needed.
+    spans: where the tokens of each turn stand.
+    critic: the one that judges each token [N].
+    values: what it predicted for them before the step [N].
+    kl: log p - log p of the base, when they were sampled [N]; zeros if not needed.
     advantages, returns: [N] float64, see `gae`.
     """
 

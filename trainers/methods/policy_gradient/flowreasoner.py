@@ -142,13 +142,8 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
             return 0.0, "no designer"
         if math.isnan(score) or score < self.args.success_threshold:
             return 0.0, "no success" if score == score else "no score"
-        return (
-            1.0,
-            (
-                "solved in round"
-                f" {1 + sum(r.name == 'val' for r in episode.rewards if (r.turn or 0) < turn.index)}"
-            ),
-        )
+        earlier = sum(r.name == "val" for r in episode.rewards if (r.turn or 0) < turn.index)
+        return 1.0, f"solved in round {1 + earlier}"
 
     def designs(self, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Means over trajectories: each reward of the mix and their sum, rounds, and the share of

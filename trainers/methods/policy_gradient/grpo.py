@@ -2,11 +2,11 @@
 tokens learn from the comparison.
 
 One step plays `tasks_per_step` tasks `num_generations` times, turns rewards into one advantage per
-turn (`credit`, see `credit.py`), drops what carries no signal, and updates each agent's adapter on
-exactly the tokens it sampled (loss: `losses.py`). Against the paper (arXiv:2402.03300): behaviour
-log-probabilities are the engine's, so there is no old-log-prob forward; no KL term unless `beta` >
-0; statistics run over whatever the credit rule compares, by default the team's reward over episodes
-of one task.
+turn (`credit`, see `credit/rules.py`), drops what carries no signal, and updates each agent's
+adapter on exactly the tokens it sampled (loss: `losses/policy_gradient.py`). Against the paper
+(arXiv:2402.03300): behaviour log-probabilities are the engine's, so there is no old-log-prob
+forward; no KL term unless `beta` > 0; statistics run over whatever the credit rule compares, by
+default the team's reward over episodes of one task.
 
 accelerate launch recipes/grpo_team.py [--config recipes/grpo_team.yaml] [--field value]
 """

@@ -3,8 +3,9 @@ answers that follow from it.
 
 Multi-agent post-co-training by PPO (Park et al., arXiv:2502.18439) on a `Collaboration`. A verifier
 scores every answer of every round; an answer's reward is its own score and, discounted, the team's
-later ones (`influence.py`), plus a bonus for changing one's mind or another's for the better; PPO
-with a critic per policy (`ppo.py`) learns from it, the rounds taking turns. Against the paper:
+later ones (`credit/reward_shaping.py`), plus a bonus for changing one's mind or another's for the
+better; PPO with a critic per policy (`ppo.py`) learns from it, the rounds taking turns. Against the
+paper:
 
 - The verifier learns with the run's own base, or is a rule; `verifier: ""` compares with the gold
   answer ("no verifier").

@@ -2,9 +2,10 @@
 and each policy learns from the surprise.
 
 One step plays `tasks_per_step` tasks, gives every turn a reward (`credit`: the agent's own or the
-team's, or of the turn), lets a critic per policy (a scalar head on the shared base, `heads.py`) say
-what it expects before each token, and turns both into advantages (`gae.py`). Then policies and
-critics learn from them in several epochs of minibatches. Against the paper (arXiv:1707.06347):
+team's, or of the turn), lets a critic per policy (a scalar head on the shared base,
+`scalar_heads.py`) say what it expects before each token, and turns both into advantages (`gae.py`).
+Then policies and critics learn from them in several epochs of minibatches. Against the paper
+(arXiv:1707.06347):
 
 - Behaviour log-probabilities are the engine's, so there is no old-log-prob forward: the ratio and
   its clipping are `losses.policy_loss`.

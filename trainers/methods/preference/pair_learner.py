@@ -1,8 +1,8 @@
 """Learning from pairs of episodes: what preference methods share. They differ in which pairs they
 make, and with which weight.
 
-Only scalars couple the agents (`margins.py`): turns are scored by forward passes first, then each
-adapter learns from its own turns, each with the number that `push` gave it.
+Only scalars couple the agents (`preference_loss.py`): turns are scored by forward passes first,
+then each adapter learns from its own turns, each with the number that `push` gave it.
 """
 
 from __future__ import annotations

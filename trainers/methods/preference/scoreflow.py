@@ -2,11 +2,11 @@
 et al., arXiv:2502.04306).
 
 A round is a step: `num_generations` programs are written for each of `tasks_per_step` tasks, every
-valid one is run `num_runs` times, and its score is the mean (`scores.py`). All ordered pairs of
-programs of a task go into one pool; `num_pairs` of them are drawn, with chances proportional to
-(s_w - s_l)^alpha, and learnt from by Score-DPO (`margins.py`) against the base. The other runs of a
-program are children of the episode that wrote it: its designer's turns given, everything else live.
-A round without a pair changes nothing, aloud.
+valid one is run `num_runs` times, and its score is the mean (`program_scores.py`). All ordered
+pairs of programs of a task go into one pool; `num_pairs` of them are drawn, with chances
+proportional to (s_w - s_l)^alpha, and learnt from by Score-DPO (`preference_loss.py`) against the
+base. The other runs of a program are children of the episode that wrote it: its designer's turns
+given, everything else live. A round without a pair changes nothing, aloud.
 
 `objective` has the paper's controls on the same data: `dpo` (no weighing by scores), `sft`
 (imitates the best program of each task), `grpo` (a program's score against those of its task;

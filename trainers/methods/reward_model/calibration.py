@@ -23,11 +23,14 @@ class ScoredAnswer:
 def calibration(judged: Sequence[ScoredAnswer], bins: int = 10) -> dict[str, Any]:
     """What scores are worth, as plain values for `summary.json`.
 
-    num, right: answers, and the share of right ones.    accuracy: of "right if the score is at least 0.5".
-    brier: mean (score - right)^2, beside `brier_constant`, that of always saying the share of right ones.
+    num, right: answers, and the share of right ones.
+    accuracy: of "right if the score is at least 0.5".
+    brier: mean (score - right)^2, beside `brier_constant`, that of always giving the share of right
+        ones.
     ece: expected calibration error, the mean over bins, by size, of |mean score - share right|.
-    ranked: of all pairs of a right and a wrong answer to one task, the share where the right one scores higher (a tie is half); None
-        without such pairs. It is 0.5 for a verifier that knows how hard a task is and nothing else.
+    ranked: of all pairs of a right and a wrong answer to one task, the share where the right one
+        scores higher (a tie is half); None without such pairs. It is 0.5 for a verifier that knows
+        how hard a task is and nothing else.
     bins: per bin that is not empty its bounds, number, mean score and share right.
     """
     if not judged:

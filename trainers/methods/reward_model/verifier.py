@@ -1,5 +1,5 @@
 """A learned verifier: how likely is this answer to this question right? A LoRA and a linear head
-on the base (see `heads.py`).
+on the base (see `scalar_heads.py`).
 
 The verifier of MAPoRL (arXiv:2502.18439): answers are sampled and compared with the gold answer,
 every task gives as many right as wrong ones, and the head learns by binary cross-entropy at every
@@ -181,7 +181,8 @@ def verifier_loss(
     """This batch's share of the mean over answers of BCE(sigmoid(score), right), averaged over each
     answer's tokens.
 
-    scores: [N] logits, one per token.    targets: `right` [N] 0 or 1; `weight` [N] 1 / tokens of the answer.
+    scores: [N] logits, one per token.
+    targets: `right` [N] 0 or 1; `weight` [N] 1 / tokens of the answer.
     """
     losses = binary_cross_entropy_with_logits(scores, targets["right"], reduction="none")
     loss = (losses * targets["weight"]).sum() / counts.sequences
