@@ -13,7 +13,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...agents.team import Agent, Team
+from ...agents.chat import Agent
+from ...agents.team import Team
 from ...agents.text.answers import stands_in
 from ...agents.tools.tools import schemas_prompt
 from ...agents.types import Message, Turn

@@ -167,11 +167,10 @@ class Drawing(types.ModuleType):
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
-        return (
-            importlib.machinery.ModuleSpec(name, cls, is_package=True)
-            if name.split(".")[0] in DRAWS
-            else None
-        )  # type: ignore[arg-type]
+        if name.split(".")[0] not in DRAWS:
+            return None
+        loader: Any = cls
+        return importlib.machinery.ModuleSpec(name, loader, is_package=True)
 
     @classmethod
     def create_module(cls, spec: Any) -> types.ModuleType:

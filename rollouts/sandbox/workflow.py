@@ -97,7 +97,8 @@ class Interpreter:
             return ExecutionResult("syntax", error=_line(wrong))
         printed = self.monty.CollectString(max_bytes=limits.output)
         start, monty = time.monotonic(), self.monty
-        value, error, status = None, "", "done"
+        value, error = None, ""
+        status: Status = "done"
         try:
             async with self._pool.checkout(limits=_bounds(limits), os_policy=_policy()) as session:
                 value = await _Run(monty, externals, limits, mark).feed(session, program, printed)
@@ -113,9 +114,8 @@ class Interpreter:
             status, error = "killed", _line(wrong)
         except monty.MontyError as wrong:
             status, error = "error", _line(wrong)
-        return ExecutionResult(
-            status, printed.output[: limits.output], error, value, time.monotonic() - start
-        )  # type: ignore[arg-type]
+        seconds = time.monotonic() - start
+        return ExecutionResult(status, printed.output[: limits.output], error, value, seconds)
 
     async def close(self) -> None:
         if self._entered.done():
