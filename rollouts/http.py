@@ -18,7 +18,7 @@ import aiohttp
 
 T = TypeVar("T")
 
-_JITTER = random.Random()  # not the global generator: retries must not move anybody's seeds
+_JITTER = random.Random()  # not the global generator: retries must not change what is sampled
 
 
 class Transient(RuntimeError):

@@ -208,8 +208,7 @@ def open_routes(url: str) -> list[str]:
 
 
 def refuse_open(url: str) -> None:
-    """Raise `SettingError` if anybody who reaches the server can generate, load adapters or delete
-    them."""
+    """Raise `SettingError` if requests without a key can generate, load adapters or delete them."""
     routes = open_routes(url)
     if routes:
         raise SettingError(

@@ -37,7 +37,7 @@ def request_body(
         "stop": list(sampling.stop),
         "include_stop_str_in_output": True,
         # a grammar ends with whatever the model's own files call an end; going on after it, a reply
-        # would be held to nothing
+        # would follow no grammar
         "ignore_eos": not sampling.grammar,
         "stop_token_ids": list(eos_ids),
         "skip_special_tokens": False,
