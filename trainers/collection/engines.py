@@ -11,8 +11,7 @@ from ...rollouts.engines.base import Engine
 from ...rollouts.engines.factory import start_engine
 from ...rollouts.episodes.completers import Completer, completers
 from ..config import RunConfig
-from ..model.base_models import dtype_of
-from ..model.memory_estimate import with_server_memory
+from ..model.memory_estimate import TrainerPlacement, with_server_memory
 from ..update.learner import Learner, LearnerBase
 from .background import BackgroundLoop
 
@@ -59,14 +58,13 @@ class EngineGroup:
     def _with_memory(self, say: Callable[[str], None]) -> Any:
         """The settings with the share of memory that servers may take beside this trainer."""
         config, ranks = self.config, self.learner.ranks
-        return with_server_memory(
+        placement = TrainerPlacement(
             config,
             {base.path: self._specs_on(base) for base in self.learner.bases.values()},
             ranks.device,
-            lambda path: dtype_of(path, config.dtype, ranks.device),
-            say,
             ranks.size if ranks.lockstep else 1,
         )
+        return with_server_memory(placement, say)
 
     def _close(self, background: BackgroundLoop, engine: Engine) -> None:
         background.run(engine.close())

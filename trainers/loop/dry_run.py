@@ -16,9 +16,9 @@ from ...rollouts.engines.factory import choose_engine
 from ...rollouts.engines.vllm.server_args import CPU_CACHE_GIB
 from ...rollouts.renderer import ChatRenderer, load_tokenizer
 from ..config import RunConfig
-from ..model.base_models import dtype_of, group_by_base, versions
+from ..model.base_models import group_by_base, versions
 from ..model.local_models import local_model
-from ..model.memory_estimate import GIB, Memory, estimate, needs_checkpointing, server_share
+from ..model.memory_estimate import GIB, Memory, TrainerPlacement, needs_checkpointing, server_share
 from ..model.sharding import sharding_mode
 from .spec import RunSpec
 
@@ -232,22 +232,10 @@ def plan(spec: RunSpec) -> Plan:
         load_tokenizer(path)  # first: it tells best what is wrong with a folder
     ranks = node.world if sharding_mode(config.shard_base) else 1
 
-    def dtype(path: str) -> torch.dtype:
-        return dtype_of(path, config.dtype, device)
-
-    recompute = needs_checkpointing(config, on, device, dtype, lambda text: None, ranks)
-    memory = {
-        base: estimate(
-            path := local_model(base),
-            specs,
-            config,
-            dtype(path),
-            ranks,
-            recompute=recompute,
-            on_cpu=device.type == "cpu",
-        )
-        for base, specs in bases.items()
-    }
+    placement = TrainerPlacement(config, on, device, ranks)
+    recompute = needs_checkpointing(placement, lambda text: None)
+    estimates = placement.memory(recompute)
+    memory = {base: estimates[local_model(base)] for base in bases}
     call = first_call(spec)
     return Plan(
         spec,

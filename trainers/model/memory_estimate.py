@@ -1,5 +1,4 @@
-"""
-What a trainer will need of its device's memory, before any weight is loaded.
+"""Memory that a trainer will need of its device, estimated before any weight is loaded.
 
 Parameters are counted, activations are measured: the model's decoder with its adapters runs on
 torch's meta device, where tensors have shapes and no data, and what autograd would keep for the
@@ -24,14 +23,14 @@ from ...agents.types import PolicySpec, SettingError
 from ...rollouts.engines.factory import choose_engine
 from ...rollouts.renderer import load_tokenizer
 from ..config import RunConfig
+from .base_models import dtype_of
 from .lm_head import chunk_of
 
 GIB = 2**30
 CONTEXT = 1.5 * GIB  # CUDA's own, its libraries' workspaces, and the allocator's gaps
 LARGEST_SHARE, SMALLEST_SHARE = 0.9, 0.1
-KEYS_PER_TOKEN = (
-    4.0  # of a row of trees: how often its keys are kept, where the episodes are not known yet
-)
+# of a row of trees: how often its keys are kept, where the episodes are not known yet
+KEYS_PER_TOKEN = 4.0
 CPU_SHARE = 0.5  # of a machine's memory, for the trainers on its CPU
 
 
@@ -79,64 +78,75 @@ def estimate(
         recompute: activations are computed again in the backward pass.
         keys_per_token: keys that attention gathers, by token of a row; None: what `config.layout`
             is likely to need.
-        on_cpu: attention over trees takes float32 there, see `attention._by_branches`, and the head
+        on_cpu: attention over trees takes float32 there, see `tree_attention`, and the head
             fewer terms at a time.
     """
     specs = [spec for spec in specs if spec.has_adapter]
-    made = _on_meta(model, dtype)
-    linears = {name: m for name, m in made.named_modules() if isinstance(m, nn.Linear)}
-    parameters, vocabulary = (
-        sum(p.numel() for p in made.parameters()),
-        made.get_input_embeddings().weight.shape[0],
-    )
+    network = _on_meta(model, dtype)
+    linears = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear)}
+    parameters = sum(p.numel() for p in network.parameters())
+    vocabulary = network.get_input_embeddings().weight.shape[0]
     adapters = sum(
         spec.adapter.r * (m.in_features + m.out_features)
         for spec in specs
         for name, m in linears.items()
         if is_adapted(spec, name)
     )
-    inside = sum(p.numel() for p in getattr(made.get_decoder(), "layers", made).parameters())
-    text = made.config.get_text_config()
-    layers, width, rows = text.num_hidden_layers, dtype.itemsize, config.tokens_per_batch
-    largest = max(
-        specs,
-        key=lambda spec: sum(is_adapted(spec, name) for name in linears) * spec.adapter.r,
-        default=None,
+    in_layers = sum(
+        p.numel() for p in getattr(network.get_decoder(), "layers", network).parameters()
     )
-    per_token = (
-        _kept_per_token(
-            made, largest, [n for n in linears if largest and is_adapted(largest, n)], dtype
-        )
-        if largest
-        else 0.0
+    layers, rows = network.config.get_text_config().num_hidden_layers, config.tokens_per_batch
+    whole = (
+        parameters
+        if ranks == 1
+        else parameters - in_layers + in_layers / ranks + 2 * in_layers / layers
     )
     trees = config.layout in ("auto", "shared")
     if keys_per_token is None:
         keys_per_token = KEYS_PER_TOKEN if trees else 1.0
-    queries, keys = (
-        layers * heads * _head_size(text) for heads in (text.num_attention_heads, _key_heads(text))
+    per_token = _activations_per_token(
+        network, specs, dtype, keys_per_token, float32_attention=on_cpu and trees
     )
-    attended = (
-        4 if on_cpu and trees else width
-    )  # bytes of what attention keeps: queries, keys, values, outputs
-    if largest:
-        per_token += 2 * keys * (keys_per_token * attended - width) + 2 * queries * (
-            attended - width
-        )
     if recompute:  # the inputs of all layers and of the last norm, and all of one layer
-        per_token = text.hidden_size * width * (layers + 1) + per_token / layers
+        hidden = network.config.get_text_config().hidden_size
+        per_token = hidden * dtype.itemsize * (layers + 1) + per_token / layers
     return Memory(
         parameters,
         adapters,
-        weights=width
-        * (
-            parameters if ranks == 1 else parameters - inside + inside / ranks + 2 * inside / layers
-        ),
+        weights=dtype.itemsize * whole,
         adapters=adapters * 16,  # float32 weights, gradients and AdamW's two moments
         activations=per_token * rows,
         # logits, log-softmax, probabilities and a gradient, float32
         head=4 * 4 * min(chunk_of(vocabulary, "cpu" if on_cpu else "cuda"), rows) * vocabulary,
     )
+
+
+def _activations_per_token(
+    network: Any,
+    specs: Sequence[PolicySpec],
+    dtype: torch.dtype,
+    keys_per_token: float,
+    float32_attention: bool,
+) -> float:
+    """Bytes kept for the backward pass per token of a row, for the policy with the most LoRA
+    parameters; 0 without an adapter."""
+    names = [name for name, m in network.named_modules() if isinstance(m, nn.Linear)]
+    largest = max(
+        specs,
+        key=lambda spec: sum(is_adapted(spec, name) for name in names) * spec.adapter.r,
+        default=None,
+    )
+    if largest is None:
+        return 0.0
+    adapted = [name for name in names if is_adapted(largest, name)]
+    text, width = network.config.get_text_config(), dtype.itemsize
+    queries, keys = (
+        text.num_hidden_layers * heads * _head_size(text)
+        for heads in (text.num_attention_heads, _key_heads(text))
+    )
+    attended = 4 if float32_attention else width  # bytes of queries, keys, values, outputs
+    attention = 2 * keys * (keys_per_token * attended - width) + 2 * queries * (attended - width)
+    return _saved_per_token(network, largest, adapted, dtype) + attention
 
 
 def _key_heads(text: Any) -> int:
@@ -161,7 +171,7 @@ def _on_meta(model: str, dtype: torch.dtype) -> Any:
         ) from error
 
 
-def _kept_per_token(
+def _saved_per_token(
     model: Any, spec: PolicySpec, modules: Sequence[str], dtype: torch.dtype
 ) -> float:
     """Bytes that autograd keeps per token of a row when this policy's adapter (float32) is
@@ -179,14 +189,13 @@ def _kept_per_token(
     decoder = wrapped.train().get_base_model().get_decoder()
     own = {_storage(t) for t in (*wrapped.parameters(), *wrapped.buffers())}
 
-    def kept(length: int) -> int:
-        found: dict[int, torch.UntypedStorage] = {}
+    def saved(length: int) -> int:
+        storages: dict[int, torch.UntypedStorage] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             if _storage(tensor) not in own:
-                found[_storage(tensor)] = (
-                    tensor.untyped_storage()
-                )  # held, so that no other storage takes its number
+                # kept alive, so that no other storage takes its number
+                storages[_storage(tensor)] = tensor.untyped_storage()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _same):
@@ -196,11 +205,11 @@ def _kept_per_token(
                 attention_mask=torch.zeros((1, 1, length, length), dtype=dtype, device="meta"),
                 use_cache=False,
             )
-        return sum(storage.nbytes() for storage in found.values())
+        return sum(storage.nbytes() for storage in storages.values())
 
     short, long = 16, 32
-    # kept(n) = a n + b n^2, so a = (4 kept(n) - kept(2 n)) / 2 n
-    return (4 * kept(short) - kept(long)) / long
+    # saved(n) = a n + b n^2, so a = (4 saved(n) - saved(2 n)) / 2 n
+    return (4 * saved(short) - saved(long)) / long
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -235,27 +244,47 @@ def server_share(needs: Sequence[Memory], device_bytes: float, say: Callable[[st
     return share
 
 
-def needs_checkpointing(
-    config: RunConfig,
-    bases: Mapping[str, Sequence[PolicySpec]],
-    device: torch.device,
-    dtype: Callable[[str], torch.dtype],
-    say: Callable[[str], None],
-    ranks: int = 1,
-) -> bool:
+@dataclass(frozen=True)
+class TrainerPlacement:
+    """The bases that a trainer holds and where it computes.
+
+    bases: the policies of every base, by the base's folder. ranks: how many share the layers of a
+    base, see `estimate`.
+    """
+
+    config: RunConfig
+    bases: Mapping[str, Sequence[PolicySpec]]
+    device: torch.device
+    ranks: int = 1
+
+    def memory(self, recompute: bool = False) -> dict[str, Memory]:
+        """`estimate` of every base on one rank, by the base's folder."""
+        return {
+            path: estimate(
+                path,
+                specs,
+                self.config,
+                dtype_of(path, self.config.dtype, self.device),
+                self.ranks,
+                recompute=recompute,
+                on_cpu=self.device.type == "cpu",
+            )
+            for path, specs in self.bases.items()
+        }
+
+
+def needs_checkpointing(placement: TrainerPlacement, say: Callable[[str], None]) -> bool:
     """Are activations computed again in the backward pass? `gradient_checkpointing: auto` does so
     only where memory would not do without.
 
-    Arguments as for `placed`. The answer depends on settings, models and the machine's size: every
-    rank finds the same.
+    The answer depends on settings, models and the machine's size, so it is equal on every rank.
+    `say` prints why.
     """
+    config = placement.config
     if config.gradient_checkpointing != "auto":
         return config.gradient_checkpointing == "true"
-    needs = [
-        estimate(path, specs, config, dtype(path), ranks, on_cpu=device.type == "cpu")
-        for path, specs in bases.items()
-    ]
-    room = trainer_room(config, needs, device)
+    needs = list(placement.memory().values())
+    room = trainer_room(config, needs, placement.device)
     need = sum(n.total for n in needs)
     if need <= room:
         return False
@@ -283,12 +312,12 @@ def trainer_room(config: RunConfig, needs: Sequence[Memory], device: torch.devic
 
 def machine_bytes() -> float:
     """Memory of this machine, or of the container we are in."""
-    found = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    installed = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
     except OSError:
-        return found
-    return min(found, float(limit)) if limit.isdigit() else found
+        return installed
+    return min(installed, float(limit)) if limit.isdigit() else installed
 
 
 def _shares_gpu(config: RunConfig) -> bool:
@@ -297,31 +326,12 @@ def _shares_gpu(config: RunConfig) -> bool:
     )
 
 
-def with_server_memory(
-    config: RunConfig,
-    bases: Mapping[str, Sequence[PolicySpec]],
-    device: torch.device,
-    dtype: Callable[[str], torch.dtype],
-    say: Callable[[str], None],
-    ranks: int = 1,
-) -> RunConfig:
+def with_server_memory(placement: TrainerPlacement, say: Callable[[str], None]) -> RunConfig:
     """The settings with `server_memory` set where servers of ours share the trainer's GPU and the
-    user has not said how.
-
-    Args:
-        bases: the policies of every base, by the folder it lies in. dtype: of a base in the
-            trainer. ranks: see `estimate`.
-    """
-    if device.type != "cuda" or config.server_memory or not _shares_gpu(config):
+    user has not set it. `say` prints how the GPU is split."""
+    config = placement.config
+    if placement.device.type != "cuda" or config.server_memory or not _shares_gpu(config):
         return config
-    recompute = needs_checkpointing(config, bases, device, dtype, say, ranks)
-    needs = [
-        estimate(path, specs, config, dtype(path), ranks, recompute=recompute)
-        for path, specs in bases.items()
-    ]
-    return replace(
-        config,
-        server_memory=server_share(
-            needs, torch.cuda.get_device_properties(device).total_memory, say
-        ),
-    )
+    needs = placement.memory(recompute=needs_checkpointing(placement, say))
+    total = torch.cuda.get_device_properties(placement.device).total_memory
+    return replace(config, server_memory=server_share(list(needs.values()), total, say))

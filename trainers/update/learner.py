@@ -30,7 +30,7 @@ from ..model import sharding
 from ..model.adapters import Adapters
 from ..model.base_models import dtype_of, group_by_base
 from ..model.local_models import local_model
-from ..model.memory_estimate import needs_checkpointing
+from ..model.memory_estimate import TrainerPlacement, needs_checkpointing
 from . import turn_logprobs
 from .losses.inputs import LossFn
 from .optimizer_step import Optimizers, UpdateOptions, UpdateResult, update
@@ -175,14 +175,13 @@ class Learner:
             name: load_base(name, specs, config, device, self.heads, among)
             for name, specs in groups.items()
         }
-        if needs_checkpointing(
+        placement = TrainerPlacement(
             config,
             {base.path: groups[name] for name, base in self.bases.items()},
             device,
-            lambda path: dtype_of(path, config.dtype, device),
-            self.log.say,
             1 if among is None else among.size,
-        ):
+        )
+        if needs_checkpointing(placement, self.log.say):
             for base in self.bases.values():
                 base.adapters.checkpoint_activations()
         if among is not None:

@@ -23,6 +23,7 @@ from marlora.trainers.model.logprobs import last_hidden
 from marlora.trainers.model.memory_estimate import (
     GIB,
     Memory,
+    TrainerPlacement,
     estimate,
     needs_checkpointing,
     server_share,
@@ -204,14 +205,9 @@ def test_only_a_shared_gpu_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factory.importlib.util, "find_spec", lambda name: name)
 
     def memory_of(device: str, **settings: Any) -> float:
-        found = with_server_memory(
-            RunConfig(**settings),
-            {"m": SPECS},
-            torch.device(device),
-            lambda path: torch.bfloat16,
-            lambda text: None,
-        )
-        return found.server_memory
+        config = RunConfig(dtype="bfloat16", **settings)
+        placement = TrainerPlacement(config, {"m": SPECS}, torch.device(device))
+        return with_server_memory(placement, lambda text: None).server_memory
 
     assert memory_of("cuda") == pytest.approx(1 - 16.5 / 80)
     assert memory_of("cuda", server_memory=0.3) == 0.3
@@ -233,10 +229,9 @@ def test_checkpointing_is_on_only_where_the_trainer_would_not_fit(
         monkeypatch.setattr(
             memory_estimate, "trainer_room", lambda config, needs, device: gib * GIB
         )
-        config = RunConfig(gradient_checkpointing=setting)
-        return needs_checkpointing(
-            config, {path: SPECS}, torch.device(device), lambda path: torch.float32, said.append
-        )
+        config = RunConfig(gradient_checkpointing=setting, dtype="float32")
+        placement = TrainerPlacement(config, {path: SPECS}, torch.device(device))
+        return needs_checkpointing(placement, said.append)
 
     need = estimate(path, SPECS, RunConfig(), torch.float32).total / GIB
     assert [chosen("auto", need + 0.01), chosen("auto", need - 0.01)] == [False, True]
