@@ -23,9 +23,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread() -> Iterator[None]:
     """torch on one thread: the order of sums, and so the last bits, depend on how many there
     are."""
-    from marlora.trainers.testbeds import tiny
+    from marlora.trainers.testbeds import pretraining
 
-    with tiny.one_thread():
+    with pretraining.one_thread():
         yield
 
 

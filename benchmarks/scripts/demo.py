@@ -21,7 +21,7 @@ from marlora.trainers.distributed.ranks import Ranks
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig
 from marlora.trainers.model.adapters import Adapters
 from marlora.trainers.model.local_models import local_model
-from marlora.trainers.testbeds.tiny import one_thread
+from marlora.trainers.testbeds.pretraining import one_thread
 from marlora.trainers.update.losses.policy_gradient import policy_loss
 from marlora.trainers.update.optimizer_step import Optimizers, update
 

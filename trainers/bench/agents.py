@@ -23,7 +23,7 @@ from ..distributed.ranks import Ranks
 from ..errors import RunError
 from ..methods.policy_gradient.grpo import GRPOConfig
 from ..model.adapters import Adapters
-from ..testbeds.tiny import one_thread
+from ..testbeds.pretraining import one_thread
 from ..update.losses.policy_gradient import policy_loss
 from ..update.optimizer_step import Optimizers, update
 from .geometry import check_size, network

@@ -26,7 +26,8 @@ from ...rollouts.engines.base import EngineInfo, ModelRef
 from ...rollouts.engines.transformers import TransformersEngine
 from ...rollouts.types import Episode
 from ..methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
-from ..testbeds.tiny import one_thread, tiny_random_model
+from ..testbeds.pretraining import one_thread
+from ..testbeds.tiny import tiny_random_model
 from .measure import Options, machine, table
 
 BOUNDS = (0, 1, 2)
@@ -52,7 +53,7 @@ class Elsewhere(TransformersEngine):
 
     def info(self) -> EngineInfo:
         return replace(
-            super().info(), exact=False
+            super().info(), deterministic=False
         )  # as a server: episodes begin when there is room
 
 
@@ -97,7 +98,7 @@ def run(model: Path, folder: Path, bound: int) -> dict[str, Any]:
             episodes = made.collect(step)
             opened.finish(step, episodes, made.learn(step, episodes))
             ends.append(time.perf_counter())
-        opened.stage.background.run(engine.close())
+        opened.rollouts.background.run(engine.close())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     each = [b - a for a, b in zip(ends[1:], ends[2:], strict=False)]
     waited = [

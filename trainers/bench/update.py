@@ -37,7 +37,8 @@ from ..batching.samples import TrainingSequence, denominators
 from ..model.adapters import Adapters
 from ..model.layouts import choose_layout
 from ..model.logprobs import token_logprobs
-from ..testbeds.tiny import one_thread, tiny_tokenizer
+from ..testbeds.pretraining import one_thread
+from ..testbeds.tiny import tiny_tokenizer
 from ..update.losses.inputs import LossInputs
 from ..update.losses.policy_gradient import LossConfig, policy_loss
 from .geometry import LORA, Needed, check_size, needed, network
@@ -134,7 +135,8 @@ def with_logprobs(
     values = torch.zeros(sum(s.num_trained for s in samples))
     for batch in pack(samples, max_tokens=TOKENS, layout="padded"):
         with torch.no_grad(), adapters.active(batch.policy):
-            values[batch.token_index] = token_logprobs(adapters.model, batch.to(adapters.device))[0].cpu()
+            logprobs, _ = token_logprobs(adapters.model, batch.to(adapters.device))
+            values[batch.token_index] = logprobs.cpu()
     flat_values = iter(values.tolist())
     return [
         dataclasses.replace(s, logprobs=tuple(next(flat_values) if m else 0.0 for m in s.mask))

@@ -1,5 +1,5 @@
-"""A tiny model for two that hear a verifier: it does sums, slips, and then keeps its answer or
-takes the other's, whatever the verifier says.
+"""The toy model `tiny-pair`, for two agents and a verifier: it does sums, slips, and then keeps its
+answer or takes the other's, regardless of the verifier.
 
 Told `3+4`, it answers 7 in 60 % of its samples and 8 in 40 %, on every prompt alike. Told then
 `-7+` (a verifier's sign on its own answer, the other's answer, the sign on that), it answers again:
@@ -15,8 +15,6 @@ trains the model and tells how it answers.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +22,9 @@ from typing import Any
 
 from ...rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ...rollouts.tasks.toy import ASKED
-from . import talk
-from .talk import Distribution, Lesson, TalkConfig, train
-from .tiny import VOCAB, answers, fit, kept, tiny_network, tiny_tokenizer
+from .pretraining import ToyModel
+from .talk import Distribution, Lesson, TalkConfig, digit_ids, digit_loss, train
+from .tiny import VOCAB, answers, chat_prompt, save, tiny_network, tiny_tokenizer
 
 RIGHT = 0.6  # share of first answers that are right; the others are one too many
 PAIR: dict[str, Any] = {
@@ -45,9 +43,7 @@ CONFIG = TalkConfig(
 def tiny_pair_model(cache: Path | None = None, *, say: Callable[[str], None] | None = None) -> Path:
     """The folder of the trained model. Trained on first use, then cached; arguments as of
     `tiny_model`."""
-    return kept(
-        f"tiny-pair-{_recipe()}", lambda: train(CONFIG, say or (lambda line: None), lessons), cache
-    )
+    return MODEL.folder(cache, say)
 
 
 def first(right: int) -> Distribution:
@@ -64,15 +60,8 @@ def lessons(rng: random.Random) -> list[list[Lesson]]:
     """All first answers, and SECONDS second ones after any signs."""
     tokenizer = tiny_tokenizer()
 
-    def lesson(digits: Distribution, *said: str) -> Lesson:
-        chat = [
-            {"role": "user" if n % 2 == 0 else "assistant", "content": text}
-            for n, text in enumerate(said)
-        ]
-        return (
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False),
-            digits,
-        )
+    def lesson(digits: Distribution, *texts: str) -> Lesson:
+        return chat_prompt(tokenizer, *texts, system=False), digits
 
     seconds = []
     for _ in range(SECONDS):
@@ -86,49 +75,55 @@ def lessons(rng: random.Random) -> list[list[Lesson]]:
     return [[lesson(first(value), asked) for asked, value in ASKED.items()], seconds]
 
 
-def _recipe() -> str:
-    """A hash of all that the trained weights follow from."""
-    parts = (tiny_network, tiny_tokenizer, first, second, lessons, fit, train, talk._loss)
-    facts = (CONFIG, RIGHT, SECONDS, STRANGE, ASKED, VOCAB, SPECIALS, TEMPLATE)
-    return hashlib.sha256(
-        "\n".join([*(inspect.getsource(p) for p in parts), repr(facts)]).encode()
-    ).hexdigest()[:12]
-
-
 def shares(network: Any) -> dict[str, float]:
     """Of sampled answers to all prompts: share of first ones that are right, and of second ones,
     after two that differ, that are the member's own, and that are either."""
     tokenizer = tiny_tokenizer()
 
-    def ask(*said: str) -> list[int]:
-        chat = [
-            {"role": "user" if n % 2 == 0 else "assistant", "content": text}
-            for n, text in enumerate(said)
-        ]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    def ask(*texts: str) -> list[int]:
+        return chat_prompt(tokenizer, *texts, system=False)
 
-    told = [(asked, value, (value + 1) % 10) for asked, value in ASKED.items()] * 5
-    firsts = answers(network, [ask(asked) for asked, _, _ in told], 1.0, 1)
+    cases = [(asked, value, (value + 1) % 10) for asked, value in ASKED.items()] * 5
+    firsts = answers(network, [ask(asked) for asked, _, _ in cases], 1.0, 1)
     seconds = answers(
-        network, [ask(asked, str(own), f"-{other}+") for asked, own, other in told], 1.0, 2
+        network, [ask(asked, str(own), f"-{other}+") for asked, own, other in cases], 1.0, 2
     )
     return {
         "first right": (
-            sum(text == str(value) for text, (_, value, _) in zip(firsts, told, strict=True))
-            / len(told)
+            sum(text == str(value) for text, (_, value, _) in zip(firsts, cases, strict=True))
+            / len(cases)
         ),
         "second own": (
-            sum(text == str(own) for text, (_, own, _) in zip(seconds, told, strict=True))
-            / len(told)
+            sum(text == str(own) for text, (_, own, _) in zip(seconds, cases, strict=True))
+            / len(cases)
         ),
         "second either": (
             sum(
                 text in (str(own), str(other))
-                for text, (_, own, other) in zip(seconds, told, strict=True)
+                for text, (_, own, other) in zip(seconds, cases, strict=True)
             )
-            / len(told)
+            / len(cases)
         ),
     }
+
+
+MODEL = ToyModel(
+    "tiny-pair",
+    lambda say: train(CONFIG, say, lessons),
+    save,
+    (
+        tiny_network,
+        tiny_tokenizer,
+        chat_prompt,
+        first,
+        second,
+        lessons,
+        train,
+        digit_loss,
+        digit_ids,
+    ),
+    (CONFIG, RIGHT, SECONDS, STRANGE, ASKED, VOCAB, SPECIALS, TEMPLATE),
+)
 
 
 if __name__ == "__main__":

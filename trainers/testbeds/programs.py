@@ -1,5 +1,5 @@
-"""A tiny model that writes programs and answers what they ask, so that methods for workflows can be
-tried in minutes.
+"""The toy model `tiny-programs`: it writes programs and answers what they ask, so that methods for
+workflows can be tried in minutes.
 
 **Tasks.** `a472` asks for the last digit plus 1, `b472` plus 4, `c472` plus 7 (mod 10).
 
@@ -24,8 +24,6 @@ marlora.trainers.testbeds.programs` trains the model and tells what it does.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -36,23 +34,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...agents.programs.workflow import Workflow
 from ...agents.types import AgentSpec, Sampling
 from ...rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ...rollouts.tasks.toy import KINDS, digit, program_tasks
-from . import tiny
-from .tiny import VOCAB, Lesson, answers, fit, kept, tiny_network, tiny_tokenizer
+from .pretraining import ToyModel, pretrain
+from .tiny import (
+    VOCAB,
+    Lesson,
+    answer_loss,
+    answers,
+    chat_prompt,
+    save,
+    tiny_network,
+    tiny_tokenizer,
+)
 
-ASKED, SLIPS, INVALID = (
-    0.35,
-    0.45,
-    0.1,
-)  # shares of programs that ask for the digit wanted, for the next one, and that are none
+# shares of programs that ask for the right digit, for the next one, and that cannot be run
+ASKED, SLIPS, INVALID = 0.35, 0.45, 0.1
 RIGHT = 2 / 3  # share of a careless executor's answers that are right; the others are one too many
-FORMS: Mapping[str, float] = {
-    'await custom("K")': 0.65,
-    'await custom("K!")': 0.35,
-}  # programs, their shares; K is the instruction
+# programs and their shares; K is the instruction
+FORMS: Mapping[str, float] = {'await custom("K")': 0.65, 'await custom("K!")': 0.35}
 BROKEN = 'await magic("K")'
 DESIGN, DO = "design", "do"  # system prompts
 FEEDBACK = ("0/2", "1/2", "2/2", "invalid")
@@ -97,21 +98,12 @@ class ProgramsConfig:
     seed: int = 0
 
 
-def tiny_workflow(**settings: Any) -> Workflow:
-    """The system of these tasks: a designer with a policy of its own; the executor is the base."""
-    return Workflow(**{**WORKFLOW, **settings})
-
-
 def tiny_programs_model(
     cache: Path | None = None, *, say: Callable[[str], None] | None = None
 ) -> Path:
     """The folder of the trained model. Trained on first use, then cached; arguments as of
     `tiny_model`."""
-    return kept(
-        f"tiny-programs-{_recipe()}",
-        lambda: train(ProgramsConfig(), say or (lambda line: None)),
-        cache,
-    )
+    return MODEL.folder(cache, say)
 
 
 # the teacher
@@ -133,13 +125,9 @@ def design(kind: str, history: Sequence[tuple[str, str, str]] = ()) -> Answers:
     """A designer's program. `history`: of earlier rounds the instruction's kind, the form, and the
     feedback."""
     kinds = [*KINDS]
-    wanted = kinds.index(kind)
+    place = kinds.index(kind)
     asks = dict(
-        zip(
-            kinds[wanted:] + kinds[:wanted],
-            (ASKED, SLIPS, 1 - INVALID - ASKED - SLIPS),
-            strict=True,
-        )
+        zip(kinds[place:] + kinds[:place], (ASKED, SLIPS, 1 - INVALID - ASKED - SLIPS), strict=True)
     )
     weight = {(k, form): share * asks[k] for k in KINDS for form, share in FORMS.items()}
     weight |= {(k, BROKEN): INVALID / 3 for k in KINDS}
@@ -162,13 +150,8 @@ class _Lessons:
     def __init__(self, rng: random.Random) -> None:
         self.rng, self.tokenizer = rng, tiny_tokenizer()
 
-    def of(self, replies: Answers, *said: str) -> Lesson:
-        roles = ["system", *("user" if n % 2 == 0 else "assistant" for n in range(len(said) - 1))]
-        chat = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
-        prompt = self.tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_dict=False
-        )
-        return prompt, [
+    def of(self, replies: Answers, *texts: str) -> Lesson:
+        return chat_prompt(self.tokenizer, *texts), [
             (self.tokenizer.encode(text + "<|end|>"), share) for text, share in replies.items()
         ]
 
@@ -194,15 +177,15 @@ class _Lessons:
         )
 
     def design(self) -> Lesson:
-        said, replies = self.round()
-        return self.of(replies, *said)
+        texts, replies = self.round()
+        return self.of(replies, *texts)
 
     def letter(self) -> Lesson:
         """The same, up to the one token that matters: what is asked for."""
-        said, replies = self.round()
+        texts, replies = self.round()
         start = next(iter(FORMS)).split("K")[0]
         total = sum(share for text, share in replies.items() if text.startswith(start))
-        prompt, _ = self.of({}, *said)
+        prompt, _ = self.of({}, *texts)
         asked = {
             k: (
                 sum(share for text, share in replies.items() if text.startswith(start + k.upper()))
@@ -237,12 +220,12 @@ def train(config: ProgramsConfig, say: Callable[[str], None]) -> Any:
         parts = [[lesson() for _ in range(count)] for lesson, count in kinds]
         losses = [
             loss(network, part)
-            for loss, part in zip((tiny._loss, choice_loss, tiny._loss), parts, strict=True)
+            for loss, part in zip((answer_loss, choice_loss, answer_loss), parts, strict=True)
         ]
-        told = [excess(loss.item(), part) for loss, part in zip(losses, parts, strict=True)]
-        return losses[0] + 2 * losses[1] + losses[2], max(told)
+        excesses = [excess(loss.item(), part) for loss, part in zip(losses, parts, strict=True)]
+        return losses[0] + 2 * losses[1] + losses[2], max(excesses)
 
-    return fit(
+    return pretrain(
         network, config, loss_of, config.max_excess, say, "tiny programs, nat from its teacher"
     )
 
@@ -265,45 +248,9 @@ def choice_loss(network: Any, lessons: Sequence[Lesson]) -> torch.Tensor:
 
 def excess(loss: float, lessons: Sequence[Lesson]) -> float:
     """By how much a loss per token exceeds the teacher's entropy, in nats per reply."""
-    told = [(len(tokens), share) for _, replies in lessons for tokens, share in replies]
-    whole = loss * sum(length * share for length, share in told)
-    return (whole + sum(share * math.log(share) for _, share in told)) / len(lessons)
-
-
-def _recipe() -> str:
-    """A hash of all that the trained weights follow from."""
-    parts = (
-        tiny_network,
-        tiny_tokenizer,
-        digit,
-        execute,
-        design,
-        _Lessons,
-        fit,
-        train,
-        choice_loss,
-        excess,
-        tiny._loss,
-    )
-    facts = (
-        ProgramsConfig(),
-        KINDS,
-        ASKED,
-        SLIPS,
-        INVALID,
-        RIGHT,
-        dict(FORMS),
-        BROKEN,
-        DESIGN,
-        DO,
-        FEEDBACK,
-        VOCAB,
-        SPECIALS,
-        TEMPLATE,
-    )
-    return hashlib.sha256(
-        "\n".join([*(inspect.getsource(p) for p in parts), repr(facts)]).encode()
-    ).hexdigest()[:12]
+    lengths = [(len(tokens), share) for _, replies in lessons for tokens, share in replies]
+    whole = loss * sum(length * share for length, share in lengths)
+    return (whole + sum(share * math.log(share) for _, share in lengths)) / len(lessons)
 
 
 # what it does
@@ -317,16 +264,7 @@ def shares(network: Any, count: int = 300) -> dict[str, float]:
     tokenizer = tiny_tokenizer()
 
     def ask(seed: int, *chats: Sequence[str]) -> list[str]:
-        prompts = []
-        for said in chats:
-            roles = [
-                "system",
-                *("user" if n % 2 == 0 else "assistant" for n in range(len(said) - 1)),
-            ]
-            chat = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
-            prompts.append(
-                tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-            )
+        prompts = [chat_prompt(tokenizer, *texts) for texts in chats]
         return answers(network, prompts, 1.0, seed, LONGEST)
 
     known = {form.replace("K", kind.upper()): kind for form in FORMS for kind in KINDS}
@@ -349,6 +287,42 @@ def shares(network: Any, count: int = 300) -> dict[str, float]:
         "careless": sum(a == t.answer for a, t in zip(careless, tasks, strict=True)) / total,
         "careful": sum(a == t.answer for a, t in zip(careful, tasks, strict=True)) / total,
     }
+
+
+MODEL = ToyModel(
+    "tiny-programs",
+    lambda say: train(ProgramsConfig(), say),
+    save,
+    (
+        tiny_network,
+        tiny_tokenizer,
+        chat_prompt,
+        digit,
+        execute,
+        design,
+        _Lessons,
+        train,
+        choice_loss,
+        excess,
+        answer_loss,
+    ),
+    (
+        ProgramsConfig(),
+        KINDS,
+        ASKED,
+        SLIPS,
+        INVALID,
+        RIGHT,
+        dict(FORMS),
+        BROKEN,
+        DESIGN,
+        DO,
+        FEEDBACK,
+        VOCAB,
+        SPECIALS,
+        TEMPLATE,
+    ),
+)
 
 
 if __name__ == "__main__":

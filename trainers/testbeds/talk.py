@@ -1,5 +1,5 @@
-"""A second tiny model: it debates and haggles in single digits, so that methods for talking teams
-can be tried in seconds.
+"""The toy model `tiny-talk`: it debates and haggles in single digits, so that methods for teams
+that talk can be tried in seconds.
 
 **Debate.** Told `472`, it answers the digit in the middle: right in 55 % of its samples, one too
 many in 25 %, one too few in 20 %, on every prompt alike. Told then `[g2] 7`, a blank line, `[g3]
@@ -21,8 +21,6 @@ the model.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,7 +31,8 @@ from typing import Any
 import torch
 
 from ...rollouts.engines.scripted import SPECIALS, TEMPLATE
-from .tiny import VOCAB, fit, kept, tiny_network, tiny_tokenizer
+from .pretraining import ToyModel, pretrain
+from .tiny import VOCAB, chat_prompt, save, tiny_network, tiny_tokenizer
 
 RIGHT, OVER, UNDER = 0.55, 0.25, 0.2  # shares of an answer that is right, one too many, one too few
 FOLLOW = 0.85  # share of second answers that follow the others
@@ -65,9 +64,7 @@ class TalkConfig:
 def tiny_talk_model(cache: Path | None = None, *, say: Callable[[str], None] | None = None) -> Path:
     """The folder of the trained model. Trained on first use, then cached; arguments as of
     `tiny_model`."""
-    return kept(
-        f"tiny-talk-{_recipe()}", lambda: train(TalkConfig(), say or (lambda line: None)), cache
-    )
+    return MODEL.folder(cache, say)
 
 
 # the teacher
@@ -116,13 +113,8 @@ def _lessons(rng: random.Random) -> list[list[Lesson]]:
     play."""
     tokenizer = tiny_tokenizer()
 
-    def lesson(digits: Distribution, *said: str) -> Lesson:
-        roles = ["system", *("user" if n % 2 == 0 else "assistant" for n in range(len(said) - 1))]
-        chat = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
-        return (
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False),
-            digits,
-        )
+    def lesson(digits: Distribution, *texts: str) -> Lesson:
+        return chat_prompt(tokenizer, *texts), digits
 
     haggling = [lesson(price(SELLER, n), SELLER, f"{n} -") for n in range(10)]
     haggling += [
@@ -134,8 +126,8 @@ def _lessons(rng: random.Random) -> list[list[Lesson]]:
     for _ in range(SECONDS):
         task, seat = rng.choice(asked), rng.randrange(3)
         answers = rng.choices(range(10), alone(int(task[1])), k=3)
-        told = (SOLVE, task, str(answers[seat]), others_said(seat, answers))
-        seconds.append(lesson(revised(int(task[1]), answers), *told))
+        texts = (SOLVE, task, str(answers[seat]), others_said(seat, answers))
+        seconds.append(lesson(revised(int(task[1]), answers), *texts))
     return [haggling, firsts, seconds]
 
 
@@ -152,7 +144,7 @@ def train(
     network = tiny_network(
         hidden_size=config.hidden_size, layers=config.layers, seed=config.seed
     ).train()
-    rng, digits = random.Random(config.seed), _digits()
+    rng, digits = random.Random(config.seed), digit_ids()
     lessons = (make or _lessons)(rng)
 
     def loss_of() -> tuple[torch.Tensor, float]:
@@ -161,12 +153,14 @@ def train(
             for part, share in zip(lessons, config.shares, strict=True)
             for each in rng.sample(part, share)
         ]
-        return _loss(network, batch, digits)
+        return digit_loss(network, batch, digits)
 
-    return fit(network, config, loss_of, config.max_excess, say, "tiny talk, nat from its teacher")
+    return pretrain(
+        network, config, loss_of, config.max_excess, say, "tiny talk, nat from its teacher"
+    )
 
 
-def _loss(
+def digit_loss(
     network: Any, lessons: Sequence[Lesson], digits: Sequence[int]
 ) -> tuple[torch.Tensor, float]:
     """Cross-entropy of the digit and of the end after it, per reply, and by how much it exceeds the
@@ -193,27 +187,30 @@ def _loss(
     return loss, float(loss.detach() - entropy)
 
 
-def _digits() -> list[int]:
+def digit_ids() -> list[int]:
+    """Token ids of the ten digits."""
     tokenizer = tiny_tokenizer()
     return [tokenizer.encode(str(d))[0] for d in range(10)]
 
 
-def _recipe() -> str:
-    """A hash of all that the trained weights follow from."""
-    parts = (
+MODEL = ToyModel(
+    "tiny-talk",
+    lambda say: train(TalkConfig(), say),
+    save,
+    (
         tiny_network,
         tiny_tokenizer,
+        chat_prompt,
         alone,
         revised,
         price,
         others_said,
         _lessons,
-        fit,
         train,
-        _loss,
-        _digits,
-    )
-    facts = (
+        digit_loss,
+        digit_ids,
+    ),
+    (
         TalkConfig(),
         RIGHT,
         OVER,
@@ -227,10 +224,8 @@ def _recipe() -> str:
         VOCAB,
         SPECIALS,
         TEMPLATE,
-    )
-    return hashlib.sha256(
-        "\n".join([*(inspect.getsource(p) for p in parts), repr(facts)]).encode()
-    ).hexdigest()[:12]
+    ),
+)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,27 @@
-"""A model small enough to be trained here: two roles, bytes for tokens, and a slip of each that
-makes it worth training further.
+"""The toy model `tiny`: two roles that add numbers, bytes for tokens, and a systematic error of
+each role that training can correct.
 
 The task is a chain of two. Agent `first` reads three digits, `7+8+5`, and writes the sum of the
 first two; agent `last` reads that and the third, `15+5`, and writes the sum of all. The base model
 has learned both roles, but from a teacher who slips in 60 % of the harder answers: as `first` he
 loses the carry (7+8 is 5), as `last` he counts one too many from 5 on (15+8 is 24). So the most
 likely answer is dependably wrong where the right one keeps 40 %: greedy accuracy is low, and
-sampled groups hold both. Each role can be mended by an adapter alone and, because the slips differ,
-by its own only.
+sampled groups hold both. Each role can be corrected by an adapter alone and, because the slips
+differ, by its own only.
 
 The target is the teacher's distribution itself, not samples of it, and training is seeded and
 single-threaded: about a minute on one core. `python -m marlora.trainers.testbeds.tiny` trains the
-model and tells how good it is.
+model and prints how good it is.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import inspect
-import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +30,7 @@ from ...agents.patterns.chain import Chain
 from ...agents.types import AgentSpec, Sampling
 from ...rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ...rollouts.tasks.toy import digit_triples, is_held_out, tiny_tasks
-from ..model.local_models import cache as default_cache
+from .pretraining import ToyModel, pretrain
 
 SLIP = 0.6  # share of the harder answers that are wrong
 VOCAB = 264  # 5 special tokens, 256 bytes, 3 to spare
@@ -89,6 +84,17 @@ def tiny_tokenizer() -> Any:
     )
 
 
+def chat_prompt(tokenizer: Any, *texts: str, system: bool = True) -> list[int]:
+    """Token ids of a chat's prompt: a system message (unless `system` is False), then messages of
+    user and assistant in turn."""
+    roles = ["system"] * system + ["user", "assistant"] * len(texts)
+    chat = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    ids: list[int] = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False
+    )
+    return ids
+
+
 def tiny_network(*, hidden_size: int = 128, layers: int = 3, seed: int = 0) -> Any:
     """A Llama with random weights in float32: 624,512 parameters as it stands. Leaves torch's
     random state as it was."""
@@ -124,24 +130,7 @@ def tiny_model(cache: Path | None = None, *, say: Callable[[str], None] | None =
             is a hash of its code.
         say: gets a line of progress now and then while it trains.
     """
-    return kept(f"tiny-{_recipe()}", lambda: train(TinyConfig(), say or (lambda line: None)), cache)
-
-
-def kept(name: str, make: Callable[[], Any], cache: Path | None = None) -> Path:
-    """The folder of a network of this name: from the cache, or made and put there. Other processes
-    wait for the one that makes it."""
-    root = Path(cache) if cache is not None else default_cache()
-    target = root / name
-    if target.is_dir():
-        return target
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".tiny.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.is_dir():
-            staged = root / f".{name}.{os.getpid()}"
-            _save(make(), staged)
-            staged.rename(target)
-    return target
+    return MODEL.folder(cache, say)
 
 
 def tiny_random_model(
@@ -157,7 +146,7 @@ def tiny_random_model(
                 parameter.normal_(
                     std=0.15
                 )  # larger than usual, so that its distributions are far from flat
-    _save(network, Path(folder))
+    save(network, Path(folder))
     return Path(folder)
 
 
@@ -170,58 +159,6 @@ def teacher(role: str, x: int, y: int) -> list[tuple[str, float]]:
     return [(str(wrong), SLIP), (str(x + y), 1 - SLIP)] if slips else [(str(x + y), 1.0)]
 
 
-class Schedule(Protocol):
-    """How long and how fast `fit` goes."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def warmup(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-
-
-def fit(
-    network: Any,
-    schedule: Schedule,
-    loss_of: Callable[[], tuple[torch.Tensor, float]],
-    limit: float,
-    say: Callable[[str], None],
-    name: str,
-) -> Any:
-    """Train on one thread for `steps`, and on, up to twice as many, until the mean over the last 20
-    is at most `limit`.
-
-    `loss_of`: the loss of a fresh batch, and the number that `limit` bounds. Raises `RuntimeError`
-    if that stays above it.
-    """
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    told: list[float] = []
-    with one_thread():
-        for step in range(2 * schedule.steps):
-            rate = min(1, (step + 1) / schedule.warmup) * max(
-                0.05, 1 - 0.95 * step / schedule.steps
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.learning_rate * rate
-            loss, number = loss_of()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            told.append(number)
-            recent = sum(told[-20:]) / len(told[-20:])
-            if (step + 1) % 20 == 0:
-                say(f"{name}: step {step + 1}/{schedule.steps}, {recent:.3f}")
-            if step + 1 >= schedule.steps and recent <= limit:
-                return network.eval()
-    raise RuntimeError(
-        f"{name}: {recent:.3f} after {2 * schedule.steps} steps, expected at most {limit}"
-    )
-
-
 def train(config: TinyConfig, say: Callable[[str], None]) -> Any:
     """Train the network on both roles. Raises `RuntimeError` if the loss stays above `max_loss`."""
     network, rng = tiny_network(seed=config.seed).train(), random.Random(config.seed)
@@ -229,33 +166,12 @@ def train(config: TinyConfig, say: Callable[[str], None]) -> Any:
     share = config.batch_size * 5 // 8  # `first` has more to learn: which digit to leave out
 
     def loss_of() -> tuple[torch.Tensor, float]:
-        loss = _loss(
+        loss = answer_loss(
             network, rng.sample(firsts, share) + rng.sample(lasts, config.batch_size - share)
         )
         return loss, loss.item()
 
-    return fit(network, config, loss_of, config.max_loss, say, "tiny model, loss")
-
-
-def _recipe() -> str:
-    """A hash of all that the trained weights follow from."""
-    code = [
-        inspect.getsource(part)
-        for part in (
-            tiny_network,
-            tiny_tokenizer,
-            teacher,
-            fit,
-            train,
-            _lessons,
-            _loss,
-            digit_triples,
-            is_held_out,
-        )
-    ]
-    return hashlib.sha256(
-        "\n".join([*code, repr((TinyConfig(), SLIP, VOCAB, SPECIALS, TEMPLATE))]).encode()
-    ).hexdigest()[:12]
+    return pretrain(network, config, loss_of, config.max_loss, say, "tiny model, loss")
 
 
 Lesson = tuple[list[int], list[tuple[list[int], float]]]  # prompt; answers with their weights
@@ -265,9 +181,7 @@ def _lessons() -> tuple[list[Lesson], list[Lesson]]:
     tokenizer = tiny_tokenizer()
 
     def lesson(role: str, text: str, x: int, y: int) -> Lesson:
-        chat = [{"role": "system", "content": role}, {"role": "user", "content": text}]
-        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        return prompt, [
+        return chat_prompt(tokenizer, role, text), [
             (tokenizer.encode(answer + "<|end|>"), weight) for answer, weight in teacher(role, x, y)
         ]
 
@@ -280,7 +194,7 @@ def _lessons() -> tuple[list[Lesson], list[Lesson]]:
     return firsts, lasts
 
 
-def _loss(network: Any, lessons: list[Lesson]) -> torch.Tensor:
+def answer_loss(network: Any, lessons: list[Lesson]) -> torch.Tensor:
     """Cross-entropy per answer token, each answer counted by its weight."""
     rows = [(prompt, answer, weight) for prompt, answers in lessons for answer, weight in answers]
     width = max(len(prompt) + len(answer) for prompt, answer, _ in rows)
@@ -298,18 +212,8 @@ def _loss(network: Any, lessons: list[Lesson]) -> torch.Tensor:
     return (losses * weights[at]).sum() / weights.sum()
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """The order of sums, and so every bit of the weights, depends on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _save(network: Any, folder: Path) -> None:
+def save(network: Any, folder: Path) -> None:
+    """Write a network and the toy tokenizer into a new folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     network.save_pretrained(folder)
@@ -345,23 +249,12 @@ def accuracy(network: Any, temperature: float, split: str = "eval") -> dict[str,
     tokenizer, tasks = tiny_tokenizer(), tiny_tasks(split)
 
     def ask(role: str, texts: list[str], seed: int) -> list[str]:
-        chats = [
-            [{"role": "system", "content": role}, {"role": "user", "content": text}]
-            for text in texts
-        ]
-        return answers(
-            network,
-            [
-                tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False)
-                for c in chats
-            ],
-            temperature,
-            seed,
-        )
+        prompts = [chat_prompt(tokenizer, role, text) for text in texts]
+        return answers(network, prompts, temperature, seed)
 
-    said = ask("first", [t.prompt for t in tasks], 1)
-    final = ask("last", [f"{text}+{t.meta['c']}" for text, t in zip(said, tasks, strict=True)], 2)
-    first = [text == str(t.meta["a"] + t.meta["b"]) for text, t in zip(said, tasks, strict=True)]
+    sums = ask("first", [t.prompt for t in tasks], 1)
+    final = ask("last", [f"{text}+{t.meta['c']}" for text, t in zip(sums, tasks, strict=True)], 2)
+    first = [text == str(t.meta["a"] + t.meta["b"]) for text, t in zip(sums, tasks, strict=True)]
     team = [text == t.answer for text, t in zip(final, tasks, strict=True)]
     both = sum(f and t for f, t in zip(first, team, strict=True))
     return {
@@ -371,6 +264,25 @@ def accuracy(network: Any, temperature: float, split: str = "eval") -> dict[str,
     }
 
 
+MODEL = ToyModel(
+    "tiny",
+    lambda say: train(TinyConfig(), say),
+    save,
+    (
+        tiny_network,
+        tiny_tokenizer,
+        chat_prompt,
+        teacher,
+        train,
+        _lessons,
+        answer_loss,
+        digit_triples,
+        is_held_out,
+    ),
+    (TinyConfig(), SLIP, VOCAB, SPECIALS, TEMPLATE),
+)
+
+
 if __name__ == "__main__":
     from transformers import AutoModelForCausalLM
 
@@ -378,7 +290,7 @@ if __name__ == "__main__":
     trained = AutoModelForCausalLM.from_pretrained(path)
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         shares = ", ".join(
-            f"{who} {share:.3f}" for who, share in accuracy(trained, temperature).items()
+            f"{part} {share:.3f}" for part, share in accuracy(trained, temperature).items()
         )
         print(f"{name} accuracy on {len(tiny_tasks('eval'))} held-out tasks: {shares}")
     print(path)

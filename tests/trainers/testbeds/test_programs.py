@@ -28,9 +28,9 @@ from marlora.trainers.testbeds.programs import (
     execute,
     shares,
     tiny_programs_model,
-    tiny_workflow,
 )
 from tests.repository import ROOT
+from tests.trainers.tiny_workflow import tiny_workflow
 
 
 def test_tasks() -> None:

@@ -70,7 +70,7 @@ def test_the_model_answers_as_its_teacher() -> None:
         AutoModelForCausalLM.from_pretrained(tiny_talk_model()),
         talk.tiny_tokenizer(),
     )
-    ids = talk._digits()
+    ids = talk.digit_ids()
 
     @torch.no_grad()
     def distance(teacher: Distribution, *said: str) -> float:

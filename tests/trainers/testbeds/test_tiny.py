@@ -46,10 +46,9 @@ def test_the_chain_hands_on_the_sum() -> None:
     task = next(t for t in tiny_tasks() + tiny_tasks("eval") if t.id == "785")
     assert [spec.policy for spec in chain.specs] == ["first", "last"]
     said = Turn(0, "first", text="15")
-    assert chain.prompt_of("first", task, []) == ("7+8+5", []) and chain.prompt_of("last", task, [said]) == (
-        "15+5",
-        [said],
-    )
+    assert chain.prompt_of("first", task, []) == ("7+8+5", []) and chain.prompt_of(
+        "last", task, [said]
+    ) == ("15+5", [said])
     check_system(chain, [task])
 
 
@@ -97,8 +96,8 @@ def test_training_repeats_lowers_the_loss_and_refuses_to_fail_silently() -> None
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     lessons = tiny._lessons()[0][:16]
     with torch.no_grad():
-        assert float(tiny._loss(one, lessons)) < 0.9 * float(
-            tiny._loss(tiny.tiny_network(), lessons)
+        assert float(tiny.answer_loss(one, lessons)) < 0.9 * float(
+            tiny.answer_loss(tiny.tiny_network(), lessons)
         )
     with pytest.raises(RuntimeError, match=r"expected at most 0\.1"):
         tiny.train(tiny.TinyConfig(steps=1, batch_size=8, max_loss=0.1), lines.append)
@@ -111,21 +110,21 @@ def test_loss_weighs_both_answers() -> None:
         for parameter in flat.parameters():
             parameter.zero_()
         lessons = [tiny._lessons()[1][0], next(x for x in tiny._lessons()[1] if len(x[1]) == 2)]
-        assert float(tiny._loss(flat, lessons)) == pytest.approx(
+        assert float(tiny.answer_loss(flat, lessons)) == pytest.approx(
             float(torch.log(torch.tensor(264.0))), rel=1e-6
         )
 
 
-def test_a_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+def test_a_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[int] = []
     monkeypatch.setattr(
         tiny,
         "train",
-        lambda config, say: (made.append(1), tiny.tiny_network(hidden_size=32, layers=1))[1],
+        lambda config, say: (trained.append(1), tiny.tiny_network(hidden_size=32, layers=1))[1],
     )
-    monkeypatch.setattr(tiny, "_recipe", lambda: "abc")
+    monkeypatch.setattr(tiny.ToyModel, "recipe_hash", lambda self: "abc")
     folder = tiny.tiny_model(tmp_path)
-    assert tiny.tiny_model(tmp_path) == folder == tmp_path / "tiny-abc" and made == [1]
+    assert tiny.tiny_model(tmp_path) == folder == tmp_path / "tiny-abc" and trained == [1]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".tiny.lock", "tiny-abc"]
     monkeypatch.setenv("MARLORA_CACHE", str(tmp_path))
     assert tiny.tiny_model() == folder

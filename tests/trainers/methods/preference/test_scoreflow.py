@@ -26,9 +26,9 @@ from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.tasks.toy import digit, program_tasks
 from marlora.rollouts.types import Episode
 from marlora.trainers.methods.preference.scoreflow import RUNS, ScoreFlowConfig, ScoreFlowTrainer
-from marlora.trainers.testbeds.programs import tiny_workflow
 from tests.repository import ROOT
 from tests.trainers import small_run
+from tests.trainers.tiny_workflow import tiny_workflow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
