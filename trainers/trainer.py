@@ -44,7 +44,7 @@ class Trainer(Generic[C]):
 
     Args:
         model: the shared base, a folder or hub name; "" takes `args.model`.
-        system: who talks to whom; None takes `args.system`.
+        system: the team; None takes `args.system`.
         tasks: a task set's name, or a list of tasks (then give `eval_tasks` too); None takes
             `args.tasks`.
         rewards: functions `(task, episode) -> Reward | float`, or names; None takes `args.rewards`.

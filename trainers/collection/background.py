@@ -104,7 +104,7 @@ class BackgroundTask(Generic[T]):
 
     def _end(self, task: asyncio.Task[T]) -> None:
         if not task.cancelled():
-            # looked at, so that work nobody asks for any more is not complained of
+            # looked at, so that asyncio does not warn of work that was given up
             task.exception()
         self._ended.set_result(None)
 

@@ -43,7 +43,7 @@ class RolloutManager:
 
     Args:
         config: rollout settings, seed and folder of the run.
-        system: who talks to whom.
+        system: the team that plays.
         rewards: score every episode; the first one's name is the metric.
         tasks: those to train on.
         values: what a team sees of the run's state, by name.

@@ -39,7 +39,7 @@ def find_stored(
 
     Stored episodes count if their team version `fits` and some could be scored. Others have spent
     their ids (a run that was resumed on hardware that does not repeat itself to the last bit, or
-    after its rewards were mended): then the label gets a number, so that what is trained on is
+    after its rewards were repaired): then the label gets a number, so that what is trained on is
     always in the store.
     """
     known, dropped = store.ids(), list[Episode]()

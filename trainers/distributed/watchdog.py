@@ -26,7 +26,7 @@ import torch.distributed as dist
 POLL = 0.5  # seconds between two looks
 GRACE = 10.0  # seconds that the others have to write their stacks
 STAGGER = 0.1  # seconds between the stacks of one rank and the next, so that they are not mixed
-FAREWELL = 3.0  # seconds that rank 0 waits at its end, so that nobody asks a store that is gone
+FAREWELL = 3.0  # seconds that rank 0 waits at its end, so that no rank asks a store that is gone
 CODE = 1
 
 
@@ -140,7 +140,8 @@ class Watchdog:
             flush=True,
         )
         faulthandler.dump_traceback(all_threads=True)
-        with contextlib.suppress(dist.DistError):  # whoever holds the store may have ended first
+        # the rank that holds the store may have ended first
+        with contextlib.suppress(dist.DistError):
             if tell:
                 self._store.set("hung", tell)
             self._store.set(f"dumped/{self.rank}", "")

@@ -128,9 +128,7 @@ class TrainingRun:
         self.ranks.on_main(lambda: checks.prepare_folder(self.spec.config))
         self._resume()
         if not self.learner.policy_of:
-            self.log.warn(
-                "no policy is trained: all of them are frozen, outside models or the base"
-            )
+            self.log.warn("no policy is trained: all are frozen, outside models or the base")
         self._loaded = True
 
     def _open_main(self) -> None:
@@ -224,10 +222,7 @@ class TrainingRun:
 
     def emergency_save(self, error: Exception) -> None:
         """After the engine has gone: save the last finished step, on the rank that saw it, unless
-        an update was under way.
-
-        Why the run ended is among its warnings, where its report finds it.
-        """
+        an update was under way. Why the run ended is among its warnings, for its report."""
         if not (self._loaded and self.ranks.main):
             return
         self.log.warn(f"the run ended after step {self.step}: {error}")
@@ -244,11 +239,10 @@ class TrainingRun:
         """`summary.json`, with every pinned key, and `report.html`."""
         self.log.clock()
         self.learner.check_bases()
-        result = summaries.summary(
-            self.spec, self.learner, self.sync, self.log, before, after
-        ) | dict(extra or {})
+        spec, learner = self.spec, self.learner
+        result = summaries.summary(spec, learner, self.sync, self.log, before, after)
+        result |= extra or {}
         if self.ranks.main:
-            folder = self.spec.config.folder
-            ckpt.write_json(folder / "summary.json", result)
-            write_report(folder, pieces=summaries.pieces_of(self.learner.bases))
+            ckpt.write_json(spec.config.folder / "summary.json", result)
+            write_report(spec.config.folder, pieces=summaries.pieces_of(learner.bases))
         return result

@@ -55,7 +55,7 @@ class RunSpec:
 
         Args:
             config: the settings, resolved.
-            system: who talks to whom; None takes `config.system`.
+            system: the team; None takes `config.system`.
             tasks, eval_tasks: None loads `config.tasks`. Training and held-out tasks must not share
                 an id.
             rewards: functions or names; None takes `config.rewards`. The first one's name is the

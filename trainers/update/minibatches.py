@@ -24,7 +24,7 @@ def minibatches(items: Sequence[T], size: int, epochs: int, seed: int) -> Iterat
 
 
 def merge_results(updates: Sequence[Mapping[str, UpdateResult]]) -> dict[str, UpdateResult]:
-    """One row per policy for several calls of `Run.learn`: tokens and sequences are summed,
+    """One row per policy for several calls of `Learner.learn`: tokens and sequences are summed,
     statistics are the last update's, and an update that was not applied shows."""
     found: dict[str, UpdateResult] = {}
     for update in updates:

@@ -9,8 +9,8 @@ from ..errors import RunError
 
 
 class TeamVersions:
-    """The team versions of the last S + 1 steps: whoever plays now began with one of them. Pure
-    bookkeeping.
+    """The team versions of the last S + 1 steps: every episode played now began with one of them.
+    Pure bookkeeping.
 
     Args:
         bound: S, how many versions behind an episode may be.

@@ -329,13 +329,13 @@ class WeightVerifier:
         self, asked: Sequence[ScoredWindow], policy: str, factor: float = 1.0
     ) -> list[float]:
         """The trainer's log-probs of the scored tokens, one sequence after another."""
-        # a pass switches the adapters: called off or not, nobody goes on before it has put them
-        # back
+        # a pass switches the adapters: called off or not, no other pass begins before it has put
+        # them back
         async with self._trainer:
             return await _finished(asyncio.to_thread(self._pass, asked, policy, factor))
 
     def _pass(self, asked: Sequence[ScoredWindow], policy: str, factor: float) -> list[float]:
-        """One core is left to whoever serves: threads that wait for one another on a core that is
+        """One core is left to the server: threads that wait for one another on a core that is
         taken make two slower than one."""
         torch.set_num_threads(max(1, self._threads - 1))
         try:

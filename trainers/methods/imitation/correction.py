@@ -31,7 +31,7 @@ from ...credit.filtering import SelectionConfig, outcome
 from ...credit.leakage import answer_spellings, contains_answer, saw_answer
 from ...credit.weights import team_rewards
 
-CORRECTION = "mend"  # the kind of follow-up, see `follow`
+CORRECTION = "mend"  # the kind of derived episodes; a part of their ids
 TRACES = (
     "feedback",
     "corrected",
@@ -45,16 +45,16 @@ TRACES = (
 
 @dataclass
 class CorrectionConfig(Settings):
-    """How failed episodes are mended. The templates' fields: see `agents.repair.Repair`."""
+    """How failed episodes are corrected. The templates' fields: see `SelfCorrection`."""
 
     repair: str = setting(
-        "episodes that are mended: unsolved (one of each task that none solved), all failed ones,"
-        " or none",
+        "episodes that are corrected: unsolved (one of each task that none solved), all failed"
+        " ones, or none",
         "unsolved",
         choices=("unsolved", "all", "none"),
     )
     repair_agents: list[str] = setting(
-        "agents whose turns are mended, in this order; empty: all that learn", factory=list
+        "agents whose turns are corrected, in this order; empty: all that learn", factory=list
     )
     feedback_agent: dict | str | None = setting(
         "who gives feedback and knows the answer: fields of AgentSpec (policy, prompt, sampling);"
@@ -73,10 +73,11 @@ class CorrectionConfig(Settings):
         REPHRASE,
     )
     may_tell_answer: list[str] = setting(
-        "agents, besides the one that answers, whose mended text may hold the answer", factory=list
+        "agents, besides the one that answers, whose corrected text may hold the answer",
+        factory=list,
     )
     traces: list[str] = setting(
-        "a mended text that holds one of these is refused: it shows how it was made",
+        "a corrected text that holds one of these is refused: it shows how it was made",
         factory=lambda: list(TRACES),
     )
 

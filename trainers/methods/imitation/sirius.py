@@ -1,21 +1,21 @@
-"""SiriuS: a team bootstraps itself. It plays, its successes go into a library, failures are mended
-with the help of somebody who knows the answer, and every agent is fine-tuned on its own turns of
-the library (Zhao et al., arXiv 2502.04780).
+"""SiriuS: a team bootstraps itself. It plays, its successes go into a library, failures are
+corrected with the help of an agent that knows the answer, and every agent is fine-tuned on its own
+turns of the library (Zhao et al., arXiv 2502.04780).
 
 An iteration is a step: play, correct (`correction.py`), select by success (`credit/filtering.py`),
 imitate (`imitation.py`), publish, evaluate. The library is the run's own store: which of its turns
 are learnt from is decided by selection each time. Nothing that saw the answer is learnt: the
-conversations that mend are marked, a mended turn is trained on its original prompt as `written`,
-and a text that tells the answer without being the one to give it, or that shows how it was made, is
-refused.
+conversations that correct are marked, a corrected turn is trained on its original prompt as
+`written`, and a text that tells the answer without being the one to give it, or that shows how it
+was made, is refused.
 
 Against the paper: LoRA adapters on one base instead of full or hosted fine-tuning; several episodes
 per task at temperature 1 where the paper has one at 0; `start_from` says whether an iteration
-begins from the base or goes on (the paper does not say); turns before a mended one are not added,
-as in its appendix; regenerated turns keep the prompts of play, where the authors' code trains on
-the templates of regeneration; in teams with rewards per turn (actor-critic) a turn counts by its
-own reward. Competitive games are the same trainer with rewards per agent: the winner's turns are
-kept, nothing is mended; freeze the other side by `policies.NAME.trainable`.
+begins from the base or goes on (the paper does not say); turns before a corrected one are not
+added, as in its appendix; regenerated turns keep the prompts of play, where the authors' code
+trains on the templates of regeneration; in teams with rewards per turn (actor-critic) a turn counts
+by its own reward. Competitive games are the same trainer with rewards per agent: the winner's turns
+are kept, nothing is corrected; freeze the other side by `policies.NAME.trainable`.
 
 accelerate launch recipes/sirius.py [--config recipes/sirius_problem_solving.yaml] [--max_iterations
 1] [--field value]
@@ -82,7 +82,7 @@ class SiriusTrainer(Trainer[SiriusConfig]):
     Config = SiriusConfig
 
     def collect(self, step: int) -> list[Episode]:
-        """The iteration's episodes, and all that was played to mend those that failed."""
+        """The iteration's episodes, and all that was played to correct those that failed."""
         rollouts, learning = self.run.rollouts, list(self.run.learner.policy_of)
         played = [e for e in rollouts.collect(step) if not is_derived(e, CORRECTION)]
         failed = broken([e for e in played if e.parent is None], self.args, self.args, learning)

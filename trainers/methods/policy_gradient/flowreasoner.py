@@ -228,7 +228,7 @@ def as_single_turn(episode: Episode, system: FlowReasoner, reasoning: str = REAS
     """A trajectory as a lesson: one turn that answers the bare query with the reasoning of all
     rounds and the kept program last.
 
-    It is `written` (nobody sampled it as a whole), unless the first round's program is kept: then
+    It is `written` (it was not sampled as a whole), unless the first round's program is kept: then
     it is that round's own turn, if that has tokens (an outside teacher's has none).
     """
     rounds = rounds_of(episode, system)

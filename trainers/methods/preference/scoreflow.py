@@ -6,7 +6,7 @@ valid one is run `num_runs` times, and its score is the mean (`program_scores.py
 pairs of programs of a task go into one pool; `num_pairs` of them are drawn, with chances
 proportional to (s_w - s_l)^alpha, and learnt from by Score-DPO (`preference_loss.py`) against the
 base. The other runs of a program are children of the episode that wrote it: its designer's turns
-given, everything else live. A round without a pair changes nothing, aloud.
+given, everything else live. A round without a pair changes nothing and is warned of.
 
 `objective` has the paper's controls on the same data: `dpo` (no weighing by scores), `sft`
 (imitates the best program of each task), `grpo` (a program's score against those of its task;
