@@ -1,7 +1,7 @@
-"""Programs that a model wrote: what one may use, and what became of it.
+"""Types for programs that a model wrote: limits, results, tests and their results.
 
-A team is handed something that runs them (`Team(execute=...)`); nothing here runs anything, and
-nothing of a model's is ever run in the process of a team.
+`Services(execute=..., check=...)` give a team the functions that run and test them; nothing here
+runs anything, and no program of a model is ever run in the process of a team.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Status = Literal["done", "error", "syntax", "time", "memory", "output", "calls",
 
 
 class SandboxError(SettingError):
-    """Programs of a model cannot be run safely on this machine, or the machinery that runs them
-    broke. Never a program's own doing."""
+    """Programs of a model cannot be run safely on this machine, or the sandbox itself failed. Never
+    a fault of the program."""
 
 
 class ProgramError(ValueError):
@@ -30,8 +30,7 @@ class ProgramError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run of a program may use. All limits hold at once, and none can be raised from
-    inside.
+    """The limits of one run of a program. All hold at once, and none can be raised from inside.
 
     Args:
         seconds: wall clock, waiting for externals left out. `cpu_seconds`: of its processes
@@ -55,13 +54,13 @@ class Limits:
             or self.calls < 0
         ):
             raise SettingError(
-                f"allowance: positive seconds, cpu_seconds, memory and output expected, got {self}"
+                f"limits: positive seconds, cpu_seconds, memory and output expected, got {self}"
             )
 
 
 @dataclass(frozen=True)
 class ExecutionResult:
-    """What became of a program.
+    """The result of a program's run.
 
     Args:
         status: `done`; `error` (it raised, or ended with another exit code than 0); `syntax` (it is
@@ -95,7 +94,7 @@ class Execute(Protocol):
 
 @dataclass(frozen=True)
 class TestSuite:
-    """What a program has to pass.
+    """The tests that a program has to pass.
 
     Args:
         tests: programs that raise if the candidate is wrong; each runs in a fresh module.
@@ -127,7 +126,7 @@ class TestResult:
 
 
 class Check(Protocol):
-    """What tests say of a program, which cannot see them."""
+    """Tests a program, which cannot see its tests."""
 
     async def __call__(
         self, program: str, tests: TestSuite, limits: Limits = ...
@@ -141,7 +140,7 @@ def program_in(text: str) -> str:
 
 
 def answered(task: Task, text: str, tests: Sequence[str]) -> tuple[str, TestSuite]:
-    """What a coding task has to check an answer: its program, and these tests over the task's
+    """The program in an answer to a coding task, and the suite of these tests over the task's
     functions.
 
     The program stands after the task's own text (imports and helpers, `meta["setup"]`), so that it

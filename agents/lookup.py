@@ -1,9 +1,8 @@
-"""Functions that settings name: shipped ones by a short name, anyone's as `module:function`, made
-ones as `maker(text)`.
+"""Lookup of functions that settings name: shipped ones by a short name, others as
+`module:function`, and `maker(text)` for what a function makes of a text.
 
-Settings of a user's own may name anything. A checkpoint may come from a stranger, so what it names
-is looked up under `only_trusted()`: there the one rule below decides, before anything is imported,
-whatever asks for the name and whenever.
+Settings of a user's own may name anything. A checkpoint may come from a stranger, so its names are
+looked up under `only_trusted()`: there the one rule below decides, before anything is imported.
 
 The rule: the name is a shipped short name, or `module:name` of a file of this package whose object
 carries the mark of `@trusted(KIND)` (or stands in the table of shipped ones). `maker(text)` needs

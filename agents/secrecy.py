@@ -1,5 +1,4 @@
-"""Settings that take a key, or an address in which one may stand: checked when they are read, and
-never shown.
+"""Settings that may hold a key, or an address with one: checked when they are read, never shown.
 
 A key typed where the name of a file belongs would otherwise stand in an error, a log,
 `config.yaml`, a tracker or a checkpoint. So what cannot be such a name is refused before anything
@@ -26,7 +25,7 @@ _SECRET_ARGUMENT = re.compile(r"(^|[-_])(key|token|secret|password)$", re.IGNORE
 
 
 def not_shown(value: Any) -> str:
-    """What an error says in place of a value that may be a key."""
+    """The words of an error in place of a value that may be a key."""
     size = (
         f"a text of {len(value)} characters"
         if isinstance(value, str)
@@ -36,7 +35,7 @@ def not_shown(value: Any) -> str:
 
 
 def shown_value(setting: str, value: Any) -> str:
-    """What an error says of the wrong value of a setting: the value, unless it may hold a key."""
+    """The words of an error for a setting's wrong value: the value, unless it may hold a key."""
     return not_shown(value) if setting.partition(".")[0] in MAY_HOLD_KEYS else f"got {value!r}"
 
 
@@ -44,10 +43,10 @@ def check_key_name(setting: str, name: Any) -> None:
     """Raise `SettingError` unless this is "", an environment variable that is set, or a file that
     is there."""
     try:
-        found = isinstance(name, str) and (not name or name in os.environ or Path(name).is_file())
-    except (OSError, ValueError):  # what no file can be called
-        found = False
-    if not found:
+        exists = isinstance(name, str) and (not name or name in os.environ or Path(name).is_file())
+    except (OSError, ValueError):  # no file can have such a name
+        exists = False
+    if not exists:
         raise SettingError(
             f"{setting}: expected the name of an environment variable that is set, or of a file"
             f" that is there and holds the key; {not_shown(name)}"
@@ -79,16 +78,16 @@ def check_url(setting: str, url: Any) -> str:
         usable, secret = False, True
     if not usable or secret:
         known = isinstance(url, str) and _HOST.fullmatch(url)
-        told = f"got {url!r}" if known else not_shown(url)
+        shown = f"got {url!r}" if known else not_shown(url)
         raise SettingError(
             f"{setting}: expected http://HOST:PORT/v1 without user, password, query or fragment;"
-            f" {told}"
+            f" {shown}"
         )
     return str(url)
 
 
 def shown_url(url: Any) -> str:
-    """Any address as it may be shown: without what may be a key."""
+    """An address as it may be shown: without the parts that may be a key."""
     try:
         parts = urlsplit(url)
         plain = (
@@ -143,5 +142,5 @@ def check_arguments(arguments: Any) -> None:
 
 
 def without(text: str, key: str) -> str:
-    """A server's words without the key that it was sent, which some repeat."""
+    """A server's error text without the key that it was sent, which some servers repeat."""
     return text.replace(key, HIDDEN) if key else text

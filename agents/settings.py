@@ -109,9 +109,6 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
-help_of = setting
-
-
 class Settings:
     """Base of settings dataclasses. After construction every `setting` field is checked: its type,
     its choices, its bounds.

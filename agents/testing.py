@@ -1,9 +1,9 @@
-"""Is a system fit to be trained? `check_system(MySystem([...]), tasks)` plays it with fake answers
-and says what is wrong.
+"""Test doubles of a team, and the conformance suite of systems: `check_system(MySystem([...]),
+tasks)` plays a system with fake answers and raises at what would break training.
 
 What training relies on, whatever the interaction: the same seed gives the same turns, however long
 answers take; recorded turns, given back, give the same episode; `reads` names exactly the turns
-whose text an agent was shown; nobody sees the gold answer; the settings can be saved and built
+whose text an agent was shown; no prompt holds the gold answer; the settings can be saved and built
 again. No model, no clock: delays are turns of the event loop.
 """
 
@@ -185,14 +185,14 @@ def _check_reads(turn: Turn, played: Played, where: str) -> None:
     # What the agent said itself stands in its chat as the assistant's; everything else it was
     # shown, or took over with a chat.
     own = {each.index for each in played.turns if each.agent == turn.agent}
-    said, shown = (
+    assistant, others = (
         "\n".join(m.content for m in turn.messages if (m.role == "assistant") is mine)
         for mine in (True, False)
     )
     stands = {
         index
         for marker, (index, _) in played.markers.items()
-        if marker in shown or (marker in said and index not in own)
+        if marker in others or (marker in assistant and index not in own)
     }
     for index in sorted(stands - set(turn.reads)):
         _require(
@@ -212,12 +212,12 @@ def gold_of(task: Task) -> list[str]:
     """Texts that no agent may be shown: answer and private meta, unless so short, or so public,
     that they prove nothing."""
     public = task.public()
-    told = f"{public.id}\n{public.prompt}\n{public.meta}"
+    known = f"{public.id}\n{public.prompt}\n{public.meta}"
     private = [task.answer, *(value for key, value in task.meta.items() if key not in public.meta)]
     return [
         GOLD,
         HIDDEN,
-        *(str(value) for value in private if len(str(value)) >= 6 and str(value) not in told),
+        *(str(value) for value in private if len(str(value)) >= 6 and str(value) not in known),
     ]
 
 
@@ -264,7 +264,7 @@ async def _play(
             1 if not delays else max(1, 40 - call.index) if delays == 1 else wait.randrange(40)
         ):
             await asyncio.sleep(0)
-        made = []
+        completions = []
         for sibling in range(call.n):
             marker = _marker(call.sampling.seed, call.index, sibling)
             text = answer(call.agent.name, call.messages, marker)
@@ -274,8 +274,8 @@ async def _play(
                 f" got {text!r}",
             )
             markers[marker] = (call.index, sibling)
-            made.append(Completion(text, policy=call.agent.policy))
-        return made
+            completions.append(Completion(text, policy=call.agent.policy))
+        return completions
 
     secret = replace(task, answer=GOLD, meta={**task.meta, "_hidden": HIDDEN})
 

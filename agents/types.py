@@ -1,4 +1,4 @@
-"""The nouns of a conversation: what is asked, who answers, how, and what was said.
+"""Types of a team's conversations: tasks, messages, agents, policies, turns, decisions, rewards.
 
 Every type is a frozen dataclass made of plain values, so it goes to JSON and back without loss
 (``to_json``, ``from_json``). No tensors, no clients, no files here.
@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 
 BASE = "base"  # the reserved policy: the shared base model with every adapter off
+CORRECTION_SPLIT = "repair"  # of correction tasks: nothing is learnt from their episodes
 
 
 class SettingError(ValueError):
@@ -59,7 +60,8 @@ def from_json(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         raise SettingError(
             f"{where}: expected a mapping of the fields of {cls.__name__}, got {data!r}"
         )
-    hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = _hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
             raise SettingError(f"{where}.{key}: unknown field; {nearest(str(key), fields)}")
@@ -140,11 +142,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a reply is drawn. Every field is sent with every request, so that no server default
-    applies in silence.
+    """Sampling parameters of a reply. Every field is sent with every request, so that no server
+    default applies unseen.
 
     `top_k` 0 means off. `seed` None means: derived from (run seed, episode, agent, turn), see
-    `team.derive_seed`. A `stop` string is kept in the reply: what was sampled is what is trained
+    `seeds.derive_seed`. A `stop` string is kept in the reply: what was sampled is what is trained
     on. `grammar` is JSON in vLLM's vocabulary, such as `{"json": SCHEMA}`; `logit_bias` is added to
     the logits of these token ids.
     """
@@ -205,7 +207,7 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """Weights that answer: an adapter on a base, or an outside model.
+    """A policy: an adapter on a base model, or an outside model.
 
     Args:
         name: unique; `base` is reserved for the bare base model and never trained.
@@ -234,14 +236,14 @@ class PolicySpec:
 
 @dataclass(frozen=True)
 class AgentSpec:
-    """A named seat of a team.
+    """A named agent of a team.
 
     Args:
         name: unique in the team; the key of rewards, metrics and adapters.
         role: one line for people and reports.
         prompt: system message of the agent's chats; "" sends none. `team.values["NAME.prompt"]`
             overrides it.
-        policy: whose weights speak; "" means the policy of the agent's own name. Agents may share
+        policy: the policy that answers; "" means the one of the agent's own name. Agents may share
             one.
         sampling: None means the run's sampling.
         tools: names of tools (`marlora.agents.tools.tools`) or `module:function`; () means none.
@@ -274,7 +276,7 @@ class Completion:
     `token_ids` [T] are the sampled tokens, the end-of-turn token included when it was sampled;
     `logprobs` [T] are theirs under the distribution they were drawn from. `prompt_ids` [P] is what
     the engine read. All three are empty for outside models and fakes. `version` names the adapter
-    version that spoke ("" = base).
+    version that was sampled from ("" = base).
     """
 
     text: str
@@ -292,12 +294,12 @@ class Turn:
 
     Args:
         index: the order in which `reply` was called in the episode; siblings share it.
-        agent, messages: who was asked, and the whole chat it was sent (without the answer).
+        agent, messages: the agent's name, and the whole chat it was sent (without the answer).
         reads: indices of the turns whose text stands in `messages` because the system showed it.
         sibling, taken: number among the answers sampled for one call; `taken` marks the one the
             chat goes on with.
-        source: `sampled` by the agent's policy, or `written` by someone else (a repair): fit for
-            SFT, never for ratios.
+        source: `sampled` by the agent's policy, or `written` otherwise (a correction): fit for SFT,
+            never for ratios.
         saw_gold: the prompt held the answer (feedback steps): such a turn never enters a batch.
         sampling: what was sent, the seed included.
         text, prompt_ids, token_ids, logprobs, finish_reason, policy, version: see `Completion`.
@@ -350,7 +352,7 @@ class Decision:
 
 
 class ReplayError(RuntimeError):
-    """The system did not do what the recording says it did."""
+    """In a replay the system asked for something else than the recording holds."""
 
 
 class LimitError(RuntimeError):
@@ -359,8 +361,8 @@ class LimitError(RuntimeError):
 
 @dataclass(frozen=True)
 class Call:
-    """One request for completions: what `ask` gets. `previous` is the turn this chat goes on from,
-    None for a new chat."""
+    """One request for completions. `previous` is the turn this chat goes on from, None for a new
+    chat."""
 
     index: int
     agent: AgentSpec

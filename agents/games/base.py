@@ -1,10 +1,10 @@
-"""Games of two players with private goals: they move in turn, a referee refuses what the rules
-forbid, payoffs say who did how well.
+"""Games of two players with private goals: they move in turn, a referee refuses illegal moves, and
+each player has a payoff.
 
 The competitive setting of SiriuS (Zhao et al., arXiv 2502.04780), whose games are those of Bianchi
 et al. (arXiv 2402.05863). What differs from there: a move is one line of text that a parser reads,
 not tagged sections of a page; all numbers are whole; an illegal move is refused in words and asked
-for again, and who keeps making them ends the game without a deal; an offer that asks for no more
+for again, and too many of them end the game without a deal; an offer that asks for no more
 than the offer on the table gives is taken as its acceptance.
 """
 
@@ -38,12 +38,12 @@ HOW = (
 
 
 class Illegal(ValueError):
-    """A move that the rules forbid. The message tells the player why."""
+    """A move that the rules forbid. The message, for the player, says why."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a player proposes. `seat`: 0 for who moves first, 1 for the other. `terms`: the game's
+    """What a player proposes. `seat`: 0 for the first player, 1 for the second. `terms`: the game's
     own whole numbers."""
 
     seat: int
@@ -60,16 +60,16 @@ class Game(System):
 
     Args:
         max_moves: moves of both together.
-        refusals: how often a player is told that a move is illegal, and asked again, before the
-            game ends without a deal.
-        views: by agent name, a template for all that the agent is told before a move, in place of
-            our words. Fields: `prompt` (the task), `offer` (the one on the table, `-` if none),
+        refusals: how often a player may move again after an illegal move before the game ends
+            without a deal.
+        views: by agent name, a template of the whole prompt before a move, in place of ours.
+            Fields: `prompt` (the task), `offer` (the one on the table, `-` if none),
             `message` (what came with it), `left` (moves left), and those of `own`.
 
     The output is JSON: `players`, `moves` (player, move), `deal` (the offer that was accepted, or
     null), `ended` (deal, reject, illegal or moves), `refused` (illegal replies by player) and
-    `payoffs` (by player). A task's public `meta` holds what the game is played with; a player is
-    told what both know and its own part of it, never the other's.
+    `payoffs` (by player). A task's public `meta` holds the facts of the game; a player's prompt
+    holds those that both know and its own, never the other's.
     """
 
     max_moves: int = setting("moves of both together", 8, at_least=1)
@@ -88,7 +88,7 @@ class Game(System):
                 raise SettingError(f"views.{key}: no such player; {nearest(key, names)}")
             fields_in(template, setting=f"views.{key}")
 
-    # what a game adds
+    # What a game adds.
 
     def own(self, task: Task, seat: int) -> Mapping[str, Any]:
         """What this player knows, by name: the public facts of the game and its own private
@@ -96,7 +96,7 @@ class Game(System):
         raise TypeError(f"{type(self).__name__} has no own(task, seat)")
 
     def brief(self, task: Task, seat: int) -> str:
-        """The player's part in words: who it is, what it wants."""
+        """The player's role and goal in words."""
         raise TypeError(f"{type(self).__name__} has no brief(task, seat)")
 
     @property
@@ -114,14 +114,14 @@ class Game(System):
         return " ".join(map(str, offer.terms))
 
     def suits(self, offer: Offer, standing: Offer, task: Task) -> bool:
-        """Does `offer` ask for no more than `standing`, which is the other player's, gives?"""
+        """Whether `offer` asks for no more than `standing`, the other player's, gives."""
         raise TypeError(f"{type(self).__name__} has no suits(offer, standing, task)")
 
     def payoffs(self, task: Task, deal: Offer | None) -> tuple[float, float]:
-        """What both players have of this deal; None is no deal."""
+        """The payoffs of both players; None is no deal."""
         raise TypeError(f"{type(self).__name__} has no payoffs(task, deal)")
 
-    # the referee
+    # The referee.
 
     async def run(self, task: Task, team: Team) -> str:
         players = list(team)
@@ -235,7 +235,7 @@ class Game(System):
 
 
 def message_of(text: str) -> str:
-    """What a reply says to the other player; "" if it says nothing."""
+    """The message to the other player in a reply; "" if there is none."""
     messages = _MESSAGE.findall(text)
     return messages[-1].strip() if messages else ""
 

@@ -28,7 +28,7 @@ class Exchange(Game):
 
     `meta.kinds` names the two kinds, `meta.holdings` lists the amounts of both by seat, `meta.own`
     holds `{worth: [..., ...]}` of a unit of each by seat. Terms of an offer: amount given, its kind
-    (0 or 1), amount wanted, its kind.
+    (0 or 1), amount asked for, its kind.
     """
 
     def own(self, task: Task, seat: int) -> Mapping[str, Any]:
@@ -60,33 +60,33 @@ class Exchange(Game):
         names = [kind.casefold() for kind in kinds]
         if match is None or {match[2].casefold(), match[4].casefold()} != set(names):
             raise Illegal(f"expected an offer such as `offer 2 {kinds[0]} for 3 {kinds[1]}`")
-        given, wanted, kind = int(match[1]), int(match[3]), names.index(match[2].casefold())
+        given, asked, kind = int(match[1]), int(match[3]), names.index(match[2].casefold())
         for who, amount, has, what in (
             ("you have", given, holdings[seat][kind], kinds[kind]),
-            ("the other player has", wanted, holdings[1 - seat][1 - kind], kinds[1 - kind]),
+            ("the other player has", asked, holdings[1 - seat][1 - kind], kinds[1 - kind]),
         ):
             if amount > has:
                 raise Illegal(f"{who} only {has} {what}")
-        return given, kind, wanted, 1 - kind
+        return given, kind, asked, 1 - kind
 
     def spell(self, offer: Offer, task: Task) -> str:
         kinds = fact(task, "kinds", of="Exchange")
-        given, kind, wanted, other = offer.terms
-        return f"{given} {kinds[kind]} for {wanted} {kinds[other]}"
+        given, kind, asked, other = offer.terms
+        return f"{given} {kinds[kind]} for {asked} {kinds[other]}"
 
     def suits(self, offer: Offer, standing: Offer, task: Task) -> bool:
-        given, kind, wanted, _ = offer.terms
+        given, kind, asked, _ = offer.terms
         gives, theirs, wants, _ = standing.terms
-        return kind != theirs and given >= wants and wanted <= gives
+        return kind != theirs and given >= wants and asked <= gives
 
     def payoffs(self, task: Task, deal: Offer | None) -> tuple[float, float]:
         if deal is None:
             return 0.0, 0.0
-        given, kind, wanted, other = deal.terms
+        given, kind, asked, other = deal.terms
 
         def gain(seat: int) -> float:
             worth = fact(task, "own", seat, "worth", of="Exchange")
-            change = worth[other] * wanted - worth[kind] * given
+            change = worth[other] * asked - worth[kind] * given
             return float(change if seat == deal.seat else -change)
 
         return gain(0), gain(1)

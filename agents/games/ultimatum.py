@@ -45,5 +45,5 @@ class Ultimatum(Game):
         if deal is None:
             return 0.0, 0.0
         given = float(deal.terms[0])
-        kept = self.own(task, deal.seat)["total"] - given
-        return (kept, given) if deal.seat == 0 else (given, kept)
+        rest = self.own(task, deal.seat)["total"] - given
+        return (rest, given) if deal.seat == 0 else (given, rest)

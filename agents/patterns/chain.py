@@ -1,5 +1,5 @@
-"""A chain: each agent in turn, each shown what was said before it. The last one's text is the
-answer."""
+"""A chain: the agents answer one after the other, each with the texts before it in its prompt. The
+last one's text is the answer."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from ..types import SettingError, Task, Turn, nearest
 @trusted("system")
 @dataclass
 class Chain(System):
-    """Each agent speaks once, in order.
+    """Each agent answers once, in order.
 
     Args:
-        views: what an agent is told, by its name, as a template such as `"{previous}+{c}"`. Fields,
-            the first that fits wins:
-            `prompt` (the task), `previous` (what the agent before said), `answer` (the answer in
-            that, see `answers.extract`; all of it if none is found), the name of any earlier agent
-            (what it said), and any public key of `task.meta`. Without a view the first agent gets
-            the task, the others the task and what the agent before them said.
+        views: prompts by agent name, as templates such as `"{previous}+{c}"`. Fields, the first
+            that fits wins: `prompt` (the task), `previous` (the text of the agent before),
+            `answer` (the answer in that, see `answers.extract`; all of it if there is none), the
+            name of any earlier agent (its text), and any public key of `task.meta`. Without a view
+            the first agent gets the task, the others the task and the text of the agent before.
     """
 
     views: Mapping[str, str] = field(default_factory=dict)

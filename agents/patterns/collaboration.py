@@ -1,12 +1,12 @@
-"""Collaboration: a debate in rounds whose members may speak with another policy in each, and hear
-what a verifier thinks.
+"""Collaboration: a debate in rounds whose members may use another policy in each round and see the
+verdicts of a verifier.
 
 The debate of MAPoRL (Park et al., arXiv:2502.18439): every member answers alone, then, round by
 round, reads what the others answered last and answers again in the same chat. Against the paper: a
 chat grows by appending, so what others wrote in earlier rounds stays in it; wordings are ours.
 
-**Seats.** A member is one speaker; with `separation` it has a seat (agent) for every part of the
-debate, and the next seat takes its chat over. Members `ann` and `bob` give
+**Seats.** A member is one participant; with `separation` it has a seat (agent) for every part of
+the debate, and the next seat continues its chat. Members `ann` and `bob` give
 
 - `single`: agents `ann`, `bob`;
 - `collaboration`: `ann-alone`, `bob-alone` for the first round and `ann-together`, `bob-together`
@@ -62,14 +62,14 @@ class Collaboration(System):
     Args:
         rounds: answers of each member, the first one alone.
         separation: see above.
-        verifier: who scores every answer (see `verifiers.resolve_verifier`); "" is nobody. Its
-            words are shown in later rounds.
-        words: what is said of a score below 0.3, below 0.6, below 0.8, and from there on.
-        ask: the first thing a member is told. Field: `prompt`.
+        verifier: scores every answer (see `verifiers.resolve_verifier`); "" is none. Its words are
+            shown in later rounds.
+        words: the words for a score below 0.3, below 0.6, below 0.8, and from there on.
+        ask: a member's first prompt. Field: `prompt`.
         quote: how another's answer is shown. Fields: `member`, `text`, `answer` (the one found in
             it, see `answers.extract`; all of it if none is), `verdict`. It must show `text` or
             `answer`.
-        revise: what a member is told from the second round on. Fields: `others` (quotes), `verdict`
+        revise: a member's prompt from the second round on. Fields: `others` (quotes), `verdict`
             (on its own answer), `prompt`. None is a wording of ours.
         verdict: a score in words. Fields: `words`, `score`. Empty without a verifier.
         stop_share, stop_score: after a round in which more than this share of the members gave one
@@ -119,7 +119,7 @@ class Collaboration(System):
                 for seat in [_seat(spec, suffix)]
             )
 
-    # who sits where
+    # Seats and members.
 
     @property
     def _suffixes(self) -> list[str]:
@@ -132,7 +132,7 @@ class Collaboration(System):
         )
 
     def _seated(self) -> bool:
-        """Are the agents seats already (given back by a checkpoint), rather than members?"""
+        """Whether the agents are seats already, as in a checkpoint, rather than members."""
         return {spec.name for spec in self.specs} == {
             member + suffix for member in self.members for suffix in self._suffixes
         }
@@ -148,10 +148,10 @@ class Collaboration(System):
         return {member + suffix: member for member in self.members for suffix in self._suffixes}
 
     def seat(self, member: str, number: int) -> str:
-        """The agent that speaks for a member in round `number` (0, 1, ...)."""
+        """The agent of a member in round `number` (0, 1, ...)."""
         return member + self._suffixes[min(number, len(self._suffixes) - 1)]
 
-    # the debate
+    # The debate.
 
     @functools.cached_property
     def _verifier(self) -> Verifier | None:

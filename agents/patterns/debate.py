@@ -41,12 +41,11 @@ class Debate(System):
 
     Args:
         critics: the first half of the agents are generators, the second half their critics, in the
-            same order; from round 2 on critic i speaks where generator i stood. False: an agent
-            speaks in all rounds.
-        summariser: an agent, besides these, that sums up for each seat what the others said, shown
-            in place of their words; "" is none.
-        revise: what a seat is told after a round, as a template with the fields `others` and
-            `prompt`.
+            same order; from round 2 on critic i continues the chat of generator i. False: an agent
+            answers in all rounds.
+        summariser: an agent, besides these, that sums up for each seat the others' texts, shown in
+            their place; "" is none.
+        revise: a seat's prompt after a round, as a template with the fields `others` and `prompt`.
     """
 
     rounds: int = setting("answers of each seat; 1 is only a vote", 2, at_least=1)
@@ -74,7 +73,7 @@ class Debate(System):
 
     @property
     def seats(self) -> list[tuple[str, str]]:
-        """By seat: who answers first, and who answers from round 2 on."""
+        """By seat: the agent of round 1, and the agent from round 2 on."""
         names = [spec.name for spec in self.specs if spec.name != self.summariser]
         half = len(names) // 2
         return (
@@ -85,7 +84,7 @@ class Debate(System):
 
     @property
     def member_of(self) -> dict[str, str]:
-        """Agent -> its seat, by the name of who answers there first. A summariser has none."""
+        """Agent -> its seat, named after its agent of round 1. A summariser has none."""
         return {name: first for first, later in self.seats for name in (first, later)}
 
     async def run(self, task: Task, team: Team) -> str:
@@ -123,5 +122,5 @@ class Debate(System):
 
 
 def quote(turns: Sequence[Turn]) -> str:
-    """What others said, each under its name."""
+    """The texts of others, each under its agent's name."""
     return "\n\n".join(f"[{turn.agent}] {turn.text}" for turn in turns)

@@ -1,9 +1,9 @@
-"""Repair of one turn: somebody who knows the answer says what was wrong, the agent writes it anew,
-then as if it had known all along.
+"""Self-correction of one turn: a critic that sees the answer writes feedback, the agent writes its
+turn again with it, then rewrites that without traces of the correction.
 
 The augmentation of SiriuS (Zhao et al., arXiv 2502.04780). It is played as an episode of its own,
-on a task made by `repair_task`; what comes out is a text for the ORIGINAL prompt of the turn. What
-on the way has seen the answer, or read who has, is marked so.
+on the task of `correction_task`; the output is a text for the ORIGINAL prompt of the turn. Turns
+whose prompt holds the answer, or a text that follows from it, are marked `saw_gold`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..lookup import trusted
 from ..system import System
 from ..team import Team
 from ..text.templates import fields_in, render
-from ..types import SettingError, Task, Turn
+from ..types import CORRECTION_SPLIT, SettingError, Task, Turn
 
 FEEDBACK = (
     "A team works on this task:\n{prompt}\n\nThe reference answer is: {answer}\n\nThe team's answer"
@@ -29,21 +29,20 @@ REPHRASE = (
     "Rewrite the text below as if it had been written in one go: no hint that it was corrected,"
     " nothing new, the same form.\n\n{text}"
 )
-SPLIT = "repair"  # of the tasks of repairs: nothing is learnt from their episodes
 _TASK = ("prompt", "told", "said", "agent", "transcript", "answer")
 
 
 @trusted("system")
 @dataclass
 class SelfCorrection(System):
-    """Two agents: who gives feedback, and whose turn is mended. The output is the mended text.
+    """Two agents: a critic, and the one whose turn is corrected. The output is the corrected text.
 
     Args:
-        feedback, regenerate, rephrase: what they are told, as templates; "" leaves the step out
-            (without `regenerate` the text to rephrase is `{said}`). Fields: `prompt` (the team's
-            task), `told` and `said` (the turn's last message and its text), `agent` (who said it),
-            `transcript` (all the team said); in `feedback` also `answer`, in `regenerate`
-            `feedback`, in `rephrase` `text`.
+        feedback, regenerate, rephrase: the prompts of the three steps, as templates; "" leaves the
+            step out (without `regenerate` the text to rephrase is `{said}`). Fields: `prompt` (the
+            team's task), `told` and `said` (the turn's last message and its text), `agent` (its
+            agent), `transcript` (all turns of the team); in `feedback` also `answer`, in
+            `regenerate` `feedback`, in `rephrase` `text`.
     """
 
     feedback: str = FEEDBACK
@@ -54,7 +53,7 @@ class SelfCorrection(System):
         super().__post_init__()
         if len(self.specs) != 2:
             raise SettingError(
-                "Repair: two agents expected (who gives feedback, who is mended), got"
+                "SelfCorrection: two agents expected (the critic, the agent that is corrected), got"
                 f" {len(self.specs)}"
             )
         open_ = [field for field in _TASK if field != "answer"]
@@ -96,18 +95,18 @@ class SelfCorrection(System):
         return known["text"]
 
 
-def correction_task(task: Task, turn: Turn, turns: tuple[Turn, ...], said: str = "") -> Task:
-    """The task of mending `turn` of an episode on `task`: here the answer is public, and the system
-    marks who is shown it.
+def correction_task(task: Task, turn: Turn, turns: tuple[Turn, ...], text: str = "") -> Task:
+    """The task of correcting `turn` of an episode on `task`: here the answer is public, and the
+    system marks the turns that see it.
 
-    `said` is the text to start from, if it is not the turn's own.
+    `text` is the text to start from, if it is not the turn's own.
     """
-    told = next((m.content for m in reversed(turn.messages) if m.role == "user"), "")
+    prompt = next((m.content for m in reversed(turn.messages) if m.role == "user"), "")
     meta = {
-        "told": told,
-        "said": said or turn.text,
+        "told": prompt,
+        "said": text or turn.text,
         "agent": turn.agent,
         "answer": str(task.answer),
         "transcript": "\n\n".join(f"[{t.agent}] {t.text}" for t in turns if t.taken),
     }
-    return Task(task.id, task.prompt, None, task.source, SPLIT, meta)
+    return Task(task.id, task.prompt, None, task.source, CORRECTION_SPLIT, meta)

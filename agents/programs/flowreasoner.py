@@ -1,12 +1,12 @@
-"""A designer at work on one task for several rounds: it writes a program, hears what public tests
-make of it, and writes another.
+"""FlowReasoner: a designer writes a program for a task, reads how public checks went, and writes
+another, for several rounds.
 
 The system of FlowReasoner (arXiv:2504.15257): one workflow per query, found by external feedback. A
 round's program is run on what the task shows of right and wrong: its public tests (`meta["tests"]`,
 of a coding task) or other problems of its kind with their answers (`meta["examples"]`). The best
 round's program gives the answer; hidden tests and the task's own answer are a reward's.
 
-Against the paper, whose reward formulas are not published: the rewards told here are ours
+Against the paper, whose reward formulas are not published: the rewards given here are ours
 (`performance`, `complexity`, `efficiency`; `trainers/methods/policy_gradient/flowreasoner.py` adds
 `diversity` and weighs them). With `parents: chat` the designer sees all its earlier rounds; `drawn`
 is the released code's search: each round goes on from one earlier program, drawn by
@@ -44,7 +44,7 @@ class Round:
 
     Args:
         passed, total: checks, over all runs; 0 of 0 where the task shows none. `failure`: the first
-            that failed, in words; `said`: what executors said for it.
+            that failed, in words; `turns`: the executors' for it.
         outputs: what the program answered to the task itself, per run (coding tasks; of others the
             task is answered last).
         calls: executor calls that its checks took.
@@ -54,7 +54,7 @@ class Round:
     passed: int = 0
     total: int = 0
     failure: str = ""
-    said: tuple[Turn, ...] = ()
+    turns: tuple[Turn, ...] = ()
     outputs: tuple[str, ...] = ()
     calls: int = 0
 
@@ -76,7 +76,7 @@ class FlowReasoner(Workflow):
         rounds: programs that the designer writes at most. `runs`: how often each is run on each
             check.
         stop_early: end at the first program that passes every check.
-        feedback, invalid: what the designer is told after a round; fields `passed`, `total`,
+        feedback, invalid: the designer's prompt after a round; fields `passed`, `total`,
             `failure`, `program`, and `fault` of one that cannot be run.
         parents: `chat` (a round goes on in the designer's chat) or `drawn` (from one of the first
             and the `num_parents` - 1 best programs).
@@ -105,97 +105,84 @@ class FlowReasoner(Workflow):
 
     async def run(self, task: Task, team: Team) -> str:
         chat, text, reads = team[self.designer].fresh(), self.instructed(task), list[Turn]()
-        tried: list[Round] = []
+        rounds: list[Round] = []
         for left in reversed(range(self.rounds)):
-            now = await self.tried(await chat.reply(text, reads=reads), task, team)
-            tried.append(now)
+            now = await self.checked(await chat.reply(text, reads=reads), task, team)
+            rounds.append(now)
             if not left or math.isnan(now.score) or (self.stop_early and now.score == 1.0):
                 break
-            parent, text = now, self.heard(now)
+            parent, text = now, self.feedback_on(now)
             if self.parents == "drawn":
-                parent = draw_parent(tried, self.num_parents, team)
+                parent = draw_parent(rounds, self.num_parents, team)
                 chat = team[self.designer].fresh()
                 text = (
                     f"{self.instructed(task)}\n\nAn earlier"
-                    f" program:\n\n{parent.design.program}\n\n{self.heard(parent)}"
+                    f" program:\n\n{parent.design.program}\n\n{self.feedback_on(parent)}"
                 )
             reads = [
                 turn
-                for turn in parent.said
+                for turn in parent.turns
                 if "{failure}" in self.feedback and stands_in(turn.text, parent.failure)
             ]
             reads += [parent.design.turn] if self.parents == "drawn" and parent.design.turn else []
-        kept = tried[best_round([each.score for each in tried])]
-        self.judge(kept, tried, team)
-        if kept.design.fault:
+        best = rounds[best_round([each.score for each in rounds])]
+        self.judge(best, rounds, team)
+        if best.design.fault:
             return ""
-        return (
-            kept.outputs[0]
-            if kept.outputs
-            else answer_of(await self.perform(kept.design, task, team))
-        )
+        if best.outputs:
+            return best.outputs[0]
+        return answer_of(await self.perform(best.design, task, team))
 
     # rounds
 
-    async def tried(self, turn: Turn, task: Task, team: Team) -> Round:
+    async def checked(self, turn: Turn, task: Task, team: Team) -> Round:
         """Check the program in a designer's turn, one run after the other, so that the order of
         calls does not depend on timing."""
         design = await self.read(turn, team)
         now = Round(design)
         if not design.fault:
+            check = self._tested if task.meta.get("tests") else self._compared
             for _ in range(self.runs):
-                now = await (self._tested if task.meta.get("tests") else self._compared)(
-                    now, task, team
-                )
+                now = await check(now, task, team)
         now = replace(now, calls=sum(t.index > turn.index for t in team.turns))
-        team.rewards.append(reward_of(turn, "val", now.score, self.heard(now)))
+        team.rewards.append(reward_of(turn, "val", now.score, self.feedback_on(now)))
         return now
 
     async def _tested(self, now: Round, task: Task, team: Team) -> Round:
         """The task's own program, by its public tests."""
-        said = len(team.turns)
-        output, tests = (
-            answer_of(await self.perform(now.design, task, team)),
-            [str(test) for test in task.meta["tests"]],
-        )
+        start = len(team.turns)
+        output = answer_of(await self.perform(now.design, task, team))
+        tests = [str(test) for test in task.meta["tests"]]
         verdict = await team.check(*answered(task, output, tests), CHECKS)
-        failed = next(
-            (
-                f"\n\nIt fails {t!r}: {why}"
-                for t, why in zip(tests, verdict.results, strict=True)
-                if why
-            ),
-            "",
+        failures = (
+            f"\n\nIt fails {test!r}: {why}"
+            for test, why in zip(tests, verdict.results, strict=True)
+            if why
         )
-        now = _counted(now, verdict.results.count(""), len(tests), failed, team.turns[said:])
+        passed = verdict.results.count("")
+        now = _counted(now, passed, len(tests), next(failures, ""), team.turns[start:])
         return replace(now, outputs=(*now.outputs, output))
 
     async def _compared(self, now: Round, task: Task, team: Team) -> Round:
-        """Other problems of its kind, whose answers are known to all."""
+        """Other problems of its kind, whose answers are public."""
         for problem, answer in task.meta.get("examples") or ():
-            said = len(team.turns)
-            output = answer_of(
-                await self.perform(now.design, replace(task, prompt=str(problem)), team)
-            )
+            start = len(team.turns)
+            example = replace(task, prompt=str(problem))
+            output = answer_of(await self.perform(now.design, example, team))
             right = same(output, str(answer))
-            failed = (
-                ""
-                if right
-                else (
-                    f"\n\nTo the problem {str(problem)!r} it answers {output[:200]!r}; right is"
-                    f" {str(answer)!r}."
-                )
+            failure = (
+                f"\n\nTo the problem {str(problem)!r} it answers {output[:200]!r}; right is"
+                f" {str(answer)!r}."
             )
-            now = _counted(now, int(right), 1, failed, team.turns[said:])
+            failure = "" if right else failure
+            now = _counted(now, int(right), 1, failure, team.turns[start:])
         return now
 
-    def heard(self, now: Round) -> str:
-        """What the designer is told of a round."""
-        return (
-            self.feedback_text(self.invalid, now, "invalid")
-            if now.design.fault
-            else self.feedback_text(self.feedback, now, "feedback")
-        )
+    def feedback_on(self, now: Round) -> str:
+        """The designer's prompt after a round."""
+        if now.design.fault:
+            return self.feedback_text(self.invalid, now, "invalid")
+        return self.feedback_text(self.feedback, now, "feedback")
 
     @staticmethod
     def feedback_text(template: str, now: Round, setting: str) -> str:
@@ -209,29 +196,29 @@ class FlowReasoner(Workflow):
         }
         return render(template, fields, setting=setting)
 
-    def judge(self, kept: Round, tried: Sequence[Round], team: Team) -> None:
-        """Tell what the rounds were worth to the team: `performance`, see `worth`; of the kept
+    def judge(self, best: Round, rounds: Sequence[Round], team: Team) -> None:
+        """Reward the team for its rounds: `performance`, see `worth`; of the best round's
         program `complexity`, minus the calls of operators in it beyond `free_nodes`, over these;
         `efficiency`, minus the executor calls of its checks, over `max_calls`.
         """
-        valid = not kept.design.fault
-        written = nodes(kept.design.program, tuple(self.callable)) if valid else 0
+        valid = not best.design.fault
+        written = nodes(best.design.program, tuple(self.callable)) if valid else 0
         worth = {
             "performance": (
-                kept.score
+                best.score
                 if self.worth == "best"
-                else sum(each.score for each in tried) / len(tried)
+                else sum(each.score for each in rounds) / len(rounds)
             ),
             "complexity": -max(0, written - self.free_nodes) / self.free_nodes,
-            "efficiency": -kept.calls / self.max_calls if valid else 0.0,
+            "efficiency": -best.calls / self.max_calls if valid else 0.0,
         }
         team.rewards.extend(Reward(name, value, source=SOURCE) for name, value in worth.items())
 
 
-def _counted(now: Round, passed: int, total: int, failure: str, said: Sequence[Turn]) -> Round:
+def _counted(now: Round, passed: int, total: int, failure: str, turns: Sequence[Turn]) -> Round:
     """The round with some checks more."""
     now = replace(now, passed=now.passed + passed, total=now.total + total)
-    return now if now.failure or not failure else replace(now, failure=failure, said=tuple(said))
+    return now if now.failure or not failure else replace(now, failure=failure, turns=tuple(turns))
 
 
 def best_round(scores: Sequence[float]) -> int:
@@ -250,8 +237,8 @@ def parent_shares(scores: Sequence[float], lam: float = 0.3, alpha: float = 0.2)
     return [lam / len(scores) + (1 - lam) * weight / sum(weights) for weight in weights]
 
 
-def draw_parent(tried: Sequence[Round], count: int, team: Team) -> Round:
+def draw_parent(rounds: Sequence[Round], count: int, team: Team) -> Round:
     """One of the first round and the `count` - 1 best others, by `parent_shares`."""
-    others = sorted(tried[1:], key=lambda each: -each.score)[: count - 1]
-    candidates = [tried[0], *others]
+    others = sorted(rounds[1:], key=lambda each: -each.score)[: count - 1]
+    candidates = [rounds[0], *others]
     return team.rng.choices(candidates, parent_shares([each.score for each in candidates]))[0]

@@ -1,9 +1,9 @@
 """Operators: what a workflow program can call, each answered by an executor agent.
 
-An operator is a coroutine `(call, arguments...) -> text`; its docstring is what a designer is told.
-It asks through `call.ask`, so every word of an executor is an ordinary turn: metered, recorded,
-replayed, and fit to be trained on. A program knows neither agents nor turns; what a turn reads is
-told by where texts stand.
+An operator is a coroutine `(call, arguments...) -> text`; its docstring is part of the designer's
+prompt. It asks through `call.ask`, so every reply of an executor is an ordinary turn: metered,
+recorded, replayed, and fit to be trained on. A program knows neither agents nor turns; a turn's
+`reads` are inferred from where texts stand.
 
 After the operators of ScoreFlow (arXiv:2502.04306) and AFlow (arXiv:2410.10762).
 """
@@ -61,15 +61,15 @@ class QuotaError(RuntimeError):
 
 @dataclass
 class OperatorContext:
-    """Where the operators of one run of a program work: who answers, what may be spent, what was
-    said.
+    """What the operators of one run of a program use, and what they have used so far.
 
     Args:
         task: as a team sees it, without answers. `author`: the turn in which the program stands,
-            None if nobody of the team wrote it.
+            None if no agent wrote it.
         executors: agent by operator; others go to the agent named by the key "".
         prompts: templates by operator that replace those of `PROMPTS`.
         max_calls: calls of executors in the run. `max_text`: characters of one argument.
+        num_calls, turns: calls of executors so far, and their turns.
     """
 
     team: Team
@@ -79,65 +79,60 @@ class OperatorContext:
     prompts: Mapping[str, str] = field(default_factory=dict)
     max_calls: int = 20
     max_text: int = 20_000
-    asked: int = 0
-    said: list[Turn] = field(default_factory=list)
+    num_calls: int = 0
+    turns: list[Turn] = field(default_factory=list)
 
     def executor(self, operator: str) -> Agent:
+        """The agent that answers for an operator."""
         return self.team[self.executors.get(operator, self.executors[""])]
 
-    def reads(self, given: Sequence[str]) -> list[Turn]:
+    def reads(self, texts: Sequence[str]) -> list[Turn]:
         """The turns whose text stands in what a program passed on: executors', and the author's for
-        words that none of them said."""
+        words that no executor wrote."""
         turns: list[Turn] = []
-        for text in filter(str.strip, given):
-            same = [turn for turn in self.said if turn.text.strip() == text.strip()]
-            held = same or [turn for turn in self.said if stands_in(turn.text, text)]
-            turns += held + ([] if same or self.author is None else [self.author])
+        for text in filter(str.strip, texts):
+            same = [turn for turn in self.turns if turn.text.strip() == text.strip()]
+            quoted = same or [turn for turn in self.turns if stands_in(turn.text, text)]
+            turns += quoted + ([] if same or self.author is None else [self.author])
         return list({turn.index: turn for turn in turns}.values())
 
 
 class OperatorCall:
-    """One call of an operator at work. Its turns' indices are reserved when the program calls, so
-    they do not depend on timing."""
+    """One call of an operator. Its turns' indices are reserved when the program calls, so they do
+    not depend on timing."""
 
-    def __init__(self, desk: OperatorContext, operator: Operator) -> None:
-        self.desk, self.operator = desk, operator
-        agent = desk.executor(operator.name)
-        width = agent.turns_per_reply
-        self.first = desk.team.reserve(width * operator.calls)
-        self._indices: Iterator[int] = iter(
-            range(self.first, self.first + width * operator.calls, width)
-        )
+    def __init__(self, context: OperatorContext, operator: Operator) -> None:
+        self.context, self.operator = context, operator
+        width = context.executor(operator.name).turns_per_reply
+        first = context.team.reserve(width * operator.calls)
+        self._indices: Iterator[int] = iter(range(first, first + width * operator.calls, width))
 
-    async def ask(self, fields: Mapping[str, str], given: Sequence[str]) -> str:
-        """Ask the executor with this operator's template; `given`: the texts among the fields that
+    async def ask(self, fields: Mapping[str, str], quoted: Sequence[str]) -> str:
+        """Ask the executor with this operator's template; `quoted`: the texts among the fields that
         come from the program.
 
         Raises `QuotaError` beyond the run's calls.
         """
-        desk = self.desk
-        if desk.asked >= desk.max_calls:
-            raise QuotaError(f"asked its executors more than {desk.max_calls} times")
-        desk.asked += 1
-        text = prompt_for(self.operator.name, desk.prompts, {"problem": desk.task.prompt, **fields})
-        reads = desk.reads(given)
-        turn = (
-            await desk.executor(self.operator.name)
-            .fresh()
-            .reply(text, reads=reads, index=next(self._indices))
-        )
-        desk.said.append(turn)
+        context = self.context
+        if context.num_calls >= context.max_calls:
+            raise QuotaError(f"asked its executors more than {context.max_calls} times")
+        context.num_calls += 1
+        fields = {"problem": context.task.prompt, **fields}
+        text = prompt_for(self.operator.name, context.prompts, fields)
+        agent = context.executor(self.operator.name).fresh()
+        turn = await agent.reply(text, reads=context.reads(quoted), index=next(self._indices))
+        context.turns.append(turn)
         return turn.text
 
     async def run(self, program: str) -> tuple[bool, str]:
         """Run plain Python in the sandbox: (did it end well, what it printed or why not)."""
-        outcome = await self.desk.team.execute(program, None, CHECKS)
+        outcome = await self.context.team.execute(program, None, CHECKS)
         return outcome.ok, outcome.output if outcome.ok else f"{outcome.status}: {outcome.error}"
 
 
 def prompt_for(operator: str, prompts: Mapping[str, str], fields: Mapping[str, str]) -> str:
-    """An operator's prompt, filled in. Raises `SettingError` at a field that the template has and
-    the operator has not."""
+    """An operator's prompt: its template filled in. Raises `SettingError` at a field that the
+    operator does not have."""
     template = prompts.get(operator) or PROMPTS.get(operator, "{problem}")
     return render(template, fields, setting=f"prompts.{operator}").strip()
 
@@ -156,8 +151,8 @@ class Operator:
     calls: int
     sketch: Callable[..., Any]
 
-    def __call__(self, call: OperatorCall, **given: Any) -> Awaitable[Any]:
-        return self.function(call, **given)
+    def __call__(self, call: OperatorCall, **arguments: Any) -> Awaitable[Any]:
+        return self.function(call, **arguments)
 
     @property
     def name(self) -> str:
@@ -170,12 +165,12 @@ class Operator:
 
     def __str__(self) -> str:
         """For the designer: how it is called, and what it does."""
-        shown = ", ".join(
+        parameters = ", ".join(
             f"{name}: {p.annotation}" + ("" if p.default is p.empty else f" = {p.default!r}")
             for name, p in self.signature.parameters.items()
         )
         words = " ".join((inspect.getdoc(self.function) or "").split())
-        return f"await {self.name}({shown}) -> {self.signature.return_annotation}: {words}"
+        return f"await {self.name}({parameters}) -> {self.signature.return_annotation}: {words}"
 
     def arguments(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], max_text: int
@@ -211,32 +206,30 @@ def _listed(value: Any, name: str) -> Sequence[Any]:
 
 
 def externals(
-    operators: Mapping[str, Operator], desk: OperatorContext | None, max_text: int = 20_000
+    operators: Mapping[str, Operator], context: OperatorContext | None, max_text: int = 20_000
 ) -> Externals:
-    """The functions that a program can call. Without a desk they answer with sketches: a dry
+    """The functions that a program can call. Without a context they answer with sketches: a dry
     run."""
 
     def external(operator: Operator) -> Callable[..., Awaitable[Any]]:
-        def call(
-            *args: Any, **kwargs: Any
-        ) -> Awaitable[Any]:  # not async: indices are reserved in the order of the program's calls
-            given = operator.arguments(args, kwargs, desk.max_text if desk else max_text)
-            return (
-                operator(OperatorCall(desk, operator), **given)
-                if desk
-                else _sketched(operator, given)
-            )
+        # Not async: indices are reserved in the order of the program's calls.
+        def call(*args: Any, **kwargs: Any) -> Awaitable[Any]:
+            longest = context.max_text if context else max_text
+            arguments = operator.arguments(args, kwargs, longest)
+            if context is None:
+                return _sketched(operator, arguments)
+            return operator(OperatorCall(context, operator), **arguments)
 
         return call
 
     return {name: external(operator) for name, operator in operators.items()}
 
 
-async def _sketched(operator: Operator, given: Mapping[str, Any]) -> Any:
-    return operator.sketch(**given)
+async def _sketched(operator: Operator, arguments: Mapping[str, Any]) -> Any:
+    return operator.sketch(**arguments)
 
 
-# what there is
+# The shipped operators. Their docstrings are part of the designer's prompt.
 
 
 async def custom(call: OperatorCall, instruction: str) -> str:
@@ -253,10 +246,10 @@ async def answer_generate(call: OperatorCall) -> str:
 
 async def ensemble(call: OperatorCall, solutions: list[str]) -> str:
     """The best of several solutions, chosen by a language model."""
-    shown = "\n\n".join(
+    lettered = "\n\n".join(
         f"{letter}: {solution}" for letter, solution in zip(LETTERS, solutions, strict=False)
     )
-    text = await call.ask({"solutions": shown}, solutions)
+    text = await call.ask({"solutions": lettered}, solutions)
     letters = [letter for letter in _LETTER.findall(text) if letter in LETTERS[: len(solutions)]]
     if not letters:
         raise ProgramError(
@@ -278,13 +271,13 @@ async def revise(call: OperatorCall, solution: str, feedback: str) -> str:
 async def programmer(call: OperatorCall, analysis: str = "") -> str:
     """What a Python program prints that a language model writes for the problem; it has three
     tries."""
-    failure, said = "", ""
+    failure, reply = "", ""
     for _ in range(call.operator.calls):
-        said = await call.ask({"analysis": analysis, "failure": failure}, [analysis, said])
-        ended, printed = await call.run(program_in(said))
+        reply = await call.ask({"analysis": analysis, "failure": failure}, [analysis, reply])
+        ended, printed = await call.run(program_in(reply))
         if ended:
             return printed.strip()
-        failure = f"\n\nAn earlier program was:\n\n{said}\n\nIt failed: {printed}"
+        failure = f"\n\nAn earlier program was:\n\n{reply}\n\nIt failed: {printed}"
     raise ProgramError(f"programmer: no program ran; the last one: {printed[:200]}")
 
 
@@ -302,7 +295,7 @@ async def test(call: OperatorCall, solution: str) -> str:
 async def _failing(call: OperatorCall, solution: str) -> str:
     """The first public test that a solution fails, and how; "" if it passes them all, or there are
     none."""
-    task, team = call.desk.task, call.desk.team
+    task, team = call.context.task, call.context.team
     tests = [str(test) for test in task.meta.get("tests") or ()]
     if not tests:
         return ""
@@ -327,13 +320,13 @@ OPERATORS: Mapping[str, Operator] = {
 def resolve_operators(names: Sequence[str]) -> dict[str, Operator]:
     """Operators by name: shipped ones, or `module:NAME` of an `Operator`. Raises `SettingError`
     naming the one that cannot be found."""
-    found: dict[str, Operator] = {}
+    operators: dict[str, Operator] = {}
     for name in names:
-        made = load_function("operator", name, OPERATORS)
-        if not isinstance(made, Operator):
+        operator = load_function("operator", name, OPERATORS)
+        if not isinstance(operator, Operator):
             raise SettingError(
                 f"operator {name!r}: expected an Operator (marlora.agents.programs.operators),"
-                f" found {made!r:.60}"
+                f" found {operator!r:.60}"
             )
-        found[made.name] = made
-    return found
+        operators[operator.name] = operator
+    return operators

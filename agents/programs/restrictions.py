@@ -1,8 +1,7 @@
-"""What a workflow program has to be before it is run: rules that say in words what is wrong with
-one.
+"""Static checks of a workflow program's source before it is run: rules whose faults are in words.
 
-Nothing of a program runs here; it is parsed. What only shows when it runs, a dry run in the sandbox
-finds (`workflow.py`).
+Nothing of a program runs here; it is parsed. Faults that only show when it runs are for a dry run
+in the sandbox (`workflow.py`).
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ from dataclasses import dataclass
 from ..execution import program_in
 from ..types import SettingError
 
-ENTRY = (  # a coroutine of this name, without arguments, is the program's answer, if there is one
-    "workflow"
-)
+# A coroutine of this name, without arguments, is the program's answer, if there is one.
+ENTRY = "workflow"
 GIVEN = frozenset({"problem"})  # what a program may read besides its operators
 _REFUSED = {
     "open",
@@ -45,11 +43,11 @@ BUILTINS = frozenset(name for name in dir(builtins) if not name.startswith("_"))
 
 @dataclass(frozen=True)
 class Restrictions:
-    """What a valid program is.
+    """The rules of a valid program.
 
     Args:
         operators: names that it may call; it has to call one.
-        template: the example that the designer is shown. `max_similarity`: above which likeness to
+        template: the example in the designer's prompt. `max_similarity`: above which likeness to
             it (`similarity`) a program is a copy; 1 takes copies too. ScoreFlow has 0.75 to 0.8,
             and none for code.
         banned: texts that must not stand in it. `max_nodes`: calls of operators, as written.
@@ -119,7 +117,7 @@ def parsed(program: str) -> ast.Module:
     """The one way to parse what a model wrote: every tree it returns can be walked and written
     again. Raises `SyntaxError`.
 
-    Time grows with the length of the program: `Rules.max_chars` bounds it.
+    Time grows with the length of the program: `Restrictions.max_chars` bounds it.
     """
     try:
         with warnings.catch_warnings():
@@ -207,7 +205,7 @@ def _answers(tree: ast.Module) -> bool:
 
 
 def _bound(tree: ast.AST) -> Iterator[str]:
-    """Names that a program gives a meaning, wherever."""
+    """The names that a program binds anywhere."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
             yield node.id

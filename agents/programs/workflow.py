@@ -1,11 +1,10 @@
 """A workflow: a designer writes a program for the task at hand, and the program calls operators,
 which executor agents answer.
 
-The program runs in the sandbox and can do nothing but call operators (`operators.py`). What it is
-worth is scored like any team's output; who is trained is the policies' business: the designer, the
-executors, or both. A program that cannot be run is a fact of its episode: a reward named `valid`
-says of each of the designer's turns whether its program was one, and why not, and `ran` how its run
-ended.
+The program runs in the sandbox and can do nothing but call operators (`operators.py`). Its answer
+is scored like any team's output; the policies say which agents are trained: the designer, the
+executors, or both. A program that cannot be run is a fact of its episode: each of the designer's
+turns has a reward named `valid`, with the reason where it is 0, and `ran` for how its run ended.
 
 Setting after ScoreFlow (arXiv:2502.04306): the designer sees the problem, the operators and an
 example, never an answer, test or score. Not copied: its class with a constructor; here a program is
@@ -54,13 +53,13 @@ Problem:
 {prompt}
 
 End with your program between <graph> and </graph>."""
-SOURCE = "workflow"  # of the rewards that the system tells
+SOURCE = "workflow"  # of the rewards that the system itself gives
 
 
 @dataclass(frozen=True)
 class Design:
     """A program that a designer wrote. `fault`: why it cannot be run, "" if it can. `turn`: None
-    for one that nobody of the team wrote."""
+    for one that no agent wrote."""
 
     program: str
     fault: str = ""
@@ -73,12 +72,12 @@ class Workflow(System):
     """A designer and its executors.
 
     Args:
-        designer: who writes programs; "" is the first agent. All others are executors.
+        designer: the agent that writes programs; "" is the first agent. All others are executors.
         operators: what programs may call: names of `OPERATORS`, or `module:NAME` of your own.
         executors: agent by operator; "" names the one for all others, by default the first
             executor.
         prompts: templates by operator, in place of `operators.PROMPTS`.
-        instruction: what the designer is told; fields `prompt`, `operators`, `template`.
+        instruction: the designer's prompt; fields `prompt`, `operators`, `template`.
             `template`: the example it is shown.
         tag: the program stands between `<tag>` and `</tag>`; "" takes the last fenced block, or the
             whole reply.
@@ -160,40 +159,39 @@ class Workflow(System):
             await self.perform(Design(self.fallback) if design.fault else design, task, team)
         )
 
-    # the parts, for systems that design in several rounds
+    # The parts, for systems that design in several rounds.
 
     def instructed(self, task: Task) -> str:
-        """What the designer is told of a task."""
+        """The designer's prompt for a task."""
         docs = "\n".join(f"- {operator}" for operator in self.callable.values())
         fields = {"prompt": task.prompt, "operators": docs, "template": self.template}
         return render(self.instruction, fields, setting="instruction")
 
     async def read(self, turn: Turn, team: Team) -> Design:
-        """The program in a designer's turn, checked and tried out; what is wrong with it is told as
+        """The program in a designer's turn, checked and dry-run. What is wrong with it stands in
         the turn's reward `valid`."""
         program = program_of(turn.text, self.tag)
         fault = (
             "missing: the reply holds no program" if program is None else self.rules.fault(program)
         )
         if program is not None and not fault and self.dry_run:
-            tried = await team.execute(
+            outcome = await team.execute(
                 whole(program, "1"), externals(self.callable, None, self.max_text), self.limits
             )
-            fault = (
-                "" if tried.ok and tried.value is None else _failed(tried)
-            )  # sketches may well lead to no answer
-        _tell(team, turn, "valid", fault)
+            # Sketches may well lead to no answer.
+            fault = "" if outcome.ok and outcome.value is None else _failed(outcome)
+        team.rewards.append(reward_of(turn, "valid", float(not fault), fault))
         return Design(program or "", fault, turn)
 
     async def perform(self, design: Design, task: Task, team: Team) -> ExecutionResult:
-        """Run a valid program on a task. Whatever it does is the outcome; how it ended is told as
-        its turn's reward `ran`."""
-        desk = OperatorContext(
+        """Run a valid program on a task. Whatever it does is the outcome; its turn's reward `ran`
+        holds how it ended."""
+        context = OperatorContext(
             team, task, design.turn, self.executors, self.prompts, self.max_calls, self.max_text
         )
         try:
             outcome = await team.execute(
-                whole(design.program, task.prompt), externals(self.callable, desk), self.limits
+                whole(design.program, task.prompt), externals(self.callable, context), self.limits
             )
         except (QuotaError, LimitError) as error:
             outcome = ExecutionResult("calls", error=str(error))
@@ -202,7 +200,8 @@ class Workflow(System):
                 "output", error=f"an answer of more than {self.max_text} characters"
             )
         if design.turn is not None:
-            _tell(team, design.turn, "ran", _failed(outcome))
+            fault = _failed(outcome)
+            team.rewards.append(reward_of(design.turn, "ran", float(not fault), fault))
         return outcome
 
 
@@ -222,10 +221,6 @@ def _failed(outcome: ExecutionResult) -> str:
         if str(outcome.value).startswith("<coroutine ")
         else ""
     )
-
-
-def _tell(team: Team, turn: Turn, name: str, fault: str) -> None:
-    team.rewards.append(reward_of(turn, name, float(not fault), fault))
 
 
 def reward_of(turn: Turn, name: str, value: float, text: str) -> Reward:

@@ -1,7 +1,7 @@
-"""What a text answers, whether two answers are the same, and what most agents answer.
+"""Answers in texts: extraction, normalisation, comparison and the majority vote.
 
-This is the team's own, quick reading: standard library only. Mathematical equivalence (`2*x` and
-`x+x`) is a reward's matter.
+Quick and of the standard library only, for use inside a team. Mathematical equivalence (`2*x` and
+`x+x`) is decided by rewards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _LAST_NUMBER = re.compile(
     rf"(?:(?<![\w.)\]])[-−])?(?<![\w.])(?:{_NUMBER})(?:[eE][+-]?\d+)?(?:/\d+)?"
 )
-_SAID = re.compile(
+_AFTER_ANSWER = re.compile(
     r"(?:\banswer\b[*_\s]*(?::|=|\bis\b:?)|^[^\S\n]*####)[*_\s]*(\S[^\n]*)",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -37,9 +37,9 @@ def extract(text: str) -> str | None:
     boxed = _boxed(text)
     if boxed:
         return boxed
-    said = [_trim(match[1]) for match in _SAID.finditer(text)]
-    if said and said[-1]:
-        return said[-1]
+    phrases = [_trim(match[1]) for match in _AFTER_ANSWER.finditer(text)]
+    if phrases and phrases[-1]:
+        return phrases[-1]
     numbers = _LAST_NUMBER.findall(text)
     return numbers[-1] if numbers else None
 
@@ -75,19 +75,19 @@ def vote(draft: Turn | str | None) -> str | None:
     return extract(text) or (text if 0 < len(text.split(maxsplit=4)) <= 3 else None)
 
 
-def stands_in(text: str, told: str) -> bool:
-    """Does `told` hold all of a text, but for white space around it, and not as a part of a longer
-    word or number?"""
+def stands_in(text: str, whole: str) -> bool:
+    """Whether `whole` holds all of `text`, but for white space around it, and not as a part of a
+    longer word or number."""
     text = text.strip()
     return (
-        text in told
+        text in whole
         and bool(text)
-        and re.search(rf"(?<!\w){re.escape(text)}(?!\w)", told) is not None
+        and re.search(rf"(?<!\w){re.escape(text)}(?!\w)", whole) is not None
     )
 
 
 def majority(drafts: Iterable[Turn | str | None], rng: random.Random) -> str:
-    """The answer most drafts give, as the first of them spelt it; "" if nobody answered.
+    """The answer most drafts give, as the first of them spelt it; "" if there is none.
 
     A draft's vote is what `vote` says; drafts without an answer do not vote. Answers are counted as
     `normalise` spells them. **Ties:** among the most frequent answers, in their order of first

@@ -60,7 +60,7 @@ _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"}
 def evaluate(expression: str) -> str:
     """The value of an arithmetic expression: whole numbers in full, others to 15 digits.
 
-    Raises `ValueError` (in words for whoever wrote it) if it is not arithmetic, too long, too large
+    Raises `ValueError` (in words for the model) if it is not arithmetic, too long, too large
     or not a real number; `ZeroDivisionError` and `OverflowError` as Python does.
     """
     text = expression.strip().translate(_SIGNS)

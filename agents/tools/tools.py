@@ -1,5 +1,4 @@
-"""Typed functions as tools: a schema for the model, calls read out of its text, results as text it
-can read.
+"""Tools: typed functions with a schema in the prompt, calls parsed from a reply, results as text.
 
 The text format is the one Hermes and Qwen models were trained on: schemas in the system message,
 calls as `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, results as
@@ -48,8 +47,8 @@ class Tool:
     """A function that a model may call.
 
     Args:
-        name, description, parameters: what the model is told; `parameters` is a JSON schema of type
-            object.
+        name, description, parameters: stand in the model's prompt; `parameters` is a JSON schema of
+            type object.
         function: sync or async. A sync function runs on the event loop: make a slow one async.
         hints: the type of each parameter, against which arguments are checked.
     """
@@ -70,9 +69,7 @@ class Tool:
             text = f"error: {self.name}: {wrong}"
         except SandboxError:
             raise  # it concerns the whole run
-        except (
-            Exception
-        ) as failure:  # a tool's failure is an answer to the model, not the end of the episode
+        except Exception as failure:  # an answer to the model, not the end of the episode
             text = f"error: {self.name}: {type(failure).__name__}: {failure}"
         return response(text)
 
@@ -122,7 +119,7 @@ def tool(function: Callable[..., Any]) -> Tool:
     name = getattr(function, "__name__", "")
     if not name.isidentifier():
         raise SettingError(f"tool {function!r}: expected a named function")
-    description, told = _docstring(function)
+    description, notes = _docstring(function)
     hints, properties, required = typing.get_type_hints(function), {}, []
     for key, parameter in inspect.signature(function).parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
@@ -132,8 +129,8 @@ def tool(function: Callable[..., Any]) -> Tool:
         if key not in hints:
             raise SettingError(f"tool {name!r}: parameter {key!r} has no type; annotate it")
         properties[key] = _schema(hints[key], f"tool {name!r}: parameter {key!r}")
-        if key in told:
-            properties[key]["description"] = told[key]
+        if key in notes:
+            properties[key]["description"] = notes[key]
         if parameter.default is parameter.empty:
             required.append(key)
     parameters = {"type": "object", "properties": properties, "required": required}
@@ -143,31 +140,31 @@ def tool(function: Callable[..., Any]) -> Tool:
 def resolve_tools(names: Iterable[str], given: Mapping[str, Tool] = {}) -> dict[str, Tool]:
     """Tools by name: `given` ones, shipped ones, or `module:function`. Raises `SettingError` naming
     the one that cannot be found."""
-    found: dict[str, Tool] = {}
+    tools: dict[str, Tool] = {}
     for name in names:
-        made = given.get(name) or _imported(name)
-        if made.name in found:
+        each = given.get(name) or _imported(name)
+        if each.name in tools:
             raise SettingError(
-                f"tools: {name!r} is the second tool called {made.name!r}; a model could not tell"
+                f"tools: {name!r} is the second tool called {each.name!r}; a model could not tell"
                 " them apart"
             )
-        found[made.name] = made
-    return found
+        tools[each.name] = each
+    return tools
 
 
 def tool_prompt(tools: Mapping[str, Tool]) -> str:
-    """The part of the system message that tells of the tools; "" if there are none."""
+    """The part of the system message that lists the tools; "" if there are none."""
     return schemas_prompt([each.schema() for each in tools.values()])
 
 
-def schemas_prompt(found: Iterable[Mapping[str, Any]]) -> str:
-    """The same for schemas as `Tool.schema` gives them, whoever runs the tools."""
-    schemas = "\n".join(json.dumps(each, ensure_ascii=False) for each in found)
-    if not schemas:
+def schemas_prompt(schemas: Iterable[Mapping[str, Any]]) -> str:
+    """The same for schemas as `Tool.schema` gives them, for tools that a program runs itself."""
+    lines = "\n".join(json.dumps(each, ensure_ascii=False) for each in schemas)
+    if not lines:
         return ""
     return (
         "# Tools\n\nYou may call these functions to help with the"
-        f" task:\n<tools>\n{schemas}\n</tools>\n\nTo call one, write its name and arguments as a"
+        f" task:\n<tools>\n{lines}\n</tools>\n\nTo call one, write its name and arguments as a"
         ' JSON object between these tags, then wait for the result:\n<tool_call>\n{"name":'
         ' <function name>, "arguments": <JSON object of the arguments>}\n</tool_call>'
     )
@@ -210,8 +207,8 @@ async def run_call(request: Mapping[str, Any], tools: Mapping[str, Tool]) -> str
 
 
 def _imported(name: str) -> Tool:
-    found = load_function("tool", name, SHIPPED)
-    return found if isinstance(found, Tool) else tool(found)
+    function = load_function("tool", name, SHIPPED)
+    return function if isinstance(function, Tool) else tool(function)
 
 
 def _loads(text: str) -> Any:
@@ -238,7 +235,7 @@ def _docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     """First paragraph, and what `Args:` says of each parameter (`a, b: words` tells of both)."""
     text = inspect.getdoc(function) or ""
     head, _, rest = text.partition("\nArgs:\n")
-    told: dict[str, str] = {}
+    notes: dict[str, str] = {}
     names: list[str] = []
     for line in rest.splitlines():
         if line and not line.startswith(" "):
@@ -246,10 +243,10 @@ def _docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
         match = re.match(r" {1,4}([\w, ]+):\s*(.*)", line)
         if match and not line.startswith(" " * 5):
             names = [part.strip() for part in match[1].split(",")]
-            told |= dict.fromkeys(names, match[2])
+            notes |= dict.fromkeys(names, match[2])
         elif line.strip():
-            told |= {name: f"{told[name]} {line.strip()}" for name in names}
-    return " ".join(head.strip().split("\n\n")[0].split()), told
+            notes |= {name: f"{notes[name]} {line.strip()}" for name in names}
+    return " ".join(head.strip().split("\n\n")[0].split()), notes
 
 
 def _schema(hint: Any, where: str) -> dict[str, Any]:

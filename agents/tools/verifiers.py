@@ -1,8 +1,8 @@
-"""Who says how likely an answer is right, and how that is put into words.
+"""Verifiers: functions that give the chance that an answer is right, and the words for it.
 
 A verifier sees what an agent may see: the public task and one answer, never the gold answer. So its
-words may be shown to agents that are trained. What compares with the gold answer is a reward
-(`rollouts/rewards/builtin.py: right`), and no system can reach it.
+words may stand in the prompts of agents that are trained. The comparison with the gold answer is a
+reward (`rollouts/rewards/builtin.py: right`), and no system can reach it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from ..text.answers import extract, same
 from ..types import Task
 from .calculator import evaluate
 
-Verifier = Callable[
-    [Task, str], "float | Awaitable[float]"
-]  # (public task, answer) -> chance from 0 to 1 that it is right
+# (public task, answer) -> chance from 0 to 1 that it is right
+Verifier = Callable[[Task, str], "float | Awaitable[float]"]
 
 LIMITS = (0.3, 0.6, 0.8)  # scores from which the next word holds
 WORDS = ("almost certainly wrong", "doubtful", "plausible, but check it", "most likely right")
@@ -36,12 +35,12 @@ def calculator(task: Task, text: str) -> float:
     Raises `ValueError` if the prompt holds no expression that can be worked out: the rule knows
     nothing then.
     """
-    found = sorted(_EXPRESSION.findall(task.prompt), key=len, reverse=True)
+    expression = max(_EXPRESSION.findall(task.prompt), key=len, default="")
     try:
-        value = evaluate(found[0].replace(",", "")) if found else ""
+        value = evaluate(expression.replace(",", "")) if expression else ""
     except (ValueError, ArithmeticError) as error:
         raise ValueError(
-            f"task {task.id!r}: the calculator cannot work out {found[0]!r} ({error})"
+            f"task {task.id!r}: the calculator cannot work out {expression!r} ({error})"
         ) from error
     if not value:
         raise ValueError(
@@ -56,19 +55,19 @@ VERIFIERS: dict[str, Callable[..., Any]] = {"calculator": calculator}
 
 def resolve_verifier(name: str) -> Verifier:
     """A verifier by name: `calculator`, `module:function`, or `module:maker(text)` such as a
-    learned one and its folder."""
+    trained one and its folder."""
     return load_function("verifier", name, VERIFIERS)
 
 
 def check_verifier(name: str) -> None:
-    """Judge the name of a verifier that is made later (see `names.check_name`)."""
+    """Check the name of a verifier that is loaded later (see `lookup.check_name`)."""
     check_name("verifier", name, VERIFIERS)
 
 
 async def verify(verifier: Verifier, task: Task, text: str) -> float:
     """The verifier's score of one answer. Raises `ValueError` unless it is a number from 0 to 1."""
-    found = verifier(task.public(), text)
-    score = float(await found if inspect.isawaitable(found) else found)
+    result = verifier(task.public(), text)
+    score = float(await result if inspect.isawaitable(result) else result)
     if not (math.isfinite(score) and 0 <= score <= 1):
         raise ValueError(
             f"verifier {getattr(verifier, '__name__', verifier)!r} gave {score} for an answer;"
