@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
 from marlora.trainers.monitoring.run_log import RunLog
 from marlora.trainers.weight_sync.sync import WeightSync
 from marlora.trainers.weight_sync.team_versions import TeamVersions
+from tests.trainers.reading import rows
 from tests.trainers.small_run import EPISODES, config, trainer
 
 TASK = Task("t", "a prompt", "42")
@@ -418,10 +418,6 @@ def test_stored_episodes_of_versions_that_nobody_knows_are_played_anew_and_count
 
 
 # whole runs, on the in-process engine
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(made: GRPOTrainer) -> dict[str, str]:

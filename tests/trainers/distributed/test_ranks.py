@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from marlora.trainers.testbeds.tiny import tiny_random_model
 from tests.repository import ROOT, clean_environment
+from tests.trainers.reading import rows
 
 pytestmark = pytest.mark.process
 
@@ -89,10 +90,6 @@ def tensors(folder: Path, policy: str) -> torch.Tensor:
         folder / "checkpoints/step-000003/adapters" / policy / "adapter_model.safetensors"
     )
     return torch.cat([found[key].flatten() for key in sorted(found)]).double()
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_ranks_talk(runs: tuple[Path, Path]) -> None:

@@ -4,7 +4,6 @@ and TRL's SFTTrainer."""
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from marlora.trainers.methods.imitation.imitation import (
 from marlora.trainers.methods.imitation.sft import SFTConfig, SFTTrainer
 from marlora.trainers.testbeds.tiny import tiny_chain
 from marlora.trainers.update.losses.inputs import LossInputs
+from tests.trainers.reading import rows
 from tests.trainers.small_run import bytes_mod_7
 
 torch.set_num_threads(1)
@@ -230,10 +230,6 @@ def trainer(folder: Path, model: Path, **changes: Any) -> SFTTrainer:
         rewards=[bytes_mod_7],
         args=SFTConfig(**{**small, **changes}),
     )
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def adapters(folder: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -32,6 +32,7 @@ from marlora.trainers.update.losses.inputs import LossInputs
 from marlora.trainers.update.losses.policy_gradient import LossConfig, policy_loss
 from marlora.trainers.update.losses.value import value_loss
 from tests.trainers import small_run
+from tests.trainers.reading import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,10 +73,6 @@ def trainer(
         rewards=[reward],
         args=args,
     )
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # losses

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from marlora.trainers.testbeds.tiny import tiny_random_model
 from tests.trainers.distributed.test_ranks import TORCHRUN, start
 from tests.trainers.ppo_program import learn
+from tests.trainers.reading import rows
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("one_thread")]
 
@@ -26,10 +26,6 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
         for path in files
         for key, t in load_file(path).items()
     }
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_two_ranks_train_what_one_trains(tmp_path: Path) -> None:

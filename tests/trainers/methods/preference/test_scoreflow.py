@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from marlora.rollouts.types import Episode
 from marlora.trainers.methods.preference.scoreflow import RUNS, ScoreFlowConfig, ScoreFlowTrainer
 from tests.repository import ROOT
 from tests.trainers import small_run
+from tests.trainers.reading import rows
 from tests.trainers.tiny_workflow import tiny_workflow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,10 +99,6 @@ def trainer(
         rewards=["exact"],
         args=args,
     )
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def runs_of(episodes: Sequence[Episode], parent: Episode) -> list[Episode]:

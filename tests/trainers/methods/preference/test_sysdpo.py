@@ -4,7 +4,6 @@ drafts are drawn anew."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from marlora.trainers.update.preference_loss import MarginGradient
 from tests.repository import ROOT
 from tests.trainers import small_run
 from tests.trainers.random_models import disturb
+from tests.trainers.reading import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -190,10 +190,6 @@ def moved(made: PreferenceTrainer) -> dict[str, str]:
         return {
             policy: sha256 for policy, sha256 in now.items() if sha256 != run.learner.before[policy]
         }
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_stored_run_is_learnt_from_and_its_references_are_computed_once(
