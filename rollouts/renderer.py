@@ -190,7 +190,7 @@ class ChatRenderer:
         text it keeps.
 
         The answer is rendered with its real text, all other messages as marks. Only structure that
-        stands there with a mark for the answer too counts as structure.
+        is there with a mark for the answer too counts as structure.
         """
         pieces = self.template.shape(slots)
         at = pieces.index(number)

@@ -137,6 +137,7 @@ class TemplateProbe:
         self.template, self.tokenizer = template, template.tokenizer
 
     def run(self) -> TemplateFacts:
+        """Probe the template once."""
         system_kept = self._keeps("system", [("system", "", ""), ("user", "", "")])
         tool_kept = self._keeps("tool", [("user", "", ""), ("assistant", "", ""), ("tool", "", "")])
         trims = {role: self._trim(role, system_kept) for role in ("system", "user", "assistant")}

@@ -1,4 +1,4 @@
-"""What a rollout leaves behind: rewards, episodes, and the group of episodes of one task."""
+"""The data of rollouts: episodes, the usage of agents, and groups of episodes of one task."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..agents.types import Decision, Reward, Task, Turn
 
 @dataclass(frozen=True)
 class Usage:
-    """What one agent cost in one episode. `prompt_tokens` counts every prompt as sent; seconds are
-    wall-clock, summed over calls."""
+    """The cost of one agent in one episode. `prompt_tokens` counts every prompt as sent; `seconds`
+    are wall-clock, summed over calls."""
 
     calls: int = 0
     prompt_tokens: int = 0
@@ -31,21 +31,22 @@ class Usage:
 
 @dataclass(frozen=True)
 class Episode:
-    """One team on one task, from start to score.
+    """One run of a team on one task, with its rewards.
 
     Args:
-        id: unique in the store. `group`: episodes that share it are compared with one another (one
-            task, one step).
+        id: unique in the store.
+        group: shared by episodes that are compared with one another (one task, one step).
         parent: id of the episode that played this one as a child.
         split: of the task: train, eval, ...
-        seed: everything sampled follows from it. `team_version`: adapter version per policy that
-            spoke.
-        values: texts and choices in force. turns, decisions: all of them, siblings included,
-            ordered by index.
-        output: what the system returned; None if it failed. rewards: what scorers said.
-        usage: per agent. stop_reason: `done`, `error`, `context` (a prompt did not fit), `limit`,
-            `timeout`.
-        error: the failure in one line; such an episode is kept as data and never trained on.
+        seed: everything sampled follows from it.
+        team_version: adapter version per policy of the system.
+        values: texts and choices in force.
+        turns, decisions: all of them, siblings included, ordered by index.
+        output: what the system returned; None if it failed.
+        rewards: of all reward functions.
+        usage: per agent.
+        stop_reason: `done`, `error`, `context` (a prompt did not fit), `limit`, `timeout`.
+        error: the failure in one line; such an episode is stored and never trained on.
     """
 
     id: str
@@ -85,10 +86,10 @@ Group = list[Episode]
 
 def groups(episodes: Iterable[Episode]) -> dict[str, Group]:
     """Episodes by group, both in order of first appearance."""
-    found: dict[str, Group] = {}
+    by_group: dict[str, Group] = {}
     for episode in episodes:
-        found.setdefault(episode.group, []).append(episode)
-    return found
+        by_group.setdefault(episode.group, []).append(episode)
+    return by_group
 
 
 TurnKey = tuple[str, int, int]  # episode id, turn index, sibling

@@ -313,7 +313,7 @@ class LoadedTeam:
 def checkpoint_system(
     folder: Path, data: Mapping[str, Any], named: str, trust: bool = False
 ) -> System:
-    """The System of a checkpoint, with its agents, whose tools can be found.
+    """The System of a checkpoint with its agents; their tools are resolved too.
 
     A class outside marlora is imported only if the caller names it (`named`), even with `trust`.
     What its arguments name is the checkpoint's.

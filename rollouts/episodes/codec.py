@@ -58,8 +58,8 @@ def _after(turn: Turn, same_call: bool) -> tuple[tuple[int, ...], tuple[Message,
 
 
 def _extended(turn: Turn, earlier: Iterable[Turn]) -> Turn | None:
-    """The earlier turn of this agent's whose ids and messages make the longest beginning of this
-    turn's prompt."""
+    """The earlier turn of the same agent whose ids and messages are the longest prefix of this
+    turn's prompt; None if there is none."""
     best, longest = None, (0, 0)
     whole = (len(turn.prompt_ids), len(turn.messages))
     for other in earlier:

@@ -107,8 +107,8 @@ class EpisodeRunner:
         pinned: the team version of episodes that are played without naming one.
         version_policy: what keeps the team version it began with (setting `pin`): the "episode", or
             only the "call", so that weights may change inside an episode (see `collect`).
-        untrusted: the system is a stranger's, and so are names that it looks up while it runs (see
-            `agents.lookup`).
+        untrusted: names that the system looks up while it runs are checked as those of a checkpoint
+            that is not trusted (see `agents.lookup`).
     """
 
     system: System
@@ -134,15 +134,15 @@ class EpisodeRunner:
         """A runner for greedy evaluation: every agent at temperature 0, and no other change of the
         distribution."""
 
-        def greedy(sampling: Sampling) -> Sampling:
+        def at_zero(sampling: Sampling) -> Sampling:
             return Sampling(temperature=0.0, max_tokens=sampling.max_tokens, stop=sampling.stop)
 
         agents = [
-            dataclasses.replace(a, sampling=greedy(a.sampling) if a.sampling else None)
+            dataclasses.replace(a, sampling=at_zero(a.sampling) if a.sampling else None)
             for a in self.system.specs
         ]
         return dataclasses.replace(
-            self, system=self.system.with_agents(agents), sampling=greedy(self.sampling)
+            self, system=self.system.with_agents(agents), sampling=at_zero(self.sampling)
         )
 
     async def play(

@@ -173,6 +173,7 @@ def check_unused(body: Mapping[str, Any]) -> None:
 
 
 def read_sampling(body: Mapping[str, Any]) -> dict[str, float]:
+    """Temperature and the like, those that are given."""
     sampling = {
         key: number(body[key], key, low, high)
         for key, (low, high) in NUMBERS.items()
@@ -184,6 +185,7 @@ def read_sampling(body: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_message(data: Any, where: str) -> Message:
+    """One message of a chat."""
     mapping(data, where)
     role = ROLES[one_of(data.get("role"), f"{where}.role", ROLES)]
     calls = items(data.get("tool_calls"), f"{where}.tool_calls")
@@ -216,6 +218,7 @@ def plain_text(content: Any, where: str) -> str:
 
 
 def read_stop(value: Any) -> tuple[str, ...]:
+    """Stop strings."""
     if value is None:
         return ()
     stops = [value] if isinstance(value, str) else value
@@ -229,6 +232,7 @@ def read_stop(value: Any) -> tuple[str, ...]:
 
 
 def read_bias(value: Any) -> dict[str, float]:
+    """`logit_bias`, by token id as text."""
     given = optional_mapping(value, "logit_bias")
     if len(given) > MAX_ITEMS:
         raise wrong("logit_bias", f"expected at most {MAX_ITEMS} entries, got {len(given)}")

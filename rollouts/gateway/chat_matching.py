@@ -48,10 +48,11 @@ class ChatMatcher:
             self._last_turns.setdefault(digest, turn)
 
     def remember_response(self, name: str, messages: tuple[Message, ...]) -> None:
-        """The chat that `previous_response_id` NAME stands for."""
+        """Keep the chat of a response for a later `previous_response_id`."""
         self._responses[name] = messages
 
     def response_chat(self, name: str) -> tuple[Message, ...]:
+        """The chat of a `previous_response_id`. Raises `BadRequest` for an unknown one."""
         if name not in self._responses:
             problem = f"previous_response_id {name[:60]!r}: no such response in this episode"
             raise BadRequest(404, problem, param="previous_response_id")

@@ -40,6 +40,7 @@ class BadRequest(ValueError):
         self.status, self.code, self.param = status, code, param
 
     def body(self) -> dict[str, Any]:
+        """The error reply, in OpenAI's form."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
@@ -94,7 +95,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise wrong(key[:80], "stands twice in one object")
+                raise wrong(key[:80], "given twice in one object")
             seen.add(key)
     return values
 
@@ -120,7 +121,7 @@ def check_bounds(body: Any) -> None:
     """Check that every text can be written as UTF-8, every number is finite, and depth and size are
     within bounds."""
     inner: list[Iterator[tuple[str | int, Any]]] = [iter([("", body)])]
-    path: list[str | int] = []  # of what is being walked through, "" first
+    path: list[str | int] = []  # of the current value, "" first
     count = 0
     while inner:
         key, value = next(inner[-1], (None, None))
@@ -155,10 +156,12 @@ def spelt(path: Sequence[str | int]) -> str:
 
 
 def inside(where: str, key: str) -> str:
+    """The path of a key of an object."""
     return f"{where}.{key[:80]}" if where else key[:80]
 
 
 def encodable(value: str) -> bool:
+    """Whether a text can be written as UTF-8 (it has no lone surrogate)."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -187,16 +190,19 @@ def only(body: Mapping[str, Any], known: Collection[str], where: str = "") -> No
 
 
 def text(value: Any, where: str) -> str:
+    """A text."""
     if not isinstance(value, str):
         raise wrong(where, f"expected a text, got {brief(value)}")
     return value
 
 
 def optional_text(value: Any, where: str) -> str | None:
+    """A text, or None for null."""
     return None if value is None else text(value, where)
 
 
 def one_of(value: Any, where: str, known: Collection[str]) -> str:
+    """One of the known texts."""
     if not isinstance(value, str) or value not in known:
         raise wrong(where, f"expected one of {', '.join(known)}, got {brief(value)}")
     return value
@@ -219,6 +225,7 @@ def items(value: Any, where: str) -> list[Any]:
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:
+    """An object."""
     if not isinstance(value, dict):
         raise wrong(where, f"expected an object, got {brief(value)}")
     return value
@@ -230,12 +237,14 @@ def optional_mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def whole(value: Any, where: str, low: int, high: int) -> int | None:
+    """A whole number within bounds, or None for null."""
     if value is not None and (type(value) is not int or not low <= value <= high):
         raise wrong(where, f"expected a whole number from {low} to {high}, got {brief(value)}")
     return value
 
 
 def number(value: Any, where: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite number within bounds."""
     try:
         result = float(value) if type(value) in (int, float) else math.nan
     except OverflowError:

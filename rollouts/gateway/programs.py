@@ -48,7 +48,7 @@ class ExternalProgram(System):
             the program says; length and stop strings are the program's anyway.
         unforced_tools: where the program wants to force the call of a tool (`tool_choice:
             required`, or one by name), the agent may call it or not, as it would without. Otherwise
-            such a request is refused: what is forced is not what the agent would have said.
+            such a request is refused: a forced call is not sampled from the agent.
         reward_wait: seconds to wait, after the program ended, for a reward that is posted.
         host: the address that agents are asked at; loopback unless the program runs elsewhere.
         call_timeout: seconds until a call without an answer gets an error.
@@ -145,7 +145,7 @@ class Function(ExternalProgram):
 
 @dataclass
 class Command(ExternalProgram):
-    """Any command, one process per episode; its Python, if it is one, need not be ours.
+    """Any command, one process per episode; it need not be Python, nor this one.
 
     It reads the task as JSON from stdin (id, prompt, source, split, meta; no answer) and finds
     `OPENAI_BASE_URL`, `OPENAI_API_KEY` and `MARLORA_EPISODE` in its environment. The last line of

@@ -134,7 +134,7 @@ def read_items(given: Any) -> list[Message]:
                     tool_call_id=optional_text(item.get("call_id"), f"{where}.call_id"),
                 )
             )
-        elif kind != "reasoning":  # ours have none
+        elif kind != "reasoning":  # agents here have none
             raise wrong(f"{where}.type", f"an item of type {brief(kind)} cannot be read here")
         joins = kind in ("function_call", "message")
     return messages

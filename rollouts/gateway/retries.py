@@ -52,6 +52,7 @@ class PendingCall:
 
 
 def disconnected(connection: Connection) -> bool:
+    """Whether the client of a request has gone."""
     return connection.transport is None or connection.transport.is_closing()
 
 
@@ -73,6 +74,7 @@ class RetryCache:
         return len(self._calls)
 
     def add(self, call: PendingCall) -> None:
+        """Remember a new call."""
         self._calls.append(call)
 
     def find(self, body: str, key: str, retries: int | None) -> PendingCall | None:

@@ -84,8 +84,8 @@ class Session:
         key: str = "",
         retries: int | None = None,
     ) -> PendingCall:
-        """The call that this request is: a new one, whose turn's index is taken now, or an earlier
-        one sent again (see `RetryCache.find`)."""
+        """The call of a request: a new one, whose turn's index is assigned now, or an earlier one
+        that is sent again (see `RetryCache.find`)."""
         body = body_hash(data)
         call = self.calls.find(body, key, retries)
         if call is None:

@@ -141,6 +141,7 @@ def isolate(job: Job) -> None:
 
 
 def read_all(handle: int) -> str:
+    """The text behind a file descriptor."""
     with os.fdopen(handle, "rb") as file:
         # a lone surrogate is an error of the program, reported as such
         return file.read().decode("utf-8", "surrogatepass")
@@ -212,6 +213,7 @@ def read_line(handle: int) -> bytes:
 
 
 def write_line(handle: int, data: Any) -> None:
+    """Write one value as a line of JSON."""
     text = json.dumps(data).encode() + b"\n"
     while text:
         text = text[os.write(handle, text) :]

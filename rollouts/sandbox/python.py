@@ -206,14 +206,14 @@ def check_plain(
         (calls_out, calls_in), (answers_out, answers_in), (verdict_out, verdict_in) = (
             _pipe(stack) for _ in range(3)
         )
-        ours = {"calls": calls_out.fileno(), "answers": answers_in.fileno()}
-        candidate = stack.enter_context(_started(isolation, "candidate", limits, program, ours))
-        ours = {
+        pipes = {"calls": calls_out.fileno(), "answers": answers_in.fileno()}
+        candidate = stack.enter_context(_started(isolation, "candidate", limits, program, pipes))
+        pipes = {
             "calls": calls_in.fileno(),
             "answers": answers_out.fileno(),
             "verdict": verdict_in.fileno(),
         }
-        checker = stack.enter_context(_started(isolation, "checker", limits, suite, ours))
+        checker = stack.enter_context(_started(isolation, "checker", limits, suite, pipes))
         for end in (calls_out, calls_in, answers_out, answers_in, verdict_in):
             end.close()
         drained = [p.stderr for p in (candidate.process, checker.process) if p.stderr is not None]

@@ -100,7 +100,7 @@ def state() -> tuple[str, str]:
     runners = f"Monty, plain Python in {best.kind} (held against attacks: {names})"
     if best.kind == "landlock":
         return (
-            f"{runners}: reduced, names and sizes of files can be told",
+            f"{runners}: reduced, names and sizes of files can be seen",
             "allow user namespaces, and install bubblewrap",
         )
     return runners, ""

@@ -182,6 +182,7 @@ class Drawing(types.ModuleType):
 
 
 def math_work(job: dict[str, Any]) -> Callable[[Any], Work]:
+    """math-verify: whether an answer equals the right one."""
     from math_verify import parse, verify
 
     def parsed(text: str) -> list[Any]:
@@ -209,6 +210,7 @@ def gym_score(dataset: Any, request: dict[str, Any]) -> Any:
 
 
 def gym_work(job: dict[str, Any]) -> Callable[[Any], Work]:
+    """The scorers of reasoning-gym's task sets, by name and arguments."""
     sys.meta_path.insert(0, Drawing)
     import reasoning_gym
 

@@ -343,7 +343,7 @@ def test_what_is_no_object_at_all() -> None:
         _, reply = await post(asker, "chat", b'{"model": "a", "messages": ' + DEEP + b"}")
         assert reply["error"]["param"] == "messages"
         _, reply = await post(asker, "chat", b'{"model": "a", "model": "b"}')
-        assert reply["error"]["message"] == "model: stands twice in one object"
+        assert reply["error"]["message"] == "model: given twice in one object"
         assert state(asker.visit) == before
         assert await asker.say("a", "x") == "1.0"
 
