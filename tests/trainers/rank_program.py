@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from marlora.agents.types import Message, to_json
 from marlora.trainers.distributed.ranks import RankError, Ranks
 from marlora.trainers.errors import Stopped
 from marlora.trainers.loop.run import RunError
@@ -22,6 +23,7 @@ def talk(ranks: Ranks) -> dict[str, Any]:
     """Every way in which ranks speak to one another."""
     mine = [torch.tensor([1.0 + ranks.rank, 0.0]), torch.tensor([[float(10**ranks.rank)]])]
     ranks.sum_(mine)
+    who = f"rank {ranks.rank}"
     found: dict[str, Any] = {
         "rank": ranks.rank,
         "size": ranks.size,
@@ -32,6 +34,7 @@ def talk(ranks: Ranks) -> dict[str, Any]:
         "any": ranks.any(ranks.rank == 1),
         "none": ranks.any(False),
         "on_main": ranks.on_main(lambda: ranks.rank),
+        "share": [to_json(m) for m in ranks.share(lambda: [Message("user", who)], Message)],
         "raised": [],
     }
 

@@ -63,10 +63,12 @@ class Progress:
 
     def start(self, done: int, total: int) -> None:
         self._total = total
-        if self._opened() and self._steps is None:
-            self._steps = self._bars.add_task("steps", total=total, completed=done, note="")  # type: ignore[union-attr]
+        bars = self._opened()
+        if bars is not None and self._steps is None:
+            self._steps = bars.add_task("steps", total=total, completed=done, note="")
 
-    def _opened(self) -> bool:
+    def _opened(self) -> Bars | None:
+        """The bars, started; None where no terminal shows them."""
         if self.live and self._bars is None:
             columns = (
                 TextColumn("{task.description}"),
@@ -79,7 +81,7 @@ class Progress:
                 *columns, TextColumn("{task.fields[note]}"), console=self.console, transient=True
             )
             self._bars.start()
-        return self.live
+        return self._bars if self.live else None
 
     @contextlib.contextmanager
     def episodes(
@@ -89,11 +91,8 @@ class Progress:
         tokens/s so far."""
         seen: list[float] = []
         tokens, start = [0], time.perf_counter()
-        bar = (
-            self._bars.add_task(what, total=total, completed=done, note="")
-            if self._opened() and self._bars
-            else None
-        )
+        bars = self._opened()
+        bar = bars.add_task(what, total=total, completed=done, note="") if bars else None
 
         def tick(episode: Episode) -> None:
             tokens[0] += sum(u.sampled_tokens for u in episode.usage.values())

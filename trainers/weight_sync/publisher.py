@@ -162,7 +162,12 @@ class Publisher:
                 shutil.rmtree(folder)
             elif folder not in self._retired:
                 self._retired.append(folder)
-        self._retired.sort(key=lambda folder: int(own.fullmatch(folder.name)[2]))  # type: ignore[index]
+
+        def step_of(folder: Path) -> int:
+            name = own.fullmatch(folder.name)
+            return int(name[2]) if name else 0
+
+        self._retired.sort(key=step_of)
         self._clear()
 
     async def _retire(self, policy: str, version: str) -> None:

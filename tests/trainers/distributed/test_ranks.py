@@ -99,6 +99,7 @@ def test_ranks_talk(runs: tuple[Path, Path]) -> None:
         assert found["sum"] == [[3.0, 0.0], [[11.0]]]
         assert found["broadcast"] == {"text": "häß", "rank": 0}
         assert found["gather"] == ["", "x"]
+        assert [message["content"] for message in found["share"]] == ["rank 0"]
         assert (found["any"], found["none"], found["on_main"]) == (True, False, 0)
 
 

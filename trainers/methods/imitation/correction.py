@@ -94,8 +94,8 @@ class CorrectionConfig(Settings):
             "name": "feedback",
             "role": "knows the answer, is outside the team",
             "policy": BASE,
-            **(self.feedback_agent or {}),
-        }  # type: ignore[dict-item]
+            **self.feedback_agent,  # type: ignore[dict-item]
+        }
         return from_json(AgentSpec, given, "feedback_agent")
 
     def conversation(self, agent: AgentSpec) -> SelfCorrection:

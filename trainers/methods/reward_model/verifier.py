@@ -162,14 +162,20 @@ def reading(
     asked = tokens.prompt(
         [*([Message("system", instruction)] if instruction else []), Message("user", prompt)]
     )
-    said = tokens.write(asked, text).token_ids
-    rest, own = len(asked), len(said)
-    columns = [(0, 1), (0.0, 0.0), (0.0, 1.0), (1.0, 1.0), (-1, 0)]
+    answer = tokens.write(asked, text).token_ids
+    rest, own = len(asked), len(answer)
     return after(
         TrainingSequence(
-            NAME, str(number), (*asked, *said), *((a,) * rest + (b,) * own for a, b in columns)
+            NAME,
+            str(number),
+            ids=(*asked, *answer),
+            mask=(0,) * rest + (1,) * own,
+            logprobs=(0.0,) * (rest + own),
+            advantages=(0.0,) * rest + (1.0,) * own,
+            temperatures=(1.0,) * (rest + own),
+            sequence=(-1,) * rest + (0,) * own,
         )
-    )  # type: ignore[arg-type]
+    )
 
 
 # learning
