@@ -71,11 +71,11 @@ class Denominators:
 
 def denominators(samples: Iterable[TrainingSequence]) -> dict[str, Denominators]:
     """Trained tokens and turns per policy; add over ranks before use."""
-    found: dict[str, Denominators] = {}
+    totals: dict[str, Denominators] = {}
     for sample in samples:
         here = Denominators(sample.num_trained, len(set(sample.sequence) - {-1}))
-        found[sample.policy] = found.get(sample.policy, Denominators(0, 0)) + here
-    return found
+        totals[sample.policy] = totals.get(sample.policy, Denominators(0, 0)) + here
+    return totals
 
 
 @dataclass
@@ -154,7 +154,7 @@ def samples(
     Turns that saw the answer, or extend one that did, are never trained. Raises ValueError at an
     advantage that is not finite.
     """
-    made: list[TrainingSequence] = []
+    sequences: list[TrainingSequence] = []
     dropped: Counter[tuple[str, str]] = Counter()
     for episode in episodes:
         open_by_agent: dict[str, list[_Segment]] = {}
@@ -176,8 +176,10 @@ def samples(
             if (episode.id, turn.index, turn.sibling) in advantages:
                 dropped[turn.agent, reason] += 1
             segment.read(turn.token_ids)
-        made += [s.sample() for segments in open_by_agent.values() for s in segments if any(s.mask)]
-    return made, dropped
+        sequences += [
+            s.sample() for segments in open_by_agent.values() for s in segments if any(s.mask)
+        ]
+    return sequences, dropped
 
 
 def _place(segments: list[_Segment], turn: Turn, policy: str, episode: str) -> _Segment:

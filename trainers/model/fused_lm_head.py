@@ -42,9 +42,9 @@ def find_fused_head() -> tuple[FusedHead | None, str]:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction as kernel
     except ImportError as error:
         return None, f"trl has no trl.kernels.chunked_logprob.ChunkedLogProbFunction ({error})"
-    found = tuple(inspect.signature(kernel.forward).parameters)
-    if found != SIGNATURE:
-        return None, f"its arguments are {', '.join(found)}, expected {', '.join(SIGNATURE)}"
+    parameters = tuple(inspect.signature(kernel.forward).parameters)
+    if parameters != SIGNATURE:
+        return None, f"its arguments are {', '.join(parameters)}, expected {', '.join(SIGNATURE)}"
 
     def run(
         hidden: torch.Tensor,
@@ -68,12 +68,13 @@ def fused_head(device: torch.device) -> FusedHead | None:
         return None
     from transformers.utils import is_triton_available
 
-    return _told() if is_triton_available() else None
+    return _logged_fused_head() if is_triton_available() else None
 
 
 @functools.cache
-def _told() -> FusedHead | None:
-    found, why = find_fused_head()
-    if found is None:
+def _logged_fused_head() -> FusedHead | None:
+    """`find_fused_head`, with one warning if there is none."""
+    head, why = find_fused_head()
+    if head is None:
         log.warning("TRL's fused LM head is not used: %s", why)
-    return found
+    return head

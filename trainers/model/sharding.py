@@ -1,12 +1,12 @@
-"""A base that does not fit one device: the frozen weights of its layers are split over the ranks,
-by FSDP2 or DeepSpeed's ZeRO-3.
+"""Sharding of a base that does not fit one device: the frozen weights of its layers are split over
+the ranks, by FSDP2 or DeepSpeed's ZeRO-3.
 
 Each rank keeps its share of every decoder layer and gathers a layer (ZeRO-3: a linear map) when a
 pass comes to it. Adapters, embeddings, the last norm and the output head stay whole on every rank:
 adapters are what is learnt, so they are summed directly as without sharding, and the rest is small
 beside the layers. Because gathering is collective, every rank has to make the same passes in the
-same order: `Ranks.lockstep` (batches are levelled, see `batches.level`, and what rank 0 computes
-alone it asks the others to join, see `Ranks.together`).
+same order: `Ranks.lockstep` (ranks get the same number of batches, see `batches.pad_ranks`, and
+what rank 0 computes for itself the others join).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,12 +22,9 @@ from ...agents.types import SettingError
 from ..distributed.ranks import Ranks
 from .adapters import Adapters, same_targets
 
-if TYPE_CHECKING:
-    pass
-
 
 def sharding_mode(setting: bool, environ: Mapping[str, str] = os.environ) -> str:
-    """By what the base is to be split, "fsdp2" or "deepspeed"; "": not at all.
+    """The implementation that splits the base, "fsdp2" or "deepspeed"; "": none.
 
     It is where `shard_base` says so (FSDP2), or `accelerate launch` was given such a configuration.
     Raises `SettingError` for what of accelerate's we cannot do: other stages of ZeRO, FSDP's first
@@ -85,11 +81,11 @@ def split(adapters: Adapters, ranks: Ranks) -> None:
 
     To be called once all policies have their adapters and before any optimizer is made. Each layer
     passes through the device by itself, so the whole base is never there. Raises `SettingError`
-    where there is nobody to share with, or the model has no list of layers.
+    with one process, or if the model has no list of layers.
     """
     if ranks.size == 1:
         raise SettingError(
-            "shard_base: one process has nobody to share the base with; start several "
+            "shard_base: expected several processes to share the base, got one; start more "
             "(accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes N)"
         )
     decoder = adapters.model.get_base_model().get_decoder()

@@ -2,7 +2,7 @@
 functions on one-dimensional tensors.
 
 Generalised advantage estimation: arXiv:1506.02438, equations 11 and 16. A token is an action; the
-state before it is all that was read and said so far, and its value is what a critic says there.
+state before it is the sequence so far, and its value is the critic's prediction there.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def gae(
     the value is 0.
 
     delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  return_t = A_t + V_t,
-    what the critic should have said.
+    the critic's target.
     """
-    found, after, value_after = [], 0.0, 0.0
+    reversed_advantages, after, value_after = [], 0.0, 0.0
     for reward, value in zip(reversed(rewards.tolist()), reversed(values.tolist()), strict=True):
         after = reward + gamma * value_after - value + gamma * lam * after
         value_after = value
-        found.append(after)
-    advantages = torch.tensor(found[::-1], dtype=torch.float64)
+        reversed_advantages.append(after)
+    advantages = torch.tensor(reversed_advantages[::-1], dtype=torch.float64)
     return advantages, advantages + values.double()
 
 

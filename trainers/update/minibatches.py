@@ -26,12 +26,12 @@ def minibatches(items: Sequence[T], size: int, epochs: int, seed: int) -> Iterat
 def merge_results(updates: Sequence[Mapping[str, UpdateResult]]) -> dict[str, UpdateResult]:
     """One row per policy for several calls of `Learner.learn`: tokens and sequences are summed,
     statistics are the last update's, and an update that was not applied shows."""
-    found: dict[str, UpdateResult] = {}
+    merged: dict[str, UpdateResult] = {}
     for update in updates:
         for policy, now in update.items():
-            before = found.get(policy)
-            found[policy] = now if before is None else _after(before, now)
-    return found
+            before = merged.get(policy)
+            merged[policy] = now if before is None else _after(before, now)
+    return merged
 
 
 def _after(before: UpdateResult, now: UpdateResult) -> UpdateResult:

@@ -1,8 +1,8 @@
 """The optimizer step of a team: one AdamW per adapter, gradients summed over batches and ranks,
 nothing else moves.
 
-A method hands over samples and a loss on flat terms; how the tokens are laid out is `batches.py`'s
-business, what is learnt is the method's. The loss is divided by counts over all batches and ranks
+A method gives samples and a loss on flat terms (`LossInputs`); `batching/batches.py` lays the
+tokens out. The loss is divided by counts over all batches and ranks
 (per adapter), so packing, accumulation, the number of ranks and the number of agents do not change
 its scale.
 """
@@ -20,7 +20,7 @@ from ...agents.types import BASE
 from ..batching.batches import Batch, Layout, pack, pad_ranks, split_over_ranks
 from ..batching.samples import Denominators, TrainingSequence, denominators
 from ..checkpoint import join_optimizer, split_optimizer
-from ..config import RunConfig
+from ..config import OptimizerSettings
 from ..distributed.ranks import Ranks
 from ..model.adapters import Adapters
 from ..model.layouts import choose_layout
@@ -50,7 +50,7 @@ class Optimizers:
     """An AdamW per trainable policy of one base, over the parameters found by the policy's exact
     name."""
 
-    def __init__(self, adapters: Adapters, config: RunConfig) -> None:
+    def __init__(self, adapters: Adapters, config: OptimizerSettings) -> None:
         self.adapters, self.config = adapters, config
         self.layout = choose_layout(adapters.model, config.layout)
         self.peak = {
@@ -72,8 +72,8 @@ class Optimizers:
         table of gradients is as declared."""
         self.adapters.check()
         for name, optimizer in self.of.items():
-            held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-            if sorted(held) != sorted(map(id, self.adapters.parameters(name).values())):
+            optimized = [id(p) for group in optimizer.param_groups for p in group["params"]]
+            if sorted(optimized) != sorted(map(id, self.adapters.parameters(name).values())):
                 raise RuntimeError(
                     f"the optimizer of policy {name!r} does not hold exactly the tensors of its"
                     " adapter"
@@ -178,13 +178,13 @@ def forward_only(
 ) -> torch.Tensor:
     """What `score` says of every trained token of these samples, in their order: float32 on the
     CPU, equal on every rank."""
-    found = torch.zeros(sum(sample.num_trained for sample in samples), device=ranks.device)
+    per_token = torch.zeros(sum(sample.num_trained for sample in samples), device=ranks.device)
     for batch in batches_of(samples, max_tokens, layout, ranks):
         scores = score(batch)
         if not batch.is_padding:
-            found[batch.token_index] = scores
-    ranks.sum_([found])  # every place was filled by one rank and is 0 on the others
-    return found.cpu()
+            per_token[batch.token_index] = scores
+    ranks.sum_([per_token])  # every token was filled by one rank and is 0 on the others
+    return per_token.cpu()
 
 
 def optimizer_step(

@@ -186,11 +186,11 @@ def _by_agent(pairs: Sequence[Pair], votes: Mapping[K, RunLogRatio]) -> dict[str
         ratio[vote.agent, vote.episode] = (
             ratio.get((vote.agent, vote.episode), 0.0) + vote.now - vote.reference
         )
-    found = {}
+    means = {}
     for agent in sorted({vote.agent for vote in votes.values()}):
         sides = [
             [sum(ratio.get((agent, e.id), 0.0) for e in s) / len(s) for s in (p.chosen, p.rejected)]
             for p in pairs
         ]
-        found[agent] = sum(chosen - rejected for chosen, rejected in sides) / len(pairs)
-    return found
+        means[agent] = sum(chosen - rejected for chosen, rejected in sides) / len(pairs)
+    return means

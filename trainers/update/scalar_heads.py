@@ -1,5 +1,5 @@
-"""A scalar head (value head, reward head): a LoRA of its own on the shared frozen base, and a linear
-layer that reads one number off a token's last hidden state.
+"""Scalar heads (value head, reward head): a LoRA of its own on the shared frozen base, and a
+linear layer that reads one number off a token's last hidden state.
 
 A critic's value of every token and a verifier's score of an answer are the same kind of number, so
 both stand here. A head is no policy: its adapter is called `head@NAME`, which no policy can be,
@@ -43,7 +43,7 @@ HeadLoss = Callable[[torch.Tensor, Targets, Denominators], tuple[torch.Tensor, S
 
 
 class HeadSettings(Protocol):
-    """What a head needs of a config; `RunConfig` has it."""
+    """The settings that a head reads; `RunConfig` has them."""
 
     seed: int
     learning_rate: float
@@ -57,8 +57,12 @@ class HeadSettings(Protocol):
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """A head to be made. `name`: unique among heads; letters, digits, '_' and '-' (it names a
-    folder). `base`, `learning_rate`: None means the run's. `adapter`: shape of its LoRA."""
+    """Name, base and LoRA of a head.
+
+    name: unique among heads; letters, digits, '_' and '-' (it names a folder).
+    base, learning_rate: None means the run's.
+    adapter: shape of its LoRA.
+    """
 
     name: str
     base: str | None = None
@@ -117,8 +121,8 @@ class ScalarHead:
         """Raise RuntimeError unless its optimizer holds exactly its tensors, and the table of
         gradients is as declared."""
         self.adapters.check()
-        held = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
-        if held != [id(p) for p in self.parameters().values()]:
+        optimized = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        if optimized != [id(p) for p in self.parameters().values()]:
             raise RuntimeError(
                 f"the optimizer of head {self.spec.name!r} does not hold exactly the tensors of"
                 " that head"
@@ -153,8 +157,8 @@ class ScalarHead:
         same samples and targets.
 
         `targets` are in the order of `read`; the loss gets a batch's share of them. `step` sets the
-        learning rate (`learning_rate_at`). What is not finite changes nothing; `Updated.problem`
-        then says what.
+        learning rate (`learning_rate_at`). On a loss or gradient that is not finite no step is
+        made; `UpdateResult.problem` then names it.
         """
         self.check()
         counts = Denominators(
@@ -210,12 +214,12 @@ class ScalarHead:
                 f"head {self.spec.name!r}: no {path}; expected the folder of a saved head"
             )
         tensors, mine = load_file(path), dict(self.linear.named_parameters())
-        found, expected = (
+        shapes, expected = (
             {name: tuple(t.shape) for name, t in given.items()} for given in (tensors, mine)
         )
-        if found != expected or not all(t.isfinite().all() for t in tensors.values()):
+        if shapes != expected or not all(t.isfinite().all() for t in tensors.values()):
             raise SettingError(
-                f"head {self.spec.name!r}: {path} holds {found}, or numbers that are not finite;"
+                f"head {self.spec.name!r}: {path} holds {shapes}, or numbers that are not finite;"
                 f" expected finite {expected}"
             )
         self.adapters.load(self.adapter, folder)

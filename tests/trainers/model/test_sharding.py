@@ -237,7 +237,7 @@ def test_what_of_accelerate_is_not_ours_is_refused(monkeypatch: pytest.MonkeyPat
 def test_one_process_has_nobody_to_share_with(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SettingError, match="one process has nobody to share the base with"):
+    with pytest.raises(SettingError, match="expected several processes to share the base, got one"):
         small_run.trainer(tmp_path / "run", model, shard_base=True).train()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(SettingError, match="zero_stage None, 3 expected"):

@@ -93,7 +93,7 @@ def summary(stats: Mapping[str, torch.Tensor]) -> dict[str, float]:
     as plain numbers."""
     tokens = max(float(stats.get("tokens", 0.0)), 1.0)
     plain = {"loss": 1.0, "tokens": 1.0, "sequences": 1.0, "weight": 1.0, "max_dlogp": 1.0}
-    found = {
+    means = {
         key: float(value) / plain.get(key, tokens)
         for key, value in stats.items()
         if key != "dlogp_histogram"
@@ -101,9 +101,9 @@ def summary(stats: Mapping[str, torch.Tensor]) -> dict[str, float]:
     if "dlogp_histogram" in stats:
         below = torch.cumsum(stats["dlogp_histogram"], 0)
         place = int((below >= 0.99 * below[-1]).nonzero()[0]) if below[-1] > 0 else -1
-        found["p99_dlogp"] = (
-            min(10 ** (_LOWEST + (place + 1) / _PER_DECADE), found["max_dlogp"])
+        means["p99_dlogp"] = (
+            min(10 ** (_LOWEST + (place + 1) / _PER_DECADE), means["max_dlogp"])
             if place >= 0
             else 0.0
         )
-    return found
+    return means

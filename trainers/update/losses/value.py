@@ -18,15 +18,15 @@ def value_loss(
     """This batch's share of a critic's loss: the mean over the step's tokens of max((V - R)^2, (V'
     - R)^2) / 2, all [N].
 
-    V' is V held within `clip` of what the critic said before the step's first update (None: not
-    held): the critic's counterpart of the clipped ratio, and like it without gradient where it
+    V' is V kept within `clip` of the critic's value before the step's first update (None: not
+    clipped): the critic's counterpart of the clipped ratio, and like it without gradient where it
     binds.
     """
     loss = (values - returns) ** 2
     clipped = torch.zeros_like(loss)
     if clip is not None:
-        held = old_values + (values - old_values).clamp(-clip, clip)
-        other = (held - returns) ** 2
+        bounded = old_values + (values - old_values).clamp(-clip, clip)
+        other = (bounded - returns) ** 2
         clipped = (other > loss).to(loss.dtype)
         loss = torch.maximum(loss, other)
     value = 0.5 * loss.sum() / total.tokens
