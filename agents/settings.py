@@ -129,7 +129,8 @@ class Settings:
 def check_fields(settings: Any) -> None:
     """Check the value of every `setting` field of a dataclass. Raises `SettingError` naming the
     first that is wrong."""
-    for name, (hint, bounds) in _checked_fields(type(settings)).items():
+    cls: type = type(settings)
+    for name, (hint, bounds) in _checked_fields(cls).items():
         value = getattr(settings, name)
         check_type(name, hint, value)
         check_bounds(name, hint, bounds, value)
