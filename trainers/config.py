@@ -134,7 +134,7 @@ class RolloutSettings(Settings):
         "seconds until an episode that is still in play has failed", 1200.0, above=0, unit="seconds"
     )
     pin: str = setting(
-        "what keeps its team version when rollouts run ahead: an episode, or only a call of a"
+        "what one team version covers when rollouts run ahead: an episode, or only a call of a"
         " policy",
         "episode",
         choices=("episode", "call"),
@@ -185,7 +185,7 @@ class OptimizerSettings(Settings):
     computes."""
 
     max_steps: int = setting("steps of collect, learn, publish", 50, at_least=0)
-    learning_rate: float = setting("peak learning rate (LoRA wants 1e-5 and up)", 1e-4, at_least=0)
+    learning_rate: float = setting("peak learning rate (LoRA needs 1e-5 and up)", 1e-4, at_least=0)
     lr_scheduler_type: str = setting(
         "constant, linear or cosine (both decay to 0 at max_steps)",
         "constant",
@@ -218,7 +218,7 @@ class OptimizerSettings(Settings):
         choices=("auto", "float32", "bfloat16"),
     )
     collective_timeout: float = setting(
-        "seconds that ranks may wait for one another in an update; then all write their stacks"
+        "seconds that ranks may wait for one another in an update; then all dump their stacks"
         " and end",
         1800.0,
         above=0,

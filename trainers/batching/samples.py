@@ -1,10 +1,10 @@
 """From episodes to token sequences: the only place that decides which tokens are trained on. Pure
 Python.
 
-An agent's successive turns whose prompt extends what was said before form one segment, so a chat is
-one token sequence. A turn that does not extend (a template that drops past thinking, a new chat, an
-untaken sibling) is a segment of its own. The mask is 1 exactly on tokens the agent's policy sampled
-in turns that are trained; prompts, tools, other agents are 0.
+An agent's successive turns whose prompt extends the sequence so far form one segment, so a chat is
+one token sequence. A turn that does not extend it (a template that drops past thinking, a new chat,
+a sibling that was not selected) is a segment of its own. The mask is 1 exactly on tokens the
+agent's policy sampled in turns that are trained; prompts, tools, other agents are 0.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TrainingSequence:
 
 @dataclass(frozen=True)
 class Denominators:
-    """What a policy's loss is divided by: its trained tokens and turns in the whole step, over all
+    """The denominators of a policy's loss: its trained tokens and turns in the whole step, over all
     batches and ranks.
 
     A step's gradient therefore does not depend on packing, accumulation, number of ranks or number
@@ -80,16 +80,16 @@ def denominators(samples: Iterable[TrainingSequence]) -> dict[str, Denominators]
 
 @dataclass
 class _Segment:
-    """A sample under construction.
+    """A training sequence under construction.
 
-    `goes_on`: later turns may extend it (False for an untaken sibling). `gold`: its prompt held the
-    answer, so nothing that extends it is trained either.
+    extendable: later turns may extend it (False for a sibling that was not selected).
+    saw_answer: its prompt held the answer, so nothing that extends it is trained either.
     """
 
     policy: str
     episode: str
-    goes_on: bool = True
-    gold: bool = False
+    extendable: bool = True
+    saw_answer: bool = False
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -98,11 +98,11 @@ class _Segment:
     sequence: list[int] = field(default_factory=list)
     siblings: list[tuple[int, int]] = field(default_factory=list)
 
-    def read(self, ids: Iterable[int]) -> None:
+    def add_context(self, ids: Iterable[int]) -> None:
         for token in ids:
             self._add(token, 0, 0.0, 0.0, 1.0, -1)
 
-    def speak(self, turn: Turn, advantage: float, temperature: float) -> None:
+    def add_trained(self, turn: Turn, advantage: float, temperature: float) -> None:
         logprobs = turn.logprobs or (0.0,) * len(turn.token_ids)
         if turn.sibling:
             self.siblings.append((turn.index, turn.sibling))
@@ -171,11 +171,11 @@ def samples(
             segment = _place(segments, turn, policy_of[turn.agent], episode.id)
             reason = _unfit(episode, turn, segment, ratios) if advantage else "zero advantage"
             if not reason:
-                segment.speak(turn, advantage, turn.sampling.temperature if ratios else 1.0)
+                segment.add_trained(turn, advantage, turn.sampling.temperature if ratios else 1.0)
                 continue
             if (episode.id, turn.index, turn.sibling) in advantages:
                 dropped[turn.agent, reason] += 1
-            segment.read(turn.token_ids)
+            segment.add_context(turn.token_ids)
         sequences += [
             s.sample() for segments in open_by_agent.values() for s in segments if any(s.mask)
         ]
@@ -183,29 +183,29 @@ def samples(
 
 
 def _place(segments: list[_Segment], turn: Turn, policy: str, episode: str) -> _Segment:
-    """The segment this turn speaks into, its prompt read: the longest it extends, else a new one (a
-    fork).
+    """The segment that this turn's reply goes into, with its prompt as context: the longest that it
+    extends, else a new one (a fork).
 
-    An untaken sibling always gets a segment of its own, in which all that was said before is
+    A sibling that was not selected always gets a segment of its own, in which everything before is
     context.
     """
     prompt = list(turn.prompt_ids)
-    extended = [s for s in segments if s.goes_on and s.ids and prompt[: len(s.ids)] == s.ids]
+    extended = [s for s in segments if s.extendable and s.ids and prompt[: len(s.ids)] == s.ids]
     segment = max(extended, key=lambda s: len(s.ids), default=None)
-    gold = turn.saw_gold or (segment is not None and segment.gold)
+    saw_answer = turn.saw_gold or (segment is not None and segment.saw_answer)
     if segment is None or not turn.taken:
-        segment = _Segment(policy, episode, goes_on=turn.taken)
+        segment = _Segment(policy, episode, extendable=turn.taken)
         segments.append(segment)
-    segment.gold = gold
-    segment.read(prompt[len(segment.ids) :])
+    segment.saw_answer = saw_answer
+    segment.add_context(prompt[len(segment.ids) :])
     return segment
 
 
 def _unfit(episode: Episode, turn: Turn, segment: _Segment, ratios: bool) -> str:
-    """Why a turn cannot be trained; "" if it can."""
+    """The reason that a turn cannot be trained; "" if it can."""
     if episode.error:
         return "failed episode"
-    if segment.gold:
+    if segment.saw_answer:
         return "saw the answer"
     if not turn.token_ids:
         return "no tokens"

@@ -26,7 +26,7 @@ from peft import PeftModel
 from ...agents.types import SettingError
 from ..batching.batches import Batch, Layout, pack
 from ..batching.samples import TrainingSequence
-from .tree_attention import install, nothing, remove, text_config
+from .tree_attention import empty_mask, install, remove, text_config
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def model_inputs(base: Any, batch: Batch) -> dict[str, Any]:
 
 def _tree_inputs(base: Any, batch: Batch, way: Way) -> dict[str, Any]:
     if way in ("flex", "branches"):
-        return {"attention_mask": nothing(batch.input_ids.device), "tree": batch.tree} | (
+        return {"attention_mask": empty_mask(batch.input_ids.device), "tree": batch.tree} | (
             {"flex": True} if way == "flex" else {}
         )
     if way == "mask":

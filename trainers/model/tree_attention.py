@@ -1,11 +1,10 @@
-"""
-Attention over prefix trees, inside the models of transformers.
+"""Attention over prefix trees, inside the models of transformers.
 
 transformers looks an attention function up by name for every layer. Ours is registered there: rows
 that come with a `Tree` are computed by branches (SDPA, any device) or by FlexAttention (GPUs); all
-others go to the function the model had before. A model is asked once, by a probe against separate
-rows, what it can do (`Ability`); what does not reach our function gets a dense mask, plain packing
-or padding.
+others go to the function the model had before. `layouts` tries once per model, against separate
+rows, which of these is exact; a model that does not call our function gets a dense mask, plain
+packing or padding.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ KINDS = {"full_attention", "sliding_attention"}
 
 
 def register() -> None:
-    """Put the function into transformers' registries; with masks as SDPA has them for rows that are
-    no trees."""
+    """Register the function with transformers; rows that are no trees get SDPA's masks."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -36,7 +34,8 @@ def register() -> None:
 
 
 def install(base: Any) -> str:
-    """Let the model's layers call `attend`. Returns why they cannot; "" if they do from now on."""
+    """Make the model's layers call `tree_attention_forward`. Returns the reason that they cannot,
+    "" if they do."""
     config = text_config(base)
     before = getattr(base.config, "_attn_implementation", None)
     if before not in (NAME, "sdpa"):
@@ -56,6 +55,7 @@ def install(base: Any) -> str:
 
 
 def remove(base: Any) -> None:
+    """Undo `install`."""
     if getattr(base.config, "_attn_implementation", None) == NAME:
         base.set_attn_implementation("sdpa")
 
@@ -64,9 +64,9 @@ def text_config(base: Any) -> Any:
     return base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
 
 
-def nothing(device: torch.device) -> torch.Tensor:
-    """What stands in for a mask where a tree says who sees whom: models hand on whatever has four
-    dimensions."""
+def empty_mask(device: torch.device) -> torch.Tensor:
+    """A mask without entries, passed where a tree defines what is visible: models pass any mask of
+    four dimensions on to their attention."""
     return torch.zeros((1, 1, 0, 0), device=device)
 
 
@@ -89,15 +89,15 @@ def tree_attention_forward(
     heads, length, size].
 
     Returns [rows, length, heads, size]. Raises NotImplementedError for what a tree cannot have
-    (sinks, biases of positions), and if the model kept the tree to itself, or the window that its
-    configuration names for this layer.
+    (sinks, biases of positions), and if the model does not pass the tree on, or not the window
+    that its configuration names for this layer.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if tree is None:
         if attention_mask is not None and not attention_mask.numel():
             raise NotImplementedError(
-                "the model does not hand keyword arguments on to its attention"
+                "the model does not pass keyword arguments on to its attention"
             )
         if softcap:
             return _plain_capped(query, key, value, attention_mask, scaling, softcap), None
@@ -136,9 +136,8 @@ def _by_branches(
 ) -> torch.Tensor:
     rows, heads, length, size = query.shape
     dtype = query.dtype
-    if (
-        query.device.type == "cpu" and dtype.itemsize < 4
-    ):  # SDPA's kernel there takes up to three times as long in half precision as in float32
+    # SDPA's kernel on the CPU takes up to three times as long in half precision as in float32
+    if query.device.type == "cpu" and dtype.itemsize < 4:
         query, key, value = query.float(), key.float(), value.float()
     q = tree.queries(_flat(query))
     k, v = tree.keys(_flat(key)), tree.keys(_flat(value))
@@ -228,7 +227,7 @@ def _plain_capped(
     scaling: float | None,
     softcap: float,
 ) -> torch.Tensor:
-    """The same for rows that are no trees: SDPA would leave the cap out without a word."""
+    """The same for rows that are no trees: SDPA would silently ignore the cap."""
     length, keys = query.shape[2], key.shape[2]
     if mask is None:
         mask = torch.ones((length, keys), dtype=torch.bool, device=query.device).tril(keys - length)
@@ -251,7 +250,7 @@ def _flex(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """FlexAttention with blocks of the tree that nobody sees left out. It has no backward pass on
+    """FlexAttention without the blocks of the tree that no query sees. It has no backward pass on
     CPUs."""
     from torch.nn.attention.flex_attention import create_block_mask
     from transformers.integrations.flex_attention import flex_attention_forward

@@ -37,12 +37,10 @@ class MarginConfig(Settings):
         "joint",
         choices=MODES,
     )
-    beta: float = setting(
-        "scale of the margin: how dear it is to leave the reference", 0.1, above=0
-    )
+    beta: float = setting("scale of the margin: the cost of leaving the reference", 0.1, above=0)
     loss_type: str = setting("sigmoid, hinge, ipo or robust", "sigmoid", choices=LOSSES)
     label_smoothing: float = setting(
-        "share of preferences thought wrong: sigmoid becomes cDPO, robust needs it",
+        "assumed share of wrong preferences: sigmoid becomes cDPO, robust needs it",
         0.0,
         at_least=0,
         below=0.5,

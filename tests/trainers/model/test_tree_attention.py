@@ -84,13 +84,13 @@ def by_branches(
     batch: Batch, qkv: list[torch.Tensor], window: int | None, softcap: float | None
 ) -> torch.Tensor:
     q, k, v = (x.transpose(1, 2) for x in qkv)
-    nothing = tree_attention.nothing(q.device)
+    mask = tree_attention.empty_mask(q.device)
     return tree_attention_forward(
         module(window),
         q,
         k,
         v,
-        nothing,
+        mask,
         tree=batch.tree,
         scaling=SIZE**-0.5,
         sliding_window=window,
@@ -202,7 +202,7 @@ def test_a_model_is_asked_once_and_told_what_it_lacks(caplog: pytest.LogCaptureF
     keeps = random_model()
     run = keeps.model.forward
     keeps.model.forward = lambda tree=None, **inputs: run(**inputs)
-    assert choose_layout(keeps) == "masked" and "does not hand keyword arguments on" in caplog.text
+    assert choose_layout(keeps) == "masked" and "does not pass keyword arguments on" in caplog.text
     assert keeps.config._attn_implementation == "sdpa", "what does not work is taken back"
 
 
@@ -241,13 +241,13 @@ def test_sequences_are_told_apart_by_positions_where_masks_are_not_followed(
 def test_what_a_tree_cannot_have_is_refused() -> None:
     (batch,) = packed([([2, 3], [4, 5]), ([2, 3], [6, 5])])
     q, k, v = (x.transpose(1, 2) for x in drawn(batch))
-    nothing = tree_attention.nothing(q.device)
+    mask = tree_attention.empty_mask(q.device)
     with pytest.raises(NotImplementedError, match="s_aux"):
         tree_attention_forward(
-            module(None), q, k, v, nothing, tree=batch.tree, s_aux=torch.zeros(HEADS)
+            module(None), q, k, v, mask, tree=batch.tree, s_aux=torch.zeros(HEADS)
         )
     with pytest.raises(NotImplementedError, match="a window that the layer was not given"):
-        tree_attention_forward(module(4), q, k, v, nothing, tree=batch.tree)
+        tree_attention_forward(module(4), q, k, v, mask, tree=batch.tree)
     linear = random_model("qwen2")
     linear.config.layer_types = ["linear_attention", "full_attention"]
     assert "it has layers of linear_attention" in layouts._tried(linear)[1]

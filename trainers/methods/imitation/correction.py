@@ -57,19 +57,19 @@ class CorrectionConfig(Settings):
         "agents whose turns are corrected, in this order; empty: all that learn", factory=list
     )
     feedback_agent: dict | str | None = setting(
-        "who gives feedback and knows the answer: fields of AgentSpec (policy, prompt, sampling);"
-        " the bare base if empty",
+        "the agent that gives feedback and sees the answer: fields of AgentSpec (policy, prompt,"
+        " sampling); the bare base if empty",
         factory=dict,
     )
     max_feedback: int = setting("tries of feedback per failed turn", 1, at_least=1)
     max_regenerations: int = setting("tries to regenerate the turn per feedback", 1, at_least=1)
     feedback: str = setting(
-        "template: what the feedback agent is told; empty: no feedback, the turn is only said anew",
+        "template: prompt of the feedback agent; empty: no feedback, the turn is only resampled",
         FEEDBACK,
     )
-    regenerate: str = setting("template: what the agent is told to say its turn anew", REGENERATE)
+    regenerate: str = setting("template: prompt to write the turn again", REGENERATE)
     rephrase: str = setting(
-        "template: what the agent is told to hide that it was corrected; empty leaves it out",
+        "template: prompt to rephrase without a trace of the correction; empty leaves it out",
         REPHRASE,
     )
     may_tell_answer: list[str] = setting(

@@ -43,7 +43,10 @@ class CriticConfig(Settings):
         "weight of the KL to the base in the rewards of tokens", 0.0, at_least=0
     )
     cliprange_value: float | None = setting(
-        "a step moves a critic's word by at most this; null is no bound", 0.2, above=0, finite=False
+        "a step moves a critic's value by at most this; null is no bound",
+        0.2,
+        above=0,
+        finite=False,
     )
     value_learning_rate: float = setting(
         "peak learning rate of the critics; 0 takes the policy's", 0.0, at_least=0

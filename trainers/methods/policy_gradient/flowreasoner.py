@@ -72,7 +72,7 @@ class FlowReasonerConfig(RunConfig, CreditConfig, LossConfig, SelectionConfig, I
         "learning rate of the warm-up; 0 takes learning_rate", 0.0, at_least=0
     )
     reasoning: str = setting(
-        "how a round before the last one is told in a joined trajectory; fields reply and feedback",
+        "template of a round before the last one in a joined trajectory; fields reply and feedback",
         REASONING,
     )
     reward_weights: dict | str | None = setting(

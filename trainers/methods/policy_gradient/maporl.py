@@ -73,21 +73,23 @@ class MAPoRLConfig(RunConfig, PPOSettings, CreditConfig, CriticConfig, LossConfi
         at_least=1,
     )
     verifier: str = setting(
-        "who scores answers: calculator, module:function,"
+        "scorer of answers: calculator, module:function,"
         " marlora.trainers.methods.reward_model.verifier:trained(FOLDER); empty: the gold answer",
         "",
     )
     feedback: bool = setting(
-        "members are told the verifier's score of every answer in words, from the second round on",
+        "members read the verifier's score of every answer in words, from the second round on",
         False,
     )
     horizon: str = setting(
-        "what an answer is worth: discounted_sum, last or current (see"
+        "reward of an answer: discounted_sum, last or current (see"
         " trainers/credit/reward_shaping.py)",
         "discounted_sum",
         choices=HORIZONS,
     )
-    share: str = setting("whose later answers count: all or individual", "all", choices=SHARES)
+    share: str = setting(
+        "later answers that count: all members' or individual ones", "all", choices=SHARES
+    )
     influence_discount: float = setting(
         "discounted_sum: factor per round", 0.3, at_least=0, at_most=1
     )
@@ -100,7 +102,8 @@ class MAPoRLConfig(RunConfig, PPOSettings, CreditConfig, CriticConfig, LossConfi
     )
     penalty: float = setting("score of an invalid answer", -1.0)
     share_penalty: bool = setting(
-        "it enters the sums of everybody's earlier answers too, as in the authors' code", False
+        "the penalty enters the sums of all members' earlier answers too, as in the authors' code",
+        False,
     )
     min_words: int = setting("an answer of fewer words and signs is invalid", 0, at_least=0)
     repeats: int = setting(

@@ -47,7 +47,7 @@ class PreferenceConfig(RunConfig, PairConfig, PairLearnerConfig, TrainerChoice):
         "sampling: drafts played for every task of a step; equal ones count once", 4, at_least=1
     )
     best_of: int = setting(
-        "also tell what the untrained team reaches if the best of this many episodes counts; 0"
+        "also report what the untrained team reaches if the best of this many episodes counts; 0"
         " does not",
         0,
         at_least=0,
