@@ -1,0 +1,179 @@
+"""The transcript: replay of recorded turns and decisions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from marlora.agents.patterns.debate import Debate
+from marlora.agents.team import Team
+from marlora.agents.testing import fake_team
+from marlora.agents.transcript import Transcript
+from marlora.agents.types import (
+    AgentSpec,
+    Call,
+    Completion,
+    Decision,
+    LimitError,
+    Message,
+    ReplayError,
+    Sampling,
+    SettingError,
+    Task,
+    Turn,
+    from_json,
+    to_json,
+)
+from tests.agents.teams import run, slow_team
+
+# --- replay
+
+
+DEBATE = Debate(["a", "b", "c"], rounds=2)
+TASK = Task("t", "2+2?")
+
+
+def debate(answers: str, **settings: Any) -> tuple[str, Team]:
+    given = iter(answers)
+    team = fake_team(DEBATE.specs, lambda agent, messages: next(given), **settings)
+    return asyncio.run(DEBATE.run(TASK, team)), team
+
+
+def test_all_turns_given_reproduce_the_episode_without_a_call() -> None:
+    output, team = debate("445544")
+    stored = [from_json(Turn, json.loads(json.dumps(to_json(turn)))) for turn in team.turns]
+    again, replayed = debate("", given=stored)
+    assert (again, replayed.turns) == (output, team.turns)
+
+
+def test_some_turns_given_and_the_rest_live() -> None:
+    _, team = debate("445544")
+    output, replayed = debate("999", given=team.turns[:3])
+    assert output == "9" and replayed.turns[:3] == team.turns[:3]
+    assert [turn.text for turn in replayed.turns[3:]] == ["9"] * 3
+    assert [turn.sampling for turn in replayed.turns] == [turn.sampling for turn in team.turns]
+
+
+def test_replace_answers_instead_and_the_rest_follows() -> None:
+    _, team = debate("445544")
+    _, replayed = debate("777", given=team.turns[:3], replace={1: Completion("8")})
+    assert [(t.text, t.source) for t in replayed.turns[:3]] == [
+        ("4", "sampled"),
+        ("8", "written"),
+        ("5", "sampled"),
+    ]
+    assert "[b] 8" in replayed.turns[3].messages[-1].content
+    _, replayed = debate("77777", replace={0: Completion("8", token_ids=(8,), logprobs=(0.0,))})
+    assert replayed.turns[0].source == "sampled"
+
+
+def test_a_diverging_system_is_noticed() -> None:
+    _, team = debate("445544")
+    with pytest.raises(
+        ReplayError,
+        match=r"turn 3: the system now asks 'a' something else .* before the first change",
+    ):
+        debate("", given=team.turns, replace={1: Completion("8")})
+    other = fake_team(["b", "a"], lambda agent, messages: "x", given=team.turns)
+    with pytest.raises(ReplayError, match="turn 0: the system now asks 'b'"):
+        run(lambda: other["b"].reply("2+2?"))
+
+
+def test_siblings_are_replayed_and_chosen_again() -> None:
+    team, _ = slow_team("a", [0])
+    run(lambda: team["a"].reply("x", n=3, choose=lambda turns: 2))
+    replayed, calls = slow_team("a", [0], given=team.turns)
+    assert run(lambda: replayed["a"].reply("x", n=3, choose=lambda turns: 2)).text == "0.2"
+    assert replayed.turns == team.turns and calls == []
+    changed, _ = slow_team("a", [0], given=team.turns)
+    with pytest.raises(
+        ReplayError, match="turn 0: the system now asks for 2 answers, the recording has 3"
+    ):
+        run(lambda: changed["a"].reply("x", n=2))
+
+
+# --- decisions
+
+
+def test_decisions_follow_their_logits() -> None:
+    values = {"edge": {"yes": math.log(3.0)}}  # against "no" at 0: three to one
+    picks = []
+    for seed in range(400):
+        team = fake_team(["a"], lambda agent, messages: "", seed=seed, values=values)
+        picks.append(team.decide("edge", ["yes", "no"]))
+        assert team.decisions[0].logprob == pytest.approx(
+            math.log(0.75 if picks[-1] == "yes" else 0.25)
+        )
+    assert 265 <= Counter(picks)["yes"] <= 335  # 300, 4 standard deviations
+    team = fake_team(["a"], lambda agent, messages: "")
+    team.decide("free", ["x", "y", "z", "w"])
+    assert team.decisions[0].logprob == pytest.approx(math.log(0.25))
+
+
+def test_large_logits_do_not_overflow() -> None:
+    team = fake_team(
+        ["a"], lambda agent, messages: "", values={"edge": {"yes": 5000.0, "no": -5000.0}}
+    )
+    assert team.decide("edge", ["no", "yes"]) == "yes" and team.decisions[0].logprob == 0.0
+
+
+def test_decisions_are_replayed() -> None:
+    recorded = [
+        Decision(0, "edge", ("yes", "no"), "no", 0.0),
+        Decision(1, "edge", ("yes", "no"), "yes", 0.0),
+    ]
+    for seed in range(10):
+        team = fake_team(["a"], lambda agent, messages: "", seed=seed, decisions=recorded)
+        assert [team.decide("edge", ["yes", "no"]) for _ in recorded] == ["no", "yes"]
+    team = fake_team(["a"], lambda agent, messages: "", decisions=recorded)
+    with pytest.raises(ReplayError, match="decision 0: the system now decides 'model'"):
+        team.decide("model", ["yes", "no"])
+    with pytest.raises(SettingError, match="at least one option"):
+        fake_team(["a"], lambda agent, messages: "").decide("edge", [])
+
+
+# --- alone, without a team
+
+
+def test_calls_are_numbered_and_selected_without_a_team() -> None:
+    transcript = Transcript(seed=3, max_turns=2)
+    first, second = transcript.reserve(1), transcript.reserve(1)
+    with pytest.raises(LimitError, match="turn 2; max_turns is 2"):
+        transcript.reserve(1)
+
+    async def complete(call: Call) -> list[Completion]:
+        return [Completion(f"{call.index}.{k}") for k in range(call.n)]
+
+    async def play() -> None:
+        for index in (second, first):
+            call = Call(index, AgentSpec("a"), (Message("user", "x"),), Sampling(), n=2)
+            await transcript.record(call, complete, reads=(7,), saw_gold=index == first)
+
+    run(play)
+    assert [(t.text, t.taken, t.reads, t.saw_gold) for t in transcript.turns] == [
+        ("0.0", True, (7,), True),
+        ("0.1", False, (7,), True),
+        ("1.0", True, (7,), False),
+        ("1.1", False, (7,), False),
+    ]
+    transcript.select(transcript.siblings(transcript.turns[0])[1])
+    assert [t.taken for t in transcript.siblings(transcript.turns[0])] == [False, True]
+
+
+def test_a_replacement_comes_before_a_recorded_turn() -> None:
+    recorded = Turn(0, "a", (Message("user", "x"),), text="old")
+    call = Call(0, AgentSpec("a"), recorded.messages, Sampling())
+
+    async def nothing(call: Call) -> list[Completion]:
+        raise AssertionError("nothing is sampled in a replay")
+
+    again = Transcript(given=[recorded])
+    assert run(lambda: again.record(call, nothing)).text == "old"
+    changed = Transcript(given=[recorded], replace={0: Completion("new")})
+    turn = run(lambda: changed.record(call, nothing))
+    assert (turn.text, turn.source) == ("new", "written")
