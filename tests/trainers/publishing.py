@@ -119,7 +119,7 @@ async def published(
         await publisher.publish(number, adapters.trainable)
         made = len(publisher.records)
         try:
-            assert await publisher.prove(number, found) == publisher.records[made:]
+            assert await publisher.verify(number, found) == publisher.records[made:]
         except WeightMismatch as error:
             failed = [proof for proof in publisher.records[made:] if proof.status == "failed"]
             assert failed and all(

@@ -51,7 +51,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "speak": (EngineCompleter, "__call__"),
     "learn": (learner.Learner, "learn"),
     "publish": (publisher.Publisher, "publish"),
-    "prove": (publisher.Publisher, "prove"),
+    "prove": (publisher.Publisher, "verify"),
     "metrics": (run_folder, "append_row"),
     "optimizer file": (checkpoint, "write_tensors"),
     "rename": (Path, "rename"),

@@ -174,7 +174,7 @@ async def _lap(
     )
     spoke = time.perf_counter()
     trainer.clear()
-    proofs = await publisher.prove(step, probes, final=True)  # a failed proof raises
+    proofs = await publisher.verify(step, probes, final=True)  # a failed proof raises
     proven = time.perf_counter()
     if len(proofs) != len(POLICIES) or any(proof.status != "passed" for proof in proofs):
         raise RunError(f"bench publish: a proof did not pass ({proofs}); no time is given")
@@ -234,7 +234,7 @@ def _sample(policy: str, number: int, reply: Completion) -> TrainingSequence:
 def _timed(publisher: Publisher) -> list[float]:
     """The seconds of every forward pass of the trainer's that the publisher will ask for."""
     seconds: list[float] = []
-    ask = publisher.prover.forward
+    ask = publisher.verifier.forward
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -242,5 +242,5 @@ def _timed(publisher: Publisher) -> list[float]:
         seconds.append(time.perf_counter() - start)
         return scores
 
-    publisher.prover.forward = timed
+    publisher.verifier.forward = timed
     return seconds

@@ -68,14 +68,14 @@ class CollectedStep:
 
 def by_length(episodes: Sequence[Episode]) -> dict[str, dict[str, int]]:
     """{agent: {"<=64": episodes in which it sampled 33 to 64 tokens, ...}}."""
-    found: dict[str, Counter[int]] = {}
+    lengths: dict[str, Counter[int]] = {}
     for episode in episodes:
         for agent in dict.fromkeys(turn.agent for turn in episode.turns):
             sampled = sum(len(turn.token_ids) for turn in episode.turns if turn.agent == agent)
-            found.setdefault(agent, Counter())[1 << max(sampled - 1, 0).bit_length()] += 1
+            lengths.setdefault(agent, Counter())[1 << max(sampled - 1, 0).bit_length()] += 1
     return {
         agent: {f"<={size}": counts[size] for size in sorted(counts)}
-        for agent, counts in sorted(found.items())
+        for agent, counts in sorted(lengths.items())
     }
 
 
@@ -95,7 +95,7 @@ class AsyncCollector:
         tasks_of: the tasks of a step.
         begin: (label, planned episodes, versions, semaphore, oversample) -> the rollouts at work.
         deterministic: do the engines repeat themselves to the last bit?
-        warn: told of stored episodes that were played anew.
+        warn: is given a line about stored episodes that were played anew.
         stop: ends the wait for a step.
     """
 

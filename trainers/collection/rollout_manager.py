@@ -268,7 +268,7 @@ class RolloutManager:
 
         `oversample`: so many of each task are more than is needed, and the slowest are dropped.
         """
-        plan, episodes = known.plan, dict(known.found)
+        plan, episodes = known.plan, dict(known.stored)
         todo = [request for request in plan if request.id not in episodes]
         if todo and self.engines.deterministic and not oversample:
             # Played alone, the missing ones would be decoded in other batches: right, but not to
@@ -331,7 +331,7 @@ def _needed(known: PlannedEpisodes, oversample: int) -> dict[str, int]:
     """By group, how many of its episodes have still to end well."""
     ended = Counter(
         episode.group
-        for episode in known.found.values()
+        for episode in known.stored.values()
         if episode.parent is None and episode.error is None
     )
     return {

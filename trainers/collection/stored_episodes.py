@@ -19,11 +19,11 @@ from .task_order import tasks_of
 
 @dataclass(frozen=True)
 class PlannedEpisodes:
-    """Episodes to play, and those of them that are stored already, with their children, by id.
-    `dropped`: stored, but by a team version that does not fit."""
+    """Episodes to play (`plan`), and those of them that are `stored` already, with their children,
+    by id. `dropped`: stored, but by a team version that does not fit."""
 
     plan: list[EpisodeRequest]
-    found: dict[str, Episode]
+    stored: dict[str, Episode]
     dropped: list[Episode]
 
 
@@ -53,23 +53,23 @@ def find_stored(
         spent = known & {job.id for job in plan}
         if not spent:
             return PlannedEpisodes(plan, {}, dropped)
-        found = {episode.id: episode for episode in store.read(id=spent)}
-        fitting = all(map(fits, found.values()))
-        if fitting and not all(map(unscorable, found.values())):
-            return PlannedEpisodes(plan, found | _children(store, spent), dropped)
-        dropped += [] if fitting else found.values()
+        episodes = {episode.id: episode for episode in store.read(id=spent)}
+        fitting = all(map(fits, episodes.values()))
+        if fitting and not all(map(unscorable, episodes.values())):
+            return PlannedEpisodes(plan, episodes | _children(store, spent), dropped)
+        dropped += [] if fitting else episodes.values()
     raise AssertionError("count() does not end")
 
 
 def _children(store: Store, parents: Collection[str]) -> dict[str, Episode]:
     """All that the episodes of these ids played as children, and these in turn."""
-    found = {episode.id: episode for episode in store.read(parent=parents)}
-    return found | _children(store, found.keys()) if found else {}
+    children = {episode.id: episode for episode in store.read(parent=parents)}
+    return children | _children(store, children.keys()) if children else {}
 
 
 def training(store: Store) -> list[Episode]:
     """The episodes of a store that may be learnt from: evaluations are stored beside them and stay
-    held out, as do repairs, which were told the answer."""
+    held out, as do corrections, which saw the answer."""
     unused = ("eval", CORRECTION_SPLIT)
     return [e for e in store if e.split not in unused and not e.group.startswith("eval-")]
 

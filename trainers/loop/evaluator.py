@@ -19,7 +19,7 @@ class Evaluator:
         tasks: the held-out tasks.
         metric: the reward whose mean is the accuracy.
         rollouts: plays them, or finds them stored.
-        log: where results are told.
+        log: where results are shown.
 
     `results`: summaries by label. `best`: (accuracy, checkpoint) of the best evaluation of the
     adapters in force.

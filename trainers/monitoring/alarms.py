@@ -3,7 +3,7 @@ clipped, replies cut off, no signal.
 
 The engine's log-probs differ from the trainer's even with equal weights (bfloat16, kernels, batch
 sizes). How far is measured on the first step, where both hold the same weights; alarms compare with
-that. What is too much for noise there is told at once.
+that. What is too much for noise there is warned of at once.
 """
 
 from __future__ import annotations

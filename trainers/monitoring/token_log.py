@@ -86,10 +86,10 @@ def turns_of(
 ) -> Iterator[tuple[int, list[int], list[float], list[float]]]:
     """(turn index, its token ids, advantages, ratios) of every trained turn of a sample."""
     trained = [n for n, mask in enumerate(sample.mask) if mask]
-    found: dict[int, list[tuple[int, float]]] = {}
+    by_turn: dict[int, list[tuple[int, float]]] = {}
     for n, ratio in zip(trained, ratios, strict=True):
-        found.setdefault(sample.sequence[n], []).append((n, ratio))
-    for turn, places in found.items():
+        by_turn.setdefault(sample.sequence[n], []).append((n, ratio))
+    for turn, places in by_turn.items():
         yield (
             turn,
             [sample.ids[n] for n, _ in places],

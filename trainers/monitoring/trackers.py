@@ -17,7 +17,7 @@ PROJECT = "marlora"
 
 
 class Trackers:
-    """Open trackers of one run. `config`: its settings, told once."""
+    """Open trackers of one run. `config`: its settings, logged once."""
 
     def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> None:
         self.open: list[Any] = []

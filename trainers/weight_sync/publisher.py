@@ -31,7 +31,8 @@ KEEP_VERSIONS = 3  # folders of retired versions kept per policy, beyond what an
 class Publisher:
     """Keeps the team version in force.
 
-    `root` is where version folders live; `versions` maps policy to version; `prover` proves them.
+    `root` is where version folders live; `versions` maps policy to version; `verifier` compares
+    served and trained ones.
     `earlier`: those of the checkpoint a run was resumed from; an adapter that is still the same
     gets its name back. `forward`: the trainer's own log-probs, as `trainer_logprobs` gives them.
     """
@@ -52,14 +53,14 @@ class Publisher:
         self.versions: dict[str, str] = {}
         self.records: list[VerificationRecord] = []
         self.unproven: set[str] = set()
-        self.asked = False  # whether `prove` was ever called
+        self.asked = False  # whether `verify` was ever called
         self._loaded: dict[
             str, tuple[str, str]
         ] = {}  # version -> (policy, hash of its tensors), of those not yet retired
         self._held: Counter[str] = Counter()
         self._holding = threading.Lock()
         self._retired: list[Path] = []
-        self.prover = WeightVerifier(
+        self.verifier = WeightVerifier(
             self.root,
             adapters,
             engine,
@@ -95,7 +96,7 @@ class Publisher:
 
     async def publish(self, step: int, policies: Sequence[str]) -> dict[str, str]:
         """Load the adapters that changed on every replica and flip the team version. Prove them
-        with `prove` before they are trusted."""
+        with `verify` before they are trusted."""
         new: dict[str, Path] = {}
         for policy in policies:
             digest = self.adapters.sha256(policy)
@@ -184,7 +185,7 @@ class Publisher:
 
     # live proof
 
-    async def prove(
+    async def verify(
         self, step: int, probes_of: Mapping[str, Sequence[Probe]], *, final: bool = False
     ) -> list[VerificationRecord]:
         """Prove every version published since the last proof, on every replica. Raises
@@ -196,10 +197,10 @@ class Publisher:
         if not final and step % self.proof_every and step > 1:
             return []
         policies = sorted(self.unproven)
-        found = await gather(
-            self.prover.prove(step, p, self.versions[p], probes_of.get(p, ())) for p in policies
+        results = await gather(
+            self.verifier.verify(step, p, self.versions[p], probes_of.get(p, ())) for p in policies
         )
-        for policy, mine in zip(policies, found, strict=True):
+        for policy, mine in zip(policies, results, strict=True):
             looked_at = {proof.replica for proof in mine} >= set(
                 self.engine.info().replicas
             )  # none was lost and is back unseen
@@ -209,14 +210,14 @@ class Publisher:
                 and (mine[-1].status != "untrained" or not self.adapters.is_trained(policy))
             ):
                 self.unproven.discard(policy)
-        made = [proof for mine in found for proof in mine]
-        self.records += made
-        failed = [proof for proof in made if proof.status == "failed"]
+        records = [proof for mine in results for proof in mine]
+        self.records += records
+        failed = [proof for proof in records if proof.status == "failed"]
         if failed:
             raise WeightMismatch(
                 "; ".join(f"{p.version} on {p.replica}: {p.reason}" for p in failed)
             )
-        return made
+        return records
 
     def summary(self) -> dict[str, float | int]:
         """Counts for `summary.json`."""

@@ -152,7 +152,7 @@ class WeightSync:
                 for policy in self.learner.bases[name].policies
             }
             try:
-                records = self._perform(publisher.prove(step, turns, final=final or start))
+                records = self._perform(publisher.verify(step, turns, final=final or start))
             finally:
                 self.record([r for p in self.publishers.values() for r in p.to_json()])
             self.verified |= {

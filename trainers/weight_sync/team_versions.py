@@ -46,17 +46,17 @@ class TeamVersions:
     def age(self, episode: Episode) -> int | None:
         """How many versions behind an episode is, were it learnt from now. None: more than the
         bound, or never in force here."""
-        found = [
+        steps = [
             step
             for step, version in self.of.items()
             if spoken(version, episode) == episode.team_version
         ]
-        return max(self.of) - max(found) if found else None
+        return max(self.of) - max(steps) if steps else None
 
     def ages(self, episodes: Iterable[Episode]) -> list[int]:
         """The age of each episode. Raises `RunError` for one beyond the bound, or with a turn that
         its version did not speak."""
-        found = []
+        ages = []
         for episode in episodes:
             age = self.age(episode)
             if age is None or age > self.bound:
@@ -82,8 +82,8 @@ class TeamVersions:
                             else "an episode keeps its version"
                         )
                     )
-            found.append(age)
-        return found
+            ages.append(age)
+        return ages
 
 
 def spoken(version: Mapping[str, str], episode: Episode) -> dict[str, str]:

@@ -13,7 +13,7 @@
    neither prefix cache nor penalties.
 
 How small is small follows the noise, measured with every adapter off when a replica is first
-proven: where engine and trainer agree to six digits, the version of one step ago is told apart even
+verified: where engine and trainer agree to six digits, the version of one step ago differs even
 after a hundred steps. While B is zero there is nothing to compare and the record says `untrained`.
 The trainer's forward passes run beside the engine's work, one at a time, in a thread.
 """
@@ -134,7 +134,7 @@ class WeightVerifier:
         )
         self._coarse = int(served != torch.float32 or trained != torch.float32)
 
-    async def prove(
+    async def verify(
         self, step: int, policy: str, version: str, probes: Sequence[Probe]
     ) -> list[VerificationRecord]:
         """The proof of a version on every replica that is there."""
@@ -374,7 +374,7 @@ async def _finished(work: Awaitable[T]) -> T:
 
 
 async def _unless_lost(work: Awaitable[T]) -> T | None:
-    """None if the replica is lost: the engine has told, and lets it come back only with the
+    """None if the replica is lost: the engine has reported it, and lets it come back only with the
     adapters it should have."""
     try:
         return await work

@@ -217,15 +217,15 @@ def test_the_episodes_of_other_adapters_have_spent_their_ids(model: Path, tmp_pa
                 lambda episode: episode.team_version == version,
             )
 
-        assert recalled({}).found == {}
+        assert recalled({}).stored == {}
         played = run.rollouts.collect(1)
         known = recalled({})
-        assert [job.id for job in known.plan] == [e.id for e in played] and known.found.keys() == {
+        assert [job.id for job in known.plan] == [e.id for e in played] and known.stored.keys() == {
             e.id for e in played
         }
         assert known.dropped == []
         known = recalled({"first": "first-v0-other"})
-        assert known.found == {} and all(job.id.startswith("train-000001.1/") for job in known.plan)
+        assert known.stored == {} and all(job.id.startswith("train-000001.1/") for job in known.plan)
         assert {e.id for e in known.dropped} == {e.id for e in played}, (
             "told, since they are not learnt from"
         )

@@ -298,12 +298,12 @@ def test_a_replica_that_was_lost_for_a_moment_is_proven_next_time(model: Path, t
         publisher = Publisher(tmp_path, adapters, both)
         await publisher.publish(1, ["solver"])
         found = await play(both, publisher)
-        assert [(proof.replica, proof.status) for proof in await publisher.prove(1, found)] == [
+        assert [(proof.replica, proof.status) for proof in await publisher.verify(1, found)] == [
             ("a", "passed")
         ]
         assert publisher.unproven == {"solver"}
-        made = await publisher.prove(2, found)
-        assert publisher.unproven == set() and await publisher.prove(3, found) == []
+        made = await publisher.verify(2, found)
+        assert publisher.unproven == set() and await publisher.verify(3, found) == []
         return made
 
     assert [(proof.replica, proof.status) for proof in with_engine(model, work)] == [
@@ -342,7 +342,7 @@ def test_a_proof_that_is_called_off_leaves_no_twin_behind(model: Path, tmp_path:
         engine = Slow(true)
         publisher = Publisher(tmp_path, adapters, engine)
         await publisher.publish(1, adapters.trainable)
-        proving = asyncio.ensure_future(publisher.prove(1, await play(engine, publisher)))
+        proving = asyncio.ensure_future(publisher.verify(1, await play(engine, publisher)))
         await engine.loading.wait()
         proving.cancel()
         await asyncio.sleep(0.05)
@@ -402,19 +402,19 @@ def test_untrained_then_trained_and_frozen_ones_once(model: Path, tmp_path: Path
         publisher = Publisher(tmp_path, adapters, engine)
         first = await publisher.publish(0, adapters.trainable)
         found = await play(engine, publisher)
-        await publisher.prove(0, found)
+        await publisher.verify(0, found)
         assert await publisher.publish(1, adapters.trainable) == first
-        assert await publisher.prove(1, found) == []
+        assert await publisher.verify(1, found) == []
         learner.step()
         second = await publisher.publish(2, adapters.trainable)
         assert second == {
             "reviewer": first["reviewer"],
             "solver": f"solver-v2-{adapters.sha256('solver')[:8]}",
         }
-        await publisher.prove(2, {"solver": []})
+        await publisher.verify(2, {"solver": []})
         assert publisher.records[-1].reason == "no turn of this policy to compare yet"
-        await publisher.prove(3, found)
-        assert await publisher.prove(4, found) == []
+        await publisher.verify(3, found)
+        assert await publisher.verify(4, found) == []
         return publisher.records
 
     records = with_engine(model, work)
@@ -439,7 +439,7 @@ def test_a_frozen_adapter_that_came_trained_is_proven(model: Path, tmp_path: Pat
     async def work(engine: TransformersEngine) -> list[VerificationRecord]:
         publisher = Publisher(tmp_path / "versions", adapters, engine)
         await publisher.publish(0, ["solver"])
-        return await publisher.prove(0, await play(engine, publisher))
+        return await publisher.verify(0, await play(engine, publisher))
 
     (proof,) = with_engine(model, work)
     assert proof.status == "passed" and proof.residual < 1e-4
@@ -455,8 +455,8 @@ def test_summary_and_how_often(model: Path, tmp_path: Path):
             learner.step()
             await publisher.publish(step, ["solver"])
             found = await play(engine, publisher)
-            await publisher.prove(step, found)
-        await publisher.prove(5, found, final=True)
+            await publisher.verify(step, found)
+        await publisher.verify(5, found, final=True)
         return publisher
 
     publisher = with_engine(model, work)
@@ -499,7 +499,7 @@ def test_a_proof_leaves_the_trainer_as_it_was(model: Path, tmp_path: Path):
         await publisher.publish(1, adapters.trainable)
         found = await play(engine, publisher)
         seen.append(state())
-        await publisher.prove(1, found)
+        await publisher.verify(1, found)
         seen.append(state())
 
     with_engine(model, work)
@@ -648,7 +648,7 @@ def test_a_later_proof_asks_for_no_more_than_it_needs(model: Path, tmp_path: Pat
                 assert engine.scored.count("base") == len(PROMPTS), "not once for every policy"
                 passes.clear()
                 engine.scored.clear()
-            assert [proof.status for proof in await publisher.prove(step, found)] == [
+            assert [proof.status for proof in await publisher.verify(step, found)] == [
                 "passed",
                 "passed",
             ]
@@ -689,7 +689,7 @@ def test_a_proof_that_is_called_off_waits_for_the_pass_under_way(model: Path, tm
         publisher = Publisher(tmp_path, adapters, engine, forward=forward)
         learner.step()
         await publisher.publish(1, adapters.trainable)
-        proving = asyncio.ensure_future(publisher.prove(1, await play(engine, publisher)))
+        proving = asyncio.ensure_future(publisher.verify(1, await play(engine, publisher)))
         assert await asyncio.to_thread(begun.wait, 60)
         proving.cancel()
         await asyncio.sleep(0.05)

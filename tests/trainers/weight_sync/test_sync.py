@@ -30,7 +30,7 @@ class FakePublisher:
         self.versions = {policy: f"{policy}-v{step}" for policy in policies}
         return self.versions
 
-    async def prove(
+    async def verify(
         self, step: int, probes_of: Mapping[str, Any], *, final: bool
     ) -> list[VerificationRecord]:
         self.calls.append(f"verify {step}{' now' if final else ''}")

@@ -195,7 +195,7 @@ def test_a_version_that_is_learnt_again_is_no_leftover(model: Path, tmp_path: Pa
         publisher = Publisher(tmp_path, adapters, engine)
         publisher.remove_leftovers()
         assert (await publisher.publish(1, ["solver"]))["solver"] == name
-        async with publisher.prover._twin("solver", name, 2.0) as twin:
+        async with publisher.verifier._twin("solver", name, 2.0) as twin:
             assert (tmp_path / twin / WEIGHTS).is_file()
         assert (tmp_path / name / WEIGHTS).is_file()
 
