@@ -33,28 +33,29 @@ from marlora.trainers.model.local_models import local_model
 from marlora.trainers.testbeds.pretraining import one_thread
 from marlora.trainers.update.losses.policy_gradient import policy_loss
 from marlora.trainers.update.optimizer_step import Optimizers, update
+from marlora.trainers.weight_sync.log_prob_gaps import minus, norm
 from marlora.trainers.weight_sync.probes import Probe, probes
 from marlora.trainers.weight_sync.publisher import Publisher
-from marlora.trainers.weight_sync.verification import WeightVerifier, _minus, _norm
+from marlora.trainers.weight_sync.verification import WeightVerifier
 
 FROM_RUN = ("loss_type", "epsilon_high", "credit", "tokens_per_batch")
 STEPS = 3
 
 
 async def residuals(
-    prover: WeightVerifier, policy: str, versions: list[str], windows: list[Probe]
+    verifier: WeightVerifier, policy: str, versions: list[str], windows: list[Probe]
 ) -> list[float]:
     """Of the adapter that the trainer has, against each of these versions as served."""
     asked = [probe.window for probe in windows]
-    base = await prover._trained(asked, BASE)
-    factor, trained = await prover._amplify(policy, asked, base)
+    base = await verifier._trained(asked, BASE)
+    factor, trained = await verifier._amplify(policy, asked, base)
     residuals = []
     for version in versions:
-        async with prover._twin(policy, version, factor) as twin:
-            served = await prover._scores(
-                asked, ModelRef(policy, twin), prover.engine.info().replicas[0]
+        async with verifier._twin(policy, version, factor) as twin:
+            served = await verifier._scores(
+                asked, ModelRef(policy, twin), verifier.engine.info().replicas[0]
             )
-        residuals.append(_norm(_minus(served, trained)) / _norm(_minus(trained, base)))
+        residuals.append(norm(minus(served, trained)) / norm(minus(trained, base)))
     return residuals
 
 
@@ -81,7 +82,7 @@ async def measure(
             if step > 1:
                 windows = probes(episodes[step], {n: [n] for n in names}, name)
                 row = await residuals(
-                    publisher.prover,
+                    publisher.verifier,
                     name,
                     [versions[name], earlier[name], versions[other]],
                     windows,
