@@ -1,4 +1,4 @@
-"""The tables of `marlora eval`, once as plain text and once as Markdown."""
+"""Tables of `marlora eval` as plain text and as Markdown."""
 
 from __future__ import annotations
 

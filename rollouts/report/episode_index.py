@@ -1,5 +1,5 @@
-"""Episodes for the report's browser: a row for each, and the whole of those that tell most, as JSON
-that is small.
+"""Episode index of the report: a row for each episode, and the whole text of a selection, as
+compact JSON.
 
 Every text stands once in `strings` and is named by its number: prompts of a run are mostly the
 same. A large run is sampled: first what failed, then best and worst of every step and evaluation,
@@ -23,7 +23,7 @@ from ..types import Episode
 from .html import visible
 
 MAX_ROWS = 20_000  # episodes with a row in the list
-MAX_EPISODES = 2_000  # of them with all that was said
+MAX_EPISODES = 2_000  # of them with their whole text
 MAX_BYTES = 12 << 20  # of that, as JSON
 EVALUATIONS = ("eval-before", "eval-after", "eval-step-")  # labels of the whole team's
 EACH = 3  # best and worst of every step and evaluation
@@ -35,7 +35,7 @@ Pieces = Callable[
 
 @dataclass
 class EpisodeRow:
-    """What the list says of an episode, read without unpacking its turns."""
+    """An episode in the list of the report, read without unpacking its turns."""
 
     id: str
     label: str
@@ -46,7 +46,7 @@ class EpisodeRow:
     rewards: Mapping[str, float | None]
     agents: tuple[str, ...]
     tokens: int
-    # f failed, u unscorable, c a reply was cut off, m several siblings, g somebody saw the answer,
+    # f failed, u unscorable, c a reply was cut off, m several siblings, g an agent saw the answer,
     # k a child of another
     marks: str
 
@@ -62,7 +62,7 @@ class EpisodeRow:
 
     @property
     def follows(self) -> bool:
-        """Was it played on behalf of another episode, such as one that is being mended?"""
+        """Was it played on behalf of another episode, such as one that is being corrected?"""
         return "k" in self.marks
 
 
@@ -105,7 +105,8 @@ def rows(store: Store, metric: str) -> list[EpisodeRow]:
 
 
 def most_telling(rows: Sequence[EpisodeRow], limit: int) -> list[EpisodeRow]:
-    """The rows whose episodes tell most, most telling first; at most `limit`."""
+    """At most `limit` rows whose whole text the page holds: first failed and unscorable ones, then
+    best and worst of every step and evaluation, then an even draw."""
     order: dict[str, EpisodeRow] = {
         row.id: row for row in [r for r in rows if "f" in r.marks or "u" in r.marks][: limit // 4]
     }
@@ -144,7 +145,7 @@ class EpisodeIndex:
     def add(
         self, run: Path, name: str, rows: Sequence[EpisodeRow], max_episodes: int = MAX_EPISODES
     ) -> None:
-        """A run's rows and the episodes chosen among them."""
+        """Add a run's rows, and the whole text of at most `max_episodes` of its episodes."""
         number, store = len(self.runs), Store(run / "episodes")
         listed = rows if len(rows) <= MAX_ROWS else even(rows, MAX_ROWS)
         ids = {row.id for row in most_telling(listed, max_episodes)}
@@ -176,7 +177,7 @@ class EpisodeIndex:
         )
 
     def text(self, value: Any, limit: int = 8000) -> int:
-        """The number of a text, which is put down once."""
+        """The number of a text, which is stored once."""
         return self.strings.setdefault(visible(str(value), limit), len(self.strings))
 
     def pack(
@@ -264,7 +265,7 @@ def crc(ids: Iterable[int]) -> int:
 
 
 def read_learned(path: Path, ids: set[str]) -> dict[str, dict[tuple[int, int], dict[str, Any]]]:
-    """What training made of each turn: {episode: {(turn, checksum of its tokens): advantage and
+    """The token log of each turn: {episode: {(turn, checksum of its tokens): advantage and
     ratios}}. See `trainers/monitoring/token_log.py`."""
     turns: dict[str, dict[tuple[int, int], dict[str, Any]]] = defaultdict(dict)
     for data in json_lines(path):

@@ -1,5 +1,5 @@
-"""Pieces of an HTML page: escaped text, numbers, tables, and the document with its policy (CSP). No
-style attributes, nothing fetched."""
+"""HTML building blocks of the report: escaped text, numbers, tables, and the document with its
+policy (CSP). No style attributes, nothing fetched."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def digest(source: str) -> str:
 
 
 def inert(source: str) -> str:
-    """JSON that no HTML parser takes for markup: what it would look at is written as an escape."""
+    """JSON that no HTML parser takes for markup: the characters it would look at are escaped."""
     for char in "<>&\u2028\u2029":
         source = source.replace(char, f"\\u{ord(char):04x}")
     return source

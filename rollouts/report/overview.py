@@ -62,8 +62,8 @@ def change(paired: Mapping[str, Any]) -> str:
 
 
 def examples(rows: Sequence[EpisodeRow]) -> list[tuple[str, EpisodeRow]]:
-    """Up to three episodes of the last evaluation of the whole team: one that training mended, one
-    that it broke, one that is still wrong."""
+    """Up to three episodes of the last evaluation of the whole team: one that training corrected,
+    one that it broke, one that is still wrong."""
     labels = list(dict.fromkeys(r.label for r in rows if r.evaluates_team))
     if len(labels) < 2:
         return []
@@ -75,7 +75,7 @@ def examples(rows: Sequence[EpisodeRow]) -> list[tuple[str, EpisodeRow]]:
     ]
     best = max((row.worth or 0.0 for row, _ in after), default=0.0)
     kinds = (
-        ("an episode that training mended", [r for r, gain in after if gain > 0]),
+        ("an episode that training corrected", [r for r, gain in after if gain > 0]),
         ("one that it broke", [r for r, gain in after if gain < 0]),
         ("one that still fails", [r for r, gain in after if gain == 0 and (r.worth or 0.0) < best]),
     )
