@@ -1,4 +1,4 @@
-"""The event loop beside the trainer, and the wish to stop.
+"""A background event loop for rollouts, and the signal that stops a run.
 
 Engines are asynchronous, trainers are not. The loop lives in a thread of its own, so `train()` also
 works in a notebook, where a loop is running already.

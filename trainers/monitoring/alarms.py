@@ -1,5 +1,5 @@
-"""What goes wrong quietly, per policy: engine and trainer drifting apart, entropy gone, everything
-clipped, replies cut off, no signal.
+"""Alarms of training metrics, per policy: mismatch of engine and trainer, entropy collapse, most
+tokens clipped, replies cut off, no signal.
 
 The engine's log-probs differ from the trainer's even with equal weights (bfloat16, kernels, batch
 sizes). How far is measured on the first step, where both hold the same weights; alarms compare with

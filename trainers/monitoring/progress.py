@@ -1,4 +1,4 @@
-"""What people see while a run works: bars with reward, tokens/s, KL and proof on a terminal, one
+"""Progress display of a run: bars with reward, tokens/s, KL and proof on a terminal, one
 line per step in a log."""
 
 from __future__ import annotations

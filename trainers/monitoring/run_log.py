@@ -1,4 +1,4 @@
-"""The log of a run: what it writes down, warns of and shows while it works.
+"""Run log: metrics, warnings, dumps, alarms, trackers and counters of one training run.
 
 On every rank (others than rank 0 count and raise, but write and show nothing): metrics.jsonl,
 learned.jsonl, proofs.json, warnings.log, dumps of updates that were not finite, alarms, trackers,

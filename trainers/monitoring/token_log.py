@@ -1,5 +1,5 @@
-"""What a step made of every trained turn: its advantage, and how far its tokens have moved since
-they were sampled.
+"""Token log: the advantage of every trained turn, and the probability ratio of its tokens since they
+were sampled.
 
 `learned.jsonl` in the run folder has one line per turn and step, for people who read episodes and
 not for training: `advantage` (a number, or one per token where they differ) and `ratio`, per token

@@ -1,5 +1,5 @@
-"""Turns just trained, on whose tokens engine and trainer are compared by the live proof; and what
-the trainer says of them."""
+"""Probes of weight verification: sampled turns on whose tokens engine and trainer are compared, and
+the trainer's log-probs of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The live proof: what is served is what was trained, per policy and replica.
+"""Weight verification (the "live proof"): the served adapter equals the trained one, per policy and
+replica.
 
 1. identity: the replica lists the version's name with our folder, and the file there holds the
    tensors that are being trained;

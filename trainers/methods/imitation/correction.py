@@ -1,4 +1,4 @@
-"""Mending failed episodes, the augmentation of SiriuS (arXiv 2502.04780): feedback, regeneration,
+"""Correction of failed episodes, the augmentation of SiriuS (arXiv 2502.04780): feedback, regeneration,
 rephrasing, and a live replay.
 
 For a failed episode one agent after the other is tried. A conversation (`agents.repair`) makes a

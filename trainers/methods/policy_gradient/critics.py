@@ -1,9 +1,9 @@
-"""Critics of a team: which scalar head judges which turn, and what a step's episodes teach by their
-word.
+"""Critics (value functions) of a team: which scalar head judges which turn, and the advantages and
+returns that follow.
 
-A critic is a head (`scalar_heads.py`) that says, before each token an agent samples, what that turn
-will have earned. From its word and the rewards of turns come an advantage per token, which the
-policy learns from, and a return per token, which the critic does.
+A critic is a head (`scalar_heads.py`) that predicts, before each token an agent samples, what that
+turn will have earned. From its values and the rewards of turns come an advantage per token, which
+the policy learns from, and a return per token, which the critic does.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Parts of a system that are no language model of ours but learn in the same sum: a diffusion
-model, a retriever, a table of choices."""
+"""Trainable components of a system besides its language models, which learn by the same loss: a
+diffusion model, a retriever, a table of choices."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
             return {}, {"kept": 0}
         weights = {(row.episode.id, row.turn.index, row.turn.sibling): 1.0 for row in best}
         done = fit_turns(
-            self.run.learner, step, [row.view for row in best], weights, self.args.imitation
+            self.run.learner, step, [row.as_lesson for row in best], weights, self.args.imitation
         )
         return done.updates, {"kept": len(best), "nll_before": done.before, "nll_after": done.after}
 
@@ -254,7 +254,8 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
         learner, group = self.run.learner, self.args.group
         rows = [row for row in table if self.args.invalid == "zero" or not row.fault]
         designs = [
-            dataclasses.replace(row.view, rewards=(Reward("score", row.score),)) for row in rows
+            dataclasses.replace(row.as_lesson, rewards=(Reward("score", row.score),))
+            for row in rows
         ]
         advantages: Advantages = credit(
             designs, dataclasses.replace(group, reward_weights={}), learner.credit_state
@@ -274,7 +275,9 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
                 dataclasses.replace(group, reward_weights=self.args.reward_weights),
                 learner.credit_state,
             )
-        found, dropped = samples([row.view for row in rows] + played, advantages, learner.policy_of)
+        found, dropped = samples(
+            [row.as_lesson for row in rows] + played, advantages, learner.policy_of
+        )
         if step == 1 and found:
             learner.show(found)
         if not found:

@@ -1,5 +1,4 @@
-"""Does a verifier mean what it says? Scores from 0 to 1 against what was right, held out. Pure
-Python."""
+"""Calibration of a verifier: scores from 0 to 1 against what was right, held out. Pure Python."""
 
 from __future__ import annotations
 

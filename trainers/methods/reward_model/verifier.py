@@ -1,4 +1,4 @@
-"""A learned verifier: how likely is this answer to this question right? A LoRA and a linear head
+"""Reward model: the probability that an answer to a question is right. A LoRA and a linear head
 on the base (see `scalar_heads.py`).
 
 The verifier of MAPoRL (arXiv:2502.18439): answers are sampled and compared with the gold answer,
