@@ -1,5 +1,5 @@
-"""Watchdog of collectives: one that hangs longer than its limit ends the run on every rank, with the
-stacks that show why.
+"""Watchdog of collectives: one that hangs longer than its limit ends the run on every rank, with
+the stacks that show why.
 
 A collective that one rank never joins holds all others without a word. So each rank has a thread
 that knows for how long its rank has been waiting, and leaves word in a key-value store of how many

@@ -1,5 +1,5 @@
-"""Token log: the advantage of every trained turn, and the probability ratio of its tokens since they
-were sampled.
+"""Token log: the advantage of every trained turn, and the probability ratio of its tokens since
+they were sampled.
 
 `learned.jsonl` in the run folder has one line per turn and step, for people who read episodes and
 not for training: `advantage` (a number, or one per token where they differ) and `ratio`, per token

@@ -1,5 +1,5 @@
-"""Correction of failed episodes, the augmentation of SiriuS (arXiv 2502.04780): feedback, regeneration,
-rephrasing, and a live replay.
+"""Correction of failed episodes, the augmentation of SiriuS (arXiv 2502.04780): feedback,
+regeneration, rephrasing, and a live replay.
 
 For a failed episode one agent after the other is tried. A conversation (`agents.repair`) makes a
 new text for the agent's failed turn; the text, unless it gives away how it was made, takes the

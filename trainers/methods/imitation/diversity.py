@@ -1,5 +1,5 @@
-"""Diversity of a team's agents: agreement of their answers, cross-likelihood of their texts, distance
-of embeddings.
+"""Diversity of a team's agents: agreement of their answers, cross-likelihood of their texts,
+distance of embeddings.
 
 The metrics of Multiagent Finetuning (arXiv 2501.05707). All from one table: nll[n, k], the mean of
 -log p_k over the tokens that n's policy sampled, in nats at temperature 1. The mean over pairs n !=

@@ -1,5 +1,5 @@
-"""SysDPO-Sampling: latent drafts, an output's probability summed over several that could have led to
-it (arXiv:2502.17721, section on sampling).
+"""SysDPO-Sampling: latent drafts, an output's probability summed over several that could have led
+to it (arXiv:2502.17721, section on sampling).
 
 Where only outputs were compared, log p(output | task) = log sum over drafts of p(draft | task)
 p(output | task, draft). The sum runs over drafts that the team as it stands has just made: the task
