@@ -2,9 +2,8 @@
 Pure Python.
 
 The episode in which a program was written is its first run; the others are that episode's children.
-A run that failed is worth 0, and so is one that is missing: the sum is divided by the number of
-runs that were asked for. What the scorer could not score is not known, and a program with such a
-run has no row.
+A run that failed scores 0, and so does one that is missing: the sum is divided by the number of
+runs requested. A program with a run that the scorer could not score has no row.
 """
 
 from __future__ import annotations
@@ -24,14 +23,13 @@ from .weights import RewardWeights, team_rewards
 
 @dataclass(frozen=True)
 class ScoredProgram:
-    """A program and what it is worth.
+    """A program and its score.
 
-    Args:
-        turn: of the designer, that holds it. `episode`: in which it was written, and ran for the
-            first time.
-        runs: all its runs, that episode first. `score`: their mean, from 0 to 1; 0 if the program
-            is invalid.
-        fault: why it is invalid, "" if it is valid.
+    episode: in which it was written, and ran for the first time.
+    turn: of the designer, that holds it.
+    runs: all its runs, that episode first.
+    score: their mean, from 0 to 1; 0 if the program is invalid.
+    fault: the reason that it is invalid, "" if it is valid.
     """
 
     episode: Episode
@@ -41,9 +39,8 @@ class ScoredProgram:
     fault: str = ""
 
     @property
-    def view(self) -> Episode:
-        """The episode as the designer's alone: what learns from it, and how much, is a matter of
-        this one turn."""
+    def as_lesson(self) -> Episode:
+        """The episode with the designer's turn alone, as a training example."""
         return replace(self.episode, turns=(self.turn,))
 
 
@@ -53,8 +50,8 @@ def score_table(
     """The programs of these episodes with their scores, in order, and counts of those that have
     none, by reason.
 
-    `what`: names the children that are runs, see `follow`. Raises `SettingError` if an episode does
-    not say whether its program is valid, or if a score is outside 0 to 1.
+    `what`: names the children that are runs, see `collection.derived_episodes`. Raises
+    `SettingError` if an episode has no reward `valid`, or if a score is outside 0 to 1.
     """
     parents = [e for e in episodes if e.parent is None]
     again: dict[str, list[Episode]] = {}
@@ -151,7 +148,9 @@ def preference(
         chosen.score**power if weighting in ("both", "chosen") else 1.0,
         1 - rejected.score**power if weighting in ("both", "rejected") else 1.0,
     )
-    return Pair((chosen.view,), (rejected.view,), chosen.score - rejected.score, factors=factors)
+    return Pair(
+        (chosen.as_lesson,), (rejected.as_lesson,), chosen.score - rejected.score, factors=factors
+    )
 
 
 def best_programs(table: Iterable[ScoredProgram]) -> list[ScoredProgram]:

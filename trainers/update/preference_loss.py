@@ -1,11 +1,11 @@
-"""How far every part of a system is pushed by a preference between two whole runs of it (SysDPO,
+"""The gradient of a preference between two whole runs by every part of a system (SysDPO,
 arXiv:2502.17721).
 
 A run's probability is the product of its parts' (eq. F1), so its log-ratio to a reference is a sum
-with one summand per part, its vote. The parts are coupled through these scalars only: dLoss/dlog p
-of a turn is one number, which all of its tokens share. So the votes are computed first, by forward
-passes alone; `push` turns them into one number per vote; and each turn's backward pass runs with
-its own number, one row at a time. The gradient is that of the joint loss.
+with one summand per part. The parts are coupled through these scalars only: dLoss/dlog p of a turn
+is one number, which all of its tokens share. So the log-ratios are computed first, by forward
+passes alone; `margin_gradient` turns them into one weight per part; and each turn's backward pass
+runs with its own weight, one row at a time. The gradient is that of the joint loss.
 """
 
 from __future__ import annotations
@@ -76,10 +76,13 @@ class RunLogRatio:
 
 @dataclass(frozen=True)
 class MarginGradient(Generic[K]):
-    """What a set of pairs says. `weights`: -dLoss/dlog p of every vote. `margins`: of every pair,
-    without beta (of independent policies: their sum). `by_agent`: its mean over pairs of the votes'
-    difference, chosen - rejected; the margins' mean is their sum, but for factors, length
-    normalisation and drafts."""
+    """Loss of a set of pairs and its gradient by every part.
+
+    weights: -dLoss/dlog p of every part.
+    margins: of every pair, without beta (of independent policies: their sum).
+    by_agent: the mean over pairs of each agent's log-ratio, chosen - rejected; their sum is the
+        margins' mean, but for factors, length normalisation and drafts.
+    """
 
     loss: float
     weights: dict[K, float]
@@ -93,25 +96,25 @@ class MarginGradient(Generic[K]):
 
 
 def margin_gradient(
-    pairs: Sequence[Pair], votes: Mapping[K, RunLogRatio], config: MarginConfig
+    pairs: Sequence[Pair], log_ratios: Mapping[K, RunLogRatio], config: MarginConfig
 ) -> MarginGradient[K]:
-    """The mean loss of the pairs, and how far it pushes every vote. An episode without votes (all
+    """The mean loss of the pairs, and its gradient by every part. An episode without log-ratios (all
     its parts frozen) counts 0.
 
     Joint: -log sigmoid(beta [sum_v D_v(chosen) - sum_v D_v(rejected)]) with D_v = log p - log
-    p_reference (eq. F3, F4). Independent: the same for each policy's own votes, summed. A side with
+    p_reference (eq. F3, F4). Independent: the same for each policy's own parts, summed. A side with
     several alternatives is log sum_a p(a), for policy and reference alike. A pair's factors
     multiply its two sides' log-ratios: (s_w, 1 - s_l) is Score-DPO (arXiv:2502.04306).
     """
-    keys, given = list(votes), list(votes.values())
+    keys, parts = list(log_ratios), list(log_ratios.values())
     length = torch.tensor(
-        _lengths(given) if config.length_normalised else [1.0] * len(keys), dtype=torch.float64
+        _lengths(parts) if config.length_normalised else [1.0] * len(keys), dtype=torch.float64
     )
-    now = torch.tensor([vote.now for vote in given], dtype=torch.float64, requires_grad=True)
-    reference = torch.tensor([vote.reference for vote in given], dtype=torch.float64)
+    now = torch.tensor([part.now for part in parts], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([part.reference for part in parts], dtype=torch.float64)
     weight = torch.tensor([pair.weight for pair in pairs], dtype=torch.float64)
     factors = torch.tensor([pair.factors for pair in pairs], dtype=torch.float64).T  # [2, P]
-    policies = sorted({vote.policy for vote in given}) if config.mode == "independent" else []
+    policies = sorted({part.policy for part in parts}) if config.mode == "independent" else []
     unit = {
         policy: number for number, policy in enumerate(policies)
     }  # what has a margin of its own; joint: all are unit 0
@@ -120,7 +123,7 @@ def margin_gradient(
         for number, name in enumerate(dict.fromkeys(e.id for pair in pairs for e in pair.episodes))
     }
     at = torch.tensor(
-        [unit.get(vote.policy, 0) * len(place) + place[vote.episode] for vote in given],
+        [unit.get(part.policy, 0) * len(place) + place[part.episode] for part in parts],
         dtype=torch.long,
     )
     sides = [
@@ -142,7 +145,7 @@ def margin_gradient(
         loss.item(),
         dict(zip(keys, (-grad).tolist(), strict=True)),
         margin.detach().sum(0).tolist(),
-        _by_agent(pairs, votes),
+        _by_agent(pairs, log_ratios),
     )
 
 
@@ -170,22 +173,22 @@ def _marginals(runs: torch.Tensor, sides: list[list[int]]) -> torch.Tensor:
     return torch.stack([torch.logsumexp(runs[:, side], 1) for side in sides], 1)
 
 
-def _lengths(votes: Sequence[RunLogRatio]) -> list[float]:
-    """Per vote, the tokens of its agent in its episode."""
+def _lengths(log_ratios: Sequence[RunLogRatio]) -> list[float]:
+    """Per part, the tokens of its agent in its episode."""
     total: dict[tuple[str, str], int] = {}
-    for vote in votes:
-        total[vote.episode, vote.agent] = total.get((vote.episode, vote.agent), 0) + vote.tokens
-    return [float(max(1, total[vote.episode, vote.agent])) for vote in votes]
+    for part in log_ratios:
+        total[part.episode, part.agent] = total.get((part.episode, part.agent), 0) + part.tokens
+    return [float(max(1, total[part.episode, part.agent])) for part in log_ratios]
 
 
-def _by_agent(pairs: Sequence[Pair], votes: Mapping[K, RunLogRatio]) -> dict[str, float]:
+def _by_agent(pairs: Sequence[Pair], log_ratios: Mapping[K, RunLogRatio]) -> dict[str, float]:
     ratio: dict[tuple[str, str], float] = {}
-    for vote in votes.values():
-        ratio[vote.agent, vote.episode] = (
-            ratio.get((vote.agent, vote.episode), 0.0) + vote.now - vote.reference
+    for part in log_ratios.values():
+        ratio[part.agent, part.episode] = (
+            ratio.get((part.agent, part.episode), 0.0) + part.now - part.reference
         )
     means = {}
-    for agent in sorted({vote.agent for vote in votes.values()}):
+    for agent in sorted({part.agent for part in log_ratios.values()}):
         sides = [
             [sum(ratio.get((agent, e.id), 0.0) for e in s) / len(s) for s in (p.chosen, p.rejected)]
             for p in pairs
