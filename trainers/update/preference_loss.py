@@ -98,7 +98,7 @@ class MarginGradient(Generic[K]):
 def margin_gradient(
     pairs: Sequence[Pair], log_ratios: Mapping[K, RunLogRatio], config: MarginConfig
 ) -> MarginGradient[K]:
-    """The mean loss of the pairs, and its gradient by every part. An episode without log-ratios (all
+    """The mean loss of the pairs, and its gradient by every part. An episode without parts (all
     its parts frozen) counts 0.
 
     Joint: -log sigmoid(beta [sum_v D_v(chosen) - sum_v D_v(rejected)]) with D_v = log p - log
