@@ -84,7 +84,7 @@ def run(model: Path, folder: Path, bound: int) -> dict[str, Any]:
         num_iterations=4,
     )
     engine = Elsewhere(str(model))
-    made = GRPOTrainer(
+    trainer = GRPOTrainer(
         system=Chain(["solver", "critic"]),
         tasks=tasks[:-1],
         eval_tasks=tasks[-1:],
@@ -93,10 +93,10 @@ def run(model: Path, folder: Path, bound: int) -> dict[str, Any]:
         engine=engine,
     )
     ends: list[float] = []
-    with made.run as opened:
+    with trainer.run as opened:
         for step in opened.steps():
-            episodes = made.collect(step)
-            opened.finish(step, episodes, made.learn(step, episodes))
+            episodes = trainer.collect(step)
+            opened.finish(step, episodes, trainer.learn(step, episodes))
             ends.append(time.perf_counter())
         opened.rollouts.background.run(engine.close())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

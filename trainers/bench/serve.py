@@ -43,15 +43,15 @@ def serve(options: Options) -> dict[str, Any]:
     with the guard and without."""
     if options.engine not in ("", "vllm"):
         raise RunError(f"bench serve: measures vLLM servers of ours, not {options.engine}")
-    found = {}
+    results = {}
     for name, guard in (("guard", GUARD), ("open", "")):
         with served(options, "vllm", POLICIES) as (_, tokens, folder, model):
             start = partial(_start, model, tokens, folder, guard)
-            found[name] = asyncio.run(_measure(start, folder, model, options.repeats))
-    first = found["guard"]
+            results[name] = asyncio.run(_measure(start, folder, model, options.repeats))
+    first = results["guard"]
     rows = [
         [way, what, f"{value:,.3f}" if value < 10 else f"{value:,.0f}"]
-        for way, part in found.items()
+        for way, part in results.items()
         for what, value in (
             *(
                 (f"tokens/s, {n} adapters", part["tokens_per_second"][n])
@@ -71,7 +71,7 @@ def serve(options: Options) -> dict[str, Any]:
             if n != "0"
         },
         **{
-            f"open_over_guard@{n}": found["open"]["tokens_per_second"][n] / v
+            f"open_over_guard@{n}": results["open"]["tokens_per_second"][n] / v
             for n, v in first["tokens_per_second"].items()
         },
     }
@@ -84,7 +84,7 @@ def serve(options: Options) -> dict[str, Any]:
         "prompt": PROMPT,
         "reply": REPLY,
         "prefix": PREFIX,
-        "servers": found,
+        "servers": results,
         "ratios": ratios,
         **table(
             f"serve: vLLM, {options.size}, {CALLERS} requests at once",
@@ -150,7 +150,7 @@ async def measured(
 async def _wave(
     engine: Engine, refs: Sequence[ModelRef], callers: int, seed: int
 ) -> tuple[float, int]:
-    """(seconds, sampled tokens) of as many requests at once, with prompts that nobody has met."""
+    """(seconds, sampled tokens) of as many requests at once, with prompts of no earlier request."""
     prompts = [
         sample.ids[:PROMPT]
         for k in range(callers)
@@ -163,4 +163,6 @@ async def _wave(
             for k, p in enumerate(prompts)
         )
     )
-    return time.perf_counter() - begun, sum(len(one.token_ids) for made in replies for one in made)
+    return time.perf_counter() - begun, sum(
+        len(one.token_ids) for group in replies for one in group
+    )
