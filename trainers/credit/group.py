@@ -22,6 +22,9 @@ from .weights import (
     turn_rewards,
 )
 
+# sums of the same rewards in another order differ by less than this
+ROUNDING = 1e-12
+
 
 def grpo(batch: RewardedEpisodes, settings: CreditConfig) -> Advantages:
     """A = (R - mean) / (std + epsilon) over the episodes of one task (GRPO, arXiv:2402.03300).
@@ -143,6 +146,8 @@ def standard_deviation(values: Sequence[float]) -> float:
 
 
 def constant(values: Sequence[float]) -> bool:
-    """Are there fewer than two different values? Asked before the mean is subtracted, so that
-    rounding makes no signal."""
-    return len(values) < 2 or max(values) == min(values)
+    """Are there fewer than two different values? Asked before the mean is subtracted, and values
+    that differ by rounding (0.1 + 0.2 and 0.3) are one, so that rounding makes no signal."""
+    return len(values) < 2 or math.isclose(
+        max(values), min(values), rel_tol=ROUNDING, abs_tol=ROUNDING
+    )

@@ -8,6 +8,7 @@ the policy learns from, and a return per token, which the critic does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from ....agents.settings import Settings, setting
 from ....agents.types import AgentSpec, PolicySpec
 from ....rollouts.types import Episode, TurnKey
 from ...batching.samples import TrainingSequence
+from ...credit.group import constant
 from ...update.gae import gae, token_rewards, whiten
 from ...update.learner import Learner
 from ...update.scalar_heads import HeadSpec
@@ -85,21 +87,28 @@ def critic_of(
 ) -> dict[TurnKey, str]:
     """The name of the critic that judges each turn of an agent that learns."""
     critics: dict[TurnKey, str] = {}
+    for key, (agent, call) in calls(episodes).items():
+        if agent in policy_of:
+            critics[key] = (
+                f"{agent}-{min(call, config.value_turns - 1)}"
+                if config.value_heads == "turn"
+                else policy_of[agent]
+            )
+    return critics
+
+
+def calls(episodes: Sequence[Episode]) -> dict[TurnKey, tuple[str, int]]:
+    """Every turn's agent, and which of the agent's calls in the episode it answers: 0, 1, ..."""
+    numbers: dict[TurnKey, tuple[str, int]] = {}
     for episode in episodes:
-        calls: dict[str, list[int]] = {}
+        of_agent: dict[str, list[int]] = {}
         for turn in episode.turns:
-            mine = calls.setdefault(turn.agent, [])
+            mine = of_agent.setdefault(turn.agent, [])
             if turn.index not in mine:  # siblings are answers to one call
                 mine.append(turn.index)
-            if turn.agent in policy_of:
-                number = min(mine.index(turn.index), config.value_turns - 1)
-                name = (
-                    f"{turn.agent}-{number}"
-                    if config.value_heads == "turn"
-                    else policy_of[turn.agent]
-                )
-                critics[episode.id, turn.index, turn.sibling] = name
-    return critics
+            key = (episode.id, turn.index, turn.sibling)
+            numbers[key] = (turn.agent, mine.index(turn.index))
+    return numbers
 
 
 @dataclass
@@ -171,9 +180,8 @@ def critic_batch(
     """Judge every trained token by its critic, as it is now, and turn that and the scores of turns
     into advantages and returns.
 
-    Where all turns that share a critic have one score, there is nothing to compare: their
-    advantages are 0, for whitening would make what the critic still gets wrong as large as any.
-    Their returns stay.
+    Where the turns of a critic leave nothing to compare (`incomparable`), their advantages are 0,
+    for whitening would make what the critic still gets wrong as large as any. Their returns stay.
     """
     spans = spans_of(samples)
     names = [critic[key] for sample in samples for key in sample.keys]
@@ -192,7 +200,8 @@ def critic_batch(
         torch.zeros(len(names), dtype=torch.float64),
         torch.zeros(len(names), dtype=torch.float64),
     )
-    for chain in sequences(episodes, spans, config.across_turns):
+    chains = sequences(episodes, spans, config.across_turns)
+    for chain in chains:
         rewards = torch.cat(
             [token_rewards(scores[key], kl[_slice(spans[key])], config.kl_coef) for key in chain]
         )
@@ -201,13 +210,39 @@ def critic_batch(
             rewards, values[numbers], config.gamma, config.lam
         )
     lesson = CriticBatch(samples, spans, names, values, kl, advantages, returns)
+    ahead = scores_ahead(chains, scores)
+    places = calls(episodes)
     for name in lesson.critics:
         mine = lesson.tokens(name)
-        if len({scores[key] for key in spans if critic[key] == name}) < 2:
+        if incomparable({key: ahead[key] for key in spans if critic[key] == name}, places):
             advantages[mine] = 0.0
         elif config.whiten_advantages:
             advantages[mine] = whiten(advantages[mine])
     return lesson
+
+
+def scores_ahead(
+    chains: Sequence[Sequence[TurnKey]], scores: Mapping[TurnKey, float]
+) -> dict[TurnKey, float]:
+    """What a turn and those after it in its sequence have earned."""
+    return {
+        key: math.fsum(scores[later] for later in chain[number:])
+        for chain in chains
+        for number, key in enumerate(chain)
+    }
+
+
+def incomparable(ahead: Mapping[TurnKey, float], places: Mapping[TurnKey, tuple[str, int]]) -> bool:
+    """Do these turns leave nothing to compare: is the same ahead of all, or of every agent's n-th
+    turn in all episodes? A turn's place alone (a discount, rewards of turns) is no merit.
+
+    Of a single episode the place is not told from the merit; then only the former counts.
+    """
+    by_place: dict[tuple[str, int], list[float]] = {}
+    for key, value in ahead.items():
+        by_place.setdefault(places[key], []).append(value)
+    repeated = [values for values in by_place.values() if len(values) > 1]
+    return constant(list(ahead.values())) or bool(repeated and all(map(constant, repeated)))
 
 
 def spans_of(samples: Sequence[TrainingSequence]) -> dict[TurnKey, range]:

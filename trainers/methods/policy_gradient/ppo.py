@@ -13,8 +13,8 @@ Then policies and critics learn from them in several epochs of minibatches. Agai
   coefficient weighs one loss against the other.
 - The KL to the reference (the base with adapters off) is part of the token rewards (`kl_coef`), or
   of the loss (`beta`).
-- Where all turns that share a critic earned the same, whitening would blow the critic's errors up
-  to advantages: they teach the critic only.
+- Where every n-th turn of an agent has the same ahead of it in all episodes (rewards all 0, or all
+  1), whitening would blow the critic's errors up to advantages: such turns teach the critic only.
 
 accelerate launch recipes/ppo_team.py [--config recipes/ppo_team.yaml] [--field value]
 """
@@ -31,12 +31,12 @@ import torch
 
 from ....agents.seeds import derive_seed
 from ....agents.settings import Settings, setting
-from ....agents.types import SettingError
+from ....agents.types import SettingError, Turn
 from ....rollouts.types import Episode, TurnKey
 from ...batching.samples import Denominators, samples
 from ...config import OptimizerSettings, RunConfig
 from ...credit.rules import credit
-from ...credit.weights import CreditConfig
+from ...credit.weights import CreditConfig, key_of, selected_turns, trainable_keys
 from ...trainer import Trainer
 from ...update.gae import explained_variance
 from ...update.losses.inputs import LossInputs
@@ -115,29 +115,49 @@ class PPOTrainer(Trainer[PPOConfig]):
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Policies and critics learn from the step's episodes; returns metrics."""
-        return ppo_step(self, step, episodes, turn_rewards(episodes, self.args))
+        rewards = turn_rewards(episodes, self.args, self.run.learner.policy_of)
+        return ppo_step(self, step, episodes, rewards)
 
 
-def turn_rewards(episodes: Sequence[Episode], config: PPOConfig) -> dict[TurnKey, float]:
+def turn_rewards(
+    episodes: Sequence[Episode], config: PPOConfig, policy_of: Mapping[str, str] | None = None
+) -> dict[TurnKey, float]:
     """The reward of each turn, by `config.credit`. A turn that is missing is not learnt from.
 
     Where turns end a sequence each, a turn has all it is held to account for. In one sequence of an
-    agent's turns (`across_turns`) it is what comes in with that turn: its own rewards, and with the
-    agent's last turn those of the agent or team.
+    agent's turns (`across_turns`) it is what comes in after that turn and before the agent's next
+    one that is trained: its own rewards, those of turns that cannot be trained (empty, written,
+    T = 0, saw the answer), and with the agent's last turn those of the agent or team.
+
+    `policy_of`: agent -> policy that learns; None takes each agent's own.
     """
     if not config.across_turns:
         return credit(episodes, config)
-    if config.credit == "turn":
-        return credit(episodes, dataclasses.replace(config, turn_clock="own", discount=0.0))
-    earned = credit(episodes, dataclasses.replace(config, discount=1.0))
-    last = {
-        (e.id, turn.agent): (e.id, turn.index, turn.sibling)
-        for e in episodes
-        for turn in e.turns
-        if turn.taken
-    }
-    final = set(last.values())
-    return {key: reward if key in final else 0.0 for key, reward in earned.items()}
+    if policy_of is None:
+        policy_of = {t.agent: t.policy or t.agent for e in episodes for t in e.turns}
+    rule = {"turn_clock": "own", "discount": 0.0} if config.credit == "turn" else {"discount": 1.0}
+    everyone = [dataclasses.replace(e, turns=tuple(map(_as_sampled, e.turns))) for e in episodes]
+    earned = credit(everyone, dataclasses.replace(config, **rule))
+    sequences, _ = samples(episodes, dict.fromkeys(earned, 1.0), policy_of)
+    trained = {key for sequence in sequences for key in sequence.keys}
+    asked = {key for e in episodes for key in trainable_keys(e, selected_turns(e))}
+    rewards = {key: 0.0 for key in earned if key in asked}  # also those that `samples` leaves out
+    for episode in episodes:
+        taken = {turn.agent: key_of(episode, turn) for turn in selected_turns(episode)}
+        before: dict[str, TurnKey] = {}
+        for turn in selected_turns(episode):
+            key = key_of(episode, turn)
+            if key in trained:
+                before[turn.agent] = key
+            counts = config.credit == "turn" or key == taken[turn.agent]
+            if counts and key in earned and turn.agent in before:
+                rewards[before[turn.agent]] += earned[key]
+    return rewards
+
+
+def _as_sampled(turn: Turn) -> Turn:
+    """The turn as if it could be trained, so that a credit rule says what came in with it."""
+    return dataclasses.replace(turn, source="sampled", saw_gold=False)
 
 
 def ppo_step(
