@@ -92,10 +92,10 @@ def estimate(
         for name, m in linears.items()
         if is_adapted(spec, name)
     )
-    in_layers = sum(
-        p.numel() for p in getattr(network.get_decoder(), "layers", network).parameters()
-    )
-    layers, rows = network.config.get_text_config().num_hidden_layers, config.tokens_per_batch
+    decoder = network.get_decoder()
+    in_layers = sum(p.numel() for p in getattr(decoder, "layers", network).parameters())
+    text, rows = network.config.get_text_config(), config.tokens_per_batch
+    layers = text.num_hidden_layers
     whole = (
         parameters
         if ranks == 1
@@ -108,8 +108,7 @@ def estimate(
         network, specs, dtype, keys_per_token, float32_attention=on_cpu and trees
     )
     if recompute:  # the inputs of all layers and of the last norm, and all of one layer
-        hidden = network.config.get_text_config().hidden_size
-        per_token = hidden * dtype.itemsize * (layers + 1) + per_token / layers
+        per_token = text.hidden_size * dtype.itemsize * (layers + 1) + per_token / layers
     return Memory(
         parameters,
         adapters,
