@@ -8,6 +8,7 @@ dark are the sheet's matter.
 from __future__ import annotations
 
 import functools
+import io
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
@@ -123,15 +124,24 @@ def chart(
             drawn.add_series(leather.Series(around), Band(colours[name]))
     for name, line in lines.items():
         drawn.add_series(leather.Series(list(line.points)), Curve(name, colours[name]))
-    drawing = drawn.to_svg(width=SIZE[0], height=SIZE[1])
     svg = re.sub(
-        r'<svg width="(\d+)" height="(\d+)"[^>]*>', r'<svg viewBox="0 0 \1 \2" role="img">', drawing
+        r'<svg width="(\d+)" height="(\d+)"[^>]*>',
+        r'<svg viewBox="0 0 \1 \2" role="img">',
+        _svg_text(drawn),
     )
     last = ", ".join(f"{name} {number(line.points[-1][1])}".strip() for name, line in lines.items())
     label = f"<title>{text(title)}: last {text(last)}</title>"
     caption = f"<figcaption>{text(title)} <small>{text(note)}</small></figcaption>"
     names = legend({name: colours[name] for name in lines}) if own_legend else ""
     return f"<figure>{caption}{names}{svg.replace('>', '>' + label, 1)}</figure>"
+
+
+def _svg_text(drawn: leather.Chart) -> str:
+    """The SVG element of a chart as text. It is written to a file object, because without one
+    leather returns an object for display, not text, wherever IPython is importable."""
+    file = io.StringIO()
+    drawn.to_svg(file, width=SIZE[0], height=SIZE[1])
+    return file.getvalue().removeprefix(leather.svg.HEADER)
 
 
 @functools.lru_cache(256)

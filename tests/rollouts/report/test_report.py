@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import leather
 import pytest
 import yaml
 
@@ -304,6 +305,16 @@ def test_curves_hold_the_points_that_are_numbers(run: Path) -> None:
     ]
     assert "<title>step 2, solver -0.2</title>" in source and "nan" not in " ".join(titles)
     assert sum("band" in str(a.get("class")) for _, a in page.tags) == 1, "the reward's interval"
+
+
+def test_a_chart_is_text_in_ipython_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """leather returns an object for display instead of text where IPython is importable."""
+    lines, colours = {"a": Line([(1, 0.5), (2, 1.0)])}, {"a": "c0"}
+    monkeypatch.setattr(leather.chart, "IPythonSVG", lambda svg: svg)
+    plain = chart("reward", "", lines, colours)
+    monkeypatch.setattr(leather.chart, "IPythonSVG", lambda svg: object())
+    assert chart("reward", "", lines, colours) == plain
+    assert plain.count("<svg ") == 1 and "<?xml" not in plain and "<!DOCTYPE" not in plain
 
 
 def test_a_chart_by_hand() -> None:
