@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import shutil
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from ...agents.system import System
 from ...agents.types import AgentSpec, SettingError, Task
@@ -12,6 +13,8 @@ from .. import checkpoint as ckpt
 from ..collection.stored_episodes import OfflineEpisodes
 from ..config import RunConfig
 from ..update.learner import LearnerBase
+from . import ownership
+from .lock import FolderLock
 
 
 def check_importable(system: System) -> None:
@@ -63,19 +66,50 @@ def offline_episodes(
     return offline
 
 
-def prepare_folder(config: RunConfig) -> None:
-    """Make the run folder ready. Raises `SettingError` if another run's is there and neither
-    `resume` nor `overwrite` is set."""
+def claim_folder(
+    config: RunConfig, say: Callable[[str], None], *, again: bool = False
+) -> FolderLock:
+    """Own the run folder before anything in it is touched. Raises `SettingError` if it cannot be a
+    run's own, another run is at work there, an earlier one's is there and neither `resume` nor
+    `overwrite` is set, or `overwrite` would delete what no run wrote. `again`: it is
+    this run's already, which is opened a second time."""
     folder = config.folder
-    if folder.exists() and not folder.is_dir():
-        raise SettingError(f"output_dir {folder}: a file of that name is there; name a folder")
-    used = (folder / "config.yaml").exists()
-    if used and config.overwrite:
-        shutil.rmtree(folder)
-    elif used and not config.resume:
-        raise SettingError(
-            f"output_dir {folder}: holds an earlier run; set resume to go on, overwrite to"
-            " replace it, or another folder"
-        )
+    if not config.output_dir:
+        raise SettingError("output_dir: expected a folder, got an empty text")
+    ownership.check_place(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(folder.resolve(), say)
+    lock.take()
+    try:
+        if again:
+            pass
+        elif config.overwrite:
+            ownership.check_overwritable(folder, _served_from(config))
+        else:
+            ownership.check_free(folder, resume=config.resume)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def prepare_folder(config: RunConfig) -> None:
+    """Make the claimed run folder ready: delete an earlier run if it is to be overwritten, and what
+    a killed one left half written."""
+    folder = config.folder
+    cut_off = ownership.marked(folder) and ownership.state_of(folder) == ownership.CLEARING
+    if config.overwrite or cut_off:
+        ownership.clear(folder, _served_from(config))
+    ownership.mark(folder)
     ckpt.sweep(folder)
+    ownership.remove_staged(folder)
+
+
+def _served_from(config: RunConfig) -> Path | None:
+    """The folder in which servers that run already write where they are, if it lies in the run's:
+    it is theirs."""
+    if not config.endpoints:
+        return None
+    return config.folder / os.path.relpath(
+        os.path.realpath(config.endpoints), os.path.realpath(config.folder)
+    )

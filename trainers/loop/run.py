@@ -37,6 +37,7 @@ from . import checks
 from . import summary as summaries
 from .checkpointing import Checkpointer
 from .evaluator import Evaluator
+from .lock import FolderLock
 from .spec import RunSpec
 
 
@@ -50,10 +51,11 @@ class TrainingRun:
 
     Its parts: `learner` and `log` work on every rank, as do `rollouts` and `evaluator`, which share
     what rank 0 plays; `engines`, `sync` and `checkpointer` are rank 0's. `values`: what a team sees
-    of the run's state. `ranks` exists once it was opened.
+    of the run's state. `ranks`, and `lock` (of the run folder, rank 0's), exist once it was opened.
     """
 
     ranks: Ranks
+    lock: FolderLock
 
     def __init__(self, spec: RunSpec, engine: Engine | None = None) -> None:
         self.spec, config = spec, spec.config
@@ -110,6 +112,7 @@ class TrainingRun:
                 self.ranks = Ranks(seconds=config.collective_timeout)
                 join_probes(self.ranks, lambda base: self.learner.bases[base].adapters)
             self.log.open(self.ranks.main, self._exit)
+            self.ranks.on_main(self._claim)
             if self.ranks.warning:
                 self.log.warn(self.ranks.warning)
             self.stop = StopSignal()
@@ -122,6 +125,11 @@ class TrainingRun:
             self.close()
             raise
         return self
+
+    def _claim(self) -> None:
+        config = self.spec.config
+        self.lock = checks.claim_folder(config, self.log.say, again=self._loaded)
+        self._exit.callback(self.lock.release)
 
     def _load(self) -> None:
         self.learner.load(self.ranks)
@@ -193,6 +201,7 @@ class TrainingRun:
         self.learner.unfinished = False
 
         def publish() -> None:
+            self.lock.check()
             try:
                 self.sync.advance(step, episodes, final=step == config.max_steps)
             finally:  # what was learnt is on record even if no server is left
@@ -216,9 +225,13 @@ class TrainingRun:
         rank 0."""
         paths: list[Path] = []
         if self.checkpointer.saved != self.step:
-            self.ranks.on_main(lambda: paths.append(self.checkpointer.save()))
+            self.ranks.on_main(lambda: paths.append(self._write_checkpoint()))
             self.checkpointer.saved = self.step
         return paths[0] if paths else None
+
+    def _write_checkpoint(self) -> Path:
+        self.lock.check()
+        return self.checkpointer.save()
 
     def emergency_save(self, error: Exception) -> None:
         """After the engine has gone: save the last finished step, on the rank that saw it, unless
@@ -228,7 +241,7 @@ class TrainingRun:
         self.log.warn(f"the run ended after step {self.step}: {error}")
         if not self.learner.unfinished and self.checkpointer.saved != self.step:
             self.checkpointer.saved = self.step
-            self.log.say(f"step {self.step} is saved in {self.checkpointer.save()}")
+            self.log.say(f"step {self.step} is saved in {self._write_checkpoint()}")
 
     def summarise(
         self,

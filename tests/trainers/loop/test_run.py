@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,9 @@ def test_the_episodes_of_other_adapters_have_spent_their_ids(model: Path, tmp_pa
         }
         assert known.dropped == []
         known = recalled({"first": "first-v0-other"})
-        assert known.stored == {} and all(job.id.startswith("train-000001.1/") for job in known.plan)
+        assert known.stored == {} and all(
+            job.id.startswith("train-000001.1/") for job in known.plan
+        )
         assert {e.id for e in known.dropped} == {e.id for e in played}, (
             "told, since they are not learnt from"
         )
@@ -240,6 +243,29 @@ def test_an_earlier_run_is_not_overwritten_unasked(model: Path, tmp_path: Path) 
         trainer(tmp_path / "run", model, max_steps=1).train()
     trainer(tmp_path / "run", model, max_steps=1, overwrite=True).train()
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_at_work_is_not_disturbed_by_a_second_one(model: Path, tmp_path: Path) -> None:
+    """Neither by one that would replace it nor by one that would go on; a closed run has given the
+    folder back."""
+    folder = tmp_path / "run"
+    with trainer(folder, model).run:
+        held = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+        for change in ("overwrite", "resume"):
+            with pytest.raises(SettingError, match=rf"a run is at work there .*pid {os.getpid()}"):
+                trainer(folder, model, **{change: True}).train()
+        assert held == {path: path.stat().st_mtime_ns for path in held}
+    with trainer(folder, model, resume=True).run:
+        pass
+
+
+def test_a_run_that_cannot_begin_leaves_the_earlier_one(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with trainer(folder, model).run:
+        pass
+    with pytest.raises(SettingError, match="model"):
+        trainer(folder, tmp_path / "no-model", overwrite=True).train()
+    assert (folder / "config.yaml").is_file() and (folder / "versions").is_dir()
 
 
 def test_stopped_work_has_ended_before_the_caller_goes_on() -> None:
