@@ -15,7 +15,7 @@ handful of methods in `Tokenizer` will do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .template_probe import (
     Tokenizer,
     template_text,
 )
+from .template_variables import for_template
 
 # how tool results are shown; some templates look for this wrapping
 OPEN, CLOSE = "<tool_response>", "</tool_response>"
@@ -41,7 +42,8 @@ class ChatRenderer:
 
     Args:
         tokenizer: see `template_probe.Tokenizer`.
-        settings: variables of the template, such as `enable_thinking=False`.
+        settings: variables of the template, such as `enable_thinking=False`; see
+            `template_variables`.
 
     Attributes:
         append_only: True if a later prompt contains an earlier prompt and answer unchanged. A
@@ -50,6 +52,7 @@ class ChatRenderer:
         eos_ids: tokens that end an answer: the tokenizer's, and the one the template writes after
             an answer.
         template_hash: of the template and its settings; a checkpoint keeps it.
+        variables: names that the template reads.
 
     Raises `SettingError` if there is no chat template, or nothing that ends an answer.
     """
@@ -58,9 +61,9 @@ class ChatRenderer:
         self.tokenizer, self.settings = tokenizer, settings
         self.template = ChatTemplate(tokenizer, settings)
         self.facts = TemplateProbe(self.template).run()
-        self.template_hash = self.template.hash
+        self.template_hash, self.variables = self.template.hash, self.template.variables.names
         self.append_only = self.facts.append_only
-        self.end_of_turn, self.eos_ids = self.facts.end_of_turn, self.facts.eos_ids
+        self.end_of_turn, self.eos_ids = self.facts.ending.sampled, self.facts.eos_ids
         self._structure: dict[str, list[int]] = {}  # structure text -> its token ids
         self._forbidden_ids = frozenset(self.facts.forbidden.values())
 
@@ -86,13 +89,14 @@ class ChatRenderer:
             if (
                 self.append_only
                 and previous.prompt_ids
+                and not self._joins_answer(messages[len(done) :])
                 and (previous.token_ids or not previous.text)
             ):
                 tail = self._encode(self._tail_parts(messages[len(done) :]))
-                ended = self.end_of_turn is not None and previous.token_ids[-1:] == (
-                    self.end_of_turn,
-                )
-                return previous.prompt_ids + previous.token_ids + tuple(tail[1:] if ended else tail)
+                if self.end_of_turn is not None and previous.token_ids[-1:] == (self.end_of_turn,):
+                    written = self.facts.ending.written
+                    tail = tail[tail.index(written) + 1 if written is not None else 0 :]
+                return previous.prompt_ids + previous.token_ids + tuple(tail)
         return tuple(self._encode(self._parts(messages)))
 
     def write(self, prompt_ids: Sequence[int], text: str) -> Completion:
@@ -102,18 +106,20 @@ class ChatRenderer:
         that spells special tokens is cut so that it has none. The completion's text is decoded from
         its tokens.
         """
-        ids = self._encode([(_clean(text), True)])
-        return Completion(self.decode(ids), tuple(prompt_ids), (*ids, self.eos_ids[0]))
+        before = self.facts.ending.before if self.end_of_turn is not None else ""
+        ids = self._encode([(_clean(text), True), (before, False)])
+        ids.append(self.eos_ids[0])
+        return Completion(self.decode(ids), tuple(prompt_ids), tuple(ids))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of an answer: without the end-of-turn tokens at its end; special tokens sampled
-        before stay visible."""
+        """The text of an answer: without the end-of-turn tokens at its end, and without what the
+        template writes before these; special tokens sampled before stay visible."""
         end = len(token_ids)
         while end and token_ids[end - 1] in self.eos_ids:
             end -= 1
-        return self.tokenizer.decode(
-            list(token_ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        text = self.show(token_ids[:end])
+        ended = self.end_of_turn is not None and self.end_of_turn in token_ids[end:]
+        return text.removesuffix(self.facts.ending.before) if ended else text
 
     def show(self, ids: Sequence[int]) -> str:
         """Any token ids as text, special tokens visible."""
@@ -155,20 +161,35 @@ class ChatRenderer:
             for piece in pieces
         ]
 
+    def _joins_answer(self, messages: Sequence[Message]) -> bool:
+        """Whether the first of these messages becomes one with the answer before it."""
+        return (
+            bool(messages) and messages[0].role == "assistant" and "assistant" in self.facts.single
+        )
+
     def _tail_parts(self, messages: Sequence[Message]) -> list[Part]:
-        chat = self._known_roles(messages)
+        chat = self._known_roles(messages, goes_on=True)
         pieces = self.template.after_answer([_slot(m) for m in chat])
         return [
             (self._content(chat[p - 2]), True) if isinstance(p, int) else (p, False) for p in pieces
         ]
 
-    def _known_roles(self, messages: Sequence[Message]) -> list[Message]:
+    def _known_roles(self, messages: Sequence[Message], *, goes_on: bool = False) -> list[Message]:
         """Tool results as wrapped user messages; the system text in the first user message if the
-        template wants no system."""
-        chat = [
-            Message("user", f"{OPEN}\n{m.content}\n{CLOSE}") if m.role == "tool" else m
-            for m in messages
-        ]
+        template wants no system, later ones as the user's if it wants them nowhere else; neighbours
+        of one role as one message if it refuses two. `goes_on`: these follow an answer.
+        """
+        chat: list[Message] = []
+        begins = not goes_on
+        for m in messages:
+            begins = begins and m.role == "system"
+            if m.role == "tool":
+                m = Message("user", f"{OPEN}\n{m.content}\n{CLOSE}")
+            elif m.role == "system" and not begins and not self.facts.late_system:
+                m = Message("user", m.content)
+            if chat and chat[-1].role == m.role and m.role in self.facts.single:
+                m = _joined(chat.pop(), m)
+            chat.append(m)
         if not self.facts.system_kept and chat and chat[0].role == "system":
             text = chat[0].content
             if len(chat) > 1 and chat[1].role == "user":
@@ -272,6 +293,14 @@ def _common(a: str, b: str) -> str:
     return a[:same]
 
 
+def _joined(a: Message, b: Message) -> Message:
+    """Two messages of one role as one: results below one another, as `agents.chat` gives them, all
+    else as paragraphs."""
+    results = all(pre for _, pre, _ in (_slot(a), _slot(b)))
+    texts = [m.content for m in (a, b) if m.content]
+    return Message(a.role, ("\n" if results else "\n\n").join(texts))
+
+
 def _slot(message: Message) -> Slot:
     text = message.content
     wrapped = (
@@ -286,6 +315,13 @@ def _slot(message: Message) -> Slot:
 def _clean(text: str) -> str:
     """Lone surrogates, which no tokenizer takes, as U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def base_renderer(path: str | Path, settings: Mapping[str, Any]) -> ChatRenderer:
+    """The renderer of a base model, with those of a run's `chat_template_kwargs` that its template
+    reads."""
+    tokenizer = load_tokenizer(path)
+    return ChatRenderer(tokenizer, **for_template(template_text(tokenizer), settings))
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -15,10 +15,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..agents.types import SettingError
+from .template_variables import ReadsClock, TemplateVariables
 
 MARK = "\ue000slot"  # a private-use character: not whitespace, in no template
 # marks of a thought are no role: a text may hold them, as tokens
 THOUGHT = re.compile(r"</?\w*think\w*>")
+TWICE = {  # chats with two messages of a role in a row
+    "system": ("system", "system", "user"),
+    "user": ("user", "assistant", "user", "user"),
+    "assistant": ("user", "assistant", "assistant", "user"),
+}
 Slot = tuple[str, str, str]  # role, text before and after the content that the template gets to see
 Shape = list[str | int]
 
@@ -51,22 +57,28 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
         self.tokenizer, self.settings = tokenizer, dict(settings)
-        text = template_text(tokenizer) + json.dumps(self.settings, sort_keys=True)
+        source = template_text(tokenizer)
+        self.variables = TemplateVariables(source, settings, tokenizer)
+        text = source + json.dumps(self.settings, sort_keys=True)
         self.hash = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._shapes: dict[tuple[Slot, ...], Shape] = {}
 
-    def render(self, chat: list[dict[str, str]]) -> str:
-        """The text of a chat, generation prompt included. Raises `SettingError` where the template
-        refuses it."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True, **self.settings
-            )
-        except Exception as error:  # templates raise whatever jinja gives them
-            roles = ", ".join(m["role"] for m in chat)
-            raise SettingError(
-                f"chat template refuses a chat of the roles ({roles}): {error}"
-            ) from error
+    def render(self, chat: list[dict[str, str]], *, ends: bool = False) -> str:
+        """The text of a chat, generation prompt included unless the chat `ends`. Raises
+        `SettingError` where the template refuses it, or writes today's date."""
+
+        def with_variables(variables: Mapping[str, Any]) -> str:
+            try:
+                return self.tokenizer.apply_chat_template(
+                    chat, tokenize=False, add_generation_prompt=not ends, **variables
+                )
+            except Exception as error:  # templates raise whatever jinja gives them
+                roles = ", ".join(m["role"] for m in chat)
+                raise SettingError(
+                    f"chat template refuses a chat of the roles ({roles}): {error}"
+                ) from error
+
+        return self.variables.render(with_variables)
 
     def shape(self, slots: Sequence[Slot]) -> Shape:
         """The template's text around the contents: pieces of structure and, between them, numbers
@@ -93,6 +105,12 @@ class ChatTemplate:
         pieces = self.shape([("user", "", ""), ("assistant", "", ""), *slots])
         return pieces[pieces.index(1) + 1 :]
 
+    def last_answer(self) -> str:
+        """The structure that follows an answer where nothing else does, not even a generation
+        prompt."""
+        chat = [{"role": role, "content": f"{MARK}{role};"} for role in ("user", "assistant")]
+        return self.render(chat, ends=True).partition(f"{MARK}assistant;")[2]
+
     def structure(self) -> str:
         """All structure of the shapes so far, as one text."""
         return "".join(
@@ -101,25 +119,46 @@ class ChatTemplate:
 
 
 @dataclass(frozen=True)
+class Ending:
+    """The end of an answer.
+
+    Args:
+        sampled: the token with which a model ends its reply; None if the template has no such
+            token.
+        written: the token that stands in its place where the chat goes on; most templates write
+            the same one.
+        before: the text that the template writes between an answer and `written`.
+    """
+
+    sampled: int | None
+    written: int | None
+    before: str
+
+
+@dataclass(frozen=True)
 class TemplateFacts:
     """What a chat template does with messages.
 
     Args:
         system_kept, tool_kept: it accepts and writes messages of this role.
+        single: roles of which it refuses two messages in a row.
+        late_system: it takes a system message after an answer.
         trims: per role, whether it strips whitespace at the left and at the right of contents.
         rewrites: why a later prompt does not begin with an earlier prompt and its answer; "" if it
             does.
-        end_of_turn: the token that it writes after an answer; None if that is no token of its own.
-        eos_ids: tokens that end an answer: `end_of_turn` and the tokenizer's eos.
+        ending: what it writes after an answer.
+        eos_ids: tokens that end an answer: `ending.sampled` and the tokenizer's eos.
         forbidden: spellings that no content may turn into a token, and their ids: all special
             tokens, and whatever else the template writes as a token.
     """
 
     system_kept: bool
     tool_kept: bool
+    single: frozenset[str]
+    late_system: bool
     trims: Mapping[str, tuple[bool, bool]]
     rewrites: str
-    end_of_turn: int | None
+    ending: Ending
     eos_ids: tuple[int, ...]
     forbidden: Mapping[str, int]
 
@@ -140,10 +179,12 @@ class TemplateProbe:
         """Probe the template once."""
         system_kept = self._keeps("system", [("system", "", ""), ("user", "", "")])
         tool_kept = self._keeps("tool", [("user", "", ""), ("assistant", "", ""), ("tool", "", "")])
+        single = frozenset(role for role, chat in TWICE.items() if not self._takes(chat))
+        late_system = self._takes(("user", "assistant", "system", "user"))
         trims = {role: self._trim(role, system_kept) for role in ("system", "user", "assistant")}
         rewrites = self._rewrites(system_kept)
-        end_of_turn = self._end_of_turn()
-        ends = (end_of_turn, self.tokenizer.eos_token_id)
+        ending = self._ending()
+        ends = (ending.sampled, self.tokenizer.eos_token_id)
         eos_ids = tuple(dict.fromkeys(token for token in ends if token is not None))
         if not eos_ids:
             raise SettingError(
@@ -151,13 +192,56 @@ class TemplateProbe:
                 " would never stop"
             )
         return TemplateFacts(
-            system_kept, tool_kept, trims, rewrites, end_of_turn, eos_ids, self._forbidden()
+            system_kept,
+            tool_kept,
+            single,
+            late_system,
+            trims,
+            rewrites,
+            ending,
+            eos_ids,
+            self._forbidden(),
         )
 
-    def _end_of_turn(self) -> int | None:
-        text = self.template.after_answer([("user", "", "")])[0]
-        ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
-        return ids[0] if ids and ids[0] in self.tokenizer.added_tokens_decoder else None
+    def _ending(self) -> Ending:
+        """What ends an answer: the token that the template writes both before a next message and
+        where the chat ends.
+
+        Some templates write one token in the middle of a chat and another at its end (gpt-oss):
+        only the latter ends a reply, the former may stand within one.
+        """
+        after = self.template.after_answer([("user", "", "")])[0]
+        try:
+            last = self.template.last_answer()
+        except ReadsClock:
+            raise
+        except SettingError:  # it refuses a chat that ends with an answer
+            last = after
+        glue, end = self._encode(after), self._encode(last)
+        shared = self._added(glue[: _agreement(glue, end)])
+        if shared:
+            sampled = written = self._eos_or_first(shared)
+        elif self._added(end):
+            sampled = self._eos_or_first(self._added(end))
+            written = next(iter(self._added(glue)), None)
+        else:  # the next role's token ends the answer, if it follows at once
+            sampled = written = next(iter(self._added(glue[:1])), None)
+        if written is None:
+            return Ending(sampled, None, "")
+        return Ending(sampled, written, after.partition(self._spelling(written))[0])
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def _added(self, ids: Sequence[int]) -> list[int]:
+        return [i for i in ids if i in self.tokenizer.added_tokens_decoder]
+
+    def _eos_or_first(self, ids: Sequence[int]) -> int:
+        eos = self.tokenizer.eos_token_id
+        return eos if eos is not None and eos in ids else ids[0]
+
+    def _spelling(self, token: int) -> str:
+        return self.tokenizer.added_tokens_decoder[token].content
 
     def _forbidden(self) -> dict[str, int]:
         structure = self.template.structure()
@@ -171,9 +255,21 @@ class TemplateProbe:
         """False if the template refuses or drops messages of this role."""
         try:
             self.template.shape(slots)
+        except ReadsClock:
+            raise
         except SettingError:
             if role == "system":  # a template that refuses even this is broken: raise its error
                 self.template.shape([("user", "", "")])
+            return False
+        return True
+
+    def _takes(self, roles: Sequence[str]) -> bool:
+        """Whether the template takes and writes a chat of these roles."""
+        try:
+            self.template.shape([(role, "", "") for role in roles])
+        except ReadsClock:
+            raise
+        except SettingError:
             return False
         return True
 
@@ -214,6 +310,12 @@ class TemplateProbe:
         if "deep thought" not in self.template.render(chat):
             return "the thinking of past answers is dropped"
         return ""
+
+
+def _agreement(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _begins(later: Shape, earlier: Shape) -> bool:

@@ -23,6 +23,7 @@ from ..agents.types import (
 )
 from ..rollouts.engines.config import EngineConfig
 from ..rollouts.episodes.runner import EpisodeLimits
+from ..rollouts.template_variables import as_json
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
@@ -139,6 +140,11 @@ class RolloutSettings(Settings):
         "episode",
         choices=("episode", "call"),
     )
+    chat_template_kwargs: dict | str | None = setting(
+        "variables of the chat template, such as enable_thinking or date_string; kept in"
+        " checkpoints",
+        factory=dict,
+    )
     reward_timeout: float = setting(
         "seconds until an async reward that has given nothing leaves its episode unscorable",
         600.0,
@@ -149,6 +155,9 @@ class RolloutSettings(Settings):
     def prepare(self) -> None:
         for name in ("system", "agents", "policies", "task_args"):
             setattr(self, name, parsed_mapping(name, getattr(self, name)))
+        self.chat_template_kwargs = as_json(
+            parsed_mapping("chat_template_kwargs", self.chat_template_kwargs)
+        )
         check_policies(self.policies)  # before any check shows a value
 
     def sampling(self) -> Sampling:

@@ -145,12 +145,14 @@ def _check_agents(data: Mapping[str, Any]) -> None:
 
 def _check_bases(data: Mapping[str, Any]) -> None:
     for name, entry in data["bases"].items():
-        if not isinstance(entry["template"], str) or not set(entry["policies"]) <= set(
-            data["policies"]
+        if (
+            not isinstance(entry["template"], str)
+            or not isinstance(entry.get("chat_template_kwargs", {}), dict)
+            or not set(entry["policies"]) <= set(data["policies"])
         ):
             raise SettingError(
-                f"bases.{name}: expected the hash of a template, and policies by name; the"
-                " checkpoint is damaged"
+                f"bases.{name}: expected the hash of a template, its variables by name, and"
+                " policies by name; the checkpoint is damaged"
             )
 
 

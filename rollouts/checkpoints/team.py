@@ -67,7 +67,7 @@ def base_of(name: str, path: str, data: Mapping[str, Any]) -> tuple[ChatRenderer
     bases. Raises `SettingError` if it is another base."""
     entry = data["bases"][name]
     check_base(name, path, entry.get("files"))
-    renderer = ChatRenderer(load_tokenizer(path))
+    renderer = ChatRenderer(load_tokenizer(path), **entry.get("chat_template_kwargs", {}))
     if renderer.template_hash != entry["template"]:
         raise SettingError(
             f"{path}: its chat template is not the one the checkpoint was trained with; give"

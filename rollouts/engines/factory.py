@@ -58,7 +58,7 @@ async def start_engine(
         from .transformers import TransformersEngine
 
         return TransformersEngine(
-            model, dtype=choose_dtype(model, config.engine_dtype, on_gpu=has_gpu())
+            model, dtype=choose_dtype(model, config.engine_dtype, on_gpu=has_gpu()), tokens=tokens
         )
     from .vllm.engine import start_vllm
 

@@ -61,6 +61,75 @@ MISTRAL = """{{- bos_token }}
 # no beginning of a later one
 MOVING = MISTRAL.replace("loop.first", "loop.last")
 
+# Llama 2: a space stands between an answer and its end token
+LLAMA2 = """{%- if messages[0]['role'] == 'system' %}
+  {%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}{%- set rest = messages[1:] %}
+{%- else %}{%- set system = '' %}{%- set rest = messages %}{%- endif %}
+{%- for m in rest %}
+  {%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}
+    {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+  {%- endif %}
+  {%- if m['role'] == 'user' %}
+    {{- bos_token + '[INST] ' + (system if loop.first else '') + m['content'] | trim + ' [/INST]' }}
+  {%- else %}{{- ' ' + m['content'] | trim + ' ' + eos_token }}{%- endif %}
+{%- endfor %}"""
+
+NEWLINE_END = """{%- for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '\\n<|end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+
+# Phi 3: the end of a text, which is the tokenizer's eos, stands after the whole chat only
+PHI3 = """{%- for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
+
+# gpt-oss: one answer holds several messages; each ends with <|end|>, the last one with <|return|>
+HARMONY = """{{- '<|start|>system<|message|>Today: ' + strftime_now('%Y-%m-%d') + '<|end|>' }}
+{%- for m in messages %}
+  {%- if m.role == 'assistant' %}
+    {{- '<|start|>assistant<|channel|>final<|message|>' + m.content }}
+    {{- '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}
+  {%- else %}{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
+
+# Cohere: an answer is framed by two tokens
+FRAMED = """{%- for m in messages %}
+  {{- '<|turn|>' + ('<|bot|><|say|>' + m.content + '<|said|>' if m.role == 'assistant' else '<|' + m.role + '|>' + m.content) + '<|over|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|turn|><|bot|><|say|>' }}{%- endif %}"""
+
+# template, special tokens, bos, eos, variables
+ENDS: dict[str, tuple[str, tuple[str, ...], str | None, str, dict[str, str]]] = {
+    "llama2": (LLAMA2, ("<s>", "</s>"), "<s>", "</s>", {}),
+    "newline": (
+        NEWLINE_END,
+        ("<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"),
+        None,
+        "<|endoftext|>",
+        {},
+    ),
+    "phi3": (
+        PHI3,
+        ("<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"),
+        None,
+        "<|endoftext|>",
+        {},
+    ),
+    "harmony": (
+        HARMONY,
+        ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"),
+        None,
+        "<|return|>",
+        {"strftime_now": "2024-07-26"},
+    ),
+    "framed": (
+        FRAMED,
+        ("<|turn|>", "<|bot|>", "<|user|>", "<|system|>", "<|say|>", "<|said|>", "<|over|>"),
+        None,
+        "<|over|>",
+        {},
+    ),
+}
+
 FAMILIES: dict[
     str, tuple[str, tuple[str, ...], str | None, str]
 ] = {  # template, special tokens, bos, eos

@@ -127,6 +127,7 @@ class Checkpointer:
                     "sha256": hashes[n],
                     "files": files_sha256(b.path),
                     "template": b.tokens.template_hash,
+                    "chat_template_kwargs": b.tokens.settings,
                     "policies": list(b.policies),
                 }
                 for n, b in bases.items()
@@ -179,6 +180,11 @@ class Checkpointer:
                 raise SettingError(
                     f"{folder}: made for base {name} with other weights (sha256 differs); resume"
                     " with the same model"
+                )
+            if (kwargs := saved.get("chat_template_kwargs", {})) != base.tokens.settings:
+                raise SettingError(
+                    f"chat_template_kwargs: {name} has {base.tokens.settings}, {folder} was trained"
+                    f" with {kwargs}; resume with the same"
                 )
             if saved["template"] != base.tokens.template_hash:
                 raise SettingError(

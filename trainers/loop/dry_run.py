@@ -14,7 +14,7 @@ from ...agents.team import Team
 from ...agents.types import Call, Completion, PolicySpec, SettingError
 from ...rollouts.engines.factory import choose_engine
 from ...rollouts.engines.vllm.server_args import CPU_CACHE_GIB
-from ...rollouts.renderer import ChatRenderer, load_tokenizer
+from ...rollouts.renderer import base_renderer, load_tokenizer
 from ..config import RunConfig
 from ..model.base_models import group_by_base, versions
 from ..model.local_models import local_model
@@ -254,7 +254,9 @@ def first_prompt(spec: RunSpec, call: Call) -> tuple[str, int | None]:
     policy = spec.policies[call.agent.policy]
     if policy.url:
         return "\n".join(f"  {m.role}: {m.content}" for m in call.messages), None
-    tokens = ChatRenderer(load_tokenizer(local_model(policy.base or spec.config.model)))
+    tokens = base_renderer(
+        local_model(policy.base or spec.config.model), spec.config.chat_template_kwargs
+    )
     ids = tokens.prompt(call.messages)
     return tokens.show(ids), len(ids)
 

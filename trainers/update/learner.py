@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from ...agents.types import AgentSpec, PolicySpec, SettingError
-from ...rollouts.renderer import ChatRenderer, load_tokenizer
+from ...rollouts.renderer import ChatRenderer, base_renderer
+from ...rollouts.template_variables import check_read
 from ...rollouts.types import TurnKey
 from .. import checkpoint as ckpt
 from ..batching.samples import TrainingSequence
@@ -74,7 +75,7 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     path = local_model(name)
-    tokens = ChatRenderer(load_tokenizer(path))
+    tokens = base_renderer(path, config.chat_template_kwargs)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype_of(path, config.dtype, device), trust_remote_code=False
@@ -175,6 +176,7 @@ class Learner:
             name: load_base(name, specs, config, device, self.heads, among)
             for name, specs in groups.items()
         }
+        check_read(config.chat_template_kwargs, [b.tokens.variables for b in self.bases.values()])
         placement = TrainerPlacement(
             config,
             {base.path: groups[name] for name, base in self.bases.items()},

@@ -290,6 +290,7 @@ class VerifierTrainer(Trainer[VerifierConfig]):
             "base": base.name,
             "files": files_sha256(base.path),
             "template": base.tokens.template_hash,
+            "chat_template_kwargs": base.tokens.settings,
             "adapter": to_json(head.spec.adapter),
             "dtype": self.args.dtype,
             "instruction": self.args.instruction,
@@ -341,7 +342,12 @@ class TrainedVerifier:
                 f"verifier {self.folder}: base {card['base']!r} has other files than when the"
                 " verifier was trained"
             )
-        config = RunConfig(model=card["base"], dtype=card["dtype"], layout="padded")
+        config = RunConfig(
+            model=card["base"],
+            dtype=card["dtype"],
+            layout="padded",
+            chat_template_kwargs=card.get("chat_template_kwargs"),
+        )
         spec = HeadSpec(NAME, adapter=from_json(AdapterSpec, card["adapter"]))
         base = load_base(
             card["base"],
