@@ -385,8 +385,8 @@ class Reward:
     `agent` None: the whole team's. `turn`: index of the one turn it is about, with `sibling` for
     its number among siblings. `value` NaN: could not be scored (never 0: that would be a signal).
     `text`: feedback in words. `source`: the scorer's or turn's name. A reward counts towards
-    training if its name is in the run's reward weights (default: all but `format`-like ones, weight
-    0).
+    training if its name is in the run's reward weights (default: all but `format`-like ones and
+    `length`, weight 0).
     """
 
     name: str

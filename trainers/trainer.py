@@ -26,10 +26,11 @@ from ..agents.system import System
 from ..agents.types import SettingError, Task, to_json
 from ..rollouts.engines.base import Engine, EngineError
 from ..rollouts.evaluation.statistics import Evaluation, paired
+from ..rollouts.rewards.names import GIVEN, has_known_names, names_given
 from ..rollouts.rewards.scoring import RewardFn
 from ..rollouts.types import Episode, groups
 from .config import RunConfig
-from .credit.weights import Advantages
+from .credit.weights import Advantages, RewardWeights
 from .errors import Stopped
 from .loop.run import TrainingRun
 from .loop.spec import RunSpec
@@ -87,8 +88,24 @@ class Trainer(Generic[C]):
         self.spec = dataclasses.replace(self.spec, heads=tuple(self.heads()))
         self.run = TrainingRun(self.spec, engine)
         self.before: Evaluation | None = None
+        self._check_weights()
         if self.ratios:
             self._check_sampling()
+
+    def _check_weights(self, episodes: Sequence[Episode] = ()) -> None:
+        """Refuse weights of rewards that nothing gives: before the run as far as names are known
+        then, and from the first step's episodes the rest."""
+        args, rewards = self.args, self.spec.rewards
+        if not isinstance(args, RewardWeights):
+            return
+        if episodes:
+            given = {reward.name for episode in episodes for reward in episode.rewards}
+            given |= names_given(fn for fn in rewards if has_known_names(fn) or fn in GIVEN)
+            args.check_names(
+                given | set(self.reward_names()), " in the first step (0 where it does not apply)"
+            )
+        elif not args.episodes and all(map(has_known_names, rewards)):
+            args.check_names(names_given(rewards) | set(self.reward_names()))
 
     def _check_sampling(self) -> None:
         for name, policy in self.spec.policies.items():
@@ -116,6 +133,8 @@ class Trainer(Generic[C]):
             self.before = run.evaluator.evaluate("before", versions={})
             for step in run.steps():
                 episodes = self.collect(step)
+                if step == 1:
+                    self._check_weights(episodes)
                 run.finish(step, episodes, self.learn(step, episodes))
             after = run.evaluator.evaluate("after")
             return run.summarise(self.before, after, self.report())
@@ -137,6 +156,10 @@ class Trainer(Generic[C]):
         """Rewards that the method needs beside those of the settings. Read once, before anything
         else is there."""
         return ()
+
+    def reward_names(self) -> Sequence[str]:
+        """Names of rewards that the method itself gives to episodes."""
+        return ("counterfactual",) if getattr(self.args, "credit", "") == "counterfactual" else ()
 
     def collect(self, step: int) -> list[Episode]:
         """The step's episodes, the same on every rank."""

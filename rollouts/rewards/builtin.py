@@ -25,7 +25,7 @@ from ..types import Episode
 from .code import hidden_verdict
 from .math_check import CheckerError, CheckerTimeout, equal, gym_score
 from .qa import scores
-from .scoring import RewardFn, awaited, fn_name
+from .scoring import RewardFn, awaited, check_names, fn_name
 
 _EXPLICIT = re.compile(r"\\boxed\s*\{|\banswer\b[^\n:=]{0,20}[:=]|####", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -185,8 +185,8 @@ format_ok.__name__ = "format"  # like the reward it gives
 
 
 def length(task: Task, episode: Episode) -> float:
-    """Minus the thousands of tokens the team sampled in turns it took; for metrics, or with a small
-    weight."""
+    """Minus the thousands of tokens the team sampled in turns it took; for metrics: it is learnt
+    from only if `reward_weights` names it, with a small weight."""
     return -sum(len(turn.token_ids) for turn in episode.turns if turn.taken) / 1000
 
 
@@ -264,12 +264,14 @@ def resolve_rewards(names: Iterable[str | RewardFn] | str | RewardFn) -> list[Re
     """Reward functions by name (`correct`, `verified(calculator)`, `module:function`), several or
     one.
 
-    Raises `SettingError` naming the one that cannot be found.
+    Raises `SettingError` naming the one that cannot be found, or two of one name.
     """
     given = [names] if isinstance(names, str) or callable(names) else names
-    return [
+    functions = [
         load_function("reward", each, REWARDS) if isinstance(each, str) else each for each in given
     ]
+    check_names(functions)
+    return functions
 
 
 # makers of rewards

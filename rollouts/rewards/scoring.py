@@ -6,12 +6,12 @@ import asyncio
 import dataclasses
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from ...agents.execution import SandboxError
-from ...agents.types import Reward, Task
+from ...agents.types import Reward, SettingError, Task, nearest
 from ..types import Episode
 
 RewardFn = Callable[[Task, Episode], Any]
@@ -27,11 +27,39 @@ async def score(
     A reward that raises, or returns what is not a reward, becomes a `Reward` of value NaN whose
     text names the function and what went wrong; NaN and infinity become NaN likewise, and so does
     one that takes longer than `timeout` seconds (an async one: a function that blocks cannot be
-    stopped). The episode is kept and is unscorable. Where programs cannot be run at all
-    (`SandboxError`), that concerns the whole run and is raised.
+    stopped). So do rewards that name an agent or a turn the episode does not have, and rewards of
+    one name that two functions give. The episode is kept and is unscorable. Where programs cannot
+    be run at all (`SandboxError`), that concerns the whole run and is raised.
     """
     results = await asyncio.gather(*(_score(task, episode, fn, timeout) for fn in rewards))
-    return tuple(reward for several in results for reward in several)
+    given: dict[tuple[Any, ...], str] = {}
+    scored: list[Reward] = []
+    for fn, several in zip(rewards, results, strict=True):
+        for reward in several:
+            first, name = given.setdefault(_place(reward), fn_name(fn)), fn_name(fn)
+            if first != name:
+                why = f"rewards {first!r} and {name!r} both give {reward.name!r}; rename one"
+                reward = _unscorable(reward.name, why)
+            scored.append(reward)
+    return tuple(scored)
+
+
+def check_names(rewards: Iterable[RewardFn]) -> None:
+    """Raise `SettingError` if two reward functions have one name: their rewards would be added
+    up."""
+    seen: dict[str, RewardFn] = {}
+    for fn in rewards:
+        name = fn_name(fn)
+        if name in seen:
+            first, second = (
+                f"{each.__module__}:{getattr(each, '__qualname__', type(each).__name__)}"
+                for each in (seen[name], fn)
+            )
+            raise SettingError(
+                f"rewards: two functions are called {name!r} ({first} and {second}), and their"
+                " values would be added up; name one of them otherwise or leave it out"
+            )
+        seen[name] = fn
 
 
 async def _score(task: Task, episode: Episode, fn: RewardFn, timeout: float) -> list[Reward]:
@@ -39,7 +67,7 @@ async def _score(task: Task, episode: Episode, fn: RewardFn, timeout: float) -> 
     try:
         async with clock:
             result = await awaited(fn(task, episode))
-        return [_finite(fn, reward) for reward in _rewards(fn, result)]
+        return _named(fn, episode, [_finite(fn, reward) for reward in _rewards(fn, result)])
     except SandboxError:
         raise
     except Exception as error:  # any failure of a reward is data of this episode
@@ -71,6 +99,51 @@ def _finite(fn: RewardFn, reward: Reward) -> Reward:
     return dataclasses.replace(
         reward, value=math.nan, text=f"{error}: {reward.text}" if reward.text else error
     )
+
+
+def _named(fn: RewardFn, episode: Episode, rewards: list[Reward]) -> list[Reward]:
+    """The rewards, or NaN for each if one names an agent or a turn that is not there. Of an episode
+    without usage and turns it is not known who took part."""
+    agents = dict.fromkeys([*episode.usage, *(turn.agent for turn in episode.turns)])
+    turns = {(turn.index, turn.sibling): turn.agent for turn in episode.turns}
+    problems = [_absent(reward, agents, turns) for reward in rewards]
+    problem = next(filter(None, problems), "")
+    if not problem:
+        return rewards
+    why = f"reward {fn_name(fn)!r} names {problem}"
+    return [
+        _unscorable(reward.name, why)
+        if absent
+        else dataclasses.replace(reward, value=math.nan, text=why)
+        for reward, absent in zip(rewards, problems, strict=True)
+    ]
+
+
+def _absent(reward: Reward, agents: Collection[str], turns: Mapping[Any, str]) -> str:
+    """What a reward names that the episode does not have; "" if all of it is there. `turns`: agents
+    by (turn, sibling)."""
+    who, where = reward.agent, (reward.turn, reward.sibling)
+    if who is not None and agents and who not in agents:
+        return f"agent {who!r}: no such agent; {nearest(str(who), agents)}"
+    if reward.turn is None:
+        return ""
+    if where not in turns:
+        return (
+            f"turn {reward.turn!r}, sibling {reward.sibling!r}: the episode has {len(turns)} turns"
+        )
+    if who not in (None, turns[where]):
+        return f"turn {reward.turn} of agent {who!r}: that turn is of agent {turns[where]!r}"
+    return ""
+
+
+def _unscorable(name: str, why: str) -> Reward:
+    """A reward of the whole team that could not be given."""
+    return Reward(name, math.nan, why)
+
+
+def _place(reward: Reward) -> tuple[Any, ...]:
+    """What a reward is about, with its name."""
+    return (reward.name, reward.agent, reward.turn, reward.sibling)
 
 
 async def awaited(value: Any | Awaitable[Any]) -> Any:

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...agents.settings import Settings, setting
-from ...agents.types import Reward, SettingError, Turn
+from ...agents.types import Reward, SettingError, Turn, nearest
 from ...rollouts.types import Episode, TurnKey, groups
 
 # (episode id, turn index, sibling) -> advantage; a turn that is missing is not trained
 Advantages = dict[TurnKey, float]
 State = dict[str, float]  # what a rule remembers between steps; a checkpoint keeps it
 # rewards that count only if `reward_weights` names them
-UNWEIGHTED = ("format", "counterfactual", "valid", "ran")
+UNWEIGHTED = ("format", "length", "counterfactual", "valid", "ran")
 RULE_NAMES = (
     *("team", "agent", "turn", "grpo", "rloo", "dr_grpo", "at_grpo", "dr_mas"),
     *("rae", "success", "counterfactual"),
@@ -33,7 +33,8 @@ class RewardWeights(Settings):
     """Which of an episode's rewards count for learning, and how much."""
 
     reward_weights: dict | str | None = setting(
-        "weight by reward name; empty: every reward counts 1, but for `format`, `valid` and `ran`",
+        "weight by reward name; empty: every reward counts 1, but for `format`, `length`, `valid`"
+        " and `ran`",
         factory=dict,
     )
 
@@ -57,6 +58,16 @@ class RewardWeights(Settings):
         if self.reward_weights:
             return float(self.reward_weights.get(name, 0.0))  # type: ignore[union-attr]
         return 0.0 if name in UNWEIGHTED else 1.0
+
+    def check_names(self, known: Collection[str], where: str = "") -> None:
+        """Raise `SettingError` if a weight is of a reward that is not among the known names.
+        `where`: what they are the rewards of."""
+        for name in self.reward_weights or ():
+            if name not in known:
+                raise SettingError(
+                    f"reward_weights.{name}: no reward of this name{where};"
+                    f" {nearest(str(name), sorted(known))}"
+                )
 
 
 @dataclass
@@ -104,11 +115,13 @@ class RewardedEpisodes:
     Args:
         rewards: the team's reward by episode id, NaN where it is unknown (`team_rewards`).
         state: of rules that remember between steps; changed in place.
+        without_signal: turns of groups that have no signal, which a rule that compares adds here.
     """
 
     episodes: Sequence[Episode]
     rewards: Mapping[str, float]
     state: State = field(default_factory=dict)
+    without_signal: set[TurnKey] = field(default_factory=set)
 
     @property
     def known_rewards(self) -> list[float]:

@@ -11,7 +11,7 @@ from ...agents.system import System, build_system, override_agents
 from ...agents.tools.tools import resolve_tools
 from ...agents.types import PolicySpec, SettingError, Task
 from ...rollouts.rewards.builtin import resolve_rewards
-from ...rollouts.rewards.scoring import RewardFn, fn_name
+from ...rollouts.rewards.scoring import RewardFn, check_names, fn_name
 from ...rollouts.tasks.registry import load_tasks
 from ..collection.task_order import tasks_of
 from ..config import RunConfig
@@ -78,6 +78,8 @@ class RunSpec:
                 "rewards: empty; expected at least one function, whose name is the accuracy of"
                 " evaluations"
             )
+        scores = [*scores, *(extra for extra in extra_rewards if extra not in scores)]
+        check_names(scores)
         return cls(
             config,
             system,
@@ -85,7 +87,7 @@ class RunSpec:
             {name: [a.name for a in system.specs if a.policy == name] for name in policies},
             train,
             held_out,
-            [*scores, *(extra for extra in extra_rewards if extra not in scores)],
+            scores,
             tuple(heads),
             recipe,
             tasks is not None or eval_tasks is not None,

@@ -325,7 +325,7 @@ def test_leave_one_out():
 def test_format_is_apart_from_correctness():
     rewards = (Reward("correct", 1.0), Reward("format", 0.0), Reward("length", -0.5))
     one = episode("e", rewards=rewards)
-    assert credit([one], CreditConfig(credit="team")) == {("e", 0, 0): 0.5}
+    assert credit([one], CreditConfig(credit="team")) == {("e", 0, 0): 1.0}
     weights = {"correct": 1, "format": 0.5}
     assert credit([one], CreditConfig(credit="team", reward_weights=weights)) == {("e", 0, 0): 1.0}
     assert CreditConfig(reward_weights='{"correct": 2}').weight("correct") == 2.0

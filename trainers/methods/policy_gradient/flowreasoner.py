@@ -108,6 +108,9 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
     def extra_rewards(self) -> Sequence[RewardFn]:
         return (workflow,)  # what the system reports of each trajectory
 
+    def reward_names(self) -> Sequence[str]:
+        return ("diversity", *super().reward_names())
+
     def collect(self, step: int) -> list[Episode]:
         if step == self.args.sft_steps + 1 > 1:
             self.run.rollouts.play("sampled-sft", self.spec.eval_tasks)
