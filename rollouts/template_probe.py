@@ -219,6 +219,8 @@ class TemplateProbe:
             last = after
         glue, end = self._encode(after), self._encode(last)
         shared = self._added(glue[: _agreement(glue, end)])
+        sampled: int | None
+        written: int | None
         if shared:
             sampled = written = self._eos_or_first(shared)
         elif self._added(end):

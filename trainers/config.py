@@ -7,6 +7,7 @@ import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..agents.secrecy import check_policies
 from ..agents.settings import Settings, mapping, parsed_mapping, setting
@@ -164,6 +165,10 @@ class RolloutSettings(Settings):
         """The sampling of agents that name none of their own."""
         return Sampling(temperature=self.temperature, max_tokens=self.max_completion_length)
 
+    def template_variables(self) -> dict[str, Any]:
+        """Variables of the chat templates."""
+        return mapping("chat_template_kwargs", self.chat_template_kwargs)
+
     def limits(self) -> EpisodeLimits:
         """The limits of an episode."""
         return EpisodeLimits(
@@ -202,7 +207,9 @@ class OptimizerSettings(Settings):
     )
     warmup_steps: int = setting("steps over which the learning rate rises from 0", 0, at_least=0)
     weight_decay: float = setting("AdamW's weight decay on adapters", 0.0, at_least=0)
-    max_grad_norm: float = setting("gradient norm per adapter is clipped to this", 1.0, at_least=0)
+    max_grad_norm: float = setting(
+        "gradient norm per adapter is clipped to this; 0 does not clip", 1.0, at_least=0
+    )
     num_iterations: int = setting("optimizer updates per batch of episodes", 1, at_least=1)
     tokens_per_batch: int = setting("computed tokens of one forward pass", 8192, at_least=1)
     shard_base: bool = setting(

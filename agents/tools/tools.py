@@ -30,11 +30,11 @@ from ..execution import Execute, ExecutionResult, Externals, Limits, SandboxErro
 from ..lookup import load_function
 from ..types import SettingError, nearest
 from .calculator import evaluate
+from .calls import call_spans
 
 MAX_RESULT = 4000  # characters of a result that the model is shown
 MAX_CALLS = 8  # calls of one reply that are run; the others are answered with an error
 
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _JSON_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
 
@@ -174,10 +174,11 @@ def parse_calls(text: str) -> list[dict[str, Any]]:
     """The tool calls in a reply, in order, each `{"name": str, "arguments": ...}`.
 
     A call that cannot be read, or that is one too many, has an `error` (words for the model)
-    instead of arguments. A call whose closing tag is missing is none: the reply was cut off.
+    instead of arguments. A call in a thought is none, nor one whose closing tag is missing: the
+    reply was cut off.
     """
     calls: list[dict[str, Any]] = []
-    for number, match in enumerate(_CALL.finditer(text)):
+    for number, span in enumerate(call_spans(text)):
         if number == MAX_CALLS:
             calls.append(
                 {
@@ -187,7 +188,7 @@ def parse_calls(text: str) -> list[dict[str, Any]]:
             )
             break
         try:
-            data = _loads(match[1])
+            data = _loads(span.body)
             if not isinstance(data, dict) or not isinstance(data.get("name"), str):
                 raise _WrongArguments('expected a JSON object with "name" and "arguments"')
             calls.append({"name": data["name"], "arguments": data.get("arguments") or {}})

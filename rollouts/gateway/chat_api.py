@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...agents.tools.calls import call_spans
 from ...agents.tools.tools import parse_calls
 from ...agents.types import Message, Turn
 from .chat_tools import call_json, read_call, read_choice, read_grammar, read_tools
@@ -269,7 +270,7 @@ def shown(turn: Turn, request: Request) -> Message:
         }
         for number, call in enumerate(calls)
     )
-    return Message("assistant", text[: text.index("<tool_call>")].rstrip(), tool_calls=tool_calls)
+    return Message("assistant", text[: call_spans(text)[0].start].rstrip(), tool_calls=tool_calls)
 
 
 def usage(turns: Sequence[Turn]) -> dict[str, int]:

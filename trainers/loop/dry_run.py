@@ -255,7 +255,7 @@ def first_prompt(spec: RunSpec, call: Call) -> tuple[str, int | None]:
     if policy.url:
         return "\n".join(f"  {m.role}: {m.content}" for m in call.messages), None
     tokens = base_renderer(
-        local_model(policy.base or spec.config.model), spec.config.chat_template_kwargs
+        local_model(policy.base or spec.config.model), spec.config.template_variables()
     )
     ids = tokens.prompt(call.messages)
     return tokens.show(ids), len(ids)
