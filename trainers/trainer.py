@@ -31,7 +31,7 @@ from ..rollouts.rewards.scoring import RewardFn
 from ..rollouts.types import Episode, groups
 from .config import RunConfig
 from .credit.weights import Advantages, RewardWeights
-from .errors import Stopped
+from .errors import RunError, Stopped
 from .loop.run import TrainingRun
 from .loop.spec import RunSpec
 from .update.optimizer_step import UpdateResult
@@ -143,6 +143,9 @@ class Trainer(Generic[C]):
             raise
         except EngineError as error:
             run.emergency_save(error)
+            raise
+        except (RunError, SettingError) as error:
+            run.record_end(error)
             raise
         finally:
             run.close()

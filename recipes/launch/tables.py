@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,22 +59,37 @@ def accuracy_entries(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]
     return entries
 
 
-def summary_table(summary: Mapping[str, Any], folder: str) -> str:
+def summary_table(
+    summary: Mapping[str, Any],
+    folder: str,
+    flags: Sequence[str] = (),
+    play_flags: Sequence[str] = (),
+) -> str:
     """What a run did, from its `summary.json`: accuracy, the method's own sections, adapters, time
-    and live proof."""
+    and live proof; and the commands to go on with.
+
+    `flags`: words that those commands need to open the checkpoint; `play_flags`: more of them for
+    `marlora play`.
+    """
     sections = []
     if summary["eval"]["before"] and summary["eval"]["after"]:
         title = f"{summary['recipe']}: {summary['model']}"
         sections.append(accuracy_section(title, accuracy_entries(summary)))
     sections += [*sections_of(summary), _adapters(summary["policies"])]
     last = f"{folder}/checkpoints/step-{summary['steps']:06d}"
+    ablate = shlex.join(["marlora", "eval", last, "--ablate", *flags])
+    play = shlex.join(["marlora", "play", last, *flags, *play_flags])
+    width = max(len(ablate), len(play))
+    finding = [summary["finding"]] if summary.get("finding") else []
     return "\n".join(
         [
+            *finding,
             *map(section_text, sections),
             _resources(summary),
             _live_proof(summary["live_proof"]),
-            f"next:\n  marlora eval {last} --ablate     accuracy of every adapter on and off\n"
-            f"  marlora play {last}              talk to the team",
+            "next:",
+            f"  {ablate:{width}}  # accuracy of every adapter on and off",
+            f"  {play:{width}}  # talk to the team",
         ]
     )
 

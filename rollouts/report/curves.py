@@ -30,7 +30,8 @@ RUN_CURVES = (
     ("staleness", "staleness", "versions behind"),
 )
 # keys of a row of metrics.jsonl that no curve "of another name" is drawn for
-PLACED = {"step", "reward", "episodes", "sampled_tokens", *(key for key, *_ in RUN_CURVES)}
+PLACED = {"step", "reward", "reward_min", "reward_max", "episodes", "sampled_tokens"}
+PLACED |= {key for key, *_ in RUN_CURVES}
 TIME_COLOURS = {"rollout": "c3", "train": "c4", "publish": "c5"}  # parts of a step's time
 NO_POLICY = {"": "c6"}  # colour of a curve of the whole run
 

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .episode_index import EpisodeRow
+from .findings import ENDED, learnt_nothing
 from .html import number, text
 from .run_data import RunData
 
@@ -19,7 +20,8 @@ def verdict(run: RunData, n: int) -> str:
     """Whether training helped in a sentence, which adapter does, and three episodes to read; `n`
     numbers the run in links."""
     summary = run.summary
-    lines = [UNFINISHED] if summary.get("unfinished") else []
+    lines = [f'<p class="note"><b>{text(each)}</b></p>' for each in problems(run)]
+    lines += [UNFINISHED] if summary.get("unfinished") else []
     accuracies = summary.get("eval") or {}
     before, after, paired = (accuracies.get(key) for key in ("before", "after", "paired"))
     if not (before and after and paired):
@@ -32,8 +34,9 @@ def verdict(run: RunData, n: int) -> str:
         if high < 0
         else "No effect of training is shown"
     )
+    so_far = " so far" if summary.get("unfinished") else ""
     sentence = (
-        f"{effect}{' so far' if lines else ''}: {before['accuracy']:.3f} → {after['accuracy']:.3f}"
+        f"{effect}{so_far}: {before['accuracy']:.3f} → {after['accuracy']:.3f}"
         f" on {after['num_tasks']} held-out tasks"
     )
     lines.append(
@@ -50,6 +53,18 @@ def verdict(run: RunData, n: int) -> str:
         f'<a href="#e={n}:{quote(row.id)}">{what}</a>' for what, row in examples(run.episodes)
     )
     return "".join(lines) + (f"<p>Read: {links}</p>" if links else "")
+
+
+def problems(run: RunData) -> list[str]:
+    """What a reader has to know before anything else: why the run ended early, and what it did not
+    learn and why."""
+    found = []
+    if run.summary.get("unfinished"):
+        path = run.folder / "warnings.log"
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        found += [line for line in lines if line.startswith(ENDED)][-1:]
+    finding = run.summary.get("finding") or learnt_nothing(run.metrics, run.config)
+    return [*found, finding] if finding else found
 
 
 def change(paired: Mapping[str, Any]) -> str:

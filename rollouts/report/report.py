@@ -35,6 +35,7 @@ PLACED_KEYS = (
     "adapters",
     "collaboration",  # in a section of its own
     KEY,
+    "finding",
     "unfinished",
 )  # keys of summary.json that have a place of their own; every other one is shown as it is
 

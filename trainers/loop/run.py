@@ -20,6 +20,7 @@ from typing import Any
 
 from ...rollouts.engines.base import Engine
 from ...rollouts.evaluation.statistics import Evaluation
+from ...rollouts.report.findings import ENDED
 from ...rollouts.report.report import write_report
 from ...rollouts.types import Episode
 from .. import checkpoint as ckpt
@@ -238,10 +239,15 @@ class TrainingRun:
         an update was under way. Why the run ended is among its warnings, for its report."""
         if not (self._loaded and self.ranks.main):
             return
-        self.log.warn(f"the run ended after step {self.step}: {error}")
+        self.record_end(error)
         if not self.learner.unfinished and self.checkpointer.saved != self.step:
             self.checkpointer.saved = self.step
             self.log.say(f"step {self.step} is saved in {self._write_checkpoint()}")
+
+    def record_end(self, error: Exception) -> None:
+        """Keep why the run cannot go on among its warnings, for its report (rank 0)."""
+        if self._loaded and self.ranks.main:
+            self.log.warn(f"{ENDED} after step {self.step}: {error}")
 
     def summarise(
         self,
@@ -256,6 +262,9 @@ class TrainingRun:
         result = summaries.summary(spec, learner, self.sync, self.log, before, after)
         result |= extra or {}
         if self.ranks.main:
+            if finding := self.log.finding():
+                result["finding"] = finding
+                self.log.warn(finding)
             ckpt.write_json(spec.config.folder / "summary.json", result)
             write_report(spec.config.folder, pieces=summaries.pieces_of(learner.bases))
         return result

@@ -14,6 +14,7 @@ from typing import Any
 
 # (metric, worse when above, threshold): shares of trained tokens or turns, nats per token
 LIMITS = {"clipped": 0.5, "truncated": 0.5, "constant_groups": 0.9}
+OF_UPDATE = ("clipped",)  # shares of an update; the others are of the step's episodes
 ENTROPY_FLOOR = 0.01
 # k3 KL per token: about x * x / 2 where log-probs are off by x. bfloat16's 0.04 nat gives 8e-4; no
 # first step may calibrate more away.
@@ -29,49 +30,69 @@ class Alarms:
     beyond: dict[str, int] = field(default_factory=dict)
 
     def check(
-        self, rows: Mapping[str, Mapping[str, Any]], stale: bool = False
+        self,
+        rows: Mapping[str, Mapping[str, Any]],
+        stale: bool = False,
+        advice: Mapping[str, str] | None = None,
     ) -> tuple[list[str], str]:
         """(warnings, reason to stop or "") for one step's metrics by policy. `first_mismatch_kl` is
         of the pass before any update.
 
         `stale`: the episodes were played by earlier versions. Then that distance holds what was
         learnt since, and is not judged: that the server speaks as the trainer does is the live
-        proof's to show.
+        proof's to show. `advice`: by metric, which setting to change.
         """
         warnings: list[str] = []
         stop = ""
         for policy, row in rows.items():
-            if not row.get("tokens") or not row.get("applied", True):
-                continue
-            kl = float(row["first_mismatch_kl"])
-            noise = self.noise.setdefault(policy, min(kl, WARN_KL))
-            if not stale and kl > max(WARN_KL, 10 * noise):
-                warnings.append(
-                    f"policy {policy!r}: engine and trainer disagree by {kl:.1e} nat per token (k3"
-                    f" KL); it was {noise:.1e} at the start"
-                )
-            self.beyond[policy] = (
-                self.beyond.get(policy, 0) + 1
-                if not stale and kl > max(STOP_KL, 100 * noise)
-                else 0
-            )
-            if self.beyond[policy] >= PATIENCE:
-                stop = (
-                    f"policy {policy!r}: engine and trainer disagreed by {kl:.1e} nat per token for"
-                    f" {PATIENCE} steps; the served adapter is not the trained one"
-                )
-            for name, limit in LIMITS.items():
-                if float(row.get(name, 0.0)) > limit:
-                    warnings.append(
-                        f"policy {policy!r}: {name.replace('_', ' ')} {row[name]:.2f} (above"
-                        f" {limit})"
-                    )
-            if float(row.get("entropy", 1.0)) < ENTROPY_FLOOR:
-                warnings.append(
-                    f"policy {policy!r}: entropy {row['entropy']:.4f} nat per token (below"
-                    f" {ENTROPY_FLOOR}): it hardly explores any more"
-                )
+            trained = bool(row.get("tokens")) and bool(row.get("applied", True))
+            if trained:
+                warned, reason = self._mismatch(policy, float(row["first_mismatch_kl"]), stale)
+                warnings += warned
+                stop = reason or stop
+            warnings += _shares(policy, row, trained, advice or {})
         return warnings, stop
+
+    def _mismatch(self, policy: str, kl: float, stale: bool) -> tuple[list[str], str]:
+        """(warnings, reason to stop or "") for one step's distance of engine and trainer."""
+        noise = self.noise.setdefault(policy, min(kl, WARN_KL))
+        warnings: list[str] = []
+        if not stale and kl > max(WARN_KL, 10 * noise):
+            warnings.append(
+                f"policy {policy!r}: engine and trainer disagree by {kl:.1e} nat per token (k3"
+                f" KL); it was {noise:.1e} at the start"
+            )
+        beyond = not stale and kl > max(STOP_KL, 100 * noise)
+        self.beyond[policy] = self.beyond.get(policy, 0) + 1 if beyond else 0
+        if self.beyond[policy] < PATIENCE:
+            return warnings, ""
+        return warnings, (
+            f"policy {policy!r}: engine and trainer disagreed by {kl:.1e} nat per token for"
+            f" {PATIENCE} steps; the served adapter is not the trained one"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {"noise": self.noise, "beyond": self.beyond}
+
+
+def _shares(
+    policy: str, row: Mapping[str, Any], trained: bool, advice: Mapping[str, str]
+) -> list[str]:
+    """Warnings of a policy's shares and entropy in one step. What describes an update is judged
+    only where there was one; cut-off replies and silent groups always, for at 1.0 they leave
+    nothing to update from."""
+    warnings = []
+    for name, limit in LIMITS.items():
+        if (trained or name not in OF_UPDATE) and float(row.get(name, 0.0)) > limit:
+            said = f"policy {policy!r}: {name.replace('_', ' ')} {row[name]:.2f}"
+            change = advice.get(name)
+            warnings.append(
+                f"{said}: {change} (alarm above {limit})" if change else f"{said} (above {limit})"
+            )
+    if trained and float(row.get("entropy", 1.0)) < ENTROPY_FLOOR:
+        change = f"; {advice['entropy']}" if "entropy" in advice else ""
+        warnings.append(
+            f"policy {policy!r}: entropy {row['entropy']:.4f} nat per token (below"
+            f" {ENTROPY_FLOOR}): it hardly explores any more{change}"
+        )
+    return warnings

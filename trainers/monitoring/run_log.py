@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ...rollouts.report.episode_index import json_lines
+from ...rollouts.report.findings import learnt_nothing, settings_to_change
 from ...rollouts.types import Episode
 from .. import checkpoint as ckpt
 from ..batching.samples import TrainingSequence
@@ -193,10 +195,17 @@ class RunLog:
         ""."""
         step = self.step
         stale = self.config.max_staleness > 0 and step > 1
-        warnings, reason = self.alarms.check(rows, stale=stale)
+        advice = settings_to_change(dataclasses.asdict(self.config))
+        warnings, reason = self.alarms.check(rows, stale, advice)
         for warning in warnings:
             self.warn(f"step {step}: {warning}")
         return reason
+
+    def finding(self) -> str:
+        """What the run did not learn and why, from its metrics so far; "" if every policy learnt
+        (rank 0)."""
+        rows = list(json_lines(self.config.folder / "metrics.jsonl"))
+        return learnt_nothing(rows, dataclasses.asdict(self.config))
 
     def record_verification(self, records: list[dict[str, object]]) -> None:
         """Write `proofs.json`: every verification of the run so far (rank 0)."""

@@ -41,6 +41,8 @@ def collection_row(
     return {
         "step": step,
         "reward": sum(values) / len(values) if values else None,
+        "reward_min": min(values, default=None),
+        "reward_max": max(values, default=None),
         "episodes": len(parents),
         "failed": sum(e.error is not None for e in parents),
         "unscorable": len(parents) - len(values),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from marlora.agents.types import Task, Turn
+from marlora.rollouts.report.findings import settings_to_change
 from marlora.rollouts.types import Episode
 from marlora.trainers.monitoring.alarms import Alarms
 from marlora.trainers.trainer import shares_of
@@ -106,3 +107,32 @@ def test_shares_of_cut_off_turns_and_silent_groups_by_hand() -> None:
         "constant_groups": 0.0,
     }
     assert shares_of([], ["a"], {}) == {"truncated": 0.0, "constant_groups": 0.0}
+
+
+@pytest.mark.parametrize("share", ["truncated", "constant_groups"])
+@pytest.mark.parametrize("value", [0.95, 1.0])
+@pytest.mark.parametrize("update", [{}, {"tokens": 0}, {"applied": False}])
+def test_shares_of_a_steps_episodes_warn_up_to_their_end(
+    share: str, value: float, update: dict[str, Any]
+) -> None:
+    """At 1.0 there is nothing to train on, so the row holds no update."""
+    (warning,), stop = alarms(**{share: value}, **update)
+    assert f"{share.replace('_', ' ')} {value:.2f}" in warning and not stop
+
+
+def test_a_row_without_an_update_holds_no_more_than_its_shares() -> None:
+    row = {"tokens": 0, "truncated": 1.0, "constant_groups": 1.0}
+    warnings, stop = Alarms().check({"solver": row})
+    assert len(warnings) == 2 and not stop
+
+
+def test_clipped_and_entropy_warn_at_their_ends() -> None:
+    assert len(alarms(clipped=1.0, entropy=0.0)[0]) == 2
+
+
+def test_warnings_name_the_setting_and_its_value() -> None:
+    advice = settings_to_change({"max_completion_length": 16, "num_generations": 4})
+    row = {"tokens": 0, "truncated": 1.0, "constant_groups": 1.0}
+    cut_off, silent = Alarms().check({"solver": row}, advice=advice)[0]
+    assert "truncated 1.00: raise max_completion_length from 16" in cut_off
+    assert "constant groups 1.00: raise num_generations from 4" in silent
