@@ -25,6 +25,7 @@ from ..agents.types import (
 from ..rollouts.engines.config import EngineConfig
 from ..rollouts.episodes.runner import EpisodeLimits
 from ..rollouts.template_variables import as_json
+from .warm_start import adapter_shape
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
@@ -182,7 +183,11 @@ class RolloutSettings(Settings):
 class AdapterSettings(Settings):
     """The LoRA of policies that name none of their own."""
 
-    lora_r: int = setting("rank of adapters whose policy names none", 16, at_least=1)
+    lora_r: int = setting(
+        "rank of adapters whose policy names none; one with an `init` has that folder's",
+        16,
+        at_least=1,
+    )
     lora_alpha: float = setting("LoRA alpha of adapters whose policy names none", 32.0, at_least=0)
     lora_target_modules: list[str] = setting(
         "modules that get a LoRA", factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -288,10 +293,9 @@ class RunConfig(RunSettings, OptimizerSettings, AdapterSettings, RolloutSettings
         specs = {}
         for name in used:
             given = mapping(f"policies.{name}", self.policies.get(name))  # type: ignore[union-attr]
-            given["adapter"] = {
-                **to_json(self.adapter()),
-                **mapping(f"policies.{name}.adapter", given.get("adapter")),
-            }
+            own = mapping(f"policies.{name}.adapter", given.get("adapter"))
+            start = adapter_shape(given.get("init"), own, f"policies.{name}.adapter")
+            given["adapter"] = {**to_json(self.adapter()), **start, **own}
             spec = from_json(PolicySpec, {"name": name, **given}, f"policies.{name}")
             if name == BASE and spec.trainable and "trainable" in given:
                 raise SettingError(

@@ -247,10 +247,12 @@ def test_adapters_of_another_base_or_shape(model: Path, finished: Path, tmp_path
     )
     told = error_of(
         lambda: trainer(
-            tmp_path / "run", model, policies={"first": {"init": f"{checkpoint}#first"}}, lora_r=8
+            tmp_path / "run",
+            model,
+            policies={"first": {"init": f"{checkpoint}#first", "adapter": {"r": 8}}},
         ).train()
     )
-    assert told.endswith("r is 4, the policy says 8; set policies.first.adapter.r")
+    assert told.startswith("policies.first.adapter.r: 8, but ") and "says r 4; leave" in told
     told = error_of(lambda: trainer(finished, other, resume=True, system=tiny_chain()).train())
     assert f"made for base {model}, this run's is {other}; resume with the same model" in told
     assert contents(finished) == before

@@ -107,9 +107,9 @@ def write_adapter(
     tensor file's metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, tensors, meta)
-    # targets are a set: its order differs between processes
-    plain = {**config, "target_modules": sorted(config["target_modules"])}
-    (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
+    # targets and more of PEFT's are sets: their order differs between processes
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     return folder
 
 
@@ -122,7 +122,7 @@ def read_adapter(folder: Path, where: str) -> SavedAdapter:
                 f"{where}: no {file}; expected a PEFT folder with {CONFIG} and {WEIGHTS}"
             )
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
             meta = dict(file.metadata() or {})
@@ -160,12 +160,6 @@ def folder_sha256(folder: str | Path) -> str:
     """The hash of the tensors of a saved adapter: equals `Adapters.sha256` of the policy that was
     saved there."""
     return tensors_sha256(read_adapter(Path(folder), "sha256").tensors.items())
-
-
-def init_folder(init: str) -> Path:
-    """Where the weights of `PolicySpec.init` lie: a PEFT folder, or `CHECKPOINT#POLICY`."""
-    checkpoint, mark, policy = init.rpartition("#")
-    return Path(checkpoint) / "adapters" / policy if mark else Path(init)
 
 
 def base_sha256(model: nn.Module) -> str:

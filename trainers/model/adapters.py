@@ -25,21 +25,13 @@ from torch import nn
 
 from ...agents.seeds import derive_seed
 from ...agents.types import BASE, AdapterSpec, PolicySpec, SettingError, nearest
-from .adapter_files import base_sha256, init_folder, read_adapter, tensors_sha256, write_adapter
+from ...rollouts.engines.transformers_exactness import fix_rotary
+from ..warm_start import init_folder
+from .adapter_files import base_sha256, read_adapter, tensors_sha256, write_adapter
+from .lora_targets import is_plain_linear, linear_names, refused
+from .recomputation import recompute_activations
 
 _LORA = re.compile(r"^(?P<module>.+\.lora_[AB])\.(?P<adapter>[^.]+)\.weight$")
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """The last parts of the names of all linear layers but the output head: what a policy may
-    target."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear) and m is not head and ".lora_" not in n
-    ]
-    return sorted({n.removesuffix(".base_layer").rsplit(".", 1)[-1] for n in linear})
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
@@ -77,6 +69,7 @@ class Adapters:
     ) -> None:
         self.policies = {p.name: p for p in policies if p.has_adapter}
         _check_names(policies)
+        fix_rotary(base_model)
         self.base_name = base_name or getattr(base_model, "name_or_path", "")
         configs = {
             name: _config(base_model, spec, self.base_name)
@@ -178,20 +171,9 @@ class Adapters:
             )
 
     def checkpoint_activations(self) -> None:
-        """Turn gradient checkpointing on, always non-reentrant: the reentrant kind loses LoRA
-        gradients.
-
-        transformers recomputes in training mode only, so the model is put there, with every dropout
-        of the base at 0: the log-probs of a dropout pass are not the served ones.
-        """
+        """Turn gradient checkpointing on, see `recompute_activations`."""
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in base.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
-        self.model.train()
+        recompute_activations(self.model, base)
 
     @property
     def recomputes(self) -> bool:
@@ -344,10 +326,13 @@ def _config(base: nn.Module, spec: PolicySpec, base_name: str) -> LoraConfig:
     modules = {n: m for n, m in base.named_modules()}
     for target in targets:
         matches = [m for n, m in modules.items() if n == target or n.endswith(f".{target}")]
-        if not matches or not all(isinstance(m, (nn.Linear, LoraLayer)) for m in matches):
+        linear = all(isinstance(m, LoraLayer) or is_plain_linear(m) for m in matches)
+        why = refused(base, target.rsplit(".", 1)[-1])
+        if not matches or not linear or why:
             raise SettingError(
                 f"policies.{spec.name}.adapter.targets: {target!r} is not a linear layer of"
-                f" {type(base).__name__}; its linear layers: {', '.join(known)} (or all-linear)"
+                f" {type(base).__name__}{f' to stand on ({why})' if why else ''}; its linear"
+                f" layers: {', '.join(known)} (or all-linear)"
             )
     alpha = (
         int(spec.adapter.alpha) if float(spec.adapter.alpha).is_integer() else spec.adapter.alpha
