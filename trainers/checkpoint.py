@@ -72,7 +72,7 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
         files = sorted(path for path in staged.rglob("*") if path.is_file())
         hashes = {str(path.relative_to(staged)): file_sha256(path) for path in files}
         (staged / MANIFEST).write_text(
-            json.dumps({"schema": SCHEMA, "sha256": hashes}, indent=2) + "\n"
+            json.dumps({"schema": SCHEMA, "sha256": hashes}, indent=2) + "\n", encoding="utf-8"
         )
         for path in [
             *files,
@@ -96,7 +96,7 @@ def verify(folder: Path) -> None:
     there with its sha256."""
     manifest = folder / MANIFEST
     try:
-        hashes = json.loads(manifest.read_text())["sha256"]
+        hashes = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{manifest}: no readable manifest ({type(error).__name__}); not a complete checkpoint"
@@ -208,7 +208,7 @@ def read_system(folder: Path) -> dict[str, Any]:
     """`system.json` of a checkpoint, or of a run folder (then its newest checkpoint's)."""
     path = folder / "system.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
             f"{path}: {error.strerror}; expected a checkpoint such as RUN/checkpoints/step-000010"

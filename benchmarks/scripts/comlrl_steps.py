@@ -48,7 +48,9 @@ def _run(argv: Sequence[str], paths: Sequence[str]) -> str:
     it fails."""
     known = [*paths, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(known)}
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        argv, capture_output=True, text=True, env=environment, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(argv[1:4])} ... failed\n{done.stderr[-2000:]}")
     return done.stdout

@@ -31,7 +31,7 @@ REPEATS = 2
 def measure(run: Path, layouts: list[str]) -> dict[str, float]:
     """Of the first step's episodes, layouts in turns after a round that does not count. The run's
     own settings, but for the layout."""
-    given = yaml.safe_load((run / "config.yaml").read_text())
+    given = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     names = sorted(given["agents"])
     shape = AdapterSpec(
         r=given["lora_r"], alpha=given["lora_alpha"], targets=tuple(given["lora_target_modules"])

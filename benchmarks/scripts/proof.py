@@ -95,7 +95,10 @@ async def measure(
 
 
 async def main(run: Path) -> None:
-    given, folder = yaml.safe_load((run / "config.yaml").read_text()), run / "bench-proof"
+    given, folder = (
+        yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")),
+        run / "bench-proof",
+    )
     model = local_model(given["model"])
     shape = AdapterSpec(
         r=given["lora_r"], alpha=given["lora_alpha"], targets=tuple(given["lora_target_modules"])

@@ -20,7 +20,7 @@ async def measure(folder: Path) -> None:
     run = folder / "run"
     run.mkdir()
     (run / "config.yaml").write_text(
-        yaml.safe_dump({"model": "tiny", "max_steps": 10, "rewards": ["correct"]})
+        yaml.safe_dump({"model": "tiny", "max_steps": 10, "rewards": ["correct"]}), encoding="utf-8"
     )
     with Store(run / "episodes", fsync=False) as store:
         store.extend([episode(1 + n // 1000, n) for n in range(10_000)])

@@ -313,7 +313,7 @@ async def past_the_guard() -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         key = Path(folder) / "key"
         key.touch(0o600)
-        key.write_text(secrets.token_hex(32))
+        key.write_text(secrets.token_hex(32), encoding="utf-8")
         guard = Guard(server, key_file=key)
         for method, path in ROUTES:
             for header in ([], [(b"authorization", b"Bearer wrong")]):

@@ -134,7 +134,7 @@ def cmd_eval(args: argparse.Namespace) -> None:
     write_json(args.json, result)
     write_json(str(folder / "eval.json"), result)
     for path in filter(None, (args.markdown, folder / "eval.md")):
-        Path(path).write_text(as_markdown(result))
+        Path(path).write_text(as_markdown(result), encoding="utf-8")
     say(f"episodes, eval.json and eval.md: {folder}")
 
 

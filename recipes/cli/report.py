@@ -88,7 +88,9 @@ def pieces_of(folders: Sequence[Path], models: Sequence[str]) -> Pieces | None:
     bases: dict[str, str] = {}  # policy -> base
     names = set()
     for folder in folders:
-        config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text()) or {}
+        config: dict[str, Any] = (
+            yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+        )
         names.add(str(config.get("model", "")))
         bases |= {
             name: spec["base"]

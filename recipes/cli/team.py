@@ -160,4 +160,4 @@ async def play_all(
 
 def write_json(path: str, value: Any) -> None:
     if path:
-        Path(path).write_text(json.dumps(value, indent=2) + "\n")
+        Path(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,8 @@ a mapping.
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -80,7 +82,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        settings = yaml.load(path.read_text(), Loader=_loader())
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
     except OSError as error:
         raise SettingError(f"--config {path}: {error.strerror}; expected a YAML file") from error
     except yaml.MarkedYAMLError as error:  # as a text it quotes the line, which may hold a key
@@ -218,6 +220,7 @@ def run(main: Callable[[], Any]) -> None:
     from marlora.trainers.distributed.ranks import RankError
 
     def work() -> None:
+        import_from_here()
         try:
             main()
         except RankError:  # rank 0 has printed why
@@ -228,6 +231,21 @@ def run(main: Callable[[], Any]) -> None:
         start=start_all,
         interrupted="interrupted: go on from the newest checkpoint with --resume true",
     )
+
+
+def import_from_here() -> None:
+    """Let modules of the current folder be imported, as `python -m` does: a script or a console
+    command has its own folder on the path instead. Not under `python -P`."""
+    here = os.getcwd()
+    if not sys.flags.safe_path and here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+
+
+def print_any_text() -> None:
+    """Let stdout take any text, as stderr does: a character that the terminal's encoding lacks is
+    written as an escape."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def exit_with_code(
@@ -244,6 +262,7 @@ def exit_with_code(
     from marlora.trainers.collection.background import stoppable
     from marlora.trainers.errors import RunError, Stopped
 
+    print_any_text()
     try:
         start()
         with stoppable():

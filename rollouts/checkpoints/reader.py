@@ -72,7 +72,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     `SettingError` with the path of what is wrong."""
     path = folder / "system.json"
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         hint = "expected a checkpoint such as RUN/checkpoints/step-000010"
         if own := sorted(folder.glob("checkpoints/step-*")):
@@ -184,7 +184,7 @@ def _check_files(folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        entries = json.loads(path.read_text())["sha256"].items()
+        entries = json.loads(path.read_text(encoding="utf-8"))["sha256"].items()
         hashes = {str(name): str(sha256) for name, sha256 in entries}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingError(
@@ -212,7 +212,7 @@ def _check_adapter(folder: Path, expected: str, shape: Mapping[str, Any]) -> Non
             )
     try:
         sha256 = adapter_sha256(folder / FILES[1])
-        config = json.loads((folder / FILES[0]).read_text())
+        config = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
         saved = {"r": config["r"], "alpha": config["lora_alpha"]}
     except Exception as error:  # safetensors and json raise many kinds; all mean damage
         raise SettingError(

@@ -167,7 +167,7 @@ async def load_team(
     engines_by_base = {key: each for other in beside for key, each in other.loaded_engines.items()}
     engines = await start_engines(folder, data, bases, engines_by_base, config, options)
     values = {
-        path.stem: json.loads(path.read_text())
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted((folder / "values").glob("*.json"))
     }
     rollouts = EpisodeRunner(

@@ -11,7 +11,7 @@ def cpu_has_bfloat16() -> bool:
     """Does this CPU multiply bfloat16 itself? Without it bfloat16 is about nine times slower than
     float32 (measured, AVX2)."""
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
     return any(word in flags for word in ("avx512_bf16", "amx_bf16", " bf16"))

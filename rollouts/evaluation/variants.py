@@ -202,5 +202,5 @@ def _given(run: Path) -> list[Path]:
     import yaml
 
     path = run / "config.yaml"
-    config: Any = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    config: Any = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return [Path(config["episodes"])] if config.get("episodes") else []

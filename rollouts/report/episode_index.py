@@ -278,7 +278,7 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a JSONL file; a last line torn by a kill is left out."""
     if not path.is_file():
         return
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         for line in file:
             try:
                 yield json.loads(line)

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-STYLE = Path(__file__).with_name("report.css").read_text()
-SCRIPT = Path(__file__).with_name("report.js").read_text()
+STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+SCRIPT = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
 MAX_TEXT = 4000  # characters of one message
 BIDI = (  # they turn the order of what follows
     "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"

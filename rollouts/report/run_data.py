@@ -35,7 +35,7 @@ class RunData:
             raise SettingError(f"{folder}: no config.yaml; expected the folder of a run")
         import yaml
 
-        config = yaml.safe_load((folder / "config.yaml").read_text()) or {}
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
         metric = str((config.get("rewards") or [""])[0]).rpartition(":")[2]
         episodes = rows(Store(folder / "episodes"), metric)
         metrics = list(json_lines(folder / "metrics.jsonl"))
@@ -145,4 +145,4 @@ def latest_evaluation(episodes: Sequence[EpisodeRow]) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     """A JSON file's value; None if there is no such file."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -197,7 +197,9 @@ def warnings(run: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     """Lines of warnings.log; and from the metrics the episodes that failed or could not be scored,
     and the turns that were not trained on."""
     path = run / "warnings.log"
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    lines = (
+        path.read_text(errors="replace", encoding="utf-8").splitlines() if path.is_file() else []
+    )
     for key, what in (
         ("failed", "episodes failed"),
         ("unscorable", "episodes could not be scored"),

@@ -246,7 +246,7 @@ def run_candidate(job: Job, text: str) -> None:
     """Load the program, then answer one call per line. The program can write to this end of the
     pipe too, so the checker trusts no answer: it only compares its value."""
     calls, answers = job["calls"], job["answers"]
-    sys.stdin = open(os.devnull)  # noqa: SIM115
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     space: dict[str, Any] = {"__name__": "candidate", "__builtins__": __builtins__}
     try:
         exec(compile(text, "<program>", "exec", dont_inherit=True), space)

@@ -51,7 +51,7 @@ def run_self_test(isolation: Isolation) -> None:
     """Attack an isolation from inside. Raises `SandboxError` naming the attacks that succeeded, or
     why nothing ran."""
     limits = Limits(seconds=20.0, cpu_seconds=10, memory=256 << 20)
-    with tempfile.NamedTemporaryFile("w", prefix="marlora-proof-") as canary:
+    with tempfile.NamedTemporaryFile("w", prefix="marlora-proof-", encoding="utf-8") as canary:
         canary.write("canary")
         canary.flush()
         known = f"PATH, PARENT, MEMORY = {canary.name!r}, {os.getpid()}, {2 * limits.memory}\n"

@@ -62,7 +62,7 @@ class Interpreter:
         self._folder = tempfile.TemporaryDirectory(prefix="marlora-monty-")
         start = Path(self._folder.name) / "monty"
         command = shlex.join(isolation.command("exec", WORKER, {}, [binary]))
-        start.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        start.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
         start.chmod(0o700)
         self._pool: Any = self.monty.AsyncMonty(
             binary_path=start,

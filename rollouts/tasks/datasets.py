@@ -3,6 +3,7 @@ JSONL, JSON and Parquet files."""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
@@ -222,6 +223,8 @@ def _tasks(
             row[column["prompt"]],
             row[column["answer"]] if column["answer"] is not None else None,
         )
+        if _is_nan(gold):  # how tables write a missing value
+            gold = None
         if not isinstance(prompt, str) or not prompt.strip():
             raise SettingError(
                 f"tasks {name!r}, row {number}: column {column['prompt']!r} is {prompt!r:.80},"
@@ -233,14 +236,18 @@ def _tasks(
                 f" {row[str(column['answer'])]!r:.120}"
             )
         key = digest(prompt, gold)
-        if row.get(column["id"]) is None:
+        given = None if _is_nan(row.get(column["id"])) else row.get(column["id"])
+        if given is None:
             if key in seen:
                 continue
             seen.add(key)
         extra = {c: value for c, value in row.items() if c not in column.values()}
         meta = {c if c in public else f"_{c}": jsonable(value) for c, value in extra.items()}
-        given = row.get(column["id"])
         yield Task(key if given is None else str(given), prompt, jsonable(gold), name, meta=meta)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and value != value
 
 
 def digest(*parts: Any) -> str:
@@ -314,9 +321,23 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _text(path: Path) -> str:
+    """The text of a file of tasks in UTF-8, without a byte order mark."""
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        line, byte = before.count(b"\n") + 1, len(before) - before.rfind(b"\n")
+        raise SettingError(
+            f"tasks {str(path)!r}, line {line}, byte {byte}: not UTF-8 (0x{data[error.start]:02x});"
+            " save the file as UTF-8"
+        ) from error
+
+
 def _read_jsonl(path: Path) -> list[Any]:
     rows = []
-    for number, line in enumerate(path.read_text().split("\n"), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -329,7 +350,7 @@ def _read_jsonl(path: Path) -> list[Any]:
 
 def _read_json(path: Path) -> list[Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(_text(path))
     except ValueError as error:
         raise SettingError(
             f"tasks {str(path)!r}: not JSON ({error}); one row per line is .jsonl"

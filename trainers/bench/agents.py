@@ -86,7 +86,7 @@ def _child(way: str, number: int, options: Options) -> dict[str, Any]:
         str(options.repeats),
         options.device,
     ]
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = subprocess.run(argv, capture_output=True, text=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise RunError(
             f"bench agents: {way} of {number} agents failed; no numbers are"

@@ -99,7 +99,10 @@ def run(model: Path, folder: Path, bound: int) -> dict[str, Any]:
             opened.finish(step, episodes, trainer.learn(step, episodes))
             ends.append(time.perf_counter())
         opened.rollouts.background.run(engine.close())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     each = [b - a for a, b in zip(ends[1:], ends[2:], strict=False)]
     waited = [
         b["seconds"]["rollout"] - a["seconds"]["rollout"]

@@ -167,7 +167,9 @@ def _against_comlrl(options: Options, work: Work) -> dict[str, dict[str, float]]
         model = served_folder(options.size, Path(scratch))
         shape = (model, work.group, work.reply, options.repeats + 2, scratch)
         argv = [sys.executable, str(COMLRL), "both", *map(str, shape)]
-        done = subprocess.run(argv, capture_output=True, text=True)
+        done = subprocess.run(
+            argv, capture_output=True, text=True, encoding="utf-8", errors="replace"
+        )
     if done.returncode:
         raise RunError(
             f"bench loop: {COMLRL.name} failed; no numbers are given\n{done.stderr[-2000:]}"
@@ -222,7 +224,7 @@ def _race(kind: str, folder: Path, work: Work, options: Options) -> dict[str, di
         raise RunError("bench loop: our adapter did not move; no numbers are given")
     played = [
         json.loads(line)["sampled_tokens"]
-        for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()
+        for line in (folder / "ours" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     per_step = {"ours": statistics.mean(played[1:-1]), "trl": statistics.mean(tokens[1:-1])}
     return {

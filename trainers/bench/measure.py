@@ -158,7 +158,7 @@ def peak(time_: Time) -> Any:
         ctypes.CDLL(None).malloc_trim(
             0
         )  # what was freed is no longer ours, or the peak would hide in it
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         before = memory("VmRSS")
     except (OSError, AttributeError):  # not Linux
         yield
@@ -170,14 +170,14 @@ def peak(time_: Time) -> Any:
 def memory(field_: str) -> int:
     """A line of /proc/self/status in bytes: VmRSS is what this process takes now, VmHWM the most
     since it was reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{field_}:")))
 
 
 def machine() -> dict[str, Any]:
     """Where it was measured."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     name = next(

@@ -154,7 +154,7 @@ class Checkpointer:
         """Put adapters, optimizers, values and counters back. Raises `SettingError` where
         checkpoint and settings do not fit."""
         system = ckpt.read_system(folder)
-        state = json.loads((folder / "trainer" / "state.json").read_text())
+        state = json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
         self._check_bases(folder, system)
         if state["seed"] != self.spec.config.seed:
             raise SettingError(
@@ -163,7 +163,7 @@ class Checkpointer:
             )
         self.learner.restore(folder, system["adapters"], state["heads"])
         for path in sorted((folder / "values").glob("*.json")):
-            self.values[path.stem] = json.loads(path.read_text())
+            self.values[path.stem] = json.loads(path.read_text(encoding="utf-8"))
         for part in self.parts:
             part.load_state_dict(state)
 

@@ -31,7 +31,7 @@ def drop_rows_after(path: Path, step: int) -> None:
     """After a kill, metrics may be ahead of the checkpoint; those steps are done again."""
     if path.exists():
         rows = []
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 rows.append(json.loads(line))
             except ValueError:

@@ -55,7 +55,7 @@ class ToyModel:
         if target.is_dir():
             return target
         root.mkdir(parents=True, exist_ok=True)
-        with (root / ".tiny.lock").open("w") as lock:
+        with (root / ".tiny.lock").open("w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.is_dir():
                 staged = root / f".{target.name}.{os.getpid()}"

@@ -242,9 +242,9 @@ class WeightVerifier:
         async with self._twins:
             twin = self.root / f"{version}-twin-{secrets.token_hex(4)}"
             shutil.copytree(self.root / version, twin)
-            config = json.loads((twin / "adapter_config.json").read_text())
+            config = json.loads((twin / "adapter_config.json").read_text(encoding="utf-8"))
             config["lora_alpha"] *= factor
-            (twin / "adapter_config.json").write_text(json.dumps(config))
+            (twin / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
             loading = asyncio.ensure_future(self.engine.publish({policy: twin}))
             try:
                 await _finished(loading)

@@ -53,7 +53,7 @@ def read_endpoints(path: Path, model: str) -> list[Endpoint]:
     endpoints: list[Endpoint] = []
     for file in files:
         try:
-            entries = json.loads(file.read_text())["servers"]
+            entries = json.loads(file.read_text(encoding="utf-8"))["servers"]
             endpoints += [
                 _endpoint(entry, f"endpoints {file}: servers[{i}]")
                 for i, entry in enumerate(entries)

@@ -241,7 +241,7 @@ class VLLMEngine:
                 f"adapter {folder}: exactly {sorted(FILES)} expected, as plain files; got"
                 f" {sorted(files)}"
             )
-        rank = json.loads(files["adapter_config.json"].read_text()).get("r")
+        rank = json.loads(files["adapter_config.json"].read_text(encoding="utf-8")).get("r")
         if self.max_rank and (not isinstance(rank, int) or rank > self.max_rank):
             raise SettingError(
                 f"adapter {folder.name}: rank {rank} is above the server's {self.max_rank}; start"

@@ -127,10 +127,12 @@ class VLLMServer:
         self.key = secrets.token_hex(32)
         self.key_file.unlink(missing_ok=True)
         with os.fdopen(
-            os.open(self.key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w"
+            os.open(self.key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600),
+            "w",
+            encoding="utf-8",
         ) as file:
             file.write(self.key)
-        with self.log.open("a") as log:
+        with self.log.open("a", encoding="utf-8") as log:
             log.write(f"$ {' '.join(argv)}\n")
             self._log_start = log.tell()
         supervisor = [

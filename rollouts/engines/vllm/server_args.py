@@ -151,7 +151,7 @@ def model_config(model: str) -> dict[str, Any]:
             ) from error
     if not path.is_file():
         raise SettingError(f"model {model!r}: no config.json in that folder")
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     return {**config, **config.get("text_config", {})}
 
 
@@ -301,7 +301,12 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> None:
         return
     flags = to_flags({flag_name(str(name)): value for name, value in engine_args.items()})
     done = subprocess.run(
-        [sys.executable, "-P", "-c", PARSE, *flags], capture_output=True, text=True, timeout=300
+        [sys.executable, "-P", "-c", PARSE, *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        encoding="utf-8",
+        errors="replace",
     )
     options = next(
         (line[8:] for line in done.stdout.splitlines() if line.startswith("OPTIONS ")), None

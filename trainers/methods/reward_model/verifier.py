@@ -325,7 +325,7 @@ class TrainedVerifier:
                 " run of recipes/verifier.py"
             )
         ckpt.verify(self.folder)
-        self.card = json.loads((self.folder / CARD).read_text())
+        self.card = json.loads((self.folder / CARD).read_text(encoding="utf-8"))
         self._lock = threading.Lock()
         self._known: dict[tuple[str, str], float] = {}
 
