@@ -61,8 +61,8 @@ def problems(run: RunData) -> list[str]:
     found = []
     if run.summary.get("unfinished"):
         path = run.folder / "warnings.log"
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        found += [line for line in lines if line.startswith(ENDED)][-1:]
+        kept = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        found += [line for line in kept.splitlines() if line.startswith(ENDED)][-1:]
     finding = run.summary.get("finding") or learnt_nothing(run.metrics, run.config)
     return [*found, finding] if finding else found
 

@@ -25,9 +25,9 @@ from ..types import Episode
 from .code import hidden_verdict
 from .math_check import CheckerError, CheckerTimeout, equal, gym_score
 from .qa import scores
-from .scoring import RewardFn, awaited, check_names, fn_name
+from .scoring import RewardFn, awaited, check_names, fn_name, is_missing
 
-_EXPLICIT = re.compile(r"\\boxed\s*\{|\banswer\b[^\n:=]{0,20}[:=]|####", re.IGNORECASE)
+EXPLICIT = re.compile(r"\\boxed\s*\{|\banswer\b[^\n:=]{0,20}[:=]|####", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _EXACT = re.compile(
     r"[-+]?(?:\d{1,500}(?:\.\d{0,500})?|\.\d{1,500})(?:e[-+]?\d{1,3})?(?:/\d{1,500})?"
@@ -58,23 +58,21 @@ async def correct(task: Task, episode: Episode) -> Reward:
 
 async def _compared(task: Task, episode: Episode) -> Reward:
     """`correct` of a task set without a grader of its own: the output against the task's answer."""
-    if task.answer is None:
+    several = task.answer if isinstance(task.answer, (list, tuple)) else [task.answer]
+    golds = [str(gold) for gold in several if not is_missing(gold) and str(gold).strip()]
+    if not golds:
         raise ValueError(f"task {task.id!r} has no answer to compare with")
-    golds = [
-        str(gold)
-        for gold in (task.answer if isinstance(task.answer, (list, tuple)) else [task.answer])
-    ]
     if not (episode.output or "").strip():
         return Reward("correct", 0.0, "no answer")
     text = ""
     for gold in golds:
-        answer = _candidate(episode.output or "", numeric=_is_mathematical(gold))
+        answer = _candidate(episode.output or "", numeric=is_mathematical(gold))
         if same(answer, gold):
             return Reward("correct", 1.0)
         try:
             if (
                 not _both_numbers(gold, answer)
-                and _is_mathematical(gold)
+                and is_mathematical(gold)
                 and await equal(gold, answer)
             ):
                 return Reward("correct", 1.0)
@@ -150,7 +148,7 @@ def f1(task: Task, episode: Episode) -> float:
 
 def exact(task: Task, episode: Episode) -> float:
     """1 if the output is the answer character by character, but for white space around it."""
-    if task.answer is None:
+    if is_missing(task.answer):
         raise ValueError(f"task {task.id!r} has no answer to compare with")
     return float((episode.output or "").strip() == str(task.answer).strip())
 
@@ -162,7 +160,7 @@ def close(task: Task, episode: Episode) -> float:
     So SiriuS scores numbers (arXiv 2502.04780). Bounds count, and are exact: fractions, no floating
     point. Other answers have to read the same.
     """
-    if task.answer is None:
+    if is_missing(task.answer):
         raise ValueError(f"task {task.id!r} has no answer to compare with")
     gold, text = str(task.answer), _candidate(episode.output or "", numeric=True)
     try:
@@ -178,7 +176,7 @@ def format_ok(task: Task, episode: Episode) -> Reward:
     r"""1 if the last reply says its answer in so many words: `\boxed{...}`, `Answer: ...` or `####
     ...`. Apart from correctness."""
     last = next((turn for turn in reversed(episode.turns) if turn.taken), None)
-    return Reward("format", float(last is not None and bool(_EXPLICIT.search(last.text))))
+    return Reward("format", float(last is not None and bool(EXPLICIT.search(last.text))))
 
 
 format_ok.__name__ = "format"  # like the reward it gives
@@ -354,7 +352,7 @@ def _fraction(text: str) -> Fraction:
     return Fraction(text)
 
 
-def _is_mathematical(gold: str) -> bool:
+def is_mathematical(gold: str) -> bool:
     return not _WORD.search(_MATH_WORDS.sub(" ", gold))
 
 
@@ -366,7 +364,7 @@ def _both_numbers(a: str, b: str) -> bool:
 def _candidate(output: str, numeric: bool = False) -> str:
     """The answer in an output: what it says explicitly; else its last number where a number is
     asked for; else all of it."""
-    answer = extract(output) if numeric or _EXPLICIT.search(output) else None
+    answer = extract(output) if numeric or EXPLICIT.search(output) else None
     return output.strip() if answer is None else answer
 
 

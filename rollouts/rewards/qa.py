@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ...agents.types import Task
+from .scoring import is_missing
 
 Scores = tuple[float, float]  # exact match, F1
 
@@ -23,11 +24,12 @@ MAX_NUMBER = 100  # characters of a number
 def scores(answer: str, task: Task) -> Scores:
     """(exact match, F1) of a text, the better of all right answers. Raises `ValueError` for a task
     without one."""
-    if task.answer is None or task.answer == []:
+    several = task.answer if isinstance(task.answer, (list, tuple)) else [task.answer]
+    answers = [gold for gold in several if not is_missing(gold)]
+    if not answers:
         raise ValueError(f"task {task.id!r} has no answer to compare with")
     if len(answer) > MAX_ANSWER:
         return 0.0, 0.0
-    answers = task.answer if isinstance(task.answer, (list, tuple)) else [task.answer]
     if task.meta.get("_scorer") == "drop":
         parts = [part for part in answer.split("|") if part.strip()]
         pairs = [drop_scores(parts, [str(span) for span in spans]) for spans in answers]

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, 
 from numbers import Real
 from typing import Any
 
+from ...agents.concurrency import from_outside
 from ...agents.execution import SandboxError
 from ...agents.types import Reward, SettingError, Task, nearest
 from ..types import Episode
@@ -63,14 +64,16 @@ def check_names(rewards: Iterable[RewardFn]) -> None:
 
 
 async def _score(task: Task, episode: Episode, fn: RewardFn, timeout: float) -> list[Reward]:
-    clock = asyncio.timeout(timeout)
+    clock, caller = asyncio.timeout(timeout), asyncio.current_task()
     try:
         async with clock:
             result = await awaited(fn(task, episode))
         return _named(fn, episode, [_finite(fn, reward) for reward in _rewards(fn, result)])
     except SandboxError:
         raise
-    except Exception as error:  # any failure of a reward is data of this episode
+    except BaseException as error:  # any failure of a reward is data of this episode
+        if from_outside(error, caller):
+            raise
         why = (
             f"not there after {timeout:g} s (reward_timeout)"
             if clock.expired()
@@ -144,6 +147,11 @@ def _unscorable(name: str, why: str) -> Reward:
 def _place(reward: Reward) -> tuple[Any, ...]:
     """What a reward is about, with its name."""
     return (reward.name, reward.agent, reward.turn, reward.sibling)
+
+
+def is_missing(answer: Any) -> bool:
+    """Whether a gold answer stands for none: null, or NaN as files and tables write it."""
+    return answer is None or (isinstance(answer, float) and math.isnan(answer))
 
 
 async def awaited(value: Any | Awaitable[Any]) -> Any:

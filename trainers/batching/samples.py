@@ -84,6 +84,8 @@ class _Segment:
 
     extendable: later turns may extend it (False for a sibling that was not selected).
     saw_answer: its prompt held the answer, so nothing that extends it is trained either.
+    informed: the turns that saw the answer; one whose prompt goes on from theirs has seen it too,
+        also where it is a segment of its own.
     """
 
     policy: str
@@ -97,6 +99,7 @@ class _Segment:
     temperatures: list[float] = field(default_factory=list)
     sequence: list[int] = field(default_factory=list)
     siblings: list[tuple[int, int]] = field(default_factory=list)
+    informed: list[Turn] = field(default_factory=list)
 
     def add_context(self, ids: Iterable[int]) -> None:
         for token in ids:
@@ -139,6 +142,7 @@ def samples(
     policy_of: Mapping[str, str],
     *,
     ratios: bool = True,
+    keep_zeros: bool = False,
 ) -> tuple[list[TrainingSequence], Counter[tuple[str, str]]]:
     """Token sequences of all turns that are trained, and counts by (agent, reason) of those that
     were asked for but dropped.
@@ -146,6 +150,7 @@ def samples(
     Args:
         advantages: per turn; for SFT its weight. A turn that is missing or 0 is read as context but
             not trained.
+        keep_zeros: train turns of advantage 0 too, for losses with a term that has no advantage.
         policy_of: agent -> policy; agents that are missing (frozen, outside models) give no sample.
         ratios: True for policy gradients, which need the probability every token was drawn with:
             written turns, turns sampled off the softmax (top_p, T = 0, ...) or without log-probs
@@ -161,7 +166,8 @@ def samples(
         for turn in episode.turns:
             if turn.agent not in policy_of:
                 continue
-            advantage = advantages.get((episode.id, turn.index, turn.sibling), 0.0)
+            key = (episode.id, turn.index, turn.sibling)
+            advantage = advantages.get(key, 0.0)
             if not math.isfinite(advantage):
                 raise ValueError(
                     f"episode {episode.id}, turn {turn.index} of {turn.agent!r}: advantage"
@@ -169,11 +175,12 @@ def samples(
                 )
             segments = open_by_agent.setdefault(turn.agent, [])
             segment = _place(segments, turn, policy_of[turn.agent], episode.id)
-            reason = _unfit(episode, turn, segment, ratios) if advantage else "zero advantage"
+            asked = bool(advantage) or (keep_zeros and key in advantages)
+            reason = _unfit(episode, turn, segment, ratios) if asked else "zero advantage"
             if not reason:
                 segment.add_trained(turn, advantage, turn.sampling.temperature if ratios else 1.0)
                 continue
-            if (episode.id, turn.index, turn.sibling) in advantages:
+            if key in advantages:
                 dropped[turn.agent, reason] += 1
             segment.add_context(turn.token_ids)
         sequences += [
@@ -192,13 +199,30 @@ def _place(segments: list[_Segment], turn: Turn, policy: str, episode: str) -> _
     prompt = list(turn.prompt_ids)
     extended = [s for s in segments if s.extendable and s.ids and prompt[: len(s.ids)] == s.ids]
     segment = max(extended, key=lambda s: len(s.ids), default=None)
-    saw_answer = turn.saw_gold or (segment is not None and segment.saw_answer)
+    saw_answer = (
+        turn.saw_gold
+        or (segment is not None and segment.saw_answer)
+        or any(_goes_on(turn, earlier) for s in segments for earlier in s.informed)
+    )
     if segment is None or not turn.taken:
         segment = _Segment(policy, episode, extendable=turn.taken)
         segments.append(segment)
     segment.saw_answer = saw_answer
+    segment.informed += [turn] * saw_answer
     segment.add_context(prompt[len(segment.ids) :])
     return segment
+
+
+def _goes_on(turn: Turn, earlier: Turn) -> bool:
+    """Does a turn's prompt hold the whole prompt of an earlier one of its agent, by tokens or (a
+    template that writes past replies otherwise) by messages?"""
+    return any(
+        len(past) > 0 and now[: len(past)] == past
+        for now, past in (
+            (turn.prompt_ids, earlier.prompt_ids),
+            (turn.messages, earlier.messages),
+        )
+    )
 
 
 def _unfit(episode: Episode, turn: Turn, segment: _Segment, ratios: bool) -> str:

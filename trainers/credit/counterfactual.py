@@ -45,7 +45,7 @@ def counterfactual(batch: RewardedEpisodes, settings: CreditConfig) -> Advantage
                 r.name == "counterfactual"
                 and r.turn is not None
                 and (episode.id, r.turn, r.sibling) in keys
-                and not math.isnan(r.value)
+                and math.isfinite(r.value)
             ):
                 advantages[episode.id, r.turn, r.sibling] = r.value
     return advantages

@@ -24,6 +24,7 @@ from .weights import (
 
 # sums of the same rewards in another order differ by less than this
 ROUNDING = 1e-12
+HUGE = 1e100
 
 
 def grpo(batch: RewardedEpisodes, settings: CreditConfig) -> Advantages:
@@ -60,7 +61,7 @@ def dr_mas(batch: RewardedEpisodes, settings: CreditConfig) -> Advantages:
             reward = batch.reward_of(episode, turn.agent, settings)
             if not math.isnan(reward):
                 rows[episode.group, turn.agent][key_of(episode, turn)] = reward
-    return per_rows(rows, settings)
+    return per_rows(batch, rows, settings)
 
 
 def at_grpo(batch: RewardedEpisodes, settings: CreditConfig) -> Advantages:
@@ -79,9 +80,9 @@ def at_grpo(batch: RewardedEpisodes, settings: CreditConfig) -> Advantages:
                 * (settings.team_weight if r.agent is None else 1.0)
                 for r in rewards
             )
-            if rewards and not math.isnan(total):
+            if rewards and math.isfinite(total):
                 rows[episode.id, turn.index][key_of(episode, turn)] = total
-    return per_rows(rows, settings)
+    return per_rows(batch, rows, settings)
 
 
 def per_group(batch: RewardedEpisodes, rule: Callable[[list[float]], list[float]]) -> Advantages:
@@ -91,13 +92,18 @@ def per_group(batch: RewardedEpisodes, rule: Callable[[list[float]], list[float]
     for group in groups(batch.episodes).values():
         scored = [e for e in group if not math.isnan(batch.rewards[e.id])]
         rewards = [batch.rewards[e.id] for e in scored]
-        if not constant(rewards):
-            for e, advantage in zip(scored, rule(rewards), strict=True):
-                advantages |= dict.fromkeys(trainable_keys(e, selected_turns(e)), advantage)
+        keys = [trainable_keys(e, selected_turns(e)) for e in scored]
+        if constant(rewards):
+            batch.without_signal.update(key for own in keys for key in own)
+            continue
+        for own, advantage in zip(keys, rule(rewards), strict=True):
+            advantages |= dict.fromkeys(own, advantage)
     return advantages
 
 
-def per_rows(rows: Mapping[tuple, Mapping[TurnKey, float]], settings: CreditConfig) -> Advantages:
+def per_rows(
+    batch: RewardedEpisodes, rows: Mapping[tuple, Mapping[TurnKey, float]], settings: CreditConfig
+) -> Advantages:
     """One advantage per turn, standardised inside each group of turns."""
     batch_std = standard_deviation(
         [reward for group in rows.values() for reward in group.values()] or [0.0]
@@ -105,7 +111,9 @@ def per_rows(rows: Mapping[tuple, Mapping[TurnKey, float]], settings: CreditConf
     advantages = Advantages()
     for group in rows.values():
         rewards = list(group.values())
-        if not constant(rewards):
+        if constant(rewards):
+            batch.without_signal.update(group)
+        else:
             advantages |= zip(group, standardise(rewards, settings, batch_std), strict=True)
     return advantages
 
@@ -137,12 +145,13 @@ def leave_one_out(values: Sequence[float], counts: Sequence[float] | None = None
 
 def standard_deviation(values: Sequence[float]) -> float:
     """With n - 1 below, as in TRL and verl; 0 of a single value."""
+    if len(values) < 2:
+        return 0.0
+    scale = max(map(abs, values))
+    if scale > HUGE:  # squares would leave the range of floats
+        return scale * standard_deviation([v / scale for v in values])
     mean = math.fsum(values) / len(values)
-    return (
-        math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-        if len(values) > 1
-        else 0.0
-    )
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
 def constant(values: Sequence[float]) -> bool:

@@ -19,6 +19,7 @@ from ...agents.seeds import derive_seed
 from ...agents.settings import setting
 from ...agents.types import Turn, to_json
 from ...rollouts.types import Episode
+from .group import constant
 from .weights import RewardWeights, team_rewards
 
 
@@ -77,7 +78,8 @@ def pairs_of(episodes: Iterable[Episode], config: PairConfig, seed: int) -> list
         for one, other in itertools.combinations(scored, 2):
             chosen, rejected = (one, other) if rewards[one.id] > rewards[other.id] else (other, one)
             gap = rewards[chosen.id] - rewards[rejected.id]
-            if gap > config.min_gap and said(chosen) != said(rejected):
+            tied = constant([rewards[one.id], rewards[other.id]])
+            if gap > config.min_gap and not tied and said(chosen) != said(rejected):
                 pairs.append(Pair((chosen,), (rejected,), gap))
         if config.max_pairs_per_task and len(pairs) > config.max_pairs_per_task:
             pairs = random.Random(derive_seed(seed, "pairs", task)).sample(

@@ -60,7 +60,7 @@ def turn(batch: RewardedEpisodes, settings: CreditConfig) -> Advantages:
         if (
             episode.error is not None
             or math.isnan(last)
-            or any(math.isnan(r.value) for r in of_turns)
+            or not all(math.isfinite(r.value) for r in of_turns)
             or not (of_turns or has_team)
         ):
             continue

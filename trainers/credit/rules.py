@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ...agents.types import SettingError
-from ...rollouts.types import Episode
+from ...rollouts.types import Episode, TurnKey
 from .counterfactual import counterfactual
 from .filtering import rejection_sampling
 from .group import at_grpo, dr_grpo, dr_mas, grpo, rloo
@@ -35,12 +35,17 @@ RULES: dict[str, Callable[[RewardedEpisodes, CreditConfig], Advantages]] = {
 
 
 def credit(
-    episodes: Iterable[Episode], config: CreditConfig, state: State | None = None
+    episodes: Iterable[Episode],
+    config: CreditConfig,
+    state: State | None = None,
+    without_signal: set[TurnKey] | None = None,
 ) -> Advantages:
     """Advantages of a step's episodes by the rule `config.credit`.
 
-    `state` is changed in place by rules that remember (`rae`). Raises `SettingError` if no reward
-    of the episodes has a weight, `ValueError` if two episodes have one id.
+    `state` is changed in place by rules that remember (`rae`). To `without_signal` are added the
+    turns of groups all of whose members earned the same: they have rewards and no advantage. Raises
+    `SettingError` if no reward of the episodes has a weight, `ValueError` if two episodes have one
+    id.
     """
     episodes = list(episodes)
     if len({e.id for e in episodes}) < len(episodes):
@@ -58,5 +63,10 @@ def credit(
             " none has a weight"
         )
     rewards = team_rewards(episodes, config)
-    batch = RewardedEpisodes(episodes, rewards, {} if state is None else state)
+    batch = RewardedEpisodes(
+        episodes,
+        rewards,
+        {} if state is None else state,
+        set() if without_signal is None else without_signal,
+    )
     return RULES[config.credit](batch, config)

@@ -1,9 +1,9 @@
 """Rewards of episodes, weighted: the settings that name what counts, and what every credit rule
 reads.
 
-Pure Python. For every rule: an episode that failed, or whose rewards hold NaN, is in no statistic
-and is not trained; of the answers sampled for one call only the selected one is trained, unless the
-rule says otherwise; an agent without a turn has no sample, rather than a reward of 0.
+Pure Python. For every rule: an episode that failed, or whose rewards hold NaN or infinity, is in no
+statistic and is not trained; of the answers sampled for one call only the selected one is trained,
+unless the rule says otherwise; an agent without a turn has no sample, rather than a reward of 0.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class RewardedEpisodes:
 def team_rewards(episodes: Sequence[Episode], weights: RewardWeights) -> dict[str, float]:
     """Weighted sum of the team's rewards by episode id.
 
-    NaN if the episode failed, if a reward is NaN, if it has none, or if it lacks one that others of
-    its group have.
+    NaN if the episode failed, if a reward is not finite, if it has none, or if it lacks one that
+    others of its group have.
     """
     totals: dict[str, float] = {}
     for group in groups(episodes).values():
@@ -154,7 +154,7 @@ def team_rewards(episodes: Sequence[Episode], weights: RewardWeights) -> dict[st
             for e in group
             if e.error is None
             for r in of_team[e.id]
-            if not math.isnan(r.value)
+            if math.isfinite(r.value)
         }
         for e in group:
             complete = (
@@ -182,8 +182,9 @@ def turn_rewards(episode: Episode, turn: Turn, weights: RewardWeights) -> list[R
 
 
 def weighted_sum(rewards: Iterable[Reward], weights: RewardWeights) -> float:
-    """Sum of weight x value."""
-    return sum(weights.weight(r.name) * r.value for r in rewards)
+    """Sum of weight x value; NaN if it is infinite, which no other number can be compared with."""
+    total = sum(weights.weight(r.name) * r.value for r in rewards)
+    return total if math.isfinite(total) else math.nan
 
 
 def key_of(episode: Episode, turn: Turn) -> TurnKey:

@@ -143,6 +143,8 @@ class TrainingRun:
     def _open_main(self) -> None:
         self.log.keep_warnings()
         spec = self.spec
+        for warning in spec.warnings:
+            self.log.warn(warning)
         offline = checks.offline_episodes(
             spec.config, spec.system.specs, spec.eval_tasks, self.learner.bases
         )

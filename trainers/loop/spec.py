@@ -11,6 +11,7 @@ from ...agents.system import System, build_system, override_agents
 from ...agents.tools.tools import resolve_tools
 from ...agents.types import PolicySpec, SettingError, Task
 from ...rollouts.rewards.builtin import resolve_rewards
+from ...rollouts.rewards.gold import check_answers
 from ...rollouts.rewards.scoring import RewardFn, check_names, fn_name
 from ...rollouts.tasks.registry import load_tasks
 from ..collection.task_order import tasks_of
@@ -25,6 +26,7 @@ class RunSpec:
 
     `agents_of`: the agents of each policy. `heads`: scalar heads that the method learns beside the
     policies. `tasks_given`: the tasks came as lists, not by the name of a task set.
+    `warnings`: shown when the run begins.
     """
 
     config: RunConfig
@@ -37,6 +39,7 @@ class RunSpec:
     heads: tuple[HeadSpec, ...] = ()
     recipe: str = ""
     tasks_given: bool = False
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def resolve(
@@ -80,6 +83,8 @@ class RunSpec:
             )
         scores = [*scores, *(extra for extra in extra_rewards if extra not in scores)]
         check_names(scores)
+        warnings = check_answers([] if config.episodes else train, scores, "training")
+        warnings += check_answers(held_out, scores[:1], "held-out")
         return cls(
             config,
             system,
@@ -91,6 +96,7 @@ class RunSpec:
             tuple(heads),
             recipe,
             tasks is not None or eval_tasks is not None,
+            tuple(warnings),
         )
 
     @property

@@ -40,6 +40,13 @@ class TrainerChoice(Settings):
         choices=("marlora", "trl"),
     )
 
+    def check(self) -> None:
+        if self.trainer == "trl" and getattr(self, "num_iterations", 1) != 1:
+            raise SettingError(
+                "num_iterations: trainer trl makes one update of a batch; set 1, or repeat by"
+                " num_train_epochs"
+            )
+
 
 @dataclass(frozen=True)
 class TRLExample:

@@ -305,9 +305,9 @@ class Learner:
         self.log.spend("train", time.perf_counter() - start)
         return values
 
-    def base_logprobs(self, sequences: Sequence[TrainingSequence]) -> torch.Tensor:
-        """log p of every trained token [N] under its base with adapters off."""
-        return turn_logprobs.under_base(self, sequences)
+    def reference_logprobs(self, sequences: Sequence[TrainingSequence]) -> torch.Tensor:
+        """log p of every trained token [N] under its policy as the run began."""
+        return turn_logprobs.under_reference(self, sequences)
 
     def mean_nll(
         self, sequences: Sequence[TrainingSequence], judges: Mapping[str, str] | None = None

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from ...agents.types import BASE
 from ..batching.batches import Batch, Layout, pack, pad_ranks, split_over_ranks
 from ..batching.samples import Denominators, TrainingSequence, denominators
 from ..checkpoint import join_optimizer, split_optimizer
@@ -25,6 +24,7 @@ from ..distributed.ranks import Ranks
 from ..model.adapters import Adapters
 from ..model.layouts import choose_layout
 from ..model.logprobs import token_logprobs
+from .initial_policy import initial_weights
 from .losses.inputs import LossFn, LossInputs
 from .losses.statistics import NotFinite, Stats, add_stats, finite_or_raise, summary
 
@@ -54,8 +54,9 @@ class Optimizers:
         self.adapters, self.config = adapters, config
         self.layout = choose_layout(adapters.model, config.layout)
         self.peak = {
-            name: adapters.policies[name].learning_rate or config.learning_rate
-            for name in adapters.trainable
+            name: config.learning_rate if spec.learning_rate is None else spec.learning_rate
+            for name, spec in adapters.policies.items()
+            if spec.trainable
         }
         self.of = {
             name: torch.optim.AdamW(
@@ -88,13 +89,15 @@ class Optimizers:
 
 @dataclass(frozen=True)
 class UpdateOptions:
-    """How a method's loss is fed: `reference` adds the base's log-probs (adapters off),
+    """How a method's loss is fed: `reference` adds log-probs of the policy as the run began,
     `entropy_grad` lets gradients through the entropy, `measure` recomputes the first batch
-    afterwards, to tell how far the update moved it."""
+    afterwards, to tell how far the update moved it. `totals`: by policy what a loss is divided by;
+    None takes the tokens and turns that are trained."""
 
     reference: bool = False
     entropy_grad: bool = False
     measure: bool = False
+    totals: Mapping[str, Denominators] | None = None
 
 
 def update(
@@ -127,17 +130,21 @@ def _update_policy(
     how: UpdateOptions,
 ) -> UpdateResult:
     adapters, config, optimizer = optimizers.adapters, optimizers.config, optimizers.of[name]
-    counts = denominators(own)[name]
+    trained = denominators(own)[name]
+    counts = trained if how.totals is None else how.totals[name]
     mine = batches_of(own, config.tokens_per_batch, optimizers.layout, ranks)
     result = UpdateResult(
         {},
         0.0,
-        int(counts.tokens),
-        int(counts.sequences),
+        int(trained.tokens),
+        int(trained.sequences),
         config.learning_rate_at(step, optimizers.peak[name]),
     )
     before = _logprobs(adapters, name, mine[0]) if how.measure and mine else None
-    references = [_logprobs(adapters, BASE, batch) if how.reference else None for batch in mine]
+    references: list[torch.Tensor | None] = [None] * len(mine)
+    if how.reference:
+        with initial_weights(adapters, name), torch.no_grad():
+            references = [token_logprobs(adapters.model, batch)[0] for batch in mine]
     for iteration in range(config.num_iterations):
         optimizer_step(
             optimizer,
@@ -195,7 +202,7 @@ def optimizer_step(
     max_grad_norm: float,
 ) -> None:
     """One step at `result.learning_rate` along the gradients that `backward` leaves on every rank,
-    summed; what it did goes into `result`.
+    summed; what it did goes into `result`. `max_grad_norm` 0 does not clip.
 
     `backward` returns its statistics and what was not finite ("" if all was). Then, on any rank,
     there is no step on any.
@@ -209,7 +216,8 @@ def optimizer_step(
     problem = next(filter(None, ranks.gather(problem)), "")
     ranks.sum_([p.grad for p in parameters])
     result.stats = _joined(sums, ranks)
-    result.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    bound = max_grad_norm if max_grad_norm > 0 else math.inf
+    result.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
     if problem or not math.isfinite(result.grad_norm):
         result.applied, result.problem = False, problem or f"gradient norm {result.grad_norm}"
     else:

@@ -100,7 +100,7 @@ class ScalarHead:
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
         self.layout = layout or choose_layout(adapters.model, config.layout)
-        self.peak = spec.learning_rate or config.learning_rate
+        self.peak = config.learning_rate if spec.learning_rate is None else spec.learning_rate
         self.optimizer = torch.optim.AdamW(
             list(self.parameters().values()),
             lr=self.peak,

@@ -1,5 +1,5 @@
-"""Log-probabilities of sequences without a gradient: of whole turns, under the bare base, and as
-means per policy.
+"""Log-probabilities of sequences without a gradient: of whole turns, under the policy as the run
+began, and as means per policy.
 
 All three read through `_read`: one forward pass per base and policy, every rank computing its
 share; the results are the same on every rank.
@@ -7,9 +7,8 @@ share; the results are the same on every rank.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -21,9 +20,9 @@ from ..batching.samples import TrainingSequence
 from ..config import RunConfig
 from ..distributed.ranks import Ranks
 from ..errors import RunError
-from ..model.adapter_files import init_folder
 from ..model.adapters import Adapters
 from ..model.logprobs import token_logprobs
+from .initial_policy import initial_weights, together
 from .optimizer_step import Optimizers, forward_only
 
 
@@ -76,16 +75,17 @@ def by_turn(
     return values
 
 
-def under_base(learner: Reader, sequences: Sequence[TrainingSequence]) -> torch.Tensor:
-    """log p of every trained token [N] under its base with adapters off, at the temperature it was
-    sampled at."""
+def under_reference(learner: Reader, sequences: Sequence[TrainingSequence]) -> torch.Tensor:
+    """log p of every trained token [N] under its policy as the run began (the base with adapters
+    off, unless it has an `init`), at the temperature it was sampled at."""
     counts = [sequence.num_trained for sequence in sequences]
     parts = list(torch.zeros(sum(counts)).split(counts))
     for base in learner.bases.values():
-        mine = [n for n, sequence in enumerate(sequences) if sequence.policy in base.policies]
-        tokens = _read(learner, base, [sequences[n] for n in mine], BASE)
-        for number, part in zip(mine, tokens.split([counts[n] for n in mine]), strict=True):
-            parts[number].copy_(part)
+        for policies in together(base.adapters, base.policies):
+            mine = [n for n, sequence in enumerate(sequences) if sequence.policy in policies]
+            tokens = _read(learner, base, [sequences[n] for n in mine], policies[0], initial=True)
+            for number, part in zip(mine, tokens.split([counts[n] for n in mine]), strict=True):
+                parts[number].copy_(part)
     return torch.cat(parts)
 
 
@@ -134,24 +134,3 @@ def _sums(keys: Sequence[TurnKey], tokens: torch.Tensor) -> dict[TurnKey, float]
     for key, value in zip(keys, tokens.tolist(), strict=True):
         by_key.setdefault(key, []).append(value)
     return {key: math.fsum(values) for key, values in by_key.items()}
-
-
-@contextlib.contextmanager
-def initial_weights(adapters: Adapters, policy: str) -> Iterator[None]:
-    """The model speaking as this policy did when the run began. Its weights of now are back
-    afterwards, to the last bit."""
-    spec = adapters.policies.get(policy)
-    if spec is None or spec.init == "fresh":  # B was zero: the base itself
-        with adapters.active(BASE):
-            yield
-        return
-    parameters = adapters.parameters(policy)
-    now = {key: parameter.detach().clone() for key, parameter in parameters.items()}
-    try:
-        adapters.load(policy, init_folder(spec.init))
-        with adapters.active(policy):
-            yield
-    finally:
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                parameter.copy_(now[key])

@@ -42,7 +42,7 @@ class CriticConfig(Settings):
         "advantages of turns that share a critic get mean 0 and variance 1 over their tokens", True
     )
     kl_coef: float = setting(
-        "weight of the KL to the base in the rewards of tokens", 0.0, at_least=0
+        "weight of the KL to the policy as the run began in the rewards of tokens", 0.0, at_least=0
     )
     cliprange_value: float | None = setting(
         "a step moves a critic's value by at most this; null is no bound",
@@ -119,7 +119,8 @@ class CriticBatch:
     spans: where the tokens of each turn stand.
     critic: the one that judges each token [N].
     values: what it predicted for them before the step [N].
-    kl: log p - log p of the base, when they were sampled [N]; zeros if not needed.
+    kl: log p - log p of the reference (the policy as the run began), when they were sampled [N];
+        zeros if not needed.
     advantages, returns: [N] float64, see `gae`.
     """
 
@@ -195,7 +196,7 @@ def critic_batch(
         kl = torch.tensor(
             [p for s in samples for p, trained in zip(s.logprobs, s.mask, strict=True) if trained]
         )
-        kl -= learner.base_logprobs(samples)
+        kl -= learner.reference_logprobs(samples)
     advantages, returns = (
         torch.zeros(len(names), dtype=torch.float64),
         torch.zeros(len(names), dtype=torch.float64),

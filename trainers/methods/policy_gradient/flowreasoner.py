@@ -143,8 +143,8 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
         )
         if turn.agent != self.system.designer:
             return 0.0, "no designer"
-        if math.isnan(score) or score < self.args.success_threshold:
-            return 0.0, "no success" if score == score else "no score"
+        if not math.isfinite(score) or score < self.args.success_threshold:
+            return 0.0, "no success" if math.isfinite(score) else "no score"
         earlier = sum(r.name == "val" for r in episode.rewards if (r.turn or 0) < turn.index)
         return 1.0, f"solved in round {1 + earlier}"
 

@@ -2,8 +2,9 @@
 tokens learn from the comparison.
 
 One step plays `tasks_per_step` tasks `num_generations` times, turns rewards into one advantage per
-turn (`credit`, see `credit/rules.py`), drops what carries no signal, and updates each agent's
-adapter on exactly the tokens it sampled (loss: `losses/policy_gradient.py`). Against the paper
+turn (`credit`, see `credit/rules.py`), drops what has no gradient, and updates each agent's
+adapter on exactly the tokens it sampled (loss: `losses/policy_gradient.py`), over all the tokens
+that were compared, whether their advantage is 0 or not. Against the paper
 (arXiv:2402.03300): behaviour log-probabilities are the engine's, so there is no old-log-prob
 forward; no KL term unless `beta` > 0; statistics run over whatever the credit rule compares, by
 default the team's reward over episodes of one task.
@@ -21,8 +22,7 @@ import torch
 
 from ....agents.settings import setting
 from ....agents.types import SettingError
-from ....rollouts.types import Episode
-from ...batching.samples import samples
+from ....rollouts.types import Episode, TurnKey
 from ...config import RunConfig
 from ...credit.counterfactual import counterfactual_rewards
 from ...credit.rules import credit
@@ -31,7 +31,7 @@ from ...trainer import Trainer
 from ...update.losses.inputs import LossFn, LossInputs
 from ...update.losses.policy_gradient import LossConfig, policy_loss
 from ...update.losses.statistics import Stats
-from ...update.optimizer_step import UpdateOptions
+from ...update.policy_batch import policy_batch
 
 
 @dataclass
@@ -92,16 +92,14 @@ def policy_gradient(
 ) -> dict[str, Any]:
     """Credit for a step's episodes, one update of every policy from it, and the step's metrics."""
     learner, config = trainer.run.learner, trainer.args
-    advantages = credit(episodes, config, learner.credit_state)
-    found, dropped = samples(episodes, advantages, learner.policy_of)
+    without_signal: set[TurnKey] = set()
+    advantages = credit(episodes, config, learner.credit_state, without_signal)
+    found, dropped, how = policy_batch(
+        episodes, advantages, without_signal, learner.policy_of, config
+    )
     if step == 1 and found:
         learner.show(found)
-    done = learner.learn(
-        step,
-        found,
-        loss,
-        UpdateOptions(reference=config.beta > 0, entropy_grad=config.entropy_coef > 0),
-    )
+    done = learner.learn(step, found, loss, how)
     return {
         "policies": trainer.rows(done, episodes, advantages),
         "dropped": {

@@ -11,8 +11,8 @@ Then policies and critics learn from them in several epochs of minibatches. Agai
   its clipping are `losses.policy_loss`.
 - Policy and critic share the frozen base and no weights, so each has its own optimizer, and no
   coefficient weighs one loss against the other.
-- The KL to the reference (the base with adapters off) is part of the token rewards (`kl_coef`), or
-  of the loss (`beta`).
+- The KL to the reference (the policy as the run began: the base with adapters off, unless it has
+  an `init`) is part of the token rewards (`kl_coef`), or of the loss (`beta`).
 - Where every n-th turn of an agent has the same ahead of it in all episodes (rewards all 0, or all
   1), whitening would blow the critic's errors up to advantages: such turns teach the critic only.
 
@@ -169,7 +169,7 @@ def ppo_step(
     A turn whose reward is missing or NaN is read as context and not learnt from.
     """
     learner, config = trainer.run.learner, trainer.args
-    scores = {key: float(reward) for key, reward in rewards.items() if not math.isnan(reward)}
+    scores = {key: float(reward) for key, reward in rewards.items() if math.isfinite(reward)}
     found, dropped = samples(episodes, dict.fromkeys(scores, 1.0), learner.policy_of)
     if step == 1 and found:
         learner.show(found)
@@ -204,7 +204,7 @@ def learn_policies(
     config: PPOConfig = trainer.args
     done: list[dict[str, UpdateResult]] = []
     taught = lesson.taught(always=bool(config.beta or config.entropy_coef))
-    how = UpdateOptions(reference=config.beta > 0, entropy_grad=config.entropy_coef > 0)
+    how = UpdateOptions(reference=config.beta > 0, entropy_grad=bool(config.entropy_coef))
 
     def loss(inputs: LossInputs) -> tuple[torch.Tensor, Stats]:
         return policy_loss(inputs, config)

@@ -38,8 +38,7 @@ from ....agents.types import Reward, SettingError, from_json
 from ....rollouts.episodes.runner import EpisodeRequest
 from ....rollouts.rewards.builtin import workflow
 from ....rollouts.rewards.scoring import RewardFn
-from ....rollouts.types import Episode
-from ...batching.samples import samples
+from ....rollouts.types import Episode, TurnKey
 from ...collection.derived_episodes import is_derived
 from ...config import RunConfig
 from ...credit.program_scores import (
@@ -56,7 +55,8 @@ from ...trainer import Trainer
 from ...update.losses.inputs import LossInputs
 from ...update.losses.policy_gradient import LossConfig, policy_loss
 from ...update.losses.statistics import Stats
-from ...update.optimizer_step import UpdateOptions, UpdateResult
+from ...update.optimizer_step import UpdateResult
+from ...update.policy_batch import policy_batch
 from ..imitation.imitation import ImitationConfig, fit_turns
 from .pair_learner import PairLearner, PairLearnerConfig
 
@@ -257,8 +257,12 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
             dataclasses.replace(row.as_lesson, rewards=(Reward("score", row.score),))
             for row in rows
         ]
+        without_signal: set[TurnKey] = set()
         advantages: Advantages = credit(
-            designs, dataclasses.replace(group, reward_weights={}), learner.credit_state
+            designs,
+            dataclasses.replace(group, reward_weights={}),
+            learner.credit_state,
+            without_signal,
         )
         played = [
             dataclasses.replace(
@@ -274,22 +278,18 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
                 played,
                 dataclasses.replace(group, reward_weights=self.args.reward_weights),
                 learner.credit_state,
+                without_signal,
             )
-        found, dropped = samples(
-            [row.as_lesson for row in rows] + played, advantages, learner.policy_of
+        found, dropped, how = policy_batch(
+            [*designs, *played], advantages, without_signal, learner.policy_of, group
         )
         if step == 1 and found:
             learner.show(found)
-        if not found:
+        if not any(advantages.values()):
             learner.log.warn(
                 f"step {step}: no two programs of a task differ in score; nothing to learn from"
             )
-        done = learner.learn(
-            step,
-            found,
-            self.group_loss,
-            UpdateOptions(reference=group.beta > 0, entropy_grad=group.entropy_coef > 0),
-        )
+        done = learner.learn(step, found, self.group_loss, how)
         return done, {
             "trained": len(found),
             "dropped": {f"{agent}: {why}": n for (agent, why), n in sorted(dropped.items())},

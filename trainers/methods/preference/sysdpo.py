@@ -82,6 +82,12 @@ class PreferenceConfig(RunConfig, PairConfig, PairLearnerConfig, TrainerChoice):
                 "trainer trl: TRL's reference is the adapter as a step begins; set reference step,"
                 " or max_steps 1"
             )
+        if self.label_smoothing and self.loss_type != "robust":
+            raise SettingError(
+                "label_smoothing: TRL's DPO ignores it for every loss but robust; set loss_type"
+                f" robust, label_smoothing 0 or trainer marlora; got {self.label_smoothing} with"
+                f" {self.loss_type}"
+            )
         if self.length_normalised != (self.loss_type == "ipo"):
             raise SettingError(
                 "trainer trl: TRL divides by length for ipo and for no other loss; set"

@@ -25,7 +25,7 @@ class LossInputs:
     sequence: [N] number 0 .. S-1 of the term's turn.
     total: trained tokens and turns of this policy in the whole step. A loss is divided by these and
         never by the batch's, so batches, ranks and accumulation are summed.
-    reference: [N] log-probs of the base with adapters off, with `UpdateOptions.reference`.
+    reference: [N] log-probs of the policy as the run began, with `UpdateOptions.reference`.
     policy: the policy that learns.
     token_index: [N] the term's number among all trained tokens of the step's sequences of this
         policy: indexes numbers that a method keeps per trained token.

@@ -29,7 +29,7 @@ from ....agents.settings import Settings, setting
 from ....agents.types import SettingError
 from ...batching.samples import Denominators
 from .inputs import LossInputs
-from .statistics import Stats, mismatch_stats
+from .statistics import MAX_LOG_RATIO, Stats, mismatch_stats, ratio_of
 
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo")
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "off")
@@ -63,7 +63,10 @@ class LossConfig(Settings):
         "the ratio is never taken above this (two-sided clipping); null is off", None
     )
     beta: float = setting(
-        "weight of the k3 KL to the reference, the base with adapters off", 0.0, at_least=0
+        "weight of the k3 KL to the reference: the policy as the run began, which is the base with"
+        " adapters off unless it has an init",
+        0.0,
+        at_least=0,
     )
     use_bias_correction_kl: bool = setting(
         "KL times the ratio, which makes its gradient that of the reverse KL", True
@@ -111,23 +114,23 @@ def policy_loss(
     logp, reference = inputs.logp, inputs.reference
     if config.beta and reference is None:
         raise SettingError(
-            "beta: > 0 needs LossInputs.reference, the log-probs of the base with adapters off; ask"
-            " for it with UpdateOptions(reference=True)"
+            "beta: > 0 needs LossInputs.reference, the log-probs of the policy as the run began;"
+            " ask for it with UpdateOptions(reference=True)"
         )
     old = inputs.behaviour if old_logp is None else old_logp.detach()
     log_ratio = logp - old
     if config.importance_sampling_level == "sequence":
         log_ratio = _mean_by(log_ratio, inputs.sequence)
-    ratio = log_ratio.exp()
+    ratio = ratio_of(log_ratio)
     inside = old_logp is None
     loss, used_ratio, stats = _surrogate(ratio, logp, inputs.advantage, config)
     weight, stats["corrected"] = _correction(
-        used_ratio, logp.detach() if inside else old, inputs, config, inside=inside
+        used_ratio, log_ratio, logp.detach() if inside else old, inputs, config, inside=inside
     )
     loss = loss * weight
     if config.beta and reference is not None:
         distance = logp - reference.detach()
-        kl = torch.exp(-distance) + distance - 1
+        kl = ratio_of(-distance) + distance - 1
         stats["kl"] = kl.detach().sum()
         if config.use_bias_correction_kl:
             cap = (
@@ -174,7 +177,13 @@ def _surrogate(
 
 
 def _correction(
-    ratio: torch.Tensor, old: torch.Tensor, inputs: LossInputs, config: LossConfig, *, inside: bool
+    ratio: torch.Tensor,
+    log_ratio: torch.Tensor,
+    old: torch.Tensor,
+    inputs: LossInputs,
+    config: LossConfig,
+    *,
+    inside: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Constant [N] factor that corrects for engine against trainer, and how many terms its bounds
     changed.
@@ -185,8 +194,12 @@ def _correction(
     mode = config.vllm_importance_sampling_mode
     if mode == "off":
         return torch.ones_like(old), torch.zeros((), device=old.device)
+    cut = torch.zeros_like(old)  # what `ratio_of` took off the term's ratio
     if mode.startswith("sequence"):
         weight = _sum_by(old - inputs.behaviour, inputs.sequence)[inputs.sequence]
+        if inside and config.loss_type != "cispo":
+            cut = log_ratio.detach() - ratio.detach().log()
+            cut = torch.where(log_ratio.detach().abs() > MAX_LOG_RATIO, cut, 0.0)
     else:
         weight = ratio.detach().log() if inside else old - inputs.behaviour
     low = (
@@ -206,7 +219,8 @@ def _correction(
     if mode.endswith("mask"):
         unchanged = (bounded == weight).to(weight.dtype)
         return (unchanged if inside else unchanged * bounded.exp()), touched
-    return (bounded - weight if inside else bounded).exp(), touched
+    cut = torch.where(bounded != weight, cut, 0.0)
+    return (bounded - weight + cut if inside else bounded).exp(), touched
 
 
 def _reduce(

@@ -13,6 +13,7 @@ Stats = dict[str, torch.Tensor]  # sums over terms by name, except `max_*`; see 
 # |log p - behaviour| is counted in 16 bins per decade from 1e-6 to 1e2; a quantile is read off to
 # within 8 %.
 _PER_DECADE, _LOWEST, _DECADES = 16, -6.0, 8
+MAX_LOG_RATIO = 70.0  # exp of it is 2.5e30; float32 ends at 3.4e38
 
 
 class NotFinite(RuntimeError):
@@ -48,13 +49,20 @@ def finite_or_raise(
             raise NotFinite(what, policy, [batch.turns[i] for i in numbers])
 
 
+def ratio_of(log_ratio: torch.Tensor) -> torch.Tensor:
+    """exp, kept within what products of it and of advantages can hold in float32. Beyond that the
+    gradient is that of the kept ratio, so that what clips or truncates it meets no infinity."""
+    kept = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (log_ratio - (log_ratio - kept).detach()).exp()
+
+
 def mismatch_stats(
     logp: torch.Tensor, entropy: torch.Tensor, behaviour: torch.Tensor, sequence: torch.Tensor
 ) -> Stats:
     """Sums over the trained tokens of how trainer and engine differ; all arguments [N], without
     gradient. The k3 estimate is of KL(behaviour | trainer)."""
     difference = logp - behaviour
-    size, ratio = difference.abs(), difference.exp()
+    size, ratio = difference.abs(), ratio_of(difference)
     bins = (
         torch.floor((size.clamp(min=1e-30).log10() - _LOWEST) * _PER_DECADE)
         .clamp(0, _PER_DECADE * _DECADES - 1)

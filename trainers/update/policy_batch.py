@@ -1,0 +1,38 @@
+"""What a policy-gradient update is taken over: the turns with an advantage, and the totals that its
+loss is divided by."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from ...rollouts.types import Episode, TurnKey
+from ..batching.samples import TrainingSequence, denominators, samples
+from .losses.policy_gradient import LossConfig
+from .optimizer_step import UpdateOptions
+
+
+def policy_batch(
+    episodes: Sequence[Episode],
+    advantages: Mapping[TurnKey, float],
+    without_signal: Iterable[TurnKey],
+    policy_of: Mapping[str, str],
+    config: LossConfig,
+) -> tuple[list[TrainingSequence], Counter[tuple[str, str]], UpdateOptions]:
+    """Token sequences, counts by (agent, reason) of turns that are left out, and how the update is
+    fed.
+
+    As in TRL's GRPOTrainer the loss is divided by all tokens (or turns) that were compared, also
+    those of advantage 0 and those of groups `without_signal`. They have no gradient and are left
+    out of the forward pass, unless `beta` or `entropy_coef` give them one.
+    """
+    episodes = list(episodes)
+    everything = {**dict.fromkeys(without_signal, 0.0), **advantages}
+    sequences, dropped = samples(episodes, everything, policy_of, keep_zeros=True)
+    totals = denominators(sequences)
+    if not (config.beta or config.entropy_coef):
+        sequences, dropped = samples(episodes, advantages, policy_of)
+    how = UpdateOptions(
+        reference=config.beta > 0, entropy_grad=bool(config.entropy_coef), totals=totals
+    )
+    return sequences, dropped, how
