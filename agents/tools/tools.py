@@ -17,6 +17,7 @@ a call becomes a sentence for the model, never an exception of ours.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import re
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..concurrency import from_outside
 from ..execution import Execute, ExecutionResult, Externals, Limits, SandboxError
 from ..lookup import load_function
 from ..types import SettingError, nearest
@@ -61,7 +63,8 @@ class Tool:
 
     async def __call__(self, arguments: Mapping[str, Any] | str) -> str:
         """Run with arguments as the model wrote them. A wrong argument or an exception comes back
-        as an error in words."""
+        as an error in words, whatever its class."""
+        caller = asyncio.current_task()
         try:
             result = self.function(**self._checked(arguments))
             text = _as_text(await result if inspect.isawaitable(result) else result)
@@ -69,7 +72,9 @@ class Tool:
             text = f"error: {self.name}: {wrong}"
         except SandboxError:
             raise  # it concerns the whole run
-        except Exception as failure:  # an answer to the model, not the end of the episode
+        except BaseException as failure:  # an answer to the model, not the end of the episode
+            if from_outside(failure, caller):
+                raise
             text = f"error: {self.name}: {type(failure).__name__}: {failure}"
         return response(text)
 

@@ -14,7 +14,6 @@ Every finished episode is kept in `--output`, so that a suite that was stopped g
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import tempfile
@@ -23,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from marlora.agents.concurrency import run_steadily
 from marlora.agents.types import PolicySpec, SettingError, Task, from_json
 from marlora.recipes.cli.eval_tables import as_markdown, as_text
 from marlora.recipes.cli.team import (
@@ -127,7 +127,7 @@ def cmd_eval(args: argparse.Namespace) -> None:
         raise SettingError("--cross: takes agents of two checkpoints; name at least two")
     args.sampled = args.sampled or args.samples > 1 or len(args.seeds or ()) > 1
     folder = Path(args.output) if args.output else beside(Path(args.checkpoint[0]))
-    result = asyncio.run(evaluate_all(args, folder))
+    result = run_steadily(evaluate_all(args, folder))
     if not result["adapters_on"]:
         say("no adapter is on: the team as asked for is the base team")
     print(as_text(result))

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from marlora.agents.concurrency import run_steadily
 from marlora.agents.types import SettingError, Task, nearest, to_json
 from marlora.recipes.cli.evaluate import add_eval, cmd_eval
 from marlora.recipes.cli.export import add_export, cmd_export
@@ -70,7 +71,7 @@ def cmd_collect(args: argparse.Namespace) -> None:
             )
         print(f"{len(plan)} episodes appended to {args.output}")
 
-    asyncio.run(with_team(args, work))
+    run_steadily(with_team(args, work))
 
 
 def keep(store: Store, episode: Episode) -> None:
@@ -138,7 +139,7 @@ def cmd_play(args: argparse.Namespace) -> None:
                     json.dumps(to_json(episode)) if args.raw else show_episode(episode), flush=True
                 )
 
-    asyncio.run(with_team(args, work))
+    run_steadily(with_team(args, work))
 
 
 def cmd_serve(args: argparse.Namespace) -> None:
@@ -179,7 +180,7 @@ def cmd_serve(args: argparse.Namespace) -> None:
         await ended.wait()
 
     with contextlib.suppress(KeyboardInterrupt):  # while it was starting
-        asyncio.run(with_team(args, work))
+        run_steadily(with_team(args, work))
     say("stopped")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...agents.chat import Services
-from ...agents.concurrency import gather
+from ...agents.concurrency import from_outside, gather
 from ...agents.lookup import only_trusted
 from ...agents.seeds import derive_seed
 from ...agents.system import System
@@ -317,9 +317,12 @@ class EpisodeRunner:
             return None, "limit", str(error)
         except (EngineError, SettingError):
             raise
-        except Exception as error:
+        except BaseException as error:
+            if from_outside(error, caller):
+                raise
             if isinstance(error, TimeoutError) and clock.expired():
                 seconds = self.limits.episode_timeout
+        caller = asyncio.current_task()
                 return None, "timeout", f"not done after {seconds:g} s (episode_timeout)"
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"

@@ -24,6 +24,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...agents.concurrency import from_outside
 from ...agents.lookup import load_function, needs_trust
 from ...agents.system import System
 from ...agents.team import Team
@@ -140,7 +141,14 @@ class Function(ExternalProgram):
             )
 
     async def play(self, task: Task, session: Session) -> Any:
-        return await self._main(task, session.base_url, session.key)
+        caller = asyncio.current_task()
+        try:
+            return await self._main(task, session.base_url, session.key)
+        except BaseException as error:
+            if isinstance(error, Exception) or from_outside(error, caller):
+                raise
+            # of its own task, which would end the event loop with it
+            raise ProgramError(f"{type(error).__name__}: {error}") from error
 
 
 @dataclass

@@ -13,7 +13,7 @@ from ...rollouts.episodes.completers import Completer, completers
 from ..config import RunConfig
 from ..model.memory_estimate import TrainerPlacement, with_server_memory
 from ..update.learner import Learner, LearnerBase
-from .background import BackgroundLoop
+from .background import BackgroundLoop, unless_gone
 
 
 class EngineGroup:
@@ -67,7 +67,8 @@ class EngineGroup:
         return with_server_memory(placement, say)
 
     def _close(self, background: BackgroundLoop, engine: Engine) -> None:
-        background.run(engine.close())
+        with unless_gone():
+            background.run(engine.close())
 
     def _specs_on(self, base: LearnerBase) -> list[PolicySpec]:
         return [self.learner.policies[name] for name in base.policies]
