@@ -306,6 +306,7 @@ class EpisodeRunner:
     async def _run(self, task: Task, team: Team) -> tuple[str | None, str, str | None]:
         """(output, stop reason, error) of one run; raises only errors that concern the whole
         run."""
+        caller = asyncio.current_task()
         try:
             async with asyncio.timeout(self.limits.episode_timeout) as clock:
                 with only_trusted(self.untrusted):
@@ -322,7 +323,6 @@ class EpisodeRunner:
                 raise
             if isinstance(error, TimeoutError) and clock.expired():
                 seconds = self.limits.episode_timeout
-        caller = asyncio.current_task()
                 return None, "timeout", f"not done after {seconds:g} s (episode_timeout)"
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
