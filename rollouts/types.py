@@ -46,7 +46,9 @@ class Episode:
         rewards: of all reward functions.
         usage: per agent.
         stop_reason: `done`, `error`, `context` (a prompt did not fit), `limit`, `timeout`.
-        error: the failure in one line; such an episode is stored and never trained on.
+        error: the failure in one line; such an episode is stored and never trained on. Under
+            `on_error: zero` an episode whose system raised has none: its `stop_reason` is `error`,
+            its rewards are 0 and say why.
     """
 
     id: str
@@ -65,6 +67,11 @@ class Episode:
     usage: Mapping[str, Usage] = field(default_factory=dict)
     stop_reason: str = "done"
     error: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """It did not come to its end as the system meant it, whether or not it counts 0."""
+        return self.error is not None or self.stop_reason == "error"
 
     def trajectory(self, agent: str) -> tuple[Turn, ...]:
         """The turns one agent took, in order, without untaken siblings."""

@@ -136,6 +136,13 @@ class RolloutSettings(Settings):
     episode_timeout: float = setting(
         "seconds until an episode that is still in play has failed", 1200.0, above=0, unit="seconds"
     )
+    on_error: str = setting(
+        "what an episode is worth whose system or program raised: drop (nothing, it is left out) or"
+        " zero (all rewards are 0 and its turns are trained on, so that agents learn the format of"
+        " a program that raises on replies it cannot read)",
+        "drop",
+        choices=("drop", "zero"),
+    )
     pin: str = setting(
         "what one team version covers when rollouts run ahead: an episode, or only a call of a"
         " policy",
@@ -176,6 +183,7 @@ class RolloutSettings(Settings):
             episode_timeout=self.episode_timeout,
             reward_timeout=self.reward_timeout,
             concurrency=self.max_concurrency,
+            on_error=self.on_error,
         )
 
 

@@ -23,6 +23,7 @@ from ...agents.types import (
     Completion,
     Decision,
     LimitError,
+    Reward,
     Sampling,
     SettingError,
     Task,
@@ -41,13 +42,15 @@ from .completers import Completer
 class EpisodeLimits:
     """Limits of episodes. `max_turns` and `max_tool_calls` (per reply) per episode;
     `episode_timeout` and `reward_timeout` (each reward function's) in seconds; `concurrency` in
-    episodes."""
+    episodes. `on_error`: what an episode whose system or program raised is worth: "drop" (nothing:
+    it has failed) or "zero" (every reward is 0, and its turns are trained on)."""
 
     max_turns: int = 200
     max_tool_calls: int = 4
     episode_timeout: float = 1200.0
     reward_timeout: float = TIMEOUT
     concurrency: int = 64
+    on_error: str = "drop"
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,9 @@ class EpisodeRunner:
         )
         team = Team(self.system.specs, services, transcript, self.values)
         output, stop_reason, error = await self._run(request.task, team)
+        problem = error if stop_reason == "error" and team.turns and self._errors_count() else None
+        if problem is not None:
+            output, error = "", None
         policies = [agent.policy for agent in self.system.specs]
         episode = Episode(
             id=request.id,
@@ -263,8 +269,16 @@ class EpisodeRunner:
         if error is None:
             episode = dataclasses.replace(episode, rewards=tuple(team.rewards))
             rewards = await score(request.task, episode, self.rewards, self.limits.reward_timeout)
-            episode = dataclasses.replace(episode, rewards=rewards)
+            episode = dataclasses.replace(
+                episode, rewards=rewards if problem is None else _zeros(rewards, problem)
+            )
         return [*children, episode]
+
+    def _errors_count(self) -> bool:
+        """Whether an error of the system is worth 0 (`on_error: zero`); a system's own setting wins
+        over the run's."""
+        own = getattr(self.system, "on_error", "") or self.limits.on_error
+        return bool(own == "zero")
 
     def _completion(
         self, start: _Start, usage: dict[str, Usage]
@@ -327,3 +341,11 @@ class EpisodeRunner:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
             return None, "error", f"{type(error).__name__}: {error} ({where})"
+
+
+def _zeros(rewards: Iterable[Reward], problem: str) -> tuple[Reward, ...]:
+    """The rewards of an episode whose system raised: those of the functions, each worth 0."""
+    return tuple(
+        dataclasses.replace(reward, value=0.0, text=f"on_error: zero; {problem}")
+        for reward in rewards
+    )

@@ -49,6 +49,9 @@ def evaluation(
                 episode.error
                 or next((r.text for r in episode.rewards if math.isnan(r.value)), "no reward")
             )
+        elif episode.failed:
+            failed += 1
+            errors.append(next((r.text for r in episode.rewards), "no reward"))
         values[episode.task.id].append(0.0 if math.isnan(value) else value)
     scores = {task: sum(own) / len(own) for task, own in values.items()}
     return Evaluation(scores, failed, tuple(sorted(set(errors))), tokens)

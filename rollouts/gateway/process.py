@@ -82,10 +82,14 @@ async def run_command(
             if process.returncode < 0
             else f"exit code {process.returncode}"
         )
-        raise ProgramError(
-            f"{_name(command)}: {how}: {_text(errors).strip() or 'nothing on stderr'}"
-        )
+        raise ProgramError(f"{_name(command)}: {how}: {_last_line_first(_text(errors))}")
     return _text(output)
+
+
+def _last_line_first(stderr: str) -> str:
+    """The last line, which in most languages names the error, then what came before it."""
+    *before, last = [line for line in stderr.splitlines() if line.strip()] or ["nothing on stderr"]
+    return last.strip() + ("\nstderr before it:\n" + "\n".join(before) if before else "")
 
 
 async def _write(process: asyncio.subprocess.Process, text: str) -> None:

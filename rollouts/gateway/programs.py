@@ -53,6 +53,8 @@ class ExternalProgram(System):
         reward_wait: seconds to wait, after the program ended, for a reward that is posted.
         host: the address that agents are asked at; loopback unless the program runs elsewhere.
         call_timeout: seconds until a call without an answer gets an error.
+        on_error: `drop` or `zero` for a program that fails after a call, see the run's setting of
+            that name; "" is as the run says.
     """
 
     models: Mapping[str, str] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class ExternalProgram(System):
     reward_wait: float = 0.0
     host: str = "127.0.0.1"
     call_timeout: float = 600.0
+    on_error: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +83,8 @@ class ExternalProgram(System):
                 f"reward_wait, call_timeout: expected seconds, got {self.reward_wait!r} and"
                 f" {self.call_timeout!r}"
             )
+        if self.on_error not in ("", "drop", "zero"):
+            raise SettingError(f"on_error: expected drop or zero, got {self.on_error!r}")
         self._gateway = GatewayServer(self.host, call_timeout=self.call_timeout)
 
     async def run(self, task: Task, team: Team) -> str:

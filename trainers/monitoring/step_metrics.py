@@ -44,7 +44,7 @@ def collection_row(
         "reward_min": min(values, default=None),
         "reward_max": max(values, default=None),
         "episodes": len(parents),
-        "failed": sum(e.error is not None for e in parents),
+        "failed": sum(e.failed for e in parents),
         "unscorable": len(parents) - len(values),
         "sampled_tokens": sampled,
         "tokens_per_s": sampled / max(seconds, 1e-9),

@@ -4,6 +4,7 @@ does not leak."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
 import os
@@ -17,13 +18,14 @@ from typing import Any
 import aiohttp
 import pytest
 
+from marlora.agents.patterns.chain import Chain
 from marlora.agents.system import System, build_system
 from marlora.agents.types import SettingError, Task
 from marlora.rollouts.engines.scripted import ScriptedEngine
-from marlora.rollouts.episodes.runner import EpisodeRequest, episode_requests
+from marlora.rollouts.episodes.runner import EpisodeLimits, EpisodeRequest, episode_requests
 from marlora.rollouts.evaluation.accuracy import evaluation
 from marlora.rollouts.gateway.process import ProcessLimits, ProgramError, run_command
-from marlora.rollouts.gateway.programs import Command, ExternalProgram, Function
+from marlora.rollouts.gateway.programs import Command, Function
 from marlora.rollouts.rewards.builtin import resolve_rewards
 from marlora.rollouts.types import Episode
 from tests.conformance import check_system
@@ -66,12 +68,12 @@ def command(script: str, **settings: Any) -> Command:
     return Command(["a", "b"], command=[sys.executable, "-c", SCRIPT + script], **settings)
 
 
-def one(system: ExternalProgram, rewards: Any = (), engine: Any = None) -> Episode:
-    return asyncio.run(
-        rollouts(engine or ScriptedEngine(lambda *_: "15"), system, rewards).play(
-            EpisodeRequest(TASK, "g")
-        )
-    )
+def one(
+    system: System, rewards: Any = (), engine: Any = None, limits: EpisodeLimits = EpisodeLimits()
+) -> Episode:
+    runner = rollouts(engine or ScriptedEngine(lambda *_: "15"), system, rewards)
+    runner = dataclasses.replace(runner, limits=limits)
+    return asyncio.run(runner.play(EpisodeRequest(TASK, "g")))
 
 
 # functions
@@ -210,6 +212,76 @@ def test_a_command_that_fails_is_a_failed_episode(
     episode = one(command(script, **settings), resolve_rewards(["exact"]))
     assert episode.stop_reason == "error" and episode.output is None and episode.rewards == ()
     assert re.search(problem, str(episode.error)), episode.error
+
+
+@pytest.mark.parametrize(
+    ("stderr", "shown"),
+    [
+        ("no luck", "no luck"),
+        ("\n\n", "nothing on stderr"),
+        (
+            "Traceback:\n  line 3\nValueError: no number in 'eh'\n\n",
+            "ValueError: no number in 'eh'\nstderr before it:\nTraceback:\n  line 3",
+        ),
+    ],
+)
+def test_the_last_line_of_stderr_stands_first(stderr: str, shown: str) -> None:
+    episode = one(command(f"sys.stderr.write({stderr!r}); sys.exit(3)"))
+    assert str(episode.error).partition("exit code 3: ")[2].startswith(shown)
+
+
+RAISES = """
+reply = ask("a", json.load(sys.stdin)["prompt"])
+raise ValueError(f"no number in {reply!r}")
+"""
+
+
+async def raises(task: Task, base_url: str, api_key: str) -> str:
+    await two(task, base_url, api_key)
+    raise ValueError("no number")
+
+
+class Raises(Chain):
+    """A system, no program, that raises after its turns."""
+
+    async def run(self, task: Task, team: Any) -> str:
+        await super().run(task, team)
+        raise ValueError("no number")
+
+
+def failing(kind: str, **settings: Any) -> System:
+    if kind == "command":
+        return command(RAISES, **settings)
+    if kind == "function":
+        return Function(["a", "b"], main=f"{__name__}:raises", **settings)
+    return Raises(["a", "b"])
+
+
+@pytest.mark.parametrize("kind", ["command", "function", "system"])
+def test_on_error_zero_gives_the_turns_that_were_taken_reward_0(kind: str) -> None:
+    rewards = resolve_rewards(["exact", "length"])
+    dropped = one(failing(kind), rewards)
+    assert dropped.failed and "no number" in str(dropped.error) and dropped.rewards == ()
+    zero = one(failing(kind), rewards, limits=EpisodeLimits(on_error="zero"))
+    assert zero.turns == dropped.turns and zero.turns
+    assert (zero.error, zero.stop_reason, zero.failed, zero.output) == (None, "error", True, "")
+    assert [(r.name, r.value) for r in zero.rewards] == [("exact", 0.0), ("length", 0.0)]
+    assert all("on_error: zero" in r.text and "no number" in r.text for r in zero.rewards)
+
+
+def test_a_programs_own_on_error_wins_over_the_runs() -> None:
+    rewards = resolve_rewards(["exact"])
+    assert one(failing("command", on_error="zero"), rewards).error is None
+    limits = EpisodeLimits(on_error="zero")
+    assert one(failing("function", on_error="drop"), rewards, limits=limits).error is not None
+    with pytest.raises(SettingError, match="on_error: expected drop or zero, got 'nil'"):
+        failing("function", on_error="nil")
+
+
+def test_a_program_that_fails_before_it_asks_has_nothing_to_train() -> None:
+    limits = EpisodeLimits(on_error="zero")
+    episode = one(command("sys.exit('broken')"), resolve_rewards(["exact"]), limits=limits)
+    assert episode.failed and "broken" in str(episode.error) and episode.rewards == ()
 
 
 def test_a_command_that_is_not_there_and_settings_of_commands() -> None:
