@@ -10,15 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from marlora.agents.types import SettingError
 from marlora.recipes.cli.eval_tables import row_of
 from marlora.recipes.cli.team import say
+from marlora.rollouts.checkpoints.needs import meta_flag, needed_flags
 from marlora.rollouts.checkpoints.reader import read_checkpoint
+from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.report.sections import accuracy_rows
 
 LEFT_OUT = (
@@ -54,8 +57,16 @@ def cmd_export(args: argparse.Namespace) -> None:
         raise SettingError(f"--output {target}: it is there already; name a new folder")
     data = read_checkpoint(checkpoint)
     shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    if args.push_to_hub:
+        shorten_paths(target)
+        data = read_checkpoint(target)
+    name = args.push_to_hub or target.resolve().name
+    folder = "" if args.push_to_hub or target.is_absolute() else args.output
     (target / "README.md").write_text(
-        card(data, summary_of(checkpoint), args.push_to_hub or target.name)
+        card(
+            data, summary_of(checkpoint), name, folder, args.push_to_hub, example_meta(checkpoint)
+        ),
+        encoding="utf-8",
     )
     print(target)
     if args.push_to_hub:
@@ -74,56 +85,145 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
     return str(url)
 
 
+def shorten_paths(folder: Path) -> None:
+    """Leave only the last part of every path of this machine in the JSON files of a folder, which
+    goes to the hub: base models and task files lie elsewhere for others anyway."""
+    short: dict[str, str] = {}
+
+    def shortened(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {shortened(key): shortened(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [shortened(each) for each in value]
+        if not (isinstance(value, str) and Path(value).is_absolute() and "\n" not in value):
+            return value
+        name = Path(value).name or value
+        if short.setdefault(name, value) != value:
+            raise SettingError(
+                f"--push_to_hub: {short[name]} and {value} end in one name, and paths of this"
+                " machine are shortened to it; give the folders different names"
+            )
+        return name
+
+    for path in sorted(folder.rglob("*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(shortened(data), indent=2) + "\n", encoding="utf-8")
+
+
 def summary_of(checkpoint: Path) -> Mapping[str, Any]:
     """The run's `summary.json`, if the checkpoint is its last one: earlier ones have other
     accuracies."""
     path = checkpoint.resolve().parent.parent / "summary.json"
-    summary = json.loads(path.read_text()) if path.is_file() else {}
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return summary if checkpoint.resolve().name == f"step-{summary.get('steps', -1):06d}" else {}
 
 
-def card(data: Mapping[str, Any], summary: Mapping[str, Any], name: str) -> str:
-    """The model card: the agents, what they were trained on, how well they did, how to load
-    them."""
+def example_meta(checkpoint: Path) -> Mapping[str, Any]:
+    """The public meta of one of the run's tasks, from its stored episodes; {} without them."""
+    if (store := checkpoint.resolve().parent.parent / "episodes").is_dir():
+        for episode in Store(store).read():
+            return episode.task.public().meta
+    return {}
+
+
+def card(
+    data: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    name: str,
+    folder: str = "",
+    repository: str = "",
+    meta: Mapping[str, Any] | None = None,
+) -> str:
+    """The model card: the agents, what they were trained on, how well they did, how to load them.
+
+    `folder`: what the commands on the card call the folder; "" is the last part of `name`.
+    `repository`: where it is downloaded from, if it is. `meta`: the public meta of one of its
+    tasks, for the commands.
+    """
     base = str(data["base"]["name"])
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
-    tasks = data["tasks"]
+    on_hub = _on_hub(base)
+    title = name.rpartition("/")[2]
+    bases = [each if _on_hub(each) else Path(each).name for each in data["bases"] or {base: {}}]
+    adapters = ["library_name: peft", "tags: [lora, multi-agent, marlora]"]
     lines = [
         "---",
         *([f"base_model: {base}"] if on_hub else []),
-        "library_name: peft",
-        "tags: [lora, multi-agent, marlora]",
+        *(adapters if data["adapters"] else ["tags: [multi-agent, marlora]"]),
         "---",
         "",
-        f"# {name.rpartition('/')[2]}",
+        f"# {title}",
         "",
-        f"A team of {len(data['agents'])} agents on one base model"
-        f" (`{base if on_hub else Path(base).name}`), with one LoRA adapter per",
-        f"policy, trained with marlora (recipe `{data.get('recipe', '')}`, step {data['step']}).",
+        *_about(data, bases),
         "",
         *_agents_table(data),
         "",
-        f"System: `{data['system']['class']}`. Tasks: `{tasks['name'] or 'given in Python'}`, seed"
-        f" {tasks['seed']}.",
-        "",
-        *measured(summary),
-        *_usage(data, base if on_hub else "THE-BASE"),
+        *measured(summary, (data["rewards"] or ["reward"])[0]),
+        *_loading(data, base if on_hub else "THE-BASE", folder or title),
+        *_whole_team(data, folder or title, repository, meta or {}),
     ]
     return "\n".join(lines)
 
 
+def _on_hub(name: str) -> bool:
+    """Whether a base is named as on the hub, and no folder of this machine has that name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
 def _agents_table(data: Mapping[str, Any]) -> list[str]:
-    rows = [("agent", "role", "policy", "adapter's sha256"), ("---",) * 4]
+    rows = [("agent", "role", "policy", "weights"), ("---",) * 4]
     for agent in data["agents"]:
-        sha256 = data["adapters"].get(agent["policy"], {}).get("sha256", "none: the bare base")
         role = plain(agent.get("role", ""))
-        rows.append((agent["name"], role, agent["policy"], f"`{sha256[:16]}`"))
+        rows.append((agent["name"], role, agent["policy"], _weights(agent["policy"], data)))
     return [row_of(row) for row in rows]
 
 
-def _usage(data: Mapping[str, Any], base: str) -> list[str]:
+def _weights(policy: str, data: Mapping[str, Any]) -> str:
+    """What a policy speaks with: its LoRA adapter, the bare base, or a model of others."""
+    if data["policies"].get(policy, {}).get("url"):
+        return "a model asked over the network, not part of this repository"
+    entry = data["adapters"].get(policy)
+    if entry is None:
+        return "the base model, no adapter"
+    kind = "LoRA" if entry.get("trained") else "LoRA, not trained in this run"
+    return f"{kind}, sha256 `{entry['sha256'][:16]}`"
+
+
+def _about(data: Mapping[str, Any], base_names: Sequence[str]) -> list[str]:
+    """A sentence on agents, bases and adapters, and one on what they were trained on."""
+    outside = [n for n, policy in data["policies"].items() if policy.get("url")]
+    count = len(data["adapters"])
+    bases = ", ".join(f"`{name}`" for name in base_names)
+    tasks, recipe = data["tasks"], data.get("recipe") or "none"
+    task_set = f"`{last_part(tasks['name'])}`" if tasks["name"] else "given in Python"
+    lines = [
+        f"A team of {number_of(len(data['agents']), 'agent')} on"
+        f" {'one base model' if len(base_names) == 1 else 'several base models'} ({bases}), with"
+        f" {number_of(count, 'LoRA adapter')}, trained with marlora (recipe `{recipe}`, step"
+        f" {data['step']})."
+    ]
+    if outside:
+        names = ", ".join(f"`{name}`" for name in outside)
+        lines[0] += f" {names}: asked over the network, see `system.json`."
+    system = data["system"]["class"]
+    return [*lines, "", f"System: `{system}`. Tasks: {task_set}, seed {tasks['seed']}."]
+
+
+def number_of(count: int, noun: str) -> str:
+    """A count with its noun: `1 agent`, `2 agents`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def last_part(name: str) -> str:
+    """The last part of a name that is a path of this machine; other names whole."""
+    is_path = Path(name).is_absolute() or name.startswith(("~", "."))
+    return Path(name).name if is_path else name
+
+
+def _loading(data: Mapping[str, Any], base: str, folder: str) -> list[str]:
+    """How one adapter is loaded with PEFT."""
     trained = [policy for policy, entry in data["adapters"].items() if entry.get("trained")]
-    adapter = f"adapters/{trained[0] if trained else 'POLICY'}"
+    if not trained:
+        return ["## Use", ""]
     return [
         "## Use",
         "",
@@ -132,18 +232,59 @@ def _usage(data: Mapping[str, Any], base: str) -> list[str]:
         "from transformers import AutoModelForCausalLM",
         "",
         f'base = AutoModelForCausalLM.from_pretrained("{base}")',
-        f'model = PeftModel.from_pretrained(base, "{adapter}")',
+        f'model = PeftModel.from_pretrained(base, "{folder}/adapters/{trained[0]}")',
         "```",
-        "",
-        "The whole team, as it was trained: `marlora eval FOLDER` and `marlora play FOLDER`."
-        " `system.json` names system, prompts and tasks.",
         "",
     ]
 
 
-def measured(summary: Mapping[str, Any]) -> list[str]:
-    """Held-out accuracy with intervals, as the run measured it; nothing if this is not the run's
-    last checkpoint."""
+def _whole_team(
+    data: Mapping[str, Any], folder: str, repository: str, meta: Mapping[str, Any]
+) -> list[str]:
+    """How the whole team is evaluated and asked."""
+    download = shlex.join(["hf", "download", repository, "--local-dir", folder])
+    return [
+        "The whole team, as it was trained:",
+        "",
+        "```bash",
+        *([download] if repository else []),
+        *_commands(data, folder, meta),
+        "```",
+        "",
+        *_notes(data),
+    ]
+
+
+def _commands(data: Mapping[str, Any], folder: str, meta: Mapping[str, Any]) -> list[str]:
+    """`marlora eval` and `marlora play` for a folder, with the flags that they need; `meta`: that
+    of a task."""
+    flags = needed_flags(data)
+    tasks = [] if data["tasks"]["name"] else ["--tasks", "TASKS"]
+    return [
+        shlex.join(["marlora", "eval", folder, *flags, *tasks]),
+        shlex.join(["marlora", "play", folder, *flags, *meta_flag(data, meta)]),
+    ]
+
+
+def _notes(data: Mapping[str, Any]) -> list[str]:
+    """What the commands need beside this folder."""
+    flags = needed_flags(data)
+    notes = ["`system.json` names system, prompts and tasks."]
+    if flags:
+        notes.append(
+            f"`{' '.join(flags)}` consents to code or models that it names outside marlora; that"
+            " code is not part of this folder and must be importable from where the command runs."
+        )
+    if not data["tasks"]["name"]:
+        notes.append("The tasks were given in Python: name a set in place of `TASKS`.")
+    if any(Path(name).is_absolute() for name in data["bases"]):
+        notes.append("`--model FOLDER` says where the base model lies, if it is elsewhere.")
+    return [*notes, ""]
+
+
+def measured(summary: Mapping[str, Any], metric: str = "held-out") -> list[str]:
+    """Means of the first reward, `metric`, on held-out tasks, as the run measured them; nothing if
+    this is not the run's last checkpoint."""
     result = summary.get("eval") or {}
     if not (result.get("before") and result.get("after")):
         return []
@@ -153,7 +294,7 @@ def measured(summary: Mapping[str, Any]) -> list[str]:
     }
     named["trained team"] = {**result["after"], "paired": result["paired"]}
     columns = (
-        "held-out",
+        f"held-out `{metric}`",
         "mean",
         "95 % interval",
         "tasks",

@@ -31,7 +31,7 @@ from marlora.recipes.cli.team import (
     with_team,
     write_json,
 )
-from marlora.recipes.launch.settings import exit_with_code
+from marlora.recipes.launch.settings import exit_with_code, import_from_here
 from marlora.recipes.launch.tables import table
 from marlora.rollouts.checkpoints.team import LoadedTeam
 from marlora.rollouts.engines.factory import choose_engine
@@ -357,6 +357,15 @@ def _commands() -> dict[str, tuple[Callable[..., None], Callable[..., None]]]:
     }
 
 
+def _names_code(args: argparse.Namespace) -> bool:
+    """Whether the user consents to code outside marlora. Without that the current folder, which may
+    be a stranger's checkpoint, is not put on the import path."""
+    tasks = getattr(args, "tasks", "")
+    names = [tasks] if isinstance(tasks, str) else tasks
+    given = getattr(args, "system", "") or getattr(args, "trust_checkpoint", False)
+    return bool(given) or any(":" in name for name in names)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script `marlora`."""
     args = parser().parse_args(argv)
@@ -364,6 +373,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def work() -> None:
         if getattr(args, "json", "") and not Path(args.json).absolute().parent.is_dir():
             raise SettingError(f"--json {args.json}: no such folder")
+        if _names_code(args):
+            import_from_here()
         args.run_command(args)
 
     exit_with_code(work, interrupted="stopped")

@@ -3,13 +3,17 @@ out."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from marlora.recipes.launch.settings import parse
 from marlora.recipes.launch.tables import summary_table
+from marlora.rollouts.checkpoints.needs import meta_flag, needed_flags
+from marlora.rollouts.checkpoints.reader import read_checkpoint
 from marlora.trainers.loop.dry_run import print_plan
 from marlora.trainers.loop.serve_only import serve
+from marlora.trainers.loop.spec import RunSpec
 from marlora.trainers.trainer import Trainer
 
 
@@ -25,7 +29,16 @@ def train(method: type[Trainer[Any]], config: Any, recipe: str) -> None:
         return
     summary = trainer.train()
     if trainer.run.ranks.main:
-        print(summary_table(summary, config.output_dir))
+        print(summary_table(summary, config.output_dir, *_flags(trainer.run.spec, summary)))
+
+
+def _flags(spec: RunSpec, summary: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The words that commands need to open the run's last checkpoint, and more of them to play."""
+    folder = spec.config.folder / "checkpoints" / f"step-{summary['steps']:06d}"
+    data = read_checkpoint(folder)
+    engine = ["--engine", spec.config.engine] if spec.config.engine != "auto" else []
+    meta = meta_flag(data, spec.eval_tasks[0].public().meta)
+    return [*needed_flags(data, type(spec.system)), *engine], meta
 
 
 def launch(trainer: type[Trainer[Any]], file: str) -> None:

@@ -117,3 +117,61 @@ def test_it_is_uploaded_only_if_told_where_to(
     (first, private), (_, names), (_, public), _ = hub
     assert (first, private, public) == ("someone/team", True, False) and "README.md" in names
     assert "https://hub/someone/team" in capsys.readouterr().out
+
+
+ELSEWHERE: dict[str, Any] = {
+    "base": {"name": "/home/me/secret-project/qwen"},
+    "bases": {"/home/me/secret-project/qwen": {"policies": ["solver"]}},
+    "recipe": "grpo_team",
+    "step": 3,
+    "system": {
+        "class": "mine:Pair",
+        "arguments": {"prompts": {"solver": "Say {c}."}, "operators": ["mine:half"]},
+    },
+    "agents": [
+        {"name": "solver", "role": "solves | and\nchecks", "policy": "solver"},
+        {"name": "critic", "role": "r" * 300, "policy": "gpt"},
+        {"name": "judge", "policy": "base"},
+    ],
+    "policies": {
+        "solver": {"name": "solver"},
+        "gpt": {"name": "gpt", "url": "https://example.org/v1", "base": "gpt-5"},
+        "base": {"name": "base"},
+    },
+    "adapters": {"solver": {"sha256": "ab" * 32, "trained": True}},
+    "tasks": {"name": "/home/me/secret-project/tasks.jsonl", "args": {}, "seed": 4},
+    "rewards": ["judged"],
+}
+
+
+def test_the_card_of_a_team_of_many_kinds_is_right_whole_and_private() -> None:
+    text = card(ELSEWHERE, {}, "someone/team", repository="someone/team", meta={"c": 5})
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows[2:] == [
+        "| solver | solves \\| and checks | solver | LoRA, sha256 `abababababababab` |",
+        f"| critic | {'r' * 300} | gpt | a model asked over the network, not part of this"
+        " repository |",
+        "| judge |  | base | the base model, no adapter |",
+    ]
+    assert "3 agents" in text and "1 LoRA adapter," in text and "`qwen`" in text
+    assert "/home" not in text and "secret-project" not in text and "`tasks.jsonl`" in text
+    flags = "--system mine:Pair --trust_checkpoint"
+    assert f"\nmarlora eval team {flags}\n" in text
+    assert f"\nmarlora play team {flags} --meta '{{\"c\": 5}}'\n" in text
+    assert "hf download someone/team --local-dir team" in text
+
+
+def test_the_card_of_tasks_given_in_python() -> None:
+    data = {**ELSEWHERE, "tasks": {**ELSEWHERE["tasks"], "name": ""}, "adapters": {}}
+    text = card(data, {}, "team")
+    assert "--tasks TASKS" in text and "peft" not in text.lower() and "0 LoRA adapters" in text
+
+
+def test_no_path_of_this_machine_goes_to_the_hub(
+    checkpoint: Path, tmp_path: Path, hub: list[tuple[str, Any]]
+) -> None:
+    assert export(checkpoint, "--output", tmp_path / "team", "--push_to_hub", "someone/team") == 0
+    sent = [p for p in (tmp_path / "team").rglob("*") if p.suffix in (".json", ".md")]
+    assert len(sent) == 4 and "model" in read_checkpoint(tmp_path / "team")["bases"]
+    for path in sent:
+        assert str(checkpoint.parents[2]) not in path.read_text(), path.name
