@@ -18,15 +18,43 @@ from ...agents.types import AdapterSpec, SettingError
 from ..checkpoint import write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_UNSUPPORTED = (
-    "use_dora",
-    "use_rslora",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "lora_bias",
+# What an adapter_config.json may say of a plain LoRA, W x + alpha / r B A x on the base as it is
+# loaded. Everything else has to be off: a setting that is not known here may change either.
+_PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", None),
+    "bias": ("none",),
+    # those that leave the base alone; what they began with stands in the tensors
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "revision": (None, "", "main"),
+    "megatron_core": (None, "megatron.core"),
+}
+_FREE = (
+    *("r", "lora_alpha", "target_modules", "exclude_modules"),  # told by rank, alpha and tensors
+    *("base_model_name_or_path", "auto_mapping", "inference_mode", "peft_version"),
+    *("lora_dropout", "eva_config", "runtime_config"),  # of its training only
+    *("layers_pattern", "qalora_group_size"),  # of settings that are off
 )
+_REASONS = {
+    "init_lora_weights": "only true, false, gaussian, eva and orthogonal are known to leave the base's"
+    " weights alone; after others the adapter is another policy on the base itself. PEFT makes it a"
+    " plain LoRA by save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+    "use_rslora": "it is scaled by alpha / sqrt(r); set use_rslora false and lora_alpha to alpha"
+    " sqrt(r) in the file",
+    "use_dora": "it learns magnitudes beside the LoRA",
+    "lora_bias": "it learns biases beside the LoRA",
+    "bias": "it changes the base's biases",
+    "rank_pattern": "its layers differ in rank",
+    "alpha_pattern": "its layers differ in alpha",
+    "layers_to_transform": "it stands on some layers only",
+    "layer_replication": "it repeats layers of the base",
+    "modules_to_save": "it replaces modules of the base",
+    "trainable_token_indices": "it replaces token embeddings of the base",
+    "target_parameters": "it stands on parameters that are no linear layers",
+    "fan_in_fan_out": "its layers hold their weights transposed",
+    "revision": "it was made for that revision of the base",
+    "task_type": "it was made for another task",
+}
 
 
 @dataclass(frozen=True)
@@ -64,16 +92,11 @@ class SavedAdapter:
         """Raise `SettingError` unless this is a plain LoRA of the policy's rank and alpha with the
         policy's tensors, all finite. `setting` is the YAML name of the policy's adapter."""
         where, config, tensors = self.where, self.config, self.tensors
-        for key in _UNSUPPORTED:
-            if config.get(key):
-                raise SettingError(
-                    f"{where}: {key}={config[key]!r} is not supported; expected a plain LoRA"
-                )
-        if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-            raise SettingError(
-                f"{where}: peft_type {config.get('peft_type')!r}, bias {config.get('bias')!r};"
-                " expected a plain LoRA"
-            )
+        unfit = next((key for key, value in config.items() if not _is_plain(key, value)), "")
+        if unfit or "peft_type" not in config:
+            said = f"{unfit}={config[unfit]!r:.80}" if unfit else "no peft_type"
+            reason = _REASONS.get(unfit, "it is not known to leave a LoRA's forward pass as it is")
+            raise SettingError(f"{where}: {said}: expected a plain LoRA ({reason})")
         for key, value, field in (("r", adapter.r, "r"), ("lora_alpha", adapter.alpha, "alpha")):
             if config.get(key) != value:
                 raise SettingError(
@@ -95,6 +118,14 @@ class SavedAdapter:
                 raise SettingError(
                     f"{where}: {key} is not finite; the file is damaged or its training diverged"
                 )
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether a setting of an `adapter_config.json` leaves the adapter a plain LoRA."""
+    if key in _PLAIN:
+        named = value.lower() if isinstance(value, str) and key == "init_lora_weights" else value
+        return any(type(named) is type(right) and named == right for right in _PLAIN[key])
+    return key in _FREE or not value
 
 
 def write_adapter(
