@@ -62,9 +62,18 @@ def find_stored(
 
 
 def _children(store: Store, parents: Collection[str]) -> dict[str, Episode]:
-    """All that the episodes of these ids played as children, and these in turn."""
-    children = {episode.id: episode for episode in store.read(parent=parents)}
-    return children | _children(store, children.keys()) if children else {}
+    """All that the episodes of these ids played as children, and these in turn. They are stored
+    before their parents; what was derived from an episode is stored after it, and is no part of
+    it."""
+    found, later = set[str](), set[str]()
+    for data in store.lines():
+        if data["parent"] in parents and data["parent"] not in later:
+            found.add(data["id"])
+        elif data["id"] in parents:
+            later.add(data["id"])
+    if not found:
+        return {}
+    return {e.id: e for e in store.read(id=found)} | _children(store, found)
 
 
 def training(store: Store) -> list[Episode]:

@@ -180,7 +180,11 @@ class Publisher:
 
     def _clear(self) -> None:
         for folder in self._retired[: -KEEP_VERSIONS * max(len(self.versions), 1)]:
-            shutil.rmtree(folder)
+            # Renamed first: a kill during deletion leaves no half folder under a version's name.
+            doomed = folder.with_name(f".{folder.name}")
+            shutil.rmtree(doomed, ignore_errors=True)
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
             self._retired.remove(folder)
 
     # live proof
