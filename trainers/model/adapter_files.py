@@ -36,9 +36,9 @@ _FREE = (
     *("layers_pattern", "qalora_group_size"),  # of settings that are off
 )
 _REASONS = {
-    "init_lora_weights": "only true, false, gaussian, eva and orthogonal are known to leave the base's"
-    " weights alone; after others the adapter is another policy on the base itself. PEFT makes it a"
-    " plain LoRA by save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+    "init_lora_weights": "only true, false, gaussian, eva and orthogonal are known to leave the"
+    " base's weights alone; after others the adapter is another policy on the base itself. PEFT"
+    " makes it a plain LoRA by save_pretrained(..., path_initial_model_for_weight_conversion=...)",
     "use_rslora": "it is scaled by alpha / sqrt(r); set use_rslora false and lora_alpha to alpha"
     " sqrt(r) in the file",
     "use_dora": "it learns magnitudes beside the LoRA",
