@@ -56,6 +56,7 @@ from marlora.rollouts.evaluation.variants import (
     trained_on,
     trained_team,
 )
+from marlora.rollouts.rewards.gold import check_answers
 from marlora.trainers.monitoring.progress import Progress
 
 
@@ -205,7 +206,10 @@ async def evaluate_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]
 
 def tasks_for(args: argparse.Namespace, teams: Mapping[str, LoadedTeam], name: str) -> list[Task]:
     """The tasks to evaluate on; refuses those that a checkpoint may have been trained on."""
-    tasks = next(iter(teams.values())).tasks(name, args.num_tasks)
+    first = next(iter(teams.values()))
+    tasks = first.tasks(name, args.num_tasks)
+    for warning in check_answers(tasks, first.rollouts.rewards[:1], "held-out"):
+        say(f"warning: {warning}")
     for (mark, team), checkpoint in zip(teams.items(), args.checkpoint, strict=True):
         asked, where = trained_on(Path(checkpoint), team, args.trained_on)
         if not where:
