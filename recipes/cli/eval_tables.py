@@ -7,7 +7,7 @@ from typing import Any
 
 from marlora.recipes.launch.tables import table
 from marlora.rollouts.evaluation.rounds import transition_rows
-from marlora.rollouts.report.sections import interval
+from marlora.rollouts.report.sections import interval, signed_interval
 
 WIDTH = 140  # of the plain text: variants have long names
 Table = tuple[str, tuple[str, ...], list[list[str]]]  # title, columns, rows
@@ -77,7 +77,11 @@ def accuracies(metric: str, name: str, measured: Mapping[str, Any]) -> Table:
     for variant, row in measured["contestants"].items():
         change = against.get(variant)
         change_cells = (
-            [signed(change["difference"]), interval(change["ci95"]), p_value(change["p_holm"])]
+            [
+                signed(change["difference"]),
+                signed_interval(change["ci95"]),
+                p_value(change["p_holm"]),
+            ]
             if change
             else ["", "", ""]
         )
@@ -110,7 +114,7 @@ def between(measured: Mapping[str, Any]) -> Table:
         [
             f"{row['to']} - {row['from']}",
             signed(row["difference"]),
-            interval(row["ci95"]),
+            signed_interval(row["ci95"]),
             str(row["gained"]),
             str(row["lost"]),
             p_value(row["p"]),

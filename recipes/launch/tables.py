@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +19,14 @@ from marlora.rollouts.report.sections import (
     sections_of,
     table_section,
 )
+
+
+def terminal_width(otherwise: int) -> int:
+    """Columns of the terminal that stdout is, or that COLUMNS says; `otherwise` in files, pipes and
+    logs."""
+    if not (os.environ.get("COLUMNS", "").isdecimal() or sys.stdout.isatty()):
+        return otherwise
+    return max(40, shutil.get_terminal_size((otherwise, 24)).columns)
 
 
 def render(table: Table, width: int = 110) -> str:
@@ -32,13 +43,19 @@ def table(
     words: bool = False,
     width: int = 110,
 ) -> str:
-    """`words`: cells hold text rather than numbers, so all columns are flush left."""
+    """A table as text, as wide as the terminal; no cell is cut, long ones go over several lines.
+
+    `words`: cells hold text rather than numbers, so all columns are flush left. `width`: where
+    there is no terminal.
+    """
     grid = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        grid.add_column(column, justify="left" if number == 0 or words else "right")
+        grid.add_column(
+            column, justify="left" if number == 0 or words else "right", overflow="fold"
+        )
     for row in rows:
         grid.add_row(*row)
-    return render(grid, width)
+    return render(grid, terminal_width(width))
 
 
 def section_text(section: ReportSection) -> str:
@@ -74,7 +91,8 @@ def summary_table(
     sections = []
     if summary["eval"]["before"] and summary["eval"]["after"]:
         title = f"{summary['recipe']}: {summary['model']}"
-        sections.append(accuracy_section(title, accuracy_entries(summary)))
+        measured = f"held-out {summary.get('measured', 'accuracy')}"
+        sections.append(accuracy_section(title, accuracy_entries(summary), measured))
     sections += [*sections_of(summary), _adapters(summary["policies"])]
     last = f"{folder}/checkpoints/step-{summary['steps']:06d}"
     ablate = shlex.join(["marlora", "eval", last, "--ablate", *flags])

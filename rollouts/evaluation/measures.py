@@ -135,11 +135,12 @@ async def changes_by_round(
     episodes: Sequence[Episode], system: System, reward: RewardFn, metric: str
 ) -> dict[str, Any] | None:
     """What rounds do to answers (`rounds.py`): every taken turn is scored as if it were the
-    team's output. None if no agent has two turns."""
-    member_of = getattr(system, "member_of", None) or {
-        spec.name: spec.name for spec in system.specs
-    }
-    if not any(len(answers_by_round(episode, member_of)) > 1 for episode in episodes):
+    team's output. None for a system without rounds (one that does not say which member each agent
+    is, `member_of`: its turns need not be answers), and if no member has two turns."""
+    member_of = getattr(system, "member_of", None)
+    if not member_of or not any(
+        len(answers_by_round(episode, member_of)) > 1 for episode in episodes
+    ):
         return None
     known: dict[tuple[str, str], float] = {}
 

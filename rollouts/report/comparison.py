@@ -53,12 +53,17 @@ def _row(run: RunData, n: int, colour: str) -> tuple[str, ...]:
     )
 
 
+def _measured(runs: Sequence[RunData]) -> str:
+    """What the runs' evaluations measure, all of the names if they differ."""
+    return ", ".join(dict.fromkeys(run.summary.get("measured", "accuracy") for run in runs))
+
+
 def _curves(runs: Sequence[RunData], colour: Mapping[str, str]) -> str:
     evals = {run.name: banded(run.eval_points()) for run in runs}
     rewards = {run.name: banded(run.reward_points()) for run in runs}
     return (
         legend(colour)
-        + chart("held-out accuracy", "95 % interval", evals, colour)
+        + chart(f"held-out {_measured(runs)}", "95 % interval", evals, colour)
         + chart("reward", "training, 95 % interval", rewards, colour)
     )
 

@@ -73,7 +73,8 @@ def _outcome_curves(run: RunData) -> list[str]:
     ) or chart("reward", "mean over the step's episodes", mean, NO_POLICY)
     if len(evals) < 2:
         return [reward]
-    return [reward, chart("held-out accuracy", "95 % interval", {"": banded(evals)}, NO_POLICY)]
+    measured = f"held-out {run.summary.get('measured', 'accuracy')}"
+    return [reward, chart(measured, "95 % interval", {"": banded(evals)}, NO_POLICY)]
 
 
 def _named_curves(run: RunData, keys: Sequence[str], colour: Mapping[str, str]) -> list[str]:

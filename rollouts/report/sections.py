@@ -72,8 +72,7 @@ def accuracy_rows(entries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         row = [name, f"{entry['accuracy']:.3f}", interval(entry["ci95"]), str(entry["num_tasks"])]
         paired = entry.get("paired")
         if paired:
-            low, high = paired["ci95"]
-            row += [f"{paired['difference']:+.3f}", f"{low:+.3f} .. {high:+.3f}"]
+            row += [f"{paired['difference']:+.3f}", signed_interval(paired["ci95"])]
         else:
             row += ["", ""]
         rows.append(row)
@@ -81,11 +80,13 @@ def accuracy_rows(entries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def interval(ends: Sequence[float]) -> str:
-    """An interval as text; with signs if it reaches below zero."""
-    low, high = ends[0], ends[1]
-    if min(low, high) < 0:
-        return f"{low:+.3f} .. {high:+.3f}"
-    return f"{low:.3f} .. {high:.3f}"
+    """The interval of a mean as text."""
+    return f"{ends[0]:.3f} .. {ends[1]:.3f}"
+
+
+def signed_interval(ends: Sequence[float]) -> str:
+    """The interval of a difference as text, both ends with their signs like the difference."""
+    return f"{ends[0]:+.3f} .. {ends[1]:+.3f}"
 
 
 def table_section(

@@ -11,11 +11,15 @@ from ...agents.types import to_json
 from ...rollouts import files
 from ...rollouts.evaluation.statistics import Evaluation, paired
 from ...rollouts.report.episode_index import Pieces
+from ...rollouts.rewards.builtin import REWARDS
+from ...rollouts.rewards.scoring import RewardFn, fn_name
 from ...rollouts.tasks.registry import split_hash
 from ..monitoring.run_log import RunLog
 from ..update.learner import Learner, LearnerBase
 from ..weight_sync.sync import WeightSync
 from .spec import RunSpec
+
+ACCURACIES = ("correct", "exact", "close", "em", "right")  # rewards of ours that are 1 or 0
 
 
 def split_of(spec: RunSpec) -> dict[str, Any]:
@@ -97,6 +101,7 @@ def summary(
         "recipe": spec.recipe,
         "model": spec.config.model,
         "engine": publishers[0].engine.info().kind if publishers else "none",
+        "measured": measured_name(spec.rewards[0]),
         "steps": log.step,
         "seconds": log.seconds,
         "tokens": log.tokens,
@@ -112,6 +117,13 @@ def summary(
             "paired": paired(before, after) if before and after else None,
         },
     }
+
+
+def measured_name(reward: RewardFn) -> str:
+    """What the mean of a reward is called: `accuracy` where it says whether an answer is right,
+    else the reward's name; a judge's score is no accuracy."""
+    name = fn_name(reward)
+    return "accuracy" if name in ACCURACIES and REWARDS[name] is reward else f"{name} (mean)"
 
 
 def _policies(learner: Learner) -> dict[str, dict[str, Any]]:

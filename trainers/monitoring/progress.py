@@ -64,7 +64,7 @@ class Progress:
     def start(self, done: int, total: int) -> None:
         self._total = total
         bars = self._opened()
-        if bars is not None and self._steps is None:
+        if bars is not None and self._steps is None and total:  # an evaluation has no steps
             self._steps = bars.add_task("steps", total=total, completed=done, note="")
 
     def _opened(self) -> Bars | None:

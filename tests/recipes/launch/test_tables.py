@@ -3,10 +3,23 @@ debates, where there are any."""
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
-from marlora.recipes.launch.tables import section_text, summary_table
-from marlora.rollouts.report.sections import accuracy_section, rounds_section, stored
+import pytest
+
+from marlora.agents.testing import Fake
+from marlora.recipes.launch.tables import section_text, summary_table, table
+from marlora.rollouts.report.sections import (
+    accuracy_rows,
+    accuracy_section,
+    interval,
+    rounds_section,
+    signed_interval,
+    stored,
+)
+from marlora.rollouts.rewards.builtin import REWARDS, judge
+from marlora.trainers.loop.summary import measured_name
 from marlora.trainers.methods.imitation.diversity import diversity_section
 from marlora.trainers.methods.policy_gradient.flowreasoner import stages_section
 from marlora.trainers.methods.reward_model.calibration import (
@@ -112,3 +125,63 @@ def test_the_stages_of_flowreasoner() -> None:
         cell in told
         for cell in ("-0.125", "0.375", "1.000", "0.000", "base", "rl", "cannot be run")
     ] == [True] * 7
+
+
+def _measured_in(text: str) -> str:
+    return next(line for line in text.splitlines() if "held-out" in line)
+
+
+@pytest.mark.parametrize(
+    ("reward", "measured"),
+    [
+        (REWARDS["exact"], "accuracy"),
+        (REWARDS["f1"], "f1 (mean)"),
+        (judge(Fake({}), name="quality"), "quality (mean)"),
+        (lambda task, episode: 1.0, "<lambda> (mean)"),
+    ],
+)
+def test_only_shares_of_right_answers_are_called_accuracy(reward: Any, measured: str) -> None:
+    assert measured_name(reward) == measured
+    result = {"accuracy": 0.5, "ci95": [0.4, 0.6], "num_tasks": 9}
+    paired = {"difference": 0.1, "ci95": [0.05, 0.15]}
+    evaluated = {"before": result, "after": result, "paired": paired}
+    told = summary_table({**SUMMARY, "eval": evaluated, "measured": measured}, "runs/x")
+    assert f"held-out {measured} " in _measured_in(told)
+
+
+def test_differences_have_signs_and_means_have_none_in_every_table() -> None:
+    paired = {"difference": 0.1, "ci95": [0.05, 0.15]}
+    below = {"accuracy": -0.2, "ci95": [-0.3, 0.1], "num_tasks": 9, "paired": paired}
+    assert accuracy_rows({"x": below}) == [
+        ["x", "-0.200", "-0.300 .. 0.100", "9", "+0.100", "+0.050 .. +0.150"]
+    ]
+    assert (
+        signed_interval([-0.1, 0.2]) == "-0.100 .. +0.200" and interval([0, 1]) == "0.000 .. 1.000"
+    )
+
+
+@pytest.mark.parametrize("columns", [50, 200])
+def test_tables_are_as_wide_as_the_terminal_and_cut_nothing(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    word, many = "w" * 70, " ".join(["value"] * 60)
+    told = table("title", ("name", "text"), [[word, many]], words=True)
+    lines = told.splitlines()
+    assert max(map(len, lines)) <= columns and "…" not in told
+    assert told.count("w") == 70 and told.count("value") == 60
+    assert columns < 100 or max(map(len, lines)) > 150
+    monkeypatch.delenv("COLUMNS")
+    assert max(map(len, table("title", ("a",), [[many]]).splitlines())) <= 110
+
+
+def test_commands_are_quoted_and_take_the_flags() -> None:
+    told = summary_table(SUMMARY, "runs/my run", ["--system", "mine:Pair"], ["--meta", '{"c": 1}'])
+    ablate, play = told.partition("next:\n")[2].splitlines()
+    step = "runs/my run/checkpoints/step-000003"
+    assert shlex.split(ablate, comments=True) == [
+        *("marlora", "eval", step, "--ablate", "--system", "mine:Pair")
+    ]
+    assert shlex.split(play, comments=True) == [
+        *("marlora", "play", step, "--system", "mine:Pair", "--meta", '{"c": 1}')
+    ]

@@ -231,7 +231,10 @@ def test_measures_by_hand() -> None:
             turn(3, "b", "1", sibling=1),
         ),
     ]
-    row = asyncio.run(measure(variant(scripted()), Plan(two, "correct"), episodes)).row
+    debate = dataclasses.replace(
+        variant(scripted()), rollouts=rollouts(scripted(), Debate(["a", "b"]))
+    )
+    row = asyncio.run(measure(debate, Plan(two, "correct"), episodes)).row
     assert (row["accuracy"], row["num_tasks"], row["failed"]) == (0.5, 2, 0)
     assert row["rewards"] == {"correct": 0.5, "kind of a": 0.5}
     assert row["cost"] == {
@@ -251,6 +254,8 @@ def test_measures_by_hand() -> None:
         "changes": [{"right_right": 1, "right_wrong": 1, "wrong_right": 2, "wrong_wrong": 0}],
     }
     assert "pass_at" not in row
+    vote = asyncio.run(measure(variant(scripted()), Plan(two, "correct"), episodes)).row
+    assert vote["transitions"] is None, "turns of a system without rounds need not be answers"
 
 
 def test_a_critics_answer_stands_beside_its_generators_and_a_summary_is_none() -> None:
