@@ -58,7 +58,10 @@ async def start_engine(
         from .transformers import TransformersEngine
 
         return TransformersEngine(
-            model, dtype=choose_dtype(model, config.engine_dtype, on_gpu=has_gpu()), tokens=tokens
+            model,
+            dtype=choose_dtype(model, config.engine_dtype, on_gpu=has_gpu()),
+            tokens=tokens,
+            context=config.max_model_len,
         )
     from .vllm.engine import start_vllm
 

@@ -16,12 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ...agents.types import Completion, Sampling, SettingError
 from ..renderer import ChatRenderer, load_tokenizer
 from .adapter_versions import AdapterRegistry
 from .base import EngineError, EngineInfo, ModelRef, PromptTooLong, TeamVersion
+from .transformers_exactness import fix_rotary
 from .transformers_sampler import Sampler, SampleRequest, load_model
 
 T = TypeVar("T")
@@ -40,6 +41,7 @@ class TransformersEngine:
         threads: CPU threads of the worker; None leaves torch's setting.
         max_adapters: versions loaded at once, a guard against a run that never retires.
         tokens: the renderer of the model's tokenizer, if the caller has it already.
+        context: of the run in tokens, which chooses the factors of longrope; see `fix_rotary`.
 
     Log-probabilities and adapters: see `Sampler`. Raises `SettingError` for a model that cannot be
     loaded.
@@ -55,6 +57,7 @@ class TransformersEngine:
         threads: int | None = None,
         max_adapters: int = 64,
         tokens: ChatRenderer | None = None,
+        context: int = 0,
     ) -> None:
         import torch
 
@@ -65,9 +68,8 @@ class TransformersEngine:
             ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         )
         loaded = load_model(str(model), dtype, self.device)
-        self._context = (
-            int(getattr(loaded.config.get_text_config(), "max_position_embeddings", 0)) or 2**20
-        )
+        own = int(getattr(loaded.config.get_text_config(), "max_position_embeddings", 0))
+        self._context = fix_rotary(loaded, context) or own or 2**20
         self._vocabulary = loaded.get_input_embeddings().num_embeddings
         self._base, self._dtype = str(model), str(loaded.dtype).removeprefix("torch.")
         self.sampler = Sampler(loaded, self.tokens, self.device)
@@ -216,8 +218,7 @@ class TransformersEngine:
             )
             results: list[tuple[SampleRequest, Completion | EngineError]] = []
             while wave:
-                size = next((i for i, r in enumerate(wave) if r.batch != wave[0].batch), len(wave))
-                size = min(size, self.max_batch)
+                size = min(self._together(wave), self.max_batch)
                 batch, wave = wave[:size], wave[size:]
                 results += await self._decode(batch)
             # all at once, so that the requests that follow from them can be decoded together too
@@ -229,6 +230,14 @@ class TransformersEngine:
                     reply.set_exception(result)
                 else:
                     reply.set_result(result)
+
+    def _together(self, wave: Sequence[SampleRequest]) -> int:
+        """How many requests, from the first, can be decoded in one batch."""
+
+        def kind(request: SampleRequest) -> tuple[Any, ...]:
+            return (*request.batch, 0 if self.sampler.pads else len(request.ids))
+
+        return next((i for i, r in enumerate(wave) if kind(r) != kind(wave[0])), len(wave))
 
     async def _decode(
         self, batch: list[SampleRequest]

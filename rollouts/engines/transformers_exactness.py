@@ -71,6 +71,18 @@ def _fix(module: Any, layers: str | None, kind: str, context: int) -> int:
 
 
 @contextlib.contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Let every module compute as when it is served; each gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
 def eager_attention(model: Any) -> Iterator[bool]:
     """Let the model attend as it is written, without kernels; False if it has no such choice."""
     before = getattr(model.config, "_attn_implementation", None)
@@ -95,20 +107,15 @@ def use_exact_attention(model: Any) -> str:
     if getattr(model.config, "_attn_implementation", None) in ("eager", None):
         return ""
     rows = _rows(model)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), eager_attention(model) as available:
+    with torch.no_grad(), evaluation_mode(model):
+        with eager_attention(model) as available:
             if not available:
                 return ""
             right = _states(model, rows)
             noise = rounding_noise(model, right, lambda: _states(model, rows))
-        with torch.no_grad():
-            dropped = _dropped(model, rows[0])
-            why = f"it drops {', '.join(dropped)}" if dropped else ""
-            why = why or difference(_states(model, rows), right, noise)
-    finally:
-        model.train(training)
+        dropped = _dropped(model, rows[0])
+        why = f"it drops {', '.join(dropped)}" if dropped else ""
+        why = why or difference(_states(model, rows), right, noise)
     if not why:
         return ""
     name = model.config._attn_implementation
@@ -148,12 +155,12 @@ def rounding_noise(model: Any, right: Any, again: Any) -> float:
         hook.remove()
 
 
-def difference(found: Any, right: Any, noise: float, wrong: Any = None) -> str:
+def difference(states: Any, right: Any, noise: float, wrong: Any = None) -> str:
     """How far states [N, H] are off, "" if by no more than rounding. `noise`: see `rounding_noise`;
     in float32 each of the N has to be right by itself. `wrong`: states as they must not be: half
     precision must tell them apart."""
     scale = float(right.abs().mean())
-    errors = (found - right).abs().mean(-1)
+    errors = (states - right).abs().mean(-1)
     if not noise:
         off, limit = float(errors.max()), FLOAT32_ERROR * scale
     else:

@@ -16,6 +16,7 @@ from typing import Any
 from ...agents.types import Sampling, SettingError
 from ..renderer import ChatRenderer
 from .base import ModelRef
+from .transformers_exactness import padding_is_exact, use_exact_attention
 
 
 @dataclass(eq=False)
@@ -52,7 +53,8 @@ class SampleRequest:
 
 
 def load_model(model: str, dtype: str, device: str) -> Any:
-    """The frozen model on its device. Raises `SettingError` if it cannot be loaded."""
+    """The frozen model on its device, as it attends itself. Raises `SettingError` if it cannot be
+    loaded."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -65,6 +67,7 @@ def load_model(model: str, dtype: str, device: str) -> Any:
             f"model {model!r}: cannot be loaded ({str(error).splitlines()[0]})"
         ) from error
     on_device.requires_grad_(False)
+    use_exact_attention(on_device)
     return on_device
 
 
@@ -83,6 +86,8 @@ class Sampler:
         self.model, self.tokens, self.device = model, tokens, device
         # the version that is switched on, "" for the bare base, None if unknown
         self._active: str | None = None
+        # may prompts of several lengths be padded to one batch?
+        self.pads = padding_is_exact(model)
 
     def load(self, folder: Path) -> None:
         """Load an adapter folder; its name becomes the adapter's. Raises what PEFT raises."""

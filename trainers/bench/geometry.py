@@ -14,7 +14,7 @@ import torch
 from ...agents.types import AdapterSpec, SettingError, nearest
 from ..batching.batches import pack
 from ..batching.samples import TrainingSequence
-from ..model.adapters import linear_names
+from ..model.base.lora_targets import linear_names
 from ..model.local_models import local_model
 from ..testbeds.tiny import tiny_network, tiny_random_model
 

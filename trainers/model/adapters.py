@@ -28,8 +28,8 @@ from ...agents.types import BASE, AdapterSpec, PolicySpec, SettingError, nearest
 from ...rollouts.engines.transformers_exactness import fix_rotary
 from ..warm_start import init_folder
 from .adapter_files import base_sha256, read_adapter, tensors_sha256, write_adapter
-from .lora_targets import is_plain_linear, linear_names, refused
-from .recomputation import recompute_activations
+from .base.lora_targets import is_plain_linear, linear_names, refused
+from .base.recomputation import recompute_activations
 
 _LORA = re.compile(r"^(?P<module>.+\.lora_[AB])\.(?P<adapter>[^.]+)\.weight$")
 

@@ -27,6 +27,7 @@ import torch
 from ...rollouts.engines.transformers_exactness import (
     difference,
     eager_attention,
+    evaluation_mode,
     probe_words,
     rounding_noise,
     use_exact_attention,
@@ -58,13 +59,8 @@ class _Right:
 def exact_way(base: Any) -> tuple[Way, str]:
     """The first way that is exact, and why the best one is not. Leaves the model with an attention
     that is exact for plain rows."""
-    training = base.training
-    base.eval()
-    try:
-        with torch.no_grad():
-            return _exact_way(base)
-    finally:
-        base.train(training)
+    with torch.no_grad(), evaluation_mode(base):
+        return _exact_way(base)
 
 
 def _exact_way(base: Any) -> tuple[Way, str]:

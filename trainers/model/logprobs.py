@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from ...rollouts.engines.transformers_exactness import evaluation_mode, probe_words
 from ..batching.batches import Batch
 from .adapters import active_adapters
-from .layouts import model_inputs, words
+from .layouts import model_inputs
 from .lm_head import logits_of, of_logits, score
 from .tree_attention import text_config
 
@@ -106,25 +107,22 @@ def _same_adapter(model: Any, then: tuple[str, ...]) -> Any:
 def _head_works(base: Any) -> bool:
     """True if the decoder's last hidden state, through our head, gives the model's own logits."""
     device = base.get_input_embeddings().weight.device
-    ids = torch.tensor([words(base, 8)], device=device)
-    training = base.training
-    base.eval()
+    ids = torch.tensor([probe_words(base, 8)], device=device)
     cap = getattr(text_config(base), "final_logit_softcapping", None)
     try:
-        expected = base(input_ids=ids, use_cache=False).logits.float()
-        ours = logits_of(
-            base.get_output_embeddings(),
-            cap,
-            base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state,
-        ).float()
+        with evaluation_mode(base):
+            expected = base(input_ids=ids, use_cache=False).logits.float()
+            ours = logits_of(
+                base.get_output_embeddings(),
+                cap,
+                base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state,
+            ).float()
         works = ours.shape == expected.shape and torch.allclose(
             ours, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
         )
         why = "its logits are not lm_head(hidden state)"
     except (AttributeError, TypeError, KeyError) as error:
         works, why = False, f"{type(error).__name__}: {error}"
-    finally:
-        base.train(training)
     if not works:
         log.warning(
             "%s: %s; log-probs go through the model's own head, which needs more memory",

@@ -10,6 +10,7 @@ them, which is added.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,8 +24,11 @@ from ...agents.types import PolicySpec, SettingError
 from ...rollouts.engines.factory import choose_engine
 from ...rollouts.renderer import load_tokenizer
 from ..config import RunConfig
+from .base.lora_targets import linear_names
 from .base_models import dtype_of
 from .lm_head import chunk_of
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 CONTEXT = 1.5 * GIB  # CUDA's own, its libraries' workspaces, and the allocator's gaps
@@ -83,7 +87,8 @@ def estimate(
     """
     specs = [spec for spec in specs if spec.has_adapter]
     network = _on_meta(model, dtype)
-    linears = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear)}
+    known = {*linear_names(network), "lm_head"}
+    linears = {n: m for n, m in network.named_modules() if n.rsplit(".", 1)[-1] in known}
     parameters = sum(p.numel() for p in network.parameters())
     vocabulary = network.get_input_embeddings().weight.shape[0]
     adapters = sum(
@@ -104,9 +109,7 @@ def estimate(
     trees = config.layout in ("auto", "shared")
     if keys_per_token is None:
         keys_per_token = KEYS_PER_TOKEN if trees else 1.0
-    per_token = _activations_per_token(
-        network, specs, dtype, keys_per_token, float32_attention=on_cpu and trees
-    )
+    per_token = _activations_or_count(network, specs, dtype, keys_per_token, on_cpu and trees)
     if recompute:  # the inputs of all layers and of the last norm, and all of one layer
         per_token = text.hidden_size * dtype.itemsize * (layers + 1) + per_token / layers
     return Memory(
@@ -129,7 +132,8 @@ def _activations_per_token(
 ) -> float:
     """Bytes kept for the backward pass per token of a row, for the policy with the most LoRA
     parameters; 0 without an adapter."""
-    names = [name for name, m in network.named_modules() if isinstance(m, nn.Linear)]
+    known = {*linear_names(network), "lm_head"}
+    names = [name for name, _ in network.named_modules() if name.rsplit(".", 1)[-1] in known]
     largest = max(
         specs,
         key=lambda spec: sum(is_adapted(spec, name) for name in names) * spec.adapter.r,
@@ -146,6 +150,46 @@ def _activations_per_token(
     attended = 4 if float32_attention else width  # bytes of queries, keys, values, outputs
     attention = 2 * keys * (keys_per_token * attended - width) + 2 * queries * (attended - width)
     return _saved_per_token(network, largest, adapted, dtype) + attention
+
+
+def _activations_or_count(
+    network: Any,
+    specs: Sequence[PolicySpec],
+    dtype: torch.dtype,
+    keys_per_token: float,
+    float32_attention: bool,
+) -> float:
+    """`_activations_per_token`, or with a warning a rough count where that cannot be measured."""
+    try:
+        return _activations_per_token(network, specs, dtype, keys_per_token, float32_attention)
+    # models raise kinds of their own on the meta device: kernels without shapes, routing by values
+    except Exception as error:
+        log.warning(
+            "memory: activations of %s cannot be measured before it is loaded (%s: %s), so they are"
+            " a rough count; set gradient_checkpointing or lower tokens_per_batch if it runs out",
+            type(network).__name__,
+            type(error).__name__,
+            str(error).splitlines()[0] if str(error) else "",
+        )
+        return _counted_per_token(network, dtype)
+
+
+def _counted_per_token(network: Any, dtype: torch.dtype) -> float:
+    """The same, counted: inputs and outputs of every linear map that a token passes, of its experts
+    only."""
+    text = network.config.get_text_config()
+    routed = getattr(text, "num_experts_per_tok", None) or 1
+    numbers = 0
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            numbers += module.in_features + module.out_features
+        else:
+            numbers += sum(
+                routed * (p.shape[1] + p.shape[2])
+                for p in module.parameters(recurse=False)
+                if p.dim() == 3
+            )
+    return float(dtype.itemsize * numbers)
 
 
 def _key_heads(text: Any) -> int:
@@ -313,7 +357,7 @@ def machine_bytes() -> float:
     """Memory of this machine, or of the container we are in."""
     installed = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
     except OSError:
         return installed
     return min(installed, float(limit)) if limit.isdigit() else installed

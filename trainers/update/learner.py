@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from ...agents.types import AgentSpec, PolicySpec, SettingError
+from ...rollouts.engines.transformers_exactness import fix_rotary
 from ...rollouts.renderer import ChatRenderer, base_renderer
 from ...rollouts.template_variables import check_read
 from ...rollouts.types import TurnKey
@@ -89,6 +90,7 @@ def load_base(
     if among is None:
         model.to(device)
     model.config.use_cache = False
+    fix_rotary(model, config.max_model_len)
     adapters = Adapters(model, policies, seed=config.seed, base_name=path)
     for policy in adapters.policies.values():
         if policy.adapter.dropout and policy.trainable:

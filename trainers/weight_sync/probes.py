@@ -11,10 +11,10 @@ import torch
 
 from ...agents.types import BASE
 from ...rollouts.types import Episode
-from ..batching.batches import Layout, pack
+from ..batching.batches import pack
 from ..batching.samples import TrainingSequence
 from ..model.adapters import Adapters
-from ..model.layouts import way_of
+from ..model.layouts import chosen_layout
 from ..model.logprobs import token_logprobs
 
 PROBES = 3  # turns that are compared
@@ -93,10 +93,10 @@ def trainer_logprobs(
 ) -> list[float]:
     """The trainer's log-probs of the scored tokens, one after another.
 
-    Policy `base` is the bare base; the adapter's scaling is taken times `factor`. What the
-    sequences begin with in common is computed once, where the model's attention can do that.
+    Policy `base` is the bare base; the adapter's scaling is taken times `factor`. Rows are laid out
+    as the update lays them out, so that an error of theirs shows too.
     """
-    layout: Layout = "shared" if way_of(adapters.model) in ("flex", "branches") else "padded"
+    layout = chosen_layout(adapters.model)
     samples = [_sample(str(number), one) for number, one in enumerate(asked)]
     values = torch.zeros(sum(sample.num_trained for sample in samples))
     with adapters.active(policy), adapters.amplified(policy, factor):
