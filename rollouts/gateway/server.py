@@ -3,7 +3,7 @@
     async with GatewayServer().open_session(team) as session:
         ...  # a program asks session.base_url with session.key; model="solver" is that agent
 
-The server runs while a session is open. It listens on loopback, at a free port. Every episode has
+The server runs while any session is open. It listens on loopback, at a free port. Every episode has
 an address and a key of its own, so requests need no tag and no episode can write into another. It
 serves `/chat/completions` (streamed or not, `n`, tools, stop, log-probs, structured output),
 `/responses` as far as it is a chat, and `/models`; and `/rewards` for holders of the reward token,

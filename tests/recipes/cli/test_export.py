@@ -120,8 +120,8 @@ def test_it_is_uploaded_only_if_told_where_to(
 
 
 ELSEWHERE: dict[str, Any] = {
-    "base": {"name": "/home/me/secret-project/qwen"},
-    "bases": {"/home/me/secret-project/qwen": {"policies": ["solver"]}},
+    "base": {"name": "/data/secret-project/qwen"},
+    "bases": {"/data/secret-project/qwen": {"policies": ["solver"]}},
     "recipe": "grpo_team",
     "step": 3,
     "system": {
@@ -139,7 +139,7 @@ ELSEWHERE: dict[str, Any] = {
         "base": {"name": "base"},
     },
     "adapters": {"solver": {"sha256": "ab" * 32, "trained": True}},
-    "tasks": {"name": "/home/me/secret-project/tasks.jsonl", "args": {}, "seed": 4},
+    "tasks": {"name": "/data/secret-project/tasks.jsonl", "args": {}, "seed": 4},
     "rewards": ["judged"],
 }
 
