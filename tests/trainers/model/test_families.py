@@ -4,6 +4,7 @@ SDPA drops, dropout under gradient checkpointing, experts, and frequencies that 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
+from marlora.agents.types import AdapterSpec, PolicySpec, Sampling, SettingError
+from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.transformers_exactness import (
     fix_rotary,
     padding_is_exact,
     use_exact_attention,
 )
+from marlora.rollouts.engines.transformers_sampler import Sampler, SampleRequest
 from marlora.trainers.batching.batches import Layout, pack
 from marlora.trainers.batching.samples import TrainingSequence
 from marlora.trainers.config import RunConfig
@@ -279,6 +282,32 @@ def test_a_log_prob_does_not_depend_on_what_shares_its_batch(family: str, kind: 
     for setting in ("padded", "auto"):
         agree(by(adapters, samples, choose_layout(adapters.model, setting)), expected)
     assert torch.allclose(by(adapters, [short], "padded")[0], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "falcon_h1", "lfm2", "longrope", "dynamic"])
+def test_sampled_log_probs_are_those_of_the_plain_row(family: str) -> None:
+    """Replies that share a batch, cross the original context, and were cached, against the row."""
+    if family in ("longrope", "dynamic"):
+        model = random_model("llama", **rotary(family))
+        fix_rotary(model)
+    else:
+        model = random_model(family, **HYBRIDS.get(family, {}))
+        use_exact_attention(model)
+    sampler = Sampler(model, SimpleNamespace(eos_ids=(), decode=str), "cpu")
+    sampling = Sampling(temperature=1.0, max_tokens=9)
+    prompts = [sample.ids[:11] for sample in crowd()[:4]]
+    if not sampler.pads:
+        prompts = [ids for ids in prompts if len(ids) == 11]
+    requests = [
+        SampleRequest(ids, ModelRef("a"), sampling, seed) for seed, ids in enumerate(prompts)
+    ]
+    sampler.decode(requests)
+    assert len({len(request.ids) for request in requests}) == (2 if sampler.pads else 1)
+    model.set_attn_implementation("eager")
+    for request in requests:
+        row = (*request.ids, *request.token_ids)
+        scores = sampler.score(row, ModelRef("a"))[len(request.ids) - 1 :]
+        assert request.logprobs == pytest.approx(scores, abs=2e-5) and len(scores) == 9
 
 
 def test_factors_follow_the_context_of_the_run_as_vllm_has_it() -> None:
