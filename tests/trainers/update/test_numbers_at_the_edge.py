@@ -300,3 +300,13 @@ def test_trainer_trl_refuses_what_trl_ignores(
         config(**usual, **settings, trainer="trl")
     if config is PreferenceConfig:
         config(**usual, **settings, trainer="trl", loss_type="robust")
+
+
+@pytest.mark.parametrize(
+    "name", ["vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "delta"]
+)
+def test_bounds_of_ratios_are_checked_at_start(name: str) -> None:
+    with pytest.raises(SettingError, match=name):
+        LossConfig(**{name: -0.5})
+    LossConfig(**{name: None})
+    LossConfig(**{name: 2.0})

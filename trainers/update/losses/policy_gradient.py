@@ -57,10 +57,12 @@ class LossConfig(Settings):
         "the ratio is clipped to 1 - epsilon below, 1 + epsilon_high above", 0.2, at_least=0
     )
     epsilon_high: float | None = setting(
-        "null means epsilon; for cispo the cap of the ratio itself (5.0 is recommended)", None
+        "null means epsilon; for cispo the cap of the ratio itself (5.0 is recommended)",
+        None,
+        at_least=0,
     )
     delta: float | None = setting(
-        "the ratio is never taken above this (two-sided clipping); null is off", None
+        "the ratio is never taken above this (two-sided clipping); null is off", None, above=0
     )
     beta: float = setting(
         "weight of the k3 KL to the reference: the policy as the run began, which is the base with"
@@ -83,10 +85,10 @@ class LossConfig(Settings):
         choices=CORRECTIONS,
     )
     vllm_importance_sampling_clip_max: float | None = setting(
-        "upper bound of that correction; null is none", 3.0
+        "upper bound of that correction; null is none", 3.0, above=0
     )
     vllm_importance_sampling_clip_min: float | None = setting(
-        "lower bound of that correction; null is none", None
+        "lower bound of that correction; null is none", None, at_least=0
     )
     max_completion_length: int = setting("the constant of dr_grpo", 256, at_least=1)
     entropy_coef: float = setting(
