@@ -68,7 +68,7 @@ class Response:
 
 
 def open_session() -> aiohttp.ClientSession:
-    """An HTTP session of the running event loop: no limit on connections, no proxy of the environment."""
+    """An HTTP session of the running event loop: connections without limit, no proxy."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
     return aiohttp.ClientSession(connector=connector, trust_env=False)
 

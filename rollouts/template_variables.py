@@ -22,11 +22,12 @@ TWO_DATES = (datetime(2001, 2, 3, 4, 5, 6), datetime(2032, 11, 25, 17, 48, 39))
 EXAMPLE = datetime(2024, 7, 26)
 ABOUT_TIME = re.compile(r"date|time|today|now|year|month|day", re.IGNORECASE)
 BUILT_IN = ("messages", "tools", "documents", "raise_exception", CLOCK)  # the renderer gives these
-KEYWORDS = frozenset(  # noqa: SIM905 (a list of them is forty lines)
+_KEYWORDS = (
     "and as block break call continue do elif else endblock endcall endfilter endfor endgeneration"
     " endif endmacro endset filter for generation if import in include is loop macro not or"
-    " recursive set true false none True False None namespace range".split()
+    " recursive set true false none True False None namespace range"
 )
+KEYWORDS = frozenset(_KEYWORDS.split())
 NOT_VARIABLES = (".", "|", "is", "set", "for", "macro", "filter", "call")  # stand before others
 Render = Callable[[Mapping[str, Any]], str]  # the text of a chat with these variables
 

@@ -73,7 +73,7 @@ class GatewayServer:
         keep_sampling: bool = False,
         unforced_tools: bool = False,
     ) -> AsyncIterator[Session]:
-        """A session for one program, open as long as the context lasts. See `Session` for the
+        """One `Session` for a program, open as long as the context lasts. See `Session` for the
         arguments."""
         loop = asyncio.get_running_loop()
         session = Session(team, models, keep_sampling=keep_sampling, unforced_tools=unforced_tools)

@@ -409,7 +409,8 @@ def test_dry_run_prints_the_plan_and_starts_nothing(
     ]
     monkeypatch.setattr("sys.argv", ["grpo_team.py", *flags])
     monkeypatch.setattr(
-        "marlora.trainers.loop.run.TrainingRun.open", lambda self: pytest.fail("a dry run opens nothing")
+        "marlora.trainers.loop.run.TrainingRun.open",
+        lambda self: pytest.fail("a dry run opens nothing"),
     )
     grpo_team.main()
     shown = capsys.readouterr().out

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from marlora.agents.types import Message, SettingError, Turn
+from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.renderer import ChatRenderer, base_renderer
 from marlora.rollouts.template_variables import for_template
-from marlora.rollouts.engines.scripted import ScriptedEngine
 from tests.rollouts.asking import Asker, played
 from tests.rollouts.templates import CHATML, ENDS, byte_tokenizer, family
 

@@ -53,7 +53,7 @@ class ReplicaClient:
         return f"server {self.name} ({self.url})" if self.name != self.url else f"server {self.url}"
 
     async def attach(self) -> bool:
-        """Open an HTTP session on the running event loop if there is none yet; True if that was needed.
+        """Open an HTTP session on the running event loop unless one is open; True if it was needed.
 
         Connections belong to one event loop; a caller may use several, one after the other.
         """

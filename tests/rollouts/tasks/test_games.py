@@ -49,7 +49,9 @@ def test_every_task_can_be_played(name: str, cls: type[Game]) -> None:
         first = "0 apples for 0 nuts" if name == "exchange" else "0"
         team = fake_team(
             game.specs,
-            lambda agent, messages: f"Move: {'offer ' + first if agent == 'a' else 'accept'}",
+            lambda agent, messages, first=first: (
+                f"Move: {'offer ' + first if agent == 'a' else 'accept'}"
+            ),
         )
         assert json.loads(asyncio.run(game.run(task.public(), team)))["ended"] == "deal"
 
