@@ -97,6 +97,7 @@ class TransformersEngine:
             self._versions.listed(replica)
         if not ids:
             raise EngineError("transformers engine: an empty prompt; at least one token is needed")
+        self._check_ids(ids)
         if sampling.grammar:
             raise SettingError(
                 "transformers engine: it cannot hold a reply to a grammar or schema; use engine:"
@@ -126,6 +127,16 @@ class TransformersEngine:
                 self._wave = asyncio.create_task(self._run_waves(), name="transformers engine")
             return list(await asyncio.gather(*replies.values()))
 
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """Raise `SettingError` for a token that the model has no embedding of."""
+        if (highest := max(ids)) >= self._vocabulary:
+            raise SettingError(
+                f"model {self._base}: its tokenizer gives token {self.tokens.show([highest])!r} the"
+                f" id {highest}, but its embedding has {self._vocabulary} rows (ids 0 to"
+                f" {self._vocabulary - 1}); tokenizer and weights are not of one model: take both"
+                " from one folder, or resize the embedding"
+            )
+
     async def score(
         self, ids: Sequence[int], ref: ModelRef, replica: str | None = None
     ) -> list[float]:
@@ -133,6 +144,7 @@ class TransformersEngine:
             self._versions.listed(replica)
         if not ids:
             raise EngineError("transformers engine: nothing to score; at least one token is needed")
+        self._check_ids(ids)
         if len(ids) > self._context:
             raise PromptTooLong(
                 f"transformers engine: {len(ids)} tokens do not fit the {self._context} of"

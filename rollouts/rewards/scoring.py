@@ -18,6 +18,7 @@ from ..types import Episode
 RewardFn = Callable[[Task, Episode], Any]
 MAX_ERROR = 2000  # characters of an error that become a reward's text
 TIMEOUT = 600.0  # seconds that each reward of an episode may take
+MAX_REWARD = 1e15  # its square fits the float32 of losses
 
 
 async def score(
@@ -96,9 +97,10 @@ def _rewards(fn: RewardFn, result: Any) -> list[Reward]:
 
 def _finite(fn: RewardFn, reward: Reward) -> Reward:
     value = float(reward.value)
-    if math.isfinite(value):
+    if abs(value) <= MAX_REWARD:
         return dataclasses.replace(reward, value=value)
-    error = f"reward {fn_name(fn)!r} gave {value}"
+    limit = f", expected at most {MAX_REWARD:g} in size" if math.isfinite(value) else ""
+    error = f"reward {fn_name(fn)!r} gave {value}{limit}"
     return dataclasses.replace(
         reward, value=math.nan, text=f"{error}: {reward.text}" if reward.text else error
     )

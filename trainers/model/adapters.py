@@ -321,6 +321,17 @@ def _check_names(policies: Sequence[PolicySpec]) -> None:
 
 def _config(base: nn.Module, spec: PolicySpec, base_name: str) -> LoraConfig:
     known, targets = linear_names(base), list(spec.adapter.targets)
+    setting = f"policies.{spec.name}.adapter.targets"
+    if not known:
+        raise SettingError(
+            f"{setting}: {type(base).__name__} has no torch.nn.Linear that a LoRA can stand on;"
+            " expected a base whose layers are, choose another model"
+        )
+    if len(targets) > 1 and "all-linear" in targets:
+        raise SettingError(
+            f"{setting}: {targets}: 'all-linear' names every linear layer; give it alone, or only"
+            f" names: {', '.join(known)}"
+        )
     if targets == ["all-linear"]:
         targets = known
     modules = {n: m for n, m in base.named_modules()}
@@ -330,7 +341,7 @@ def _config(base: nn.Module, spec: PolicySpec, base_name: str) -> LoraConfig:
         why = refused(base, target.rsplit(".", 1)[-1])
         if not matches or not linear or why:
             raise SettingError(
-                f"policies.{spec.name}.adapter.targets: {target!r} is not a linear layer of"
+                f"{setting}: {target!r} is not a linear layer of"
                 f" {type(base).__name__}{f' to stand on ({why})' if why else ''}; its linear"
                 f" layers: {', '.join(known)} (or all-linear)"
             )
