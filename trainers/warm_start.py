@@ -42,7 +42,7 @@ def adapter_shape(init: Any, given: Mapping[str, Any], setting: str) -> dict[str
         return {}
     shape: dict[str, Any] = {}
     for field, key in SHAPE.items():
-        value = config.get(key) if isinstance(config, dict) else None
+        value: Any = config.get(key) if isinstance(config, dict) else None
         if type(value) not in ((list,) if field == "targets" else (int, float)):
             continue
         shape[field] = sorted(value) if field == "targets" else value

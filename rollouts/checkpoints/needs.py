@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from ...agents.lookup import Untrusted, only_trusted
@@ -31,7 +32,7 @@ def needed_flags(data: Mapping[str, Any], own: type[System] | None = None) -> li
     names_code = (
         outside_models(data)
         or _refused(lambda: resolve_rewards(data["rewards"]))
-        or any(_refused(lambda a=a: resolve_tools(a["tools"])) for a in _with_tools(data))
+        or any(_refused(partial(resolve_tools, a["tools"])) for a in _with_tools(data))
         or _refused(lambda: _load_tasks(data["tasks"]))
         or (_refused(lambda: _build(own, data)) if own else _may_name_code(arguments))
     )
