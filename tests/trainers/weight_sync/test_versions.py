@@ -13,6 +13,7 @@ import torch
 
 from marlora.agents.types import Sampling
 from marlora.rollouts.engines.base import EngineError, ModelRef
+from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.trainers.model.adapter_files import CONFIG, WEIGHTS, folder_sha256
 from marlora.trainers.weight_sync import publisher as publish
@@ -176,6 +177,32 @@ def test_what_a_killed_process_left_behind_goes_as_if_it_had_been_retired(
         )
 
     with_engine(model, work)
+
+
+def test_a_deletion_that_was_cut_off_leaves_no_half_version(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version's folder is whole or absent; what is left goes when the run is resumed."""
+    adapters = adapters_on(model, policies=["solver"])
+    names = [f"solver-v{step}-0000000{step}" for step in range(1, KEEP_VERSIONS + 2)]
+    for name in names:
+        (tmp_path / name).mkdir()
+        for file in (WEIGHTS, "adapter_config.json"):
+            (tmp_path / name / file).write_text(name)
+    engine = ScriptedEngine(lambda prompt, ref, sampling, k: "")
+
+    def cut_off(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.exists():
+            (folder / WEIGHTS).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish.shutil, "rmtree", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            Publisher(tmp_path, adapters, engine).remove_leftovers()
+    assert not (tmp_path / names[0]).exists()
+    Publisher(tmp_path, adapters, engine).remove_leftovers()
+    assert sorted(path.name for path in tmp_path.iterdir()) == names[1:]
 
 
 def test_a_version_that_is_learnt_again_is_no_leftover(model: Path, tmp_path: Path):
