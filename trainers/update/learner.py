@@ -76,7 +76,7 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     path = local_model(name)
-    tokens = base_renderer(path, config.chat_template_kwargs)
+    tokens = base_renderer(path, config.template_variables())
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype_of(path, config.dtype, device), trust_remote_code=False
@@ -178,7 +178,7 @@ class Learner:
             name: load_base(name, specs, config, device, self.heads, among)
             for name, specs in groups.items()
         }
-        check_read(config.chat_template_kwargs, [b.tokens.variables for b in self.bases.values()])
+        check_read(config.template_variables(), [b.tokens.variables for b in self.bases.values()])
         placement = TrainerPlacement(
             config,
             {base.path: groups[name] for name, base in self.bases.items()},
