@@ -218,10 +218,7 @@ def _goes_on(turn: Turn, earlier: Turn) -> bool:
     template that writes past replies otherwise) by messages?"""
     return any(
         len(past) > 0 and now[: len(past)] == past
-        for now, past in (
-            (turn.prompt_ids, earlier.prompt_ids),
-            (turn.messages, earlier.messages),
-        )
+        for now, past in ((turn.prompt_ids, earlier.prompt_ids), (turn.messages, earlier.messages))
     )
 
 

@@ -232,9 +232,7 @@ def test_an_agent_without_a_speaker_is_refused_before_anything_is_played() -> No
     system = Chain([AgentSpec("solver", policy="solvr")])
     with pytest.raises(
         SettingError,
-        match=(
-            "agent 'solver': its policy 'solvr' is not served; did you mean 'solver'"
-        ),
+        match=("agent 'solver': its policy 'solvr' is not served; did you mean 'solver'"),
     ):
         EpisodeRunner(system, {"solver": EngineCompleter(engine, engine.tokens, "solver")})
 

@@ -271,7 +271,8 @@ def test_two_bases_in_one_team(model: Path, tmp_path: Path) -> None:
         team = await load_team(checkpoint, config, options)
         try:
             bases = {
-                name: speaker.engine.info().base for name, speaker in team.rollouts.completers.items()
+                name: speaker.engine.info().base
+                for name, speaker in team.rollouts.completers.items()
             }  # type: ignore[attr-defined]
             assert bases == {"first": str(model), "base": str(model), "last": str(other)}
             assert set(team.versions) == {"first", "last"}
