@@ -50,3 +50,20 @@ def test_every_setting_has_a_line_of_help(cls: type[Settings]) -> None:
 def test_the_mixins_of_a_run_share_no_setting() -> None:
     names = [f.name for base in RunConfig.__bases__ for f in dataclasses.fields(base)]
     assert len(names) == len(set(names)) == len(dataclasses.fields(RunConfig))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", {1: 0.5, 2: 1.0, 3: 1.0, 10: 1.0}),
+        ("linear", {1: 0.5, 2: 1.0, 3: 1.0, 7: 0.5, 10: 0.125}),
+        ("cosine", {1: 0.5, 2: 1.0, 3: 1.0, 7: 0.5, 5: 0.85355339}),
+    ],
+)
+def test_the_learning_rate_warms_up_and_follows_its_schedule(
+    schedule: str, rates: dict[int, float]
+) -> None:
+    """Two steps of warm-up, then the share of the other eight steps that lies behind."""
+    config = RunConfig(lr_scheduler_type=schedule, warmup_steps=2, max_steps=10)
+    for step, rate in rates.items():
+        assert config.learning_rate_at(step, 1.0) == pytest.approx(rate), step

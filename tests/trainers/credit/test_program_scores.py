@@ -189,6 +189,15 @@ def score_dpo(
     return margin_gradient([pair], votes, MarginConfig(beta=0.1))
 
 
+def test_score_power_bends_the_weights() -> None:
+    """Scores 1/2 and 1/4 squared: f = 1/4 for the chosen program, 1 - 1/16 for the other."""
+    high, low = table_of(program("w", [1.0]), program("l", [0.5]), num_runs=1)
+    pair = preference(
+        dataclasses.replace(high, score=0.5), dataclasses.replace(low, score=0.25), "both", 2.0
+    )
+    assert pair.factors == (0.25, 0.9375)
+
+
 @pytest.mark.parametrize(
     ("s_w", "s_l", "weighting", "loss"),
     [

@@ -287,6 +287,15 @@ def test_rae_remembers_between_steps_and_only_what_it_saw():
     )
 
 
+def test_rae_decay_says_how_slowly_the_baseline_follows():
+    """Rewards 1, 1, 0 with decay .5: baselines 0, .5, .75 before each, .375 after the last."""
+    state = {}
+    config = CreditConfig(credit="rae", rae_decay=0.5)
+    found = credit([episode(f"e{i}", r) for i, r in enumerate((1.0, 1.0, 0.0))], config, state)
+    assert [found[f"e{i}", 0, 0] for i in range(3)] == near(1, 0.5, -0.75)
+    assert list(state.values()) == near(0.375)
+
+
 def test_success_keeps_correct_episodes_whole():
     written = dataclasses.replace(
         episode("w", 1.0, "ab"), turns=(Turn(0, "a", source="written"), Turn(1, "b", saw_gold=True))

@@ -191,6 +191,18 @@ def test_texts_that_give_themselves_away_are_refused(text: str, reason: str) -> 
     assert tally(more, SelectionConfig())["refused"] == ({reason: 1} if reason else {})
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("open SESAME, good", "shows that it was corrected"), ("as your Feedback says: good", "")],
+)
+def test_traces_of_ones_own_replace_the_shipped_ones(text: str, reason: str) -> None:
+    def answer(agent: str, prompt: str) -> str:
+        return text if "Rewrite the text below" in prompt else three(agent, prompt)
+
+    _, more = play(CHAIN, answer, [TASKS[8]], [exact], repair_agents=["a"], traces=["sesame"])
+    assert more[0].values["repair"]["refused"] == reason
+
+
 def test_whose_it_is_to_answer_may_tell_the_answer() -> None:
     def answer(agent: str, told: str) -> str:
         return (
