@@ -13,8 +13,10 @@ import fcntl
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from ..agents.types import SettingError
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +30,29 @@ def file_sha256(path: Path) -> str:
 
 
 def adapter_sha256(path: Path) -> str:
-    """SHA-256 of an adapter file's tensors (names, dtypes, shapes, bytes): the adapter's hash in
-    `system.json`."""
+    """SHA-256 of an adapter file's tensors: the adapter's hash in `system.json`, equal to
+    `Adapters.sha256` of the policy that was saved there. Raises `SettingError` for a file that is
+    missing or damaged."""
     from safetensors import deserialize
 
+    try:
+        return digest_of(
+            (name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data"])
+            for name, entry in sorted(deserialize(path.read_bytes()))
+        )
+    except Exception as error:  # safetensors raises many kinds, for the same cause
+        raise SettingError(
+            f"{path}: the adapter cannot be read ({type(error).__name__}: {error}); it is damaged"
+        ) from error
+
+
+def digest_of(tensors: Iterable[tuple[str, str, tuple[int, ...], bytes | memoryview]]) -> str:
+    """SHA-256, in hex, of tensors given one by one as name, dtype (`torch.float32`), shape and
+    bytes."""
     digest = hashlib.sha256()
-    for name, entry in sorted(deserialize(path.read_bytes())):
-        digest.update(f"{name} {_DTYPES[entry['dtype']]} {tuple(entry['shape'])}\n".encode())
-        digest.update(entry["data"])
+    for name, dtype, shape, data in tensors:
+        digest.update(f"{name} {dtype} {shape}\n".encode())
+        digest.update(data)
     return digest.hexdigest()
 
 

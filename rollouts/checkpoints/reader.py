@@ -210,11 +210,11 @@ def _check_adapter(folder: Path, expected: str, shape: Mapping[str, Any]) -> Non
             raise SettingError(
                 f"{folder / file}: missing, though system.json names the adapter ({expected[:8]})"
             )
+    sha256 = adapter_sha256(folder / FILES[1])
     try:
-        sha256 = adapter_sha256(folder / FILES[1])
         config = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
         saved = {"r": config["r"], "alpha": config["lora_alpha"]}
-    except Exception as error:  # safetensors and json raise many kinds; all mean damage
+    except Exception as error:  # of what json and the keys may raise, all mean damage
         raise SettingError(
             f"{folder}: the adapter cannot be read ({type(error).__name__}: {error}); it is damaged"
         ) from error

@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from marlora.agents.types import AgentSpec, SettingError
+from marlora.rollouts.files import adapter_sha256
 from marlora.trainers.config import RunConfig
-from marlora.trainers.model.adapter_files import folder_sha256
+from marlora.trainers.model.adapter_files import WEIGHTS
 from marlora.trainers.model.adapters import Adapters
 from marlora.trainers.testbeds.tiny import tiny_random_model
 
@@ -50,7 +51,7 @@ def test_the_shape_is_the_folders(folder: Path, model: Path) -> None:
     assert (new.adapter.r, new.adapter.alpha, new.adapter.targets) == (8, 16, ("k_proj",))
     base = AutoModelForCausalLM.from_pretrained(model)
     adapters = Adapters(base, [warm, new], seed=0, base_name=str(model))
-    assert adapters.sha256("warm") == folder_sha256(folder)
+    assert adapters.sha256("warm") == adapter_sha256(folder / WEIGHTS)
 
 
 def test_what_is_set_must_agree(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ...agents.types import AdapterSpec, SettingError
+from ...rollouts.files import digest_of
 from ..checkpoint import write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -179,18 +179,16 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
 
 def tensors_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """A hash of names, dtypes, shapes and bytes; equal on every device and in every process."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        whole = gathered(tensor)
-        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
-        digest.update(whole.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def folder_sha256(folder: str | Path) -> str:
-    """The hash of the tensors of a saved adapter: equals `Adapters.sha256` of the policy that was
-    saved there."""
-    return tensors_sha256(read_adapter(Path(folder), "sha256").tensors.items())
+    wholes = ((name, gathered(tensor)) for name, tensor in tensors)
+    return digest_of(
+        (
+            name,
+            str(whole.dtype),
+            tuple(whole.shape),
+            whole.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data,
+        )
+        for name, whole in wholes
+    )
 
 
 def base_sha256(model: nn.Module) -> str:

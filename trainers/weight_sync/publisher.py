@@ -19,8 +19,8 @@ from pathlib import Path
 
 from ...agents.concurrency import gather
 from ...rollouts.engines.base import Engine, EngineError, ModelRef
-from ...rollouts.files import fsync
-from ..model.adapter_files import folder_sha256
+from ...rollouts.files import adapter_sha256, fsync
+from ..model.adapter_files import WEIGHTS
 from ..model.adapters import Adapters
 from .probes import Probe, trainer_logprobs
 from .verification import VerificationRecord, WeightMismatch, WeightVerifier
@@ -78,7 +78,7 @@ class Publisher:
             earlier if earlier.endswith(f"-{digest[:8]}") else f"{policy}-v{step}-{digest[:8]}"
         )
         if target.exists():  # written before a resume
-            if folder_sha256(target) != digest:
+            if adapter_sha256(target / WEIGHTS) != digest:
                 raise EngineError(
                     f"adapter {target}: its tensors were changed after it was written; versions"
                     " never change"
@@ -137,7 +137,7 @@ class Publisher:
         folder = self.root / version
         if not folder.is_dir():
             return False
-        digest = folder_sha256(folder)
+        digest = adapter_sha256(folder / WEIGHTS)
         if not version.endswith(f"-{digest[:8]}"):
             raise EngineError(
                 f"adapter {folder}: its tensors were changed after it was written; versions never"

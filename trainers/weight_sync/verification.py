@@ -38,7 +38,8 @@ from ...agents.concurrency import gather
 from ...agents.seeds import derive_seed
 from ...agents.types import BASE, Completion, Sampling
 from ...rollouts.engines.base import Engine, EngineError, ModelRef, ReplicaLost
-from ..model.adapter_files import folder_sha256
+from ...rollouts.files import adapter_sha256
+from ..model.adapter_files import WEIGHTS
 from ..model.adapters import Adapters
 from .log_prob_gaps import Noise, mean, measured_noise, minus, norm
 from .probes import Probe, ScoredWindow
@@ -190,7 +191,9 @@ class WeightVerifier:
             wrong = f"the replica does not list {proof.version!r}"
         elif Path(folder).resolve() != expected:
             wrong = f"the replica serves {proof.version!r} from {folder}, expected {expected}"
-        elif await asyncio.to_thread(folder_sha256, expected) != self.adapters.sha256(proof.policy):
+        elif await asyncio.to_thread(adapter_sha256, expected / WEIGHTS) != self.adapters.sha256(
+            proof.policy
+        ):
             wrong = f"the tensors in {folder} are not the trainer's"
         else:
             return proof

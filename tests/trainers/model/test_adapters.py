@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
-from marlora.trainers.model.adapter_files import base_sha256, folder_sha256
+from marlora.rollouts.files import adapter_sha256
+from marlora.trainers.model.adapter_files import WEIGHTS, base_sha256
 from marlora.trainers.model.adapters import Adapters, active_adapters, linear_names
 from tests.trainers.random_models import disturb, random_model
 
@@ -220,7 +221,7 @@ def test_saved_folders_are_plain_peft_and_come_back_bit_for_bit(tmp_path):
         ]
         == "tiny"
     )
-    assert folder_sha256(folder) == adapters.sha256("b")
+    assert adapter_sha256(folder / WEIGHTS) == adapters.sha256("b")
     with torch.no_grad(), adapters.active("b") as model:
         expected = model(input_ids=IDS).logits
     alone = PeftModel.from_pretrained(random_model(), folder)

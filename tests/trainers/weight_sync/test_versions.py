@@ -15,7 +15,8 @@ from marlora.agents.types import Sampling
 from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.engines.transformers import TransformersEngine
-from marlora.trainers.model.adapter_files import CONFIG, WEIGHTS, folder_sha256
+from marlora.rollouts.files import adapter_sha256
+from marlora.trainers.model.adapter_files import CONFIG, WEIGHTS
 from marlora.trainers.weight_sync import publisher as publish
 from marlora.trainers.weight_sync.publisher import KEEP_VERSIONS, Publisher
 from tests.repository import ROOT
@@ -46,7 +47,9 @@ def test_a_version_is_a_new_folder_durable_before_it_has_its_name(
             assert await engine.adapters("local") == {
                 names[-1]: str(tmp_path / "versions" / names[-1])
             }
-            assert folder_sha256(tmp_path / "versions" / names[-1]) == adapters.sha256("solver")
+            assert adapter_sha256(tmp_path / "versions" / names[-1] / WEIGHTS) == adapters.sha256(
+                "solver"
+            )
         return names
 
     names = with_engine(model, work)

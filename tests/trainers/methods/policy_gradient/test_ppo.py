@@ -18,7 +18,7 @@ import torch
 from marlora.agents.system import System
 from marlora.agents.team import Team
 from marlora.agents.types import Reward, SettingError, Task, Turn
-from marlora.rollouts.files import file_sha256
+from marlora.rollouts.files import adapter_sha256, file_sha256
 from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import Denominators
@@ -26,7 +26,7 @@ from marlora.trainers.loop.run import RunError
 from marlora.trainers.methods.policy_gradient import ppo
 from marlora.trainers.methods.policy_gradient.critics import sequences
 from marlora.trainers.methods.policy_gradient.ppo import PPOConfig, PPOTrainer, turn_rewards
-from marlora.trainers.model.adapter_files import folder_sha256
+from marlora.trainers.model.adapter_files import WEIGHTS
 from marlora.trainers.testbeds.tiny import tiny_chain, tiny_random_model
 from marlora.trainers.update.losses.inputs import LossInputs
 from marlora.trainers.update.losses.policy_gradient import LossConfig, policy_loss
@@ -208,8 +208,8 @@ def test_every_tensor_of_a_critic_is_trained_and_kept(
                 not torch.equal(p, before[name][key]) for key, p in head.parameters().items()
             )
             assert summary["heads"][name]["sha256_after"] == head.sha256()
-            assert folder_sha256(
-                undisturbed / f"checkpoints/step-000003/trainer/heads/{name}"
+            assert adapter_sha256(
+                undisturbed / f"checkpoints/step-000003/trainer/heads/{name}" / WEIGHTS
             ) == base.adapters.sha256(head.adapter)
 
 
