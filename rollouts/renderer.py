@@ -1,5 +1,5 @@
-"""The renderer: chats to token ids and back. Sampled tokens stay as sampled, and no content can
-forge a role.
+"""Chat-template tokenisation, token in and token out: a growing chat is never tokenised again, and
+content cannot inject special tokens.
 
 Two rules. First, a chat that goes on is never re-tokenised: the next prompt is the last prompt, the
 tokens sampled after it, and *glue*, the template's tokens from the end of the answer to the next

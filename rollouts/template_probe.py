@@ -1,4 +1,5 @@
-"""Probing a chat template: rendered once at start with marks instead of contents.
+"""How a chat template behaves, found by rendering placeholders once at start: which messages it
+keeps, trims or rewrites, and where its end-of-turn token stands.
 
 The text of a template around the contents is a *shape*: pieces of structure and, between them,
 numbers of messages. Comparing shapes shows whether a template keeps system and tool messages, trims

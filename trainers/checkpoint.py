@@ -1,4 +1,5 @@
-"""Checkpoint folders: plain PEFT folders and JSON, complete or absent.
+"""Checkpoint folders on disk: staged, fsynced, hashed into a manifest and renamed, so that one is
+complete or absent; found, verified and pruned. What they hold is in `loop/checkpointing.py`.
 
 A checkpoint is staged under a dot name, every file and folder is fsynced, the manifest with each
 file's sha256 is written last, and one rename makes it visible. A kill at any moment leaves either

@@ -1,5 +1,4 @@
-"""`accelerate launch --cpu --num_processes N`: accelerate leaves the processes to mpirun and starts
-one; here the others are started."""
+"""Starts the ranks that `accelerate launch --cpu --num_processes N` leaves to mpirun."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""One program in one episode: its address and key, its calls as turns of the team, its rewards, and
-how the episode ends.
+"""A gateway session: one external program's OpenAI-API calls during one episode, recorded as turns,
+with its base URL, its API key and its posted rewards.
 
 Turns are numbered in the order in which calls arrive.
 """

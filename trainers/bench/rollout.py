@@ -1,5 +1,5 @@
-"""`marlora bench rollout`: episodes without a barrier, against a barrier after every turn, on
-replies whose latency has a long tail.
+"""Benchmark of asynchronous rollouts against a barrier after every turn, under long-tailed
+latencies.
 
 The engine computes nothing: it answers after a time that follows from the prompt alone (log-normal,
 from a seed), so every way waits for the same replies. With a barrier, as trainers that batch a turn

@@ -9,7 +9,7 @@ one of the two was, .84 (1 - .4 x .4) instead of .60. It has seen all prompts; h
 the method, not of its pre-training.
 
 The views of `agents/patterns/collaboration.py` for it are in `PAIR`. It is trained as
-`tiny_talk.py` trains, in less than a minute on one core; `python -m marlora.trainers.testbeds.pair`
+`talk.py` trains, in less than a minute on one core; `python -m marlora.trainers.testbeds.pair`
 trains the model and tells how it answers.
 """
 

@@ -1,5 +1,5 @@
-"""Pre-training of the toy models: a record of what a model's weights follow from, one training
-loop, one cache."""
+"""Pre-trains the toy models at first use and caches them under a hash of their training code and
+settings."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from .losses.statistics import NotFinite, Stats, add_stats, finite_or_raise, sum
 
 @dataclass
 class UpdateResult:
-    """What one policy's update did. `stats`: `losses.summary` of its last pass;
+    """What one policy's update did. `stats`: `statistics.summary` of its last pass;
     `first_mismatch_kl`: of its first, before any change; `moved`: mean |change| of trained
     log-probs, if measured."""
 

@@ -38,7 +38,8 @@ from .optimizer_step import UpdateResult, accumulate, batches_of, forward_only, 
 
 LINEAR = "head.safetensors"
 Targets = Mapping[str, torch.Tensor]  # by name: [N], one number per trained token
-# (scores, targets, counts) -> (this batch's share of the loss, statistics for `losses.add_stats`)
+# (scores, targets, counts) -> (this batch's share of the loss, statistics for
+# `losses.statistics.add_stats`)
 HeadLoss = Callable[[torch.Tensor, Targets, Denominators], tuple[torch.Tensor, Stats]]
 
 

@@ -8,7 +8,7 @@ Then policies and critics learn from them in several epochs of minibatches. Agai
 (arXiv:1707.06347):
 
 - Behaviour log-probabilities are the engine's, so there is no old-log-prob forward: the ratio and
-  its clipping are `losses.policy_loss`.
+  its clipping are `policy_loss`.
 - Policy and critic share the frozen base and no weights, so each has its own optimizer, and no
   coefficient weighs one loss against the other.
 - The KL to the reference (the policy as the run began: the base with adapters off, unless it has

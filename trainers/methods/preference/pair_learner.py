@@ -1,8 +1,8 @@
-"""Learning from pairs of episodes: what preference methods share. They differ in which pairs they
-make, and with which weight.
+"""The DPO update that SysDPO and ScoreFlow share: policy and reference log-probs per turn, the
+joint margin (`update/preference_loss.py`), then each adapter's weighted backward pass.
 
 Only scalars couple the agents (`preference_loss.py`): turns are scored by forward passes first,
-then each adapter learns from its own turns, each with the number that `push` gave it.
+then each adapter learns from its own turns, each with the number that `margin_gradient` gave it.
 """
 
 from __future__ import annotations

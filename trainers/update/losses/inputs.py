@@ -1,4 +1,5 @@
-"""What a method's loss reads of a batch, and its signature."""
+"""`LossInputs`, the flat per-token tensors that a loss reads (log-probs now, at sampling and of the
+reference; advantages; entropy), and `LossFn`, its signature."""
 
 from __future__ import annotations
 
