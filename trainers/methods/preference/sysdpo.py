@@ -5,9 +5,9 @@ One step takes the episodes of `tasks_per_step` tasks (played, or from `episodes
 those of a task whose scores differ (`credit/pairs.py`), and moves every trainable adapter so that
 the chosen run as a whole gains on the rejected one against the reference (`preference_loss.py`).
 Only scalars couple the agents: turns are scored by forward passes first, then each adapter learns
-from its own turns, each with the number that `margin_gradient` gave it. Against the paper: LoRA, with the
-adapters off (or as the run began with them) as reference; a score difference makes the pairs.
-Frozen and outside agents may stand in the team; they count 0.
+from its own turns, each with the number that `margin_gradient` gave it. Against the paper: LoRA,
+with the adapters off (or as the run began with them) as reference; a score difference makes the
+pairs. Frozen and outside agents may stand in the team; they count 0.
 
 accelerate launch recipes/sysdpo.py [--config recipes/sysdpo.yaml] [--field value]
 """
