@@ -143,6 +143,12 @@ class RolloutSettings(Settings):
         "drop",
         choices=("drop", "zero"),
     )
+    max_staleness: int = setting(
+        "staleness bound: team versions an episode may be behind when it is trained on; above 0,"
+        " rollouts of later steps run while one step trains",
+        0,
+        at_least=0,
+    )
     pin: str = setting(
         "what one team version covers when rollouts run ahead: an episode, or only a call of a"
         " policy",

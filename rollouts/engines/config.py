@@ -48,12 +48,6 @@ class EngineConfig(Settings):
         'CUDA_VISIBLE_DEVICES of the server ("0;1" starts one on each); empty = the trainer\'s', ""
     )
     server_timeout: float = setting("seconds a server may take to start", 600.0)
-    max_staleness: int = setting(
-        "staleness bound: team versions an episode may be behind when it is trained on; above 0,"
-        " rollouts of later steps run while one step trains",
-        0,
-        at_least=0,
-    )
     max_model_len: int = setting(
         "context of the server in tokens; 0 = the model's own, at most 4096", 0
     )

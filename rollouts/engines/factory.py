@@ -49,9 +49,14 @@ async def start_engine(
     *,
     folder: Path,
     say: Callable[[str], None],
+    staleness: int = 0,
 ) -> Engine:
-    """A running engine for one base and its policies. `folder`: the run's, for the server's log,
-    key and version folders."""
+    """A running engine for one base and its policies.
+
+    Args:
+        folder: the run's, for the server's log, key and version folders.
+        staleness: earlier versions of every adapter that stay loaded beside the newest one.
+    """
     kind, reason = choose_engine(config)
     say(f"engine: {kind} ({reason}) for {model}")
     if kind == "transformers":
@@ -71,5 +76,11 @@ async def start_engine(
         else choose_dtype(model, config.engine_dtype, on_gpu=has_gpu())
     )
     return await start_vllm(
-        model, tokens, policies, replace(config, engine_dtype=dtype), folder=folder, say=say
+        model,
+        tokens,
+        policies,
+        replace(config, engine_dtype=dtype),
+        folder=folder,
+        say=say,
+        staleness=staleness,
     )

@@ -50,6 +50,7 @@ class EngineGroup:
                     config,
                     folder=config.folder,
                     say=say,
+                    staleness=config.max_staleness,
                 )
             )
             closing.callback(self._close, background, engine)

@@ -54,7 +54,15 @@ def serve(spec: RunSpec) -> None:
             config, engine_dtype=choose_dtype(path, config.engine_dtype, on_gpu=has_gpu())
         )
         servers.append(
-            server_settings(path, policies, settings, folder, say, f"{node}-{os.getpid()}")
+            server_settings(
+                path,
+                policies,
+                settings,
+                folder,
+                say,
+                f"{node}-{os.getpid()}",
+                staleness=config.max_staleness,
+            )
         )
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -301,11 +301,13 @@ async def start_vllm(
     *,
     folder: Path,
     say: Callable[[str], None],
+    staleness: int = 0,
 ) -> VLLMEngine:
     """An engine on servers that are started here, or on those of `endpoints` or `server_urls`;
     adapters come from `folder/versions`.
 
-    `server_devices` "0" or "0,1" is one server on these; "0;1" is one server on each.
+    `server_devices` "0" or "0,1" is one server on these; "0;1" is one server on each. `staleness`:
+    as in `server_settings`.
     """
     settings: dict[str, Any] = {
         "adapter_root": folder / "versions",
@@ -325,7 +327,7 @@ async def start_vllm(
         )
         await engine.fleet.forget(engine.root)
         return engine
-    start = server_settings(model, policies, config, folder, say)
+    start = server_settings(model, policies, config, folder, say, staleness=staleness)
     servers = await start_servers(start, len(start.devices), say)
     return VLLMEngine(servers, tokens, **settings)
 
@@ -337,9 +339,15 @@ def server_settings(
     folder: Path,
     say: Callable[[str], None],
     where: str = "",
+    staleness: int = 0,
 ) -> ServerSettings:
-    """Settings of vLLM servers of this base, to be started here. `where`: part of their names, if
-    servers on several nodes share the folder."""
+    """Settings of vLLM servers of this base, to be started here.
+
+    Args:
+        where: part of their names, if servers on several nodes share the folder.
+        staleness: earlier versions of every adapter that stay loaded beside the newest one; servers
+            get as many more LoRA slots.
+    """
     memory, on_cpu = config.server_memory, vllm_version()[1]
     if not memory and not on_cpu:
         memory = 0.9
@@ -351,7 +359,7 @@ def server_settings(
             filter(None, ("vllm", re.sub(r"[^A-Za-z0-9.]+", "-", Path(model).name), where))
         ),
         policies=policies,
-        staleness=config.max_staleness,
+        staleness=staleness,
         dtype=config.engine_dtype,
         max_model_len=config.max_model_len,
         memory=memory,
