@@ -165,8 +165,8 @@ class Listener:
             return web.json_response(answer.body(), status=error.status, headers=_allow(error))
 
     def _session(self, request: web.Request) -> Session:
-        """The session of the address, if the request has its key. Without the key, an episode that
-        exists and one that does not get the same error."""
+        """The `Session` at the address, if the request has its key. Without the key, an episode
+        that exists and one that does not get the same error."""
         session = self.sessions.get(request.match_info["episode"])
         if session is None or session.closed or not _has_key(request, session.key):
             raise BadRequest(

@@ -221,7 +221,7 @@ def test_adapters_that_cannot_be_made(model: Path, tmp_path: Path) -> None:
     )
     assert (
         told(policies={"last": {"init": "/no/such#last"}})
-        == "policy 'last': adapter in /no/such/adapters/last: no adapter_config.json; "
+        == "policy 'last': adapter in /no/such#last: no adapter_config.json; "
         "expected a PEFT folder with adapter_config.json and adapter_model.safetensors"
     )
     assert told(temperature=0.0).startswith("policies.first: its agents sample at temperature 0")
