@@ -13,7 +13,8 @@ A method is a subclass that names its settings and says what a step's episodes t
 `TrainingRun` has the parts (`rollouts`, `learner`, `sync`, `evaluator`, `log`, `checkpointer`); a
 method that plays other than `tasks_per_step` tasks overrides `collect`, one that reports more than
 accuracies overrides `report`, one that learns scalar heads beside the policies overrides `heads`,
-one whose system scores itself overrides `extra_rewards`.
+one that needs certain rewards or arguments of the system overrides `extra_rewards` or
+`system_settings`.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Trainer(Generic[C]):
             eval_tasks=eval_tasks,
             rewards=rewards,
             extra_rewards=self.extra_rewards(),
+            extra_system=self.system_settings(),
             recipe=recipe or type(self).__name__,
         )
         self.spec = dataclasses.replace(self.spec, heads=tuple(self.heads()))
@@ -155,10 +157,15 @@ class Trainer(Generic[C]):
         when `self.spec` is there and the run is not."""
         return ()
 
-    def extra_rewards(self) -> Sequence[RewardFn]:
-        """Rewards that the method needs beside those of the settings. Read once, before anything
-        else is there."""
+    def extra_rewards(self) -> Sequence[RewardFn | str]:
+        """Rewards that the method needs beside those of the settings; names also stand in the run's
+        `config.yaml`. Read once, before anything else is there."""
         return ()
+
+    def system_settings(self) -> Mapping[str, Any]:
+        """Arguments of `system` that follow from the method's settings, unless the system is given
+        as an object. Read once, before anything else is there."""
+        return {}
 
     def reward_names(self) -> Sequence[str]:
         """Names of rewards that the method itself gives to episodes."""

@@ -3,6 +3,7 @@ loaded."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from ...agents.system import System, build_system, override_agents
 from ...agents.tools.tools import resolve_tools
 from ...agents.types import PolicySpec, SettingError, Task
-from ...rollouts.rewards.builtin import resolve_rewards
+from ...rollouts.rewards.builtin import resolve_rewards, reward_name
 from ...rollouts.rewards.gold import check_answers
 from ...rollouts.rewards.scoring import RewardFn, check_names, fn_name
 from ...rollouts.tasks.registry import load_tasks
@@ -51,7 +52,8 @@ class RunSpec:
         eval_tasks: Sequence[Task] | None = None,
         rewards: Sequence[RewardFn | str] | None = None,
         heads: Sequence[HeadSpec] = (),
-        extra_rewards: Sequence[RewardFn] = (),
+        extra_rewards: Sequence[RewardFn | str] = (),
+        extra_system: Mapping[str, Any] | None = None,
         recipe: str = "",
     ) -> RunSpec:
         """The spec of a run.
@@ -63,10 +65,13 @@ class RunSpec:
                 an id.
             rewards: functions or names; None takes `config.rewards`. The first one's name is the
                 accuracy of evaluations.
-            extra_rewards: what the method itself needs, appended unless it is there.
+            extra_rewards: what the method itself needs, appended unless it is there; names are
+                appended to the spec's `config.rewards`.
+            extra_system: arguments that the method adds to those of `config.system`.
 
         Raises `SettingError` for what cannot work.
         """
+        config = _with_extras(config, extra_rewards, extra_system or {})
         system = system or build_system(config.system)  # type: ignore[arg-type]
         agents = override_agents(system, config.agents, config.sampling())  # type: ignore[arg-type]
         system = system.with_agents(agents)
@@ -75,14 +80,7 @@ class RunSpec:
             resolve_tools(agent.tools)
         policies = config.policy_specs(system.specs)
         train, held_out = _tasks(config, tasks, eval_tasks)
-        scores = resolve_rewards(rewards if rewards is not None else config.rewards)
-        if not scores:
-            raise SettingError(
-                "rewards: empty; expected at least one function, whose name is the accuracy of"
-                " evaluations"
-            )
-        scores = [*scores, *(extra for extra in extra_rewards if extra not in scores)]
-        check_names(scores)
+        scores = _rewards(config, rewards, extra_rewards)
         warnings = check_answers([] if config.episodes else train, scores, "training")
         warnings += check_answers(held_out, scores[:1], "held-out")
         return cls(
@@ -107,6 +105,42 @@ class RunSpec:
     def tasks_of(self, step: int) -> list[Task]:
         """The tasks of a step, see `task_order.tasks_of`."""
         return tasks_of(self.tasks, self.config.tasks_per_step, self.config.seed, step)
+
+
+def _with_extras(
+    config: RunConfig, rewards: Sequence[RewardFn | str], system: Mapping[str, Any]
+) -> RunConfig:
+    """The settings with the names among `rewards` and the arguments of `system` that a method
+    adds."""
+    names = [name for name in rewards if isinstance(name, str) and name not in config.rewards]
+    if not names and not system:
+        return config
+    return dataclasses.replace(
+        config,
+        rewards=[*config.rewards, *names],
+        system={**config.system, **system},  # type: ignore[dict-item]
+    )
+
+
+def _rewards(
+    config: RunConfig,
+    rewards: Sequence[RewardFn | str] | None,
+    extra_rewards: Sequence[RewardFn | str],
+) -> list[RewardFn]:
+    """The reward functions that are given, else those of the settings, then the method's unless
+    they are among them."""
+    scores = resolve_rewards(rewards if rewards is not None else config.rewards)
+    if not scores:
+        raise SettingError(
+            "rewards: empty; expected at least one function, whose name is the accuracy of"
+            " evaluations"
+        )
+    by_name = config.rewards if rewards is None else ()
+    extras = resolve_rewards([extra for extra in extra_rewards if extra not in by_name])
+    known = {reward_name(fn) for fn in scores}
+    scores += [extra for extra in extras if reward_name(extra) not in known]
+    check_names(scores)
+    return scores
 
 
 def _tasks(

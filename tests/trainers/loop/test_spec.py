@@ -9,7 +9,7 @@ import pytest
 
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.types import SettingError, Task
-from marlora.rollouts.rewards.builtin import correct, workflow
+from marlora.rollouts.rewards.builtin import correct, right, workflow
 from marlora.trainers.config import RunConfig
 from marlora.trainers.loop.spec import RunSpec
 
@@ -25,6 +25,8 @@ def spec(folder: Path, **changes: object) -> RunSpec:
 def test_rewards_of_the_method_come_after_those_of_the_settings_and_once(tmp_path: Path) -> None:
     found = spec(tmp_path, extra_rewards=[workflow, correct])
     assert found.rewards == [correct, workflow] and found.metric == "correct"
+    found = spec(tmp_path, rewards=None, extra_rewards=["right", "correct"])
+    assert found.rewards == [correct, right] and found.config.rewards == ["correct", "right"]
 
 
 def test_agents_policies_and_held_out_tasks_follow_from_the_settings(tmp_path: Path) -> None:

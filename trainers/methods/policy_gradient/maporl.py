@@ -124,8 +124,6 @@ class MAPoRLConfig(RunConfig, PPOSettings, CreditConfig, CriticConfig, LossConfi
 
     def check(self) -> None:
         check_iterations(self)
-        added = [RIGHT, *([f"verified({self.verifier})"] if self.verifier else [])]
-        self.rewards = [*self.rewards, *(name for name in added if name not in self.rewards)]
         if self.verifier == RIGHT or (self.feedback and not self.verifier):
             raise SettingError(
                 "verifier: empty means the gold answer, and what knows that cannot be shown to"
@@ -133,8 +131,6 @@ class MAPoRLConfig(RunConfig, PPOSettings, CreditConfig, CriticConfig, LossConfi
                 " answer only: calculator, module:function or"
                 " marlora.trainers.methods.reward_model.verifier:trained(FOLDER)"
             )
-        if self.feedback:
-            self.system = {**self.system, "verifier": self.verifier}  # type: ignore[dict-item]
         weights = self.shaping_weights
         if len(weights) != 4 or not all(
             isinstance(w, (int, float)) and math.isfinite(w) for w in weights
@@ -248,6 +244,13 @@ class MAPoRLTrainer(Trainer[MAPoRLConfig]):
             )
         if self.system.verifier:
             resolve_verifier(self.system.verifier)
+
+    def extra_rewards(self) -> Sequence[str]:
+        verifier = self.args.verifier
+        return (RIGHT, *([f"verified({verifier})"] if verifier else []))
+
+    def system_settings(self) -> Mapping[str, Any]:
+        return {"verifier": self.args.verifier} if self.args.feedback else {}
 
     def heads(self) -> Sequence[HeadSpec]:
         return critics(self.spec.system.specs, self.spec.policies, self.args)

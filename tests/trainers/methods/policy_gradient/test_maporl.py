@@ -16,9 +16,12 @@ from marlora.agents.patterns.collaboration import Collaboration
 from marlora.agents.patterns.debate import Debate
 from marlora.agents.system import build_system
 from marlora.agents.types import Reward, SettingError, Task, Turn
+from marlora.rollouts.rewards.builtin import exact, reward_name, right
+from marlora.rollouts.rewards.scoring import fn_name
 from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode
 from marlora.trainers.config import RunConfig
+from marlora.trainers.loop.summary import write_config
 from marlora.trainers.methods.policy_gradient.maporl import (
     MAPoRLConfig,
     MAPoRLTrainer,
@@ -142,21 +145,28 @@ def test_settings_that_cannot_work(changes: dict[str, Any], match: str):
         config(**changes)
 
 
-def test_settings_say_all_that_is_played():
-    made = config(system={"class": "x:Y"}, feedback=True, rewards=["exact"])
-    assert made.rewards == ["exact", "right", "verified(calculator)"] and made.system == {
-        "class": "x:Y",
-        "verifier": "calculator",
-    }
-    again = MAPoRLConfig(
-        **{
-            **{
-                name: getattr(made, name)
-                for name in ("model", "rewards", "system", "verifier", "feedback")
-            }
-        }
+def test_settings_say_all_that_is_played(tmp_path: Path):
+    """Of the run, not those that were given: the method's rewards and the verifier are in its
+    settings, once."""
+    system = {"class": "marlora.agents.patterns.collaboration:Collaboration", "agents": ["a", "b"]}
+    given = config(output_dir=str(tmp_path), system=system, feedback=True, rewards=["exact"])
+    tasks: dict[str, Any] = dict(tasks=tiny_tasks()[:20], eval_tasks=tiny_tasks("eval")[:4])
+    spec = MAPoRLTrainer(args=given, **tasks).spec
+    assert given.rewards == ["exact"] and given.system == system
+    made = spec.config
+    assert made.rewards == ["exact", "right", "verified(calculator)"]
+    assert made.system == {**system, "verifier": "calculator"}
+    assert isinstance(spec.system, Collaboration) and spec.system.verifier == "calculator"
+    write_config(spec)
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert written["rewards"] == made.rewards and written["system"]["verifier"] == "calculator"
+    again = MAPoRLTrainer(args=MAPoRLConfig(**written), **tasks).spec
+    assert again.config.rewards == made.rewards and again.system.arguments() == (
+        spec.system.arguments()
     )
-    assert (again.rewards, again.system) == (made.rewards, made.system)
+    assert [fn_name(fn) for fn in spec.rewards] == [fn_name(fn) for fn in again.rewards]
+    functions = MAPoRLTrainer(args=given, rewards=[exact, right], **tasks).spec
+    assert [reward_name(fn) for fn in functions.rewards] == [reward_name(fn) for fn in spec.rewards]
 
 
 @pytest.mark.parametrize(
