@@ -182,7 +182,8 @@ def check_overwritable(folder: Path, kept: Path | None = None) -> None:
             f"output_dir {folder}: overwrite deletes only what a run wrote, and this folder also"
             f" holds {_listed(others)}; move that away, or name another folder"
         )
-    if not marked(folder) and not is_earlier_version(folder) and any(entries(folder, kept)):
+    holds = [entry for entry in entries(folder, kept) if entry != Path(LOCK)]  # the lock is ours
+    if holds and not marked(folder) and not is_earlier_version(folder):
         raise SettingError(
             f"output_dir {folder}: overwrite deletes run folders only, and this one has neither"
             f" the marker {MARKER} of a run nor the files of one; name another folder"

@@ -122,6 +122,21 @@ def test_what_a_run_wrote_is_replaced(tmp_path: Path) -> None:
         assert [path.name for path in folder.rglob("*")] == [ownership.MARKER]
 
 
+@pytest.mark.parametrize("there", [[], [LOCK]])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_without_a_run_becomes_one(
+    there: list[str], overwrite: bool, tmp_path: Path
+) -> None:
+    """Whether it is new, empty, or holds the lock of a run that ended before it wrote anything."""
+    prepare(tmp_path / "new", overwrite=overwrite)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    for name in there:
+        (folder / name).touch()
+    prepare(folder, overwrite=overwrite)
+    assert ownership.marked(tmp_path / "new") and ownership.marked(folder)
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 @pytest.mark.parametrize("marked", [True, False], ids=["marked", "earlier"])
 def test_a_folder_that_holds_anything_else_is_refused_by_name(
