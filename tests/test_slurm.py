@@ -34,6 +34,8 @@ RECIPE = [
     "--rewards",
     "exact",
     "length",
+    "--reward_weights",
+    '{"exact": 1.0, "length": 1.0}',
     "--num_eval_tasks",
     "4",
     "--save_every",

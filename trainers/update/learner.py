@@ -8,6 +8,7 @@ checks it by hash.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -83,6 +84,8 @@ def load_base(
         )
     # a missing, torn or foreign file: transformers, safetensors and torch raise kinds of their own
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise  # the disk that the progress is written to is full; the model may be right
         raise SettingError(
             f"model {name!r}: cannot be loaded as a causal language model:"
             f" {str(error).splitlines()[0]}"

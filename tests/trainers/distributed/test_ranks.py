@@ -133,7 +133,10 @@ def assert_trained_alike(ours: Path, theirs: Path) -> None:
         for policy in ("first", "last"):
             a, b = mine["policies"][policy], other["policies"][policy]
             assert a.keys() == b.keys() and a["grad_norm"] > 0
-            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-6)
+            # gradients of equal parameters within 1e-6; after a step the parameters differ by some
+            # 1e-7 (1e-5 at most), and gradients with them
+            near = 1e-6 if mine["step"] == 1 else 1e-5
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=near)
             for key in (
                 "tokens",
                 "sequences",
@@ -243,8 +246,8 @@ def test_a_rank_that_keeps_the_interpreter_to_itself_ends_too() -> None:
 
 @pytest.mark.slow
 def test_a_failure_of_rank_0_ends_both_with_one_line(tmp_path: Path) -> None:
-    """An earlier run's folder is refused on rank 0 only; the other rank must neither wait nor
-    complain."""
+    """A folder with somebody else's config.yaml is refused on rank 0 only; the other rank must
+    neither wait nor complain."""
     model = tiny_random_model(tmp_path / "model")
     folder = tmp_path / "run"
     folder.mkdir()
@@ -254,4 +257,6 @@ def test_a_failure_of_rank_0_ends_both_with_one_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
-    assert "holds an earlier run" in done.stderr and os.listdir(folder) == ["config.yaml"]
+    assert "holds config.yaml, which no run of marlora wrote" in done.stderr and os.listdir(
+        folder
+    ) == ["config.yaml"]

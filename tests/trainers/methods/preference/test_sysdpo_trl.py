@@ -68,7 +68,7 @@ def test_dpo_of_one_agent_equals_trl(tmp_path: Path, model: Path, name: str) -> 
                     kept.append(made.dpo_trainer(*given))
                     return kept[0]
 
-                done = learn_with_trl(made.run, 1, {"first": TRLExample(rows, 0)}, make)
+                done = learn_with_trl(made.run.learner, 1, {"first": TRLExample(rows, 0)}, make)
                 losses.append(kept[0].state.log_history[0]["loss"])
                 named = {
                     n.replace(".default", ""): p
