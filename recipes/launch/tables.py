@@ -90,23 +90,25 @@ def summary_table(
     """
     sections = []
     if summary["eval"]["before"] and summary["eval"]["after"]:
-        title = f"{summary['recipe']}: {summary['model']}"
+        title = f"{summary['recipe']}: {summary['model'] or 'outside models'}"
         measured = f"held-out {summary.get('measured', 'accuracy')}"
         sections.append(accuracy_section(title, accuracy_entries(summary), measured))
-    sections += [*sections_of(summary), _adapters(summary["policies"])]
+    learning = any(entry["trainable_parameters"] for entry in summary["policies"].values())
+    sections += [*sections_of(summary), *([_adapters(summary["policies"])] if learning else [])]
     last = f"{folder}/checkpoints/step-{summary['steps']:06d}"
-    ablate = shlex.join(["marlora", "eval", last, "--ablate", *flags])
+    evaluate = shlex.join(["marlora", "eval", last, *(["--ablate"] if learning else []), *flags])
     play = shlex.join(["marlora", "play", last, *flags, *play_flags])
-    width = max(len(ablate), len(play))
+    width = max(len(evaluate), len(play))
     finding = [summary["finding"]] if summary.get("finding") else []
     return "\n".join(
         [
             *finding,
             *map(section_text, sections),
             _resources(summary),
-            _live_proof(summary["live_proof"]),
+            *_live_proof(summary["live_proof"]),
             "next:",
-            f"  {ablate:{width}}  # accuracy of every adapter on and off",
+            f"  {evaluate:{width}}  # "
+            + ("accuracy of every adapter on and off" if learning else "accuracy of the team"),
             f"  {play:{width}}  # talk to the team",
         ]
     )
@@ -136,8 +138,13 @@ def _resources(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _live_proof(proof: Mapping[str, Any]) -> str:
-    return (
-        f"live proof: {proof['checks']} checks, {proof['passed']} passed, {proof['untrained']}"
-        f" untrained, {proof['failed']} failed, largest residual {proof['max_residual']:.3f}"
-    )
+def _live_proof(proof: Mapping[str, Any]) -> list[str]:
+    """A line about the live proof; none where there was nothing to prove."""
+    if proof["checks"]:
+        return [
+            f"live proof: {proof['checks']} checks, {proof['passed']} passed, {proof['untrained']}"
+            f" untrained, {proof['failed']} failed, largest residual {proof['max_residual']:.3f}"
+        ]
+    if proof.get("identity"):
+        return ["live proof: nothing was trained; the adapters served are those of their folders"]
+    return []

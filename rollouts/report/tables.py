@@ -66,7 +66,10 @@ def difference_with_interval(paired: Mapping[str, Any]) -> str:
 
 
 def adapters(policies: Mapping[str, Mapping[str, Any]], kind: str = "policy") -> str:
-    """Size of each policy's adapter, and its hash before and after training."""
+    """Size of each policy's adapter, and its hash before and after training; "" where none has
+    trainable parameters."""
+    if policies and all(entry.get("trainable_parameters") == 0 for entry in policies.values()):
+        return ""
     colour = colours(list(policies))
     rows = [
         (
@@ -91,9 +94,16 @@ def adapters(policies: Mapping[str, Mapping[str, Any]], kind: str = "policy") ->
 
 
 def proofs(counts: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """Counts of the live proof; its records, all that failed and the latest of the others."""
+    """Counts of the live proof; its records, all that failed and the latest of the others. A line
+    without a table where nothing was trained, so that there was nothing to prove."""
     if not records:
         return ""
+    if all(record["status"] == "identity" for record in records):
+        served = len({record["version"] for record in records})
+        return (
+            f"<p>Nothing was trained, so there was nothing to prove. {served} frozen adapters were"
+            " served from their folders, with the tensors of the run (compared by hash).</p>"
+        )
     passed = [r for r in records if r["status"] != "failed"]
     shown = [r for r in records if r["status"] == "failed"] + passed[-MAX_PROOFS:]
     columns = [

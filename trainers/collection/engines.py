@@ -11,8 +11,9 @@ from ...rollouts.engines.base import Engine
 from ...rollouts.engines.factory import start_engine
 from ...rollouts.episodes.completers import Completer, completers
 from ..config import RunConfig
-from ..model.memory_estimate import TrainerPlacement, with_server_memory
-from ..update.learner import Learner, LearnerBase
+from ..model.memory_estimate import with_server_memory
+from ..update.learner import Learner
+from ..update.learner_base import LearnerBase
 from .background import BackgroundLoop, unless_gone
 
 
@@ -40,7 +41,7 @@ class EngineGroup:
         if self.given is not None:
             self.of = dict.fromkeys(self.learner.bases, self.given)
             return
-        config = self._with_memory(say)
+        config = self._with_memory(say) if self.learner.bases else self.config
         for base in self.learner.bases.values():
             engine = background.run(
                 start_engine(
@@ -58,14 +59,7 @@ class EngineGroup:
 
     def _with_memory(self, say: Callable[[str], None]) -> Any:
         """The settings with the share of memory that servers may take beside this trainer."""
-        config, ranks = self.config, self.learner.ranks
-        placement = TrainerPlacement(
-            config,
-            {base.path: self._specs_on(base) for base in self.learner.bases.values()},
-            ranks.device,
-            ranks.size if ranks.lockstep else 1,
-        )
-        return with_server_memory(placement, say)
+        return with_server_memory(self.learner.placement, say)
 
     def _close(self, background: BackgroundLoop, engine: Engine) -> None:
         with unless_gone():
@@ -77,8 +71,8 @@ class EngineGroup:
     @property
     def deterministic(self) -> bool:
         """Do all engines repeat themselves to the last bit, given the same requests in the same
-        company?"""
-        return all(engine.info().deterministic for engine in self.of.values())
+        company? Without one, outside models answer everything, and they do not."""
+        return bool(self.of) and all(engine.info().deterministic for engine in self.of.values())
 
     def completers(self) -> Mapping[str, Completer]:
         """By policy, what answers its chats.

@@ -124,7 +124,7 @@ class Checkpointer:
             "base": {"name": config.model, "sha256": hashes.get(config.model)},
             "bases": {
                 n: {
-                    "sha256": hashes[n],
+                    "sha256": hashes.get(n),  # null: nothing on it is trained
                     "files": files_sha256(b.path),
                     "template": b.tokens.template_hash,
                     "chat_template_kwargs": b.tokens.settings,
@@ -176,7 +176,10 @@ class Checkpointer:
                     f"{folder}: made for base {', '.join(system['bases'])}, this run's is {name};"
                     " resume with the same model"
                 )
-            if saved["sha256"] != self.learner.base_hashes[name]:
+            hashes = saved["sha256"], self.learner.base_hashes.get(name)
+            if None in hashes:  # by one of both runs it is not loaded for training
+                hashes = saved["files"], files_sha256(base.path)
+            if hashes[0] != hashes[1]:
                 raise SettingError(
                     f"{folder}: made for base {name} with other weights (sha256 differs); resume"
                     " with the same model"

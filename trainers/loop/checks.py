@@ -12,7 +12,7 @@ from ...agents.types import AgentSpec, SettingError, Task
 from .. import checkpoint as ckpt
 from ..collection.stored_episodes import OfflineEpisodes
 from ..config import RunConfig
-from ..update.learner import LearnerBase
+from ..update.learner_base import LearnerBase
 from . import ownership
 from .lock import FolderLock
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from ...agents.chat import Services
 from ...agents.team import Team
-from ...agents.types import Call, Completion, PolicySpec, SettingError
+from ...agents.transcript import Call
+from ...agents.types import Completion, PolicySpec, SettingError
 from ...rollouts.engines.factory import choose_engine
 from ...rollouts.engines.vllm.server_args import CPU_CACHE_GIB
 from ...rollouts.renderer import base_renderer, load_tokenizer
@@ -20,7 +21,10 @@ from ..model.base_models import group_by_base, versions
 from ..model.local_models import local_model
 from ..model.memory_estimate import GIB, Memory, TrainerPlacement, needs_checkpointing, server_share
 from ..model.sharding import sharding_mode
+from ..update.learner_base import trained_bases
 from .spec import RunSpec
+
+NOT_LOADED = "no base is loaded for training"
 
 
 class _FirstCall(Exception):
@@ -92,7 +96,10 @@ def placement(config: RunConfig, bases: Mapping[str, Memory], node: Node) -> lis
     for rank in range(node.ranks):
         place = f"GPU {gpus[rank % len(gpus)]}" if gpus else "CPU"
         room = node.gpus[gpus[rank % len(gpus)]] if gpus else node.memory
-        lines.append(f"  trainer {rank}  {place}: about {need / GIB:.2f} GiB of {room / GIB:.1f}")
+        what = f"about {need / GIB:.2f} GiB of {room / GIB:.1f}" if need else NOT_LOADED
+        lines.append(f"  trainer {rank}  {place}: {what}")
+    if not bases:
+        return lines
     kind = choose_engine(config)[0]
     if kind != "vllm":
         lines.append(
@@ -120,7 +127,8 @@ def _servers(config: RunConfig, bases: Mapping[str, Memory], node: Node) -> list
     lines: list[str] = []
     gpus, split = list(node.gpus), list[str]()
     share = config.server_memory or 0.9
-    if gpus and not config.server_devices and not config.server_memory:
+    alone = len(bases) == 1 and not any(need.held for need in bases.values())
+    if gpus and not config.server_devices and not config.server_memory and not alone:
         share = server_share(list(bases.values()), node.gpus[gpus[0]], split.append)
     for base, need in bases.items():
         for offset, devices in enumerate(config.server_devices.split(";")):
@@ -182,8 +190,14 @@ class Plan:
             f"engine       {self.engine[0]} ({self.engine[1]})",
             f"devices      {self.devices}",
             *(line for base, need in self.memory.items() for line in memory_lines(base, need)),
-            f"             gradient checkpointing {'on' if self.recompute else 'off'}"
-            f" ({config.gradient_checkpointing})",
+            *(
+                [
+                    f"             gradient checkpointing {'on' if self.recompute else 'off'}"
+                    f" ({config.gradient_checkpointing})"
+                ]
+                if any(need.held for need in self.memory.values())
+                else []
+            ),
             *placement(config, self.memory, self.node),
             "versions     "
             + ", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -211,9 +225,14 @@ def memory_lines(base: str, need: Memory) -> list[str]:
     parts = {
         name: getattr(need, name) / GIB for name in ("weights", "adapters", "activations", "head")
     }
-    return [
+    size = (
         f"memory       {base}: {need.parameters / 1e6:.1f}M parameters, adapters"
-        f" {need.adapter_parameters / 1e6:.2f}M",
+        f" {need.adapter_parameters / 1e6:.2f}M"
+    )
+    if not need.held:
+        return [f"{size}; served, not loaded for training"]
+    return [
+        size,
         f"             trainer about {need.total / GIB:.2f} GiB"
         f" ({', '.join(f'{n} {gib:.2f}' for n, gib in parts.items())})",
     ]
@@ -232,14 +251,16 @@ def plan(spec: RunSpec) -> Plan:
         load_tokenizer(path)  # first: it tells best what is wrong with a folder
     ranks = node.world if sharding_mode(config.shard_base) else 1
 
-    placement = TrainerPlacement(config, on, device, ranks)
+    learning = trained_bases(bases, spec.heads, config.model)
+    served_only = frozenset(local_model(base) for base in bases if base not in learning)
+    placement = TrainerPlacement(config, on, device, ranks, served_only)
     recompute = needs_checkpointing(placement, lambda text: None)
     estimates = placement.memory(recompute)
     memory = {base: estimates[local_model(base)] for base in bases}
     call = first_call(spec)
     return Plan(
         spec,
-        choose_engine(config),
+        choose_engine(config) if bases else ("none", "every policy is an outside model"),
         f"{torch.cuda.device_count()} GPUs, {torch.get_num_threads()} CPU threads",
         node,
         memory,

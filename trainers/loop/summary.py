@@ -15,7 +15,8 @@ from ...rollouts.rewards.builtin import REWARDS
 from ...rollouts.rewards.scoring import RewardFn, fn_name
 from ...rollouts.tasks.registry import split_hash
 from ..monitoring.run_log import RunLog
-from ..update.learner import Learner, LearnerBase
+from ..update.learner import Learner
+from ..update.learner_base import LearnerBase
 from ..weight_sync.sync import WeightSync
 from .spec import RunSpec
 
@@ -36,7 +37,9 @@ def split_of(spec: RunSpec) -> dict[str, Any]:
 
 def pieces_of(bases: Mapping[str, LearnerBase]) -> Pieces:
     """The text of every token, for the report; a policy without a base of its own is read with the
-    first one's tokenizer."""
+    first one's tokenizer. Without any base there are no tokens."""
+    if not bases:
+        return lambda policy, ids: None
     of = {policy: base.tokens for base in bases.values() for policy in base.policies}
     usual = next(iter(bases.values())).tokens
 
@@ -88,6 +91,7 @@ def summary(
     total = {
         key: sum(p[key] for p in proofs) for key in ("checks", "passed", "untrained", "failed")
     }
+    identity = sum(p.get("identity", 0) for p in proofs)
     heads = {
         head.spec.name: {
             "trainable_parameters": sum(p.numel() for p in head.parameters().values()),
@@ -110,6 +114,7 @@ def summary(
         "live_proof": {
             **total,
             "max_residual": max((p["max_residual"] for p in proofs), default=0.0),
+            **({"identity": identity} if identity else {}),
         },
         "eval": {
             "before": before.summary() if before else None,

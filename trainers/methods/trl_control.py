@@ -21,7 +21,8 @@ import torch
 from ...agents.seeds import derive_seed
 from ...agents.settings import Settings, setting
 from ...agents.types import SettingError
-from ..update.learner import Learner, LearnerBase
+from ..update.learner import Learner
+from ..update.learner_base import LearnerBase
 from ..update.optimizer_step import UpdateResult
 
 Row = Mapping[str, Any]

@@ -18,6 +18,7 @@ from ...rollouts.files import digest_of
 from ..checkpoint import write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BASE_NAME = "base_model_name_or_path"  # of an adapter_config.json
 # What an adapter_config.json may say of a plain LoRA, W x + alpha / r B A x on the base as it is
 # loaded. Everything else has to be off: a setting that is not known here may change either.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
@@ -31,7 +32,7 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
 }
 _FREE = (
     *("r", "lora_alpha", "target_modules", "exclude_modules"),  # told by rank, alpha and tensors
-    *("base_model_name_or_path", "auto_mapping", "inference_mode", "peft_version"),
+    *(BASE_NAME, "auto_mapping", "inference_mode", "peft_version"),
     *("lora_dropout", "eva_config", "runtime_config"),  # of its training only
     *("layers_pattern", "qalora_group_size"),  # of settings that are off
 )
@@ -73,7 +74,7 @@ class SavedAdapter:
     def check_base(self, base_name: str, base_sha256: Callable[[], str]) -> None:
         """Raise `SettingError` if the adapter was made for another base. The base is hashed only if
         the file holds its hash."""
-        trained_on = self.config.get("base_model_name_or_path")
+        trained_on = self.config.get(BASE_NAME)
         if "base_sha256" in self.meta:
             if self.meta["base_sha256"] != base_sha256():
                 raise SettingError(

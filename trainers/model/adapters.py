@@ -14,7 +14,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ...agents.seeds import derive_seed
 from ...agents.types import BASE, AdapterSpec, PolicySpec, SettingError, nearest
 from ...rollouts.engines.transformers_exactness import fix_rotary
 from ..warm_start import init_folder
-from .adapter_files import base_sha256, read_adapter, tensors_sha256, write_adapter
+from .adapter_files import BASE_NAME, base_sha256, read_adapter, tensors_sha256, write_adapter
 from .base.lora_targets import is_plain_linear, linear_names, refused
 from .base.recomputation import recompute_activations
 
@@ -53,8 +53,12 @@ class Adapters:
             are not rounded away.
         base_name: written into saved folders as the base's name; default is the one the model was
             loaded by.
+        read_sha256: reads the weights that a base on torch's meta device stands for, and hashes
+            them.
 
-    `model` is the wrapped model; give it to `token_logprobs` inside `active(name)`. Raises
+    `model` is the wrapped model; give it to `token_logprobs` inside `active(name)`. On a base
+    without weights (`weightless`: it lies on torch's meta device, see `base_on_meta`) adapters are
+    read, hashed and saved as on any other, and nothing is computed with them. Raises
     `SettingError` for names, targets or `init` folders that cannot be used.
     """
 
@@ -66,11 +70,15 @@ class Adapters:
         seed: int,
         dtype: torch.dtype = torch.float32,
         base_name: str = "",
+        read_sha256: Callable[[], str] | None = None,
     ) -> None:
         self.policies = {p.name: p for p in policies if p.has_adapter}
         _check_names(policies)
         fix_rotary(base_model)
         self.base_name = base_name or getattr(base_model, "name_or_path", "")
+        self.weightless = read_sha256 is not None
+        self._read_sha256 = read_sha256 or self.base_sha256
+        self._made_for: dict[str, str] = {}  # hash of the base that a file read names, by policy
         configs = {
             name: _config(base_model, spec, self.base_name)
             for name, spec in sorted(self.policies.items())
@@ -87,6 +95,7 @@ class Adapters:
     def restart(self, name: str) -> None:
         """Give a policy's adapter what its `init` says, whatever it has learnt."""
         self._fresh(name)
+        self._made_for.pop(name, None)
         if self.policies[name].init != "fresh":
             self.load(name, init_folder(self.policies[name].init))
 
@@ -119,6 +128,11 @@ class Adapters:
                 self.model.add_adapter(name, config)
             else:
                 self.model = get_peft_model(self.model, config, adapter_name=name)
+            if self.weightless:  # PEFT puts an adapter where its base is
+                for layer in self.model.modules():
+                    if isinstance(layer, LoraLayer) and name in layer.lora_A:
+                        layer.lora_A[name].to_empty(device="cpu")
+                        layer.lora_B[name].to_empty(device="cpu")
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -183,11 +197,13 @@ class Adapters:
 
     def save(self, name: str, folder: str | Path) -> Path:
         """Write a plain PEFT folder that peft and vLLM load. The hash of the base goes into the
-        file's metadata."""
+        file's metadata, where it is known: without the base's weights, of adapters whose own file
+        named it."""
         tensors = {key: p.detach().cpu().contiguous() for key, p in self.parameters(name).items()}
         config = self.model.peft_config[name].to_dict()
-        config |= {"inference_mode": True, "base_model_name_or_path": self.base_name or None}
-        meta = {"base_sha256": self.loaded_sha256, "policy": name}
+        config |= {"inference_mode": True, BASE_NAME: self.base_name or None}
+        base = self._made_for.get(name, "") if self.weightless else self.loaded_sha256
+        meta = {"policy": name} | ({"base_sha256": base} if base else {})
         return write_adapter(Path(folder), tensors, config, meta)
 
     def load(self, name: str, folder: str | Path) -> None:
@@ -195,17 +211,27 @@ class Adapters:
 
         Raises `SettingError` if a file is missing, the adapter was made for another base, has
         another rank, alpha or kind, or its tensors differ in name or shape or are not finite;
-        nothing is changed then.
+        nothing is changed then. Without the base's weights, an adapter that names this base is
+        made for it; for any other name the weights are read once and hashed.
         """
         spec, parameters = self._spec(name), self.parameters(name)
         saved = read_adapter(Path(folder), f"policy {name!r}: adapter in {folder}")
-        saved.check_base(self.base_name, lambda: self.loaded_sha256)
+        if not (self.weightless and saved.config.get(BASE_NAME) == self.base_name):
+            saved.check_base(self.base_name, lambda: self.loaded_sha256)
         setting = f"policies.{name}.adapter" if name in self.policies else "the head's adapter"
         saved.check_shape(spec.adapter, parameters, setting)
         with torch.no_grad():
             for key, tensor in saved.tensors.items():
                 parameters[key].copy_(tensor)
+        self._made_for[name] = saved.meta.get("base_sha256", "")
         self.declare()
+
+    def copy(self, name: str, source: Adapters) -> None:
+        """Take this policy's tensors from its adapter on another copy of the base."""
+        tensors = source.parameters(name)
+        with torch.no_grad():
+            for key, parameter in self.parameters(name).items():
+                parameter.copy_(tensors[key])
 
     def sha256(self, name: str) -> str:
         """Hash of the adapter's tensors."""
@@ -219,7 +245,7 @@ class Adapters:
     @functools.cached_property
     def loaded_sha256(self) -> str:
         """`base_sha256` when it was first asked for: what saved adapters are stamped with."""
-        return self.base_sha256()
+        return self._read_sha256()
 
     def refresh(self) -> None:
         """To be called when the base's parameters were replaced by others of the same names."""

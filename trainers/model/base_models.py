@@ -8,11 +8,28 @@ import torch
 
 from ...agents.types import PolicySpec, SettingError
 from ...rollouts.engines.hardware import choose_dtype
+from ...rollouts.renderer import load_tokenizer
 
 
 def dtype_of(model: str, setting: str, device: torch.device) -> torch.dtype:
     """The base's dtype in the trainer, see `choose_dtype`."""
     return getattr(torch, choose_dtype(model, setting, on_gpu=device.type == "cuda"))
+
+
+def base_on_meta(path: str, dtype: torch.dtype) -> Any:
+    """The base in folder `path` on torch's meta device: modules and shapes without weights. Raises
+    `SettingError` if it is no causal language model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    load_tokenizer(path)  # first: it tells best what is wrong with a folder
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # a config of any other kind of model
+        raise SettingError(
+            f"model {path!r}: no causal language model ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def group_by_base(specs: dict[str, PolicySpec], default: str) -> dict[str, list[PolicySpec]]:

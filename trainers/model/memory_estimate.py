@@ -22,10 +22,9 @@ from torch import nn
 
 from ...agents.types import PolicySpec, SettingError
 from ...rollouts.engines.factory import choose_engine
-from ...rollouts.renderer import load_tokenizer
 from ..config import RunConfig
 from .base.lora_targets import linear_names
-from .base_models import dtype_of
+from .base_models import base_on_meta, dtype_of
 from .lm_head import chunk_of
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,8 @@ CPU_SHARE = 0.5  # of a machine's memory, for the trainers on its CPU
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one base in the trainer. `parameters`, `adapter_parameters`: counts; `activations`:
-    of one batch, kept for backward."""
+    of one batch, kept for backward. `held`: False where nothing on the base is trained, so that
+    its `weights` are its engine's alone."""
 
     parameters: int
     adapter_parameters: int
@@ -49,9 +49,13 @@ class Memory:
     adapters: float
     activations: float
     head: float
+    held: bool = True
 
     @property
     def total(self) -> float:
+        """What the trainer needs."""
+        if not self.held:
+            return 0.0
         return self.weights + self.adapters + self.activations + self.head
 
 
@@ -86,17 +90,9 @@ def estimate(
             fewer terms at a time.
     """
     specs = [spec for spec in specs if spec.has_adapter]
-    network = _on_meta(model, dtype)
-    known = {*linear_names(network), "lm_head"}
-    linears = {n: m for n, m in network.named_modules() if n.rsplit(".", 1)[-1] in known}
-    parameters = sum(p.numel() for p in network.parameters())
+    network = base_on_meta(model, dtype)
+    parameters, adapters = _counts(network, specs)
     vocabulary = network.get_input_embeddings().weight.shape[0]
-    adapters = sum(
-        spec.adapter.r * (m.in_features + m.out_features)
-        for spec in specs
-        for name, m in linears.items()
-        if is_adapted(spec, name)
-    )
     decoder = network.get_decoder()
     in_layers = sum(p.numel() for p in getattr(decoder, "layers", network).parameters())
     text, rows = network.config.get_text_config(), config.tokens_per_batch
@@ -121,6 +117,26 @@ def estimate(
         # logits, log-softmax, probabilities and a gradient, float32
         head=4 * 4 * min(chunk_of(vocabulary, "cpu" if on_cpu else "cuda"), rows) * vocabulary,
     )
+
+
+def engine_estimate(model: str, specs: Iterable[PolicySpec], dtype: torch.dtype) -> Memory:
+    """Memory of a base that is served and not loaded for training, see `Memory.held`."""
+    network = base_on_meta(model, dtype)
+    parameters, adapters = _counts(network, [spec for spec in specs if spec.has_adapter])
+    return Memory(parameters, adapters, dtype.itemsize * float(parameters), 0, 0, 0, held=False)
+
+
+def _counts(network: Any, specs: Sequence[PolicySpec]) -> tuple[int, int]:
+    """Parameters of the base, and of these policies' adapters on it."""
+    known = {*linear_names(network), "lm_head"}
+    linears = {n: m for n, m in network.named_modules() if n.rsplit(".", 1)[-1] in known}
+    adapters = sum(
+        spec.adapter.r * (m.in_features + m.out_features)
+        for spec in specs
+        for name, m in linears.items()
+        if is_adapted(spec, name)
+    )
+    return sum(p.numel() for p in network.parameters()), adapters
 
 
 def _activations_per_token(
@@ -200,20 +216,6 @@ def _head_size(text: Any) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def _on_meta(model: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    load_tokenizer(model)  # first: it tells best what is wrong with a folder
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Exception as error:  # a config of any other kind of model
-        raise SettingError(
-            f"model {model!r}: no causal language model ({str(error).splitlines()[0]})"
-        ) from error
-
-
 def _saved_per_token(
     model: Any, spec: PolicySpec, modules: Sequence[str], dtype: torch.dtype
 ) -> float:
@@ -289,21 +291,30 @@ def server_share(needs: Sequence[Memory], device_bytes: float, say: Callable[[st
 
 @dataclass(frozen=True)
 class TrainerPlacement:
-    """The bases that a trainer holds and where it computes.
+    """The bases of a team and where their trainer computes.
 
     bases: the policies of every base, by the base's folder. ranks: how many share the layers of a
-    base, see `estimate`.
+    base, see `estimate`. served_only: folders of those that the trainer does not load, because
+    nothing on them is trained.
     """
 
     config: RunConfig
     bases: Mapping[str, Sequence[PolicySpec]]
     device: torch.device
     ranks: int = 1
+    served_only: frozenset[str] = frozenset()
+
+    @property
+    def trains(self) -> bool:
+        """Does the trainer load any base?"""
+        return not self.served_only.issuperset(self.bases)
 
     def memory(self, recompute: bool = False) -> dict[str, Memory]:
         """`estimate` of every base on one rank, by the base's folder."""
         return {
-            path: estimate(
+            path: engine_estimate(path, specs, dtype_of(path, self.config.dtype, self.device))
+            if path in self.served_only
+            else estimate(
                 path,
                 specs,
                 self.config,
@@ -326,6 +337,8 @@ def needs_checkpointing(placement: TrainerPlacement, say: Callable[[str], None])
     config = placement.config
     if config.gradient_checkpointing != "auto":
         return config.gradient_checkpointing == "true"
+    if not placement.trains:
+        return False
     needs = list(placement.memory().values())
     room = trainer_room(config, needs, placement.device)
     need = sum(n.total for n in needs)
@@ -374,6 +387,8 @@ def with_server_memory(placement: TrainerPlacement, say: Callable[[str], None]) 
     user has not set it. `say` prints how the GPU is split."""
     config = placement.config
     if placement.device.type != "cuda" or config.server_memory or not _shares_gpu(config):
+        return config
+    if not placement.trains and len(placement.bases) < 2:  # nobody to share the GPU with
         return config
     needs = placement.memory(recompute=needs_checkpointing(placement, say))
     total = torch.cuda.get_device_properties(placement.device).total_memory

@@ -8,11 +8,9 @@ checks it by hash.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import itertools
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +18,6 @@ import torch
 from safetensors.torch import load_file
 
 from ...agents.types import AgentSpec, PolicySpec, SettingError
-from ...rollouts.engines.transformers_exactness import fix_rotary
-from ...rollouts.renderer import ChatRenderer, base_renderer
 from ...rollouts.template_variables import check_read
 from ...rollouts.types import TurnKey
 from .. import checkpoint as ckpt
@@ -30,86 +26,13 @@ from ..config import RunConfig
 from ..distributed.ranks import Ranks
 from ..errors import RunError
 from ..model import sharding
-from ..model.adapters import Adapters
-from ..model.base_models import dtype_of, group_by_base
-from ..model.local_models import local_model
+from ..model.base_models import group_by_base
 from ..model.memory_estimate import TrainerPlacement, needs_checkpointing
 from . import turn_logprobs
+from .learner_base import LearnerBase, frozen_base, load_base, trained_bases
 from .losses.inputs import LossFn
-from .optimizer_step import Optimizers, UpdateOptions, UpdateResult, update
+from .optimizer_step import UpdateOptions, UpdateResult, update
 from .scalar_heads import HeadLoss, HeadSpec, ScalarHead, Targets
-
-
-@dataclass
-class LearnerBase:
-    """One base model with all that learns on it.
-
-    `name`: what the settings call it. `path`: its folder, or a hub name. `heads`: the method's
-    scalar heads by name; they are no policies.
-    """
-
-    name: str
-    path: str
-    tokens: ChatRenderer
-    adapters: Adapters
-    optimizers: Optimizers
-    heads: dict[str, ScalarHead] = field(default_factory=dict)
-
-    @property
-    def policies(self) -> tuple[str, ...]:
-        return tuple(self.adapters.policies)
-
-
-def load_base(
-    name: str,
-    policies: Sequence[PolicySpec],
-    config: RunConfig,
-    device: torch.device,
-    heads: Sequence[HeadSpec] = (),
-    among: Ranks | None = None,
-) -> LearnerBase:
-    """Load model and tokenizer and create every adapter, and those of `heads` that stand on this
-    base; then the optimizers.
-
-    `among`: the ranks to split it over, see `sharding.split`; None keeps it whole. Raises
-    `SettingError` naming what is missing.
-    """
-    from transformers import AutoModelForCausalLM
-
-    path = local_model(name)
-    tokens = base_renderer(path, config.template_variables())
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype_of(path, config.dtype, device), trust_remote_code=False
-        )
-    # a missing, torn or foreign file: transformers, safetensors and torch raise kinds of their own
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise  # the disk that the progress is written to is full; the model may be right
-        raise SettingError(
-            f"model {name!r}: cannot be loaded as a causal language model:"
-            f" {str(error).splitlines()[0]}"
-        ) from error
-    if among is None:
-        model.to(device)
-    model.config.use_cache = False
-    fix_rotary(model, config.max_model_len)
-    adapters = Adapters(model, policies, seed=config.seed, base_name=path)
-    for policy in adapters.policies.values():
-        if policy.adapter.dropout and policy.trainable:
-            raise SettingError(
-                f"policies.{policy.name}.adapter.dropout: 0 expected; log-probs of a dropout pass"
-                " are not the served ones"
-            )
-    if among is not None:
-        sharding.split(adapters, among)
-    optimizers = Optimizers(adapters, config)
-    scalar_heads = {
-        spec.name: ScalarHead(adapters, spec, config, optimizers.layout)
-        for spec in heads
-        if (spec.base or config.model) == name
-    }
-    return LearnerBase(name, path, tokens, adapters, optimizers, scalar_heads)
 
 
 class UpdateLog(Protocol):
@@ -149,6 +72,7 @@ class Learner:
         log: where updates are reported.
 
     `bases` is empty until `load`. `before`: sha256 of every adapter and head as the run began.
+    `base_hashes`: sha256 of every base whose weights are loaded.
     `credit_state`: moving baselines of credit rules. `unfinished`: an update was begun since the
     last finished step.
     """
@@ -173,28 +97,63 @@ class Learner:
         self._measured = False  # how far the first update moved its tokens
 
     def load(self, ranks: Ranks) -> None:
-        """Load every base of the team and make its adapters, heads and optimizers."""
+        """Make the adapters, heads and optimizers of the team, and load every base on which one of
+        them learns."""
         config, device, self.ranks = self.config, ranks.device, ranks
         groups = group_by_base(self.policies, config.model)
-        among = ranks if sharding.sharding_mode(config.shard_base) else None
+        learning = trained_bases(groups, self.heads, config.model)
         self.bases = {
-            name: load_base(name, specs, config, device, self.heads, among)
+            name: load_base(name, specs, config, device, self.heads, self._among)
+            if name in learning
+            else frozen_base(name, specs, config, device)
             for name, specs in groups.items()
         }
-        check_read(config.template_variables(), [b.tokens.variables for b in self.bases.values()])
-        placement = TrainerPlacement(
-            config,
-            {base.path: groups[name] for name, base in self.bases.items()},
-            device,
-            1 if among is None else among.size,
-        )
-        if needs_checkpointing(placement, self.log.say):
-            for base in self.bases.values():
-                base.adapters.checkpoint_activations()
-        if among is not None:
+        if self.bases:
+            check_read(
+                config.template_variables(), [b.tokens.variables for b in self.bases.values()]
+            )
+        if needs_checkpointing(self.placement, self.log.say):
+            for name in learning:
+                self.bases[name].adapters.checkpoint_activations()
+        if learning and self._among is not None:
             self.log.say(f"shard_base: the base's layers are split over {ranks.size} ranks")
         self.before = self.hashes() | self._head_hashes("adapter")
-        self.base_hashes = {name: base.adapters.base_sha256() for name, base in self.bases.items()}
+        self.base_hashes = {
+            name: self.bases[name].adapters.base_sha256() for name in groups if name in learning
+        }
+
+    @property
+    def _among(self) -> Ranks | None:
+        """The ranks that the bases are split over; None: each has them whole."""
+        return self.ranks if sharding.sharding_mode(self.config.shard_base) else None
+
+    @property
+    def placement(self) -> TrainerPlacement:
+        """The bases that this trainer holds and where it computes."""
+        return TrainerPlacement(
+            self.config,
+            {base.path: [self.policies[p] for p in base.policies] for base in self.bases.values()},
+            self.ranks.device,
+            1 if self._among is None else self.ranks.size,
+            frozenset(base.path for base in self.bases.values() if base.weightless),
+        )
+
+    def load_weights(self, name: str) -> None:
+        """Load the weights of a base that had none here, because a forward pass on it is asked
+        for. Its adapters are those of now, and still nothing learns on it. Every rank has to call
+        it."""
+        base = self.bases[name]
+        if not base.weightless:
+            return
+        self.log.say(
+            f"base {name}: loaded for log-probabilities, although nothing on it is trained"
+        )
+        specs = [self.policies[policy] for policy in base.policies]
+        loaded = load_base(name, specs, self.config, self.ranks.device, (), self._among)
+        for policy in base.policies:
+            loaded.adapters.copy(policy, base.adapters)
+        base.adapters, base.optimizers = loaded.adapters, loaded.optimizers
+        self.base_hashes[name] = base.adapters.base_sha256()
 
     # what learns
 
@@ -204,8 +163,8 @@ class Learner:
 
     def check_bases(self) -> None:
         """Raise `RunError` if a base's own weights are not those that were loaded."""
-        for name, base in self.bases.items():
-            if base.adapters.base_sha256() != self.base_hashes[name]:
+        for name, sha256 in self.base_hashes.items():
+            if self.bases[name].adapters.base_sha256() != sha256:
                 raise RunError(f"base {name}: its weights changed during the run; they must not")
 
     def _head_hashes(self, key: str) -> dict[str, str]:

@@ -52,7 +52,10 @@ class Optimizers:
 
     def __init__(self, adapters: Adapters, config: OptimizerSettings) -> None:
         self.adapters, self.config = adapters, config
-        self.layout = choose_layout(adapters.model, config.layout)
+        # on a base without weights nothing is computed
+        self.layout: Layout = (
+            "padded" if adapters.weightless else choose_layout(adapters.model, config.layout)
+        )
         self.peak = {
             name: config.learning_rate if spec.learning_rate is None else spec.learning_rate
             for name, spec in adapters.policies.items()

@@ -2,7 +2,8 @@
 began, and as means per policy.
 
 All three read through `_read`: one forward pass per base and policy, every rank computing its
-share; the results are the same on every rank.
+share; the results are the same on every rank. A base on which nothing learns gets its weights when
+it is first read.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Reader(Protocol):
     @property
     def bases(self) -> Mapping[str, ReadableBase]: ...
 
+    def load_weights(self, name: str) -> None: ...
+
 
 def by_turn(
     learner: Reader, sequences: Sequence[TrainingSequence], reference: bool
@@ -83,6 +86,8 @@ def under_reference(learner: Reader, sequences: Sequence[TrainingSequence]) -> t
     for base in learner.bases.values():
         for policies in together(base.adapters, base.policies):
             mine = [n for n, sequence in enumerate(sequences) if sequence.policy in policies]
+            if not mine:
+                continue
             tokens = _read(learner, base, [sequences[n] for n in mine], policies[0], initial=True)
             for number, part in zip(mine, tokens.split([counts[n] for n in mine]), strict=True):
                 parts[number].copy_(part)
@@ -117,6 +122,7 @@ def _read(
     initial: bool = False,
 ) -> torch.Tensor:
     """log p of every trained token [N] with this policy speaking, now or as the run began."""
+    learner.load_weights(base.name)
     model = base.adapters.model
     layout: Layout = base.optimizers.layout
     with initial_weights(base.adapters, policy) if initial else base.adapters.active(policy):

@@ -224,13 +224,20 @@ class Publisher:
         return records
 
     def summary(self) -> dict[str, float | int]:
-        """Counts for `summary.json`."""
+        """Counts for `summary.json`. `checks`: the records that are judged, so without those that
+        say `identity`; of these it tells where there are any."""
         residuals = [p.residual for p in self.records if p.residual is not None]
         count = {
             status: sum(p.status == status for p in self.records)
             for status in ("passed", "untrained", "failed")
         }
-        return {"checks": len(self.records), **count, "max_residual": max(residuals, default=0.0)}
+        identity = len(self.records) - sum(count.values())
+        return {
+            "checks": sum(count.values()),
+            **count,
+            "max_residual": max(residuals, default=0.0),
+            **({"identity": identity} if identity else {}),
+        }
 
     def to_json(self) -> list[dict[str, object]]:
         return [asdict(proof) for proof in self.records]

@@ -16,6 +16,8 @@ replica.
 How small is small follows the noise, measured with every adapter off when a replica is first
 verified: where engine and trainer agree to six digits, the version of one step ago differs even
 after a hundred steps. While B is zero there is nothing to compare and the record says `untrained`.
+Where nothing on a base is trained, the trainer has no weights to compute with: the identity is all
+that is compared, and the record says `identity`, which counts neither as passed nor as a check.
 The trainer's forward passes run beside the engine's work, one at a time, in a thread.
 """
 
@@ -59,6 +61,7 @@ RESIDUAL = (0.005, 0.2)
 # Nats per token; measured in bfloat16: up to 0.011 where the bare base agreed to the last bit, up
 # to 0.08 where it was off by 0.03.
 DECODE = (0.002, 0.05, 0.3)
+FROZEN = "nothing on this base is trained; name, folder and tensors are those of the run"
 DECODED, SAMPLED = 2, 8  # turns whose prompt is decoded after, and tokens decoded
 
 
@@ -69,8 +72,8 @@ class WeightMismatch(EngineError):
 
 @dataclass(frozen=True)
 class VerificationRecord:
-    """One check of one version on one replica. `status`: passed, untrained or failed; the numbers
-    are None where nothing was compared.
+    """One check of one version on one replica. `status`: passed, untrained, failed, or identity
+    (see above); the numbers are None where nothing was compared.
 
     `noise`: mean |server - trainer| in nats per sampled token, with every adapter off, as first
     measured on the replica. `amplified`: the twin's factor.
@@ -130,11 +133,9 @@ class WeightVerifier:
         self._noise: dict[str, Noise] = {}
         self._trainer, self._twins, self._measuring = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self._threads = torch.get_num_threads()
-        served, trained = (
-            getattr(torch, engine.info().dtype),
-            next(adapters.model.parameters()).dtype,
-        )
-        self._coarse = int(served != torch.float32 or trained != torch.float32)
+        served = getattr(torch, engine.info().dtype)
+        trained = {} if adapters.weightless else {next(adapters.model.parameters()).dtype}
+        self._coarse = int({served, *trained} != {torch.float32})
 
     async def verify(
         self, step: int, policy: str, version: str, probes: Sequence[Probe]
@@ -145,6 +146,13 @@ class WeightVerifier:
             for r in self.engine.info().replicas
         )
         proofs = {proof.replica: proof for proof in looked if proof is not None}
+        if self.adapters.weightless:
+            return [
+                replace(proof, status="identity", reason=FROZEN)
+                if proof.status == "passed"
+                else proof
+                for proof in proofs.values()
+            ]
         open_ = [replica for replica, proof in proofs.items() if proof.status == "passed"]
         if not self.adapters.is_trained(policy) or not probes:
             why = "B is zero" if probes else "no turn of this policy to compare yet"

@@ -248,7 +248,7 @@ def test_an_estimate_that_fails_is_a_warning(
     config = AutoConfig.for_model(family, **(SIZES | MOE.get(family, {})))
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    monkeypatch.setattr(memory_estimate, "_on_meta", lambda model, dtype: network)
+    monkeypatch.setattr(memory_estimate, "base_on_meta", lambda model, dtype: network)
     policy = PolicySpec("a", adapter=AdapterSpec(2, 4.0, ("all-linear",)))
     settings = RunConfig(model="m", tokens_per_batch=1000)
     memory = memory_estimate.estimate("m", [policy], settings, torch.float32)

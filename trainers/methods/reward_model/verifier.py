@@ -48,7 +48,7 @@ from ...config import RunConfig
 from ...errors import RunError
 from ...model.local_models import local_model
 from ...trainer import Trainer
-from ...update.learner import LearnerBase, load_base
+from ...update.learner_base import LearnerBase, load_base
 from ...update.losses.statistics import Stats
 from ...update.minibatches import minibatches
 from ...update.scalar_heads import HeadSpec, ScalarHead, Targets, after
