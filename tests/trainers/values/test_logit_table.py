@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marlora.agents.state import TeamState
+from marlora.agents.testing import fake_team
 from marlora.agents.types import Decision, Reward, SettingError, Task
 from marlora.rollouts.types import Episode
 from marlora.trainers.credit.decisions import decision_credit
@@ -298,6 +299,25 @@ def test_learning_rate_0_moves_nothing():
     learn(table, 0, lambda pair, rng: UTILITIES[pair], steps=5)
     assert table.sha256() == before
     assert table.state_dict()["adam"]["steps"] == 4  # of 5: one batch said nothing
+
+
+def test_choices_of_a_team_are_those_of_the_table():
+    """`team.decide(..., table=)` draws and records by the value that the table gives."""
+    table, drawn = edges(0.1, 0.9), []
+    for seed in range(200):
+        team = fake_team(["a"], lambda agent, messages: "", table.values(), seed=seed)
+        for name in EDGES:
+            team.decide(name, YES_NO, table="edges")
+        state = TeamState(values=table.values())
+        drawn.append(
+            Episode(str(seed), "g", Task("t", "?"), state=state, decisions=tuple(team.decisions))
+        )
+    decisions = table.decisions(drawn)
+    assert len(decisions) == 400
+    shares = [
+        fmean(d.choice == "yes" for d in decisions.values() if d.name == name) for name in EDGES
+    ]
+    assert shares == pytest.approx([0.1, 0.9], abs=0.07)  # three standard errors
 
 
 # resume
