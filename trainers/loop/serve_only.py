@@ -48,7 +48,12 @@ def serve(spec: RunSpec) -> None:
             f"endpoints {folder}: serve_only writes one file per node, so a folder is expected"
         )
     servers = []
-    for name, policies in group_by_base(dict(spec.policies), config.model).items():
+    bases = group_by_base(dict(spec.policies), config.model)
+    if not bases:
+        raise SettingError(
+            "serve_only: every policy is an outside model (url), so there is no base to serve here"
+        )
+    for name, policies in bases.items():
         path = local_model(name)
         settings = dataclasses.replace(
             config, engine_dtype=choose_dtype(path, config.engine_dtype, on_gpu=has_gpu())

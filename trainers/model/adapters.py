@@ -383,20 +383,3 @@ def _config(base: nn.Module, spec: PolicySpec, base_name: str) -> LoraConfig:
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name or None,
     )
-
-
-def same_targets(adapters: Adapters) -> None:
-    """Raise `SettingError` if adapters stand on different linear maps: ranks could then need
-    different weights in a backward pass, and hang."""
-    targets_of = {
-        name: sorted(adapters.model.peft_config[name].target_modules) for name in adapters.policies
-    }
-    first = next(iter(targets_of), "")
-    for name, targets in targets_of.items():
-        if targets != targets_of[first]:
-            raise SettingError(
-                f"accelerate: DeepSpeed wants all adapters on the same linear maps, policy {name!r}"
-                f" has {targets} and {first!r} {targets_of[first]}; set"
-                f" policies.{name}.adapter.targets, or use --config_file"
-                " recipes/accelerate/fsdp2.yaml"
-            )

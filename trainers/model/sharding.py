@@ -20,7 +20,7 @@ from torch import nn
 
 from ...agents.types import SettingError
 from ..distributed.ranks import Ranks
-from .adapters import Adapters, same_targets
+from .adapters import Adapters
 
 
 def sharding_mode(setting: bool, environ: Mapping[str, str] = os.environ) -> str:
@@ -114,6 +114,23 @@ def split(adapters: Adapters, ranks: Ranks) -> None:
             setattr(module, name, buffer.to(ranks.device))
     adapters.refresh()
     ranks.lockstep = True
+
+
+def same_targets(adapters: Adapters) -> None:
+    """Raise `SettingError` if adapters stand on different linear maps: ranks could then need
+    different weights in a backward pass, and hang."""
+    targets_of = {
+        name: sorted(adapters.model.peft_config[name].target_modules) for name in adapters.policies
+    }
+    first = next(iter(targets_of), "")
+    for name, targets in targets_of.items():
+        if targets != targets_of[first]:
+            raise SettingError(
+                f"accelerate: DeepSpeed wants all adapters on the same linear maps, policy {name!r}"
+                f" has {targets} and {first!r} {targets_of[first]}; set"
+                f" policies.{name}.adapter.targets, or use --config_file"
+                " recipes/accelerate/fsdp2.yaml"
+            )
 
 
 def _by_fsdp2(

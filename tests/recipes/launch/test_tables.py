@@ -48,6 +48,26 @@ def test_a_run_without_rounds_shows_none():
     )
 
 
+def test_a_run_that_trained_no_weight_shows_no_adapters_and_no_proof():
+    text = summary_table(SUMMARY, "runs/x")
+    assert "live proof" not in text and "hash before" not in text and "--ablate" not in text
+    assert "marlora eval runs/x/checkpoints/step-000003" in text
+    same = {"trainable_parameters": 0, "sha256_before": "a" * 64, "sha256_after": "a" * 64}
+    served = {**SUMMARY["live_proof"], "identity": 2}
+    text = summary_table({**SUMMARY, "policies": {"solver": same}, "live_proof": served}, "runs/x")
+    assert "live proof: nothing was trained" in text and "hash before" not in text
+    assert "0 passed" not in text
+
+
+def test_a_run_that_trained_shows_its_adapters_and_its_proof():
+    entry = {"trainable_parameters": 8, "sha256_before": "a" * 64, "sha256_after": "b" * 64}
+    proof = {"checks": 3, "passed": 2, "untrained": 1, "failed": 0, "max_residual": 0.01}
+    changed = {"policies": {"solver": entry}, "live_proof": proof}
+    text = summary_table({**SUMMARY, **changed}, "runs/x")
+    assert "live proof: 3 checks, 2 passed, 1 untrained, 0 failed" in text
+    assert "hash before" in text and "--ablate" in text
+
+
 def test_rounds_and_changes():
     changes = [{"right_right": 6, "right_wrong": 1, "wrong_right": 2, "wrong_wrong": 1}]
     entry = {"answers": [10, 10], "accuracy": [0.7, 0.8], "gain": 0.1, "changes": changes}
@@ -176,7 +196,9 @@ def test_tables_are_as_wide_as_the_terminal_and_cut_nothing(
 
 
 def test_commands_are_quoted_and_take_the_flags() -> None:
-    told = summary_table(SUMMARY, "runs/my run", ["--system", "mine:Pair"], ["--meta", '{"c": 1}'])
+    entry = {"trainable_parameters": 8, "sha256_before": "a" * 64, "sha256_after": "b" * 64}
+    trained = {**SUMMARY, "policies": {"solver": entry}}
+    told = summary_table(trained, "runs/my run", ["--system", "mine:Pair"], ["--meta", '{"c": 1}'])
     ablate, play = told.partition("next:\n")[2].splitlines()
     step = "runs/my run/checkpoints/step-000003"
     assert shlex.split(ablate, comments=True) == [

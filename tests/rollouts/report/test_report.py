@@ -26,7 +26,7 @@ from marlora.rollouts.report.episode_index import EpisodeIndex, crc, episode_row
 from marlora.rollouts.report.html import number, text, visible
 from marlora.rollouts.report.report import write_report
 from marlora.rollouts.report.run_data import RunData
-from marlora.rollouts.report.tables import any_value
+from marlora.rollouts.report.tables import adapters, any_value, proofs
 from marlora.rollouts.types import Episode
 
 EVIL = (
@@ -495,6 +495,23 @@ def test_several_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
     assert [r["name"] for r in json.loads(data)["runs"]] == [run.name, "other"]
     with pytest.raises(SettingError, match="named twice"):
         write_report(run, run)
+
+
+def test_where_nothing_was_trained_there_is_no_table_of_proofs_or_adapters(run: Path) -> None:
+    records = [
+        {"step": 0, "version": name, "replica": r, "status": "identity", "reason": "nothing"}
+        for name in ("solver-v0-aa", "critic-v0-bb")
+        for r in ("one", "two")
+    ]
+    counts = {"checks": 0, "passed": 0, "untrained": 0, "failed": 0, "max_residual": 0.0}
+    shown = proofs({**counts, "identity": 4}, records)
+    assert "nothing to prove. 2 frozen adapters" in shown and "<table" not in shown
+    wrong = [*records, {**records[0], "status": "failed", "reason": "another folder"}]
+    shown = proofs({**counts, "checks": 1, "failed": 1}, wrong)
+    assert "<table" in shown and "another folder" in shown
+    same = {"trainable_parameters": 0, "sha256_before": "a", "sha256_after": "a"}
+    assert adapters({"solver": same, "critic": same}) == ""
+    assert "unchanged" in adapters({"solver": same, "critic": {**same, "trainable_parameters": 8}})
 
 
 def test_a_run_that_did_not_end_has_a_report_too(run: Path) -> None:

@@ -4,6 +4,7 @@ split of a GPU."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from marlora.trainers.model.memory_estimate import (
     GIB,
     Memory,
     TrainerPlacement,
+    engine_estimate,
     estimate,
     needs_checkpointing,
     server_share,
@@ -174,6 +176,27 @@ def test_checkpointing_keeps_one_input_per_layer_and_one_layer(tmp_path: Path) -
     assert lean.activations == pytest.approx(100 * 4 * 64 * 4 + plain.activations / 3)
 
 
+def test_a_base_that_is_served_only_takes_nothing_of_the_trainer(tmp_path: Path) -> None:
+    path = str(folder_of(LlamaConfig(**SHAPE, tie_word_embeddings=True), tmp_path))
+    trained = estimate(path, SPECS, RunConfig(), torch.bfloat16)
+    served = engine_estimate(path, SPECS, torch.bfloat16)
+    assert (served.parameters, served.adapter_parameters, served.weights) == (
+        trained.parameters,
+        trained.adapter_parameters,
+        trained.weights,
+    )
+    assert served.total == 0.0 < trained.total
+
+    device = torch.device("cpu")
+    config = RunConfig(dtype="bfloat16")
+    mixed = {path: SPECS}
+    assert TrainerPlacement(config, mixed, device).memory()[path].held
+    frozen = TrainerPlacement(config, mixed, device, served_only=frozenset({path}))
+    assert not frozen.memory()[path].held and not frozen.trains
+    assert not needs_checkpointing(frozen, lambda text: pytest.fail(text))
+    assert not TrainerPlacement(config, {}, device).trains
+
+
 def need(gib: float) -> Memory:
     return Memory(1, 1, weights=gib * GIB, adapters=0.0, activations=0.0, head=0.0)
 
@@ -218,6 +241,20 @@ def test_only_a_shared_gpu_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
         == 0
     )
     assert memory_of("cuda", server_urls=["http://host/v1"]) == 0
+
+    def alone(*bases: str) -> float:
+        """All bases are served only: one has the GPU as vLLM takes it, more divide it."""
+        config = RunConfig(dtype="bfloat16")
+        monkeypatch.setattr(
+            memory_estimate, "engine_estimate", lambda *args: replace(need(10), held=False)
+        )
+        placement = TrainerPlacement(
+            config, dict.fromkeys(bases, SPECS), torch.device("cuda"), served_only=frozenset(bases)
+        )
+        return with_server_memory(placement, lambda text: None).server_memory
+
+    assert alone("m") == 0
+    assert alone("m", "n") == pytest.approx((1 - 1.5 / 80) / 2)
 
 
 def test_checkpointing_is_on_only_where_the_trainer_would_not_fit(

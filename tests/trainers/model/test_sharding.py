@@ -18,7 +18,7 @@ from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
 from marlora.trainers.batching.batches import pack, pad_ranks, split_over_ranks
 from marlora.trainers.batching.samples import TrainingSequence
 from marlora.trainers.config import RunConfig
-from marlora.trainers.model import adapters, sharding
+from marlora.trainers.model import sharding
 from marlora.trainers.model.adapters import Adapters
 from marlora.trainers.model.base_models import dtype_of
 from marlora.trainers.model.memory_estimate import estimate
@@ -253,8 +253,8 @@ def test_deepspeed_wants_adapters_on_the_same_linear_maps(model: Path) -> None:
         PolicySpec("b", adapter=AdapterSpec(targets=("o_proj",))),
     ]
     with pytest.raises(SettingError, match=r"DeepSpeed.*policy 'b'.*targets"):
-        adapters.same_targets(Adapters(base, specs, seed=0))
-    adapters.same_targets(Adapters(AutoModelForCausalLM.from_pretrained(model), specs[:1], seed=0))
+        sharding.same_targets(Adapters(base, specs, seed=0))
+    sharding.same_targets(Adapters(AutoModelForCausalLM.from_pretrained(model), specs[:1], seed=0))
 
 
 def test_ranks_get_as_many_batches_and_the_added_ones_are_muted() -> None:
