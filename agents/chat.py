@@ -9,19 +9,8 @@ from typing import Any
 from .execution import Check, Execute, ExecutionResult, Externals, Limits, SandboxError
 from .seeds import derive_seed
 from .tools.tools import Tool, parse_calls, python_tool, resolve_tools, run_call, tool_prompt
-from .transcript import Transcript
-from .types import (
-    AgentSpec,
-    Ask,
-    Call,
-    Choose,
-    Message,
-    Sampling,
-    SettingError,
-    Task,
-    Turn,
-    from_json,
-)
+from .transcript import Ask, Call, Choose, Operation, Transcript
+from .types import AgentSpec, Message, Sampling, SettingError, Task, Turn, from_json
 
 
 @dataclass(frozen=True)
@@ -64,13 +53,14 @@ class Agent:
         spec: name, policy, prompt and tools.
         services: gives completions and runs tools.
         transcript: numbers and keeps the turns.
-        values: `NAME.prompt` and `NAME.demos` stand in for the spec's.
+        values: `NAME.prompt`, `NAME.demos` and `NAME.policy` stand in for the spec's.
     """
 
     def __init__(
         self, spec: AgentSpec, services: Services, transcript: Transcript, values: Mapping[str, Any]
     ) -> None:
-        self.spec, self._services = spec, services
+        policy = values.get(f"{spec.name}.policy") or spec.policy
+        self.spec, self._services = replace(spec, policy=policy), services
         self._transcript, self._values = transcript, values
         self.chat: tuple[Message, ...] = ()
         self._last: Turn | None = None
@@ -142,7 +132,7 @@ class Agent:
         self,
         text: str,
         *,
-        reads: Sequence[Turn] = (),
+        reads: Sequence[Turn | Operation] = (),
         n: int = 1,
         choose: Choose | None = None,
         saw_gold: bool = False,
@@ -153,9 +143,9 @@ class Agent:
         anything is awaited.
 
         Args:
-            reads: the turns whose text stands in `text`; required wherever agents read one another.
-                The turn's own `reads` are these and those of the chat's earlier calls, whose
-                messages it holds too.
+            reads: the turns and operations whose text stands in `text`; required wherever agents
+                read one another. The turn's own `reads` are these and those of the chat's earlier
+                calls, whose messages it holds too.
             n, choose: sample n siblings in one request; `choose(turns) -> number` picks the one the
                 chat goes on with (the first if None). All siblings are recorded.
             saw_gold: `text` tells the answer; neither this turn nor a later one of this chat will

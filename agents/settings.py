@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
 
-from .secrecy import shown_value
+from .text.secrecy import shown_value
 from .types import SettingError, closest
 
 KINDS: dict[str, tuple[type, ...]] = {

@@ -9,8 +9,10 @@ from typing import Any
 
 from .lookup import Untrusted, object_named
 from .settings import check_fields
+from .state import Param, agent_params
 from .team import Team
-from .types import AgentSpec, Sampling, SettingError, Task, from_json, nearest, to_json
+from .transcript import Output
+from .types import AgentSpec, Sampling, SettingError, Task, Turn, from_json, nearest, to_json
 
 
 def _agent(given: Any) -> AgentSpec:
@@ -66,7 +68,12 @@ class System:
             if f.name != "agents"
         }
 
-    async def run(self, task: Task, team: Team) -> str:
+    def params(self) -> tuple[Param, ...]:
+        """What a method may change: every agent's prompt, demonstrations and policy; a system with
+        values of its own adds them."""
+        return agent_params(self.specs)
+
+    async def run(self, task: Task, team: Team) -> Turn | Output | str:
         raise TypeError(
             f"{type(self).__name__} has no run(task, team); write it as a coroutine that returns"
             " the output"

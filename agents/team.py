@@ -13,7 +13,7 @@ from typing import Any
 from .chat import Agent, Services
 from .execution import ExecutionResult, Externals, Limits, SandboxError, TestResult, TestSuite
 from .seeds import derive_seed
-from .transcript import Transcript
+from .transcript import Operation, Transcript
 from .types import AgentSpec, Decision, Reward, SettingError, Task, Turn, nearest
 
 
@@ -25,8 +25,9 @@ class Team:
         services: gives completions, plays child episodes, runs and tests programs.
         transcript: numbers and keeps turns and decisions; an empty one if None. Its seed is the
             episode's: `rng` follows from it too.
-        values: texts and choices by name that a method may change (`NAME.prompt`, `NAME.demos`, a
-            decision's logits).
+        values: what a method may change, by name: `NAME.prompt`, `NAME.demos`, `NAME.policy`, a
+            program, logits of decisions.
+        greedy: decisions take the likeliest option, as agents at temperature 0 do.
 
     `rewards` is what the system itself gives the episode.
     """
@@ -37,8 +38,10 @@ class Team:
         services: Services,
         transcript: Transcript | None = None,
         values: Mapping[str, Any] | None = None,
+        *,
+        greedy: bool = False,
     ) -> None:
-        self.services = services
+        self.services, self.greedy = services, greedy
         self.transcript = transcript or Transcript()
         self.values: dict[str, Any] = dict(values or {})
         self.rng = random.Random(derive_seed(self.transcript.seed, "rng"))
@@ -81,10 +84,39 @@ class Team:
         read."""
         self.transcript.select(turn, taken=taken)
 
-    def decide(self, name: str, options: Sequence[str]) -> str:
-        """Sample one of `options` and record it. `values[name]` may hold a logit per option;
-        without it all are as likely."""
-        return self.transcript.decide(name, options, self.values.get(name) or {})
+    def decide(
+        self,
+        name: str,
+        options: Sequence[str],
+        about: str = "",
+        *,
+        logits: Mapping[str, float] | None = None,
+        table: str = "",
+    ) -> str:
+        """Choose one of `options` and record it: drawn by the softmax of its logits, or the
+        likeliest if `greedy`.
+
+        Args:
+            about: the text that the choice is made for, such as the query.
+            logits: by option, where the system computes them (from `about`); None takes
+                `values[name]`, or `values[table][name]`. Options without one have logit 0.
+        """
+        if logits is None:
+            of_table = self.values.get(table) or {} if table else self.values
+            logits = of_table.get(name) or {}
+        return self.transcript.decide(name, options, logits, about=about, greedy=self.greedy)
+
+    def record(
+        self, name: str, text: str, *, reads: Sequence[Turn | Operation] = (), error: str = ""
+    ) -> Operation:
+        """Put plain Python between turns on record: `text` came of what it `reads`. Turns that are
+        shown it name it among their `reads`, so feedback on them can flow through it."""
+        return self.transcript.note(name, text, reads, error)
+
+    @property
+    def operations(self) -> list[Operation]:
+        """The operations so far, in order."""
+        return self.transcript.operations
 
     async def execute(
         self, program: str, externals: Externals | None = None, limits: Limits = Limits()

@@ -21,8 +21,8 @@ from .chat import Services
 from .execution import Check, Execute
 from .system import System
 from .team import Team
-from .transcript import Transcript
-from .types import AgentSpec, Call, Completion, Decision, Message, Task, Turn, from_json, to_json
+from .transcript import Call, Transcript
+from .types import AgentSpec, Completion, Decision, Message, Task, Turn, from_json, to_json
 
 Answer = Callable[[str, "tuple[Message, ...]", str], str]
 

@@ -1,5 +1,5 @@
-"""The transcript of an episode: its turns and decisions in order, and the replay of recorded
-ones."""
+"""The transcript of an episode: its turns, decisions and operations in order, and the replay of
+recorded ones."""
 
 from __future__ import annotations
 
@@ -7,27 +7,70 @@ import dataclasses
 import inspect
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .seeds import derive_seed
-from .types import (
-    Ask,
-    Call,
-    Choose,
-    Completion,
-    Decision,
-    LimitError,
-    ReplayError,
-    SettingError,
-    Turn,
-)
+from .types import AgentSpec, Completion, Decision, Message, Sampling, SettingError, Turn
+
+
+class ReplayError(RuntimeError):
+    """In a replay the system asked for something else than the recording holds."""
+
+
+class LimitError(RuntimeError):
+    """An episode asked for more turns than it may have."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request for completions. `previous` is the turn this chat goes on from, None for a new
+    chat."""
+
+    index: int
+    agent: AgentSpec
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    n: int = 1
+    previous: Turn | None = None
+
+
+Ask = Callable[[Call], Awaitable[Sequence[Completion]]]
+
+
+Choose = Callable[[Sequence[Turn]], "int | Awaitable[int]"]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Plain Python between turns that a system wants on record, so that feedback can flow through
+    it. Its index is of the turns' numbering: `reads` of turns and operations may name it."""
+
+    index: int
+    name: str
+    reads: tuple[int, ...] = ()
+    text: str = ""
+    error: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a system returns, with the turns and operations that it was made of."""
+
+    text: str
+    reads: Sequence[Turn | Operation] = ()
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class Transcript:
-    """The turns and decisions of one episode. Calls are numbered before anything is awaited, so the
-    order of turns does not depend on how long answers take.
+    """The turns, decisions and operations of one episode. Calls are numbered before anything is
+    awaited, so the order of turns does not depend on how long answers take.
 
     Args:
         seed: the episode's; the seeds of requests and decisions follow from it.
@@ -49,6 +92,7 @@ class Transcript:
     ) -> None:
         self.seed, self.max_turns = seed, max_turns
         self.decisions: list[Decision] = []
+        self.operations: list[Operation] = []
         self._turns: dict[int, list[Turn]] = {}
         self._next = 0
         self._given: dict[int, list[Turn]] = {}
@@ -154,9 +198,26 @@ class Transcript:
             )
         return completions, ["sampled"] * len(completions)
 
-    def decide(self, name: str, options: Sequence[str], logits: Mapping[str, float]) -> str:
-        """Sample one of `options` by its logit (0 where it has none) and record it; a recorded
-        decision is taken again."""
+    def note(
+        self, name: str, text: str, reads: Iterable[Turn | Operation] = (), error: str = ""
+    ) -> Operation:
+        """Record an operation; it takes the next index."""
+        read = tuple(sorted({each.index for each in reads}))
+        operation = Operation(self.reserve(1), name, read, text, error)
+        self.operations.append(operation)
+        return operation
+
+    def decide(
+        self,
+        name: str,
+        options: Sequence[str],
+        logits: Mapping[str, float],
+        *,
+        about: str = "",
+        greedy: bool = False,
+    ) -> str:
+        """Sample one of `options` by its logit (0 where it has none), or take the likeliest if
+        `greedy` (the first of several), and record it; a recorded decision is taken again."""
         if not options:
             raise SettingError(f"team.decide({name!r}): expected at least one option")
         index = len(self.decisions)
@@ -169,7 +230,12 @@ class Transcript:
                 f" has {given}"
             )
         rng = random.Random(derive_seed(self.seed, "decide", index))
-        choice = given.choice if given else rng.choices(list(options), weights)[0]
+        if given:
+            choice = given.choice
+        elif greedy:
+            choice = options[weights.index(max(weights))]
+        else:
+            choice = rng.choices(list(options), weights)[0]
         logprob = math.log(weights[list(options).index(choice)] / sum(weights))
-        self.decisions.append(Decision(index, name, tuple(options), choice, logprob))
+        self.decisions.append(Decision(index, name, tuple(options), choice, logprob, about))
         return choice

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -175,17 +175,10 @@ class Sampling:
     def on_policy(self) -> bool:
         """True if tokens were drawn from the whole softmax at a temperature above 0, so probability
         ratios are defined."""
-        if self.grammar or self.logit_bias:
-            return False
-        off = (
-            self.top_p,
-            self.top_k,
-            self.min_p,
-            self.repetition_penalty,
-            self.presence_penalty,
-            self.frequency_penalty,
+        whole = Sampling(
+            self.temperature, max_tokens=self.max_tokens, stop=self.stop, seed=self.seed
         )
-        return self.temperature > 0 and off == (1.0, 0, 0.0, 1.0, 0.0, 0.0)
+        return self.temperature > 0 and self == whole
 
 
 @dataclass(frozen=True)
@@ -219,6 +212,9 @@ class PolicySpec:
         learning_rate: None means the run's.
         url: an OpenAI-compatible endpoint of an outside model (`base` is then its model name);
             never trained.
+        key_env: the environment variable that holds the outside model's key; "" means
+            `MARLORA_OUTSIDE_KEY`.
+        price: of a million tokens: `currency`, `prompt`, `sampled`, `cached`.
     """
 
     name: str
@@ -228,6 +224,8 @@ class PolicySpec:
     init: str = "fresh"
     learning_rate: float | None = None
     url: str | None = None
+    key_env: str = ""
+    price: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def has_adapter(self) -> bool:
@@ -270,13 +268,32 @@ class AgentSpec:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """The cost of calls. `prompt_tokens` counts every prompt as sent, `cached_tokens` those that
+    were played before and cost nothing now; `seconds` are wall-clock, summed over calls; `cost` is
+    money, where the policy has a price."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    sampled_tokens: int = 0
+    seconds: float = 0.0
+    cached_tokens: int = 0
+    cost: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Usage(*(mine + its for mine, its in pairs))
+
+
+@dataclass(frozen=True)
 class Completion:
     """One sampled reply, as the engine returned it.
 
     `token_ids` [T] are the sampled tokens, the end-of-turn token included when it was sampled;
     `logprobs` [T] are theirs under the distribution they were drawn from. `prompt_ids` [P] is what
     the engine read. All three are empty for outside models and fakes. `version` names the adapter
-    version that was sampled from ("" = base).
+    version that was sampled from ("" = base). `usage` is what an outside model's server reports of
+    the whole request; it stands in the first of its completions.
     """
 
     text: str
@@ -286,6 +303,7 @@ class Completion:
     finish_reason: str = "stop"
     policy: str = ""
     version: str = ""
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True)
@@ -302,7 +320,8 @@ class Turn:
             never for ratios.
         saw_gold: the prompt held the answer (feedback steps): such a turn never enters a batch.
         sampling: what was sent, the seed included.
-        text, prompt_ids, token_ids, logprobs, finish_reason, policy, version: see `Completion`.
+        text, prompt_ids, token_ids, logprobs, finish_reason, policy, version, usage: see
+            `Completion`.
     """
 
     index: int
@@ -321,6 +340,7 @@ class Turn:
     finish_reason: str = "stop"
     policy: str = ""
     version: str = ""
+    usage: Usage | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -335,47 +355,22 @@ class Turn:
             self.finish_reason,
             self.policy,
             self.version,
+            self.usage,
         )
 
 
 @dataclass(frozen=True)
 class Decision:
     """A sampled choice that is not tokens: an edge, an operator, a model. `logprob` is of `choice`
-    among `options`."""
+    among `options`, `about` the text that the choice was made for."""
 
     index: int
     name: str
     options: tuple[str, ...]
     choice: str
     logprob: float
+    about: str = ""
     version: str = ""
-
-
-class ReplayError(RuntimeError):
-    """In a replay the system asked for something else than the recording holds."""
-
-
-class LimitError(RuntimeError):
-    """An episode asked for more turns than it may have."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One request for completions. `previous` is the turn this chat goes on from, None for a new
-    chat."""
-
-    index: int
-    agent: AgentSpec
-    messages: tuple[Message, ...]
-    sampling: Sampling
-    n: int = 1
-    previous: Turn | None = None
-
-
-Ask = Callable[[Call], Awaitable[Sequence[Completion]]]
-
-
-Choose = Callable[[Sequence[Turn]], "int | Awaitable[int]"]
 
 
 @dataclass(frozen=True)
@@ -383,10 +378,10 @@ class Reward:
     """One judgement of an episode.
 
     `agent` None: the whole team's. `turn`: index of the one turn it is about, with `sibling` for
-    its number among siblings. `value` NaN: could not be scored (never 0: that would be a signal).
-    `text`: feedback in words. `source`: the scorer's or turn's name. A reward counts towards
-    training if its name is in the run's reward weights (default: all but `format`-like ones and
-    `length`, weight 0).
+    its number among siblings; `decision`: index of the one decision. `value` NaN: could not be
+    scored (never 0: that would be a signal). `text`: feedback in words. `source`: the scorer's or
+    turn's name. A reward counts towards training if its name is in the run's reward weights
+    (default: all but `format`-like ones and `length`, weight 0).
     """
 
     name: str
@@ -396,3 +391,4 @@ class Reward:
     turn: int | None = None
     sibling: int = 0
     source: str = ""
+    decision: int | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from ..agents.settings import Bounds, check_bounds, check_type, mapping, parsed_mapping
-from ..agents.types import SettingError, Usage, nearest
+from ..agents.types import PolicySpec, SettingError, Usage, nearest
 
 MILLION = 1_000_000
 ROUNDING = 1e-9  # share of a limit of money that sums of floats may be off by
@@ -86,7 +86,8 @@ class Budget:
     @classmethod
     def of(cls, value: Any, prices: Mapping[str, Price] | None = None) -> Self:
         """The budget that the setting `budget` says: a mapping, or JSON of one. Raises
-        `SettingError`, also for a limit of money where no policy has a price."""
+        `SettingError`, also for a limit of money where no policy has a price (`prices` None: they
+        are not known yet; the ledger checks them)."""
         given = parsed_mapping("budget", value)
         _check_keys("budget", given, [f.name for f in dataclasses.fields(cls)])
         for name in ("tokens", "calls"):
@@ -95,7 +96,8 @@ class Budget:
         check_type("budget.cost", float | None, given.get("cost"))
         check_bounds("budget.cost", float, Bounds(above=0), given.get("cost"))
         budget = cls(**given)
-        budget.check(prices or {})
+        if prices is not None:
+            budget.check(prices)
         return budget
 
     def check(self, prices: Mapping[str, Price]) -> None:
@@ -120,3 +122,12 @@ def amounts(usage: Usage) -> dict[str, float]:
     """What a budget counts of a usage, by the name of the limit."""
     tokens = usage.prompt_tokens + usage.sampled_tokens
     return {"tokens": tokens, "calls": usage.calls, "cost": usage.cost}
+
+
+def prices_of(policies: Mapping[str, PolicySpec]) -> dict[str, Price]:
+    """The prices of the policies that have one."""
+    return {
+        name: Price.of(policy.price, f"policies.{name}.price")
+        for name, policy in policies.items()
+        if policy.price
+    }

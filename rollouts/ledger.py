@@ -17,24 +17,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import itertools
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, get_args
 
-from ..agents.types import Turn, Usage, nearest, to_json
+from ..agents.types import Usage, nearest, to_json
 from .budget import Budget, Price, amounts, common_currency
 from .engines.base import EngineError
 from .types import Episode, Kind
+from .usage import Booked, Key, usage_by_policy
 
 KINDS: tuple[str, ...] = get_args(Kind)
 UNLIMITED = "eval"  # metered; the budget is for learning
 
-Key = tuple[str, str, str]  # kind, agent, policy
-Booked = dict[Key, Usage]
+NOTHING_SPENT: Mapping[str, Any] = {  # the state of a ledger at the start, and of runs of 0.1
+    "unstored": [],
+    "stored": 0,
+    "replayed": [],
+    "stopped": "",
+    "limit": {},
+}
 
 
 class BudgetSpent(RuntimeError):
@@ -43,11 +48,14 @@ class BudgetSpent(RuntimeError):
 
 
 class MeteredCall:
-    """One call while it is made. `most`: what is reserved for it; `usage`: what was booked, once it
-    has ended."""
+    """One call while it is made.
 
-    def __init__(self, ledger: Ledger, key: Key, episode: str, most: Usage) -> None:
-        self.key, self.episode, self.most = key, episode, most
+    `most`: what is reserved for it; `usage`: what it has cost, once it has ended; `recorded`: its
+    episode was stored before, so it is in the record already.
+    """
+
+    def __init__(self, ledger: Ledger, key: Key, episode: str, most: Usage, recorded: bool) -> None:
+        self.key, self.episode, self.most, self.recorded = key, episode, most, recorded
         self.usage: Usage | None = None
         self._ledger, self._began = ledger, time.perf_counter()
 
@@ -138,7 +146,9 @@ class Ledger:
 
         Args:
             prompt_tokens, sampled_tokens: the most it can cost, all its samples together.
-            episode: id of the episode it is made for, "" for none.
+            episode: id of the episode it is made for, "" for none. The calls of one that is stored
+                already are counted there: played once more (a resumed run may have to, for the
+                sake of those decoded beside it), they are neither limited nor booked.
 
         Waits while calls in flight may leave room, in the order in which calls were asked for; so
         never ask for one inside another. Raises `BudgetSpent` if there is no room, and from then on
@@ -149,8 +159,10 @@ class Ledger:
         price = self.prices.get(policy)
         cost = price.most(prompt_tokens, sampled_tokens) if price else 0.0
         most = Usage(calls=1, prompt_tokens=prompt_tokens, sampled_tokens=sampled_tokens, cost=cost)
-        call = MeteredCall(self, (kind, agent, policy), episode, most)
-        if kind != UNLIMITED:
+        with self._lock:
+            recorded = episode in self._ids
+        call = MeteredCall(self, (kind, agent, policy), episode, most, recorded)
+        if kind != UNLIMITED and not recorded:
             await self._reserve(call)
         call.begin()
         try:
@@ -218,7 +230,8 @@ class Ledger:
         with self._lock:
             late = not call.episode or call.episode in self._ids
             booked = self._unstored if late else self._open.setdefault(call.episode, {})
-            _book(booked, call.key, call.usage)
+            if not call.recorded:
+                _book(booked, call.key, call.usage)
             self._in_flight.discard(call)
             self._admit()
 
@@ -343,55 +356,3 @@ class Ledger:
 
 def _book(booked: Booked, key: Key, usage: Usage) -> None:
     booked[key] = booked.get(key, Usage()) + usage
-
-
-def usage_by_policy(episode: Episode) -> Booked:
-    """An episode's usage by kind, agent and policy. If an agent spoke with several policies, each
-    number is shared out as its turns say; the shares add up to the agent's usage."""
-    booked: Booked = {}
-    for agent, usage in episode.usage.items():
-        if usage == Usage():
-            continue
-        turns = [turn for turn in episode.turns if turn.agent == agent]
-        policies = list(dict.fromkeys(turn.policy for turn in turns)) or [""]
-        reported = [
-            sum((_reported(turn) for turn in turns if turn.policy == policy), Usage())
-            for policy in policies
-        ]
-        for policy, share in zip(policies, _shares(usage, reported), strict=True):
-            booked[episode.kind, agent, policy] = share
-    return booked
-
-
-def _reported(turn: Turn) -> Usage:
-    """What a turn says of its own call; the tokens it holds where no server said anything. A call
-    is counted with the first of its samples."""
-    if turn.usage is not None:
-        return turn.usage
-    return Usage(
-        calls=int(turn.sibling == 0),
-        prompt_tokens=len(turn.prompt_ids),
-        sampled_tokens=len(turn.token_ids),
-    )
-
-
-def _shares(usage: Usage, reported: Sequence[Usage]) -> list[Usage]:
-    """`usage` in proportion to the reports, number by number; where they say nothing, all is the
-    first one's. Whole numbers stay whole."""
-    shares: list[dict[str, Any]] = [{} for _ in reported]
-    for name, total in to_json(usage).items():
-        sums = list(itertools.accumulate(getattr(each, name) for each in reported))
-        before = total - total  # 0 of its type
-        for share, up_to in zip(shares, sums, strict=True):
-            edge = _part(total, up_to, sums[-1])
-            share[name], before = edge - before, edge
-    return [Usage(**share) for share in shares]
-
-
-def _part(total: Any, weight: Any, whole: Any) -> Any:
-    """The share `weight / whole` of a number, all of it where `whole` is 0."""
-    if weight == whole:
-        return total
-    if isinstance(total, int):
-        return (2 * total * weight + whole) // (2 * whole)
-    return total * weight / whole

@@ -5,28 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
-from ..agents.types import Decision, Reward, Task, Turn
+from ..agents.state import TeamState
+from ..agents.transcript import Operation
+from ..agents.types import Decision, Reward, Task, Turn, Usage
 
-
-@dataclass(frozen=True)
-class Usage:
-    """The cost of one agent in one episode. `prompt_tokens` counts every prompt as sent; `seconds`
-    are wall-clock, summed over calls."""
-
-    calls: int = 0
-    prompt_tokens: int = 0
-    sampled_tokens: int = 0
-    seconds: float = 0.0
-
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.calls + other.calls,
-            self.prompt_tokens + other.prompt_tokens,
-            self.sampled_tokens + other.sampled_tokens,
-            self.seconds + other.seconds,
-        )
+Kind = Literal["train", "trial", "aside", "eval"]
 
 
 @dataclass(frozen=True)
@@ -36,13 +21,16 @@ class Episode:
     Args:
         id: unique in the store.
         group: shared by episodes that are compared with one another (one task, one step).
+        kind: `train`; `trial` (scores a candidate) and `aside` (an optimizer's own talk), which are
+            never learnt from; `eval`, of held-out tasks.
         parent: id of the episode that played this one as a child.
+        follows: id of the episode that an aside is about, "" for none.
         split: of the task: train, eval, ...
         seed: everything sampled follows from it.
-        team_version: adapter version per policy of the system.
-        values: texts and choices in force.
-        turns, decisions: all of them, siblings included, ordered by index.
+        state: what the team played with: adapter versions of the system's policies, and values.
+        turns, decisions, operations: all of them, siblings included, ordered by index.
         output: what the system returned; None if it failed.
+        output_from: indices of the turns and operations that the output was made of.
         rewards: of all reward functions.
         usage: per agent.
         stop_reason: `done`, `error`, `context` (a prompt did not fit), `limit`, `timeout`.
@@ -55,14 +43,17 @@ class Episode:
     group: str
     task: Task
     seed: int = 0
+    kind: Kind = "train"
     parent: str | None = None
+    follows: str = ""
     split: str = ""
     step: int = 0
-    team_version: Mapping[str, str] = field(default_factory=dict)
-    values: Mapping[str, Any] = field(default_factory=dict)
+    state: TeamState = TeamState()
     turns: tuple[Turn, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    operations: tuple[Operation, ...] = ()
     output: str | None = None
+    output_from: tuple[int, ...] = ()
     rewards: tuple[Reward, ...] = ()
     usage: Mapping[str, Usage] = field(default_factory=dict)
     stop_reason: str = "done"
@@ -100,3 +91,4 @@ def groups(episodes: Iterable[Episode]) -> dict[str, Group]:
 
 
 TurnKey = tuple[str, int, int]  # episode id, turn index, sibling
+DecisionKey = tuple[str, int]  # episode id, decision index

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..agents.secrecy import check_policies
 from ..agents.settings import Settings, mapping, parsed_mapping, setting
+from ..agents.text.secrecy import check_policies
 from ..agents.types import (
     BASE,
     AdapterSpec,
@@ -25,7 +25,7 @@ from ..agents.types import (
 from ..rollouts.engines.config import EngineConfig
 from ..rollouts.episodes.runner import EpisodeLimits
 from ..rollouts.template_variables import as_json
-from .warm_start import adapter_shape
+from .warm_start import adapter_shape, checkpoint_policy
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
@@ -44,6 +44,25 @@ class RunSettings(Settings):
     )
     save_total_limit: int = setting("checkpoints kept, besides the best", 3, at_least=1)
     num_eval_tasks: int = setting("held-out tasks of an evaluation", 200, at_least=1)
+    num_val_tasks: int = setting(
+        "tasks cut from the training ones, by which a method or `keep` may choose; 0 cuts none",
+        0,
+        at_least=0,
+    )
+    keep: str = setting(
+        "the state that the run ends with: its last, or the best on the validation tasks at the"
+        " evaluations of eval_every",
+        "last",
+        choices=("last", "best"),
+    )
+    init: str = setting(
+        "begin with the whole state of this checkpoint: its adapters and its values", ""
+    )
+    budget: dict | str | None = setting(
+        "most that learning may cost, held-out evaluations aside: tokens (prompt and sampled),"
+        " calls, cost (money, where policies have a price)",
+        factory=dict,
+    )
     eval_every: int = setting(
         "steps between evaluations; 0 evaluates only before and after", 0, at_least=0
     )
@@ -75,10 +94,18 @@ class RunSettings(Settings):
                 )
         if len(set(self.report_to)) < len(self.report_to):
             raise SettingError(f"report_to: a tracker is named twice in {self.report_to}")
+        if self.keep == "best" and not (self.num_val_tasks and self.eval_every):
+            raise SettingError(
+                "keep: best is chosen on validation tasks at evaluations; set num_val_tasks and"
+                " eval_every"
+            )
         if self.resume and self.overwrite:
             raise SettingError(
                 "resume and overwrite: choose one; resume continues, overwrite starts anew"
             )
+
+    def prepare(self) -> None:
+        self.budget = parsed_mapping("budget", self.budget)
 
     @property
     def folder(self) -> Path:
@@ -101,7 +128,18 @@ class RolloutSettings(Settings):
         factory=dict,
     )
     policies: dict | str | None = setting(
-        "by policy name: fields of PolicySpec (adapter, trainable, init, url, base)", factory=dict
+        "by policy name: fields of PolicySpec (adapter, trainable, init, url, key_env, price, base)",
+        factory=dict,
+    )
+    values: dict | str | None = setting(
+        "values that the run begins with, by the name of a param: NAME.prompt, NAME.demos,"
+        " NAME.policy, or one of the system's own",
+        factory=dict,
+    )
+    helpers: dict | str | None = setting(
+        "agents outside the team that a method asks, by name: url or base (neither: the run's"
+        " model), key_env, price, prompt, sampling, demos, role",
+        factory=dict,
     )
     tasks: str = setting(
         "task set: arithmetic, gsm8k, math, reasoning-gym:NAME, a JSONL/Parquet file, or"
@@ -168,7 +206,7 @@ class RolloutSettings(Settings):
     )
 
     def prepare(self) -> None:
-        for name in ("system", "agents", "policies", "task_args"):
+        for name in ("system", "agents", "policies", "values", "helpers", "task_args"):
             setattr(self, name, parsed_mapping(name, getattr(self, name)))
         self.chat_template_kwargs = as_json(
             parsed_mapping("chat_template_kwargs", self.chat_template_kwargs)
@@ -296,17 +334,25 @@ class RunConfig(RunSettings, OptimizerSettings, AdapterSettings, RolloutSettings
             )
 
     def policy_specs(self, agents: tuple[AgentSpec, ...]) -> dict[str, PolicySpec]:
-        """Every policy the agents use, with the fields the settings change. Order: first use by an
-        agent."""
-        used = list(dict.fromkeys(agent.policy for agent in agents))
-        for name in self.policies:  # type: ignore[union-attr]
-            if name not in used:
+        """Every policy the agents use, with the fields the settings change, then those that a value
+        may name later (`NAME.policy`): they say what they are by `init`, `base` or `url`. Order:
+        first use by an agent."""
+        values: dict[str, Any] = self.values  # type: ignore[assignment]
+        used = [values.get(f"{agent.name}.policy") or agent.policy for agent in agents]
+        used = list(dict.fromkeys([agent.policy for agent in agents] + used))
+        policies: dict[str, Any] = self.policies  # type: ignore[assignment]
+        for name, given in policies.items():
+            of_its_own = mapping(f"policies.{name}", given).keys() & {"init", "base", "url"}
+            if name not in used and not of_its_own and name != BASE:
                 raise SettingError(
-                    f"policies.{name}: no agent speaks with it; {nearest(name, used)}"
+                    f"policies.{name}: no agent speaks with it; {nearest(name, used)}; one that is"
+                    " only named by values later needs init, base or url"
                 )
         specs = {}
-        for name in used:
-            given = mapping(f"policies.{name}", self.policies.get(name))  # type: ignore[union-attr]
+        for name in dict.fromkeys([*used, *policies]):
+            given = mapping(f"policies.{name}", policies.get(name))
+            if self.init:
+                given = {**checkpoint_policy(self.init, name), **given}
             own = mapping(f"policies.{name}.adapter", given.get("adapter"))
             start = adapter_shape(given.get("init"), own, f"policies.{name}.adapter")
             given["adapter"] = {**to_json(self.adapter()), **start, **own}

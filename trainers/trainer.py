@@ -10,11 +10,12 @@ A method is a subclass that names its settings and says what a step's episodes t
             done = self.run.learner.learn(step, samples(...)[0], self.loss)
             return self.rows(done, episodes)
 
-`TrainingRun` has the parts (`rollouts`, `learner`, `sync`, `evaluator`, `log`, `checkpointer`); a
-method that plays other than `tasks_per_step` tasks overrides `collect`, one that reports more than
-accuracies overrides `report`, one that learns scalar heads beside the policies overrides `heads`,
-one that needs certain rewards or arguments of the system overrides `extra_rewards` or
-`system_settings`.
+`TrainingRun` has what a method uses (`rollouts`, `learner`, `evaluator`, `sync`, `ledger`, `log`).
+A method that plays other than `tasks_per_step` tasks overrides `collect`; one that learns something
+else than weights overrides `step` and returns the `state` that it proposes, and `parts` for what it
+remembers; one that reports more than accuracies overrides `report`, one that learns scalar heads
+beside the policies `heads`, one that needs certain rewards or arguments of the system
+`extra_rewards` or `system_settings`.
 """
 
 from __future__ import annotations
@@ -27,16 +28,18 @@ from ..agents.system import System
 from ..agents.types import SettingError, Task, to_json
 from ..rollouts.engines.base import Engine, EngineError
 from ..rollouts.evaluation.statistics import Evaluation, paired
+from ..rollouts.ledger import BudgetSpent
 from ..rollouts.rewards.names import GIVEN, has_known_names, names_given
 from ..rollouts.rewards.scoring import RewardFn
 from ..rollouts.types import Episode, groups
 from .config import RunConfig
 from .credit.weights import Advantages, RewardWeights
 from .errors import RunError, Stopped
-from .loop.run import TrainingRun
+from .loop.run import StepResult, TrainingRun
 from .loop.spec import RunSpec
 from .update.optimizer_step import UpdateResult
 from .update.scalar_heads import HeadSpec
+from .values.parts import Part
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -89,6 +92,7 @@ class Trainer(Generic[C]):
         )
         self.spec = dataclasses.replace(self.spec, heads=tuple(self.heads()))
         self.run = TrainingRun(self.spec, engine)
+        self.run.add_parts(self.parts())
         self.before: Evaluation | None = None
         self._check_weights()
         if self.ratios:
@@ -117,7 +121,8 @@ class Trainer(Generic[C]):
                 if agent.policy == name
             ]
             if (
-                policy.trainable
+                speaks
+                and policy.trainable
                 and policy.has_adapter
                 and not any(sampling.on_policy for sampling in speaks)
             ):
@@ -132,12 +137,9 @@ class Trainer(Generic[C]):
         finished step and goes on up; so does an engine that is gone."""
         run = self.run.open()
         try:
-            self.before = run.evaluator.evaluate("before", versions={})
-            for step in run.steps():
-                episodes = self.collect(step)
-                if step == 1:
-                    self._check_weights(episodes)
-                run.finish(step, episodes, self.learn(step, episodes))
+            self.before = run.evaluator.evaluate("before", run.origin)
+            self._train_to_the_end()
+            run.end()
             after = run.evaluator.evaluate("after")
             return run.summarise(self.before, after, self.report())
         except Stopped:
@@ -151,6 +153,27 @@ class Trainer(Generic[C]):
             raise
         finally:
             run.close()
+
+    def _train_to_the_end(self) -> None:
+        """The steps that are left, until the method is done or the budget is spent."""
+        run = self.run
+        try:
+            for step in run.steps():
+                run.finish(step, self.step(step))
+        except BudgetSpent as error:
+            run.end_by_budget(error)
+
+    def step(self, step: int) -> StepResult:
+        """One step of the method, on every rank: by default `collect`, then `learn`."""
+        episodes = self.collect(step)
+        if step == 1:
+            self._check_weights(episodes)
+        return StepResult(self.learn(step, episodes), episodes)
+
+    def parts(self) -> Sequence[Part]:
+        """What the method learns or remembers beside weights: tables of logits, an archive. Saved,
+        restored and shown to the team by the run. Read once, when `self.spec` is there."""
+        return ()
 
     def heads(self) -> Sequence[HeadSpec]:
         """Scalar heads that the method learns beside the policies: critics, verifiers. Read once,
@@ -207,11 +230,10 @@ class Trainer(Generic[C]):
         run, shares = self.run, {}
         if not self.args.ablate_adapters:
             return {}
-        versions = run.sync.current
+        state, others = run.state, run.origin.versions
         for policy in run.learner.trained:
-            result = run.evaluator.evaluate(
-                f"only-{policy}", versions={p: v for p, v in versions.items() if p == policy}
-            )
+            alone = {**others, **{p: v for p, v in state.versions.items() if p == policy}}
+            result = run.evaluator.evaluate(f"only-{policy}", state.with_versions(alone))
             if result is not None and self.before is not None:
                 shares[policy] = {**result.summary(), "paired": paired(self.before, result)}
         return {"adapters": shares}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..agents.types import SettingError
+from ..rollouts.checkpoints.reader import read_checkpoint
 from ..rollouts.engines.adapter_versions import FILES
 
 SHAPE = {"r": "r", "alpha": "lora_alpha", "targets": "target_modules"}  # AdapterSpec: PEFT
@@ -24,6 +25,13 @@ def init_folder(init: str) -> Path:
     if not names_policy or Path(init).is_dir():
         return Path(init)
     return Path(checkpoint) / "adapters" / policy
+
+
+def checkpoint_policy(checkpoint: str, policy: str) -> dict[str, str]:
+    """`init` of a policy where the run begins with a checkpoint's state: its adapter there, {} if
+    it has learnt none."""
+    entry = read_checkpoint(Path(checkpoint))["adapters"].get(policy, {})
+    return {"init": f"{checkpoint}#{policy}"} if entry.get("trained") else {}
 
 
 def adapter_shape(init: Any, given: Mapping[str, Any], setting: str) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from ..settings import setting
 from ..system import System
 from ..team import Team
 from ..text.templates import render
-from ..types import LimitError, Reward, SettingError, Task, Turn, nearest
+from ..transcript import LimitError
+from ..types import Reward, SettingError, Task, Turn, nearest
 from .operators import (
     OPERATORS,
     Operator,

@@ -80,7 +80,7 @@ async def measure(
         versions = await publisher.publish(step, names)
         for name, other in zip(names, [*names[1:], names[0]], strict=True):
             if step > 1:
-                windows = probes(episodes[step], {n: [n] for n in names}, name)
+                windows = probes(episodes[step], name)
                 row = await residuals(
                     publisher.verifier,
                     name,

@@ -20,7 +20,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from marlora.agents.secrecy import shown_url
+from marlora.agents.text.secrecy import shown_url
 from marlora.agents.types import SettingError
 from marlora.rollouts.engines.config import EngineConfig
 from marlora.rollouts.engines.factory import choose_engine

@@ -80,7 +80,7 @@ def _add_measured(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--num_tasks", type=int, default=None, help="at most so many of each set")
     flag(
         "--ladder",
-        "also the rungs below: single agent, team without prompts, base team, prompt-only team;"
+        "also the rungs below: single agent, team without prompts, base team, values-only team;"
         " always of several checkpoints",
     )
     flag("--ablate", "also each adapter alone, and all but each")
@@ -243,10 +243,10 @@ async def one_set(
     }
     requested += below(rungs, plan)
     for mark, team in teams.items():
-        prefix, versions = f"{mark}: " if len(teams) > 1 else "", chosen(team, args.adapters)
-        requested += ablations(team, versions, prefix) if args.ablate else []
-        if versions:
-            requested.append(trained_team(team, versions, prefix))
+        prefix, state = f"{mark}: " if len(teams) > 1 else "", chosen(team, args.adapters)
+        requested += ablations(team, state.versions, prefix) if args.ablate else []
+        if state.versions or state.values != team.origin:
+            requested.append(trained_team(team, state.versions, prefix))
             trained.append(requested[-1].name)
     crossed = cross_play(teams) if args.cross else []
     requested += [each for *_, each in crossed]
@@ -374,7 +374,7 @@ def summary_of(
         "seed": args.seed,
         "sampled": args.sampled,
         "engine": team.engines[0].info().kind if team.engines else "none",
-        "adapters_on": list(chosen(team, args.adapters)),
+        "adapters_on": list(chosen(team, args.adapters).versions),
         **firsts[0],
         "sets": json.loads(json.dumps(sets)),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import json
 import signal
@@ -49,13 +48,10 @@ def cmd_collect(args: argparse.Namespace) -> None:
     async def work(team: LoadedTeam) -> None:
         part, parts = shard(args.shard)
         tasks = team.tasks(args.tasks, args.num_tasks, args.split)[part::parts]
-        versions = chosen(team, args.adapters)
-        # The label names the weights, so that episodes of another checkpoint or choice of adapters
+        state = chosen(team, args.adapters)
+        # The label names the state, so that episodes of another checkpoint or choice of adapters
         # are other ones.
-        weights = hashlib.sha256(
-            "\n".join([str(team.data["step"]), *sorted(versions.values())]).encode()
-        ).hexdigest()[:8]
-        label = f"collect-{args.split}-{args.seed}-{weights}"
+        label = f"collect-{args.split}-{args.seed}-{state.key[:8]}"
         with Store(Path(args.output), writer=str(part) if args.shard else "") as store:
             known = store.ids()
             plan = [
@@ -67,7 +63,7 @@ def cmd_collect(args: argparse.Namespace) -> None:
             ]
             say(f"{len(plan)} episodes to play; {args.output} holds {len(known)}")
             await play_all(
-                team, plan, versions, greedy=False, what="collect", keep=partial(keep, store)
+                team, plan, state, greedy=False, what="collect", keep=partial(keep, store)
             )
         print(f"{len(plan)} episodes appended to {args.output}")
 
@@ -121,7 +117,7 @@ def cmd_play(args: argparse.Namespace) -> None:
     meta = json_object("--meta", args.meta)
 
     async def work(team: LoadedTeam) -> None:
-        versions = chosen(team, args.adapters)
+        state = chosen(team, args.adapters)
         # Typed tasks have no answer, so nothing is scored.
         player = replace(team.rollouts if args.sampled else team.rollouts.greedy(), rewards=())
         if sys.stdin.isatty():
@@ -134,7 +130,7 @@ def cmd_play(args: argparse.Namespace) -> None:
                 job = EpisodeRequest(
                     Task(f"typed-{number}", line.strip(), meta=meta), f"play-{args.seed}", number
                 )
-                episode = await player.play(job, versions)
+                episode = await player.play(job, state)
                 print(
                     json.dumps(to_json(episode)) if args.raw else show_episode(episode), flush=True
                 )
@@ -165,7 +161,7 @@ def cmd_serve(args: argparse.Namespace) -> None:
                     f"url {replica.url}\nkey_file {replica.server.key_file}\nmodel {replica.base}"
                     " (base)"
                 )
-        for policy, version in on.items():
+        for policy, version in on.versions.items():
             print(f"model {version} (policy {policy})")
         print(
             'ask: POST URL/v1/chat/completions or /v1/completions with "Authorization: Bearer $(cat'

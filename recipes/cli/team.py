@@ -12,7 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from marlora.agents.secrecy import not_shown
+from marlora.agents.state import TeamState
+from marlora.agents.text.secrecy import not_shown
 from marlora.agents.types import SettingError
 from marlora.rollouts.checkpoints.reader import read_checkpoint
 from marlora.rollouts.checkpoints.team import LoadedTeam, LoadOptions, load_team
@@ -106,9 +107,10 @@ def asked_for(adapters: str, trained: Sequence[str]) -> list[str]:
     return names
 
 
-def chosen(team: LoadedTeam, adapters: str) -> dict[str, str]:
-    """The team version that `--adapters` asks for."""
-    return {name: team.versions[name] for name in asked_for(adapters, list(team.versions))}
+def chosen(team: LoadedTeam, adapters: str) -> TeamState:
+    """The team's state with the adapters that `--adapters` asks for."""
+    names = asked_for(adapters, list(team.versions))
+    return team.state.with_versions({name: team.versions[name] for name in names})
 
 
 async def with_team(args: argparse.Namespace, work: Callable[[LoadedTeam], Any]) -> Any:
@@ -136,7 +138,7 @@ async def with_team(args: argparse.Namespace, work: Callable[[LoadedTeam], Any])
 async def play_all(
     team: LoadedTeam,
     plan: Sequence[EpisodeRequest],
-    versions: Mapping[str, str],
+    state: TeamState,
     *,
     greedy: bool,
     what: str,
@@ -148,7 +150,7 @@ async def play_all(
     try:
         progress.start(0, 0)
         with progress.episodes(what, len(plan), 0, team.metric) as tick:
-            async for episode in player.collect(plan, versions):
+            async for episode in player.collect(plan, state):
                 episodes.append(episode)
                 if keep is not None:
                     keep(episode)

@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
-from marlora.agents.secrecy import MAY_HOLD_KEYS
+from marlora.agents.text.secrecy import MAY_HOLD_KEYS
 from marlora.agents.types import AgentSpec, PolicySpec, SettingError, nearest
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from ...agents.tools.tools import resolve_tools
 from ...agents.types import AgentSpec, SettingError, from_json
 from ..rewards.builtin import resolve_rewards
 from ..tasks.registry import load_tasks
-from .reader import outside_models
+from .reader import outside_addresses
 
 
 def needed_flags(data: Mapping[str, Any], own: type[System] | None = None) -> list[str]:
@@ -30,7 +30,7 @@ def needed_flags(data: Mapping[str, Any], own: type[System] | None = None) -> li
     if own is None and not foreign:
         own = system_class(path)
     names_code = (
-        outside_models(data)
+        outside_addresses(data)
         or _refused(lambda: resolve_rewards(data["rewards"]))
         or any(_refused(partial(resolve_tools, a["tools"])) for a in _with_tools(data))
         or _refused(lambda: _load_tasks(data["tasks"]))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...agents.lookup import AGREE, Untrusted, only_trusted
-from ...agents.secrecy import shown_url
+from ...agents.text.secrecy import shown_key_name, shown_url
 from ...agents.types import AgentSpec, PolicySpec, Sampling, SettingError, from_json
 from ..engines.adapter_versions import FILES
 from ..files import adapter_sha256, file_sha256
@@ -250,6 +250,30 @@ def _check_plain(path: Path, config: Mapping[str, Any]) -> None:
             )
 
 
+# values
+
+VALUES, ORIGIN = "values.json", "origin.json"  # those of the checkpoint; those its run began with
+
+
+def read_values(folder: Path, data: Mapping[str, Any], file: str = VALUES) -> dict[str, Any]:
+    """The values of a checkpoint by name, or (`ORIGIN`) those with which its run began. 0.1 wrote
+    a file per value, and none of the beginning."""
+    if isinstance(data.get("values"), list):
+        paths = sorted((folder / "values").glob("*.json")) if file == VALUES else []
+        return {path.stem: _json(path) for path in paths}
+    values: dict[str, Any] = _json(folder / "values" / file)
+    return values
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingError(
+            f"{path}: cannot be read ({error}); the checkpoint is damaged"
+        ) from error
+
+
 # what a checkpoint names
 
 
@@ -297,11 +321,11 @@ def _texts(data: Any, path: str) -> Iterator[tuple[str, str]]:
             yield from _texts(value, f"{path}[{number}]")
 
 
-def outside_models(data: Mapping[str, Any]) -> list[str]:
-    """The models that playing this checkpoint would ask over the network, as text for the user to
-    agree to."""
+def outside_addresses(data: Mapping[str, Any]) -> list[str]:
+    """The models that playing this checkpoint would ask over the network, with the keys that they
+    would be sent, as text for the user to agree to."""
     return [
-        f"the model at {shown_url(p['url'])} as {name}"
+        f"the model at {shown_url(p['url'])} as {name} with {shown_key_name(p.get('key_env'))}"
         for name, p in data["policies"].items()
         if p.get("url")
     ]

@@ -10,13 +10,13 @@ models it would ask over the network need the caller's `trust`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...agents.lookup import AGREE, Untrusted, only_trusted
+from ...agents.state import TeamState, outside_models
 from ...agents.system import System, system_class, with_settings
 from ...agents.tools.tools import resolve_tools
 from ...agents.types import BASE, AgentSpec, PolicySpec, Sampling, SettingError, Task, from_json
@@ -31,7 +31,7 @@ from ..renderer import ChatRenderer, load_tokenizer
 from ..rewards.builtin import resolve_rewards
 from ..rewards.scoring import RewardFn, fn_name
 from ..tasks.registry import load_tasks, split_hash
-from .reader import as_data, outside_models, read_checkpoint
+from .reader import ORIGIN, as_data, outside_addresses, read_checkpoint, read_values
 
 
 @dataclasses.dataclass
@@ -166,15 +166,16 @@ async def load_team(
     bases = locate_bases(data, options)
     engines_by_base = {key: each for other in beside for key, each in other.loaded_engines.items()}
     engines = await start_engines(folder, data, bases, engines_by_base, config, options)
-    values = {
-        path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((folder / "values").glob("*.json"))
-    }
+    state = TeamState(
+        {p: v for p, v in engines.versions.items() if p in data["policies"]},
+        read_values(folder, data),
+        outside_models(policies_of(data)),
+    )
     rollouts = EpisodeRunner(
         system,
         completers(policies_of(data), engines.of_policy),
         rewards,
-        values,
+        state,
         from_json(Sampling, data["sampling"]),
         EpisodeLimits(),
         options.seed,
@@ -188,7 +189,7 @@ def resolve_names(
 ) -> tuple[System, list[RewardFn]]:
     """The trust check: the system and the rewards that a checkpoint names, imported as far as
     `options` allows. Raises `SettingError` with what it names."""
-    if (outside := outside_models(data)) and not options.trust:
+    if (outside := outside_addresses(data)) and not options.trust:
         raise SettingError(f"{folder}: the checkpoint names {', '.join(outside)}; {AGREE}")
     system = checkpoint_system(folder, data, options.system, options.trust)
     if options.rewards is not None:
@@ -257,7 +258,9 @@ class LoadedTeam:
         data: the checkpoint's `system.json`.
         rollouts: plays episodes.
         engines: one per base.
-        versions: the team version with every trained adapter.
+        state: what the checkpoint's team plays with: every trained adapter, and the values.
+        versions: the adapter versions of `state`.
+        origin: the values with which its run began.
         loaded_engines: by the base's key; another checkpoint on the same base can use them.
     """
 
@@ -271,7 +274,8 @@ class LoadedTeam:
     ) -> None:
         self.folder, self.data, self.rollouts, self.options = folder, data, rollouts, options
         self.engines, self.loaded_engines = engines.used, engines.by_base
-        self.versions = {p: v for p, v in engines.versions.items() if p in data["policies"]}
+        self.state, self.versions = rollouts.state, dict(rollouts.state.versions)
+        self.origin = read_values(folder, data, ORIGIN)
         self._team_engines = engines
 
     @property

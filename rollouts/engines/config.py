@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...agents.secrecy import check_addresses, check_arguments
 from ...agents.settings import Settings, parsed_mapping, setting
+from ...agents.text.secrecy import check_addresses, check_arguments
 
 
 @dataclass

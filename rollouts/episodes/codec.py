@@ -1,7 +1,7 @@
 """Episodes as JSON values of fixed columns, and back: what one line of a store holds.
 
 Every line has the same columns with the same types, so that `datasets` reads the files as they are.
-What has no fixed shape (an answer, private meta, values, sampling, decisions) is JSON text, an
+What has no fixed shape (an answer, private meta, sampling, decisions) is JSON text, an
 optional text is "" when absent, an optional number -1, an unscorable reward null.
 
 A turn is stored as what it adds: `extends` [index, sibling] names an earlier turn, and `messages`
@@ -13,13 +13,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ...agents.types import Decision, Message, Reward, Sampling, Task, Turn, from_json, to_json
-from ..types import Episode, Usage
+from ...agents.state import TeamState
+from ...agents.transcript import Operation
+from ...agents.types import (
+    CORRECTION_SPLIT,
+    Decision,
+    Message,
+    Reward,
+    Sampling,
+    Task,
+    Turn,
+    Usage,
+    from_json,
+    to_json,
+)
+from ..types import Episode, Kind
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)  # 1: values and adapter versions stand in every line, and there are no kinds
+
+States = Callable[[str], TeamState]  # the state of a key
 
 
 def _text(value: Any) -> str:
@@ -94,6 +110,7 @@ def _pack_turn(turn: Turn, earlier: Iterable[Turn]) -> dict[str, Any]:
         "policy": turn.policy,
         "version": turn.version,
         "sampling": _text(turn.sampling),
+        "usage": "" if turn.usage is None else _text(turn.usage),
     }
 
 
@@ -122,23 +139,26 @@ def _unpack_turn(data: Mapping[str, Any], earlier: Mapping[tuple[int, int], Turn
         token_ids=tuple(data["token_ids"]),
         logprobs=tuple(math.nan if x is None else x for x in data["logprobs"]),
         sampling=from_json(Sampling, json.loads(data["sampling"])),
+        usage=from_json(Usage, json.loads(data["usage"])) if data.get("usage") else None,
     )
 
 
 def _pack_reward(reward: Reward) -> dict[str, Any]:
-    turn = -1 if reward.turn is None else reward.turn
     return {
         **to_json(reward),
         "value": _number(reward.value),
         "agent": reward.agent or "",
-        "turn": turn,
+        "turn": -1 if reward.turn is None else reward.turn,
+        "decision": -1 if reward.decision is None else reward.decision,
     }
 
 
 def _unpack_reward(data: Mapping[str, Any]) -> Reward:
     value = math.nan if data["value"] is None else data["value"]
     turn = None if data["turn"] < 0 else data["turn"]
-    return Reward(**{**data, "value": value, "agent": data["agent"] or None, "turn": turn})
+    decision = data.get("decision", -1)
+    about = {"turn": turn, "decision": None if decision < 0 else decision}
+    return Reward(**{**data, "value": value, "agent": data["agent"] or None, **about})
 
 
 def pack(episode: Episode) -> dict[str, Any]:
@@ -154,7 +174,9 @@ def pack(episode: Episode) -> dict[str, Any]:
         "schema": SCHEMA,
         "id": episode.id,
         "group": episode.group,
+        "kind": episode.kind,
         "parent": episode.parent or "",
+        "follows": episode.follows,
         "split": episode.split,
         "step": episode.step,
         "seed": episode.seed,
@@ -175,15 +197,17 @@ def pack(episode: Episode) -> dict[str, Any]:
             {"agent": agent, **to_json(usage), "seconds": float(usage.seconds)}
             for agent, usage in episode.usage.items()
         ],
-        "team_version": _text(episode.team_version),
-        "values": _text(episode.values),
+        "state": episode.state.key,
         "decisions": _text(episode.decisions),
+        "operations": _text(episode.operations),
+        "output_from": _text(episode.output_from),
         "turns": turns,
     }
 
 
-def unpack(data: Mapping[str, Any]) -> Episode:
-    """The episode of one line's JSON value: what `pack` was given."""
+def unpack(data: Mapping[str, Any], states: States) -> Episode:
+    """The episode of one line's JSON value: what `pack` was given. `states` finds the state of its
+    key."""
     turns: dict[tuple[int, int], Turn] = {}
     ordered = []
     for item in data["turns"]:
@@ -206,8 +230,31 @@ def unpack(data: Mapping[str, Any]) -> Episode:
         usage={
             u["agent"]: Usage(**{k: v for k, v in u.items() if k != "agent"}) for u in data["usage"]
         },
-        team_version=json.loads(data["team_version"]),
-        values=json.loads(data["values"]),
+        **_since_schema_2(data, states),
         decisions=tuple(from_json(Decision, d) for d in json.loads(data["decisions"])),
         turns=tuple(ordered),
     )
+
+
+def kind_of(data: Mapping[str, Any]) -> Kind:
+    """The kind of a packed episode; in lines of schema 1 it follows from group and split."""
+    if data["schema"] > 1:
+        kind: Kind = data["kind"]
+        return kind
+    if data["group"].startswith("eval-") or data["split"] == "eval":
+        return "eval"
+    return "aside" if data["split"] == CORRECTION_SPLIT else "train"
+
+
+def _since_schema_2(data: Mapping[str, Any], states: States) -> dict[str, Any]:
+    """The fields that a line of schema 1 does not have, or has in another way."""
+    if data["schema"] == 1:
+        versions, values = json.loads(data["team_version"]), json.loads(data["values"])
+        return {"kind": kind_of(data), "state": TeamState(versions, values)}
+    return {
+        "kind": data["kind"],
+        "follows": data["follows"],
+        "state": states(data["state"]),
+        "operations": tuple(from_json(Operation, o) for o in json.loads(data["operations"])),
+        "output_from": tuple(json.loads(data["output_from"])),
+    }

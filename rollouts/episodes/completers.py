@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from ...agents.secrecy import check_url, usable_key, without
-from ...agents.types import BASE, Call, Completion, PolicySpec, SettingError, to_json
+from ...agents.text.secrecy import check_url, usable_key, without
+from ...agents.transcript import Call
+from ...agents.types import BASE, Completion, PolicySpec, SettingError, to_json
 from ..engines.base import Engine, EngineError, ModelRef, PromptTooLong
 from ..http import Response, RetryPolicy, Transient, open_session, retry, send
 from ..renderer import ChatRenderer
@@ -29,6 +30,10 @@ class Completer(Protocol):
 
     async def __call__(self, call: Call, version: str) -> list[Completion]: ...
 
+    def most_prompt_tokens(self, call: Call) -> int:
+        """The most tokens that the call's prompt can have."""
+        ...
+
 
 class EngineCompleter:
     """A policy that is served here: the chat becomes token ids once, and the engine samples with
@@ -43,6 +48,9 @@ class EngineCompleter:
         # other message.
         previous = call.previous if call.previous is not None and call.previous.token_ids else None
         return self.tokens.prompt(call.messages, previous)
+
+    def most_prompt_tokens(self, call: Call) -> int:
+        return len(self.prompt(call))
 
     async def __call__(self, call: Call, version: str) -> list[Completion]:
         return await self.engine.generate(
@@ -97,6 +105,12 @@ class APICompleter:
         body |= {"top_p": s.top_p, "max_tokens": s.max_tokens, "seed": (s.seed or 0) % 2**31}
         body |= {"presence_penalty": s.presence_penalty, "frequency_penalty": s.frequency_penalty}
         return body | ({"stop": list(s.stop)} if s.stop else {})
+
+    def most_prompt_tokens(self, call: Call) -> int:
+        """A bound, for the server's tokenizer is not known here: a token holds at least a byte of
+        the request, and a template adds a few per message and a head."""
+        messages = self._body(call)["messages"]
+        return len(json.dumps(messages, ensure_ascii=False).encode()) + 32 * len(messages) + 256
 
     async def __call__(self, call: Call, version: str) -> list[Completion]:
         url = f"{str(self.policy.url).rstrip('/')}/chat/completions"

@@ -16,8 +16,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...agents.types import Call, Completion
-from ..engines.base import TeamVersion
+from ...agents.state import TeamState
+from ...agents.transcript import Call
+from ...agents.types import Completion
 from ..types import Episode
 from .completers import Completer
 from .runner import EpisodeRequest, EpisodeRunner
@@ -46,11 +47,14 @@ class _TokenCounter:
         self.count["tokens"] += sum(len(completion.token_ids) for completion in completions)
         return completions
 
+    def most_prompt_tokens(self, call: Call) -> int:
+        return self.completer.most_prompt_tokens(call)
+
 
 async def first_finished(
     runner: EpisodeRunner,
     plan: Sequence[EpisodeRequest],
-    version: TeamVersion | Callable[[], TeamVersion] | None,
+    state: TeamState | Callable[[], TeamState] | None,
     needed: Mapping[str, int],
     dropped: list[CancelledEpisode],
     slots: asyncio.Semaphore | None = None,
@@ -72,7 +76,7 @@ async def first_finished(
         counting = dataclasses.replace(runner, completers=completers)
         async with slots:
             begun[request.id] = time.perf_counter()
-            return [episode async for episode in counting.collect([request], version)]
+            return [episode async for episode in counting.collect([request], state)]
 
     left = Counter({group: needed[group] for group in {request.group for request in plan}})
     tasks = {

@@ -15,26 +15,27 @@ from ...agents.chat import Services
 from ...agents.concurrency import from_outside, gather
 from ...agents.lookup import only_trusted
 from ...agents.seeds import derive_seed
+from ...agents.state import TeamState
 from ...agents.system import System
 from ...agents.team import Team
-from ...agents.transcript import Transcript
+from ...agents.transcript import Call, LimitError, Operation, Output, Transcript
 from ...agents.types import (
-    Call,
     Completion,
     Decision,
-    LimitError,
     Reward,
     Sampling,
     SettingError,
     Task,
     Turn,
+    Usage,
     nearest,
 )
-from ..engines.base import EngineError, PromptTooLong, TeamVersion
+from ..engines.base import EngineError, PromptTooLong
+from ..ledger import BudgetSpent, Ledger
 from ..rewards.scoring import TIMEOUT, RewardFn, score
 from ..sandbox.sandbox import check
 from ..sandbox.sandbox import run as execute
-from ..types import Episode, Usage
+from ..types import Episode, Kind
 from .completers import Completer
 
 
@@ -61,6 +62,7 @@ class EpisodeRequest:
         group: shared by the episodes of one task in one step; `sample` numbers them.
         draw: what its seed is derived from, beside the run's; "" is its id. Requests of one `draw`
             draw the same random numbers.
+        kind: of the episode. follows: id of the episode that an aside is about.
     """
 
     task: Task
@@ -68,6 +70,8 @@ class EpisodeRequest:
     sample: int = 0
     step: int = 0
     draw: str = ""
+    kind: Kind = "train"
+    follows: str = ""
 
     @property
     def id(self) -> str:
@@ -75,11 +79,16 @@ class EpisodeRequest:
 
 
 def episode_requests(
-    tasks: Iterable[Task], *, label: str, num_generations: int = 1, step: int = 0
+    tasks: Iterable[Task],
+    *,
+    label: str,
+    num_generations: int = 1,
+    step: int = 0,
+    kind: Kind = "train",
 ) -> list[EpisodeRequest]:
     """One request per task and sample; groups are named `label/TASK`."""
     return [
-        EpisodeRequest(task, f"{label}/{task.id}", k, step)
+        EpisodeRequest(task, f"{label}/{task.id}", k, step, kind=kind)
         for task in tasks
         for k in range(num_generations)
     ]
@@ -87,11 +96,12 @@ def episode_requests(
 
 @dataclass(frozen=True)
 class _Start:
-    """What an episode starts from: adapter versions (`latest` gives those of the next call, if they
-    may change inside the episode), what is replayed, its seed, and the episode it is a child of."""
+    """What an episode starts from: the team's state (`latest` gives that of the next call, if
+    adapter versions may change inside the episode), what is replayed, its seed, and the episode it
+    is a child of."""
 
-    version: TeamVersion
-    latest: Callable[[], TeamVersion] | None = None
+    state: TeamState
+    latest: Callable[[], TeamState] | None = None
     given: Iterable[Turn] = ()
     replace: Mapping[int, Completion] | None = None
     decisions: Iterable[Decision] = ()
@@ -107,9 +117,14 @@ class EpisodeRunner:
         sampling: of agents that have none of their own.
         seed: the run's; an episode's seed is derived from it and the request's id, whatever is
             played beside it.
-        pinned: the team version of episodes that are played without naming one.
-        version_policy: what keeps the team version it began with (setting `pin`): the "episode", or
-            only the "call", so that weights may change inside an episode (see `collect`).
+        state: what the team plays with where a call names no other state.
+        version_policy: what keeps the adapter versions it began with (setting `pin`): the
+            "episode", or only the "call", so that weights may change inside an episode (see
+            `collect`).
+        greedy_decisions: decisions take the likeliest option.
+        ledger: meters every call, and refuses one that the budget has no room for.
+        recorded: False if the episodes will not be stored, so that the store does not tell what
+            they cost.
         untrusted: names that the system looks up while it runs are checked as those of a checkpoint
             that is not trusted (see `agents.lookup`).
     """
@@ -117,25 +132,35 @@ class EpisodeRunner:
     system: System
     completers: Mapping[str, Completer]
     rewards: Sequence[RewardFn] = ()
-    values: Mapping[str, Any] = field(default_factory=dict)
+    state: TeamState = TeamState()
     sampling: Sampling = Sampling()
     limits: EpisodeLimits = EpisodeLimits()
     seed: int = 0
-    pinned: TeamVersion | None = None
     version_policy: str = "episode"
     untrusted: bool = False
+    greedy_decisions: bool = False
+    ledger: Ledger | None = None
+    recorded: bool = True
 
     def __post_init__(self) -> None:
-        for agent in self.system.specs:
-            if agent.policy not in self.completers:
-                hint = nearest(agent.policy, list(self.completers))
-                raise SettingError(
-                    f"agent {agent.name!r}: its policy {agent.policy!r} is not served; {hint}"
-                )
+        self.policies_of(self.state)
+
+    def policies_of(self, state: TeamState) -> list[str]:
+        """The policies that the agents speak with in this state, in order. Raises `SettingError`
+        for one that is not served."""
+        policies = {
+            agent.name: state.values.get(f"{agent.name}.policy") or agent.policy
+            for agent in self.system.specs
+        }
+        for agent, policy in policies.items():
+            if policy not in self.completers:
+                hint = nearest(policy, list(self.completers))
+                raise SettingError(f"agent {agent!r}: its policy {policy!r} is not served; {hint}")
+        return list(dict.fromkeys(policies.values()))
 
     def greedy(self) -> EpisodeRunner:
         """A runner for greedy evaluation: every agent at temperature 0, and no other change of the
-        distribution."""
+        distribution; decisions take the likeliest option."""
 
         def at_zero(sampling: Sampling) -> Sampling:
             return Sampling(temperature=0.0, max_tokens=sampling.max_tokens, stop=sampling.stop)
@@ -145,13 +170,16 @@ class EpisodeRunner:
             for a in self.system.specs
         ]
         return dataclasses.replace(
-            self, system=self.system.with_agents(agents), sampling=at_zero(self.sampling)
+            self,
+            system=self.system.with_agents(agents),
+            sampling=at_zero(self.sampling),
+            greedy_decisions=True,
         )
 
     async def play(
         self,
         request: EpisodeRequest,
-        version: TeamVersion | None = None,
+        state: TeamState | None = None,
         *,
         given: Iterable[Turn] = (),
         replace: Mapping[int, Completion] | None = None,
@@ -162,30 +190,26 @@ class EpisodeRunner:
         `Transcript`); the rest is sampled.
 
         A failing system, reward or prompt is data in the episode. Raises `EngineError` when an
-        engine is gone and `SettingError` when the system asks for what does not exist: both concern
-        the whole run.
+        engine is gone, `SettingError` when the system asks for what does not exist and
+        `BudgetSpent` when a call no longer fits the budget: all concern the whole run.
         """
         start = _Start(
-            version or self.pinned or {},
-            given=given,
-            replace=replace,
-            decisions=decisions,
-            seed=seed,
+            state or self.state, given=given, replace=replace, decisions=decisions, seed=seed
         )
         return (await self._play(request, start))[-1]
 
     async def collect(
         self,
         plan: Sequence[EpisodeRequest],
-        version: TeamVersion | Callable[[], TeamVersion] | None = None,
+        state: TeamState | Callable[[], TeamState] | None = None,
         slots: asyncio.Semaphore | None = None,
     ) -> AsyncIterator[Episode]:
         """Play all requests, at most `limits.concurrency` at once; yields episodes as they end,
         children before their parent.
 
-        Every episode keeps the team version it began with; a function as `version` is called
-        whenever one begins (with `version_policy` "call" at every call of a policy too; turns
-        record the versions that sampled them). `slots`: shared with other plans that are played at
+        Every episode keeps the state it began with; a function as `state` is called whenever one
+        begins (with `version_policy` "call" at every call of a policy too, for its adapter
+        versions; turns record the versions that sampled them). `slots`: shared with other plans that are played at
         the same time. Closing the iterator cancels open episodes. An `EngineError` or
         `SettingError` cancels them too, and is raised once every episode that had ended is yielded.
         """
@@ -193,10 +217,10 @@ class EpisodeRunner:
 
         async def one(request: EpisodeRequest) -> list[Episode]:
             async with slots:
-                now = version() if callable(version) else version
-                in_flight = callable(version) and self.version_policy == "call"
-                latest = version if callable(version) and in_flight else None
-                return await self._play(request, _Start(now or self.pinned or {}, latest))
+                now = state() if callable(state) else state
+                in_flight = callable(state) and self.version_policy == "call"
+                latest = state if callable(state) and in_flight else None
+                return await self._play(request, _Start(now or self.state, latest))
 
         tasks = [asyncio.create_task(one(request), name=request.id) for request in plan]
         try:
@@ -222,14 +246,25 @@ class EpisodeRunner:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _play(self, request: EpisodeRequest, start: _Start) -> list[Episode]:
-        """The episode after its children."""
+        """The episode after its children. What ends in an error will not be stored."""
+        children: list[Episode] = []
+        try:
+            return await self._play_to_end(request, start, children)
+        except BaseException:
+            if self.ledger is not None:
+                for id_ in (request.id, *(child.id for child in children)):
+                    self.ledger.dropped(id_)
+            raise
+
+    async def _play_to_end(
+        self, request: EpisodeRequest, start: _Start, children: list[Episode]
+    ) -> list[Episode]:
         seed = start.seed
         if seed is None:
             seed = derive_seed(self.seed, request.draw or request.id)
         usage: dict[str, Usage] = {agent.name: Usage() for agent in self.system.specs}
-        children: list[Episode] = []
         services = Services(
-            complete=self._completion(start, usage),
+            complete=self._completion(request, start, usage),
             play=self._child_player(request, start, children),
             execute=execute,
             check=check,
@@ -243,25 +278,32 @@ class EpisodeRunner:
             decisions=start.decisions,
             max_turns=self.limits.max_turns,
         )
-        team = Team(self.system.specs, services, transcript, self.values)
+        state = start.state.of(self.policies_of(start.state))
+        team = Team(
+            self.system.specs, services, transcript, state.values, greedy=self.greedy_decisions
+        )
         output, stop_reason, error = await self._run(request.task, team)
+        if error is not None and self.ledger is not None and self.ledger.stopped:
+            raise BudgetSpent(self.ledger.stopped)  # also where a system took it for an answer
         problem = error if stop_reason == "error" and team.turns and self._errors_count() else None
         if problem is not None:
-            output, error = "", None
-        policies = [agent.policy for agent in self.system.specs]
+            output, error = Output(""), None
         episode = Episode(
             id=request.id,
             group=request.group,
             task=request.task,
             seed=seed,
+            kind=request.kind,
             parent=start.parent,
+            follows=request.follows,
             split=request.task.split,
             step=request.step,
-            team_version={p: start.version[p] for p in policies if p in start.version},
-            values=dict(self.values),
+            state=state,
             turns=team.turns,
             decisions=tuple(team.decisions),
-            output=output,
+            operations=tuple(team.operations),
+            output=None if output is None else output.text,
+            output_from=() if output is None else tuple(each.index for each in output.reads),
             usage=usage,
             stop_reason=stop_reason,
             error=error,
@@ -281,18 +323,37 @@ class EpisodeRunner:
         return bool(own == "zero")
 
     def _completion(
-        self, start: _Start, usage: dict[str, Usage]
+        self, request: EpisodeRequest, start: _Start, usage: dict[str, Usage]
     ) -> Callable[[Call], Awaitable[list[Completion]]]:
         """Completes an agent's calls in one episode; adds their cost to `usage`."""
 
-        async def complete(call: Call) -> list[Completion]:
+        async def sample(call: Call) -> tuple[list[Completion], Usage]:
             began = time.perf_counter()
-            version = start.version if start.latest is None else start.latest()
+            state = start.state if start.latest is None else start.latest()
             policy = call.agent.policy
-            completions = await self.completers[policy](call, version.get(policy, ""))
-            prompts = sum(len(c.prompt_ids) for c in completions)
-            sampled = sum(len(c.token_ids) for c in completions)
-            usage[call.agent.name] += Usage(1, prompts, sampled, time.perf_counter() - began)
+            completions = await self.completers[policy](call, state.versions.get(policy, ""))
+            used = cost_of(completions)
+            return completions, dataclasses.replace(used, seconds=time.perf_counter() - began)
+
+        async def complete(call: Call) -> list[Completion]:
+            agent, ledger = call.agent.name, self.ledger
+            if ledger is None:
+                completions, used = await sample(call)
+            else:
+                completer = self.completers[call.agent.policy]
+                limited = ledger.limited(request.kind)
+                async with ledger.call(
+                    request.kind,
+                    agent,
+                    call.agent.policy,
+                    prompt_tokens=completer.most_prompt_tokens(call) if limited else 0,
+                    sampled_tokens=call.n * call.sampling.max_tokens,
+                    episode=request.id if self.recorded else "",
+                ) as metered:
+                    completions, used = await sample(call)
+                    metered.done(used)
+                used = metered.usage or used  # with what it has cost
+            usage[agent] += used
             return completions
 
         return complete
@@ -307,17 +368,19 @@ class EpisodeRunner:
             group = f"{request.id}/{type(system).__name__}"
             first = len(children)
             requests = [
-                EpisodeRequest(task, f"{group}/{task.id}", first + k, request.step)
+                EpisodeRequest(
+                    task, f"{group}/{task.id}", first + k, request.step, kind=request.kind
+                )
                 for k, task in enumerate(tasks)
             ]
-            begin = _Start(start.version, start.latest, parent=request.id)
+            begin = _Start(start.state, start.latest, parent=request.id)
             played = await gather(runner._play(each, begin) for each in requests)
             children.extend(episode for family in played for episode in family)
             return [family[-1] for family in played]
 
         return play
 
-    async def _run(self, task: Task, team: Team) -> tuple[str | None, str, str | None]:
+    async def _run(self, task: Task, team: Team) -> tuple[Output | None, str, str | None]:
         """(output, stop reason, error) of one run; raises only errors that concern the whole
         run."""
         caller = asyncio.current_task()
@@ -325,12 +388,12 @@ class EpisodeRunner:
             async with asyncio.timeout(self.limits.episode_timeout) as clock:
                 with only_trusted(self.untrusted):
                     output = await self.system.run(task.public(), team)
-            return None if output is None else str(output), "done", None
+            return as_output(output), "done", None
         except PromptTooLong as error:
             return None, "context", str(error)
         except LimitError as error:
             return None, "limit", str(error)
-        except (EngineError, SettingError):
+        except (EngineError, SettingError, BudgetSpent):
             raise
         except BaseException as error:
             if from_outside(error, caller):
@@ -349,3 +412,21 @@ def _zeros(rewards: Iterable[Reward], problem: str) -> tuple[Reward, ...]:
         dataclasses.replace(reward, value=0.0, text=f"on_error: zero; {problem}")
         for reward in rewards
     )
+
+
+def as_output(returned: Any) -> Output | None:
+    """What a system returned as an `Output`; a turn is an output made of itself."""
+    if returned is None or isinstance(returned, Output):
+        return returned
+    reads = (returned,) if isinstance(returned, (Turn, Operation)) else ()
+    return Output(str(returned), reads)
+
+
+def cost_of(completions: Sequence[Completion]) -> Usage:
+    """One call's tokens: what an outside model's server reports, else those of its ids. A prompt
+    counts once, however many completions it has."""
+    reported = next((c.usage for c in completions if c.usage is not None), None)
+    if reported is not None:
+        return dataclasses.replace(reported, calls=1)
+    prompt = len(completions[0].prompt_ids) if completions else 0
+    return Usage(1, prompt, sum(len(c.token_ids) for c in completions))

@@ -1,7 +1,8 @@
 """The episode store: episodes as JSON lines, appended and never changed.
 
 A folder of `episodes-00000.jsonl, episodes-00001.jsonl, ...`, one episode per line (its columns:
-`codec`). A line is on disk before `append` returns.
+`codec`), and `values/KEY.json` for every state that episodes played with. A line, and its state,
+is on disk before `append` returns.
 `datasets.load_dataset("json", data_files="FOLDER/episodes-*.jsonl")` reads the files as they are.
 (`datasets` takes a column's type from the first 10 MB: a list that is empty all that way, and then
 is not, needs its `features`.)
@@ -16,12 +17,25 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from ...agents.types import SettingError, nearest
-from ..files import AppendLog, LogLocked, series_of
+from ...agents.state import TeamState
+from ...agents.types import SettingError, from_json, nearest, to_json
+from ..files import AppendLog, LogLocked, series_of, write_text
 from ..types import Episode
-from .codec import SCHEMA, pack, unpack
+from .codec import READABLE, SCHEMA, kind_of, pack, unpack
 
-FILTERS = ("id", "group", "parent", "split", "step", "seed", "stop_reason", "task")
+FILTERS = (
+    "id",
+    "group",
+    "kind",
+    "parent",
+    "follows",
+    "split",
+    "step",
+    "seed",
+    "state",
+    "stop_reason",
+    "task",
+)
 log = logging.getLogger(__name__)
 
 
@@ -78,6 +92,7 @@ class Store:
         self._log = AppendLog(self.folder, series, lock, _is_line, max_bytes=max_bytes, fsync=fsync)
         self._writing = threading.RLock()
         self._ids: set[str] | None = None  # ids on disk, known to the writer only
+        self._states: dict[str, TeamState] = {}  # those on disk, as far as they were met
         if writer and not writer.isalnum():
             raise SettingError(f"store writer {writer!r}: letters and digits expected")
 
@@ -108,6 +123,8 @@ class Store:
             lines = [_encode(e) for e in episodes if new.get(e.id) is e]
             if lines:
                 try:
+                    for episode in new.values():
+                        self._keep_state(episode.state)
                     self._log.append(b"".join(lines))
                 except BaseException:
                     self.close()
@@ -133,14 +150,47 @@ class Store:
         }
         for data in self.lines():
             row = {**data, "task": data["task"]["id"], "parent": data["parent"] or None}
-            if all(row[name] in values for name, values in choices.items()):
-                yield unpack(data)
+            row["kind"] = kind_of(data)
+            if all(row.get(name) in values for name, values in choices.items()):
+                yield unpack(data, self.state)
 
     def __iter__(self) -> Iterator[Episode]:
         return self.read()
 
     def __len__(self) -> int:
         return len(self.ids())
+
+    def state(self, key: str) -> TeamState:
+        """The state of this key that stored episodes played with. Raises `StoreError` if it is
+        missing or not the one of its name."""
+        if key not in self._states:
+            path = self._state_path(key)
+            try:
+                state = from_json(TeamState, json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError) as error:
+                raise StoreError(
+                    f"{path}: an episode played with this state, and it cannot be read ({error});"
+                    " restore the file"
+                ) from error
+            if state.key != key:
+                raise StoreError(
+                    f"{path}: holds another state ({state.key}); the file was altered; restore it"
+                )
+            self._states[key] = state
+        return self._states[key]
+
+    def _keep_state(self, state: TeamState) -> None:
+        """Write a state once, durable before an episode names it."""
+        if state.key in self._states:
+            return
+        path = self._state_path(state.key)
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(to_json(state), indent=1) + "\n")
+        self._states[state.key] = state
+
+    def _state_path(self, key: str) -> Path:
+        return self.folder / "values" / f"{key}.json"
 
     def close(self) -> None:
         """Give the lock back. The store opens again at the next append."""
@@ -163,9 +213,10 @@ class Store:
                     following = file.readline(size - file.tell())
                     data = _parse(line)
                     if data is not None:
-                        if data["schema"] != SCHEMA:
+                        if data["schema"] not in READABLE:
                             what = (
-                                f"schema {data['schema']!r}, this version of marlora reads {SCHEMA}"
+                                f"schema {data['schema']!r}, this version of marlora reads up to"
+                                f" {SCHEMA}"
                             )
                             raise StoreError(f"{path}, line {number}: {what}; install a newer one")
                         yield data

@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from ...agents.state import TeamState
 from ...agents.types import SettingError, Task, nearest
-from ..engines.base import TeamVersion
 from ..episodes.runner import EpisodeRunner, episode_requests
 from ..types import Episode
 from .statistics import Evaluation
@@ -72,7 +72,7 @@ def best(episodes: Iterable[Episode], metric: str) -> list[Episode]:
 async def evaluate(
     rollouts: EpisodeRunner,
     tasks: Sequence[Task],
-    version: TeamVersion | None = None,
+    state: TeamState | None = None,
     *,
     metric: str | None = None,
     greedy: bool = True,
@@ -83,7 +83,9 @@ async def evaluate(
         tasks,
         [
             episode
-            async for episode in player.collect(episode_requests(tasks, label="eval"), version)
+            async for episode in player.collect(
+                episode_requests(tasks, label="eval", kind="eval"), state
+            )
         ],
         metric,
     )

@@ -12,9 +12,9 @@ from typing import Any
 
 from ...agents.system import System
 from ...agents.text.answers import extract, normalise, same
-from ...agents.types import Reward
+from ...agents.types import Reward, Usage
 from ..rewards.scoring import RewardFn, score
-from ..types import Episode, Usage
+from ..types import Episode
 from .rounds import answers_by_round, transitions
 from .statistics import majority_at_k, pass_at_k, quantile
 

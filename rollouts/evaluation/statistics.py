@@ -141,16 +141,21 @@ def paired(before: Evaluation, after: Evaluation, z: float = 1.959964) -> dict[s
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by task id (a failed or unscorable episode counts 0 and is counted in `failed`)."""
+    """Scores by task id (a failed or unscorable episode counts 0 and is counted in `failed`).
+
+    `left`: tasks that were not played, since the bound that was asked for could not be reached any
+    more; each counts 0.
+    """
 
     scores: Mapping[str, float]
     failed: int = 0
     errors: tuple[str, ...] = ()
     tokens: int = 0
+    left: int = 0
 
     @property
     def accuracy(self) -> float:
-        return sum(self.scores.values()) / len(self.scores)
+        return sum(self.scores.values()) / (len(self.scores) + self.left)
 
     def summary(self) -> dict[str, Any]:
         low, high = interval(list(self.scores.values()))

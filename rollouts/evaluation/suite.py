@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...agents.state import TeamState
 from ...agents.types import SettingError, Task, to_json
 from ..episodes.runner import EpisodeRequest, EpisodeRunner
 from ..episodes.store import Store
@@ -46,15 +47,15 @@ class Variant:
     """A team as it is measured.
 
     Args:
-        name: in tables. rollouts: the agents, with their texts and rewards. versions: adapter
-            version by policy; a policy without one answers as the base.
+        name: in tables. rollouts: the agents and their rewards. state: adapter versions and values;
+            a policy without a version answers as the base.
         sha256: what those versions hold, by policy; bases: which base each policy is on. Together
             they say whose answers these are, whatever the policies are called.
     """
 
     name: str
     rollouts: EpisodeRunner
-    versions: Mapping[str, str]
+    state: TeamState
     sha256: Mapping[str, str]
     bases: Mapping[str, str] = field(default_factory=dict)
 
@@ -63,14 +64,19 @@ class Variant:
         adapters, base, sampling, rewards, seed."""
         player = self.player(seed, greedy)
         system = player.system
+        values = self.state.values
         specs = [
-            {**to_json(agent), "policy": self.weights_of(agent.policy)} for agent in system.specs
+            {
+                **to_json(agent),
+                "policy": self.weights_of(values.get(f"{agent.name}.policy") or agent.policy),
+            }
+            for agent in system.specs
         ]
         facts = [
             f"{type(system).__module__}:{type(system).__qualname__}",
             to_json(system.arguments()),
             specs,
-            to_json(dict(player.values)),
+            to_json(dict(values)),
             to_json(player.sampling),
             seed,
             [reward_name(fn) for fn in player.rewards],
@@ -80,14 +86,16 @@ class Variant:
         return digest.hexdigest()[:16]
 
     def weights_of(self, policy: str) -> list[str]:
-        """The weights that answer for a policy: its base, and the adapter that is on. A policy
-        without a base of its own goes by its name."""
+        """The weights that answer for a policy: its base, and the adapter that is on; of an outside
+        model its address and name. A policy without a base of its own goes by its name."""
+        if policy in self.state.outside:
+            return [self.state.outside[policy]]
         base = (
             [self.bases[policy]]
             if policy in self.bases
             else [policy, *sorted(set(self.bases.values()))]
         )
-        return [*base, self.sha256[policy]] if policy in self.versions else base
+        return [*base, self.sha256[policy]] if policy in self.state.versions else base
 
     def player(self, seed: int, greedy: bool) -> EpisodeRunner:
         """Its episode runner with this seed, at temperature 0 if `greedy`."""
@@ -135,7 +143,11 @@ class Plan:
         key = variant.key(seed, self.greedy)
         return [
             EpisodeRequest(
-                task, f"eval-{key}/{task_digest(task)}/{task.id}", k, draw=f"eval/{task.id}/{k}"
+                task,
+                f"eval-{key}/{task_digest(task)}/{task.id}",
+                k,
+                draw=f"eval/{task.id}/{k}",
+                kind="eval",
             )
             for task in self.tasks
             for k in range(self.samples)
@@ -163,7 +175,7 @@ async def play(
             missing = [request for request in requests if request.id not in stored]
             with show_progress(variant.name, len(requests), len(requests) - len(missing)) as tick:
                 player = variant.player(seed, plan.greedy)
-                async for episode in player.collect(missing, variant.versions):
+                async for episode in player.collect(missing, variant.state):
                     store.append(episode)
                     stored[episode.id] = episode
                     tick(episode)
@@ -207,7 +219,7 @@ async def measure(variant: Variant, plan: Plan, episodes: Sequence[Episode]) -> 
         "transitions": await changes_by_round(
             episodes, variant.rollouts.system, variant.rollouts.rewards[0], plan.metric
         ),
-        "adapters_on": dict(variant.versions),
+        "adapters_on": dict(variant.state.versions),
     }
     return Measured(
         variant.name, variant.key(plan.seeds[0], plan.greedy), result, tuple(episodes), row

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...agents.patterns.chain import Chain
+from ...agents.state import TeamState
 from ...agents.types import BASE, AgentSpec, SettingError, Task
 from ..checkpoints.team import LoadedTeam
 from ..episodes.runner import EpisodeRunner
@@ -24,10 +25,18 @@ PROMPTS = (".prompt", ".demos")  # of `values`: texts that stand in an agent's c
 
 
 def variant(
-    team: LoadedTeam, name: str, versions: Mapping[str, str], rollouts: EpisodeRunner | None = None
+    team: LoadedTeam,
+    name: str,
+    versions: Mapping[str, str],
+    rollouts: EpisodeRunner | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> Variant:
-    """The team's own players (or `rollouts`) with these adapter versions."""
-    return Variant(name, rollouts or team.rollouts, dict(versions), hashes(team), bases_of(team))
+    """The team's own players (or `rollouts`) with these adapter versions and values (None: those
+    of the checkpoint)."""
+    state = team.state.with_versions(versions)
+    if values is not None:
+        state = dataclasses.replace(state, values=dict(values))
+    return Variant(name, rollouts or team.rollouts, state, hashes(team), bases_of(team))
 
 
 def hashes(team: LoadedTeam) -> dict[str, str]:
@@ -45,8 +54,8 @@ def bases_of(team: LoadedTeam) -> dict[str, str]:
 
 
 def base_team(team: LoadedTeam, mark: str = "") -> Variant:
-    """The agents as specified, every adapter off, without the texts that training found."""
-    return variant(team, f"{mark}base team", {}, dataclasses.replace(team.rollouts, values={}))
+    """The team with every adapter off and the values that its run began with."""
+    return variant(team, f"{mark}base team", {}, values=team.origin)
 
 
 def trained_team(team: LoadedTeam, versions: Mapping[str, str], mark: str = "") -> Variant:
@@ -55,8 +64,10 @@ def trained_team(team: LoadedTeam, versions: Mapping[str, str], mark: str = "") 
 
 def trained_name(team: LoadedTeam, versions: Mapping[str, str]) -> str:
     """`trained team, per-agent LoRA`, or shared-policy if all agents speak with one adapter; the
-    adapters if only some are on."""
-    if set(versions) != set(team.versions) or not versions:
+    adapters if only some are on; `trained team` where no adapter was learnt."""
+    if not team.versions:
+        return "trained team"
+    if set(versions) != set(team.versions):
         return f"adapters: {', '.join(versions) or 'none'}"
     shared = (
         len(team.rollouts.system.specs) > 1
@@ -66,10 +77,10 @@ def trained_name(team: LoadedTeam, versions: Mapping[str, str]) -> str:
 
 
 def ladder(team: LoadedTeam, mark: str = "") -> list[Variant]:
-    """The rungs below the trained team: single agent, team without prompts, base team, and prompts
-    that training found alone."""
+    """The rungs below the trained team: single agent, team without prompts, base team, and the
+    values that training found without its adapters."""
     player, system = team.rollouts, team.rollouts.system
-    plain = {k: v for k, v in player.values.items() if not k.endswith(PROMPTS)}
+    plain = {k: v for k, v in team.origin.items() if not k.endswith(PROMPTS)}
     bare = [dataclasses.replace(agent, prompt="", demos=()) for agent in system.specs]
     alone = Chain((AgentSpec("agent", policy=BASE, sampling=system.specs[-1].sampling),))
     rungs = []
@@ -79,15 +90,16 @@ def ladder(team: LoadedTeam, mark: str = "") -> list[Variant]:
                 team,
                 f"{mark}single agent",
                 {},
-                dataclasses.replace(player, system=alone, values={}),
+                dataclasses.replace(player, system=alone, state=TeamState()),
+                {},
             )
         )
     if any(agent.prompt or agent.demos for agent in system.specs):
-        without = dataclasses.replace(player, system=system.with_agents(bare), values=plain)
-        rungs.append(variant(team, f"{mark}team without prompts", {}, without))
+        without = dataclasses.replace(player, system=system.with_agents(bare))
+        rungs.append(variant(team, f"{mark}team without prompts", {}, without, plain))
     rungs.append(base_team(team, mark))
-    if player.values:
-        rungs.append(variant(team, f"{mark}prompt-only team", {}))
+    if team.versions and team.state.values != team.origin:
+        rungs.append(variant(team, f"{mark}values-only team", {}))
     return rungs
 
 
@@ -137,7 +149,13 @@ def cross_play(teams: Mapping[str, LoadedTeam]) -> list[tuple[str, str, str, Var
                     policy,
                     guest,
                     host,
-                    Variant(name, teams[host].rollouts, versions, sha256, bases_of(first)),
+                    Variant(
+                        name,
+                        teams[host].rollouts,
+                        teams[host].state.with_versions(versions),
+                        sha256,
+                        bases_of(first),
+                    ),
                 )
             )
     return crossed

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from ...agents.chat import Agent
 from ...agents.team import Team
-from ...agents.types import LimitError, Message, Sampling, SettingError, Turn, nearest
+from ...agents.transcript import LimitError
+from ...agents.types import Message, Sampling, SettingError, Turn, nearest
 from ..engines.base import PromptTooLong
 from .chat_api import Request
 from .chat_matching import ChatMatcher, engine_message, opening, read_turns

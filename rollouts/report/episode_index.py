@@ -194,7 +194,7 @@ class EpisodeIndex:
             "error": None if episode.error is None else self.text(episode.error),
             "parent": episode.parent,
             "rewards": [self.reward(r) for r in whole],
-            "versions": {policy: version for policy, version in episode.team_version.items()},
+            "versions": dict(episode.state.versions),
             "decisions": [[self.text(d.name), self.text(d.choice)] for d in episode.decisions],
             "turns": [
                 self.turn(t, episode.rewards, learned.get((t.index, crc(t.token_ids)), {}))

@@ -20,7 +20,8 @@ from ...agents.seeds import derive_seed
 from ...agents.text.answers import extract, normalise, same
 from ...agents.text.templates import render
 from ...agents.tools.verifiers import resolve_verifier, verify
-from ...agents.types import AgentSpec, Ask, Call, Message, Reward, Sampling, Task, Turn
+from ...agents.transcript import Ask, Call
+from ...agents.types import AgentSpec, Message, Reward, Sampling, Task, Turn
 from ..types import Episode
 from .code import hidden_verdict
 from .math_check import CheckerError, CheckerTimeout, equal, gym_score

@@ -1,4 +1,4 @@
-"""Task sets of the toy models: sums, digits, pairs and programs."""
+"""Task sets of the toy models: sums, digits, pairs, programs and rules."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ ASKED = {
 
 # what each kind of problem adds to the last digit; as an instruction the kind is a capital
 KINDS: Mapping[str, int] = {"a": 1, "b": 4, "c": 7}
+
+# what an agent of `rule_tasks` may add to half of a digit, and what each one has to
+WAYS = (0, 5)
+RULE: Mapping[str, int] = {"first": 5, "last": 0}
 
 
 @trusted("tasks")
@@ -94,3 +98,18 @@ def program_tasks(split: str = "train", seed: int = 0) -> list[Task]:
 def digit(kind: str, problem: str) -> str:
     """The answer of this kind to a problem, whatever the problem asks for."""
     return str((int(problem[-1]) + KINDS[kind]) % 10)
+
+
+@trusted("tasks")
+def rule_tasks(split: str = "train", seed: int = 0) -> list[Task]:
+    """The 1000 numbers of three digits in two halves, `train` and `eval`, shuffled. The answer is
+    half of (half of the last digit, plus 5), rounded down; private meta `_first`: the sum, which
+    the first agent should say."""
+    tasks = []
+    for n in range(1000):
+        if (unit(f"rules {n:03}") < 0.5) == (split == "eval"):
+            first = n % 10 // 2 + RULE["first"]
+            answer, meta = str(first // 2 + RULE["last"]), {"_first": str(first)}
+            tasks.append(Task(f"{n:03}", f"{n:03}", answer, "rules", split, meta))
+    random.Random(seed).shuffle(tasks)
+    return tasks

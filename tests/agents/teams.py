@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from marlora.agents.chat import Services
 from marlora.agents.team import Team
-from marlora.agents.transcript import Transcript
-from marlora.agents.types import AgentSpec, Call, Completion
+from marlora.agents.transcript import Call, Transcript
+from marlora.agents.types import AgentSpec, Completion
 
 T = TypeVar("T")
 

@@ -11,7 +11,8 @@ from marlora.agents.chat import Agent, Services
 from marlora.agents.seeds import derive_seed
 from marlora.agents.team import Team
 from marlora.agents.testing import fake_team
-from marlora.agents.types import AgentSpec, Call, Completion, Message, Sampling, SettingError, Turn
+from marlora.agents.transcript import Call
+from marlora.agents.types import AgentSpec, Completion, Message, Sampling, SettingError, Turn
 from tests.agents.teams import run, slow_team
 
 # --- chats

@@ -12,7 +12,8 @@ from marlora.agents.patterns.debate import Debate
 from marlora.agents.seeds import derive_seed
 from marlora.agents.system import System
 from marlora.agents.testing import fake_team
-from marlora.agents.types import AgentSpec, LimitError, SettingError, Task
+from marlora.agents.transcript import LimitError
+from marlora.agents.types import AgentSpec, SettingError, Task
 from tests.agents.teams import run, slow_team
 
 DEBATE = Debate(["a", "b", "c"], rounds=2)

@@ -13,15 +13,12 @@ import pytest
 from marlora.agents.patterns.debate import Debate
 from marlora.agents.team import Team
 from marlora.agents.testing import fake_team
-from marlora.agents.transcript import Transcript
+from marlora.agents.transcript import Call, LimitError, ReplayError, Transcript
 from marlora.agents.types import (
     AgentSpec,
-    Call,
     Completion,
     Decision,
-    LimitError,
     Message,
-    ReplayError,
     Sampling,
     SettingError,
     Task,

@@ -21,11 +21,12 @@ from marlora.agents.types import (
     SettingError,
     Task,
     Turn,
+    Usage,
     from_json,
     nearest,
     to_json,
 )
-from marlora.rollouts.types import Episode, Usage
+from marlora.rollouts.types import Episode
 
 COMPLETION = Completion("4", (1, 2), (3,), (-0.25,), "length", "solver", "solver-v1-3fa9")
 EXAMPLES = [

@@ -66,12 +66,12 @@ def test_a_wrong_price_is_one_line(value: Any, message: str) -> None:
 )
 def test_a_wrong_budget_is_one_line(value: Any, message: str) -> None:
     with pytest.raises(SettingError) as caught:
-        Budget.of(value)
+        Budget.of(value, {})
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
 def test_a_budget_is_read_from_settings() -> None:
-    assert Budget.of(None) == Budget()
+    assert Budget.of(None) == Budget() and Budget.of({"cost": 1}) == Budget(cost=1)
     assert Budget.of('{"tokens": 5}') == Budget(tokens=5)
     assert Budget.of({"cost": 2}, {"p": USD}) == Budget(cost=2)
     mixed = {"p": USD, "q": Price("EUR", 1.0, 1.0), "r": Price("USD", 0.0, 0.0)}

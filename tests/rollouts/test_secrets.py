@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.secrecy import shown_url
-from marlora.agents.types import AgentSpec, Call, Message, PolicySpec, Sampling, SettingError
+from marlora.agents.text.secrecy import shown_url
+from marlora.agents.transcript import Call
+from marlora.agents.types import AgentSpec, Message, PolicySpec, Sampling, SettingError
 from marlora.recipes import grpo_team
 from marlora.recipes.cli import doctor, main
 from marlora.rollouts.engines.base import EngineError

@@ -151,7 +151,9 @@ def samples(
         advantages: per turn; for SFT its weight. A turn that is missing or 0 is read as context but
             not trained.
         keep_zeros: train turns of advantage 0 too, for losses with a term that has no advantage.
-        policy_of: agent -> policy; agents that are missing (frozen, outside models) give no sample.
+        policy_of: agent -> policy that learns; agents that are missing (frozen, outside models)
+            give no sample. For ratios the policy that sampled a turn is the one it trains, as far
+            as it is among these.
         ratios: True for policy gradients, which need the probability every token was drawn with:
             written turns, turns sampled off the softmax (top_p, T = 0, ...) or without log-probs
             are dropped. False for SFT and preferences, which score at T = 1.
@@ -161,10 +163,12 @@ def samples(
     """
     sequences: list[TrainingSequence] = []
     dropped: Counter[tuple[str, str]] = Counter()
+    learning = set(policy_of.values()) if ratios else set()
     for episode in episodes:
         open_by_agent: dict[str, list[_Segment]] = {}
         for turn in episode.turns:
-            if turn.agent not in policy_of:
+            policy = turn.policy if turn.policy in learning else policy_of.get(turn.agent)
+            if policy is None:
                 continue
             key = (episode.id, turn.index, turn.sibling)
             advantage = advantages.get(key, 0.0)
@@ -174,7 +178,7 @@ def samples(
                     f" {advantage}; credit must be finite"
                 )
             segments = open_by_agent.setdefault(turn.agent, [])
-            segment = _place(segments, turn, policy_of[turn.agent], episode.id)
+            segment = _place(segments, turn, policy, episode.id)
             asked = bool(advantage) or (keep_zeros and key in advantages)
             reason = _unfit(episode, turn, segment, ratios) if asked else "zero advantage"
             if not reason:

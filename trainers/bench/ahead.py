@@ -95,8 +95,7 @@ def run(model: Path, folder: Path, bound: int) -> dict[str, Any]:
     ends: list[float] = []
     with trainer.run as opened:
         for step in opened.steps():
-            episodes = trainer.collect(step)
-            opened.finish(step, episodes, trainer.learn(step, episodes))
+            opened.finish(step, trainer.step(step))
             ends.append(time.perf_counter())
         opened.rollouts.background.run(engine.close())
     rows = [

@@ -22,14 +22,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ...agents.state import TeamState
 from ...agents.types import Task
-from ...rollouts.engines.base import TeamVersion
 from ...rollouts.episodes.store import Store
 from ...rollouts.types import Episode
 from ..config import RunConfig
-from ..weight_sync.team_versions import TeamVersions, spoken
+from ..weight_sync.team_states import TeamStates, spoken
 from .background import BackgroundTask, StopSignal
-from .stored_episodes import PlannedEpisodes, find_stored
+from .stored_episodes import PlannedEpisodes, find_stored, training_requests
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def by_length(episodes: Sequence[Episode]) -> dict[str, dict[str, int]]:
 
 
 Begin = Callable[
-    [str, PlannedEpisodes, TeamVersion | Callable[[], TeamVersion], asyncio.Semaphore, int],
+    [str, PlannedEpisodes, TeamState | Callable[[], TeamState], asyncio.Semaphore, int],
     BackgroundTask[CollectedStep],
 ]
 
@@ -90,10 +90,10 @@ class AsyncCollector:
 
     Args:
         config: `num_generations`, `oversample`, `max_steps`, `max_concurrency`.
-        team: the team versions of the last S + 1 steps.
+        team: the team's states of the last S + 1 steps.
         store: where finished episodes are.
         tasks_of: the tasks of a step.
-        begin: (label, planned episodes, versions, semaphore, oversample) -> the rollouts at work.
+        begin: (label, planned episodes, state, semaphore, oversample) -> the rollouts at work.
         deterministic: do the engines repeat themselves to the last bit?
         warn: is given a line about stored episodes that were played anew.
         stop: ends the wait for a step.
@@ -102,7 +102,7 @@ class AsyncCollector:
     def __init__(
         self,
         config: RunConfig,
-        team: TeamVersions,
+        team: TeamStates,
         store: Store,
         tasks_of: Callable[[int], Sequence[Task]],
         begin: Begin,
@@ -131,7 +131,7 @@ class AsyncCollector:
         del self._begun[step]
         if dropped:
             self.warn(
-                f"step {step}: {len(dropped)} stored episodes were played by team versions that are"
+                f"step {step}: {len(dropped)} stored episodes were played with states that are"
                 " too old or unknown here; played anew"
             )
         return replace(collected, ages=self.team.ages(collected.episodes), dropped=dropped)
@@ -148,15 +148,16 @@ class AsyncCollector:
 
         def fits(episode: Episode) -> bool:
             return (
-                episode.team_version == spoken(named, episode)
+                episode.state.key == spoken(named, episode).key
                 if self.deterministic
                 else team.age(episode) is not None
             )
 
         label, count = self._label(step), config.num_generations + config.oversample
-        known = find_stored(self.store, self.tasks_of(step), label, count, step, fits)
-        versions = named if self.deterministic else lambda: team.newest
-        work = self.begin(label, known, versions, self._room, config.oversample)
+        requests = training_requests(self.tasks_of(step), label, count, step)
+        known = find_stored(self.store, requests, fits)
+        state = named if self.deterministic else lambda: team.newest
+        work = self.begin(label, known, state, self._room, config.oversample)
         return work, known.dropped
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """The rollout manager: the episodes of a step, played, stored or read from a store.
 
-Rank 0 plays and stores; `collect`, `play`, `derive`, `earlier` and `stored` give every rank the
-same episodes (`Ranks.share`), so every rank has to call them. The other methods are rank 0's.
+Rank 0 plays and stores; `collect`, `play`, `ask`, `derive`, `earlier` and `stored` give every rank
+the same episodes (`Ranks.share`), so every rank has to call them. The other methods are rank 0's.
 """
 
 from __future__ import annotations
@@ -9,29 +9,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ...agents.concurrency import gather
+from ...agents.state import TeamState
 from ...agents.system import System
 from ...agents.types import SettingError, Task
-from ...rollouts.engines.base import TeamVersion
 from ...rollouts.episodes.oversampling import CancelledEpisode, drop_statistics, first_finished
 from ...rollouts.episodes.runner import EpisodeRunner
 from ...rollouts.episodes.store import Store
+from ...rollouts.ledger import Ledger
 from ...rollouts.rewards.scoring import RewardFn, fn_name
-from ...rollouts.types import Episode
+from ...rollouts.types import Episode, Kind
 from ..config import RunConfig
 from ..distributed.ranks import Ranks
 from ..errors import RunError
 from ..monitoring.run_log import RunLog
 from ..weight_sync.sync import WeightSync
+from .asides import AsideNumbers, Question, answers, aside_requests
 from .async_rollouts import AsyncCollector, CollectedStep
 from .background import BackgroundLoop, BackgroundTask, StopSignal
 from .derived_episodes import Derivation, derive_missing, stored_children
 from .engines import EngineGroup
+from .identified_episodes import Evaluations, Identified, weights_below
 from .stored_episodes import OfflineEpisodes, PlannedEpisodes, find_stored, training
 from .task_order import tasks_of
 
@@ -46,9 +50,9 @@ class RolloutManager:
         system: the team that plays.
         rewards: score every episode; the first one's name is the metric.
         tasks: those to train on.
-        values: what a team sees of the run's state, by name.
-        engines, sync: who answers, and with which versions.
+        engines, sync: who answers, and with which state.
         log: counters and progress.
+        ledger: meters every call.
 
     `store`, `runner`, `background` and `ahead` exist on rank 0, once `open` has been called there;
     `ranks` and `stop` on every rank after `join`.
@@ -68,14 +72,17 @@ class RolloutManager:
         system: System,
         rewards: Sequence[RewardFn],
         tasks: Sequence[Task],
-        values: Mapping[str, Any],
         *,
         engines: EngineGroup,
         sync: WeightSync,
         log: RunLog,
+        ledger: Ledger | None = None,
     ) -> None:
         self.config, self.system, self.rewards, self.tasks = config, system, rewards, tasks
-        self.values, self.engines, self.sync, self.log = values, engines, sync, log
+        self.engines, self.sync, self.log = engines, sync, log
+        self.ledger = ledger or Ledger()
+        self.evaluations = Evaluations(config.folder)
+        self._numbers = AsideNumbers()
         self.metric = fn_name(rewards[0]) if rewards else ""
 
     def join(self, ranks: Ranks, stop: StopSignal | None) -> None:
@@ -102,12 +109,14 @@ class RolloutManager:
             self.system,
             self.engines.completers(),
             self.rewards,
-            self.values,
+            TeamState(values=self.sync.state.values),
             config.sampling(),
             config.limits(),
             config.seed,
             version_policy=config.pin,
+            ledger=self.ledger,
         )
+        self.ledger.replay(self.store)
         if config.pin == "call" and self.engines.deterministic:
             raise SettingError(
                 "pin: call with an engine that repeats itself to the last bit: there a step's"
@@ -124,8 +133,8 @@ class RolloutManager:
             self.sync.team,
             self.store,
             self.tasks_of,
-            lambda label, known, versions, room, oversample: self.begin(
-                label, known, self.runner, versions, room, oversample
+            lambda label, known, state, room, oversample: self.begin(
+                label, known, self.runner, state, room, oversample
             ),
             deterministic=self.engines.deterministic,
             warn=self.log.warn,
@@ -170,21 +179,67 @@ class RolloutManager:
 
     def play(
         self,
-        label: str,
         tasks: Sequence[Task],
-        num_generations: int = 1,
-        versions: Mapping[str, str] | None = None,
+        state: TeamState | None = None,
+        *,
+        n: int = 1,
+        greedy: bool = False,
+        kind: Kind = "trial",
+        system: System | None = None,
+        label: str = "",
     ) -> list[Episode]:
-        """Sampled episodes of held-out tasks, scored and stored as `eval-LABEL`. `versions` None:
-        those in force."""
+        """Scored episodes of these tasks, `n` of each, then their children. Nothing is learnt from
+        them. What was played before with the same state is taken from the store.
+
+        Args:
+            state: None: the one in force.
+            greedy: at temperature 0, decisions by the likeliest option.
+            kind: `trial` of a candidate, or `eval` of held-out tasks, which costs no budget.
+            system: another system than the run's, played by the same policies.
+            label: under which `stored` and the report find them.
+        """
         return self.ranks.share(
             lambda: (
                 self.play_or_find(
-                    tasks, f"eval-{label}", self.log.step, self.runner, num_generations, versions
+                    tasks, state, n=n, greedy=greedy, kind=kind, system=system, label=label
                 ).episodes
             ),
             Episode,
         )
+
+    def ask(self, system: System, task: Task, *, follows: str = "") -> Episode:
+        """An optimizer's own talk: an episode of a system of helpers (or of the team's agents), of
+        kind `aside`. A resumed run takes what was answered before it was cut off.
+
+        `follows`: id of the episode that it is about. An answer that could not be given is in the
+        episode's `error`.
+        """
+        return self.ask_all([(system, task, follows)])[0]
+
+    def ask_all(self, questions: Sequence[Question]) -> list[Episode]:
+        """Several talks at once, each as `ask` gives it, in their order."""
+        step = self.log.step + 1
+        first = self._numbers.take(step, len(questions))
+
+        def work() -> list[Episode]:
+            known = find_stored(
+                self.store,
+                lambda attempt: aside_requests(questions, step, first, attempt),
+                failures_count=True,
+            )
+            for episode in known.stored.values():
+                self.ledger.cached(episode)
+            todo = [k for k, each in enumerate(known.plan) if each.id not in known.stored]
+            player = dataclasses.replace(self.player(self.sync.state), rewards=())
+            runners = [dataclasses.replace(player, system=questions[k][0]) for k in todo]
+            with self.sync.hold(player.state.versions):
+                given = self.run_rollouts(
+                    answers([known.plan[k] for k in todo], runners, self.keep)
+                )
+            by_id = {**known.stored, **{episode.id: episode for episode in given}}
+            return [by_id[each.id] for each in known.plan]
+
+        return self.ranks.share(work, Episode)
 
     def derive(
         self, step: int, episodes: Sequence[Episode], kind: str, make: Derivation
@@ -220,38 +275,49 @@ class RolloutManager:
         return self.ranks.share(lambda: [e for e in training(self.store) if e.step < step], Episode)
 
     def stored(self, label: str) -> list[Episode]:
-        """The episodes that were played as `eval-LABEL`, also before a resume."""
-        return self.ranks.share(
-            lambda: [e for e in self.store if e.group.startswith(f"eval-{label}/")], Episode
-        )
+        """The episodes that were played under this label (see `play`), also before a resume."""
+
+        def find() -> list[Episode]:
+            entry = self.evaluations.read().get(label)
+            if entry is None:
+                return []
+            groups = re.compile(rf"{entry['kind']}-{entry['key']}(\.\d+)?/")
+            played = (e for e in self.store.read(kind=entry["kind"]) if groups.match(e.group))
+            return [episode for episode in played if episode.task.id in entry["tasks"]]
+
+        return self.ranks.share(find, Episode)
 
     # on rank 0
 
-    def player(self, versions: Mapping[str, str] | None = None) -> EpisodeRunner:
-        """A runner that plays with these versions (None: those in force) whatever the caller asks
+    def player(self, state: TeamState | None = None) -> EpisodeRunner:
+        """A runner that plays with this state (None: the one in force) whatever the caller asks
         for: replays speak as the episode did."""
-        pinned = dict(self.sync.current if versions is None else versions)
-        return dataclasses.replace(self.runner, pinned=pinned)
+        return dataclasses.replace(self.runner, state=state or self.sync.named(self.sync.state))
 
     def play_or_find(
         self,
         tasks: Sequence[Task],
-        label: str,
-        step: int,
-        runner: EpisodeRunner,
-        num_generations: int = 1,
-        versions: Mapping[str, str] | None = None,
-        oversample: int = 0,
+        state: TeamState | None = None,
+        *,
+        n: int = 1,
+        greedy: bool = False,
+        kind: Kind = "trial",
+        system: System | None = None,
+        label: str = "",
     ) -> CollectedStep:
-        """The episodes of these tasks, from the store where it has them, else played and stored.
-        `versions` None: those in force. `oversample`: see `begin`."""
-        chosen = self.sync.current if versions is None else versions
-        now, count = self.sync.named(chosen), num_generations + oversample
-        known = find_stored(
-            self.store, tasks, label, count, step, lambda episode: episode.team_version == now
-        )
-        with self.sync.hold(chosen):
-            work = self.begin(label, known, runner, chosen, oversample=oversample)
+        """As `play`, with how long it took."""
+        chosen = self.sync.state if state is None else state
+        runner = self.runner if system is None else dataclasses.replace(self.runner, system=system)
+        chosen = chosen.of(runner.policies_of(chosen))
+        weights = weights_below(self.sync.learner)
+        asked = Identified(runner, chosen, tasks, kind, n, greedy, self.log.step, weights)
+        known = find_stored(self.store, asked.requests, failures_count=kind == "trial")
+        for episode in known.stored.values():
+            self.ledger.cached(episode)
+        if label:
+            self.evaluations.add(label, asked)
+        with self.sync.hold(chosen.versions):
+            work = self.begin(label or asked.kind, known, asked.player, chosen)
             return work.result(self.stop)
 
     def begin(
@@ -259,7 +325,7 @@ class RolloutManager:
         label: str,
         known: PlannedEpisodes,
         runner: EpisodeRunner,
-        versions: TeamVersion | Callable[[], TeamVersion],
+        state: TeamState | Callable[[], TeamState],
         room: asyncio.Semaphore | None = None,
         oversample: int = 0,
     ) -> BackgroundTask[CollectedStep]:
@@ -281,9 +347,9 @@ class RolloutManager:
             async with self.exclusive():
                 start = time.perf_counter()
                 playing = (
-                    first_finished(runner, todo, versions, needed, dropped, room)
+                    first_finished(runner, todo, state, needed, dropped, room)
                     if oversample
-                    else runner.collect(todo, versions, room)
+                    else runner.collect(todo, state, room)
                 )
                 total, done = len(plan) - oversample * len(needed), len(plan) - len(todo)
                 with self.log.progress.episodes(label, total, done, self.metric) as tick:
@@ -319,6 +385,8 @@ class RolloutManager:
         """Store these episodes: all or none of them."""
         try:
             self.store.extend(episodes)
+            for episode in episodes:
+                self.ledger.stored(episode)
         except OSError as error:
             named = ", ".join(e.id for e in episodes[:3])
             raise RunError(

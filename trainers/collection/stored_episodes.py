@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...agents.types import CORRECTION_SPLIT, AgentSpec, SettingError, Task
+from ...agents.types import AgentSpec, SettingError, Task
 from ...rollouts.episodes.runner import EpisodeRequest, episode_requests
 from ...rollouts.episodes.store import Store
 from ...rollouts.renderer import ChatRenderer
@@ -29,36 +29,43 @@ class PlannedEpisodes:
 
 def find_stored(
     store: Store,
-    tasks: Sequence[Task],
-    label: str,
-    num_generations: int,
-    step: int,
-    fits: Callable[[Episode], bool],
+    requests: Callable[[int], list[EpisodeRequest]],
+    fits: Callable[[Episode], bool] = lambda episode: True,
+    *,
+    failures_count: bool = False,
 ) -> PlannedEpisodes:
-    """What to play under this label.
+    """What to play of these requests (a function of the number of the attempt).
 
-    Stored episodes count if their team version `fits` and some could be scored. Others have spent
-    their ids (a run that was resumed on hardware that does not repeat itself to the last bit, or
-    after its rewards were repaired): then the label gets a number, so that what is trained on is
-    always in the store.
+    Stored episodes count if they were played with a state that `fits` and some could be scored
+    (`failures_count`: whatever came of them, as for a candidate that cannot work). Others have spent their ids (a run that was resumed on hardware that does not repeat itself to
+    the last bit, or after its rewards were repaired): then the next attempt's are played, so that
+    what is trained on is always in the store.
     """
     known, dropped = store.ids(), list[Episode]()
     for attempt in itertools.count():
-        plan = episode_requests(
-            tasks,
-            label=f"{label}.{attempt}" if attempt else label,
-            num_generations=num_generations,
-            step=step,
-        )
+        plan = requests(attempt)
         spent = known & {job.id for job in plan}
         if not spent:
             return PlannedEpisodes(plan, {}, dropped)
         episodes = {episode.id: episode for episode in store.read(id=spent)}
         fitting = all(map(fits, episodes.values()))
-        if fitting and not all(map(unscorable, episodes.values())):
+        if fitting and (failures_count or not all(map(unscorable, episodes.values()))):
             return PlannedEpisodes(plan, episodes | _children(store, spent), dropped)
         dropped += [] if fitting else episodes.values()
     raise AssertionError("count() does not end")
+
+
+def training_requests(
+    tasks: Sequence[Task], label: str, num_generations: int, step: int
+) -> Callable[[int], list[EpisodeRequest]]:
+    """The requests of a step's episodes; those of a later attempt have its number in their
+    label."""
+    return lambda attempt: episode_requests(
+        tasks,
+        label=f"{label}.{attempt}" if attempt else label,
+        num_generations=num_generations,
+        step=step,
+    )
 
 
 def _children(store: Store, parents: Collection[str]) -> dict[str, Episode]:
@@ -77,10 +84,9 @@ def _children(store: Store, parents: Collection[str]) -> dict[str, Episode]:
 
 
 def training(store: Store) -> list[Episode]:
-    """The episodes of a store that may be learnt from: evaluations are stored beside them and stay
-    held out, as do corrections, which saw the answer."""
-    unused = ("eval", CORRECTION_SPLIT)
-    return [e for e in store if e.split not in unused and not e.group.startswith("eval-")]
+    """The episodes of a store that may be learnt from: not evaluations, which stay held out, nor
+    trials of candidates, nor what an optimizer said."""
+    return list(store.read(kind="train"))
 
 
 class OfflineEpisodes:

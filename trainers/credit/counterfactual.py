@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from ...agents.seeds import derive_seed
+from ...agents.state import TeamState
 from ...agents.types import Completion, Decision, Reward, SettingError, Turn
 from ...rollouts.episodes.runner import EpisodeRequest
 from ...rollouts.types import Episode
@@ -57,7 +58,7 @@ class Player(Protocol):
     async def play(
         self,
         job: EpisodeRequest,
-        version: Mapping[str, str] | None = None,
+        state: TeamState | None = None,
         *,
         given: Iterable[Turn] = (),
         replace: Mapping[int, Completion] | None = None,
@@ -192,10 +193,12 @@ async def _replays(
 
     async def one(number: int) -> float:
         label = f"{episode.id}/replay/{turn.index}.{turn.sibling}"
-        job = EpisodeRequest(episode.task, label, sample=number, step=episode.step)
+        job = EpisodeRequest(
+            episode.task, label, sample=number, step=episode.step, kind="trial"
+        )
         played = await player.play(
             job,
-            episode.team_version,
+            episode.state,
             given=[earlier for earlier in episode.turns if earlier.index < turn.index],
             replace={turn.index: completion},
             decisions=episode.decisions,

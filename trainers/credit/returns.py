@@ -11,6 +11,7 @@ from .weights import (
     Advantages,
     CreditConfig,
     RewardedEpisodes,
+    about_whole,
     key_of,
     selected_turns,
     trainable,
@@ -54,7 +55,7 @@ def turn(batch: RewardedEpisodes, settings: CreditConfig) -> Advantages:
     for episode in batch.episodes:
         of_turns = [r for r in episode.rewards if r.turn is not None and settings.weight(r.name)]
         has_team = any(
-            r.agent is None and r.turn is None and settings.weight(r.name) for r in episode.rewards
+            r.agent is None and about_whole(r) and settings.weight(r.name) for r in episode.rewards
         )
         last = batch.rewards[episode.id] if has_team else 0.0
         if (

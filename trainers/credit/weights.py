@@ -145,7 +145,7 @@ def team_rewards(episodes: Sequence[Episode], weights: RewardWeights) -> dict[st
             e.id: [
                 r
                 for r in e.rewards
-                if r.agent is None and r.turn is None and weights.weight(r.name)
+                if r.agent is None and about_whole(r) and weights.weight(r.name)
             ]
             for e in group
         }
@@ -167,9 +167,14 @@ def team_rewards(episodes: Sequence[Episode], weights: RewardWeights) -> dict[st
 def agent_reward(episode: Episode, agent: str, team: float, weights: RewardWeights) -> float:
     """The agent's own rewards, weighted and summed; the team's reward where it has none."""
     own = [
-        r for r in episode.rewards if r.agent == agent and r.turn is None and weights.weight(r.name)
+        r for r in episode.rewards if r.agent == agent and about_whole(r) and weights.weight(r.name)
     ]
     return math.nan if episode.error is not None else weighted_sum(own, weights) if own else team
+
+
+def about_whole(reward: Reward) -> bool:
+    """Whether a reward is of the whole episode, rather than of one turn or decision."""
+    return reward.turn is None and reward.decision is None
 
 
 def turn_rewards(episode: Episode, turn: Turn, weights: RewardWeights) -> list[Reward]:

@@ -11,17 +11,22 @@ import contextlib
 import datetime
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ...agents.types import from_json, to_json
+from ...rollouts.ledger import BudgetSpent
 from ..errors import Stopped
 from .watchdog import Watchdog
 
 T = TypeVar("T")
+
+
+# what ends a run in order raises the same on every rank
+PASSED_ON: Mapping[str, type[BaseException]] = {"Stopped": Stopped, "BudgetSpent": BudgetSpent}
 
 
 class RankError(RuntimeError):
@@ -118,7 +123,7 @@ class Ranks:
         there, every rank raises.
 
         Without this the others would wait for hours for a rank that has gone. Raises what `work`
-        raises on rank 0, and `RankError` or `Stopped` elsewhere.
+        raises on rank 0, and `RankError`, `Stopped` or `BudgetSpent` elsewhere.
         """
         if self.size == 1:
             return work()
@@ -128,22 +133,15 @@ class Ranks:
                 self.joined[asked[0]](*asked[1:])
                 value, problem, asked = self.broadcast(None)
             if problem:
-                raise Stopped if problem == "stopped" else RankError(problem)
+                kind, _, text = problem.partition(": ")
+                raise PASSED_ON[kind](text) if kind in PASSED_ON else RankError(problem)
             return value
         try:
             value = work()
         except BaseException as error:
-            self.broadcast(
-                (
-                    None,
-                    (
-                        "stopped"
-                        if isinstance(error, Stopped)
-                        else f"rank 0: {type(error).__name__}: {error}"
-                    ),
-                    None,
-                )
-            )
+            name = type(error).__name__
+            problem = f"{name}: {error}" if name in PASSED_ON else f"rank 0: {name}: {error}"
+            self.broadcast((None, problem, None))
             raise
         return self.broadcast((value, "", None))[0]
 

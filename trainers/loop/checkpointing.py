@@ -7,18 +7,21 @@ knows which files hold them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from ...agents.types import SettingError, to_json
+from ...rollouts.checkpoints.reader import ORIGIN, VALUES, read_values
 from ...rollouts.files import files_sha256
+from ...rollouts.ledger import NOTHING_SPENT, Ledger
 from ...rollouts.rewards.builtin import reward_name
 from .. import checkpoint as ckpt
 from ..errors import RunError
 from ..model.base_models import versions
 from ..monitoring.run_log import RunLog
 from ..update.learner import Learner
+from ..values.parts import Part, json_sha256, load_parts, save_parts
 from ..weight_sync.sync import WeightSync
 from .evaluator import Evaluator
 from .spec import RunSpec
@@ -39,11 +42,15 @@ STATE = (  # the keys of trainer/state.json, in their order
     "proofs",
     "versions",
     "team",
+    "origin",
+    "done",
+    "ledger",
+    "parts",
 )
 
 
-class Part(Protocol):
-    """What a checkpoint holds of one part of a run."""
+class Stateful(Protocol):
+    """Something of a run with a state of its own."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -56,7 +63,8 @@ class Checkpointer:
     Args:
         spec: of the run; its config names folder, limit and seed.
         values: what a team sees of the run's state, by name; restored in place.
-        learner, sync, evaluator, log: the parts whose state is kept.
+        parts: what the method learns beside weights.
+        learner, sync, evaluator, log, ledger: whose state is kept.
 
     `saved`: the step whose checkpoint is on disk.
     """
@@ -65,18 +73,20 @@ class Checkpointer:
         self,
         spec: RunSpec,
         values: dict[str, Any],
+        parts: Sequence[Part],
         *,
         learner: Learner,
         sync: WeightSync,
         evaluator: Evaluator,
         log: RunLog,
+        ledger: Ledger,
     ) -> None:
-        self.spec, self.values = spec, values
+        self.spec, self.values, self.parts, self.ledger = spec, values, parts, ledger
         self.learner, self.sync, self.evaluator, self.log = learner, sync, evaluator, log
         self.saved: int | None = None
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def stateful(self) -> tuple[Stateful, ...]:
         return (self.log, self.learner, self.evaluator, self.sync)
 
     @property
@@ -101,14 +111,17 @@ class Checkpointer:
 
     def _write(self, folder: Path) -> None:
         ckpt.write_json(folder / "system.json", self.system_json())
-        (folder / "values").mkdir()
-        for name, value in self.values.items():
-            ckpt.write_json(folder / "values" / f"{name}.json", to_json(value))
+        ckpt.write_json(folder / "values" / VALUES, to_json(self.values))
+        ckpt.write_json(folder / "values" / ORIGIN, to_json(self.sync.origin.values))
         (folder / "trainer").mkdir()
         self.learner.save(folder)
-        state: dict[str, Any] = {"seed": self.spec.config.seed}
-        for part in self.parts:
-            state |= part.state_dict()
+        state: dict[str, Any] = {
+            "seed": self.spec.config.seed,
+            "ledger": self.ledger.state_dict(),
+            "parts": save_parts(self.parts, folder / "trainer" / "parts"),
+        }
+        for each in self.stateful:
+            state |= each.state_dict()
         ckpt.write_json(folder / "trainer" / "state.json", {key: state[key] for key in STATE})
 
     def system_json(self) -> dict[str, Any]:
@@ -128,9 +141,10 @@ class Checkpointer:
                     "files": files_sha256(b.path),
                     "template": b.tokens.template_hash,
                     "chat_template_kwargs": b.tokens.settings,
-                    "policies": list(b.policies),
+                    "policies": [p for p in b.policies if p in spec.policies],
                 }
                 for n, b in bases.items()
+                if n == config.model or any(p in spec.policies for p in b.policies)
             },
             "system": {
                 "class": f"{cls.__module__}:{cls.__qualname__}",
@@ -138,11 +152,12 @@ class Checkpointer:
             },
             "agents": to_json(spec.system.specs),
             "policies": {name: to_json(policy) for name, policy in spec.policies.items()},
-            "values": sorted(self.values),
+            "values": {name: json_sha256(to_json(v)) for name, v in sorted(self.values.items())},
             "adapters": {
                 p: {"sha256": b.adapters.sha256(p), "trained": b.adapters.is_trained(p)}
                 for b in bases.values()
                 for p in b.policies
+                if p in spec.policies
             },
             "tasks": split_of(spec),
             "rewards": [reward_name(r) for r in spec.rewards],
@@ -161,11 +176,23 @@ class Checkpointer:
                 f"seed: the run began with {state['seed']}, got {self.spec.config.seed}; its tasks"
                 " and samples follow from it"
             )
+        self._restore_learnt(folder, system, state)
+        self.ledger.load_state_dict(state.get("ledger", NOTHING_SPENT))
+        for each in self.stateful:
+            each.load_state_dict(state)
+
+    def restore_state(self, folder: Path) -> None:
+        """Put back what was learnt by the time of this checkpoint; counters go on."""
+        state = json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
+        self._restore_learnt(folder, ckpt.read_system(folder), state)
+
+    def _restore_learnt(
+        self, folder: Path, system: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> None:
         self.learner.restore(folder, system["adapters"], state["heads"])
-        for path in sorted((folder / "values").glob("*.json")):
-            self.values[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-        for part in self.parts:
-            part.load_state_dict(state)
+        load_parts(self.parts, folder / "trainer" / "parts", state.get("parts", {}))
+        self.values.clear()
+        self.values.update(read_values(folder, system))
 
     def _check_bases(self, folder: Path, system: Mapping[str, Any]) -> None:
         """Raise `SettingError` unless the checkpoint stands on the bases of this run."""

@@ -7,8 +7,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ...agents.state import content_key
 from ...agents.system import System
-from ...agents.types import AgentSpec, SettingError, Task
+from ...agents.types import AgentSpec, SettingError, Task, to_json
+from ...rollouts.evaluation.suite import prompt_hash
 from .. import checkpoint as ckpt
 from ..collection.stored_episodes import OfflineEpisodes
 from ..config import RunConfig
@@ -36,17 +38,37 @@ def check_importable(system: System) -> None:
         )
 
 
-def check_tasks(train: Sequence[Task], held_out: Sequence[Task], config: RunConfig) -> None:
-    """Raise `SettingError` unless both splits have tasks and share none."""
+def check_tasks(
+    train: Sequence[Task], val: Sequence[Task], held_out: Sequence[Task], config: RunConfig
+) -> None:
+    """Raise `SettingError` unless the training and held-out splits have tasks and no two splits
+    share one, by id or by what is asked."""
     for name, split in (("training", train), ("held-out", held_out)):
         if not split:
             raise SettingError(f"tasks {config.tasks!r}: the {name} split is empty")
-    both = {task.id for task in train} & {task.id for task in held_out}
-    if both:
-        raise SettingError(
-            f"tasks {config.tasks!r}: {len(both)} held-out tasks are also trained on, such as"
-            f" {sorted(both)[0]!r}"
-        )
+    for name, split, other, others in (
+        ("held-out", held_out, "trained on", train),
+        ("held-out", held_out, "used for validation", val),
+        ("validation", val, "trained on", train),
+    ):
+        both = shared_tasks(split, others)
+        if both:
+            raise SettingError(
+                f"tasks {config.tasks!r}: {len(both)} {name} tasks are also {other}, by id or by the"
+                f" same prompt, such as {both[0]!r}"
+            )
+
+
+def shared_tasks(split: Sequence[Task], others: Sequence[Task]) -> list[str]:
+    """Ids of a split's tasks that are among the others: of the same id, or asking the same of the
+    same facts (a game's prompt is one and the same, its `meta` is not)."""
+    ids = {task.id for task in others}
+    asked = {_asked(task) for task in others}
+    return sorted(task.id for task in split if task.id in ids or _asked(task) in asked)
+
+
+def _asked(task: Task) -> tuple[str, str]:
+    return prompt_hash(task.prompt), content_key(to_json(task.public().meta), task.id)
 
 
 def offline_episodes(
@@ -60,7 +82,7 @@ def offline_episodes(
     if not config.episodes:
         return None
     offline = OfflineEpisodes(config.episodes, agents)
-    check_tasks([e.task for e in offline.episodes], eval_tasks, config)
+    check_tasks([e.task for e in offline.episodes], [], eval_tasks, config)
     tokens = {policy: base.tokens for base in bases.values() for policy in base.policies}
     offline.check_tokens({a.name: tokens[a.policy] for a in agents if a.policy in tokens})
     return offline

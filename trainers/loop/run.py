@@ -5,7 +5,7 @@ A method is a loop over a run's parts:
     for step in run.steps():
         episodes = run.rollouts.collect(step)
         results = run.learner.learn(step, sequences, loss)
-        run.finish(step, episodes, metrics)
+        run.finish(step, StepResult(metrics, episodes))
 
 `TrainingRun` makes the parts, opens and closes them in the right order, and counts a step as done.
 """
@@ -13,13 +13,20 @@ A method is a loop over a run's parts:
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...agents.state import TeamState, check_values
+from ...agents.types import SettingError, to_json
+from ...rollouts.budget import Budget, prices_of
 from ...rollouts.engines.base import Engine
 from ...rollouts.evaluation.statistics import Evaluation
+from ...rollouts.ledger import BudgetSpent, Ledger
 from ...rollouts.report.findings import ENDED
 from ...rollouts.report.report import write_report
 from ...rollouts.types import Episode
@@ -32,6 +39,7 @@ from ..errors import RunError, Stopped
 from ..model import sharding
 from ..monitoring.run_log import RunLog
 from ..update.learner import Learner
+from ..values.parts import Part, check_names, values_of
 from ..weight_sync.sharded_probes import join_probes
 from ..weight_sync.sync import WeightSync
 from . import checks
@@ -40,6 +48,26 @@ from .checkpointing import Checkpointer
 from .evaluator import Evaluator
 from .lock import FolderLock
 from .spec import RunSpec
+
+SPENT = "the budget is spent"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step came to, the same on every rank.
+
+    Args:
+        metrics: of the step's row in `metrics.jsonl`.
+        episodes: those that were learnt from, on which what is published is verified.
+        state: its values are in force from now on; None leaves the values as they are. Adapters
+            move by updates alone.
+        done: why the run ends with this step ("" goes on); a resumed run remembers it.
+    """
+
+    metrics: Mapping[str, Any]
+    episodes: Sequence[Episode] = ()
+    state: TeamState | None = None
+    done: str = ""
 
 
 class TrainingRun:
@@ -50,9 +78,11 @@ class TrainingRun:
         spec: what the run is.
         engine: a running engine to use instead of starting one (tests); it serves every base.
 
-    Its parts: `learner` and `log` work on every rank, as do `rollouts` and `evaluator`, which share
-    what rank 0 plays; `engines`, `sync` and `checkpointer` are rank 0's. `values`: what a team sees
-    of the run's state. `ranks`, and `lock` (of the run folder, rank 0's), exist once it was opened.
+    Of what it holds, `learner` and `log` work on every rank, as do `rollouts` and `evaluator`, which
+    share what rank 0 plays; `engines`, `sync`, `ledger` and `checkpointer` are rank 0's. `values`:
+    what a team sees of the run's state. `origin`: the state that the run began with. `parts`: what
+    the method learns beside weights. `ranks`, and `lock` (of the run folder, rank 0's), exist once
+    it was opened.
     """
 
     ranks: Ranks
@@ -60,30 +90,40 @@ class TrainingRun:
 
     def __init__(self, spec: RunSpec, engine: Engine | None = None) -> None:
         self.spec, config = spec, spec.config
-        self.values: dict[str, Any] = {}
+        self.values: dict[str, Any] = dict(spec.values)
+        self.parts: list[Part] = []
+        policies = spec.served_policies
         self.log = RunLog(config)
-        self.learner = Learner(config, spec.policies, spec.system.specs, spec.heads, self.log)
+        self.ledger = Ledger(Budget.of(config.budget), prices_of(policies))
+        self.learner = Learner(config, policies, spec.system.specs, spec.heads, self.log)
+        self.learner.values = self.values
         self.engines = EngineGroup(config, self.learner, engine)
-        self.sync = WeightSync(config, self.learner, spec.agents_of, self.log.record_verification)
+        self.sync = WeightSync(config, self.learner, self.values, self.log.record_verification)
         self.rollouts = RolloutManager(
             config,
             spec.system,
             spec.rewards,
             spec.tasks,
-            self.values,
             engines=self.engines,
             sync=self.sync,
             log=self.log,
+            ledger=self.ledger,
         )
-        self.evaluator = Evaluator(spec.eval_tasks, spec.metric, self.rollouts, self.log)
+        self.evaluator = Evaluator(
+            spec.eval_tasks, spec.val_tasks, spec.metric, self.rollouts, self.log
+        )
         self.checkpointer = Checkpointer(
             spec,
             self.values,
+            self.parts,
             learner=self.learner,
             sync=self.sync,
             evaluator=self.evaluator,
             log=self.log,
+            ledger=self.ledger,
         )
+        self._before_step: tuple[int, Any] | None = None  # the step, and the parts before it
+        self._last_episodes: Sequence[Episode] = ()
         self._opened = self._loaded = False
         # what `open` started, in the order in which `close` has to end it
         self._exit = contextlib.ExitStack()
@@ -92,6 +132,26 @@ class TrainingRun:
     def step(self) -> int:
         """The last finished step."""
         return self.log.step
+
+    @property
+    def state(self) -> TeamState:
+        """The state in force (on rank 0; elsewhere without adapter versions)."""
+        return self.sync.named(self.sync.state)
+
+    @property
+    def origin(self) -> TeamState:
+        """The state that the run began with (on rank 0)."""
+        return self.sync.origin
+
+    def add_parts(self, parts: Sequence[Part]) -> None:
+        """Save, restore and show these too; before the run is opened."""
+        self.parts.extend(parts)
+        check_names(self.parts)
+        self._show_parts()
+
+    def _show_parts(self) -> None:
+        """Let the team see what the parts hold now."""
+        self.values.update(values_of(self.parts))
 
     # opening and closing
 
@@ -136,7 +196,7 @@ class TrainingRun:
         self.learner.load(self.ranks)
         self.ranks.on_main(lambda: checks.prepare_folder(self.spec.config))
         self._resume()
-        if not self.learner.policy_of:
+        if not self.learner.policy_of and not self.parts:
             self.log.warn("no policy is trained: all are frozen, outside models or the base")
         self._loaded = True
 
@@ -171,6 +231,8 @@ class TrainingRun:
             if not self.ranks.main:
                 self.checkpointer.restore(Path(name))
             self.checkpointer.saved = self.step
+        if self.log.done == SPENT and not self.ledger.stopped:
+            self.log.done = ""  # the budget was raised
 
     def close(self) -> None:
         """Stop engines that this run started. Idempotent."""
@@ -190,25 +252,36 @@ class TrainingRun:
         when the user or the cluster asks."""
         last = self.spec.config.max_steps
         self.log.progress.start(self.step, last)
-        while self.step < last:
+        while self.step < last and not self.log.done:
+            self._before_step = (self.step, copy.deepcopy(self.parts))
             yield self.step + 1
             if self.ranks.any(self.stop.asked):
                 self.save()
                 raise Stopped
 
-    def finish(self, step: int, episodes: Sequence[Episode], metrics: Mapping[str, Any]) -> None:
-        """Publish what moved, verify it, log, evaluate and save as the settings ask. The step
-        counts as done after this."""
-        start, config = time.perf_counter(), self.spec.config
+    def finish(self, step: int, result: StepResult) -> None:
+        """Put the result's state in force, publish what moved, verify it, log, evaluate and save as
+        the settings ask. The step counts as done after this."""
+        start, config, metrics = time.perf_counter(), self.spec.config, result.metrics
+        if result.state is not None:
+            self._adopt(result.state)
+        self._show_parts()
+        self._before_step, self._last_episodes = None, result.episodes
         self.log.finished(step)
+        self.log.done = result.done
         self.learner.unfinished = False
+
+        last = step == config.max_steps or bool(result.done)
 
         def publish() -> None:
             self.lock.check()
             try:
-                self.sync.advance(step, episodes, final=step == config.max_steps)
+                self.sync.advance(step, result.episodes, final=last)
             finally:  # what was learnt is on record even if no server is left
-                row = self.log.write_step(metrics, self.sync.verified, time.perf_counter() - start)
+                more = {"budget": self.ledger.to_json()["spent"], "state": self.state.key}
+                row = self.log.write_step(
+                    {**more, **metrics}, self.sync.verified, time.perf_counter() - start
+                )
             self.log.show_step(row)
 
         self.ranks.on_main(publish)
@@ -216,17 +289,66 @@ class TrainingRun:
         if reason:
             self.save()
             raise RunError(f"step {step}: {reason}")
-        last = step == config.max_steps
-        evaluated = config.eval_every and step % config.eval_every == 0 and not last
-        if evaluated:
+        evaluated = config.eval_every and step % config.eval_every == 0
+        if evaluated and not last:
             self.evaluator.evaluate(f"step-{step:06d}")
+        if evaluated or last:
+            self.evaluator.validate()
         if evaluated or step % config.save_every == 0 or last:
             self.save()
+
+    def _adopt(self, state: TeamState) -> None:
+        """The values of this state are in force. Raises `RunError` for one that no param takes."""
+        seen = values_of(self.parts)
+        try:
+            check_values(self.spec.system.params(), {**state.values, **seen})
+        except SettingError as error:
+            raise RunError(
+                f"step {self.step + 1}: the proposed state cannot be: {error}"
+            ) from error
+        self.values.clear()
+        self.values.update(json.loads(json.dumps(to_json(state.values))))
+
+    def end(self) -> None:
+        """After the last step: with `keep: best`, go back to the state of the best checkpoint."""
+        best = self.ranks.broadcast(self.evaluator.best)
+        if self.spec.config.keep != "best" or best is None:
+            return
+        folder = self.spec.config.folder / "checkpoints" / best[1]
+        if folder.name == self.checkpointer.folder.name:
+            return
+        self.checkpointer.restore_state(folder)
+        self.log.say(f"keep: best; the run ends with the state of {folder.name}")
+        self.ranks.on_main(lambda: self.sync.advance(self.step, self._last_episodes, final=True))
+        self.checkpointer.saved = None
+        self.save()
+
+    def end_by_budget(self, error: BudgetSpent) -> None:
+        """The next call would exceed the budget: the run ends with the last finished step, or with
+        this one if adapters have moved in it."""
+        self.log.warn(str(error))
+        if self.learner.unfinished:
+            self.finish(self.step + 1, StepResult({}, done=SPENT))
+            return
+        self.log.done = SPENT
+        self.checkpointer.saved = None
+        self.save()
+
+    def _put_back(self) -> None:
+        """A step that was cut off leaves the parts as they were before it."""
+        if self._before_step is None or self._before_step[0] != self.step:
+            return
+        for part, before in zip(self.parts, self._before_step[1], strict=True):
+            part.__dict__.clear()
+            part.__dict__.update(before.__dict__)
+        self._before_step = None
+        self._show_parts()
 
     def save(self) -> Path | None:
         """Write a checkpoint of the last finished step, unless it is there already; its folder on
         rank 0."""
         paths: list[Path] = []
+        self._put_back()
         if self.checkpointer.saved != self.step:
             self.ranks.on_main(lambda: paths.append(self._write_checkpoint()))
             self.checkpointer.saved = self.step
@@ -242,6 +364,7 @@ class TrainingRun:
         if not (self._loaded and self.ranks.main):
             return
         self.record_end(error)
+        self._put_back()
         if not self.learner.unfinished and self.checkpointer.saved != self.step:
             self.checkpointer.saved = self.step
             self.log.say(f"step {self.step} is saved in {self._write_checkpoint()}")
@@ -262,6 +385,9 @@ class TrainingRun:
         self.learner.check_bases()
         spec, learner = self.spec, self.learner
         result = summaries.summary(spec, learner, self.sync, self.log, before, after)
+        if self.ranks.main:
+            result |= summaries.spent(self.ledger, result["tokens"])
+            result |= summaries.state_of(self.origin, self.state)
         result |= extra or {}
         if self.ranks.main:
             if finding := self.log.finding():

@@ -4,19 +4,25 @@ loaded."""
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ...agents.seeds import derive_seed
+from ...agents.state import check_values
 from ...agents.system import System, build_system, override_agents
 from ...agents.tools.tools import resolve_tools
-from ...agents.types import PolicySpec, SettingError, Task
+from ...agents.types import BASE, AgentSpec, PolicySpec, SettingError, Task, nearest
+from ...rollouts.checkpoints.reader import read_checkpoint, read_values
 from ...rollouts.rewards.builtin import resolve_rewards, reward_name
 from ...rollouts.rewards.gold import check_answers
 from ...rollouts.rewards.scoring import RewardFn, check_names, fn_name
 from ...rollouts.tasks.registry import load_tasks
 from ..collection.task_order import tasks_of
 from ..config import RunConfig
+from ..helpers import Helper, helpers_of
 from ..update.scalar_heads import HeadSpec
 from . import checks
 
@@ -25,7 +31,9 @@ from . import checks
 class RunSpec:
     """A run's resolved settings and what they name.
 
-    `agents_of`: the agents of each policy. `heads`: scalar heads that the method learns beside the
+    `agents_of`: the agents of each policy, as the settings say; a value `NAME.policy` may change it.
+    `tasks`, `val_tasks`, `eval_tasks`: those to train on, those a method may choose by, and the
+    held-out ones. `values`: those the run begins with. `helpers`: agents outside the team. `heads`: scalar heads that the method learns beside the
     policies. `tasks_given`: the tasks came as lists, not by the name of a task set.
     `warnings`: shown when the run begins.
     """
@@ -35,8 +43,11 @@ class RunSpec:
     policies: Mapping[str, PolicySpec]
     agents_of: Mapping[str, Sequence[str]]
     tasks: Sequence[Task]
+    val_tasks: Sequence[Task]
     eval_tasks: Sequence[Task]
     rewards: Sequence[RewardFn]
+    values: Mapping[str, Any] = field(default_factory=dict)
+    helpers: Mapping[str, Helper] = field(default_factory=dict)
     heads: tuple[HeadSpec, ...] = ()
     recipe: str = ""
     tasks_given: bool = False
@@ -79,7 +90,12 @@ class RunSpec:
         for agent in system.specs:
             resolve_tools(agent.tools)
         policies = config.policy_specs(system.specs)
+        names = {*policies, *(agent.name for agent in system.specs)}
+        helpers = helpers_of(config.helpers, names)  # type: ignore[arg-type]
+        values = _values(config, system, policies)
         train, held_out = _tasks(config, tasks, eval_tasks)
+        train, val = _split(train, config)
+        checks.check_tasks(train, val, held_out, config)
         scores = _rewards(config, rewards, extra_rewards)
         warnings = check_answers([] if config.episodes else train, scores, "training")
         warnings += check_answers(held_out, scores[:1], "held-out")
@@ -89,13 +105,32 @@ class RunSpec:
             policies,
             {name: [a.name for a in system.specs if a.policy == name] for name in policies},
             train,
+            val,
             held_out,
             scores,
+            values,
+            helpers,
             tuple(heads),
             recipe,
             tasks is not None or eval_tasks is not None,
             tuple(warnings),
         )
+
+    @property
+    def served_policies(self) -> dict[str, PolicySpec]:
+        """The policies of the team and of its helpers."""
+        own = {helper.policy.name: helper.policy for helper in self.helpers.values()}
+        return {**own, **self.policies}
+
+    def helper(self, name: str) -> AgentSpec:
+        """The helper of this name, as an agent of a system that asks it. Raises `SettingError`."""
+        if name not in self.helpers:
+            raise SettingError(
+                f"helpers.{name}: missing; this method asks a helper of that name. Give its model:"
+                f" helpers: {{{name}: {{url: http://HOST:PORT/v1, base: MODEL}}}}, or {{}} for the"
+                " run's own model"
+            )
+        return self.helpers[name].agent
 
     @property
     def metric(self) -> str:
@@ -160,6 +195,39 @@ def _tasks(
 
     train = list(tasks if tasks is not None else load("train"))
     held_out = list(eval_tasks if eval_tasks is not None else load("eval"))
-    held_out = held_out[: config.num_eval_tasks]
-    checks.check_tasks(train, held_out, config)
-    return train, held_out
+    return train, held_out[: config.num_eval_tasks]
+
+
+def _split(train: list[Task], config: RunConfig) -> tuple[list[Task], list[Task]]:
+    """(tasks to train on, validation tasks): `num_val_tasks` of the training tasks, drawn by the
+    seed."""
+    count = config.num_val_tasks
+    if count >= len(train):
+        raise SettingError(
+            f"num_val_tasks: {count} of {len(train)} training tasks leave none to train on; expected"
+            f" fewer than {len(train)}"
+        )
+    drawn = random.Random(derive_seed(config.seed, "validation")).sample(range(len(train)), count)
+    chosen = set(drawn)
+    return (
+        [task for number, task in enumerate(train) if number not in chosen],
+        [train[number] for number in sorted(chosen)],
+    )
+
+
+def _values(
+    config: RunConfig, system: System, policies: Mapping[str, PolicySpec]
+) -> dict[str, Any]:
+    """The values that the run begins with: those of `init`, then those of the settings."""
+    given: dict[str, Any] = dict(config.values)  # type: ignore[arg-type]
+    if config.init:
+        folder = Path(config.init)
+        given = {**read_values(folder, read_checkpoint(folder)), **given}
+    check_values(system.params(), given)
+    for agent in system.specs:
+        name = given.get(f"{agent.name}.policy")
+        if name is not None and name not in policies and name != BASE:
+            raise SettingError(
+                f"values.{agent.name}.policy: no policy {name!r}; {nearest(name, list(policies))}"
+            )
+    return given

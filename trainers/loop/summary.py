@@ -7,9 +7,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from ...agents.state import TeamState
 from ...agents.types import to_json
 from ...rollouts import files
 from ...rollouts.evaluation.statistics import Evaluation, paired
+from ...rollouts.ledger import Ledger
 from ...rollouts.report.episode_index import Pieces
 from ...rollouts.rewards.builtin import REWARDS
 from ...rollouts.rewards.scoring import RewardFn, fn_name
@@ -17,6 +19,7 @@ from ...rollouts.tasks.registry import split_hash
 from ..monitoring.run_log import RunLog
 from ..update.learner import Learner
 from ..update.learner_base import LearnerBase
+from ..values.parts import json_sha256
 from ..weight_sync.sync import WeightSync
 from .spec import RunSpec
 
@@ -107,6 +110,7 @@ def summary(
         "engine": publishers[0].engine.info().kind if publishers else "none",
         "measured": measured_name(spec.rewards[0]),
         "steps": log.step,
+        "done": log.done,
         "seconds": log.seconds,
         "tokens": log.tokens,
         "policies": _policies(learner),
@@ -122,6 +126,37 @@ def summary(
             "paired": paired(before, after) if before and after else None,
         },
     }
+
+
+def spent(ledger: Ledger, tokens: Mapping[str, int]) -> dict[str, Any]:
+    """What a run has cost: by kind and agent, by policy, and against its budget. `tokens` of the
+    summary: what was sampled for learning, by whatever kind of episode."""
+    rows = ledger.rows()
+    sampled = sum(
+        row["sampled_tokens"]
+        for kind, own in rows.items()
+        if kind != "eval"
+        for row in own.values()
+    )
+    return {
+        "ledger": rows,
+        "ledger_by_policy": ledger.by_policy(),
+        "budget": ledger.to_json(),
+        "tokens": {**tokens, "sampled": sampled},
+    }
+
+
+def state_of(origin: TeamState, state: TeamState) -> dict[str, Any]:
+    """The state's key, and the hashes of every value before and after ("": not there)."""
+    names = sorted({*origin.values, *state.values})
+    hashes = {
+        name: {
+            "sha256_before": json_sha256(origin.values[name]) if name in origin.values else "",
+            "sha256_after": json_sha256(state.values[name]) if name in state.values else "",
+        }
+        for name in names
+    }
+    return {"state": {"key": state.key, "values": hashes}}
 
 
 def measured_name(reward: RewardFn) -> str:

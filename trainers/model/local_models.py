@@ -2,6 +2,7 @@
 kept in a cache (`$MARLORA_CACHE` or `~/.cache/marlora`).
 
 `tiny`: 0.6M parameters, trained here in under two minutes (`testbeds/tiny.py`).
+`tiny-first`, `tiny-last`: the same, taught to be right in one of its roles (`testbeds/experts.py`).
 `tiny-talk`: 0.1M, debates and haggles in digits, trained in less than one (`testbeds/talk.py`).
 `tiny-pair`: two models, of which one uses a verifier (`testbeds/pair.py`).
 `tiny-programs`: writes programs, and answers their questions (`testbeds/programs.py`).
@@ -20,6 +21,8 @@ from ...agents.types import SettingError
 
 TRAINED = {  # on this machine, at first use
     "tiny": "marlora.trainers.testbeds.tiny:tiny_model",
+    "tiny-first": "marlora.trainers.testbeds.experts:tiny_first_model",
+    "tiny-last": "marlora.trainers.testbeds.experts:tiny_last_model",
     "tiny-talk": "marlora.trainers.testbeds.talk:tiny_talk_model",
     "tiny-pair": "marlora.trainers.testbeds.pair:tiny_pair_model",
     "tiny-programs": "marlora.trainers.testbeds.programs:tiny_programs_model",

@@ -40,13 +40,13 @@ class RunLog:
     Args:
         config: `output_dir`, `report_to`, `max_staleness`.
 
-    `step`: the last finished step. `aborted`: steps in a row that were not finite. `seconds`:
+    `step`: the last finished step. `done`: why no step follows it, "" if one may. `aborted`: steps in a row that were not finite. `seconds`:
     total, rollout, train, publish. `tokens`: sampled, trained.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.step = 0
+        self.step, self.done = 0, ""
         self.aborted = 0
         self.seconds = {"total": 0.0, "rollout": 0.0, "train": 0.0, "publish": 0.0}
         self.tokens = {"sampled": 0, "trained": 0}
@@ -223,6 +223,7 @@ class RunLog:
         self.clock()
         return {
             "step": self.step,
+            "done": self.done,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "monitor": self.alarms.to_json(),
@@ -231,5 +232,6 @@ class RunLog:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self.aborted = state["step"], state["aborted"]
+        self.done = state.get("done", "")  # 0.1 did not know it
         self.tokens, self.seconds = state["tokens"], state["seconds"]
         self.alarms = Alarms(**state["monitor"])

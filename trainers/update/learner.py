@@ -73,6 +73,7 @@ class Learner:
 
     `bases` is empty until `load`. `before`: sha256 of every adapter and head as the run began.
     `base_hashes`: sha256 of every base whose weights are loaded.
+    `values`: what a team sees of the run's state, of which `NAME.policy` counts here.
     `credit_state`: moving baselines of credit rules. `unfinished`: an update was begun since the
     last finished step.
     """
@@ -89,6 +90,7 @@ class Learner:
     ) -> None:
         self.config, self.policies, self.agents = config, dict(policies), tuple(agents)
         self.heads, self.log = tuple(heads), log
+        self.values: Mapping[str, Any] = {}
         self.bases: dict[str, LearnerBase] = {}
         self.before: dict[str, str] = {}
         self.base_hashes: dict[str, str] = {}
@@ -187,9 +189,10 @@ class Learner:
 
     @property
     def policy_of(self) -> dict[str, str]:
-        """Agent -> policy, for agents whose policy learns in this run."""
+        """Agent -> policy that it speaks with now, for agents whose policy learns in this run."""
         learning = set(self.trainable)
-        return {agent.name: agent.policy for agent in self.agents if agent.policy in learning}
+        speaks = {a.name: self.values.get(f"{a.name}.policy") or a.policy for a in self.agents}
+        return {agent: policy for agent, policy in speaks.items() if policy in learning}
 
     def base_of(self, policy: str) -> LearnerBase:
         """The base on which this policy stands."""
@@ -312,6 +315,8 @@ class Learner:
         name. Raises `SettingError` where they are missing or not those."""
         for base in self.bases.values():
             for policy in base.policies:
+                if policy not in adapters and not self.policies[policy].trainable:
+                    continue  # a helper's, which is no part of a checkpoint
                 if policy not in adapters:
                     raise SettingError(
                         f"{folder}: holds no adapter {policy!r}; it has {', '.join(adapters)}"

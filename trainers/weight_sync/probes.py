@@ -4,7 +4,7 @@ the trainer's log-probs of them."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,19 +56,14 @@ class Probe:
         return ScoredWindow((self.ids[0], *self.ids[start:]), first=1 + SURPRISED)
 
 
-def probes(
-    episodes: Iterable[Episode],
-    agents_of: Mapping[str, Sequence[str]],
-    policy: str,
-    count: int = PROBES,
-) -> list[Probe]:
-    """Up to `count` sampled turns of the policy, of different tasks first, then those with the
+def probes(episodes: Iterable[Episode], policy: str, count: int = PROBES) -> list[Probe]:
+    """Up to `count` turns sampled by the policy, of different tasks first, then those with the
     shortest prompts; replies are cut."""
     turns = [
         (e.task.id, t)
         for e in episodes
         for t in e.turns
-        if t.agent in agents_of[policy] and t.source == "sampled" and t.token_ids
+        if t.policy == policy and t.source == "sampled" and t.token_ids
     ]
     turns.sort(key=lambda item: len(item[1].prompt_ids))
     seen: Counter[str] = Counter()

@@ -60,6 +60,7 @@ class Publisher:
         self._held: Counter[str] = Counter()
         self._holding = threading.Lock()
         self._retired: list[Path] = []
+        self.keep: frozenset[str] = frozenset()  # versions whose folders are never deleted
         self.verifier = WeightVerifier(
             self.root,
             adapters,
@@ -161,7 +162,7 @@ class Publisher:
         for folder, name in sorted((f, n) for f, n in left if n and f.name not in self._loaded):
             if folder.name.startswith(".") or name[3]:
                 shutil.rmtree(folder)
-            elif folder not in self._retired:
+            elif folder not in self._retired and folder.name not in self.keep:
                 self._retired.append(folder)
 
         def step_of(folder: Path) -> int:
@@ -175,7 +176,8 @@ class Publisher:
         """Unload a version once its last request has ended, and delete folders that were unloaded
         long ago."""
         await self.engine.retire(ModelRef(policy, version))
-        self._retired.append(self.root / version)
+        if version not in self.keep:
+            self._retired.append(self.root / version)
         self._clear()
 
     def _clear(self) -> None:

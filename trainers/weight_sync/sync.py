@@ -1,24 +1,29 @@
 """Weight sync: adapters that moved are loaded by the engines and verified there (rank 0).
 
 `advance` is the one act of a step: publish what the learner holds, verify it on every replica, then
-let episodes begin with it. Team versions of the last S steps (`max_staleness`) stay loaded for the
-episodes that began with them.
+let episodes begin with it and with the values of the moment. Adapter versions of the last S steps
+(`max_staleness`) stay loaded for the episodes that began with them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
+from ...agents.state import TeamState, outside_models
+from ...agents.types import from_json, to_json
 from ...rollouts.engines.base import Engine
 from ...rollouts.types import Episode
 from ..config import RunConfig
-from ..update.learner import Learner, LearnerBase
+from ..errors import RunError
+from ..update.learner import Learner
+from ..update.learner_base import LearnerBase
 from .probes import probes
 from .publisher import Publisher
 from .sharded_probes import probed_together
-from .team_versions import TeamVersions
+from .team_states import TeamStates
 from .verification import VerificationRecord
 
 Perform = Callable[[Coroutine[Any, Any, Any]], Any]  # runs a coroutine to its end
@@ -31,23 +36,21 @@ class WeightSync:
     Args:
         config: `proof_every`, `max_staleness`, `pin`, seed and folder of the run.
         learner: whose adapters are served.
-        agents_of: the agents of each policy.
+        values: what a team sees of the run's state, by name; changed in place by the run.
         record: is given all verification records after each verification.
 
-    `publishers`: by base, while open and after. `team`: which versions were in force at which step.
+    `publishers`: by base, while open and after. `team`: which state was in force at which step.
+    `origin`: the state that the run began with; its versions stay on disk.
     `verified`: status and residual by policy, of the last `verify`.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        learner: Learner,
-        agents_of: Mapping[str, Sequence[str]],
-        record: Record,
+        self, config: RunConfig, learner: Learner, values: Mapping[str, Any], record: Record
     ) -> None:
-        self.config, self.learner, self.agents_of, self.record = config, learner, agents_of, record
+        self.config, self.learner, self.values, self.record = config, learner, values, record
         self.publishers: dict[str, Publisher] = {}
-        self.team = TeamVersions(config.max_staleness, pin=config.pin)
+        self.team = TeamStates(config.max_staleness, pin=config.pin)
+        self.origin = TeamState()
         self.verified: dict[str, dict[str, Any]] = {}
         self._earlier_records: dict[str, list[dict[str, Any]]] = {}  # of the run that is resumed
         self._earlier_versions: dict[str, dict[str, str]] = {}
@@ -67,6 +70,8 @@ class WeightSync:
             if name in self.publishers and self.publishers[name].engine is engines[name]:
                 continue  # opened again: the engine has kept what was published
             self._open_base(base, engines[name], step)
+        if step == 0:
+            self.origin = self.named(self.state)
         self.put_in_force(step)
         closing.callback(self._release, None)
 
@@ -90,12 +95,13 @@ class WeightSync:
         self._perform(publisher.publish(step, base.policies))
         if step < config.max_steps:
             self._reload(publisher)
+        publisher.keep = frozenset(self.origin.versions.values())
         publisher.remove_leftovers()
 
     @property
     def current(self) -> dict[str, str]:
-        """The team version to play with. An untrained adapter is the base to the last bit, and the
-        base is faster, so it is left out."""
+        """The adapter versions to play with. An untrained adapter is the base to the last bit, and
+        the base is faster, so it is left out."""
         trained = self.learner.trained
         return {
             policy: version
@@ -104,19 +110,36 @@ class WeightSync:
             if policy in trained
         }
 
-    def named(self, versions: Mapping[str, str]) -> dict[str, str]:
-        """The part of a team version that episodes name: of policies that agents speak as."""
-        return {
-            agent.policy: versions[agent.policy]
+    @property
+    def state(self) -> TeamState:
+        """The state to play with: the adapter versions, the values of the moment, and which outside
+        models answer."""
+        values = json.loads(json.dumps(to_json(self.values)))  # what is changed later is another
+        return TeamState(self.current, values, outside_models(self.learner.policies))
+
+    def named(self, state: TeamState) -> TeamState:
+        """The part of a state that episodes name: the versions of policies that agents speak as, in
+        the order of agents."""
+        speak = (
+            state.values.get(f"{agent.name}.policy") or agent.policy
             for agent in self.learner.agents
-            if agent.policy in versions
-        }
+        )
+        return state.of(list(dict.fromkeys(speak)))
 
     @contextlib.contextmanager
     def hold(self, versions: Mapping[str, str]) -> Iterator[None]:
-        """Keep these versions loaded while something plays with them."""
+        """Keep these versions loaded while something plays with them; one that was retired is
+        loaded again. Raises `RunError` if its folder is gone."""
         with contextlib.ExitStack() as holds:
             for publisher in self.publishers.values():
+                for policy, version in versions.items():
+                    if policy in publisher.versions and not self._perform(
+                        publisher.reload(policy, version)
+                    ):
+                        raise RunError(
+                            f"adapter version {version}: its folder is gone from {publisher.root},"
+                            " so what it answers cannot be played again"
+                        )
                 holds.enter_context(publisher.hold(versions))
             yield
 
@@ -148,8 +171,7 @@ class WeightSync:
             if start and publisher.asked:
                 continue
             turns = {
-                policy: probes(episodes, self.agents_of, policy)
-                for policy in self.learner.bases[name].policies
+                policy: probes(episodes, policy) for policy in self.learner.bases[name].policies
             }
             try:
                 records = self._perform(publisher.verify(step, turns, final=final or start))
@@ -161,16 +183,24 @@ class WeightSync:
         return self.verified
 
     def put_in_force(self, step: int) -> None:
-        """Episodes begin with what is published now; those that began with versions of the last S
+        """Episodes begin with what is published now; those that began with states of the last S
         steps may go on."""
-        self.team.put(step, self.named(self.current))
-        for recent, version in self.team.of.items():
+        self.team.put(step, self.named(self.state))
+        for recent, state in self.team.of.items():
             if recent not in self._held:
                 self._held[recent] = contextlib.ExitStack()
-                self._held[recent].enter_context(self.hold(version))
+                self._held[recent].enter_context(self._hold_loaded(state.versions))
+
+    @contextlib.contextmanager
+    def _hold_loaded(self, versions: Mapping[str, str]) -> Iterator[None]:
+        """Keep what of these versions is loaded."""
+        with contextlib.ExitStack() as holds:
+            for publisher in self.publishers.values():
+                holds.enter_context(publisher.hold(versions))
+            yield
 
     def _release(self, before: int | None = None) -> None:
-        """No episode plays with the team versions before this step (None: with any) any more."""
+        """No episode plays with the states before this step (None: with any) any more."""
         for step in [step for step in self._held if before is None or step < before]:
             self._held.pop(step).close()
 
@@ -178,7 +208,7 @@ class WeightSync:
         """Of a resumed run: load versions with which episodes of the next steps were begun, or
         would have been."""
         for policy, version in dict.fromkeys(
-            item for known in self.team.of.values() for item in known.items()
+            item for known in self.team.of.values() for item in known.versions.items()
         ):
             if policy in publisher.versions and not self._perform(
                 publisher.reload(policy, version)
@@ -193,11 +223,18 @@ class WeightSync:
         return {
             "proofs": {name: p.to_json() for name, p in self.publishers.items()},
             "versions": {name: p.versions for name, p in self.publishers.items()},
-            "team": self.team.of,
+            "team": {str(step): to_json(state) for step, state in self.team.of.items()},
+            "origin": to_json(self.origin),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._earlier_records, self._earlier_versions = state["proofs"], state["versions"]
+        self.origin = _state(state.get("origin", {"versions": {}}))  # 0.1 began with the base
         # absent in checkpoints from before runs could play ahead
-        known = {int(step): version for step, version in state.get("team", {}).items()}
-        self.team = TeamVersions(self.config.max_staleness, known, self.config.pin)
+        known = {int(step): _state(saved) for step, saved in state.get("team", {}).items()}
+        self.team = TeamStates(self.config.max_staleness, known, self.config.pin)
+
+
+def _state(saved: Mapping[str, Any]) -> TeamState:
+    """A state of a checkpoint; one of 0.1 names the adapter versions alone."""
+    return from_json(TeamState, saved) if "versions" in saved else TeamState(dict(saved))

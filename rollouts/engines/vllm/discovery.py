@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ....agents.secrecy import check_key_name, check_url, not_shown, usable_key
+from ....agents.text.secrecy import check_key_name, check_url, not_shown, usable_key
 from ....agents.types import SettingError, from_json, to_json
 from ...files import write_text
 from ...http import fetch

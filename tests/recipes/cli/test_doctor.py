@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from marlora.agents.secrecy import shown_url
+from marlora.agents.text.secrecy import shown_url
 from marlora.recipes.cli import doctor
 from marlora.rollouts.engines.vllm import auth
 from tests.rollouts.fake_vllm import FakeVLLM

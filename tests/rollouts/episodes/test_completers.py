@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from marlora.agents.transcript import Call
 from marlora.agents.types import (
     BASE,
     AgentSpec,
-    Call,
     Completion,
     Message,
     PolicySpec,

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from marlora.agents.patterns.chain import Chain
-from marlora.agents.types import Call, Completion, Task
+from marlora.agents.transcript import Call
+from marlora.agents.types import Completion, Task, Usage
 from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.episodes.oversampling import CancelledEpisode, drop_statistics, first_finished
 from marlora.rollouts.episodes.runner import (
@@ -17,7 +18,7 @@ from marlora.rollouts.episodes.runner import (
     EpisodeRunner,
     episode_requests,
 )
-from marlora.rollouts.types import Episode, Usage
+from marlora.rollouts.types import Episode
 
 TASKS = [Task("a", "a"), Task("b", "b")]
 

@@ -17,7 +17,7 @@ from marlora.agents.patterns.debate import Debate
 from marlora.agents.seeds import derive_seed
 from marlora.agents.system import System, override_agents
 from marlora.agents.team import Team
-from marlora.agents.types import AgentSpec, Completion, Sampling, SettingError, Task
+from marlora.agents.types import AgentSpec, Completion, Sampling, SettingError, Task, Usage
 from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
 from marlora.rollouts.episodes.completers import EngineCompleter
@@ -29,7 +29,7 @@ from marlora.rollouts.episodes.runner import (
 )
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.rewards.builtin import exact
-from marlora.rollouts.types import Episode, Usage
+from marlora.rollouts.types import Episode
 
 TASK = Task("t1", "2+2?", "gold-4", "sums", "train", {"level": 1, "_steps": "hidden-22"})
 OTHER = Task("t2", "3+3?", "gold-6", "sums", "train")

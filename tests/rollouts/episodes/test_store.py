@@ -18,10 +18,11 @@ from marlora.agents.types import (
     SettingError,
     Task,
     Turn,
+    Usage,
 )
 from marlora.rollouts.episodes.codec import pack, unpack
 from marlora.rollouts.episodes.store import Store, StoreError
-from marlora.rollouts.types import Episode, Usage
+from marlora.rollouts.types import Episode
 
 
 def chat_episode(id="e1", step=0, **fields):

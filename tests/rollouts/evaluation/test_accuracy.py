@@ -8,13 +8,13 @@ import math
 import pytest
 
 from marlora.agents.patterns.chain import Chain
-from marlora.agents.types import Reward, SettingError, Task
+from marlora.agents.types import Reward, SettingError, Task, Usage
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import EpisodeRunner
 from marlora.rollouts.evaluation.accuracy import best, evaluate, evaluation
 from marlora.rollouts.evaluation.statistics import Evaluation, interval, paired, wilson
-from marlora.rollouts.types import Episode, Usage
+from marlora.rollouts.types import Episode
 
 TASKS = [Task(name, name, name) for name in "wxyz"]
 

@@ -15,7 +15,7 @@ from marlora.agents.patterns.debate import Debate
 from marlora.agents.patterns.vote import Vote
 from marlora.agents.system import System
 from marlora.agents.team import Team
-from marlora.agents.types import AgentSpec, Message, Reward, SettingError, Task, Turn
+from marlora.agents.types import AgentSpec, Message, Reward, SettingError, Task, Turn, Usage
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import EpisodeRunner
@@ -34,7 +34,7 @@ from marlora.rollouts.evaluation.suite import (
 )
 from marlora.rollouts.evaluation.variants import asked, distinct
 from marlora.rollouts.rewards.builtin import correct
-from marlora.rollouts.types import Episode, Usage
+from marlora.rollouts.types import Episode
 
 TASKS = tuple(Task(f"t{n}", f"say {n}", str(n)) for n in range(4))
 

@@ -62,7 +62,7 @@ def test_the_ladder_has_the_rungs_that_differ() -> None:
         "single agent",
         "team without prompts",
         "base team",
-        "prompt-only team",
+        "values-only team",
     ]
     assert [spec.policy for spec in single.rollouts.system.specs] == [
         BASE

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.types import Reward, SettingError, Task, Turn
+from marlora.agents.types import Reward, SettingError, Task, Turn, Usage
 from marlora.rollouts.rewards.builtin import correct, resolve_rewards
 from marlora.rollouts.rewards.scoring import score
-from marlora.rollouts.types import Episode, Usage
+from marlora.rollouts.types import Episode
 
 TASK = Task("t", "?", "4")
 EPISODE = Episode(

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from marlora.agents.patterns.chain import Chain
-from marlora.agents.types import Call, Completion, SettingError, Task, Turn
+from marlora.agents.transcript import Call
+from marlora.agents.types import Completion, SettingError, Task, Turn
 from marlora.rollouts.episodes.runner import EpisodeLimits, EpisodeRunner
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode

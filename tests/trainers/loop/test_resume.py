@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from marlora.agents.types import Usage
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.files import file_sha256
-from marlora.rollouts.types import Usage
 from marlora.trainers.checkpoint import verify
 from marlora.trainers.testbeds.tiny import tiny_random_model
 from tests.chaos import ledger

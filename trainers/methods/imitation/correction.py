@@ -11,6 +11,7 @@ too: selection keeps what succeeded. Pure Python.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ....agents.patterns.self_correction import (
     correction_task,
 )
 from ....agents.settings import Settings, parsed_mapping, setting
+from ....agents.transcript import Operation
 from ....agents.types import BASE, AgentSpec, Completion, SettingError, Turn, from_json, nearest
 from ....rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from ....rollouts.types import Episode
@@ -32,6 +34,7 @@ from ...credit.leakage import answer_spellings, contains_answer, saw_answer
 from ...credit.weights import team_rewards
 
 CORRECTION = "mend"  # the kind of derived episodes; a part of their ids
+VERDICT = "correction"  # the operation of a talk that says whose turn it is about, and what is wrong
 TRACES = (
     "feedback",
     "corrected",
@@ -169,13 +172,21 @@ class Corrector:
             given: Sequence[Turn] = ()
             for attempt in range(self.repair.max_regenerations):
                 talk = await helper.play(
-                    EpisodeRequest(task, f"{place}/talk-{number}", attempt, episode.step),
+                    EpisodeRequest(
+                        task,
+                        f"{place}/talk-{number}",
+                        attempt,
+                        episode.step,
+                        kind="aside",
+                        follows=episode.id,
+                    ),
                     given=given,
                 )
                 given = talk.turns[:1] if system.feedback else ()
                 why = talk.error or self._refused(episode, turn, talk.output or "", tried)
                 note = {"agent": turn.agent, "turn": turn.index, "refused": why}
-                played.append(dataclasses.replace(talk, values={**talk.values, "repair": note}))
+                verdict = Operation(len(talk.turns), VERDICT, text=json.dumps(note))
+                played.append(dataclasses.replace(talk, operations=(*talk.operations, verdict)))
                 if why:
                     continue
                 tried.add(talk.output or "")
@@ -304,8 +315,8 @@ def answering(episode: Episode) -> set[str]:
 def tally(episodes: Sequence[Episode], selection: SelectionConfig) -> dict[str, Any]:
     """What correction did, for metrics: conversations, refused texts by reason, replays, and
     episodes that were corrected, by agent."""
-    talks = [e.values["repair"] for e in episodes if "repair" in e.values]
-    plays = [e for e in episodes if "repair" not in e.values]
+    talks = [json.loads(o.text) for e in episodes for o in e.operations if o.name == VERDICT]
+    plays = [e for e in episodes if e.kind != "aside"]
     who = Counter(
         t.agent
         for e in plays

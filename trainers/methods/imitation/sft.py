@@ -21,7 +21,8 @@ from ....agents.chat import Services
 from ....agents.settings import setting
 from ....agents.system import System
 from ....agents.team import Team
-from ....agents.types import Call, Completion
+from ....agents.transcript import Call
+from ....agents.types import Completion
 from ....rollouts.types import Episode
 from ...config import RunConfig
 from ...credit.filtering import FilteredTurns, Rule, SelectionConfig, filter_turns

@@ -113,7 +113,7 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
 
     def collect(self, step: int) -> list[Episode]:
         if step == self.args.sft_steps + 1 > 1:
-            self.run.rollouts.play("sampled-sft", self.spec.eval_tasks)
+            self.run.rollouts.play(self.spec.eval_tasks, kind="eval", label="sampled-sft")
         return self.run.rollouts.collect(step)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
@@ -173,8 +173,8 @@ class FlowReasonerTrainer(Trainer[FlowReasonerConfig]):
         """Held-out tasks as the team plays in training, sampled: as the base, after the warm-up, at
         the end."""
         rollouts, tasks, metric = self.run.rollouts, self.spec.eval_tasks, self.spec.metric
-        before = rollouts.play("sampled-base", tasks, versions={})
-        after = rollouts.play("sampled", tasks)
+        before = rollouts.play(tasks, self.run.origin, kind="eval", label="sampled-base")
+        after = rollouts.play(tasks, kind="eval", label="sampled")
         between = rollouts.stored("sampled-sft")
         found: dict[str, Any] = {}
         for name, played in (("base", before), ("sft", between), ("rl", after)):

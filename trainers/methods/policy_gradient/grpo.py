@@ -14,6 +14,7 @@ accelerate launch recipes/grpo_team.py [--config recipes/grpo_team.yaml] [--fiel
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,9 +79,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
     async def replay(self, episode: Episode) -> Episode:
         """The episode with counterfactual rewards, from replays of each turn by the team that
         played it."""
-        return await counterfactual_rewards(
-            self.run.rollouts.player(episode.team_version), episode, self.args
-        )
+        player = dataclasses.replace(self.run.rollouts.player(episode.state), recorded=False)
+        return await counterfactual_rewards(player, episode, self.args)
 
     def loss(self, inputs: LossInputs) -> tuple[torch.Tensor, Stats]:
         """The policy-gradient loss that every policy's update minimises."""

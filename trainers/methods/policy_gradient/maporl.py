@@ -278,9 +278,13 @@ class MAPoRLTrainer(Trainer[MAPoRLConfig]):
         """`collaboration`: accuracy of every round and the transitions between them, on sampled
         held-out debates before and after."""
         found = {}
-        for name, versions in (("before", {}), ("after", None)):
+        for name, state in (("before", self.run.origin), ("after", self.run.state)):
             played = self.run.rollouts.play(
-                f"sampled-{name}", self.spec.eval_tasks, self.args.num_eval_samples, versions
+                self.spec.eval_tasks,
+                state,
+                n=self.args.num_eval_samples,
+                kind="eval",
+                label=f"sampled-{name}",
             )
             found[name] = transitions(played, self.system.member_of)
         return {**super().report(), "collaboration": found, **stored(rounds_section(found))}

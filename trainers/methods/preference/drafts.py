@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....agents.concurrency import gather
-from ....agents.types import Call, Completion, Turn
+from ....agents.transcript import Call
+from ....agents.types import Completion, Turn
 from ....rollouts.episodes.completers import Completer, EngineCompleter
 from ....rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from ....rollouts.types import Episode
@@ -44,6 +45,9 @@ class Quoting:
             )
         ] * call.n
 
+    def most_prompt_tokens(self, call: Call) -> int:
+        return self.live.most_prompt_tokens(call)
+
 
 def with_drafts(
     rollouts: RolloutManager, step: int, pairs: Sequence[Pair], num_drafts: int
@@ -61,7 +65,7 @@ def with_drafts(
             by_task.setdefault(pair.chosen[0].task.id, []).append(pair)
 
     def play() -> list[Pair]:
-        player = dataclasses.replace(rollouts.player(), rewards=())
+        player = dataclasses.replace(rollouts.player(), rewards=(), recorded=False)
         room = asyncio.Semaphore(rollouts.config.max_concurrency)
 
         async def one(number: int, group: Sequence[Pair]) -> list[Pair]:

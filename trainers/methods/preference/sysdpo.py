@@ -189,7 +189,9 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         if not self.args.best_of:
             return super().report()
         tasks, metric, count = self.spec.eval_tasks, self.spec.metric, self.args.best_of
-        episodes = self.run.rollouts.play(f"best-of-{count}", tasks, count, versions={})
+        episodes = self.run.rollouts.play(
+            tasks, self.run.origin, n=count, kind="eval", label=f"best-of-{count}"
+        )
         result = evaluation(tasks, best(episodes, metric), metric)
         return {**super().report(), "best_of": {"n": count, **result.summary()}}
 

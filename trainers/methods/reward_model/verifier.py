@@ -249,7 +249,9 @@ class VerifierTrainer(Trainer[VerifierConfig]):
         tells it."""
         run = self.run
         held_out = answers_of(
-            run.rollouts.play("verifier", self.spec.eval_tasks, self.args.num_generations),
+            run.rollouts.play(
+                self.spec.eval_tasks, n=self.args.num_generations, kind="eval", label="verifier"
+            ),
             self.args.label,
         )
         if not held_out:

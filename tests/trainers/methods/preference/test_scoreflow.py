@@ -18,7 +18,8 @@ import yaml
 
 from marlora.agents.programs.workflow import Workflow
 from marlora.agents.system import build_system
-from marlora.agents.types import AgentSpec, Call, Completion, Sampling, SettingError
+from marlora.agents.transcript import Call
+from marlora.agents.types import AgentSpec, Completion, Sampling, SettingError
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import EpisodeRequest
 from marlora.rollouts.episodes.store import Store

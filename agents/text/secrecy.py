@@ -14,10 +14,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from .types import SettingError
+from ..types import SettingError
 
 HIDDEN = "***"
-MAY_HOLD_KEYS = ("server_key", "server_urls", "router_url", "policies", "engine_args")  # settings
+MAY_HOLD_KEYS = (  # settings
+    "server_key",
+    "server_urls",
+    "router_url",
+    "policies",
+    "helpers",
+    "engine_args",
+)
+OUTSIDE_KEY = "MARLORA_OUTSIDE_KEY"  # the environment variable of outside models without `key_env`
 _HOST = re.compile(
     r"[a-z0-9]([a-z0-9.-]{0,60}[a-z0-9])?:\d{1,5}(/v1)?/?", re.IGNORECASE
 )  # an address that lacks its http://
@@ -39,14 +47,18 @@ def shown_value(setting: str, value: Any) -> str:
     return not_shown(value) if setting.partition(".")[0] in MAY_HOLD_KEYS else f"got {value!r}"
 
 
+def names_a_key(name: Any) -> bool:
+    """Is this "", an environment variable that is set, or a file that is there?"""
+    try:
+        return isinstance(name, str) and (not name or name in os.environ or Path(name).is_file())
+    except (OSError, ValueError):  # no file can have such a name
+        return False
+
+
 def check_key_name(setting: str, name: Any) -> None:
     """Raise `SettingError` unless this is "", an environment variable that is set, or a file that
     is there."""
-    try:
-        exists = isinstance(name, str) and (not name or name in os.environ or Path(name).is_file())
-    except (OSError, ValueError):  # no file can have such a name
-        exists = False
-    if not exists:
+    if not names_a_key(name):
         raise SettingError(
             f"{setting}: expected the name of an environment variable that is set, or of a file"
             f" that is there and holds the key; {not_shown(name)}"
@@ -119,13 +131,33 @@ def check_addresses(server_urls: Any, router_url: Any, server_key: Any) -> None:
     check_key_name("server_key", server_key)
 
 
-def check_policies(policies: Any) -> None:
-    """The addresses of outside models in `policies`."""
+def check_policies(policies: Any, setting: str = "policies") -> None:
+    """The addresses of outside models, and where their keys are, in a setting that describes
+    policies by name."""
     for name, given in policies.items() if isinstance(policies, Mapping) else ():
-        if given is not None and not isinstance(given, Mapping):
-            raise SettingError(f"policies.{name}: expected a mapping, {not_shown(given)}")
-        if given and given.get("url") is not None:
-            check_url(f"policies.{name}.url", given["url"])
+        where = f"{setting}.{name}"
+        if given is None:
+            continue
+        if not isinstance(given, Mapping):
+            raise SettingError(f"{where}: expected a mapping, {not_shown(given)}")
+        if given.get("url") is not None:
+            check_url(f"{where}.url", given["url"])
+        check_key_name(f"{where}.key_env", given.get("key_env", ""))
+        if given.get("key_env") and not given.get("url"):
+            raise SettingError(
+                f"{where}.key_env: names the key of an outside model; give its url, or leave"
+                " key_env out"
+            )
+
+
+def shown_key_name(name: Any) -> str:
+    """Where the key of an outside model is, as it may be shown: a name under which there is no key
+    may be one itself."""
+    if not name:
+        return f"the key in {OUTSIDE_KEY}, if it is set"
+    return (
+        f"the key in {name}" if names_a_key(name) else f"a key that is not here ({not_shown(name)})"
+    )
 
 
 def check_arguments(arguments: Any) -> None:

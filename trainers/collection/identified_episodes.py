@@ -1,0 +1,123 @@
+"""Episodes that are identified by all that their answers depend on: state, system and its code,
+sampling, rewards, seed, task and sample.
+
+Evaluations and trials are such episodes. Those that are stored are not played again, under whatever
+label they are asked for; `Evaluations` remembers which labels there were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...agents.state import TeamState
+from ...agents.types import BASE, Task
+from ...rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
+from ...rollouts.evaluation.suite import Variant, task_digest
+from ...rollouts.files import files_sha256
+from ...rollouts.types import Kind
+from .. import checkpoint as ckpt
+from ..update.learner import Learner
+
+FILE = "evaluations.json"  # in the run folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Identified:
+    """Tasks to play with one state.
+
+    Args:
+        kind: `eval` of held-out tasks, `trial` of others.
+        n: episodes per task.
+        greedy: at temperature 0.
+        bases: which base each policy is on, by the hash of its weights.
+    """
+
+    runner: EpisodeRunner
+    state: TeamState
+    tasks: Sequence[Task]
+    kind: Kind
+    n: int
+    greedy: bool
+    step: int
+    bases: Mapping[str, str]
+
+    @property
+    def variant(self) -> Variant:
+        # a version's name ends in the hash of its tensors
+        hashes = {p: name.rpartition("-")[2] for p, name in self.state.versions.items()}
+        return Variant("", self.runner, self.state, hashes, self.bases)
+
+    @property
+    def key(self) -> str:
+        """16 hex digits of what the answers to any task depend on."""
+        return self.variant.key(self.runner.seed, self.greedy)
+
+    @property
+    def player(self) -> EpisodeRunner:
+        """The runner that plays them."""
+        return self.variant.player(self.runner.seed, self.greedy)
+
+    def requests(self, attempt: int = 0) -> list[EpisodeRequest]:
+        """What to play. Equal tasks and samples draw equal random numbers in every state, so that
+        differences are the states'. Those of a later `attempt` are other episodes of the same."""
+        label = f"{self.kind}-{self.key}" + (f".{attempt}" if attempt else "")
+        return [
+            EpisodeRequest(
+                task,
+                f"{label}/{task_digest(task)}/{task.id}",
+                k,
+                self.step,
+                draw=f"eval/{task.id}/{k}",
+                kind=self.kind,
+            )
+            for task in self.tasks
+            for k in range(self.n)
+        ]
+
+
+def weights_below(learner: Learner) -> dict[str, str]:
+    """By policy the base that it stands on, by the hash of its weights, or by name where these are
+    not on this machine."""
+    bare = learner.policies[BASE].base if BASE in learner.policies else None
+    below: dict[str, str] = {}
+    for name, base in learner.bases.items():
+        weights = learner.base_hashes.get(name) or files_sha256(base.path) or name
+        policies = (*base.policies, *([BASE] if name == (bare or learner.config.model) else []))
+        below |= dict.fromkeys(policies, weights)
+    return below
+
+
+class Evaluations:
+    """Which evaluations a run has made, by label, in the run folder's `evaluations.json`.
+
+    An entry: `kind`, `key` of its episodes, `step`, `tasks` (ids) and `n`. The report finds the
+    episodes of a label by it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """The entries by label, in the order in which they were made."""
+        if not self.path.is_file():
+            return {}
+        entries: dict[str, dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8"))
+        return entries
+
+    def add(self, label: str, asked: Identified) -> None:
+        """Remember one, durable; a label that is there is made anew."""
+        entries = self.read()
+        entry = {
+            "kind": asked.kind,
+            "key": asked.key,
+            "step": asked.step,
+            "tasks": [task.id for task in asked.tasks],
+            "n": asked.n,
+        }
+        if entries.get(label) != entry:
+            entries.pop(label, None)
+            ckpt.write_json(self.path, {**entries, label: entry})
