@@ -74,7 +74,7 @@ class Episode:
         values = [
             r.value
             for r in self.rewards
-            if r.agent == agent and r.turn is None and name in (None, r.name)
+            if r.agent == agent and r.turn is None and r.decision is None and name in (None, r.name)
         ]
         return sum(values) if values else math.nan
 

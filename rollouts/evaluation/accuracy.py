@@ -29,7 +29,7 @@ def evaluation(
         r.name
         for e in episodes
         for r in e.rewards
-        if e.parent is None and r.agent is None and r.turn is None
+        if e.parent is None and r.agent is None and r.turn is None and r.decision is None
     }
     if metric is not None and given and metric not in given:
         raise SettingError(

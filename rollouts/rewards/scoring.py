@@ -107,11 +107,12 @@ def _finite(fn: RewardFn, reward: Reward) -> Reward:
 
 
 def _named(fn: RewardFn, episode: Episode, rewards: list[Reward]) -> list[Reward]:
-    """The rewards, or NaN for each if one names an agent or a turn that is not there. Of an episode
-    without usage and turns it is not known who took part."""
+    """The rewards, or NaN for each if one names an agent, a turn or a decision that is not there.
+    Of an episode without usage and turns it is not known who took part."""
     agents = dict.fromkeys([*episode.usage, *(turn.agent for turn in episode.turns)])
     turns = {(turn.index, turn.sibling): turn.agent for turn in episode.turns}
-    problems = [_absent(reward, agents, turns) for reward in rewards]
+    decisions = {decision.index for decision in episode.decisions}
+    problems = [_absent(reward, agents, turns, decisions) for reward in rewards]
     problem = next(filter(None, problems), "")
     if not problem:
         return rewards
@@ -124,12 +125,16 @@ def _named(fn: RewardFn, episode: Episode, rewards: list[Reward]) -> list[Reward
     ]
 
 
-def _absent(reward: Reward, agents: Collection[str], turns: Mapping[Any, str]) -> str:
+def _absent(
+    reward: Reward, agents: Collection[str], turns: Mapping[Any, str], decisions: Collection[int]
+) -> str:
     """What a reward names that the episode does not have; "" if all of it is there. `turns`: agents
-    by (turn, sibling)."""
+    by (turn, sibling); `decisions`: their indices."""
     who, where = reward.agent, (reward.turn, reward.sibling)
     if who is not None and agents and who not in agents:
         return f"agent {who!r}: no such agent; {nearest(str(who), agents)}"
+    if reward.decision is not None and reward.decision not in decisions:
+        return f"decision {reward.decision!r}: the episode has {len(decisions)} decisions"
     if reward.turn is None:
         return ""
     if where not in turns:
@@ -148,7 +153,7 @@ def _unscorable(name: str, why: str) -> Reward:
 
 def _place(reward: Reward) -> tuple[Any, ...]:
     """What a reward is about, with its name."""
-    return (reward.name, reward.agent, reward.turn, reward.sibling)
+    return (reward.name, reward.agent, reward.turn, reward.sibling, reward.decision)
 
 
 def is_missing(answer: Any) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 
-from marlora.agents.types import Reward, SettingError, Task, Turn, Usage
+from marlora.agents.types import Decision, Reward, SettingError, Task, Turn, Usage
 from marlora.rollouts.rewards.builtin import correct, resolve_rewards
 from marlora.rollouts.rewards.scoring import score
 from marlora.rollouts.types import Episode
@@ -20,6 +21,7 @@ EPISODE = Episode(
     TASK,
     turns=(Turn(0, "solver"), Turn(1, "critic"), Turn(1, "critic", sibling=1, taken=False)),
     usage={"solver": Usage(), "critic": Usage(), "silent": Usage()},
+    decisions=(Decision(0, "edge", ("yes", "no"), "yes", math.log(0.5)),),
     output="4",
 )
 
@@ -37,6 +39,8 @@ def scored(*rewards: Any) -> tuple[Reward, ...]:
         {"turn": 1},
         {"turn": 1, "sibling": 1},
         {"turn": 1, "agent": "critic"},
+        {"decision": 0},
+        {"decision": 0, "agent": "critic"},
     ],
 )
 def test_a_reward_may_name_what_the_episode_has(named: dict[str, Any]) -> None:
@@ -55,6 +59,7 @@ def test_a_reward_may_name_what_the_episode_has(named: dict[str, Any]) -> None:
         ({"turn": 2}, "turn 2"),
         ({"turn": -1}, "turn -1"),
         ({"turn": 0, "sibling": 1}, "turn 0, sibling 1"),
+        ({"decision": 1}, "decision 1: the episode has 1 decisions"),
         ({"turn": 0, "agent": "critic"}, "'critic': that turn is of agent 'solver'"),
     ],
 )
@@ -81,6 +86,20 @@ def test_two_functions_that_give_one_reward_are_not_added_up() -> None:
     first, own, both = scored(one, other)
     assert first == Reward("good", 1.0) and own.agent == "solver" and own.value == 1.0
     assert math.isnan(both.value) and "'one' and 'other' both give 'good'" in both.text
+
+
+def test_a_reward_of_a_decision_is_not_the_whole_team_s() -> None:
+    whole, part = Reward("good", 0.5), Reward("good", 7.0, decision=0)
+    episode = dataclasses.replace(EPISODE, rewards=(whole, part))
+    assert episode.reward("good") == 0.5
+
+    def mine(task: Task, episode: Episode) -> list[Reward]:
+        return [part]
+
+    def other(task: Task, episode: Episode) -> list[Reward]:
+        return [whole]
+
+    assert scored(mine, other) == (part, whole)
 
 
 def test_two_functions_of_one_name_are_refused() -> None:
