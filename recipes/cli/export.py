@@ -143,7 +143,7 @@ def card(
     base = str(data["base"]["name"])
     on_hub = _on_hub(base)
     title = name.rpartition("/")[2]
-    bases = [each if _on_hub(each) else Path(each).name for each in data["bases"] or {base: {}}]
+    bases = [each if _on_hub(each) else Path(each).name for each in data["bases"]]
     adapters = ["library_name: peft", "tags: [lora, multi-agent, marlora]"]
     lines = [
         "---",
@@ -193,11 +193,12 @@ def _about(data: Mapping[str, Any], base_names: Sequence[str]) -> list[str]:
     outside = [n for n, policy in data["policies"].items() if policy.get("url")]
     count = len(data["adapters"])
     bases = ", ".join(f"`{name}`" for name in base_names)
+    kind = "one base model" if len(base_names) == 1 else "several base models"
+    models = f"{kind} ({bases})" if bases else "models of others"
     tasks, recipe = data["tasks"], data.get("recipe") or "none"
     task_set = f"`{last_part(tasks['name'])}`" if tasks["name"] else "given in Python"
     lines = [
-        f"A team of {number_of(len(data['agents']), 'agent')} on"
-        f" {'one base model' if len(base_names) == 1 else 'several base models'} ({bases}), with"
+        f"A team of {number_of(len(data['agents']), 'agent')} on {models}, with"
         f" {number_of(count, 'LoRA adapter')}, trained with marlora (recipe `{recipe}`, step"
         f" {data['step']})."
     ]

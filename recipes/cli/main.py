@@ -152,6 +152,11 @@ def cmd_serve(args: argparse.Namespace) -> None:
         )
 
     async def work(team: LoadedTeam) -> None:
+        if not team.engines:
+            raise SettingError(
+                f"{args.checkpoint}: every agent is a model asked over the network, so there is"
+                " nothing to serve here"
+            )
         on = chosen(team, args.adapters)
         for engine in team.engines:
             assert isinstance(engine, VLLMEngine)

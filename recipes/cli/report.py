@@ -82,7 +82,7 @@ async def serve(follow: LiveReport, port: int) -> None:
 
 def pieces_of(folders: Sequence[Path], models: Sequence[str]) -> Pieces | None:
     """The text of each token, by the tokenizers of the runs' bases; None, and a word about it,
-    where one is not on this machine."""
+    where one is not on this machine; None too where all models were outside ones."""
     import yaml
 
     bases: dict[str, str] = {}  # policy -> base
@@ -95,8 +95,11 @@ def pieces_of(folders: Sequence[Path], models: Sequence[str]) -> Pieces | None:
         bases |= {
             name: spec["base"]
             for name, spec in (config.get("policies") or {}).items()
-            if (spec or {}).get("base")
+            if (spec or {}).get("base") and not spec.get("url")
         }
+    names -= {""}
+    if not names and not bases:
+        return None
     if len(names) > 1 and not models:
         say(
             "tokens are not shown one by one: the runs have different bases; a report of one run"
@@ -115,7 +118,7 @@ def pieces_of(folders: Sequence[Path], models: Sequence[str]) -> Pieces | None:
             )
             return None
         tokenizers[base] = load_tokenizer(where(base))
-    usual = next(iter(names))
+    usual = next(iter([*names, *bases.values()]))
 
     @functools.cache
     def piece(base: str, token: int) -> str:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from marlora.agents.types import SettingError
+from marlora.recipes.cli import main as cli
 from marlora.recipes.cli.main import main
 from marlora.recipes.launch.tables import summary_table
 from marlora.rollouts.engines.scripted import ScriptedEngine
@@ -29,6 +30,7 @@ from tests.trainers import small_run
 from tests.trainers.outside import Outside
 
 REWARD = "tests.trainers.small_run:bytes_mod_7"
+TRUST = ("--trust_checkpoint",)
 BARE = {"first": {"policy": "base"}, "last": {"policy": "base"}}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,7 +105,7 @@ def evaluated(checkpoint: Path, *flags: str) -> dict[str, Any]:
     folder = checkpoint.parent.parent / f"eval-{checkpoint.name}"
     code = main(
         [
-            *("eval", str(checkpoint), "--engine", "transformers", "--trust_checkpoint"),
+            *("eval", str(checkpoint), "--engine", "transformers", *TRUST),
             *("--output", str(folder), *flags),
         ]
     )
@@ -111,11 +113,22 @@ def evaluated(checkpoint: Path, *flags: str) -> dict[str, Any]:
     return dict(json.loads((folder / "eval.json").read_text(encoding="utf-8")))
 
 
+def refused(capsys: pytest.CaptureFixture[str], words: str, *argv: str) -> None:
+    """The command ends with one line that holds these words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(list(argv))
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
 # outside models
 
 
 def test_a_team_of_outside_models_works_to_the_end(
-    tmp_path: Path, no_weights: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    no_weights: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "run"
     with Outside(lambda body: str(sum(map(ord, body["messages"][-1]["content"])) % 10)) as outside:
@@ -150,9 +163,16 @@ def test_a_team_of_outside_models_works_to_the_end(
         capsys.readouterr()
         found = evaluated(folder / "checkpoints" / "step-000003")
         assert found["eval"]["after"]["accuracy"] == again["eval"]["after"]["accuracy"]
-        with pytest.raises(SystemExit):
-            main(["eval", str(folder / "checkpoints" / "step-000003")])
-        assert "--trust_checkpoint" in capsys.readouterr().err
+        last = str(folder / "checkpoints" / "step-000003")
+        refused(capsys, "--trust_checkpoint", "eval", last)
+        monkeypatch.setattr(cli, "choose_engine", lambda config: ("vllm", "as set"))
+        refused(capsys, "nothing to serve here", "serve", last, *TRUST)
+        main(["report", str(folder)])
+        assert "tokens are not shown" not in capsys.readouterr().err
+        main(["collect", last, *TRUST, "--output", str(tmp_path / "more"), "--num_tasks", "2"])
+        main(["export", last, "--output", str(tmp_path / "team")])
+        card = (tmp_path / "team" / "README.md").read_text(encoding="utf-8")
+        assert "A team of 2 agents on models of others, with 0 LoRA adapters" in card
 
 
 def test_a_plan_without_a_base(tmp_path: Path) -> None:
