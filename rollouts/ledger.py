@@ -26,9 +26,9 @@ from typing import Any, get_args
 
 from ..agents.types import Usage, nearest, to_json
 from .budget import Budget, Price, amounts, common_currency
-from .engines.base import EngineError
+from .engines.base import EngineError, PromptTooLong
 from .types import Episode, Kind
-from .usage import Booked, Key, usage_by_policy
+from .usage import Booked, Key, total, usage_by_policy
 
 KINDS: tuple[str, ...] = get_args(Kind)
 UNLIMITED = "eval"  # metered; the budget is for learning
@@ -53,6 +53,8 @@ class MeteredCall:
     `most`: what is reserved for it; `usage`: what it has cost, once it has ended; `recorded`: its
     episode was stored before, so it is in the record already.
     """
+
+    charged = False  # may its server have charged all that was reserved, whatever became of it?
 
     def __init__(self, ledger: Ledger, key: Key, episode: str, most: Usage, recorded: bool) -> None:
         self.key, self.episode, self.most, self.recorded = key, episode, most, recorded
@@ -82,13 +84,12 @@ class MeteredCall:
     def end(self) -> None:
         """Book a call that was left without a report: it failed or was cancelled.
 
-        What it has cost is unknown. A server with a price may have charged all that it was asked
-        for, so all that was reserved is booked: money is never undercounted. An engine without a
-        price stops with the request: one call and no tokens are booked.
+        What it has cost is unknown. The server of an outside model, or one with a price, may have
+        charged all that it was asked for, so all that was reserved is booked: nothing is
+        undercounted. An engine of ours stops with the request: one call and no tokens are booked.
         """
         if self.usage is None:
-            charged = self.key[2] in self._ledger.prices
-            self.done(self.most if charged else Usage(calls=1))
+            self.done(self.most if self.charged else Usage(calls=1))
 
 
 def _check_report(policy: str, usage: Usage) -> None:
@@ -141,6 +142,7 @@ class Ledger:
         prompt_tokens: int,
         sampled_tokens: int,
         episode: str = "",
+        outside: bool = False,
     ) -> AsyncIterator[MeteredCall]:
         """Meter one call: make it inside, then say what it has cost with `done`.
 
@@ -149,6 +151,7 @@ class Ledger:
             episode: id of the episode it is made for, "" for none. The calls of one that is stored
                 already are counted there: played once more (a resumed run may have to, for the
                 sake of those decoded beside it), they are neither limited nor booked.
+            outside: the server is not ours, so it may go on with a request that was given up.
 
         Waits while calls in flight may leave room, in the order in which calls were asked for; so
         never ask for one inside another. Raises `BudgetSpent` if there is no room, and from then on
@@ -162,11 +165,16 @@ class Ledger:
         with self._lock:
             recorded = episode in self._ids
         call = MeteredCall(self, (kind, agent, policy), episode, most, recorded)
+        call.charged = outside or price is not None
         if kind != UNLIMITED and not recorded:
             await self._reserve(call)
         call.begin()
         try:
             yield call
+        except PromptTooLong:  # refused: nothing was sampled
+            if call.usage is None:
+                call.done(Usage(calls=1))
+            raise
         finally:
             call.end()
 
@@ -207,7 +215,9 @@ class Ledger:
                 turn.set_result(None)
 
     def _limit_exceeded(self, call: MeteredCall) -> str:
-        reserved = sum((other.most for other in self._in_flight), call.most)
+        if not self._limits():
+            return ""
+        reserved = total([call.most, *(other.most for other in self._in_flight)])
         return self.budget.exceeded(self.spent() + reserved)
 
     def _refusal(self, limit: str, call: MeteredCall) -> str:
@@ -305,8 +315,7 @@ class Ledger:
 
     def spent(self) -> Usage:
         """What the budget counts: all kinds but `eval`, calls that have ended."""
-        entries = self._entries()
-        return sum((usage for key, usage in entries if key[0] != UNLIMITED), Usage())
+        return total(usage for key, usage in self._entries() if key[0] != UNLIMITED)
 
     def _entries(self) -> list[tuple[Key, Usage]]:
         with self._lock:

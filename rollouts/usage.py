@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from ..agents.types import Turn, Usage, to_json
@@ -11,6 +13,12 @@ from .types import Episode
 
 Key = tuple[str, str, str]  # kind, agent, policy
 Booked = dict[Key, Usage]
+_NUMBERS = attrgetter(*(field.name for field in dataclasses.fields(Usage)))
+
+
+def total(usages: Iterable[Usage]) -> Usage:
+    """The sum, quick enough to be taken before every call."""
+    return Usage(*map(sum, zip(*map(_NUMBERS, usages), strict=True)))
 
 
 def usage_by_policy(episode: Episode) -> Booked:
@@ -23,8 +31,7 @@ def usage_by_policy(episode: Episode) -> Booked:
         turns = [turn for turn in episode.turns if turn.agent == agent]
         policies = list(dict.fromkeys(turn.policy for turn in turns)) or [""]
         reported = [
-            sum((_reported(turn) for turn in turns if turn.policy == policy), Usage())
-            for policy in policies
+            total(_reported(turn) for turn in turns if turn.policy == policy) for policy in policies
         ]
         for policy, share in zip(policies, _shares(usage, reported), strict=True):
             booked[episode.kind, agent, policy] = share
@@ -32,15 +39,13 @@ def usage_by_policy(episode: Episode) -> Booked:
 
 
 def _reported(turn: Turn) -> Usage:
-    """What a turn says of its own call; the tokens it holds where no server said anything. A call
-    is counted with the first of its samples."""
+    """What a turn says of its call; the tokens it holds where no server said anything. A call and
+    its prompt are counted with the first of its samples."""
+    first = turn.sibling == 0
     if turn.usage is not None:
-        return turn.usage
-    return Usage(
-        calls=int(turn.sibling == 0),
-        prompt_tokens=len(turn.prompt_ids),
-        sampled_tokens=len(turn.token_ids),
-    )
+        return dataclasses.replace(turn.usage, calls=int(first))
+    prompt = len(turn.prompt_ids) if first else 0
+    return Usage(int(first), prompt, len(turn.token_ids))
 
 
 def _shares(usage: Usage, reported: Sequence[Usage]) -> list[Usage]:

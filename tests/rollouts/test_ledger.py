@@ -17,7 +17,7 @@ import pytest
 
 from marlora.agents.types import Task, Turn, Usage
 from marlora.rollouts.budget import Budget, Price
-from marlora.rollouts.engines.base import EngineError
+from marlora.rollouts.engines.base import EngineError, PromptTooLong
 from marlora.rollouts.ledger import BudgetSpent, Ledger
 from marlora.rollouts.types import Episode, Kind
 
@@ -258,6 +258,25 @@ async def test_a_call_without_a_report_costs_what_may_have_been_charged() -> Non
 
 
 @in_loop
+async def test_an_outside_server_may_go_on_and_a_prompt_that_is_refused_costs_nothing() -> None:
+    ledger = Ledger(prices={"priced": USD})
+    for policy, outside, error, sampled in (
+        ("free", True, TimeoutError, 200),
+        ("free", True, PromptTooLong, 0),
+        ("priced", True, PromptTooLong, 0),
+        ("own", False, TimeoutError, 0),
+    ):
+        with pytest.raises(error):
+            async with ledger.call(
+                "train", "a", policy, prompt_tokens=100, sampled_tokens=200, outside=outside
+            ) as call:
+                raise error
+        assert call.usage is not None
+        assert (call.usage.calls, call.usage.sampled_tokens) == (1, sampled)
+    assert (tokens(ledger), ledger.spent().calls, ledger.spent().cost) == (300, 4, 0.0)
+
+
+@in_loop
 async def test_what_a_report_leaves_out_is_filled_in() -> None:
     ledger = Ledger(prices={"p": USD})
     usage = await ask(ledger, 9, 9, Usage(prompt_tokens=4, sampled_tokens=2))
@@ -301,7 +320,14 @@ async def test_rows_by_kind_agent_and_policy() -> None:
         "train": {"p": row(1, 100, 3, 0), "q": row(2, 150, 9, cost["a"] + cost["b"])},
         "eval": {"p": row(1, 70, 7, 0)},
     }
-    assert ledger.spent() == Usage(3, 250, 12, 1.5, 0, pytest.approx(585e-6))
+    spent = ledger.spent()
+    assert (spent.calls, spent.prompt_tokens, spent.sampled_tokens, spent.seconds) == (
+        3,
+        250,
+        12,
+        1.5,
+    )
+    assert spent.cost == pytest.approx(585e-6)
 
 
 # episodes
@@ -349,7 +375,7 @@ class Killed(Exception):
 
 
 class Process:
-    """A run of four steps, killed at its n-th event. In each step two episodes are played and one
+    """A run of four steps, killed at its n-th event. In each step three episodes are played and one
     is dropped; one candidate is tried twice (the second time it is recalled), and one of an earlier
     step once more."""
 
@@ -367,6 +393,9 @@ class Process:
         if self.left == 0:
             raise Killed
 
+    def known(self) -> Mapping[str, Episode]:
+        return {e.id: e for e in self.store}
+
     async def play(self, name: str, kind: Kind, keep: bool = True) -> None:
         usage: dict[str, Usage] = {}
         for agent, policy in (("a", "p"), ("b", "q")):
@@ -378,6 +407,7 @@ class Process:
         self.event()
         if not keep:
             self.ledger.dropped(name)
+        if not keep or name in self.known():
             return
         turns = [Turn(0, "a", policy="p"), Turn(1, "b", policy="q")]
         self.store.append(episode(name, kind, *turns, **usage))
@@ -385,17 +415,17 @@ class Process:
         self.ledger.stored(self.store[-1])
 
     async def trial(self, name: str) -> None:
-        known = {e.id: e for e in self.store}
-        if name in known:
-            self.ledger.cached(known[name])
+        if name in self.known():
+            self.ledger.cached(self.known()[name])
         else:
             await self.play(name, "trial")
 
     async def run(self) -> Ledger:
         for step in range(self.first, 5):
-            for k in range(2):
-                if f"train-{step}/{k}" not in {e.id for e in self.store}:
-                    await self.play(f"train-{step}/{k}", "train")
+            group = [f"train-{step}/{k}" for k in range(3)]
+            if not self.known().keys() >= set(group):
+                for name in group:  # also stored ones, which were decoded beside the others
+                    await self.play(name, "train")
             await self.play(f"late-{step}", "train", keep=False)
             for candidate in (step, step, max(step - 2, 1)):
                 await self.trial(f"candidate-{candidate}")
@@ -417,7 +447,8 @@ async def test_a_run_killed_anywhere_and_resumed_tells_what_the_uninterrupted_on
     expected = told(await whole.run())
     events = 10**9 - whole.left
     assert whole.ledger.rows()["trial"]["a"]["cached_tokens"] > 0 and events > 50
-    for first_kill, second_kill, lost in product(range(1, events + 1), (3, 10), (False, True)):
+    kills = product(range(1, events + 1), ((3, False), (10, True)))
+    for first_kill, (second_kill, lost) in kills:
         store: list[Episode] = []
         saved: list[str] = []
         ended = None
