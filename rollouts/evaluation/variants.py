@@ -17,6 +17,7 @@ from ...agents.patterns.chain import Chain
 from ...agents.state import TeamState
 from ...agents.types import BASE, AgentSpec, SettingError, Task
 from ..checkpoints.team import LoadedTeam
+from ..episodes.codec import kind_of
 from ..episodes.runner import EpisodeRunner
 from ..episodes.store import Store
 from .suite import Variant
@@ -211,7 +212,7 @@ def trained_on(
 def asked(store: Store) -> dict[str, str]:
     """Prompt by task id of every episode but those of evaluations: what may have been trained
     on."""
-    lines = (data for data in store.lines() if not data["group"].startswith("eval-"))
+    lines = (data for data in store.lines() if kind_of(data) != "eval")
     return {data["task"]["id"]: data["task"]["prompt"] for data in lines}
 
 

@@ -68,8 +68,7 @@ def learn(folder: Path, model: Path, **settings: Any) -> dict[str, Any]:
     for step in run.steps():
         optimizer_step.pack = functools.partial(whole, pack) if step == 2 else pack
         made.args.tokens_per_batch = 8192 if step == 2 else 24
-        episodes = run.rollouts.collect(step)
-        run.finish(step, episodes, made.learn(step, episodes))
+        run.finish(step, made.step(step))
     result = run.evaluator.evaluate("after")
     made.train()  # nothing is left to do: evaluates, writes the summary on rank 0 alone, closes
     hashes = {

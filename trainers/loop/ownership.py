@@ -26,20 +26,20 @@ _NAMED = r"[^/]+"
 _ADAPTER = r"(adapter_config\.json|adapter_model\.safetensors|README\.md)"
 _CHECKPOINT = r"\.?step-\d{6}(\.\d+|\.deleted)?"
 _VERSION = rf"\.?{_NAMED}-v\d+-[0-9a-f]{{8}}(-twin-[0-9a-f]{{8}})?"
-_EPISODES = r"(episodes-(\w+-)?\d{5}\.jsonl|\.lock(-\w+)?)"
+_EPISODES = r"(episodes-(\w+-)?\d{5}\.jsonl|\.lock(-\w+)?|values/[0-9a-f]{16}\.json)"
 # by top-level name, what a run writes below it
 _FOLDERS = {
     "episodes": _EPISODES,
     "checkpoints": rf"{_CHECKPOINT}/(manifest\.json|system\.json|values/{_NAMED}\.json"
     rf"|adapters/{_NAMED}/{_ADAPTER}"
-    rf"|trainer/(state\.json|{_NAMED}\.safetensors|heads/{_NAMED}/{_NAMED}))",
+    rf"|trainer/(state\.json|{_NAMED}\.safetensors|(heads|parts)/{_NAMED}/{_NAMED}))",
     "versions": rf"{_VERSION}/{_ADAPTER}",
     "dumps": r"step-\d{6}\.json",
     "tracking": r".+",
     "eval": rf"(eval\.json|eval\.md|({_NAMED}/)*{_EPISODES})",
     "verifier": rf"{_NAMED}\.(json|safetensors)",
 }
-_FILES = "config.yaml metrics.jsonl learned.jsonl proofs.json warnings.log summary.json report.html"
+_FILES = "config.yaml metrics.jsonl learned.jsonl proofs.json warnings.log evaluations.json summary.json report.html"
 _FILE = re.compile(
     "|".join(
         (

@@ -33,7 +33,8 @@ TRAINERS: dict[type[Trainer[Any]], dict[str, Any]] = {
 def hashes(folder: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted((folder / "episodes").iterdir())
+        for path in sorted((folder / "episodes").rglob("*"))
+        if path.is_file()
     }
 
 

@@ -162,12 +162,8 @@ def test_a_run_goes_on_after_evaluation_with_the_adapters_it_has(
     assert {
         name: trainer.run.learner.bases[str(model)].adapters.sha256(name) for name in hashes
     } == hashes
-    served = {
-        t.version
-        for e in Store(tmp_path / "run" / "episodes").read(step=1)
-        if "eval-step" in e.id
-        for t in e.turns
-    }
+    with trainer.run as run:
+        served = {t.version for e in run.rollouts.stored("step-000001") for t in e.turns}
     assert served == {f"{name}-v1-{digest[:8]}" for name, digest in hashes.items()}
 
 

@@ -14,9 +14,13 @@ import torch
 from marlora.agents.types import SettingError
 from marlora.rollouts.types import Episode, groups
 from marlora.trainers.collection.background import BackgroundLoop, StopSignal
-from marlora.trainers.collection.stored_episodes import PlannedEpisodes, find_stored
+from marlora.trainers.collection.stored_episodes import (
+    PlannedEpisodes,
+    find_stored,
+    training_requests,
+)
 from marlora.trainers.errors import Stopped
-from marlora.trainers.loop.run import RunError, TrainingRun
+from marlora.trainers.loop.run import RunError, StepResult, TrainingRun
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
 from marlora.trainers.update import optimizer_step
 from tests.trainers.small_run import EPISODES, trainer
@@ -38,8 +42,7 @@ def state(run: TrainingRun) -> dict[str, tuple[str, dict[str, list[float]]]]:
 
 def step(made: GRPOTrainer, number: int) -> dict[str, Any]:
     """One step; its row of metrics."""
-    episodes = made.run.rollouts.collect(number)
-    made.run.finish(number, episodes, made.learn(number, episodes))
+    made.run.finish(number, made.step(number))
     return json.loads((made.run.spec.config.folder / "metrics.jsonl").read_text().splitlines()[-1])
 
 
@@ -136,7 +139,7 @@ def test_a_step_without_samples_of_a_policy_leaves_it_alone(model: Path, tmp_pat
             mine = {a: p for a, p in run.learner.policy_of.items() if p != silent}
             found, _ = update_samples(made, episodes, mine)
             done = run.learner.learn(number, found, made.loss)
-            run.finish(number, episodes, {"policies": {}})
+            run.finish(number, StepResult({"policies": {}}, episodes))
             assert silent not in done and state(run)[silent] == before[silent]
             assert all(state(run)[policy] != before[policy] for policy in done)
         last = state(run)
@@ -211,11 +214,8 @@ def test_the_episodes_of_other_adapters_have_spent_their_ids(model: Path, tmp_pa
         def recalled(version: dict[str, str]) -> PlannedEpisodes:
             return find_stored(
                 run.rollouts.store,
-                tasks,
-                "train-000001",
-                count,
-                1,
-                lambda episode: episode.team_version == version,
+                training_requests(tasks, "train-000001", count, 1),
+                lambda episode: episode.state.versions == version,
             )
 
         assert recalled({}).stored == {}
@@ -310,15 +310,11 @@ def test_over_sampling_learns_from_as_many_as_asked_and_counts_what_it_drops(
     wanted = made.args.num_generations
     with made.run as run:
         row = step(made, 1)
-        found = run.rollouts.play_or_find(
-            run.rollouts.tasks_of(1),
-            "train-000001",
-            1,
-            run.rollouts.runner,
-            wanted,
-            {},
-            oversample=2,
-        )
+        requests = training_requests(run.rollouts.tasks_of(1), "train-000001", wanted + 2, 1)
+        known = find_stored(run.rollouts.store, requests)
+        found = run.rollouts.begin(
+            "again", known, run.rollouts.runner, run.state, oversample=2
+        ).result()
     stored, again = found.episodes, found.oversampled
     assert row["episodes"] == made.args.tasks_per_step * wanted == len(stored)
     assert all(len(group) == wanted for group in groups(stored).values())

@@ -13,7 +13,7 @@ from marlora.rollouts.rewards.builtin import correct, right, workflow
 from marlora.trainers.config import RunConfig
 from marlora.trainers.loop.spec import RunSpec
 
-TASKS = [Task(f"t{n}", "?", "!") for n in range(5)]
+TASKS = [Task(f"t{n}", f"{n}?", "!") for n in range(5)]
 
 
 def spec(folder: Path, **changes: object) -> RunSpec:
