@@ -53,7 +53,8 @@ class Swarm(System):
         views: how the task is put to an agent, by its name, as a template with `prompt` and public
             keys of `task.meta`; others get the task as it is.
         heard: what an agent with predecessors is told, as a template with `task` (its view) and
-            `others` (their answers, each under its agent's name).
+            `others` (their answers, each under its agent's name). Without `others` agents do not
+            read one another: edges between them are decided and change nothing.
     """
 
     fixed: Sequence[str] = ()
@@ -82,7 +83,14 @@ class Swarm(System):
                 raise SettingError(f"views.{name}: no such agent; {nearest(name, names)}")
             fields_in(template, setting=f"views.{name}")
         self._told("", [])  # checks the template
+        if self.judge and not self._quotes:
+            raise SettingError(f"heard: without {{others}} the judge {self.judge!r} sees no answer")
         _check_fixed(self.fixed, self.nodes)
+
+    @property
+    def _quotes(self) -> bool:
+        """Whether agents are shown what others answered."""
+        return "others" in fields_in(self.heard, setting="heard")
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -113,7 +121,7 @@ class Swarm(System):
         return (*super().params(), edges)
 
     async def run(self, task: Task, team: Team) -> Output:
-        edges = self.decide(team)
+        edges = [edge for edge in self.decide(team) if self._quotes or edge[1] == OUTPUT]
         turns: dict[str, Turn] = {}
         for layer in layers(edges, self.nodes):
             prompts = [self._prompt(name, task, self._shown(name, edges, turns)) for name in layer]
@@ -155,17 +163,14 @@ class Swarm(System):
         return [turns[name] for name in self.nodes if (name, node) in edges]
 
     def _prompt(self, name: str, task: Task, shown: Sequence[Turn]) -> tuple[str, list[Turn]]:
-        """What an agent is told, and which of these turns are quoted in it."""
+        """What an agent is told, and the turns that are quoted in it."""
         view = render(
             self.views.get(name, "{prompt}"),
             {**task.meta, "prompt": task.prompt},
             setting=f"views.{name}",
             context=f" for task {task.id!r}",
         )
-        if not shown:
-            return view, []
-        quoted = "others" in fields_in(self.heard, setting="heard")
-        return self._told(view, shown), [*shown] if quoted else []
+        return (self._told(view, shown), [*shown]) if shown else (view, [])
 
     def _told(self, view: str, shown: Sequence[Turn]) -> str:
         others = "\n\n".join(f"[{turn.agent}] {turn.text}" for turn in shown)

@@ -81,11 +81,11 @@ def digit_tasks(split: str = "train", seed: int = 0) -> list[Task]:
 
 
 @trusted("tasks")
-def program_tasks(split: str = "train", seed: int = 0) -> list[Task]:
-    """The 3000 tasks in two halves, `train` and `eval`, shuffled. Public meta `examples`: two other
-    problems of the kind, with answers."""
+def program_tasks(split: str = "train", seed: int = 0, *, kinds: str = "abc") -> list[Task]:
+    """The 1000 tasks of each of these kinds in two halves, `train` and `eval`, shuffled. Public
+    meta `examples`: two other problems of the kind, with answers."""
     rng, tasks = random.Random(seed), []
-    for kind, number in itertools.product(KINDS, range(1000)):
+    for kind, number in itertools.product(kinds, range(1000)):
         prompt = f"{kind}{number:03}"
         if (unit(f"programs {prompt}") < 0.5) == (split == "eval"):
             others = [f"{kind}{unit(f'{prompt} {n}') * 1000:03.0f}"[:4] for n in range(2)]

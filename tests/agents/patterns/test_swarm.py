@@ -116,7 +116,8 @@ def test_views_and_what_is_heard_are_templates() -> None:
     assert said(team) == {"a": "A7+8+5", "b": "7+8+5 and 5|[a] {task}"}
     deaf = Swarm(["a", "b"], views=views, heard="{task}")  # others are not quoted, so not read
     _, team = play(deaf, ["a->b", "b->output"])
-    assert said(team)["b"] == "7+8+5 and 5" and team.turns[1].reads == ()
+    assert said(team) == {"b": "7+8+5 and 5"}  # nobody would read a
+    assert {decision.name for decision in team.decisions} >= {"a->b", "b->output"}
     with pytest.raises(SettingError, match=r"views.a: unknown field \{d\} for task 't'"):
         play(Swarm(["a"], views={"a": "{d}"}), ["a->output"])
 
@@ -301,6 +302,10 @@ def test_the_logits_of_edges_are_a_param() -> None:
         ({"order": "any"}, "order: expected one of"),
         ({"views": {"c": "{prompt}"}}, "views.c: no such agent"),
         ({"views": {"a": "{prompt"}}, r"views.a: unpaired '\{'"),
+        (
+            {"heard": "{task}", "judge": "b"},
+            r"heard: without {others} the judge 'b' sees no answer",
+        ),
         ({"heard": "{other}"}, r"heard: unknown field \{other\}; did you mean 'others'"),
     ],
 )
