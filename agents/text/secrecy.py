@@ -143,6 +143,8 @@ def check_policies(policies: Any, setting: str = "policies") -> None:
         if given.get("url") is not None:
             check_url(f"{where}.url", given["url"])
         check_key_name(f"{where}.key_env", given.get("key_env", ""))
+        if not isinstance(given.get("price", {}), Mapping):
+            raise SettingError(f"{where}.price: expected a mapping, {not_shown(given['price'])}")
         if given.get("key_env") and not given.get("url"):
             raise SettingError(
                 f"{where}.key_env: names the key of an outside model; give its url, or leave"

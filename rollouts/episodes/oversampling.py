@@ -47,6 +47,10 @@ class _TokenCounter:
         self.count["tokens"] += sum(len(completion.token_ids) for completion in completions)
         return completions
 
+    @property
+    def outside(self) -> bool:
+        return self.completer.outside
+
     def most_prompt_tokens(self, call: Call) -> int:
         return self.completer.most_prompt_tokens(call)
 

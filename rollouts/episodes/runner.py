@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ...agents.chat import Services
@@ -18,7 +17,7 @@ from ...agents.seeds import derive_seed
 from ...agents.state import TeamState
 from ...agents.system import System
 from ...agents.team import Team
-from ...agents.transcript import Call, LimitError, Operation, Output, Transcript
+from ...agents.transcript import LimitError, Operation, Output, Transcript
 from ...agents.types import (
     Completion,
     Decision,
@@ -36,6 +35,7 @@ from ..rewards.scoring import TIMEOUT, RewardFn, score
 from ..sandbox.sandbox import check
 from ..sandbox.sandbox import run as execute
 from ..types import Episode, Kind
+from .calls import EpisodeCalls
 from .completers import Completer
 
 
@@ -209,9 +209,10 @@ class EpisodeRunner:
 
         Every episode keeps the state it began with; a function as `state` is called whenever one
         begins (with `version_policy` "call" at every call of a policy too, for its adapter
-        versions; turns record the versions that sampled them). `slots`: shared with other plans that are played at
-        the same time. Closing the iterator cancels open episodes. An `EngineError` or
-        `SettingError` cancels them too, and is raised once every episode that had ended is yielded.
+        versions; turns record the versions that sampled them). `slots`: shared with other plans
+        that are played at the same time. Closing the iterator cancels open episodes. An
+        `EngineError`, `SettingError` or `BudgetSpent` cancels them too, and is raised once every
+        episode that had ended is yielded.
         """
         slots = slots or asyncio.Semaphore(self.limits.concurrency)
 
@@ -264,7 +265,14 @@ class EpisodeRunner:
             seed = derive_seed(self.seed, request.draw or request.id)
         usage: dict[str, Usage] = {agent.name: Usage() for agent in self.system.specs}
         services = Services(
-            complete=self._completion(request, start, usage),
+            complete=EpisodeCalls(
+                self.completers,
+                start.latest or (lambda: start.state),
+                usage,
+                self.ledger,
+                request.kind,
+                request.id if self.recorded else "",
+            ),
             play=self._child_player(request, start, children),
             execute=execute,
             check=check,
@@ -283,8 +291,9 @@ class EpisodeRunner:
             self.system.specs, services, transcript, state.values, greedy=self.greedy_decisions
         )
         output, stop_reason, error = await self._run(request.task, team)
-        if error is not None and self.ledger is not None and self.ledger.stopped:
-            raise BudgetSpent(self.ledger.stopped)  # also where a system took it for an answer
+        spent = self.ledger.stopped if self.ledger and request.kind != "eval" else ""
+        if error is not None and spent:
+            raise BudgetSpent(spent)  # also where a system took it for an answer
         problem = error if stop_reason == "error" and team.turns and self._errors_count() else None
         if problem is not None:
             output, error = Output(""), None
@@ -321,42 +330,6 @@ class EpisodeRunner:
         over the run's."""
         own = getattr(self.system, "on_error", "") or self.limits.on_error
         return bool(own == "zero")
-
-    def _completion(
-        self, request: EpisodeRequest, start: _Start, usage: dict[str, Usage]
-    ) -> Callable[[Call], Awaitable[list[Completion]]]:
-        """Completes an agent's calls in one episode; adds their cost to `usage`."""
-
-        async def sample(call: Call) -> tuple[list[Completion], Usage]:
-            began = time.perf_counter()
-            state = start.state if start.latest is None else start.latest()
-            policy = call.agent.policy
-            completions = await self.completers[policy](call, state.versions.get(policy, ""))
-            used = cost_of(completions)
-            return completions, dataclasses.replace(used, seconds=time.perf_counter() - began)
-
-        async def complete(call: Call) -> list[Completion]:
-            agent, ledger = call.agent.name, self.ledger
-            if ledger is None:
-                completions, used = await sample(call)
-            else:
-                completer = self.completers[call.agent.policy]
-                limited = ledger.limited(request.kind)
-                async with ledger.call(
-                    request.kind,
-                    agent,
-                    call.agent.policy,
-                    prompt_tokens=completer.most_prompt_tokens(call) if limited else 0,
-                    sampled_tokens=call.n * call.sampling.max_tokens,
-                    episode=request.id if self.recorded else "",
-                ) as metered:
-                    completions, used = await sample(call)
-                    metered.done(used)
-                used = metered.usage or used  # with what it has cost
-            usage[agent] += used
-            return completions
-
-        return complete
 
     def _child_player(
         self, request: EpisodeRequest, start: _Start, children: list[Episode]
@@ -420,13 +393,3 @@ def as_output(returned: Any) -> Output | None:
         return returned
     reads = (returned,) if isinstance(returned, (Turn, Operation)) else ()
     return Output(str(returned), reads)
-
-
-def cost_of(completions: Sequence[Completion]) -> Usage:
-    """One call's tokens: what an outside model's server reports, else those of its ids. A prompt
-    counts once, however many completions it has."""
-    reported = next((c.usage for c in completions if c.usage is not None), None)
-    if reported is not None:
-        return dataclasses.replace(reported, calls=1)
-    prompt = len(completions[0].prompt_ids) if completions else 0
-    return Usage(1, prompt, sum(len(c.token_ids) for c in completions))

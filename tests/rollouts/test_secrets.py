@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.text.secrecy import shown_url
+from marlora.agents.patterns.chain import Chain
+from marlora.agents.text.secrecy import shown_key_name, shown_url
 from marlora.agents.transcript import Call
 from marlora.agents.types import AgentSpec, Message, PolicySpec, Sampling, SettingError
 from marlora.recipes import grpo_team
@@ -29,6 +30,7 @@ from marlora.rollouts.engines.vllm.discovery import key_from, read_endpoints, ti
 from marlora.rollouts.episodes.completers import APICompleter
 from marlora.rollouts.http import Transient
 from marlora.trainers.config import RunConfig
+from marlora.trainers.loop.spec import RunSpec
 from tests.repository import ROOT
 
 SECRET = "sesame5ecret0f7he40thieves"
@@ -55,6 +57,7 @@ TAKES: dict[str, Callable[[Any], Any]] = {
     "server_urls": lambda text: [text],
     "router_url": lambda text: text,
     "policies": lambda text: {"first": {"url": text}},
+    "helpers": lambda text: {"critic": {"url": text}},
     "engine_args": lambda text: {"api_key": text},
 }
 # settings whose names sound like it, and that take none: a count, a file of addresses, numbers of
@@ -70,7 +73,7 @@ TAKE_NONE = {"allow_open_server"} | {
     "tokens_per_batch",
 }
 SOUNDS = re.compile(
-    r"key|token|secret|password|url|server|endpoint|policies|engine_args", re.IGNORECASE
+    r"key|token|secret|password|url|server|endpoint|policies|helpers|engine_args", re.IGNORECASE
 )
 
 
@@ -110,14 +113,45 @@ def test_no_error_of_the_settings_shows_it(setting: str, text: str) -> None:
     classes = (
         (EngineConfig, RunConfig) if setting.startswith(("server", "router")) else (RunConfig,)
     )
-    deeper = {"policies": {"first": {"url": [text]}}, "engine_args": {"x": value}}.get(
-        setting, {"x": value}
-    )
+    deeper = {
+        "policies": {"first": {"url": [text]}},
+        "helpers": {"critic": {"url": [text]}},
+        "engine_args": {"x": value},
+    }.get(setting, {"x": value})
     for cls in classes:
         for wrong in (value, [value], deeper, text, text.encode()):
             with pytest.raises(SettingError) as caught:
                 cls(**{setting: wrong})
             assert SECRET not in told(caught.value) and setting in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", ["policies", "helpers"])
+def test_a_key_in_place_of_its_name_is_not_shown(setting: str) -> None:
+    """Nor one in place of a price, or under a name that is none of ours."""
+    for text in TYPED:
+        for wrong in (text, [text], {"x": text}, text.encode(), None):
+            with pytest.raises(SettingError) as caught:
+                RunConfig(**{setting: {"n": {"url": "http://h/v1", "key_env": wrong}}})
+            assert SECRET not in told(caught.value)
+            assert str(caught.value).startswith(f"{setting}.n.key_env: expected the name of an")
+        for field in ("price", "key", "api_key"):
+            with pytest.raises(SettingError) as caught:
+                RunSpec.resolve(
+                    RunConfig(
+                        model="none", **{setting: {"first": {"url": "http://h/v1", field: text}}}
+                    ),
+                    Chain(["first" if setting == "policies" else "a"]),
+                )
+            assert SECRET not in told(caught.value) and f"{setting}.first" in str(caught.value)
+
+
+def test_the_name_of_a_key_needs_an_outside_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUR_KEY", SECRET)
+    for setting in ("policies", "helpers"):
+        with pytest.raises(SettingError, match=rf"^{setting}\.a\.key_env: names the key of an out"):
+            RunConfig(**{setting: {"a": {"key_env": "OUR_KEY"}}})
+        config = RunConfig(**{setting: {"a": {"url": "http://h/v1", "key_env": "OUR_KEY"}}})
+        assert getattr(config, setting)["a"]["key_env"] == "OUR_KEY"
 
 
 @pytest.mark.parametrize("text", TYPED[:8], ids=range(8))
@@ -149,6 +183,7 @@ def test_no_recipe_prints_or_writes_it(
     if how == "path":
         flags = {
             "policies": ["--policies.first.url", text],
+            "helpers": ["--helpers.critic.key_env", text],
             "engine_args": ["--engine_args.api_key", text],
         }.get(setting, flags)
     if how == "yaml":
@@ -321,7 +356,8 @@ def test_an_outside_model_repeats_no_key(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setenv("MARLORA_OUTSIDE_KEY", SECRET)
     said = asyncio.run(go())
-    assert "401 wrong key: Bearer ***" in said and SECRET not in said
+    assert "refuses the key in MARLORA_OUTSIDE_KEY: 401 wrong key: Bearer ***" in said
+    assert SECRET not in said
     monkeypatch.setenv("MARLORA_OUTSIDE_KEY", f"{SECRET}\r\nX: y")
     with pytest.raises(SettingError, match="MARLORA_OUTSIDE_KEY") as caught:
         asyncio.run(go())
@@ -333,6 +369,19 @@ def test_an_outside_model_repeats_no_key(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_plain_addresses_are_taken_and_shown(url: str) -> None:
     assert EngineConfig(server_urls=[url]).server_urls == [url] and shown_url(url) == url
+
+
+def test_what_a_checkpoint_would_send_is_named_and_no_key_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OUR_KEY", SECRET)
+    assert shown_key_name("OUR_KEY") == "the key in OUR_KEY"
+    assert shown_key_name("") == "the key in MARLORA_OUTSIDE_KEY, if it is set"
+    assert shown_key_name(None) == shown_key_name("")
+    for text in TYPED:
+        assert SECRET not in shown_key_name(text) and "a key that is not here" in shown_key_name(
+            text
+        )
 
 
 def test_an_address_without_its_scheme_is_still_shown() -> None:

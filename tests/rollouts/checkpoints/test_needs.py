@@ -52,6 +52,15 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         [*SYSTEM, *TRUST],
     ),
     "a program": ({"system": PROGRAM}, ["--system", PROGRAM["class"], *TRUST]),
+    "a model elsewhere, with a key": (
+        {
+            "policies": {
+                **OURS["policies"],
+                "last": {"name": "last", "url": "http://x/v1", "key_env": "HOME"},
+            }
+        },
+        TRUST,
+    ),
     "a model elsewhere": (
         {"policies": {**OURS["policies"], "last": {"name": "last", "url": "http://x/v1"}}},
         TRUST,

@@ -374,12 +374,18 @@ def test_a_name_that_is_looked_up_late_is_judged_too(world: Path, tmp_path: Path
 def test_an_outside_model_is_not_asked_and_its_key_not_shown(world: Path, tmp_path: Path) -> None:
     data = valid("marlora.agents.patterns.vote:Vote")
     data["policies"]["a"]["url"] = "http://user:sesame-secret@elsewhere/v1?key=sesame-secret"
-    (tmp_path / "system.json").write_text(json.dumps(data))
-    with pytest.raises(
-        SettingError, match=r"elsewhere/v1.* as a; give --trust_checkpoint"
-    ) as caught:
-        asyncio.run(work(tmp_path))
-    assert "sesame" not in str(caught.value)
+    for key_env, shown in (
+        ("", "the key in MARLORA_OUTSIDE_KEY, if it is set"),
+        ("HOME", "the key in HOME"),
+        ("sesame-secret", r"a key that is not here \(got a text of 13 characters .*\)"),
+    ):
+        data["policies"]["a"]["key_env"] = key_env
+        (tmp_path / "system.json").write_text(json.dumps(data))
+        with pytest.raises(
+            SettingError, match=rf"elsewhere/v1.* as a with {shown}; give --trust_checkpoint"
+        ) as caught:
+            asyncio.run(work(tmp_path))
+        assert "sesame" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

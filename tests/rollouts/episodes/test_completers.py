@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +23,17 @@ from marlora.agents.types import (
     Sampling,
     SettingError,
     Turn,
+    Usage,
 )
 from marlora.rollouts.engines.base import EngineError, PromptTooLong
 from marlora.rollouts.engines.scripted import ScriptedEngine
-from marlora.rollouts.episodes.completers import APICompleter, EngineCompleter, completers
+from marlora.rollouts.episodes.completers import (
+    AnswerLost,
+    APICompleter,
+    EngineCompleter,
+    completers,
+    read_usage,
+)
 
 CALL = Call(
     0,
@@ -36,8 +46,15 @@ GOOD = {
     "choices": [
         {"message": {"content": "hello"}, "finish_reason": "stop"},
         {"message": {"content": None}, "finish_reason": "length"},
-    ]
+    ],
+    "usage": {
+        "prompt_tokens": 12,
+        "completion_tokens": 9,
+        "total_tokens": 21,
+        "prompt_tokens_details": {"cached_tokens": 5},
+    },
 }
+REPORTED = Usage(1, 12, 9, cached_tokens=5)
 
 
 class Outside:
@@ -80,14 +97,14 @@ async def serve(*answers: tuple[int, Any] | str) -> AsyncIterator[Outside]:
 
 
 def ask(
-    *answers: tuple[int, Any] | str, base: str | None = "big"
+    *answers: tuple[int, Any] | str, base: str | None = "big", key_env: str = ""
 ) -> tuple[list[Completion] | Exception, Outside]:
     """What the speaker gives or raises, and the server."""
 
     async def go() -> tuple[list[Completion] | Exception, Outside]:
         async with serve(*answers) as outside:
             speaker = APICompleter(
-                PolicySpec("helper", base=base, url=outside.url + "/"), pause=0.001
+                PolicySpec("helper", base=base, url=outside.url + "/", key_env=key_env), pause=0.001
             )
             try:
                 return await speaker(CALL, ""), outside
@@ -101,7 +118,7 @@ def test_an_outside_model_answers_with_text_only(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("MARLORA_OUTSIDE_KEY", raising=False)
     result, outside = ask((200, GOOD))
     assert result == [
-        Completion("hello", policy="helper"),
+        Completion("hello", policy="helper", usage=REPORTED),
         Completion("", finish_reason="length", policy="helper"),
     ]
     assert outside.bodies == [
@@ -127,9 +144,37 @@ def test_an_outside_model_answers_with_text_only(monkeypatch: pytest.MonkeyPatch
 
 
 def test_passing_trouble_is_tried_again() -> None:
-    result, outside = ask((429, "slow down"), (503, "busy"), "drop", (200, GOOD))
+    result, outside = ask((429, "slow down"), (503, "busy"), (502, ""), (200, GOOD))
     assert isinstance(result, list) and result[0].text == "hello" and len(outside.bodies) == 4
     assert outside.bodies[0] == outside.bodies[3]  # the seed too
+
+
+def test_a_lost_answer_is_another_matter() -> None:
+    """Its server may have served and charged it, so it is for the caller to make another call."""
+    result, outside = ask((503, "busy"), "drop", (200, GOOD))
+    assert isinstance(result, AnswerLost) and len(outside.bodies) == 2
+    assert 0 < result.pause < 0.01 and "ServerDisconnected" in str(result)
+
+
+def test_an_answer_that_takes_too_long_is_lost() -> None:
+    async def go() -> None:
+        async def sleep(request: web.Request) -> web.Response:
+            await asyncio.sleep(5)
+            return web.json_response(GOOD)
+
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", sleep)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        try:
+            with pytest.raises(AnswerLost, match="did not answer: TimeoutError"):
+                await APICompleter(PolicySpec("helper", url=url), timeout=0.05)(CALL, "")
+        finally:
+            await runner.cleanup()
+
+    asyncio.run(go())
 
 
 def test_trouble_that_stays_ends_with_the_servers_words() -> None:
@@ -140,13 +185,38 @@ def test_trouble_that_stays_ends_with_the_servers_words() -> None:
     ) and "500 out of luck" in str(result)
 
 
-def test_a_refusal_is_not_tried_again() -> None:
-    result, outside = ask((401, "no such key"), (200, GOOD))
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_is_one_line_that_names_policy_variable_and_address(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MARLORA_OUTSIDE_KEY", "OUR_KEY"):
+        monkeypatch.setenv(name, f"sesame-of-{name.lower()}")
+    for key_env, name in (("", "MARLORA_OUTSIDE_KEY"), ("OUR_KEY", "OUR_KEY")):
+        result, outside = ask((status, "no\nsuch key"), (200, GOOD), key_env=key_env)
+        assert type(result) is EngineError and len(outside.bodies) == 1
+        assert outside.keys == [f"Bearer sesame-of-{name.lower()}"]
+        assert str(result) == (
+            f"policy 'helper': {outside.url}/chat/completions refuses the key in {name}: {status}"
+            " no such key; put a key there that this server takes, or name another environment"
+            " variable with key_env"
+        )
+    monkeypatch.delenv("MARLORA_OUTSIDE_KEY")
+    result, _ = ask((status, "who?"))
     assert (
-        isinstance(result, EngineError)
-        and "401 no such key" in str(result)
-        and len(outside.bodies) == 1
+        f"refuses a request without a key (MARLORA_OUTSIDE_KEY is not set): {status} who?"
+        in str(result)
     )
+
+
+def test_a_key_may_be_in_a_file_and_has_to_be_there(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("sesame-of-a-file\n")
+    path.chmod(0o600)
+    _, outside = ask((200, GOOD), key_env=str(path))
+    assert outside.keys == ["Bearer sesame-of-a-file"]
+    path.unlink()
+    with pytest.raises(SettingError, match=r"^policy 'helper': key_env: expected the name of"):
+        APICompleter(PolicySpec("helper", url="http://127.0.0.1:9/v1", key_env=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -216,3 +286,115 @@ def test_every_policy_gets_its_speaker() -> None:
     )
     assert isinstance(result["solver"], EngineCompleter) and isinstance(result["far"], APICompleter)
     assert isinstance(result[BASE], EngineCompleter) and result[BASE].policy == BASE
+
+
+# usage
+
+MOST = Usage(1, 100, 14)
+
+
+@pytest.mark.parametrize(
+    ("report", "usage", "faults"),
+    [
+        ({"prompt_tokens": 12, "completion_tokens": 9}, Usage(1, 12, 9), []),
+        (
+            {"prompt_tokens": 12, "completion_tokens": 9, "prompt_tokens_details": None},
+            Usage(1, 12, 9),
+            [],
+        ),
+        (GOOD["usage"], REPORTED, []),
+        (None, MOST, ["no prompt_tokens", "no completion_tokens"]),
+        ("12", MOST, ["no prompt_tokens", "no completion_tokens"]),
+        ({"prompt_tokens": 12}, Usage(1, 12, 14), ["no completion_tokens"]),
+        (
+            {"prompt_tokens": -1, "completion_tokens": 9.5},
+            MOST,
+            ["prompt_tokens -1", "completion_tokens 9.5"],
+        ),
+        (
+            {"prompt_tokens": True, "completion_tokens": "9"},
+            MOST,
+            ["prompt_tokens True", "completion_tokens '9'"],
+        ),
+        # no chat has a prompt of no token, and two replies are two tokens at least
+        (
+            {"prompt_tokens": 0, "completion_tokens": 1},
+            MOST,
+            ["prompt_tokens 0", "completion_tokens 1"],
+        ),
+        # more than was asked for is believed
+        ({"prompt_tokens": 101, "completion_tokens": 15}, Usage(1, 101, 15), []),
+        (
+            {**GOOD["usage"], "prompt_tokens_details": {"cached_tokens": 13}},
+            Usage(1, 12, 9),
+            ["cached_tokens 13 of a prompt of 12"],
+        ),
+        (
+            {**GOOD["usage"], "prompt_tokens_details": {"cached_tokens": "5"}},
+            Usage(1, 12, 9),
+            ["cached_tokens '5'"],
+        ),
+    ],
+)
+def test_usage_is_what_the_server_reports_and_else_the_most(
+    report: Any, usage: Usage, faults: list[str]
+) -> None:
+    assert read_usage(report, MOST, least=2) == (usage, faults)
+
+
+def test_a_server_without_a_report_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    silent = {"choices": GOOD["choices"]}
+
+    async def go() -> tuple[list[list[Completion]], int, str]:
+        async with serve((200, silent), (200, silent)) as outside:
+            speaker = APICompleter(PolicySpec("helper", url=outside.url))
+            found = [await speaker(CALL, "") for _ in range(2)]
+            return found, speaker.most_prompt_tokens(CALL), speaker.url
+
+    with caplog.at_level(logging.WARNING):
+        found, bound, url = asyncio.run(go())
+    for first, second in found:
+        assert first.usage == Usage(1, bound, 14) and second.usage is None
+    assert [record.getMessage() for record in caplog.records] == [
+        f"policy 'helper': {url} sends a report of its usage with no prompt_tokens, no"
+        " completion_tokens; the most that it can be is counted instead"
+    ]
+
+
+def test_no_tokenizer_has_more_tokens_than_the_bound() -> None:
+    """A token per byte, with a template of 200 tokens and 20 a message, in each form of Unicode:
+    U+FDFA is 3 bytes, and 33 in the compatible form; U+1D160 is 4, and 12 in the canonical one."""
+    speaker = APICompleter(PolicySpec("helper", url="http://127.0.0.1:9/v1"))
+    for text, tokens in (
+        ("hi", 2),
+        ('"\\\n\t' * 50, 200),
+        ("\ufdfa" * 50, 33 * 50),
+        ("\U0001d160" * 50, 12 * 50),
+        ("\ud800", 3),
+    ):
+        call = dataclasses.replace(CALL, messages=(Message("user", text),) * 3)
+        assert 200 + 3 * (20 + tokens) <= speaker.most_prompt_tokens(call)
+    tools = Message(
+        "assistant", "", tool_calls=({"function": {"name": "f", "arguments": "x" * 500}},)
+    )
+    longer = dataclasses.replace(CALL, messages=(*CALL.messages, tools))
+    assert speaker.most_prompt_tokens(longer) >= speaker.most_prompt_tokens(CALL) + 500
+
+
+def test_a_template_that_is_longer_than_expected_is_allowed_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def go() -> None:
+        async with serve(*[(200, {**GOOD, "usage": long})] * 2) as outside:
+            speaker.policy = dataclasses.replace(speaker.policy, url=outside.url)
+            for _ in range(2):
+                (first, _) = await speaker(CALL, "")
+                assert first.usage == Usage(1, before + 70, 9)
+                assert speaker.most_prompt_tokens(CALL) == before + 70
+
+    speaker = APICompleter(PolicySpec("helper", url="http://127.0.0.1:9/v1"))
+    before = speaker.most_prompt_tokens(CALL)
+    long = {"prompt_tokens": before + 70, "completion_tokens": 9}
+    asyncio.run(go())
+    (record,) = caplog.records
+    assert f"reports {before + 70} tokens of a prompt that has {before} at most" in record.message
