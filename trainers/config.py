@@ -211,7 +211,8 @@ class RolloutSettings(Settings):
         self.chat_template_kwargs = as_json(
             parsed_mapping("chat_template_kwargs", self.chat_template_kwargs)
         )
-        check_policies(self.policies)  # before any check shows a value
+        for name in ("policies", "helpers"):  # before any check shows a value
+            check_policies(getattr(self, name), name)
 
     def sampling(self) -> Sampling:
         """The sampling of agents that name none of their own."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..agents.settings import mapping
 from ..agents.types import BASE, AgentSpec, PolicySpec, SettingError, from_json, nearest
+from ..rollouts.budget import Price
 
 OF_AGENT = ("role", "prompt", "sampling", "demos")
 OF_POLICY = ("base", "url", "key_env", "price")
@@ -46,6 +47,8 @@ def helpers_of(given: Mapping[str, Any], taken: Collection[str]) -> dict[str, He
             raise SettingError(
                 f"{where}: key_env and price are those of an outside model; give url"
             )
+        if model.get("price"):
+            Price.of(model["price"], f"{where}.price")
         speaks = name if model.get("url") or model.get("base") else BASE
         spec = {key: own[key] for key in OF_AGENT if key in own}
         agent = from_json(AgentSpec, {"name": name, "policy": speaks, **spec}, where)

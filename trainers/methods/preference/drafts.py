@@ -45,6 +45,10 @@ class Quoting:
             )
         ] * call.n
 
+    @property
+    def outside(self) -> bool:
+        return self.live.outside
+
     def most_prompt_tokens(self, call: Call) -> int:
         return self.live.most_prompt_tokens(call)
 
