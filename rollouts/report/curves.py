@@ -7,7 +7,7 @@ from typing import Any
 
 from .charts import Line, chart
 from .html import is_number, legend, section
-from .run_data import PointWithInterval, RunData
+from .run_data import TEAM, VALIDATION, PointWithInterval, RunData
 from .tables import METRIC_KEYS_ELSEWHERE, accuracy_table, colours
 
 # key of a policy's row in metrics.jsonl, title, what it means; a key that is not here is drawn
@@ -65,16 +65,19 @@ def curves(run: RunData, n: int) -> list[str]:
 
 
 def _outcome_curves(run: RunData) -> list[str]:
-    """Reward in training, and held-out accuracy if it was measured more than once."""
-    rewards, evals = run.reward_points(), run.eval_points()
+    """Reward in training; held-out accuracy, and that on validation tasks, if it was measured more
+    than once."""
     mean = {"": Line(points(run.metrics, "reward"))}
     reward = chart(
-        "reward", "training, 95 % interval over tasks", {"": banded(rewards)}, NO_POLICY
+        "reward", "training, 95 % interval over tasks", {"": banded(run.reward_points())}, NO_POLICY
     ) or chart("reward", "mean over the step's episodes", mean, NO_POLICY)
-    if len(evals) < 2:
-        return [reward]
-    measured = f"held-out {run.summary.get('measured', 'accuracy')}"
-    return [reward, chart(measured, "95 % interval", {"": banded(evals)}, NO_POLICY)]
+    measured = run.summary.get("measured", "accuracy")
+    evaluated = [
+        chart(f"{tasks} {measured}", "95 % interval", {"": banded(found)}, NO_POLICY)
+        for tasks, labels in (("held-out", TEAM), ("validation", VALIDATION))
+        if len(found := run.eval_points(labels)) > 1
+    ]
+    return [reward, *evaluated]
 
 
 def _named_curves(run: RunData, keys: Sequence[str], colour: Mapping[str, str]) -> list[str]:

@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...agents.types import Reward, Turn
+from ...agents.types import Decision, Reward, Turn
+from ..episodes.codec import kind_of
 from ..episodes.store import Store
-from ..types import Episode
+from ..types import Episode, Kind
 from .html import visible
 
 MAX_ROWS = 20_000  # episodes with a row in the list
 MAX_EPISODES = 2_000  # of them with their whole text
 MAX_BYTES = 12 << 20  # of that, as JSON
-EVALUATIONS = ("eval-before", "eval-after", "eval-step-")  # labels of the whole team's
 EACH = 3  # best and worst of every step and evaluation
 
 Pieces = Callable[
@@ -38,65 +38,81 @@ class EpisodeRow:
     """An episode in the list of the report, read without unpacking its turns."""
 
     id: str
-    label: str
+    group: str
+    kind: Kind
     task: str
     prompt: str
     step: int
+    state: str  # the key of what the team played with, "" in stores of 0.1
     worth: float | None
     rewards: Mapping[str, float | None]
     agents: tuple[str, ...]
-    tokens: int
+    usage: Sequence[Mapping[str, Any]]  # `agent` and what its calls have cost
     # f failed, u unscorable, c a reply was cut off, m several siblings, g an agent saw the answer,
-    # k a child of another
+    # k played on behalf of another, or about it
     marks: str
+    about: str  # the id of that other one
+    child: bool  # has it a parent?
+    evaluations: tuple[str, ...] = ()  # labels of those that it is an episode of
 
     @property
-    def held_out(self) -> bool:
-        return self.label.startswith("eval-")
+    def labels(self) -> tuple[str, ...]:
+        """When it was played: the evaluations it belongs to, else its step."""
+        if self.evaluations:
+            return tuple(f"eval-{n}" if self.kind == "eval" else n for n in self.evaluations)
+        return (f"trial-{self.step:06d}" if self.kind == "trial" else self.group.split("/")[0],)
 
     @property
-    def evaluates_team(self) -> bool:
-        """Is it of an evaluation of the whole team? Other held-out episodes are of one adapter
-        alone, or a method's own."""
-        return self.label.startswith(EVALUATIONS) and not self.follows
+    def tokens(self) -> int:
+        """Tokens that were sampled."""
+        return sum(usage["sampled_tokens"] for usage in self.usage)
 
     @property
-    def follows(self) -> bool:
-        """Was it played on behalf of another episode, such as one that is being corrected?"""
-        return "k" in self.marks
+    def trains(self) -> bool:
+        """Is it one of a step's own episodes, and not played on behalf of one?"""
+        return self.kind == "train" and not self.child
 
 
 def episode_row(data: Mapping[str, Any], metric: str) -> EpisodeRow:
     """A row from one line of the store. `worth`: the reward named `metric`, else the sum of the
     team's; null if not scorable."""
-    team = [r for r in data["rewards"] if not r["agent"] and r["turn"] < 0]
+    team = [r for r in data["rewards"] if _whole(r) and not r["agent"]]
     named = [r for r in team if r["name"] == metric] or team
     values = [r["value"] for r in named]
     worth = None if not values or None in values else sum(values)
-    turns = data["turns"]
-    marks = "f" * bool(data["error"]) + "u" * (
-        worth is None and not data["error"] and not data["parent"]
-    )
+    turns, kind = data["turns"], kind_of(data)
+    about = data["parent"] or data.get("follows", "")
+    scored = kind != "aside" and not data["parent"]
+    marks = "f" * bool(data["error"]) + "u" * (worth is None and scored and not data["error"])
     marks += "c" * any(t["finish_reason"] == "length" for t in turns) + "m" * any(
         t["sibling"] for t in turns
     )
-    marks += "g" * any(t["saw_gold"] for t in turns) + "k" * bool(data["parent"])
+    marks += "g" * any(t["saw_gold"] for t in turns) + "k" * bool(about)
     return EpisodeRow(
-        data["id"],
-        data["group"].partition("/")[0],
-        data["task"]["id"],
-        visible(data["task"]["prompt"], 90),
-        data["step"],
-        worth,
-        {
+        id=data["id"],
+        group=data["group"],
+        kind=kind,
+        task=data["task"]["id"],
+        prompt=visible(data["task"]["prompt"], 90),
+        step=data["step"],
+        state=data.get("state", ""),
+        worth=worth,
+        rewards={
             r["name"] + (f" of {r['agent']}" if r["agent"] else ""): r["value"]
             for r in data["rewards"]
-            if r["turn"] < 0
+            if _whole(r)
         },
-        tuple(dict.fromkeys(t["agent"] for t in turns)),
-        sum(u["sampled_tokens"] for u in data["usage"]),
-        marks,
+        agents=tuple(dict.fromkeys(t["agent"] for t in turns)),
+        usage=data["usage"],
+        marks=marks,
+        about=about,
+        child=bool(data["parent"]),
     )
+
+
+def _whole(reward: Mapping[str, Any]) -> bool:
+    """Is a packed reward about the whole episode, not a turn or a decision?"""
+    return bool(reward["turn"] < 0 and reward.get("decision", -1) < 0)
 
 
 def rows(store: Store, metric: str) -> list[EpisodeRow]:
@@ -112,7 +128,8 @@ def most_telling(rows: Sequence[EpisodeRow], limit: int) -> list[EpisodeRow]:
     }
     labels: dict[str, list[EpisodeRow]] = defaultdict(list)
     for row in rows:
-        labels[row.label].append(row)
+        for label in row.labels:
+            labels[label].append(row)
     ends = [
         ranked[-EACH:] + ranked[:EACH]
         for ranked in (sorted(own, key=rank) for own in labels.values())
@@ -161,7 +178,7 @@ class EpisodeIndex:
             [
                 number,
                 r.id,
-                self.text(r.label),
+                [self.text(label) for label in r.labels],
                 self.text(r.task),
                 self.text(r.prompt),
                 r.step,
@@ -169,6 +186,8 @@ class EpisodeIndex:
                 [self.text(a) for a in r.agents],
                 r.tokens,
                 r.marks,
+                self.text(r.kind),
+                self.text(r.about),
             ]
             for r in listed
         ]
@@ -184,7 +203,7 @@ class EpisodeIndex:
         self, episode: Episode, learned: Mapping[tuple[int, int], Mapping[str, Any]]
     ) -> dict[str, Any]:
         """An episode as the browser shows it."""
-        whole = [r for r in episode.rewards if r.turn is None]
+        whole = [r for r in episode.rewards if r.turn is None and r.decision is None]
         return {
             "task": self.text(episode.task.id),
             "prompt": self.text(episode.task.prompt),
@@ -192,10 +211,17 @@ class EpisodeIndex:
             "answer": None if episode.task.answer is None else self.text(episode.task.answer),
             "output": None if episode.output is None else self.text(episode.output),
             "error": None if episode.error is None else self.text(episode.error),
+            "kind": episode.kind,
             "parent": episode.parent,
+            "follows": episode.follows,
+            "from": list(episode.output_from),
+            "state": episode.state.key,
             "rewards": [self.reward(r) for r in whole],
-            "versions": dict(episode.state.versions),
-            "decisions": [[self.text(d.name), self.text(d.choice)] for d in episode.decisions],
+            "decisions": [self.decision(d, episode.rewards) for d in episode.decisions],
+            "operations": [
+                [o.index, list(o.reads), *map(self.text, (o.name, o.text, o.error))]
+                for o in episode.operations
+            ],
             "turns": [
                 self.turn(t, episode.rewards, learned.get((t.index, crc(t.token_ids)), {}))
                 for t in episode.turns
@@ -236,6 +262,11 @@ class EpisodeIndex:
             )
         return data
 
+    def decision(self, decision: Decision, rewards: Iterable[Reward]) -> list[Any]:
+        own = [self.reward(r) for r in rewards if r.decision == decision.index]
+        chance = math.exp(decision.logprob) if math.isfinite(decision.logprob) else None
+        return [self.text(decision.name), self.text(decision.choice), short(chance), own]
+
     def reward(self, reward: Reward) -> list[Any]:
         value = reward.value if math.isfinite(reward.value) else None
         name = f"{reward.name} of {reward.agent}" if reward.agent else reward.name
@@ -255,8 +286,8 @@ def even(rows: Sequence[EpisodeRow], limit: int) -> list[EpisodeRow]:
     return [rows[i * len(rows) // limit] for i in range(limit)]
 
 
-def short(value: float) -> float | None:
-    return round(value, 3) if math.isfinite(value) else None
+def short(value: float | None) -> float | None:
+    return round(value, 3) if value is not None and math.isfinite(value) else None
 
 
 def crc(ids: Iterable[int]) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
 from .episode_index import EpisodeRow
 from .findings import ENDED, learnt_nothing
 from .html import number, text
-from .run_data import RunData
+from .run_data import TEAM, RunData
 
 UNFINISHED = (
     '<p class="note">This run did not end, or has not yet: what follows is as far as it came.</p>'
@@ -50,7 +50,7 @@ def verdict(run: RunData, n: int) -> str:
         alone.append(f"<b>{text(name)}</b> alone {does} {change(entry['paired'])}")
     lines += [f"<p>By adapter: {'; '.join(alone)}.</p>"] if alone else []
     links = " · ".join(
-        f'<a href="#e={n}:{quote(row.id)}">{what}</a>' for what, row in examples(run.episodes)
+        f'<a href="#e={n}:{quote(row.id)}">{what}</a>' for what, row in examples(run)
     )
     return "".join(lines) + (f"<p>Read: {links}</p>" if links else "")
 
@@ -76,17 +76,16 @@ def change(paired: Mapping[str, Any]) -> str:
     return f"({paired['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}{counts})"
 
 
-def examples(rows: Sequence[EpisodeRow]) -> list[tuple[str, EpisodeRow]]:
+def examples(run: RunData) -> list[tuple[str, EpisodeRow]]:
     """Up to three episodes of the last evaluation of the whole team: one that training corrected,
     one that it broke, one that is still wrong."""
-    labels = list(dict.fromkeys(r.label for r in rows if r.evaluates_team))
-    if len(labels) < 2:
-        return []
-    before = {r.task: r.worth or 0.0 for r in rows if r.label == labels[0]}
+    made = [label for label in run.evaluations if TEAM.fullmatch(label) and label != "before"]
+    own = [row for row in run.episodes if row.kind == "eval" and not row.child]
+    before = {r.task: r.worth or 0.0 for r in own if "before" in r.evaluations}
     after = [
         (r, (r.worth or 0.0) - before[r.task])
-        for r in rows
-        if r.label == labels[-1] and r.task in before
+        for r in own
+        if made and made[-1] in r.evaluations and r.task in before
     ]
     best = max((row.worth or 0.0 for row, _ in after), default=0.0)
     kinds = (
@@ -118,7 +117,8 @@ def facts(run: RunData) -> str:
         ("tasks", text(config.get("tasks", ""))),
         ("engine", text(summary.get("engine") or config.get("engine", ""))),
         ("steps", steps),
-        ("credit", text(str(config.get("credit", "")))),
+        ("ended early", text(summary.get("done") or "")),
+        ("credit", text(str(config.get("credit") or ""))),
         ("seconds", f"{number(round(total))} ({parts})" if total else parts),
         ("tokens", ", ".join(f"{number(count)} {text(name)}" for name, count in tokens.items())),
     )

@@ -2,10 +2,10 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const S = data.strings || [], ROWS = data.rows || [], PAGE = 100;
-const [RUN, ID, LABEL, TASK, PROMPT, STEP, WORTH, AGENTS, TOKENS, MARKS] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9];
+const [RUN, ID, LABELS, TASK, PROMPT, STEP, WORTH, AGENTS, TOKENS, MARKS, KIND, ABOUT] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
 const $ = (id) => document.getElementById(id);
 const MARK = { f: "failed", u: "unscorable", c: "cut off", m: "siblings", g: "saw the answer", k: "follows" };
-const FILTERS = ["q", "run", "label", "agent", "outcome", "low", "high"];
+const FILTERS = ["q", "run", "kind", "label", "agent", "outcome", "low", "high"];
 const state = { found: [], page: 0, open: "", colour: "advantage", sort: null };
 
 function el(tag, kind, text, ...children) {
@@ -31,13 +31,14 @@ const isRight = (row) => row[WORTH] > 0 && row[WORTH] >= Math.min(1, best); // a
 function keep(row, f) {
   return (
     (f.run === "" || row[RUN] === Number(f.run)) &&
-    (f.label === "" || row[LABEL] === Number(f.label)) &&
+    (f.kind === "" || S[row[KIND]] === f.kind) &&
+    (f.label === "" || row[LABELS].includes(Number(f.label))) &&
     (f.agent === "" || row[AGENTS].includes(Number(f.agent))) &&
     (f.low === "" || (row[WORTH] !== null && row[WORTH] >= Number(f.low))) &&
     (f.high === "" || (row[WORTH] !== null && row[WORTH] <= Number(f.high))) &&
     (f.outcome === "" || (f.outcome === "right" ? isRight(row) : f.outcome === "wrong" ? !isRight(row)
       : f.outcome === "t" ? key(row) in data.episodes : row[MARKS].includes(f.outcome))) &&
-    (f.q === "" || [row[ID], S[row[TASK]], S[row[PROMPT]]].some((text) => text.toLowerCase().includes(f.q)))
+    (f.q === "" || [row[ID], S[row[ABOUT]], S[row[TASK]], S[row[PROMPT]]].some((text) => text.toLowerCase().includes(f.q)))
   );
 }
 
@@ -53,7 +54,7 @@ function filter() {
   list();
 }
 
-const HEADS = [["episode", ID], ["when", LABEL], ["task", null], ["reward", WORTH], ["tokens", TOKENS], ["", null]];
+const HEADS = [["episode", ID], ["when", STEP], ["task", null], ["reward", WORTH], ["tokens", TOKENS], ["", null]];
 
 function list() {
   const from = state.page * PAGE, shown = state.found.slice(from, from + PAGE);
@@ -69,7 +70,7 @@ function line(row) {
   link.href = "#e=" + encodeURIComponent(key(row));
   const marks = [...row[MARKS]].map((m) => el("span", "mark " + m, MARK[m]));
   const whole = key(row) in data.episodes ? [] : [el("span", "mark", "row only")];
-  const when = (data.runs.length > 1 ? data.runs[row[RUN]].name + " " : "") + S[row[LABEL]];
+  const when = (data.runs.length > 1 ? data.runs[row[RUN]].name + " " : "") + row[LABELS].map((n) => S[n]).join(", ");
   const made = el("tr", key(row) === state.open ? "open" : "", null,
     el("td", "id", null, link), el("td", "", when), el("td", "task", S[row[PROMPT]]),
     el("td", "n " + (row[WORTH] === null ? "bad" : isRight(row) ? "good" : ""), num(row[WORTH])),
@@ -133,7 +134,24 @@ function said(turn, how) {
   return made;
 }
 
-function card(turn, turns, how, colour) {
+function readers(reads, speakers) {
+  // the agents of the turns, and the names of the operations, that were read
+  const read = reads.map((i) => (speakers.has(i) ? `${speakers.get(i)} (turn ${i})` : `turn ${i}`));
+  return reads.length ? [el("p", "reads", "read " + read.join(", "))] : [];
+}
+
+function step([index, reads, name, text, error], speakers) {
+  // plain Python between turns that the system put on record
+  const made = el("div", "turn operation", null, el("h3", "", null, S[name] + " ", el("small", "", `operation ${index}`)));
+  made.dataset.turn = index;
+  made.dataset.reads = reads.join(" ");
+  made.append(...readers(reads, speakers));
+  if (S[text]) made.append(el("pre", "", S[text]));
+  if (S[error]) made.append(el("pre", "bad", S[error]));
+  return made;
+}
+
+function card(turn, speakers, how, colour) {
   const made = el("div", "turn" + (turn.marks && turn.marks.includes("not taken") ? " untaken" : ""));
   made.dataset.turn = turn.i;
   made.dataset.reads = turn.reads.join(" ");
@@ -141,10 +159,7 @@ function card(turn, turns, how, colour) {
   if (turn.k) facts.push("sibling " + turn.k);
   if (turn.advantage !== undefined && !Array.isArray(turn.advantage)) facts.push("advantage " + num(turn.advantage));
   made.append(el("h3", "", null, el("span", colour, S[turn.agent]), " ", el("small", "", facts.join(" · "))));
-  if (turn.reads.length) {
-    const read = turn.reads.map((i) => `${S[(turns.find((t) => t.i === i) || turn).agent]} (turn ${i})`);
-    made.append(el("p", "reads", "read " + read.join(", ")));
-  }
+  made.append(...readers(turn.reads, speakers));
   made.append(said(turn, how), ...turn.rewards.flatMap(reward));
   const sent = el("details", "", null, el("summary", "", "what it was sent"));
   sent.addEventListener("toggle", () => {
@@ -154,24 +169,36 @@ function card(turn, turns, how, colour) {
   return made;
 }
 
-function lanes(turns, how) {
+function lanes({ turns, operations }, how) {
   const agents = [...new Set(turns.map((t) => t.agent))], grid = el("div", "lanes n" + Math.min(agents.length, 6));
   agents.slice(0, 6).forEach((a, n) => grid.append(el("div", "lane c" + (n % 6), S[a])));
-  const calls = [...new Set(turns.map((t) => t.i))];
+  const speakers = new Map([...turns.map((t) => [t.i, S[t.agent]]), ...operations.map((o) => [o[0], S[o[2]]])]);
+  const calls = [...new Set([...turns.map((t) => t.i), ...operations.map((o) => o[0])])].sort((a, b) => a - b);
   const rows = new Map(), ends = new Map(); // a turn stands below what it read and below its agent's last one
-  calls.forEach((i) => {
-    const own = turns.filter((t) => t.i === i), taken = own.find((t) => !(t.marks || []).includes("not taken")) || own[0];
-    const at = agents.indexOf(taken.agent), colour = "c" + (at % 6);
-    const cell = el("div", "cell l" + (Math.min(at, 5) + 1), null, card(taken, turns, how, colour));
-    const others = own.filter((t) => t !== taken);
-    if (others.length) {
-      cell.append(el("details", "siblings", null, el("summary", "", others.length === 1 ? "1 sibling not taken" : `${others.length} siblings not taken`), ...others.map((t) => card(t, turns, how, colour))));
-    }
-    const row = 1 + Math.max(1, ends.get(taken.agent) || 0, ...taken.reads.map((r) => rows.get(r) || 0));
+  let above = 1, last = 1; // the row of the last operation, which has all of its row, and of anything
+  const place = (cell, i, row) => {
     rows.set(i, row);
-    ends.set(taken.agent, row);
+    last = Math.max(last, row);
     cell.style.gridRow = row;
     grid.append(cell);
+  };
+  calls.forEach((i) => {
+    const done = operations.find((o) => o[0] === i);
+    if (done) {
+      above = last + 1;
+      place(el("div", "cell all", null, step(done, speakers)), i, above);
+      return;
+    }
+    const own = turns.filter((t) => t.i === i), taken = own.find((t) => !(t.marks || []).includes("not taken")) || own[0];
+    const at = agents.indexOf(taken.agent), colour = "c" + (at % 6);
+    const cell = el("div", "cell l" + (Math.min(at, 5) + 1), null, card(taken, speakers, how, colour));
+    const others = own.filter((t) => t !== taken);
+    if (others.length) {
+      cell.append(el("details", "siblings", null, el("summary", "", others.length === 1 ? "1 sibling not taken" : `${others.length} siblings not taken`), ...others.map((t) => card(t, speakers, how, colour))));
+    }
+    const row = 1 + Math.max(above, ends.get(taken.agent) || 0, ...taken.reads.map((r) => rows.get(r) || 0));
+    ends.set(taken.agent, row);
+    place(cell, i, row);
   });
   return grid;
 }
@@ -199,17 +226,25 @@ function arrows(grid) {
 }
 
 function family(episode, row) {
-  // links to the episode that this one follows from, and to those that follow from it: their names begin with its name
-  const links = [];
-  if (episode.parent) links.push(["the episode it follows from", "#e=" + encodeURIComponent(`${row ? row[RUN] : 0}:${episode.parent}`)]);
-  if (row && ROWS.some((r) => r[RUN] === row[RUN] && r[ID].startsWith(row[ID] + "/"))) {
-    links.push(["what followed from it", "#outcome=k&q=" + encodeURIComponent(row[ID] + "/")]);
+  // links to the episode that this one was played for or is about, and to those that name this one
+  const links = [], other = episode.parent || episode.follows;
+  if (other) links.push(["the episode it follows from", "#e=" + encodeURIComponent(`${row ? row[RUN] : 0}:${other}`)]);
+  if (row && ROWS.some((r) => r[RUN] === row[RUN] && S[r[ABOUT]] === row[ID])) {
+    links.push(["what followed from it", "#outcome=k&q=" + encodeURIComponent(row[ID])]);
   }
   return links.flatMap(([label, where]) => {
     const made = el("a", "", label);
     made.href = where;
     return [" · ", made];
   });
+}
+
+function decisions(taken) {
+  // choices that are not tokens, each with its probability and what it earned
+  if (!taken.length) return [];
+  const said = taken.map(([name, choice, chance, rewards]) => el("span", "decision", null, S[name] + ": ",
+    el("b", "", S[choice]), chance === null ? "" : ` (${num(chance)})`, ...rewards.flatMap(reward)));
+  return [el("h4", "", "decisions, with their probability"), el("p", "decisions", null, ...said)];
 }
 
 const HOW = { advantage: "advantage", ratio: "ratio", logp: "log-prob", none: "none" };
@@ -240,9 +275,11 @@ async function show(name) {
   const values = episode.rewards.flatMap(reward), others = el("a", "", "all episodes of this task");
   others.href = "#q=" + encodeURIComponent(S[episode.task]);
   box.append(el("p", "", null, ...values, " ", others, ...family(episode, row)));
+  box.append(el("p", "soft", `${episode.kind} episode; the team's state is ${episode.state}`));
   box.append(...field("task", episode.prompt), ...field("expected", episode.answer));
-  box.append(...field(`the team's output (${episode.stop})`, episode.output), ...field("error", episode.error, "bad"));
-  if (episode.decisions.length) box.append(el("p", "soft", episode.decisions.map(([n, c]) => `${S[n]}: ${S[c]}`).join(" · ")));
+  const made = episode.from.length ? `, from ${episode.from.map((i) => "turn " + i).join(", ")}` : "";
+  box.append(...field(`the team's output (${episode.stop}${made})`, episode.output), ...field("error", episode.error, "bad"));
+  box.append(...decisions(episode.decisions));
   const can = (how) => how !== "none" && episode.turns.some((t) => t.tokens && levels(t, how));
   const used = state.colour === "none" || can(state.colour) ? state.colour : "logp";
   const pick = el("p", "colours", "tokens coloured by ");
@@ -255,7 +292,7 @@ async function show(name) {
   if (can(used)) pick.append(el("span", "soft", MEANS[used] + " "));
   if (!episode.turns.some((t) => t.tokens)) pick.append(el("span", "soft", "The texts of single tokens are not here: no tokenizer was at hand."));
   else if (used !== state.colour) pick.append(el("span", "soft", `No ${HOW[state.colour]} is known here: the episode was not trained on.`));
-  const grid = lanes(episode.turns, used);
+  const grid = lanes(episode, used);
   box.append(pick, grid);
   requestAnimationFrame(() => arrows(grid));
   grid.addEventListener("toggle", () => arrows(grid), true);
@@ -311,7 +348,9 @@ function renumber(episode, shift) {
   const turns = episode.turns.map((t) => ({
     ...one(t), told: pair(t.told, 1), rewards: pair(t.rewards, 0, 2), ...(t.tokens ? { tokens: t.tokens.map((v) => shift(v, "text")) } : {}),
   }));
-  return { ...one(episode), rewards: pair(episode.rewards, 0, 2), decisions: pair(episode.decisions, 0, 1), turns };
+  return { ...one(episode), rewards: pair(episode.rewards, 0, 2),
+    decisions: pair(episode.decisions, 0, 1).map(([name, choice, chance, rewards]) => [name, choice, chance, pair(rewards, 0, 2)]),
+    operations: pair(episode.operations, 2, 3, 4), turns };
 }
 
 function follow() {
@@ -330,7 +369,10 @@ function start() {
   const several = (values) => [...new Set(values)];
   options($("run"), data.runs.map((r, n) => [n, r.name]), "all runs");
   $("run").parentNode.hidden = data.runs.length < 2;
-  options($("label"), several(ROWS.map((r) => r[LABEL])).map((n) => [n, S[n]]), "any time");
+  const kinds = several(ROWS.map((r) => S[r[KIND]]));
+  options($("kind"), kinds.map((kind) => [kind, kind]), "all kinds");
+  $("kind").parentNode.hidden = kinds.length < 2;
+  options($("label"), several(ROWS.flatMap((r) => r[LABELS])).map((n) => [n, S[n]]), "any time");
   options($("agent"), several(ROWS.flatMap((r) => r[AGENTS])).map((n) => [n, S[n]]), "any agent");
   const told = data.runs.filter((r) => r.whole < r.episodes).map((r) =>
     `${r.name}: ${r.episodes} episodes, ${r.listed < r.episodes ? r.listed + " of them listed, " : ""}the whole text of ${r.whole} is in this page`);

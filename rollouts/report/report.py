@@ -137,7 +137,8 @@ BROWSER = """
 <section id="episodes"><h2>Episodes</h2><p id="sampled" class="soft"></p>
 <form id="filters" autocomplete="off">
 <label>search <input id="q" type="search" placeholder="task, prompt or id  ( / )"></label>
-<label>run <select id="run"></select></label><label>when <select id="label"></select></label>
+<label>run <select id="run"></select></label>
+<label>kind <select id="kind"></select></label><label>when <select id="label"></select></label>
 <label>agent <select id="agent"></select></label>
 <label>outcome <select id="outcome"><option value="">all</option>
 <option value="right">right</option><option value="wrong">not right</option>

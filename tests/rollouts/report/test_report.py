@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from marlora.rollouts.report.charts import Line, chart
 from marlora.rollouts.report.episode_index import EpisodeIndex, crc, episode_row, even, most_telling
 from marlora.rollouts.report.html import number, text, visible
 from marlora.rollouts.report.report import write_report
-from marlora.rollouts.report.run_data import RunData
+from marlora.rollouts.report.run_data import VALIDATION, RunData
 from marlora.rollouts.report.tables import adapters, any_value, proofs
 from marlora.rollouts.types import Episode
 
@@ -33,6 +34,7 @@ EVIL = (
     '<script src="https://evil.example/x.js">alert(1)</script><img src=x'
     " onerror=alert(2)>\"'&\x00\x1b\u202e"
 )
+AFTER = "a" * 16  # the key of the episodes of an evaluation
 VOID = {"meta", "link", "br", "img", "input"}
 
 
@@ -82,7 +84,7 @@ def episode(
         text=f"{said}!",
         finish_reason="length",
     )
-    label = "eval-after" if split == "eval" else f"train-{step:06d}"
+    label = f"eval-{AFTER}/digest" if split == "eval" else f"train-{step:06d}"
     rewards = (
         Reward("correct", value, "because"),
         Reward("kind", 0.5, agent="critic"),
@@ -92,6 +94,7 @@ def episode(
         f"{label}/{task}/{sample}",
         f"{label}/{task}",
         Task(task, f"task {task}", "7", split=split),
+        kind="eval" if split == "eval" else "train",
         split=split,
         step=step,
         turns=(first, second),
@@ -191,7 +194,17 @@ def run(tmp_path: Path) -> Path:
             ]
         )
         store.extend([episode(3, f"e{n}", float(n % 2), split="eval") for n in range(9)])
+    write_evaluations(tmp_path, after=evaluation_entry(AFTER, 3, 9))
     return tmp_path
+
+
+def evaluation_entry(key: str, step: int, tasks: int, kind: str = "eval", n: int = 1) -> Any:
+    names = [f"e{number}" for number in range(tasks)]
+    return {"kind": kind, "key": key, "step": step, "tasks": names, "n": n}
+
+
+def write_evaluations(run: Path, **entries: Any) -> None:
+    (run / "evaluations.json").write_text(json.dumps(entries))
 
 
 def read(run: Path) -> tuple[str, Page, dict[str, Any]]:
@@ -257,36 +270,109 @@ def test_the_verdict_follows_the_interval(run: Path, low: float, high: float, sa
 
 
 def test_the_verdict_names_episodes_to_read(run: Path) -> None:
+    before = "b" * 16
     with Store(run / "episodes") as store:
-        after = [e for e in store if e.split == "eval"]
-        old = [
-            dataclasses.replace(
-                e, id=e.id.replace("after", "before"), group=e.group.replace("after", "before")
-            )
-            for e in after
-        ]
         wrong = {"e1": 0.0, "e0": 1.0}  # after: odd ones are right
-        store.extend(
-            [
-                dataclasses.replace(
-                    e, rewards=(Reward("correct", wrong.get(e.task.id, e.reward("correct"))),)
-                )
-                for e in old
-            ]
-        )
-    folder = run / "episodes"
-    lines = [
-        line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()
-    ]
-    lines.sort(key=lambda line: "eval-after" in line)
-    for path in folder.glob("*.jsonl"):
-        path.unlink()
-    (folder / "episodes-00000.jsonl").write_text("".join(line + "\n" for line in lines))
+        store.extend([evaluated(before, e, wrong) for e in store.read(kind="eval")])
+    write_evaluations(
+        run, before=evaluation_entry(before, 0, 9), after=evaluation_entry(AFTER, 3, 9)
+    )
+    assert episodes_to_read(run) == [f"eval-{AFTER}/digest/e{n}/0" for n in (1, 0, 2)]
+    write_evaluations(
+        run, before=evaluation_entry(AFTER, 0, 9), after=evaluation_entry(AFTER, 3, 9)
+    )
+    assert episodes_to_read(run) == [f"eval-{AFTER}/digest/e0/0"], "nothing moved"
+
+
+def evaluated(label: str, one: Episode, values: Mapping[str, float]) -> Episode:
+    """The episode as one of another evaluation, with other rewards of some tasks."""
+    group = one.group.replace(AFTER, label)
+    reward = Reward("correct", values.get(one.task.id, one.reward("correct")))
+    return dataclasses.replace(one, id=f"{group}/0", group=group, rewards=(reward,))
+
+
+def episodes_to_read(run: Path) -> list[str]:
     _, page, _ = read(run)
-    links = [
-        a["href"] for tag, a in page.tags if tag == "a" and str(a.get("href")).startswith("#e=")
-    ]
-    assert links == ["#e=0:eval-after/e1/0", "#e=0:eval-after/e0/0", "#e=0:eval-after/e2/0"]
+    links = [str(a.get("href")) for tag, a in page.tags if tag == "a"]
+    return [link.removeprefix("#e=0:") for link in links if link.startswith("#e=")]
+
+
+def first_schema(one: Episode, label: str) -> str:
+    """The episode as a line of a store of 0.1, in the evaluation of this label."""
+    data = pack(one)
+    for name in ("kind", "follows", "state", "operations", "output_from"):
+        del data[name]
+    for turn in data["turns"]:
+        del turn["usage"]
+    for reward in data["rewards"]:
+        del reward["decision"]
+    group = f"eval-{label}/{one.task.id}"
+    more = {"schema": 1, "id": f"{group}/0", "group": group, "team_version": "{}", "values": "{}"}
+    return json.dumps({**data, **more})
+
+
+def test_a_run_of_0_1_is_shown(run: Path) -> None:
+    """Its store has schema 1, its evaluations their labels in the names of groups, and it has no
+    evaluations.json."""
+    shutil.rmtree(run / "episodes")
+    (run / "evaluations.json").unlink()
+    tasks = [episode(4, f"t{n}", float(n % 2), split="eval") for n in range(4)]
+    lines = [first_schema(evaluated("", e, {"t1": 0.0}), "before") for e in tasks]
+    lines += [first_schema(evaluated("", e, {}), "step-000004") for e in tasks]
+    lines += [first_schema(evaluated("", e, {}), "only-solver") for e in tasks]
+    training = json.loads(first_schema(episode(2, "t1", 1.0), "x"))
+    training |= {"id": "train-000002/t1/0", "group": "train-000002/t1"}
+    (run / "episodes").mkdir()
+    store = run / "episodes" / "episodes-00000.jsonl"
+    store.write_text("".join(line + "\n" for line in [*lines, json.dumps(training)]))
+    found = RunData.read(run)
+    assert [point[:2] for point in found.eval_points()] == [(0, 0.25), (4, 0.5)]
+    assert [point[:2] for point in found.reward_points()] == [(2, 1.0)]
+    assert list(found.evaluations) == ["before", "step-000004", "only-solver"]
+    source, _, data = read(run)
+    labels = {data["strings"][n] for each in data["rows"] for n in each[2]}
+    assert labels == {"eval-before", "eval-step-000004", "eval-only-solver", "train-000002"}
+    assert episodes_to_read(run) == ["eval-step-000004/t1/0", "eval-step-000004/t0/0"]
+    assert "What was spent" not in source and "Values" not in source
+
+
+def test_evaluations_are_found_by_their_labels(run: Path) -> None:
+    """One key may have several labels; the last attempt at a task counts, of as many samples as
+    were asked for."""
+    key, again, trial = "b" * 16, f"{'b' * 16}.1", "c" * 16
+    base = [episode(0, f"e{n}", 1.0, split="eval") for n in range(2)]
+    one = [evaluated(key, e, {"e0": 0.0, "e1": math.nan}) for e in base]
+    more = [evaluated(again, base[1], {"e1": 1.0})]
+    more.append(dataclasses.replace(one[0], id=f"{one[0].group}/1", rewards=base[0].rewards))
+    group = f"trial-{trial}/digest/e0"
+    for sample, value in enumerate((1.0, 0.0)):
+        rewards = (Reward("correct", value),)
+        more.append(
+            dataclasses.replace(
+                base[0], id=f"{group}/{sample}", group=group, kind="trial", rewards=rewards, step=2
+            )
+        )
+    with Store(run / "episodes") as store:
+        store.extend([*one, *more])
+    entry = evaluation_entry(key, 0, 2)
+    validated = {
+        "val-step-000002": evaluation_entry(trial, 2, 1, "trial", n=2),
+        "sampled": evaluation_entry(key, 0, 1, n=2),
+    }
+    write_evaluations(run, before=entry, after={**entry, "step": 3}, **validated)
+    found = RunData.read(run)
+    assert [point[:2] for point in found.eval_points()] == [(0, 0.5), (3, 0.5)]
+    labels = {r.id: r.labels for r in found.episodes}
+    first = f"eval-{key}/digest/e0"
+    assert labels[f"{first}/0"] == ("eval-before", "eval-after", "eval-sampled")
+    assert labels[f"{first}/1"] == ("eval-sampled",)
+    assert labels[f"eval-{key}/digest/e1/0"] == (f"eval-{key}",), "another attempt came after it"
+    assert labels[f"eval-{again}/digest/e1/0"] == ("eval-before", "eval-after")
+    assert labels[f"{group}/0"] == ("val-step-000002",)
+    assert [p[:2] for p in found.eval_points(VALIDATION)] == [(2, 0.5)]
+    assert [p[0] for p in found.reward_points()] == [1, 2, 3], "trials train nothing"
+    titles = re.findall(r"<figcaption>([^<]+) <small>", read(run)[0])
+    assert titles[:2] == ["reward", "held-out accuracy"] and "validation accuracy" not in titles
 
 
 def test_curves_hold_the_points_that_are_numbers(run: Path) -> None:
@@ -403,7 +489,7 @@ def test_a_large_run_is_sampled_and_says_so(run: Path) -> None:
         and kept[0].id == failed.id
         and kept[0].marks == "fc"
     )
-    assert {row.label for row in kept} >= {"train-000001", "train-000002"}
+    assert {label for row in kept for label in row.labels} >= {"train-000001", "train-000002"}
     assert most_telling(rows, 100) and len(most_telling(rows, 100)) == 40
     assert [rows.index(row) for row in even(rows, 4)] == [0, 10, 20, 30]
     path = write_report(run, max_episodes=12)
@@ -546,18 +632,22 @@ def test_a_run_that_went_on_after_its_end_says_how_far_it_came(run: Path) -> Non
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row(4)) + "\n")
     shutil.rmtree(run / "episodes")
+    played = {
+        "before": (1, 0, 0, 0),
+        "only-solver": (0, 0, 0, 0),
+        "step-000004": (1, 1, 1, 1),
+        "after": (0,),
+    }
+
+    def key_of(label: str) -> str:
+        return hashlib.sha256(label.encode()).hexdigest()[:16]
+
     with Store(run / "episodes") as store:
-        for label, values in (
-            ("before", (1, 0, 0, 0)),
-            ("only-solver", (0, 0, 0, 0)),
-            ("step-000004", (1, 1, 1, 1)),
-            ("after", (0,)),
-        ):
+        for label, values in played.items():
             for n, value in enumerate(values):
-                one = episode(4, f"t{n}", float(value), split="eval")
-                store.append(
-                    dataclasses.replace(one, id=f"eval-{label}/t{n}/0", group=f"eval-{label}/t{n}")
-                )
+                one = episode(4, f"e{n}", float(value), split="eval")
+                store.append(evaluated(key_of(label), one, {}))
+    write_evaluations(run, **{label: evaluation_entry(key_of(label), 4, 4) for label in played})
     found = RunData.read(run).summary
     assert (
         found["unfinished"]
@@ -589,7 +679,7 @@ def test_a_child_has_a_row_and_no_part_in_the_curves(run: Path) -> None:
     with Store(run / "episodes") as store:
         store.append(child)
     after = RunData.read(run)
-    assert (len(after.episodes), after.episodes[-1].follows, after.episodes[-1].marks) == (
+    assert (len(after.episodes), after.episodes[-1].child, after.episodes[-1].marks) == (
         len(before.episodes) + 1,
         True,
         "ck",
@@ -651,13 +741,10 @@ def test_rounds_of_debates_have_a_table_and_sampled_ones_are_no_evaluation(run: 
     summary = json.loads((run / "summary.json").read_text()) | {"collaboration": {"after": entry}}
     (run / "summary.json").write_text(json.dumps(summary))
     before = RunData.read(run).eval_points()
-    sampled = episode(3, "t9", 1.0, split="eval")
     with Store(run / "episodes") as store:
-        store.append(
-            dataclasses.replace(
-                sampled, id="eval-sampled-after/t9/0", group="eval-sampled-after/t9"
-            )
-        )
+        store.append(evaluated("c" * 16, episode(3, "e9", 1.0, split="eval"), {}))
+    sampled = evaluation_entry("c" * 16, 3, 10)
+    write_evaluations(run, after=evaluation_entry(AFTER, 3, 9), **{"sampled-after": sampled})
     words = "".join(Page(write_report(run).read_text()).words)
     assert "Rounds" in words and "2 of 3" in words and "+0.100" in words
     assert RunData.read(run).eval_points() == before
