@@ -205,7 +205,8 @@ class Checkpointer:
                 )
             hashes = saved["sha256"], self.learner.base_hashes.get(name)
             if None in hashes:  # by one of both runs it is not loaded for training
-                hashes = saved["files"], files_sha256(base.path)
+                files = files_sha256(base.path)
+                hashes = saved.get("files", files), files
             if hashes[0] != hashes[1]:
                 raise SettingError(
                     f"{folder}: made for base {name} with other weights (sha256 differs); resume"

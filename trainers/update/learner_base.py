@@ -58,11 +58,22 @@ def trained_bases(
     Args:
         groups: the policies of every base, see `group_by_base`.
         heads: of the method; one that names no base stands on `default`.
+
+    Raises `SettingError` for a head on a base where no policy stands.
     """
     learning = {
         name for name, specs in groups.items() if any(s.has_adapter and s.trainable for s in specs)
     }
-    return learning | ({head.base or default for head in heads} & groups.keys())
+    for head in heads:
+        base = head.base or default
+        if base not in groups:
+            known = f"expected one of {', '.join(groups)}" if groups else "all are outside models"
+            raise SettingError(
+                f"model: the method trains the head {head.name!r} on base {base!r}, where no policy"
+                f" of the team stands; {known}"
+            )
+        learning.add(base)
+    return learning
 
 
 def load_base(

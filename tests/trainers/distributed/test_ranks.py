@@ -185,6 +185,26 @@ LAUNCHES = {
 
 
 @pytest.mark.slow
+def test_two_ranks_play_where_no_weight_learns(tmp_path: Path) -> None:
+    """No rank reads the base's weights; both end with the adapters they began with."""
+    model, folder = tiny_random_model(tmp_path / "model"), tmp_path / "two"
+    policies = {name: {"trainable": False} for name in ("first", "last")}
+    settings = json.dumps({"policies": policies})
+    done = start(
+        [*TORCHRUN, "-m", "tests.trainers.rank_program", str(folder), str(model), settings]
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [
+        json.loads(Path(f"{folder}.rank{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)
+    ]
+    assert found[0]["sha256"] == found[1]["sha256"] and found[0]["batches"] == []
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    after = {name: entry["sha256_after"] for name, entry in summary["policies"].items()}
+    assert (after, summary["steps"]) == (found[0]["sha256"], 3)
+    assert summary["live_proof"]["checks"] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_way_to_launch_a_recipe_gives_the_same_run(tmp_path: Path) -> None:
     """The default YAML on the tiny model, two steps; batches small enough for two ranks."""

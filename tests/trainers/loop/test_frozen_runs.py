@@ -336,6 +336,26 @@ def test_adapters_that_do_not_fit_are_refused_without_weights(
         idle(tmp_path / "run", wide, policies=policies).train()
 
 
+def test_a_resume_compares_the_bases_files_where_its_weights_are_not_loaded(
+    model: Path, tmp_path: Path
+) -> None:
+    """Also between a run that learnt and one that does not."""
+    base, folder = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(model, base)
+    trained = small_run.trainer(folder, base, max_steps=1).train()
+    policies = {name: {"trainable": False} for name in ("first", "last")}
+    both = idle(folder, base, policies=policies, num_eval_tasks=2, resume=True).train()
+    assert both["steps"] == 2
+    for name in ("first", "last"):  # what was learnt is kept and served
+        learnt = trained["policies"][name]["sha256_after"]
+        assert both["policies"][name]["sha256_after"] == learnt
+    again = idle(folder, base, policies=policies, num_eval_tasks=2, max_steps=3, resume=True)
+    tiny_random_model(tmp_path / "other", seed=9)
+    shutil.copyfile(tmp_path / "other" / "model.safetensors", base / "model.safetensors")
+    with pytest.raises(SettingError, match="with other weights"):
+        again.train()
+
+
 def test_log_probabilities_on_a_frozen_base_are_those_of_a_loaded_one(
     model: Path, earlier: Path, tmp_path: Path
 ) -> None:

@@ -44,7 +44,11 @@ def test_a_base_is_loaded_where_a_policy_or_a_head_learns() -> None:
     assert trained_bases(groups, [HeadSpec("critic", adapter=SHAPE)], "m") == {"m", "o"}
     head = HeadSpec("critic", adapter=SHAPE, base="n")
     assert trained_bases(groups, [head], "m") == {"n", "o"}
-    assert trained_bases(groups, [HeadSpec("critic", adapter=SHAPE, base="x")], "m") == {"o"}
+    away = HeadSpec("critic", adapter=SHAPE, base="x")
+    with pytest.raises(SettingError, match=r"head 'critic' on base 'x'.*expected one of m, n, o"):
+        trained_bases(groups, [away], "m")
+    with pytest.raises(SettingError, match=r"head 'critic' on base ''.*all are outside models"):
+        trained_bases({}, [HeadSpec("critic", adapter=SHAPE)], "")
 
 
 def test_a_fresh_adapter_is_the_same_without_weights(model: Path, tmp_path: Path) -> None:
