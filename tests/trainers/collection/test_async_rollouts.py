@@ -8,13 +8,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from marlora.agents.patterns.chain import Chain
+from marlora.agents.state import TeamState
 from marlora.agents.transcript import Call
 from marlora.agents.types import Completion, SettingError, Task, Turn
 from marlora.rollouts.episodes.runner import EpisodeLimits, EpisodeRunner
@@ -23,108 +23,31 @@ from marlora.rollouts.types import Episode
 from marlora.trainers.collection.async_rollouts import AsyncCollector, CollectedStep, by_length
 from marlora.trainers.collection.background import BackgroundLoop
 from marlora.trainers.collection.rollout_manager import RolloutManager
-from marlora.trainers.errors import RunError
+from marlora.trainers.collection.stored_episodes import find_stored, training_requests
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
 from marlora.trainers.monitoring.run_log import RunLog
 from marlora.trainers.weight_sync.sync import WeightSync
-from marlora.trainers.weight_sync.team_versions import TeamVersions
+from marlora.trainers.weight_sync.team_states import TeamStates
 from tests.trainers.reading import rows
 from tests.trainers.small_run import EPISODES, config, trainer
 
 TASK = Task("t", "a prompt", "42")
 
 
-def episode(version: dict[str, str], *turns: tuple[str, str, int], **fields: Any) -> Episode:
-    """`turns`: (policy, the version that spoke, sampled tokens)."""
-    said = [
-        Turn(
-            n,
-            policy,
-            policy=policy,
-            version=spoke,
-            token_ids=(7,) * count,
-            logprobs=(-1.0,) * count,
-        )
-        for n, (policy, spoke, count) in enumerate(turns)
+def episode(*turns: tuple[str, int]) -> Episode:
+    """`turns`: (agent, sampled tokens)."""
+    spoken = [
+        Turn(n, agent, policy=agent, token_ids=(7,) * count, logprobs=(-1.0,) * count)
+        for n, (agent, count) in enumerate(turns)
     ]
-    return Episode("e", "g", TASK, team_version=version, turns=tuple(said), **fields)
-
-
-# the book of versions, by hand
-
-
-def test_versions_of_the_last_steps_are_known_and_older_ones_forgotten() -> None:
-    team = TeamVersions(2)
-    for step in range(5):
-        team.put(step, {"a": f"a-v{step}"})
-    assert team.of == {2: {"a": "a-v2"}, 3: {"a": "a-v3"}, 4: {"a": "a-v4"}} and team.newest == {
-        "a": "a-v4"
-    }
-    assert [team.age(episode({"a": f"a-v{step}"})) for step in (4, 3, 2, 1, 0)] == [
-        0,
-        1,
-        2,
-        None,
-        None,
-    ]
-    assert [team.named(ahead) for ahead in (0, 1, 2)] == [
-        {"a": "a-v2"},
-        {"a": "a-v3"},
-        {"a": "a-v4"},
-    ]
-    assert TeamVersions(0, {3: {"a": "x"}, 4: {"a": "y"}}).named(0) == {"a": "y"}
-
-
-def test_a_version_that_stayed_is_as_young_as_its_last_step() -> None:
-    """Step 3 changed nothing (not finite): what the version of step 2 plays is not behind."""
-    team = TeamVersions(1)
-    for step, name in ((1, "v1"), (2, "v2"), (3, "v2")):
-        team.put(step, {"a": name})
-    assert team.age(episode({"a": "v2"})) == 0 and team.age(episode({"a": "v1"})) is None
-
-
-def test_a_young_run_is_played_by_what_there_is() -> None:
-    team = TeamVersions(2)
-    team.put(0, {})
-    assert [team.named(ahead) for ahead in (0, 1, 2)] == [{}, {}, {}]
-    team.put(1, {"a": "v1"})
-    assert [team.named(ahead) for ahead in (0, 1, 2)] == [{}, {}, {"a": "v1"}]
-
-
-def test_too_old_or_with_a_foreign_turn_is_refused_at_consumption() -> None:
-    team = TeamVersions(1)
-    for step in range(4):
-        team.put(step, {"a": f"a-v{step}", "b": f"b-v{step}"})
-    fresh, late = {"a": "a-v3", "b": "b-v3"}, {"a": "a-v2", "b": "b-v2"}
-    right = [
-        episode(fresh, ("a", "a-v3", 1), ("b", "b-v3", 1)),
-        episode(late, ("a", "a-v2", 1), ("base", "", 1)),
-    ]
-    assert team.ages(right) == [0, 1]
-    assert team.ages([episode({"a": "a-v2"}, ("a", "a-v2", 2), parent="p")]) == [1], (
-        "a child names the policies it heard"
-    )
-    with pytest.raises(RunError, match="more than max_staleness 1 versions behind"):
-        team.ages([episode({"a": "a-v1", "b": "b-v1"})])
-    with pytest.raises(RunError, match="more than max_staleness 1"):
-        team.ages([episode({"a": "a-v3", "b": "b-v2"})])  # never in force together
-    mixed = episode(late, ("a", "a-v2", 1), ("b", "b-v3", 1))
-    with pytest.raises(RunError, match=r"turn 1: spoken by 'b-v3'.*an episode keeps its version"):
-        team.ages([mixed])
-    team.pin = "call"
-    assert team.ages([mixed, *right]) == [1, 0, 1], "as old as what it began with"
-    for foreign in (("b", "b-v2", 1), ("b", "", 1), ("a", "b-v3", 1)):
-        with pytest.raises(
-            RunError, match=r"turn 0: spoken by .*a turn is as young as its episode"
-        ):
-            team.ages([episode(fresh, foreign)])
+    return Episode("e", "g", TASK, turns=tuple(spoken))
 
 
 def test_drops_are_counted_by_agent_and_length() -> None:
     found = [
-        episode({}, ("a", "", 3), ("b", "", 1), ("a", "", 2)),
-        episode({}, ("a", "", 5)),
-        episode({}, ("a", "", 64), ("b", "", 65)),
+        episode(("a", 3), ("b", 1), ("a", 2)),
+        episode(("a", 5)),
+        episode(("a", 64), ("b", 65)),
     ]
     assert by_length(found) == {"a": {"<=8": 2, "<=64": 1}, "b": {"<=1": 1, "<=128": 1}}
     assert CollectedStep([], 1.0, [], found).row(0) == {
@@ -153,9 +76,10 @@ class GivenVersions(WeightSync):
 
 class World:
     """Plays and "learns" with the real `RolloutManager` and `AsyncCollector`. Learning a step makes
-    the version `NAME-vSTEP`.
+    the versions `POLICY-vSTEP`, or the value `a.prompt: vSTEP`.
 
     Args:
+        moves: what a step changes, `versions` or `values`.
         latencies: loop turns that each reply, and each learning, takes; used again and again.
         exact: does the engine repeat itself to the last bit?
     """
@@ -169,7 +93,9 @@ class World:
         exact: bool,
         last: int,
         pin: str = "episode",
+        moves: str = "versions",
     ) -> None:
+        self.moves, self.values = moves, dict[str, str]()
         self.folder, self.latencies, self.exact, self.last, self.asked = (
             folder,
             latencies,
@@ -189,6 +115,7 @@ class World:
             oversample=0,
             max_steps=last,
             pin=pin,
+            folder=folder,
         )
         self.system = Chain(["a", "b"])
 
@@ -207,17 +134,16 @@ class World:
         self.begun.setdefault(step, self.now)
         return [Task(f"{step}-{n}", str(step), "") for n in range(2)]
 
-    def open(self, step: int, team: dict[int, dict[str, str]]) -> None:
-        learner = SimpleNamespace(agents=self.system.specs, bases={})
-        self.sync = GivenVersions(self.config, learner, {}, lambda records: None)  # type: ignore[arg-type]
-        self.sync.team = TeamVersions(self.config.max_staleness, team, self.config.pin)
+    def open(self, step: int, team: dict[int, TeamState]) -> None:
+        learner = SimpleNamespace(agents=self.system.specs, bases={}, policies={})
+        self.sync = GivenVersions(self.config, learner, self.values, lambda records: None)  # type: ignore[arg-type]
+        self.sync.team = TeamStates(self.config.max_staleness, team, self.config.pin)
         self.sync.versions = self.versions
         self.stage = RolloutManager(
             self.config,  # type: ignore[arg-type]
             self.system,
             [],
             [],
-            {},
             engines=SimpleNamespace(deterministic=self.deterministic),  # type: ignore[arg-type]
             sync=self.sync,
             log=RunLog(self.config),  # type: ignore[arg-type]
@@ -245,18 +171,20 @@ class World:
                 await asyncio.sleep(0)
 
         self.stage.background.run(work())
-        self.versions = {policy: f"{policy}-{name}{step}" for policy in ("a", "b")}
-        self.sync.versions = self.versions
+        if self.moves == "versions":
+            self.versions = {policy: f"{policy}-{name}{step}" for policy in ("a", "b")}
+            self.sync.versions = self.versions
+        else:
+            self.values["a.prompt"] = f"{name}{step}"
         self.sync.put_in_force(step)
         self.now = step + 1
 
 
 def behind(episode: Episode, step: int) -> int:
-    """From the names alone: `a-v3-02dfb623` is one behind at step 5."""
-    played = {
-        int(name.rpartition("v")[2].partition("-")[0]) for name in episode.team_version.values()
-    } or {0}
-    assert len(played) == 1, "a team version is of one step"
+    """From the names alone: `a-v3-02dfb623` is one behind at step 5, and so is a prompt `v3`."""
+    names = [*episode.state.versions.values(), *episode.state.values.values()]
+    played = {int(name.rpartition("v")[2].partition("-")[0]) for name in names} or {0}
+    assert len(played) == 1, "a state is of one step"
     return step - 1 - played.pop()
 
 
@@ -274,11 +202,32 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     kills=st.lists(st.integers(1, 6), max_size=2),
     saved=st.integers(1, 3),
     same=st.booleans(),
+    moves=st.sampled_from(["versions", "values"]),
 )
 @example(
-    bound=1, latencies=[5], room=1, exact=False, kills=[5], saved=3, same=True
+    bound=1, latencies=[5], room=1, exact=False, kills=[5], saved=3, same=True, moves="versions"
 )  # stored by versions that are learnt again only later
-@example(bound=2, latencies=[9, 1], room=3, exact=False, kills=[6, 3], saved=3, same=False)
+@example(bound=1, latencies=[5], room=1, exact=False, kills=[5], saved=3, same=True, moves="values")
+@example(
+    bound=2,
+    latencies=[9, 1],
+    room=3,
+    exact=False,
+    kills=[6, 3],
+    saved=3,
+    same=False,
+    moves="versions",
+)
+@example(
+    bound=2,
+    latencies=[9, 1],
+    room=3,
+    exact=False,
+    kills=[6, 3],
+    saved=3,
+    same=False,
+    moves="values",
+)
 def test_whatever_the_schedule_nothing_is_too_old_lost_or_counted_twice(
     folders: Iterator[Path],
     bound: int,
@@ -288,25 +237,22 @@ def test_whatever_the_schedule_nothing_is_too_old_lost_or_counted_twice(
     kills: list[int],
     saved: int,
     same: bool,
+    moves: str,
 ) -> None:
     """Seven steps, cut off at random ones and resumed from checkpoints of every `saved`-th. `same`:
     do steps learnt again come out the same?"""
-    last, world = 7, World(next(folders), bound, latencies, room, exact, 7)
-    step, team, versions, name, checkpoint = (
-        1,
-        dict[int, dict[str, str]](),
-        dict[str, str](),
-        "v",
-        (1, {}, {}),
-    )
+    last, world = 7, World(next(folders), bound, latencies, room, exact, 7, moves=moves)
+    step, team, name = 1, dict[int, TeamState](), "v"
+    checkpoint: tuple[int, dict[int, TeamState], dict[str, str], dict[str, str]] = (1, {}, {}, {})
     consumed: dict[int, list[Episode]] = {}
     world.open(0, team)
     while step <= last:
         if kills and kills[0] == step:
             kills.pop(0)
             world.close()
-            step, team, versions = checkpoint
-            world.versions, world.now, world.begun = dict(versions), step, {}
+            step, team, versions, values = checkpoint
+            world.versions, world.values = dict(versions), dict(values)
+            world.now, world.begun = step, {}
             name = name if same else f"again{len(kills)}-v"
             world.open(step - 1, team)
         rollout = world.stage.ahead.take(step)
@@ -330,7 +276,7 @@ def test_whatever_the_schedule_nothing_is_too_old_lost_or_counted_twice(
         world.learn(step, name)
         step += 1
         if step % saved == 0:
-            checkpoint = (step, dict(world.sync.team.of), dict(world.versions))
+            checkpoint = (step, dict(world.sync.team.of), dict(world.versions), dict(world.values))
     world.close()
     stored = [e.id for e in Store(world.folder)]
     assert len(stored) == len(set(stored)) and {
@@ -361,7 +307,7 @@ def test_what_is_pinned_keeps_its_version(pin: str, spoke: list[str], tmp_path: 
         world.learn(step, "v")
     taken = world.stage.ahead.take(3)
     assert taken.ages == [1] * 4 and all(
-        e.team_version == {"a": "a-v1", "b": "b-v1"} for e in taken.episodes
+        e.state.versions == {"a": "a-v1", "b": "b-v1"} for e in taken.episodes
     )
     assert [[turn.version for turn in e.turns] for e in taken.episodes] == [spoke] * 4
     world.close()
@@ -392,19 +338,19 @@ def test_stored_episodes_of_versions_that_nobody_knows_are_played_anew_and_count
         world.stage.ahead.take(step)
         world.learn(step, "v")
     taken = world.stage.ahead.take(3)
-    assert [e.team_version for e in taken.episodes] == [
+    assert [e.state.versions for e in taken.episodes] == [
         first,
         second,
         second,
         second,
     ] and taken.ages == [1, 0, 0, 0]
     world.close()
-    world.open(2, {1: first})
+    world.open(2, {1: TeamState(first)})
     again = world.stage.ahead.take(3)
     assert again.episodes == taken.episodes and again.ages == taken.ages and again.dropped == []
     world.close()
     world.versions = {"a": "a-other2", "b": "b-other2"}
-    world.open(2, {1: first})
+    world.open(2, {1: TeamState(first)})
     rollout = world.stage.ahead.take(3)
     assert [e.id for e in rollout.dropped] == [e.id for e in taken.episodes]
     assert rollout.row(1)["dropped_stale"] == {
@@ -412,7 +358,7 @@ def test_stored_episodes_of_versions_that_nobody_knows_are_played_anew_and_count
         "tokens": {"a": {"<=2": 4}, "b": {"<=2": 4}},
     }
     assert all(
-        e.id.startswith("train-000003.1/") and e.team_version == world.versions
+        e.id.startswith("train-000003.1/") and e.state.versions == world.versions
         for e in rollout.episodes
     )
     world.close()
@@ -440,14 +386,12 @@ def test_s_0_is_the_synchronous_run_bit_for_bit(
 
     def synchronous(self: AsyncCollector, step: int) -> CollectedStep:
         rollouts = plain.run.rollouts
-        collected = rollouts.play_or_find(
-            rollouts.tasks_of(step),
-            f"train-{step:06d}",
-            step,
-            rollouts.runner,
-            plain.args.num_generations,
+        label, count = f"train-{step:06d}", plain.args.num_generations
+        requests = training_requests(rollouts.tasks_of(step), label, count, step)
+        work = rollouts.begin(
+            label, find_stored(rollouts.store, requests), rollouts.runner, rollouts.sync.state
         )
-        return CollectedStep(collected.episodes, 1.0)
+        return CollectedStep(work.result(rollouts.stop).episodes, 1.0)
 
     monkeypatch.setattr(AsyncCollector, "take", synchronous)
     plain.train()
@@ -472,13 +416,13 @@ def test_a_run_ahead_repeats_itself_and_says_how_old_its_episodes_were(
             (min(bound, step), min(bound, step)) for step in range(4)
         ]
         assert not any("dropped_stale" in row for row in rows(tmp_path / name))
-        played = [e for e in Store(tmp_path / name / "episodes") if not e.group.startswith("eval-")]
+        played = list(Store(tmp_path / name / "episodes").read(kind="train"))
         assert sorted(e.step for e in played) == [
             step for step in (1, 2, 3, 4) for _ in range(EPISODES)
         ]
         for e in played:
             assert behind(e, e.step) == min(bound, e.step - 1)
-            assert all(turn.version == e.team_version.get(turn.policy, "") for turn in e.turns)
+            assert all(turn.version == e.state.versions.get(turn.policy, "") for turn in e.turns)
     assert found[0] == found[1]
     synchronous = trainer(tmp_path / "sync", model, max_steps=4, eval_every=2)
     synchronous.train()

@@ -86,12 +86,12 @@ def check(folder: Path, summary: dict[str, Any]) -> None:
     assert any(row["staleness"] > 0 for row in rows), "something was played ahead"
     assert not any("dropped_stale" in row for row in rows)
     assert summary["live_proof"]["failed"] == 0 and summary["live_proof"]["passed"] >= 8
-    played = [e for e in Store(folder / "episodes") if not e.group.startswith("eval-")]
+    played = list(Store(folder / "episodes").read(kind="train"))
     assert len(played) == len({e.id for e in played}) == 4 * 16
     for e in played:
-        assert all(turn.version == e.team_version.get(turn.policy, "") for turn in e.turns)
+        assert all(turn.version == e.state.versions.get(turn.policy, "") for turn in e.turns)
         steps = {
-            int(version.split("-v")[1].split("-")[0]) for version in e.team_version.values()
+            int(version.split("-v")[1].split("-")[0]) for version in e.state.versions.values()
         } or {0}
         assert len(steps) == 1 and 0 <= e.step - 1 - steps.pop() <= 1
     trained = {p["sha256_after"] != p["sha256_before"] for p in summary["policies"].values()}

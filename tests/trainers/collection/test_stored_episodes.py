@@ -12,7 +12,7 @@ import pytest
 from marlora.agents.types import Task
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
-from marlora.trainers.collection.stored_episodes import find_stored
+from marlora.trainers.collection.stored_episodes import find_stored, training_requests
 from marlora.trainers.methods.imitation.correction import CORRECTION
 from marlora.trainers.methods.imitation.sirius import SiriusTrainer
 from tests.trainers.sirius_run import trainer
@@ -39,7 +39,7 @@ def test_what_was_derived_from_an_episode_is_no_part_of_it(tmp_path: Path) -> No
     ]
     with Store(tmp_path) as store:
         store.extend(episodes)
-        known = find_stored(store, [Task("t", "?", "7")], "train-000001", 2, 1, lambda e: True)
+        known = find_stored(store, training_requests([Task("t", "?", "7")], "train-000001", 2, 1))
     assert set(known.stored) == {episodes[k].id for k in (0, 1, 2, 6)}
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from marlora.agents.concurrency import gather
 from marlora.agents.patterns.chain import Chain
+from marlora.agents.state import TeamState
 from marlora.agents.system import System
 from marlora.agents.testing import Fake
 from marlora.agents.types import Completion, Decision, Reward, Sampling, SettingError, Task, Turn
@@ -27,7 +28,7 @@ class Recorded:
     scores: dict
     asked: list = field(default_factory=list)
 
-    async def play(self, job, version=None, *, given=(), replace=None, decisions=(), seed=None):
+    async def play(self, job, state=None, *, given=(), replace=None, decisions=(), seed=None):
         ((index, completion),) = replace.items()
         self.asked.append(
             {
@@ -36,7 +37,7 @@ class Recorded:
                 "index": index,
                 "seed": seed,
                 "decisions": decisions,
-                "version": version,
+                "state": state,
             }
         )
         score = self.scores[index, completion.text].pop(0)
@@ -78,13 +79,14 @@ def test_difference_rewards():
         decisions=(Decision(0, "d", ("x",), "x", 0.0),),
     )
     player = Recorded({(0, "-"): [0.5], (1, "-"): [0.8], (2, "-"): [0.9]})
-    judged = run(player, dataclasses.replace(episode, team_version={"a": "a-v1"}), default="-")
+    state = TeamState({"a": "a-v1"}, {"a.prompt": "Judge."})
+    judged = run(player, dataclasses.replace(episode, state=state), default="-")
     found = credit([judged], CONFIG)
     assert [found["e", i, 0] for i in range(3)] == pytest.approx([0.3, 0.0, -0.1])
     asked = {a["index"]: a for a in player.asked}
     assert [t.index for t in asked[2]["given"]] == [0, 1] and asked[0]["given"] == ()
     assert all(
-        a["seed"] == 5 and a["version"] == {"a": "a-v1"} and a["decisions"] == episode.decisions
+        a["seed"] == 5 and a["state"] == state and a["decisions"] == episode.decisions
         for a in player.asked
     )
     assert len({a["job"].id for a in player.asked} | {"e"}) == 4

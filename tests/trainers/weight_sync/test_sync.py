@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.types import AgentSpec
+from marlora.agents.state import TeamState
+from marlora.agents.types import AgentSpec, to_json
 from marlora.trainers.config import RunConfig
 from marlora.trainers.weight_sync.sync import WeightSync
 from marlora.trainers.weight_sync.verification import VerificationRecord, WeightMismatch
@@ -64,10 +65,11 @@ def sync_of(folder: Path, bound: int) -> tuple[WeightSync, FakePublisher, list[A
         agents=(AgentSpec("a"),),
         bases={"m": SimpleNamespace(policies=("a", "unused"))},
         trained=["a", "unused"],
+        policies={},
     )
     written: list[Any] = []
     config = RunConfig(output_dir=str(folder), max_staleness=bound)
-    sync = WeightSync(config, learner, {"a": ["a"], "unused": []}, written.append)  # type: ignore[arg-type]
+    sync = WeightSync(config, learner, {}, written.append)  # type: ignore[arg-type]
     publisher = FakePublisher()
     sync.publishers["m"], sync._perform = publisher, run  # type: ignore[assignment]
     return sync, publisher, written
@@ -85,10 +87,12 @@ def test_a_step_is_published_then_verified_then_in_force(tmp_path: Path) -> None
         "publish 3",
         "verify 3 now",
     ]
-    assert sync.team.of == {2: {"a": "a-v2"}, 3: {"a": "a-v3"}}, "what no agent speaks as is left"
+    assert sync.team.of == {2: TeamState({"a": "a-v2"}), 3: TeamState({"a": "a-v3"})}, (
+        "what no agent speaks as is left out"
+    )
     assert publisher.loaded == ["a-v2", "a-v3"], "the last S + 1 versions stay loaded"
     assert sync.verified["a"] == {"status": "passed", "residual": None} and len(written) == 3
-    assert sync.state_dict()["team"] == sync.team.of
+    assert sync.state_dict()["team"] == {str(s): to_json(v) for s, v in sync.team.of.items()}
 
 
 def test_a_version_that_is_wrong_is_recorded_and_never_in_force(tmp_path: Path) -> None:
@@ -97,7 +101,9 @@ def test_a_version_that_is_wrong_is_recorded_and_never_in_force(tmp_path: Path) 
     publisher.wrong = True
     with pytest.raises(WeightMismatch):
         sync.advance(2, (), final=False)
-    assert sync.team.newest == {"a": "a-v1"} and len(written) == 2 and sync.verified == {}
+    assert (
+        sync.team.newest == TeamState({"a": "a-v1"}) and len(written) == 2 and sync.verified == {}
+    )
 
 
 def test_the_start_is_verified_once(tmp_path: Path) -> None:

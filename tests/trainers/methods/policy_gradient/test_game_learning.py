@@ -35,8 +35,8 @@ def payoffs(trained: Trainer[Any], side: str, games: int = 60) -> tuple[Evaluati
     with trained.run as run:
         tasks = [*run.spec.tasks, *run.spec.eval_tasks]
         found = (
-            run.rollouts.play("base", tasks, games, versions={}),
-            run.rollouts.play("now", tasks, games),
+            run.rollouts.play(tasks, run.state.with_versions({}), n=games),
+            run.rollouts.play(tasks, n=games),
         )
 
     def means(played: list[Episode]) -> Evaluation:

@@ -33,15 +33,13 @@ def trainer(folder: Path, **changes: Any) -> GRPOTrainer:
 def swapped(trained: GRPOTrainer) -> float:
     """Held-out accuracy with each adapter under the other agent's name."""
     with trained.run as run:
-        (base,) = run.learner.bases.values()
-        publisher, engine = run.sync.publishers[base.name], run.engines.of[base.name]
+        (publisher,) = run.sync.publishers.values()
+        versions = {}
         for agent, other in (("first", "last"), ("last", "first")):
-            folder = publisher.root / f"{agent}-swapped"
-            shutil.copytree(publisher.root / run.sync.current[other], folder)
-            run.rollouts.background.run(engine.publish({agent: folder}))
-        result = run.evaluator.evaluate(
-            "swapped", versions={"first": "first-swapped", "last": "last-swapped"}
-        )
+            earlier = run.sync.current[other]
+            versions[agent] = f"{agent}-swapped-{earlier.rpartition('-')[2]}"
+            shutil.copytree(publisher.root / earlier, publisher.root / versions[agent])
+        result = run.evaluator.evaluate("swapped", run.state.with_versions(versions))
         assert result is not None
         return result.accuracy
 
