@@ -180,7 +180,9 @@ class RunLog:
         """Write the finished step's rows to metrics.jsonl and learned.jsonl (rank 0), after so many
         seconds of publishing; the row."""
         self.spend("publish", seconds)
-        row = {**self._row, "proof": verified, **metrics, "seconds": dict(self.seconds)}
+        collected, self._row = self._row, {}  # a method may play by other means in the next step
+        seen = {"step": self.step, **collected, "proof": verified}
+        row = {**seen, **metrics, "seconds": dict(self.seconds)}
         run_folder.append_row(self.config.folder / "metrics.jsonl", row)
         self.token_log.write(self.config.folder / "learned.jsonl", self.step)
         return row
