@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from marlora.agents.state import TeamState
+from marlora.agents.transcript import Operation
 from marlora.agents.types import (
     Completion,
     Decision,
@@ -78,15 +80,27 @@ def chat_episode(id="e1", step=0, **fields):
         "task": Task("t1", "1+1?", 2, "arithmetic", "train", {"level": 1, "_hidden": [1, "x"]}),
         "seed": 2**62 - 1,
         "split": "train",
-        "team_version": {"a": "a-v1"},
-        "values": {"a.prompt": "You add.", "edge": {"x": 0.5}},
+        "kind": "trial",
+        "follows": "e-before",
+        "state": TeamState({"a": "a-v1"}, {"a.prompt": "You add.", "edge": {"x": 0.5}}),
         "turns": turns,
-        "decisions": (Decision(0, "edge", ("x", "y"), "x", -0.1),),
+        "decisions": (Decision(0, "edge", ("x", "y"), "x", -0.1, "1+1?"),),
+        "operations": (Operation(3, "join", (1, 2), "2", "too short"),),
         "output": "2",
-        "rewards": (Reward("correct", 1.0), Reward("local", 0.5, "fine", "a", 2, 1, "judge")),
+        "output_from": (2, 3),
+        "rewards": (
+            Reward("correct", 1.0),
+            Reward("local", 0.5, "fine", "a", 2, 1, "judge"),
+            Reward("edges", 0.25, decision=0),
+        ),
         "usage": {"a": Usage(2, 10, 6, 0.5), "b": Usage(1, 4, 1, 1)},
     }
     return Episode(id=id, step=step, **{**defaults, **fields})
+
+
+def restored(data, *episodes):
+    """The episode of a line, whose state is one of these episodes'."""
+    return unpack(data, {e.state.key: e.state for e in episodes}.__getitem__)
 
 
 def test_what_is_read_is_what_was_written(tmp_path):
@@ -132,7 +146,7 @@ def test_a_template_that_rewrites_history_is_stored_whole():
     assert pack(episode)["turns"][1]["prompt_ids"] == [1, 2, 4, 9] and pack(episode)["turns"][1][
         "extends"
     ] == [-1, 0]
-    assert unpack(pack(episode)) == episode
+    assert restored(pack(episode), episode) == episode
 
 
 def test_nan_is_kept_apart_from_zero(tmp_path):
@@ -227,7 +241,7 @@ def test_expansion_equals_what_was_sent(turns, output, answer, parent):
         parent=parent,
         rewards=(Reward("r", 0.1, turn=0),),
     )
-    assert unpack(json.loads(json.dumps(pack(episode), allow_nan=False))) == episode
+    assert restored(json.loads(json.dumps(pack(episode), allow_nan=False)), episode) == episode
 
 
 def test_filters(tmp_path):
@@ -330,10 +344,10 @@ def test_a_torn_line_elsewhere_is_an_error(tmp_path):
 
 def test_a_newer_schema_is_refused(tmp_path):
     (tmp_path / "episodes-00000.jsonl").write_text(
-        json.dumps({**pack(chat_episode()), "schema": 2}) + "\n"
+        json.dumps({**pack(chat_episode()), "schema": 3}) + "\n"
     )
     for use in (lambda: list(Store(tmp_path)), lambda: Store(tmp_path).append(chat_episode("e2"))):
-        with pytest.raises(StoreError, match="schema 2, this version of marlora reads 1"):
+        with pytest.raises(StoreError, match="schema 3, this version of marlora reads up to 2"):
             use()
 
 
@@ -392,9 +406,11 @@ def test_datasets_reads_the_files_as_they_are(tmp_path, monkeypatch):
             error="boom",
             rewards=(),
             usage={},
-            values={},
-            team_version={},
+            state=TeamState(),
             decisions=(),
+            operations=(),
+            output_from=(),
+            follows="",
         ),
         chat_episode(
             "e1",
@@ -410,7 +426,7 @@ def test_datasets_reads_the_files_as_they_are(tmp_path, monkeypatch):
         chat_episode(
             "e3",
             turns=(Turn(0, "z", (call, Message("tool", "3", tool_call_id="c1"))),),
-            values={"a.demos": [{"role": "user"}]},
+            state=TeamState({}, {"a.demos": [{"role": "user"}]}),
         ),
     ]
     with Store(tmp_path, max_bytes=4000) as store:
@@ -426,12 +442,12 @@ def test_datasets_reads_the_files_as_they_are(tmp_path, monkeypatch):
     assert rows["id"] == ["e0", "e1", "e2", "e3"] and [
         json.loads(t["answer"]) for t in rows["task"]
     ] == [2, ["4", 4.5], "x", 2]
-    assert [unpack(row) for row in rows.select([0, 2, 3])] == [
+    assert [restored(row, *episodes) for row in rows.select([0, 2, 3])] == [
         episodes[0],
         episodes[2],
         episodes[3],
     ]
-    assert math.isnan(unpack(rows[1]).rewards[0].value)
+    assert math.isnan(restored(rows[1], *episodes).rewards[0].value)
 
 
 def test_writers_with_names_fill_one_folder_at_the_same_time(tmp_path: Path) -> None:
