@@ -35,8 +35,9 @@ from ..rollouts.types import Episode, groups
 from .config import RunConfig
 from .credit.weights import Advantages, RewardWeights
 from .errors import RunError, Stopped
-from .loop.run import StepResult, TrainingRun
+from .loop.run import TrainingRun
 from .loop.spec import RunSpec
+from .loop.step_result import StepResult
 from .update.optimizer_step import UpdateResult
 from .update.scalar_heads import HeadSpec
 from .values.parts import Part

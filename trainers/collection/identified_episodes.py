@@ -108,8 +108,9 @@ class Evaluations:
         entries: dict[str, dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8"))
         return entries
 
-    def add(self, label: str, asked: Identified) -> None:
-        """Remember one, durable; a label that is there is made anew."""
+    def add(self, label: str, asked: Identified) -> bool:
+        """Remember one, durable; a label that is there is made anew. False if it is known as it is:
+        a resumed run comes to it again."""
         entries = self.read()
         entry = {
             "kind": asked.kind,
@@ -118,6 +119,8 @@ class Evaluations:
             "tasks": [task.id for task in asked.tasks],
             "n": asked.n,
         }
-        if entries.get(label) != entry:
-            entries.pop(label, None)
-            ckpt.write_json(self.path, {**entries, label: entry})
+        if {**entries.get(label, {}), "step": asked.step} == entry:
+            return False
+        entries.pop(label, None)
+        ckpt.write_json(self.path, {**entries, label: entry})
+        return True

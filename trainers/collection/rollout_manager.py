@@ -11,8 +11,7 @@ import contextlib
 import dataclasses
 import re
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from ...agents.concurrency import gather
@@ -312,10 +311,9 @@ class RolloutManager:
         weights = weights_below(self.sync.learner)
         asked = Identified(runner, chosen, tasks, kind, n, greedy, self.log.step, weights)
         known = find_stored(self.store, asked.requests, failures_count=kind == "trial")
-        for episode in known.stored.values():
-            self.ledger.cached(episode)
-        if label:
-            self.evaluations.add(label, asked)
+        if not label or self.evaluations.add(label, asked):
+            for episode in known.stored.values():
+                self.ledger.cached(episode)
         with self.sync.hold(chosen.versions):
             work = self.begin(label or asked.kind, known, asked.player, chosen)
             return work.result(self.stop)
@@ -335,12 +333,14 @@ class RolloutManager:
         `oversample`: so many of each task are more than is needed, and the slowest are dropped.
         """
         plan, episodes = known.plan, dict(known.stored)
+        for episode in episodes.values():
+            self.ledger.stored(episode)
         todo = [request for request in plan if request.id not in episodes]
         if todo and self.engines.deterministic and not oversample:
             # Played alone, the missing ones would be decoded in other batches: right, but not to
             # the last bit.
             todo = plan
-        needed = _needed(known, oversample)
+        needed = known.needed(oversample)
         dropped: list[CancelledEpisode] = []
 
         async def play() -> CollectedStep:
@@ -393,16 +393,3 @@ class RolloutManager:
                 f"episode {named} could not be stored in {self.store.folder}: {error}; earlier ones"
                 " are whole"
             ) from error
-
-
-def _needed(known: PlannedEpisodes, oversample: int) -> dict[str, int]:
-    """By group, how many of its episodes have still to end well."""
-    ended = Counter(
-        episode.group
-        for episode in known.stored.values()
-        if episode.parent is None and episode.error is None
-    )
-    return {
-        group: count - oversample - ended[group]
-        for group, count in Counter(request.group for request in known.plan).items()
-    }

@@ -4,6 +4,7 @@ off, and those of another run."""
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,19 @@ class PlannedEpisodes:
     stored: dict[str, Episode]
     dropped: list[Episode]
 
+    def needed(self, oversample: int) -> dict[str, int]:
+        """By group, how many of its episodes have still to end well, where `oversample` more are
+        planned than are needed."""
+        ended = Counter(
+            episode.group
+            for episode in self.stored.values()
+            if episode.parent is None and episode.error is None
+        )
+        return {
+            group: count - oversample - ended[group]
+            for group, count in Counter(request.group for request in self.plan).items()
+        }
+
 
 def find_stored(
     store: Store,
@@ -37,9 +51,10 @@ def find_stored(
     """What to play of these requests (a function of the number of the attempt).
 
     Stored episodes count if they were played with a state that `fits` and some could be scored
-    (`failures_count`: whatever came of them, as for a candidate that cannot work). Others have spent their ids (a run that was resumed on hardware that does not repeat itself to
-    the last bit, or after its rewards were repaired): then the next attempt's are played, so that
-    what is trained on is always in the store.
+    (`failures_count`: whatever came of them, as for a candidate that cannot work). Others have
+    spent their ids (a run that was resumed on hardware that does not repeat itself to the last bit,
+    or after its rewards were repaired): then the next attempt's are played, so that what is trained
+    on is always in the store.
     """
     known, dropped = store.ids(), list[Episode]()
     for attempt in itertools.count():

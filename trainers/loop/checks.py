@@ -54,8 +54,8 @@ def check_tasks(
         both = shared_tasks(split, others)
         if both:
             raise SettingError(
-                f"tasks {config.tasks!r}: {len(both)} {name} tasks are also {other}, by id or by the"
-                f" same prompt, such as {both[0]!r}"
+                f"tasks {config.tasks!r}: {len(both)} {name} tasks are also {other}, by id or by"
+                f" the same prompt, such as {both[0]!r}"
             )
 
 

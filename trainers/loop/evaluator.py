@@ -97,8 +97,8 @@ class Evaluator:
 
         Args:
             n: episodes per task. greedy: at temperature 0.
-            above: stop once the accuracy cannot exceed this any more, for rewards of at most 1; what
-                is not played is `left`.
+            above: stop once the accuracy cannot exceed this any more, for rewards of at most 1;
+                what is not played is `left`.
         """
 
         def work() -> list[Evaluation]:

@@ -39,7 +39,10 @@ _FOLDERS = {
     "eval": rf"(eval\.json|eval\.md|({_NAMED}/)*{_EPISODES})",
     "verifier": rf"{_NAMED}\.(json|safetensors)",
 }
-_FILES = "config.yaml metrics.jsonl learned.jsonl proofs.json warnings.log evaluations.json summary.json report.html"
+_FILES = (
+    "config.yaml metrics.jsonl learned.jsonl proofs.json warnings.log evaluations.json summary.json"
+    " report.html"
+)
 _FILE = re.compile(
     "|".join(
         (

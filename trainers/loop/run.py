@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,26 +47,9 @@ from .checkpointing import Checkpointer
 from .evaluator import Evaluator
 from .lock import FolderLock
 from .spec import RunSpec
+from .step_result import StepResult
 
 SPENT = "the budget is spent"
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """What a step came to, the same on every rank.
-
-    Args:
-        metrics: of the step's row in `metrics.jsonl`.
-        episodes: those that were learnt from, on which what is published is verified.
-        state: its values are in force from now on; None leaves the values as they are. Adapters
-            move by updates alone.
-        done: why the run ends with this step ("" goes on); a resumed run remembers it.
-    """
-
-    metrics: Mapping[str, Any]
-    episodes: Sequence[Episode] = ()
-    state: TeamState | None = None
-    done: str = ""
 
 
 class TrainingRun:
@@ -78,11 +60,11 @@ class TrainingRun:
         spec: what the run is.
         engine: a running engine to use instead of starting one (tests); it serves every base.
 
-    Of what it holds, `learner` and `log` work on every rank, as do `rollouts` and `evaluator`, which
-    share what rank 0 plays; `engines`, `sync`, `ledger` and `checkpointer` are rank 0's. `values`:
-    what a team sees of the run's state. `origin`: the state that the run began with. `parts`: what
-    the method learns beside weights. `ranks`, and `lock` (of the run folder, rank 0's), exist once
-    it was opened.
+    Of what it holds, `learner` and `log` work on every rank, as do `rollouts` and `evaluator`,
+    which share what rank 0 plays; `engines`, `sync`, `ledger` and `checkpointer` are rank 0's.
+    `values`: what a team sees of the run's state. `origin`: the state that the run began with.
+    `parts`: what the method learns beside weights. `ranks`, and `lock` (of the run folder, rank
+    0's), exist once it was opened.
     """
 
     ranks: Ranks

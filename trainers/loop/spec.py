@@ -31,11 +31,11 @@ from . import checks
 class RunSpec:
     """A run's resolved settings and what they name.
 
-    `agents_of`: the agents of each policy, as the settings say; a value `NAME.policy` may change it.
-    `tasks`, `val_tasks`, `eval_tasks`: those to train on, those a method may choose by, and the
-    held-out ones. `values`: those the run begins with. `helpers`: agents outside the team. `heads`: scalar heads that the method learns beside the
-    policies. `tasks_given`: the tasks came as lists, not by the name of a task set.
-    `warnings`: shown when the run begins.
+    `agents_of`: the agents of each policy, as the settings say; a value `NAME.policy` may change
+    it. `tasks`, `val_tasks`, `eval_tasks`: those to train on, those a method may choose by, and the
+    held-out ones. `values`: those the run begins with. `helpers`: agents outside the team. `heads`:
+    scalar heads that the method learns beside the policies. `tasks_given`: the tasks came as lists,
+    not by the name of a task set. `warnings`: shown when the run begins.
     """
 
     config: RunConfig
@@ -204,8 +204,8 @@ def _split(train: list[Task], config: RunConfig) -> tuple[list[Task], list[Task]
     count = config.num_val_tasks
     if count >= len(train):
         raise SettingError(
-            f"num_val_tasks: {count} of {len(train)} training tasks leave none to train on; expected"
-            f" fewer than {len(train)}"
+            f"num_val_tasks: {count} of {len(train)} training tasks leave none to train on;"
+            f" expected fewer than {len(train)}"
         )
     drawn = random.Random(derive_seed(config.seed, "validation")).sample(range(len(train)), count)
     chosen = set(drawn)

@@ -382,6 +382,19 @@ def test_log_probabilities_on_a_frozen_base_are_those_of_a_loaded_one(
     assert len(values["frozen"][0]) == 8
 
 
+def test_log_probabilities_of_the_bare_base_are_the_engines(model: Path, tmp_path: Path) -> None:
+    trainer = idle(tmp_path / "run", model, agents=BARE, max_steps=1)
+    with trainer.run.open() as run:
+        played = run.rollouts.collect(1)
+        turns = {(e.id, t.index, t.sibling): t for e in played for t in e.turns}
+        sequences, _ = samples(played, dict.fromkeys(turns, 1.0), {"first": "base", "last": "base"})
+        values = run.learner.turn_logprobs(sequences)
+        assert not run.learner.bases[str(model)].weightless
+    assert values.keys() == turns.keys() and len(values) == 8
+    for key, turn in turns.items():
+        assert values[key] == pytest.approx(sum(turn.logprobs), abs=1e-3)
+
+
 def test_a_base_that_is_served_only_stands_in_the_plan(model: Path, tmp_path: Path) -> None:
     other = tiny_random_model(tmp_path / "other", layers=1, seed=9)
     frozen_last = {"last": {"base": str(other), "trainable": False}}

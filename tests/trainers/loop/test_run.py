@@ -20,7 +20,8 @@ from marlora.trainers.collection.stored_episodes import (
     training_requests,
 )
 from marlora.trainers.errors import Stopped
-from marlora.trainers.loop.run import RunError, StepResult, TrainingRun
+from marlora.trainers.loop.run import RunError, TrainingRun
+from marlora.trainers.loop.step_result import StepResult
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
 from marlora.trainers.update import optimizer_step
 from tests.trainers.small_run import EPISODES, trainer
