@@ -236,6 +236,14 @@ def unpack(data: Mapping[str, Any], states: States) -> Episode:
     )
 
 
+def filter_row(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a packed episode that a store is filtered by; of schema 1 too."""
+    row = {**data, "task": data["task"]["id"], "parent": data["parent"] or None}
+    if data["schema"] > 1:
+        return row
+    return {**row, "kind": kind_of(data), "follows": "", "state": _state_of_schema_1(data).key}
+
+
 def kind_of(data: Mapping[str, Any]) -> Kind:
     """The kind of a packed episode; in lines of schema 1 it follows from group and split."""
     if data["schema"] > 1:
@@ -249,8 +257,7 @@ def kind_of(data: Mapping[str, Any]) -> Kind:
 def _since_schema_2(data: Mapping[str, Any], states: States) -> dict[str, Any]:
     """The fields that a line of schema 1 does not have, or has in another way."""
     if data["schema"] == 1:
-        versions, values = json.loads(data["team_version"]), json.loads(data["values"])
-        return {"kind": kind_of(data), "state": TeamState(versions, values)}
+        return {"kind": kind_of(data), "state": _state_of_schema_1(data)}
     return {
         "kind": data["kind"],
         "follows": data["follows"],
@@ -258,3 +265,7 @@ def _since_schema_2(data: Mapping[str, Any], states: States) -> dict[str, Any]:
         "operations": tuple(from_json(Operation, o) for o in json.loads(data["operations"])),
         "output_from": tuple(json.loads(data["output_from"])),
     }
+
+
+def _state_of_schema_1(data: Mapping[str, Any]) -> TeamState:
+    return TeamState(json.loads(data["team_version"]), json.loads(data["values"]))

@@ -21,7 +21,7 @@ from ...agents.state import TeamState
 from ...agents.types import SettingError, from_json, nearest, to_json
 from ..files import AppendLog, LogLocked, series_of, write_text
 from ..types import Episode
-from .codec import READABLE, SCHEMA, kind_of, pack, unpack
+from .codec import READABLE, SCHEMA, filter_row, pack, unpack
 
 FILTERS = (
     "id",
@@ -149,8 +149,7 @@ class Store:
             name: value if _is_choice(value) else (value,) for name, value in filters.items()
         }
         for data in self.lines():
-            row = {**data, "task": data["task"]["id"], "parent": data["parent"] or None}
-            row["kind"] = kind_of(data)
+            row = filter_row(data)
             if all(row.get(name) in values for name, values in choices.items()):
                 yield unpack(data, self.state)
 
