@@ -22,7 +22,7 @@ from ....agents.settings import setting
 from ....agents.system import System
 from ....agents.team import Team
 from ....agents.transcript import Call
-from ....agents.types import Completion
+from ....agents.types import Completion, Message
 from ....rollouts.types import Episode
 from ...config import RunConfig
 from ...credit.filtering import FilteredTurns, Rule, SelectionConfig, filter_turns
@@ -66,12 +66,13 @@ def selected(
 ) -> FilteredTurns:
     """What a run keeps of a step's episodes, told to people. Raises `RunError` if it is nothing."""
     run, spec = trainer.run, trainer.spec
+    played = {e.state.key: e.state.values for e in episodes}.values()
     selection = filter_turns(
         episodes,
         config,
         rule,
         agents=run.learner.policy_of,
-        openings=openings(spec.system, run.values),
+        openings=openings(spec.system, run.values, *played),
         seed=spec.config.seed,
     )
     run.log.say("\n".join(f"step {step}: {line}" for line in str(selection).splitlines()))
@@ -84,13 +85,20 @@ def selected(
     return selection
 
 
-def openings(system: System, values: Mapping[str, Any]) -> Mapping[str, str]:
-    """Per agent what stands at the head of all its chats: there an answer is no leak."""
+def openings(system: System, *values: Mapping[str, Any]) -> Mapping[str, str]:
+    """Per agent what stands at the head of all its chats, under any of these values: there an
+    answer is no leak."""
+    texts: dict[str, list[str]] = {}
+    for each in values:
+        for name, head in opening_messages(system, each).items():
+            texts.setdefault(name, []).extend(message.content for message in head)
+    return {name: "\n".join(dict.fromkeys(own)) for name, own in texts.items()}
+
+
+def opening_messages(system: System, values: Mapping[str, Any]) -> dict[str, tuple[Message, ...]]:
+    """Per agent the messages at the head of all its chats: system message and demonstrations."""
     team = Team(system.specs, Services(_nobody), values=values)
-    return {
-        agent.name: "\n".join(message.content for message in agent.opening(agent.tools))
-        for agent in team
-    }
+    return {agent.name: agent.opening(agent.tools) for agent in team}
 
 
 async def _nobody(call: Call) -> list[Completion]:

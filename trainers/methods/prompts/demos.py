@@ -17,6 +17,7 @@ from ....agents.seeds import derive_seed
 from ....agents.text.templates import render
 from ....agents.types import Message, Task, Turn
 from ....rollouts.types import Episode, TurnKey
+from ...credit.leakage import contains_answer
 
 T = TypeVar("T")
 
@@ -43,11 +44,14 @@ Demos = Mapping[str, Demo]  # a run's demonstrations, one per agent
 Attempt = Callable[[Sequence[Task], int], Sequence[Demos]]
 
 
-def worked_example(turn: Turn, opening: Sequence[Message]) -> tuple[Message, ...] | None:
+def worked_example(
+    turn: Turn, opening: Sequence[Message], task: str = ""
+) -> tuple[Message, ...] | None:
     """A turn's chat after the agent's opening (system message, demonstrations), with its answer.
 
     None where that is no chat of user and assistant in turn, where the answer is empty, or where
-    the opening holds the same question: an agent that was shown an example may have copied it.
+    a demonstration in the opening asks the `task` itself (its prompt): then the agent may have
+    copied.
     """
     chat, head = turn.messages, tuple(opening)
     chat = chat[len(head) :] if chat[: len(head)] == head else chat
@@ -55,7 +59,7 @@ def worked_example(turn: Turn, opening: Sequence[Message]) -> tuple[Message, ...
         return None
     if any(m.role != role for m, role in zip(chat, cycle(("user", "assistant")), strict=False)):
         return None
-    if any(m.role == "user" and m.content == chat[0].content for m in head):
+    if task and any(m.role == "user" and contains_answer(m.content, [task]) for m in head):
         return None
     plain = tuple(Message(m.role, m.content) for m in chat)
     return (*plain, Message("assistant", turn.text))
@@ -74,7 +78,7 @@ def demos_of(
     for turn in episode.turns:
         if (episode.id, turn.index, turn.sibling) not in kept:
             continue
-        messages = worked_example(turn, openings.get(turn.agent, ()))
+        messages = worked_example(turn, openings.get(turn.agent, ()), episode.task.prompt)
         if messages is not None:
             demo = Demo(episode.task.id, episode.task.prompt, messages)
             calls.setdefault(turn.agent, []).append(demo)

@@ -62,12 +62,14 @@ def test_a_demonstration_is_the_chat_after_the_opening_and_the_answer() -> None:
         ((SYSTEM, *chat("q", "r")), "x"),  # ends with the agent's own words
         ((SYSTEM, Message("tool", "q")), "x"),  # no user
         ((SYSTEM,), "x"),
-        ((SYSTEM, ASKED, SAID, *chat("shown")), "so"),  # its question stood in the opening
+        ((SYSTEM, ASKED, SAID, *chat("x: shown")), "so"),  # its task stood in the opening
     ],
 )
 def test_what_is_no_worked_example_is_left_out(messages: tuple[Message, ...], text: str) -> None:
     opening = tuple(m for m in messages if m in (SYSTEM, ASKED, SAID))
-    assert worked_example(Turn(0, "a", messages, text=text), opening) is None
+    assert worked_example(Turn(0, "a", messages, text=text), opening, "shown") is None
+    same_question = Turn(0, "a", (SYSTEM, ASKED, SAID, *chat("shown")), text="so")
+    assert worked_example(same_question, (SYSTEM, ASKED, SAID), "another task") is not None
 
 
 def test_an_agent_called_three_times_gives_one_demonstration() -> None:

@@ -1,0 +1,49 @@
+"""Few-shot bootstrapping in processes of its own: killed in the middle of a candidate, and on two
+ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.repository import ROOT
+from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.methods.prompts.rules_run import trainer
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
+PROGRAM = "tests.trainers.methods.prompts.rules_run"
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """How a run ends that nothing cut off: values and archive, ledger."""
+    made = trainer(tmp_path_factory.mktemp("whole") / "run", model)
+    made.train()
+    ended = {"values": made.run.values, "archive": made.search.state_dict()}
+    return json.dumps(ended), json.dumps(made.run.ledger.to_json())
+
+
+@pytest.mark.parametrize("call", [pytest.param(150, marks=pytest.mark.slow), 290])
+def test_a_killed_run_ends_as_the_whole_one(
+    call: int, whole: tuple[str, str], model: Path, tmp_path: Path
+) -> None:
+    """In bootstrapping, and inside the evaluation of a candidate."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", PROGRAM, str(folder), str(model), str(call)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr[-2000:]
+    again = trainer(folder, model, resume=True)
+    again.train()
+    ended = {"values": again.run.values, "archive": again.search.state_dict()}
+    assert json.dumps(ended) == whole[0] and json.dumps(again.run.ledger.to_json()) == whole[1]
+
+
+def test_two_ranks_find_what_one_finds(whole: tuple[str, str], model: Path, tmp_path: Path) -> None:
+    done = start([*TORCHRUN, "-m", PROGRAM, str(tmp_path / "two"), str(model)])
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"two.rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second == json.loads(whole[0])

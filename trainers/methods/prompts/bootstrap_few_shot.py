@@ -1,0 +1,306 @@
+"""Few-shot bootstrapping: the team plays, its successful turns become demonstrations of its agents,
+and of several sets of them the one that is best on validation tasks is kept.
+
+BootstrapFewShot and its random search of DSPy (Khattab et al., arXiv:2310.03714). A step makes one
+candidate, in this order: without demonstrations; labelled ones alone; bootstrapped from the tasks
+in order; then `num_candidate_programs` times bootstrapped from shuffled tasks, a random number of
+them. A bootstrapped set are the turns of the first successful runs of a teacher, one turn per agent
+and run, filled up with labelled ones (`demos.py`). Every candidate is measured on the validation
+tasks and adopted if it is better than the best so far, the team as it began included. No weight
+moves. `candidates: [unshuffled]` with `num_val_tasks: 0` is BootstrapFewShot alone: its set is
+adopted without a measurement.
+
+Against the authors' code: candidates are compared on tasks of their own, never on those that were
+bootstrapped from; the team as it began is a candidate, so demonstrations that somebody wrote are
+kept unless others are better; success is a reward of at least `success_threshold`, not any number
+but 0; what saw the answer or was shown its own question is no demonstration; every agent draws its
+labelled demonstrations from all tasks (there the second module draws among the first one's);
+`labeled_demos` says how they are written, since an agent has no named fields; a candidate that
+cannot win any more is not measured to the end. The first try of a task is at temperature 0, later
+ones at the run's. Not taken over: the ensemble of the best candidates.
+
+accelerate launch recipes/bootstrap_few_shot.py [--config recipes/bootstrap_few_shot.yaml]
+    [--field value]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ....agents.settings import mapping, parsed_mapping, setting
+from ....agents.state import TeamState
+from ....agents.types import SettingError, Task, from_json, nearest, to_json
+from ....rollouts.types import Episode
+from ...credit.filtering import SelectionConfig, filter_turns
+from ...loop.step_result import StepResult
+from ...trainer import Trainer
+from ...values.acceptance import always, strictly_better
+from ...values.parts import Part
+from ...values.search import Candidate, Duplicate, Search
+from ..frozen import FrozenConfig
+from ..imitation.sft import opening_messages, openings
+from .demos import (
+    KINDS,
+    LABELED,
+    ZERO_SHOT,
+    Demo,
+    Demos,
+    DemoSets,
+    DemoTemplate,
+    bootstrap,
+    candidate_name,
+    candidate_numbers,
+    demo_values,
+    demos_of,
+    drawn_size,
+    drawn_tasks,
+    without_task,
+)
+from .teacher import TeacherConfig
+
+
+@dataclass
+class BootstrapFewShotConfig(FrozenConfig, SelectionConfig, TeacherConfig):
+    """`RunConfig` with candidates, a selection of turns (`SelectionConfig`) and a teacher."""
+
+    output_dir: str = setting(
+        "run folder: config, episodes, metrics, checkpoints, report", "runs/bootstrap_few_shot"
+    )
+    candidates: list[str] = setting(
+        "which sets are tried: zero-shot, labeled, unshuffled, shuffled",
+        factory=lambda: list(KINDS),
+        choices=KINDS,
+    )
+    num_candidate_programs: int = setting("sets from shuffled tasks", 16, at_least=0)
+    max_bootstrapped_demos: int = setting("most bootstrapped demonstrations", 4, at_least=1)
+    max_labeled_demos: int = setting(
+        "most demonstrations of an agent where labelled ones fill up", 16, at_least=0
+    )
+    labeled_demos: dict | str | None = setting(
+        "by agent: `user` and `assistant`, templates of its labelled demonstrations with the fields"
+        " prompt, answer and the task's meta; agents that are not named get none",
+        factory=dict,
+    )
+    max_rounds: int = setting(
+        "tries of a task, the first at temperature 0, the others sampled", 1, at_least=1
+    )
+    stop_at_score: float | None = setting(
+        "end once a candidate's validation score is at least this", None
+    )
+    num_val_tasks: int = setting(
+        "tasks cut from the training ones, by which candidates are compared", 100, at_least=0
+    )
+    save_every: int = setting(
+        "steps between checkpoints; the last step is always saved", 1, at_least=1
+    )
+    max_steps: int = setting(
+        "follows from the candidates: a step is one; leave it out", 0, at_least=0
+    )
+
+    def prepare(self) -> None:
+        self.labeled_demos = parsed_mapping("labeled_demos", self.labeled_demos)
+
+    def check(self) -> None:
+        count = len(self.numbers)
+        if not count:
+            raise SettingError(
+                "candidates: none to try; name some, with num_candidate_programs above 0 for"
+                " shuffled"
+            )
+        if self.max_steps not in (0, count):
+            raise SettingError(
+                f"max_steps: a step is a candidate and there are {count}, so leave it out; got"
+                f" {self.max_steps}"
+            )
+        self.max_steps = count
+        if count > 1 and not self.num_val_tasks:
+            raise SettingError(
+                f"num_val_tasks: {count} candidates are compared on validation tasks; set it above"
+                " 0, or try a single candidate"
+            )
+        if self.episodes:
+            raise SettingError("episodes: this method plays its runs itself; leave it out")
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the candidates, see `candidate_numbers`."""
+        return candidate_numbers(self.candidates, self.num_candidate_programs)
+
+    def templates(self, agents: Sequence[str]) -> dict[str, DemoTemplate]:
+        """How labelled demonstrations are written, by agent. Raises `SettingError`."""
+        given: Mapping[str, Any] = self.labeled_demos  # type: ignore[assignment]
+        for name in given:
+            if name not in agents:
+                raise SettingError(f"labeled_demos.{name}: no such agent; {nearest(name, agents)}")
+        where = "labeled_demos."
+        return {
+            name: from_json(DemoTemplate, mapping(where + name, fields), where + name)
+            for name, fields in given.items()
+        }
+
+
+class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
+    """Finds demonstrations for the agents of a team. Arguments: see `Trainer`.
+
+    trainer = BootstrapFewShotTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", system=Chain(["a", "b"]),
+                                      tasks="gsm8k", args=BootstrapFewShotConfig())
+    trainer.train()
+    """
+
+    Config = BootstrapFewShotConfig
+
+    def parts(self) -> Sequence[Part]:
+        args, system = self.args, self.spec.system
+        args.check_teacher(self.spec)
+        agents = [agent.name for agent in system.specs]
+        templates = args.templates(agents)
+        self.sets = DemoSets(agents, templates, args.max_labeled_demos, args.seed)
+        self.labeled = self.sets.labeled(self.spec.tasks)
+        given = {param.name: param.value for param in system.params()} | self.spec.values
+        # the demonstrations that the team begins with
+        self.student = {f"{agent}.demos": to_json(given[f"{agent}.demos"]) for agent in agents}
+        self.search = Search("demos", args.seed)
+        return [self.search]
+
+    # one candidate
+
+    def step(self, step: int) -> StepResult:
+        """Make one candidate, measure it, and adopt it if it is the best."""
+        number = self.args.numbers[step - 1]
+        start = self._start()
+        found = [] if number in (ZERO_SHOT, LABELED) else self._bootstrapped(number)
+        values = demo_values(self._set(number, found))
+        proposal = Candidate(
+            values,
+            proposer=candidate_name(number),
+            note=f"{len(found)} successful runs",
+            parents=(start.id,),
+            round=step,
+        )
+        try:
+            candidate, state = self._judged(self.search.add(proposal))
+        except Duplicate:  # what is known of it holds
+            known = self.search.find(values)
+            assert known is not None
+            candidate, state = known, None
+        best = self.search.current
+        assert best is not None
+        row = {
+            "name": candidate_name(number),
+            "id": candidate.id,
+            "runs": len(found),
+            "demos": {name.removesuffix(".demos"): len(v) // 2 for name, v in values.items()},
+            "score": candidate.mean if candidate.scores else None,
+            "num_tasks": len(candidate.scores),
+            "adopted": state is not None,
+            "best": best.id,
+        }
+        self.run.log.say(f"step {step}: {row['name']}, {candidate.note}: {candidate.verdict}")
+        return StepResult(
+            {"candidate": row, "policies": self.rows({}, ())}, state=state, done=self._done(best)
+        )
+
+    def _start(self) -> Candidate:
+        """The team as it began, measured: what a candidate has to beat."""
+        known = self.search.find(self.student)
+        if known is not None:
+            return known
+        start = self.search.add(Candidate(self.student, proposer="start"))
+        if self.spec.val_tasks:
+            self._measure(start, self.run.state, above=None)
+        return self.search.adopt(start.id, "the team as it began")
+
+    def _judged(self, candidate: Candidate) -> tuple[Candidate, TeamState | None]:
+        """The candidate with its scores and verdict; the state that is adopted with it, if it is.
+        Without validation tasks it is."""
+        best = self.search.current
+        assert best is not None
+        state = self.run.state.with_values(candidate.values)
+        tasks = [task.id for task in self.spec.val_tasks]
+        if not tasks:
+            verdict = always(candidate, best)
+        else:
+            left = self._measure(candidate, state, above=best.mean)
+            candidate = self.search[candidate.id]
+            if left:
+                why = f"stopped after {len(tasks) - left} of {len(tasks)} tasks: it cannot win"
+                return self.search.reject(candidate.id, why), None
+            verdict = strictly_better(candidate, best, tasks)
+        if not verdict:
+            return self.search.reject(candidate.id, verdict), None
+        return self.search.adopt(candidate.id, verdict), state
+
+    def _measure(self, candidate: Candidate, state: TeamState, above: float | None) -> int:
+        """Score a candidate on the validation tasks; how many were not played, since it cannot
+        exceed the bound."""
+        result = self.run.evaluator.measure(state, self.spec.val_tasks, above=above)
+        self.search.score(candidate.id, result.scores)
+        return result.left
+
+    def _done(self, best: Candidate) -> str:
+        bound = self.args.stop_at_score
+        if bound is None or not best.scores or best.mean < bound:
+            return ""
+        return f"stop_at_score: {best.mean:.4f} on validation"
+
+    # its demonstrations
+
+    def _set(self, number: int, found: Sequence[Demos]) -> Mapping[str, Sequence[Demo]]:
+        nothing: dict[str, list[Demo]] = {agent: [] for agent in self.sets.agents}
+        if number == ZERO_SHOT:
+            return nothing
+        if number == LABELED:
+            return nothing | self.labeled
+        size = drawn_size(self.args.max_bootstrapped_demos, number, self.args.seed)
+        return self.sets.filled(found, self.spec.tasks, size)
+
+    def _bootstrapped(self, number: int) -> list[Demos]:
+        args = self.args
+        return bootstrap(
+            drawn_tasks(self.spec.tasks, number, args.seed),
+            drawn_size(args.max_bootstrapped_demos, number, args.seed),
+            args.max_rounds,
+            self._attempt,
+        )
+
+    def _attempt(self, tasks: Sequence[Task], number: int) -> list[Demos]:
+        """Each task's demonstrations from a run of its teacher, none if the run failed; the
+        `number`-th try (0: at temperature 0)."""
+        by_state: dict[str, tuple[TeamState, list[Task]]] = {}
+        for task in tasks:
+            state = self._teacher(task)
+            by_state.setdefault(state.key, (state, []))[1].append(task)
+        found: dict[str, Demos] = {}
+        for state, own in by_state.values():
+            played = self.run.rollouts.play(own, state, n=max(number, 1), greedy=not number)
+            runs = [e for e in played if e.parent is None]
+            last = {episode.task.id: episode for episode in runs}  # later samples come later
+            found |= self._demos(list(last.values()), state)
+        return [found[task.id] for task in tasks]
+
+    def _teacher(self, task: Task) -> TeamState:
+        """The teacher's state for a task: the team as it began; agents with labelled demonstrations
+        have these, but the task's own."""
+        labeled = demo_values(without_task(self.labeled, task))
+        state = self.run.state.with_values({**self.student, **labeled})
+        return self.args.teacher_state(state)
+
+    def _demos(self, episodes: Sequence[Episode], state: TeamState) -> dict[str, Demos]:
+        """The demonstrations of each run by the id of its task, see `demos_of`."""
+        system, args = self.spec.system, self.args
+        kept = filter_turns(
+            episodes, args, openings=openings(system, state.values), seed=args.seed
+        ).weights
+        heads = opening_messages(system, state.values)
+        return {episode.task.id: demos_of(episode, kept.keys(), heads) for episode in episodes}
+
+    def report(self) -> dict[str, Any]:
+        """Also `candidates`: all that were measured, best first."""
+        scored = [c for c in self.search.candidates if c.scores]
+        rows = [
+            {"id": c.id, "name": c.proposer, "score": c.mean, "verdict": c.verdict}
+            for c in sorted(scored, key=lambda c: -c.mean)
+        ]
+        return {**super().report(), "candidates": rows}
