@@ -15,8 +15,10 @@ import pytest
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.patterns.debate import Debate
 from marlora.agents.seeds import derive_seed
+from marlora.agents.state import TeamState
 from marlora.agents.system import System, override_agents
 from marlora.agents.team import Team
+from marlora.agents.transcript import Call, Operation, Output
 from marlora.agents.types import AgentSpec, Completion, Sampling, SettingError, Task, Usage
 from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
@@ -73,7 +75,7 @@ class Calls(System):
 
     body: Callable[[Task, Team], Any] | None = None
 
-    async def run(self, task: Task, team: Team) -> str:
+    async def run(self, task: Task, team: Team) -> Any:
         assert self.body is not None
         return await self.body(task, team)
 
@@ -101,7 +103,8 @@ def test_a_system_sees_the_public_task_and_rewards_see_all_of_it() -> None:
 
 
 def test_an_episode_says_what_it_is() -> None:
-    episode = one(Chain(["a", "b"]), seed=7, values={"a.prompt": "be brief"})
+    state = TeamState({}, {"a.prompt": "be brief"})
+    episode = one(Chain(["a", "b"]), seed=7, state=state)
     assert (episode.id, episode.group, episode.split, episode.parent) == (
         "g/t1/0",
         "g/t1",
@@ -113,10 +116,8 @@ def test_an_episode_says_what_it_is() -> None:
         "done",
         None,
     )
-    assert (
-        episode.values == {"a.prompt": "be brief"}
-        and episode.turns[0].messages[0].content == "be brief"
-    )
+    assert episode.state == state and episode.turns[0].messages[0].content == "be brief"
+    assert (episode.kind, episode.follows) == ("train", "")
     assert [turn.agent for turn in episode.turns] == ["a", "b"] and episode.output == episode.turns[
         1
     ].text
@@ -133,9 +134,160 @@ def test_usage_counts_each_agent_by_itself() -> None:
         own = [turn for turn in episode.turns if turn.agent == agent]
         assert episode.usage[agent].calls == calls
         assert episode.usage[agent].sampled_tokens == sum(len(turn.token_ids) for turn in own) > 0
-        assert episode.usage[agent].prompt_tokens == sum(len(turn.prompt_ids) for turn in own) > 0
+        sent = sum(len(turn.prompt_ids) for turn in own if turn.sibling == 0)
+        assert episode.usage[agent].prompt_tokens == sent > 0
         assert episode.usage[agent].seconds > 0
     assert episode.usage["silent"] == Usage()
+
+
+def test_a_request_counts_once_however_many_answers_it_has() -> None:
+    """`hello` is 5 tokens of the scripted engine and its frame; each answer is `2` and an end."""
+
+    async def body(task: Task, team: Team) -> str:
+        return str(await team["a"].reply("hello", n=3))
+
+    alone = one(Chain(["a"]), replace(TASK, prompt="hello"), answer=lambda *asked: "2")
+    episode = one(Calls(["a"], body), answer=lambda *asked: "2")
+    lone, three = alone.usage["a"], episode.usage["a"]
+    assert [turn.sibling for turn in episode.turns] == [0, 1, 2]
+    assert (lone.calls, three.calls) == (1, 1)
+    assert three.prompt_tokens == lone.prompt_tokens == len(episode.turns[0].prompt_ids)
+    assert three.sampled_tokens == 3 * lone.sampled_tokens == 3 * 2
+
+
+# state
+
+
+def test_an_episode_keeps_the_state_of_its_call() -> None:
+    own, given = TeamState({}, {"a.prompt": "own"}), TeamState({}, {"a.prompt": "given"})
+
+    async def go() -> list[str]:
+        rollouts = play_with(Chain(["a"]), ScriptedEngine(echo), state=own)
+        first = await rollouts.play(EpisodeRequest(TASK, "x"))
+        second = await rollouts.play(EpisodeRequest(TASK, "y"), given)
+        assert (first.state, second.state) == (own, given)
+        states = iter([own, given])
+        plan = episode_requests([TASK, OTHER], label="z")
+        drawn = [e async for e in rollouts.collect(plan, lambda: next(states))]
+        return [str(e.state.values["a.prompt"]) for e in (first, second, *drawn)]
+
+    assert asyncio.run(go()) == ["own", "given", "own", "given"]
+
+
+@dataclass
+class Told:
+    """Answers with the policy and version that it is asked as."""
+
+    policy: str
+    outside = False
+
+    def most_prompt_tokens(self, call: Call) -> int:
+        return 0
+
+    async def __call__(self, call: Call, version: str) -> list[Completion]:
+        return [Completion("x", policy=self.policy, version=version)] * call.n
+
+
+def test_a_state_names_the_versions_of_the_policies_that_speak() -> None:
+    """Also those that only the values name; others would make two keys of one team."""
+    found: Mapping[str, Any] = {policy: Told(policy) for policy in ("a", "b", "spare")}
+    versions = {"spare": "spare-v1", "b": "b-v1", "a": "a-v1"}
+    for values, kept in (
+        ({}, {"a": "a-v1", "b": "b-v1"}),
+        ({"b.policy": "spare"}, {"a": "a-v1", "spare": "spare-v1"}),
+        ({"b.policy": "a"}, {"a": "a-v1"}),
+    ):
+        runner = EpisodeRunner(Chain(["a", "b"]), found, state=TeamState(versions, values))
+        episode = asyncio.run(runner.play(EpisodeRequest(TASK, "x")))
+        assert episode.state == TeamState(kept, values)
+        spoke = [values.get(f"{agent}.policy", agent) for agent in "ab"]
+        assert [turn.policy for turn in episode.turns] == spoke
+        assert [turn.version for turn in episode.turns] == [versions[p] for p in spoke]
+        assert [turn.agent for turn in episode.turns] == ["a", "b"]
+
+
+def test_a_state_whose_policy_is_not_served_is_refused() -> None:
+    engine = ScriptedEngine(echo)
+    told = "agent 'a': its policy 'spar' is not served; did you mean 'spare'"
+    found = {p: EngineCompleter(engine, engine.tokens, p) for p in ("a", "spare")}
+    with pytest.raises(SettingError, match=told):
+        EpisodeRunner(Chain(["a"]), found, state=TeamState({}, {"a.policy": "spar"}))
+    runner = EpisodeRunner(Chain(["a"]), found)
+    with pytest.raises(SettingError, match=told):
+        asyncio.run(runner.play(EpisodeRequest(TASK, "x"), TeamState({}, {"a.policy": "spar"})))
+
+
+# what the output was made of
+
+
+def test_the_output_names_the_turns_and_operations_it_came_from() -> None:
+    async def turn(task: Task, team: Team) -> Any:
+        await team["a"].reply("draft")
+        return await team["a"].reply("final")
+
+    async def text(task: Task, team: Team) -> Any:
+        return str(await team["a"].reply("draft"))
+
+    async def operation(task: Task, team: Team) -> Any:
+        drafts = [await team["a"].fresh().reply(f"draft {k}") for k in range(2)]
+        return team.record("join", " ".join(map(str, drafts)), reads=drafts)
+
+    async def output(task: Task, team: Team) -> Any:
+        drafts = [await team["a"].fresh().reply(f"draft {k}") for k in range(3)]
+        return Output("best", (drafts[2], drafts[0]))
+
+    expected: dict[Any, tuple[int, ...]] = {turn: (1,), text: (), operation: (2,), output: (2, 0)}
+    for body, made_of in expected.items():
+        episode = one(Calls(["a"], body))
+        assert (episode.error, episode.output_from) == (None, made_of), body.__name__
+    joined = one(Calls(["a"], operation))
+    assert joined.operations == (Operation(2, "join", (0, 1), joined.output or ""),)
+    assert joined.output == " ".join(turn.text for turn in joined.turns)
+
+
+def test_an_episode_without_an_output_came_from_nothing() -> None:
+    async def body(task: Task, team: Team) -> str:
+        await team["a"].reply("hello")
+        raise KeyError("lost")
+
+    episode = one(Calls(["a"], body))
+    assert (episode.output, episode.output_from) == (None, ())
+    zero = one(Calls(["a"], body), limits=EpisodeLimits(on_error="zero"))
+    assert (zero.output, zero.output_from) == ("", ())
+
+
+def test_kind_and_follows_are_the_requests_and_children_share_the_kind() -> None:
+    async def body(task: Task, team: Team) -> str:
+        children = await team.play(Chain(["a"]), [task])
+        return str(children[0].output)
+
+    async def go(request: EpisodeRequest) -> list[Episode]:
+        return await gathered(play_with(Calls(["a"], body), ScriptedEngine(echo)), [request])
+
+    for kind in ("train", "trial", "aside", "eval"):
+        child, parent = asyncio.run(go(EpisodeRequest(TASK, "x", kind=kind, follows="seen/0")))
+        assert (parent.kind, parent.follows, child.kind) == (kind, "seen/0", kind)
+        assert child.parent == parent.id and child.state == parent.state
+
+
+def test_greedy_teams_decide_greedily() -> None:
+    async def body(task: Task, team: Team) -> str:
+        await team["a"].reply("x")
+        return team.decide("edge", ["x", "y"])
+
+    async def go(greedy: bool) -> list[str | None]:
+        state = TeamState({}, {"edge": {"x": 0.0, "y": 0.1}})
+        runner = play_with(Calls(["a"], body), ScriptedEngine(echo), state=state)
+        plan = episode_requests([TASK], label="x", num_generations=20)
+        played = await gathered(runner.greedy() if greedy else runner, plan)
+        share = math.exp(0.1) / (1 + math.exp(0.1))
+        for episode in played:
+            p = share if episode.output == "y" else 1 - share
+            assert episode.decisions[0].logprob == pytest.approx(math.log(p))
+        return [episode.output for episode in played]
+
+    assert asyncio.run(go(True)) == ["y"] * 20
+    assert set(asyncio.run(go(False))) == {"x", "y"}
 
 
 # failures are data

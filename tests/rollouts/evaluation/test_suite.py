@@ -13,6 +13,7 @@ import pytest
 
 from marlora.agents.patterns.debate import Debate
 from marlora.agents.patterns.vote import Vote
+from marlora.agents.state import TeamState
 from marlora.agents.system import System
 from marlora.agents.team import Team
 from marlora.agents.types import AgentSpec, Message, Reward, SettingError, Task, Turn, Usage
@@ -63,7 +64,7 @@ def quiet(name: str, total: int, done: int) -> Iterator[Any]:
 
 def variant(engine: ScriptedEngine, name: str = "team", **changes: Any) -> Variant:
     return dataclasses.replace(
-        Variant(name, rollouts(engine), {}, {}, {"a": "base", "b": "base"}), **changes
+        Variant(name, rollouts(engine), TeamState(), {}, {"a": "base", "b": "base"}), **changes
     )
 
 
@@ -109,10 +110,17 @@ def test_a_stopped_suite_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 KEYED: dict[str, Any] = {
-    "adapters": lambda c: dataclasses.replace(c, versions={"a": "a-v1"}, sha256={"a": "f00"}),
+    "adapters": lambda c: dataclasses.replace(
+        c, state=TeamState({"a": "a-v1"}), sha256={"a": "f00"}
+    ),
     "base": lambda c: dataclasses.replace(c, bases={"a": "other", "b": "base"}),
-    "values": lambda c: dataclasses.replace(
-        c, rollouts=dataclasses.replace(c.rollouts, values={"a.prompt": "Think."})
+    "values": lambda c: dataclasses.replace(c, state=TeamState({}, {"a.prompt": "Think."})),
+    "table": lambda c: dataclasses.replace(c, state=TeamState({}, {"edges": {"ab": {"x": 1.0}}})),
+    "mapping": lambda c: dataclasses.replace(
+        c, state=TeamState({}, {"a.policy": "b"}), bases={"a": "base", "b": "other"}
+    ),
+    "outside": lambda c: dataclasses.replace(
+        c, state=TeamState(outside={"a": "http://127.0.0.1:9/v1 judge"})
     ),
     "prompt": lambda c: dataclasses.replace(
         c, rollouts=dataclasses.replace(c.rollouts, system=Vote([AgentSpec("a", prompt="x"), "b"]))
@@ -326,5 +334,5 @@ def test_tasks_are_known_again_by_id_or_by_what_they_ask() -> None:
 def test_a_store_tells_what_was_asked_in_training(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         store.append(Episode("train-000001/t0/0", "train-000001/t0", TASKS[0]))
-        store.append(Episode("eval-before/t1/0", "eval-before/t1", TASKS[1]))
+        store.append(Episode("eval-before/t1/0", "eval-before/t1", TASKS[1], kind="eval"))
     assert asked(Store(tmp_path)) == {"t0": "say 0"}

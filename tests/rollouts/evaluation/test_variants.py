@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from marlora.agents.patterns.vote import Vote
+from marlora.agents.state import TeamState
 from marlora.agents.types import BASE, AgentSpec, SettingError, Task
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.completers import EngineCompleter
@@ -28,9 +29,15 @@ from marlora.rollouts.types import Episode
 
 
 def team(
-    *agents: str | AgentSpec, values: dict[str, Any] | None = None, mark: str = "0", base: str = "b"
+    *agents: str | AgentSpec,
+    values: dict[str, Any] | None = None,
+    origin: dict[str, Any] | None = None,
+    mark: str = "0",
+    base: str = "b",
+    trained: bool = True,
 ) -> Any:
-    """What `LoadedTeam` gives of a checkpoint whose every policy is trained."""
+    """What `LoadedTeam` gives of a checkpoint whose every policy is `trained`, or none; `origin`:
+    the values that its run began with."""
     system = Vote(agents)
     policies = list(dict.fromkeys(spec.policy for spec in system.specs))
     engine = ScriptedEngine(lambda prompt, ref, sampling, k: "1")
@@ -40,10 +47,14 @@ def team(
         "bases": {base: {"files": f"files of {base}", "policies": policies}},
         "tasks": {"name": "own"},
     }
+    versions = {p: f"{p}-{mark}" for p in policies if trained}
+    state = TeamState(versions, values or {})
     return SimpleNamespace(
         data=data,
-        rollouts=EpisodeRunner(system, speakers, [correct], values or {}),
-        versions={p: f"{p}-{mark}" for p in policies},
+        rollouts=EpisodeRunner(system, speakers, [correct], state=state),
+        versions=versions,
+        state=state,
+        origin=origin or {},
         tasks=lambda split: [Task("t", f"{split} prompt")],
     )
 
@@ -57,27 +68,60 @@ def test_the_ladder_has_the_rungs_that_differ() -> None:
     told = team(
         AgentSpec("a", prompt="Add."), "b", values={"b.prompt": "Think.", "decision": {"x": 1}}
     )
-    single, without, base, prompts = ladder(told)
-    assert names([single, without, base, prompts]) == [
+    single, without, base, found = ladder(told)
+    assert names([single, without, base, found]) == [
         "single agent",
         "team without prompts",
         "base team",
         "values-only team",
     ]
-    assert [spec.policy for spec in single.rollouts.system.specs] == [
-        BASE
-    ] and not single.rollouts.values
-    assert [spec.prompt for spec in without.rollouts.system.specs] == [
-        "",
-        "",
-    ] and without.rollouts.values == {"decision": {"x": 1}}
-    assert [spec.prompt for spec in base.rollouts.system.specs] == [
-        "Add.",
-        "",
-    ] and base.rollouts.values == {}
-    assert prompts.rollouts.values == told.rollouts.values
-    assert all(each.versions == {} for each in (single, without, base, prompts))
-    assert len({each.key(0, True) for each in (single, without, base, prompts)}) == 4
+    assert [spec.policy for spec in single.rollouts.system.specs] == [BASE]
+    assert single.state == TeamState()
+    assert [spec.prompt for spec in without.rollouts.system.specs] == ["", ""]
+    assert [spec.prompt for spec in base.rollouts.system.specs] == ["Add.", ""]
+    assert without.state == base.state == TeamState({}, {})
+    assert found.state == TeamState({}, told.state.values)
+    assert len({each.key(0, True) for each in (single, without, base, found)}) == 4
+
+
+PROGRAM = "async def run(task): return await ask(task)"
+
+
+def test_every_rung_below_has_the_values_that_the_run_began_with() -> None:
+    """A program, a prompt and demonstrations were found; the run began with others."""
+    origin = {"program": "start", "a.prompt": "Add.", "a.demos": [], "edge": {"x": 0.0}}
+    values = {"program": PROGRAM, "a.prompt": "Think.", "b.demos": ["x"], "edge": {"x": 2.0}}
+    told = team(AgentSpec("a", prompt="Own."), "b", values=values, origin=origin)
+    rungs = {each.name: each for each in ladder(told)}
+    assert rungs["single agent"].state == TeamState()
+    assert rungs["base team"].state == TeamState({}, origin)
+    assert rungs["team without prompts"].state == TeamState(
+        {}, {"program": "start", "edge": {"x": 0.0}}
+    ), "neither the program that was found, nor a prompt"
+    assert rungs["values-only team"].state == TeamState({}, values)
+    trained = trained_team(told, told.versions)
+    assert trained.state == TeamState({"a": "a-0", "b": "b-0"}, values)
+    assert len({each.key(0, True) for each in (*rungs.values(), trained)}) == 5
+
+
+def test_where_values_alone_were_learnt_the_trained_team_is_no_rung() -> None:
+    told = team("a", "b", values={"program": PROGRAM}, origin={"program": "start"}, trained=False)
+    trained = trained_team(told, told.versions)
+    assert trained.name == "trained team" and trained.state == TeamState({}, {"program": PROGRAM})
+    assert names(ladder(told)) == ["single agent", "base team"]
+    base = ladder(told)[1]
+    assert base.state == TeamState({}, {"program": "start"})
+    assert base.key(0, True) != trained.key(0, True)
+    same = team("a", "b", values={"program": PROGRAM}, origin={"program": PROGRAM}, trained=False)
+    assert ladder(same)[1].key(0, True) == trained.key(0, True), "nothing was learnt"
+
+
+def test_whose_answers_they_are_is_what_the_values_say() -> None:
+    """Adapter `a` is on, `b` is off: with the mapping crossed, the other agent speaks with it."""
+    one, crossed = team("a", "b"), team("a", "b", values={"a.policy": "b", "b.policy": "a"})
+    both = team("a", "b", values={"b.policy": "a"})
+    keys = {trained_team(each, {"a": "a-0"}).key(0, True) for each in (one, crossed, both)}
+    assert len(keys) == 3
 
 
 def test_a_trained_team_says_whether_its_agents_share() -> None:
@@ -119,7 +163,9 @@ def test_each_adapter_alone_and_all_but_each() -> None:
     )
     found = ablations(three, three.versions)
     assert names(found) == ["only a", "only b", "only c", "all but a", "all but b", "all but c"]
-    assert found[3].versions == {"b": "b-0", "c": "c-0"} and ablations(three, {"a": "a-0"}) == []
+    assert (
+        found[3].state.versions == {"b": "b-0", "c": "c-0"} and ablations(three, {"a": "a-0"}) == []
+    )
 
 
 def test_cross_play_puts_every_adapter_into_the_other_team() -> None:
@@ -129,7 +175,7 @@ def test_cross_play_puts_every_adapter_into_the_other_team() -> None:
         ("a", "y", "x"),
     ]
     first = found[0][3]
-    assert first.versions == {"a": "a-1", "b": "b-2"} and first.sha256 == {
+    assert first.state.versions == {"a": "a-1", "b": "b-2"} and first.sha256 == {
         "a": "1" * 64,
         "b": "2" * 64,
     }
