@@ -128,7 +128,8 @@ class RolloutSettings(Settings):
         factory=dict,
     )
     policies: dict | str | None = setting(
-        "by policy name: fields of PolicySpec (adapter, trainable, init, url, key_env, price, base)",
+        "by policy name: fields of PolicySpec (adapter, trainable, init, url, key_env, price,"
+        " base)",
         factory=dict,
     )
     values: dict | str | None = setting(
@@ -339,12 +340,12 @@ class RunConfig(RunSettings, OptimizerSettings, AdapterSettings, RolloutSettings
         may name later (`NAME.policy`): they say what they are by `init`, `base` or `url`. Order:
         first use by an agent."""
         values: dict[str, Any] = self.values  # type: ignore[assignment]
-        used = [values.get(f"{agent.name}.policy") or agent.policy for agent in agents]
-        used = list(dict.fromkeys([agent.policy for agent in agents] + used))
+        used = list(dict.fromkeys(agent.policy for agent in agents))
+        named = {values.get(f"{agent.name}.policy") for agent in agents}
         policies: dict[str, Any] = self.policies  # type: ignore[assignment]
         for name, given in policies.items():
             of_its_own = mapping(f"policies.{name}", given).keys() & {"init", "base", "url"}
-            if name not in used and not of_its_own and name != BASE:
+            if name not in (*used, *named, BASE) and not of_its_own:
                 raise SettingError(
                     f"policies.{name}: no agent speaks with it; {nearest(name, used)}; one that is"
                     " only named by values later needs init, base or url"

@@ -36,7 +36,8 @@ def helpers_of(given: Mapping[str, Any], taken: Collection[str]) -> dict[str, He
         where, own = f"helpers.{name}", mapping(f"helpers.{name}", fields)
         if name in taken:
             raise SettingError(
-                f"{where}: the team has an agent or a policy of that name; name the helper otherwise"
+                f"{where}: the team has an agent or a policy of that name; name the helper"
+                " otherwise"
             )
         for key in own:
             if key not in (*OF_AGENT, *OF_POLICY):

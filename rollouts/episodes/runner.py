@@ -264,21 +264,7 @@ class EpisodeRunner:
         if seed is None:
             seed = derive_seed(self.seed, request.draw or request.id)
         usage: dict[str, Usage] = {agent.name: Usage() for agent in self.system.specs}
-        services = Services(
-            complete=EpisodeCalls(
-                self.completers,
-                start.latest or (lambda: start.state),
-                usage,
-                self.ledger,
-                request.kind,
-                request.id if self.recorded else "",
-            ),
-            play=self._child_player(request, start, children),
-            execute=execute,
-            check=check,
-            sampling=self.sampling,
-            max_tool_calls=self.limits.max_tool_calls,
-        )
+        services = self._services(request, start, usage, children)
         transcript = Transcript(
             seed,
             given=start.given,
@@ -324,6 +310,32 @@ class EpisodeRunner:
                 episode, rewards=rewards if problem is None else _zeros(rewards, problem)
             )
         return [*children, episode]
+
+    def _services(
+        self,
+        request: EpisodeRequest,
+        start: _Start,
+        usage: dict[str, Usage],
+        children: list[Episode],
+    ) -> Services:
+        """What one episode may call: its calls are added to `usage`, what it plays to
+        `children`."""
+        calls = EpisodeCalls(
+            self.completers,
+            start.latest or (lambda: start.state),
+            usage,
+            self.ledger,
+            request.kind,
+            request.id if self.recorded else "",
+        )
+        return Services(
+            complete=calls,
+            play=self._child_player(request, start, children),
+            execute=execute,
+            check=check,
+            sampling=self.sampling,
+            max_tool_calls=self.limits.max_tool_calls,
+        )
 
     def _errors_count(self) -> bool:
         """Whether an error of the system is worth 0 (`on_error: zero`); a system's own setting wins

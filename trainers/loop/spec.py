@@ -93,9 +93,7 @@ class RunSpec:
         names = {*policies, *(agent.name for agent in system.specs)}
         helpers = helpers_of(config.helpers, names)  # type: ignore[arg-type]
         values = _values(config, system, policies)
-        train, held_out = _tasks(config, tasks, eval_tasks)
-        train, val = _split(train, config)
-        checks.check_tasks(train, val, held_out, config)
+        train, val, held_out = _tasks(config, tasks, eval_tasks)
         scores = _rewards(config, rewards, extra_rewards)
         warnings = check_answers([] if config.episodes else train, scores, "training")
         warnings += check_answers(held_out, scores[:1], "held-out")
@@ -180,9 +178,9 @@ def _rewards(
 
 def _tasks(
     config: RunConfig, tasks: Sequence[Task] | None, eval_tasks: Sequence[Task] | None
-) -> tuple[list[Task], list[Task]]:
-    """(tasks to train on, held-out tasks): those given, else of the task set that the settings
-    name."""
+) -> tuple[list[Task], list[Task], list[Task]]:
+    """(tasks to train on, validation tasks, held-out tasks): those given, else of the task set that
+    the settings name."""
     if tasks is not None and eval_tasks is None:
         raise SettingError(
             "eval_tasks: the training tasks are given as a list, so the held-out ones must be"
@@ -195,7 +193,10 @@ def _tasks(
 
     train = list(tasks if tasks is not None else load("train"))
     held_out = list(eval_tasks if eval_tasks is not None else load("eval"))
-    return train, held_out[: config.num_eval_tasks]
+    held_out = held_out[: config.num_eval_tasks]
+    train, val = _split(train, config)
+    checks.check_tasks(train, val, held_out, config)
+    return train, val, held_out
 
 
 def _split(train: list[Task], config: RunConfig) -> tuple[list[Task], list[Task]]:

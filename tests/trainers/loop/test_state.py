@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from marlora.agents.patterns.chain import Chain
-from marlora.agents.types import Task
+from marlora.agents.types import SettingError, Task
 from marlora.recipes.cli.main import main
 from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.store import Store
 from marlora.trainers.config import RunConfig
+from marlora.trainers.errors import RunError
 from marlora.trainers.loop.step_result import StepResult
 from marlora.trainers.trainer import Trainer
 from marlora.trainers.values.memory import Memory
@@ -67,7 +68,12 @@ class Tuner(Trainer[RunConfig]):
 
 
 def tuner(
-    folder: Path, model: Path, *, engine: ScriptedEngine | None = None, **changes: Any
+    folder: Path,
+    model: Path,
+    *,
+    cls: type[Tuner] | None = None,
+    system: Chain | None = None,
+    **changes: Any,
 ) -> Tuner:
     settings: dict[str, Any] = dict(
         output_dir=str(folder),
@@ -81,10 +87,10 @@ def tuner(
         max_completion_length=REPLY,
         save_every=1,
     )
-    return Tuner(
-        system=Chain(["solver"]),
+    return (cls or Tuner)(
+        system=system or Chain(["solver"]),
         args=RunConfig(**{**settings, **changes}),
-        engine=engine or ScriptedEngine(said),
+        engine=ScriptedEngine(said),
     )
 
 
@@ -222,3 +228,148 @@ def test_evaluating_the_checkpoint_gives_what_the_run_says(
     found = json.loads((out / "eval.json").read_text(encoding="utf-8"))["eval"]
     for when in ("before", "after"):
         assert found[when]["accuracy"] == summary["eval"][when]["accuracy"]
+
+
+# the budget
+
+
+def tokens_of(folder: Path, *kinds: str) -> int:
+    used = [u for e in Store(folder / "episodes") if e.kind in kinds for u in e.usage.values()]
+    return sum(u.prompt_tokens + u.sampled_tokens for u in used)
+
+
+@pytest.mark.parametrize("limit", [60, 150, 333, 500])
+def test_a_budget_is_never_exceeded_and_the_run_ends_whole(
+    limit: int, model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    summary = tuner(folder, model, budget={"tokens": limit}).train()
+    spent = summary["budget"]
+    assert spent["limit"] == {"tokens": limit} and spent["spent"]["tokens"] <= limit
+    assert summary["done"] == "the budget is spent" and "budget.tokens" in spent["stopped"]
+    assert summary["eval"]["after"]["accuracy"] is not None, "held-out tasks are no learning"
+    assert spent["spent"]["tokens"] == tokens_of(folder, "trial", "aside", "train") + sum(
+        row["prompt_tokens"] + row["sampled_tokens"] for row in unstored(folder)
+    )
+    assert "the budget is spent" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def unstored(folder: Path) -> list[dict[str, Any]]:
+    """Calls of episodes that came to nothing, as the last checkpoint keeps them."""
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    state = json.loads((newest / "trainer" / "state.json").read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = state["ledger"]["unstored"]
+    return [row for row in rows if row["kind"] != "eval"]
+
+
+def test_a_run_whose_budget_is_raised_goes_on_and_comes_to_what_it_would_have(
+    model: Path, tmp_path: Path
+) -> None:
+    whole, raised = tmp_path / "whole", tmp_path / "raised"
+    tuner(whole, model).train()
+    first = tuner(raised, model, budget={"tokens": 200}).train()
+    assert first["steps"] < 4
+    same = tuner(raised, model, budget={"tokens": 200}, resume=True).train()
+    assert same["steps"] == first["steps"] and same["done"] == "the budget is spent"
+    more = tuner(raised, model, budget={"tokens": 5000}, resume=True).train()
+    expected = json.loads((whole / "summary.json").read_text(encoding="utf-8"))
+    for key in ("eval", "state", "done", "steps"):
+        assert more[key] == expected[key]
+
+
+def test_a_budget_that_is_too_small_for_the_first_call_says_so(model: Path, tmp_path: Path) -> None:
+    summary = tuner(tmp_path / "run", model, budget={"tokens": 5}).train()
+    assert summary["steps"] == 0 and summary["budget"]["spent"]["tokens"] == 0
+    assert "the next call (aside, agent 'writer')" in summary["budget"]["stopped"]
+
+
+# how a run begins and ends
+
+
+def test_a_run_may_begin_with_values_and_with_a_whole_checkpoint(
+    model: Path, tmp_path: Path
+) -> None:
+    first = tuner(tmp_path / "first", model, values={"solver.prompt": "say 2"}, max_steps=1)
+    summary = first.train()
+    assert summary["eval"]["before"]["accuracy"] == pytest.approx(2 / 3)
+    assert summary["eval"]["after"]["accuracy"] == pytest.approx(2 / 3), "say 1 was no better"
+    learnt = tuner(tmp_path / "learnt", model).train()
+    assert learnt["eval"]["after"]["accuracy"] == 1
+    checkpoint = tmp_path / "learnt" / "checkpoints" / "step-000004"
+    second = tuner(tmp_path / "second", model, init=str(checkpoint), max_steps=1).train()
+    assert second["eval"]["before"]["accuracy"] == 1, "before is the state that the run began with"
+    assert second["state"]["values"]["solver.prompt"]["sha256_before"]
+
+
+class Restless(Tuner):
+    """Adopts whatever the helper proposes."""
+
+    def step(self, step: int) -> StepResult:
+        result = super().step(step)
+        value = json.loads(json.dumps(PROMPTS[step - 1]))
+        return StepResult(
+            result.metrics, state=self.run.state.with_values({"solver.prompt": value})
+        )
+
+
+@pytest.mark.parametrize(("keep", "accuracy"), [("last", 2 / 3), ("best", 1.0)])
+def test_the_state_kept_is_the_last_or_the_best_on_validation_tasks(
+    keep: str, accuracy: float, model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    made = tuner(folder, model, keep=keep, eval_every=1, cls=Restless)
+    summary = made.train()
+    assert summary["eval"]["after"]["accuracy"] == pytest.approx(accuracy)
+    values = folder / "checkpoints" / "step-000004" / "values" / "values.json"
+    kept = json.loads(values.read_text(encoding="utf-8"))["solver.prompt"]
+    assert kept == {"last": "say 2", "best": "say 3"}[keep]
+    again = tuner(folder, model, keep=keep, eval_every=1, cls=Restless, resume=True).train()
+    assert again["eval"] == summary["eval"] and again["state"] == summary["state"]
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"values": {"solver.promt": "x"}}, "values.solver.promt: no such param; did you mean"),
+        ({"values": {"solver.prompt": 3}}, "values.solver.prompt: expected a text, got 3"),
+        ({"values": {"solver.policy": "nobody"}}, "values.solver.policy: no policy 'nobody'"),
+        ({"helpers": {"solver": {}}}, "helpers.solver: the team has an agent"),
+        ({"helpers": {"writer": {"modell": "x"}}}, "helpers.writer.modell: unknown field"),
+        ({"helpers": {}}, "helpers.writer: missing"),
+        ({"budget": {"token": 3}}, "budget.token"),
+        ({"budget": {"tokens": 0}}, "budget.tokens"),
+        ({"budget": {"cost": 1}}, "budget.cost: no policy has a price"),
+        ({"keep": "best"}, "keep: best is chosen on validation tasks"),
+        ({"num_val_tasks": 8}, "num_val_tasks: 8 of 8 training tasks leave none"),
+        ({"policies": {"sovler": {}}}, "policies.sovler: no agent speaks with it"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line(
+    settings: dict[str, Any], words: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingError) as refused:
+        tuner(tmp_path / "run", model, **settings).train()
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_proposed_value_that_no_param_takes_loses_nothing(model: Path, tmp_path: Path) -> None:
+    class Wrong(Tuner):
+        def step(self, step: int) -> StepResult:
+            result = super().step(step)
+            bad = self.run.state.with_values({"solver.demos": "no list"})
+            return result if step == 1 else StepResult(result.metrics, state=bad)
+
+    folder = tmp_path / "run"
+    with pytest.raises(RunError, match=r"step 2: the proposed state cannot be: .*solver\.demos"):
+        tuner(folder, model, cls=Wrong).train()
+    assert (folder / "checkpoints" / "step-000001" / "manifest.json").is_file()
+
+
+def test_a_checkpoint_whose_values_name_an_agent_that_is_gone(model: Path, tmp_path: Path) -> None:
+    tuner(tmp_path / "run", model, max_steps=1).train()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
+    with pytest.raises(SettingError, match=r"values\.solver\.prompt: no such param"):
+        tuner(tmp_path / "other", model, init=str(checkpoint), system=Chain(["other"]), policies={})

@@ -34,7 +34,8 @@ from ...credit.leakage import answer_spellings, contains_answer, saw_answer
 from ...credit.weights import team_rewards
 
 CORRECTION = "mend"  # the kind of derived episodes; a part of their ids
-VERDICT = "correction"  # the operation of a talk that says whose turn it is about, and what is wrong
+# the operation of a talk that says whose turn it is about, and what is wrong with the new text
+VERDICT = "correction"
 TRACES = (
     "feedback",
     "corrected",
