@@ -5,8 +5,9 @@ GPTSwarm (Zhuge et al., "Language Agents as Optimizable Graphs", arXiv 2402.1682
 episode's graph are drawn one after the other, an edge that would close a cycle is not drawn, and an
 agent is shown the task and what its predecessors answered. Not copied from there: the draws have by
 default another order in each episode (with one order for all, a->b is taken twice as often as
-b->a); a tie of the vote follows the episode's seed; an agent whose answer reaches nobody is not
-asked; an agent that fails ends the episode, and is not a missing input.
+b->a); no graph is without an edge to the output; a tie of the vote follows the episode's seed; an
+agent whose answer reaches nobody is not asked; an agent that fails ends the episode, and is not a
+missing input.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Edge = tuple[str, str]  # (source, target): the target is shown what the source 
 @dataclass
 class Swarm(System):
     """Each agent is a node; the node `output` makes the team's output of the answers that lead to
-    it, "" where none does.
+    it.
 
     Possible edges are every ordered pair of agents, and each agent to `output`: N^2 of N agents.
     They are the decisions `SOURCE->TARGET`, `on` or `off`, with the logits `values["edges"][EDGE]`
@@ -138,22 +139,34 @@ class Swarm(System):
         return Output(majority(answers, team.rng), answers)
 
     def decide(self, team: Team) -> list[Edge]:
-        """The edges of an episode's graph, which has no cycle: the fixed ones, then those decided
-        to be on. An edge that would close a cycle is skipped: no decision is recorded."""
+        """The edges of an episode's graph: the fixed ones, then those decided to be on.
+
+        Where there is no choice no decision is recorded: an edge that would close a cycle is left
+        out, and the last one to the output is taken if no other leads there.
+        """
         edges = [fixed_edge(name) for name in self.fixed]
-        for edge in self._in_order(team):
+        order = self._in_order(team)
+        last = next((edge for edge in reversed(order) if edge[1] == OUTPUT), None)
+        for edge in order:
             if closes_cycle(edge, edges):
                 continue
-            if team.decide(edge_name(edge), (ON, OFF), table=TABLE) == ON:
+            alone = edge == last and all(target != OUTPUT for _, target in edges)
+            if alone or team.decide(edge_name(edge), (ON, OFF), table=TABLE) == ON:
                 edges.append(edge)
         return edges
 
     def _in_order(self, team: Team) -> list[Edge]:
+        """The possible edges in the order of an episode's decisions. Of a greedy team the likeliest
+        edge to the output comes last, since it is the one to stay."""
         edges = [*self.possible_edges]
-        if self.order == "random" and team.greedy:
+        if team.greedy:
             table = team.values.get(TABLE) or {}
-            logits = {edge: table.get(edge_name(edge)) or {} for edge in edges}
-            edges.sort(key=lambda edge: logits[edge].get(OFF, 0.0) - logits[edge].get(ON, 0.0))
+            rows = {edge: table.get(edge_name(edge)) or {} for edge in edges}
+            logit = {edge: row.get(ON, 0.0) - row.get(OFF, 0.0) for edge, row in rows.items()}
+            pairs = [edge for edge in edges if edge[1] != OUTPUT]
+            if self.order == "random":
+                pairs.sort(key=lambda edge: -logit[edge])
+            edges = pairs + sorted((e for e in edges if e[1] == OUTPUT), key=logit.__getitem__)
         elif self.order == "random":
             team.rng.shuffle(edges)
         return edges

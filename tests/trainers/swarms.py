@@ -4,12 +4,16 @@ same wrong answer (the offline variant of GPTSwarm's method sheet)."""
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 from marlora.agents.patterns.swarm import Swarm
 from marlora.agents.seeds import derive_seed
 from marlora.agents.types import AgentSpec, Sampling, Task
 from marlora.rollouts.engines.base import ModelRef
+from marlora.rollouts.engines.scripted import ScriptedEngine
+from marlora.rollouts.types import Episode
+from marlora.trainers.methods.policy_gradient.gptswarm import GPTSwarmConfig, GPTSwarmTrainer
 
 TRUTHFUL, ADVERSARIES = ("t1", "t2", "t3"), ("a1", "a2", "a3")
 OPTIONS = "ABCD"
@@ -51,3 +55,29 @@ def scripted(prompt: str, ref: ModelRef, sampling: Sampling, k: int) -> str:
     item = prompt.split("<|user|>")[-1].split("<|end|>")[0]
     role = prompt.split("<|system|>")[-1].split("<|end|>")[0]
     return stub(role, item, sampling.seed or 0)
+
+
+def chance(task: Task, episode: Episode) -> float:
+    """A reward that has nothing to do with the episode."""
+    return float(derive_seed("chance", episode.id) % 2)
+
+
+def trainer(folder: Path, model: Path, **changes: Any) -> GPTSwarmTrainer:
+    """A run on the scripted engine; of the model only the tokenizer is read."""
+    settings: dict[str, Any] = dict(
+        output_dir=str(folder),
+        model=str(model),
+        max_steps=30,
+        tasks_per_step=16,
+        num_eval_tasks=60,
+        max_concurrency=256,
+        save_every=100,
+    )
+    return GPTSwarmTrainer(
+        system=swarm(),
+        tasks=choice_tasks(),
+        eval_tasks=choice_tasks("eval"),
+        rewards=["exact", chance] if "reward_weights" in changes else ["exact"],
+        engine=ScriptedEngine(scripted),
+        args=GPTSwarmConfig(**{**settings, **changes}),
+    )
