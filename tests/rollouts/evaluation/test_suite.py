@@ -13,10 +13,19 @@ import pytest
 
 from marlora.agents.patterns.debate import Debate
 from marlora.agents.patterns.vote import Vote
-from marlora.agents.state import TeamState
+from marlora.agents.state import TeamState, outside_models
 from marlora.agents.system import System
 from marlora.agents.team import Team
-from marlora.agents.types import AgentSpec, Message, Reward, SettingError, Task, Turn, Usage
+from marlora.agents.types import (
+    AgentSpec,
+    Message,
+    PolicySpec,
+    Reward,
+    SettingError,
+    Task,
+    Turn,
+    Usage,
+)
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import EpisodeRunner
@@ -143,6 +152,29 @@ def test_the_key_is_what_the_answers_depend_on(what: str) -> None:
     assert dataclasses.replace(one, sha256={"a": "f00"}).key(0, True) == one.key(0, True), (
         "an adapter that is off"
     )
+
+
+def test_outside_models_share_a_key_only_if_address_and_model_are_the_same() -> None:
+    """Whether the agent's spec or a value names the policy."""
+
+    def key(policy: str = "judge", **model: str) -> str:
+        spec = PolicySpec(policy, **{"url": "http://one/v1", "base": "small", **model})
+        state = TeamState(values={"a.policy": policy}, outside=outside_models({policy: spec}))
+        vote = rollouts(scripted(), Vote([AgentSpec("a", policy=policy), "b"]))
+        by_spec = variant(scripted(), rollouts=vote, state=dataclasses.replace(state, values={}))
+        keys.append(by_spec.key(0, True))
+        return variant(scripted(), state=state).key(0, True)
+
+    keys: list[str] = []
+    models: list[dict[str, str]] = [
+        {},
+        {"base": "large"},
+        {"url": "http://two/v1"},
+        {"url": "http://two/v1", "base": "large"},
+    ]
+    assert len({key(**model) for model in models}) == len(set(keys)) == 4
+    assert key(key_env="HOME") == key() and keys[-1] == keys[-2] == keys[0]
+    assert variant(scripted()).key(0, True) not in keys
 
 
 def test_variants_that_are_the_same_are_one() -> None:
