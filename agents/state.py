@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -87,7 +88,7 @@ class Param:
             `logits` (a logit per option, or such mappings by decision).
         agent: whose it is; "" is the system's.
         role: one line for people and for models that propose a value.
-        options: of a choice or of logits; empty where any name is possible.
+        options: of a choice, or the names that logits are by; empty where any name is possible.
         legal: says why a value is refused, None if it is not.
     """
 
@@ -110,8 +111,9 @@ def _text(param: Param, value: Any) -> str | None:
 
 
 def _number(param: Param, value: Any) -> str | None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return None if number and value == value else f"expected a number, got {value!r:.60}"
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    number = whole or (isinstance(value, float) and math.isfinite(value))
+    return None if number else f"expected a number, got {value!r:.60}"
 
 
 def _choice(param: Param, value: Any) -> str | None:
@@ -138,8 +140,10 @@ def _logits(param: Param, value: Any) -> str | None:
     if not isinstance(value, Mapping):
         return f"expected logits by option, got {value!r:.60}"
     for name, each in value.items():
+        if param.options and name not in param.options:
+            return f"no logits of {name!r:.60}; {nearest(str(name), param.options)}"
         if isinstance(each, Mapping):
-            fault = _logits(param, each)
+            fault = _logits(dataclasses.replace(param, options=()), each)
         else:
             fault = _number(param, each)
         if fault:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
 
+from marlora.agents.chat import Services
 from marlora.agents.concurrency import gather
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.patterns.debate import Debate
 from marlora.agents.seeds import derive_seed
 from marlora.agents.system import System
-from marlora.agents.testing import fake_team
-from marlora.agents.transcript import LimitError
-from marlora.agents.types import AgentSpec, SettingError, Task
+from marlora.agents.team import Team
+from marlora.agents.testing import Fake, fake_team
+from marlora.agents.transcript import LimitError, Transcript
+from marlora.agents.types import AgentSpec, Decision, SettingError, Task
 from tests.agents.teams import run, slow_team
 
 DEBATE = Debate(["a", "b", "c"], rounds=2)
@@ -113,6 +116,71 @@ def test_two_agents_may_share_a_policy() -> None:
         ("b", "p", "b"),
     ]
     assert len(team) == 2 and [agent.name for agent in team] == ["a", "b"]
+
+
+def test_values_name_the_policy_that_an_agent_speaks_with() -> None:
+    specs = [AgentSpec("a"), AgentSpec("b", policy="p"), AgentSpec("c", policy="q")]
+    values = {"a.policy": "base", "b.policy": "a", "c.policy": ""}
+    team = fake_team(specs, lambda agent, messages: agent, values)
+
+    async def play() -> None:
+        for agent in team:
+            await agent.reply("x")
+            await agent.fresh().reply("y")
+        await team["b"].take_over(team["a"]).reply("z")
+
+    run(play)
+    spoke = [(turn.agent, turn.policy) for turn in team.turns]
+    assert spoke == [("a", "base")] * 2 + [("b", "a")] * 2 + [("c", "q")] * 2 + [("b", "a")]
+    assert [spec.policy for spec in specs] == ["a", "p", "q"], "specs stay as they are"
+
+
+# --- decisions
+
+
+def test_logits_are_those_given_else_of_a_table_else_of_the_values() -> None:
+    """Each source prefers another option by e^60."""
+    options = ["x", "y", "z", "first"]
+    values = {"edge": {"x": 60.0}, "edges": {"edge": {"y": 60.0}}, "empty": {}}
+    team = fake_team(["a"], lambda agent, messages: "", values)
+    assert team.decide("edge", options) == "x"
+    assert team.decide("edge", options, table="edges") == "y"
+    assert team.decide("edge", options, logits={"z": 60.0}) == "z"
+    assert team.decide("edge", options, logits={"z": 60.0}, table="edges") == "z"
+    assert [decision.index for decision in team.decisions] == [0, 1, 2, 3]
+    for unset in ({"table": "empty"}, {"table": "nowhere"}, {"logits": {}}):
+        team.decide("edge", options, **unset)
+        assert team.decisions[-1].logprob == pytest.approx(-math.log(4)), unset
+
+
+def test_a_greedy_team_takes_the_likeliest_of_each_source() -> None:
+    spec = [AgentSpec("a")]
+    for seed in range(10):
+        team = Team(
+            spec,
+            Services(Fake(lambda agent, messages: "")),
+            Transcript(seed),
+            {"edge": {"y": 0.01}, "edges": {"edge": {"x": 0.01}}},
+            greedy=True,
+        )
+        found = [
+            team.decide("edge", ["x", "y"]),
+            team.decide("edge", ["y", "x"], table="edges"),
+            team.decide("edge", ["x", "y"], logits={"x": -0.01}),
+            team.decide("free", ["x", "y"]),
+        ]
+        assert found == ["y", "x", "y", "x"]
+
+
+def test_a_decision_says_what_it_was_made_for() -> None:
+    team = fake_team(["a"], lambda agent, messages: "")
+    team.decide("model", ["x"], "what is 2+2?")
+    team.decide("model", ["x"])
+    assert [decision.about for decision in team.decisions] == ["what is 2+2?", ""]
+    assert team.decisions[0] == Decision(0, "model", ("x",), "x", 0.0, "what is 2+2?")
+
+
+# --- gold, children
 
 
 def test_gold_is_marked() -> None:

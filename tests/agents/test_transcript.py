@@ -13,7 +13,7 @@ import pytest
 from marlora.agents.patterns.debate import Debate
 from marlora.agents.team import Team
 from marlora.agents.testing import fake_team
-from marlora.agents.transcript import Call, LimitError, ReplayError, Transcript
+from marlora.agents.transcript import Call, LimitError, Operation, ReplayError, Transcript
 from marlora.agents.types import (
     AgentSpec,
     Completion,
@@ -132,6 +132,73 @@ def test_decisions_are_replayed() -> None:
         team.decide("model", ["yes", "no"])
     with pytest.raises(SettingError, match="at least one option"):
         fake_team(["a"], lambda agent, messages: "").decide("edge", [])
+
+
+def test_a_greedy_team_takes_the_likeliest_and_the_first_of_several() -> None:
+    logits = {"x": 0.0, "y": math.log(3.0), "z": math.log(3.0)}
+    for seed in range(20):
+        transcript = Transcript(seed)
+        assert transcript.decide("model", ["x", "y", "z"], logits, greedy=True) == "y"
+        assert transcript.decide("model", ["z", "x", "y"], logits, greedy=True) == "z"
+        assert transcript.decide("free", ["w", "v"], {}, greedy=True) == "w"
+        logprobs = [decision.logprob for decision in transcript.decisions]
+        # as if they had been drawn: 3 of 1 + 3 + 3, and 1 of 2
+        assert logprobs == pytest.approx([math.log(3 / 7), math.log(3 / 7), math.log(1 / 2)])
+
+
+def test_a_recorded_decision_is_taken_again_in_a_greedy_team_too() -> None:
+    recorded = [Decision(0, "edge", ("yes", "no"), "no", -2.0, "of another query")]
+    transcript = Transcript(decisions=recorded)
+    assert transcript.decide("edge", ["yes", "no"], {"yes": 2.0}, greedy=True) == "no"
+    assert transcript.decisions[0].logprob == pytest.approx(-math.log(1 + math.exp(2.0)))
+    assert transcript.decisions[0].about == ""
+
+
+# --- operations
+
+
+def test_turns_and_operations_are_numbered_together_and_may_read_one_another() -> None:
+    async def play() -> None:
+        drafts = [await team[name].reply("draft") for name in "ab"]
+        joined = team.record("join", " ".join(map(str, drafts)), reads=drafts)
+        checked = team.record("check", "", reads=[joined, drafts[0]], error="no number in it")
+        last = await team["c"].reply(f"{joined} {checked}", reads=[joined, checked])
+        team.record("strip", str(last), reads=[last])
+
+    team, _ = slow_team("abc", [0] * 6)
+    run(play)
+    assert [(turn.index, turn.agent, turn.reads) for turn in team.turns] == [
+        (0, "a", ()),
+        (1, "b", ()),
+        (4, "c", (2, 3)),
+    ]
+    assert team.operations == [
+        Operation(2, "join", (0, 1), "0.0 1.0"),
+        Operation(3, "check", (0, 2), "", "no number in it"),
+        Operation(5, "strip", (4,), "4.0"),
+    ]
+    assert "0.0 1.0" in team.turns[2].messages[-1].content
+
+
+def test_operations_take_their_places_in_a_replay() -> None:
+    async def play(team: Team) -> str:
+        first = await team["a"].reply("x")
+        half = team.record("half", str(first)[:1], reads=[first])
+        return str(await team["b"].reply(str(half), reads=[half]))
+
+    team, _ = slow_team("ab", [0, 0, 0])
+    output = run(lambda: play(team))
+    stored = [from_json(Turn, json.loads(json.dumps(to_json(turn)))) for turn in team.turns]
+    again, calls = slow_team("ab", [0, 0, 0], given=stored)
+    assert run(lambda: play(again)) == output and calls == []
+    assert (again.turns, again.operations) == (team.turns, team.operations)
+
+
+def test_operations_count_towards_max_turns() -> None:
+    transcript = Transcript(max_turns=1)
+    transcript.note("one", "x")
+    with pytest.raises(LimitError, match="asked for turn 1; max_turns is 1"):
+        transcript.note("two", "y")
 
 
 # --- alone, without a team

@@ -294,7 +294,7 @@ def test_the_logits_of_edges_are_a_param() -> None:
     assert "a.prompt" in params
     check_values(system.params(), {"edges": {"b->a": {"on": 0.5, "off": 0}}})
     for value, problem in (
-        ({"a->b": {"on": 0.5}}, "no edge 'a->b'; did you mean"),
+        ({"a->b": {"on": 0.5}}, "no logits of 'a->b'; did you mean"),
         ({"a->output": {"maybe": 0.5}}, "a->output: expected logits of 'on' and 'off', got"),
         ({"a->output": 0.5}, "a->output: expected logits of 'on' and 'off', got 0.5"),
         ({"a->output": {"on": "much"}}, "expected a number"),
