@@ -13,10 +13,11 @@ from typing import Any
 
 from marlora.agents.types import SettingError
 from marlora.recipes.cli.team import add_model, locate, say
+from marlora.recipes.launch.tables import spent_lines
 from marlora.rollouts.renderer import load_tokenizer
 from marlora.rollouts.report.episode_index import MAX_EPISODES, Pieces
 from marlora.rollouts.report.live import LiveReport
-from marlora.rollouts.report.report import write_report
+from marlora.rollouts.report.report import read_runs, write_report
 from marlora.trainers.model.local_models import SHORT
 
 
@@ -54,14 +55,18 @@ def cmd_report(args: argparse.Namespace) -> None:
     if args.follow:
         asyncio.run(serve(LiveReport(folders, pieces, args.max_episodes), args.port))
         return
-    print(
-        write_report(
-            *folders,
-            output=Path(args.output) if args.output else None,
-            pieces=pieces,
-            max_episodes=args.max_episodes,
-        )
+    runs = read_runs(folders)
+    page = write_report(
+        *folders,
+        output=Path(args.output) if args.output else None,
+        pieces=pieces,
+        max_episodes=args.max_episodes,
+        runs=runs,
     )
+    for run in runs:
+        for part in spent_lines(run.summary):
+            print(part if len(runs) == 1 else f"{run.name}: {part}")
+    print(page)
 
 
 async def serve(follow: LiveReport, port: int) -> None:

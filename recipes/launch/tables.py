@@ -16,6 +16,7 @@ from rich.table import Table
 from marlora.rollouts.report.sections import (
     ReportSection,
     accuracy_section,
+    ledger_sections,
     sections_of,
     table_section,
 )
@@ -82,8 +83,8 @@ def summary_table(
     flags: Sequence[str] = (),
     play_flags: Sequence[str] = (),
 ) -> str:
-    """What a run did, from its `summary.json`: accuracy, the method's own sections, adapters, time
-    and live proof; and the commands to go on with.
+    """What a run did, from its `summary.json`: accuracy, the method's own sections, adapters, what
+    was spent, why it ended early, time and live proof; and the commands to go on with.
 
     `flags`: words that those commands need to open the checkpoint; `play_flags`: more of them for
     `marlora play`.
@@ -104,6 +105,8 @@ def summary_table(
         [
             *finding,
             *map(section_text, sections),
+            *spent_lines(summary),
+            *([f"the run ended early: {summary['done']}"] if summary.get("done") else []),
             _resources(summary),
             *_live_proof(summary["live_proof"]),
             "next:",
@@ -112,6 +115,11 @@ def summary_table(
             f"  {play:{width}}  # talk to the team",
         ]
     )
+
+
+def spent_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Tables of what was spent on what, with the budget; none for a run that kept no ledger."""
+    return [section_text(section) for section in ledger_sections(summary)]
 
 
 def _adapters(policies: Mapping[str, Mapping[str, Any]]) -> ReportSection:

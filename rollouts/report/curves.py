@@ -122,6 +122,32 @@ def _other_curves(run: RunData, keys: Sequence[str], colour: Mapping[str, str]) 
     return drawn + [chart(title, "", {"": Line(line)}, NO_POLICY) for title, line in others.items()]
 
 
+def budget_curves(run: RunData) -> str:
+    """What learning had spent after each step, of each thing that has a limit, or else of tokens;
+    "" for a run that kept no ledger."""
+    limits = (run.summary.get("budget") or {}).get("limit") or {}
+    spent = [(row["step"], row.get("budget") or {}) for row in run.metrics]
+    drawn = []
+    for name in ("tokens", "calls", "cost"):
+        line = [(s, float(b[name])) for s, b in spent if is_number(b.get(name))]
+        limit = limits.get(name)
+        if not line or not (limit or name == "tokens" or (name == "cost" and line[-1][1])):
+            continue
+        lines = {"spent": Line([(0, 0.0), *line])}
+        if limit:
+            lines["limit"] = Line([(0, float(limit)), (line[-1][0], float(limit))])
+        drawn.append(
+            chart(
+                f"{name} spent",
+                "on learning, running total",
+                lines,
+                {"spent": "c0", "limit": "c4"},
+                own_legend=bool(limit),
+            )
+        )
+    return "".join(drawn)
+
+
 def banded(points: Sequence[PointWithInterval]) -> Line:
     """A line of means with their intervals as a band."""
     return Line(

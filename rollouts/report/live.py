@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..episodes.store import Store
 from .episode_index import MAX_EPISODES, EpisodeIndex, Pieces, read_learned
-from .report import build
+from .report import build, read_runs
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -29,6 +29,7 @@ WATCHED = (
     "proofs.json",
     "warnings.log",
     "learned.jsonl",
+    "evaluations.json",
 )
 HEADERS = {
     "Cache-Control": "no-store",
@@ -56,7 +57,9 @@ class LiveReport:
     def version(self) -> str:
         """Changes whenever a run has written something."""
         files = [run / name for run in self.folders for name in WATCHED]
-        files += [path for run in self.folders for path in Store(run / "episodes").files()]
+        for run in self.folders:
+            files += Store(run / "episodes").files()
+            files += sorted(run.glob("checkpoints/step-*/system.json"))
         return " ".join(
             f"{s.st_size}.{s.st_mtime_ns}"
             for s in (path.stat() for path in files if path.is_file())
@@ -99,13 +102,14 @@ class LiveReport:
         async with self._building:
             now = self.version()
             if self._page[0] != now:
-                page, _ = await asyncio.to_thread(
-                    build, self.folders, self.pieces, self.max_episodes, True
-                )
-                self._page = (now, page)
+                self._page = (now, await asyncio.to_thread(self._built))
         return web.Response(
             body=self._page[1].encode(errors="replace"), content_type="text/html", charset="utf-8"
         )
+
+    def _built(self) -> str:
+        page, _ = build(read_runs(self.folders), self.pieces, self.max_episodes, True)
+        return page
 
     async def tell_version(self, request: web.Request) -> web.Response:
         from aiohttp import web

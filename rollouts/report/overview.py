@@ -63,6 +63,8 @@ def problems(run: RunData) -> list[str]:
         path = run.folder / "warnings.log"
         kept = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         found += [line for line in kept.splitlines() if line.startswith(ENDED)][-1:]
+    if stopped := (run.summary.get("budget") or {}).get("stopped"):
+        found.append(f"The budget ended the run: {stopped}")
     finding = run.summary.get("finding") or learnt_nothing(run.metrics, run.config)
     return [*found, finding] if finding else found
 

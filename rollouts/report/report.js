@@ -136,7 +136,7 @@ function said(turn, how) {
 
 function readers(reads, speakers) {
   // the agents of the turns, and the names of the operations, that were read
-  const read = reads.map((i) => (speakers.has(i) ? `${speakers.get(i)} (turn ${i})` : `turn ${i}`));
+  const read = reads.map((i) => speakers.get(i) || `turn ${i}`);
   return reads.length ? [el("p", "reads", "read " + read.join(", "))] : [];
 }
 
@@ -172,7 +172,7 @@ function card(turn, speakers, how, colour) {
 function lanes({ turns, operations }, how) {
   const agents = [...new Set(turns.map((t) => t.agent))], grid = el("div", "lanes n" + Math.min(agents.length, 6));
   agents.slice(0, 6).forEach((a, n) => grid.append(el("div", "lane c" + (n % 6), S[a])));
-  const speakers = new Map([...turns.map((t) => [t.i, S[t.agent]]), ...operations.map((o) => [o[0], S[o[2]]])]);
+  const speakers = new Map([...turns.map((t) => [t.i, `${S[t.agent]} (turn ${t.i})`]), ...operations.map((o) => [o[0], `${S[o[2]]} (operation ${o[0]})`])]);
   const calls = [...new Set([...turns.map((t) => t.i), ...operations.map((o) => o[0])])].sort((a, b) => a - b);
   const rows = new Map(), ends = new Map(); // a turn stands below what it read and below its agent's last one
   let above = 1, last = 1; // the row of the last operation, which has all of its row, and of anything

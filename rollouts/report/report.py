@@ -13,13 +13,14 @@ from pathlib import Path
 from ...agents.types import SettingError
 from ..files import write_text
 from .comparison import comparison
-from .curves import curves
+from .curves import budget_curves, curves
 from .episode_index import MAX_EPISODES, EpisodeIndex, Pieces
 from .html import page, section, text
 from .overview import facts, verdict
 from .run_data import RunData, read_json
-from .sections import KEY, sections_of
-from .tables import adapters, any_value, last_step, proofs, report_section, warnings
+from .sections import KEY, ledger_sections, sections_of
+from .tables import adapters, any_value, last_step, proofs, section_body, warnings
+from .values.value_sections import value_sections
 
 PLACED_KEYS = (
     "recipe",
@@ -37,7 +38,20 @@ PLACED_KEYS = (
     KEY,
     "finding",
     "unfinished",
+    "measured",  # heads the accuracies
+    "done",  # among the facts
+    "state",  # its values have sections
+    "ledger",
+    "ledger_by_policy",
+    "budget",
 )  # keys of summary.json that have a place of their own; every other one is shown as it is
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunData]:
+    """What the folders of these runs hold. Raises `SettingError` if one holds no run."""
+    return [
+        RunData.read(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)
+    ]
 
 
 def write_report(
@@ -45,28 +59,27 @@ def write_report(
     output: Path | None = None,
     pieces: Pieces | None = None,
     max_episodes: int = MAX_EPISODES,
+    runs: Sequence[RunData] | None = None,
 ) -> Path:
     """Write the report of these runs and return its path: `output`, or `report.html` in the first
-    one's folder.
+    one's folder. `runs`: what the folders hold, if it was read already.
 
     `pieces` gives the text of each token, so that tokens can be coloured; without it a reply is
     shown as one text. Raises `SettingError` if a folder holds no run.
     """
     path = output or folders[0] / "report.html"
-    write_text(path, build(folders, pieces, max_episodes)[0], errors="replace")
+    runs = read_runs(folders) if runs is None else runs
+    write_text(path, build(runs, pieces, max_episodes)[0], errors="replace")
     return path
 
 
 def build(
-    folders: Sequence[Path],
+    runs: Sequence[RunData],
     pieces: Pieces | None = None,
     max_episodes: int = MAX_EPISODES,
     follow: bool = False,
 ) -> tuple[str, EpisodeIndex]:
     """The page as text, and the data of its episode browser."""
-    runs = [
-        RunData.read(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)
-    ]
     index = EpisodeIndex(pieces or (lambda policy, ids: None))
     for run in runs:
         index.add(run.folder, run.name, run.episodes, max_episodes // len(runs))
@@ -87,7 +100,14 @@ def links(runs: Sequence[RunData], parts: Sequence[str]) -> list[tuple[str, str]
     targets = (
         [("compare", "Runs"), *((f"run-{n}", text(r.name)) for n, r in enumerate(runs))]
         if len(runs) > 1
-        else [("accuracy-0", "Accuracy"), ("curves-0", "Curves"), ("adapters-0", "Adapters")]
+        else [
+            ("accuracy-0", "Accuracy"),
+            ("curves-0", "Curves"),
+            ("values-0", "Values"),
+            ("candidates-0", "Candidates"),
+            ("spent-0", "Spent"),
+            ("adapters-0", "Adapters"),
+        ]
     )
     present = [
         (name, label) for name, label in targets if any(f'id="{name}"' in part for part in parts)
@@ -114,7 +134,9 @@ def parts_of(run: RunData, n: int) -> list[str]:
             f" <small>{text(run.name)}</small></h1>{verdict(run, n)}{facts(run)}</header>"
         ),
         *curves(run, n),
-        *map(report_section, sections_of(run.summary)),
+        *(section(text(each.title), section_body(each)) for each in sections_of(run.summary)),
+        *value_sections(run, n),
+        section("What was spent", spending(run), name=f"spent-{n}"),
         *last_step(run.metrics),
         section("Adapters", adapters(run.policies), name=f"adapters-{n}"),
         section("Scalar heads", adapters(run.summary.get("heads") or {}, "head")),
@@ -131,6 +153,16 @@ def parts_of(run: RunData, n: int) -> list[str]:
         ),
         section("Warnings", warnings(run.folder, run.metrics)),
     ]
+
+
+def spending(run: RunData) -> str:
+    """Tables of what the run has spent, and its curve; "" for one that kept no ledger."""
+    tables = "".join(
+        (f"<h3>{text(each.title)}</h3>" * (number > 0)) + section_body(each)
+        for number, each in enumerate(ledger_sections(run.summary))
+    )
+    charts = budget_curves(run)
+    return tables + (f'<div class="grid top">{charts}</div>' if charts else "")
 
 
 BROWSER = """

@@ -89,6 +89,57 @@ def signed_interval(ends: Sequence[float]) -> str:
     return f"{ends[0]:+.3f} .. {ends[1]:+.3f}"
 
 
+LEDGER_COLUMNS = ("calls", "prompt tokens", "sampled tokens", "cached tokens", "seconds")
+
+
+def ledger_sections(summary: Mapping[str, Any]) -> list[ReportSection]:
+    """What a run has spent on what: by kind of episode and agent, and by policy where the two
+    differ, with the budget below. None for a run of marlora 0.1, which kept no ledger."""
+    ledger, by_policy = summary.get("ledger") or {}, summary.get("ledger_by_policy") or {}
+    if not ledger:
+        return []
+    sections = [_ledger_section("What was spent", "agent", ledger, budget_text(summary))]
+    names = {kind: set(rows) for kind, rows in ledger.items()}
+    if by_policy and {kind: set(rows) for kind, rows in by_policy.items()} != names:
+        sections.append(_ledger_section("What was spent, by policy", "policy", by_policy, ""))
+    return sections
+
+
+def _ledger_section(
+    title: str, what: str, ledger: Mapping[str, Mapping[str, Mapping[str, Any]]], text: str
+) -> ReportSection:
+    """A row for each kind and agent, and the sum of every kind with several agents."""
+    priced = any(row["cost"] for rows in ledger.values() for row in rows.values())
+    rows = []
+    for kind, own in ledger.items():
+        rows += [[kind, name or "(none)", *_amounts(row, priced)] for name, row in own.items()]
+        if len(own) > 1:
+            total = {key: sum(row[key] for row in own.values()) for key in next(iter(own.values()))}
+            rows.append([kind, "all", *_amounts(total, priced)])
+    columns = ("kind", what, *LEDGER_COLUMNS, *(["cost"] if priced else []))
+    return table_section(title, columns, rows, text)
+
+
+def _amounts(row: Mapping[str, Any], priced: bool) -> list[str]:
+    counts = [f"{row[name.replace(' ', '_')]:,.0f}" for name in LEDGER_COLUMNS]
+    return [*counts, f"{row['cost']:.4f}"] if priced else counts
+
+
+def budget_text(summary: Mapping[str, Any]) -> str:
+    """What learning has cost (all kinds but `eval`), of how much, and whether the budget ended the
+    run; "" where nothing is known."""
+    budget = summary.get("budget") or {}
+    spent, limit = budget.get("spent") or {}, budget.get("limit") or {}
+    parts = [
+        f"{spent[name]:,.12g}" + (f" of {limit[name]:,.12g}" if limit.get(name) else "") + unit
+        for name, unit in (("tokens", " tokens"), ("calls", " calls"), ("cost", " of cost"))
+        if name in spent and (spent[name] or limit.get(name))
+    ]
+    said = f"Learning, all but evaluation, has spent {', '.join(parts)}." if parts else ""
+    stopped = f" The budget ended the run: {budget['stopped']}" if budget.get("stopped") else ""
+    return (said + stopped).strip()
+
+
 def table_section(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text: str = ""
 ) -> ReportSection:

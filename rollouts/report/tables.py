@@ -13,7 +13,7 @@ from .sections import ReportSection
 
 MAX_PROOFS = 24
 # mappings in a row of metrics.jsonl that stand elsewhere on the page
-METRIC_KEYS_ELSEWHERE = {"policies", "proof", "seconds", "dropped"}
+METRIC_KEYS_ELSEWHERE = {"policies", "proof", "seconds", "dropped", "budget"}
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
@@ -142,13 +142,12 @@ def _status(record: Mapping[str, Any]) -> str:
 # what methods add
 
 
-def report_section(content: ReportSection) -> str:
-    """A section that a training method added to the run's result."""
+def section_body(content: ReportSection) -> str:
+    """The table and the paragraph of a section, such as one that a training method added to the
+    run's result."""
     rows = [list(map(text, row)) for row in content.rows]
     body = table(list(map(text, content.columns)), rows) if content.columns else ""
-    return section(
-        text(content.title), body + (f"<p>{text(content.text)}</p>" * bool(content.text))
-    )
+    return body + (f"<p>{text(content.text)}</p>" * bool(content.text))
 
 
 def last_step(rows: Sequence[Mapping[str, Any]]) -> list[str]:

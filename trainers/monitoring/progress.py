@@ -130,6 +130,9 @@ class Progress:
                 f"{policy}: loss {stats['loss']:+.4f}{kl} grad {stats['grad_norm']:.2f}{value}"
             )
         parts.append(f"{row.get('tokens_per_s', 0):.0f} tok/s")
+        if (spent := row.get("budget")) and spent.get("tokens"):
+            money = f" ({spent['cost']:.4g} of cost)" if spent.get("cost") else ""
+            parts.append(f"{spent['tokens']:,} tokens spent{money}")
         proof = row.get("proof") or {}
         if proof:
             parts.append(
