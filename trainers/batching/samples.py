@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,6 +143,7 @@ def samples(
     *,
     ratios: bool = True,
     keep_zeros: bool = False,
+    learning: Collection[str] = (),
 ) -> tuple[list[TrainingSequence], Counter[tuple[str, str]]]:
     """Token sequences of all turns that are trained, and counts by (agent, reason) of those that
     were asked for but dropped.
@@ -153,7 +154,7 @@ def samples(
         keep_zeros: train turns of advantage 0 too, for losses with a term that has no advantage.
         policy_of: agent -> policy that learns; agents that are missing (frozen, outside models)
             give no sample. For ratios the policy that sampled a turn is the one it trains, as far
-            as it is among these.
+            as it is among these or those that are `learning`, though no agent speaks as them now.
         ratios: True for policy gradients, which need the probability every token was drawn with:
             written turns, turns sampled off the softmax (top_p, T = 0, ...) or without log-probs
             are dropped. False for SFT and preferences, which score at T = 1.
@@ -163,11 +164,11 @@ def samples(
     """
     sequences: list[TrainingSequence] = []
     dropped: Counter[tuple[str, str]] = Counter()
-    learning = set(policy_of.values()) if ratios else set()
+    spoken = {*policy_of.values(), *learning} if ratios else set()
     for episode in episodes:
         open_by_agent: dict[str, list[_Segment]] = {}
         for turn in episode.turns:
-            policy = turn.policy if turn.policy in learning else policy_of.get(turn.agent)
+            policy = turn.policy if turn.policy in spoken else policy_of.get(turn.agent)
             if policy is None:
                 continue
             key = (episode.id, turn.index, turn.sibling)
@@ -194,14 +195,18 @@ def samples(
 
 
 def _place(segments: list[_Segment], turn: Turn, policy: str, episode: str) -> _Segment:
-    """The segment that this turn's reply goes into, with its prompt as context: the longest that it
-    extends, else a new one (a fork).
+    """The segment that this turn's reply goes into, with its prompt as context: the longest of its
+    policy that it extends, else a new one (a fork).
 
     A sibling that was not selected always gets a segment of its own, in which everything before is
     context.
     """
     prompt = list(turn.prompt_ids)
-    extended = [s for s in segments if s.extendable and s.ids and prompt[: len(s.ids)] == s.ids]
+    extended = [
+        s
+        for s in segments
+        if s.policy == policy and s.extendable and s.ids and prompt[: len(s.ids)] == s.ids
+    ]
     segment = max(extended, key=lambda s: len(s.ids), default=None)
     saw_answer = (
         turn.saw_gold

@@ -4,7 +4,7 @@ loss is divided by."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ...rollouts.types import Episode, TurnKey
 from ..batching.samples import TrainingSequence, denominators, samples
@@ -18,9 +18,10 @@ def policy_batch(
     without_signal: Iterable[TurnKey],
     policy_of: Mapping[str, str],
     config: LossConfig,
+    learning: Collection[str] = (),
 ) -> tuple[list[TrainingSequence], Counter[tuple[str, str]], UpdateOptions]:
     """Token sequences, counts by (agent, reason) of turns that are left out, and how the update is
-    fed.
+    fed. `policy_of` and `learning`: see `samples`.
 
     As in TRL's GRPOTrainer the loss is divided by all tokens (or turns) that were compared, also
     those of advantage 0 and those of groups `without_signal`. They have no gradient and are left
@@ -28,10 +29,12 @@ def policy_batch(
     """
     episodes = list(episodes)
     everything = {**dict.fromkeys(without_signal, 0.0), **advantages}
-    sequences, dropped = samples(episodes, everything, policy_of, keep_zeros=True)
+    sequences, dropped = samples(
+        episodes, everything, policy_of, keep_zeros=True, learning=learning
+    )
     totals = denominators(sequences)
     if not (config.beta or config.entropy_coef):
-        sequences, dropped = samples(episodes, advantages, policy_of)
+        sequences, dropped = samples(episodes, advantages, policy_of, learning=learning)
     how = UpdateOptions(
         reference=config.beta > 0, entropy_grad=bool(config.entropy_coef), totals=totals
     )

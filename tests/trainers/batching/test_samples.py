@@ -153,7 +153,7 @@ def test_turns_unfit_for_ratios_are_counted_by_agent_and_reason_but_stay_context
         ({"logprobs": ()}, "as many log-probs as tokens expected"),
         ({"logprobs": (float("nan"), -1.0)}, "log-prob not finite"),
         ({"logprobs": (float("-inf"), -1.0)}, "log-prob not finite"),
-        ({"policy": "critic"}, "spoken by policy 'critic'"),
+        ({"policy": "base"}, "spoken by policy 'base'"),
     ]
     for fields, reason in cases:
         made, dropped = both(
@@ -214,3 +214,47 @@ def test_inverting_the_mask_is_noticed(monkeypatch):
     )
     with pytest.raises(AssertionError):
         test_a_chat_is_one_sequence_and_only_own_sampled_tokens_are_trained()
+
+
+# agents whose policy is a value
+
+
+def test_a_turn_trains_the_policy_that_spoke_it() -> None:
+    """The solver speaks as the critic's policy, then as its own: two sequences, and the first is
+    context of the second. What a policy that does not learn said is dropped and counted."""
+    turns = [
+        turn(0, "solver", [1, 2], [10, 9], policy="critic"),
+        turn(1, "solver", [1, 2, 10, 9, 4], [11, 9], policy="solver"),
+        turn(2, "solver", [1, 2, 10, 9, 4, 11, 9, 5], [12, 9], policy="critic"),
+        turn(3, "solver", [1, 2], [13], policy="frozen"),
+    ]
+    made, dropped = both(*turns)
+    assert [(s.policy, s.ids, masked(s)) for s in made] == [
+        ("critic", (1, 2, 10, 9, 4, 11, 9, 5, 12, 9), [10, 9, 12, 9]),
+        ("solver", (1, 2, 10, 9, 4, 11, 9), [11, 9]),
+    ]
+    assert dropped == {("solver", "spoken by policy 'frozen'"): 1}
+    imitated, dropped = both(*turns, ratios=False)
+    assert {s.policy for s in imitated} == {"solver"} and dropped == {}, "text has no probability"
+
+
+def test_a_policy_that_no_agent_speaks_as_now_learns_from_what_it_said() -> None:
+    """Episodes that began before the mapping changed: of an agent that has another policy now, and
+    of one whose policy now does not learn."""
+    spoken = episode(
+        turn(0, "solver", [1], [10], policy="old"), turn(1, "frozen", [2], [11], policy="old")
+    )
+    advantages = {("e", 0, 0): 1.0, ("e", 1, 0): 1.0}
+    made, dropped = samples([spoken], advantages, POLICY, learning=["old", "solver", "critic"])
+    assert [(s.policy, masked(s)) for s in made] == [("old", [10]), ("old", [11])]
+    assert not dropped
+    made, dropped = samples([spoken], advantages, POLICY)
+    assert made == [] and dropped == {("solver", "spoken by policy 'old'"): 1}
+
+
+def test_a_turn_of_another_policy_that_goes_on_from_the_answer_is_not_trained() -> None:
+    made, dropped = both(
+        turn(0, "solver", [1, 2], [10], policy="critic", saw_gold=True),
+        turn(1, "solver", [1, 2, 10, 4], [11], policy="solver"),
+    )
+    assert made == [] and dropped == {("solver", "saw the answer"): 2}

@@ -514,7 +514,7 @@ def test_probes_take_every_task_once_first_then_short_prompts():
             "source": "sampled",
             "text": "",
             "finish_reason": "stop",
-            "policy": agent,
+            "policy": "q" if agent == "z" else "p",
             "version": "",
             **more,
         }
@@ -536,18 +536,17 @@ def test_probes_take_every_task_once_first_then_short_prompts():
         episode("a", turn(0, "x", 3, 2), turn(1, "y", 4, 1), turn(2, "x", 9, 100)),
         episode("b", turn(0, "x", 8, 1, sampling=Sampling(top_p=0.5, temperature=0.7))),
         episode("c", turn(0, "x", 2, 0), turn(1, "x", 2, 3, source="written"), turn(2, "z", 1, 5)),
+        episode("d", turn(0, "x", 1, 6, policy="q")),  # x spoke as q then
     ]
-    found = probes(episodes, {"p": ["x", "y"]}, "p", count=4)
+    found = probes(episodes, "p", count=4)
     assert [(probe.prompt, len(probe.ids), probe.temperature) for probe in found] == [
         (3, 5, 0.7),  # task a, its shortest prompt
         (8, 9, 1.0),  # task b; drawn with top_p, so its temperature is nothing to go by
         (4, 5, 0.7),  # the rest, shortest prompt first
         (9, 9 + REPLY, 0.7),  # cut
     ]
-    assert (
-        probes(episodes, {"p": ["x", "y"]}, "p", count=1) == found[:1]
-        and probes(episodes, {"q": []}, "q") == []
-    )
+    assert probes(episodes, "p", count=1) == found[:1] and probes(episodes, "r") == []
+    assert [(probe.prompt, len(probe.ids)) for probe in probes(episodes, "q")] == [(1, 6), (1, 7)]
 
 
 def test_a_window_ends_with_the_reply_and_stands_alone():

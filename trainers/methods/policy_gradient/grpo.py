@@ -95,7 +95,7 @@ def policy_gradient(
     without_signal: set[TurnKey] = set()
     advantages = credit(episodes, config, learner.credit_state, without_signal)
     found, dropped, how = policy_batch(
-        episodes, advantages, without_signal, learner.policy_of, config
+        episodes, advantages, without_signal, learner.policy_of, config, learner.trainable
     )
     if step == 1 and found:
         learner.show(found)
