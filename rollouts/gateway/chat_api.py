@@ -274,8 +274,11 @@ def shown(turn: Turn, request: Request) -> Message:
 
 
 def usage(turns: Sequence[Turn]) -> dict[str, int]:
-    """Tokens of one call: its prompt once, all its answers."""
+    """Tokens of one call: its prompt once, all its answers; of an outside model those that its
+    server reports."""
     prompt, sampled = len(turns[0].prompt_ids), sum(len(turn.token_ids) for turn in turns)
+    if (reported := turns[0].usage) is not None:
+        prompt, sampled = reported.prompt_tokens, reported.sampled_tokens
     return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.types import SettingError, Usage
-from marlora.rollouts.budget import Budget, Price
+from marlora.agents.types import PolicySpec, SettingError, Usage
+from marlora.rollouts.budget import Budget, Price, prices_of
 from marlora.rollouts.ledger import Ledger
+from marlora.trainers.helpers import helpers_of
 
 USD = Price("USD", prompt=3.0, sampled=15.0, cached=0.3)
 
@@ -68,6 +69,18 @@ def test_a_wrong_budget_is_one_line(value: Any, message: str) -> None:
     with pytest.raises(SettingError) as caught:
         Budget.of(value, {})
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_the_prices_of_policies() -> None:
+    priced = PolicySpec("far", url="http://h/v1", price={**GOOD, "cached": 0})
+    free = PolicySpec("near")
+    assert prices_of({"far": priced, "near": free}) == {"far": Price("USD", 1, 2, 0)}
+    nameless = PolicySpec("far", url="http://h/v1", price={"prompt": 1, "sampled": 2})
+    with pytest.raises(SettingError, match=r"^policies\.far\.price: a price without a unit; add"):
+        prices_of({"far": nameless})
+    wrong = {"critic": {"url": "http://h/v1", "price": {"prompt": 1, "sampled": 2}}}
+    with pytest.raises(SettingError, match=r"^helpers\.critic\.price: a price without a unit; add"):
+        helpers_of(wrong, ())
 
 
 def test_a_budget_is_read_from_settings() -> None:

@@ -9,10 +9,11 @@ import openai
 import pydantic
 import pytest
 
-from marlora.agents.types import AgentSpec, Message, Sampling
+from marlora.agents.types import AgentSpec, Message, Sampling, Turn, Usage
 from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
 from marlora.rollouts.episodes.runner import EpisodeLimits
+from marlora.rollouts.gateway.chat_api import usage
 from tests.rollouts.asking import Asker, chat, numbered, play, played
 
 CALC = {
@@ -26,6 +27,13 @@ CALC = {
 CALL = 'Let me see.\n<tool_call>\n{"name": "calc", "arguments": {"x": 1}}\n</tool_call>'
 SCHEMA = {"type": "object"}
 USED = Sampling(max_tokens=64)
+
+
+def test_usage_counts_a_prompt_once_and_an_outside_model_by_its_report() -> None:
+    turns = [Turn(0, "a", sibling=k, prompt_ids=(1,) * 4, token_ids=(2,) * 3) for k in range(2)]
+    assert usage(turns) == {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10}
+    outside = [Turn(0, "a", text="x", usage=Usage(1, 12, 9)), Turn(0, "a", text="y", sibling=1)]
+    assert usage(outside) == {"prompt_tokens": 12, "completion_tokens": 9, "total_tokens": 21}
 
 
 # what is asked
