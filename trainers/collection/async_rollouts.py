@@ -94,6 +94,7 @@ class AsyncCollector:
         store: where finished episodes are.
         tasks_of: the tasks of a step.
         begin: (label, planned episodes, state, semaphore, oversample) -> the rollouts at work.
+        label: how the episodes of a `step` are named.
         deterministic: do the engines repeat themselves to the last bit?
         warn: is given a line about stored episodes that were played anew.
         stop: ends the wait for a step.
@@ -107,12 +108,14 @@ class AsyncCollector:
         tasks_of: Callable[[int], Sequence[Task]],
         begin: Begin,
         *,
+        label: str = "train-{step:06d}",
         deterministic: bool,
         warn: Callable[[str], None],
         stop: StopSignal | None,
     ) -> None:
         self.config, self.team, self.store, self.tasks_of = config, team, store, tasks_of
         self.begin, self.deterministic, self.warn, self.stop = begin, deterministic, warn, stop
+        self.label = label
         self._begun: dict[int, tuple[BackgroundTask[CollectedStep], list[Episode]]] = {}
         self._room = asyncio.Semaphore(config.max_concurrency)
 
@@ -137,7 +140,7 @@ class AsyncCollector:
         return replace(collected, ages=self.team.ages(collected.episodes), dropped=dropped)
 
     def _label(self, step: int) -> str:
-        return f"train-{step:06d}"
+        return self.label.format(step=step)
 
     def _stored(self, step: int) -> bool:
         return any(name.startswith(f"{self._label(step)}/") for name in self.store.ids())

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...agents.state import TeamState
+from ...agents.state import TeamState, content_key
 from ...agents.types import BASE, Task
 from ...rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from ...rollouts.evaluation.suite import Variant, task_digest
@@ -89,6 +89,19 @@ def weights_below(learner: Learner) -> dict[str, str]:
         policies = (*base.policies, *([BASE] if name == (bare or learner.config.model) else []))
         below |= dict.fromkeys(policies, weights)
     return below
+
+
+def training_label(runner: EpisodeRunner, weights: Mapping[str, str], folder: Path) -> str:
+    """How a run names the training episodes of a `{step}`: `train-000001`, and with other rewards,
+    prompts, sampling or code than it began with (it was resumed under other settings) with the key
+    of these, so that what was played under the old ones is not taken for it."""
+    variant = Variant("", runner, TeamState(), {}, weights)
+    key = content_key([variant.key(runner.seed, False), runner.limits.on_error], "rewards")
+    path = folder / "rollouts.json"
+    if not path.is_file():
+        ckpt.write_json(path, {"key": key})
+    first = json.loads(path.read_text(encoding="utf-8"))["key"]
+    return "train-{step:06d}" if key == first else "train-{step:06d}-" + key
 
 
 class Evaluations:

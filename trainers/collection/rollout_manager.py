@@ -34,7 +34,7 @@ from .async_rollouts import AsyncCollector, CollectedStep
 from .background import BackgroundLoop, BackgroundTask, StopSignal
 from .derived_episodes import Derivation, derive_missing, stored_children
 from .engines import EngineGroup
-from .identified_episodes import Evaluations, Identified, weights_below
+from .identified_episodes import Evaluations, Identified, training_label, weights_below
 from .stored_episodes import OfflineEpisodes, PlannedEpisodes, find_stored, training
 from .task_order import tasks_of
 
@@ -116,6 +116,7 @@ class RolloutManager:
             ledger=self.ledger,
         )
         self.ledger.replay(self.store)
+        self._label = training_label(self.runner, weights_below(self.sync.learner), config.folder)
         if config.pin == "call" and self.engines.deterministic:
             raise SettingError(
                 "pin: call with an engine that repeats itself to the last bit: there a step's"
@@ -135,6 +136,7 @@ class RolloutManager:
             lambda label, known, state, room, oversample: self.begin(
                 label, known, self.runner, state, room, oversample
             ),
+            label=self._label,
             deterministic=self.engines.deterministic,
             warn=self.log.warn,
             stop=self.stop,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...agents.types import AgentSpec, SettingError, Task
+from ...agents.types import AgentSpec, SettingError, Task, to_json
 from ...rollouts.episodes.runner import EpisodeRequest, episode_requests
 from ...rollouts.episodes.store import Store
 from ...rollouts.renderer import ChatRenderer
@@ -50,7 +50,8 @@ def find_stored(
 ) -> PlannedEpisodes:
     """What to play of these requests (a function of the number of the attempt).
 
-    Stored episodes count if they were played with a state that `fits` and some could be scored
+    Stored episodes count if they were played on the same tasks, word for word, with a state that
+    `fits`, and some could be scored
     (`failures_count`: whatever came of them, as for a candidate that cannot work). Others have
     spent their ids (a run that was resumed on hardware that does not repeat itself to the last bit,
     or after its rewards were repaired): then the next attempt's are played, so that what is trained
@@ -63,7 +64,8 @@ def find_stored(
         if not spent:
             return PlannedEpisodes(plan, {}, dropped)
         episodes = {episode.id: episode for episode in store.read(id=spent)}
-        fitting = all(map(fits, episodes.values()))
+        asked = {job.id: to_json(job.task) for job in plan}
+        fitting = all(fits(e) and to_json(e.task) == asked[e.id] for e in episodes.values())
         if fitting and (failures_count or not all(map(unscorable, episodes.values()))):
             return PlannedEpisodes(plan, episodes | _children(store, spent), dropped)
         dropped += [] if fitting else episodes.values()

@@ -40,8 +40,8 @@ _FOLDERS = {
     "verifier": rf"{_NAMED}\.(json|safetensors)",
 }
 _FILES = (
-    "config.yaml metrics.jsonl learned.jsonl proofs.json warnings.log evaluations.json summary.json"
-    " report.html"
+    "config.yaml metrics.jsonl learned.jsonl proofs.json warnings.log evaluations.json"
+    " rollouts.json summary.json report.html"
 )
 _FILE = re.compile(
     "|".join(

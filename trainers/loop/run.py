@@ -41,7 +41,7 @@ from ..update.learner import Learner
 from ..values.parts import Part, check_names, values_of
 from ..weight_sync.sharded_probes import join_probes
 from ..weight_sync.sync import WeightSync
-from . import checks
+from . import changed_settings, checks
 from . import summary as summaries
 from .checkpointing import Checkpointer
 from .evaluator import Evaluator
@@ -191,8 +191,16 @@ class TrainingRun:
             spec.config, spec.system.specs, spec.eval_tasks, self.learner.bases
         )
         self.rollouts.open(self._exit, offline)
+        self._list_changes()
         summaries.write_config(self.spec)
         self.log.open_trackers(self._exit)
+
+    def _list_changes(self) -> None:
+        config = self.spec.config
+        if config.resume:
+            new = summaries.resolved_settings(self.spec)
+            for line in changed_settings.describe(changed_settings.settings_of(config.folder), new):
+                self.log.say(f"resume: {line}")
 
     def _resume(self) -> None:
         config = self.spec.config

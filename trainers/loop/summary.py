@@ -53,10 +53,8 @@ def pieces_of(bases: Mapping[str, LearnerBase]) -> Pieces:
     return lambda policy, ids: [piece(policy, token) for token in ids]
 
 
-def write_config(spec: RunSpec) -> None:
-    """`config.yaml`: the resolved settings; it works as `--config` of another run."""
-    import yaml
-
+def resolved_settings(spec: RunSpec) -> dict[str, Any]:
+    """The settings as they were resolved; they work as `--config` of another run."""
     config, system = spec.config, spec.system
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     settings |= {
@@ -74,9 +72,17 @@ def write_config(spec: RunSpec) -> None:
     settings["agents"] = {
         a.name: {k: v for k, v in to_json(a).items() if k != "name"} for a in system.specs
     }
+    plain: dict[str, Any] = to_json(settings)
+    return plain
+
+
+def write_config(spec: RunSpec) -> None:
+    """`config.yaml`: the resolved settings."""
+    import yaml
+
     files.write_text(
-        config.folder / "config.yaml",
-        yaml.safe_dump(to_json(settings), sort_keys=False, allow_unicode=True),
+        spec.config.folder / "config.yaml",
+        yaml.safe_dump(resolved_settings(spec), sort_keys=False, allow_unicode=True),
     )
 
 
