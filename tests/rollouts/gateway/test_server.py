@@ -9,6 +9,7 @@ import openai
 import pydantic
 import pytest
 
+from marlora.agents.state import TeamState
 from marlora.agents.types import AgentSpec, Message, Sampling, Turn, Usage
 from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
@@ -300,7 +301,9 @@ def test_a_prompt_of_the_run_stands_in_place_of_the_programs() -> None:
         ("user", "hi"),
     ]
     (turn,) = played(
-        lambda asker: asker.say("a", "hi"), agents=["a"], values={"a.prompt": "Learnt."}
+        lambda asker: asker.say("a", "hi"),
+        agents=["a"],
+        state=TeamState(values={"a.prompt": "Learnt."}),
     ).turns
     assert turn.messages[0] == Message("system", "Learnt.")
 
