@@ -3,7 +3,7 @@ at a time.
 
 accelerate launch recipes/llmselector.py [--config recipes/llmselector.yaml] [--field value] \\
     [--policies.NAME.init CHECKPOINT#POLICY]
-python -m marlora.recipes.llmselector --dry_run true   (plan: policies, devices, memory, first prompt)
+python -m marlora.recipes.llmselector --dry_run true   (plan: policies, memory, first prompt)
 """
 
 from __future__ import annotations
