@@ -16,6 +16,12 @@ function el(tag, kind, text, ...children) {
   return made;
 }
 
+function anchor(text, href, kind = "") {
+  const made = el("a", kind, text);
+  made.href = href;
+  return made;
+}
+
 const num = (v) => (v === null || v === undefined ? "–" : Number.isInteger(v) ? String(v) : v.toPrecision(3));
 const key = (row) => row[RUN] + ":" + row[ID];
 
@@ -66,8 +72,7 @@ function list() {
 }
 
 function line(row) {
-  const link = el("a", "", row[ID]);
-  link.href = "#e=" + encodeURIComponent(key(row));
+  const link = anchor(row[ID], "#e=" + encodeURIComponent(key(row)));
   const marks = [...row[MARKS]].map((m) => el("span", "mark " + m, MARK[m]));
   const whole = key(row) in data.episodes ? [] : [el("span", "mark", "row only")];
   const when = (data.runs.length > 1 ? data.runs[row[RUN]].name + " " : "") + row[LABELS].map((n) => S[n]).join(", ");
@@ -100,7 +105,7 @@ function heads() {
 
 function reward([name, value, why]) {
   const made = el("span", "reward", `${S[name]} ${value === null ? "unscorable" : num(value)}`);
-  return why === null ? [made] : [made, el("span", "why", S[why])];
+  return [made, ...(why === null ? [] : [el("span", "why", S[why])])];
 }
 
 function field(name, text, kind) {
@@ -110,9 +115,7 @@ function field(name, text, kind) {
 function levels(turn, how) {
   // numbers per token on a scale from -1 to 1, and how to say them
   const each = (values) => (Array.isArray(values) ? values : turn.tokens.map(() => values));
-  if (how === "advantage" && turn.advantage !== undefined) {
-    return [each(turn.advantage), (a) => a / 2, "advantage"];
-  }
+  if (how === "advantage" && turn.advantage !== undefined) return [each(turn.advantage), (a) => a / 2, "advantage"];
   if (how === "ratio" && turn.ratio) return [turn.ratio, (r) => (r === null ? 0 : Math.log(r) / Math.log(1.5)), "ratio"];
   if (how === "logp" && turn.logp) return [turn.logp, (p) => (p === null ? 0 : p / 3), "log-prob"];
   return null;
@@ -146,8 +149,7 @@ function step([index, reads, name, text, error], speakers) {
   made.dataset.turn = index;
   made.dataset.reads = reads.join(" ");
   made.append(...readers(reads, speakers));
-  if (S[text]) made.append(el("pre", "", S[text]));
-  if (S[error]) made.append(el("pre", "bad", S[error]));
+  for (const [said, kind] of [[S[text], ""], [S[error], "bad"]]) if (said) made.append(el("pre", kind, said));
   return made;
 }
 
@@ -184,11 +186,7 @@ function lanes({ turns, operations }, how) {
   };
   calls.forEach((i) => {
     const done = operations.find((o) => o[0] === i);
-    if (done) {
-      above = last + 1;
-      place(el("div", "cell all", null, step(done, speakers)), i, above);
-      return;
-    }
+    if (done) return place(el("div", "cell all", null, step(done, speakers)), i, above = last + 1);
     const own = turns.filter((t) => t.i === i), taken = own.find((t) => !(t.marks || []).includes("not taken")) || own[0];
     const at = agents.indexOf(taken.agent), colour = "c" + (at % 6);
     const cell = el("div", "cell l" + (Math.min(at, 5) + 1), null, card(taken, speakers, how, colour));
@@ -232,11 +230,7 @@ function family(episode, row) {
   if (row && ROWS.some((r) => r[RUN] === row[RUN] && S[r[ABOUT]] === row[ID])) {
     links.push(["what followed from it", "#outcome=k&q=" + encodeURIComponent(row[ID])]);
   }
-  return links.flatMap(([label, where]) => {
-    const made = el("a", "", label);
-    made.href = where;
-    return [" · ", made];
-  });
+  return links.flatMap(([label, where]) => [" · ", anchor(label, where)]);
 }
 
 function decisions(taken) {
@@ -264,16 +258,14 @@ async function show(name) {
   box.hidden = name === "";
   if (name === "") return;
   const episode = data.episodes[name] || (data.follow ? await ask(name) : null), row = ROWS.find((r) => key(r) === name);
-  const close = el("a", "close", "close");
-  close.href = "#episodes";
-  box.replaceChildren(close, el("h2", "", row ? row[ID] : name));
+  box.replaceChildren(anchor("close", "#episodes", "close"), el("h2", "", row ? row[ID] : name));
   if (!episode) {
     const why = row ? "Only the row of this episode is in this page, which holds a sample. " : "There is no such episode here. ";
     box.append(el("p", "note", why + "marlora report --max_episodes holds more; --follow holds all."));
     return;
   }
-  const values = episode.rewards.flatMap(reward), others = el("a", "", "all episodes of this task");
-  others.href = "#q=" + encodeURIComponent(S[episode.task]);
+  const values = episode.rewards.flatMap(reward);
+  const others = anchor("all episodes of this task", "#q=" + encodeURIComponent(S[episode.task]));
   box.append(el("p", "", null, ...values, " ", others, ...family(episode, row)));
   box.append(el("p", "soft", `${episode.kind} episode; the team's state is ${episode.state}`));
   box.append(...field("task", episode.prompt), ...field("expected", episode.answer));
@@ -310,7 +302,11 @@ function move(by) {
 
 function arrive() {
   const hash = location.hash.slice(1);
-  if (!hash.includes("=")) { if (hash === "episodes") show(""); return; }
+  if (!hash.includes("=")) {
+    if (hash === "episodes") show("");
+    if ($(hash)?.tagName === "DETAILS") $(hash).open = true; // a candidate of the tree
+    return;
+  }
   const asked = new URLSearchParams(hash.replaceAll("+", "%2B"));
   if (!asked.has("e")) {
     FILTERS.forEach((name) => { $(name).value = asked.get(name) || ""; });
@@ -370,7 +366,7 @@ function start() {
   options($("run"), data.runs.map((r, n) => [n, r.name]), "all runs");
   $("run").parentNode.hidden = data.runs.length < 2;
   const kinds = several(ROWS.map((r) => S[r[KIND]]));
-  options($("kind"), kinds.map((kind) => [kind, kind]), "all kinds");
+  options($("kind"), kinds.map((name) => [name, name]), "all kinds");
   $("kind").parentNode.hidden = kinds.length < 2;
   options($("label"), several(ROWS.flatMap((r) => r[LABELS])).map((n) => [n, S[n]]), "any time");
   options($("agent"), several(ROWS.flatMap((r) => r[AGENTS])).map((n) => [n, S[n]]), "any agent");

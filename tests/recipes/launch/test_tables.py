@@ -68,6 +68,39 @@ def test_a_run_that_trained_shows_its_adapters_and_its_proof():
     assert "hash before" in text and "--ablate" in text
 
 
+def spent_row(calls: int, cost: float = 0.0) -> dict[str, Any]:
+    names = ("prompt_tokens", "sampled_tokens", "cached_tokens", "seconds")
+    return {"calls": calls, **dict.fromkeys(names, 1000 * calls), "cost": cost}
+
+
+def test_what_was_spent_on_what_and_why_the_run_ended() -> None:
+    """The sum of two agents by hand; nothing of it in the summary of a run of 0.1."""
+    ledger = {"train": {"a": spent_row(1), "b": spent_row(2)}, "aside": {"critic": spent_row(3)}}
+    by_policy = {"train": {"base": spent_row(3)}, "aside": {"critic": spent_row(3)}}
+    stopped = "budget.tokens is 9000: 9000 spent, and the next call needs 20"
+    budget = {"limit": {"tokens": 9000}, "spent": {"tokens": 9000, "calls": 6, "cost": 0.0}}
+    spent = {"ledger": ledger, "ledger_by_policy": by_policy, "done": "the budget is spent"}
+    summary = {**SUMMARY, **spent, "budget": {**budget, "stopped": stopped}}
+    told = summary_table(summary, "runs/x")
+    lines = [line.replace("│", " ").split() for line in told.splitlines()]
+    assert ["train", "all", "3", "3,000", "3,000", "3,000", "3,000"] in lines
+    assert ["aside", "critic", "3", "3,000", "3,000", "3,000", "3,000"] in lines
+    assert ["aside", "all"] not in [line[:2] for line in lines], "one agent is its own sum"
+    for expected in (
+        "What was spent, by policy",
+        "has spent 9,000 of 9,000 tokens, 6 calls. The budget ended the run: budget.tokens is 9000",
+        "the run ended early: the budget is spent",
+    ):
+        assert expected in told, expected
+    assert "cost" not in told and "spent" not in summary_table(SUMMARY, "runs/x")
+    same = {**summary, "ledger_by_policy": ledger, "done": ""}
+    told = summary_table(same, "runs/x")
+    assert "by policy" not in told and "ended early" not in told
+    priced = {"aside": {"critic": spent_row(3, 0.25)}}
+    told = summary_table({**summary, "ledger": priced, "ledger_by_policy": {}}, "runs/x")
+    assert "0.2500" in told and "cost" in told
+
+
 def test_rounds_and_changes():
     changes = [{"right_right": 6, "right_wrong": 1, "wrong_right": 2, "wrong_wrong": 1}]
     entry = {"answers": [10, 10], "accuracy": [0.7, 0.8], "gain": 0.1, "changes": changes}

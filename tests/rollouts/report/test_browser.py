@@ -21,6 +21,7 @@ from marlora.rollouts.report.live import LiveReport
 from marlora.rollouts.report.report import write_report
 from marlora.rollouts.types import Episode
 from tests.browser import Browser, browser
+from tests.rollouts.report.learnt_values import write_run
 
 pytestmark = pytest.mark.slow
 EVIL = '<script>document.title = "owned"</script><img src=x onerror="document.title = 1">'
@@ -208,7 +209,7 @@ def test_filters_and_deep_links(run: Path, tmp_path: Path) -> None:
             ' a.textContent.includes("followed")).click()'
         )
         await page.until(
-            f"{ROWS} === 1 && document.querySelector('#q').value === 'train-000002/t3/0/'"
+            f"{ROWS} === 1 && document.querySelector('#q').value === 'train-000002/t3/0'"
         )
         await page.run('document.querySelector("#filters").reset()')
         await page.until(f"{ROWS} === 10")
@@ -241,6 +242,63 @@ def test_filters_and_deep_links(run: Path, tmp_path: Path) -> None:
         await page.call("Page.navigate", url="about:blank")
         await page.open(path.as_uri() + "#e=0:nobody")
         assert "no such episode" in await page.run('document.querySelector("#episode").textContent')
+
+    look(work, tmp_path)
+
+
+def test_operations_decisions_and_asides_are_readable(tmp_path: Path) -> None:
+    path = write_report(write_run(tmp_path / "run", evil=EVIL))
+    box = 'document.querySelector("#episode")'
+
+    async def work(page: Browser) -> None:
+        await page.open(path.as_uri())
+        kinds = '[...document.querySelector("#kind").options].map((o) => o.value)'
+        assert await page.run(kinds) == ["", "eval", "train", "trial", "aside"]
+        select = 'document.querySelector("#kind")'
+        await page.run(
+            f'{select}.value = "aside"; {select}.dispatchEvent(new Event("input", {{bubbles: true}}))'
+        )
+        assert await page.run(ROWS) == 3 and await page.run("location.hash") == "#kind=aside"
+        await page.run('document.querySelector("#rows a").click()')
+        await page.until(f'{TITLE} === "aside-000001/0001-ab/0"')
+        assert "step by step" in await page.run(f'{box}.querySelector(".said").textContent')
+        await page.run(
+            f'[...{box}.querySelectorAll("a")].find((a) => a.textContent.includes("follows")).click()'
+        )
+        await page.until(f'{TITLE} === "train-000001/t0/0"')
+        assert "a0->b0: on (0.607)" in await page.run(f"{box}.textContent")
+        rows = '[...document.querySelectorAll(".cell")].map((c) => [c.className, c.style.gridRowStart])'
+        assert await page.run(rows) == [["cell l1", "2"], ["cell all", "3"], ["cell l2", "4"]]
+        reads = '[...document.querySelectorAll(".reads")].map((r) => r.textContent)'
+        assert await page.run(reads) == ["read first (turn 0)", "read majority (operation 1)"]
+        await page.run(
+            f'[...{box}.querySelectorAll("a")].find((a) => a.textContent.includes("followed")).click()'
+        )
+        await page.until(
+            f'{ROWS} === 1 && document.querySelector("#q").value === "train-000001/t0/0"'
+        )
+
+    look(work, tmp_path)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_values_fit_the_page_and_candidates_are_linked(tmp_path: Path, width: int) -> None:
+    path = write_report(write_run(tmp_path / "run", edges=36, evil=EVIL))
+
+    async def work(page: Browser) -> None:
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 700}
+        await page.call("Emulation.setDeviceMetricsOverride", **screen)
+        await page.open(path.as_uri())
+        assert await page.run("document.documentElement.scrollWidth") <= width
+        assert await page.run('document.querySelectorAll(".heat rect").length') == 36 * 4
+        await page.run('document.querySelector(".tree a.lost circle").parentNode.focus()')
+        await page.press("Enter")
+        await page.until('location.hash === "#c0-0-2"')
+        entry = 'document.querySelector("details:target")'
+        await page.until(f"{entry}.open")
+        assert EVIL in await page.run(f"{entry}.textContent")
+        assert await page.run(f'{entry}.querySelectorAll("img, script").length') == 0
+        assert await page.run("document.title") == "search_prompts: run"
 
     look(work, tmp_path)
 
