@@ -4,6 +4,7 @@ in the end."""
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import samples
 from marlora.trainers.credit.filtering import SelectionConfig, filter_turns
 from marlora.trainers.methods.imitation.correction import (
+    VERDICT,
     CorrectionConfig,
     Corrector,
     broken,
@@ -74,6 +76,14 @@ def play(
 
 
 TASKS = [Task(f"t{i}", f"problem {i}", "20") for i in range(10)]
+
+
+def verdict(talk: Episode) -> dict[str, Any]:
+    """What a talk about a turn came to; the talk is no episode of the team's."""
+    assert talk.kind == "aside" and talk.follows
+    (found,) = [operation for operation in talk.operations if operation.name == VERDICT]
+    read: dict[str, Any] = json.loads(found.text)
+    return read
 
 
 def three(agent: str, told: str) -> str:
@@ -186,7 +196,7 @@ def test_texts_that_give_themselves_away_are_refused(text: str, reason: str) -> 
         return text if "Rewrite the text below" in told else three(agent, told)
 
     _, more = play(CHAIN, answer, [TASKS[8]], [exact], repair_agents=["a"])
-    assert more[0].values["repair"] == {"agent": "a", "turn": 0, "refused": reason}
+    assert verdict(more[0]) == {"agent": "a", "turn": 0, "refused": reason}
     assert len(more) == (1 if reason else 2)
     assert tally(more, SelectionConfig())["refused"] == ({reason: 1} if reason else {})
 
@@ -200,7 +210,7 @@ def test_traces_of_ones_own_replace_the_shipped_ones(text: str, reason: str) -> 
         return text if "Rewrite the text below" in prompt else three(agent, prompt)
 
     _, more = play(CHAIN, answer, [TASKS[8]], [exact], repair_agents=["a"], traces=["sesame"])
-    assert more[0].values["repair"]["refused"] == reason
+    assert verdict(more[0])["refused"] == reason
 
 
 def test_whose_it_is_to_answer_may_tell_the_answer() -> None:
@@ -212,11 +222,11 @@ def test_whose_it_is_to_answer_may_tell_the_answer() -> None:
         )
 
     _, more = play(CHAIN, answer, [TASKS[8]], [exact], repair_agents=["c"])
-    assert more[0].values["repair"]["refused"] == "" and is_corrected(more[1], SelectionConfig())
+    assert verdict(more[0])["refused"] == "" and is_corrected(more[1], SelectionConfig())
     _, refused = play(CHAIN, answer, [TASKS[8]], [exact], repair_agents=["a"])
-    assert refused[0].values["repair"]["refused"] == "tells the answer"
+    assert verdict(refused[0])["refused"] == "tells the answer"
     _, let = play(CHAIN, answer, [TASKS[8]], [exact], repair_agents=["a"], may_tell_answer=["a"])
-    assert let[0].values["repair"]["refused"] == ""
+    assert verdict(let[0])["refused"] == ""
 
 
 def test_regenerations_share_a_feedback_and_stop_at_the_first_success() -> None:
