@@ -67,6 +67,14 @@ class Output:
     def __str__(self) -> str:
         return self.text
 
+    @classmethod
+    def of(cls, returned: Any) -> Output | None:
+        """What a system returned as an output; a turn is an output made of itself."""
+        if returned is None or isinstance(returned, Output):
+            return returned
+        reads = (returned,) if isinstance(returned, (Turn, Operation)) else ()
+        return cls(str(returned), reads)
+
 
 class Transcript:
     """The turns, decisions and operations of one episode. Calls are numbered before anything is

@@ -8,7 +8,6 @@ import dataclasses
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ...agents.chat import Services
 from ...agents.concurrency import from_outside, gather
@@ -17,7 +16,7 @@ from ...agents.seeds import derive_seed
 from ...agents.state import TeamState
 from ...agents.system import System
 from ...agents.team import Team
-from ...agents.transcript import LimitError, Operation, Output, Transcript
+from ...agents.transcript import LimitError, Output, Transcript
 from ...agents.types import (
     Completion,
     Decision,
@@ -373,7 +372,7 @@ class EpisodeRunner:
             async with asyncio.timeout(self.limits.episode_timeout) as clock:
                 with only_trusted(self.untrusted):
                     output = await self.system.run(task.public(), team)
-            return as_output(output), "done", None
+            return Output.of(output), "done", None
         except PromptTooLong as error:
             return None, "context", str(error)
         except LimitError as error:
@@ -397,11 +396,3 @@ def _zeros(rewards: Iterable[Reward], problem: str) -> tuple[Reward, ...]:
         dataclasses.replace(reward, value=0.0, text=f"on_error: zero; {problem}")
         for reward in rewards
     )
-
-
-def as_output(returned: Any) -> Output | None:
-    """What a system returned as an `Output`; a turn is an output made of itself."""
-    if returned is None or isinstance(returned, Output):
-        return returned
-    reads = (returned,) if isinstance(returned, (Turn, Operation)) else ()
-    return Output(str(returned), reads)
