@@ -12,10 +12,13 @@ import pytest
 from marlora.agents.types import Task
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
+from marlora.trainers.collection.engines import EngineGroup
 from marlora.trainers.collection.stored_episodes import find_stored, training_requests
 from marlora.trainers.methods.imitation.correction import CORRECTION
 from marlora.trainers.methods.imitation.sirius import SiriusTrainer
+from tests.trainers.reading import rows
 from tests.trainers.sirius_run import trainer
+from tests.trainers.swarms import trainer as swarm_trainer
 
 
 def played(group: str, sample: int = 0, parent: str | None = None) -> Episode:
@@ -79,3 +82,42 @@ def test_a_run_that_is_cut_off_after_corrections_counts_its_tokens_once(
     ]
     assert left == []
     shutil.rmtree(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_what_other_values_played_is_not_recalled(
+    rate: float,
+    deterministic: bool,
+    model: Path,
+    tmp_path: Path,
+    one_thread: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No adapter moves. Step 4 was played and its checkpoint is lost. Resumed with another rate,
+    step 3 is played with the values of before and step 4 with others."""
+    monkeypatch.setattr(EngineGroup, "deterministic", deterministic)
+    folder = tmp_path / "run"
+    settings = dict(max_steps=4, tasks_per_step=4, num_eval_tasks=6, save_every=2)
+    swarm_trainer(folder, model, learning_rate=1.0, **settings).train()
+    before = {e.id: e for e in Store(folder / "episodes")}
+    shutil.rmtree(folder / "checkpoints/step-000004")
+    made = swarm_trainer(folder, model, learning_rate=rate, resume=True, **settings)
+    made.train()
+    assert made.run.state.versions == {}
+    added = [e for e in Store(folder / "episodes") if e.id not in before]
+    keys = {row["step"]: row["state"] for row in rows(folder)}
+    last = next(e.state.key for e in before.values() if e.id.startswith("train-000004/"))
+    if rate == 1.0:
+        assert added == [] and last == keys[3], "all that was played is taken as it is"
+        return
+    assert last != keys[3]
+    anew = [e for e in added if e.kind == "train"]
+    assert len(anew) == 4 and all(e.id.startswith("train-000004.1/") for e in anew)
+    assert all(e.state.key == keys[3] for e in anew)
+    assert rows(folder)[3]["dropped_stale"]["episodes"] == 4
+    assert "dropped_stale" not in rows(folder)[2], "step 3 is played by what played it before"
+    after = [e for e in added if e.kind == "eval"]
+    assert len(after) == 6 and {e.state.key for e in after} == {keys[4]}, "not an old evaluation"
+    with made.run as run:
+        assert {e.id for e in run.rollouts.stored("after")} == {e.id for e in after}
