@@ -5,6 +5,7 @@ functions and on the tiny model; without a learning rate, or from rewards by cha
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +18,7 @@ import yaml
 from marlora.agents.patterns.swarm import Swarm
 from marlora.agents.patterns.vote import Vote
 from marlora.agents.types import SettingError
+from marlora.recipes.cli.main import main
 from marlora.rollouts.episodes.store import Store
 from marlora.trainers.methods.policy_gradient.gptswarm import GPTSwarmConfig, GPTSwarmTrainer
 from tests.repository import ROOT
@@ -182,3 +184,34 @@ def test_without_a_rate_nothing_is_learnt_on_the_tiny_model(tmp_path: Path) -> N
     summary = trained.train()
     assert {*to_output(trained, NAMES["truthful"] + NAMES["adversary"])} == {0.5}
     assert summary["eval"]["after"] == summary["eval"]["before"]
+
+
+def test_a_checkpoint_evaluates_as_its_run_did(tmp_path: Path, model: Path) -> None:
+    """To the last digit, from a copy that has nothing but itself; agents read one another here."""
+    agents = [{"name": name, "policy": "base"} for name in "abcd"]
+    run = GPTSwarmTrainer(
+        args=GPTSwarmConfig(
+            output_dir=str(tmp_path / "run"),
+            model=str(model),
+            engine="transformers",
+            system={"class": "marlora.agents.patterns.swarm:Swarm", "agents": agents},
+            tasks="marlora.rollouts.tasks.toy:tiny_tasks",
+            rewards=["tests.trainers.small_run:bytes_mod_7"],
+            num_eval_tasks=12,
+            max_steps=3,
+            tasks_per_step=6,
+            max_completion_length=4,
+            learning_rate=2.0,
+        )
+    )
+    summary = run.train()
+    found = summary["eval"]
+    assert found["before"]["accuracy"] != found["after"]["accuracy"]
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "step-000003", tmp_path / "copy")
+    flags = ["--engine", "transformers", "--trust_checkpoint", "--output", str(tmp_path / "out")]
+    main(["eval", str(tmp_path / "copy"), *flags])
+    again = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))["eval"]
+    for when in ("before", "after"):
+        assert again[when] == found[when]
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "a-&gt;output" in report
