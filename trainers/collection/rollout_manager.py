@@ -189,13 +189,14 @@ class RolloutManager:
         system: System | None = None,
         label: str = "",
     ) -> list[Episode]:
-        """Scored episodes of these tasks, `n` of each, then their children. Nothing is learnt from
-        them. What was played before with the same state is taken from the store.
+        """Scored episodes of these tasks, `n` of each, then their children. What was played before
+        with the same state is taken from the store.
 
         Args:
             state: None: the one in force.
             greedy: at temperature 0, decisions by the likeliest option.
-            kind: `trial` of a candidate, or `eval` of held-out tasks, which costs no budget.
+            kind: `trial` of a candidate, `eval` of held-out tasks, which costs no budget, `train`
+                of a teacher whose turns are learnt from.
             system: another system than the run's, played by the same policies.
             label: under which `stored` and the report find them.
         """
@@ -311,7 +312,8 @@ class RolloutManager:
         runner = self.runner if system is None else dataclasses.replace(self.runner, system=system)
         chosen = chosen.of(runner.policies_of(chosen))
         weights = weights_below(self.sync.learner)
-        asked = Identified(runner, chosen, tasks, kind, n, greedy, self.log.step, weights)
+        step = self.log.step + (kind == "train")  # trials and evaluations are of what is finished
+        asked = Identified(runner, chosen, tasks, kind, n, greedy, step, weights)
         known = find_stored(self.store, asked.requests, failures_count=kind == "trial")
         if not label or self.evaluations.add(label, asked):
             for episode in known.stored.values():

@@ -38,7 +38,7 @@ from ...loop.step_result import StepResult
 from ...trainer import Trainer
 from ...values.acceptance import always, strictly_better
 from ...values.parts import Part
-from ...values.search import Candidate, Duplicate, Search
+from ...values.search import Candidate, Search
 from ..frozen import FrozenConfig
 from ..imitation.sft import opening_messages, openings
 from .demos import (
@@ -171,35 +171,34 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
         number = self.args.numbers[step - 1]
         start = self._start()
         found = [] if number in (ZERO_SHOT, LABELED) else self._bootstrapped(number)
-        values = demo_values(self._set(number, found))
-        proposal = Candidate(
-            values,
-            proposer=candidate_name(number),
-            note=f"{len(found)} successful runs",
-            parents=(start.id,),
-            round=step,
-        )
-        try:
-            candidate, state = self._judged(self.search.add(proposal))
-        except Duplicate:  # what is known of it holds
-            known = self.search.find(values)
-            assert known is not None
-            candidate, state = known, None
+        chosen = self._set(number, found)
+        values = demo_values(chosen)
+        known = self.search.find(values)
+        name, note = candidate_name(number), f"{len(found)} successful runs"
+        if known is None:
+            new = Candidate(values, proposer=name, note=note, parents=(start.id,), round=step)
+            candidate = self._judged(self.search.add(new))
+            self.run.log.say(f"step {step}: {name}, {note}: {candidate.verdict}")
+        else:  # what is known of it holds
+            candidate = known
+            self.run.log.say(f"step {step}: {name}: the same set as candidate {known.id}")
         best = self.search.current
         assert best is not None
+        adopted = known is None and best.id == candidate.id
         row = {
-            "name": candidate_name(number),
+            "name": name,
             "id": candidate.id,
             "runs": len(found),
-            "demos": {name.removesuffix(".demos"): len(v) // 2 for name, v in values.items()},
+            "demos": {agent: len(demos) for agent, demos in chosen.items()},
             "score": candidate.mean if candidate.scores else None,
             "num_tasks": len(candidate.scores),
-            "adopted": state is not None,
+            "adopted": adopted,
             "best": best.id,
         }
-        self.run.log.say(f"step {step}: {row['name']}, {candidate.note}: {candidate.verdict}")
         return StepResult(
-            {"candidate": row, "policies": self.rows({}, ())}, state=state, done=self._done(best)
+            {"candidate": row, "policies": self.rows({}, ())},
+            state=self.run.state.with_values(values) if adopted else None,
+            done=self._done(best),
         )
 
     def _start(self) -> Candidate:
@@ -212,25 +211,21 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
             self._measure(start, self.run.state, above=None)
         return self.search.adopt(start.id, "the team as it began")
 
-    def _judged(self, candidate: Candidate) -> tuple[Candidate, TeamState | None]:
-        """The candidate with its scores and verdict; the state that is adopted with it, if it is.
-        Without validation tasks it is."""
-        best = self.search.current
+    def _judged(self, candidate: Candidate) -> Candidate:
+        """The candidate with its scores and verdict, adopted if it is better than the best; without
+        validation tasks it is adopted."""
+        best, tasks = self.search.current, [task.id for task in self.spec.val_tasks]
         assert best is not None
-        state = self.run.state.with_values(candidate.values)
-        tasks = [task.id for task in self.spec.val_tasks]
         if not tasks:
-            verdict = always(candidate, best)
-        else:
-            left = self._measure(candidate, state, above=best.mean)
-            candidate = self.search[candidate.id]
-            if left:
-                why = f"stopped after {len(tasks) - left} of {len(tasks)} tasks: it cannot win"
-                return self.search.reject(candidate.id, why), None
-            verdict = strictly_better(candidate, best, tasks)
-        if not verdict:
-            return self.search.reject(candidate.id, verdict), None
-        return self.search.adopt(candidate.id, verdict), state
+            return self.search.adopt(candidate.id, always(candidate, best))
+        state = self.run.state.with_values(candidate.values)
+        left = self._measure(candidate, state, above=best.mean)
+        if left:
+            why = f"stopped after {len(tasks) - left} of {len(tasks)} tasks: it cannot win"
+            return self.search.reject(candidate.id, why)
+        verdict = strictly_better(self.search[candidate.id], best, tasks)
+        end = self.search.adopt if verdict else self.search.reject
+        return end(candidate.id, verdict)
 
     def _measure(self, candidate: Candidate, state: TeamState, above: float | None) -> int:
         """Score a candidate on the validation tasks; how many were not played, since it cannot
