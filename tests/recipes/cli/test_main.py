@@ -471,13 +471,13 @@ def test_collect_appends_what_is_not_there_yet(
     first = collect()
     assert len(first) == 2 and {e.task.split for e in first} == {"train"}
     assert all(
-        set(e.team_version) == {"first", "last"} and e.rewards[0].name == "bytes_mod_7"
+        set(e.state.versions) == {"first", "last"} and e.rewards[0].name == "bytes_mod_7"
         for e in first
     )
     assert collect() == first and "0 episodes appended" in capsys.readouterr().out
     assert collect("--num_generations", 2)[:2] == first and len(Store(tmp_path / "store")) == 4
     bare = collect("--adapters", "none")[4:]
-    assert len(bare) == 2 and all(e.team_version == {} for e in bare)
+    assert len(bare) == 2 and all(e.state.versions == {} for e in bare)
     assert len(collect("--seed", 1)) == 8 and len(collect("--split", "eval")) == 10
     assert "at least 1" in refused(
         capsys, "collect", checkpoint, *TRUST, "--output", tmp_path / "store", "--num_tasks", 0
