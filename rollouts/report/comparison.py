@@ -18,6 +18,7 @@ HEAD = (
     "paired difference",
     "steps",
     "tokens sampled",
+    "tokens spent on learning",
     "seconds",
 )
 
@@ -49,6 +50,7 @@ def _row(run: RunData, n: int, colour: str) -> tuple[str, ...]:
         difference_with_interval(paired) if paired else "–",
         number(summary.get("steps")),
         number((summary.get("tokens") or {}).get("sampled")),
+        number(((summary.get("budget") or {}).get("spent") or {}).get("tokens")),
         number(round((summary.get("seconds") or {}).get("total", 0))),
     )
 

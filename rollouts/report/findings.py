@@ -48,6 +48,7 @@ def settings_to_change(config: Mapping[str, Any]) -> dict[str, str]:
             f"raise entropy_coef from {config.get('entropy_coef', 0)} or lower learning_rate from"
             f" {config.get('learning_rate')}"
         ),
+        "mismatch": mismatch_advice(config),
     }
     own = [
         f"agents.{name}.sampling.max_tokens from {limit}"
@@ -56,6 +57,21 @@ def settings_to_change(config: Mapping[str, Any]) -> dict[str, str]:
     if own:
         advice["truncated"] += f", and {', '.join(own)}"
     return advice
+
+
+def mismatch_advice(config: Mapping[str, Any]) -> str:
+    """Which settings to change, one at a time, to find out why engine and trainer disagree: those
+    that do not have the exact value yet."""
+    exact = {"layout": "padded", "dtype": "float32", "engine": "transformers"}
+    given = {name: config.get(name) for name in exact}
+    tries = [
+        f"{name} from {given[name]} to {value}"
+        for name, value in exact.items()
+        if given[name] != value
+    ]
+    if tries:
+        return f"change {' or '.join(tries)} to find out which of them computes otherwise"
+    return "set proof_every to 1 to prove every published version"
 
 
 def _own_limits(agents: Any) -> Iterator[tuple[str, Any]]:

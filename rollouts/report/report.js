@@ -270,7 +270,7 @@ async function show(name) {
   box.append(el("p", "soft", `${episode.kind} episode; the team's state is ${episode.state}`));
   box.append(...field("task", episode.prompt), ...field("expected", episode.answer));
   const made = episode.from.length ? `, from ${episode.from.map((i) => "turn " + i).join(", ")}` : "";
-  box.append(...field(`the team's output (${episode.stop}${made})`, episode.output), ...field("error", episode.error, "bad"));
+  box.append(...field(`${episode.kind === "aside" ? "" : "the team's "}output (${episode.stop}${made})`, episode.output), ...field("error", episode.error, "bad"));
   box.append(...decisions(episode.decisions));
   const can = (how) => how !== "none" && episode.turns.some((t) => t.tokens && levels(t, how));
   const used = state.colour === "none" || can(state.colour) ? state.colour : "logp";

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..html import number, text
 from ..run_data import read_json
@@ -127,9 +128,11 @@ def reasons(candidate: ArchivedCandidate) -> str:
     return rows
 
 
-def candidate_details(candidate: ArchivedCandidate, archive: Archive, anchor: str) -> str:
+def candidate_details(
+    candidate: ArchivedCandidate, archive: Archive, anchor: str, trials: str = ""
+) -> str:
     """A candidate to unfold: where it comes from, its score, and what it changes in its first
-    parent."""
+    parent. `trials`: what finds its trials among the episodes."""
     parents = ", ".join(candidate.parents)
     facts = [
         f"round {candidate.round}" if candidate.round else "",
@@ -140,9 +143,10 @@ def candidate_details(candidate: ArchivedCandidate, archive: Archive, anchor: st
     ]
     head = " · ".join(fact for fact in facts if fact)
     parent = archive.get(candidate.parents[0]) if candidate.parents else None
+    read = f'<p><a href="#kind=trial&amp;q={quote(trials)}">its trials</a></p>' if trials else ""
     return (
         f'<details id="{anchor}" class="candidate {candidate.standing}"><summary><b>'
-        f"{text(candidate.id)}</b> <small>{head}</small></summary>{reasons(candidate)}"
+        f"{text(candidate.id)}</b> <small>{head}</small></summary>{reasons(candidate)}{read}"
         f"{_values(candidate, parent)}</details>"
     )
 

@@ -55,6 +55,16 @@ class ValueHistory:
         return kept
 
 
+def trials_of(run: RunData) -> list[tuple[str, Mapping[str, Any]]]:
+    """The trials of a run: how the ids of those of one state begin, and the values they had."""
+    begins: dict[str, str] = {}
+    for row in run.episodes:
+        if row.kind == "trial" and not row.child:
+            begins.setdefault(row.state, row.group.partition("/")[0] + "/")
+    found = ((begin, _values_of(run.folder, -1, key)) for key, begin in begins.items())
+    return [(begin, values) for begin, values in found if values is not None]
+
+
 def newest_checkpoint(run: Path) -> Path | None:
     """The folder of the newest checkpoint; None if there is none."""
     systems = sorted(run.glob("checkpoints/step-*/system.json"))
@@ -107,7 +117,7 @@ def is_choice(name: str, values: Sequence[Any]) -> bool:
     )
 
 
-def is_number(values: Sequence[Any]) -> bool:
+def is_numeric(values: Sequence[Any]) -> bool:
     """Is this value a number?"""
     given = [value for value in values if value is not None]
     return bool(given) and all(
@@ -122,7 +132,7 @@ def as_logits(value: Any) -> dict[str, dict[str, float]] | None:
         return None
     rows = value if all(isinstance(row, Mapping) for row in value.values()) else {"": value}
     for row in rows.values():
-        if not row or not is_number(list(row.values())):
+        if not row or not is_numeric(list(row.values())):
             return None
     return {str(name): dict(row) for name, row in rows.items()}
 

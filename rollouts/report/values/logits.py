@@ -69,7 +69,7 @@ def rows_of(
             for d in decisions
             for o in dict.fromkeys(o for table in tables for o in table.get(d, {}))
         ]
-    rows = [(name, [t.get(d, {}).get(o) for t in tables]) for name, d, o in named]
+    rows: list[Row] = [(name, [t.get(d, {}).get(o) for t in tables]) for name, d, o in named]
     if len(rows) > MAX_ROWS:
         told += f"; the {MAX_ROWS} of {len(rows)} that moved most"
         moved = sorted(range(len(rows)), key=lambda n: -_move(rows[n][1]))[:MAX_ROWS]

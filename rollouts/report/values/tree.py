@@ -17,7 +17,7 @@ def places_of(archive: Archive) -> dict[str, tuple[float, float]]:
     in rows of their own, a parent amid its children."""
     children: dict[str, list[str]] = {id: [] for id in archive}
     generation: dict[str, int] = {}
-    roots = []
+    roots: list[str] = []
     for id, candidate in archive.items():  # parents come before their children
         parent = next((p for p in candidate.parents if p in generation), None)
         generation[id] = 0 if parent is None else generation[parent] + 1

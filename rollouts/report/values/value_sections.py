@@ -3,7 +3,7 @@ candidates, and what a method remembers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..charts import Line, chart
@@ -20,7 +20,7 @@ from .archive import (
     reasons,
     shown_of,
 )
-from .history import ValueHistory, as_logits, as_text, is_choice, is_number
+from .history import ValueHistory, as_logits, as_text, is_choice, is_numeric, trials_of
 from .logits import logits_over_steps
 from .texts import text_diff, whole_text
 from .tree import tree
@@ -32,7 +32,7 @@ MAX_UNFOLDED = 3  # texts whose changes are not folded
 def value_sections(run: RunData, n: int) -> list[str]:
     """Sections of run number `n`, "" for each that has nothing to show. Raises `StoreError` for a
     state in the store that was altered."""
-    history, parts = ValueHistory.read(run), parts_of(run.folder)
+    history, parts, trials = ValueHistory.read(run), parts_of(run.folder), trials_of(run)
     archives = {
         name: archive for name, state in parts.items() if (archive := archive_of(state)) is not None
     }
@@ -52,7 +52,7 @@ def value_sections(run: RunData, n: int) -> list[str]:
         *(
             section(
                 f"Candidates <small>{text(name)}</small>",
-                candidates(archive, f"c{n}-{number}"),
+                candidates(archive, f"c{n}-{number}", trials),
                 "candidates",
                 f"candidates-{n}" if name == first else "",
             )
@@ -101,7 +101,7 @@ def _kind(name: str, values: Sequence[Any]) -> str:
     given = [value for value in values if value is not None]
     if given and all(as_logits(value) is not None for value in given):
         return "logits"
-    if is_number(given):
+    if is_numeric(given):
         return "number"
     return "choice" if is_choice(name, given) else "text"
 
@@ -185,9 +185,11 @@ def _unmoved(history: ValueHistory, names: Sequence[str]) -> str:
 # archives
 
 
-def candidates(archive: Archive, prefix: str) -> str:
+def candidates(
+    archive: Archive, prefix: str, trials: Sequence[tuple[str, Mapping[str, Any]]] = ()
+) -> str:
     """An archive as a tree, and its candidates to unfold below it. `prefix` begins their anchors,
-    which are unique on the page."""
+    which are unique on the page; `trials`: how ids begin of those that had these values."""
     shown = shown_of(archive)
     numbers = {id: number for number, id in enumerate(shown)}
 
@@ -203,5 +205,15 @@ def candidates(archive: Archive, prefix: str) -> str:
         '<p class="legend"><span class="adopted">adopted</span>'
         '<span class="kept">not adopted</span><span class="lost">lost</span></p>'
     )
-    entries = "".join(candidate_details(c, archive, anchor(c)) for c in shown.values())
+    entries = "".join(
+        candidate_details(c, archive, anchor(c), _trials(c, trials)) for c in shown.values()
+    )
     return f"<p>{line}</p>{key}{tree(shown, anchor)}<div>{entries}</div>"
+
+
+def _trials(candidate: ArchivedCandidate, trials: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """How the ids begin of the first trials with the candidate's values, "" if there are none."""
+    own = candidate.values.items()
+    return next(
+        (begin for begin, had in trials if own and all(had.get(n) == v for n, v in own)), ""
+    )

@@ -15,7 +15,7 @@ from marlora.rollouts.report.values.history import (
     as_logits,
     as_text,
     is_choice,
-    is_number,
+    is_numeric,
 )
 from tests.rollouts.report.learnt_values import MAPPING, PROMPTS, write_run
 
@@ -72,7 +72,7 @@ def test_what_a_value_looks_like() -> None:
     assert is_choice("solver.policy", ["base", None, "adds"]) and is_choice("team", [True])
     assert not is_choice("solver.prompt", ["Solve."]) and not is_choice("x", ["two words"])
     assert not is_choice("x", ["a" * 41]) and not is_choice("x", [None]) and not is_choice("x", [1])
-    assert is_number([1, None, 0.5]) and not is_number([True]) and not is_number([None])
+    assert is_numeric([1, None, 0.5]) and not is_numeric([True]) and not is_numeric([None])
     assert as_logits({"a": {"on": 1, "off": 0.0}}) == {"a": {"on": 1, "off": 0.0}}
     assert as_logits({"on": 1.0, "off": 0.0}) == {"": {"on": 1.0, "off": 0.0}}
     for wrong in ({}, "a", {"a": {}}, {"a": {"b": "c"}}, {"a": 1, "b": "c"}, [1, 2]):
