@@ -204,6 +204,7 @@ class Plan:
             f"first prompt (to {self.agent!r}):",
             text,
             *([f"({tokens} tokens)"] if tokens is not None else []),
+            *(f"warning: {text}" for text in spec.warnings),
         ]
 
 

@@ -38,6 +38,7 @@ from ..errors import RunError, Stopped
 from ..model import sharding
 from ..monitoring.run_log import RunLog
 from ..update.learner import Learner
+from ..update.snapshot import snapshot
 from ..values.parts import Part, check_names, values_of
 from ..weight_sync.sharded_probes import join_probes
 from ..weight_sync.sync import WeightSync
@@ -47,7 +48,7 @@ from .checkpointing import Checkpointer
 from .evaluator import Evaluator
 from .lock import FolderLock
 from .spec import RunSpec
-from .step_result import StepResult
+from .step_result import StepResult, Trial
 
 SPENT = "the budget is spent"
 
@@ -191,16 +192,12 @@ class TrainingRun:
             spec.config, spec.system.specs, spec.eval_tasks, self.learner.bases
         )
         self.rollouts.open(self._exit, offline)
-        self._list_changes()
+        if spec.config.resume:
+            before = changed_settings.settings_of(spec.config.folder)
+            for line in changed_settings.describe(before, summaries.resolved_settings(spec)):
+                self.log.say(f"resume: {line}")
         summaries.write_config(self.spec)
         self.log.open_trackers(self._exit)
-
-    def _list_changes(self) -> None:
-        config = self.spec.config
-        if config.resume:
-            new = summaries.resolved_settings(self.spec)
-            for line in changed_settings.describe(changed_settings.settings_of(config.folder), new):
-                self.log.say(f"resume: {line}")
 
     def _resume(self) -> None:
         config = self.spec.config
@@ -334,6 +331,21 @@ class TrainingRun:
         self._before_step = None
         self._show_parts()
 
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[Trial]:
+        """Updates made inside are tried: at the end the learner and the served adapters are what
+        they were, unless `adopt` was called. Every rank has to enter it."""
+        with snapshot(self.learner) as before:
+            trial = Trial(lambda: self.ranks.on_main(lambda: self.sync.try_out(self.step)))
+            unfinished, versions = self.learner.unfinished, dict(self.sync.current)
+            try:
+                yield trial
+            finally:
+                if not trial.adopted:
+                    before.put_back()
+                    self.learner.unfinished = unfinished
+                    self.ranks.on_main(lambda: self.sync.try_out(self.step, versions))
+
     def save(self) -> Path | None:
         """Write a checkpoint of the last finished step, unless it is there already; its folder on
         rank 0."""
@@ -360,7 +372,7 @@ class TrainingRun:
             self.log.say(f"step {self.step} is saved in {self._write_checkpoint()}")
 
     def record_end(self, error: Exception) -> None:
-        """Keep why the run cannot go on among its warnings, for its report (rank 0)."""
+        """Keep why the run cannot go on among its warnings, for its report."""
         if self._loaded and self.ranks.main:
             self.log.warn(f"{ENDED} after step {self.step}: {error}")
 

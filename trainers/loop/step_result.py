@@ -1,8 +1,8 @@
-"""The result of a step: what a method hands to the run."""
+"""What a method hands to the run: the result of a step, and updates that are only tried."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,3 +26,19 @@ class StepResult:
     episodes: Sequence[Episode] = ()
     state: TeamState | None = None
     done: str = ""
+
+
+@dataclass
+class Trial:
+    """Updates that are undone unless they are adopted, see `TrainingRun.trial`.
+
+    `serve`: let the engines answer with what the learner holds now; until then `run.state` is that
+    of before.
+    """
+
+    serve: Callable[[], None]
+    adopted: bool = False
+
+    def adopt(self) -> None:
+        """Keep what was learnt inside."""
+        self.adopted = True

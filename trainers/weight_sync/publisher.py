@@ -98,15 +98,17 @@ class Publisher:
     async def publish(self, step: int, policies: Sequence[str]) -> dict[str, str]:
         """Load the adapters that changed on every replica and flip the team version. Prove them
         with `verify` before they are trusted."""
-        new: dict[str, Path] = {}
+        changed: dict[str, Path] = {}
         for policy in policies:
             digest = self.adapters.sha256(policy)
             if self._loaded.get(self.versions.get(policy, "")) != (policy, digest):
-                new[policy] = self.write_version(policy, step, digest)
-                self._loaded[new[policy].name] = (policy, digest)
+                changed[policy] = self.write_version(policy, step, digest)
+        # one that something still plays with is loaded under its name
+        new = {p: folder for p, folder in changed.items() if folder.name not in self._loaded}
         if new:
+            self._loaded |= {f.name: (p, self.adapters.sha256(p)) for p, f in new.items()}
             await self.engine.publish(new)
-        self.versions = {**self.versions, **{policy: folder.name for policy, folder in new.items()}}
+        self.versions = {**self.versions, **{p: folder.name for p, folder in changed.items()}}
         self._retired = [
             folder for folder in self._retired if folder.name not in self._loaded
         ]  # a resumed run learnt it again

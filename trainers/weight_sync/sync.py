@@ -158,6 +158,13 @@ class WeightSync:
             self._perform(publisher.publish(step, self.learner.bases[name].policies))
         return self.current
 
+    def try_out(self, step: int, versions: Mapping[str, str] | None = None) -> None:
+        """Publish what the learner holds in the middle of a step, to measure it. `versions`: the
+        names that adapters of this content had before."""
+        for publisher in self.publishers.values():
+            publisher.earlier.update(versions or {})
+        self.publish(step)
+
     def verify(
         self, step: int, episodes: Sequence[Episode], *, final: bool = False, start: bool = False
     ) -> dict[str, dict[str, Any]]:
