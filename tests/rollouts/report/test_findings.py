@@ -89,4 +89,5 @@ def test_settings_of_alarms_have_their_values() -> None:
         "constant_groups",
         "clipped",
         "entropy",
+        "mismatch",
     }

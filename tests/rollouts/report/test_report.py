@@ -575,6 +575,7 @@ def test_several_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
     path = write_report(run, other, output=tmp_path / "both.html")
     page = Page(path.read_text())
     words = words_of(page)
+    assert words.count("tokens spent on learning") == 1
     assert "Runs compared" in words and "1 settings differ" in words and "learning_rate" in words
     assert {a.get("id") for _, a in page.tags} >= {"run-0", "run-1", "compare", "episodes"}
     (data,) = re.findall(r'id="data">(.*?)</script>', path.read_text(), re.DOTALL)

@@ -16,6 +16,7 @@ from marlora.rollouts.report.values.history import (
     as_text,
     is_choice,
     is_numeric,
+    trials_of,
 )
 from tests.rollouts.report.learnt_values import MAPPING, PROMPTS, write_run
 
@@ -58,6 +59,12 @@ def test_a_state_nobody_played_with_is_that_of_its_checkpoint_or_unknown(run: Pa
     found = read(run)
     assert [step for step, _ in found.points] == [0, 1]
     assert found.points[0][1]["first.policy"] == "base", "of the first episode"
+
+
+def test_trials_are_told_apart_by_the_values_they_had(run: Path) -> None:
+    found = trials_of(RunData.read(run))
+    assert [begin for begin, _ in found] == [f"trial-{step:016d}/" for step in (1, 2, 3)]
+    assert [had["temperature"] for _, had in found] == [0.6, 0.7, 0.8]
 
 
 def test_a_state_that_was_altered_is_refused(run: Path) -> None:
