@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from marlora.agents.concurrency import run_steadily
+from marlora.agents.state import TeamState
 from marlora.agents.types import PolicySpec, SettingError, Task, from_json
 from marlora.recipes.cli.eval_tables import as_markdown, as_text
 from marlora.recipes.cli.team import (
@@ -129,8 +130,6 @@ def cmd_eval(args: argparse.Namespace) -> None:
     args.sampled = args.sampled or args.samples > 1 or len(args.seeds or ()) > 1
     folder = Path(args.output) if args.output else beside(Path(args.checkpoint[0]))
     result = run_steadily(evaluate_all(args, folder))
-    if not result["adapters_on"]:
-        say("no adapter is on: the team as asked for is the base team")
     print(as_text(result))
     write_json(args.json, result)
     write_json(str(folder / "eval.json"), result)
@@ -192,6 +191,9 @@ async def evaluate_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]
                 teams[mark] = await load_team(
                     checkpoint, engine_config(args), options, beside=list(teams.values())
                 )
+            for mark, team in teams.items():
+                if not has_learnt(team, chosen(team, args.adapters)):
+                    say(f"{mark}: no adapter is on and no value was learnt: it is the base team")
             sets = {}
             for name in args.tasks:
                 tasks = tasks_for(args, teams, name)
@@ -202,6 +204,11 @@ async def evaluate_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]
             for team in reversed(teams.values()):
                 await team.close()
     return summary_of(args, teams, sets)
+
+
+def has_learnt(team: LoadedTeam, state: TeamState) -> bool:
+    """Whether anything of this state was learnt: an adapter that is on, or values."""
+    return bool(state.versions) or state.values != team.origin
 
 
 def tasks_for(args: argparse.Namespace, teams: Mapping[str, LoadedTeam], name: str) -> list[Task]:
@@ -245,7 +252,7 @@ async def one_set(
     for mark, team in teams.items():
         prefix, state = f"{mark}: " if len(teams) > 1 else "", chosen(team, args.adapters)
         requested += ablations(team, state.versions, prefix) if args.ablate else []
-        if state.versions or state.values != team.origin:
+        if has_learnt(team, state):
             requested.append(trained_team(team, state.versions, prefix))
             trained.append(requested[-1].name)
     crossed = cross_play(teams) if args.cross else []

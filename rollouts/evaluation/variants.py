@@ -95,7 +95,7 @@ def ladder(team: LoadedTeam, mark: str = "") -> list[Variant]:
                 {},
             )
         )
-    if any(agent.prompt or agent.demos for agent in system.specs):
+    if plain != dict(team.origin) or any(agent.prompt or agent.demos for agent in system.specs):
         without = dataclasses.replace(player, system=system.with_agents(bare))
         rungs.append(variant(team, f"{mark}team without prompts", {}, without, plain))
     rungs.append(base_team(team, mark))

@@ -112,6 +112,9 @@ def test_where_values_alone_were_learnt_the_trained_team_is_no_rung() -> None:
     base = ladder(told)[1]
     assert base.state == TeamState({}, {"program": "start"})
     assert base.key(0, True) != trained.key(0, True)
+    prompted = team("a", "b", origin={"a.prompt": "Add.", "program": "start"}, trained=False)
+    assert names(ladder(prompted)) == ["single agent", "team without prompts", "base team"]
+    assert ladder(prompted)[1].state == TeamState({}, {"program": "start"})
     same = team("a", "b", values={"program": PROGRAM}, origin={"program": PROGRAM}, trained=False)
     assert ladder(same)[1].key(0, True) == trained.key(0, True), "nothing was learnt"
 
