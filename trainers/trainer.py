@@ -217,10 +217,11 @@ class Trainer(Generic[C]):
     ) -> dict[str, dict[str, Any]]:
         """`policies` of the step's metrics: per trainable policy what its update did, and the
         shares of its turns cut off or silent."""
+        spoken = self.run.learner.spoken_policies
         return {
             name: {
                 **metrics(done.get(name)),
-                **shares_of(episodes, self.spec.agents_of[name], advantages),
+                **shares_of(episodes, [a for a, p in spoken.items() if p == name], advantages),
             }
             for name in self.run.learner.trainable
         }

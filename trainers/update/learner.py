@@ -188,11 +188,15 @@ class Learner:
         return [name for base in self.bases.values() for name in base.adapters.trainable]
 
     @property
+    def spoken_policies(self) -> dict[str, str]:
+        """Agent -> policy that it speaks with now."""
+        return {a.name: self.values.get(f"{a.name}.policy") or a.policy for a in self.agents}
+
+    @property
     def policy_of(self) -> dict[str, str]:
         """Agent -> policy that it speaks with now, for agents whose policy learns in this run."""
         learning = set(self.trainable)
-        speaks = {a.name: self.values.get(f"{a.name}.policy") or a.policy for a in self.agents}
-        return {agent: policy for agent, policy in speaks.items() if policy in learning}
+        return {agent: p for agent, p in self.spoken_policies.items() if p in learning}
 
     def base_of(self, policy: str) -> LearnerBase:
         """The base on which this policy stands."""

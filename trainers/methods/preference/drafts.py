@@ -144,9 +144,10 @@ async def _play(
     """Play the task to its end, where `end` is quoted."""
     quoting: dict[str, Completer] = {**player.completers}
     agent = next(spec for spec in player.system.specs if spec.name == end.agent)
-    live = quoting[agent.policy]
+    policy = player.state.values.get(f"{agent.name}.policy") or agent.policy
+    live = quoting[policy]
     assert isinstance(live, EngineCompleter)  # outside models are refused at start
-    quoting[agent.policy] = Quoting(live, end)
+    quoting[policy] = Quoting(live, end)
     return await dataclasses.replace(player, completers=quoting).play(
         job, given=given, replace=replace
     )

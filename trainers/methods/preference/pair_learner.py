@@ -109,7 +109,7 @@ class PairLearner:
         drafts its probabilities weigh."""
         if self.config.mode != "sampling":
             return self.learner.policy_of
-        return {agent.name: agent.policy for agent in self.learner.agents}
+        return self.learner.spoken_policies
 
     def samples_of(
         self, pairs: Iterable[Pair]

@@ -140,8 +140,10 @@ class PreferenceTrainer(Trainer[PreferenceConfig]):
         """The step by TRL's DPOTrainer, on the pairs of replies to one prompt (`agent_pairs`), one
         policy after the other."""
         lessons, dropped = {}, Counter[tuple[str, str]]()
-        for policy in sorted(set(self.run.learner.policy_of.values())):
-            rows, without = agent_pairs(pairs, self.spec.agents_of[policy])
+        policy_of = self.run.learner.policy_of
+        for policy in sorted(set(policy_of.values())):
+            agents = [agent for agent, spoken in policy_of.items() if spoken == policy]
+            rows, without = agent_pairs(pairs, agents)
             lessons[policy] = TRLExample(
                 rows, sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
             )
