@@ -47,20 +47,23 @@ class Alarms:
         for policy, row in rows.items():
             trained = bool(row.get("tokens")) and bool(row.get("applied", True))
             if trained:
-                warned, reason = self._mismatch(policy, float(row["first_mismatch_kl"]), stale)
+                kl, change = float(row["first_mismatch_kl"]), (advice or {}).get("mismatch", "")
+                warned, reason = self._mismatch(policy, kl, stale, change)
                 warnings += warned
                 stop = reason or stop
             warnings += _shares(policy, row, trained, advice or {})
         return warnings, stop
 
-    def _mismatch(self, policy: str, kl: float, stale: bool) -> tuple[list[str], str]:
-        """(warnings, reason to stop or "") for one step's distance of engine and trainer."""
+    def _mismatch(self, policy: str, kl: float, stale: bool, change: str) -> tuple[list[str], str]:
+        """(warnings, reason to stop or "") for one step's distance of engine and trainer; `change`:
+        which setting to change, or ""."""
+        change = f"; {change}" if change else ""
         noise = self.noise.setdefault(policy, min(kl, WARN_KL))
         warnings: list[str] = []
         if not stale and kl > max(WARN_KL, 10 * noise):
             warnings.append(
                 f"policy {policy!r}: engine and trainer disagree by {kl:.1e} nat per token (k3"
-                f" KL); it was {noise:.1e} at the start"
+                f" KL); it was {noise:.1e} at the start{change}"
             )
         beyond = not stale and kl > max(STOP_KL, 100 * noise)
         self.beyond[policy] = self.beyond.get(policy, 0) + 1 if beyond else 0
@@ -68,7 +71,7 @@ class Alarms:
             return warnings, ""
         return warnings, (
             f"policy {policy!r}: engine and trainer disagreed by {kl:.1e} nat per token for"
-            f" {PATIENCE} steps; the served adapter is not the trained one"
+            f" {PATIENCE} steps; the served adapter is not the trained one{change}"
         )
 
     def to_json(self) -> dict[str, Any]:

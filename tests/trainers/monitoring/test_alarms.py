@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from marlora.agents.types import Task, Turn
 from marlora.rollouts.report.findings import settings_to_change
 from marlora.rollouts.types import Episode
+from marlora.trainers.config import RunConfig
 from marlora.trainers.monitoring.alarms import Alarms
 from marlora.trainers.trainer import shares_of
 
@@ -136,3 +138,36 @@ def test_warnings_name_the_setting_and_its_value() -> None:
     cut_off, silent = Alarms().check({"solver": row}, advice=advice)[0]
     assert "truncated 1.00: raise max_completion_length from 16" in cut_off
     assert "constant groups 1.00: raise num_generations from 4" in silent
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (
+            {"layout": "auto", "dtype": "auto", "engine": "vllm"},
+            "change layout from auto to padded or dtype from auto to float32 or engine from vllm to"
+            " transformers to find out which of them computes otherwise",
+        ),
+        (
+            {"layout": "padded", "dtype": "auto", "engine": "transformers"},
+            "change dtype from auto to float32 to find out which of them computes otherwise",
+        ),
+        (
+            {"layout": "padded", "dtype": "float32", "engine": "transformers"},
+            "set proof_every to 1 to prove every published version",
+        ),
+    ],
+)
+def test_a_mismatch_names_the_settings_to_change(config: dict[str, str], told: str) -> None:
+    monitor, advice = Alarms(), settings_to_change(config)
+    seen = [
+        monitor.check({"solver": {**GOOD, "first_mismatch_kl": 0.3}}, advice=advice)
+        for _ in range(3)
+    ]
+    assert all(warning.endswith(f"at the start; {told}") for (warning,), _ in seen)
+    assert seen[2][1].endswith(f"is not the trained one; {told}")
+
+
+def test_the_settings_that_a_mismatch_names_exist() -> None:
+    fields = {field.name for field in dataclasses.fields(RunConfig)}
+    assert {"layout", "dtype", "engine", "proof_every"} <= fields
