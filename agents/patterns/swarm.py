@@ -83,7 +83,7 @@ class Swarm(System):
             if name not in names:
                 raise SettingError(f"views.{name}: no such agent; {nearest(name, names)}")
             fields_in(template, setting=f"views.{name}")
-        self._told("", [])  # checks the template
+        self._quoting("", [])  # checks the template
         if self.judge and not self._quotes:
             raise SettingError(f"heard: without {{others}} the judge {self.judge!r} sees no answer")
         _check_fixed(self.fixed, self.nodes)
@@ -181,9 +181,9 @@ class Swarm(System):
             setting=f"views.{name}",
             context=f" for task {task.id!r}",
         )
-        return (self._told(view, shown), [*shown]) if shown else (view, [])
+        return (self._quoting(view, shown), [*shown]) if shown else (view, [])
 
-    def _told(self, view: str, shown: Sequence[Turn]) -> str:
+    def _quoting(self, view: str, shown: Sequence[Turn]) -> str:
         others = "\n\n".join(f"[{turn.agent}] {turn.text}" for turn in shown)
         return render(self.heard, {"task": view, "others": others}, setting="heard")
 
