@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from marlora.agents.patterns.chain import Chain
-from marlora.agents.types import SettingError
+from marlora.agents.types import SettingError, Task, Turn
 from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.evaluation.variants import asked
 from marlora.rollouts.renderer import ChatRenderer
 from marlora.rollouts.tasks.toy import tiny_tasks
-from marlora.trainers.collection.stored_episodes import OfflineEpisodes
+from marlora.rollouts.types import Episode, Kind
+from marlora.trainers.collection.stored_episodes import OfflineEpisodes, training
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
 from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tokenizer
+from tests.repository import ROOT
 from tests.trainers import small_run
 
 
@@ -88,3 +91,40 @@ def test_episodes_of_another_tokenizer_are_refused(played: Path) -> None:
     ):
         given.check_tokens({"first": tokens, "last": tokens})
     given.check_tokens({"nobody": tokens})
+
+
+KINDS: tuple[Kind, ...] = ("train", "trial", "aside", "eval")
+
+
+def test_only_what_was_played_to_learn_from_is_learnt_from(tmp_path: Path) -> None:
+    """A candidate's trials and an optimizer's talk are of the same tasks, agents and split."""
+    turns = (Turn(0, "first", text="7", policy="first"),)
+    with Store(tmp_path / "episodes") as store:
+        for kind in KINDS:
+            for n in range(2):
+                group = f"{kind}/t"
+                task = Task("t", "?", "7", split="train")
+                store.append(
+                    Episode(f"{group}/{n}", group, task, kind=kind, split="train", turns=turns)
+                )
+        found = training(store)
+    assert [episode.id for episode in found] == ["train/t/0", "train/t/1"]
+    given = OfflineEpisodes(tmp_path, tiny_chain().specs)
+    assert given.episodes == found == given.of(1, 0, 1)
+    assert asked(Store(tmp_path / "episodes")) == {"t": "?"}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "train"])
+def test_a_store_of_other_kinds_alone_holds_nothing_to_learn_from(
+    tmp_path: Path, kind: Kind
+) -> None:
+    turns = (Turn(0, "first", text="7", policy="first"),)
+    with Store(tmp_path / "episodes") as store:
+        store.append(Episode("g/0", "g", Task("t", "?"), kind=kind, split="train", turns=turns))
+    with pytest.raises(SettingError, match="holds no training episode"):
+        OfflineEpisodes(tmp_path, tiny_chain().specs)
+
+
+def test_of_a_store_of_0_1_evaluations_and_corrections_are_not_learnt_from() -> None:
+    found = training(Store(ROOT / "tests" / "data" / "store-0.1"))
+    assert [episode.id for episode in found] == ["train-000003/t1/0", "train-000003/t1/1"]
