@@ -40,8 +40,9 @@ class RunLog:
     Args:
         config: `output_dir`, `report_to`, `max_staleness`.
 
-    `step`: the last finished step. `done`: why no step follows it, "" if one may. `aborted`: steps in a row that were not finite. `seconds`:
-    total, rollout, train, publish. `tokens`: sampled, trained.
+    `step`: the last finished step. `done`: why no step follows it, "" if one may. `aborted`: steps
+    in a row that were not finite. `seconds`: total, rollout, train, publish. `tokens`: sampled,
+    trained.
     """
 
     def __init__(self, config: RunConfig) -> None:
