@@ -18,6 +18,7 @@ CONFIGS = {
     "PPOConfig": f"{METHODS}.policy_gradient.ppo",
     "MAPoRLConfig": f"{METHODS}.policy_gradient.maporl",
     "FlowReasonerConfig": f"{METHODS}.policy_gradient.flowreasoner",
+    "GPTSwarmConfig": f"{METHODS}.policy_gradient.gptswarm",
     "SFTConfig": f"{METHODS}.imitation.sft",
     "SiriusConfig": f"{METHODS}.imitation.sirius",
     "MultiagentFinetuningConfig": f"{METHODS}.imitation.multiagent_finetuning",

@@ -21,6 +21,7 @@ NEEDS_A_NETWORK = {
 # recipes whose method trains no policy
 NO_WEIGHTS = {"verifier", "bootstrap_few_shot", "gptswarm_edges", "llmselector"}
 
+
 def recipe_of(settings: Path) -> str:
     """The recipe whose name the settings' name begins with; the longest, if there are several."""
     stems = [path.stem for path in (ROOT / "recipes").glob("*.py")]
