@@ -347,8 +347,8 @@ class RunConfig(RunSettings, OptimizerSettings, AdapterSettings, RolloutSettings
             of_its_own = mapping(f"policies.{name}", given).keys() & {"init", "base", "url"}
             if name not in (*used, *named, BASE) and not of_its_own:
                 raise SettingError(
-                    f"policies.{name}: no agent speaks with it; {nearest(name, used)}; one that is"
-                    " only named by values later needs init, base or url"
+                    f"policies.{name}: no agent speaks with it (one that only values name later"
+                    f" needs init, base or url); {nearest(name, used)}"
                 )
         specs = {}
         for name in dict.fromkeys([*used, *policies]):

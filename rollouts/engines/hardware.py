@@ -19,7 +19,7 @@ def cpu_has_bfloat16() -> bool:
 
 def choose_dtype(model: str, setting: str, *, on_gpu: bool) -> str:
     """`auto` becomes the dtype that the model's config names, but float32 on a CPU that would have
-    to emulate bfloat16."""
+    to emulate bfloat16. Raises `SettingError` for a config that cannot be read."""
     if setting != "auto":
         if setting not in ("float32", "bfloat16"):
             raise SettingError(f"dtype: expected auto, float32 or bfloat16; got {setting!r}")
@@ -28,9 +28,13 @@ def choose_dtype(model: str, setting: str, *, on_gpu: bool) -> str:
         return "float32"
     from transformers import AutoConfig
 
-    named = str(
-        getattr(AutoConfig.from_pretrained(model, trust_remote_code=False), "dtype", None)
-    ).removeprefix("torch.")
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SettingError(
+            f"model {model!r}: its config.json cannot be read ({str(error).splitlines()[0]})"
+        ) from error
+    named = str(getattr(config, "dtype", None)).removeprefix("torch.")
     return named if named in ("float32", "bfloat16") else "bfloat16" if on_gpu else "float32"
 
 

@@ -88,9 +88,9 @@ def test_misspelt_agents_policies_and_views(model: Path, tmp_path: Path) -> None
         told(agents={"frist": {"prompt": "x"}})
         == "agents.frist: no such agent in Chain; did you mean 'first'?"
     )
-    assert (
-        told(policies={"lats": {"trainable": False}})
-        == "policies.lats: no agent speaks with it; did you mean 'last'?"
+    assert told(policies={"lats": {"trainable": False}}) == (
+        "policies.lats: no agent speaks with it (one that only values name later needs init, base"
+        " or url); did you mean 'last'?"
     )
     assert told(agents={"first": {"tools": ["calculatr"]}}).startswith("tool 'calculatr'")
     chain = {"class": "marlora.agents.patterns.chain:Chain", "agents": ["first", "last"]}

@@ -74,7 +74,8 @@ def test_a_folder_to_give_away(
         for p in ("first", "last")
         for f in ("adapter_config.json", "adapter_model.safetensors")
     }
-    assert found == {"README.md", "system.json", *adapters}
+    values = {"values/values.json", "values/origin.json"}
+    assert found == {"README.md", "system.json", *adapters, *values}
     assert read_checkpoint(tmp_path / "team") == read_checkpoint(checkpoint), (
         "it is a checkpoint still"
     )
@@ -172,6 +173,6 @@ def test_no_path_of_this_machine_goes_to_the_hub(
 ) -> None:
     assert export(checkpoint, "--output", tmp_path / "team", "--push_to_hub", "someone/team") == 0
     sent = [p for p in (tmp_path / "team").rglob("*") if p.suffix in (".json", ".md")]
-    assert len(sent) == 4 and "model" in read_checkpoint(tmp_path / "team")["bases"]
+    assert len(sent) == 6 and "model" in read_checkpoint(tmp_path / "team")["bases"]
     for path in sent:
         assert str(checkpoint.parents[2]) not in path.read_text(), path.name

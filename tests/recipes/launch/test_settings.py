@@ -284,7 +284,8 @@ def test_wrong_settings_are_told_in_one_line(
     [
         (
             "policies: {solvr: {}}",
-            "policies.solvr: no agent speaks with it; did you mean 'solver'?",
+            "policies.solvr: no agent speaks with it (one that only values name later needs init,"
+            " base or url); did you mean 'solver'?",
         ),
         ("policies: {solver: {adapter: {rank: 4}}}", "policies.solver.adapter.rank: unknown field"),
         (
