@@ -63,7 +63,8 @@ class TemporalNetwork(System):
     A step asks only as many agents as may decide it, in an order drawn by the episode's seed, and
     further ones while they have not. Every rating becomes a `Reward` named `rating`, from 0 to 1:
     `agent` and `turn` are the rated ones, `source` is the index of the turn that rated, the value
-    is NaN if its ratings could not be read.
+    is NaN if its ratings could not be read. Episodes keep them if `rewards` names
+    `marlora.rollouts.rewards.ratings:ratings`.
 
     Args:
         steps: T; answers of an agent at most.

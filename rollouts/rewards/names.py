@@ -6,11 +6,13 @@ from collections.abc import Iterable
 
 from .actor_critic import roles
 from .builtin import posted, returned, workflow
+from .ratings import ratings
 from .scoring import RewardFn, fn_name
 
 # functions whose rewards are not named like them, or not all
 GIVEN: dict[RewardFn, frozenset[str]] = {
     roles: frozenset({"role"}),
+    ratings: frozenset({"rating"}),
     workflow: frozenset({"valid", "ran", "val", "performance", "complexity", "efficiency"}),
 }
 OPEN = (workflow, returned, posted)  # others than us choose the names: systems and programs

@@ -21,7 +21,7 @@ from ...rollouts.types import Episode, TurnKey, groups
 Advantages = dict[TurnKey, float]
 State = dict[str, float]  # what a rule remembers between steps; a checkpoint keeps it
 # rewards that count only if `reward_weights` names them
-UNWEIGHTED = ("format", "length", "counterfactual", "valid", "ran")
+UNWEIGHTED = ("format", "length", "counterfactual", "valid", "ran", "rating")
 RULE_NAMES = (
     *("team", "agent", "turn", "grpo", "rloo", "dr_grpo", "at_grpo", "dr_mas"),
     *("rae", "success", "counterfactual"),

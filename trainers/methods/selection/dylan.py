@@ -35,6 +35,8 @@ from ...values.parts import Part
 from .frozen import SelectionConfig
 from .importance import Importance, importance
 
+RATINGS = "marlora.rollouts.rewards.ratings:ratings"
+
 
 @dataclass
 class DyLANConfig(SelectionConfig):
@@ -60,6 +62,9 @@ class DyLANTrainer(Trainer[DyLANConfig]):
     """
 
     Config = DyLANConfig
+
+    def extra_rewards(self) -> Sequence[str]:
+        return (RATINGS,)
 
     def parts(self) -> Sequence[Part]:
         system = self.spec.system

@@ -20,7 +20,6 @@ class SelectionConfig(RunConfig):
         for name, given in self.policies.items():  # type: ignore[union-attr]
             if mapping(f"policies.{name}", given).get("trainable"):
                 raise SettingError(
-                    f"policies.{name}.trainable: this method trains no policy; leave it"
-                    " out"
+                    f"policies.{name}.trainable: this method trains no policy; leave it out"
                 )
         return {name: dataclasses.replace(s, trainable=False) for name, s in specs.items()}
