@@ -66,20 +66,23 @@ class CriticConfig(Settings):
 def critics(
     agents: Sequence[AgentSpec], policies: Mapping[str, PolicySpec], config: CriticConfig
 ) -> list[HeadSpec]:
-    """One scalar head per policy that learns, or per agent and turn. Its LoRA has the policy's
-    shape and base."""
-    heads: dict[str, HeadSpec] = {}
-    for agent in agents:
-        policy = policies[agent.policy]
-        if policy.trainable and policy.has_adapter:
-            names = (
-                [f"{agent.name}-{n}" for n in range(config.value_turns)]
-                if config.value_heads == "turn"
-                else [policy.name]
-            )
-            rate = config.value_learning_rate or policy.learning_rate
-            heads |= {name: HeadSpec(name, policy.base, policy.adapter, rate) for name in names}
-    return list(heads.values())
+    """One scalar head per policy that learns (also of one that a value may name later), or per
+    agent and turn. Its LoRA has the policy's shape and base."""
+    if config.value_heads == "turn":
+        names = {
+            f"{agent.name}-{n}": policies[agent.policy]
+            for agent in agents
+            for n in range(config.value_turns)
+        }
+    else:
+        names = dict(policies)
+    return [
+        HeadSpec(
+            name, policy.base, policy.adapter, config.value_learning_rate or policy.learning_rate
+        )
+        for name, policy in names.items()
+        if policy.trainable and policy.has_adapter
+    ]
 
 
 def critic_of(

@@ -305,6 +305,16 @@ def test_a_critic_on_each_of_two_bases(model: Path, tmp_path: Path) -> None:
     assert all(abs(kl) > 1e-5 for _, _, kl in told), told
 
 
+def test_a_policy_that_only_a_value_names_has_a_critic(model: Path, tmp_path: Path) -> None:
+    settings = {"policies": {"late": {"base": str(model)}}, "values": {"last.policy": "late"}}
+    summary = trainer(tmp_path / "run", model, max_steps=1, **settings).train()
+    for part in ("heads", "policies"):
+        moved = {
+            name for name, of in summary[part].items() if of["sha256_before"] != of["sha256_after"]
+        }
+        assert moved == {"first", "late"} and summary[part].keys() == {"first", "last", "late"}
+
+
 # what teaches nothing
 
 
