@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ...agents.state import content_key
 from ...agents.system import System
 from ...agents.types import AgentSpec, SettingError, Task, to_json
 from ...rollouts.evaluation.suite import prompt_hash
+from ...rollouts.types import Episode
 from .. import checkpoint as ckpt
 from ..collection.stored_episodes import OfflineEpisodes
 from ..config import RunConfig
@@ -78,14 +80,43 @@ def offline_episodes(
     bases: Mapping[str, LearnerBase],
 ) -> OfflineEpisodes | None:
     """The episodes of another run to learn from (`episodes`), checked against this run's held-out
-    tasks and tokenizers; None if this run plays."""
+    tasks, tokenizers and embeddings; None if this run plays."""
     if not config.episodes:
         return None
     offline = OfflineEpisodes(config.episodes, agents)
     check_tasks([e.task for e in offline.episodes], [], eval_tasks, config)
     tokens = {policy: base.tokens for base in bases.values() for policy in base.policies}
+    check_ids(config.episodes, offline.episodes, agents, bases)
     offline.check_tokens({a.name: tokens[a.policy] for a in agents if a.policy in tokens})
     return offline
+
+
+def check_ids(
+    folder: str,
+    episodes: Sequence[Episode],
+    agents: Sequence[AgentSpec],
+    bases: Mapping[str, LearnerBase],
+) -> None:
+    """Raise `SettingError` for a stored turn, or its prompt, with a token that the model which
+    learns from it has no embedding of."""
+    rows = {
+        policy: (base.path, base.adapters.num_embeddings)
+        for base in bases.values()
+        for policy in base.adapters.trainable
+    }
+    learning = {a.name: rows[a.policy] for a in agents if a.policy in rows}
+    for episode in episodes:
+        for turn in episode.turns:
+            model, count = learning.get(turn.agent, ("", sys.maxsize))
+            ids = (*turn.prompt_ids, *turn.token_ids)
+            wrong = [i for i in (max(ids, default=0), min(ids, default=0)) if not 0 <= i < count]
+            if wrong:
+                raise SettingError(
+                    f"episodes {folder!r}: turn {turn.index} of {turn.agent!r} in episode"
+                    f" {episode.id!r} holds the token id {wrong[0]}, and the embedding of {model}"
+                    f" has {count} rows (ids 0 to {count - 1}); expected episodes that were sampled"
+                    " with the tokenizer of the model that learns from them"
+                )
 
 
 def claim_folder(

@@ -139,6 +139,11 @@ class Adapters:
         """Names of the policies that learn, sorted."""
         return tuple(sorted(name for name, spec in self.policies.items() if spec.trainable))
 
+    @property
+    def num_embeddings(self) -> int:
+        """How many tokens the base has an embedding of."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's tensors by the key they have in a saved file, sorted. Optimizers take their
         lists from here."""

@@ -15,6 +15,8 @@ from marlora.rollouts.renderer import ChatRenderer
 from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode, Kind
 from marlora.trainers.collection.stored_episodes import OfflineEpisodes, training
+from marlora.trainers.distributed.ranks import Ranks
+from marlora.trainers.loop import checks
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
 from marlora.trainers.testbeds.tiny import tiny_chain, tiny_tokenizer
 from tests.repository import ROOT
@@ -128,3 +130,54 @@ def test_a_store_of_other_kinds_alone_holds_nothing_to_learn_from(
 def test_of_a_store_of_0_1_evaluations_and_corrections_are_not_learnt_from() -> None:
     found = training(Store(ROOT / "tests" / "data" / "store-0.1"))
     assert [episode.id for episode in found] == ["train-000003/t1/0", "train-000003/t1/1"]
+
+
+@pytest.mark.parametrize("where", ["prompt_ids", "token_ids"])
+@pytest.mark.parametrize("wrong", [10**6, -1])
+def test_tokens_without_an_embedding_are_one_line_that_names_turn_and_id(
+    where: str, wrong: int, tmp_path: Path, model: Path, played: Path
+) -> None:
+    """In the last turn of the last episode, which no look at the first few turns would find."""
+    episodes = list(Store(played / "episodes").read(kind="train"))
+    *others, last = episodes[-1].turns
+    ids = (*getattr(last, where), wrong)
+    torn = dataclasses.replace(last, **{where: ids, "logprobs": (0.0,) * len(last.token_ids)})
+    if where == "token_ids":
+        torn = dataclasses.replace(torn, logprobs=(0.0,) * len(ids))
+    episodes[-1] = dataclasses.replace(episodes[-1], turns=(*others, torn))
+    with Store(tmp_path / "store") as store:
+        store.extend(episodes)
+    learner = small_run.trainer(
+        tmp_path / "run", model, max_steps=1, episodes=str(tmp_path / "store")
+    )
+    with pytest.raises(SettingError) as raised:
+        learner.train()
+    told = str(raised.value)
+    assert f"turn {last.index} of 'last' in episode {episodes[-1].id!r}" in told
+    assert f"holds the token id {wrong}," in told and str(model) in told and "\n" not in told
+
+
+def test_agents_that_do_not_learn_may_have_spoken_in_other_tokens(
+    tmp_path: Path, model: Path, played: Path
+) -> None:
+    """What is frozen is not computed in the update."""
+    frozen = small_run.trainer(
+        tmp_path / "run",
+        model,
+        max_steps=1,
+        episodes=str(played),
+        policies={"last": {"trainable": False}},
+    )
+    run = frozen.run
+    run.learner.load(Ranks())
+    episodes = [
+        dataclasses.replace(
+            e,
+            turns=tuple(
+                dataclasses.replace(t, prompt_ids=(10**6,)) if t.agent == "last" else t
+                for t in e.turns
+            ),
+        )
+        for e in OfflineEpisodes(played, tiny_chain().specs).episodes
+    ]
+    checks.check_ids("runs/x", episodes, tiny_chain().specs, run.learner.bases)
