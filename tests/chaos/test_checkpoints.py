@@ -50,7 +50,7 @@ def test_damage_to_any_file_is_found_and_named(how: str, run: Path) -> None:
     files = sorted(path for path in newest(run).rglob("*") if path.is_file())
     assert {path.suffix for path in files} == {".json", ".safetensors"} and len(
         files
-    ) == 2 * 2 + 2 + 3
+    ) == 2 * 2 + 2 + 5, "adapters, optimizers; system, values, their origin, state, manifest"
     for path in files:
         data = path.read_bytes()
         damaged = DAMAGES[how](data)
