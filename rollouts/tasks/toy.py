@@ -45,6 +45,21 @@ def tiny_tasks(split: str = "train", seed: int = 0) -> list[Task]:
     return tasks
 
 
+@trusted("tasks")
+def last_tasks(split: str = "train", seed: int = 0) -> list[Task]:
+    """What the tiny model's agent `last` is asked: the 190 sums of 0 to 18 and a digit, shuffled;
+    about two thirds to train on, the others held out. The model has seen all of them, and slips."""
+    tasks = [
+        Task(asked, asked, str(x + c), "last", split)
+        for x in range(19)
+        for c in range(10)
+        for asked in [f"{x}+{c}"]
+        if (unit(f"last {asked}") < 0.35) == (split == "eval")
+    ]
+    random.Random(seed).shuffle(tasks)
+    return tasks
+
+
 def digit_triples() -> Iterator[tuple[int, int, int]]:
     """All triples of digits, in order."""
     return ((a, b, c) for a in range(10) for b in range(10) for c in range(10))
