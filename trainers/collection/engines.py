@@ -71,8 +71,12 @@ class EngineGroup:
     @property
     def deterministic(self) -> bool:
         """Do all engines repeat themselves to the last bit, given the same requests in the same
-        company? Without one, outside models answer everything, and they do not."""
-        return bool(self.of) and all(engine.info().deterministic for engine in self.of.values())
+        company, and does no agent speak as an outside model, which does not?"""
+        policies = self.learner.policies
+        speak = [policies[a.policy] for a in self.learner.agents if a.policy in policies]
+        if not self.of or any(policy.url for policy in speak):
+            return False
+        return all(engine.info().deterministic for engine in self.of.values())
 
     def completers(self) -> Mapping[str, Completer]:
         """By policy, what answers its chats.
