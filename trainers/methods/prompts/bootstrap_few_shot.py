@@ -158,7 +158,7 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
         templates = args.templates(agents)
         self.sets = DemoSets(agents, templates, args.max_labeled_demos, args.seed)
         self.labeled = self.sets.labeled(self.spec.tasks)
-        given = {param.name: param.value for param in system.params()} | self.spec.values
+        given = {**{param.name: param.value for param in system.params()}, **self.spec.values}
         # the demonstrations that the team begins with
         self.student = {f"{agent}.demos": to_json(given[f"{agent}.demos"]) for agent in agents}
         self.search = Search("demos", args.seed)
@@ -170,11 +170,11 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
         """Make one candidate, measure it, and adopt it if it is the best."""
         number = self.args.numbers[step - 1]
         start = self._start()
-        found = [] if number in (ZERO_SHOT, LABELED) else self._bootstrapped(number)
-        chosen = self._set(number, found)
+        successes = [] if number in (ZERO_SHOT, LABELED) else self._bootstrapped(number)
+        chosen = self._set(number, successes)
         values = demo_values(chosen)
         known = self.search.find(values)
-        name, note = candidate_name(number), f"{len(found)} successful runs"
+        name, note = candidate_name(number), f"{len(successes)} successful runs"
         if known is None:
             new = Candidate(values, proposer=name, note=note, parents=(start.id,), round=step)
             candidate = self._judged(self.search.add(new))
@@ -188,7 +188,7 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
         row = {
             "name": name,
             "id": candidate.id,
-            "runs": len(found),
+            "runs": len(successes),
             "demos": {agent: len(demos) for agent, demos in chosen.items()},
             "score": candidate.mean if candidate.scores else None,
             "num_tasks": len(candidate.scores),
@@ -242,14 +242,14 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
 
     # its demonstrations
 
-    def _set(self, number: int, found: Sequence[Demos]) -> Mapping[str, Sequence[Demo]]:
+    def _set(self, number: int, successes: Sequence[Demos]) -> Mapping[str, Sequence[Demo]]:
         nothing: dict[str, list[Demo]] = {agent: [] for agent in self.sets.agents}
         if number == ZERO_SHOT:
             return nothing
         if number == LABELED:
             return nothing | self.labeled
         size = drawn_size(self.args.max_bootstrapped_demos, number, self.args.seed)
-        return self.sets.filled(found, self.spec.tasks, size)
+        return self.sets.filled(successes, self.spec.tasks, size)
 
     def _bootstrapped(self, number: int) -> list[Demos]:
         args = self.args

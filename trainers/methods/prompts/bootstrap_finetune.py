@@ -34,7 +34,7 @@ from ....agents.types import AgentSpec, Message, PolicySpec, SettingError, Turn,
 from ....rollouts.types import Episode
 from ...config import RunConfig
 from ...credit.filtering import SelectionConfig
-from ...loop.run import StepResult
+from ...loop.step_result import StepResult
 from ...trainer import Trainer
 from ...update.learner import Learner
 from ...values.parts import Part
@@ -75,7 +75,7 @@ class BootstrapFinetuneConfig(RunConfig, SelectionConfig, ImitationConfig, Teach
         specs = super().policy_specs(agents)
         values: dict[str, Any] = self.values  # type: ignore[assignment]
         team = {values.get(f"{agent.name}.policy") or agent.policy for agent in agents}
-        taught = {v for k, v in self.teacher.items() if k.endswith(".policy")}  # type: ignore[union-attr]
+        taught = {v for k, v in self.teacher_values.items() if k.endswith(".policy")}
         return {
             name: dataclasses.replace(spec, trainable=False) if name in taught - team else spec
             for name, spec in specs.items()
@@ -90,7 +90,7 @@ class BootstrapFinetuneTrainer(Trainer[BootstrapFinetuneConfig]):
     def parts(self) -> Sequence[Part]:
         args, system = self.args, self.spec.system
         args.check_teacher(self.spec)
-        given = {param.name: param.value for param in system.params()} | self.spec.values
+        given = {**{param.name: param.value for param in system.params()}, **self.spec.values}
         # the demonstrations that the team begins with
         self.student = {
             f"{agent.name}.demos": to_json(given[f"{agent.name}.demos"]) for agent in system.specs

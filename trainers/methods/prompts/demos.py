@@ -105,10 +105,10 @@ def bootstrap(tasks: Sequence[Task], count: int, rounds: int, attempt: Attempt) 
     As many tasks are tried at once as successes are missing, so none is tried that would not be if
     they were tried one after the other.
     """
-    found: list[Demos] = []
+    successes: list[Demos] = []
     place = 0
-    while len(found) < count and place < len(tasks):
-        chunk = tasks[place : place + count - len(found)]
+    while len(successes) < count and place < len(tasks):
+        chunk = tasks[place : place + count - len(successes)]
         place += len(chunk)
         done: dict[int, Demos] = {}
         for number in range(rounds):
@@ -116,8 +116,8 @@ def bootstrap(tasks: Sequence[Task], count: int, rounds: int, attempt: Attempt) 
             if left:
                 runs = attempt([chunk[at] for at in left], number)
                 done |= {at: demos for at, demos in zip(left, runs, strict=True) if demos}
-        found += [done[at] for at in sorted(done)]
-    return found
+        successes += [done[at] for at in sorted(done)]
+    return successes
 
 
 @dataclass(frozen=True)
@@ -168,15 +168,15 @@ class DemoSets:
         return {agent: self._drawn(agent, tasks, self.max_labeled) for agent in self.templates}
 
     def filled(
-        self, found: Sequence[Demos], tasks: Sequence[Task], max_bootstrapped: int
+        self, successes: Sequence[Demos], tasks: Sequence[Task], max_bootstrapped: int
     ) -> dict[str, list[Demo]]:
         """By agent, its first `max_bootstrapped` bootstrapped demonstrations, then labelled ones of
         random other tasks up to `max_labeled` in all."""
-        used = [demo for run in found for demo in run.values()]
+        used = [demo for run in successes for demo in run.values()]
         others = [task for task in tasks if not any(demo.is_of(task) for demo in used)]
         sets: dict[str, list[Demo]] = {}
         for agent in self.agents:
-            own = [run[agent] for run in found if agent in run][:max_bootstrapped]
+            own = [run[agent] for run in successes if agent in run][:max_bootstrapped]
             sets[agent] = own + self._drawn(agent, others, self.max_labeled - len(own))
         return sets
 

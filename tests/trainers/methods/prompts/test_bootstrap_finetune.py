@@ -12,54 +12,17 @@ import pytest
 import torch
 
 from marlora.agents.types import Message, Reward, SettingError, Task, Turn
-from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import TrainingSequence
 from marlora.trainers.credit.filtering import SelectionConfig, filter_turns
-from marlora.trainers.methods.prompts.bootstrap_finetune import (
-    BootstrapFinetuneConfig,
-    BootstrapFinetuneTrainer,
-)
-from marlora.trainers.testbeds.tiny import tiny_chain, tiny_random_model
+from marlora.trainers.testbeds.tiny import tiny_random_model
 from marlora.trainers.update.learner import Learner
 from marlora.trainers.update.losses.nll import weighted_nll
+from tests.trainers.methods.prompts.finetune_run import SHOT, adapters, trainer
 from tests.trainers.reading import rows
-from tests.trainers.sirius_run import even
 
 torch.set_num_threads(1)
-SHOT = [{"role": "user", "content": "1+2+3"}, {"role": "assistant", "content": "3"}]
 SHOWN = "<|user|>1+2+3<|end|><|assistant|>3<|end|>"
-
-
-def trainer(folder: Path, model: Path, **changes: Any) -> BootstrapFinetuneTrainer:
-    small: dict[str, Any] = dict(
-        output_dir=str(folder),
-        model=str(model),
-        engine="transformers",
-        num_eval_tasks=2,
-        tasks_per_step=8,
-        num_generations=1,
-        num_train_epochs=2,
-        max_completion_length=4,
-        lora_r=4,
-        lora_alpha=8.0,
-        learning_rate=1e-2,
-        lora_target_modules=["q_proj", "v_proj"],
-        save_every=1,
-    )
-    return BootstrapFinetuneTrainer(
-        system=tiny_chain(),
-        tasks=tiny_tasks()[:40],
-        eval_tasks=tiny_tasks("eval")[:2],
-        rewards=[even],
-        args=BootstrapFinetuneConfig(**{**small, **changes}),
-    )
-
-
-def adapters(made: BootstrapFinetuneTrainer) -> dict[str, str]:
-    """Hash of every adapter."""
-    (base,) = made.run.learner.bases.values()
-    return {policy: base.adapters.sha256(policy) for policy in base.policies}
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
-"""Few-shot bootstrapping in processes of its own: killed in the middle of a candidate, and on two
-ranks."""
+"""Bootstrapping in processes of its own: killed in the middle of a candidate, and on two ranks."""
 
 from __future__ import annotations
 
@@ -9,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.repository import ROOT
 from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.methods.prompts.finetune_run import two_steps
 from tests.trainers.methods.prompts.rules_run import trainer
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
@@ -47,3 +49,21 @@ def test_two_ranks_find_what_one_finds(whole: tuple[str, str], model: Path, tmp_
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"two.rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second == json.loads(whole[0])
+
+
+@pytest.mark.slow
+def test_two_ranks_imitate_as_one(model: Path, tmp_path: Path) -> None:
+    program = "tests.trainers.methods.prompts.finetune_run"
+    done = start([*TORCHRUN, "-m", program, str(tmp_path / "two"), str(model)])
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"two.rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second and first["values"] == {"first.demos": [], "last.demos": []}
+    two_steps(tmp_path / "one", model)
+
+    def tensors(side: str, policy: str) -> torch.Tensor:
+        folder = tmp_path / side / "checkpoints/step-000002/adapters" / policy
+        loaded = load_file(folder / "adapter_model.safetensors")
+        return torch.cat([loaded[key].flatten() for key in sorted(loaded)]).double()
+
+    for policy in ("first", "last"):
+        assert (tensors("one", policy) - tensors("two", policy)).abs().max() <= 1e-5
