@@ -24,6 +24,8 @@ CONFIGS = {
     "MultiagentFinetuningConfig": f"{METHODS}.imitation.multiagent_finetuning",
     "PreferenceConfig": f"{METHODS}.preference.sysdpo",
     "ScoreFlowConfig": f"{METHODS}.preference.scoreflow",
+    "BootstrapFewShotConfig": f"{METHODS}.prompts.bootstrap_few_shot",
+    "BootstrapFinetuneConfig": f"{METHODS}.prompts.bootstrap_finetune",
     "VerifierConfig": f"{METHODS}.reward_model.verifier",
 }
 HEAD = """# Settings
