@@ -146,5 +146,5 @@ def as_text(value: Any) -> str:
     if isinstance(value, (list, tuple)) and all(
         isinstance(each, Mapping) and {"role", "content"} <= each.keys() for each in value
     ):
-        return "\n\n".join(f"{each['role']}: {each['content']}" for each in value)
+        return "\n".join(f"{each['role']}: {each['content']}" for each in value)
     return json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True)

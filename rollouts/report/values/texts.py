@@ -39,7 +39,9 @@ def text_diff(old: str, new: str) -> str:
 
 
 def whole_text(value: str) -> str:
-    """A text as it is, as HTML."""
+    """A text as it is, as HTML; a word about it if it is empty."""
+    if not value:
+        return '<p class="soft">(empty)</p>'
     return f"<pre>{text(value, MAX_DIFF)}</pre>"
 
 

@@ -85,5 +85,5 @@ def test_what_a_value_looks_like() -> None:
     for wrong in ({}, "a", {"a": {}}, {"a": {"b": "c"}}, {"a": 1, "b": "c"}, [1, 2]):
         assert as_logits(wrong) is None
     demos = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
-    assert as_text(demos) == "user: 2+2\n\nassistant: 4"
+    assert as_text(demos) == "user: 2+2\nassistant: 4"
     assert as_text({"b": 1, "a": "ü"}) == '{\n "a": "ü",\n "b": 1\n}' and as_text(None) == ""

@@ -39,6 +39,10 @@ def test_a_change_of_line_ends_is_told() -> None:
     assert "only their ends differ" in text_diff("a\nb", "a\nb\n")
 
 
+def test_a_whole_text_is_shown_as_it_is() -> None:
+    assert whole_text("a\n<b>") == "<pre>a\n&lt;b&gt;</pre>" and "(empty)" in whole_text("")
+
+
 def test_only_so_much_is_compared() -> None:
     made = text_diff("a" * MAX_DIFF + "b", "a" * MAX_DIFF + "c")
     assert "only the first 8,000 characters are compared" in made and "<ins>" not in made
