@@ -1,0 +1,73 @@
+"""Settings that all methods of feedback in words share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...agents.settings import parsed_mapping, setting
+from ...agents.types import SettingError
+from ..methods.frozen import FrozenConfig
+from ..values.acceptance import GATES
+
+
+@dataclass
+class FeedbackConfig(FrozenConfig):
+    """`RunConfig` of methods that learn from feedback in words; their policies are frozen."""
+
+    params: list[str] = setting(
+        "the params that are rewritten, such as solver.prompt; empty: the prompts of all agents",
+        factory=list,
+    )
+    gate: str = setting(
+        "whether proposed values replace those in force, by validation tasks: always (nothing is"
+        " measured), not_worse, strictly_better",
+        "not_worse",
+        choices=GATES,
+    )
+    prompts: dict | str | None = setting(
+        "by name: prompts of the method that other ones stand in for", factory=dict
+    )
+    metric_purpose: str = setting(
+        "a sentence on what the metric measures, for the helpers",
+        "The metric compares the prediction with the expected output; higher is better.",
+    )
+    show_answer: bool = setting(
+        "helpers are shown the tasks' answers (their turns are then never trained on)", True
+    )
+    max_value_length: int = setting(
+        "characters of a proposed value at most; a longer one is refused", 20_000, at_least=1
+    )
+    copies: str = setting(
+        "what becomes of a value that holds a training task word for word: flag (a warning) or"
+        " refuse",
+        "flag",
+        choices=("flag", "refuse"),
+    )
+    tasks_per_step: int = setting("tasks whose outputs are judged in a step", 3, at_least=1)
+    num_generations: int = setting("episodes of a task in a step", 1, at_least=1)
+    temperature: float = setting(
+        "sampling temperature of agents that name no sampling of their own", 0.0, at_least=0
+    )
+    num_val_tasks: int = setting(
+        "tasks cut from the training ones, by which the gate decides", 20, at_least=0
+    )
+    max_steps: int = setting("steps: play, judge, propagate, rewrite, accept", 12, at_least=0)
+    save_every: int = setting(
+        "steps between checkpoints; the last step is always saved", 1, at_least=1
+    )
+
+    def prepare(self) -> None:
+        self.prompts = parsed_mapping("prompts", self.prompts)
+
+    def check(self) -> None:
+        if self.gate != "always" and not self.num_val_tasks:
+            raise SettingError(
+                f"gate: {self.gate} compares values on validation tasks; set num_val_tasks above 0,"
+                " or gate to always"
+            )
+        if self.episodes:
+            raise SettingError("episodes: this method plays its runs itself; leave it out")
+        if self.max_staleness:
+            raise SettingError(
+                "max_staleness: a step's feedback is about the values in force; leave it at 0"
+            )

@@ -1,0 +1,97 @@
+"""Gates of feedback methods: whether proposed values replace those in force."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ...agents.state import TeamState
+from ...agents.types import Task
+from ..loop.run import TrainingRun
+from ..values.acceptance import GATES, Verdict, always, mean_over, two_stage
+from ..values.search import Candidate, Search
+
+
+class Gate(Protocol):
+    """Compares a candidate with the one in force; measures what it needs, the scores go into the
+    archive."""
+
+    def judge(
+        self, run: TrainingRun, search: Search, new: str, old: str, batch: Sequence[Task]
+    ) -> Verdict:
+        """Whether candidate `new` replaces `old` (ids). `batch`: tasks that the step played."""
+
+
+@dataclass(frozen=True)
+class ValidationGate:
+    """Both are scored on the validation tasks: `not_worse`, `strictly_better`, or `always`, which
+    measures nothing. A candidate that cannot pass any more is not played to the end."""
+
+    rule: str = "not_worse"
+
+    def judge(
+        self, run: TrainingRun, search: Search, new: str, old: str, batch: Sequence[Task]
+    ) -> Verdict:
+        gate, tasks = GATES[self.rule], run.spec.val_tasks
+        if gate is always:
+            return gate(search[new], search[old], None)
+        ids = [task.id for task in tasks]
+        measure = _Measure(run, tasks, self.rule)
+        if any(id not in search[old].scores for id in ids):
+            search.score(old, measure(search[old], ids, None))
+        bound = mean_over(search[old], ids)
+        search.score(new, measure(search[new], ids, bound))
+        left = sum(id not in search[new].scores for id in ids)
+        if left:
+            why = (
+                f"stopped after {len(ids) - left} of {len(ids)} tasks: {bound:.4f} is out of reach"
+            )
+            return Verdict(False, why)
+        return gate(search[new], search[old], ids)
+
+
+@dataclass(frozen=True)
+class TwoStageGate:
+    """First on tasks that the step played, then on the validation tasks (LLM-AutoDiff,
+    arXiv:2501.16673). Each stage is `not_worse`, `strictly_better` or `always`."""
+
+    first: str = "strictly_better"
+    second: str = "strictly_better"
+
+    def judge(
+        self, run: TrainingRun, search: Search, new: str, old: str, batch: Sequence[Task]
+    ) -> Verdict:
+        tasks = [*batch, *run.spec.val_tasks]
+        return two_stage(
+            search,
+            new,
+            old,
+            _Measure(run, tasks, self.second),
+            [task.id for task in batch],
+            [task.id for task in run.spec.val_tasks],
+            first=GATES[self.first],
+            second=GATES[self.second],
+        )
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """Scores of a candidate's values on tasks by their ids."""
+
+    run: TrainingRun
+    tasks: Sequence[Task]
+    rule: str
+
+    def __call__(
+        self, candidate: Candidate, ids: Sequence[str], bound: float | None
+    ) -> Mapping[str, float]:
+        by_id = {task.id: task for task in self.tasks}
+        tasks = [by_id[id] for id in ids if id not in candidate.scores]
+        if len(tasks) < len(ids):
+            bound = None  # the bound is of all tasks
+        if bound is not None and self.rule != "strictly_better":
+            bound = math.nextafter(bound, -math.inf)  # an equal score passes too
+        state: TeamState = self.run.state.with_values(candidate.values)
+        return self.run.evaluator.measure(state, tasks, above=bound).scores

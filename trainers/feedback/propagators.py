@@ -1,0 +1,284 @@
+"""Propagators: how what is said of an output becomes what is said of the params behind it: edge by
+edge, node by node with siblings, along requirements, or not at all with the graph as context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from ...agents.text.tags import block, inside, nested, numbered, shortened
+from ...agents.types import Turn
+from .backward import Backward, ByParam, Case, Feedback
+from .graph import Node
+from .helpers import UNREADABLE, Helpers, Question
+from .targets import Target
+
+NO_ERROR = "No noticeable error."
+
+
+class Propagator(Protocol):
+    """Takes judgements of outputs to feedback on params."""
+
+    def propagate(
+        self, helpers: Helpers, cases: Sequence[Case], targets: Sequence[Target]
+    ) -> ByParam:
+        """Feedback by name of a param, cases in order; every param has its list."""
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """From the judgement (`node` None) or a node to a node it read or a param that acts at it."""
+
+    number: int
+    node: Node | None
+    to: Node | Target
+
+
+@dataclass(frozen=True)
+class PerEdge:
+    """One call per edge, each on its own (TextGrad, arXiv:2406.07496): from the judgement to every
+    output, then from every node that has feedback to each node it read and to each of its params.
+
+    Args:
+        helper: its name.
+        operations: whether plain operations are asked about: `always`; where they read `several`
+            nodes (LLM-AutoDiff, arXiv:2501.16673); or `never`: they hand their feedback on.
+        good: an episode whose score is above this gives its params `NO_ERROR`, without a call.
+
+    Prompts: `backward_system`; `base` for edges from the judgement, with `{role}`, `{target}` and
+    `{conversation}`; `chain` for the others, with `{feedback}` too.
+    """
+
+    helper: str = "backward"
+    operations: Literal["always", "several", "never"] = "always"
+    good: float | None = None
+
+    def propagate(
+        self, helpers: Helpers, cases: Sequence[Case], targets: Sequence[Target]
+    ) -> ByParam:
+        backward = Backward(cases, targets)
+        start: list[_Edge] = []
+        for number, case in enumerate(cases):
+            if self.good is not None and case.judgement.score > self.good:
+                for target in backward.reached(number):
+                    backward.collect(target, case.feedback(NO_ERROR))
+            elif case.judgement.text:
+                start += [_Edge(number, None, node) for node in backward.outputs(number)]
+        self._send(helpers, backward, start)
+        for nodes in backward.levels():
+            edges = [
+                _Edge(number, node, to)
+                for number, node in nodes
+                for to in (*backward.predecessors(number, node), *backward.own(number, node))
+            ]
+            self._send(helpers, backward, edges)
+        return backward.ordered()
+
+    def _send(self, helpers: Helpers, backward: Backward, edges: Sequence[_Edge]) -> None:
+        """Take feedback along these edges, all at once."""
+        asked = [edge for edge in edges if self._is_asked(edge)]
+        for edge in edges:
+            if edge not in asked and edge.node is not None:
+                for feedback in backward.of(edge.number, edge.node):
+                    _deliver(backward, edge.number, edge.to, feedback)
+        replies = helpers.ask([self._question(helpers, backward, edge) for edge in asked])
+        for edge, reply in zip(asked, replies, strict=True):
+            if reply is not None:
+                case, order = (
+                    backward.cases[edge.number],
+                    -1 if edge.node is None else (edge.node.index),
+                )
+                context = self._conversation(backward, edge)
+                _deliver(
+                    backward, edge.number, edge.to, case.feedback(reply.strip(), context, order)
+                )
+
+    def _is_asked(self, edge: _Edge) -> bool:
+        node = edge.node
+        if node is None or isinstance(node.of, Turn) or self.operations == "always":
+            return True
+        return self.operations == "several" and len(node.reads) > 1
+
+    def _conversation(self, backward: Backward, edge: _Edge) -> str:
+        case = backward.cases[edge.number]
+        if edge.node is None:
+            return case.judgement.conversation
+        return case.graph.conversation(edge.node)
+
+    def _question(self, helpers: Helpers, backward: Backward, edge: _Edge) -> Question:
+        case = backward.cases[edge.number]
+        fields = {"conversation": nested("CONVERSATION", self._conversation(backward, edge))}
+        if isinstance(edge.to, Target):
+            fields["role"], value = edge.to.role, str(edge.to.value)
+        else:
+            fields["role"], value = f"the output of {edge.to.name!r}", edge.to.text
+        fields["target"] = block("VARIABLE", shortened(value))
+        if edge.node is not None:
+            fields["feedback"] = texts(backward.of(edge.number, edge.node))
+        name = edge.to.name if isinstance(edge.to, Target) else f"output-{edge.to.index}"
+        return Question(
+            self.helper,
+            helpers.prompt("backward_system"),
+            helpers.prompt("base" if edge.node is None else "chain", **fields),
+            f"{self.helper}/{case.episode.task.id}/{name}",
+            case.episode.id,
+            case.judgement.saw_gold,
+        )
+
+
+@dataclass(frozen=True)
+class PerNode:
+    """One call per node that read others, with all that it read in view (semantic backpropagation,
+    arXiv:2412.03624): what is said of the output is the feedback on the output's node; the reply
+    has a line `Hint x: ...` for each node that was read. Params get the feedback on their node.
+
+    Prompts: `backward_system`, and `node` with `{instruction}`, `{task}`, `{hints}` (numbered
+    blocks), `{output}` and `{feedback}`.
+    """
+
+    helper: str = "backward"
+
+    def propagate(
+        self, helpers: Helpers, cases: Sequence[Case], targets: Sequence[Target]
+    ) -> ByParam:
+        backward = _begun(cases, targets)
+        for nodes in backward.levels():
+            for number, node in nodes:
+                case = backward.cases[number]
+                context = case.graph.conversation(node)
+                for target in backward.own(number, node):
+                    for feedback in backward.of(number, node):
+                        own = case.feedback(feedback.text, context, node.index)
+                        backward.collect(target, own)
+            asked = [(n, node) for n, node in nodes if backward.predecessors(n, node)]
+            replies = helpers.ask([self._question(helpers, backward, *each) for each in asked])
+            for (number, node), reply in zip(asked, replies, strict=True):
+                self._deliver(helpers, backward, number, node, reply)
+        return backward.ordered()
+
+    def _deliver(
+        self, helpers: Helpers, backward: Backward, number: int, node: Node, reply: str | None
+    ) -> None:
+        """Each line to the node that it is about; a reply without a single line is counted."""
+        case = backward.cases[number]
+        lines = numbered(reply or "", "Hint", len(node.reads))
+        helpers.counts[UNREADABLE] += reply is not None and not any(lines)
+        moving = {each.index for each in backward.predecessors(number, node)}
+        for index, line in zip(node.reads, lines, strict=True):
+            if line is not None and index in moving:
+                backward.give(number, case.graph.nodes[index], case.feedback(line))
+
+    def _question(self, helpers: Helpers, backward: Backward, number: int, node: Node) -> Question:
+        case = backward.cases[number]
+        hints = [block(f"HINT_{k}", case.graph.nodes[i].text) for k, i in enumerate(node.reads, 1)]
+        text = helpers.prompt(
+            "node",
+            instruction=block("INSTRUCTION", node.prompt),
+            task=block("TASK", case.episode.task.prompt),
+            hints="\n".join(hints),
+            output=block("OUTPUT", node.text),
+            feedback=texts(backward.of(number, node)),
+        )
+        about = f"{self.helper}/{case.episode.task.id}/{node.name}-{node.index}"
+        system = helpers.prompt("backward_system")
+        gold = case.judgement.saw_gold
+        return Question(self.helper, system, text, about, case.episode.id, gold)
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """One call per turn, from the output back (agent symbolic learning, arXiv:2406.18532): the
+    reply has a suggestion for the turn's own params and a requirement for what it read.
+
+    Plain operations hand requirements on. Prompts: `backward_system`, and `state` with
+    `{instruction}`, `{previous}` (blocks of what it read), `{output}` and `{requirement}`; the
+    reply puts `<SUGGESTION>` and `<REQUIREMENT>` around its two texts.
+    """
+
+    helper: str = "backward"
+
+    def propagate(
+        self, helpers: Helpers, cases: Sequence[Case], targets: Sequence[Target]
+    ) -> ByParam:
+        backward = _begun(cases, targets)
+        for nodes in backward.levels():
+            for number, node in nodes:
+                if not isinstance(node.of, Turn):
+                    for read in backward.predecessors(number, node):
+                        for feedback in backward.of(number, node):
+                            backward.give(number, read, feedback)
+            asked = [(number, node) for number, node in nodes if isinstance(node.of, Turn)]
+            replies = helpers.ask([self._question(helpers, backward, *each) for each in asked])
+            for (number, node), reply in zip(asked, replies, strict=True):
+                if reply is not None:
+                    self._deliver(helpers, backward, number, node, reply)
+        return backward.ordered()
+
+    def _deliver(
+        self, helpers: Helpers, backward: Backward, number: int, node: Node, reply: str
+    ) -> None:
+        case = backward.cases[number]
+        suggestion, requirement = inside(reply, "SUGGESTION"), inside(reply, "REQUIREMENT")
+        helpers.counts[UNREADABLE] += suggestion is None and requirement is None
+        if suggestion:
+            context = case.graph.conversation(node)
+            for target in backward.own(number, node):
+                backward.collect(target, case.feedback(suggestion, context, node.index))
+        if requirement:
+            for read in backward.predecessors(number, node):
+                backward.give(number, read, case.feedback(requirement))
+
+    def _question(self, helpers: Helpers, backward: Backward, number: int, node: Node) -> Question:
+        case = backward.cases[number]
+        previous = [block("PREVIOUS", case.graph.nodes[i].text) for i in node.reads]
+        text = helpers.prompt(
+            "state",
+            instruction=block("INSTRUCTION", node.prompt),
+            previous="\n".join(previous or [block("TASK", case.episode.task.prompt)]),
+            output=block("OUTPUT", node.text),
+            requirement=texts(backward.of(number, node)),
+        )
+        about = f"{self.helper}/{case.episode.task.id}/{node.name}-{node.index}"
+        system = helpers.prompt("backward_system")
+        gold = case.judgement.saw_gold
+        return Question(self.helper, system, text, about, case.episode.id, gold)
+
+
+@dataclass(frozen=True)
+class WholeGraph:
+    """No call: every param that the output depends on gets what is said of the output, with the
+    minimal graph as context (Trace, arXiv:2406.16218)."""
+
+    def propagate(
+        self, helpers: Helpers, cases: Sequence[Case], targets: Sequence[Target]
+    ) -> ByParam:
+        backward = Backward(cases, targets)
+        for number, case in enumerate(cases):
+            if case.judgement.text:
+                context = case.graph.listing(backward.params)
+                for target in backward.reached(number):
+                    backward.collect(target, case.feedback(case.judgement.text, context))
+        return backward.of_params
+
+
+def texts(feedback: Iterable[Feedback]) -> str:
+    """The texts of feedback, a block each, in order."""
+    return "\n".join(block("FEEDBACK", each.text) for each in feedback)
+
+
+def _begun(cases: Sequence[Case], targets: Sequence[Target]) -> Backward:
+    """A backward pass in which the outputs have what was said of them."""
+    backward = Backward(cases, targets)
+    for number, case in enumerate(cases):
+        if case.judgement.text:
+            for node in backward.outputs(number):
+                backward.give(number, node, case.feedback(case.judgement.text))
+    return backward
+
+
+def _deliver(backward: Backward, number: int, to: Node | Target, feedback: Feedback) -> None:
+    if isinstance(to, Target):
+        backward.collect(to, feedback)
+    else:
+        backward.give(number, to, feedback)

@@ -1,0 +1,234 @@
+"""Rewriters: how feedback becomes new values of params: one call per param, or one for all of them
+together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ...agents.text.tags import block, inside, nested
+from .backward import ByParam, Feedback
+from .helpers import UNREADABLE, Helpers, Question
+from .targets import Target
+
+Constraints = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """New values by name of a param, as the rewriter said them; empty if nothing could be read.
+    `note`: its words on them."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+class Rewriter(Protocol):
+    """Proposes new values."""
+
+    def propose(
+        self,
+        helpers: Helpers,
+        targets: Sequence[Target],
+        feedback: ByParam,
+        history: Callable[[str], str],
+        number: int,
+    ) -> Proposal:
+        """The proposal of this number, from 0, in this step. `history(NAME)`: what the rewriter is
+        shown of a param's past."""
+
+
+@dataclass(frozen=True)
+class PerParam:
+    """One call per param, all at once; params without feedback are left out unless `always`.
+
+    Args:
+        helper: its name.
+        constraints: sentences that a new value has to obey.
+        tags: where the reply holds the value: the first of these that it has.
+        temperatures: of the proposals of a step in turn, the last for those beyond; empty: the
+            helper's own.
+        always: also ask about params that nothing was said of.
+        note: a tag whose text is the rewriter's words on its proposal, "" for none.
+
+    Prompts: `rewrite_system`, and `rewrite` with `{role}`, `{value}`, `{feedback}` (a block per
+    feedback, with its conversation), `{history}` and `{constraints}`.
+    """
+
+    helper: str = "optimizer"
+    constraints: Constraints = ()
+    tags: tuple[str, ...] = ("IMPROVED_VARIABLE",)
+    temperatures: tuple[float, ...] = ()
+    always: bool = False
+    note: str = ""
+
+    def propose(
+        self,
+        helpers: Helpers,
+        targets: Sequence[Target],
+        feedback: ByParam,
+        history: Callable[[str], str],
+        number: int,
+    ) -> Proposal:
+        asked = [t for t in targets if self.always or feedback[t.name]]
+        questions = [
+            Question(
+                self.helper,
+                helpers.prompt("rewrite_system"),
+                helpers.prompt(
+                    "rewrite",
+                    role=target.role,
+                    value=block("VARIABLE", as_text(target.value)),
+                    feedback=feedback_blocks(feedback[target.name]),
+                    history=history(target.name),
+                    constraints=numbered_list(self.constraints),
+                ),
+                f"{self.helper}/{target.name}/{number}",
+                saw_gold=any(each.saw_gold for each in feedback[target.name]),
+                temperature=temperature_of(self.temperatures, number),
+            )
+            for target in asked
+        ]
+        values, notes = dict[str, Any](), []
+        for target, reply in zip(asked, helpers.ask(questions), strict=True):
+            text = None if reply is None else inside(reply, *self.tags)
+            if text:
+                values[target.name] = cast(text, target.value)
+                notes.append(inside(reply or "", self.note) or "" if self.note else "")
+            else:
+                helpers.counts[UNREADABLE] += reply is not None
+        return Proposal(values, "\n".join(note for note in notes if note))
+
+
+@dataclass(frozen=True)
+class Jointly:
+    """One call for all params that something was said of (OptoPrime of Trace, arXiv:2406.16218):
+    the reply has one JSON object `{"reasoning": ..., "suggestion": {NAME: VALUE}}`.
+
+    A text is cast to the type of the param's value (`"5"` for a number, `"False"` for a flag);
+    names that were not asked about are ignored; without a suggestion nothing changes.
+
+    Prompts: `rewrite_system`, and `rewrite` with `{variables}`, `{feedback}`, `{history}` and
+    `{constraints}`.
+    """
+
+    helper: str = "optimizer"
+    constraints: Constraints = ()
+    temperatures: tuple[float, ...] = ()
+
+    def propose(
+        self,
+        helpers: Helpers,
+        targets: Sequence[Target],
+        feedback: ByParam,
+        history: Callable[[str], str],
+        number: int,
+    ) -> Proposal:
+        asked = [target for target in targets if feedback[target.name]]
+        if not asked:
+            return Proposal()
+        given = list(dict.fromkeys(each for target in asked for each in feedback[target.name]))
+        variables = [f"{t.name}: {t.role}\n{block('VALUE', as_text(t.value))}" for t in asked]
+        past = {t.name: history(t.name) for t in asked}
+        question = Question(
+            self.helper,
+            helpers.prompt("rewrite_system"),
+            helpers.prompt(
+                "rewrite",
+                variables=nested("VARIABLES", "\n".join(variables)),
+                feedback=feedback_blocks(given),
+                history="\n".join(f"{name}:\n{text}" for name, text in past.items() if text),
+                constraints=numbered_list(self.constraints),
+            ),
+            f"{self.helper}/all/{number}",
+            saw_gold=any(each.saw_gold for each in given),
+            temperature=temperature_of(self.temperatures, number),
+        )
+        (reply,) = helpers.ask([question])
+        found = json_object(reply or "")
+        suggestion = (found or {}).get("suggestion")
+        if not isinstance(suggestion, Mapping):
+            helpers.counts[UNREADABLE] += reply is not None and found is None
+            return Proposal()
+        values = {
+            target.name: cast(suggestion[target.name], target.value)
+            for target in asked
+            if target.name in suggestion
+        }
+        return Proposal(values, str((found or {}).get("reasoning", "")))
+
+
+def feedback_blocks(feedback: Sequence[Feedback]) -> str:
+    """Feedback as numbered blocks, each with the conversation that it is about."""
+    return "\n".join(
+        nested(
+            f"FEEDBACK_{number}",
+            "\n".join(
+                part
+                for part in (
+                    nested("CONVERSATION", each.context) if each.context else "",
+                    block("TEXT", each.text) if each.text else "",
+                )
+                if part
+            ),
+        )
+        for number, each in enumerate(feedback, 1)
+        if each.text or each.context
+    )
+
+
+def numbered_list(lines: Sequence[str]) -> str:
+    """Lines `1. text`."""
+    return "\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))
+
+
+def temperature_of(temperatures: Sequence[float], number: int) -> float | None:
+    """The temperature of a step's proposal of this number; None: the helper's own."""
+    return temperatures[min(number, len(temperatures) - 1)] if temperatures else None
+
+
+def falling_temperatures(count: int, highest: float = 1.3) -> tuple[float, ...]:
+    """`count` temperatures that fall evenly from the highest to 0 (Trace's several candidates)."""
+    steps = max(count - 1, 1)
+    return tuple(round(highest * (steps - k) / steps, 10) for k in range(count))
+
+
+def as_text(value: Any) -> str:
+    """A value as a prompt shows it: texts as they are, others as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def cast(given: Any, value: Any) -> Any:
+    """What a rewriter said, as the type of the value in force; as it was said where it is no such
+    thing: the param refuses it then.
+
+    `"False"` is false for a flag, `"5"` is 5 for a number; a text stays a text whatever it holds.
+    """
+    if isinstance(value, str):
+        return given if isinstance(given, str) else as_text(given)
+    if not isinstance(given, str):
+        return given
+    if isinstance(value, bool):
+        return {"true": True, "false": False}.get(given.strip().lower(), given)
+    try:
+        return json.loads(given)
+    except ValueError:
+        return given
+
+
+def json_object(reply: str) -> dict[str, Any] | None:
+    """The JSON object of a reply: the first that can be read and is not empty, with whatever stands
+    around it; None if there is none."""
+    decoder = json.JSONDecoder(strict=False)
+    start = reply.find("{")
+    while start >= 0:
+        try:
+            found, _ = decoder.raw_decode(reply, start)
+        except ValueError:
+            found = None
+        if isinstance(found, dict) and found:
+            return found
+        start = reply.find("{", start + 1)
+    return None
