@@ -64,6 +64,7 @@ class RolloutManager:
     runner: EpisodeRunner
     ahead: AsyncCollector
     offline: OfflineEpisodes | None = None
+    _label = "train-{step:06d}"
 
     def __init__(
         self,

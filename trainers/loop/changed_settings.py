@@ -14,8 +14,8 @@ from typing import Any
 from ...agents.text.secrecy import MAY_HOLD_KEYS
 from ...agents.types import SettingError
 
-# the run's beginning, its splits and its bases follow from these
-FIXED = ("model", "seed", "system", "tasks", "task_args", "num_val_tasks", "init", "values")
+# the run's beginning, its validation tasks and its bases follow from these
+FIXED = ("model", "seed", "system", "num_val_tasks", "init", "values")
 OF_ONE_CALL = ("resume", "overwrite", "dry_run", "serve_only", "output_dir")
 MISSING = object()
 
