@@ -1,20 +1,25 @@
-"""Values that change at each step while rollouts run ahead: every episode keeps those it began with,
-and its turns train the policies that spoke them."""
+"""Values that change at each step while rollouts run ahead: every episode keeps those it began
+with, and its turns train the policies that spoke them."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from marlora.agents.settings import setting
+from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode
 from marlora.trainers.collection.engines import EngineGroup
+from marlora.trainers.config import RunConfig
+from marlora.trainers.credit.weights import CreditConfig
 from marlora.trainers.errors import RunError
 from marlora.trainers.loop.step_result import StepResult
 from marlora.trainers.methods.policy_gradient.gptswarm import GPTSwarmTrainer
@@ -22,7 +27,7 @@ from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
 from marlora.trainers.testbeds.tiny import tiny_chain
 from tests.trainers.reading import rows
 from tests.trainers.small_run import EPISODES, EVAL, bytes_mod_7, config
-from tests.trainers.swarms import trainer as swarm_trainer
+from tests.trainers.swarms import choice_tasks, scripted, swarm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,12 +47,40 @@ def logprob(logits: Mapping[str, float], options: tuple[str, ...], choice: str) 
 # tables of logits
 
 
-def learn_edges(folder: Path, model: Path, **changes: Any) -> GPTSwarmTrainer:
+@dataclass
+class TableConfig(RunConfig, CreditConfig):
+    """Settings of a table of logits that is learnt from earlier states' decisions too."""
+
+    learning_rate: float = setting("of Adam on the logits", 1.0)
+    initial_probability: float = setting("of every edge before step 1", 0.5)
+    across_tasks: bool = setting("compare all episodes of a step", True)
+
+
+class TableTrainer(GPTSwarmTrainer):
+    """Learns the edges of a swarm as `gptswarm_edges` does, which refuses `max_staleness`."""
+
+    Config = TableConfig  # type: ignore[assignment]
+
+
+def tables(folder: Path, model: Path, **changes: Any) -> TableTrainer:
     """A swarm whose 36 logits move by about 1 at each step."""
-    small = dict(max_steps=STEPS, tasks_per_step=4, num_eval_tasks=2, learning_rate=1.0)
-    made = swarm_trainer(folder, model, **{**small, **changes})
-    made.train()
-    return made
+    small: dict[str, Any] = dict(
+        output_dir=str(folder),
+        model=str(model),
+        max_steps=STEPS,
+        tasks_per_step=4,
+        num_generations=1,
+        num_eval_tasks=2,
+        credit="dr_grpo",
+    )
+    return TableTrainer(
+        system=swarm(),
+        tasks=choice_tasks(),
+        eval_tasks=choice_tasks("eval"),
+        rewards=["exact"],
+        engine=ScriptedEngine(scripted),
+        args=TableConfig(**{**small, **changes}),  # type: ignore[arg-type]
+    )
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -57,7 +90,8 @@ def test_decisions_carry_the_log_probs_of_their_own_episodes_values(
     monkeypatch.setattr(EngineGroup, "deterministic", deterministic)
     folder = tmp_path / "run"
     # with few places, episodes of a step begin before and after the step before it is learnt
-    learn_edges(folder, model, max_staleness=1, max_concurrency=2 if not deterministic else 64)
+    room = 64 if deterministic else 2
+    tables(folder, model, max_staleness=1, max_concurrency=room).train()
     episodes, metrics = played(folder), rows(folder)
     decisions = [(e, d) for e in episodes for d in e.decisions]
     assert len(episodes) == STEPS * 4 and len(decisions) > 300
@@ -90,7 +124,8 @@ def test_without_staleness_every_step_is_played_with_the_newest_values(
     model: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    made = learn_edges(folder, model)
+    made = tables(folder, model)
+    made.train()
     in_force = {0: made.run.origin.key, **{row["step"]: row["state"] for row in rows(folder)}}
     assert len(set(in_force.values())) == STEPS + 1
     assert all(e.state.key == in_force[e.step - 1] for e in played(folder))
@@ -101,9 +136,7 @@ def test_values_that_are_too_old_are_never_learnt_from(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A collector that gives out states of two steps ago although one is allowed."""
-    made = swarm_trainer(
-        tmp_path / "run", model, max_steps=4, tasks_per_step=4, num_eval_tasks=2, max_staleness=1
-    )
+    made = tables(tmp_path / "run", model, max_staleness=1)
     ahead = type(made.run.sync.team)
     put, kept = ahead.put, dict[int, Any]()
 
