@@ -190,7 +190,7 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
             "id": candidate.id,
             "runs": len(successes),
             "demos": {agent: len(demos) for agent, demos in chosen.items()},
-            "score": candidate.mean if candidate.scores else None,
+            "score": self._score(candidate),
             "num_tasks": len(candidate.scores),
             "adopted": adopted,
             "best": best.id,
@@ -233,6 +233,11 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
         result = self.run.evaluator.measure(state, self.spec.val_tasks, above=above)
         self.search.score(candidate.id, result.scores)
         return result.left
+
+    def _score(self, candidate: Candidate) -> float | None:
+        """Its mean on the validation tasks; None unless all were played."""
+        whole = len(candidate.scores) == len(self.spec.val_tasks) > 0
+        return candidate.mean if whole else None
 
     def _done(self, best: Candidate) -> str:
         bound = self.args.stop_at_score
@@ -292,10 +297,11 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
         return {episode.task.id: demos_of(episode, kept.keys(), heads) for episode in episodes}
 
     def report(self) -> dict[str, Any]:
-        """Also `candidates`: all that were measured, best first."""
-        scored = [c for c in self.search.candidates if c.scores]
+        """Also `candidates`: the best first, those that were not measured to the end last."""
+        scored = [(self._score(c), c) for c in self.search.candidates]
+        scored.sort(key=lambda pair: (pair[0] is None, -(pair[0] or 0.0)))
         rows = [
-            {"id": c.id, "name": c.proposer, "score": c.mean, "verdict": c.verdict}
-            for c in sorted(scored, key=lambda c: -c.mean)
+            {"id": c.id, "name": c.proposer, "score": score, "verdict": c.verdict}
+            for score, c in scored
         ]
         return {**super().report(), "candidates": rows}

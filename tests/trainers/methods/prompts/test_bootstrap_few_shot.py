@@ -191,6 +191,20 @@ def test_the_search_ends_at_the_score_asked_for(model: Path, tmp_path: Path) -> 
     assert summary["steps"] == 3 and made.run.log.done == "stop_at_score: 1.0000 on validation"
 
 
+def test_a_candidate_that_cannot_win_is_not_measured_to_the_end(
+    model: Path, tmp_path: Path
+) -> None:
+    """Five tasks are played at a time; nothing exceeds the first set's 20 of 20."""
+    made = trainer(tmp_path / "run", model, max_concurrency=5)
+    summary = made.train()
+    first, *others = (row["candidate"] for row in rows(tmp_path / "run")[2:])
+    assert (first["score"], first["num_tasks"], first["adopted"]) == (1.0, 20, True)
+    assert [(c["score"], c["num_tasks"]) for c in others] == [(None, 5), (None, 5)]
+    assert "stopped after 5 of 20 tasks" in made.search[others[0]["id"]].verdict
+    scores = [c["score"] for c in summary["candidates"]]
+    assert scores == [1.0, 0.0, None, None] and summary["eval"]["after"]["accuracy"] == 1.0
+
+
 # cut off
 
 
