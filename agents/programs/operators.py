@@ -69,6 +69,8 @@ class OperatorContext:
         executors: agent by operator; others go to the agent named by the key "".
         prompts: templates by operator that replace those of `PROMPTS`.
         max_calls: calls of executors in the run. `max_text`: characters of one argument.
+        max_tokens: tokens of prompts and replies after which no executor is asked any more; 0 sets
+            no bound.
         num_calls, turns: calls of executors so far, and their turns.
     """
 
@@ -79,8 +81,19 @@ class OperatorContext:
     prompts: Mapping[str, str] = field(default_factory=dict)
     max_calls: int = 20
     max_text: int = 20_000
+    max_tokens: int = 0
     num_calls: int = 0
     turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompts and replies so far, as counted here or by an outside model's server."""
+        return sum(
+            turn.usage.prompt_tokens + turn.usage.sampled_tokens
+            if turn.usage
+            else len(turn.prompt_ids) + len(turn.token_ids)
+            for turn in self.turns
+        )
 
     def executor(self, operator: str) -> Agent:
         """The agent that answers for an operator."""
@@ -111,9 +124,11 @@ class OperatorCall:
         """Ask the executor with this operator's template; `quoted`: the texts among the fields that
         come from the program.
 
-        Raises `QuotaError` beyond the run's calls.
+        Raises `QuotaError` beyond the run's calls or tokens.
         """
         context = self.context
+        if 0 < context.max_tokens <= context.num_tokens:
+            raise QuotaError(f"its executors took {context.max_tokens} tokens and more")
         if context.num_calls >= context.max_calls:
             raise QuotaError(f"asked its executors more than {context.max_calls} times")
         context.num_calls += 1

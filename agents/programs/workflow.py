@@ -121,19 +121,8 @@ class Workflow(System):
                 f" designer={self.designer!r}"
             )
         self.executors = {"": others[0], **self.executors}
-        for key, name in self.executors.items():
-            if name not in others:
-                raise SettingError(
-                    f"executors.{key}: {name!r} is no executor; {nearest(name, others)}"
-                )
         self.callable = resolve_operators(self.operators)
-        for key in {*self.executors, *self.prompts} - {"", *self.callable}:
-            raise SettingError(
-                f"executors, prompts: {key!r} is no operator of this workflow;"
-                f" {nearest(key, self.callable)}"
-            )
-        for name, operator in self.callable.items():
-            _check_prompt(name, operator, self.prompts)
+        check_executors(self.callable, self.executors, self.prompts, others)
         self.rules = Restrictions(
             tuple(self.callable),
             self.template,
@@ -176,11 +165,7 @@ class Workflow(System):
             "missing: the reply holds no program" if program is None else self.rules.fault(program)
         )
         if program is not None and not fault and self.dry_run:
-            outcome = await team.execute(
-                whole(program, "1"), externals(self.callable, None, self.max_text), self.limits
-            )
-            # Sketches may well lead to no answer.
-            fault = "" if outcome.ok and outcome.value is None else _failed(outcome)
+            fault = await dry_run(program, self.callable, team, self.max_text, self.limits)
         team.rewards.append(reward_of(turn, "valid", float(not fault), fault))
         return Design(program or "", fault, turn)
 
@@ -190,28 +175,46 @@ class Workflow(System):
         context = OperatorContext(
             team, task, design.turn, self.executors, self.prompts, self.max_calls, self.max_text
         )
-        try:
-            outcome = await team.execute(
-                whole(design.program, task.prompt), externals(self.callable, context), self.limits
-            )
-        except (QuotaError, LimitError) as error:
-            outcome = ExecutionResult("calls", error=str(error))
-        if outcome.ok and len(str(outcome.value)) > self.max_text:
-            outcome = ExecutionResult(
-                "output", error=f"an answer of more than {self.max_text} characters"
-            )
+        outcome = await run_program(design.program, context, self.callable, self.limits)
         if design.turn is not None:
-            fault = _failed(outcome)
+            fault = failed(outcome)
             team.rewards.append(reward_of(design.turn, "ran", float(not fault), fault))
         return outcome
 
 
+async def run_program(
+    program: str, context: OperatorContext, operators: Mapping[str, Operator], limits: Limits
+) -> ExecutionResult:
+    """Run a valid program on the context's task; beyond one of the context's bounds its status is
+    `calls` or `output`."""
+    try:
+        outcome = await context.team.execute(
+            whole(program, context.task.prompt), externals(operators, context), limits
+        )
+    except (QuotaError, LimitError) as error:
+        return ExecutionResult("calls", error=str(error))
+    if outcome.ok and len(str(outcome.value)) > context.max_text:
+        return ExecutionResult(
+            "output", error=f"an answer of more than {context.max_text} characters"
+        )
+    return outcome
+
+
+async def dry_run(
+    program: str, operators: Mapping[str, Operator], team: Team, max_text: int, limits: Limits
+) -> str:
+    """Why a program cannot be run, tried with sketched answers; "" if it can. Sketches may well
+    lead to no answer."""
+    outcome = await team.execute(whole(program, "1"), externals(operators, None, max_text), limits)
+    return "" if outcome.ok and outcome.value is None else failed(outcome)
+
+
 def answer_of(outcome: ExecutionResult) -> str:
     """A run's answer as a text; "" if it has none."""
-    return "" if _failed(outcome) else str(outcome.value)
+    return "" if failed(outcome) else str(outcome.value)
 
 
-def _failed(outcome: ExecutionResult) -> str:
+def failed(outcome: ExecutionResult) -> str:
     """Why a run gave no answer, as its status and some words; "" if it gave one."""
     if not outcome.ok:
         return f"{outcome.status}: {outcome.error}"
@@ -227,6 +230,25 @@ def _failed(outcome: ExecutionResult) -> str:
 def reward_of(turn: Turn, name: str, value: float, text: str) -> Reward:
     """A reward about one turn, from the workflow itself."""
     return Reward(name, value, text, turn.agent, turn.index, turn.sibling, SOURCE)
+
+
+def check_executors(
+    operators: Mapping[str, Operator],
+    executors: Mapping[str, str],
+    prompts: Mapping[str, str],
+    agents: Sequence[str],
+) -> None:
+    """Raise `SettingError` at an executor that is none of `agents`, at a setting of an operator
+    that is not there, and at a prompt with a field that its operator does not have."""
+    for key, name in executors.items():
+        if name not in agents:
+            raise SettingError(f"executors.{key}: {name!r} is no executor; {nearest(name, agents)}")
+    for key in {*executors, *prompts} - {"", *operators}:
+        raise SettingError(
+            f"executors, prompts: {key!r} is no operator of this workflow; {nearest(key, operators)}"
+        )
+    for name, operator in operators.items():
+        _check_prompt(name, operator, prompts)
 
 
 def _check_prompt(name: str, operator: Operator, prompts: Mapping[str, str]) -> None:
