@@ -155,7 +155,7 @@ class Swarm(System):
 
     def _in_order(self, team: Team) -> list[Edge]:
         """The possible edges in the order of an episode's decisions. Of a greedy team the likeliest
-        edge to the output comes last, since it is the one to stay."""
+        edge to the output (the first of several) comes last, since it is the one to stay."""
         edges = [*self.possible_edges]
         if team.greedy:
             table = team.values.get(TABLE) or {}
@@ -164,7 +164,8 @@ class Swarm(System):
             pairs = [edge for edge in edges if edge[1] != OUTPUT]
             if self.order == "random":
                 pairs.sort(key=lambda edge: -logit[edge])
-            edges = pairs + sorted((e for e in edges if e[1] == OUTPUT), key=logit.__getitem__)
+            to_output = [edge for edge in reversed(edges) if edge[1] == OUTPUT]
+            edges = pairs + sorted(to_output, key=logit.__getitem__)
         elif self.order == "random":
             team.rng.shuffle(edges)
         return edges

@@ -239,6 +239,7 @@ def test_the_output_always_hears_somebody() -> None:
     rare = {"a->output": -1.0, "b->output": -3.0, "a->b": -1.0, "b->a": -1.0}
     for order in ("random", "fixed"):  # a greedy team keeps the likeliest
         assert greedy(Swarm(["a", "b"], order=order), rare) == {"a->output"}
+        assert greedy(Swarm(["a", "b"], order=order), dict.fromkeys(rare, -1.0)) == {"a->output"}
 
 
 def test_a_cycle_is_looked_for_in_linear_time() -> None:

@@ -59,6 +59,12 @@ class GPTSwarmConfig(RunConfig, CreditConfig):
     )
 
     def check(self) -> None:
+        for name in ("max_staleness", "episodes"):
+            if getattr(self, name):
+                raise SettingError(
+                    f"{name}: REINFORCE learns from graphs that the present logits drew, not from"
+                    " earlier ones; leave it out"
+                )
         compared = self.num_generations * (self.tasks_per_step if self.across_tasks else 1)
         if compared < 2 and self.credit in ("dr_grpo", "rloo", "grpo"):
             raise SettingError(

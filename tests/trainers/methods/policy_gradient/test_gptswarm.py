@@ -110,6 +110,8 @@ def test_the_logit_of_an_edge_is_that_of_its_probability() -> None:
         ({"learning_rate": -0.1}, "learning_rate: expected"),
         ({"credit": "at_grpo"}, "credit: expected one of"),
         ({"tasks_per_step": 1}, "credit: 'dr_grpo' compares episodes and a step has one"),
+        ({"max_staleness": 1}, "max_staleness: REINFORCE learns from graphs that the present"),
+        ({"episodes": "runs/other"}, "episodes: REINFORCE learns from graphs that the present"),
         ({"across_tasks": False}, "credit: 'dr_grpo' compares episodes and a step has one"),
     ],
 )
