@@ -118,8 +118,9 @@ class TrainingRun:
 
     @property
     def state(self) -> TeamState:
-        """The state in force (on rank 0; elsewhere without adapter versions)."""
-        return self.sync.named(self.sync.state)
+        """The state in force, with the versions of all policies: a value put into it may name one
+        that nobody speaks with now (on rank 0; elsewhere without adapter versions)."""
+        return self.sync.state
 
     @property
     def origin(self) -> TeamState:
@@ -265,7 +266,8 @@ class TrainingRun:
             try:
                 self.sync.advance(step, result.episodes, final=last)
             finally:  # what was learnt is on record even if no server is left
-                more = {"budget": self.ledger.to_json()["spent"], "state": self.state.key}
+                spent, state = self.ledger.to_json()["spent"], self.sync.named(self.state)
+                more = {"budget": spent, "state": state.key}
                 row = self.log.write_step(
                     {**more, **metrics}, self.sync.verified, time.perf_counter() - start
                 )
@@ -389,7 +391,7 @@ class TrainingRun:
         result = summaries.summary(spec, learner, self.sync, self.log, before, after)
         if self.ranks.main:
             result |= summaries.spent(self.ledger, result["tokens"])
-            result |= summaries.state_of(self.origin, self.state)
+            result |= summaries.state_of(self.origin, self.sync.named(self.state))
         result |= extra or {}
         if self.ranks.main:
             if finding := self.log.finding():

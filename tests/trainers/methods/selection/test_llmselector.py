@@ -108,6 +108,31 @@ def test_from_another_start_votes_find_it_too(tmp_path: Path, model: Path) -> No
     assert made.memory["history"][0] != ["C", "C"] and allocation(made) == ("A", "B")
 
 
+def test_an_adapter_that_nobody_spoke_with_answers_itself(tmp_path: Path, model: Path) -> None:
+    """Not the base under its name: trials of a mapping name the versions of its adapters."""
+    adapter = random_adapter(model, tmp_path / "adapter")
+    policies = {"A": {"init": str(adapter)}, "B": {"init": "fresh"}, "C": {"init": "fresh"}}
+    made = selector(tmp_path / "run", model, policies=policies, start="given")
+    with made.run as run:
+        state = run.state.with_values(made._values(["A", "C"]))
+        (episode,) = run.rollouts.play(made.search_tasks[:1], state)
+    located, solved = episode.turns
+    assert located.policy == "A" and located.version.startswith("A-v"), located
+    assert solved.version == "", "an untrained adapter is the base"
+    assert episode.state.versions == {"A": located.version}
+
+
+def random_adapter(base: Path, folder: Path) -> Path:
+    """A PEFT folder of a LoRA whose B is not zero."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(base)
+    shape = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(network, shape).save_pretrained(folder)
+    return folder
+
+
 def test_the_search_budget_ends_it(tmp_path: Path, model: Path) -> None:
     trained = selector(
         tmp_path / "run", model, start="given", search_budget=3, measure_uniform=False
