@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 
-from marlora.agents.types import SettingError
+from marlora.agents.types import SettingError, Task
+from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.trainers.config import RunConfig
-from marlora.trainers.loop.dry_run import Node, placement
+from marlora.trainers.loop.dry_run import Node, placement, plan
+from marlora.trainers.loop.spec import RunSpec
 from marlora.trainers.model.memory_estimate import GIB, Memory
+from marlora.trainers.testbeds.tiny import tiny_chain
+from tests.trainers.small_run import config
 
 NEED = Memory(4_000_000_000, 1, weights=8 * GIB, adapters=1 * GIB, activations=2 * GIB, head=0.0)
 GPUS = {str(number): 80.0 * GIB for number in range(4)}
@@ -25,7 +30,13 @@ def lines(gpus: dict[str, float], ranks: int = 1, bases: int = 1, **settings: ob
 
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    """vLLM seems to be installed. (Only vLLM: other packages remember what they were told.)"""
+    real = importlib.util.find_spec
+
+    def find_spec(name: str, package: str | None = None) -> object:
+        return name if name == "vllm" else real(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
 
 
 def test_three_trainers_and_a_server_with_a_gpu_of_its_own() -> None:
@@ -73,3 +84,22 @@ def test_servers_elsewhere() -> None:
         "servers 2, found through runs/e",
     ]
     assert lines(GPUS, server_urls=["http://a/v1"])[-1] == "server http://a/v1"
+
+
+@pytest.mark.parametrize("unmatchable", [True, False])
+def test_gold_answers_that_no_reply_can_match_are_told(
+    tmp_path: Path, model: Path, unmatchable: bool
+) -> None:
+    odd = [Task("odd", "12+c", "so we get\n#### 72")] if unmatchable else []
+    spec = RunSpec.resolve(
+        config(tmp_path / "run", model),
+        tiny_chain(),
+        tasks=[*tiny_tasks()[:4], *odd],
+        eval_tasks=tiny_tasks("eval")[:2],
+        rewards=["correct"],
+    )
+    told = [line for line in plan(spec).lines() if line.startswith("warning: ")]
+    assert told == [f"warning: {text}" for text in spec.warnings]
+    assert len(told) == int(unmatchable)
+    if unmatchable:
+        assert "in 1 of 5 training tasks, such as 'odd' with answer" in told[0]
