@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from marlora.agents.types import Message, Reward, SettingError, Task, Turn
+from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.evaluation.statistics import Evaluation
 from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode
@@ -29,6 +30,7 @@ from marlora.trainers.testbeds.tiny import tiny_chain
 from marlora.trainers.update.losses.inputs import LossInputs
 from tests.trainers.reading import rows
 from tests.trainers.small_run import bytes_mod_7
+from tests.trainers.test_template_variables import dated_model
 
 torch.set_num_threads(1)
 TASK = Task("t", "?", "20")
@@ -321,12 +323,20 @@ def test_restart_gives_back_what_init_gave(trained: SFTTrainer) -> None:
 
 
 @pytest.mark.slow  # importing TRL's trainer takes longer than all other tests of this file together
-def test_trl_makes_the_same_update(tmp_path: Path, model: Path) -> None:
-    """One batch, one epoch: the same loss, and the same adapters after AdamW's step."""
+@pytest.mark.parametrize("day", ["", "01 Feb 2025"], ids=["", "variables of the template"])
+def test_trl_makes_the_same_update(tmp_path: Path, model: Path, day: str) -> None:
+    """One batch, one epoch: the same loss, and the same adapters after AdamW's step, also on
+    prompts that hold what `chat_template_kwargs` says."""
+    more = {"chat_template_kwargs": {"date_string": day}} if day else {}
+    model = dated_model(tmp_path / "model") if day else model
     for name in ("marlora", "trl"):
-        trainer(
-            tmp_path / name, model, trainer=name, num_train_epochs=1, train_batch_size=64
-        ).train()
+        made = trainer(
+            tmp_path / name, model, trainer=name, num_train_epochs=1, train_batch_size=64, **more
+        )
+        made.train()
+        (base,) = made.run.learner.bases.values()
+        prompts = [t.prompt_ids for e in Store(tmp_path / name / "episodes") for t in e.turns]
+        assert all(base.tokens.show(ids).startswith(f"{day}<|") for ids in prompts)
     ours, theirs = adapters(tmp_path / "marlora"), adapters(tmp_path / "trl")
     (row,), (their_row,) = rows(tmp_path / "marlora"), rows(tmp_path / "trl")
     for agent in ("first", "last"):
