@@ -53,6 +53,8 @@ def test_it_finds_demonstrations_of_the_rule(model: Path, tmp_path: Path) -> Non
     assert summary["eval"]["before"]["accuracy"] == 0.0
     assert summary["eval"]["after"]["accuracy"] == 1.0
     assert all(in_the_rule(made)) and len(in_the_rule(made)) == 6
+    judged_by = {task.prompt for task in [*made.spec.val_tasks, *made.spec.eval_tasks]}
+    assert not judged_by & {question for question, _ in pairs(made, "first")}
     steps = [row["candidate"] for row in rows(tmp_path / "run")]
     assert [s["name"] for s in steps] == [*ALL[:3], "shuffled 0", "shuffled 1"], "C + 3 candidates"
     assert [s["adopted"] for s in steps] == [False, False, True, False, False], (
