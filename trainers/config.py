@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..agents.settings import Settings, mapping, parsed_mapping, setting
 from ..agents.text.secrecy import check_policies
@@ -321,7 +321,12 @@ class OptimizerSettings(Settings):
 
 @dataclass
 class RunConfig(RunSettings, OptimizerSettings, AdapterSettings, RolloutSettings, EngineConfig):
-    """One training run: engines, rollouts, adapters, updates, and what is saved and checked."""
+    """One training run: engines, rollouts, adapters, updates, and what is saved and checked.
+
+    `trains_weights` is False in the settings of a method that trains none: its policies are frozen.
+    """
+
+    trains_weights: ClassVar[bool] = True
 
     def check(self) -> None:
         if self.max_staleness and self.episodes:
@@ -364,5 +369,9 @@ class RunConfig(RunSettings, OptimizerSettings, AdapterSettings, RolloutSettings
                     "policies.base.trainable: the base is never trained; give the agent a policy of"
                     " its own"
                 )
-            specs[name] = spec
+            if not self.trains_weights and given.get("trainable"):
+                raise SettingError(
+                    f"policies.{name}.trainable: this method trains no policy; leave it out"
+                )
+            specs[name] = spec if self.trains_weights else replace(spec, trainable=False)
         return specs
