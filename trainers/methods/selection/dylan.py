@@ -23,24 +23,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ....agents.patterns.temporal_network import TEAM, TemporalNetwork, team_value
 from ....agents.settings import setting
 from ....agents.types import SettingError
 from ....rollouts.types import Episode
+from ...config import RunConfig
 from ...loop.step_result import StepResult
 from ...trainer import Trainer
 from ...values.memory import Memory
 from ...values.parts import Part
-from .frozen import SelectionConfig
 from .importance import Importance, importance
 
 RATINGS = "marlora.rollouts.rewards.ratings:ratings"
 
 
 @dataclass
-class DyLANConfig(SelectionConfig):
-    """`SelectionConfig` with the size of the team, and when it counts as found."""
+class DyLANConfig(RunConfig):
+    """`RunConfig` with the size of the team, and when it counts as found."""
+
+    trains_weights: ClassVar[bool] = False
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/dylan"

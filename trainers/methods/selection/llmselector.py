@@ -23,7 +23,7 @@ import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ....agents.seeds import derive_seed
 from ....agents.settings import setting
@@ -31,6 +31,7 @@ from ....agents.types import Sampling, SettingError, Task, nearest
 from ....rollouts.evaluation.accuracy import evaluation
 from ....rollouts.evaluation.statistics import paired
 from ....rollouts.types import Episode
+from ...config import RunConfig
 from ...loop.step_result import StepResult
 from ...trainer import Trainer
 from ...values.memory import Memory
@@ -38,14 +39,15 @@ from ...values.parts import Part
 from ...values.search import Candidate, Search
 from .allocation import RULES, affordable, choice, converged, module_score, worth
 from .diagnoser import INNOCENT, UNREAD, Diagnosis, diagnosis_task, verdict
-from .frozen import SelectionConfig
 
 DIAGNOSER = "diagnoser"  # the helper's name
 
 
 @dataclass
-class LLMSelectorConfig(SelectionConfig):
-    """`SelectionConfig` with the agents, the models, and how these are compared."""
+class LLMSelectorConfig(RunConfig):
+    """`RunConfig` with the agents, the models, and how these are compared."""
+
+    trains_weights: ClassVar[bool] = False
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/llmselector"
