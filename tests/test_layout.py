@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -218,15 +219,19 @@ def test_rooms_have_no_init_file() -> None:
 
 def test_packages_name_every_folder_with_code() -> None:
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {dotted(path.parent) for path in modules(*ROOMS)}
+    folders = {dotted(path.parent) for path in modules(*ROOMS)} | {"marlora"}
     assert set(tool["packages"]) == folders == set(tool["package-dir"])
     for package, folder in tool["package-dir"].items():
-        assert dotted(Path(folder)) == package
+        assert package == ("marlora" if folder == PACKAGE else dotted(Path(folder)))
 
 
-@pytest.mark.slow
-def test_wheel_equals_tree(tmp_path: Path) -> None:
-    tree = copy_to(tmp_path / "tree")
+PACKAGE = ".package"  # what stands beside the rooms in an installed package
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    tree = copy_to(folder / "tree")
     build = [
         sys.executable,
         "-m",
@@ -235,18 +240,52 @@ def test_wheel_equals_tree(tmp_path: Path) -> None:
         "--no-deps",
         "--no-build-isolation",
         "-w",
-        str(tmp_path),
+        str(folder),
         str(tree),
     ]
     done = subprocess.run(build, capture_output=True, text=True, env=clean_environment())
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
-    (wheel,) = tmp_path.glob("marlora-*.whl")
+    (built,) = folder.glob("marlora-*.whl")
+    return built
+
+
+@pytest.mark.slow
+def test_wheel_equals_tree(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     packed = {name.removeprefix("marlora/") for name in names if ".dist-info/" not in name}
     assert packed == {
-        str(path) for path in files() if path.parts[0] in ROOMS and path.suffix != ".md"
+        str(path.relative_to(PACKAGE) if path.parts[0] == PACKAGE else path)
+        for path in files()
+        if path.parts[0] in (*ROOMS, PACKAGE) and path.suffix != ".md"
     }
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.slow
+def test_nothing_is_left_when_it_is_uninstalled(wheel: Path, tmp_path: Path) -> None:
+    """Also of what running it has compiled. (Python -O compiles under other names, which pip leaves
+    behind for every package.)"""
+
+    def run(*command: str) -> str:
+        env = clean_environment(PYTHONDONTWRITEBYTECODE="")
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+        return done.stdout
+
+    venv.create(tmp_path / "venv")
+    python = str(tmp_path / "venv/bin/python")
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    before = set((tmp_path / "venv").rglob("*"))
+    run(*pip, "install", "--no-compile", "--no-deps", "--no-index", str(wheel))
+    run(python, "-c", "import marlora.agents.testing, marlora.rollouts.report.html")
+    installed = set((tmp_path / "venv").rglob("*")) - before
+    assert any(path.suffix == ".pyc" and path.stem.startswith("testing.") for path in installed)
+    run(*pip, "uninstall", "--yes", "marlora")
+    left = {
+        str(path.relative_to(tmp_path)) for path in set((tmp_path / "venv").rglob("*")) - before
+    }
+    assert not left
+    assert "None" in run(python, "-c", "import importlib.util as u; print(u.find_spec('marlora'))")
 
 
 LAUNCHED = [
