@@ -118,8 +118,7 @@ class TrainingRun:
 
     @property
     def state(self) -> TeamState:
-        """The state in force, with the versions of all policies: a value put into it may name one
-        that nobody speaks with now (on rank 0; elsewhere without adapter versions)."""
+        """The state in force, with the versions of all policies (on rank 0; elsewhere without)."""
         return self.sync.state
 
     @property
@@ -266,11 +265,9 @@ class TrainingRun:
             try:
                 self.sync.advance(step, result.episodes, final=last)
             finally:  # what was learnt is on record even if no server is left
-                spent, state = self.ledger.to_json()["spent"], self.sync.named(self.state)
-                more = {"budget": spent, "state": state.key}
-                row = self.log.write_step(
-                    {**more, **metrics}, self.sync.verified, time.perf_counter() - start
-                )
+                more = {"budget": self.ledger.to_json()["spent"], **metrics}
+                row = {"state": self.sync.named(self.state).key, **more}
+                row = self.log.write_step(row, self.sync.verified, time.perf_counter() - start)
             self.log.show_step(row)
 
         self.ranks.on_main(publish)

@@ -42,12 +42,12 @@ def worth(scores: Scores, rule: str) -> dict[str, float]:
 
 
 def choice(
-    found: Mapping[str, float], current: str, prices: Mapping[str, float] | None = None
+    worths: Mapping[str, float], current: str, prices: Mapping[str, float] | None = None
 ) -> str:
     """The model that is worth most. Of equal ones the current one, else the cheapest (`prices`; 0
     where there is none), else the first."""
-    most = max(found.values())
-    tied = [model for model in found if found[model] == most]
+    most = max(worths.values())
+    tied = [model for model in worths if worths[model] == most]
     return current if current in tied else min(tied, key=lambda m: (prices or {}).get(m, 0.0))
 
 

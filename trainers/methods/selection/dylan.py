@@ -121,15 +121,15 @@ class DyLANTrainer(Trainer[DyLANConfig]):
         """What each trial says; none of those that failed."""
         return [importance(e) for e in episodes if e.parent is None and not e.failed]
 
-    def _remember(self, found: Sequence[Importance]) -> dict[str, float]:
+    def _remember(self, trials: Sequence[Importance]) -> dict[str, float]:
         """Add to the sums over all trials; the mean importance by agent."""
         sums: dict[str, float] = self.memory.get("sums", {})
         self.memory["sums"] = sums = {
-            name: sums.get(name, 0.0) + sum(each.agents.get(name, 0.0) for each in found)
+            name: sums.get(name, 0.0) + sum(each.agents.get(name, 0.0) for each in trials)
             for name in self.network.candidates
         }
-        self.memory["trials"] = trials = self.memory.get("trials", 0) + len(found)
-        return {name: total / max(trials, 1) for name, total in sums.items()}
+        self.memory["trials"] = count = self.memory.get("trials", 0) + len(trials)
+        return {name: total / max(count, 1) for name, total in sums.items()}
 
     def chosen(self, means: Mapping[str, float]) -> str:
         """The team of the most important agents, in spec order; of equal ones the first."""
