@@ -133,6 +133,9 @@ def _demos(param: Param, value: Any) -> str | None:
                 from_json(Message, message, param.name)
     except SettingError as error:
         return str(error)
+    roles = [m.role if isinstance(m, Message) else m["role"] for m in value]
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        return f"expected user and assistant in turn, got {', '.join(roles)[:60]}"
     return None
 
 

@@ -21,7 +21,7 @@ from .chat import Services
 from .execution import Check, Execute
 from .system import System
 from .team import Team
-from .transcript import Call, Transcript
+from .transcript import Call, Operation, Transcript
 from .types import AgentSpec, Completion, Decision, Message, Task, Turn, from_json, to_json
 
 Answer = Callable[[str, "tuple[Message, ...]", str], str]
@@ -84,6 +84,7 @@ class Played:
     output: Any
     turns: tuple[Turn, ...]
     decisions: tuple[Decision, ...]
+    operations: tuple[Operation, ...]
     asked: int  # completions given live
     markers: dict[str, tuple[int, int]] = field(
         compare=False, default_factory=dict
@@ -91,7 +92,7 @@ class Played:
 
     @property
     def facts(self) -> Any:
-        return to_json((self.output, self.turns, self.decisions))
+        return to_json((self.output, self.turns, self.decisions, self.operations))
 
 
 def check_system(
@@ -194,13 +195,16 @@ def _check_reads(turn: Turn, played: Played, where: str) -> None:
         for marker, (index, _) in played.markers.items()
         if marker in others or (marker in assistant and index not in own)
     }
-    for index in sorted(stands - set(turn.reads)):
+    text = f"{assistant}\n{others}"
+    through = {o.index: set(o.reads) for o in played.operations if o.index in turn.reads}
+    shown = {o.index for o in played.operations if o.text in text}
+    for index in sorted(stands - set(turn.reads).union(*through.values())):
         _require(
             False,
             f"{where}: turn {turn.index} ({turn.agent}) is shown the text of turn {index};"
             " reply(..., reads=...) lacks it",
         )
-    for index in sorted(set(turn.reads) - stands):
+    for index in sorted(set(turn.reads) - stands - shown):
         _require(
             False,
             f"{where}: turn {turn.index} ({turn.agent}) says it reads turn {index}, whose text it"
@@ -292,7 +296,8 @@ async def _play(
     services = Services(ask, play_children, programs.execute, programs.check)
     team = Team(system.specs, services, Transcript(seed, given=given, decisions=decisions))
     output = await system.run(secret.public(), team)
-    return Played(output, team.turns, tuple(team.decisions), asked, markers)
+    operations = tuple(team.operations)
+    return Played(output, team.turns, tuple(team.decisions), operations, asked, markers)
 
 
 def _marker(seed: int | None, index: int, sibling: int) -> str:

@@ -160,3 +160,36 @@ def test_the_fake_answer_must_hold_its_marker() -> None:
 def test_what_a_system_needs_of_a_task_is_said() -> None:
     with pytest.raises(SettingError, match=r"views.last: unknown field \{d\}"):
         check_system(Chain(["first", "last"], views={"last": "{previous}+{d}"}), TASKS)
+
+
+@dataclass
+class Digest(System):
+    """One agent reads what plain Python made of two drafts."""
+
+    fault: str = ""
+
+    async def run(self, task: Task, team: Team) -> object:
+        first, second = team["a"], team["b"]
+        drafts = [await first.reply(task.prompt), await first.fresh().reply(task.prompt)]
+        joined = " / ".join(map(str, drafts))
+        joined += str(random.random()) if self.fault == "chance" else ""
+        digest = team.record("join", joined, reads=drafts[: 1 if self.fault == "half" else 2])
+        reads = [] if self.fault == "unread" else [digest]
+        return await second.reply(f"Of {digest}: go on", reads=reads)
+
+
+def test_text_may_come_through_an_operation_on_record() -> None:
+    check_system(Digest(["a", "b"]), TASKS)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("unread", "is shown the text of turn 0"),
+        ("half", "is shown the text of turn 1"),
+        ("chance", "another episode"),
+    ],
+)
+def test_operations_that_are_not_on_record_as_they_are_fail(fault: str, words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        check_system(Digest(["a", "b"], fault=fault), TASKS)
