@@ -67,35 +67,29 @@ class PerEdge:
                 start += [_Edge(number, None, node) for node in backward.outputs(number)]
         self._send(helpers, backward, start)
         for nodes in backward.levels():
-            edges = [
-                _Edge(number, node, to)
-                for number, node in nodes
-                for to in (*backward.predecessors(number, node), *backward.own(number, node))
-            ]
+            edges: list[_Edge] = []
+            for number, node in nodes:
+                edges += [_Edge(number, node, to) for to in backward.predecessors(number, node)]
+                edges += [_Edge(number, node, to) for to in backward.own(number, node)]
             self._send(helpers, backward, edges)
         return backward.ordered()
 
     def _send(self, helpers: Helpers, backward: Backward, edges: Sequence[_Edge]) -> None:
         """Take feedback along these edges, all at once."""
-        asked = [edge for edge in edges if self._is_asked(edge)]
+        asked = [edge for edge in edges if self._is_asked(edge.node)]
         for edge in edges:
-            if edge not in asked and edge.node is not None:
+            if edge.node is not None and not self._is_asked(edge.node):
                 for feedback in backward.of(edge.number, edge.node):
                     _deliver(backward, edge.number, edge.to, feedback)
         replies = helpers.ask([self._question(helpers, backward, edge) for edge in asked])
         for edge, reply in zip(asked, replies, strict=True):
             if reply is not None:
-                case, order = (
-                    backward.cases[edge.number],
-                    -1 if edge.node is None else (edge.node.index),
-                )
+                order = -1 if edge.node is None else edge.node.index
                 context = self._conversation(backward, edge)
-                _deliver(
-                    backward, edge.number, edge.to, case.feedback(reply.strip(), context, order)
-                )
+                feedback = backward.cases[edge.number].feedback(reply.strip(), context, order)
+                _deliver(backward, edge.number, edge.to, feedback)
 
-    def _is_asked(self, edge: _Edge) -> bool:
-        node = edge.node
+    def _is_asked(self, node: Node | None) -> bool:
         if node is None or isinstance(node.of, Turn) or self.operations == "always":
             return True
         return self.operations == "several" and len(node.reads) > 1

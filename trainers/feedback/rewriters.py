@@ -108,7 +108,8 @@ class Jointly:
     the reply has one JSON object `{"reasoning": ..., "suggestion": {NAME: VALUE}}`.
 
     A text is cast to the type of the param's value (`"5"` for a number, `"False"` for a flag);
-    names that were not asked about are ignored; without a suggestion nothing changes.
+    names that were not asked about are ignored. An object with `reasoning` and no suggestion changes
+    nothing; anything else is unreadable.
 
     Prompts: `rewrite_system`, and `rewrite` with `{variables}`, `{feedback}`, `{history}` and
     `{constraints}`.
@@ -147,17 +148,19 @@ class Jointly:
             temperature=temperature_of(self.temperatures, number),
         )
         (reply,) = helpers.ask([question])
-        found = json_object(reply or "")
-        suggestion = (found or {}).get("suggestion")
+        found = json_object(reply or "", "suggestion") or json_object(reply or "", "reasoning")
+        suggestion = (found or {}).get("suggestion") or {}
         if not isinstance(suggestion, Mapping):
-            helpers.counts[UNREADABLE] += reply is not None and found is None
+            found = None
+        if found is None:
+            helpers.counts[UNREADABLE] += reply is not None
             return Proposal()
         values = {
             target.name: cast(suggestion[target.name], target.value)
             for target in asked
             if target.name in suggestion
         }
-        return Proposal(values, str((found or {}).get("reasoning", "")))
+        return Proposal(values, str(found.get("reasoning", "")))
 
 
 def feedback_blocks(feedback: Sequence[Feedback]) -> str:
@@ -218,9 +221,9 @@ def cast(given: Any, value: Any) -> Any:
         return given
 
 
-def json_object(reply: str) -> dict[str, Any] | None:
-    """The JSON object of a reply: the first that can be read and is not empty, with whatever stands
-    around it; None if there is none."""
+def json_object(reply: str, key: str) -> dict[str, Any] | None:
+    """The first JSON object of a reply that has this key, with whatever stands around it; None if
+    there is none."""
     decoder = json.JSONDecoder(strict=False)
     start = reply.find("{")
     while start >= 0:
@@ -228,7 +231,7 @@ def json_object(reply: str) -> dict[str, Any] | None:
             found, _ = decoder.raw_decode(reply, start)
         except ValueError:
             found = None
-        if isinstance(found, dict) and found:
+        if isinstance(found, dict) and key in found:
             return found
         start = reply.find("{", start + 1)
     return None
