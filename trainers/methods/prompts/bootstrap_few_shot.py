@@ -25,45 +25,26 @@ accelerate launch recipes/bootstrap_few_shot.py [--config recipes/bootstrap_few_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ....agents.settings import mapping, parsed_mapping, setting
+from ....agents.settings import setting
 from ....agents.state import TeamState
-from ....agents.types import SettingError, Task, from_json, nearest, to_json
-from ....rollouts.types import Episode
-from ...credit.filtering import SelectionConfig, filter_turns
+from ....agents.types import SettingError
 from ...loop.step_result import StepResult
 from ...trainer import Trainer
 from ...values.acceptance import always, strictly_better
 from ...values.parts import Part
 from ...values.search import Candidate, Search
 from ..frozen import FrozenConfig
-from ..imitation.sft import opening_messages, openings
-from .demos import (
-    KINDS,
-    LABELED,
-    ZERO_SHOT,
-    Demo,
-    Demos,
-    DemoSets,
-    DemoTemplate,
-    bootstrap,
-    candidate_name,
-    candidate_numbers,
-    demo_values,
-    demos_of,
-    drawn_size,
-    drawn_tasks,
-    without_task,
-)
-from .teacher import TeacherConfig
+from .bootstrapping import BootstrapConfig, Bootstrapper
+from .demos import KINDS, candidate_name, candidate_numbers, demo_values
 
 
 @dataclass
-class BootstrapFewShotConfig(FrozenConfig, SelectionConfig, TeacherConfig):
-    """`RunConfig` with candidates, a selection of turns (`SelectionConfig`) and a teacher."""
+class BootstrapFewShotConfig(FrozenConfig, BootstrapConfig):
+    """`RunConfig` with candidates and what they are made of (`BootstrapConfig`)."""
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/bootstrap_few_shot"
@@ -74,18 +55,6 @@ class BootstrapFewShotConfig(FrozenConfig, SelectionConfig, TeacherConfig):
         choices=KINDS,
     )
     num_candidate_programs: int = setting("sets from shuffled tasks", 16, at_least=0)
-    max_bootstrapped_demos: int = setting("most bootstrapped demonstrations", 4, at_least=1)
-    max_labeled_demos: int = setting(
-        "most demonstrations of an agent where labelled ones fill up", 16, at_least=0
-    )
-    labeled_demos: dict | str | None = setting(
-        "by agent: `user` and `assistant`, templates of its labelled demonstrations with the fields"
-        " prompt, answer and the task's meta; agents that are not named get none",
-        factory=dict,
-    )
-    max_rounds: int = setting(
-        "tries of a task, the first at temperature 0, the others sampled", 1, at_least=1
-    )
     stop_at_score: float | None = setting(
         "end once a candidate's validation score is at least this", None
     )
@@ -98,9 +67,6 @@ class BootstrapFewShotConfig(FrozenConfig, SelectionConfig, TeacherConfig):
     max_steps: int = setting(
         "follows from the candidates: a step is one; leave it out", 0, at_least=0
     )
-
-    def prepare(self) -> None:
-        self.labeled_demos = parsed_mapping("labeled_demos", self.labeled_demos)
 
     def check(self) -> None:
         count = len(self.numbers)
@@ -128,18 +94,6 @@ class BootstrapFewShotConfig(FrozenConfig, SelectionConfig, TeacherConfig):
         """The numbers of the candidates, see `candidate_numbers`."""
         return candidate_numbers(self.candidates, self.num_candidate_programs)
 
-    def templates(self, agents: Sequence[str]) -> dict[str, DemoTemplate]:
-        """How labelled demonstrations are written, by agent. Raises `SettingError`."""
-        given: Mapping[str, Any] = self.labeled_demos  # type: ignore[assignment]
-        for name in given:
-            if name not in agents:
-                raise SettingError(f"labeled_demos.{name}: no such agent; {nearest(name, agents)}")
-        where = "labeled_demos."
-        return {
-            name: from_json(DemoTemplate, mapping(where + name, fields), where + name)
-            for name, fields in given.items()
-        }
-
 
 class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
     """Finds demonstrations for the agents of a team. Arguments: see `Trainer`.
@@ -152,16 +106,9 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
     Config = BootstrapFewShotConfig
 
     def parts(self) -> Sequence[Part]:
-        args, system = self.args, self.spec.system
-        args.check_teacher(self.spec)
-        agents = [agent.name for agent in system.specs]
-        templates = args.templates(agents)
-        self.sets = DemoSets(agents, templates, args.max_labeled_demos, args.seed)
-        self.labeled = self.sets.labeled(self.spec.tasks)
-        given = {**{param.name: param.value for param in system.params()}, **self.spec.values}
-        # the demonstrations that the team begins with
-        self.student = {f"{agent}.demos": to_json(given[f"{agent}.demos"]) for agent in agents}
-        self.search = Search("demos", args.seed)
+        self.demos = Bootstrapper(self.run, self.args)
+        self.student = self.demos.student
+        self.search = Search("demos", self.args.seed)
         return [self.search]
 
     # one candidate
@@ -170,11 +117,10 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
         """Make one candidate, measure it, and adopt it if it is the best."""
         number = self.args.numbers[step - 1]
         start = self._start()
-        successes = [] if number in (ZERO_SHOT, LABELED) else self._bootstrapped(number)
-        chosen = self._set(number, successes)
+        chosen, runs = self.demos.candidate(number)
         values = demo_values(chosen)
         known = self.search.find(values)
-        name, note = candidate_name(number), f"{len(successes)} successful runs"
+        name, note = candidate_name(number), f"{runs} successful runs"
         if known is None:
             new = Candidate(values, proposer=name, note=note, parents=(start.id,), round=step)
             candidate = self._judged(self.search.add(new))
@@ -188,7 +134,7 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
         row = {
             "name": name,
             "id": candidate.id,
-            "runs": len(successes),
+            "runs": runs,
             "demos": {agent: len(demos) for agent, demos in chosen.items()},
             "score": self._score(candidate),
             "num_tasks": len(candidate.scores),
@@ -244,57 +190,6 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
         if bound is None or not best.scores or best.mean < bound:
             return ""
         return f"stop_at_score: {best.mean:.4f} on validation"
-
-    # its demonstrations
-
-    def _set(self, number: int, successes: Sequence[Demos]) -> Mapping[str, Sequence[Demo]]:
-        nothing: dict[str, list[Demo]] = {agent: [] for agent in self.sets.agents}
-        if number == ZERO_SHOT:
-            return nothing
-        if number == LABELED:
-            return nothing | self.labeled
-        size = drawn_size(self.args.max_bootstrapped_demos, number, self.args.seed)
-        return self.sets.filled(successes, self.spec.tasks, size)
-
-    def _bootstrapped(self, number: int) -> list[Demos]:
-        args = self.args
-        return bootstrap(
-            drawn_tasks(self.spec.tasks, number, args.seed),
-            drawn_size(args.max_bootstrapped_demos, number, args.seed),
-            args.max_rounds,
-            self._attempt,
-        )
-
-    def _attempt(self, tasks: Sequence[Task], number: int) -> list[Demos]:
-        """Each task's demonstrations from a run of its teacher, none if the run failed; the
-        `number`-th try (0: at temperature 0)."""
-        by_state: dict[str, tuple[TeamState, list[Task]]] = {}
-        for task in tasks:
-            state = self._teacher(task)
-            by_state.setdefault(state.key, (state, []))[1].append(task)
-        found: dict[str, Demos] = {}
-        for state, own in by_state.values():
-            played = self.run.rollouts.play(own, state, n=max(number, 1), greedy=not number)
-            runs = [e for e in played if e.parent is None]
-            last = {episode.task.id: episode for episode in runs}  # later samples come later
-            found |= self._demos(list(last.values()), state)
-        return [found[task.id] for task in tasks]
-
-    def _teacher(self, task: Task) -> TeamState:
-        """The teacher's state for a task: the team as it began; agents with labelled demonstrations
-        have these, but the task's own."""
-        labeled = demo_values(without_task(self.labeled, task))
-        state = self.run.state.with_values({**self.student, **labeled})
-        return self.args.teacher_state(state)
-
-    def _demos(self, episodes: Sequence[Episode], state: TeamState) -> dict[str, Demos]:
-        """The demonstrations of each run by the id of its task, see `demos_of`."""
-        system, args = self.spec.system, self.args
-        kept = filter_turns(
-            episodes, args, openings=openings(system, state.values), seed=args.seed
-        ).weights
-        heads = opening_messages(system, state.values)
-        return {episode.task.id: demos_of(episode, kept.keys(), heads) for episode in episodes}
 
     def report(self) -> dict[str, Any]:
         """Also `candidates`: the best first, those that were not measured to the end last."""
