@@ -89,8 +89,11 @@ class Backward:
         return [target for target in self.targets if target.name in names]
 
     def reached(self, number: int) -> list[Target]:
-        """The params that the output of a case depends on."""
+        """The params that the output of a case depends on; all of them where not a single node was
+        recorded, since the first prompt failed."""
         graph = self.cases[number].graph
+        if not graph.nodes:
+            return list(self.targets)
         names = {p.name for node in graph.minimal.values() for p in graph.own(node, self.params)}
         return [target for target in self.targets if target.name in names]
 

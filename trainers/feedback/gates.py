@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ...agents.state import TeamState
@@ -39,15 +39,15 @@ class ValidationGate:
             return gate(search[new], search[old], None)
         ids = [task.id for task in tasks]
         measure = _Measure(run, tasks, self.rule)
-        if any(id not in search[old].scores for id in ids):
-            search.score(old, measure(search[old], ids, None))
+        measure.score(search, old, ids, None)
         bound = mean_over(search[old], ids)
-        search.score(new, measure(search[new], ids, bound))
+        measure.score(search, new, ids, bound)
+        if measure.failures:
+            return Verdict(False, measure.failures[0])
         left = sum(id not in search[new].scores for id in ids)
         if left:
-            why = (
-                f"stopped after {len(ids) - left} of {len(ids)} tasks: {bound:.4f} is out of reach"
-            )
+            done = f"{len(ids) - left} of {len(ids)} tasks"
+            why = f"stopped after {done}: {bound:.4f} is out of reach"
             return Verdict(False, why)
         return gate(search[new], search[old], ids)
 
@@ -63,26 +63,37 @@ class TwoStageGate:
     def judge(
         self, run: TrainingRun, search: Search, new: str, old: str, batch: Sequence[Task]
     ) -> Verdict:
-        tasks = [*batch, *run.spec.val_tasks]
-        return two_stage(
+        measure = _Measure(run, [*batch, *run.spec.val_tasks], self.second)
+        verdict = two_stage(
             search,
             new,
             old,
-            _Measure(run, tasks, self.second),
+            measure,
             [task.id for task in batch],
             [task.id for task in run.spec.val_tasks],
             first=GATES[self.first],
             second=GATES[self.second],
         )
+        return Verdict(False, measure.failures[0]) if measure.failures else verdict
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Measure:
-    """Scores of a candidate's values on tasks by their ids."""
+    """Scores of a candidate's values on tasks by their ids.
+
+    `failures`: why nothing of a candidate could be played, where every one of its episodes failed:
+    a text past the context length. Its scores of 0 would not be worse than others.
+    """
 
     run: TrainingRun
     tasks: Sequence[Task]
     rule: str
+    failures: list[str] = field(default_factory=list)
+
+    def score(self, search: Search, id: str, ids: Sequence[str], bound: float | None) -> None:
+        """Put into the archive what a candidate's scores lack."""
+        if any(task not in search[id].scores for task in ids):
+            search.score(id, self(search[id], ids, bound))
 
     def __call__(
         self, candidate: Candidate, ids: Sequence[str], bound: float | None
@@ -94,4 +105,7 @@ class _Measure:
         if bound is not None and self.rule != "strictly_better":
             bound = math.nextafter(bound, -math.inf)  # an equal score passes too
         state: TeamState = self.run.state.with_values(candidate.values)
-        return self.run.evaluator.measure(state, tasks, above=bound).scores
+        result = self.run.evaluator.measure(state, tasks, above=bound)
+        if result.failed == len(result.scores) and candidate.parents:
+            self.failures.append(f"every episode failed; the first one: {result.errors[0]}")
+        return result.scores

@@ -110,9 +110,15 @@ class FeedbackLoop:
         return [Target(p, to_json(values.get(p.name, p.value))) for p in self.params]
 
     def step(self, step: int) -> StepResult:
-        """A step on the tasks that follow from its number."""
-        collected = self.run.rollouts.collect(step)
-        return self.learn(step, [episode for episode in collected if episode.parent is None])
+        """A step on the tasks that follow from its number.
+
+        Also one in which every episode fails is learnt from: the error is feedback. What was
+        played before under the same values is taken as it is.
+        """
+        rollouts = self.run.rollouts
+        tasks, n = rollouts.tasks_of(step), self.config.num_generations
+        played = rollouts.play(tasks, n=n, kind="train")
+        return self.learn(step, [episode for episode in played if episode.parent is None])
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> StepResult:
         """Judge these episodes of the values in force, take what is said to the params, and adopt
@@ -137,9 +143,10 @@ class FeedbackLoop:
             if verdict:
                 break
         scores = [j.score for j in judged if not math.isnan(j.score)]
+        mean = math.fsum(scores) / len(scores) if scores else None
         row = {
-            "score": math.fsum(scores) / len(scores) if scores else None,
             "judged": len(judged),
+            "failed": sum(episode.failed for episode in episodes),
             "feedback": {name: len(own) for name, own in feedback.items()},
             "proposals": tried,
             "adopted": adopted is not None,
@@ -148,7 +155,7 @@ class FeedbackLoop:
         }
         self._say(step, row)
         state = None if adopted is None else self.run.state.with_values(adopted.values)
-        return StepResult({"text_feedback": row, "policies": {}}, state=state)
+        return StepResult({"reward": mean, "text_feedback": row, "policies": {}}, state=state)
 
     def _say(self, step: int, row: Mapping[str, Any]) -> None:
         lost = ", ".join(f"{row[name]} {name}" for name in COUNTS if row[name])
@@ -242,6 +249,8 @@ class FeedbackLoop:
         feedback: ByParam,
         episodes: Sequence[Episode],
     ) -> tuple[Candidate | None, Verdict]:
+        if known is not None and known.verdict and not known.adopted:
+            return None, Verdict(False, f"rejected before: {known.verdict}")
         new = known or self.search.add(
             Candidate(
                 values,

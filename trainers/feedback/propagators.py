@@ -39,6 +39,7 @@ class _Edge:
 class PerEdge:
     """One call per edge, each on its own (TextGrad, arXiv:2406.07496): from the judgement to every
     output, then from every node that has feedback to each node it read and to each of its params.
+    Where an episode failed before its first turn, to each param.
 
     Args:
         helper: its name.
@@ -65,6 +66,8 @@ class PerEdge:
                     backward.collect(target, case.feedback(NO_ERROR))
             elif case.judgement.text:
                 start += [_Edge(number, None, node) for node in backward.outputs(number)]
+                if not case.graph.nodes:
+                    start += [_Edge(number, None, t) for t in backward.reached(number)]
         self._send(helpers, backward, start)
         for nodes in backward.levels():
             edges: list[_Edge] = []
@@ -268,6 +271,9 @@ def _begun(cases: Sequence[Case], targets: Sequence[Target]) -> Backward:
         if case.judgement.text:
             for node in backward.outputs(number):
                 backward.give(number, node, case.feedback(case.judgement.text))
+            if not case.graph.nodes:
+                for target in backward.reached(number):
+                    backward.collect(target, case.feedback(case.judgement.text))
     return backward
 
 

@@ -108,8 +108,8 @@ class Jointly:
     the reply has one JSON object `{"reasoning": ..., "suggestion": {NAME: VALUE}}`.
 
     A text is cast to the type of the param's value (`"5"` for a number, `"False"` for a flag);
-    names that were not asked about are ignored. An object with `reasoning` and no suggestion changes
-    nothing; anything else is unreadable.
+    names that were not asked about are ignored. An object with `reasoning` and no suggestion
+    changes nothing; anything else is unreadable.
 
     Prompts: `rewrite_system`, and `rewrite` with `{variables}`, `{feedback}`, `{history}` and
     `{constraints}`.

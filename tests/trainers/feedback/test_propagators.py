@@ -219,3 +219,16 @@ def test_the_whole_graph_is_the_context() -> None:
     assert given["a.prompt"] == given["b.prompt"] and len(given["a.prompt"]) == 1
     assert given["a.prompt"][0].text == "wrong" and "n1 = b(n0)" in given["a.prompt"][0].context
     assert given["elsewhere.prompt"] == [], "no path leads from it to the output"
+
+
+def test_an_episode_that_failed_before_its_first_turn_says_so_to_every_param() -> None:
+    lost = case(episode(error="the prompt does not fit"), text="it failed")
+    for propagator, calls in (
+        (PerEdge(), 2),
+        (PerNode(), 0),
+        (Requirements(), 0),
+        (WholeGraph(), 0),
+    ):
+        helpers = ScriptedHelpers(PROMPTS, by_about)
+        given = propagator.propagate(helpers, [lost], [target("a"), target("b")])
+        assert [len(own) for own in given.values()] == [1, 1] and len(helpers.asked) == calls
