@@ -26,6 +26,7 @@ CONFIGS = {
     "ScoreFlowConfig": f"{METHODS}.preference.scoreflow",
     "BootstrapFewShotConfig": f"{METHODS}.prompts.bootstrap_few_shot",
     "BootstrapFinetuneConfig": f"{METHODS}.prompts.bootstrap_finetune",
+    "AFlowConfig": f"{METHODS}.workflow_search.aflow",
     "VerifierConfig": f"{METHODS}.reward_model.verifier",
 }
 HEAD = """# Settings

@@ -5,7 +5,7 @@ The program is the value `program` of the team's state, so a method can search f
 runs in the sandbox alone: prompts as constants on top, then the calls. How a run ended stands in
 the episode's operation `program`: its text is the answer, its `error` why there is none.
 
-    Program(["executor"], program='draft = await custom("Solve it.")\\nawait revise(draft, "Check.")')
+    Program(["executor"], program='await custom("Think step by step, then answer.")')
 """
 
 from __future__ import annotations

@@ -245,7 +245,8 @@ def check_executors(
             raise SettingError(f"executors.{key}: {name!r} is no executor; {nearest(name, agents)}")
     for key in {*executors, *prompts} - {"", *operators}:
         raise SettingError(
-            f"executors, prompts: {key!r} is no operator of this workflow; {nearest(key, operators)}"
+            f"executors, prompts: {key!r} is no operator of this workflow;"
+            f" {nearest(key, operators)}"
         )
     for name, operator in operators.items():
         _check_prompt(name, operator, prompts)
