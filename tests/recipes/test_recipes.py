@@ -19,7 +19,16 @@ NEEDS_A_NETWORK = {
 }
 
 # recipes whose method trains no policy
-NO_WEIGHTS = {"aflow", "verifier", "dylan", "bootstrap_few_shot", "gptswarm_edges", "llmselector"}
+NO_WEIGHTS = {
+    "aflow",
+    "verifier",
+    "dylan",
+    "bootstrap_few_shot",
+    "gptswarm_edges",
+    "llmselector",
+    "revolve",
+    "textgrad_prompts",
+}
 
 
 def recipe_of(settings: Path) -> str:

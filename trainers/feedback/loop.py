@@ -254,7 +254,7 @@ class FeedbackLoop:
         new = known or self.search.add(
             Candidate(
                 values,
-                proposer=type(self.rewriter).__name__,
+                proposer=getattr(self.rewriter, "helper", type(self.rewriter).__name__),
                 note="\n".join(f.text for own in feedback.values() for f in own)[:NOTE],
                 parents=(old.id,),
                 round=step,

@@ -1,0 +1,30 @@
+"""Two processes come to the prompts that one comes to: rank 0 plays and asks, both decide."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from marlora.rollouts.episodes.store import Store
+from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.feedback_run import trainer
+from tests.trainers.loop.test_state import facts
+
+pytestmark = pytest.mark.process
+
+
+def test_two_ranks_learn_what_one_learns(tmp_path: Path, model: Path) -> None:
+    program = [*TORCHRUN, "-m", "tests.trainers.feedback_run", str(tmp_path / "two"), str(model)]
+    done = start(program)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one = trainer(tmp_path / "one", model)
+    one.train()
+    assert "means" in one.run.values["solver.prompt"]
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"two.rank{rank}.json").read_text(encoding="utf-8"))
+        assert found["values"] == one.run.values, rank
+    assert facts(tmp_path / "two") == facts(tmp_path / "one")
+    asked = [e for e in Store(tmp_path / "two" / "episodes") if e.kind == "aside"]
+    assert len(asked) == 4 * 7, "each question once, not once per rank"
