@@ -16,6 +16,7 @@ from ...agents.types import Completion, PolicySpec, SettingError
 from ...rollouts.engines.factory import choose_engine
 from ...rollouts.engines.vllm.server_args import CPU_CACHE_GIB
 from ...rollouts.renderer import base_renderer, load_tokenizer
+from ...rollouts.sandbox import sandbox
 from ..config import RunConfig
 from ..model.base_models import group_by_base, versions
 from ..model.local_models import local_model
@@ -39,7 +40,8 @@ def first_call(spec: RunSpec) -> Call:
         raise _FirstCall(call)
 
     system, task = spec.system, spec.tasks_of(1)[0]
-    team = Team(system.specs, Services(ask, sampling=spec.config.sampling()), values={})
+    services = Services(ask, execute=sandbox.run, sampling=spec.config.sampling())
+    team = Team(system.specs, services, values={})
     try:
         asyncio.run(system.run(task.public(), team))
     except _FirstCall as first:

@@ -96,6 +96,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "prompts": {"review": "{problem}"},
     },
     "marlora.agents.programs.flowreasoner:FlowReasoner": {"operators": ["custom"], "rounds": 1},
+    "marlora.agents.programs.program:Program": {"operators": ["custom"], "max_calls": 3},
     "marlora.agents.games.trade:Trade": {},
     "marlora.agents.games.exchange:Exchange": {},
     "marlora.agents.games.ultimatum:Ultimatum": {},
