@@ -5,12 +5,13 @@ steps, one core.
 `marlora` command), plays it in a forked child (so that the imports are paid once) and answers with
 the child's exit code; -9 is a SIGKILL. `fault` names a function; at its `at`-th call, before the
 call or after it, the child sends itself a signal, tears the line it is writing and dies, or finds
-the disk full.
+the disk full. `fault` "file call" counts file-system calls instead (`tests/chaos/file_calls.py`).
 """
 
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -39,10 +40,12 @@ from marlora.trainers.monitoring import run_folder
 from marlora.trainers.testbeds.tiny import tiny_chain
 from marlora.trainers.update import learner
 from marlora.trainers.weight_sync import publisher
+from tests.chaos import file_calls
 from tests.repository import ROOT
 
 STEPS, EPISODES, EVAL = 3, 6, 2  # training steps, episodes of each, episodes of an evaluation
 
+FILE_CALL = "file call"
 # name -> (owner, attribute): functions that a run calls again and again
 FAULTS: dict[str, tuple[Any, str]] = {
     "fsync": (os, "fsync"),  # every write that is to last: episodes, versions, files of checkpoints
@@ -129,18 +132,25 @@ def play(
     folder: str,
     model: str,
     fault: str = "",
-    at: int = 0,
+    at: int | str = 0,
     signal: str = "SIGKILL",
     after: bool = False,
+    half: bool = False,
     argv: Sequence[str] = (),
+    made_by: str = "tests.trainers.small_run:trainer",
     **changes: Any,
 ) -> None:
     torch.set_num_threads(1)
-    count = set_fault(fault, at, signal, after) if fault else lambda: 0
+    if fault == FILE_CALL:
+        count = file_calls.set_kill(Path(folder), at, half=half)
+    else:
+        count = set_fault(fault, int(at), signal, after) if fault else lambda: 0
     if argv:
         main.main(argv)
     else:
-        settings.run(lambda: trainer(folder, model, **changes).train())
+        module, _, name = made_by.partition(":")
+        make = getattr(importlib.import_module(module), name)
+        settings.run(lambda: make(Path(folder), Path(model), **changes).train())
     Path(f"{folder}.calls").write_text(str(count()))
 
 

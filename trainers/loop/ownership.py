@@ -229,9 +229,9 @@ def clear(folder: Path, kept: Path | None = None) -> None:
 
 
 def remove_staged(folder: Path) -> None:
-    """Delete the files that a killed process left half written at the top of the folder and in
-    `dumps`."""
-    for place in (folder, folder / "dumps"):
+    """Delete the files that a killed process left half written at the top of the folder, in `dumps`
+    and beside the states of its episodes."""
+    for place in (folder, folder / "dumps", folder / "episodes" / "values"):
         for path in place.glob(".*") if place.is_dir() else ():
             staged = re.fullmatch(r"\..+\.\d+", path.name) and not path.is_symlink()
             if staged and path.is_file() and is_written(folder, path.relative_to(folder)):

@@ -400,3 +400,30 @@ def test_a_child_that_outlives_a_dead_owner_does_not_keep_the_folder(tmp_path: P
     mine = FolderLock(tmp_path)
     mine.take()
     mine.release()
+
+
+def test_what_killed_processes_have_staged_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+    """The names under which files and folders are written before they get their own."""
+    staged = [
+        ".summary.json.4711",
+        ".report.html.4711",
+        "..marlora-run.4711",
+        "dumps/.step-000001.json.12",
+        "episodes/values/.0123456789abcdef.json.4711",
+        ".verifier.4711/manifest.json",
+    ]
+    kept = [
+        "summary.json",
+        "episodes/values/0123456789abcdef.json",
+        "episodes/.lock",
+        ".notes.txt.4711",
+        "episodes/values/.mine.txt.4711",
+        ".summary.json",
+    ]
+    for name in (*staged, *kept):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{", encoding="utf-8")
+    ownership.remove_staged(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(kept)

@@ -7,7 +7,6 @@ real.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,88 +17,17 @@ import yaml
 
 from marlora.agents.programs.workflow import Workflow
 from marlora.agents.system import build_system
-from marlora.agents.transcript import Call
-from marlora.agents.types import AgentSpec, Completion, Sampling, SettingError
-from marlora.rollouts.episodes.completers import EngineCompleter
+from marlora.agents.types import AgentSpec, Sampling, SettingError
 from marlora.rollouts.episodes.runner import EpisodeRequest
 from marlora.rollouts.episodes.store import Store
-from marlora.rollouts.tasks.toy import digit, program_tasks
 from marlora.rollouts.types import Episode
 from marlora.trainers.methods.preference.scoreflow import RUNS, ScoreFlowConfig, ScoreFlowTrainer
 from tests.repository import ROOT
-from tests.trainers import small_run
 from tests.trainers.reading import rows
+from tests.trainers.scoreflow_run import Saying, nobody, put_words, trainer
 from tests.trainers.tiny_workflow import tiny_workflow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-WRITTEN = [
-    'await custom("A")',
-    'await custom("B")',
-    'await custom("C")',
-    "await magic('A')",
-    'while True:\n  await custom("A")\n1',
-]
-
-
-def said(call: Call) -> str:
-    """A designer's program by the seed of the call, the second task's always the same; an
-    executor's digit, wrong where the seed says."""
-    seed, text = call.sampling.seed or 0, call.messages[-1].content
-    if call.agent.name == "designer":
-        return WRITTEN[seed % len(WRITTEN)]
-    right = digit(text[0].lower(), text)
-    return right if seed % 3 else str((int(right) + 1) % 10)
-
-
-class Saying(EngineCompleter):
-    """Speaks these words, in the tokens and on the prompt of the real speaker."""
-
-    async def __call__(self, call: Call, version: str) -> list[Completion]:
-        await asyncio.sleep(0)
-        made = self.tokens.write(self.prompt(call), said(call))
-        return [
-            dataclasses.replace(
-                made, logprobs=(-1.0,) * len(made.token_ids), policy=self.policy, version=version
-            )
-        ] * call.n
-
-
-def put_words(made: ScoreFlowTrainer) -> ScoreFlowTrainer:
-    """Open the run and let its agents say what `said` says."""
-    run = made.run.open()
-    spoken = {
-        p: Saying(s.engine, s.tokens, p)
-        for p, s in run.rollouts.runner.completers.items()
-        if isinstance(s, EngineCompleter)
-    }
-    run.rollouts.runner = dataclasses.replace(run.rollouts.runner, completers=spoken)
-    return made
-
-
-def trainer(
-    folder: Path, model: Path, system: Workflow | None = None, **changes: Any
-) -> ScoreFlowTrainer:
-    small = {
-        f.name: getattr(small_run.config(folder, model), f.name)
-        for f in dataclasses.fields(small_run.GRPOConfig)
-    }
-    known = {f.name for f in dataclasses.fields(ScoreFlowConfig)} - {"beta", "loss_type"}
-    fields = {n: v for n, v in small.items() if n in known} | {
-        "max_steps": 1,
-        "tasks_per_step": 3,
-        "num_generations": 6,
-        "num_pairs": 12,
-        "num_eval_tasks": 2,
-    }
-    args = ScoreFlowConfig(**{**fields, **changes})
-    return ScoreFlowTrainer(
-        system=system or tiny_workflow(seconds=0.5),
-        tasks=program_tasks()[:12],
-        eval_tasks=program_tasks("eval")[:2],
-        rewards=["exact"],
-        args=args,
-    )
 
 
 def runs_of(episodes: Sequence[Episode], parent: Episode) -> list[Episode]:
@@ -180,10 +108,6 @@ def test_every_episode_can_be_replayed_from_the_store(tmp_path: Path, model: Pat
         assert len(episodes) > 18
 
 
-async def nobody(call: Call, version: str) -> list[Completion]:
-    raise AssertionError(f"{call.agent.name} is asked in a replay")
-
-
 def test_a_resumed_round_takes_what_was_run(tmp_path: Path, model: Path) -> None:
     """Cut off after the programs and the runs of the first: what is stored is not played again, and
     the update is the same."""
@@ -208,9 +132,7 @@ def test_a_resumed_round_takes_what_was_run(tmp_path: Path, model: Path) -> None
 def test_without_an_informative_pair_the_round_is_skipped_aloud(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "tests.trainers.methods.preference.test_scoreflow.WRITTEN", ["await magic('A')"]
-    )
+    monkeypatch.setattr("tests.trainers.scoreflow_run.WRITTEN", ["await magic('A')"])
     summary = put_words(trainer(tmp_path / "run", model)).train()
     assert all(p["sha256_before"] == p["sha256_after"] for p in summary["policies"].values())
     told = rows(tmp_path / "run")[0]["scoreflow"]
