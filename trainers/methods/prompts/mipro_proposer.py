@@ -137,36 +137,8 @@ class Proposer:
             fields = {"agent": param.agent, "tip": self._tip(param.agent, number)}
             texts.append(_with_blocks(PROPOSE.format(**fields), parts))
         asked = [f"instruction/{param.agent}/{number}" for param, number in about]
-        return self._usable(params, about, self._ask(asked, texts))
-
-    def _usable(
-        self,
-        params: Sequence[Param],
-        about: Sequence[tuple[Param, int]],
-        replies: Sequence[Episode],
-    ) -> Proposals:
-        done = Proposals({param.agent: [] for param in params}, len(about))
-        for (param, _), reply in zip(about, replies, strict=True):
-            text = read(reply)
-            known = done.texts[param.agent]
-            fault = self._fault(param, text, reply) or (
-                DUPLICATE if text in (param.value, *known) else ""
-            )
-            if fault:
-                done.dropped[fault] += 1
-            else:
-                known.append(text)
-        return done
-
-    def _fault(self, param: Param, text: str, reply: Episode) -> str:
-        """Why a proposal cannot be tried; "" if it can."""
-        if cut_off(reply):
-            return TRUNCATED
-        if not text:
-            return UNANSWERED
-        if len(text) > self.config.max_instruction_chars:
-            return TOO_LONG
-        return REFUSED if param.problem(text) else ""
+        replies = self._ask(asked, texts)
+        return usable([param for param, _ in about], replies, self.config.max_instruction_chars)
 
     def _tip(self, agent: str, number: int) -> str:
         if not self.config.tip_aware_proposer:
@@ -231,6 +203,29 @@ class Proposer:
         return dataclasses.replace(
             agent, prompt=agent.prompt or SYSTEM, sampling=agent.sampling or free
         )
+
+
+def usable(params: Sequence[Param], replies: Sequence[Episode], max_chars: int) -> Proposals:
+    """The instructions in these replies, each for the param at its place, without those that cannot
+    be tried: what was cut off, empty, longer than `max_chars`, refused by the param, or known."""
+    done = Proposals({param.agent: [] for param in params}, len(replies))
+    for param, reply in zip(params, replies, strict=True):
+        text, known = read(reply), done.texts[param.agent]
+        if cut_off(reply):
+            fault = TRUNCATED
+        elif not text:
+            fault = UNANSWERED
+        elif len(text) > max_chars:
+            fault = TOO_LONG
+        elif text in (param.value, *known):
+            fault = DUPLICATE
+        else:
+            fault = REFUSED if param.problem(text) else ""
+        if fault:
+            done.dropped[fault] += 1
+        else:
+            known.append(text)
+    return done
 
 
 def read(reply: Episode) -> str:

@@ -25,6 +25,7 @@ MESSAGE = re.compile(r"<\|(system|user|assistant)\|>(.*?)(?:<\|end\|>|$)", re.S)
 # chance that a task is solved: at first, by an agent's instruction, by the number of its examples
 START, INSTRUCTED, SHOWN = 0.3, {"a": ("way 1", 0.25), "b": ("way 2", 0.25)}, {"a": 2, "b": 3}
 BONUS = 0.1
+TASKS = "tests.trainers.methods.prompts.mipro_run:questions"
 
 
 def unit(*parts: Any) -> float:
@@ -32,9 +33,9 @@ def unit(*parts: Any) -> float:
     return derive_seed("mipro", *parts) % 10**6 / 10**6
 
 
-def questions(split: str = "train", seed: int = 0, count: int = 80) -> list[Task]:
+def questions(split: str = "train", seed: int = 0, count: int = 60) -> list[Task]:
     """Questions that are solved or not."""
-    names = [f"{split} {number}" for number in range(count)]
+    names = [f"{split} {number:02}" for number in range(count)]
     return [Task(name, f"solve {name}", "yes", "questions", split) for name in names]
 
 
@@ -81,11 +82,13 @@ def trainer(
         model=str(model),
         engine="transformers",
         helpers={"proposer": {}},
-        num_val_tasks=40,
+        tasks=TASKS,
+        num_eval_tasks=30,
+        num_val_tasks=24,
         num_candidates=4,
         num_instructions=5,
         num_trials=12,
-        minibatch_size=15,
+        minibatch_size=10,
         full_eval_steps=4,
         max_bootstrapped_demos=3,
         max_labeled_demos=0,
@@ -96,8 +99,6 @@ def trainer(
     agents = [AgentSpec(name, f"agent {name}", f"{name}: go", "base") for name in "ab"]
     return MIPROTrainer(
         system=Chain(agents, views={"a": "{prompt}", "b": "{previous}"}),
-        tasks=questions(),
-        eval_tasks=questions("eval", count=60),
         rewards=list(rewards),
         args=MIPROConfig(**{**small, **changes}),
         engine=engine or ScriptedEngine(say, context=16_384),
