@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BASE = ModelRef("base", "")
 NAMES = [*ACCURACY]
 BEST, WORST = ["g3", "g4", "g5", "g6"], ["g0", "g1", "g2", "g3"]
-FRESH = items("fresh", count=40)  # neither trained on nor held out
+FRESH = items("fresh", count=30)  # neither trained on nor held out
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def test_they_make_a_better_team_than_random_ones(trained: DyLANTrainer) -> None
     """Selected, the mean of random teams of four (control), the least accurate four."""
     selected = accuracy(trained, members(trained.run.values["team"]))
     rng = random.Random(0)
-    drawn = [accuracy(trained, rng.sample(NAMES, 4)) for _ in range(4)]
+    drawn = [accuracy(trained, rng.sample(NAMES, 4)) for _ in range(3)]
     lowest = accuracy(trained, WORST)
     told = f"selected {selected}, random {drawn}, lowest {lowest}"
     print(told)
@@ -111,7 +111,7 @@ class Shuffled(DyLANTrainer):
 
 def test_from_shuffled_importance_any_team_is_chosen(tmp_path: Path, model: Path) -> None:
     correlations = []
-    for seed in range(4):
+    for seed in range(3):
         made = dylan(
             tmp_path / f"{seed}", model, cls=Shuffled, seed=seed, max_steps=1, num_eval_tasks=1
         )
@@ -186,7 +186,7 @@ def facts(folder: Path) -> dict[str, Any]:
     return {**{k: summary[k] for k in kept}, "parts": parts, "stored": stored, "rows": steps}
 
 
-@pytest.mark.parametrize("episode", [5, 18])
+@pytest.mark.parametrize("episode", [pytest.param(5, marks=pytest.mark.slow), 18])
 def test_a_run_that_was_killed_inside_a_trial_goes_on(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, episode: int
 ) -> None:

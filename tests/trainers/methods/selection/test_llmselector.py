@@ -256,7 +256,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[s
     return facts(folder)
 
 
-@pytest.mark.parametrize(("episode", "save_every"), [(90, 10), (190, 1)])
+@pytest.mark.parametrize(
+    ("episode", "save_every"), [(90, 10), pytest.param(190, 1, marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_killed_inside_a_measurement_goes_on(
     tmp_path: Path,
     model: Path,
