@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from marlora.rollouts.tasks.toy import last_tasks
 from marlora.trainers.testbeds.experts import (
     ROLES,
     expert_adapter,
@@ -31,6 +32,18 @@ def test_lessons_are_right_where_the_tiny_model_slips() -> None:
     assert [(tokenizer.decode(ids), share) for ids, share in answers] == [("5<|end|>", 1.0)]
     assert {len(answers) for _, answers in right} == {1}
     assert [sum(share for _, share in answers) for _, answers in kept] == pytest.approx([1.0] * 190)
+
+
+def test_tasks_of_the_last_agent_alone() -> None:
+    train, held_out = last_tasks(), last_tasks("eval")
+    assert len(train) + len(held_out) == 190 and 50 < len(held_out) < 80
+    assert not {t.prompt for t in train} & {t.prompt for t in held_out}
+    assert last_tasks(seed=1) != train and {t.id for t in last_tasks(seed=1)} == {
+        t.id for t in train
+    }
+    for task in train + held_out:
+        x, c = task.prompt.split("+")
+        assert task.answer == str(int(x) + int(c))
 
 
 def _team(first: Any, last: Any) -> float:
