@@ -32,6 +32,7 @@ from marlora.recipes.cli.team import (
     chosen,
     engine_config,
     locate,
+    run_seed,
     say,
     write_json,
 )
@@ -167,6 +168,7 @@ async def evaluate_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]
     all task sets."""
     marks = marks_of(args.checkpoint)
     data = [read_checkpoint(Path(name)) for name in args.checkpoint]
+    args.seed = run_seed(args.seed, data[0])
     for each in data:  # before a server starts
         asked_for(
             args.adapters,

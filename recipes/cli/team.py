@@ -54,7 +54,11 @@ def add_team(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
             "all, none, or names of policies separated by commas; the others speak as the bare base"
         ),
     )
-    parser.add_argument("--seed", type=int, default=0, help="everything sampled follows from it")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="everything sampled follows from it (default: that of the checkpoint's run)",
+    )
     engine = parser.add_argument_group("engine")
     for f in fields(EngineConfig):
         value = getattr(EngineConfig(), f.name)
@@ -113,9 +117,16 @@ def chosen(team: LoadedTeam, adapters: str) -> TeamState:
     return team.state.with_versions({name: team.versions[name] for name in names})
 
 
+def run_seed(asked: int | None, data: Mapping[str, Any]) -> int:
+    """The seed that `--seed` asks for, else the one of a checkpoint's run: what a system draws then
+    is what it drew there."""
+    return int(data["tasks"]["seed"]) if asked is None else asked
+
+
 async def with_team(args: argparse.Namespace, work: Callable[[LoadedTeam], Any]) -> Any:
     """Open the checkpoint's team, work with it, close it."""
-    adapters = read_checkpoint(Path(args.checkpoint))["adapters"]
+    data = read_checkpoint(Path(args.checkpoint))
+    adapters, args.seed = data["adapters"], run_seed(args.seed, data)
     asked_for(
         args.adapters, [name for name, entry in adapters.items() if entry.get("trained")]
     )  # before a server starts

@@ -221,13 +221,14 @@ def test_evaluating_the_checkpoint_gives_what_the_run_says(
 
     monkeypatch.setattr(team, "start_engine", start)
     folder = tmp_path / "run"
-    summary = tuner(folder, model).train()
+    summary = tuner(folder, model, seed=3).train()
     out = tmp_path / "eval"
     argv = ["eval", str(folder / "checkpoints" / "step-000004"), "--trust_checkpoint"]
     assert main([*argv, "--output", str(out)]) in (0, None)
-    found = json.loads((out / "eval.json").read_text(encoding="utf-8"))["eval"]
+    result = json.loads((out / "eval.json").read_text(encoding="utf-8"))
+    assert result["seed"] == 3, "what a system draws is drawn as the run did"
     for when in ("before", "after"):
-        assert found[when]["accuracy"] == summary["eval"][when]["accuracy"]
+        assert result["eval"][when]["accuracy"] == summary["eval"][when]["accuracy"]
 
 
 # the budget
