@@ -26,6 +26,7 @@ NO_WEIGHTS = {
     "bootstrap_few_shot",
     "gptswarm_edges",
     "llmselector",
+    "mipro",
     "revolve",
     "textgrad_prompts",
 }
