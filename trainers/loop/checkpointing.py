@@ -226,4 +226,10 @@ class Checkpointer:
     def newest(self) -> Path | None:
         """Restore the newest whole checkpoint of the run's folder (rank 0); its folder, None if
         there is none."""
-        return ckpt.newest_valid(self.spec.config.folder, self.log.say, self.restore)
+        config = self.spec.config
+        found = ckpt.newest_valid(config.folder, self.log.say, self.restore)
+        if found is not None and found == ckpt.list_checkpoints(config.folder)[-1]:
+            # a run that was killed after its last rename has not pruned
+            best = self.evaluator.best
+            ckpt.prune(config.folder, config.save_total_limit, best[1] if best else None)
+        return found
