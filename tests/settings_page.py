@@ -29,6 +29,7 @@ CONFIGS = {
     "TextGradConfig": f"{METHODS}.text_feedback.textgrad",
     "RevolveConfig": f"{METHODS}.text_feedback.revolve",
     "AFlowConfig": f"{METHODS}.workflow_search.aflow",
+    "ADASConfig": f"{METHODS}.workflow_search.adas",
     "VerifierConfig": f"{METHODS}.reward_model.verifier",
 }
 HEAD = """# Settings

@@ -23,7 +23,7 @@ from ..team import Team
 from ..transcript import Output
 from ..types import SettingError, Task
 from .operators import OPERATORS, OperatorContext, resolve_operators
-from .restrictions import Restrictions
+from .restrictions import ENTRY, Restrictions, parsed
 from .workflow import TEMPLATE, answer_of, check_executors, dry_run, failed, run_program
 
 PROGRAM = "program"  # the name of the param, and of the operation
@@ -75,7 +75,12 @@ class Program(System):
 
     def fault(self, program: Any) -> str:
         """The first rule that a program breaks, "" if it keeps them all. Nothing of it runs."""
-        return self.rules.fault(program) if isinstance(program, str) else "type: no text"
+        if not isinstance(program, str):
+            return f"type: expected a text, got {program!r:.60}"
+        if fault := self.rules.fault(program):
+            return fault
+        entries = [n for n in parsed(program).body if getattr(n, "name", "") == ENTRY]
+        return f"answer: it defines {ENTRY} more than once" if len(entries) > 1 else ""
 
     def params(self) -> tuple[Param, ...]:
         """The agents' params, and `program`."""

@@ -20,6 +20,7 @@ NEEDS_A_NETWORK = {
 
 # recipes whose method trains no policy
 NO_WEIGHTS = {
+    "adas",
     "aflow",
     "verifier",
     "dylan",

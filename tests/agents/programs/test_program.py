@@ -90,6 +90,7 @@ def _with_usage(completion: Any) -> Any:
         ("().__class__\nawait custom('x')", "name: '__class__'"),
         ("async def ensemble(x):\n    return '7'\nawait custom('x')", "given and cannot"),
         ("'7'", "nodes: it calls 0"),
+        (2 * "async def workflow():\n    return await custom('x')\n", "more than once"),
         ("\n".join(["await custom('x')"] * 11), "nodes: it calls 11 operators, expected 1 to 10"),
         (7, "expected a text"),
     ],

@@ -98,6 +98,7 @@ class WorkflowSearchTrainer(Trainer[C]):
         self.target: Program = self.spec.system
         for name in self.helper_names():
             self.helper(name)
+        self.starts()  # what cannot be begun with is said at once
         self.search = Search("programs", self.args.seed)
         self.memory = Memory("search")  # the tasks that were picked
         return [self.search, self.memory]
@@ -228,12 +229,12 @@ class WorkflowSearchTrainer(Trainer[C]):
         )
 
     def report(self) -> dict[str, Any]:
-        """Also `programs`: the tree of the search, each with its score and its difference to the
-        first of its parents."""
+        """Also `programs`: the tree of the search, each with its score and its difference to its
+        parent; without a parent, or with many, the whole program."""
         return {**super().report(), "programs": [self._row(c) for c in self.search.candidates]}
 
     def _row(self, candidate: Candidate) -> dict[str, Any]:
-        parent = self.search[candidate.parents[0]] if candidate.parents else None
+        parent = self.search[candidate.parents[0]] if len(candidate.parents) == 1 else None
         before = str(parent.values.get(PROGRAM, "")) if parent else ""
         after = str(candidate.values.get(PROGRAM, ""))
         diff = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=1)
