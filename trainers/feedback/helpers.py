@@ -105,8 +105,10 @@ class Helpers:
     def ask(self, questions: Sequence[Question]) -> list[str | None]:
         """The replies, in order; None where there is none (counted): a prompt that does not fit
         the context, an episode that failed, or nothing said."""
+        if not questions:
+            return []
         asked = self.rollouts.ask_all([self._talk(question) for question in questions])
-        replies = []
+        replies: list[str | None] = []
         for episode in asked:
             empty = episode.failed or not (episode.output or "").strip()
             self.counts[UNANSWERED] += empty

@@ -154,7 +154,10 @@ class FeedbackLoop:
             **{name: self.helpers.counts[name] for name in COUNTS},
         }
         self._say(step, row)
-        state = None if adopted is None else self.run.state.with_values(adopted.values)
+        state = None
+        if adopted is not None:  # what stays as it is remains the system's own
+            moved = {n: v for n, v in adopted.values.items() if v != old.values[n]}
+            state = self.run.state.with_values(moved)
         return StepResult({"reward": mean, "text_feedback": row, "policies": {}}, state=state)
 
     def _say(self, step: int, row: Mapping[str, Any]) -> None:

@@ -67,6 +67,8 @@ def test_the_prompt_learns_what_failing_examples_teach(trained: TextGradTrainer)
     assert values == {"solver.prompt": value}
     adopted = [c for c in trained.feedback.search.candidates if c.adopted and c.parents]
     assert "means" in adopted[0].note, "the archive says which feedback moved which text"
+    report = (trained.args.folder / "report.html").read_text(encoding="utf-8")
+    assert adopted[0].note.splitlines()[0] in report and adopted[0].proposer == "optimizer"
 
 
 class Exchanged:
