@@ -98,7 +98,11 @@ def test_other_content_has_another_key() -> None:
     assert len({each.key for each in others}) == len(others)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, {1, 2}, object(), b"x"], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [math.nan, math.inf, {1, 2}, object(), b"x"],
+    ids=["nan", "inf", "set", "object", "bytes"],
+)
 def test_what_json_does_not_hold_has_no_key(value: Any) -> None:
     with pytest.raises(SettingError, match=r"values: expected texts, numbers, lists and mappings"):
         _ = TeamState({}, {"edges": {"x": value}}).key
