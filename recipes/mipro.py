@@ -1,5 +1,5 @@
-"""MIPRO: instructions by a helper and demonstrations from successful turns, for all agents, searched
-jointly. No weight moves. Needs the extra `search`: pip install 'marlora[search]'
+"""MIPRO: instructions by a helper and demonstrations from successful turns, for all agents,
+searched jointly. No weight moves. Needs the extra `search`: pip install 'marlora[search]'
 
 accelerate launch recipes/mipro.py [--config recipes/mipro.yaml] [--field value]
 """

@@ -106,7 +106,7 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
     Config = BootstrapFewShotConfig
 
     def parts(self) -> Sequence[Part]:
-        self.demos = Bootstrapper(self.run, self.args)
+        self.demos = Bootstrapper(self.run, self.spec, self.args)
         self.student = self.demos.student
         self.search = Search("demos", self.args.seed)
         return [self.search]

@@ -13,6 +13,7 @@ from ....agents.types import SettingError, Task, from_json, nearest, to_json
 from ....rollouts.types import Episode
 from ...credit.filtering import SelectionConfig, filter_turns
 from ...loop.run import TrainingRun
+from ...loop.spec import RunSpec
 from ..imitation.sft import opening_messages, openings
 from .demos import (
     LABELED,
@@ -75,14 +76,15 @@ class Bootstrapper:
 
     Args:
         run: plays the teacher; every rank has to call what plays.
+        spec: the method's tasks, and the values that its team begins with.
         config: the method's settings. Raises `SettingError` for a teacher or a template that
             cannot be.
 
     `student`: the demonstrations that the team begins with, by the name of their value.
     """
 
-    def __init__(self, run: TrainingRun, config: BootstrapConfig) -> None:
-        self.run, self.spec, self.config = run, run.spec, config
+    def __init__(self, run: TrainingRun, spec: RunSpec, config: BootstrapConfig) -> None:
+        self.run, self.spec, self.config = run, spec, config
         system = self.spec.system
         config.check_teacher(self.spec)
         agents = [agent.name for agent in system.specs]

@@ -149,8 +149,8 @@ class MIPROTrainer(Trainer[MIPROConfig]):
 
     def parts(self) -> Sequence[Part]:
         args = self.args
-        self.demos = Bootstrapper(self.run, args)
-        self.proposer = Proposer(self.run, args)
+        self.demos = Bootstrapper(self.run, self.spec, args)
+        self.proposer = Proposer(self.run, self.spec, args)
         if args.instructions > 1:
             self.spec.helper(PROPOSER)
         if args.sampler == "tpe":

@@ -18,6 +18,7 @@ from ....agents.types import AgentSpec, Task
 from ....rollouts.types import Episode
 from ...feedback.helpers import REFUSED, UNANSWERED, Reply
 from ...loop.run import TrainingRun
+from ...loop.spec import RunSpec
 from .demos import Demo
 
 PROPOSER = "proposer"  # the helper's name
@@ -104,11 +105,12 @@ class Proposer:
     """Asks the helper `proposer` of a run. Every rank has to call it.
 
     Args:
-        run: of its training tasks the proposer sees prompts and answers, of the others nothing.
+        run: asks. spec: of its training tasks the proposer sees prompts and answers, of the others
+            nothing.
     """
 
-    def __init__(self, run: TrainingRun, config: ProposerConfig) -> None:
-        self.run, self.spec, self.config = run, run.spec, config
+    def __init__(self, run: TrainingRun, spec: RunSpec, config: ProposerConfig) -> None:
+        self.run, self.spec, self.config = run, spec, config
 
     def propose(
         self, params: Sequence[Param], count: int, demos: Mapping[str, Sequence[Sequence[Demo]]]

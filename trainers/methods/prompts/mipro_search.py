@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +116,9 @@ def tpe(space: Mapping[str, int], trials: Sequence[Trial], seed: int) -> dict[st
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        sampler = optuna.samplers.TPESampler(seed=seed % 2**32, multivariate=True)
+        with warnings.catch_warnings():  # optuna 4 calls `multivariate` experimental
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(seed=seed % 2**32, multivariate=True)
         study = optuna.create_study(direction="maximize", sampler=sampler)
         for trial in trials:
             params = {name: trial.choice[name] for name in space}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from marlora.agents.types import Sampling, SettingError, Task
 from marlora.recipes.cli.main import main
@@ -18,6 +19,8 @@ from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
 from marlora.rollouts.types import Episode
 from marlora.trainers.methods.prompts.mipro import MIPROConfig, MIPROTrainer
 from marlora.trainers.methods.prompts.mipro_proposer import TIPS
+from tests.repository import ROOT
+from tests.trainers.distributed.test_ranks import TORCHRUN, start
 from tests.trainers.methods.prompts.mipro_run import end, team, trainer
 from tests.trainers.reading import rows
 
@@ -231,6 +234,18 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
     assert ids[0] == ids[1], "nothing is played or asked twice"
 
 
+@pytest.mark.process
+def test_two_ranks_find_what_one_finds(whole: MIPROTrainer, tmp_path: Path) -> None:
+    program = "tests.trainers.methods.prompts.mipro_run"
+    done = start([*TORCHRUN, "-m", program, str(tmp_path / "two"), str(whole.args.model)])
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (
+        json.loads((tmp_path / f"two.rank{rank}.json").read_text(encoding="utf-8"))
+        for rank in (0, 1)
+    )
+    assert first == second == json.loads(json.dumps(end(whole)))
+
+
 @pytest.mark.slow
 def test_the_budget_ends_the_search_with_the_best_so_far(
     whole: MIPROTrainer, model: Path, tmp_path: Path
@@ -251,10 +266,10 @@ def test_a_checkpoint_is_worth_what_the_run_said(
 ) -> None:
     from marlora.rollouts.checkpoints import team as teams
 
-    async def start(*args: Any, **settings: Any) -> ScriptedEngine:
+    async def scripted(*args: Any, **settings: Any) -> ScriptedEngine:
         return ScriptedEngine(team, context=16_384)
 
-    monkeypatch.setattr(teams, "start_engine", start)
+    monkeypatch.setattr(teams, "start_engine", scripted)
     made = trainer(tmp_path / "run", Path(whole.args.model), num_trials=2, num_eval_tasks=20)
     summary = made.train()
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000003"
@@ -264,6 +279,25 @@ def test_a_checkpoint_is_worth_what_the_run_said(
     for when in ("before", "after"):
         assert found[when]["accuracy"] == summary["eval"][when]["accuracy"]
     assert found["before"]["accuracy"] != found["after"]["accuracy"]
+
+
+@pytest.mark.slow
+def test_demonstrations_alone_are_found_on_a_real_tiny_model(tmp_path: Path) -> None:
+    """`tiny-rules` is right only behind worked examples of both agents; no helper is asked."""
+    settings = ROOT / "recipes" / "bootstrap_few_shot.yaml"
+    config = yaml.safe_load(settings.read_text(encoding="utf-8"))
+    own = {key: value for key, value in config.items() if key != "num_candidate_programs"}
+    own |= {"output_dir": str(tmp_path / "run"), "num_eval_tasks": 60, "num_instructions": 1}
+    own |= {"num_candidates": 4, "num_trials": 6, "minibatch_size": 20, "full_eval_steps": 3}
+    summary = MIPROTrainer(args=MIPROConfig(**own)).train()
+    assert summary["eval"]["before"]["accuracy"] == 0.0
+    assert summary["eval"]["after"]["accuracy"] > 0.9 and "aside" not in summary["ledger"]
+    checkpoint = tmp_path / "run/checkpoints/step-000007"
+    values = json.loads((checkpoint / "values/values.json").read_text(encoding="utf-8"))
+    assert values["first.demos"] and values["last.demos"]
+    main(["eval", str(checkpoint), "--engine", "transformers"])
+    found = json.loads((tmp_path / "run/eval/eval.json").read_text(encoding="utf-8"))["eval"]
+    assert found["after"]["accuracy"] == summary["eval"]["after"]["accuracy"]
 
 
 # settings
