@@ -30,6 +30,7 @@ CONFIGS = {
     "RevolveConfig": f"{METHODS}.text_feedback.revolve",
     "AFlowConfig": f"{METHODS}.workflow_search.aflow",
     "ADASConfig": f"{METHODS}.workflow_search.adas",
+    "DebFlowConfig": f"{METHODS}.workflow_search.debflow",
     "VerifierConfig": f"{METHODS}.reward_model.verifier",
 }
 HEAD = """# Settings

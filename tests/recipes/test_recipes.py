@@ -22,6 +22,7 @@ NEEDS_A_NETWORK = {
 NO_WEIGHTS = {
     "adas",
     "aflow",
+    "debflow",
     "verifier",
     "dylan",
     "bootstrap_few_shot",

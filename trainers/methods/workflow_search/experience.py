@@ -29,13 +29,14 @@ def same_edit(one: str, other: str) -> bool:
 
 
 def experience(parent: Candidate, children: Sequence[Candidate]) -> str:
-    """All edits tried from a program, successes too: none is to be tried again."""
+    """All edits tried from a program, successes too: none is to be tried again. A child that was
+    kept without a measurement was not tried."""
     lines = [f"Score of this program: {percent(parent.mean)}"]
     for child in children:
         if child.fault:
             end = f" (could not be used: {child.fault})"
         elif not child.scores:
-            end = " (not measured)"
+            continue
         elif succeeded(parent.mean, child.mean):
             end = f" (success: {percent(child.mean)})"
         else:

@@ -60,6 +60,7 @@ def test_experience_lists_all_that_was_tried_with_what_came_of_it() -> None:
     children = [
         Candidate({}, note="vote", scores={"t": 0.75}),
         Candidate({}, note="think", scores={"t": 0.5}),
+        Candidate({}, note="kept", verdict="lost the debate"),
         Candidate({}, note="loop", fault="time: over"),
     ]
     text = experience(parent, children)
