@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from marlora.agents.programs.program import PROGRAM
 from marlora.agents.types import SettingError
 from marlora.recipes.cli.eval_tables import row_of
 from marlora.recipes.cli.team import say
@@ -28,6 +29,11 @@ LEFT_OUT = (
     "trainer",
     "manifest.json",
 )  # the optimizer's state; and the manifest, which names its files
+PROGRAM_HEAD = """# The program that answers every task: `problem` is the task's text, the
+# functions are operators that the team's agents answer. To read; `marlora play` and `marlora eval`
+# run it in the sandbox.
+
+"""
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +66,7 @@ def cmd_export(args: argparse.Namespace) -> None:
     if args.push_to_hub:
         shorten_paths(target)
         data = read_checkpoint(target)
+    write_program(data, target)
     name = args.push_to_hub or target.resolve().name
     folder = "" if args.push_to_hub or target.is_absolute() else args.output
     (target / "README.md").write_text(
@@ -73,6 +80,16 @@ def cmd_export(args: argparse.Namespace) -> None:
         print(push(target, args.push_to_hub, private=not args.public))
     else:
         say("nothing was uploaded; --push_to_hub OWNER/NAME does that")
+
+
+def write_program(data: Mapping[str, Any], target: Path) -> None:
+    """Write the program of a team that has one (`agents/programs/program.py`), prompts included, to
+    `program.py`: for readers, since the team itself reads its values."""
+    path = target / "values" / "values.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    program = {**data["system"]["arguments"], **values}.get(PROGRAM)
+    if isinstance(program, str):
+        (target / f"{PROGRAM}.py").write_text(f"{PROGRAM_HEAD}{program}\n", encoding="utf-8")
 
 
 def push(folder: Path, repository: str, *, private: bool) -> str:

@@ -124,9 +124,9 @@ class ADASTrainer(WorkflowSearchTrainer[ADASConfig]):
             candidate = self._judged(candidate)
             if not candidate.fault or attempt == self.args.attempts:
                 return candidate
-            talk = Repair([self.helper("proposer")], target=self.target)
+            repair = Repair([self.helper("proposer")], target=self.target)
             asked = Task(f"generation-{step}-repair-{attempt}", self._repaired(candidate))
-            proposal = read_talk(self.run.rollouts.ask(talk, asked))
+            proposal = read_talk(self.run.rollouts.ask(repair, asked))
             candidate = self.enter(proposal, [candidate], step, "repair")
         return candidate
 

@@ -14,27 +14,29 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ....agents.programs.program import PROGRAM, Program
 from ....agents.settings import setting
 from ....agents.types import AgentSpec, Sampling, SettingError, Task
 from ....rollouts.evaluation.accuracy import evaluation
 from ....rollouts.types import Episode
+from ...config import RunConfig
 from ...loop.step_result import StepResult
 from ...trainer import Trainer
 from ...values.memory import Memory
 from ...values.parts import Part
 from ...values.search import Candidate, Duplicate, Search
-from ..frozen import FrozenConfig
 from .convergence import most_varied
 from .experience import common_fault
 from .proposals import Proposal
 
 
 @dataclass
-class WorkflowSearchConfig(FrozenConfig):
+class WorkflowSearchConfig(RunConfig):
     """`RunConfig` with how programs are measured."""
+
+    trains_weights: ClassVar[bool] = False
 
     max_steps: int = setting("rounds: programs that are proposed", 20, at_least=1)
     num_val_tasks: int = setting(

@@ -182,6 +182,9 @@ def test_a_checkpoint_is_evaluated_with_its_program(
     for when in ("before", "after"):
         assert again[when]["accuracy"] == summary["eval"][when]["accuracy"]
     assert summary["eval"]["after"]["accuracy"] > summary["eval"]["before"]["accuracy"]
+    main(["export", str(checkpoint), "--output", str(tmp_path / "team")])
+    readable = (tmp_path / "team" / "program.py").read_text(encoding="utf-8")
+    assert readable.endswith(values["program"] + "\n") and readable.startswith("# The program")
 
 
 def test_a_budget_ends_the_search_with_the_best_so_far(model: Path, tmp_path: Path) -> None:
