@@ -1,5 +1,5 @@
-"""BetterTogether: a prompt method and a weight method in turn (`p -> w -> p`), in one run; the state
-that is best on validation tasks is kept.
+"""BetterTogether: a prompt method and a weight method in turn (`p -> w -> p`), in one run; the
+state that is best on validation tasks is kept.
 
 accelerate launch recipes/better_together.py [--config recipes/better_together.yaml]
     [--strategy "w -> p"] [--field value]

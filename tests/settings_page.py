@@ -26,6 +26,8 @@ CONFIGS = {
     "ScoreFlowConfig": f"{METHODS}.preference.scoreflow",
     "BootstrapFewShotConfig": f"{METHODS}.prompts.bootstrap_few_shot",
     "BootstrapFinetuneConfig": f"{METHODS}.prompts.bootstrap_finetune",
+    "MIPROConfig": f"{METHODS}.prompts.mipro",
+    "BetterTogetherConfig": f"{METHODS}.prompts.better_together",
     "TextGradConfig": f"{METHODS}.text_feedback.textgrad",
     "RevolveConfig": f"{METHODS}.text_feedback.revolve",
     "AFlowConfig": f"{METHODS}.workflow_search.aflow",

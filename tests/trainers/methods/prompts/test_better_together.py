@@ -1,13 +1,19 @@
 """BetterTogether on the toy model that goes by worked examples: strategies, what each letter moves,
-which state is kept, failures, kills, and settings that cannot work."""
+which state is kept, failures, kills, ranks, and settings that cannot work.
+
+`python -m tests.trainers.methods.prompts.test_better_together FOLDER MODEL` plays a run on each rank,
+which writes what it ends with to FOLDER.rankN.json.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from marlora.agents.types import SettingError, Task
 from marlora.recipes.cli.main import main
@@ -19,6 +25,7 @@ from marlora.trainers.methods.prompts.better_together import (
 )
 from marlora.trainers.methods.prompts.bootstrap_finetune import BootstrapFinetuneTrainer
 from marlora.trainers.testbeds.rules import rule_chain
+from tests.trainers.distributed.test_ranks import TORCHRUN, start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,7 +42,7 @@ def trainer(folder: Path, model: Path | str, **changes: Any) -> BetterTogetherTr
         model=str(model),
         engine="transformers",
         tasks="marlora.rollouts.tasks.toy:rule_tasks",
-        rewards=[f"{__name__}:loud"],
+        rewards=["tests.trainers.methods.prompts.test_better_together:loud"],
         num_eval_tasks=4,
         num_val_tasks=4,
         prompt_method={
@@ -146,6 +153,22 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
         assert saved(tmp_path / "run", number) == saved(whole.args.folder, number)
 
 
+@pytest.mark.process
+@pytest.mark.slow
+def test_two_ranks_take_the_same_way_and_hold_the_same(
+    whole: BetterTogetherTrainer, tmp_path: Path
+) -> None:
+    program = "tests.trainers.methods.prompts.test_better_together"
+    done = start([*TORCHRUN, "-m", program, str(tmp_path / "two"), str(whole.args.model)])
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (
+        json.loads((tmp_path / f"two.rank{rank}.json").read_text(encoding="utf-8"))
+        for rank in (0, 1)
+    )
+    assert first == second and len(first["adapters"]) == 2
+    assert saved(tmp_path / "two", 1)[0] == saved(whole.args.folder, 1)[0], "as one rank finds"
+
+
 def test_a_letter_that_fails_is_undone_and_ends_the_run(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,3 +266,13 @@ def test_prompts_then_weights_then_prompts_make_the_toy_model_right(tmp_path: Pa
         row["accuracy"] for row in rows if row["kept"]
     )
     assert run("control", "all")["eval"]["after"]["accuracy"] < 0.1
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    made = trainer(Path(sys.argv[1]), sys.argv[2], keep="last", save_total_limit=9)
+    made.train()
+    ended = {"values": made.run.values, "adapters": adapters(made)}
+    Path(f"{sys.argv[1]}.rank{made.run.ranks.rank}.json").write_text(
+        json.dumps(ended), encoding="utf-8"
+    )
