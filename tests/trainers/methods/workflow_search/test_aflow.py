@@ -3,6 +3,7 @@ broken is lost with its reason; kills, budgets and checkpoints change nothing.""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -162,8 +163,8 @@ def test_a_run_that_is_killed_in_a_round_comes_to_the_same(
     assert facts(cut) == facts(whole)
 
 
-def test_a_checkpoint_is_evaluated_with_its_program(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_checkpoint_is_evaluated_played_and_exported_with_its_program(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from marlora.rollouts.checkpoints import team
 
@@ -182,6 +183,11 @@ def test_a_checkpoint_is_evaluated_with_its_program(
     for when in ("before", "after"):
         assert again[when]["accuracy"] == summary["eval"][when]["accuracy"]
     assert summary["eval"]["after"]["accuracy"] > summary["eval"]["before"]["accuracy"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("eval 3\n"))
+    capsys.readouterr()
+    assert main(["play", str(checkpoint), "--trust_checkpoint"]) in (0, None)
+    played = capsys.readouterr().out
+    assert played.count("[executor] was told: eval 3") == 4 and "Several solutions" in played
     main(["export", str(checkpoint), "--output", str(tmp_path / "team")])
     readable = (tmp_path / "team" / "program.py").read_text(encoding="utf-8")
     assert readable.endswith(values["program"] + "\n") and readable.startswith("# The program")
