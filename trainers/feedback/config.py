@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...agents.settings import parsed_mapping, setting
 from ...agents.types import SettingError
-from ..methods.frozen import FrozenConfig
+from ..config import RunConfig
 from ..values.acceptance import GATES
 
 
 @dataclass
-class FeedbackConfig(FrozenConfig):
+class FeedbackConfig(RunConfig):
     """`RunConfig` of methods that learn from feedback in words; their policies are frozen."""
+
+    trains_weights: ClassVar[bool] = False
 
     params: list[str] = setting(
         "the params that are rewritten, such as solver.prompt; empty: the prompts of all agents",

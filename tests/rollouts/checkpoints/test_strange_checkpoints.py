@@ -90,6 +90,9 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "marlora.agents.patterns.debate:Debate": {"rounds": 1},
     "marlora.agents.patterns.collaboration:Collaboration": {"verifier": "calculator", "rounds": 2},
     "marlora.agents.patterns.actor_critic:ActorCritic": {},
+    "marlora.agents.patterns.refinement:Refinement": {"iterations": 1},
+    "marlora.agents.patterns.swarm:Swarm": {},
+    "marlora.agents.patterns.temporal_network:TemporalNetwork": {},
     "marlora.agents.programs.workflow:Workflow": {
         "operators": ["custom", "review"],
         "executors": {"custom": "b"},

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from marlora.agents.patterns.chain import Chain
+from marlora.agents.state import TeamState
 from marlora.agents.types import BASE, AgentSpec, Completion, Message, Sampling, SettingError, Task
 from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.transformers import TransformersEngine
@@ -182,7 +183,7 @@ def test_a_run_repeats_bit_for_bit(model: Path, tokens: ChatRenderer, tmp_path: 
             played = [
                 e
                 async for e in rollouts.collect(
-                    episode_requests(tasks, label="step-1", num_generations=2), team
+                    episode_requests(tasks, label="step-1", num_generations=2), TeamState(team)
                 )
             ]
             return sorted((e.id, [(t.token_ids, t.logprobs) for t in e.turns]) for e in played)

@@ -134,5 +134,5 @@ def test_a_run_on_worked_solutions_is_refused_before_it_starts(tmp_path: Path) -
     with pytest.raises(SettingError, match=r"no reply can earn reward 'correct' in (\d+) of \1 "):
         RunSpec.resolve(config, Chain(["a"]))
     some = [Task("a", "?", GSM8K), Task("b", "?", "1")]
-    spec = RunSpec.resolve(config, Chain(["a"]), tasks=some, eval_tasks=[Task("c", "?", "1")])
+    spec = RunSpec.resolve(config, Chain(["a"]), tasks=some, eval_tasks=[Task("c", "!", "1")])
     assert len(spec.warnings) == 1 and "in 1 of 2 training tasks" in spec.warnings[0]

@@ -15,14 +15,13 @@ accelerate launch recipes/gptswarm_edges.py [--config recipes/gptswarm_edges.yam
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ....agents.patterns.swarm import OFF, ON, TABLE, Swarm, edge_name
-from ....agents.settings import mapping, setting
-from ....agents.types import AgentSpec, PolicySpec, SettingError
+from ....agents.settings import setting
+from ....agents.types import SettingError
 from ....rollouts.types import Episode
 from ...config import RunConfig
 from ...credit.decisions import decision_credit
@@ -35,6 +34,8 @@ from ...values.parts import Part
 @dataclass
 class GPTSwarmConfig(RunConfig, CreditConfig):
     """`RunConfig` with a credit rule (`CreditConfig`) for the edges."""
+
+    trains_weights: ClassVar[bool] = False
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/gptswarm_edges"
@@ -71,17 +72,6 @@ class GPTSwarmConfig(RunConfig, CreditConfig):
                 f"credit: {self.credit!r} compares episodes and a step has one to compare; raise"
                 " num_generations or tasks_per_step, or set credit to rae or team"
             )
-
-    def policy_specs(self, agents: tuple[AgentSpec, ...]) -> dict[str, PolicySpec]:
-        """The policies of `RunConfig.policy_specs`, none of them trained."""
-        specs = super().policy_specs(agents)
-        for name, given in self.policies.items():  # type: ignore[union-attr]
-            if mapping(f"policies.{name}", given).get("trainable"):
-                raise SettingError(
-                    f"policies.{name}.trainable: this method learns edges and trains no policy;"
-                    " leave it out"
-                )
-        return {name: dataclasses.replace(s, trainable=False) for name, s in specs.items()}
 
 
 class GPTSwarmTrainer(Trainer[GPTSwarmConfig]):

@@ -27,24 +27,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ....agents.settings import setting
 from ....agents.state import TeamState
 from ....agents.types import SettingError
+from ...config import RunConfig
 from ...loop.step_result import StepResult
 from ...trainer import Trainer
 from ...values.acceptance import always, strictly_better
 from ...values.parts import Part
 from ...values.search import Candidate, Search
-from ..frozen import FrozenConfig
 from .bootstrapping import BootstrapConfig, Bootstrapper
 from .demos import KINDS, candidate_name, candidate_numbers, demo_values
 
 
 @dataclass
-class BootstrapFewShotConfig(FrozenConfig, BootstrapConfig):
+class BootstrapFewShotConfig(RunConfig, BootstrapConfig):
     """`RunConfig` with candidates and what they are made of (`BootstrapConfig`)."""
+
+    trains_weights: ClassVar[bool] = False
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/bootstrap_few_shot"

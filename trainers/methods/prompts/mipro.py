@@ -27,19 +27,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ....agents.seeds import derive_seed
 from ....agents.settings import setting
 from ....agents.state import Param
 from ....agents.types import SettingError
+from ...config import RunConfig
 from ...loop.step_result import StepResult
 from ...trainer import Trainer
 from ...values.acceptance import strictly_better
 from ...values.memory import Memory
 from ...values.parts import Part
 from ...values.search import Candidate, Search
-from ..frozen import FrozenConfig
 from .bootstrapping import BootstrapConfig, Bootstrapper
 from .demos import LABELED, UNSHUFFLED, ZERO_SHOT, Demo, demo_values
 from .mipro_proposer import PROPOSER, Proposals, Proposer, ProposerConfig
@@ -57,8 +57,10 @@ CONTEXT_DEMOS = 3  # demonstrations that the proposer is shown where none are se
 
 
 @dataclass
-class MIPROConfig(FrozenConfig, BootstrapConfig, ProposerConfig):
+class MIPROConfig(RunConfig, BootstrapConfig, ProposerConfig):
     """`RunConfig` with options (`BootstrapConfig`, `ProposerConfig`) and a search."""
+
+    trains_weights: ClassVar[bool] = False
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/mipro"

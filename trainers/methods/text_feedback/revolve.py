@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ....agents.settings import setting
+from ...feedback.config import FeedbackConfig
 from ...feedback.gates import ValidationGate
 from ...feedback.history import past_values
 from ...feedback.loop import FeedbackLoop
@@ -47,8 +48,8 @@ PROMPTS = {
 
 
 @dataclass
-class RevolveConfig(GradientConfig):
-    """`GradientConfig` with what the optimizer sees of the past."""
+class RevolveConfig(GradientConfig, FeedbackConfig):
+    """`FeedbackConfig` with a loss in words, and what the optimizer sees of the past."""
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/revolve"
@@ -74,7 +75,7 @@ class RevolveTrainer(Trainer[RevolveConfig]):
             args,
             self.run,
             PROMPTS,
-            evaluator=args.evaluator(self.spec.metric),
+            evaluator=args.evaluator(self.spec.metric, args),
             propagator=PerEdge(),
             rewriter=PerParam(
                 constraints=tuple(args.constraints), tags=("IMPROVED_VARIABLE", "VARIABLE")

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ....agents.settings import setting
+from ...feedback.config import FeedbackConfig
 from ...feedback.gates import ValidationGate
 from ...feedback.history import no_history, past_values
 from ...feedback.loop import FeedbackLoop
@@ -44,8 +45,8 @@ MOMENTUM = (
 
 
 @dataclass
-class TextGradConfig(GradientConfig):
-    """`GradientConfig` with momentum."""
+class TextGradConfig(GradientConfig, FeedbackConfig):
+    """`FeedbackConfig` with a loss in words, and momentum."""
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/textgrad_prompts"
@@ -71,7 +72,7 @@ class TextGradTrainer(Trainer[TextGradConfig]):
             args,
             self.run,
             TEXTUAL_GRADIENT,
-            evaluator=args.evaluator(self.spec.metric),
+            evaluator=args.evaluator(self.spec.metric, args),
             propagator=PerEdge(),
             rewriter=PerParam(constraints=tuple(args.constraints)),
             view=past_values(args.momentum, head=MOMENTUM) if args.momentum else no_history,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ....agents.settings import setting
+from ....agents.settings import Settings, setting
 from ...feedback.config import FeedbackConfig
 from ...feedback.evaluators import Evaluator, Judges, RuleWords
 
@@ -57,8 +57,8 @@ TEXTUAL_GRADIENT = {
 
 
 @dataclass
-class GradientConfig(FeedbackConfig):
-    """`FeedbackConfig` with a loss in words and rules for new values."""
+class GradientConfig(Settings):
+    """A loss in words, and rules for new values."""
 
     loss: str = setting(
         "who says how good an output is: rule (the metric, with the expected output) or judge (the"
@@ -68,8 +68,8 @@ class GradientConfig(FeedbackConfig):
     )
     constraints: list[str] = setting("rules that a new value has to obey", factory=list)
 
-    def evaluator(self, metric: str) -> Evaluator:
+    def evaluator(self, metric: str, feedback: FeedbackConfig) -> Evaluator:
         """The loss; `metric`: the reward that is the score."""
         if self.loss == "judge":
-            return Judges(metric, show_answer=self.show_answer)
-        return RuleWords(metric, self.metric_purpose, self.show_answer)
+            return Judges(metric, show_answer=feedback.show_answer)
+        return RuleWords(metric, feedback.metric_purpose, feedback.show_answer)
