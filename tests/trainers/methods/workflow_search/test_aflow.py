@@ -204,22 +204,34 @@ def test_a_budget_ends_the_search_with_the_best_so_far(model: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_it_learns_to_vote_and_controls_do_not(model: Path, tmp_path: Path) -> None:
-    """Controls: random edits of the instruction, as many rounds; and copies of the first program."""
+    """Controls, with as many tokens: random edits of the instruction, and copies of the first
+    program."""
 
     def copies(role: str, prompt: str) -> str:
         count = prompt.count("Prohibited") + prompt.count("Proposed in")
-        return reply_with(f"copy {count}", f"{FIRST}\n# copy {count}".replace("\n#", "  #"))
+        return reply_with(f"copy {count}", f"{FIRST}  # copy {count}")
 
-    sizes = {"num_val_tasks": 20, "num_eval_tasks": 40, "max_steps": 4, "converged_rounds": 0}
-    gains = {}
-    for propose in (larger_ensemble, random_words, copies):
+    settings: dict[str, Any] = dict(num_val_tasks=20, num_eval_tasks=40, converged_rounds=0)
+    learnt = search(tmp_path / "votes", model, larger_ensemble, max_steps=4, **settings).train()
+    assert learnt["eval"]["paired"]["ci95"][0] > 0.15
+    budget = {"tokens": spent(learnt)}
+    for propose in (random_words, copies):
         name = propose.__name__
-        summary = search(tmp_path / name, model, propose, **sizes).train()
-        gains[name] = summary["eval"]["paired"]
-        assert len(summary["programs"]) > 3
-    assert gains["larger_ensemble"]["ci95"][0] > 0.15, gains
-    assert gains["random_words"]["ci95"][0] < 0.05, gains
-    assert gains["copies"]["difference"] == 0, gains
+        control = search(
+            tmp_path / name, model, propose, max_steps=30, budget=budget, **settings
+        ).train()
+        assert control["done"] == "the budget is spent" and len(control["programs"]) > 4
+        assert control["eval"]["paired"]["ci95"][0] < 0.05, name
+    assert control["eval"]["paired"]["difference"] == 0, "copies are worth what the first is"
+
+
+def spent(summary: dict[str, Any]) -> int:
+    """Tokens of learning, that is, of everything but held-out evaluations."""
+    return sum(
+        row["prompt_tokens"] + row["sampled_tokens"]
+        for kind in ("trial", "aside")
+        for row in summary["ledger"][kind].values()
+    )
 
 
 @pytest.mark.parametrize(
