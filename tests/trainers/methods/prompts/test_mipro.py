@@ -234,6 +234,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
     assert ids[0] == ids[1], "nothing is played or asked twice"
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_two_ranks_find_what_one_finds(whole: MIPROTrainer, tmp_path: Path) -> None:
     program = "tests.trainers.methods.prompts.mipro_run"
