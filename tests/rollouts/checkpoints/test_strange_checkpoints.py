@@ -112,7 +112,10 @@ def valid(cls: str) -> dict[str, Any]:
     system = build_system(
         {
             "class": cls,
-            "agents": [AgentSpec("a", prompt="Add.", tools=tools), AgentSpec("b")],
+            "agents": [
+                AgentSpec("a", prompt="Add.", tools=tools),
+                *map(AgentSpec, "bcd" if cls.endswith("Refinement") else "b"),
+            ],
             **SYSTEMS[cls],
         }
     )
