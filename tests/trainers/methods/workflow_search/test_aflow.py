@@ -109,6 +109,7 @@ def test_the_proposer_is_shown_parent_experience_and_failures(model: Path, tmp_p
     assert all(turn.saw_gold for e in asked for turn in e.turns)
 
 
+@pytest.mark.slow
 def test_tasks_are_picked_by_variance_of_sampled_plays(model: Path, tmp_path: Path) -> None:
     """Scores of functions do not vary, so the first are picked; the others are not measured."""
     made = search(tmp_path / "run", model, random_words, max_steps=1, pick_tasks=2, pick_rounds=2)
@@ -193,6 +194,7 @@ def test_a_checkpoint_is_evaluated_played_and_exported_with_its_program(
     assert readable.endswith(values["program"] + "\n") and readable.startswith("# The program")
 
 
+@pytest.mark.slow
 def test_a_budget_ends_the_search_with_the_best_so_far(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     limit = 6000
