@@ -129,9 +129,7 @@ async def evaluated(checkpoint: Path, folder: Path) -> None:
         LoadOptions(system=system, rewards=["exact"], scratch=folder / "yes", trust=True),
     )
     try:
-        episode = await team.rollouts.play(
-            EpisodeRequest(Task("t", "1+2+3", "6"), "g"), team.state
-        )
+        episode = await team.rollouts.play(EpisodeRequest(Task("t", "1+2+3", "6"), "g"), team.state)
         check_turns(episode)
         assert [t.version for t in episode.turns] == [team.versions["first"], team.versions["last"]]
     finally:

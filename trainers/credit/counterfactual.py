@@ -193,9 +193,7 @@ async def _replays(
 
     async def one(number: int) -> float:
         label = f"{episode.id}/replay/{turn.index}.{turn.sibling}"
-        job = EpisodeRequest(
-            episode.task, label, sample=number, step=episode.step, kind="trial"
-        )
+        job = EpisodeRequest(episode.task, label, sample=number, step=episode.step, kind="trial")
         played = await player.play(
             job,
             episode.state,

@@ -60,10 +60,10 @@ def rows_of(
     between the same two options, else one for each option."""
     pair = _common_pair(logits)
     if pair:
-        told = f"probability of {pair}, by decision"
+        caption = f"probability of {pair}, by decision"
         named = [(decision, decision, pair) for decision in decisions]
     else:
-        told = "probability, by decision and option"
+        caption = "probability, by decision and option"
         named = [
             (f"{d}: {o}" if d else o, d, o)
             for d in decisions
@@ -71,10 +71,10 @@ def rows_of(
         ]
     rows: list[Row] = [(name, [t.get(d, {}).get(o) for t in tables]) for name, d, o in named]
     if len(rows) > MAX_ROWS:
-        told += f"; the {MAX_ROWS} of {len(rows)} that moved most"
+        caption += f"; the {MAX_ROWS} of {len(rows)} that moved most"
         moved = sorted(range(len(rows)), key=lambda n: -_move(rows[n][1]))[:MAX_ROWS]
         rows = [rows[n] for n in sorted(moved)]
-    return told, rows
+    return caption, rows
 
 
 def _common_pair(logits: Table) -> str:
@@ -101,7 +101,7 @@ def _spread(steps: Sequence[int]) -> list[int]:
     return [steps[round(n * (len(steps) - 1) / last)] for n in range(MAX_COLUMNS)]
 
 
-def _heat_map(steps: Sequence[int], told: str, rows: Sequence[Row]) -> str:
+def _heat_map(steps: Sequence[int], caption: str, rows: Sequence[Row]) -> str:
     cell = max(CELL, min(28, 560 // len(steps)))
     left = round(LETTER * min(MAX_NAME, max(len(name) for name, _ in rows))) + 8
     width, top = left + cell * len(steps) + NUMBER, HEIGHT + 4
@@ -122,22 +122,22 @@ def _heat_map(steps: Sequence[int], told: str, rows: Sequence[Row]) -> str:
             f'<text x="{left + cell * len(steps) + 6}" y="{y + 11}">{_last(values)}</text>'
         )
     ends = "".join(
-        f'<text x="{x}" y="11" text-anchor="{anchor}">{told}</text>'
-        for x, anchor, told in (
+        f'<text x="{x}" y="11" text-anchor="{anchor}">{label}</text>'
+        for x, anchor, label in (
             (left, "start", f"step {steps[0]}"),
             (left + cell * len(steps), "end", str(steps[-1])),
         )[: min(len(steps), 2)]
     )
-    caption = f"<figcaption>{text(told)} <small>0 is empty, 1 is full</small></figcaption>"
+    head = f"<figcaption>{text(caption)} <small>0 is empty, 1 is full</small></figcaption>"
     return (
-        f'<figure class="heat">{caption}<div class="inner" tabindex="0"><svg width="{width}"'
+        f'<figure class="heat">{head}<div class="inner" tabindex="0"><svg width="{width}"'
         f' height="{top + HEIGHT * len(rows)}" role="img">{ends}{"".join(drawn)}</svg></div>'
         "</figure>"
     )
 
 
-def _cell(x: int, y: int, size: int, value: float, told: str) -> str:
-    title = f"<title>{text(told, 200)}: {value:.3f}</title>" if told else ""
+def _cell(x: int, y: int, size: int, value: float, name: str) -> str:
+    title = f"<title>{text(name, 200)}: {value:.3f}</title>" if name else ""
     place = f'x="{x}" y="{y}" width="{size - 1}" height="{HEIGHT - 1}"'
     return f'<rect {place} fill-opacity="{value:.2f}">{title}</rect>'
 

@@ -153,9 +153,7 @@ class MultiagentFinetuningTrainer(Trainer[MultiagentFinetuningConfig]):
         base beside it."""
         rollouts, metric = self.run.rollouts, self.spec.metric
         tasks, count = self.spec.eval_tasks, self.args.num_eval_samples
-        before = rollouts.play(
-            tasks, self.run.origin, n=count, kind="eval", label="sampled-base"
-        )
+        before = rollouts.play(tasks, self.run.origin, n=count, kind="eval", label="sampled-base")
         after = rollouts.play(tasks, n=count, kind="eval", label="sampled")
         scored = {
             name: evaluation(tasks, played, metric)

@@ -67,12 +67,9 @@ constants, and all constants, one `NAME = "text"` a line:
 
 
 @dataclass
-class AFlowConfig(WorkflowSearchConfig):
+class EditSearchConfig(WorkflowSearchConfig):
     """`WorkflowSearchConfig` with the choice of parents and what the proposer is shown."""
 
-    output_dir: str = setting(
-        "run folder: config, episodes, metrics, checkpoints, report", "runs/aflow"
-    )
     sample: int = setting(
         "programs that a parent is drawn among: the first and the best others", 4, at_least=1
     )
@@ -93,7 +90,16 @@ class AFlowConfig(WorkflowSearchConfig):
     )
 
 
-C = TypeVar("C", bound=AFlowConfig)
+@dataclass
+class AFlowConfig(EditSearchConfig):
+    """`EditSearchConfig` with AFlow's folder."""
+
+    output_dir: str = setting(
+        "run folder: config, episodes, metrics, checkpoints, report", "runs/aflow"
+    )
+
+
+C = TypeVar("C", bound=EditSearchConfig)
 
 
 class EditSearchTrainer(WorkflowSearchTrainer[C]):

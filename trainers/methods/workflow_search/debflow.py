@@ -26,7 +26,7 @@ from ....agents.settings import setting
 from ....agents.text.templates import render
 from ....agents.types import Task
 from ...values.search import Candidate
-from .aflow import AFlowConfig, EditSearchTrainer
+from .aflow import EditSearchConfig, EditSearchTrainer
 from .debate import AFFIRMATIVE, NEGATIVE, SIDES, Debate, outcome
 from .proposals import Proposal
 
@@ -45,8 +45,8 @@ without its constants, and all constants, one `NAME = "text"` a line:
 
 
 @dataclass
-class DebFlowConfig(AFlowConfig):
-    """`AFlowConfig` with a debate. lambda and alpha are the released code's."""
+class DebFlowConfig(EditSearchConfig):
+    """`EditSearchConfig` with a debate. lambda and alpha are the released code's."""
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/debflow"

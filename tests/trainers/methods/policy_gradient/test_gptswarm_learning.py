@@ -81,7 +81,9 @@ def test_values_and_probabilities_to_begin_with(tmp_path: Path, model: Path) -> 
 
 def test_what_is_refused(tmp_path: Path, model: Path) -> None:
     settings: dict[str, Any] = dict(output_dir=str(tmp_path / "run"), model=str(model))
-    with pytest.raises(SettingError, match=r"values.edges: no logits of 't9->output'; did you mean"):
+    with pytest.raises(
+        SettingError, match=r"values.edges: no logits of 't9->output'; did you mean"
+    ):
         trainer(tmp_path / "run", model, values={"edges": {"t9->output": {"on": 1.0}}})
     with pytest.raises(
         SettingError, match=r"system.class: edges are learnt of a .*Swarm, got Vote"
