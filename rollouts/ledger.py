@@ -121,7 +121,8 @@ class Ledger:
         self._stored: Booked = {}
         self._unstored: Booked = {}
         self._ids: set[str] = set()  # of stored episodes
-        self._replayed: set[str] = set()  # those of them that this run has not come to again
+        # what those of them have cost that this run has not come to again
+        self._replayed: dict[str, Usage] = {}
         self._known = 0  # stored episodes at the time of the state that was loaded
         self._in_flight: set[MeteredCall] = set()
         self._waiting: deque[tuple[MeteredCall, asyncio.Future[None]]] = deque()
@@ -251,7 +252,7 @@ class Ledger:
         """An episode is in the store: from now on its `usage` is the record of its calls. To be
         called in the order of the store; a second time changes nothing."""
         with self._lock:
-            self._replayed.discard(episode.id)
+            self._replayed.pop(episode.id, None)
             self._keep(episode)
 
     def dropped(self, episode_id: str) -> None:
@@ -266,8 +267,7 @@ class Ledger:
         nothing else. If a resumed run comes to one that it had played before it was cut off, this
         is that playing and is booked already."""
         with self._lock:
-            if episode.id in self._replayed:
-                self._replayed.discard(episode.id)
+            if self._replayed.pop(episode.id, None) is not None:
                 return
             for key, usage in usage_by_policy(episode).items():
                 tokens = usage.prompt_tokens + usage.sampled_tokens
@@ -278,8 +278,10 @@ class Ledger:
         store's order, after `load_state_dict`."""
         with self._lock:
             for position, episode in enumerate(episodes):
-                if self._keep(episode) and position >= self._known:
-                    self._replayed.add(episode.id)
+                new = position >= self._known or episode.id in self._replayed
+                if self._keep(episode) and new:
+                    limited = {} if episode.kind == UNLIMITED else usage_by_policy(episode)
+                    self._replayed[episode.id] = sum(limited.values(), Usage())
 
     def _keep(self, episode: Episode) -> bool:
         """Book a stored episode; False if it is booked already."""
@@ -322,6 +324,13 @@ class Ledger:
             places = [self._stored, self._unstored, *self._open.values()]
             return [entry for booked in places for entry in booked.items()]
 
+    def spent_so_far(self) -> dict[str, float]:
+        """What the budget counts, without the stored episodes that a resumed run has not come to
+        again: what the uninterrupted run had spent by now."""
+        with self._lock:
+            later = amounts(sum(self._replayed.values(), Usage()))
+            return {name: spent - later[name] for name, spent in amounts(self.spent()).items()}
+
     def to_json(self) -> dict[str, Any]:
         """{limit: of those that are set, spent: {tokens, calls, cost}, stopped: why no further call
         was made, or ""}."""
@@ -359,7 +368,7 @@ class Ledger:
                 usage = dict(row)
                 key = usage.pop("kind"), usage.pop("agent"), usage.pop("policy")
                 _book(self._unstored, key, Usage(**usage))
-            self._known, self._replayed = state["stored"], set(state["replayed"])
+            self._known, self._replayed = state["stored"], dict.fromkeys(state["replayed"], Usage())
             self.stopped = state["stopped"] if state["limit"] == self._limits() else ""
 
 

@@ -18,7 +18,7 @@ import pytest
 from marlora.agents.types import Task, Turn, Usage
 from marlora.rollouts.budget import Budget, Price
 from marlora.rollouts.engines.base import EngineError, PromptTooLong
-from marlora.rollouts.ledger import BudgetSpent, Ledger
+from marlora.rollouts.ledger import NOTHING_SPENT, BudgetSpent, Ledger
 from marlora.rollouts.types import Episode, Kind
 
 USD = Price("USD", prompt=3.0, sampled=15.0, cached=0.3)
@@ -516,3 +516,24 @@ async def test_another_thread_never_reads_an_episode_half_moved() -> None:
     ledger.stored(dataclasses.replace(whole, usage=Asked(whole.usage, while_moved)))
     reader.join()
     assert seen == [(1, 1)]
+
+
+def test_what_is_spent_so_far_leaves_out_what_a_resumed_run_has_not_come_to_again() -> None:
+    earlier = [
+        Episode(name, "g", Task("t", "?"), usage={"solver": Usage(calls=1, sampled_tokens=count)})
+        for name, count in (("a", 10), ("b", 20), ("c", 40))
+    ]
+    ledger = Ledger()
+    ledger.load_state_dict({**NOTHING_SPENT, "stored": 1})
+    ledger.replay(earlier)
+    assert ledger.spent().sampled_tokens == 70
+    assert ledger.spent_so_far()["tokens"] == 10, "a was there at the checkpoint"
+    ledger.cached(earlier[1])
+    assert ledger.spent_so_far()["tokens"] == 30
+    saved = ledger.state_dict()
+    again = Ledger()
+    again.load_state_dict(saved)
+    again.replay(earlier)
+    assert again.spent_so_far()["tokens"] == 30 and again.spent().sampled_tokens == 70
+    again.stored(earlier[2])
+    assert again.spent_so_far() == again.to_json()["spent"]

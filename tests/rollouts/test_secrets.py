@@ -63,6 +63,7 @@ TAKES: dict[str, Callable[[Any], Any]] = {
 # settings whose names sound like it, and that take none: a count, a file of addresses, numbers of
 # tokens
 TAKE_NONE = {"allow_open_server"} | {
+    "max_proposal_tokens",
     "num_servers",
     "endpoints",
     "server_host",

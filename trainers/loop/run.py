@@ -265,7 +265,7 @@ class TrainingRun:
             try:
                 self.sync.advance(step, result.episodes, final=last)
             finally:  # what was learnt is on record even if no server is left
-                more = {"budget": self.ledger.to_json()["spent"], **metrics}
+                more = {"budget": self.ledger.spent_so_far(), **metrics}
                 row = {"state": self.sync.named(self.state).key, **more}
                 row = self.log.write_step(row, self.sync.verified, time.perf_counter() - start)
             self.log.show_step(row)

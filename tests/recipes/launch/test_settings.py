@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -355,8 +356,8 @@ def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         parse(GRPOConfig, RECIPE, ["--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    for name in GRPOConfig.__dataclass_fields__:
-        assert f"--{name}" in shown
+    for field in dataclasses.fields(GRPOConfig):
+        assert f"--{field.name}" in shown
     assert "peak learning rate" in shown
 
 

@@ -118,7 +118,7 @@ def test_a_reward_about_a_decision_is_not_the_team_s():
 
 
 def test_an_agent_s_reward_is_that_of_the_decision_of_its_name():
-    own = (Reward("rating", 0.2, agent="y"),)
+    own = (Reward("own", 0.2, agent="y"),)
     found = weights("agent", [episode("e", 1.0, rewards=own)])
     assert [found["e", 0], found["e", 1]] == near(1.0, 0.2)
 

@@ -89,7 +89,7 @@ def test_what_is_refused(tmp_path: Path, model: Path) -> None:
         SettingError, match=r"system.class: edges are learnt of a .*Swarm, got Vote"
     ):
         GPTSwarmTrainer(system=Vote(["a"]), args=GPTSwarmConfig(**settings))
-    with pytest.raises(SettingError, match=r"policies.a.trainable: this method learns edges"):
+    with pytest.raises(SettingError, match=r"policies.a.trainable: this method trains no policy"):
         GPTSwarmTrainer(
             system=Swarm(["a", "b"]),
             args=GPTSwarmConfig(**settings, policies={"a": {"trainable": True}}),

@@ -180,7 +180,7 @@ def facts(folder: Path) -> dict[str, Any]:
     stored = sorted((e.id, e.output, e.rewards) for e in Store(folder / "episodes"))
     last = folder / "checkpoints" / f"step-{summary['steps']:06d}" / "trainer" / "parts"
     parts = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(last.rglob("*.json"))]
-    timed = ("seconds", "proof", "budget")  # `budget` counts stored episodes of later steps
+    timed = ("seconds", "proof")
     steps = [{k: v for k, v in row.items() if k not in timed} for row in rows(folder)]
     kept = ("eval", "ledger", "budget", "done", "state", "steps")
     return {**{k: summary[k] for k in kept}, "parts": parts, "stored": stored, "rows": steps}

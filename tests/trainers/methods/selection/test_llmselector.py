@@ -238,7 +238,7 @@ def facts(folder: Path) -> dict[str, Any]:
         for file in sorted(last.rglob("*.json"))
     }
     # `budget`: what is spent so far, stored episodes of steps that are done again included
-    timed = ("seconds", "proof", "budget")
+    timed = ("seconds", "proof")
     steps = [{k: v for k, v in row.items() if k not in timed} for row in rows(folder)]
     kept = ("eval", "ledger", "budget", "done", "state", "steps", "uniform")
     return {**{k: summary[k] for k in kept}, "parts": parts, "stored": stored, "rows": steps}
