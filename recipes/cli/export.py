@@ -21,7 +21,7 @@ from marlora.agents.types import SettingError
 from marlora.recipes.cli.eval_tables import row_of
 from marlora.recipes.cli.team import say
 from marlora.rollouts.checkpoints.needs import meta_flag, needed_flags
-from marlora.rollouts.checkpoints.reader import read_checkpoint
+from marlora.rollouts.checkpoints.reader import read_checkpoint, read_values
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.report.sections import accuracy_rows
 
@@ -71,7 +71,12 @@ def cmd_export(args: argparse.Namespace) -> None:
     folder = "" if args.push_to_hub or target.is_absolute() else args.output
     (target / "README.md").write_text(
         card(
-            data, summary_of(checkpoint), name, folder, args.push_to_hub, example_meta(checkpoint)
+            {**data, "agents": speaking(data, read_values(target, data))},
+            summary_of(checkpoint),
+            name,
+            folder,
+            args.push_to_hub,
+            example_meta(checkpoint),
         ),
         encoding="utf-8",
     )
@@ -80,6 +85,14 @@ def cmd_export(args: argparse.Namespace) -> None:
         print(push(target, args.push_to_hub, private=not args.public))
     else:
         say("nothing was uploaded; --push_to_hub OWNER/NAME does that")
+
+
+def speaking(data: Mapping[str, Any], values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The agents with the policies that they speak with: a value may name another than the spec."""
+    return [
+        {**agent, "policy": values.get(f"{agent['name']}.policy") or agent["policy"]}
+        for agent in data["agents"]
+    ]
 
 
 def write_program(data: Mapping[str, Any], target: Path) -> None:

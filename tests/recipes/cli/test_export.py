@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 import yaml
 
-from marlora.recipes.cli.export import card
+from marlora.recipes.cli.export import card, speaking
 from marlora.recipes.cli.main import main
 from marlora.rollouts.checkpoints.reader import read_checkpoint
 from marlora.trainers.testbeds.tiny import tiny_random_model
@@ -176,3 +176,9 @@ def test_no_path_of_this_machine_goes_to_the_hub(
     assert len(sent) == 6 and "model" in read_checkpoint(tmp_path / "team")["bases"]
     for path in sent:
         assert str(checkpoint.parents[2]) not in path.read_text(), path.name
+
+
+def test_the_card_names_the_policy_that_an_agent_speaks_with_now() -> None:
+    agents = [{"name": "a", "policy": "a"}, {"name": "b", "policy": "b"}]
+    spoken = speaking({"agents": agents}, {"a.policy": "b", "b.prompt": "Add."})
+    assert [agent["policy"] for agent in spoken] == ["b", "b"]
