@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -211,12 +212,9 @@ class RolloutManager:
         )
 
     def ask(self, system: System, task: Task, *, follows: str = "") -> Episode:
-        """An optimizer's own talk: an episode of a system of helpers (or of the team's agents), of
-        kind `aside`. A resumed run takes what was answered before it was cut off.
-
-        `follows`: id of the episode that it is about. An answer that could not be given is in the
-        episode's `error`.
-        """
+        """An optimizer's own talk: an episode of a system of helpers, of kind `aside`; the answer,
+        or its `error`. A resumed run takes what was answered before it was cut off. `follows`: id
+        of the episode that it is about."""
         return self.ask_all([(system, task, follows)])[0]
 
     def ask_all(self, questions: Sequence[Question]) -> list[Episode]:
@@ -258,6 +256,8 @@ class RolloutManager:
 
         def play() -> list[Episode]:
             children = stored_children(self.store, episodes, kind)
+            for child in itertools.chain.from_iterable(children.values()):
+                self.ledger.stored(child)
             # Played alone, the missing ones would be decoded in other batches: right, but not to
             # the last bit.
             missing = [e for e in episodes if e.id not in children]
