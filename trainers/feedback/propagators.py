@@ -177,10 +177,14 @@ class PerNode:
             output=block("OUTPUT", node.text),
             feedback=texts(backward.of(number, node)),
         )
-        about = f"{self.helper}/{case.episode.task.id}/{node.name}-{node.index}"
-        system = helpers.prompt("backward_system")
-        gold = case.judgement.saw_gold
-        return Question(self.helper, system, text, about, case.episode.id, gold)
+        return _about_node(self.helper, helpers, case, node, text)
+
+
+def _about_node(helper: str, helpers: Helpers, case: Case, node: Node, text: str) -> Question:
+    """The question that a helper is asked about one node of a case."""
+    about = f"{helper}/{case.episode.task.id}/{node.name}-{node.index}"
+    system, gold = helpers.prompt("backward_system"), case.judgement.saw_gold
+    return Question(helper, system, text, about, case.episode.id, gold)
 
 
 @dataclass(frozen=True)
@@ -236,10 +240,7 @@ class Requirements:
             output=block("OUTPUT", node.text),
             requirement=texts(backward.of(number, node)),
         )
-        about = f"{self.helper}/{case.episode.task.id}/{node.name}-{node.index}"
-        system = helpers.prompt("backward_system")
-        gold = case.judgement.saw_gold
-        return Question(self.helper, system, text, about, case.episode.id, gold)
+        return _about_node(self.helper, helpers, case, node, text)
 
 
 @dataclass(frozen=True)
