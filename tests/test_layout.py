@@ -124,6 +124,15 @@ def test_no_import_cycle_among_subpackages() -> None:
     assert not on_a_cycle, "subpackages in a circle; cut one of:\n" + "\n".join(on_a_cycle)
 
 
+def test_only_the_loop_and_the_trainer_base_take_a_run() -> None:
+    """Everything else is handed the nouns it uses: rollouts, evaluator, log, spec, values."""
+    importers = {
+        name for name, path in MODULES.items() if "marlora.trainers.loop.run" in inner_imports(path)
+    }
+    outside = {name for name in importers if not name.startswith("marlora.trainers.loop.")}
+    assert outside == {"marlora.trainers.trainer"}
+
+
 def test_folders_hold_at_most_twelve_files() -> None:
     count = Counter(path.parent for path in modules(*ROOMS) if path.parent != Path("recipes"))
     full = {str(folder): n for folder, n in count.items() if n > PER_FOLDER}

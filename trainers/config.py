@@ -324,11 +324,20 @@ class RunConfig(RunSettings, OptimizerSettings, AdapterSettings, RolloutSettings
     """One training run: engines, rollouts, adapters, updates, and what is saved and checked.
 
     `trains_weights` is False in the settings of a method that trains none: its policies are frozen.
+    `collects` is False in those of a method whose steps play runs of their own: it learns neither
+    from stored `episodes` nor from runs that were played ahead.
     """
 
     trains_weights: ClassVar[bool] = True
+    collects: ClassVar[bool] = True
 
     def check(self) -> None:
+        if not self.collects and self.episodes:
+            raise SettingError("episodes: this method plays its runs itself; leave it out")
+        if not self.collects and self.max_staleness:
+            raise SettingError(
+                "max_staleness: this method plays its runs itself, none ahead; leave it at 0"
+            )
         if self.max_staleness and self.episodes:
             raise SettingError(
                 "max_staleness: with `episodes` nothing is played, so nothing can be played ahead;"

@@ -9,8 +9,6 @@ from marlora.agents.settings import Settings
 from marlora.trainers.config import RunConfig
 from tests.repository import ROOT
 
-# what methods of one loop share; no method's own
-FAMILIES = {"FeedbackConfig", "WorkflowSearchConfig", "EditSearchConfig", "BootstrapConfig"}
 METHODS = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted((ROOT / "trainers" / "methods").rglob("*.py"))
@@ -38,10 +36,8 @@ def depth(cls: type) -> int:
 
 @pytest.mark.parametrize("cls", config_classes(), ids=lambda cls: cls.__name__)
 def test_configs_are_mixins_of_depth_two_at_most(cls: type[Settings]) -> None:
-    """One more where methods are one loop with other parts, and share its settings."""
-    family = [base for base in cls.__mro__[1:] if base.__name__ in FAMILIES]
-    assert depth(cls) <= 2 + len(family)
-    runs = [b for b in cls.__mro__[1:] if issubclass(b, RunConfig) and b not in family]
+    assert depth(cls) <= 2
+    runs = [base for base in cls.__mro__[1:] if issubclass(base, RunConfig)]
     assert runs in ([], [RunConfig]), "a method's config inherits no other method's"
     assert all("__post_init__" not in vars(c) for c in cls.__mro__ if c is not Settings)
 

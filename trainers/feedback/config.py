@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...agents.settings import parsed_mapping, setting
+from ...agents.settings import Settings, parsed_mapping, setting
 from ...agents.types import SettingError
-from ..config import RunConfig
 from ..values.acceptance import GATES
 
 
 @dataclass
-class FeedbackConfig(RunConfig):
-    """`RunConfig` of methods that learn from feedback in words; their policies are frozen."""
+class FeedbackConfig(Settings):
+    """Params, gate, prompts and batches of methods that learn from feedback in words. It stands
+    before `RunConfig` among a method's bases: some defaults are other ones."""
 
     trains_weights: ClassVar[bool] = False
+    collects: ClassVar[bool] = False
 
     params: list[str] = setting(
         "the params that are rewritten, such as solver.prompt; empty: the prompts of all agents",
@@ -67,10 +68,4 @@ class FeedbackConfig(RunConfig):
             raise SettingError(
                 f"gate: {self.gate} compares values on validation tasks; set num_val_tasks above 0,"
                 " or gate to always"
-            )
-        if self.episodes:
-            raise SettingError("episodes: this method plays its runs itself; leave it out")
-        if self.max_staleness:
-            raise SettingError(
-                "max_staleness: a step's feedback is about the values in force; leave it at 0"
             )

@@ -9,9 +9,19 @@ from typing import Protocol
 
 from ...agents.state import TeamState
 from ...agents.types import Task
-from ..loop.run import TrainingRun
+from ..loop.evaluator import Evaluator
 from ..values.acceptance import GATES, Verdict, always, mean_over, two_stage
 from ..values.search import Candidate, Search
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What a gate measures with: the run's evaluator, the state in which a candidate's values stand
+    in for those in force, and the validation tasks."""
+
+    evaluator: Evaluator
+    state: TeamState
+    val_tasks: Sequence[Task]
 
 
 class Gate(Protocol):
@@ -19,7 +29,7 @@ class Gate(Protocol):
     archive."""
 
     def judge(
-        self, run: TrainingRun, search: Search, new: str, old: str, batch: Sequence[Task]
+        self, scorer: Scorer, search: Search, new: str, old: str, batch: Sequence[Task]
     ) -> Verdict:
         """Whether candidate `new` replaces `old` (ids). `batch`: tasks that the step played."""
 
@@ -32,13 +42,13 @@ class ValidationGate:
     rule: str = "not_worse"
 
     def judge(
-        self, run: TrainingRun, search: Search, new: str, old: str, batch: Sequence[Task]
+        self, scorer: Scorer, search: Search, new: str, old: str, batch: Sequence[Task]
     ) -> Verdict:
-        gate, tasks = GATES[self.rule], run.spec.val_tasks
+        gate, tasks = GATES[self.rule], scorer.val_tasks
         if gate is always:
             return gate(search[new], search[old], None)
         ids = [task.id for task in tasks]
-        measure = _Measure(run, tasks, self.rule)
+        measure = _Measure(scorer, tasks, self.rule)
         measure.score(search, old, ids, None)
         bound = mean_over(search[old], ids)
         measure.score(search, new, ids, bound)
@@ -61,16 +71,16 @@ class TwoStageGate:
     second: str = "strictly_better"
 
     def judge(
-        self, run: TrainingRun, search: Search, new: str, old: str, batch: Sequence[Task]
+        self, scorer: Scorer, search: Search, new: str, old: str, batch: Sequence[Task]
     ) -> Verdict:
-        measure = _Measure(run, [*batch, *run.spec.val_tasks], self.second)
+        measure = _Measure(scorer, [*batch, *scorer.val_tasks], self.second)
         verdict = two_stage(
             search,
             new,
             old,
             measure,
             [task.id for task in batch],
-            [task.id for task in run.spec.val_tasks],
+            [task.id for task in scorer.val_tasks],
             first=GATES[self.first],
             second=GATES[self.second],
         )
@@ -85,7 +95,7 @@ class _Measure:
     a text past the context length. Its scores of 0 would not be worse than others.
     """
 
-    run: TrainingRun
+    scorer: Scorer
     tasks: Sequence[Task]
     rule: str
     failures: list[str] = field(default_factory=list)
@@ -104,8 +114,8 @@ class _Measure:
             bound = None  # the bound is of all tasks
         if bound is not None and self.rule != "strictly_better":
             bound = math.nextafter(bound, -math.inf)  # an equal score passes too
-        state: TeamState = self.run.state.with_values(candidate.values)
-        result = self.run.evaluator.measure(state, tasks, above=bound)
+        state: TeamState = self.scorer.state.with_values(candidate.values)
+        result = self.scorer.evaluator.measure(state, tasks, above=bound)
         if result.failed == len(result.scores) and candidate.parents:
             self.failures.append(f"every episode failed; the first one: {result.errors[0]}")
         return result.scores

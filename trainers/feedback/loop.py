@@ -12,19 +12,14 @@ A method is a page: its settings, its prompts, and one of each
     gate        (`gates.py`)        ValidationGate | TwoStageGate      does the proposal replace
                                                                        the values in force?
 
-    class MyTrainer(Trainer[MyConfig]):
+    class MyTrainer(FeedbackTrainer[MyConfig]):  # methods/text_feedback/feedback_trainer.py
         Config = MyConfig
 
-        def parts(self):
-            self.feedback = FeedbackLoop(
-                self.args, self.run, PROMPTS, evaluator=RuleWords(self.spec.metric),
-                propagator=PerEdge(), rewriter=PerParam(), view=no_history,
-                gate=ValidationGate(self.args.gate),
+        def pieces(self) -> Pieces:
+            return Pieces(
+                PROMPTS, evaluator=RuleWords(self.spec.metric), propagator=PerEdge(),
+                rewriter=PerParam(), view=no_history, gate=ValidationGate(self.args.gate),
             )
-            return self.feedback.parts
-
-        def step(self, step):
-            return self.feedback.step(step)
 
 A new kind of any of them is a class with the one method of its protocol; it asks helpers through
 `Helpers.ask`, so its calls are recorded, metered and replayed on resume, and takes its prompts from
@@ -36,23 +31,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from ...agents.state import TeamState
 from ...agents.text.tags import shortened
-from ...agents.types import to_json
+from ...agents.types import Task, to_json
 from ...rollouts.types import Episode
-from ..loop.run import TrainingRun
+from ..collection.rollout_manager import RolloutManager
+from ..loop.evaluator import Evaluator as RunEvaluator
+from ..loop.spec import RunSpec
 from ..loop.step_result import StepResult
+from ..monitoring.run_log import RunLog
 from ..values.acceptance import Verdict
 from ..values.parts import Part
 from ..values.search import Candidate, Search
 from .backward import ByParam, Case
 from .config import FeedbackConfig
 from .evaluators import Evaluator
-from .gates import Gate
+from .gates import Gate, Scorer
 from .graph import Graph
 from .helpers import COPIED, REFUSED, UNANSWERED, UNCHANGED, UNREADABLE, Helpers
-from .history import ADOPTED, REJECTED, SAME, History, View
+from .history import ADOPTED, REJECTED, SAME, History, View, no_history
 from .propagators import Propagator
 from .rewriters import Proposal, Rewriter
 from .targets import Target, chosen_params, copied_tasks
@@ -62,14 +62,45 @@ NOTE = 2000  # characters of feedback that stand with a candidate
 COUNTS = (UNANSWERED, UNREADABLE, REFUSED, UNCHANGED, COPIED)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """A step's episodes, and the state they were played with."""
+
+    step: int
+    state: TeamState
+    episodes: Sequence[Episode]
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The tasks of the episodes, once each."""
+        return list({episode.task.id: episode.task for episode in self.episodes}.values())
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a feedback method is made of.
+
+    Args:
+        prompts: the method's prompts by name; the setting `prompts` stands in for some.
+        evaluator, propagator, rewriter, view, gate: one of each.
+        num_proposals: of a step, at most; the first that passes the gate ends the step.
+    """
+
+    prompts: Mapping[str, str]
+    evaluator: Evaluator
+    propagator: Propagator
+    rewriter: Rewriter
+    gate: Gate
+    view: View = no_history
+    num_proposals: int = 1
+
+
 class FeedbackLoop:
     """One step after the other of a feedback method.
 
     Args:
-        config, run: the method's settings and its run.
-        prompts: the method's prompts by name; the setting `prompts` stands in for some.
-        evaluator, propagator, rewriter, view, gate: one of each.
-        num_proposals: of a step, at most; the first that passes the gate ends the step.
+        config, pieces: the method's settings, and what it is made of.
+        spec, rollouts, evaluator, log: of the run.
 
     Raises `SettingError` at once for params that are not there or that words cannot say.
     """
@@ -77,68 +108,63 @@ class FeedbackLoop:
     def __init__(
         self,
         config: FeedbackConfig,
-        run: TrainingRun,
-        prompts: Mapping[str, str],
-        *,
-        evaluator: Evaluator,
-        propagator: Propagator,
-        rewriter: Rewriter,
-        view: View,
-        gate: Gate,
-        num_proposals: int = 1,
+        pieces: Pieces,
+        spec: RunSpec,
+        rollouts: RolloutManager,
+        evaluator: RunEvaluator,
+        log: RunLog,
     ) -> None:
-        self.config, self.run = config, run
-        self.evaluator, self.propagator, self.rewriter = evaluator, propagator, rewriter
-        self.view, self.gate, self.num_proposals = view, gate, num_proposals
+        self.config, self.pieces, self.spec = config, pieces, spec
+        self.rollouts, self.evaluator, self.log = rollouts, evaluator, log
         changed: Any = config.prompts
-        self.helpers = Helpers(run.spec, run.rollouts, prompts, changed)
-        self.params = chosen_params(run.spec.system.params(), config.params)
-        self.history, self.search = History(), Search("candidates", config.seed)
-        for part in (evaluator, propagator, rewriter):
-            if hasattr(part, "helper"):
-                self.helpers.check(part.helper)
+        self.helpers = Helpers(spec, rollouts, pieces.prompts, changed)
+        self.params = chosen_params(spec.system.params(), config.params)
+        self.history, self.search = History(), Search("candidates", spec.config.seed)
+        for piece in (pieces.evaluator, pieces.propagator, pieces.rewriter):
+            if hasattr(piece, "helper"):
+                self.helpers.check(piece.helper)
 
     @property
     def parts(self) -> Sequence[Part]:
         """What a checkpoint holds of it."""
         return (self.history, self.search)
 
-    @property
-    def targets(self) -> list[Target]:
-        """The params that are rewritten, with their values in force."""
-        values = self.run.state.values
+    def targets(self, state: TeamState) -> list[Target]:
+        """The params that are rewritten, with their values in this state."""
+        values = state.values
         return [Target(p, to_json(values.get(p.name, p.value))) for p in self.params]
 
-    def step(self, step: int) -> StepResult:
-        """A step on the tasks that follow from its number.
+    def step(self, step: int, state: TeamState) -> StepResult:
+        """A step on the tasks that follow from its number; `state`: the one in force.
 
         Also one in which every episode fails is learnt from: the error is feedback. What was
         played before under the same values is taken as it is.
         """
-        rollouts = self.run.rollouts
-        tasks, n = rollouts.tasks_of(step), self.config.num_generations
-        played = rollouts.play(tasks, n=n, kind="train")
-        return self.learn(step, [episode for episode in played if episode.parent is None])
+        tasks, n = self.rollouts.tasks_of(step), self.config.num_generations
+        played = self.rollouts.play(tasks, state, n=n, kind="train")
+        return self.learn(step, state, [episode for episode in played if episode.parent is None])
 
-    def learn(self, step: int, episodes: Sequence[Episode]) -> StepResult:
-        """Judge these episodes of the values in force, take what is said to the params, and adopt
+    def learn(self, step: int, state: TeamState, episodes: Sequence[Episode]) -> StepResult:
+        """Judge these episodes of the state in force, take what is said to the params, and adopt
         what the rewriter makes of it if the gate passes it."""
         self.helpers.counts.clear()
-        old, targets = self._in_force(), self.targets
-        judged = self.evaluator.judge(self.helpers, episodes)
+        pieces, targets = self.pieces, self.targets(state)
+        old = self._in_force(targets)
+        batch = Batch(step, state, episodes)
+        judged = pieces.evaluator.judge(self.helpers, episodes)
         cases = [
             Case(episode, Graph(episode), judgement)
             for episode, judgement in zip(episodes, judged, strict=True)
         ]
-        feedback = self.propagator.propagate(self.helpers, cases, targets)
+        feedback = pieces.propagator.propagate(self.helpers, cases, targets)
         adopted, verdicts, tried = None, list[str](), 0
-        for number in range(self.num_proposals):
-            proposal = self.rewriter.propose(self.helpers, targets, feedback, self._past, number)
+        for number in range(pieces.num_proposals):
+            proposal = pieces.rewriter.propose(self.helpers, targets, feedback, self._past, number)
             tried += 1
             values = self._legal(proposal.values, targets)
             if not values:
                 continue
-            adopted, verdict = self._decide(step, old, values, proposal, feedback, episodes)
+            adopted, verdict = self._decide(batch, old, values, proposal, feedback)
             verdicts.append(str(verdict))
             if verdict:
                 break
@@ -154,25 +180,25 @@ class FeedbackLoop:
             **{name: self.helpers.counts[name] for name in COUNTS},
         }
         self._say(step, row)
-        state = None
+        new = None
         if adopted is not None:  # what stays as it is remains the system's own
             moved = {n: v for n, v in adopted.values.items() if v != old.values[n]}
-            state = self.run.state.with_values(moved)
-        return StepResult({"reward": mean, "text_feedback": row, "policies": {}}, state=state)
+            new = state.with_values(moved)
+        return StepResult({"reward": mean, "text_feedback": row, "policies": {}}, state=new)
 
     def _say(self, step: int, row: Mapping[str, Any]) -> None:
         lost = ", ".join(f"{row[name]} {name}" for name in COUNTS if row[name])
         verdict = "; ".join(row["verdicts"]) or "no value was proposed"
-        self.run.log.say(f"step {step}: {verdict}" + (f" ({lost})" if lost else ""))
+        self.log.say(f"step {step}: {verdict}" + (f" ({lost})" if lost else ""))
 
     def _past(self, name: str) -> str:
-        return self.view(self.history.updates, name)
+        return self.pieces.view(self.history.updates, name)
 
     # candidates
 
-    def _in_force(self) -> Candidate:
+    def _in_force(self, targets: Sequence[Target]) -> Candidate:
         """The candidate whose values are in force; the first one is the start."""
-        values = {target.name: target.value for target in self.targets}
+        values = {target.name: target.value for target in targets}
         known = self.search.find(values)
         if known is None:
             proposer = "" if self.search.candidates else "start"
@@ -188,7 +214,7 @@ class FeedbackLoop:
                 continue
             value = proposed[target.name]
             problem = target.param.problem(value) or self._too_long(value)
-            copied = copied_tasks(value, target.value, self.run.spec.tasks)
+            copied = copied_tasks(value, target.value, self.spec.tasks)
             self.helpers.counts[COPIED] += bool(copied)
             if copied:
                 problem = problem or (
@@ -196,13 +222,13 @@ class FeedbackLoop:
                     if self.config.copies == "refuse"
                     else None
                 )
-                self.run.log.warn(
+                self.log.warn(
                     f"{target.name}: a proposed value holds {len(copied)} training tasks word for"
                     f" word, such as {copied[0]!r}"
                 )
             if problem:
                 self.helpers.counts[REFUSED] += 1
-                self.run.log.warn(f"{target.name}: a proposed value is refused: {problem}")
+                self.log.warn(f"{target.name}: a proposed value is refused: {problem}")
             else:
                 values[target.name] = value
         return values
@@ -213,12 +239,11 @@ class FeedbackLoop:
 
     def _decide(
         self,
-        step: int,
+        batch: Batch,
         old: Candidate,
         values: Mapping[str, Any],
         proposal: Proposal,
         feedback: ByParam,
-        episodes: Sequence[Episode],
     ) -> tuple[Candidate | None, Verdict]:
         """The candidate that is in force from now on, None if it stays the old one; and why. The
         proposal becomes part of the history either way."""
@@ -228,43 +253,43 @@ class FeedbackLoop:
             self.helpers.counts[UNCHANGED] += 1
             new, verdict, status = None, Verdict(False, "unchanged"), SAME
         else:
-            new, verdict = self._judged(step, old, whole, known, feedback, episodes)
+            new, verdict = self._judged(batch, old, whole, known, feedback)
             status = ADOPTED if verdict else REJECTED
         judged = self.search.find(whole)
         self.history.add(
-            step,
+            batch.step,
             values,
             status,
             score=judged.mean if judged is not None and judged.scores else math.nan,
             why=str(verdict),
             note=proposal.note,
             feedback=feedback,
-            responses=[shortened(str(e.output)) for e in episodes[:RESPONSES]],
+            responses=[shortened(str(e.output)) for e in batch.episodes[:RESPONSES]],
         )
         return new, verdict
 
     def _judged(
         self,
-        step: int,
+        batch: Batch,
         old: Candidate,
         values: Mapping[str, Any],
         known: Candidate | None,
         feedback: ByParam,
-        episodes: Sequence[Episode],
     ) -> tuple[Candidate | None, Verdict]:
         if known is not None and known.verdict and not known.adopted:
             return None, Verdict(False, f"rejected before: {known.verdict}")
+        rewriter = self.pieces.rewriter
         new = known or self.search.add(
             Candidate(
                 values,
-                proposer=getattr(self.rewriter, "helper", type(self.rewriter).__name__),
+                proposer=getattr(rewriter, "helper", type(rewriter).__name__),
                 note="\n".join(f.text for own in feedback.values() for f in own)[:NOTE],
                 parents=(old.id,),
-                round=step,
+                round=batch.step,
             )
         )
-        batch = list({episode.task.id: episode.task for episode in episodes}.values())
-        verdict = self.gate.judge(self.run, self.search, new.id, old.id, batch)
+        scorer = Scorer(self.evaluator, batch.state, self.spec.val_tasks)
+        verdict = self.pieces.gate.judge(scorer, self.search, new.id, old.id, batch.tasks)
         if not verdict:
             self.search.reject(new.id, verdict)
             return None, verdict

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,15 @@ from marlora.agents.types import Sampling, Task
 from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.store import Store
+from marlora.trainers.config import RunConfig
 from marlora.trainers.feedback.config import FeedbackConfig
 from marlora.trainers.feedback.evaluators import RuleWords
 from marlora.trainers.feedback.gates import TwoStageGate, ValidationGate
-from marlora.trainers.feedback.history import failed_proposals, no_history
-from marlora.trainers.feedback.loop import FeedbackLoop
+from marlora.trainers.feedback.history import failed_proposals
+from marlora.trainers.feedback.loop import Pieces
 from marlora.trainers.feedback.propagators import PerNode, WholeGraph
 from marlora.trainers.feedback.rewriters import Jointly, PerParam
-from marlora.trainers.loop.step_result import StepResult
-from marlora.trainers.trainer import Trainer
-from marlora.trainers.values.parts import Part
+from marlora.trainers.methods.text_feedback.feedback_trainer import FeedbackTrainer
 from tests.trainers.feedback_run import CHAT, signs, trainer
 from tests.trainers.reading import rows
 
@@ -36,25 +34,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 JOINT = {"rewrite_system": "You rewrite.", "rewrite": "{variables}\n{feedback}\n{history}"}
 
 
-class Paged(Trainer[FeedbackConfig]):
+@dataclass
+class PagedConfig(FeedbackConfig, RunConfig):
+    """What every feedback method has."""
+
+
+class Paged(FeedbackTrainer[PagedConfig]):
     """A method of a page; a subclass names its pieces."""
 
-    Config = FeedbackConfig
+    Config = PagedConfig
 
-    def pieces(self) -> dict[str, Any]:
+    def own(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def parts(self) -> Sequence[Part]:
-        self.feedback = FeedbackLoop(
-            self.args,
-            self.run,
-            evaluator=RuleWords(self.spec.metric),
-            **{"view": no_history, "gate": ValidationGate(self.args.gate), **self.pieces()},
-        )
-        return self.feedback.parts
-
-    def step(self, step: int) -> StepResult:
-        return self.feedback.step(step)
+    def pieces(self) -> Pieces:
+        made = {"gate": ValidationGate(self.args.gate), **self.own()}
+        return Pieces(evaluator=RuleWords(self.spec.metric), **made)
 
 
 # numbers and one call for all of them (Trace)
@@ -77,7 +72,7 @@ class Product(System):
 
 
 class Joint(Paged):
-    def pieces(self) -> dict[str, Any]:
+    def own(self) -> dict[str, Any]:
         return {"prompts": JOINT, "propagator": WholeGraph(), "rewriter": Jointly()}
 
 
@@ -91,7 +86,7 @@ def joint(folder: Path, model: Path, replies: list[str], **changes: Any) -> Join
         folder,
         model,
         cls=Joint,
-        config=FeedbackConfig,
+        config=PagedConfig,
         system=Product(["unused"]),
         say=lambda prompt, ref, sampling, k: left.pop(0),
         tasks="tests.trainers.feedback.test_loop:products",
@@ -146,7 +141,7 @@ def test_an_exception_is_feedback_and_refused_values_change_nothing(
 
 
 class Several(Paged):
-    def pieces(self) -> dict[str, Any]:
+    def own(self) -> dict[str, Any]:
         return {
             "prompts": {**JOINT, "rewrite": "{value}{feedback}{history}"},
             "propagator": WholeGraph(),
@@ -179,7 +174,7 @@ def test_the_first_of_several_proposals_that_passes_ends_the_step(
         tmp_path / "run",
         model,
         cls=Several,
-        config=FeedbackConfig,
+        config=PagedConfig,
         say=scripted(optimizer=optimizer),
         max_steps=1,
     )
@@ -206,7 +201,7 @@ def test_the_first_of_several_proposals_that_passes_ends_the_step(
 
 
 class Neighbours(Paged):
-    def pieces(self) -> dict[str, Any]:
+    def own(self) -> dict[str, Any]:
         return {
             "prompts": {
                 "backward_system": "I am backward",
@@ -243,7 +238,7 @@ def test_the_first_agents_prompt_is_reached_through_the_last(model: Path, tmp_pa
         tmp_path / "run",
         model,
         cls=Neighbours,
-        config=FeedbackConfig,
+        config=PagedConfig,
         system=Chain(["first", "last"], views={"last": "Repeat: {previous}"}),
         engine=ScriptedEngine(says, context=16_384),
         tasks="tests.trainers.feedback.test_loop:readies",

@@ -33,6 +33,7 @@ from ....agents.settings import setting
 from ....agents.state import TeamState
 from ....agents.types import SettingError
 from ...config import RunConfig
+from ...credit.filtering import SelectionConfig
 from ...loop.step_result import StepResult
 from ...trainer import Trainer
 from ...values.acceptance import always, strictly_better
@@ -43,10 +44,11 @@ from .demos import KINDS, candidate_name, candidate_numbers, demo_values
 
 
 @dataclass
-class BootstrapFewShotConfig(RunConfig, BootstrapConfig):
+class BootstrapFewShotConfig(RunConfig, BootstrapConfig, SelectionConfig):
     """`RunConfig` with candidates and what they are made of (`BootstrapConfig`)."""
 
     trains_weights: ClassVar[bool] = False
+    collects: ClassVar[bool] = False
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/bootstrap_few_shot"
@@ -88,8 +90,6 @@ class BootstrapFewShotConfig(RunConfig, BootstrapConfig):
                 f"num_val_tasks: {count} candidates are compared on validation tasks; set it above"
                 " 0, or try a single candidate"
             )
-        if self.episodes:
-            raise SettingError("episodes: this method plays its runs itself; leave it out")
 
     @property
     def numbers(self) -> list[int]:
@@ -108,7 +108,7 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
     Config = BootstrapFewShotConfig
 
     def parts(self) -> Sequence[Part]:
-        self.demos = Bootstrapper(self.run, self.spec, self.args)
+        self.demos = Bootstrapper(self.run.rollouts, self.spec, self.args, self.args)
         self.student = self.demos.student
         self.search = Search("demos", self.args.seed)
         return [self.search]
@@ -119,7 +119,7 @@ class BootstrapFewShotTrainer(Trainer[BootstrapFewShotConfig]):
         """Make one candidate, measure it, and adopt it if it is the best."""
         number = self.args.numbers[step - 1]
         start = self._start()
-        chosen, runs = self.demos.candidate(number)
+        chosen, runs = self.demos.candidate(number, self.run.state)
         values = demo_values(chosen)
         known = self.search.find(values)
         name, note = candidate_name(number), f"{runs} successful runs"

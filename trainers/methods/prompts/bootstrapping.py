@@ -3,6 +3,7 @@ and from labelled tasks (DSPy's BootstrapFewShot); what the methods that need it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,8 @@ from ....agents.settings import Settings, mapping, parsed_mapping, setting
 from ....agents.state import TeamState
 from ....agents.types import SettingError, Task, from_json, nearest, to_json
 from ....rollouts.types import Episode
+from ...collection.rollout_manager import RolloutManager
 from ...credit.filtering import SelectionConfig, filter_turns
-from ...loop.run import TrainingRun
 from ...loop.spec import RunSpec
 from ..imitation.sft import opening_messages, openings
 from .demos import (
@@ -66,25 +67,32 @@ class DemoConfig(Settings):
 
 
 @dataclass
-class BootstrapConfig(SelectionConfig, TeacherConfig, DemoConfig):
-    """Which turns may be shown (`SelectionConfig`), whose they are (`TeacherConfig`), and how many
-    (`DemoConfig`)."""
+class BootstrapConfig(TeacherConfig, DemoConfig):
+    """Whose turns are shown (`TeacherConfig`), and how many (`DemoConfig`)."""
 
 
 class Bootstrapper:
     """Makes the demonstration sets of a run's candidates.
 
     Args:
-        run: plays the teacher; every rank has to call what plays.
+        rollouts: plays the teacher; every rank has to call what plays.
         spec: the method's tasks, and the values that its team begins with.
-        config: the method's settings. Raises `SettingError` for a teacher or a template that
-            cannot be.
+        config: how many demonstrations, and whose. Raises `SettingError` for a teacher or a
+            template that cannot be.
+        selection: which turns may be shown.
 
     `student`: the demonstrations that the team begins with, by the name of their value.
     """
 
-    def __init__(self, run: TrainingRun, spec: RunSpec, config: BootstrapConfig) -> None:
-        self.run, self.spec, self.config = run, spec, config
+    def __init__(
+        self,
+        rollouts: RolloutManager,
+        spec: RunSpec,
+        config: BootstrapConfig,
+        selection: SelectionConfig,
+    ) -> None:
+        self.rollouts, self.spec, self.config = rollouts, spec, config
+        self.selection = selection
         system = self.spec.system
         config.check_teacher(self.spec)
         agents = [agent.name for agent in system.specs]
@@ -94,13 +102,13 @@ class Bootstrapper:
         given = {**{param.name: param.value for param in system.params()}, **self.spec.values}
         self.student = {f"{agent}.demos": to_json(given[f"{agent}.demos"]) for agent in agents}
 
-    def candidate(self, number: int) -> tuple[dict[str, list[Demo]], int]:
+    def candidate(self, number: int, state: TeamState) -> tuple[dict[str, list[Demo]], int]:
         """The set of this number (see `demos.candidate_numbers`), by agent, and how many successful
-        runs it is made of."""
-        successes = [] if number in (ZERO_SHOT, LABELED) else self.successes(number)
+        runs it is made of. `state`: the one in force."""
+        successes = [] if number in (ZERO_SHOT, LABELED) else self.successes(number, state)
         return self._set(number, successes), len(successes)
 
-    def successes(self, number: int, size: int | None = None) -> list[Demos]:
+    def successes(self, number: int, state: TeamState, size: int | None = None) -> list[Demos]:
         """The demonstrations of the first successful runs in this candidate's order of tasks.
 
         `size`: how many runs; None draws it as `demos.drawn_size` does.
@@ -110,7 +118,7 @@ class Bootstrapper:
             drawn_tasks(self.spec.tasks, number, seed),
             drawn_size(config.max_bootstrapped_demos, number, seed) if size is None else size,
             config.max_rounds,
-            self._attempt,
+            functools.partial(self._attempt, state),
         )
 
     def _set(self, number: int, successes: Sequence[Demos]) -> dict[str, list[Demo]]:
@@ -122,33 +130,32 @@ class Bootstrapper:
         size = drawn_size(self.config.max_bootstrapped_demos, number, self.spec.config.seed)
         return self.sets.filled(successes, self.spec.tasks, size)
 
-    def _attempt(self, tasks: Sequence[Task], number: int) -> list[Demos]:
+    def _attempt(self, state: TeamState, tasks: Sequence[Task], number: int) -> list[Demos]:
         """Each task's demonstrations from a run of its teacher, none if the run failed; the
         `number`-th try (0: at temperature 0)."""
         by_state: dict[str, tuple[TeamState, list[Task]]] = {}
         for task in tasks:
-            state = self._teacher(task)
-            by_state.setdefault(state.key, (state, []))[1].append(task)
+            teacher = self._teacher(state, task)
+            by_state.setdefault(teacher.key, (teacher, []))[1].append(task)
         found: dict[str, Demos] = {}
-        for state, own in by_state.values():
-            played = self.run.rollouts.play(own, state, n=max(number, 1), greedy=not number)
+        for teacher, own in by_state.values():
+            played = self.rollouts.play(own, teacher, n=max(number, 1), greedy=not number)
             runs = [e for e in played if e.parent is None]
             last = {episode.task.id: episode for episode in runs}  # later samples come later
-            found |= self._demos(list(last.values()), state)
+            found |= self._demos(list(last.values()), teacher)
         return [found[task.id] for task in tasks]
 
-    def _teacher(self, task: Task) -> TeamState:
+    def _teacher(self, state: TeamState, task: Task) -> TeamState:
         """The teacher's state for a task: the team as it began; agents with labelled demonstrations
         have these, but the task's own."""
         labeled = demo_values(without_task(self.labeled, task))
-        state = self.run.state.with_values({**self.student, **labeled})
-        return self.config.teacher_state(state)
+        return self.config.teacher_state(state.with_values({**self.student, **labeled}))
 
     def _demos(self, episodes: Sequence[Episode], state: TeamState) -> dict[str, Demos]:
         """The demonstrations of each run by the id of its task, see `demos_of`."""
         system, seed = self.spec.system, self.spec.config.seed
         kept = filter_turns(
-            episodes, self.config, openings=openings(system, state.values), seed=seed
+            episodes, self.selection, openings=openings(system, state.values), seed=seed
         ).weights
         heads = opening_messages(system, state.values)
         return {episode.task.id: demos_of(episode, kept.keys(), heads) for episode in episodes}

@@ -34,6 +34,7 @@ from ....agents.settings import setting
 from ....agents.state import Param
 from ....agents.types import SettingError
 from ...config import RunConfig
+from ...credit.filtering import SelectionConfig
 from ...loop.step_result import StepResult
 from ...trainer import Trainer
 from ...values.acceptance import strictly_better
@@ -57,10 +58,11 @@ CONTEXT_DEMOS = 3  # demonstrations that the proposer is shown where none are se
 
 
 @dataclass
-class MIPROConfig(RunConfig, BootstrapConfig, ProposerConfig):
+class MIPROConfig(RunConfig, BootstrapConfig, SelectionConfig, ProposerConfig):
     """`RunConfig` with options (`BootstrapConfig`, `ProposerConfig`) and a search."""
 
     trains_weights: ClassVar[bool] = False
+    collects: ClassVar[bool] = False
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/mipro"
@@ -110,8 +112,6 @@ class MIPROConfig(RunConfig, BootstrapConfig, ProposerConfig):
                 f"minibatch_size: {self.minibatch_size} tasks of {self.num_val_tasks} validation"
                 " tasks; set num_val_tasks higher, or minibatch_size lower (0: all)"
             )
-        if self.episodes:
-            raise SettingError("episodes: this method plays its runs itself; leave it out")
         if not self.searches_demos and self.instructions == 1:
             raise SettingError(
                 "num_instructions: 1 is the one that every agent has, and no demonstrations are"
@@ -151,8 +151,8 @@ class MIPROTrainer(Trainer[MIPROConfig]):
 
     def parts(self) -> Sequence[Part]:
         args = self.args
-        self.demos = Bootstrapper(self.run, self.spec, args)
-        self.proposer = Proposer(self.run, self.spec, args)
+        self.demos = Bootstrapper(self.run.rollouts, self.spec, args, args)
+        self.proposer = Proposer(self.run.rollouts, self.spec, args)
         if args.instructions > 1:
             self.spec.helper(PROPOSER)
         if args.sampler == "tpe":
@@ -210,7 +210,7 @@ class MIPROTrainer(Trainer[MIPROConfig]):
         if not args.searches_demos:
             if args.instructions == 1 or not args.fewshot_aware_proposer:
                 return []
-            runs = demos.successes(UNSHUFFLED, CONTEXT_DEMOS)
+            runs = demos.successes(UNSHUFFLED, self.run.state, CONTEXT_DEMOS)
             agents = demos.sets.agents
             return [{agent: [run[agent] for run in runs if agent in run] for agent in agents}]
         numbers = [ZERO_SHOT] if any(demos.student.values()) else []
@@ -218,7 +218,8 @@ class MIPROTrainer(Trainer[MIPROConfig]):
             numbers.append(LABELED)
         if args.max_bootstrapped_demos:
             numbers += [UNSHUFFLED, *range(args.num_candidates)]
-        return [demos.candidate(number)[0] for number in numbers[: args.num_candidates - 1]]
+        state, chosen = self.run.state, numbers[: args.num_candidates - 1]
+        return [demos.candidate(number, state)[0] for number in chosen]
 
     def _proposals(self, sets: Sequence[Mapping[str, Sequence[Demo]]]) -> Proposals:
         count = self.args.instructions - 1

@@ -16,8 +16,8 @@ from ....agents.state import Param
 from ....agents.text.tags import block, inside
 from ....agents.types import AgentSpec, Task
 from ....rollouts.types import Episode
+from ...collection.rollout_manager import RolloutManager
 from ...feedback.helpers import REFUSED, UNANSWERED, Reply
-from ...loop.run import TrainingRun
 from ...loop.spec import RunSpec
 from .demos import Demo
 
@@ -105,12 +105,12 @@ class Proposer:
     """Asks the helper `proposer` of a run. Every rank has to call it.
 
     Args:
-        run: asks. spec: of its training tasks the proposer sees prompts and answers, of the others
-            nothing.
+        rollouts: asks.
+        spec: of its training tasks the proposer sees prompts and answers, of the others nothing.
     """
 
-    def __init__(self, run: TrainingRun, spec: RunSpec, config: ProposerConfig) -> None:
-        self.run, self.spec, self.config = run, spec, config
+    def __init__(self, rollouts: RolloutManager, spec: RunSpec, config: ProposerConfig) -> None:
+        self.rollouts, self.spec, self.config = rollouts, spec, config
 
     def propose(
         self, params: Sequence[Param], count: int, demos: Mapping[str, Sequence[Sequence[Demo]]]
@@ -194,7 +194,7 @@ class Proposer:
     def _ask(self, about: Sequence[str], texts: Sequence[str]) -> list[Episode]:
         talk = Reply([self._agent()], saw_gold=True)
         tasks = [Task(name, text) for name, text in zip(about, texts, strict=True)]
-        return self.run.rollouts.ask_all([(talk, task, "") for task in tasks])
+        return self.rollouts.ask_all([(talk, task, "") for task in tasks])
 
     def _agent(self) -> AgentSpec:
         """The helper, at temperature 1 unless its settings say otherwise."""

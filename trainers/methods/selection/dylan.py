@@ -44,6 +44,7 @@ class DyLANConfig(RunConfig):
     """`RunConfig` with the size of the team, and when it counts as found."""
 
     trains_weights: ClassVar[bool] = False
+    collects: ClassVar[bool] = False
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/dylan"

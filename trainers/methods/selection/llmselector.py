@@ -48,6 +48,7 @@ class LLMSelectorConfig(RunConfig):
     """`RunConfig` with the agents, the models, and how these are compared."""
 
     trains_weights: ClassVar[bool] = False
+    collects: ClassVar[bool] = False
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/llmselector"

@@ -15,19 +15,17 @@ accelerate launch recipes/revolve.py [--config recipes/revolve.yaml] [--field va
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ....agents.settings import setting
+from ...config import RunConfig
 from ...feedback.config import FeedbackConfig
 from ...feedback.gates import ValidationGate
 from ...feedback.history import past_values
-from ...feedback.loop import FeedbackLoop
+from ...feedback.loop import Pieces
 from ...feedback.propagators import PerEdge
 from ...feedback.rewriters import PerParam
-from ...loop.step_result import StepResult
-from ...trainer import Trainer
-from ...values.parts import Part
+from .feedback_trainer import FeedbackTrainer
 from .textual_gradient import TEXTUAL_GRADIENT, GradientConfig
 
 NO_VALUES = "There are no past iterations yet."
@@ -48,8 +46,8 @@ PROMPTS = {
 
 
 @dataclass
-class RevolveConfig(GradientConfig, FeedbackConfig):
-    """`FeedbackConfig` with a loss in words, and what the optimizer sees of the past."""
+class RevolveConfig(GradientConfig, FeedbackConfig, RunConfig):
+    """`RunConfig` with feedback and a loss in words, and what the optimizer sees of the past."""
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/revolve"
@@ -62,18 +60,16 @@ class RevolveConfig(GradientConfig, FeedbackConfig):
     )
 
 
-class RevolveTrainer(Trainer[RevolveConfig]):
+class RevolveTrainer(FeedbackTrainer[RevolveConfig]):
     """Rewrites the prompts of a team by feedback in words and their own history. Arguments: see
     `Trainer`."""
 
     Config = RevolveConfig
 
-    def parts(self) -> Sequence[Part]:
+    def pieces(self) -> Pieces:
         args = self.args
         responses = args.track == "responses"
-        self.feedback = FeedbackLoop(
-            args,
-            self.run,
+        return Pieces(
             PROMPTS,
             evaluator=args.evaluator(self.spec.metric, args),
             propagator=PerEdge(),
@@ -83,8 +79,3 @@ class RevolveTrainer(Trainer[RevolveConfig]):
             view=past_values(args.window, responses=responses, none=NO_VALUES),
             gate=ValidationGate(args.gate),
         )
-        return self.feedback.parts
-
-    def step(self, step: int) -> StepResult:
-        """Play a batch, take its feedback to the prompts, rewrite them."""
-        return self.feedback.step(step)

@@ -23,19 +23,17 @@ accelerate launch recipes/textgrad_prompts.py [--config recipes/textgrad_prompts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ....agents.settings import setting
+from ...config import RunConfig
 from ...feedback.config import FeedbackConfig
 from ...feedback.gates import ValidationGate
 from ...feedback.history import no_history, past_values
-from ...feedback.loop import FeedbackLoop
+from ...feedback.loop import Pieces
 from ...feedback.propagators import PerEdge
 from ...feedback.rewriters import PerParam
-from ...loop.step_result import StepResult
-from ...trainer import Trainer
-from ...values.parts import Part
+from .feedback_trainer import FeedbackTrainer
 from .textual_gradient import TEXTUAL_GRADIENT, GradientConfig
 
 MOMENTUM = (
@@ -45,8 +43,8 @@ MOMENTUM = (
 
 
 @dataclass
-class TextGradConfig(GradientConfig, FeedbackConfig):
-    """`FeedbackConfig` with a loss in words, and momentum."""
+class TextGradConfig(GradientConfig, FeedbackConfig, RunConfig):
+    """`RunConfig` with feedback and a loss in words, and momentum."""
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/textgrad_prompts"
@@ -56,7 +54,7 @@ class TextGradConfig(GradientConfig, FeedbackConfig):
     )
 
 
-class TextGradTrainer(Trainer[TextGradConfig]):
+class TextGradTrainer(FeedbackTrainer[TextGradConfig]):
     """Rewrites the prompts of a team by feedback in words. Arguments: see `Trainer`.
 
     trainer = TextGradTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", system=Chain(["solver"]),
@@ -66,11 +64,9 @@ class TextGradTrainer(Trainer[TextGradConfig]):
 
     Config = TextGradConfig
 
-    def parts(self) -> Sequence[Part]:
+    def pieces(self) -> Pieces:
         args = self.args
-        self.feedback = FeedbackLoop(
-            args,
-            self.run,
+        return Pieces(
             TEXTUAL_GRADIENT,
             evaluator=args.evaluator(self.spec.metric, args),
             propagator=PerEdge(),
@@ -78,8 +74,3 @@ class TextGradTrainer(Trainer[TextGradConfig]):
             view=past_values(args.momentum, head=MOMENTUM) if args.momentum else no_history,
             gate=ValidationGate(args.gate),
         )
-        return self.feedback.parts
-
-    def step(self, step: int) -> StepResult:
-        """Play a batch, take its feedback to the prompts, rewrite them."""
-        return self.feedback.step(step)

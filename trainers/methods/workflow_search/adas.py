@@ -28,6 +28,7 @@ from ....agents.programs.program import PROGRAM
 from ....agents.settings import setting
 from ....agents.text.templates import render
 from ....agents.types import SettingError, Task
+from ...config import RunConfig
 from ...values.search import Candidate
 from ...values.selection import whole_archive
 from .fitness import fitness
@@ -69,8 +70,8 @@ Put your thoughts on the error under the key "debug_thought"."""
 
 
 @dataclass
-class ADASConfig(WorkflowSearchConfig):
-    """`WorkflowSearchConfig` with the start of the archive and the repair loop."""
+class ADASConfig(WorkflowSearchConfig, RunConfig):
+    """`RunConfig` with a search over programs, the start of the archive and the repair loop."""
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/adas"

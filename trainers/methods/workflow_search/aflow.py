@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ....agents.programs.program import PROGRAM
 from ....agents.settings import setting
 from ....agents.text.templates import render
 from ....agents.types import Task
+from ...config import RunConfig
 from ...values.search import Candidate
 from ...values.selection import soft_mixed
 from .convergence import converged
@@ -91,15 +92,15 @@ class EditSearchConfig(WorkflowSearchConfig):
 
 
 @dataclass
-class AFlowConfig(EditSearchConfig):
-    """`EditSearchConfig` with AFlow's folder."""
+class AFlowConfig(EditSearchConfig, RunConfig):
+    """`RunConfig` with a search by edits."""
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/aflow"
     )
 
 
-C = TypeVar("C", bound=EditSearchConfig)
+C = TypeVar("C", bound=Any)  # an EditSearchConfig that is a RunConfig too
 
 
 class EditSearchTrainer(WorkflowSearchTrainer[C]):

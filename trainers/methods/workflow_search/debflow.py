@@ -25,6 +25,7 @@ from ....agents.programs.program import PROGRAM
 from ....agents.settings import setting
 from ....agents.text.templates import render
 from ....agents.types import Task
+from ...config import RunConfig
 from ...values.search import Candidate
 from .aflow import EditSearchConfig, EditSearchTrainer
 from .debate import AFFIRMATIVE, NEGATIVE, SIDES, Debate, outcome
@@ -45,8 +46,8 @@ without its constants, and all constants, one `NAME = "text"` a line:
 
 
 @dataclass
-class DebFlowConfig(EditSearchConfig):
-    """`EditSearchConfig` with a debate. lambda and alpha are the released code's."""
+class DebFlowConfig(EditSearchConfig, RunConfig):
+    """`RunConfig` with a search by edits and a debate. lambda and alpha are the released code's."""
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/debflow"

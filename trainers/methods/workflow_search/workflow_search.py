@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from ....agents.programs.program import PROGRAM, Program
-from ....agents.settings import setting
+from ....agents.settings import Settings, setting
 from ....agents.types import AgentSpec, Sampling, SettingError, Task
 from ....rollouts.evaluation.accuracy import evaluation
 from ....rollouts.types import Episode
-from ...config import RunConfig
 from ...loop.step_result import StepResult
 from ...trainer import Trainer
 from ...values.memory import Memory
@@ -33,10 +32,12 @@ from .proposals import Proposal
 
 
 @dataclass
-class WorkflowSearchConfig(RunConfig):
-    """`RunConfig` with how programs are measured."""
+class WorkflowSearchConfig(Settings):
+    """How programs are measured. It stands before `RunConfig` among a method's bases: some defaults
+    are other ones."""
 
     trains_weights: ClassVar[bool] = False
+    collects: ClassVar[bool] = False
 
     max_steps: int = setting("rounds: programs that are proposed", 20, at_least=1)
     num_val_tasks: int = setting(
@@ -81,11 +82,9 @@ class WorkflowSearchConfig(RunConfig):
                 f"pick_tasks: {self.pick_tasks} of {self.num_val_tasks} validation tasks;"
                 " num_val_tasks says how many there are"
             )
-        if self.episodes:
-            raise SettingError("episodes: this method plays its runs itself; leave it out")
 
 
-C = TypeVar("C", bound=WorkflowSearchConfig)
+C = TypeVar("C", bound=Any)  # a WorkflowSearchConfig that is a RunConfig too
 
 
 class WorkflowSearchTrainer(Trainer[C]):
