@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from marlora.recipes.launch.launch import launch
 from marlora.recipes.launch.settings import run
-from marlora.trainers.methods.prompts.bootstrap_few_shot import BootstrapFewShotTrainer
+from marlora.trainers.methods.prompts.bootstrapping.bootstrap_few_shot import (
+    BootstrapFewShotTrainer,
+)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from marlora.recipes.launch.launch import launch
 from marlora.recipes.launch.settings import run
-from marlora.trainers.methods.prompts.mipro import MIPROTrainer
+from marlora.trainers.methods.prompts.search.mipro import MIPROTrainer
 
 
 def main() -> None:

@@ -35,9 +35,9 @@ from ...loop.step_result import StepResult
 from ...trainer import Trainer
 from ...values.parts import Part
 from ..imitation.sft import SFTTrainer
-from .bootstrap_few_shot import BootstrapFewShotTrainer
-from .bootstrap_finetune import BootstrapFinetuneTrainer
-from .mipro import MIPROTrainer
+from .bootstrapping.bootstrap_few_shot import BootstrapFewShotTrainer
+from .bootstrapping.bootstrap_finetune import BootstrapFinetuneTrainer
+from .search.mipro import MIPROTrainer
 
 Methods = Mapping[str, type[Trainer[Any]]]
 PROMPT_METHODS: Methods = {"bootstrap_few_shot": BootstrapFewShotTrainer, "mipro": MIPROTrainer}

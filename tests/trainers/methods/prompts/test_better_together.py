@@ -23,7 +23,9 @@ from marlora.trainers.methods.prompts.better_together import (
     BetterTogetherConfig,
     BetterTogetherTrainer,
 )
-from marlora.trainers.methods.prompts.bootstrap_finetune import BootstrapFinetuneTrainer
+from marlora.trainers.methods.prompts.bootstrapping.bootstrap_finetune import (
+    BootstrapFinetuneTrainer,
+)
 from marlora.trainers.testbeds.rules import rule_chain
 from tests.trainers.distributed.test_ranks import TORCHRUN, start
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ....agents.settings import Settings, mapping, parsed_mapping, setting
-from ....agents.state import TeamState, check_values
-from ....agents.types import BASE, SettingError, nearest
-from ...loop.spec import RunSpec
+from .....agents.settings import Settings, mapping, parsed_mapping, setting
+from .....agents.state import TeamState, check_values
+from .....agents.types import BASE, SettingError, nearest
+from ....loop.spec import RunSpec
 
 
 @dataclass

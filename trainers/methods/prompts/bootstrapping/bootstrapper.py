@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ....agents.settings import Settings, mapping, parsed_mapping, setting
-from ....agents.state import TeamState
-from ....agents.types import SettingError, Task, from_json, nearest, to_json
-from ....rollouts.types import Episode
-from ...collection.rollout_manager import RolloutManager
-from ...credit.filtering import SelectionConfig, filter_turns
-from ...loop.spec import RunSpec
-from ..imitation.sft import opening_messages, openings
+from .....agents.settings import Settings, mapping, parsed_mapping, setting
+from .....agents.state import TeamState
+from .....agents.types import SettingError, Task, from_json, nearest, to_json
+from .....rollouts.types import Episode
+from ....collection.rollout_manager import RolloutManager
+from ....credit.filtering import SelectionConfig, filter_turns
+from ....loop.spec import RunSpec
+from ...imitation.sft import opening_messages, openings
 from .demos import (
     LABELED,
     ZERO_SHOT,

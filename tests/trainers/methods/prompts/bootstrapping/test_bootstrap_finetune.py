@@ -18,7 +18,7 @@ from marlora.trainers.credit.filtering import SelectionConfig, filter_turns
 from marlora.trainers.testbeds.tiny import tiny_random_model
 from marlora.trainers.update.learner import Learner
 from marlora.trainers.update.losses.nll import weighted_nll
-from tests.trainers.methods.prompts.finetune_run import SHOT, adapters, trainer
+from tests.trainers.methods.prompts.bootstrapping.finetune_run import SHOT, adapters, trainer
 from tests.trainers.reading import rows
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import pytest
 from marlora.agents.state import Param
 from marlora.agents.types import Task, Turn
 from marlora.rollouts.types import Episode
-from marlora.trainers.methods.prompts.mipro_proposer import cut_off, read, usable
+from marlora.trainers.methods.prompts.search.mipro_proposer import cut_off, read, usable
 
 
 def reply(text: str | None, finish_reason: str = "stop") -> Episode:

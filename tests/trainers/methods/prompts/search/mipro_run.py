@@ -2,7 +2,7 @@
 each adds to the chance that it is solved if its instruction or the number of its demonstrations is
 the right one; a scripted proposer draws instructions.
 
-`python -m tests.trainers.methods.prompts.mipro_run FOLDER MODEL` plays one on each rank.
+`python -m tests.trainers.methods.prompts.search.mipro_run FOLDER MODEL` plays one on each rank.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from marlora.agents.seeds import derive_seed
 from marlora.agents.types import AgentSpec, Sampling, Task
 from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.scripted import Answer, ScriptedEngine
-from marlora.trainers.methods.prompts.mipro import MIPROConfig, MIPROTrainer
+from marlora.trainers.methods.prompts.search.mipro import MIPROConfig, MIPROTrainer
 
 MESSAGE = re.compile(r"<\|(system|user|assistant)\|>(.*?)(?:<\|end\|>|$)", re.S)
 # chance that a task is solved: at first, by an agent's instruction, by the number of its examples
 START, INSTRUCTED, SHOWN = 0.3, {"a": ("way 1", 0.25), "b": ("way 2", 0.25)}, {"a": 2, "b": 3}
 BONUS = 0.1
-TASKS = "tests.trainers.methods.prompts.mipro_run:questions"
+TASKS = "tests.trainers.methods.prompts.search.mipro_run:questions"
 
 
 def unit(*parts: Any) -> float:

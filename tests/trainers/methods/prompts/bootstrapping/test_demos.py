@@ -10,7 +10,7 @@ import pytest
 
 from marlora.agents.types import Message, SettingError, Task, Turn
 from marlora.rollouts.types import Episode
-from marlora.trainers.methods.prompts.demos import (
+from marlora.trainers.methods.prompts.bootstrapping.demos import (
     Demo,
     Demos,
     DemoSets,

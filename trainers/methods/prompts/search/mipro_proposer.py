@@ -10,16 +10,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ....agents.seeds import derive_seed
-from ....agents.settings import Settings, setting
-from ....agents.state import Param
-from ....agents.text.tags import block, inside
-from ....agents.types import AgentSpec, Task
-from ....rollouts.types import Episode
-from ...collection.rollout_manager import RolloutManager
-from ...feedback.helpers import REFUSED, UNANSWERED, Reply
-from ...loop.spec import RunSpec
-from .demos import Demo
+from .....agents.seeds import derive_seed
+from .....agents.settings import Settings, setting
+from .....agents.state import Param
+from .....agents.text.tags import block, inside
+from .....agents.types import AgentSpec, Task
+from .....rollouts.types import Episode
+from ....collection.rollout_manager import RolloutManager
+from ....feedback.helpers import REFUSED, UNANSWERED, Reply
+from ....loop.spec import RunSpec
+from ..bootstrapping.demos import Demo
 
 PROPOSER = "proposer"  # the helper's name
 TRUNCATED, TOO_LONG, DUPLICATE = "truncated", "too_long", "duplicate"  # why a proposal is dropped

@@ -14,7 +14,7 @@ from marlora.agents.types import Task
 from marlora.recipes import bootstrap_few_shot, bootstrap_finetune
 from marlora.recipes.cli.main import main
 from marlora.rollouts.types import Episode
-from marlora.trainers.methods.prompts.bootstrap_few_shot import (
+from marlora.trainers.methods.prompts.bootstrapping.bootstrap_few_shot import (
     BootstrapFewShotConfig,
     BootstrapFewShotTrainer,
 )

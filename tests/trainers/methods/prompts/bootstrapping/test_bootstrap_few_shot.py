@@ -14,11 +14,11 @@ from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
 from marlora.rollouts.tasks.toy import RULE
 from marlora.rollouts.types import Episode
-from marlora.trainers.methods.prompts.bootstrap_few_shot import (
+from marlora.trainers.methods.prompts.bootstrapping.bootstrap_few_shot import (
     BootstrapFewShotConfig,
     BootstrapFewShotTrainer,
 )
-from tests.trainers.methods.prompts.rules_run import teacher, trainer
+from tests.trainers.methods.prompts.bootstrapping.rules_run import teacher, trainer
 from tests.trainers.reading import rows
 
 LABELS = {

@@ -1,7 +1,7 @@
 """A bootstrapping run without a model: a scripted engine answers as the teacher of `tiny-rules`
 does, right only if its chat holds worked examples of the rule.
 
-`python -m tests.trainers.methods.prompts.rules_run FOLDER MODEL [AT]` plays one, which a SIGKILL ends
+`python -m tests.trainers.methods.prompts.bootstrapping.rules_run FOLDER MODEL [AT]` plays one, which a SIGKILL ends
 inside the `AT`-th call; each rank writes how it ended to FOLDER.rankN.json.
 """
 
@@ -23,7 +23,7 @@ from marlora.agents.types import Sampling
 from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.scripted import Answer, ScriptedEngine
 from marlora.rollouts.tasks.toy import rule_tasks
-from marlora.trainers.methods.prompts.bootstrap_few_shot import (
+from marlora.trainers.methods.prompts.bootstrapping.bootstrap_few_shot import (
     BootstrapFewShotConfig,
     BootstrapFewShotTrainer,
 )

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import TypeVar
 
-from ....agents.seeds import derive_seed
-from ....agents.text.templates import render
-from ....agents.types import Message, Task, Turn
-from ....rollouts.types import Episode, TurnKey
-from ...credit.leakage import contains_answer
+from .....agents.seeds import derive_seed
+from .....agents.text.templates import render
+from .....agents.types import Message, Task, Turn
+from .....rollouts.types import Episode, TurnKey
+from ....credit.leakage import contains_answer
 
 T = TypeVar("T")
 

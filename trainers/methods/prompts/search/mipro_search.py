@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ....agents.seeds import derive_seed
-from ....agents.types import SettingError
+from .....agents.seeds import derive_seed
+from .....agents.types import SettingError
 
 Choice = Mapping[str, int]
 

@@ -29,20 +29,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from ....agents.seeds import derive_seed
-from ....agents.settings import setting
-from ....agents.state import Param
-from ....agents.types import SettingError
-from ...config import RunConfig
-from ...credit.filtering import SelectionConfig
-from ...loop.step_result import StepResult
-from ...trainer import Trainer
-from ...values.acceptance import strictly_better
-from ...values.memory import Memory
-from ...values.parts import Part
-from ...values.search import Candidate, Search
-from .bootstrapping import BootstrapConfig, Bootstrapper
-from .demos import LABELED, UNSHUFFLED, ZERO_SHOT, Demo, demo_values
+from .....agents.seeds import derive_seed
+from .....agents.settings import setting
+from .....agents.state import Param
+from .....agents.types import SettingError
+from ....config import RunConfig
+from ....credit.filtering import SelectionConfig
+from ....loop.step_result import StepResult
+from ....trainer import Trainer
+from ....values.acceptance import strictly_better
+from ....values.memory import Memory
+from ....values.parts import Part
+from ....values.search import Candidate, Search
+from ..bootstrapping.bootstrapper import BootstrapConfig, Bootstrapper
+from ..bootstrapping.demos import LABELED, UNSHUFFLED, ZERO_SHOT, Demo, demo_values
 from .mipro_proposer import PROPOSER, Proposals, Proposer, ProposerConfig
 from .mipro_search import (
     SAMPLERS,

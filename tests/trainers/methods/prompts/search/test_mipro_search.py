@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import pytest
 
 from marlora.agents.types import SettingError
-from marlora.trainers.methods.prompts.mipro_search import (
+from marlora.trainers.methods.prompts.search.mipro_search import (
     SAMPLERS,
     Trial,
     default_trials,

@@ -29,17 +29,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ....agents.settings import setting
-from ....agents.types import AgentSpec, Message, PolicySpec, SettingError, Turn, to_json
-from ....rollouts.types import Episode
-from ...config import RunConfig
-from ...credit.filtering import SelectionConfig
-from ...loop.step_result import StepResult
-from ...trainer import Trainer
-from ...update.learner import Learner
-from ...values.parts import Part
-from ..imitation.imitation import ImitationConfig, fit_turns, teacher_text
-from ..imitation.sft import opening_messages, selected
+from .....agents.settings import setting
+from .....agents.types import AgentSpec, Message, PolicySpec, SettingError, Turn, to_json
+from .....rollouts.types import Episode
+from ....config import RunConfig
+from ....credit.filtering import SelectionConfig
+from ....loop.step_result import StepResult
+from ....trainer import Trainer
+from ....update.learner import Learner
+from ....values.parts import Part
+from ...imitation.imitation import ImitationConfig, fit_turns, teacher_text
+from ...imitation.sft import opening_messages, selected
 from .teacher import TeacherConfig
 
 Openings = Mapping[str, tuple[Message, ...]]  # by agent, the messages at the head of its chats

@@ -29,17 +29,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ....agents.settings import setting
-from ....agents.state import TeamState
-from ....agents.types import SettingError
-from ...config import RunConfig
-from ...credit.filtering import SelectionConfig
-from ...loop.step_result import StepResult
-from ...trainer import Trainer
-from ...values.acceptance import always, strictly_better
-from ...values.parts import Part
-from ...values.search import Candidate, Search
-from .bootstrapping import BootstrapConfig, Bootstrapper
+from .....agents.settings import setting
+from .....agents.state import TeamState
+from .....agents.types import SettingError
+from ....config import RunConfig
+from ....credit.filtering import SelectionConfig
+from ....loop.step_result import StepResult
+from ....trainer import Trainer
+from ....values.acceptance import always, strictly_better
+from ....values.parts import Part
+from ....values.search import Candidate, Search
+from .bootstrapper import BootstrapConfig, Bootstrapper
 from .demos import KINDS, candidate_name, candidate_numbers, demo_values
 
 

@@ -17,11 +17,11 @@ from marlora.recipes.cli.main import main
 from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
 from marlora.rollouts.types import Episode
-from marlora.trainers.methods.prompts.mipro import MIPROConfig, MIPROTrainer
-from marlora.trainers.methods.prompts.mipro_proposer import TIPS
+from marlora.trainers.methods.prompts.search.mipro import MIPROConfig, MIPROTrainer
+from marlora.trainers.methods.prompts.search.mipro_proposer import TIPS
 from tests.repository import ROOT
 from tests.trainers.distributed.test_ranks import TORCHRUN, start
-from tests.trainers.methods.prompts.mipro_run import end, team, trainer
+from tests.trainers.methods.prompts.search.mipro_run import end, team, trainer
 from tests.trainers.reading import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -237,7 +237,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
 @pytest.mark.slow
 @pytest.mark.process
 def test_two_ranks_find_what_one_finds(whole: MIPROTrainer, tmp_path: Path) -> None:
-    program = "tests.trainers.methods.prompts.mipro_run"
+    program = "tests.trainers.methods.prompts.search.mipro_run"
     done = start([*TORCHRUN, "-m", program, str(tmp_path / "two"), str(whole.args.model)])
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (

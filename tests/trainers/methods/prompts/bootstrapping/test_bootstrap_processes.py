@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from tests.repository import ROOT
 from tests.trainers.distributed.test_ranks import TORCHRUN, start
-from tests.trainers.methods.prompts.finetune_run import two_steps
-from tests.trainers.methods.prompts.rules_run import trainer
+from tests.trainers.methods.prompts.bootstrapping.finetune_run import two_steps
+from tests.trainers.methods.prompts.bootstrapping.rules_run import trainer
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
-PROGRAM = "tests.trainers.methods.prompts.rules_run"
+PROGRAM = "tests.trainers.methods.prompts.bootstrapping.rules_run"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_two_ranks_find_what_one_finds(whole: tuple[str, str], model: Path, tmp_
 
 @pytest.mark.slow
 def test_two_ranks_imitate_as_one(model: Path, tmp_path: Path) -> None:
-    program = "tests.trainers.methods.prompts.finetune_run"
+    program = "tests.trainers.methods.prompts.bootstrapping.finetune_run"
     done = start([*TORCHRUN, "-m", program, str(tmp_path / "two"), str(model)])
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"two.rank{rank}.json").read_text()) for rank in (0, 1))

@@ -1,6 +1,6 @@
 """A run of fine-tuning by bootstrapping on a tiny random model.
 
-`python -m tests.trainers.methods.prompts.finetune_run FOLDER MODEL` plays one of two steps; each rank
+`python -m tests.trainers.methods.prompts.bootstrapping.finetune_run FOLDER MODEL` plays one of two steps; each rank
 writes its adapters' hashes and the values to FOLDER.rankN.json.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.trainers.distributed.ranks import Ranks
-from marlora.trainers.methods.prompts.bootstrap_finetune import (
+from marlora.trainers.methods.prompts.bootstrapping.bootstrap_finetune import (
     BootstrapFinetuneConfig,
     BootstrapFinetuneTrainer,
 )
