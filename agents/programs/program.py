@@ -95,7 +95,7 @@ class Program(System):
         return (*super().params(), own)
 
     async def run(self, task: Task, team: Team) -> Output:
-        program = str(team.values.get(PROGRAM, self.program))
+        program = self.program_for(task, team)
         context = OperatorContext(
             team, task, None, self.executors, self.prompts, self.max_calls, self.max_text,
             self.max_tokens,
@@ -105,6 +105,10 @@ class Program(System):
         reads = context.reads([answer])
         ended = team.record(PROGRAM, answer, reads=reads, error=failed(outcome))
         return Output(answer, (ended,))
+
+    def program_for(self, task: Task, team: Team) -> str:
+        """The program that answers a task: the team's one for all."""
+        return str(team.values.get(PROGRAM, self.program))
 
     async def dry_run(self, program: str, team: Team) -> str:
         """Why a program cannot be run: a rule that it breaks, or what went wrong with sketched

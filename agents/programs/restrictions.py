@@ -10,6 +10,7 @@ import ast
 import builtins
 import difflib
 import itertools
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ..types import SettingError
 
 # A coroutine of this name, without arguments, is the program's answer, if there is one.
 ENTRY = "workflow"
+FENCE = "```"
 GIVEN = frozenset({"problem"})  # what a program may read besides its operators
 _REFUSED = {
     "open",
@@ -103,10 +105,14 @@ def program_of(text: str, tag: str) -> str | None:
     """The program in a designer's reply: between the last `<tag>` and its end, without a fence
     around it; None if there is none.
 
-    Without a tag it is the last fenced block, or all of the reply.
+    Without a tag it is the last fenced block, or all of the reply. A tag that is a fence with its
+    language, such as "```python", takes the last block fenced so, and no other.
     """
     if not tag:
         return program_in(text) or None
+    if tag.startswith(FENCE):
+        blocks = re.findall(rf"^{re.escape(tag)}[ \t]*\n(.*?)^{FENCE}", text, re.DOTALL | re.M)
+        return (blocks[-1].strip("\n") or None) if blocks else None
     opening, ending, block, at = f"<{tag}>", f"</{tag}>", "", 0
     while (start := text.find(opening, at)) >= 0 and (end := text.find(ending, start)) >= 0:
         block, at = text[start + len(opening) : end], end + len(ending)
