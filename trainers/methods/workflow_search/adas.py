@@ -32,6 +32,7 @@ from ...config import RunConfig
 from ...values.search import Candidate
 from ...values.selection import whole_archive
 from .fitness import fitness
+from .measurement import MeasurementConfig
 from .proposals import Proposal
 from .reflection import FORMAT, Reflection, Repair, read_talk
 from .seeds import NEEDS, SEEDS
@@ -70,7 +71,7 @@ Put your thoughts on the error under the key "debug_thought"."""
 
 
 @dataclass
-class ADASConfig(WorkflowSearchConfig, RunConfig):
+class ADASConfig(WorkflowSearchConfig, MeasurementConfig, RunConfig):
     """`RunConfig` with a search over programs, the start of the archive and the repair loop."""
 
     output_dir: str = setting(

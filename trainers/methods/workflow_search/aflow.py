@@ -32,6 +32,7 @@ from ...values.search import Candidate
 from ...values.selection import soft_mixed
 from .convergence import converged
 from .experience import experience, failures, same_edit
+from .measurement import MeasurementConfig
 from .proposals import Edit, Proposal, proposal_of, split_prompts
 from .workflow_search import WorkflowSearchConfig, WorkflowSearchTrainer
 
@@ -92,7 +93,7 @@ class EditSearchConfig(WorkflowSearchConfig):
 
 
 @dataclass
-class AFlowConfig(EditSearchConfig, RunConfig):
+class AFlowConfig(EditSearchConfig, MeasurementConfig, RunConfig):
     """`RunConfig` with a search by edits."""
 
     output_dir: str = setting(

@@ -29,6 +29,7 @@ from ...config import RunConfig
 from ...values.search import Candidate
 from .aflow import EditSearchConfig, EditSearchTrainer
 from .debate import AFFIRMATIVE, NEGATIVE, SIDES, Debate, outcome
+from .measurement import MeasurementConfig
 from .proposals import Proposal
 
 HELPERS = (*SIDES, "moderator", "judge")
@@ -46,7 +47,7 @@ without its constants, and all constants, one `NAME = "text"` a line:
 
 
 @dataclass
-class DebFlowConfig(EditSearchConfig, RunConfig):
+class DebFlowConfig(EditSearchConfig, MeasurementConfig, RunConfig):
     """`RunConfig` with a search by edits and a debate. lambda and alpha are the released code's."""
 
     output_dir: str = setting(

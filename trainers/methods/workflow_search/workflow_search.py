@@ -11,7 +11,6 @@ after the run only.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -27,14 +26,14 @@ from ...values.memory import Memory
 from ...values.parts import Part
 from ...values.search import Candidate, Duplicate, Search
 from .convergence import most_varied
-from .experience import common_fault
+from .measurement import ProgramMeter, program_rows
 from .proposals import Proposal
 
 
 @dataclass
 class WorkflowSearchConfig(Settings):
-    """How programs are measured. It stands before `RunConfig` among a method's bases: some defaults
-    are other ones."""
+    """A search over programs, beside `MeasurementConfig`. It stands before `RunConfig` among a
+    method's bases: some defaults are other ones."""
 
     trains_weights: ClassVar[bool] = False
     collects: ClassVar[bool] = False
@@ -43,15 +42,6 @@ class WorkflowSearchConfig(Settings):
     num_val_tasks: int = setting(
         "tasks cut from the training ones, on which programs are compared", 100, at_least=1
     )
-    validation_rounds: int = setting(
-        "plays of each validation task; above 1 they are sampled (greedy_validation: false)",
-        1,
-        at_least=1,
-    )
-    greedy_validation: bool = setting(
-        "executors at temperature 0 on validation tasks, as on held-out ones; false: at their own",
-        True,
-    )
     pick_tasks: int = setting(
         "compare on those validation tasks alone whose score varies most over pick_rounds plays of"
         " the first program; 0: on all",
@@ -59,11 +49,6 @@ class WorkflowSearchConfig(Settings):
         at_least=0,
     )
     pick_rounds: int = setting("sampled plays by which tasks are picked", 5, at_least=2)
-    probe: int = setting(
-        "tasks that a new program is tried on first: one that answers none of them is lost",
-        2,
-        at_least=1,
-    )
     max_program_length: int = setting(
         "tokens of a helper's reply, unless its sampling says otherwise", 2048, at_least=1
     )
@@ -72,11 +57,6 @@ class WorkflowSearchConfig(Settings):
     )
 
     def check(self) -> None:
-        if self.validation_rounds > 1 and self.greedy_validation:
-            raise SettingError(
-                f"validation_rounds: {self.validation_rounds} plays at temperature 0 are all one;"
-                " set greedy_validation: false, or leave it at 1"
-            )
         if self.pick_tasks > self.num_val_tasks:
             raise SettingError(
                 f"pick_tasks: {self.pick_tasks} of {self.num_val_tasks} validation tasks;"
@@ -84,7 +64,7 @@ class WorkflowSearchConfig(Settings):
             )
 
 
-C = TypeVar("C", bound=Any)  # a WorkflowSearchConfig that is a RunConfig too
+C = TypeVar("C", bound=Any)  # a WorkflowSearchConfig and MeasurementConfig that is a RunConfig
 
 
 class WorkflowSearchTrainer(Trainer[C]):
@@ -102,6 +82,7 @@ class WorkflowSearchTrainer(Trainer[C]):
         self.starts()  # what cannot be begun with is said at once
         self.search = Search("programs", self.args.seed)
         self.memory = Memory("search")  # the tasks that were picked
+        self.meter = ProgramMeter(self.run.rollouts, self.args, self.spec.metric)
         return [self.search, self.memory]
 
     def helper_names(self) -> Sequence[str]:
@@ -207,49 +188,16 @@ class WorkflowSearchTrainer(Trainer[C]):
             return None
 
     def measure(self, candidate: Candidate) -> Candidate:
-        """Score a candidate on the tasks; one that answers none of the first, or none at all, is
-        lost. Measuring it again costs nothing."""
-        if candidate.fault:
-            return candidate
-        tasks, probe = self.tasks, self.args.probe
-        episodes: list[Episode] = []
-        for part in (tasks[:probe], tasks[probe:]):
-            episodes += self.played(candidate, part)
-            if fault := common_fault(episodes):
-                return self.search.lose(candidate.id, fault)
-        scores = evaluation(tasks, episodes, self.spec.metric).scores
-        return self.search.score(candidate.id, scores)
+        """Score a candidate on the tasks, see `ProgramMeter`."""
+        return self.meter.measure(self.search, candidate, self.run.state, self.tasks)
 
     def played(self, candidate: Candidate, tasks: Sequence[Task]) -> list[Episode]:
         """A candidate's episodes of these tasks, played once."""
-        if not tasks:
-            return []
-        args, state = self.args, self.run.state.with_values(candidate.values)
-        return self.run.rollouts.play(
-            tasks, state, n=args.validation_rounds, greedy=args.greedy_validation
-        )
+        return self.meter.play(self.run.state, str(candidate.values[PROGRAM]), tasks)
 
     def report(self) -> dict[str, Any]:
-        """Also `programs`: the tree of the search, each with its score and its difference to its
-        parent; without a parent, or with many, the whole program."""
-        return {**super().report(), "programs": [self._row(c) for c in self.search.candidates]}
-
-    def _row(self, candidate: Candidate) -> dict[str, Any]:
-        parent = self.search[candidate.parents[0]] if len(candidate.parents) == 1 else None
-        before = str(parent.values.get(PROGRAM, "")) if parent else ""
-        after = str(candidate.values.get(PROGRAM, ""))
-        diff = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=1)
-        return {
-            "id": candidate.id,
-            "parents": list(candidate.parents),
-            "round": candidate.round,
-            "proposer": candidate.proposer,
-            "score": candidate.mean if candidate.scores else None,
-            "note": candidate.note,
-            "fault": candidate.fault,
-            "verdict": candidate.verdict,
-            "diff": list(diff)[2:] if parent and after else after.splitlines(),
-        }
+        """Also `programs`: the tree of the search, see `program_rows`."""
+        return {**super().report(), "programs": program_rows(self.search)}
 
 
 def _line(candidate: Candidate | None) -> str:
