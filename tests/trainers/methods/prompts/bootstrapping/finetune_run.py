@@ -1,8 +1,7 @@
 """A run of fine-tuning by bootstrapping on a tiny random model.
 
 `python -m tests.trainers.methods.prompts.bootstrapping.finetune_run FOLDER MODEL` plays one of two
-steps; each rank
-writes its adapters' hashes and the values to FOLDER.rankN.json.
+steps; each rank writes its adapters' hashes and the values to FOLDER.rankN.json.
 """
 
 from __future__ import annotations
