@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 from ...agents.state import TeamState, content_key
 from ...agents.types import BASE, Task
 from ...rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
+from ...rollouts.episodes.store import Store
 from ...rollouts.evaluation.suite import Variant, task_digest
 from ...rollouts.files import files_sha256
-from ...rollouts.types import Kind
+from ...rollouts.types import Episode, Kind
 from .. import checkpoint as ckpt
 from ..update.learner import Learner
 
@@ -120,6 +122,15 @@ class Evaluations:
             return {}
         entries: dict[str, dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8"))
         return entries
+
+    def episodes(self, label: str, store: Store) -> list[Episode]:
+        """The episodes of an entry, none if there is no such label."""
+        entry = self.read().get(label)
+        if entry is None:
+            return []
+        groups = re.compile(rf"{entry['kind']}-{entry['key']}(\.\d+)?/")
+        played = (e for e in store.read(kind=entry["kind"]) if groups.match(e.group))
+        return [episode for episode in played if episode.task.id in entry["tasks"]]
 
     def add(self, label: str, asked: Identified) -> bool:
         """Remember one, durable; a label that is there is made anew. False if it is known as it is:

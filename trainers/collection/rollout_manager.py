@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -189,6 +188,7 @@ class RolloutManager:
         greedy: bool = False,
         kind: Kind = "trial",
         system: System | None = None,
+        rewards: Sequence[RewardFn] | None = None,
         label: str = "",
     ) -> list[Episode]:
         """Scored episodes of these tasks, `n` of each, then their children. What was played before
@@ -199,17 +199,18 @@ class RolloutManager:
             greedy: at temperature 0, decisions by the likeliest option.
             kind: `trial` of a candidate, `eval` of held-out tasks, which costs no budget, `train`
                 of a teacher whose turns are learnt from.
-            system: another system than the run's, played by the same policies.
+            system: another system than the run's, played by the same policies. rewards: what its
+                episodes are scored by; None: the run's.
             label: under which `stored` and the report find them.
         """
-        return self.ranks.share(
-            lambda: (
-                self.play_or_find(
-                    tasks, state, n=n, greedy=greedy, kind=kind, system=system, label=label
-                ).episodes
-            ),
-            Episode,
-        )
+
+        def played() -> list[Episode]:
+            return self.play_or_find(
+                tasks, state, n=n, greedy=greedy, kind=kind, system=system, rewards=rewards,
+                label=label,
+            ).episodes  # fmt: skip
+
+        return self.ranks.share(played, Episode)
 
     def ask(self, system: System, task: Task, *, follows: str = "") -> Episode:
         """An optimizer's own talk: an episode of a system of helpers, of kind `aside`; the answer,
@@ -279,16 +280,7 @@ class RolloutManager:
 
     def stored(self, label: str) -> list[Episode]:
         """The episodes that were played under this label (see `play`), also before a resume."""
-
-        def find() -> list[Episode]:
-            entry = self.evaluations.read().get(label)
-            if entry is None:
-                return []
-            groups = re.compile(rf"{entry['kind']}-{entry['key']}(\.\d+)?/")
-            played = (e for e in self.store.read(kind=entry["kind"]) if groups.match(e.group))
-            return [episode for episode in played if episode.task.id in entry["tasks"]]
-
-        return self.ranks.share(find, Episode)
+        return self.ranks.share(lambda: self.evaluations.episodes(label, self.store), Episode)
 
     # on rank 0
 
@@ -306,11 +298,16 @@ class RolloutManager:
         greedy: bool = False,
         kind: Kind = "trial",
         system: System | None = None,
+        rewards: Sequence[RewardFn] | None = None,
         label: str = "",
     ) -> CollectedStep:
         """As `play`, with how long it took."""
         chosen = self.sync.state if state is None else state
-        runner = self.runner if system is None else dataclasses.replace(self.runner, system=system)
+        runner = dataclasses.replace(
+            self.runner,
+            system=system or self.runner.system,
+            rewards=self.runner.rewards if rewards is None else rewards,
+        )
         chosen = chosen.of(runner.policies_of(chosen))
         weights = weights_below(self.sync.learner)
         step = self.log.step + (kind == "train")  # trials and evaluations are of what is finished
