@@ -44,11 +44,11 @@ DESIGN = """Write a workflow by which a language model solves tasks of this kind
 A workflow is a text with one step a line, in four fields: Name:::Type:::Instruction:::Branches
 - The first line is the step that it begins with.
 - Type is process, decision or terminal.
-- Instruction says in words what the model has to do at this step. It sees the task and what it said \
-at earlier steps. It may call these tools: {tools}
-- Branches of a process are next::NAME, the step that follows. Those of a decision are its possible \
-answers, each with the step that follows: yes::NAME::no::NAME. A terminal has none and ends the \
-workflow; its instruction says what the answer looks like.
+- Instruction says in words what the model has to do at this step. It sees the task and what it \
+said at earlier steps. It may call these tools: {tools}
+- Branches of a process are next::NAME, the step that follows. Those of a decision are its \
+possible answers, each with the step that follows: yes::NAME::no::NAME. A terminal has none and \
+ends the workflow; its instruction says what the answer looks like.
 - Every step can be reached, and from every step a terminal. At most {max_steps} steps.
 
 An example:
@@ -68,7 +68,7 @@ class StepWorkflow(System):
     """An interpreter that follows a workflow in step language, and perhaps a designer.
 
     Args:
-        workflow: the one in force while `values` has none; also the example that a designer sees.
+        workflow: the one in force while `values` has none.
         designer: the agent that writes workflows for a method; "" is none.
         interpreter: the agent that follows them; "" is the first that is no designer.
         description: the kind of tasks, in words for a designer. It sees no task.
@@ -148,13 +148,13 @@ class StepWorkflow(System):
         except StepsError as error:
             return "", str(error)
 
-    def design_prompt(self) -> str:
-        """What a designer is asked."""
+    def design_prompt(self, example: str = "") -> str:
+        """What a designer is asked. `example`: a workflow; "" is the team's own."""
         tools = next(spec.tools for spec in self.specs if spec.name == self.interpreter)
         fields = {
             "description": self.description,
             "tools": ", ".join(map(str, tools)) or "none",
-            "example": self.workflow,
+            "example": example or self.workflow,
             "max_steps": self.max_steps,
         }
         return render(self.design, fields, setting="design")

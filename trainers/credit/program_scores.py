@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ...agents.seeds import derive_seed
-from ...agents.types import SettingError, Turn
+from ...agents.types import Reward, SettingError, Turn
 from ...rollouts.types import Episode
 from .pairs import Pair
 from .weights import RewardWeights, team_rewards
@@ -162,3 +162,12 @@ def best_programs(table: Iterable[ScoredProgram]) -> list[ScoredProgram]:
         if not row.fault and row.score > 0 and (other is None or row.score > other.score):
             best[row.episode.task.id] = row
     return list(best.values())
+
+
+def invalid_kinds(valid: Sequence[Reward]) -> dict[str, float]:
+    """Share of programs that cannot be run, by what is wrong with them."""
+    kinds = sorted({r.text.split(":")[0] for r in valid if not r.value})
+    return {
+        kind: sum(not r.value and r.text.split(":")[0] == kind for r in valid) / len(valid)
+        for kind in kinds
+    }

@@ -44,6 +44,7 @@ from ....rollouts.rewards.scoring import RewardFn
 from ....rollouts.types import Episode, groups
 from ...config import RunConfig
 from ...credit.filtering import SelectionConfig
+from ...credit.program_scores import invalid_kinds
 from ...credit.weights import CreditConfig
 from ...trainer import Trainer
 from ...update.losses.policy_gradient import LossConfig, policy_loss
@@ -284,12 +285,3 @@ def _program(episode: Episode, system: FlowReasoner) -> str | None:
     if not rounds or rounds[-1][1].value < 0:
         return None
     return ast.unparse(parsed(program_of(rounds[-1][0].text, system.tag) or ""))
-
-
-def invalid_kinds(valid: Sequence[Reward]) -> dict[str, float]:
-    """Share of programs that cannot be run, by what is wrong with them."""
-    kinds = sorted({r.text.split(":")[0] for r in valid if not r.value})
-    return {
-        kind: sum(not r.value and r.text.split(":")[0] == kind for r in valid) / len(valid)
-        for kind in kinds
-    }

@@ -19,6 +19,7 @@ from marlora.agents.types import Message, Reward, SettingError, Task, Turn
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import Denominators
+from marlora.trainers.credit.program_scores import invalid_kinds
 from marlora.trainers.credit.rules import credit
 from marlora.trainers.credit.weights import CreditConfig
 from marlora.trainers.methods.policy_gradient.flowreasoner import (
@@ -26,7 +27,6 @@ from marlora.trainers.methods.policy_gradient.flowreasoner import (
     FlowReasonerConfig,
     FlowReasonerTrainer,
     as_single_turn,
-    invalid_kinds,
     rounds_of,
     with_diversity,
 )
