@@ -139,6 +139,11 @@ def program_in(text: str) -> str:
     return str(blocks[-1] if blocks else text).strip("\n")
 
 
+def fenced_blocks(text: str) -> list[tuple[int, int]]:
+    """Where the closed fenced blocks of a text stand: the start and the end of what each holds."""
+    return [match.span(1) for match in _FENCED.finditer(text)]
+
+
 def answered(task: Task, text: str, tests: Sequence[str]) -> tuple[str, TestSuite]:
     """The program in an answer to a coding task, and the suite of these tests over the task's
     functions.

@@ -62,10 +62,14 @@ def failures(
     wrong = [e for e in episodes if e.parent is None and scores.get(e.task.id, 0.0) < 1]
     first = list({episode.task.id: episode for episode in reversed(wrong)}.values())[::-1]
     chosen = rng.sample(first, min(count, len(first)))
-    return "\n\n".join(
-        f"Question: {episode.task.prompt}\nRight answer: {answers[episode.task.id]}\n"
+    return "\n\n".join(case(episode, answers[episode.task.id]) for episode in chosen)
+
+
+def case(episode: Episode, answer: str) -> str:
+    """A task in words: question, right answer, the program's, and how it ended if it gave none."""
+    return (
+        f"Question: {episode.task.prompt}\nRight answer: {answer}\n"
         f"Answer of the program: {episode.output or ''}" + _ended(episode)
-        for episode in chosen
     )
 
 
