@@ -38,10 +38,11 @@ class Line:
 
 @dataclass
 class Curve(Shape):
-    """A line of a class, and at most `MAX_POINTS` points with a title."""
+    """A line of a class, and at most `MAX_POINTS` points with a title. `unit`: of the x axis."""
 
     name: str
     kind: str
+    unit: str = "step"
 
     def validate_series(self, series: Any) -> None: ...
 
@@ -67,9 +68,9 @@ class Curve(Shape):
             dot = ET.SubElement(
                 group, "circle", {"class": "dot" if few else "hidden", "cx": x, "cy": y}
             )
-            ET.SubElement(
-                dot, "title"
-            ).text = f"step {number(step)}, {self.name + ' ' if self.name else ''}{number(value)}"
+            ET.SubElement(dot, "title").text = (
+                f"{self.unit} {number(step)}, {self.name + ' ' if self.name else ''}{number(value)}"
+            )
         return group
 
 
@@ -101,9 +102,10 @@ def chart(
     colours: Mapping[str, str],
     *,
     own_legend: bool = False,
+    unit: str = "step",
 ) -> str:
     """A figure with one curve per name; "" if none has a point. `own_legend`: its names are not
-    those of the page's legend."""
+    those of the page's legend. `unit`: what the x axis counts."""
     lines = {name: line for name, line in lines.items() if line.points}
     if not lines:
         return ""
@@ -123,7 +125,7 @@ def chart(
             ]
             drawn.add_series(leather.Series(around), Band(colours[name]))
     for name, line in lines.items():
-        drawn.add_series(leather.Series(list(line.points)), Curve(name, colours[name]))
+        drawn.add_series(leather.Series(list(line.points)), Curve(name, colours[name], unit))
     svg = re.sub(
         r'<svg width="(\d+)" height="(\d+)"[^>]*>',
         r'<svg viewBox="0 0 \1 \2" role="img">',

@@ -21,15 +21,18 @@ BIDI = (  # they turn the order of what follows
 MAX_POINTS = 120  # of a curve that tell their value when pointed at
 
 
-def page(title: str, body: str, data: Any = None, *, follow: bool = False) -> str:
+def page(
+    title: str, body: str, data: Any = None, *, follow: bool = False, script: str = SCRIPT
+) -> str:
     """A whole document of HTML `body`. Its policy allows the one style sheet and the one script by
     hash, and nothing else.
 
     `data` goes in as JSON that the script reads; JSON is not run. `follow` lets the script ask the
-    server the page came from.
+    server the page came from. `script`: "" for a page without any, whose policy allows none.
     """
+    source = f"'{digest(script)}'" if script else "'none'"
     policy = (
-        f"default-src 'none'; style-src '{digest(STYLE)}'; script-src '{digest(SCRIPT)}'; base-uri"
+        f"default-src 'none'; style-src '{digest(STYLE)}'; script-src {source}; base-uri"
         " 'none'; form-action 'none'"
     )
     policy += "; connect-src 'self'" if follow else ""
@@ -43,10 +46,15 @@ def page(title: str, body: str, data: Any = None, *, follow: bool = False) -> st
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta'
         f' http-equiv="Content-Security-Policy" content="{policy}"><meta name="viewport"'
         ' content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light'
-        f' dark"><title>{text(title)}</title><style>{STYLE}</style></head>\n<body>{body}\n<script'
-        ' type="application/json"'
-        f' id="data">{inert(facts)}</script>\n<script>{SCRIPT}</script></body></html>\n'
+        f' dark"><title>{text(title)}</title><style>{STYLE}</style></head>\n<body>{body}\n'
+        f"{_scripts(facts, script)}</body></html>\n"
     )
+
+
+def _scripts(facts: str, script: str) -> str:
+    """The data and the script that reads it; "" without a script."""
+    data = f'<script type="application/json" id="data">{inert(facts)}</script>'
+    return f"{data}\n<script>{script}</script>" if script else ""
 
 
 def digest(source: str) -> str:

@@ -1,0 +1,76 @@
+"""`marlora compare PLAN --dry_run`: what each arm may spend, and whether its recipe takes the plan's
+team, before anything is played."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from marlora.agents.types import SettingError
+
+from .plan import ComparisonPlan, PlannedRun
+from .runs import REFUSED, log_of, run_recipe, settings_file
+
+FLAGS = ("--dry_run", "true")
+SHOWN = ("memory", "devices", "steps", "nodes")  # lines of a recipe's own plan
+
+
+def dry_run(plan: ComparisonPlan) -> Iterator[str]:
+    """Lines of the plan, then of every arm: its recipe is asked for its own plan, which loads no
+    model."""
+    yield f"comparison   {plan.name}, into {plan.folder}"
+    yield f"team         {plan.config.model or 'outside models'} on {plan.config.tasks}"
+    limits = plan.limits()
+    yield (
+        f"budget       {_amounts(limits)} for each run; held-out evaluations are counted, not"
+        " limited"
+    )
+    runs = list(plan.runs())
+    yield f"runs         {len(runs)}, which may spend at most {_amounts(limits, len(runs))}"
+    for arm in plan.arms.values():
+        count = len(arm.seeds)
+        control = f", control of {arm.control_of}" if arm.control_of else ""
+        yield (
+            f"  {arm.name}: {arm.recipe}{control}, {count} seed{'s' * (count > 1)}: at most"
+            f" {_amounts(limits, count)}"
+        )
+        yield from (f"    {line}" for line in recipe_plan(plan, PlannedRun(arm, arm.seeds[0])))
+
+
+def recipe_plan(plan: ComparisonPlan, run: PlannedRun) -> list[str]:
+    """What a recipe's own dry run says of steps, devices and memory, or why it refuses. A recipe of
+    marlora is asked in this process, a file in one of its own."""
+    log = log_of(plan, run)
+    start = log.stat().st_size if log.is_file() else 0
+    if run.arm.recipe.endswith(".py"):
+        problem = run_recipe(plan, run, *FLAGS)
+    else:
+        problem = _asked_here(plan, run, log)
+    if problem:
+        return [problem]
+    with log.open(encoding="utf-8", errors="replace") as file:
+        file.seek(start)
+        lines = [line.rstrip() for line in file]
+    return [line for line in lines if line.startswith(SHOWN)]
+
+
+def _asked_here(plan: ComparisonPlan, run: PlannedRun, log: Path) -> str:
+    """Append what the recipe's dry run prints to the log; returns why it refuses, or ""."""
+    main = importlib.import_module(f"marlora.recipes.{run.arm.recipe}").main
+    before, sys.argv = sys.argv, [run.arm.recipe, "--config", str(settings_file(plan, run)), *FLAGS]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+            main()
+    except SettingError as error:
+        return f"{REFUSED}: {error}"
+    finally:
+        sys.argv = before
+    return ""
+
+
+def _amounts(limits: dict[str, float], times: int = 1) -> str:
+    return ", ".join(f"{value * times:,.12g} {name}" for name, value in limits.items())

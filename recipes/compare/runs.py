@@ -1,0 +1,147 @@
+"""Runs of the arms: each is a process of its recipe in a folder of its own, which goes on where it
+was stopped and is not run again once it has a summary."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import yaml
+
+from marlora.rollouts import files
+from marlora.rollouts.budget import ROUNDING
+from marlora.rollouts.engines.vllm import supervisor
+from marlora.rollouts.report.episode_index import json_lines
+from marlora.rollouts.report.run_data import read_json
+from marlora.trainers.collection.background import handled
+
+from .plan import ComparisonPlan, PlannedRun
+
+WAIT = 0.2  # seconds between two looks at a run
+LAST = 2000  # characters of the end of a log in which its error is looked for
+REFUSED = "the recipe does not take the plan's team or settings"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run. problem: why there is no result, "" if there is one."""
+
+    run: PlannedRun
+    problem: str = ""
+
+
+def is_finished(run: PlannedRun) -> bool:
+    """Whether the run has ended and said what came out: a summary of its last step."""
+    summary = read_json(run.folder / "summary.json")
+    steps = [row["step"] for row in json_lines(run.folder / "metrics.jsonl")]
+    return summary is not None and max(steps, default=0) <= summary["steps"]
+
+
+def run_arms(plan: ComparisonPlan, runs: Sequence[PlannedRun], say: Say) -> list[Outcome]:
+    """Run these one after the other; one that fails does not keep the others from running."""
+    outcomes = []
+    for number, run in enumerate(runs, 1):
+        head = f"[{number}/{len(runs)}] {run.name}"
+        if is_finished(run):
+            say(f"{head}: finished before")
+            outcomes.append(Outcome(run))
+            continue
+        say(f"{head}: {run.arm.recipe}, into {run.folder}")
+        problem = run_recipe(plan, run)
+        say(f"{head}: {problem or 'finished'}")
+        outcomes.append(Outcome(run, problem))
+    return outcomes
+
+
+def run_recipe(plan: ComparisonPlan, run: PlannedRun, *flags: str) -> str:
+    """Run a recipe to its end in a process of its own; returns why it failed, "" if it did not.
+
+    Raises `KeyboardInterrupt` on Ctrl-C, SIGTERM and SIGUSR1 (which clusters send before the time limit),
+    once the run has saved its last finished step.
+    """
+    log = log_of(plan, run)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ {run.arm.recipe} {' '.join(flags)}\n")
+        start = file.tell()
+    code = supervised([*command(plan, run), *flags], log)
+    if code == 0:
+        return ""
+    kind = REFUSED if code == 2 else f"failed (exit code {code})"
+    return f"{kind}: {error_in(log, start)}"
+
+
+def command(plan: ComparisonPlan, run: PlannedRun) -> list[str]:
+    """The words that start a run."""
+    recipe = run.arm.recipe
+    program = [recipe] if recipe.endswith(".py") else ["-m", f"marlora.recipes.{recipe}"]
+    return [sys.executable, *program, "--config", str(settings_file(plan, run))]
+
+
+def settings_file(plan: ComparisonPlan, run: PlannedRun) -> Path:
+    """The file of a run's settings, written anew."""
+    path = plan.folder.resolve() / "settings" / f"{run.arm.name}-seed-{run.seed}.yaml"
+    files.write_text(path, yaml.safe_dump(plan.settings_of(run), sort_keys=False))
+    return path
+
+
+def log_of(plan: ComparisonPlan, run: PlannedRun) -> Path:
+    """What a run prints."""
+    return plan.folder / "logs" / f"{run.arm.name}-seed-{run.seed}.log"
+
+
+def supervised(words: Sequence[str], log: Path) -> int:
+    """The exit code of a command whose output is appended to `log`, and which ends when this
+    process ends, however that ends."""
+    stopping: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopping.append(number)
+
+    start = [sys.executable, "-P", str(Path(supervisor.__file__)), str(os.getpid()), str(log)]
+    with handled(stop, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)):
+        process = subprocess.Popen(
+            [*start, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # signals are handled here
+        )
+        try:
+            while not stopping and process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(WAIT)
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()  # the supervisor ends the run, which saves its last step
+            code = process.wait()
+    if stopping:
+        raise KeyboardInterrupt
+    return code
+
+
+def error_in(log: Path, start: int) -> str:
+    """The error that a run ended with: its line `error: ...`, else the last line of the log."""
+    with log.open(encoding="utf-8", errors="replace") as file:
+        file.seek(start)
+        lines = [line.strip() for line in file.read()[-LAST:].splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it printed nothing"])[-1]
+
+
+def over_budget(plan: ComparisonPlan, run: PlannedRun) -> str:
+    """What a finished run has spent above the budget, "" if nothing."""
+    summary = read_json(run.folder / "summary.json") or {}
+    spent = (summary.get("budget") or {}).get("spent") or {}
+    for name, limit in plan.limits().items():
+        if spent.get(name, 0) > limit * (1 + ROUNDING):
+            return f"{name}: {spent[name]:,.12g} of {limit:,.12g}"
+    return ""
