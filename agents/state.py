@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from .types import AgentSpec, Message, PolicySpec, SettingError, from_json, nearest, to_json
 
-Kind = Literal["text", "demos", "program", "choice", "number", "logits"]
+Kind = Literal["text", "demos", "program", "choice", "number", "flag", "logits", "weights"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ class Param:
         value: what holds where `values` has nothing of this name.
         kind: what a value looks like: `text`, `demos` (messages, user and assistant in turn),
             `program` (source that runs in the sandbox), `choice` (one of `options`), `number`,
-            `logits` (a logit per option, or such mappings by decision).
+            `flag` (true or false),
+            `logits` (a logit per option, or such mappings by decision), `weights` (of a small
+            network: packed numbers by name of a tensor).
         agent: whose it is; "" is the system's.
         role: one line for people and for models that propose a value.
         options: of a choice, or the names that logits are by; empty where any name is possible.
@@ -114,6 +116,10 @@ def _number(param: Param, value: Any) -> str | None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     number = whole or (isinstance(value, float) and math.isfinite(value))
     return None if number else f"expected a number, got {value!r:.60}"
+
+
+def _flag(param: Param, value: Any) -> str | None:
+    return None if isinstance(value, bool) else f"expected true or false, got {value!r:.60}"
 
 
 def _choice(param: Param, value: Any) -> str | None:
@@ -154,13 +160,20 @@ def _logits(param: Param, value: Any) -> str | None:
     return None
 
 
+def _weights(param: Param, value: Any) -> str | None:
+    packed = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
+    return None if packed else f"expected packed numbers by name of a tensor, got {value!r:.60}"
+
+
 _KINDS: Mapping[str, Callable[[Param, Any], str | None]] = {
     "text": _text,
     "program": _text,
     "number": _number,
+    "flag": _flag,
     "choice": _choice,
     "demos": _demos,
     "logits": _logits,
+    "weights": _weights,
 }
 
 

@@ -83,6 +83,10 @@ class Backward:
         graph = self.cases[number].graph
         return [graph.nodes[i] for i in node.reads if i in self._moving[number]]
 
+    def moves(self, number: int, index: int) -> bool:
+        """Whether feedback has to reach the node of this index."""
+        return index in self._moving[number]
+
     def own(self, number: int, node: Node) -> list[Target]:
         """The params that act at a node."""
         names = {p.name for p in self.cases[number].graph.own(node, self.params)}
@@ -123,11 +127,13 @@ class Backward:
                 if own == level and self._of_nodes.get((number, index))
             ]
 
-    def ordered(self) -> ByParam:
-        """`of_params` with the feedback of each param in the order of cases, later nodes first."""
+    def ordered(self, in_call_order: bool = False) -> ByParam:
+        """`of_params` with the feedback of each param in the order of cases, later nodes first, or
+        earlier ones first."""
+        sign = 1 if in_call_order else -1
         order = {case.episode.id: number for number, case in enumerate(self.cases)}
         return {
-            name: sorted(given, key=lambda f: (order[f.episode], -f.order))
+            name: sorted(given, key=lambda f: (order[f.episode], sign * f.order))
             for name, given in self.of_params.items()
         }
 

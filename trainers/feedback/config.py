@@ -24,7 +24,7 @@ class FeedbackConfig(Settings):
     )
     gate: str = setting(
         "whether proposed values replace those in force, by validation tasks: always (nothing is"
-        " measured), not_worse, strictly_better",
+        " measured), not_worse, strictly_better, better_or_perfect (also an equal score of 1)",
         "not_worse",
         choices=GATES,
     )

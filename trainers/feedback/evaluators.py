@@ -4,8 +4,8 @@ judge's, or those of several judges with a role each."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ...agents.text.tags import block
@@ -15,6 +15,7 @@ from ..credit.leakage import answer_spellings
 from .helpers import Helpers, Question
 
 FAILED = "The run ended with an error: {error}"
+OPERATION_FAILED = "Operation {name!r} failed: {error}"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class RuleWords:
-    """The rewards' own words, or the metric's value with what the metric measures; no call.
+    """The rewards' own words, or the metric's value with what the metric measures, and errors of
+    the run and of its operations; no call.
 
     Args:
         metric: the reward whose value is the score.
@@ -66,6 +68,11 @@ class RuleWords:
         lines = [_reward_words(reward) for reward in episode.rewards if reward.agent is None]
         if episode.failed:
             lines = [FAILED.format(error=episode.error or "no output")]
+        lines += [
+            OPERATION_FAILED.format(name=each.name, error=each.error)
+            for each in episode.operations
+            if each.error
+        ]
         lines += [f"The expected output is: {gold[0]}"] if gold else []
         blocks = [block("PURPOSE", self.purpose)] if self.purpose else []
         blocks += [*case_blocks(episode), block("RESULT", "\n".join(lines))]
@@ -82,10 +89,12 @@ class Judges:
     Args:
         metric: the reward whose value is the score.
         helper: its name. roles: "" is a judge without a role.
+        criteria: by role, what it looks at; a role that is missing is its own criterion.
         max_tokens: of all judges of an output together, shared evenly; 0: the helper's own bound.
         show_answer: a judge is shown the task's answer.
 
-    Prompts: `judge_system` with `{role}`, and `judge` with `{case}` (blocks) and `{role}`.
+    Prompts: `judge_system` with `{role}` and `{criterion}`, and `judge` with `{case}` (blocks) and
+    `{role}`.
     """
 
     metric: str
@@ -93,6 +102,7 @@ class Judges:
     roles: tuple[str, ...] = ("",)
     max_tokens: int = 0
     show_answer: bool = False
+    criteria: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def share(self) -> int | None:
@@ -113,7 +123,7 @@ class Judges:
         case = [*case_blocks(episode), *(block("EXPECTED", answer) for answer in gold)]
         return Question(
             self.helper,
-            helpers.prompt("judge_system", role=role),
+            helpers.prompt("judge_system", role=role, criterion=self.criteria.get(role, role)),
             helpers.prompt("judge", case="\n".join(case), role=role),
             f"evaluator{role and f'-{role}'}/{episode.task.id}",
             episode.id,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -48,7 +48,7 @@ class ValidationGate:
         if gate is always:
             return gate(search[new], search[old], None)
         ids = [task.id for task in tasks]
-        measure = _Measure(scorer, tasks, self.rule)
+        measure = _Measure(scorer, tasks, lambda asked: self.rule)
         measure.score(search, old, ids, None)
         bound = mean_over(search[old], ids)
         measure.score(search, new, ids, bound)
@@ -65,15 +65,21 @@ class ValidationGate:
 @dataclass(frozen=True)
 class TwoStageGate:
     """First on tasks that the step played, then on the validation tasks (LLM-AutoDiff,
-    arXiv:2501.16673). Each stage is `not_worse`, `strictly_better` or `always`."""
+    arXiv:2501.16673). Each stage is one of `acceptance.GATES`; a candidate that cannot pass a stage
+    any more is not played to its end."""
 
-    first: str = "strictly_better"
+    first: str = "better_or_perfect"
     second: str = "strictly_better"
 
     def judge(
         self, scorer: Scorer, search: Search, new: str, old: str, batch: Sequence[Task]
     ) -> Verdict:
-        measure = _Measure(scorer, [*batch, *scorer.val_tasks], self.second)
+        ids = {task.id for task in batch}
+        measure = _Measure(
+            scorer,
+            [*batch, *scorer.val_tasks],
+            lambda asked: self.first if asked[0] in ids else self.second,
+        )
         verdict = two_stage(
             search,
             new,
@@ -89,7 +95,8 @@ class TwoStageGate:
 
 @dataclass
 class _Measure:
-    """Scores of a candidate's values on tasks by their ids.
+    """Scores of a candidate's values on tasks by their ids; `rule_of` names the gate that compares
+    them.
 
     `failures`: why nothing of a candidate could be played, where every one of its episodes failed:
     a text past the context length. Its scores of 0 would not be worse than others.
@@ -97,7 +104,7 @@ class _Measure:
 
     scorer: Scorer
     tasks: Sequence[Task]
-    rule: str
+    rule_of: Callable[[Sequence[str]], str]
     failures: list[str] = field(default_factory=list)
 
     def score(self, search: Search, id: str, ids: Sequence[str], bound: float | None) -> None:
@@ -112,7 +119,11 @@ class _Measure:
         tasks = [by_id[id] for id in ids if id not in candidate.scores]
         if len(tasks) < len(ids):
             bound = None  # the bound is of all tasks
-        if bound is not None and self.rule != "strictly_better":
+        rule = self.rule_of(ids)
+        strict = rule == "strictly_better" or (
+            rule == "better_or_perfect" and bound is not None and bound < 1.0
+        )
+        if bound is not None and not strict:
             bound = math.nextafter(bound, -math.inf)  # an equal score passes too
         state: TeamState = self.scorer.state.with_values(candidate.values)
         result = self.scorer.evaluator.measure(state, tasks, above=bound)

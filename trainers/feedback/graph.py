@@ -108,11 +108,21 @@ class Graph:
         return levels
 
     def own(self, node: Node, params: Sequence[Param]) -> list[Param]:
-        """The params that act at a node: those of its agent; a param of the system itself acts at
-        the nodes that the output was made of."""
-        return [
-            p for p in params if (p.agent == node.agent if p.agent else node.index in self.outputs)
-        ]
+        """The params that act at a node: those of its agent. A param of the system itself acts at
+        the operations that have its name, and where the system records none at the nodes that the
+        output was made of."""
+        return [p for p in params if self._acts(p, node)]
+
+    def _acts(self, param: Param, node: Node) -> bool:
+        if param.agent:
+            return param.agent == node.agent
+        if param.name in self._operations:
+            return isinstance(node.of, Operation) and node.name == param.name
+        return node.index in self.outputs
+
+    @functools.cached_property
+    def _operations(self) -> frozenset[str]:
+        return frozenset(operation.name for operation in self.episode.operations)
 
     def moving(self, params: Sequence[Param]) -> frozenset[int]:
         """The nodes of the minimal graph that one of these params acts at, or that depend on such
@@ -143,7 +153,8 @@ class Graph:
             reads = ", ".join(f"n{i}" for i in node.reads) or "the task"
             own = ", ".join(p.name for p in self.own(node, params))
             head = f"n{index} = {node.name}({reads})" + (f" with {own}" if own else "")
-            lines.append(f"{head}\n{block('TEXT', node.text)}")
+            failed = isinstance(node.of, Operation) and node.of.error
+            lines.append(f"{head}\n{block('ERROR' if failed else 'TEXT', node.text)}")
         return nested("GRAPH", "\n".join(lines))
 
 

@@ -11,6 +11,7 @@ from ...agents.text.tags import block
 from ...agents.types import to_json
 from ..values.memory import Memory
 from .backward import Feedback
+from .targets import as_text
 
 # statuses of an update
 ADOPTED, REJECTED, SAME = "adopted", "rejected", "unchanged"
@@ -23,9 +24,10 @@ class History(Memory):
     """Every proposal of the run that could be read, in order.
 
     An update has `step`, `values` (by name of a param), `status` (`adopted`, `rejected` or
-    `unchanged`), `score` (None where nothing was measured), `why` (what the gate said), `note` (the
-    rewriter's words), `feedback` (by param, what it was rewritten by) and `responses` (outputs of
-    the step's episodes, under the values before).
+    `unchanged`), `score` (the mean on the validation tasks; None where these were not all played),
+    `why` (what the gate said), `note` (the rewriter's words), `feedback` (by param, what it was
+    rewritten by), `before` (the values that the feedback is about) and `responses` (outputs of the
+    step's episodes, under the values before).
     """
 
     def __init__(self, name: str = "history") -> None:
@@ -47,6 +49,7 @@ class History(Memory):
         why: str = "",
         note: str = "",
         feedback: Mapping[str, Sequence[Feedback]] | None = None,
+        before: Mapping[str, Any] | None = None,
         responses: Sequence[str] = (),
     ) -> None:
         """Add an update."""
@@ -59,6 +62,7 @@ class History(Memory):
             "why": why,
             "note": note,
             "feedback": said,
+            "before": to_json(before or {}),
             "responses": list(responses),
         }
         self["updates"] = [*self.updates, update]
@@ -128,15 +132,15 @@ def failed_proposals(count: int = 5, *, show_values: bool = False) -> View:
 
 
 def last_updates(count: int) -> View:
-    """The last values, each with the feedback that came before it: a first-in-first-out memory
-    (Trace, arXiv:2406.16218)."""
+    """The last values that were rewritten, each with the feedback that it got: a memory of `count`
+    entries, first in, first out (Trace, arXiv:2406.16218). 0 shows nothing."""
 
     def view(updates: Sequence[Record], name: str) -> str:
-        own = [update for update in updates if name in update["values"]]
+        own = [update for update in updates if name in update["before"]]
         return "\n".join(
-            block("FEEDBACK", "\n".join(update["feedback"].get(name, ())))
+            block("VALUE", as_text(update["before"][name]))
             + "\n"
-            + block("VALUE", str(update["values"][name]))
+            + block("FEEDBACK", "\n".join(update["feedback"].get(name, ())))
             for update in (own[-count:] if count else [])
         )
 

@@ -43,7 +43,7 @@ from ..loop.evaluator import Evaluator as RunEvaluator
 from ..loop.spec import RunSpec
 from ..loop.step_result import StepResult
 from ..monitoring.run_log import RunLog
-from ..values.acceptance import Verdict
+from ..values.acceptance import Verdict, mean_over
 from ..values.parts import Part
 from ..values.search import Candidate, Search
 from .backward import ByParam, Case
@@ -51,7 +51,7 @@ from .config import FeedbackConfig
 from .evaluators import Evaluator
 from .gates import Gate, Scorer
 from .graph import Graph
-from .helpers import COPIED, REFUSED, UNANSWERED, UNCHANGED, UNREADABLE, Helpers
+from .helpers import COPIED, CUT, REFUSED, UNANSWERED, UNCHANGED, UNREADABLE, Helpers
 from .history import ADOPTED, REJECTED, SAME, History, View, no_history
 from .propagators import Propagator
 from .rewriters import Proposal, Rewriter
@@ -59,7 +59,7 @@ from .targets import Target, chosen_params, copied_tasks
 
 RESPONSES = 3  # outputs of a step that the history keeps
 NOTE = 2000  # characters of feedback that stand with a candidate
-COUNTS = (UNANSWERED, UNREADABLE, REFUSED, UNCHANGED, COPIED)
+COUNTS = (UNANSWERED, CUT, UNREADABLE, REFUSED, UNCHANGED, COPIED)
 
 
 @dataclass(frozen=True)
@@ -260,13 +260,20 @@ class FeedbackLoop:
             batch.step,
             values,
             status,
-            score=judged.mean if judged is not None and judged.scores else math.nan,
+            score=self._val_score(judged),
             why=str(verdict),
             note=proposal.note,
             feedback=feedback,
+            before={name: old.values[name] for name in values},
             responses=[shortened(str(e.output)) for e in batch.episodes[:RESPONSES]],
         )
         return new, verdict
+
+    def _val_score(self, candidate: Candidate | None) -> float:
+        """Its mean on the validation tasks; NaN where they were not all played."""
+        ids = [task.id for task in self.spec.val_tasks]
+        whole = candidate is not None and ids and all(id in candidate.scores for id in ids)
+        return mean_over(candidate, ids) if candidate is not None and whole else math.nan
 
     def _judged(
         self,
@@ -283,7 +290,7 @@ class FeedbackLoop:
             Candidate(
                 values,
                 proposer=getattr(rewriter, "helper", type(rewriter).__name__),
-                note="\n".join(f.text for own in feedback.values() for f in own)[:NOTE],
+                note=_moved_by(feedback)[:NOTE],
                 parents=(old.id,),
                 round=batch.step,
             )
@@ -294,3 +301,13 @@ class FeedbackLoop:
             self.search.reject(new.id, verdict)
             return None, verdict
         return self.search.adopt(new.id, verdict), verdict
+
+
+def _moved_by(feedback: ByParam) -> str:
+    """What candidates were rewritten by: each text once, after the params that it reached."""
+    params: dict[str, list[str]] = {}
+    for name, own in feedback.items():
+        for each in own:
+            names = params.setdefault(each.text, [])
+            names += [name] if name not in names else []
+    return "\n".join(f"{', '.join(names)}: {text}" for text, names in params.items() if text)

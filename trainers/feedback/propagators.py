@@ -46,6 +46,8 @@ class PerEdge:
         operations: whether plain operations are asked about: `always`; where they read `several`
             nodes (LLM-AutoDiff, arXiv:2501.16673); or `never`: they hand their feedback on.
         good: an episode whose score is above this gives its params `NO_ERROR`, without a call.
+        in_call_order: a param's feedback of one episode stands in the order of calls, not against
+            it (time-sequential gradients of LLM-AutoDiff).
 
     Prompts: `backward_system`; `base` for edges from the judgement, with `{role}`, `{target}` and
     `{conversation}`; `chain` for the others, with `{feedback}` too.
@@ -54,6 +56,7 @@ class PerEdge:
     helper: str = "backward"
     operations: Literal["always", "several", "never"] = "always"
     good: float | None = None
+    in_call_order: bool = False
 
     def propagate(
         self, helpers: Helpers, cases: Sequence[Case], targets: Sequence[Target]
@@ -75,7 +78,7 @@ class PerEdge:
                 edges += [_Edge(number, node, to) for to in backward.predecessors(number, node)]
                 edges += [_Edge(number, node, to) for to in backward.own(number, node)]
             self._send(helpers, backward, edges)
-        return backward.ordered()
+        return backward.ordered(self.in_call_order)
 
     def _send(self, helpers: Helpers, backward: Backward, edges: Sequence[_Edge]) -> None:
         """Take feedback along these edges, all at once."""
@@ -130,11 +133,16 @@ class PerNode:
     arXiv:2412.03624): what is said of the output is the feedback on the output's node; the reply
     has a line `Hint x: ...` for each node that was read. Params get the feedback on their node.
 
+    Args:
+        helper: its name.
+        siblings: False shows each node that was read alone, one call for each: the ablation.
+
     Prompts: `backward_system`, and `node` with `{instruction}`, `{task}`, `{hints}` (numbered
     blocks), `{output}` and `{feedback}`.
     """
 
     helper: str = "backward"
+    siblings: bool = True
 
     def propagate(
         self, helpers: Helpers, cases: Sequence[Case], targets: Sequence[Target]
@@ -148,27 +156,44 @@ class PerNode:
                     for feedback in backward.of(number, node):
                         own = case.feedback(feedback.text, context, node.index)
                         backward.collect(target, own)
-            asked = [(n, node) for n, node in nodes if backward.predecessors(n, node)]
+            asked = [
+                (number, node, reads)
+                for number, node in nodes
+                for reads in self._together(backward, number, node)
+            ]
             replies = helpers.ask([self._question(helpers, backward, *each) for each in asked])
-            for (number, node), reply in zip(asked, replies, strict=True):
-                self._deliver(helpers, backward, number, node, reply)
+            for (number, _, reads), reply in zip(asked, replies, strict=True):
+                self._deliver(helpers, backward, number, reads, reply)
         return backward.ordered()
 
+    def _together(self, backward: Backward, number: int, node: Node) -> list[tuple[int, ...]]:
+        """The nodes that are shown in one call, for each call about a node."""
+        moving = [each.index for each in backward.predecessors(number, node)]
+        if self.siblings:
+            return [node.reads] if moving else []
+        return [(index,) for index in moving]
+
     def _deliver(
-        self, helpers: Helpers, backward: Backward, number: int, node: Node, reply: str | None
+        self,
+        helpers: Helpers,
+        backward: Backward,
+        number: int,
+        reads: tuple[int, ...],
+        reply: str | None,
     ) -> None:
         """Each line to the node that it is about; a reply without a single line is counted."""
         case = backward.cases[number]
-        lines = numbered(reply or "", "Hint", len(node.reads))
+        lines = numbered(reply or "", "Hint", len(reads))
         helpers.counts[UNREADABLE] += reply is not None and not any(lines)
-        moving = {each.index for each in backward.predecessors(number, node)}
-        for index, line in zip(node.reads, lines, strict=True):
-            if line is not None and index in moving:
+        for index, line in zip(reads, lines, strict=True):
+            if line is not None and backward.moves(number, index):
                 backward.give(number, case.graph.nodes[index], case.feedback(line))
 
-    def _question(self, helpers: Helpers, backward: Backward, number: int, node: Node) -> Question:
+    def _question(
+        self, helpers: Helpers, backward: Backward, number: int, node: Node, reads: tuple[int, ...]
+    ) -> Question:
         case = backward.cases[number]
-        hints = [block(f"HINT_{k}", case.graph.nodes[i].text) for k, i in enumerate(node.reads, 1)]
+        hints = [block(f"HINT_{k}", case.graph.nodes[i].text) for k, i in enumerate(reads, 1)]
         text = helpers.prompt(
             "node",
             instruction=block("INSTRUCTION", node.prompt),
@@ -246,15 +271,23 @@ class Requirements:
 @dataclass(frozen=True)
 class WholeGraph:
     """No call: every param that the output depends on gets what is said of the output, with the
-    minimal graph as context (Trace, arXiv:2406.16218)."""
+    task and the minimal graph as context (Trace, arXiv:2406.16218).
+
+    Args:
+        good: an episode whose score is above this gives no feedback.
+    """
+
+    good: float | None = None
 
     def propagate(
         self, helpers: Helpers, cases: Sequence[Case], targets: Sequence[Target]
     ) -> ByParam:
         backward = Backward(cases, targets)
         for number, case in enumerate(cases):
-            if case.judgement.text:
-                context = case.graph.listing(backward.params)
+            good = self.good is not None and case.judgement.score > self.good
+            if case.judgement.text and not good:
+                task = block("TASK", case.episode.task.prompt)
+                context = f"{task}\n{case.graph.listing(backward.params)}"
                 for target in backward.reached(number):
                     backward.collect(target, case.feedback(case.judgement.text, context))
         return backward.of_params

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from ...agents.text.tags import block, inside, nested
 from .backward import ByParam, Feedback
 from .helpers import UNREADABLE, Helpers, Question
-from .targets import Target
+from .targets import Target, as_text
 
 Constraints = Sequence[str]
 
@@ -52,9 +52,11 @@ class PerParam:
             helper's own.
         always: also ask about params that nothing was said of.
         note: a tag whose text is the rewriter's words on its proposal, "" for none.
+        scores: each feedback stands with its task, its place among the calls, and its score.
 
-    Prompts: `rewrite_system`, and `rewrite` with `{role}`, `{value}`, `{feedback}` (a block per
-    feedback, with its conversation), `{history}` and `{constraints}`.
+    Prompts: `rewrite_system`, and `rewrite` with `{role}`, `{value}`, `{peers}` (the other params
+    of its agent, a block each), `{others}` (those of other agents and of the system), `{feedback}`
+    (a block per feedback, with its conversation), `{history}` and `{constraints}`.
     """
 
     helper: str = "optimizer"
@@ -63,6 +65,7 @@ class PerParam:
     temperatures: tuple[float, ...] = ()
     always: bool = False
     note: str = ""
+    scores: bool = False
 
     def propose(
         self,
@@ -81,7 +84,9 @@ class PerParam:
                     "rewrite",
                     role=target.role,
                     value=block("VARIABLE", as_text(target.value)),
-                    feedback=feedback_blocks(feedback[target.name]),
+                    peers=_others("PEER", target, targets, same_agent=True),
+                    others=_others("OTHER", target, targets, same_agent=False),
+                    feedback=feedback_blocks(feedback[target.name], scores=self.scores),
                     history=history(target.name),
                     constraints=numbered_list(self.constraints),
                 ),
@@ -111,8 +116,8 @@ class Jointly:
     names that were not asked about are ignored. An object with `reasoning` and no suggestion
     changes nothing; anything else is unreadable.
 
-    Prompts: `rewrite_system`, and `rewrite` with `{variables}`, `{feedback}`, `{history}` and
-    `{constraints}`.
+    Prompts: `rewrite_system`, and `rewrite` with `{variables}` (name, role, what its values look
+    like, value), `{feedback}`, `{history}` and `{constraints}`.
     """
 
     helper: str = "optimizer"
@@ -131,7 +136,9 @@ class Jointly:
         if not asked:
             return Proposal()
         given = list(dict.fromkeys(each for target in asked for each in feedback[target.name]))
-        variables = [f"{t.name}: {t.role}\n{block('VALUE', as_text(t.value))}" for t in asked]
+        variables = [
+            f"{t.name}: {t.role}; {t.constraint}\n{block('VALUE', as_text(t.value))}" for t in asked
+        ]
         past = {t.name: history(t.name) for t in asked}
         question = Question(
             self.helper,
@@ -163,14 +170,26 @@ class Jointly:
         return Proposal(values, str(found.get("reasoning", "")))
 
 
-def feedback_blocks(feedback: Sequence[Feedback]) -> str:
-    """Feedback as numbered blocks, each with the conversation that it is about."""
+def _others(name: str, target: Target, targets: Sequence[Target], same_agent: bool) -> str:
+    """The other params that are rewritten too, of the same agent or of others, a block each."""
+    return "\n".join(
+        f"{other.role}:\n{block(name, as_text(other.value))}"
+        for other in targets
+        if other.name != target.name
+        and (bool(target.param.agent) and other.param.agent == target.param.agent) == same_agent
+    )
+
+
+def feedback_blocks(feedback: Sequence[Feedback], scores: bool = False) -> str:
+    """Feedback as numbered blocks, each with the conversation that it is about; with `scores` also
+    with its task, its place among the calls, and the score."""
     return "\n".join(
         nested(
             f"FEEDBACK_{number}",
             "\n".join(
                 part
                 for part in (
+                    block("ABOUT", _about(each)) if scores else "",
                     nested("CONVERSATION", each.context) if each.context else "",
                     block("TEXT", each.text) if each.text else "",
                 )
@@ -180,6 +199,11 @@ def feedback_blocks(feedback: Sequence[Feedback]) -> str:
         for number, each in enumerate(feedback, 1)
         if each.text or each.context
     )
+
+
+def _about(feedback: Feedback) -> str:
+    call = f", call {feedback.order}" if feedback.order >= 0 else ""
+    return f"task {feedback.task}{call}, score {feedback.score:g}"
 
 
 def numbered_list(lines: Sequence[str]) -> str:
@@ -196,11 +220,6 @@ def falling_temperatures(count: int, highest: float = 1.3) -> tuple[float, ...]:
     """`count` temperatures that fall evenly from the highest to 0 (Trace's several candidates)."""
     steps = max(count - 1, 1)
     return tuple(round(highest * (steps - k) / steps, 10) for k in range(count))
-
-
-def as_text(value: Any) -> str:
-    """A value as a prompt shows it: texts as they are, others as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def cast(given: Any, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,15 @@ from ...agents.state import Param
 from ...agents.types import SettingError, Task, nearest
 from ..credit.leakage import answer_spellings
 
-KINDS = ("text", "demos", "program", "choice", "number")  # that words can say
+KINDS = ("text", "demos", "program", "choice", "number", "flag")  # that words can say
+EXPECTED = {
+    "text": "a text",
+    "demos": "a list of messages, user and assistant in turn",
+    "program": "the whole source of a program, in one text",
+    "choice": "a name",
+    "number": "a number",
+    "flag": "true or false",
+}
 SHORT = 20  # characters of a training prompt below which holding it is no copy
 
 
@@ -26,11 +35,23 @@ class Target:
         return self.param.name
 
     @property
+    def constraint(self) -> str:
+        """What its values look like, in words."""
+        if self.param.options:
+            return f"one of {', '.join(self.param.options)}"
+        return EXPECTED[self.param.kind]
+
+    @property
     def role(self) -> str:
         """A line that describes it to a helper."""
         what = f"the {self.param.kind} {self.name!r}"
         owner = f" of the agent {self.param.agent!r}" if self.param.agent else " of the program"
         return what + owner + (f", whose role is: {self.param.role}" if self.param.role else "")
+
+
+def as_text(value: Any) -> str:
+    """A value as a prompt shows it: texts as they are, others as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def chosen_params(params: Sequence[Param], names: Sequence[str]) -> list[Param]:

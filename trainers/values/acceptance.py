@@ -41,6 +41,16 @@ def strictly_better(new: Candidate, old: Candidate, tasks: Iterable[str] | None 
     return _compare(new, old, tasks, lambda a, b: a > b, "better", "not better")
 
 
+def better_or_perfect(
+    new: Candidate, old: Candidate, tasks: Iterable[str] | None = None
+) -> Verdict:
+    """Passes if mean(new) > mean(old), or both are equal and at least 1, for scores of at most 1
+    (the first gate of LLM-AutoDiff, arXiv:2501.16673); as `not_worse` else."""
+    return _compare(
+        new, old, tasks, lambda a, b: a > b or a == b >= 1.0, "better, or perfect", "not better"
+    )
+
+
 def always(new: Candidate, old: Candidate, tasks: Iterable[str] | None = None) -> Verdict:
     """Passes every candidate that is not lost."""
     _check_alive(new)
@@ -50,6 +60,7 @@ def always(new: Candidate, old: Candidate, tasks: Iterable[str] | None = None) -
 GATES: dict[str, Gate] = {
     "not_worse": not_worse,
     "strictly_better": strictly_better,
+    "better_or_perfect": better_or_perfect,
     "always": always,
 }
 

@@ -29,6 +29,7 @@ def history(*updates: tuple[str, str, float]) -> History:
             why=f"worse: {score}" if status == REJECTED else "",
             note=f"note {step}",
             feedback={"a": [Feedback(f"said {step}", "t", "e", 0.0)]},
+            before={"a": f"before {step}"},
             responses=[f"output {step}"],
         )
     return memory
@@ -80,11 +81,22 @@ def test_best_values_failed_proposals_and_last_updates() -> None:
     assert "note 4\nworse: 0.1" in failed and "note 5" in failed
     assert "note 2" not in failed and "v4" not in failed, "of this success on; values are hidden"
     assert "v5" in failed_proposals(1, show_values=True)(memory.updates, "a")
-    last = last_updates(1)(memory.updates, "a")
-    assert "said 5" in last and "v5" in last and "v4" not in last
     assert last_updates(0)(memory.updates, "a") == "" == no_history(memory.updates, "a")
     both = views(best_values(1), no_history, failed_proposals(1))(memory.updates, "a")
     assert both.count("<BEST>") == 1 and both.count("<FAILED>") == 1
+
+
+def test_the_last_updates_are_first_in_first_out() -> None:
+    """Values of any kind with the feedback that they got; those of other params are not shown."""
+    memory = history(("v1", ADOPTED, 0.5), ("v2", REJECTED, 0.9), ("v3", ADOPTED, 0.75))
+    said = Feedback("too large", "t", "e", 0.0)
+    memory.add(4, {"flag": False}, ADOPTED, feedback={"flag": [said]}, before={"flag": True})
+    shown = last_updates(2)(memory.updates, "a")
+    assert "before 1" not in shown and "v2" not in shown
+    first, second = shown.split("</FEEDBACK>\n")
+    assert inside(first + "</FEEDBACK>", "VALUE") == "before 2" and "said 2" in first
+    assert inside(second, "VALUE") == "before 3" and inside(second, "FEEDBACK") == "said 3"
+    assert inside(last_updates(5)(memory.updates, "flag"), "VALUE") == "true"
 
 
 def test_a_history_is_json_and_comes_back() -> None:

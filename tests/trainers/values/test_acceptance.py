@@ -7,6 +7,7 @@ import pytest
 from marlora.trainers.values.acceptance import (
     GATES,
     always,
+    better_or_perfect,
     mean_over,
     not_worse,
     strictly_better,
@@ -37,7 +38,22 @@ def test_gates(new, old, passed):
         bool(strictly_better(new, old)),
         bool(always(new, old)),
     ) == passed
-    assert {"not_worse": not_worse, "strictly_better": strictly_better, "always": always} == GATES
+    assert GATES == {
+        "not_worse": not_worse,
+        "strictly_better": strictly_better,
+        "better_or_perfect": better_or_perfect,
+        "always": always,
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "passed"),
+    [((1, 1), (1, 1), True), ((1, 0), (0, 1), False), ((1, 0, 0), (1, 1, 0), True)],
+)
+def test_an_equal_score_passes_where_it_is_perfect(old, new, passed):
+    """Fact U2 of LLM-AutoDiff, gate 1: (1, 1) passes, (.5, .5) does not, a better one does."""
+    old, new = candidate("old", *old), candidate("new", *new)
+    assert bool(better_or_perfect(new, old)) == passed
 
 
 def test_a_verdict_gives_the_numbers():
