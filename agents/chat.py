@@ -85,6 +85,11 @@ class Agent:
         return resolve_tools(names, own)
 
     @property
+    def sampling(self) -> Sampling:
+        """The sampling of its replies, unless a call overrides it."""
+        return self.spec.sampling or self._services.sampling
+
+    @property
     def turns_per_reply(self) -> int:
         """Turn indices that a reply takes: with tools, one more for each call it may make."""
         return 1 + (self._services.max_tool_calls if self.tools else 0)
@@ -199,7 +204,7 @@ class Agent:
     def _sampling(self, index: int, override: Sampling | None) -> Sampling:
         """The call's sampling with its seed: derived from the episode's, the agent's name and the
         turn's index, unless one is set."""
-        sampling = override or self.spec.sampling or self._services.sampling
+        sampling = override or self.sampling
         if sampling.seed is not None:
             return sampling
         return replace(sampling, seed=derive_seed(self._transcript.seed, self.name, index))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..chat import Agent
@@ -22,6 +22,7 @@ from ..lookup import load_function
 from ..team import Team
 from ..text.answers import extract, stands_in
 from ..text.templates import render
+from ..transcript import Operation
 from ..types import SettingError, Task, Turn
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -71,7 +72,8 @@ class OperatorContext:
         max_calls: calls of executors in the run. `max_text`: characters of one argument.
         max_tokens: tokens of prompts and replies after which no executor is asked any more; 0 sets
             no bound.
-        num_calls, turns: calls of executors so far, and their turns.
+        num_calls, turns: calls of executors so far, and their turns. noted: operations whose text
+            operators may be given, such as solutions.
     """
 
     team: Team
@@ -84,6 +86,7 @@ class OperatorContext:
     max_tokens: int = 0
     num_calls: int = 0
     turns: list[Turn] = field(default_factory=list)
+    noted: list[Operation] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -99,30 +102,39 @@ class OperatorContext:
         """The agent that answers for an operator."""
         return self.team[self.executors.get(operator, self.executors[""])]
 
-    def reads(self, texts: Sequence[str]) -> list[Turn]:
-        """The turns whose text stands in what a program passed on: executors', and the author's for
-        words that no executor wrote."""
-        turns: list[Turn] = []
+    def reads(self, texts: Sequence[str]) -> list[Turn | Operation]:
+        """The turns and operations whose text stands in what a program passed on: executors', and
+        the author's for words that no executor wrote."""
+        turns: list[Turn | Operation] = []
+        known = [*self.turns, *self.noted]
         for text in filter(str.strip, texts):
-            same = [turn for turn in self.turns if turn.text.strip() == text.strip()]
-            quoted = same or [turn for turn in self.turns if stands_in(turn.text, text)]
+            same = [turn for turn in known if turn.text.strip() == text.strip()]
+            quoted = same or [turn for turn in known if stands_in(turn.text, text)]
             turns += quoted + ([] if same or self.author is None else [self.author])
         return list({turn.index: turn for turn in turns}.values())
 
 
 class OperatorCall:
     """One call of an operator. Its turns' indices are reserved when the program calls, so they do
-    not depend on timing."""
+    not depend on timing. `turns`: those it has asked for so far."""
 
     def __init__(self, context: OperatorContext, operator: Operator) -> None:
         self.context, self.operator = context, operator
+        self.turns: list[Turn] = []
         width = context.executor(operator.name).turns_per_reply
         first = context.team.reserve(width * operator.calls)
         self._indices: Iterator[int] = iter(range(first, first + width * operator.calls, width))
 
-    async def ask(self, fields: Mapping[str, str], quoted: Sequence[str]) -> str:
-        """Ask the executor with this operator's template; `quoted`: the texts among the fields that
-        come from the program.
+    async def ask(
+        self,
+        fields: Mapping[str, str],
+        quoted: Sequence[str],
+        *,
+        template: str = "",
+        temperature: float | None = None,
+    ) -> str:
+        """Ask the executor with this operator's template, or the one named, at its own temperature
+        or this one; `quoted`: the texts among the fields that come from the program.
 
         Raises `QuotaError` beyond the run's calls or tokens.
         """
@@ -133,10 +145,13 @@ class OperatorCall:
             raise QuotaError(f"asked its executors more than {context.max_calls} times")
         context.num_calls += 1
         fields = {"problem": context.task.prompt, **fields}
-        text = prompt_for(self.operator.name, context.prompts, fields)
+        text = prompt_for(template or self.operator.name, context.prompts, fields)
         agent = context.executor(self.operator.name).fresh()
-        turn = await agent.reply(text, reads=context.reads(quoted), index=next(self._indices))
+        sampling = None if temperature is None else replace(agent.sampling, temperature=temperature)
+        index = next(self._indices)
+        turn = await agent.reply(text, reads=context.reads(quoted), sampling=sampling, index=index)
         context.turns.append(turn)
+        self.turns.append(turn)
         return turn.text
 
     async def run(self, program: str) -> tuple[bool, str]:
@@ -160,18 +175,20 @@ class Operator:
         function: `(call, arguments...) -> value`, a coroutine; parameters are `str` or `list[str]`.
         calls: executor calls that one call of it takes at most.
         sketch: `(arguments...) -> value`, what the dry run answers in its place.
+        alias: its name, where that is not the function's.
     """
 
     function: Callable[..., Awaitable[Any]]
     calls: int
     sketch: Callable[..., Any]
+    alias: str = ""
 
     def __call__(self, call: OperatorCall, **arguments: Any) -> Awaitable[Any]:
         return self.function(call, **arguments)
 
     @property
     def name(self) -> str:
-        return self.function.__name__
+        return self.alias or self.function.__name__
 
     @property
     def signature(self) -> inspect.Signature:
