@@ -7,17 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..charts import Line, chart
-from ..html import text
 from ..tables import colours
+from .heat_map import Row, heat_map
 
 Table = Mapping[str, Mapping[str, float]]  # decision -> option -> logit, or probability
-Row = tuple[str, Sequence[float | None]]  # a name and its probability at each point
 
 FEW_DECISIONS, FEW_OPTIONS = 6, 6  # up to which a decision has a chart of its own
 MAX_ROWS, MAX_COLUMNS = 120, 48  # of a heat map
-TITLED = 2000  # cells up to which each tells its number
-MAX_NAME, LETTER = 32, 6.4  # letters of a row's name, and pixels of one
-CELL, HEIGHT, NUMBER = 11, 15, 44  # pixels
 
 
 def probabilities(table: Table) -> dict[str, dict[str, float]]:
@@ -40,7 +36,9 @@ def logits_over_steps(name: str, points: Sequence[tuple[int, Table]]) -> str:
         return f'<div class="grid">{"".join(_curves(name, d, tables) for d in decisions)}</div>'
     steps = _spread([step for step, _ in tables])
     kept = [table for step, table in tables if step in set(steps)]
-    return _heat_map(steps, *rows_of(decisions, kept, points[-1][1]))
+    caption, rows = rows_of(decisions, kept, points[-1][1])
+    ends = (f"step {steps[0]}", str(steps[-1]))
+    return heat_map([f"step {step}" for step in steps], caption, rows, ends)
 
 
 def _curves(name: str, decision: str, tables: Sequence[tuple[int, Table]]) -> str:
@@ -99,52 +97,3 @@ def _spread(steps: Sequence[int]) -> list[int]:
         return list(steps)
     last = MAX_COLUMNS - 1
     return [steps[round(n * (len(steps) - 1) / last)] for n in range(MAX_COLUMNS)]
-
-
-def _heat_map(steps: Sequence[int], caption: str, rows: Sequence[Row]) -> str:
-    cell = max(CELL, min(28, 560 // len(steps)))
-    left = round(LETTER * min(MAX_NAME, max(len(name) for name, _ in rows))) + 8
-    width, top = left + cell * len(steps) + NUMBER, HEIGHT + 4
-    titled = len(rows) * len(steps) <= TITLED
-    drawn = []
-    for n, (name, values) in enumerate(rows):
-        y = top + n * HEIGHT
-        drawn.append(
-            f'<text x="{left - 6}" y="{y + 11}" text-anchor="end">{text(_short(name))}'
-            f"<title>{text(name, 200)}</title></text>"
-        )
-        drawn += [
-            _cell(left + k * cell, y, cell, value, f"step {step}, {name}" if titled else "")
-            for k, (step, value) in enumerate(zip(steps, values, strict=True))
-            if value is not None
-        ]
-        drawn.append(
-            f'<text x="{left + cell * len(steps) + 6}" y="{y + 11}">{_last(values)}</text>'
-        )
-    ends = "".join(
-        f'<text x="{x}" y="11" text-anchor="{anchor}">{label}</text>'
-        for x, anchor, label in (
-            (left, "start", f"step {steps[0]}"),
-            (left + cell * len(steps), "end", str(steps[-1])),
-        )[: min(len(steps), 2)]
-    )
-    head = f"<figcaption>{text(caption)} <small>0 is empty, 1 is full</small></figcaption>"
-    return (
-        f'<figure class="heat">{head}<div class="inner" tabindex="0"><svg width="{width}"'
-        f' height="{top + HEIGHT * len(rows)}" role="img">{ends}{"".join(drawn)}</svg></div>'
-        "</figure>"
-    )
-
-
-def _cell(x: int, y: int, size: int, value: float, name: str) -> str:
-    title = f"<title>{text(name, 200)}: {value:.3f}</title>" if name else ""
-    place = f'x="{x}" y="{y}" width="{size - 1}" height="{HEIGHT - 1}"'
-    return f'<rect {place} fill-opacity="{value:.2f}">{title}</rect>'
-
-
-def _last(values: Sequence[float | None]) -> str:
-    return "" if values[-1] is None else f"{values[-1]:.3f}"
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"

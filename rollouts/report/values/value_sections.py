@@ -22,6 +22,7 @@ from .archive import (
 )
 from .history import ValueHistory, as_logits, as_text, is_choice, is_numeric, trials_of
 from .logits import logits_over_steps
+from .score_table import score_table_of, score_table_section
 from .texts import text_diff, whole_text
 from .tree import tree
 
@@ -36,10 +37,13 @@ def value_sections(run: RunData, n: int) -> list[str]:
     archives = {
         name: archive for name, state in parts.items() if (archive := archive_of(state)) is not None
     }
+    tables = {
+        name: found for name, state in parts.items() if (found := score_table_of(state)) is not None
+    }
     remembered = {
         name: state
         for name, state in parts.items()
-        if state and name not in archives and name not in history.names
+        if state and name not in {*archives, *tables} and name not in history.names
     }
     first = next(iter(archives), "")
     return [
@@ -57,6 +61,15 @@ def value_sections(run: RunData, n: int) -> list[str]:
                 f"candidates-{n}" if name == first else "",
             )
             for number, (name, archive) in enumerate(archives.items())
+        ),
+        *(
+            section(
+                f"Score table <small>{text(name)}</small>",
+                score_table_section(each),
+                "scores",
+                f"scores-{n}-{number}",
+            )
+            for number, (name, each) in enumerate(tables.items())
         ),
         section(
             "What the method remembers",

@@ -224,8 +224,9 @@ class MASGPTTrainer(Trainer[MASGPTConfig]):
         train = self.training(table)
         best = table.systems[table.best(train)]
         self.memory["systems"] = list(table.systems)
-        for name, entries in (("scores", own), ("clusters", clusters)):
-            self.memory[name] = {**self.memory.get(name, {}), **entries}
+        scores = {query: list(row) for query, row in own.items()}
+        self.memory["scores"] = {**self.memory.get("scores", {}), **scores}
+        self.memory["clusters"] = {**self.memory.get("clusters", {}), **clusters}
         self.memory["best"] = best
         shares = [count / len(train) for count in table.sums(train)]
         answered = sum(any(own[query]) for query in train) / len(train)
