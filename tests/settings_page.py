@@ -30,6 +30,7 @@ CONFIGS = {
     "BetterTogetherConfig": f"{METHODS}.prompts.better_together",
     "TextGradConfig": f"{METHODS}.text_feedback.textgrad",
     "RevolveConfig": f"{METHODS}.text_feedback.revolve",
+    "SemanticBackpropConfig": f"{METHODS}.text_feedback.semantic_backprop",
     "AFlowConfig": f"{METHODS}.workflow_search.aflow",
     "ADASConfig": f"{METHODS}.workflow_search.adas",
     "DebFlowConfig": f"{METHODS}.workflow_search.debflow",

@@ -30,6 +30,7 @@ NO_WEIGHTS = {
     "llmselector",
     "mipro",
     "revolve",
+    "semantic_backprop",
     "textgrad_prompts",
 }
 

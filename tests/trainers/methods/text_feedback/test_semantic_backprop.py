@@ -203,7 +203,6 @@ def test_the_run_ends_where_no_error_is_left(model: Path, tmp_path: Path) -> Non
 def test_lines_of_a_reply(reply: str, left: bool, right: bool, model: Path, tmp_path: Path) -> None:
     """Facts U1 and U2; what no line is about is not rewritten."""
     made = semantic(tmp_path / "run", model, say=scripted(perform, lambda q: reply, improve))
-    made.args.gate = "always"
     made.train()
     (row,) = rows(tmp_path / "run")
     found = row["text_feedback"]["feedback"]
