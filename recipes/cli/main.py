@@ -12,13 +12,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 from marlora.agents.concurrency import run_steadily
 from marlora.agents.types import SettingError, Task, nearest, to_json
+from marlora.recipes.cli.cache import add_cache, cmd_cache
+from marlora.recipes.cli.compare import add_compare, cmd_compare
 from marlora.recipes.cli.evaluate import add_eval, cmd_eval
 from marlora.recipes.cli.export import add_export, cmd_export
+from marlora.recipes.cli.init import add_init, cmd_init
 from marlora.recipes.cli.report import add_report, cmd_report
 from marlora.recipes.cli.team import (
     add_model,
@@ -30,7 +34,8 @@ from marlora.recipes.cli.team import (
     with_team,
     write_json,
 )
-from marlora.recipes.launch.settings import exit_with_code, import_from_here
+from marlora.recipes.cli.train import add_recipes, add_train, cmd_recipes, cmd_train
+from marlora.recipes.launch.settings import exit_with_code, import_from_here, run
 from marlora.recipes.launch.tables import table
 from marlora.rollouts.checkpoints.team import LoadedTeam
 from marlora.rollouts.engines.factory import choose_engine
@@ -49,8 +54,7 @@ def cmd_collect(args: argparse.Namespace) -> None:
         part, parts = shard(args.shard)
         tasks = team.tasks(args.tasks, args.num_tasks, args.split)[part::parts]
         state = chosen(team, args.adapters)
-        # The label names the state, so that episodes of another checkpoint or choice of adapters
-        # are other ones.
+        # named by the state: episodes of another checkpoint or choice of adapters are other ones
         label = f"collect-{args.split}-{args.seed}-{state.key[:8]}"
         with Store(Path(args.output), writer=str(part) if args.shard else "") as store:
             known = store.ids()
@@ -173,8 +177,7 @@ def cmd_serve(args: argparse.Namespace) -> None:
             ' KEY_FILE)"; ready, Ctrl-C ends',
             flush=True,
         )
-        # Handlers of our own: clusters send SIGTERM, and a served team ends the same way by either
-        # signal.
+        # clusters send SIGTERM; a served team ends the same way by either signal
         ended, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, ended.set)
@@ -250,14 +253,17 @@ def parser() -> argparse.ArgumentParser:
     """The parser of `marlora` and its commands."""
     top = _Parser(prog="marlora", description=__doc__, allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (run, add) in _commands().items():
+    top.add_argument(
+        "--version", action="version", version=f"marlora {metadata.version('marlora')}"
+    )
+    for name, (work, add) in _commands().items():
         command = commands.add_parser(
             name,
-            help=(run.__doc__ or "").split(";")[0].strip(),
-            description=run.__doc__,
+            help=(work.__doc__ or "").split(";")[0].strip(),
+            description=work.__doc__,
             allow_abbrev=False,
         )
-        command.set_defaults(run_command=run)
+        command.set_defaults(run_command=work)
         add(command)
     return top
 
@@ -347,13 +353,18 @@ def add_doctor(command: argparse.ArgumentParser) -> None:
 def _commands() -> dict[str, tuple[Callable[..., None], Callable[..., None]]]:
     """By name: what a command does, and what adds its arguments."""
     return {
+        "train": (cmd_train, add_train),
+        "recipes": (cmd_recipes, add_recipes),
+        "init": (cmd_init, add_init),
         "eval": (cmd_eval, add_eval),
+        "compare": (cmd_compare, add_compare),
         "collect": (cmd_collect, add_collect),
         "play": (cmd_play, add_play),
         "serve": (cmd_serve, add_team),
         "report": (cmd_report, add_report),
         "export": (cmd_export, add_export),
         "bench": (cmd_bench, add_bench),
+        "cache": (cmd_cache, add_cache),
         "doctor": (cmd_doctor, add_doctor),
     }
 
@@ -370,6 +381,10 @@ def _names_code(args: argparse.Namespace) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script `marlora`."""
     args = parser().parse_args(argv)
+
+    if args.command == "train":  # signals, processes and exit codes as of a recipe
+        run(partial(args.run_command, args))
+        return
 
     def work() -> None:
         if getattr(args, "json", "") and not Path(args.json).absolute().parent.is_dir():

@@ -8,7 +8,6 @@ a mapping.
 from __future__ import annotations
 
 import io
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +39,9 @@ def parse(cls: type[T], recipe: str | Path, argv: Sequence[str] | None = None) -
         Path(recipe).with_suffix(".yaml"), list(sys.argv[1:] if argv is None else argv)
     )
     settings = read_yaml(path)
+    named, own = settings.pop("recipe", None), Path(recipe)
+    if named not in (None, own.stem) and own.with_stem(str(named)).is_file():
+        raise SettingError(f"{path}: recipe: settings of {named!r}, but this is {own.stem!r}")
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     for name in settings:
         if name not in known:
@@ -236,9 +238,15 @@ def run(main: Callable[[], Any]) -> None:
 def import_from_here() -> None:
     """Let modules of the current folder be imported, as `python -m` does: a script or a console
     command has its own folder on the path instead. Not under `python -P`."""
-    here = os.getcwd()
-    if not sys.flags.safe_path and here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
+    if "" not in sys.path:
+        import_from(Path.cwd())
+
+
+def import_from(folder: Path) -> None:
+    """Let modules of a folder be imported. Not under `python -P`."""
+    path = str(folder.absolute())
+    if not sys.flags.safe_path and path not in sys.path:
+        sys.path.insert(0, path)
 
 
 def print_any_text() -> None:

@@ -77,12 +77,14 @@ def resolved_settings(spec: RunSpec) -> dict[str, Any]:
 
 
 def write_config(spec: RunSpec) -> None:
-    """`config.yaml`: the resolved settings."""
+    """`config.yaml`: the recipe, where it has a name, and the resolved settings."""
     import yaml
+
+    recipe = {"recipe": spec.recipe} if spec.recipe else {}
 
     files.write_text(
         spec.config.folder / "config.yaml",
-        yaml.safe_dump(resolved_settings(spec), sort_keys=False, allow_unicode=True),
+        yaml.safe_dump({**recipe, **resolved_settings(spec)}, sort_keys=False, allow_unicode=True),
     )
 
 

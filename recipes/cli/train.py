@@ -1,0 +1,120 @@
+"""`marlora train` and `marlora recipes`: every recipe under one command, by name or by config."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+from marlora.agents.types import SettingError, nearest
+from marlora.recipes.launch.settings import config_file, import_from, read_yaml
+from marlora.recipes.launch.tables import table
+
+FOLDER = Path(__file__).parents[1]
+RECIPE = "recipe"  # the entry of a config that names what it is a config of
+
+
+def configs() -> dict[str, Path]:
+    """By name: the configs beside the recipes, the recipes' own among them."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def recipes() -> dict[str, str]:
+    """By name: the first sentence of every recipe, without an import of any."""
+    found = {}
+    for path in sorted(FOLDER.glob("*.py")):
+        if any(name.startswith(path.stem) for name in configs()):
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            sentence, _, _ = " ".join(text.split("\n\n")[0].split()).partition(". ")
+            found[path.stem] = sentence.rstrip(".")
+    return found
+
+
+def recipe_of(config: Path) -> str:
+    """The recipe that a config is for. Raises `SettingError` unless it names one."""
+    known = recipes()
+    name = read_yaml(config).get(RECIPE)
+    if name is None and config.parent == FOLDER:  # the name of ours begins with its recipe's
+        name = max((each for each in known if config.stem.startswith(each)), key=len)
+    if name is None:
+        raise SettingError(
+            f"{config}: which recipe is it for? Add a line such as `{RECIPE}: grpo_team`; `marlora"
+            " recipes` lists them"
+        )
+    if name not in known:
+        raise SettingError(f"{config}: {RECIPE}: no such recipe {name!r}; {nearest(name, known)}")
+    return str(name)
+
+
+def chosen(name: str) -> tuple[str, Path | None]:
+    """The recipe that a name or a config file stands for, and the config if it is not the
+    recipe's own. Raises `SettingError` if there is none."""
+    known, ours = recipes(), configs()
+    if name in known:
+        return name, None
+    if name in ours:
+        return recipe_of(ours[name]), ours[name]
+    path = Path(name)
+    if path.is_dir() and (path / "config.yaml").is_file():
+        path /= "config.yaml"
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return recipe_of(path), path
+    raise SettingError(
+        f"train {name!r}: no such recipe or config file; {nearest(name, [*known, *ours])}"
+    )
+
+
+def cmd_train(args: argparse.Namespace) -> None:
+    """Train by a recipe (`marlora recipes` lists them) or by a config that names one; further
+    arguments are its settings: --field value, --agents.NAME.prompt "...", --help."""
+    name, config = chosen(args.recipe)
+    given = list(args.settings)
+    _, rest = config_file(Path(), given)
+    if config is not None and rest != given:
+        raise SettingError(f"train {args.recipe}: it is a config, so leave --config out")
+    if config is not None:
+        given = ["--config", str(config), *given]
+        if config.parent != FOLDER:
+            import_from(config.parent)
+    sys.argv = [f"marlora train {args.recipe}", *given]
+    importlib.import_module(f"marlora.recipes.{name}").main()
+
+
+def add_train(command: argparse.ArgumentParser) -> None:
+    """Arguments of `marlora train`."""
+    command.add_argument("recipe", help="name of a recipe, a YAML file, or a run folder")
+    command.add_argument("settings", nargs=argparse.REMAINDER, help="settings of the recipe")
+
+
+def cmd_recipes(args: argparse.Namespace) -> None:
+    """List the recipes; or copy the config of one into this folder, to change it."""
+    if args.copy:
+        copy(args.copy, Path(f"{args.copy}.yaml"))
+        return
+    known = recipes()
+    others = [
+        (name, f"settings of {recipe_of(p)}") for name, p in configs().items() if name not in known
+    ]
+    columns = ("marlora train ...", "what it does")
+    print(table("marlora recipes", columns, [*known.items(), *others], words=True))
+
+
+def copy(name: str, to: Path) -> None:
+    """Write a config of ours to a new file that `marlora train FILE` takes."""
+    ours = configs()
+    if name not in ours:
+        raise SettingError(f"recipes --copy {name}: no such recipe; {nearest(name, ours)}")
+    text, line = ours[name].read_text(encoding="utf-8"), f"{RECIPE}: {recipe_of(ours[name])}\n"
+    try:
+        with to.open("x", encoding="utf-8") as file:
+            file.write(text if line in text.splitlines(keepends=True) else line + text)
+    except FileExistsError as error:
+        raise SettingError(f"{to}: exists already; copy from another folder") from error
+    print(f"{to}: change it, then run: marlora train {to}")
+
+
+def add_recipes(command: argparse.ArgumentParser) -> None:
+    """Arguments of `marlora recipes`."""
+    command.add_argument("--copy", default="", metavar="NAME", help="write NAME.yaml here")
