@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from ..html import text
+from .workflow_diagram import diagram
 
 MAX_DIFF = 8_000  # characters of a text that is compared
 ALIKE = 0.5  # share of words in common from which lines are compared word by word
@@ -39,10 +40,11 @@ def text_diff(old: str, new: str) -> str:
 
 
 def whole_text(value: str) -> str:
-    """A text as it is, as HTML; a word about it if it is empty."""
+    """A text as it is, as HTML, with a diagram if it is a workflow in step language; a word about
+    it if it is empty."""
     if not value:
         return '<p class="soft">(empty)</p>'
-    return f"<pre>{text(value, MAX_DIFF)}</pre>"
+    return f"<pre>{text(value, MAX_DIFF)}</pre>{diagram(value)}"
 
 
 def _skipped(count: int) -> str:
