@@ -31,6 +31,7 @@ CONFIGS = {
     "TextGradConfig": f"{METHODS}.text_feedback.textgrad",
     "RevolveConfig": f"{METHODS}.text_feedback.revolve",
     "SemanticBackpropConfig": f"{METHODS}.text_feedback.semantic_backprop",
+    "MetaTextGradConfig": f"{METHODS}.text_feedback.metatextgrad",
     "AFlowConfig": f"{METHODS}.workflow_search.aflow",
     "ADASConfig": f"{METHODS}.workflow_search.adas",
     "DebFlowConfig": f"{METHODS}.workflow_search.debflow",

@@ -29,6 +29,7 @@ NO_WEIGHTS = {
     "gptswarm_edges",
     "llmselector",
     "mipro",
+    "metatextgrad",
     "revolve",
     "semantic_backprop",
     "textgrad_prompts",
