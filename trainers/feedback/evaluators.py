@@ -93,8 +93,8 @@ class Judges:
         max_tokens: of all judges of an output together, shared evenly; 0: the helper's own bound.
         show_answer: a judge is shown the task's answer.
 
-    Prompts: `judge_system` with `{role}` and `{criterion}`, and `judge` with `{case}` (blocks) and
-    `{role}`.
+    Prompts: `judge_system` and `judge` with `{role}` and `{criterion}`; `judge` with `{case}`
+    (blocks) too.
     """
 
     metric: str
@@ -121,10 +121,11 @@ class Judges:
     def _question(self, helpers: Helpers, episode: Episode, role: str) -> Question:
         gold = answer_spellings(episode.task)[:1] if self.show_answer else []
         case = [*case_blocks(episode), *(block("EXPECTED", answer) for answer in gold)]
+        fields = {"role": role, "criterion": self.criteria.get(role, role)}
         return Question(
             self.helper,
-            helpers.prompt("judge_system", role=role, criterion=self.criteria.get(role, role)),
-            helpers.prompt("judge", case="\n".join(case), role=role),
+            helpers.prompt("judge_system", **fields),
+            helpers.prompt("judge", case="\n".join(case), **fields),
             f"evaluator{role and f'-{role}'}/{episode.task.id}",
             episode.id,
             bool(gold),

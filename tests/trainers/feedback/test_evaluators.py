@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from marlora.agents.types import Reward
 from marlora.trainers.feedback.evaluators import Judges, RuleWords
 from marlora.trainers.feedback.helpers import Question
-from tests.trainers.feedback_cases import ScriptedHelpers, chain_of, episode, turn
+from tests.trainers.feedback_cases import ScriptedHelpers, chain_of, episode, operation, turn
 
 PROMPTS = {"judge_system": "You judge {role}.", "judge": "{case}"}
 ROLES = ("logic", "syntax", "readability", "redundancy", "correctness", "runtime")
@@ -28,8 +30,6 @@ def test_a_rule_says_the_metric_and_the_answer_without_a_call() -> None:
 
 
 def test_a_reward_with_words_and_an_episode_that_failed() -> None:
-    import dataclasses
-
     helpers = ScriptedHelpers({}, lambda q: "never")
     worded = dataclasses.replace(
         chain_of("t", "a"), rewards=(Reward("right", math.nan, "no number in it"),)
@@ -84,3 +84,41 @@ def test_only_a_judge_that_is_shown_the_answer_saw_it() -> None:
         judged = Judges("right", show_answer=shown).judge(helpers, [chain_of("t", "x")])
         assert helpers.asked[0].saw_gold == judged[0].saw_gold == shown
         assert ("<EXPECTED>\n7\n" in helpers.asked[0].text) == shown
+
+
+def test_an_operation_that_failed_is_said() -> None:
+    """An exception is feedback (Trace)."""
+    failed = dataclasses.replace(operation(1, "extract", "", [0]), error="error: IndexError: empty")
+    (judged,) = RuleWords("right").judge(
+        ScriptedHelpers({}, lambda q: "never"), [episode(turn(0, "a", "x"), failed, output="")]
+    )
+    assert "Operation 'extract' failed: error: IndexError: empty" in judged.text
+
+
+@pytest.mark.parametrize(
+    ("chances", "union"), [((0.2, 0.3, 0.4), 0.664), ((0.5,) * 6, 0.984375), ((0.4,), 0.4)]
+)
+def test_several_judges_find_what_one_misses(chances: tuple[float, ...], union: float) -> None:
+    """Fact U4 of AIME: over all outcomes of independent judges, the joint text names a defect with
+    the chance of their union; a single judge has its own chance alone."""
+    total = 0.0
+    for outcome in itertools.product((True, False), repeat=len(chances)):
+        finds = dict(zip(ROLES, outcome, strict=False))
+        helpers = ScriptedHelpers(
+            PROMPTS,
+            lambda q, finds=finds: "a defect" if finds[q.about[10:].split("/")[0]] else "ok",
+        )
+        judges = Judges("right", roles=ROLES[: len(chances)])
+        (judged,) = judges.judge(helpers, [chain_of("t", "x")])
+        weight = math.prod(p if hit else 1 - p for p, hit in zip(chances, outcome, strict=True))
+        total += weight * ("defect" in judged.text)
+    assert total == pytest.approx(union, abs=1e-12)
+
+
+def test_a_role_stands_for_its_criterion() -> None:
+    prompts = {"judge_system": "{role}: {criterion}", "judge": "{case}\n{role}, {criterion}"}
+    helpers = ScriptedHelpers(prompts, str)
+    judges = Judges("right", roles=("logic", "rhyme"), criteria={"logic": "whether it follows"})
+    judges.judge(helpers, [chain_of("t", "x")])
+    assert [q.system for q in helpers.asked] == ["logic: whether it follows", "rhyme: rhyme"]
+    assert helpers.asked[0].text.endswith("\nlogic, whether it follows")

@@ -88,3 +88,21 @@ def test_of_a_played_system() -> None:
     asyncio.run(Chain(["first", "last"]).run(task, team))
     graph = Graph(dataclasses.replace(episode(*team.turns), task=task))
     assert graph.nodes[1].reads == (0,) and graph.outputs == (1,)
+
+
+def test_a_systems_own_param_acts_at_the_operations_of_its_name() -> None:
+    """Fact U1 of Trace: a param whose operation does not lead to the output is not reached."""
+    nodes = (operation(0, "used", "1"), operation(1, "dead", "2"), operation(2, "sum", "1", [0]))
+    graph = Graph(episode(*nodes, output_from=[2]))
+    params = [Param(name, 1, "number") for name in ("used", "dead", "elsewhere")]
+    own = {i: [p.name for p in graph.own(node, params)] for i, node in graph.nodes.items()}
+    assert own == {0: ["used"], 1: ["dead"], 2: ["elsewhere"]}
+    named_as_an_agent = Graph(episode(turn(0, "used", "1"), output_from=[0]))
+    assert named_as_an_agent.own(named_as_an_agent.nodes[0], params) == params
+
+
+def test_an_error_is_listed_as_one() -> None:
+    failed = dataclasses.replace(operation(1, "divide", "", [0]), error="ZeroDivisionError")
+    listing = Graph(episode(turn(0, "a", "x"), failed, output_from=[1])).listing([])
+    assert "n1 = divide(n0)\n<ERROR>\nZeroDivisionError\n</ERROR>" in listing
+    assert listing.count("<TEXT>") == 1

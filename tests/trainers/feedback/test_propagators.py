@@ -232,3 +232,27 @@ def test_an_episode_that_failed_before_its_first_turn_says_so_to_every_param() -
         helpers = ScriptedHelpers(PROMPTS, by_about)
         given = propagator.propagate(helpers, [lost], [target("a"), target("b")])
         assert [len(own) for own in given.values()] == [1, 1] and len(helpers.asked) == calls
+
+
+def test_feedback_on_several_calls_stands_in_their_order() -> None:
+    """Time-sequential gradients of LLM-AutoDiff: of an agent that spoke twice, the first call's
+    feedback first; TextGrad's order is that of the backward pass."""
+    nodes = (turn(0, "a", "x"), turn(1, "a", "y", [0]))
+    for in_call_order, orders in ((True, [0, 1]), (False, [1, 0])):
+        helpers = ScriptedHelpers(PROMPTS, by_about)
+        propagator = PerEdge(in_call_order=in_call_order)
+        given = propagator.propagate(helpers, [case(episode(*nodes))], [target("a")])
+        assert [f.order for f in given["a.prompt"]] == orders
+
+
+def test_the_whole_graph_comes_with_the_task_and_good_outputs_give_nothing() -> None:
+    """Trace: no call, the task and the graph beside the judgement; good outputs may be skipped."""
+    helpers = ScriptedHelpers(PROMPTS, by_about)
+    cases = [case(chain_of("bad", "a", "b")), case(chain_of("good", "a"), score=1.0)]
+    given = WholeGraph(good=0.9).propagate(helpers, cases, [target("a"), target("c")])
+    assert helpers.asked == [] and given["c.prompt"] == []
+    (feedback,) = given["a.prompt"]
+    assert feedback.text == "wrong"
+    assert feedback.context.startswith("<TASK>\nquestion bad\n</TASK>\n<GRAPH>\n")
+    assert "n1 = b(n0)" in feedback.context
+    assert len(WholeGraph().propagate(helpers, cases, [target("a")])["a.prompt"]) == 2

@@ -189,3 +189,43 @@ def test_json_objects_in_replies() -> None:
     assert json_object(said, "a") == {"a": {"b": 2}}
     assert json_object('{"text": "two\nlines"}', "text") == {"text": "two\nlines"}
     assert json_object("[1]", "a") is None and json_object("", "a") is None
+
+
+def test_what_values_may_be_is_said() -> None:
+    """Trace's section of constraints."""
+    params = [
+        Param("x", 2, "number"),
+        Param("wide", False, "flag"),
+        Param("how", "off", "choice", options=("off", "on")),
+        Param("code", "pass", "program"),
+    ]
+    targets = [Target(param, param.value) for param in params]
+    helpers = ScriptedHelpers(JOINT, lambda q: '{"suggestion": {"wide": "False", "how": "on"}}')
+    feedback = {target.name: [said("wrong")] for target in targets}
+    proposal = Jointly().propose(helpers, targets, feedback, past, 0)
+    assert proposal.values == {"wide": False, "how": "on"}
+    text = helpers.asked[0].text
+    for words in ("; a number\n", "; true or false\n<VALUE>\nfalse\n", "; one of off, on\n"):
+        assert words in text
+    assert "; the whole source of a program, in one text\n" in text
+
+
+def test_peers_and_scores_are_shown() -> None:
+    """LLM-AutoDiff: parts of the same call are peers; feedback says its task, call and score."""
+    helpers = ScriptedHelpers(
+        {"rewrite_system": "rewrite", "rewrite": "{peers}|{others}|{feedback}"}, lambda q: "no"
+    )
+    demos = Target(Param("a.demos", [], "demos", "a"), [])
+    code = Target(Param("code", "pass", "program"), "pass")
+    targets = [target("a"), demos, target("b", "other"), code]
+    feedback = {each.name: [] for each in targets} | {"a.prompt": [said("wrong")]}
+    PerParam(scores=True).propose(helpers, targets, feedback, past, 0)
+    peers, others, given = helpers.asked[0].text.split("|")
+    assert peers.count("<PEER>") == 1 and "'a.demos'" in peers and "<PEER>\n[]\n" in peers
+    assert others.count("<OTHER>") == 2 and "other" in others and "'code'" in others
+    assert "<ABOUT>\ntask t, call 0, score 0\n</ABOUT>" in given
+    feedback = {each.name: [] for each in targets} | {"code": [said("wrong")]}
+    PerParam().propose(helpers, targets, feedback, past, 0)
+    peers, others, given = helpers.asked[1].text.split("|")
+    assert peers == "" and others.count("<OTHER>") == 3, "what no agent has has no peers"
+    assert "<ABOUT>" not in given
