@@ -336,14 +336,15 @@ class TrainingRun:
         they were, unless `adopt` was called. Every rank has to enter it."""
         with snapshot(self.learner) as before:
             trial = Trial(lambda: self.ranks.on_main(lambda: self.sync.try_out(self.step)))
-            unfinished, versions = self.learner.unfinished, dict(self.sync.current)
+            unfinished = self.learner.unfinished
+            self.ranks.on_main(self.sync.begin_trial)
             try:
                 yield trial
             finally:
                 if not trial.adopted:
                     before.put_back()
                     self.learner.unfinished = unfinished
-                    self.ranks.on_main(lambda: self.sync.try_out(self.step, versions))
+                self.ranks.on_main(lambda: self.sync.end_trial(self.step, trial.adopted))
 
     def save(self) -> Path | None:
         """Write a checkpoint of the last finished step, unless it is there already; its folder on

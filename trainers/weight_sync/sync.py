@@ -55,6 +55,8 @@ class WeightSync:
         self._earlier_records: dict[str, list[dict[str, Any]]] = {}  # of the run that is resumed
         self._earlier_versions: dict[str, dict[str, str]] = {}
         self._held: dict[int, contextlib.ExitStack] = {}  # by step: keeps its team version loaded
+        # trials that have begun: the versions before each, and what keeps loaded what it published
+        self._trials: list[tuple[dict[str, str], contextlib.ExitStack]] = []
 
     def open(
         self,
@@ -111,6 +113,15 @@ class WeightSync:
         }
 
     @property
+    def published(self) -> dict[str, str]:
+        """The version of every policy, of untrained ones too."""
+        return {
+            policy: version
+            for publisher in self.publishers.values()
+            for policy, version in publisher.versions.items()
+        }
+
+    @property
     def state(self) -> TeamState:
         """The state to play with: the adapter versions, the values of the moment, and which outside
         models answer."""
@@ -158,12 +169,30 @@ class WeightSync:
             self._perform(publisher.publish(step, self.learner.bases[name].policies))
         return self.current
 
-    def try_out(self, step: int, versions: Mapping[str, str] | None = None) -> None:
-        """Publish what the learner holds in the middle of a step, to measure it. `versions`: the
-        names that adapters of this content had before."""
-        for publisher in self.publishers.values():
-            publisher.earlier.update(versions or {})
+    def begin_trial(self) -> None:
+        """What is published until `end_trial` stays loaded: it may be published again, and a
+        version that was retired never has its name back."""
+        self._trials.append((self.published, contextlib.ExitStack()))
+        self._keep_loaded()
+
+    def try_out(self, step: int) -> None:
+        """Publish what the learner holds in the middle of a step, to measure it."""
         self.publish(step)
+        self._keep_loaded()
+
+    def end_trial(self, step: int, adopted: bool) -> None:
+        """Publish again what was there before the trial, under the names that it had; nothing if it
+        was adopted."""
+        before, held = self._trials.pop()
+        with held:
+            if not adopted:
+                for publisher in self.publishers.values():
+                    publisher.earlier.update(before)
+                self.publish(step)
+
+    def _keep_loaded(self) -> None:
+        _, held = self._trials[-1]
+        held.enter_context(self._hold_loaded(self.published))
 
     def verify(
         self, step: int, episodes: Sequence[Episode], *, final: bool = False, start: bool = False

@@ -41,6 +41,24 @@ def test_a_trial_is_put_back_to_the_last_bit_and_served_as_before(
         assert state(run) != before
 
 
+def test_what_was_tried_before_may_be_tried_again_also_the_untrained_team(
+    model: Path, tmp_path: Path
+) -> None:
+    made = small_run.trainer(tmp_path / "run", model)
+    tasks = [Task("v", "1 + 1 + 1", "0", meta={"c": 1})]
+    with made.run as run:
+        before, first = state(run), run.evaluator.measure(None, tasks)
+        episodes = run.rollouts.collect(1)
+        for _ in range(2):  # the same adapters again, in the same step
+            with run.trial() as trial:
+                made.learn(1, episodes)
+                trial.serve()
+                run.learner.reset(run.learner.trainable)
+                trial.serve()
+                assert run.state.versions == {}
+            assert state(run) == before and run.evaluator.measure(None, tasks) == first
+
+
 def test_trying_does_not_change_what_is_learnt(model: Path, tmp_path: Path) -> None:
     plain, tried = (
         small_run.trainer(tmp_path / "a", model),
