@@ -70,6 +70,8 @@ class ExecutionResult:
         value: the value of a workflow program, made of None, bool, int, float, str, list, tuple and
             dict; None for a plain one.
         seconds: how long it took, externals included.
+        line: of a workflow program that raised the line where it did, from 1; 0 where that is not
+            known.
     """
 
     status: Status
@@ -77,6 +79,7 @@ class ExecutionResult:
     error: str = ""
     value: Any = None
     seconds: float = 0.0
+    line: int = 0
 
     @property
     def ok(self) -> bool:

@@ -14,7 +14,7 @@ a few lines whose last expression, or whose `async def workflow()`, is the answe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..execution import ExecutionResult, Limits
 from ..lookup import trusted
@@ -191,6 +191,7 @@ async def run_program(
         outcome = await context.team.execute(
             whole(program, context.task.prompt), externals(operators, context), limits
         )
+        outcome = located(outcome, program)
     except (QuotaError, LimitError) as error:
         return ExecutionResult("calls", error=str(error))
     if outcome.ok and len(str(outcome.value)) > context.max_text:
@@ -206,7 +207,17 @@ async def dry_run(
     """Why a program cannot be run, tried with sketched answers; "" if it can. Sketches may well
     lead to no answer."""
     outcome = await team.execute(whole(program, "1"), externals(operators, None, max_text), limits)
+    outcome = located(outcome, program)
     return "" if outcome.ok and outcome.value is None else failed(outcome)
+
+
+def located(outcome: ExecutionResult, program: str) -> ExecutionResult:
+    """The outcome of a `whole` program with the line that raised in its error."""
+    lines, number = program.split("\n"), outcome.line - 1  # the problem stands in the first line
+    if not 0 < number <= len(lines):
+        return outcome
+    error = f"{outcome.error} (line {number}: {lines[number - 1].strip()[:80]})"
+    return replace(outcome, error=error)
 
 
 def answer_of(outcome: ExecutionResult) -> str:

@@ -97,7 +97,7 @@ class Interpreter:
             return ExecutionResult("syntax", error=_line(wrong))
         printed = self.monty.CollectString(max_bytes=limits.output)
         start, monty = time.monotonic(), self.monty
-        value, error = None, ""
+        value, error, line = None, "", 0
         status: Status = "done"
         try:
             async with self._pool.checkout(limits=_bounds(limits), os_policy=_policy()) as session:
@@ -110,12 +110,15 @@ class Interpreter:
             status, error = "error", _line(wrong)
         except monty.MontyRuntimeError as wrong:
             status, error = _met(wrong, limits), _line(wrong)
+            line = _where(wrong) if status == "error" else 0
         except monty.MontyCrashedError as wrong:
             status, error = "killed", _line(wrong)
         except monty.MontyError as wrong:
             status, error = "error", _line(wrong)
         seconds = time.monotonic() - start
-        return ExecutionResult(status, printed.output[: limits.output], error, value, seconds)
+        return ExecutionResult(
+            status, printed.output[: limits.output], error, value, seconds, line
+        )
 
     async def close(self) -> None:
         if self._entered.done():
@@ -125,6 +128,12 @@ class Interpreter:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error)[:WORDS].split())[:300]
+
+
+def _where(wrong: Any) -> int:
+    """The line in which a program raised, the innermost of its own."""
+    frames = wrong.traceback()
+    return frames[-1].line if frames else 0
 
 
 def _bounds(limits: Limits) -> dict[str, Any]:

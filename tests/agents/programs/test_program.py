@@ -50,6 +50,24 @@ def test_the_program_of_the_values_is_run_and_its_end_is_an_operation() -> None:
 
 
 @pytest.mark.parametrize(
+    ("program", "line"),
+    [
+        ("a = await custom('A')\nb = [][1]\na", "(line 2: b = [][1])"),
+        ("def f(x):\n    return x.y\nf(await custom('A'))", "(line 2: return x.y)"),
+        (
+            "async def workflow():\n    return [][await custom('A')]",
+            "(line 2: return [][await custom('A')])",
+        ),
+    ],
+)
+def test_an_error_names_the_line_that_raised(program: str, line: str) -> None:
+    _, team = play(Program(["executor"]), lambda agent, text: "1", {"program": program})
+    (ended,) = team.operations
+    assert ended.error.startswith("error: ") and ended.error.endswith(line)
+    assert asyncio.run(Program(["executor"]).dry_run(program, team)).endswith(line)
+
+
+@pytest.mark.parametrize(
     ("program", "settings", "fault", "calls"),
     [
         ("while True:\n    pass\nawait custom('A')", {}, "time:", 0),

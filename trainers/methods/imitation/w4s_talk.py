@@ -174,7 +174,7 @@ class DesignTurn(ProgramTalk):
         """The program of a reply, with what was said before it."""
         assert self.target is not None
         reply = read_reply(text, tuple(self.target.callable), self.reply_format)
-        note = " ".join(text[: reply.start].split())[:200]
+        note = " ".join(text[: reply.start].rpartition("```")[0].split())[:200]
         return Proposal(note, reply.program, reply.fault)
 
     def proposals(self, episode: Episode) -> list[Proposal]:
