@@ -10,9 +10,8 @@ from typing import Any
 from marlora.agents.types import SettingError
 from marlora.rollouts import files
 from marlora.rollouts.report.run_data import RunData, read_json
-from marlora.trainers.errors import RunError
-
 from marlora.rollouts.rewards.builtin import resolve_rewards
+from marlora.trainers.errors import RunError
 from marlora.trainers.loop.summary import measured_name
 
 from .measured import run_result

@@ -1,5 +1,5 @@
-"""`marlora compare PLAN --dry_run`: what each arm may spend, and whether its recipe takes the plan's
-team, before anything is played."""
+"""`marlora compare PLAN --dry_run`: what each arm may spend, and whether its recipe takes the team,
+before anything is played."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`compare.json`: the rows of a comparison with their numbers, as plain JSON from which the page and
-the tables are made."""
+"""`compare.json`: the rows of a comparison with their numbers, as plain JSON, from which page and
+tables are made."""
 
 from __future__ import annotations
 

@@ -64,8 +64,8 @@ def run_arms(plan: ComparisonPlan, runs: Sequence[PlannedRun], say: Say) -> list
 def run_recipe(plan: ComparisonPlan, run: PlannedRun, *flags: str) -> str:
     """Run a recipe to its end in a process of its own; returns why it failed, "" if it did not.
 
-    Raises `KeyboardInterrupt` on Ctrl-C, SIGTERM and SIGUSR1 (which clusters send before the time limit),
-    once the run has saved its last finished step.
+    Raises `KeyboardInterrupt` on Ctrl-C, SIGTERM and SIGUSR1 (which clusters send before the time
+    limit), once the run has saved its last finished step.
     """
     log = log_of(plan, run)
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from marlora.agents.types import AgentSpec, SettingError
-from marlora.recipes.compare.comparison import check_same, claim
+from marlora.recipes.compare.comparison import claim
 from marlora.recipes.compare.plan import ComparisonPlan, PlannedRun, read_plan
 from tests.recipes.compare.plans import SFT, plan_of, written
 
@@ -114,10 +114,3 @@ def test_a_folder_is_one_plans(tmp_path: Path) -> None:
     ):
         with pytest.raises(SettingError, match=message):
             claim(plan(tmp_path, **changes))
-
-
-def test_numbers_of_another_plan_are_not_overwritten(tmp_path: Path) -> None:
-    before = plan(tmp_path).identity()
-    check_same(before, plan(tmp_path).identity(), "--json x")
-    with pytest.raises(SettingError, match=r"--json x: .* another budget"):
-        check_same(before, plan(tmp_path, budget={"calls": 500}).identity(), "--json x")

@@ -1,0 +1,202 @@
+"""Whole comparisons on a model that has learnt nothing: rows that are always there, arms that fail,
+resume, budgets. Recipes run in this process here; processes that are killed stand in
+`test_processes.py`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from marlora.agents.types import SettingError
+from marlora.recipes.cli.main import main
+from marlora.recipes.compare import comparison, runs
+from marlora.recipes.compare.dry_run import dry_run
+from marlora.recipes.compare.measured import run_result
+from marlora.recipes.compare.plan import ComparisonPlan
+from marlora.recipes.compare.reference import PROMPTS, SINGLE, TEAM, VOTES
+from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.report.run_data import RunData
+from tests.recipes.compare.plans import SFT, plan_of, written
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def in_process(words: Sequence[str], log: Path) -> int:
+    """Stands for `runs.supervised`: a recipe's `main` in this process, and its exit code."""
+    before, sys.argv = sys.argv, ["recipe", *words[3:]]
+    try:
+        importlib.import_module(words[2]).main()
+    except SettingError as error:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"warning: something else\nerror: {error}\n")
+        return 2
+    finally:
+        sys.argv = before
+    return 0
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The recipes that were started, in order."""
+    names: list[str] = []
+
+    def run(words: Sequence[str], log: Path) -> int:
+        names.append(Path(words[-1]).stem)
+        return in_process(words, log)
+
+    monkeypatch.setattr(runs, "supervised", run)
+    return names
+
+
+ARMS = {
+    "sft": SFT,
+    "still": {**SFT, "control_of": "sft", "settings": {**SFT["settings"], "learning_rate": 0.0}},
+    "edges": {"recipe": "gptswarm_edges"},
+}
+
+
+def test_a_comparison_has_all_rows_and_goes_on_where_it_was(
+    model: Path, tmp_path: Path, started: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    prompts = [{"first.prompt": "a"}, {"first.prompt": "b", "last.prompt": "b"}]
+    plan = plan_of(folder, model, arms=ARMS, prompts=prompts)
+    path = written(tmp_path / "plan.yaml", plan)
+    numbers, markdown = tmp_path / "numbers.json", tmp_path / "table.md"
+    words = ["compare", str(path), "--json", str(numbers), "--markdown", str(markdown)]
+
+    # one arm cannot take the team: the others have their rows, and the command says so
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 1
+    shown = capsys.readouterr()
+    assert "1 run has no result; edges, seed 0: the recipe does not take" in shown.err
+    assert started == ["sft-seed-0", "still-seed-0", "edges-seed-0"]
+    result = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in result["rows"]}
+    references = [TEAM, SINGLE, PROMPTS, VOTES[SINGLE], VOTES[TEAM]]
+    assert list(rows) == [*references, "sft", "still"]
+    assert set(result["noise"]) == {"greedy", "sampled"}
+    assert set(result["failed"]) == {"edges, seed 0"}
+    assert "system" in result["failed"]["edges, seed 0"]
+    assert json.loads(numbers.read_text(encoding="utf-8")) == result
+    assert "| edges" not in markdown.read_text(encoding="utf-8")
+
+    # a control that cannot learn ends as the team began, token for token
+    still, team = rows["still"], rows[TEAM]
+    assert (still["score"], still["tokens_per_task"]) == (team["score"], team["tokens_per_task"])
+    assert still["starts_at"] == team["score"] and still["control_of"] == "sft"
+    pairs = {(each["from"], each["to"]) for each in result["comparisons"]}
+    against = [TEAM, VOTES[SINGLE], VOTES[TEAM]]
+    assert pairs == {(a, b) for a in against for b in ("sft", "still")} | {("still", "sft")}
+
+    # votes are paid for by the dearest arm
+    dearest = max(rows["sft"]["tokens_per_task"], still["tokens_per_task"])
+    assert rows[VOTES[SINGLE]]["tokens_per_task"] <= dearest + 1e-9
+    assert f"at most {dearest:,.0f} tokens" in rows[VOTES[TEAM]]["note"]
+    assert rows[PROMPTS]["spent"]["tokens"] > 0 and "chosen on validation" in rows[PROMPTS]["note"]
+
+    # what learning took is what the run's ledger says, and within the budget
+    summary = json.loads((folder / "runs/sft/seed-0/summary.json").read_text(encoding="utf-8"))
+    assert rows["sft"]["spent"]["tokens"] == summary["budget"]["spent"]["tokens"] <= 10000
+    assert sum(each["tokens"] for each in rows["sft"]["by_role"].values()) == pytest.approx(
+        rows["sft"]["spent"]["tokens"]
+    )
+    curve = result["curves"]["sft"]["held-out"]["0"]
+    assert curve[0][0] == 0 and curve[-1][0] == rows["sft"]["spent"]["tokens"]
+
+    # again, with one more arm: only that one and the one without a result are started
+    stored = {e.id for e in Store(folder / "reference" / "episodes")}
+    arms = {**ARMS, "more": {**SFT, "recipe": "sft_team"}}
+    written(path, {**plan, "arms": arms})
+    del started[:]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert started == ["edges-seed-0", "more-seed-0"]
+    again = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    assert again["rows"][: len(result["rows"])] == result["rows"]
+    assert {e.id for e in Store(folder / "reference" / "episodes")} == stored
+
+
+def test_a_budget_below_one_evaluation_is_refused_before_any_arm(
+    model: Path, tmp_path: Path, started: list[str]
+) -> None:
+    """What an evaluation costs is known once the team was measured."""
+    plan = ComparisonPlan("p", plan_of(tmp_path, model, budget={"tokens": 30}))
+    with pytest.raises(SettingError, match=r"budget\.tokens: 30 is below one evaluation"):
+        comparison.compare_arms(plan, silent)
+    assert not started and not (tmp_path / "compare.json").exists()
+
+
+def test_a_budget_ends_a_run_and_is_never_exceeded(
+    model: Path, tmp_path: Path, started: list[str]
+) -> None:
+    arms = {"sft": {**SFT, "settings": {**SFT["settings"], "max_steps": 50}}}
+    plan = ComparisonPlan("p", plan_of(tmp_path, model, arms=arms, budget={"tokens": 450}))
+    result = comparison.compare_arms(plan, silent)
+    row = next(row for row in result["rows"] if row["name"] == "sft")
+    assert row["stopped"] and 0 < row["steps"] < 50
+    assert 225 < row["spent"]["tokens"] <= 450 and not result["failed"]
+
+
+def test_more_than_the_budget_is_a_failure(
+    model: Path, tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = ComparisonPlan("p", plan_of(tmp_path, model))
+    (run,) = plan.runs()
+    run.folder.mkdir(parents=True)
+    (run.folder / "summary.json").write_text(
+        json.dumps({"steps": 2, "budget": {"spent": {"tokens": 10001}}}), encoding="utf-8"
+    )
+    assert runs.is_finished(run)
+    assert comparison.failures(plan, [runs.Outcome(run)]) == {
+        "sft, seed 0": "over its budget, tokens: 10,001 of 10,000"
+    }
+    # a run that went on after its summary was written has not finished
+    (run.folder / "metrics.jsonl").write_text('{"step": 3}\n', encoding="utf-8")
+    assert not runs.is_finished(run)
+
+
+def test_the_dry_run_says_what_each_arm_may_spend_and_who_refuses(
+    model: Path, tmp_path: Path
+) -> None:
+    plan = ComparisonPlan("p", plan_of(tmp_path / "out", model, arms=ARMS, seeds=[0, 1, 2]))
+    lines = list(dry_run(plan))
+    assert "runs         9, which may spend at most 90,000 tokens" in lines
+    (of_sft,) = (line for line in lines if line.startswith("  sft: "))
+    assert of_sft == "  sft: sft_team, 3 seeds: at most 30,000 tokens"
+    edges = lines.index(next(line for line in lines if line.startswith("  edges: ")))
+    assert lines[edges + 1].startswith("    the recipe does not take the plan's team")
+    assert any(line.startswith("    memory ") for line in lines)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_one_part_is_one_run(model: Path, tmp_path: Path, started: list[str]) -> None:
+    plan = ComparisonPlan("p", plan_of(tmp_path, model, arms={"sft": SFT, "more": SFT}))
+    comparison.compare_part(plan, 1, silent)
+    assert started == ["more-seed-0"] and not (tmp_path / "reference").exists()
+    data = RunData.read(tmp_path / "runs" / "more" / "seed-0")
+    assert run_result(data, 0).steps == 2
+    with pytest.raises(SettingError, match="--part 2: the plan has runs 0 to 1"):
+        comparison.compare_part(plan, 2, silent)
+
+
+def test_headroom_says_whether_there_is_anything_to_gain(model: Path, tmp_path: Path) -> None:
+    """The other model is the same one: what it answers is what the team answers."""
+    plan: Any = plan_of(tmp_path, model, headroom={"samples": 2, "model": {"base": str(model)}})
+    result = comparison.measure_headroom(ComparisonPlan("p", plan))
+    assert result["tasks"] == 2 and result["held_out_tasks"] == 4 and result["comparisons"] == 3
+    assert result["other_model"] == result["team"] <= 1
+    assert result["best_of"]["samples"] == 2 and result["detectable"] > 0
+    kept = json.loads((tmp_path / "headroom.json").read_text(encoding="utf-8"))
+    assert kept == result and not (tmp_path / "runs").exists()
