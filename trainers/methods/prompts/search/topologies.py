@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .....agents.patterns.building_blocks import VALUES, predictors
+from .....agents.programs.building_blocks import VALUES, predictors
 
 # the least of a block that shows what it does; the others are left out
 MINIMAL: Mapping[str, Mapping[str, int]] = {

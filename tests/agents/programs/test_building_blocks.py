@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from marlora.agents import execution
-from marlora.agents.patterns.building_blocks import VALUES, BuildingBlocks, predictors
+from marlora.agents.programs.building_blocks import VALUES, BuildingBlocks, predictors
 from marlora.agents.testing import check_system, fake_team
 from marlora.agents.types import Message, SettingError, Task
 
