@@ -272,6 +272,8 @@ def link_view() -> None:
     for room in ROOMS:
         if not (view / room).is_symlink():
             (view / room).symlink_to(Path("..") / ".." / room)
+    if not (view / "__init__.py").is_symlink():
+        (view / "__init__.py").symlink_to(Path("..") / ".." / ".package" / "__init__.py")
 
 
 def key() -> str:

@@ -222,7 +222,9 @@ for name in {names!r}:
 
 def test_rooms_have_no_init_file() -> None:
     assert [
-        str(path) for path in files() if path.name == "__init__.py" and path.parts[0] != "tests"
+        str(path)
+        for path in files()
+        if path.name == "__init__.py" and path.parts[0] not in ("tests", ".package")
     ] == []
 
 
