@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 from .types import AgentSpec, Message, PolicySpec, SettingError, from_json, nearest, to_json
 
-Kind = Literal["text", "demos", "program", "choice", "number", "flag", "logits", "weights"]
+Kind = Literal[
+    "text", "demos", "program", "choice", "number", "flag", "structure", "logits", "weights"
+]
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Param:
         value: what holds where `values` has nothing of this name.
         kind: what a value looks like: `text`, `demos` (messages, user and assistant in turn),
             `program` (source that runs in the sandbox), `choice` (one of `options`), `number`,
-            `flag` (true or false),
+            `flag` (true or false), `structure` (a mapping whose form `legal` knows),
             `logits` (a logit per option, or such mappings by decision), `weights` (of a small
             network: packed numbers by name of a tensor).
         agent: whose it is; "" is the system's.
@@ -120,6 +122,10 @@ def _number(param: Param, value: Any) -> str | None:
 
 def _flag(param: Param, value: Any) -> str | None:
     return None if isinstance(value, bool) else f"expected true or false, got {value!r:.60}"
+
+
+def _structure(param: Param, value: Any) -> str | None:
+    return None if isinstance(value, Mapping) else f"expected a mapping, got {value!r:.60}"
 
 
 def _choice(param: Param, value: Any) -> str | None:
@@ -170,6 +176,7 @@ _KINDS: Mapping[str, Callable[[Param, Any], str | None]] = {
     "program": _text,
     "number": _number,
     "flag": _flag,
+    "structure": _structure,
     "choice": _choice,
     "demos": _demos,
     "logits": _logits,

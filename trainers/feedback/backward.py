@@ -21,6 +21,7 @@ class Feedback:
         score: of the episode.
         context: the conversation that it is about, as blocks.
         order: index of the node that it came through.
+        place: where in a structure that node stood, as the system recorded it.
         saw_gold: it may hold the task's answer.
     """
 
@@ -31,6 +32,7 @@ class Feedback:
     context: str = ""
     order: int = -1
     saw_gold: bool = False
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Case:
     graph: Graph
     judgement: Judgement
 
-    def feedback(self, text: str, context: str = "", order: int = -1) -> Feedback:
+    def feedback(self, text: str, context: str = "", order: int = -1, place: str = "") -> Feedback:
         """Feedback that this case gives."""
         return Feedback(
             text,
@@ -51,6 +53,7 @@ class Case:
             context,
             order,
             self.judgement.saw_gold,
+            place,
         )
 
 

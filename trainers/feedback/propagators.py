@@ -217,7 +217,10 @@ class Requirements:
     """One call per turn, from the output back (agent symbolic learning, arXiv:2406.18532): the
     reply has a suggestion for the turn's own params and a requirement for what it read.
 
-    Plain operations hand requirements on. Prompts: `backward_system`, and `state` with
+    A param that acts at an operation (`Graph.own`), as a structure does that says who speaks now,
+    gets the suggestions on the turns that read the operation, whose text is their `place`.
+
+    Plain operations hand requirements on. Prompts: `backward_system`, and `state` with `{place}`,
     `{instruction}`, `{previous}` (blocks of what it read), `{output}` and `{requirement}`; the
     reply puts `<SUGGESTION>` and `<REQUIREMENT>` around its two texts.
     """
@@ -251,15 +254,30 @@ class Requirements:
             context = case.graph.conversation(node)
             for target in backward.own(number, node):
                 backward.collect(target, case.feedback(suggestion, context, node.index))
+            for place, target in self._places(backward, number, node):
+                told = case.feedback(suggestion, context, node.index, place.text)
+                backward.collect(target, told)
         if requirement:
             for read in backward.predecessors(number, node):
                 backward.give(number, read, case.feedback(requirement))
 
+    def _places(self, backward: Backward, number: int, node: Node) -> list[tuple[Node, Target]]:
+        """The operations that a turn read and that params act at, with these."""
+        return [
+            (read, target)
+            for read in backward.predecessors(number, node)
+            if not isinstance(read.of, Turn)
+            for target in backward.own(number, read)
+        ]
+
     def _question(self, helpers: Helpers, backward: Backward, number: int, node: Node) -> Question:
         case = backward.cases[number]
-        previous = [block("PREVIOUS", case.graph.nodes[i].text) for i in node.reads]
+        places = {place.index: place.text for place, _ in self._places(backward, number, node)}
+        reads = [case.graph.nodes[i].text for i in node.reads if i not in places]
+        previous = [block("PREVIOUS", text) for text in reads]
         text = helpers.prompt(
             "state",
+            place="\n".join(block("PLACE", text) for text in places.values()),
             instruction=block("INSTRUCTION", node.prompt),
             previous="\n".join(previous or [block("TASK", case.episode.task.prompt)]),
             output=block("OUTPUT", node.text),

@@ -11,7 +11,7 @@ from ...agents.state import Param
 from ...agents.types import SettingError, Task, nearest
 from ..credit.leakage import answer_spellings
 
-KINDS = ("text", "demos", "program", "choice", "number", "flag")  # that words can say
+KINDS = ("text", "demos", "program", "choice", "number", "flag", "structure")  # that words can say
 EXPECTED = {
     "text": "a text",
     "demos": "a list of messages, user and assistant in turn",
@@ -19,6 +19,7 @@ EXPECTED = {
     "choice": "a name",
     "number": "a number",
     "flag": "true or false",
+    "structure": "a mapping of the same form",
 }
 SHORT = 20  # characters of a training prompt below which holding it is no copy
 

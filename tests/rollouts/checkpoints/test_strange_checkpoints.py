@@ -92,6 +92,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "marlora.agents.patterns.actor_critic:ActorCritic": {},
     "marlora.agents.patterns.refinement:Refinement": {"iterations": 1},
     "marlora.agents.patterns.swarm:Swarm": {},
+    "marlora.agents.patterns.pipeline:Pipeline": {},
     "marlora.agents.patterns.temporal_network:TemporalNetwork": {},
     "marlora.agents.programs.workflow:Workflow": {
         "operators": ["custom", "review"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from marlora.agents.state import Param
 from marlora.trainers.feedback.helpers import Question
 from marlora.trainers.feedback.propagators import (
     NO_ERROR,
@@ -12,6 +13,7 @@ from marlora.trainers.feedback.propagators import (
     Requirements,
     WholeGraph,
 )
+from marlora.trainers.feedback.targets import Target
 from tests.trainers.feedback_cases import (
     ScriptedHelpers,
     case,
@@ -27,7 +29,7 @@ PROMPTS = {
     "base": "BASE {role} {target} {conversation}",
     "chain": "CHAIN {role} {target} {conversation} {feedback}",
     "node": "{instruction} {task} {hints} {output} {feedback}",
-    "state": "{instruction} {previous} {output} {requirement}",
+    "state": "{place} {instruction} {previous} {output} {requirement}",
 }
 
 
@@ -206,6 +208,28 @@ def test_a_state_without_tags_is_counted_and_ends_the_chain() -> None:
     helpers = ScriptedHelpers(PROMPTS, lambda q: "Do better!")
     given = Requirements().propagate(helpers, [case(chain_of("t", "a", "b"))], [target("a")])
     assert not given["a.prompt"] and helpers.counts["unreadable"] == 1 and len(helpers.asked) == 1
+
+
+def test_a_structure_gets_the_suggestions_on_the_places_that_it_made() -> None:
+    """The operations of its name say where each turn stands; they are not asked about, and what is
+    required of a turn reaches the turn that chose it too."""
+    run = episode(
+        operation(0, "pipeline", "write/writer"),
+        turn(1, "a", "draft", [0]),
+        turn(2, "a", "edit, please", [1]),
+        operation(3, "choice", "edit", [2]),
+        operation(4, "pipeline", "edit/editor", [3]),
+        turn(5, "a", "final", [1, 4]),
+    )
+    whole = Target(Param("pipeline", {}, "structure"), {})
+    reply = "<SUGGESTION>at {0}</SUGGESTION><REQUIREMENT>by {0}</REQUIREMENT>"
+    helpers = ScriptedHelpers(PROMPTS, lambda q: reply.format(q.about.rpartition("-")[2]))
+    given = Requirements().propagate(helpers, [case(run)], [whole])["pipeline"]
+    assert [(f.place, f.text) for f in given] == [("edit/editor", "at 5"), ("write/writer", "at 1")]
+    last, chooser, first = helpers.asked
+    assert "<PLACE>\nedit/editor\n</PLACE>" in last.text
+    assert "<PREVIOUS>\ndraft\n</PREVIOUS>" in last.text and "<PREVIOUS>\nedit" not in last.text
+    assert "by 5" in chooser.text and first.text.count("<FEEDBACK>") == 2
 
 
 # not at all
