@@ -30,8 +30,7 @@ def clusters_of(tasks: Sequence[Task], by: Sequence[str], count: int, seed: int)
     """
     groups: dict[str, list[Task]] = {}
     for task in tasks:
-        name = " ".join(_entry(task, field) for field in by if field != TEXT)
-        groups.setdefault(name or "all", []).append(task)
+        groups.setdefault(group_of(task, by), []).append(task)
     if TEXT not in by:
         return {task.id: name for name, own in groups.items() for task in own}
     found: dict[str, str] = {}
@@ -40,6 +39,12 @@ def clusters_of(tasks: Sequence[Task], by: Sequence[str], count: int, seed: int)
         numbers = k_means(features, count, derive_seed(seed, "clusters", name))
         found |= {task.id: f"{name} {n + 1}" for task, n in zip(own, numbers, strict=True)}
     return {task.id: found[task.id] for task in tasks}
+
+
+def group_of(task: Task, by: Sequence[str]) -> str:
+    """What the entries of `by` besides `text` say of a task. Raises `SettingError` at a field that
+    it does not have."""
+    return " ".join(_entry(task, field) for field in by if field != TEXT) or "all"
 
 
 def _entry(task: Task, field: str) -> str:

@@ -46,7 +46,7 @@ from ....values.memory import Memory
 from ....values.parts import Part
 from ..imitation import ImitationConfig, encoded, fit_turns
 from ..sft import opening_messages
-from .clusters import SOURCE, TEXT, clusters_of
+from .clusters import SOURCE, TEXT, clusters_of, group_of
 from .outcomes import comparison, designs, pool_row
 from .pool import POOL
 from .refinement import PROGRAMS, REFINE, ProgramByQuery, Refinement, refinement_of, refinement_task
@@ -145,6 +145,8 @@ class MASGPTTrainer(Trainer[MASGPTConfig]):
         self._check_policies()
         self.pool: Mapping[str, str] = self.args.pool  # type: ignore[assignment]
         self.teams = {name: self._team(name, program) for name, program in self.pool.items()}
+        for task in (*self.spec.tasks, *self.spec.val_tasks):
+            group_of(task, self.args.cluster_by)  # a field that is missing is named at once
         self.refiner = self.spec.helper(REFINER) if self.spec.helpers else None
         self.memory = Memory("mas_gpt")  # the score table and the triples
         return [self.memory]
