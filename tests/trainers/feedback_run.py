@@ -5,13 +5,16 @@ of its tasks mean, and scripted helpers that read it out of failing examples.
 message says so; `backward` looks for the one operation that takes the numbers to the expected
 output; `optimizer` puts what it is told into the prompt.
 
-`python -m tests.trainers.feedback_run FOLDER MODEL` plays one on each rank.
+`run_of(NAME, ...)` is a run of the method of this name (`METHODS`), whose helpers speak its format.
+
+`python -m tests.trainers.feedback_run FOLDER MODEL [METHOD]` plays one on each rank.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +27,18 @@ from marlora.agents.text.tags import inside
 from marlora.agents.types import Sampling, Task
 from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.scripted import Answer, ScriptedEngine
+from marlora.rollouts.types import Episode
+from marlora.trainers.feedback.backward import ByParam, without_text
 from marlora.trainers.feedback.config import FeedbackConfig
+from marlora.trainers.feedback.evaluators import Evaluator, Judgement
+from marlora.trainers.feedback.helpers import Helpers
+from marlora.trainers.feedback.loop import Pieces
+from marlora.trainers.feedback.propagators import Propagator
+from marlora.trainers.methods.text_feedback.aime import AIMETrainer
+from marlora.trainers.methods.text_feedback.llm_autodiff import LLMAutoDiffTrainer
+from marlora.trainers.methods.text_feedback.revolve import RevolveTrainer
 from marlora.trainers.methods.text_feedback.textgrad import TextGradConfig, TextGradTrainer
+from marlora.trainers.methods.text_feedback.trace_opto import TraceTrainer
 from marlora.trainers.trainer import Trainer
 
 OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
@@ -95,6 +108,32 @@ def rewrite(question: str) -> str:
     return f"I changed it.\n<IMPROVED_VARIABLE>{text.strip()}</IMPROVED_VARIABLE>"
 
 
+def rewrite_jointly(question: str) -> str:
+    """What `optimizer` says to all runs at once: one JSON object with the meanings that they show
+    put into the value of the prompt."""
+    variables, _, runs = question.partition("Runs, each with")
+    value = inside(variables, "VALUE") or ""
+    means = dict(MEANS.findall(value))
+    for run in re.split(r"<FEEDBACK_\d+>", runs):
+        means |= dict(MEANS.findall(criticise(run)))
+    text = "Work it out. " + " ".join(f"{sign} means {name}." for sign, name in means.items())
+    return json.dumps({"reasoning": "as the runs show", "suggestion": {"solver.prompt": text}})
+
+
+def judge(question: str) -> str:
+    """What `evaluator` says: the expected output, if it looks at correctness; nothing else is
+    wrong."""
+    expected = re.search(r"<EXPECTED>\n(.*?)\n</EXPECTED>", question)
+    looks = re.search(r"any other: (\w+)", question)
+    correctness = looks is not None and looks[1] == "correctness"
+    return f"The expected output is: {expected[1]}" if correctness and expected else "It is fine."
+
+
+def rewrite_with_method(question: str) -> str:
+    """What `optimizer` says to LLM-AutoDiff: how it changes the value, and the value."""
+    return f"<METHOD>add an instruction</METHOD>{rewrite(question)}"
+
+
 def scripted(
     solver: Callable[[str, str], str] = solve,
     backward: Callable[[str], str] = criticise,
@@ -156,9 +195,121 @@ def trainer(
     )
 
 
+# by name of a recipe: trainer, settings, and what its helpers say
+METHODS: Mapping[str, tuple[type[Trainer[Any]], dict[str, Any], dict[str, Any]]] = {
+    "textgrad_prompts": (TextGradTrainer, {}, {}),
+    "revolve": (RevolveTrainer, {}, {}),
+    "aime": (
+        AIMETrainer,
+        {"roles": ["logic", "correctness"], "evaluator_tokens": 400, "show_answer": True},
+        {"evaluator": judge},
+    ),
+    "trace_opto": (TraceTrainer, {}, {"optimizer": rewrite_jointly}),
+    "llm_autodiff": (LLMAutoDiffTrainer, {}, {"optimizer": rewrite_with_method}),
+}
+
+
+def run_of(name: str, folder: Path, model: Path, **changes: Any) -> Any:
+    """A run of the method of this name on the signs."""
+    cls, settings, says = METHODS[name]
+    made = {"cls": cls, "config": cls.Config, "say": scripted(**says), **settings, **changes}
+    return trainer(folder, model, **made)
+
+
+def with_pieces(cls: Any, change: Callable[[Pieces], Pieces]) -> Any:
+    """The same method of other pieces."""
+
+    class Changed(cls):  # type: ignore[misc]
+        def pieces(self) -> Pieces:
+            return change(super().pieces())
+
+    return Changed
+
+
+class Exchanged:
+    """An evaluator that says of each episode of a batch what it has to say of the next one."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+
+    def judge(self, helpers: Helpers, episodes: Sequence[Episode]) -> list[Judgement]:
+        judged = self.evaluator.judge(helpers, episodes)
+        return [
+            dataclasses.replace(own, text=other.text, conversation=_exchanged(own, other))
+            for own, other in zip(judged, [*judged[1:], *judged[:1]], strict=True)
+        ]
+
+
+def _exchanged(own: Judgement, other: Judgement) -> str:
+    """The conversation of one judgement with the result of another."""
+    for tag in ("<RESULT>", "<OUTPUT>"):
+        head, found, _ = own.conversation.partition(tag)
+        if found:
+            return head + found + other.conversation.partition(tag)[2]
+    return own.conversation
+
+
+class Nothing:
+    """A propagator that says nothing of any param, at the same calls."""
+
+    def __init__(self, propagator: Propagator) -> None:
+        self.propagator = propagator
+
+    def propagate(self, *args: Any) -> ByParam:
+        return without_text(self.propagator.propagate(*args))
+
+
+def shuffled(cls: Any) -> Any:
+    """Control: what is said of one task's output goes to another's run."""
+    return with_pieces(
+        cls, lambda pieces: dataclasses.replace(pieces, evaluator=Exchanged(pieces.evaluator))
+    )
+
+
+def silent(cls: Any) -> Any:
+    """Control: the optimizer is asked, and nothing is said to it."""
+    return with_pieces(
+        cls, lambda pieces: dataclasses.replace(pieces, propagator=Nothing(pieces.propagator))
+    )
+
+
+def at_random(name: str, seed: int) -> Answer:
+    """Control: an optimizer that puts a drawn meaning in, whatever the feedback says."""
+    rng, says = random.Random(seed), METHODS[name][2]
+    say = says.get("optimizer", rewrite)
+
+    def optimizer(question: str) -> str:
+        meaning = f"{rng.choice(list(SIGNS))} means {rng.choice([*OPERATIONS, 'modulo', 'over'])}."
+        head = question.partition("Feedback on it")[0].partition("Runs, each with")[0]
+        drawn = f"<FEEDBACK>\n{meaning}\n</FEEDBACK>\n<TEXT>\n{meaning}\n</TEXT>"
+        return str(say(f"{head}Runs, each with\n<FEEDBACK_1>\n{drawn}"))
+
+    return scripted(**{**says, "optimizer": optimizer})
+
+
+class Cut(BaseException):
+    """Stands for a kill."""
+
+
+def dies_in_round(run: Any, number: int) -> None:
+    """Let a feedback run be killed when half of the questions of its round of this number are
+    answered."""
+    ask, rounds = run.feedback.helpers.ask, 0
+
+    def dies(questions: Any) -> Any:
+        nonlocal rounds
+        rounds += bool(questions)
+        if rounds == number and questions:
+            ask(questions[: len(questions) // 2])
+            raise Cut
+        return ask(questions)
+
+    run.feedback.helpers.ask = dies
+
+
 def main() -> None:
     folder, model = map(Path, sys.argv[1:3])
-    run = trainer(folder, model)
+    run = run_of(sys.argv[3] if len(sys.argv) > 3 else "textgrad_prompts", folder, model)
     summary = run.train()
     rank = run.run.ranks.rank
     facts = {"values": dict(run.run.values), "eval": summary.get("eval")}

@@ -38,12 +38,12 @@ def test_gates(new, old, passed):
         bool(strictly_better(new, old)),
         bool(always(new, old)),
     ) == passed
-    assert GATES == {
+    assert {
         "not_worse": not_worse,
         "strictly_better": strictly_better,
         "better_or_perfect": better_or_perfect,
         "always": always,
-    }
+    } == GATES
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,7 @@ budgets, outside helpers, and helpers that answer in another format."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +14,20 @@ from marlora.recipes.cli.main import main
 from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
 from marlora.rollouts.episodes.store import Store
-from marlora.rollouts.types import Episode
-from marlora.trainers.feedback.backward import ByParam, without_text
-from marlora.trainers.feedback.evaluators import Evaluator, Judgement
-from marlora.trainers.feedback.helpers import Helpers
 from marlora.trainers.methods.text_feedback.textgrad import TextGradTrainer
-from tests.trainers.feedback_run import HELPERS, OPERATIONS, SIGNS, rewrite, scripted, trainer
+from tests.trainers.feedback_run import (
+    HELPERS,
+    OPERATIONS,
+    SIGNS,
+    Cut,
+    at_random,
+    dies_in_round,
+    rewrite,
+    scripted,
+    shuffled,
+    silent,
+    trainer,
+)
 from tests.trainers.loop.test_state import facts
 from tests.trainers.outside import Outside
 from tests.trainers.reading import rows
@@ -71,68 +76,15 @@ def test_the_prompt_learns_what_failing_examples_teach(trained: TextGradTrainer)
     assert adopted[0].note.splitlines()[0] in report and adopted[0].proposer == "optimizer"
 
 
-class Exchanged:
-    """An evaluator whose results are exchanged among the episodes of a batch."""
-
-    def __init__(self, evaluator: Evaluator) -> None:
-        self.evaluator = evaluator
-
-    def judge(self, helpers: Helpers, episodes: Sequence[Episode]) -> list[Judgement]:
-        judged = self.evaluator.judge(helpers, episodes)
-        return [
-            dataclasses.replace(own, text=other.text, conversation=_exchanged(own, other))
-            for own, other in zip(judged, [*judged[1:], judged[0]], strict=True)
-        ]
-
-
-def _exchanged(own: Judgement, other: Judgement) -> str:
-    head, tag, _ = own.conversation.partition("<RESULT>")
-    return head + tag + other.conversation.partition("<RESULT>")[2]
-
-
-class Shuffled(TextGradTrainer):
-    """Control: what is said of one task's output goes to another's run."""
-
-    def parts(self) -> Any:
-        parts = super().parts()
-        self.feedback.evaluator = Exchanged(self.feedback.evaluator)
-        return parts
-
-
-class Silent(TextGradTrainer):
-    """Control: the optimizer is asked, and nothing is said to it."""
-
-    def parts(self) -> Any:
-        parts = super().parts()
-        propagate = self.feedback.propagator.propagate
-
-        class Nothing:
-            def propagate(self, *args: Any) -> ByParam:
-                return without_text(propagate(*args))
-
-        self.feedback.propagator = Nothing()
-        return parts
-
-
-def at_random(seed: int) -> Any:
-    """Control: an optimizer that puts a drawn meaning in, whatever the feedback says."""
-    rng = random.Random(seed)
-
-    def optimizer(question: str) -> str:
-        meaning = f"{rng.choice(list(SIGNS))} means {rng.choice([*OPERATIONS, 'modulo', 'over'])}."
-        return rewrite(f"{question.partition('Feedback on it')[0]}\n<TEXT>\n{meaning}\n</TEXT>")
-
-    return scripted(optimizer=optimizer)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("control", ["shuffled", "silent", "random"])
 def test_controls_at_equal_budget_do_worse(
     control: str, trained: TextGradTrainer, model: Path, tmp_path: Path
 ) -> None:
     """As many calls of every helper, and feedback of other tasks, none, or drawn proposals."""
-    cls = {"shuffled": Shuffled, "silent": Silent}.get(control, TextGradTrainer)
-    say = at_random(1) if control == "random" else None
+    changed = {"shuffled": shuffled, "silent": silent}.get(control, lambda cls: cls)
+    cls = changed(TextGradTrainer)
+    say = at_random("textgrad_prompts", 1) if control == "random" else None
     summary = trainer(tmp_path / "run", model, cls=cls, say=say).train()
     own, other = (
         {name: row["calls"] for name, row in each["ledger"]["aside"].items()}
@@ -246,10 +198,6 @@ def test_momentum_shows_earlier_values(model: Path, tmp_path: Path) -> None:
 # after a kill
 
 
-class Cut(BaseException):
-    """Stands for a kill."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ask", [1, 2, 3, 8])
 def test_a_run_that_is_killed_inside_a_backward_pass_comes_to_the_same(
@@ -258,18 +206,7 @@ def test_a_run_that_is_killed_inside_a_backward_pass_comes_to_the_same(
     """Killed when half of the questions of its `ask`-th round (judgements to outputs, outputs to
     the prompt, the optimizer) are answered: nothing is asked or counted twice."""
     killed = trainer(tmp_path / "run", model)
-    helpers, rounds = killed.feedback.helpers, 0
-    original = helpers.ask
-
-    def dies(questions: Any) -> Any:
-        nonlocal rounds
-        rounds += 1
-        if rounds == ask:
-            original(questions[: len(questions) // 2])
-            raise Cut
-        return original(questions)
-
-    helpers.ask = dies
+    dies_in_round(killed, ask)
     with pytest.raises(Cut):
         killed.train()
     trainer(tmp_path / "run", model, resume=True).train()
