@@ -22,17 +22,21 @@ NEEDS_A_NETWORK = {
 NO_WEIGHTS = {
     "adas",
     "aflow",
+    "aime",
     "debflow",
     "verifier",
     "dylan",
     "bootstrap_few_shot",
     "gptswarm_edges",
+    "llm_autodiff",
     "llmselector",
     "mipro",
     "metatextgrad",
     "revolve",
     "semantic_backprop",
+    "symbolic_learning",
     "textgrad_prompts",
+    "trace_opto",
 }
 
 
