@@ -91,6 +91,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "marlora.agents.patterns.collaboration:Collaboration": {"verifier": "calculator", "rounds": 2},
     "marlora.agents.patterns.actor_critic:ActorCritic": {},
     "marlora.agents.patterns.refinement:Refinement": {"iterations": 1},
+    "marlora.agents.patterns.extraction:Extraction": {},
     "marlora.agents.patterns.swarm:Swarm": {},
     "marlora.agents.patterns.pipeline:Pipeline": {},
     "marlora.agents.patterns.temporal_network:TemporalNetwork": {},
@@ -111,12 +112,13 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 def valid(cls: str) -> dict[str, Any]:
     """`system.json` of a checkpoint of this class, without trained adapters, as a run writes it."""
     tools = ("calculator",) if cls.endswith("Chain") else ()
+    others = {"Refinement": "bcd", "Extraction": ""}.get(cls.partition(":")[2], "b")
     system = build_system(
         {
             "class": cls,
             "agents": [
                 AgentSpec("a", prompt="Add.", tools=tools),
-                *map(AgentSpec, "bcd" if cls.endswith("Refinement") else "b"),
+                *map(AgentSpec, others),
             ],
             **SYSTEMS[cls],
         }
