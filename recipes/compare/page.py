@@ -14,6 +14,7 @@ from .reference import SINGLE, TEAM, VOTES
 from .result import headline
 from .tables import AGAINST, Table, comparison_of, controls, costs, facts, noise, p_value, roles
 
+THOUSAND = 1000  # tokens of a unit of the curves: ticks of five digits have no room
 READING = """Every arm starts with the same team, sees the same training and validation tasks and
 has the same budget; held-out tasks are never seen by a method. Intervals are 95 %, over tasks and,
 where there are several seeds, over seeds. With one seed they say nothing of other seeds.
@@ -91,27 +92,31 @@ def _scores(result: Mapping[str, Any]) -> str:
         entry = {"accuracy": row["score"], "ci95": row["ci95"]}
         below = row.get("share_below_team")
         seeds = " ".join(f"{value:.3f}" for value in row["by_seed"].values())
-        note = row.get("note") or _description(row)
+        note = row.get("note") or _description(row, result)
         rows.append(
             (
-                f"<b>{text(row['name'])}</b>",
+                f'<b>{text(row["name"])}</b><span class="why">{text(note)}</span>',
                 accuracy_with_interval(entry),
                 whisker(row["score"], low, high) if low >= 0 and high <= 1 else "",
                 text(seeds) if row["kind"] != "reference" else "",
                 "" if below is None else f"{below:.0%}",
-                text(note),
             )
         )
-    head = ("", "mean, 95 % interval", "0 to 1", "by seed", "seeds below the team", "")
+    head = ("", "mean, 95 % interval", "0 to 1", "by seed", "seeds below the team")
     return table(head, rows)
 
 
-def _description(row: Mapping[str, Any]) -> str:
+def _description(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """The recipe of an arm, whether the budget ended it, and whether it began as the team does."""
     if row["kind"] == "reference":
         return ""
     control = f", control of {row['control_of']}" if row["control_of"] else ""
-    ended = "; a budget ended it" if row["stopped"] else ""
-    return f"{row['recipe']}{control}{ended}"
+    ended = "; the budget ended it" if row["stopped"] else ""
+    team = next(each["score"] for each in result["rows"] if each["name"] == TEAM)
+    noise = result["noise"]["greedy"]["largest_difference"]
+    other = abs(row["starts_at"] - team) > noise + 1e-9
+    start = f"; starts at {row['starts_at']:.3f}, so not as the team does" if other else ""
+    return f"{row['recipe']}{control}{ended}{start}"
 
 
 def _differences(result: Mapping[str, Any]) -> str:
@@ -139,16 +144,26 @@ def _curves(result: Mapping[str, Any]) -> str:
     figures = []
     for name, kinds in result["curves"].items():
         for kind, seeds in kinds.items():
-            lines = {f"seed {seed}": Line([(x, y) for x, y in own]) for seed, own in seeds.items()}
+            lines = {
+                f"seed {seed}": Line([(x / THOUSAND, y) for x, y in own])
+                for seed, own in seeds.items()
+            }
             colours = {line: f"c{number % 4}" for number, line in enumerate(lines)}
-            end = max((x for own in seeds.values() for x, _ in own), default=0.0)
+            end = max((x / THOUSAND for own in seeds.values() for x, _ in own), default=0.0)
             flat = {"team": TEAM, "vote, team": VOTES[TEAM], "vote, single": VOTES[SINGLE]}
             for line, row in flat.items() if kind == "held-out" and end else ():
                 if row in level:
                     lines[line] = Line([(0.0, level[row]), (end, level[row])])
                     colours[line] = {"team": "c6", "vote, team": "c4"}.get(line, "c5")
             figures.append(
-                chart(name, f"{kind} tasks", lines, colours, own_legend=True, unit="tokens")
+                chart(
+                    name,
+                    f"{kind}, over thousand tokens",
+                    lines,
+                    colours,
+                    own_legend=True,
+                    unit="thousand tokens",
+                )
             )
     return "".join(figures)
 

@@ -51,7 +51,6 @@ OF_THE_TEAM = {
     "model",
     "init",
     "system",
-    "agents",
     "values",
     "tasks",
     "task_args",
@@ -61,7 +60,9 @@ OF_THE_TEAM = {
     "max_completion_length",
     "chat_template_kwargs",
 }
-OF_A_POLICY = ("trainable", "adapter", "learning_rate")  # what an arm may change of a policy
+# what an arm may change of a policy, and of an agent: whether agents share weights is a method's
+OF_A_POLICY = ("trainable", "adapter", "learning_rate")
+OF_AN_AGENT = ("policy",)
 
 
 class TeamConfig(RunConfig):
@@ -176,6 +177,12 @@ class ComparisonPlan:
         return TeamConfig(**{**self.team, "policies": self._frozen_policies()})
 
     @property
+    def all_seeds(self) -> list[int]:
+        """The plan's seeds, then those that only an arm has."""
+        own = (seed for arm in self.arms.values() for seed in arm.seeds)
+        return list(dict.fromkeys([*self.seeds, *own]))
+
+    @property
     def choice_tasks(self) -> int:
         """How many tasks a method chooses by: the validation tasks, or as many as are held out
         where there are none."""
@@ -184,13 +191,13 @@ class ComparisonPlan:
     def runs(self) -> Iterator[PlannedRun]:
         """Every arm with every seed, seed by seed, so that a comparison that is stopped early has
         something of every arm."""
-        for seed in dict.fromkeys(seed for arm in self.arms.values() for seed in arm.seeds):
+        for seed in self.all_seeds:
             yield from (PlannedRun(arm, seed) for arm in self.arms.values() if seed in arm.seeds)
 
     def settings_of(self, run: PlannedRun) -> dict[str, Any]:
         """The settings of a run: the team's, the arm's, and the plan's."""
         own = dict(run.arm.settings)
-        for name in ("policies", "helpers"):
+        for name in ("policies", "helpers", "agents"):
             own[name] = {**mapping(name, self.team.get(name)), **_merged(self.team, own, name)}
         return {
             **self.team,
@@ -249,12 +256,14 @@ class ComparisonPlan:
     def _check(self) -> None:
         folders: dict[Path, str] = {}
         for arm in self.arms.values():
-            other = folders.setdefault(arm.folder.resolve(), arm.name)
-            if other != arm.name:
-                raise SettingError(
-                    f"arms.{arm.name}: shares the output folder {arm.folder} with {other!r}; every"
-                    " arm needs one of its own (leave output_dir out)"
-                )
+            own = arm.folder.resolve()
+            for folder, other in folders.items():
+                if own.is_relative_to(folder) or folder.is_relative_to(own):
+                    raise SettingError(
+                        f"arms.{arm.name}: shares the output folder {arm.folder} with {other!r};"
+                        " every arm needs one of its own (leave output_dir out)"
+                    )
+            folders[own] = arm.name
             rest = [name for name in self.arms if name != arm.name]
             if arm.control_of and arm.control_of not in rest:
                 raise SettingError(
@@ -355,8 +364,9 @@ def _check_arm_settings(where: str, given: Mapping[str, Any]) -> None:
             raise SettingError(
                 f"{where}.settings.{name}: is the {owner}'s, the same for every arm; leave it out"
             )
-    for name, spec in mapping(f"{where}.settings.policies", given.get("policies")).items():
-        known_keys(f"{where}.settings.policies.{name}.", mapping(name, spec), OF_A_POLICY)
+    for key, allowed in (("policies", OF_A_POLICY), ("agents", OF_AN_AGENT)):
+        for name, spec in mapping(f"{where}.settings.{key}", given.get(key)).items():
+            known_keys(f"{where}.settings.{key}.{name}.", mapping(name, spec), allowed)
 
 
 def _merged(team: Mapping[str, Any], own: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Reference:
             plan.config,
             output_dir=str(folder),
             seed=plan.seeds[0],
-            resume=True,
+            resume=folder.is_dir(),
             max_steps=0,
             policies={**plan.config.policies, **(policies or {})},  # type: ignore[dict-item]
         )
@@ -67,7 +67,7 @@ class Reference:
         self.run, self.spec = trainer.run, trainer.spec
         self.metric = self.spec.metric
         self.val_tasks = list(self.spec.val_tasks) or list(self.spec.tasks[: config.num_eval_tasks])
-        self.tasks = held_out(config, plan.seeds)
+        self.tasks = held_out(config, plan.all_seeds)
 
     def __enter__(self) -> Reference:
         self.run.open()

@@ -65,10 +65,13 @@ def standard_error(table: Table) -> tuple[float, float]:
 
 def mean_interval(table: Table) -> tuple[float, float]:
     """95 % interval of the mean of scores: of one seed over tasks as evaluations have it (Wilson's
-    for scores of 0 and 1), of several over tasks and seeds."""
+    for scores of 0 and 1), of several over tasks and seeds, and at least as wide: tasks that are
+    all right with every seed have no spread, and still are a sample."""
+    tasks = interval(list(over_seeds(table).values()))
     if len(table) == 1:
-        return interval(list(over_seeds(table).values()))
-    return around(mean(table), *standard_error(table))
+        return tasks
+    both = around(mean(table), *standard_error(table))
+    return min(tasks[0], both[0]), max(tasks[1], both[1])
 
 
 def around(middle: float, error: float, freedom: float) -> tuple[float, float]:

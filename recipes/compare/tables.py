@@ -78,7 +78,7 @@ def costs(result: Mapping[str, Any]) -> Table:
         *(["money"] if paid else []),
         "tokens trained",
         "tokens per task",
-        "tokens per prompt",
+        "prompt tokens per call",
         "seconds",
     )
     rows = []
@@ -100,12 +100,11 @@ def costs(result: Mapping[str, Any]) -> Table:
 
 
 def roles(result: Mapping[str, Any]) -> Table:
-    """Tokens of learning by agent and helper."""
+    """Tokens of learning by agent and helper, with the money where there are prices."""
     arms = [row for row in result["rows"] if row.get("by_role")]
     names = list(dict.fromkeys(name for row in arms for name in row["by_role"]))
     rows = [
-        [row["name"], *(_count(row["by_role"].get(name, {}).get("tokens")) for name in names)]
-        for row in arms
+        [row["name"], *(_spending(row["by_role"].get(name, {})) for name in names)] for row in arms
     ]
     return "Tokens to learn, by role", ("", *(name or "(none)" for name in names)), rows
 
@@ -159,8 +158,11 @@ def _cells(each: Mapping[str, Any]) -> list[str]:
     return [f"{each['difference']:+.3f}", ends, p_value(each["p_holm"])]
 
 
-def _count(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}"
+def _spending(role: Mapping[str, float]) -> str:
+    if not role:
+        return ""
+    money = f" ({role['cost']:.4g})" if role.get("cost") else ""
+    return f"{role['tokens']:,.0f}{money}"
 
 
 def _line(cells: Sequence[str]) -> str:

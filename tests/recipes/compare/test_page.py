@@ -48,7 +48,10 @@ def arm(name: str, score: float, shown: str, control_of: str = "") -> dict[str, 
         effect=shown,
         against_votes={VOTES[SINGLE]: "above", VOTES[TEAM]: shown},
         spent={"tokens": 1200.0, "calls": 40.0, "cost": 0.25},
-        by_role={"first": {"tokens": 1000.0}, "critic": {"tokens": 200.0}},
+        by_role={
+            "first": {"tokens": 1000.0, "cost": 0.0},
+            "critic": {"tokens": 200.0, "cost": 0.25},
+        },
         tokens_trained=77.0,
         seconds=9.0,
         steps=3.0,
@@ -115,7 +118,7 @@ def test_the_markdown_has_every_row_and_number() -> None:
         "| good | 0.800 | 0.700 .. 0.900 | +0.300 (+0.200 .. +0.400), p < .001 |  |  | 50% |"
     )
     assert "| good | 1,200 | 0.25 | 77 | 30.0 | 12.5 | 9 |" in lines
-    assert "| good | 1,000 | 200 |" in lines
+    assert "| good | 1,000 | 200 (0.25) |" in lines
     assert "| good - still | +0.300 | +0.200 .. +0.400 | 0.030 |" in lines
     assert "| noise floor, greedy | 0.500 0.520 | 0.0141 | 0.020 |" in lines
     assert (
@@ -168,10 +171,14 @@ def test_nothing_that_a_plan_or_model_wrote_is_markup() -> None:
 
 def test_the_page_names_what_it_measured() -> None:
     page = compare_page(RESULT)
+    assert "starts at" not in page
+    moved = copy.deepcopy(RESULT)
+    moved["rows"][4]["starts_at"] = 0.53  # beyond the noise floor of .02
+    assert "grpo_team; starts at 0.530, so not as the team does" in compare_page(moved)
     assert "majority of 3 sampled answers" in page and "grpo_team, control of good" in page
     assert 'class="good">p &lt; .001' in page and 'class="bad">p 0.004' in page
     assert 'class="soft">p 1.000' in page
-    assert "tokens 1,200, seed 0 0.8" in page  # a point of a curve
+    assert "thousand tokens 1.2, seed 0 0.8" in page  # a point of a curve
 
 
 @pytest.mark.slow

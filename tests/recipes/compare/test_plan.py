@@ -38,6 +38,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"arms": {"a": {**SFT, "output_dir": "runs/x"}, "b": {**SFT, "output_dir": "runs/y/../x"}}},
         "arms.b: shares the output folder",
     ),
+    (
+        {
+            "arms": {
+                "a": {**SFT, "output_dir": "runs/x"},
+                "b": {**SFT, "output_dir": "runs/x/seed-0"},
+            }
+        },
+        "arms.b: shares the output folder",
+    ),
     ({"seeds": [0, 1, 0]}, "seeds: 0 is listed twice"),
     ({"seeds": []}, "seeds: expected a list"),
     ({"seeds": [True]}, "seeds: expected whole numbers"),
@@ -46,6 +55,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (arm(settings={"num_eval_tasks": 3}), "arms.sft.settings.num_eval_tasks: is the team's"),
     (arm(settings={"episodes": "runs/x"}), "arms.sft.settings.episodes: is the plan's"),
     (arm(settings={"policies": {"first": {"base": "tiny"}}}), "policies.first.base: unknown"),
+    (arm(settings={"agents": {"first": {"prompt": "x"}}}), "agents.first.prompt: unknown"),
     ({"budget": {}}, "budget: missing"),
     ({"budget": {"tokens": 3}}, "budget.tokens: 3 is below one evaluation"),
     ({"budget": {"calls": 1}}, "budget.calls: 1 is below one evaluation"),
@@ -60,7 +70,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), BAD, ids=[message for _, message in BAD])
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=range(len(BAD)))
 def test_bad_plans_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = written(tmp_path / "bad.yaml", plan_of(tmp_path / "out", **changes))
     with pytest.raises(SettingError) as caught:
@@ -71,7 +81,11 @@ def test_bad_plans_are_refused(tmp_path: Path, changes: dict[str, Any], message:
 
 def test_a_run_gets_the_settings_of_team_arm_and_plan(tmp_path: Path) -> None:
     policies = {"first": {"learning_rate": 0.1}, "pool": {"base": "tiny-first"}}
-    settings = {"policies": {"first": {"trainable": False}}, "helpers": {"writer": {}}}
+    settings = {
+        "policies": {"first": {"trainable": False}},
+        "helpers": {"writer": {}},
+        "agents": {"last": {"policy": "first"}},
+    }
     made = plan(tmp_path, team=team(policies=policies), **arm(settings=settings, seeds=[3, 5]))
     runs = list(made.runs())
     assert [run.folder.name for run in runs] == ["seed-3", "seed-5"]
@@ -80,6 +94,7 @@ def test_a_run_gets_the_settings_of_team_arm_and_plan(tmp_path: Path) -> None:
         "first": {"learning_rate": 0.1, "trainable": False},
         "pool": {"base": "tiny-first"},
     }
+    assert own["agents"] == {"last": {"policy": "first"}}
     assert own["helpers"] == {"writer": {}} and own["seed"] == 5 and own["resume"] is True
     assert own["budget"] == {"tokens": 10000} and own["tasks"] == made.team["tasks"]
     assert own["output_dir"] == str(tmp_path / "runs" / "sft" / "seed-5")

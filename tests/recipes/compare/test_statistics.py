@@ -31,6 +31,12 @@ def test_one_seed_has_the_interval_that_evaluations_have() -> None:
     assert st.mean_interval(table) == pytest.approx((0.4902, 0.9433), abs=1e-4)
 
 
+def test_tasks_that_are_always_right_are_still_a_sample() -> None:
+    """Ten of ten: Wilson's .7225 .. 1, with one seed or several that agree."""
+    scores = {str(n): 1.0 for n in range(10)}
+    assert st.mean_interval({0: scores, 1: scores}) == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
 def test_seeds_that_were_scored_on_different_tasks() -> None:
     """Task b has seed 0 alone and c seed 1 alone: means 1, 0 and 1."""
     table = {0: {"a": 1.0, "b": 0.0}, 1: {"a": 1.0, "c": 1.0}}
