@@ -1,5 +1,5 @@
-"""metaTextGrad: the prompts of an optimizer that rewrites a team's prompts are optimized, by what it
-makes of the team in inner runs. No weight moves.
+"""metaTextGrad: the prompts of an optimizer that rewrites a team's prompts are optimized, by what
+it makes of the team in inner runs. No weight moves.
 
 accelerate launch recipes/metatextgrad.py [--config recipes/metatextgrad.yaml] [--field value]
 
