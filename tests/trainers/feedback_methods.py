@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from marlora.rollouts.engines.scripted import Answer
-from tests.trainers.feedback_run import HELPERS
+from tests.trainers.feedback_run import HELPERS, scripted
 from tests.trainers.methods.text_feedback import test_metatextgrad as meta
 from tests.trainers.methods.text_feedback import test_semantic_backprop as semantic
 from tests.trainers.methods.text_feedback import test_symbolic_learning as symbolic
@@ -34,7 +34,7 @@ class Method:
 METHODS = {
     "semantic_backprop": Method(
         semantic.semantic,
-        lambda: semantic.scripted(semantic.perform, semantic.explain, semantic.improve),
+        lambda: scripted(semantic.perform, semantic.explain, semantic.improve),
         HELPERS,
     ),
     "metatextgrad": Method(meta.meta, meta.says, meta.HELPERS, "meta"),

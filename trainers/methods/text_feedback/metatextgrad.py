@@ -119,7 +119,7 @@ class MetaTextGradTrainer(Trainer[MetaTextGradConfig]):
         self.asking = Helpers(self.spec, self.run.rollouts, self._named("meta_"))
         self.meta.check("meta")
         for name in self.args.optimized:
-            helper = SYSTEM_OF.get(name)
+            helper = SYSTEM_OF.get(name, "")
             if helper in self.spec.helpers and self.spec.helper(helper).prompt:
                 raise SettingError(
                     f"helpers.{helper}.prompt: it stands in for the prompt {name}, which this"
