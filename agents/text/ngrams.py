@@ -22,8 +22,8 @@ _WORDS = re.compile(r"\w+|[^\w\s]")
 def ngrams(text: str) -> list[float]:
     """`SIZE` numbers of Euclidean norm 1 (all 0 for a text without a word or sign).
 
-    Each word and each n-gram of up to 3 characters of a word, its ends marked, adds 1 or -1 at a
-    place that its CRC-32 says (feature hashing, arXiv:0902.2206); case does not count.
+    Each word, and each n-gram of up to 3 characters of a word with its ends marked, adds 1 or -1 at
+    a place that its CRC-32 says (feature hashing, arXiv:0902.2206); case does not count.
     """
     found = [0.0] * SIZE
     for term in _terms(text[:MAX_CHARS].casefold()):
@@ -39,4 +39,5 @@ def _terms(text: str) -> Iterator[str]:
         marked = f"^{word}$"
         for length in range(1, LONGEST + 1):
             for start in range(len(marked) - length + 1):
-                yield marked[start : start + length]
+                if (term := marked[start : start + length]) not in "^$":
+                    yield term

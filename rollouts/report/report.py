@@ -41,6 +41,7 @@ PLACED_KEYS = (
     "measured",  # heads the accuracies
     "done",  # among the facts
     "state",  # its values have sections
+    "supernet",
     "ledger",
     "ledger_by_policy",
     "budget",

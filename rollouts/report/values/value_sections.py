@@ -23,6 +23,7 @@ from .archive import (
 from .history import ValueHistory, as_logits, as_text, is_choice, is_numeric, trials_of
 from .logits import logits_over_steps
 from .score_table import score_table_of, score_table_section
+from .supernet import as_weights, supernet_section, weights_over_steps
 from .texts import text_diff, whole_text
 from .tree import tree
 
@@ -72,6 +73,11 @@ def value_sections(run: RunData, n: int) -> list[str]:
             for number, (name, each) in enumerate(tables.items())
         ),
         section(
+            "Supernet <small>by kind of query</small>",
+            supernet_section(run.summary.get("supernet")),
+            "values",
+        ),
+        section(
             "What the method remembers",
             "".join(_memory(name, state) for name, state in remembered.items()),
         ),
@@ -94,13 +100,15 @@ def values_over_time(history: ValueHistory, archives: Sequence[Archive]) -> str:
     if len(history.points) < 2 or not history.names:
         return ""
     moved = [name for name in history.names if len(history.changes(name)) > 1]
-    kinds: dict[str, list[str]] = {"choice": [], "number": [], "logits": [], "text": []}
+    kinds: dict[str, list[str]] = {"choice": [], "number": [], "logits": []}
+    kinds |= {"weights": [], "text": []}
     for name in moved:
         kinds[_kind(name, [value for _, value in history.of(name)])].append(name)
     shown = [
         _choices(history, kinds["choice"]),
         _numbers(history, kinds["number"]),
         *(_logits(history, name) for name in kinds["logits"]),
+        *(weights_over_steps(name, history.of(name)) for name in kinds["weights"]),
         *(
             _text_changes(history, name, archives, len(kinds["text"]) <= MAX_UNFOLDED)
             for name in kinds["text"]
@@ -114,6 +122,8 @@ def _kind(name: str, values: Sequence[Any]) -> str:
     given = [value for value in values if value is not None]
     if given and all(as_logits(value) is not None for value in given):
         return "logits"
+    if given and all(as_weights(value) is not None for value in given):
+        return "weights"
     if is_numeric(given):
         return "number"
     return "choice" if is_choice(name, given) else "text"

@@ -160,10 +160,10 @@ def learn_controller(
     counted = [episode for episode in episodes if episode.id in weights]
     draws = [(draw, weights[e.id]) for e in counted for draw in draws_of(system, e)]
     metrics = controller.update([d for d, _ in draws], [w for _, w in draws], len(counted))
-    return {**metrics, "episodes": len(counted), **_means(counted, config)}
+    return {**metrics, "episodes": len(counted), **_means(system, counted, config)}
 
 
-def _means(episodes: Sequence[Episode], config: MaASConfig) -> dict[str, float]:
+def _means(system: Supernet, episodes: Sequence[Episode], config: MaASConfig) -> dict[str, float]:
     if not episodes:
         return {}
     rewards = team_rewards(episodes, config)
@@ -172,17 +172,19 @@ def _means(episodes: Sequence[Episode], config: MaASConfig) -> dict[str, float]:
     return {
         "cost": fmean(costs.values()),
         "utility": fmean(rewards[e.id] - config.cost_weight * costs[e.id] for e in episodes),
-        **_structure(drawn),
+        **_structure(system, drawn),
     }
 
 
-def _structure(drawn: Sequence[Sequence[Sequence[str]]]) -> dict[str, float]:
-    """Means over systems: operators that were asked, layers with any, and early exits."""
+def _structure(system: Supernet, drawn: Sequence[Sequence[Sequence[str]]]) -> dict[str, float]:
+    """Means over systems: operators that were asked, layers with any, and the share that ended
+    before the last layer."""
     active = [[[o for o in layer if o != EXIT] for layer in layers] for layers in drawn]
+    depths = [sum(map(bool, layers)) for layers in active]
     return {
         "operators": fmean(sum(map(len, layers)) for layers in active),
-        "layers": fmean(sum(map(bool, layers)) for layers in active),
-        EXIT: fmean(any(EXIT in layer for layer in layers) for layers in drawn),
+        "layers": fmean(depths),
+        EXIT: fmean(depth < system.layers for depth in depths),
     }
 
 
@@ -291,7 +293,7 @@ def _summary(
         "queries": len(episodes),
         metric: fmean(rewards) if rewards else None,
         config.cost_unit: fmean(cost(e, config.cost_unit) for e in episodes),
-        **_structure(drawn),
+        **_structure(system, drawn),
         "probabilities": {
             layer: {name: fmean(pi[name] for pi in many) for name in many[0]}
             for layer, many in reached.items()
