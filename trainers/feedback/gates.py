@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from ...agents.state import TeamState
 from ...agents.types import Task
@@ -16,12 +16,27 @@ from ..values.search import Candidate, Search
 
 @dataclass(frozen=True)
 class Scorer:
-    """What a gate measures with: the run's evaluator, the state in which a candidate's values stand
-    in for those in force, and the validation tasks."""
+    """What a gate measures with: the run's evaluator, the state in force, and the validation tasks.
+
+    `own`: what params are where the state has no value of their name.
+    """
 
     evaluator: Evaluator
     state: TeamState
     val_tasks: Sequence[Task]
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_values(self, values: Mapping[str, Any]) -> TeamState:
+        """The state that these values would be in force in: what stays the system's own is none of
+        its values, so that what is measured here is not measured again there."""
+        known = self.state.values
+        return self.state.with_values(
+            {
+                name: value
+                for name, value in values.items()
+                if name in known or name not in self.own or value != self.own[name]
+            }
+        )
 
 
 class Gate(Protocol):
@@ -125,7 +140,7 @@ class _Measure:
         )
         if bound is not None and not strict:
             bound = math.nextafter(bound, -math.inf)  # an equal score passes too
-        state: TeamState = self.scorer.state.with_values(candidate.values)
+        state = self.scorer.with_values(candidate.values)
         result = self.scorer.evaluator.measure(state, tasks, above=bound)
         if result.failed == len(result.scores) and candidate.parents:
             self.failures.append(f"every episode failed; the first one: {result.errors[0]}")

@@ -6,7 +6,8 @@ A method is a page: its settings, its prompts, and one of each
     evaluator   (`evaluators.py`)   RuleWords | Judges                 an episode -> a Judgement
     propagator  (`propagators.py`)  PerEdge | PerNode | Requirements | WholeGraph
                                                                 judgements -> Feedback by param
-    rewriter    (`rewriters.py`)    PerParam | Jointly         feedback -> a Proposal of values
+    rewriter    (`rewriters.py`)    PerParam | Jointly | StructureEdits (`edits.py`)
+                                                                feedback -> a Proposal of values
     view        (`history.py`)      no_history | past_values | best_values | failed_proposals |
                                     last_updates | views(...)   what the rewriter sees of the past
     gate        (`gates.py`)        ValidationGate | TwoStageGate      does the proposal replace
@@ -55,7 +56,7 @@ from .helpers import COPIED, CUT, REFUSED, UNANSWERED, UNCHANGED, UNREADABLE, He
 from .history import ADOPTED, REJECTED, SAME, History, View, no_history
 from .propagators import Propagator
 from .rewriters import Proposal, Rewriter
-from .targets import Target, chosen_params, copied_tasks
+from .targets import Target, as_text, chosen_params, copied_tasks
 
 RESPONSES = 3  # outputs of a step that the history keeps
 NOTE = 2000  # characters of feedback that stand with a candidate
@@ -234,7 +235,7 @@ class FeedbackLoop:
         return values
 
     def _too_long(self, value: Any) -> str | None:
-        length, most = len(value) if isinstance(value, str) else 0, self.config.max_value_length
+        length, most = len(as_text(value)), self.config.max_value_length
         return f"{length} characters, max_value_length is {most}" if length > most else None
 
     def _decide(
@@ -295,7 +296,8 @@ class FeedbackLoop:
                 round=batch.step,
             )
         )
-        scorer = Scorer(self.evaluator, batch.state, self.spec.val_tasks)
+        own = {param.name: to_json(param.value) for param in self.params}
+        scorer = Scorer(self.evaluator, batch.state, self.spec.val_tasks, own)
         verdict = self.pieces.gate.judge(scorer, self.search, new.id, old.id, batch.tasks)
         if not verdict:
             self.search.reject(new.id, verdict)

@@ -16,6 +16,18 @@ from marlora.trainers.values.acceptance import Verdict
 from marlora.trainers.values.search import Candidate, Search
 from tests.trainers.feedback_cases import episode, turn
 
+
+def test_a_candidate_is_measured_as_the_state_that_it_would_be() -> None:
+    """Else its episodes would be played again once it is adopted."""
+    own = {"a.prompt": "A", "b.prompt": "B", "c.prompt": "C"}
+    scorer = Scorer(None, TeamState(values={"c.prompt": "D"}), [], own)  # type: ignore[arg-type]
+    assert scorer.with_values({**own, "a.prompt": "new", "c.prompt": "C"}).values == {
+        "a.prompt": "new",
+        "c.prompt": "C",
+    }
+    assert scorer.with_values({**own, "c.prompt": "D"}).key == scorer.state.key
+
+
 VAL = [Task(f"v{n}", f"question v{n}", "7") for n in range(10)]
 
 
