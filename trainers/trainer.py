@@ -24,6 +24,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
+from ..agents.state import TeamState
 from ..agents.system import System
 from ..agents.types import SettingError, Task, to_json
 from ..rollouts.engines.base import Engine, EngineError
@@ -43,6 +44,7 @@ from .update.scalar_heads import HeadSpec
 from .values.parts import Part
 
 C = TypeVar("C", bound=RunConfig)
+T = TypeVar("T", bound="Trainer[Any]")
 
 
 class Trainer(Generic[C]):
@@ -98,6 +100,27 @@ class Trainer(Generic[C]):
         self._check_weights()
         if self.ratios:
             self._check_sampling()
+
+    def inside(self, method: type[T], config: RunConfig, values: Mapping[str, Any]) -> T:
+        """A trainer of another method that takes its steps inside this run, begun with these
+        values beside those in force. What it remembers lasts as long as it does; all that it plays
+        and asks is the run's. Raises `SettingError` for settings that cannot work."""
+        trainer = method.__new__(method)
+        trainer.args, trainer.run, trainer.before = config, self.run, None
+        trainer.spec = dataclasses.replace(self.spec, config=config, values=dict(values))
+        trainer.parts()
+        return trainer
+
+    def all_steps(self) -> TeamState | None:
+        """Every step, inside another method's run, until the method is done; the state proposed
+        last, None if none was."""
+        state: TeamState | None = None
+        for step in range(1, self.spec.config.max_steps + 1):
+            result = self.step(step)
+            state = result.state or state
+            if result.done:
+                break
+        return state
 
     def _check_weights(self, episodes: Sequence[Episode] = ()) -> None:
         """Refuse weights of rewards that nothing gives: before the run as far as names are known

@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....agents.settings import mapping, parsed_mapping, setting
-from ....agents.state import TeamState
 from ....agents.types import SettingError, nearest
 from ...config import RunConfig
 from ...errors import RunError
+from ...inner_config import inner_config
 from ...loop.step_result import StepResult
 from ...trainer import Trainer
 from ...values.parts import Part
@@ -44,7 +44,6 @@ PROMPT_METHODS: Methods = {"bootstrap_few_shot": BootstrapFewShotTrainer, "mipro
 WEIGHT_METHODS: Methods = {"bootstrap_finetune": BootstrapFinetuneTrainer, "sft": SFTTrainer}
 LETTERS = {"p": ("prompt_method", PROMPT_METHODS), "w": ("weight_method", WEIGHT_METHODS)}
 ARROW = " -> "
-OWN = ("max_steps", "output_dir", "keep", "eval_every", "save_every")  # of this run alone
 
 
 @dataclass
@@ -120,16 +119,7 @@ class BetterTogetherConfig(RunConfig):
             raise SettingError(
                 f"{where}.method: no such method {name!r}; {nearest(str(name), methods)}"
             )
-        cls = methods[name].Config
-        shared = {f.name for f in dataclasses.fields(RunConfig)}
-        known = {f.name for f in dataclasses.fields(cls)} - shared
-        for key in own:
-            if key in shared:
-                raise SettingError(f"{where}.{key}: a setting of the whole run; put it outside")
-            if key not in known:
-                raise SettingError(f"{where}.{key}: unknown setting; {nearest(key, known)}")
-        given = {key: getattr(self, key) for key in shared if key not in OWN}
-        return methods[name], cls(**given, **own)
+        return methods[name], inner_config(methods[name].Config, self, where, own)
 
 
 class BetterTogetherTrainer(Trainer[BetterTogetherConfig]):
@@ -149,13 +139,7 @@ class BetterTogetherTrainer(Trainer[BetterTogetherConfig]):
 
     def _method(self, letter: str) -> Trainer[Any]:
         """A trainer that takes its steps inside this run, begun with the state in force."""
-        cls, config = self.args.method(letter)
-        trainer = cls.__new__(cls)
-        trainer.args, trainer.run, trainer.before = config, self.run, None
-        values = dict(self.run.values)
-        trainer.spec = dataclasses.replace(self.spec, config=config, values=values)
-        trainer.parts()  # remembered for this letter alone: a letter is one step of the run
-        return trainer
+        return self.inside(*self.args.method(letter), self.run.values)
 
     def step(self, step: int) -> StepResult:
         """One letter of the strategy."""
@@ -167,7 +151,11 @@ class BetterTogetherTrainer(Trainer[BetterTogetherConfig]):
         run.log.say(f"strategy {prefix}")
         try:
             method = self._method(letter)
-            result = self._prompts(method) if letter == "p" else self._weights(method, step)
+            if letter == "p":
+                state = method.all_steps()
+                result = StepResult({"policies": self.rows({}, ())}, state=state)
+            else:
+                result = self._weights(method, step)
         except (RunError, SettingError) as error:
             run.log.warn(f"strategy {prefix}: {error}")
             row = {"prefix": prefix, "failed": str(error)}
@@ -178,16 +166,6 @@ class BetterTogetherTrainer(Trainer[BetterTogetherConfig]):
         return dataclasses.replace(
             result, metrics={**result.metrics, "strategy": {"prefix": prefix}}, done=""
         )
-
-    def _prompts(self, method: Trainer[Any]) -> StepResult:
-        """All steps of a prompt method; its last proposal is the letter's."""
-        state: TeamState | None = None
-        for number in range(1, method.spec.config.max_steps + 1):
-            result = method.step(number)
-            state = result.state or state
-            if result.done:
-                break
-        return StepResult({"policies": self.rows({}, ())}, state=state)
 
     def _weights(self, method: Trainer[Any], step: int) -> StepResult:
         """One step of a weight method, undone if it fails."""

@@ -45,7 +45,7 @@ from ...values.memory import Memory
 from ...values.parts import Part
 from ..imitation.imitation import encoded
 from ..imitation.sft import selected
-from .gaussian_process import GaussianProcess, botorch_module
+from .gaussian_process import GaussianProcess, botorch_module, upper_bound
 from .local_training import LocalTraining, LocalTrainingConfig
 from .loss_targets import (
     MARGIN,
@@ -210,7 +210,8 @@ class ABADBOTrainer(Trainer[ABADBOConfig]):
             point = process.highest(args.ucb_beta, derive_seed(args.seed, "target", step))
         mean, deviation = process.predict(point)
         target = dict(zip(names, point, strict=True))
-        return {"target": target, "mean": mean, "deviation": deviation}
+        bound = upper_bound(mean, deviation, args.ucb_beta)
+        return {"target": target, "mean": mean, "deviation": deviation, "bound": bound}
 
     def _losses(self) -> dict[str, list[list[float]]]:
         """By policy and training run the loss of every kept adapter."""
@@ -285,7 +286,7 @@ class ABADBOTrainer(Trainer[ABADBOConfig]):
             # above 0: the adapter would have to learn on to meet the target; below: to unlearn
             row["slope"] = {p: matching_loss(achieved[p], target[p])[1] for p in achieved}
             row["predicted"] = proposal["mean"]
-            row["deviation"] = proposal["deviation"]
+            row["deviation"], row["bound"] = proposal["deviation"], proposal["bound"]
             row["error"] = abs(proposal["mean"] - row["score"])
         return row
 

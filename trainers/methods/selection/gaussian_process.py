@@ -35,10 +35,10 @@ class GaussianProcess:
 
     Args:
         points: [N][d]. values: [N], to be maximised.
-        limits: [d], the least and the largest coordinate; they are scaled to 0 and 1.
-        kernel: None finds the hyperparameters of maximum a posteriori, on standardised values, as
-            botorch's `SingleTaskGP` does; a fixed one is taken as it is, with mean 0 and on points
-            and values as they are.
+        limits: [d], the least and the largest coordinate of a point to try.
+        kernel: None finds the hyperparameters of maximum a posteriori, on standardised values and
+            points in the unit cube, as botorch's `SingleTaskGP` does; a fixed one is taken as it
+            is, with mean 0 and on points and values as they are.
 
     Raises `SettingError` if botorch is not installed.
     """
@@ -88,11 +88,10 @@ def _fitted(x: torch.Tensor, y: torch.Tensor, limits: torch.Tensor) -> Any:
     from botorch.models.transforms import Normalize, Standardize
     from gpytorch.mlls import ExactMarginalLogLikelihood
 
+    cube = torch.cat([limits, x])  # points may lie outside the limits
+    cube = torch.stack([cube.min(0).values, cube.max(0).values])
     model = SingleTaskGP(
-        x,
-        y,
-        input_transform=Normalize(x.shape[-1], bounds=limits),
-        outcome_transform=Standardize(1),
+        x, y, input_transform=Normalize(x.shape[-1], bounds=cube), outcome_transform=Standardize(1)
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the restarts where a fit does not converge

@@ -31,8 +31,8 @@ from typing import Any, ClassVar
 
 from .....agents.seeds import derive_seed
 from .....agents.settings import setting
-from .....agents.state import Param
-from .....agents.types import SettingError
+from .....agents.state import Param, TeamState
+from .....agents.types import SettingError, nearest
 from ....config import RunConfig
 from ....credit.filtering import SelectionConfig
 from ....loop.step_result import StepResult
@@ -67,6 +67,7 @@ class MIPROConfig(RunConfig, BootstrapConfig, SelectionConfig, ProposerConfig):
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/mipro"
     )
+    modules: list[str] = setting("agents that options are searched for; empty: all", factory=list)
     num_candidates: int = setting(
         "sets of demonstrations per agent, the one that it has included", 6, at_least=1
     )
@@ -157,7 +158,12 @@ class MIPROTrainer(Trainer[MIPROConfig]):
             self.spec.helper(PROPOSER)
         if args.sampler == "tpe":
             optuna_module()
-        self.num_trials = args.trials(len(self.spec.system.specs))
+        names = [agent.name for agent in self.spec.system.specs]
+        for name in args.modules:
+            if name not in names:
+                raise SettingError(f"modules: no agent {name!r}; {nearest(name, names)}")
+        self.modules = args.modules or names
+        self.num_trials = args.trials(len(self.modules))
         config = self.spec.config
         if config.max_steps not in (0, self.num_trials + 1):
             raise SettingError(
@@ -169,6 +175,11 @@ class MIPROTrainer(Trainer[MIPROConfig]):
         # `options` by param, `trials`, `runs` of the team asked for, `proposals`
         self.memory = Memory("mipro")
         return [self.search, self.memory]
+
+    @property
+    def start(self) -> TeamState:
+        """The state in force, with the values that the search began with."""
+        return self.run.state.with_values(self.spec.values)
 
     def step(self, step: int) -> StepResult:
         """First make the options and evaluate the team as it began; then one trial per step."""
@@ -200,8 +211,7 @@ class MIPROTrainer(Trainer[MIPROConfig]):
     def _prompts(self) -> list[Param]:
         """Every agent's prompt, with the value in force."""
         params = {param.name: param for param in self.spec.system.params()}
-        names = [f"{agent.name}.prompt" for agent in self.spec.system.specs]
-        return [in_force(params[name], self.run.state.values) for name in names]
+        return [in_force(params[f"{name}.prompt"], self.start.values) for name in self.modules]
 
     def _demo_sets(self) -> list[dict[str, list[Demo]]]:
         """The sets of demonstrations beside those that the agents have; where none are searched,
@@ -210,7 +220,7 @@ class MIPROTrainer(Trainer[MIPROConfig]):
         if not args.searches_demos:
             if args.instructions == 1 or not args.fewshot_aware_proposer:
                 return []
-            runs = demos.successes(UNSHUFFLED, self.run.state, CONTEXT_DEMOS)
+            runs = demos.successes(UNSHUFFLED, self.start, CONTEXT_DEMOS)
             agents = demos.sets.agents
             return [{agent: [run[agent] for run in runs if agent in run] for agent in agents}]
         numbers = [ZERO_SHOT] if any(demos.student.values()) else []
@@ -218,7 +228,7 @@ class MIPROTrainer(Trainer[MIPROConfig]):
             numbers.append(LABELED)
         if args.max_bootstrapped_demos:
             numbers += [UNSHUFFLED, *range(args.num_candidates)]
-        state, chosen = self.run.state, numbers[: args.num_candidates - 1]
+        state, chosen = self.start, numbers[: args.num_candidates - 1]
         return [demos.candidate(number, state)[0] for number in chosen]
 
     def _proposals(self, sets: Sequence[Mapping[str, Sequence[Demo]]]) -> Proposals:
@@ -279,7 +289,7 @@ class MIPROTrainer(Trainer[MIPROConfig]):
         )
         return StepResult(
             {"trial": row, "policies": self.rows({}, ())},
-            state=self.run.state.with_values(best.values) if adopted else None,
+            state=self.start.with_values(best.values) if adopted else None,
         )
 
     def _evaluated_in_full(self, number: int) -> dict[str, Any] | None:
@@ -305,7 +315,7 @@ class MIPROTrainer(Trainer[MIPROConfig]):
         )
         size = 0 if full else args.minibatch_size
         tasks = [val[at] for at in minibatch(len(val), size, args.seed, number)]
-        result = self.run.evaluator.measure(self.run.state.with_values(values), tasks)
+        result = self.run.evaluator.measure(self.start.with_values(values), tasks)
         candidate = self.search.score(candidate.id, result.scores)
         trial = Trial(dict(choice), candidate.id, result.accuracy, full)
         self.memory["trials"] = [*self.memory.get("trials", []), asdict(trial)]

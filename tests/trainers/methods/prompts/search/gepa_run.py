@@ -1,0 +1,113 @@
+"""A GEPA run without a model: two agents pass a task on; each solves the last three kinds of task
+that its instruction names, so that no candidate is best on all. The scripted reflector adds the kind of
+the first example that it is shown to have failed.
+
+`python -m tests.trainers.methods.prompts.search.gepa_run FOLDER MODEL` plays one on each rank.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from marlora.agents.patterns.chain import Chain
+from marlora.agents.seeds import derive_seed
+from marlora.agents.types import AgentSpec, Sampling, Task
+from marlora.rollouts.engines.base import ModelRef
+from marlora.rollouts.engines.scripted import Answer, ScriptedEngine
+from marlora.trainers.methods.prompts.search.gepa_prompts import GEPAConfig, GEPATrainer
+from tests.trainers.methods.prompts.search.mipro_run import MESSAGE
+
+KINDS = "rstuv"
+KNOWN = 3  # the last kinds of an instruction that an agent remembers
+TASKS = "tests.trainers.methods.prompts.search.gepa_run:kinds"
+
+
+def kinds(split: str = "train", seed: int = 0, count: int = 60) -> list[Task]:
+    """Tasks of five kinds; both agents have to know a kind."""
+    names = [f"{split} {KINDS[number % 5]}{number:02}" for number in range(count)]
+    return [Task(name, f"solve {name}", "yes", "kinds", split) for name in names]
+
+
+def team(prompt: str, ref: ModelRef, sampling: Sampling, k: int) -> str:
+    """`a` says whether it knows the kind, `b` whether both do; the reflector writes."""
+    (_, system), *chat = MESSAGE.findall(prompt)[:-1]
+    if system.startswith("You write instructions"):
+        return reflected(chat[-1][1])
+    asked = chat[-1][1]
+    kind = re.search(r"(?:train|eval) ([a-z])\d+", asked)
+    assert kind
+    knows = kind[1] in system[-KNOWN:].rpartition(" ")[2]
+    if system.startswith("a"):
+        return f"{asked}|{'known' if knows else 'unknown'}"
+    return "yes" if knows and asked.endswith("|known") else "no"
+
+
+def reflected(asked: str) -> str:
+    """The instruction with the kind of the first example that failed; the agent is the one that the
+    examples are of."""
+    now = re.search(r"<CURRENT_INSTRUCTION>\n(.*?)\n</CURRENT", asked, re.S)
+    assert now
+    shown = re.findall(r"<EXAMPLE>\n(.*?)</EXAMPLE>", asked, re.S)
+    failed = [re.findall(r"(?:train|eval) ([a-z])\d+", e)[0] for e in shown if "Score: 0" in e]
+    missing = [kind for kind in failed if kind not in now[1][-KNOWN:].rpartition(" ")[2]]
+    new = now[1] + (missing[0] if missing else "")
+    return f"<INSTRUCTION>{new}</INSTRUCTION>"
+
+
+def blind(prompt: str, ref: ModelRef, sampling: Sampling, k: int) -> str:
+    """The same, with a reflector that does not look: it adds kinds that there are none of."""
+    if "You write instructions" in prompt:
+        now = re.search(r"<CURRENT_INSTRUCTION>\n(.*?)\n</CURRENT", prompt, re.S)
+        assert now
+        return f"<INSTRUCTION>{now[1]}{'xyzuvw'[derive_seed(prompt) % 6]}</INSTRUCTION>"
+    return team(prompt, ref, sampling, k)
+
+
+def trainer(
+    folder: Path, model: Path, *, say: Answer = team, engine: Any = None, **changes: Any
+) -> GEPATrainer:
+    """Both agents know the kind `r` at first. Twelve iterations."""
+    small: dict[str, Any] = dict(
+        output_dir=str(folder),
+        model=str(model),
+        engine="transformers",
+        helpers={"reflector": {}},
+        tasks=TASKS,
+        rewards=["exact"],
+        num_eval_tasks=20,
+        num_val_tasks=20,
+        num_proposals=12,
+        reflection_minibatch_size=4,
+        max_completion_length=60,
+        max_concurrency=256,
+    )
+    agents = [AgentSpec("a", "agent a", "a knows rs", "base")]
+    agents.append(AgentSpec("b", "agent b", "b knows rt", "base"))
+    return GEPATrainer(
+        system=Chain(agents, views={"a": "{prompt}", "b": "{previous}"}),
+        args=GEPAConfig(**{**small, **changes}),
+        engine=engine or ScriptedEngine(say, context=16_384),
+    )
+
+
+def end(made: GEPATrainer) -> dict[str, Any]:
+    """What a run ends with: the values, the archive, the record."""
+    state = {
+        "values": made.run.values,
+        "archive": made.search.state_dict(),
+        "memory": made.memory.state_dict(),
+    }
+    loaded: dict[str, Any] = json.loads(json.dumps(state))
+    return loaded
+
+
+if __name__ == "__main__":
+    made = trainer(Path(sys.argv[1]), Path(sys.argv[2]))
+    made.train()
+    Path(f"{sys.argv[1]}.rank{made.run.ranks.rank}.json").write_text(
+        json.dumps(end(made)), encoding="utf-8"
+    )
