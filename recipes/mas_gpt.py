@@ -1,5 +1,5 @@
-"""MAS-GPT: train a designer that writes a whole multi-agent system for each query, on the systems of
-a pool that answered similar queries.
+"""MAS-GPT: train a designer that writes a whole multi-agent system for each query, on the systems
+of a pool that answered similar queries.
 
 accelerate launch recipes/mas_gpt.py [--config recipes/mas_gpt.yaml] [--field value]
 

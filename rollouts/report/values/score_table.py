@@ -52,32 +52,32 @@ def score_table_of(state: Any) -> ScoreTable | None:
     return ScoreTable(state["systems"], rows, state["clusters"], triples) if rows else None
 
 
-def score_table_section(found: ScoreTable) -> str:
+def score_table_section(scored: ScoreTable) -> str:
     """The table as HTML: by cluster, by query, the systems' names and sums, and some triples."""
-    names = [f"{n}: {name}" for n, name in enumerate(found.systems, 1)]
-    sums = [sum(row) for row in zip(*found.scores.values(), strict=True)]
-    chosen = {each["cluster"]: each["system"] for each in found.triples}
+    names = [f"{n}: {name}" for n, name in enumerate(scored.systems, 1)]
+    sums = [sum(row) for row in zip(*scored.scores.values(), strict=True)]
+    chosen = {each["cluster"]: each["system"] for each in scored.triples}
     assigned = [
         " · ".join(cluster for cluster, system in sorted(chosen.items()) if system == name)
-        for name in found.systems
+        for name in scored.systems
     ]
     systems = table(
         ("", "system", "queries it answers", "assigned to"),
         [
             (number(n), text(name), number(total), text(clusters))
             for n, (name, total, clusters) in enumerate(
-                zip(found.systems, sums, assigned, strict=True), 1
+                zip(scored.systems, sums, assigned, strict=True), 1
             )
         ],
     )
-    queries = found.by_query
-    left_out = len(found.scores) - len(queries)
+    queries = scored.by_query
+    left_out = len(scored.scores) - len(queries)
     caption = "queries that each system answers" + (f"; {left_out} more" if left_out else "")
     return (
-        heat_map(names, "share of a cluster's queries that each system answers", found.by_cluster)
+        heat_map(names, "share of a cluster's queries that each system answers", scored.by_cluster)
         + systems
         + f"<details><summary>by query</summary>{heat_map(names, caption, queries)}</details>"
-        + _triples(found.triples)
+        + _triples(scored.triples)
     )
 
 
