@@ -18,6 +18,7 @@ CONFIGS = {
     "PPOConfig": f"{METHODS}.policy_gradient.ppo",
     "MAPoRLConfig": f"{METHODS}.policy_gradient.maporl",
     "FlowReasonerConfig": f"{METHODS}.policy_gradient.flowreasoner",
+    "AutoFlowConfig": f"{METHODS}.policy_gradient.autoflow",
     "GPTSwarmConfig": f"{METHODS}.policy_gradient.gptswarm",
     "SFTConfig": f"{METHODS}.imitation.sft",
     "SiriusConfig": f"{METHODS}.imitation.sirius",
