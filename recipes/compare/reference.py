@@ -243,15 +243,15 @@ def headroom_sentence(result: dict[str, Any]) -> str:
     counts = f"{result['held_out_tasks']} held-out tasks and {result['comparisons']} comparisons"
     if room <= 0:
         return (
-            "There is nothing to gain: neither the best of the samples nor another model is above"
-            " the team as it is; choose harder tasks or another metric."
+            "Nothing shows that there is something to gain: neither the best of the samples nor"
+            " another model is above the team as it is; choose harder tasks or another metric."
         )
     if room < least:
         return (
-            f"There is {room:.3f} to gain, and with {counts} only differences from {least:.3f} on"
-            " can be shown; hold out more tasks, or compare fewer arms."
+            f"{room:.3f} are shown to be there to gain, and with {counts} only differences from"
+            f" {least:.3f} on can be shown; hold out more tasks, or compare fewer arms."
         )
     return (
-        f"There is up to {room:.3f} to gain, and with {counts} differences from {least:.3f} on can"
-        " be shown."
+        f"At least {room:.3f} are there to gain, and with {counts} differences from {least:.3f} on"
+        " can be shown."
     )

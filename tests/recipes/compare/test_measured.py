@@ -87,9 +87,13 @@ def test_samples_are_those_that_the_tokens_pay_for() -> None:
 @pytest.mark.parametrize(
     ("best", "detectable", "words"),
     [
-        (0.5, 0.1, "There is nothing to gain"),
-        (0.6, 0.2, "There is 0.100 to gain, and with 40 held-out tasks and 3 comparisons only"),
-        (0.9, 0.2, "There is up to 0.400 to gain"),
+        (0.5, 0.1, "Nothing shows that there is"),
+        (
+            0.6,
+            0.2,
+            "0.100 are shown to be there to gain, and with 40 held-out tasks and 3 comparisons only",
+        ),
+        (0.9, 0.2, "At least 0.400 are there to gain"),
     ],
 )
 def test_headroom_in_a_sentence(best: float, detectable: float, words: str) -> None:
@@ -101,4 +105,4 @@ def test_headroom_in_a_sentence(best: float, detectable: float, words: str) -> N
         "detectable": detectable,
     }
     assert headroom_sentence(result).startswith(words)
-    assert headroom_sentence({**result, "other_model": 1.0}).startswith("There is up to 0.500")
+    assert headroom_sentence({**result, "other_model": 1.0}).startswith("At least 0.500")
