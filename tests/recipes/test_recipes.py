@@ -16,6 +16,7 @@ NEEDS_A_NETWORK = {
     "maporl_gsm8k": ["--tasks", "arithmetic", "--verifier", "calculator"],
     "verifier_gsm8k": ["--tasks", "arithmetic"],
     "scoreflow_gsm8k": ["--tasks", "arithmetic"],
+    "mas_gpt_gsm8k": ["--tasks", "arithmetic"],
 }
 
 # recipes whose method trains no policy
