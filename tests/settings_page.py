@@ -20,6 +20,7 @@ CONFIGS = {
     "FlowReasonerConfig": f"{METHODS}.policy_gradient.flowreasoner",
     "AutoFlowConfig": f"{METHODS}.policy_gradient.autoflow",
     "GPTSwarmConfig": f"{METHODS}.policy_gradient.gptswarm",
+    "MaASConfig": f"{METHODS}.policy_gradient.maas",
     "SFTConfig": f"{METHODS}.imitation.sft",
     "SiriusConfig": f"{METHODS}.imitation.sirius",
     "MASGPTConfig": f"{METHODS}.imitation.mas_gpt.mas_gpt",

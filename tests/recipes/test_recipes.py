@@ -31,6 +31,7 @@ NO_WEIGHTS = {
     "gptswarm_edges",
     "llm_autodiff",
     "llmselector",
+    "maas_supernet",
     "mipro",
     "metatextgrad",
     "revolve",

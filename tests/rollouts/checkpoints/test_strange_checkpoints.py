@@ -103,6 +103,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "marlora.agents.programs.flowreasoner:FlowReasoner": {"operators": ["custom"], "rounds": 1},
     "marlora.agents.programs.program:Program": {"operators": ["custom"], "max_calls": 3},
     "marlora.agents.programs.mas_gpt:MASGPT": {"operators": ["custom"], "max_calls": 6},
+    "marlora.agents.programs.supernet:Supernet": {"layers": 2, "prompts": {"generate": "{problem}"}},
     "marlora.agents.programs.step_workflow:StepWorkflow": {"designer": "a", "max_rounds": 3},
     "marlora.agents.games.trade:Trade": {},
     "marlora.agents.games.exchange:Exchange": {},

@@ -141,13 +141,13 @@ def test_a_checkpoint_evaluates_as_its_run_did(tmp_path: Path, model: Path) -> N
                 "class": "marlora.agents.programs.supernet:Supernet",
                 "agents": [{"name": "a", "policy": "base"}],
                 "operators": {"one": "generate", "two": "generate"},
-                "prompts": {"one": "1{problem}", "two": "2{problem}"},
+                "prompts": {"one": "1{problem}", "two": "{problem} 22"},
                 "layers": 2,
             },
             tasks="marlora.rollouts.tasks.toy:tiny_tasks",
             rewards=["tests.trainers.small_run:bytes_mod_7"],
             num_eval_tasks=12,
-            max_steps=3,
+            max_steps=2,
             tasks_per_step=2,
             max_completion_length=4,
             learning_rate=1.0,
@@ -156,7 +156,7 @@ def test_a_checkpoint_evaluates_as_its_run_did(tmp_path: Path, model: Path) -> N
     summary = run.train()
     found = summary["eval"]
     assert found["before"]["accuracy"] != found["after"]["accuracy"]
-    shutil.copytree(tmp_path / "run" / "checkpoints" / "step-000003", tmp_path / "copy")
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "step-000002", tmp_path / "copy")
     flags = ["--engine", "transformers", "--trust_checkpoint", "--output", str(tmp_path / "out")]
     main(["eval", str(tmp_path / "copy"), *flags])
     again = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))["eval"]
