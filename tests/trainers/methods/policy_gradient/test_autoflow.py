@@ -181,7 +181,7 @@ def test_held_out_tasks_teach_nothing(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["_sampled", "_choose", "_learn"])
+@pytest.mark.parametrize("where", ["_choose", "_learn"])
 def test_a_run_that_is_killed_inside_a_step_comes_to_the_same(
     where: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

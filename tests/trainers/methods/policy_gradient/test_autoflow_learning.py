@@ -58,20 +58,21 @@ def run(
 
 def test_the_designer_learns_what_is_valid_and_what_to_ask_for(tmp_path: Path) -> None:
     """Few steps, few workflows: the rise over the whole run is in recipes/RESULTS.md."""
-    summary = run(tmp_path / "run", max_steps=5, num_eval_tasks=20)
+    summary = run(tmp_path / "run", max_steps=4, num_eval_tasks=20)
     base, trained = summary["designs"]["base"], summary["designs"]["trained"]
     assert base["valid"] < 0.85 and base["score"] < 0.45, base
     assert trained["valid"] >= base["valid"] + 0.1, (base, trained)
     assert trained["score"] >= base["score"] + 0.25, (base, trained)
     assert summary["eval"]["before"]["accuracy"] == 0 and summary["eval"]["after"]["accuracy"] == 1
     assert fmean(summary["reward"][-2:]) > fmean(summary["reward"][:2]) + 0.25, summary["reward"]
+    assert summary["reward"][-1] > summary["reward"][0] + 0.4, summary["reward"]
 
 
 @pytest.mark.parametrize("control", ["shuffled rewards", "no learning rate"])
 def test_the_controls_do_not_learn(control: str, tmp_path: Path) -> None:
     """The search alone finds a workflow, whatever the designer learns."""
     if control == "shuffled rewards":
-        summary = run(tmp_path / "run", Shuffled, max_steps=5, num_eval_tasks=20)
+        summary = run(tmp_path / "run", Shuffled, max_steps=4, num_eval_tasks=20)
     else:
         summary = run(tmp_path / "run", max_steps=2, num_eval_tasks=20, learning_rate=0.0)
         policies = summary["policies"].values()
