@@ -63,7 +63,13 @@ class Killed(Exception):
     """The process is gone."""
 
 
-@pytest.mark.parametrize("point", ["the controller moved", "half of the episodes are stored"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        "the controller moved",
+        pytest.param("half of the episodes are stored", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_was_killed_goes_on_bit_for_bit(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
