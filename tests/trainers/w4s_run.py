@@ -29,8 +29,7 @@ REPAIR = "cannot be used"
 
 def vote(count: int) -> str:
     """A program that votes over so many answers: the more, the more often it is right."""
-    calls = ", ".join(f'await custom("way {n}")' for n in range(count))
-    return f"await ensemble([{calls}])"
+    return f"await ensemble([await custom(str(n)) for n in range({count})])"
 
 
 def fenced(program: str, thought: str = "Better so:") -> str:
@@ -87,9 +86,9 @@ def trainer(folder: Path, model: Path, **changes: Any) -> W4STrainer:
         lora_target_modules=["q_proj", "v_proj"],
         learning_rate=1e-2,
     )
-    team = changes.pop("team", {})
+    team, executor = changes.pop("team", {}), changes.pop("executor", "base")
     agents = [
-        AgentSpec("executor", "names a digit", "execute", policy="base"),
+        AgentSpec("executor", "names a digit", "execute", policy=executor),
         AgentSpec("designer", "writes programs", "design", sampling=Sampling(max_tokens=300)),
     ]
     system = Program(agents, **{"program": FIRST, "seconds": 0.3, **team})
@@ -103,9 +102,10 @@ def put_words(made: W4STrainer, design: Design = designs) -> W4STrainer:
         return made
     spoken: dict[str, Any] = {}
     for policy, real in run.rollouts.runner.completers.items():
-        assert isinstance(real, EngineCompleter)
-        spoken[policy] = Saying(real.engine, real.tokens, policy)
-        spoken[policy].design = design
+        spoken[policy] = real  # of an outside model
+        if isinstance(real, EngineCompleter):
+            spoken[policy] = Saying(real.engine, real.tokens, policy)
+            spoken[policy].design = design
     run.rollouts.runner = dataclasses.replace(run.rollouts.runner, completers=spoken)
     return made
 

@@ -38,6 +38,7 @@ from ....agents.types import AgentSpec, Sampling, SettingError
 from ....rollouts.evaluation.accuracy import evaluation
 from ....rollouts.report.sections import ReportSection, stored, table_section
 from ...config import RunConfig
+from ...errors import RunError
 from ...loop.step_result import StepResult
 from ...trainer import Trainer
 from ...values.memory import Memory
@@ -202,6 +203,8 @@ class W4STrainer(Trainer[W4SConfig]):
         if step == 1:
             self._begin()
         records = [self._designed(step, number) for number in range(self.args.num_episodes)]
+        if not any(record.turns for record in records):
+            raise RunError(f"step {step}: every episode failed; the first one: {records[0].error}")
         done = self.fit(step, records) if step <= self.args.num_fits else None
         lessons = [lesson for record in records for lesson in record.lessons]
         best, before = self.search.best(), self.search.current
@@ -301,11 +304,11 @@ def described(records: Sequence[DesignRecord]) -> dict[str, Any]:
     return {
         "episodes": len(records),
         "candidates": len(designs),
-        "usable": len(usable) / max(len(designs), 1),
+        "usable": len(usable) / len(designs),
         "repaired": sum(design.repairs > 0 for design in usable),
         "rewarded": len(rewards),
         "reward": fmean(rewards) if rewards else None,
-        "accuracy": fmean(design.accuracy for design in designs) if designs else None,
+        "accuracy": fmean(design.accuracy for design in designs),
         "accuracy_by_turn": accuracy_by_turn(records),
         "distinct": len(programs),
         "failed": sum(bool(record.error) for record in records),
@@ -314,7 +317,7 @@ def described(records: Sequence[DesignRecord]) -> dict[str, Any]:
 
 def accuracy_by_turn(records: Sequence[DesignRecord]) -> list[float]:
     """The mean accuracy of all candidates of the first turns, of the second ones, ..."""
-    count = max((len(record.turns) for record in records), default=0)
+    count = max(len(record.turns) for record in records)
     turns = [[r.turns[k] for r in records if len(r.turns) > k] for k in range(count)]
     return [fmean(design.accuracy for turn in own for design in turn) for own in turns]
 
@@ -333,7 +336,7 @@ def iterations_section(rows: Sequence[Mapping[str, Any]]) -> ReportSection:
             str(row["repaired"]),
             number(row["reward"]),
             number(row["accuracy"]),
-            number(row["accuracy_by_turn"][0] if row["accuracy_by_turn"] else None),
+            number(row["accuracy_by_turn"][0]),
             number(row["best"]),
             "yes" if row["fitted"] else "no",
         ]
