@@ -6,6 +6,7 @@ ranks, from their checkpoints, with helpers elsewhere. Each is a short run with 
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from marlora.rollouts.engines.scripted import Answer
-from tests.trainers.feedback_run import HELPERS, scripted
+from tests.trainers.feedback_run import HELPERS, run_of, scripted
+from tests.trainers.feedback_run import METHODS as ON_SIGNS
 from tests.trainers.methods.text_feedback import test_metatextgrad as meta
 from tests.trainers.methods.text_feedback import test_semantic_backprop as semantic
 from tests.trainers.methods.text_feedback import test_symbolic_learning as symbolic
@@ -39,6 +41,11 @@ METHODS = {
     ),
     "metatextgrad": Method(meta.meta, meta.says, meta.HELPERS, "meta"),
     "symbolic_learning": Method(symbolic.symbolic, lambda: symbolic.says, HELPERS),
+    **{
+        name: Method(functools.partial(run_of, name), lambda says=says: scripted(**says), HELPERS)
+        for name, (_, _, says) in ON_SIGNS.items()
+        if name not in ("textgrad_prompts", "revolve")  # whose own files have these tests
+    },
 }
 
 
