@@ -30,6 +30,9 @@ CONFIGS = {
     "BootstrapFewShotConfig": f"{METHODS}.prompts.bootstrapping.bootstrap_few_shot",
     "BootstrapFinetuneConfig": f"{METHODS}.prompts.bootstrapping.bootstrap_finetune",
     "MIPROConfig": f"{METHODS}.prompts.search.mipro",
+    "MASSConfig": f"{METHODS}.prompts.search.mass",
+    "GEPAConfig": f"{METHODS}.prompts.search.gepa_prompts",
+    "ABADBOConfig": f"{METHODS}.selection.abadbo",
     "BetterTogetherConfig": f"{METHODS}.prompts.better_together",
     "TextGradConfig": f"{METHODS}.text_feedback.textgrad",
     "RevolveConfig": f"{METHODS}.text_feedback.revolve",
@@ -43,6 +46,7 @@ CONFIGS = {
     "ADASConfig": f"{METHODS}.workflow_search.adas",
     "DebFlowConfig": f"{METHODS}.workflow_search.debflow",
     "VerifierConfig": f"{METHODS}.reward_model.verifier",
+    "W4SConfig": f"{METHODS}.imitation.w4s",
 }
 HEAD = """# Settings
 
