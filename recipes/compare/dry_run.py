@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from marlora.agents.types import SettingError
@@ -15,7 +15,8 @@ from .plan import ComparisonPlan, PlannedRun
 from .runs import REFUSED, log_of, run_recipe, settings_file
 
 FLAGS = ("--dry_run", "true")
-SHOWN = ("memory", "devices", "steps", "nodes")  # lines of a recipe's own plan
+# lines of a recipe's own plan
+SHOWN = ("steps ", "engine ", "devices ", "memory ", "nodes ")
 
 
 def dry_run(plan: ComparisonPlan) -> Iterator[str]:
@@ -53,8 +54,17 @@ def recipe_plan(plan: ComparisonPlan, run: PlannedRun) -> list[str]:
         return [problem]
     with log.open(encoding="utf-8", errors="replace") as file:
         file.seek(start)
-        lines = [line.rstrip() for line in file]
-    return [line for line in lines if line.startswith(SHOWN)]
+        return shown([line.rstrip() for line in file])
+
+
+def shown(lines: Sequence[str]) -> list[str]:
+    """Of a recipe's plan the lines on what it takes, with those that go on below them."""
+    kept, inside = [], False
+    for line in lines:
+        inside = line.startswith(SHOWN) or (inside and line.startswith("  "))
+        if inside:
+            kept.append(line)
+    return kept
 
 
 def _asked_here(plan: ComparisonPlan, run: PlannedRun, log: Path) -> str:

@@ -147,7 +147,7 @@ def tested(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     The p-value is the larger one of two: signs of tasks flipped (exact for one seed), and Student's
     over tasks and seeds.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for each in pairs:
         tasks, middle = over_seeds(each.differences), mean(each.differences)
         error, freedom = standard_error(each.differences)

@@ -177,7 +177,8 @@ def test_the_dry_run_says_what_each_arm_may_spend_and_who_refuses(
     assert of_sft == "  sft: sft_team, 3 seeds: at most 30,000 tokens"
     edges = lines.index(next(line for line in lines if line.startswith("  edges: ")))
     assert lines[edges + 1].startswith("    the recipe does not take the plan's team")
-    assert any(line.startswith("    memory ") for line in lines)
+    memory = next(n for n, line in enumerate(lines) if line.startswith("    memory "))
+    assert "GiB" in "".join(lines[memory : memory + 6])
     assert not (tmp_path / "out" / "runs").exists()
 
 
