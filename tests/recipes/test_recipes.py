@@ -31,6 +31,8 @@ NO_WEIGHTS = {
     "gptswarm_edges",
     "llm_autodiff",
     "llmselector",
+    "mass",
+    "gepa_prompts",
     "maas_supernet",
     "mipro",
     "metatextgrad",

@@ -101,6 +101,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "prompts": {"review": "{problem}"},
     },
     "marlora.agents.programs.flowreasoner:FlowReasoner": {"operators": ["custom"], "rounds": 1},
+    "marlora.agents.programs.building_blocks:BuildingBlocks": {"reflector": "b", "reflect": 1},
     "marlora.agents.programs.program:Program": {"operators": ["custom"], "max_calls": 3},
     "marlora.agents.programs.mas_gpt:MASGPT": {"operators": ["custom"], "max_calls": 6},
     "marlora.agents.programs.supernet:Supernet": {"layers": 2, "prompts": {"generate": "{problem}"}},

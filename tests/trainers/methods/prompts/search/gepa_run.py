@@ -1,5 +1,6 @@
-"""A GEPA run without a model: two agents pass a task on; each solves the last three kinds of task
-that its instruction names, so that no candidate is best on all. The scripted reflector adds the kind of
+"""A GEPA run without a model: two agents pass a task on; each solves the kinds of task that its
+instruction names, and `b` only the last three, so that no candidate is best on all. The scripted
+reflector adds the kind of
 the first example that it is shown to have failed.
 
 `python -m tests.trainers.methods.prompts.search.gepa_run FOLDER MODEL` plays one on each rank.
@@ -22,7 +23,7 @@ from marlora.trainers.methods.prompts.search.gepa_prompts import GEPAConfig, GEP
 from tests.trainers.methods.prompts.search.mipro_run import MESSAGE
 
 KINDS = "rstuv"
-KNOWN = 3  # the last kinds of an instruction that an agent remembers
+KNOWN = {"a": 5, "b": 3}  # of an instruction's kinds the last ones, which an agent remembers
 TASKS = "tests.trainers.methods.prompts.search.gepa_run:kinds"
 
 
@@ -40,10 +41,15 @@ def team(prompt: str, ref: ModelRef, sampling: Sampling, k: int) -> str:
     asked = chat[-1][1]
     kind = re.search(r"(?:train|eval) ([a-z])\d+", asked)
     assert kind
-    knows = kind[1] in system[-KNOWN:].rpartition(" ")[2]
+    knows = kind[1] in known(system)
     if system.startswith("a"):
         return f"{asked}|{'known' if knows else 'unknown'}"
     return "yes" if knows and asked.endswith("|known") else "no"
+
+
+def known(instruction: str) -> str:
+    """The kinds that an agent knows by this instruction."""
+    return instruction.partition("knows ")[2][-KNOWN[instruction[0]] :]
 
 
 def reflected(asked: str) -> str:
@@ -53,7 +59,7 @@ def reflected(asked: str) -> str:
     assert now
     shown = re.findall(r"<EXAMPLE>\n(.*?)</EXAMPLE>", asked, re.S)
     failed = [re.findall(r"(?:train|eval) ([a-z])\d+", e)[0] for e in shown if "Score: 0" in e]
-    missing = [kind for kind in failed if kind not in now[1][-KNOWN:].rpartition(" ")[2]]
+    missing = [kind for kind in failed if kind not in known(now[1])]
     new = now[1] + (missing[0] if missing else "")
     return f"<INSTRUCTION>{new}</INSTRUCTION>"
 
@@ -70,7 +76,7 @@ def blind(prompt: str, ref: ModelRef, sampling: Sampling, k: int) -> str:
 def trainer(
     folder: Path, model: Path, *, say: Answer = team, engine: Any = None, **changes: Any
 ) -> GEPATrainer:
-    """Both agents know the kind `r` at first. Twelve iterations."""
+    """`a` knows four kinds at first, `b` one. Twelve iterations."""
     small: dict[str, Any] = dict(
         output_dir=str(folder),
         model=str(model),
@@ -85,8 +91,8 @@ def trainer(
         max_completion_length=60,
         max_concurrency=256,
     )
-    agents = [AgentSpec("a", "agent a", "a knows rs", "base")]
-    agents.append(AgentSpec("b", "agent b", "b knows rt", "base"))
+    agents = [AgentSpec("a", "agent a", "a knows rstu", "base")]
+    agents.append(AgentSpec("b", "agent b", "b knows r", "base"))
     return GEPATrainer(
         system=Chain(agents, views={"a": "{prompt}", "b": "{previous}"}),
         args=GEPAConfig(**{**small, **changes}),
