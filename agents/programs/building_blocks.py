@@ -10,6 +10,7 @@ in the sandbox, and shows the reflector what came of it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,7 +141,7 @@ class BuildingBlocks(System):
                 getattr(self, name),
                 "number",
                 role=f"block {name}",
-                legal=lambda value, name=name: self._refused(name, value),
+                legal=functools.partial(self._refused, name),
             )
             for name in self.blocks
         ]
@@ -255,7 +256,7 @@ class BuildingBlocks(System):
             "execution": _quoted("EXECUTION", run),
         }
         text = render(self.reflection, fields, setting="reflection")
-        reads = [answer, *([run] if run else [])]
+        reads: list[Turn | Operation] = [answer, *([run] if run else [])]
         return await team[self.reflector].fresh().reply(text, reads=reads)
 
     async def _revision(

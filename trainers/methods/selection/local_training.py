@@ -3,6 +3,7 @@ is kept along the way, so that one of almost any loss can be taken (A-BAD-BO).""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -13,6 +14,7 @@ from ....agents.seeds import derive_seed
 from ....agents.settings import Settings, setting
 from ....agents.types import SettingError
 from ...batching.samples import TrainingSequence
+from ...model.adapters import Adapters
 from ...update.learner import Learner
 from ...update.minibatches import minibatches
 from ..imitation.imitation import by_policy, nll_loss
@@ -83,8 +85,11 @@ class LocalTraining:
         for policy, rows in kept.items():
             adapters = learner.base_of(policy).adapters
             folder = self._folder(policy, Place(run, len(rows)))
-            learner.ranks.on_main(lambda a=adapters, p=policy, f=folder: str(a.save(p, f)))
+            learner.ranks.on_main(functools.partial(self._save, adapters, policy, folder))
             rows.append({"loss": losses[policy], "sha256": adapters.sha256(policy)})
+
+    def _save(self, adapters: Adapters, policy: str, folder: Path) -> None:
+        adapters.save(policy, folder)
 
     def put_in(self, team: Mapping[str, tuple[Place, str]]) -> None:
         """Let the learner hold these kept adapters (by policy the place and the sha256), with

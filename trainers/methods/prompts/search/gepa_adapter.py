@@ -79,7 +79,7 @@ class Record:
                     " with"
                 )
             self.place += 1
-            return known["answer"]  # type: ignore[no-any-return]
+            return known["answer"]
         found = work()
         self.calls.append({"asked": asked, "answer": found})
         self.place += 1

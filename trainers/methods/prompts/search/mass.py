@@ -190,6 +190,7 @@ class MASSTrainer(Trainer[MASSConfig]):
     def step(self, step: int) -> StepResult:
         """One stage: the predictor, a block, the topology, or the whole."""
         stage = self.stages[step - 1]
+        state: TeamState | None
         if stage == TOPOLOGY:
             state, row = self._chosen_topology(step)
         elif stage == WORKFLOW:
