@@ -72,8 +72,10 @@ class Saying(EngineCompleter):
 
 
 def put_words(made: MASGPTTrainer) -> MASGPTTrainer:
-    """Open the run and let its agents say what `said` says."""
+    """Open the run and let its agents say what `said` says; on rank 0, which plays."""
     run = made.run.open()
+    if run.ranks.rank:
+        return made
     spoken = {
         p: Saying(s.engine, s.tokens, p)
         for p, s in run.rollouts.runner.completers.items()

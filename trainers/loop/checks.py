@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...agents.state import content_key
 from ...agents.system import System
-from ...agents.types import AgentSpec, SettingError, Task, to_json
+from ...agents.types import AgentSpec, PolicySpec, SettingError, Task, to_json
 from ...rollouts.evaluation.suite import prompt_hash
 from ...rollouts.types import Episode
 from .. import checkpoint as ckpt
@@ -37,6 +37,21 @@ def check_importable(system: System) -> None:
             f"system {cls.__qualname__} is defined in"
             f" {cls.__module__}{' (inside a function)' if '<locals>' in cls.__qualname__ else ''}:"
             " put the class at the top of a module of its own, so that checkpoints can import it"
+        )
+
+
+def check_sole_learner(policies: Mapping[str, PolicySpec], policy: str, method: str) -> None:
+    """Refuse policies of which other than the designer's, named `policy`, would be trained, for a
+    method that trains the designer alone."""
+    learning = [name for name, own in policies.items() if own.trainable and own.has_adapter]
+    if policy not in learning:
+        raise SettingError(
+            f"policies.{policy}: the designer's policy has to be trainable, with an adapter"
+        )
+    if idle := [name for name in learning if name != policy]:
+        raise SettingError(
+            f"policies.{idle[0]}: {method} trains the designer alone; set trainable: false, or let"
+            " its agents speak as policy base"
         )
 
 

@@ -39,6 +39,7 @@ from ....rollouts.evaluation.accuracy import evaluation
 from ....rollouts.report.sections import ReportSection, stored, table_section
 from ...config import RunConfig
 from ...errors import RunError
+from ...loop.checks import check_sole_learner
 from ...loop.step_result import StepResult
 from ...trainer import Trainer
 from ...values.memory import Memory
@@ -172,18 +173,7 @@ class W4STrainer(Trainer[W4SConfig]):
                 f"system.executors: {name!r} is the designer, which executes nothing; list another"
                 " agent first, or name it there"
             )
-        policies = self.spec.policies
-        learning = [p for p, own in policies.items() if own.trainable and own.has_adapter]
-        if specs[name].policy not in learning:
-            raise SettingError(
-                f"policies.{specs[name].policy}: the designer's policy has to be trainable, with an"
-                " adapter"
-            )
-        if idle := [policy for policy in learning if policy != specs[name].policy]:
-            raise SettingError(
-                f"policies.{idle[0]}: W4S trains the designer alone; set trainable: false, or let"
-                " its agents speak as policy base"
-            )
+        check_sole_learner(self.spec.policies, specs[name].policy, "W4S")
         own = Sampling(temperature=args.design_temperature, max_tokens=args.max_program_length)
         return dataclasses.replace(specs[name], sampling=specs[name].sampling or own)
 

@@ -40,6 +40,7 @@ from .....rollouts.rewards.scoring import RewardFn
 from .....rollouts.types import Episode
 from ....batching.samples import samples
 from ....config import RunConfig
+from ....loop.checks import check_sole_learner
 from ....loop.step_result import StepResult
 from ....trainer import Trainer
 from ....values.memory import Memory
@@ -142,7 +143,8 @@ class MASGPTTrainer(Trainer[MASGPTConfig]):
                 " each query; use marlora.agents.programs.mas_gpt:MASGPT"
             )
         self.system: MASGPT = self.spec.system
-        self._check_policies()
+        designer = next(a for a in self.system.specs if a.name == self.system.designer)
+        check_sole_learner(self.spec.policies, designer.policy, "MAS-GPT")
         self.pool: Mapping[str, str] = self.args.pool  # type: ignore[assignment]
         self.teams = {name: self._team(name, program) for name, program in self.pool.items()}
         for task in (*self.spec.tasks, *self.spec.val_tasks):
@@ -150,20 +152,6 @@ class MASGPTTrainer(Trainer[MASGPTConfig]):
         self.refiner = self.spec.helper(REFINER) if self.spec.helpers else None
         self.memory = Memory("mas_gpt")  # the score table and the triples
         return [self.memory]
-
-    def _check_policies(self) -> None:
-        """The designer's policy learns, and no other."""
-        policy = next(a.policy for a in self.system.specs if a.name == self.system.designer)
-        learning = [n for n, p in self.spec.policies.items() if p.trainable and p.has_adapter]
-        if policy not in learning:
-            raise SettingError(
-                f"policies.{policy}: the designer's policy has to be trainable, with an adapter"
-            )
-        if idle := [name for name in learning if name != policy]:
-            raise SettingError(
-                f"policies.{idle[0]}: MAS-GPT trains the designer alone; set trainable: false, or"
-                " let its agents speak as policy base"
-            )
 
     def _team(self, name: str, program: Any) -> Program:
         """The executors with a program of the pool, which the designer can learn to write."""
