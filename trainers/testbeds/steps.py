@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,10 +120,10 @@ def design(kind: str) -> Answers:
 def choices(replies: Answers) -> Iterator[tuple[str, Answers]]:
     """(beginning, shares of the characters that come next) of every place at which these replies
     part; an end is the character `\\0`."""
-    by_beginning: dict[str, Counter[str]] = {}
+    by_beginning: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for text, share in replies.items():
         for end, char in enumerate([*text, "\0"]):
-            by_beginning.setdefault(text[:end], Counter())[char] += share
+            by_beginning[text[:end]][char] += share
     for beginning, nexts in by_beginning.items():
         total = sum(nexts.values())
         if len(nexts) > 1:
