@@ -4,8 +4,10 @@ before anything is played."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +23,7 @@ SHOWN = ("steps ", "engine ", "devices ", "memory ", "nodes ")
 
 def dry_run(plan: ComparisonPlan) -> Iterator[str]:
     """Lines of the plan, then of every arm: its recipe is asked for its own plan, which loads no
-    model."""
+    model. Nothing is written into the plan's folder."""
     yield f"comparison   {plan.name}, into {plan.folder}"
     yield f"team         {plan.config.model or 'outside models'} on {plan.config.tasks}"
     limits = plan.limits()
@@ -38,14 +40,17 @@ def dry_run(plan: ComparisonPlan) -> Iterator[str]:
             f"  {arm.name}: {arm.recipe}{control}, {count} seed{'s' * (count > 1)}: at most"
             f" {_amounts(limits, count)}"
         )
-        yield from (f"    {line}" for line in recipe_plan(plan, PlannedRun(arm, arm.seeds[0])))
+        with tempfile.TemporaryDirectory(prefix="marlora-") as scratch:
+            elsewhere = copy.copy(plan)
+            elsewhere.folder = Path(scratch)  # of settings and logs
+            lines = recipe_plan(elsewhere, PlannedRun(arm, arm.seeds[0]))
+        yield from (f"    {line}" for line in lines)
 
 
 def recipe_plan(plan: ComparisonPlan, run: PlannedRun) -> list[str]:
     """What a recipe's own dry run says of steps, devices and memory, or why it refuses. A recipe of
     marlora is asked in this process, a file in one of its own."""
     log = log_of(plan, run)
-    start = log.stat().st_size if log.is_file() else 0
     if run.arm.recipe.endswith(".py"):
         problem = run_recipe(plan, run, *FLAGS)
     else:
@@ -53,7 +58,6 @@ def recipe_plan(plan: ComparisonPlan, run: PlannedRun) -> list[str]:
     if problem:
         return [problem]
     with log.open(encoding="utf-8", errors="replace") as file:
-        file.seek(start)
         return shown([line.rstrip() for line in file])
 
 

@@ -15,6 +15,7 @@ Welch and Satterthwaite: with three seeds that differ much, intervals are wide.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,10 +101,11 @@ def student_tail(t: float, freedom: float) -> float:
     return min(1.0, 2 * scale / math.sqrt(math.pi) * total * width / 3)
 
 
+@functools.lru_cache(256)
 def student_quantile(share: float, freedom: float) -> float:
     """The value that Student's distribution does not exceed in this share (above one half)."""
     low, high = 0.0, 1e6
-    for _ in range(100):
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (
             (middle, high) if student_tail(middle, freedom) > 2 * (1 - share) else (low, middle)

@@ -179,7 +179,7 @@ def test_the_dry_run_says_what_each_arm_may_spend_and_who_refuses(
     assert lines[edges + 1].startswith("    the recipe does not take the plan's team")
     memory = next(n for n, line in enumerate(lines) if line.startswith("    memory "))
     assert "GiB" in "".join(lines[memory : memory + 6])
-    assert not (tmp_path / "out" / "runs").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_part_is_one_run(model: Path, tmp_path: Path, started: list[str]) -> None:
