@@ -107,10 +107,10 @@ def _existing(things: Value, kind: str, name: Any) -> Value:
     return found
 
 
-def _add(things: Value, kind: str, name: Any, made: Value) -> None:
+def _add(things: Value, kind: str, name: Any, content: Value) -> None:
     if not isinstance(name, str) or name in things:
         raise IllegalEdit(f"{kind} {name!r:.60}: expected a name that is not taken")
-    things[name] = made
+    things[name] = content
 
 
 def _new_role(given: Mapping[str, Any]) -> Value:

@@ -134,8 +134,8 @@ class StructureEdits:
         return [_Edit("pipeline", "edit_pipeline", fields, given, make)]
 
     def _with_operations_on(self, state: str) -> Callable[[Value, Any], Value]:
-        def make(value: Value, found: Any) -> Value:
-            return with_operations(value, found, agent=self.agents[0], state=state)
+        def make(value: Value, operations: Any) -> Value:
+            return with_operations(value, operations, agent=self.agents[0], state=state)
 
         return make
 
@@ -190,4 +190,4 @@ def _legal(target: Target, value: Value) -> Value:
 
 
 def _with_parts_at(place: str) -> Callable[[Value, Any], Value]:
-    return lambda value, found: with_parts(value, place, found)
+    return lambda value, changes: with_parts(value, place, changes)

@@ -1,5 +1,5 @@
-"""Agent symbolic learning: the prompts, the states and the edges of a pipeline are edited in turn by
-feedback that flows back along its run.
+"""Agent symbolic learning: prompts, states and edges of a pipeline are edited in turn, by feedback
+that flows back along its run.
 
 Zhou et al., arXiv:2406.18532. The team is a `Pipeline` (`agents/patterns/pipeline.py`), whose
 structure is a value. A step plays a batch, lets `evaluator` say what is wrong with each output, and
