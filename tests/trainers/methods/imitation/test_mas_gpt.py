@@ -33,6 +33,18 @@ def played(folder: Path, kind: str) -> list[Episode]:
     return [e for e in Store(folder / "episodes") if e.kind == kind]
 
 
+WHOLE: dict[str, Any] = {"refiner": True, "num_val_tasks": 4}
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MASGPTTrainer]:
+    """A run with a helper and validation tasks."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    made = words_put(folder, model, **WHOLE)
+    made.train()
+    return folder, made
+
+
 def test_systems_are_scored_and_the_designer_imitates_the_best_of_each_cluster(
     tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,13 +86,11 @@ def test_systems_are_scored_and_the_designer_imitates_the_best_of_each_cluster(
     learnt_text = triples[query[1]]
     program = f"```python\n{learnt_text['program']}\n```"
     assert shown[2] == f"{learnt_text['reasoning']}\n\n{program}<|end|>"
+    check_report(folder, summary)
 
 
-def test_the_report_counts_replies_without_a_program_and_compares_with_the_best_single_system(
-    tmp_path: Path, model: Path
-) -> None:
-    folder = tmp_path / "run"
-    summary = words_put(folder, model).train()
+def check_report(folder: Path, summary: dict[str, Any]) -> None:
+    """Replies without a program are counted, and the best single system is compared with."""
     told = summary["mas_gpt"]
     best = next(name for name in told if name.startswith("best single system: "))
     assert list(told) == ["designer before", best, "designer after"]
@@ -98,13 +108,11 @@ def test_the_report_counts_replies_without_a_program_and_compares_with_the_best_
 
 
 def test_a_helper_fits_systems_to_queries_and_the_gate_keeps_what_is_not_worse(
-    tmp_path: Path, model: Path
+    whole: tuple[Path, MASGPTTrainer],
 ) -> None:
     """All four verdicts: (1, 0) keeps the base with the reasoning, (1, 1), (0, 1) and (0, 0) take
     the rewritten program; what changes more than texts is refused, and no reasoning is no triple."""
-    folder = tmp_path / "run"
-    made = words_put(folder, model, refiner=True)
-    made.train()
+    folder, made = whole
     seen = set()
     triples = {each["query"]: each for each in made.memory["triples"]}
     for query, kind in KIND.items():
@@ -129,14 +137,17 @@ def test_a_helper_fits_systems_to_queries_and_the_gate_keeps_what_is_not_worse(
     without = sum(kind == "b" and int(q[-1]) % 2 for q, kind in KIND.items())
     assert made.memory["left_out"] == {"no reasoning": without}
     (row,) = rows(folder)
-    told = row["mas_gpt"]
-    assert told["rewritten"] == sum(each["refined"] is not None for each in triples.values())
-    assert told["accepted"] == sum(each["accepted"] for each in triples.values())
-    assert told["refused"] == sum(bool(each["fault"]) for each in triples.values())
+    told, train = row["mas_gpt"], [t for t in triples.values() if t["split"] == "train"]
+    assert told["rewritten"] == sum(each["refined"] is not None for each in train)
+    assert told["accepted"] == sum(each["accepted"] for each in train)
+    assert told["refused"] == sum(bool(each["fault"]) for each in train)
     asked = played(folder, "aside")
     assert len(asked) == 12 and all(e.task.answer is None for e in asked)
     # the pool, and one program for each query that was rewritten
-    assert len(played(folder, "trial")) == 4 * 12 + told["rewritten"]
+    rewritten = sum(each["refined"] is not None for each in triples.values())
+    assert len([e for e in played(folder, "trial") if "designer" not in e.usage]) == (
+        4 * 12 + rewritten
+    )
 
 
 @pytest.mark.slow
@@ -148,6 +159,7 @@ def test_queries_that_their_system_fails_can_be_left_out(tmp_path: Path, model: 
     assert made.memory["left_out"] == {"its system fails it": count}
 
 
+@pytest.mark.slow
 def test_the_ablation_draws_a_right_system_for_each_query(tmp_path: Path, model: Path) -> None:
     pool = {**POOL, "a again": 'await custom("A!")'}
     made = words_put(tmp_path / "run", model, assign="random", pool=pool)
@@ -160,17 +172,20 @@ def test_the_ablation_draws_a_right_system_for_each_query(tmp_path: Path, model:
 
 
 def test_the_loss_on_triples_of_other_queries_is_measured_and_not_learnt(
-    tmp_path: Path, model: Path
+    whole: tuple[Path, MASGPTTrainer],
 ) -> None:
-    made = words_put(tmp_path / "run", model, num_val_tasks=4)
-    made.train()
+    folder, made = whole
     val = {task.id for task in made.spec.val_tasks}
-    split = {each["query"]: each["split"] for each in made.memory["triples"]}
-    assert {q for q, which in split.items() if which == "val"} == val and len(split) == 12
-    (row,) = rows(tmp_path / "run")
+    triples = made.memory["triples"]
+    assert len(val) == 4
+    assert {t["query"] for t in triples if t["split"] == "val"} == val & {
+        t["query"] for t in triples
+    }
+    (row,) = rows(folder)
     before, after = row["mas_gpt"]["val_nll"]
     assert after < before
-    assert row["mas_gpt"]["triples"] == 8 == row["policies"]["designer"]["sequences"]
+    count = sum(t["split"] == "train" for t in triples)
+    assert row["mas_gpt"]["triples"] == count == row["policies"]["designer"]["sequences"]
 
 
 class Cut(BaseException):
@@ -205,14 +220,6 @@ def facts(folder: Path, made: MASGPTTrainer) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    made = words_put(folder, model, refiner=True)
-    made.train()
-    return facts(folder, made)
-
-
 @pytest.mark.parametrize(
     ("name", "at"),
     [
@@ -222,18 +229,18 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     ],
 )
 def test_a_run_that_is_killed_comes_to_the_same(
-    name: str, at: int, whole: dict[str, Any], tmp_path: Path, model: Path
+    name: str, at: int, whole: tuple[Path, MASGPTTrainer], tmp_path: Path, model: Path
 ) -> None:
     """Between two systems of the pool, after the helper's replies, and before the fit; nothing is
     played, asked or counted twice."""
     folder = tmp_path / "run"
-    killed = words_put(folder, model, refiner=True)
+    killed = words_put(folder, model, **WHOLE)
     cut_at(killed, name, at)
     with pytest.raises(Cut):
         killed.train()
-    again = words_put(folder, model, refiner=True, resume=True)
+    again = words_put(folder, model, resume=True, **WHOLE)
     again.train()
-    assert facts(folder, again) == whole
+    assert facts(folder, again) == facts(*whole)
 
 
 @pytest.mark.slow
