@@ -305,7 +305,7 @@ class MASGPTTrainer(Trainer[MASGPTConfig]):
         if not tasks:
             return {}
         team = executing_team(self.system, next(iter(self.pool.values())), ProgramByQuery)
-        played = self.played(tasks, {PROGRAMS: dict(programs)}, team)  # type: ignore[arg-type]
+        played = self.played(tasks, {PROGRAMS: dict(programs)}, team)
         scores = evaluation(tasks, played, self.spec.metric).scores
         return {query: int(score >= self.args.success_threshold) for query, score in scores.items()}
 
