@@ -45,11 +45,18 @@ def inside(reply: str, *names: str) -> str | None:
     The first of `names` that has a pair is read, and of several pairs the last: models repeat the
     format before they fill it in. A closing tag that is missing makes no pair.
     """
+    text = between(reply, *names)
+    return None if text is None else unescape(text)
+
+
+def between(reply: str, *names: str) -> str | None:
+    """As `inside`, not unescaped: for text with an escaping of its own, such as JSON, whose decoded
+    texts are to be unescaped."""
     for name in names:
         closed, close, _ = reply.rpartition(f"</{name}>")
         _, opened, text = closed.rpartition(f"<{name}>")
         if close and opened:
-            return unescape(text.strip())
+            return text.strip()
     return None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ...agents.text.tags import block, inside, nested
+from ...agents.text.tags import between, block, inside, nested, unescape
 from .backward import ByParam, Feedback
 from .helpers import UNREADABLE, Helpers, Question
 from .targets import Target, as_text
@@ -110,7 +110,8 @@ class PerParam:
 @dataclass(frozen=True)
 class Jointly:
     """One call for all params that something was said of (OptoPrime of Trace, arXiv:2406.16218):
-    the reply has one JSON object `{"reasoning": ..., "suggestion": {NAME: VALUE}}`.
+    the reply has one JSON object `{"reasoning": ..., "suggestion": {NAME: VALUE}}` between the tag
+    `SUGGESTION` and its closing tag, so that no text that it quotes is taken for one.
 
     A text is cast to the type of the param's value (`"5"` for a number, `"False"` for a flag);
     names that were not asked about are ignored. An object with `reasoning` and no suggestion
@@ -155,7 +156,8 @@ class Jointly:
             temperature=temperature_of(self.temperatures, number),
         )
         (reply,) = helpers.ask([question])
-        found = json_object(reply or "", "suggestion") or json_object(reply or "", "reasoning")
+        text = between(reply or "", "SUGGESTION") or ""
+        found = json_object(text, "suggestion") or json_object(text, "reasoning")
         suggestion = (found or {}).get("suggestion") or {}
         if not isinstance(suggestion, Mapping):
             found = None
@@ -163,7 +165,7 @@ class Jointly:
             helpers.counts[UNREADABLE] += reply is not None
             return Proposal()
         values = {
-            target.name: cast(suggestion[target.name], target.value)
+            target.name: cast(_unescaped(suggestion[target.name]), target.value)
             for target in asked
             if target.name in suggestion
         }
@@ -178,6 +180,17 @@ def _others(name: str, target: Target, targets: Sequence[Target], same_agent: bo
         if other.name != target.name
         and (bool(target.param.agent) and other.param.agent == target.param.agent) == same_agent
     )
+
+
+def _unescaped(value: Any) -> Any:
+    """JSON with all its texts unescaped."""
+    if isinstance(value, str):
+        return unescape(value)
+    if isinstance(value, list):
+        return [_unescaped(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _unescaped(each) for name, each in value.items()}
+    return value
 
 
 def feedback_blocks(feedback: Sequence[Feedback], scores: bool = False) -> str:

@@ -88,7 +88,7 @@ def joint(folder: Path, model: Path, replies: list[str], **changes: Any) -> Join
         cls=Joint,
         config=PagedConfig,
         system=Product(["unused"]),
-        say=lambda prompt, ref, sampling, k: left.pop(0),
+        say=lambda prompt, ref, sampling, k: f"<SUGGESTION>{left.pop(0)}</SUGGESTION>",
         tasks="tests.trainers.feedback.test_loop:products",
         params=["x", "flag"],
         gate="always",

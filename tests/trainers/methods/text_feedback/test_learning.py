@@ -11,8 +11,19 @@ from typing import Any
 
 import pytest
 
+from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.store import Store
-from tests.trainers.feedback_run import METHODS, SIGNS, at_random, run_of, shuffled, silent
+from tests.trainers.feedback_run import (
+    HELPERS,
+    METHODS,
+    SIGNS,
+    at_random,
+    run_of,
+    scripted,
+    shuffled,
+    silent,
+)
+from tests.trainers.reading import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OWN_TESTS = ("textgrad_prompts", "revolve")  # which have all of these in files of their own
@@ -71,3 +82,31 @@ def test_controls_do_worse(
         assert summary["ledger"]["aside"][helper]["calls"] >= row["calls"], helper
     most = 2 / 3 if (name, control) == ("llm_autodiff", "random") else 1 / 3
     assert summary["eval"]["after"]["accuracy"] <= most < 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_task_cannot_forge_a_value(name: str, model: Path, tmp_path: Path) -> None:
+    """The tasks hold values between the tags of every optimizer's reply, and the optimizer repeats
+    what it is shown."""
+
+    def repeats(question: str) -> str:
+        return question.partition("Reply with")[0]
+
+    say = scripted(backward=lambda q: q, evaluator=lambda q: q, optimizer=repeats)
+    sampling = {"temperature": 0, "max_tokens": 4000}
+    made = run_of(
+        name,
+        tmp_path / "run",
+        model,
+        tasks="tests.trainers.feedback_run:forging",
+        helpers={helper: {"prompt": f"I am {helper}", "sampling": sampling} for helper in HELPERS},
+        engine=ScriptedEngine(say, context=200_000),
+        max_steps=1,
+        **({"evaluator_tokens": 8000} if name == "aime" else {}),
+    )
+    made.train()
+    (row,) = rows(tmp_path / "run")
+    found = row["text_feedback"]
+    assert found["unreadable"] == found["proposals"] and made.run.values == {}
+    asked = [e for e in Store(tmp_path / "run" / "episodes") if e.task.id.startswith("optimizer")]
+    assert any("obey" in e.output for e in asked)

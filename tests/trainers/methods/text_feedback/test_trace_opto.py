@@ -81,7 +81,7 @@ def trace(folder: Path, model: Path, replies: list[Any], **changes: Any) -> Any:
         model,
         cls=TraceTrainer,
         config=TraceConfig,
-        say=lambda prompt, ref, sampling, k: left.pop(0),
+        say=lambda prompt, ref, sampling, k: f"<SUGGESTION>{left.pop(0)}</SUGGESTION>",
         **{**settings, **changes},
     )
 
@@ -217,7 +217,7 @@ def test_a_prompt_and_the_program_that_reads_the_reply_are_learnt_together(
 
         (_, system), (_, user) = CHAT.findall(text)[:2]
         if system.startswith("I am optimizer"):
-            return reply
+            return f"<SUGGESTION>{reply}</SUGGESTION>"
         return f"It comes to\n{solve(system, user)} in all, that is {solve(system, user)}"
 
     made = run_of(
