@@ -109,6 +109,20 @@ def test_an_outside_model_helps(name: str, whole: Path, model: Path, tmp_path: P
     assert calls == expected["ledger"]["aside"][method.outside]["calls"] == asked
 
 
+@pytest.mark.slow
+@every_method
+def test_a_budget_is_never_exceeded_and_the_run_ends_whole(
+    name: str, whole: Path, model: Path, tmp_path: Path
+) -> None:
+    spent = int(summary_of(whole / name)["budget"]["spent"]["tokens"])
+    limit = spent * 2 // 3
+    summary = METHODS[name].make(tmp_path / "run", model, budget={"tokens": limit}).train()
+    assert summary["budget"]["spent"]["tokens"] <= limit
+    assert summary["done"] == "the budget is spent"
+    assert summary["steps"] < summary_of(whole / name)["steps"]
+    assert summary["eval"]["after"]["accuracy"] is not None
+
+
 @pytest.mark.process
 def test_two_ranks_learn_what_one_learns(whole: Path, model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "two"

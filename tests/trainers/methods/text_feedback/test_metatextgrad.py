@@ -284,7 +284,7 @@ class Cut(BaseException):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ask", [2, 5, 7])
+@pytest.mark.parametrize("ask", [5, 7])
 def test_a_run_that_is_killed_inside_an_inner_run_comes_to_the_same(
     ask: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
