@@ -17,9 +17,10 @@ from marlora.agents.types import SettingError
 from marlora.recipes.cli.main import main
 from marlora.rollouts.episodes.store import Store
 from marlora.trainers.methods.policy_gradient.maas import MaASConfig, MaASTrainer
+from marlora.trainers.methods.text_feedback.textgrad import TextGradConfig, TextGradTrainer
 from tests.repository import ROOT
 from tests.trainers.reading import rows
-from tests.trainers.supernets import trainer
+from tests.trainers.supernets import queries, supernet, trainer
 
 torch.set_num_threads(1)
 SHORT: dict[str, Any] = dict(max_steps=4, save_every=2, num_eval_tasks=4, tasks_per_step=2)
@@ -121,6 +122,18 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path: Path, model: Path) -
     begin = str(tmp_path / "first" / "checkpoints" / "step-000004")
     second = trainer(tmp_path / "second", model, **{**SHORT, "max_steps": 0}, init=begin)
     assert second.controller.sha256() == first.controller.sha256()
+    # and so does one that rewrites the executors' prompts: the paper's textual gradient
+    args = TextGradConfig(
+        output_dir=str(tmp_path / "third"),
+        model=str(model),
+        init=begin,
+        num_val_tasks=20,
+        helpers={"backward": {}, "optimizer": {}},
+    )
+    third = TextGradTrainer(
+        system=supernet(), tasks=queries(), eval_tasks=queries("eval"), rewards=["exact"], args=args
+    )
+    assert third.spec.values["supernet"] == first.controller.values()["supernet"]
 
 
 def test_what_is_refused(tmp_path: Path, model: Path) -> None:
@@ -175,7 +188,8 @@ def test_a_checkpoint_evaluates_as_its_run_did(tmp_path: Path, model: Path) -> N
 
 def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
     settings = yaml.safe_load((ROOT / "recipes" / "maas_supernet.yaml").read_text(encoding="utf-8"))
-    args = MaASConfig(**{**settings, "output_dir": str(folder), "num_eval_tasks": 60, **changes})
+    short = {"num_eval_tasks": 40, "max_steps": 25, "learning_rate": 0.03}
+    args = MaASConfig(**{**settings, "output_dir": str(folder), **short, **changes})
     return MaASTrainer(args=args).train()
 
 
@@ -186,14 +200,15 @@ def test_each_kind_finds_its_operator_on_the_tiny_model(tmp_path: Path) -> None:
     after, before = summary["supernet"]["after"], summary["supernet"]["before"]
     told = json.dumps(summary["supernet"])
     print(told)
-    assert summary["eval"]["paired"]["ci95"][0] > 0.1 and summary["eval"]["after"]["accuracy"] > 0.9
-    for kind in "ab":
-        assert after[kind]["calls"] < before[kind]["calls"] / 2, told
+    assert summary["eval"]["paired"]["ci95"][0] > 0.05, told
+    for kind, operator in (("a", "careful_a"), ("b", "ask_b")):
+        assert after[kind]["probabilities"]["layer1"][operator] > 0.6, told
+        assert after[kind]["calls"] < before[kind]["calls"] / 4, told
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_fixed_controller_learns_nothing_on_the_tiny_model(tmp_path: Path) -> None:
-    summary = recipe(tmp_path / "run", learning_rate=0.0, max_steps=3)
+    summary = recipe(tmp_path / "run", learning_rate=0.0, max_steps=2)
     assert summary["eval"]["after"] == summary["eval"]["before"]
     assert summary["supernet"]["after"] == summary["supernet"]["before"]
