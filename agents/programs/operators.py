@@ -106,7 +106,7 @@ class OperatorContext:
         """The turns and operations whose text stands in what a program passed on: executors', and
         the author's for words that no executor wrote."""
         turns: list[Turn | Operation] = []
-        known = [*self.turns, *self.noted]
+        known: list[Turn | Operation] = [*self.turns, *self.noted]
         for text in filter(str.strip, texts):
             same = [turn for turn in known if turn.text.strip() == text.strip()]
             quoted = same or [turn for turn in known if stands_in(turn.text, text)]
