@@ -17,9 +17,15 @@ from pathlib import Path
 
 import pytest
 
+from marlora.recipes.cli.train import recipes
 from tests.repository import ROOT, ci_targets, clean_environment, copy_to, names_of_tests
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+PAGES = ("README.md", "docs/training.md", "docs/programs.md", "docs/runs.md")  # for users
+DOCUMENTS = (
+    *PAGES,
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ("cluster", "gpus", "layout", "methods", "speed")),
+)
 
 RUN = "run here, in a copy of the repository"
 CI = "a target that .ci/run makes"
@@ -27,9 +33,7 @@ DEMO, TINY = (
     "tests/recipes/test_demos.py::test_make_demo",
     "tests/recipes/test_demos.py::test_make_demo_tiny",
 )
-SHOWN = (  # runs what the README shows, whatever it is
-    "tests/recipes/test_demos.py::test_commands_of_the_readme"
-)
+SHOWN = "tests/recipes/test_demos.py::test_commands_of_the_pages"  # runs what PAGES show
 REQUEUED = "tests/test_slurm.py::test_a_job_requeued_twice_ends_as_one_that_was_not"
 NODES = "tests/test_slurm.py::test_server_nodes_and_trainer_nodes_of_one_job"
 COLLECT = "tests/test_slurm.py::test_an_array_fills_one_store_and_a_checkpoint_is_evaluated"
@@ -69,11 +73,27 @@ def commands(document: str) -> list[str]:
     return [line for line in found if line and not line.startswith(("git clone", "cd "))]
 
 
+def tried() -> list[str]:
+    """The commands of the pages that are run one after the other, in their order."""
+    every = [command for page in PAGES for command in commands(page)]
+    return [command for command in every if not command.startswith(("make ", "sbatch "))]
+
+
+def test_every_method_has_its_line() -> None:
+    """docs/methods.md names every recipe but those that show or prepare something."""
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|.*", page.partition("## More than weights")[0], re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named - {"search", "gepa", "bayes"} == {*recipes()} - {"demo", "own_program"}
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
 def test_every_command_is_covered() -> None:
     shown = {command for document in DOCUMENTS for command in commands(document)}
-    shown -= {
-        command for command in commands("README.md") if not command.startswith(("make ", "sbatch "))
-    }  # all run by SHOWN
+    shown -= set(tried())  # all run by SHOWN
     assert SHOWN in names_of_tests()
     assert not shown - COVERED.keys(), "say in COVERED which test runs these commands"
     assert not COVERED.keys() - shown, "no document shows these commands any more"

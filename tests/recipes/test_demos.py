@@ -1,10 +1,11 @@
-"""What a newcomer types: the two demos, then every other command of the README, in its order. Run
-in the repository itself, in `runs/`."""
+"""What a newcomer types: the two demos, then every other command of README and docs, in their
+order. Run in the repository itself, in `runs/`."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.repository import ROOT, clean_environment
-from tests.test_readme import commands
+from tests.test_readme import tried
 
 pytestmark = pytest.mark.slow
 
@@ -73,9 +74,10 @@ def test_make_demo_tiny(tiny_demo: dict[str, Any]) -> None:
 
 
 @pytest.mark.timeout(1800)
-def test_commands_of_the_readme(tiny_demo: dict[str, Any]) -> None:
-    lines = [line for line in commands("README.md") if not line.startswith(("make ", "sbatch "))]
-    assert len(lines) >= 8
+def test_commands_of_the_pages(tiny_demo: dict[str, Any]) -> None:
+    shutil.rmtree(ROOT / "runs" / "mine", ignore_errors=True)  # the README makes it
+    lines = tried()
+    assert len(lines) >= 20
     for line in lines:
         shell(line, seconds=600)
 
