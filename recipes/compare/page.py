@@ -169,5 +169,5 @@ def _curves(result: Mapping[str, Any]) -> str:
 
 
 def _failed(failed: Mapping[str, str]) -> str:
-    rows = [(text(name), text(why)) for name, why in failed.items()]
+    rows = [(text(name), f'<span class="why">{text(why)}</span>') for name, why in failed.items()]
     return table(("run", "why"), rows) if rows else ""

@@ -68,6 +68,12 @@ class Reference:
         self.metric = self.spec.metric
         self.val_tasks = list(self.spec.val_tasks) or list(self.spec.tasks[: config.num_eval_tasks])
         self.tasks = held_out(config, plan.all_seeds)
+        self.single_agent = single_agent(plan, self.spec.system)
+        for number, values in enumerate(plan.prompts):
+            try:
+                check_values(self.spec.system.params(), values)
+            except SettingError as error:
+                raise SettingError(f"prompts[{number}]: {error}") from error
 
     def __enter__(self) -> Reference:
         self.run.open()
@@ -135,10 +141,10 @@ class Reference:
         tokens that choosing it took, and what it is worth on the held-out tasks."""
         if not self.plan.prompts:
             return None
-        states = []
-        for number, values in enumerate(self.plan.prompts):
-            check_values(self.spec.system.params(), values)
-            states.append((f"prompts {number}", self.state.with_values(values)))
+        states = [
+            (f"prompts {number}", self.state.with_values(values))
+            for number, values in enumerate(self.plan.prompts)
+        ]
         tried = [
             self._measured(self.play(f"{what}, validation", self.val_tasks, state=state))
             for what, state in states
@@ -160,19 +166,19 @@ class Reference:
         return floors
 
     @property
-    def single_agent(self) -> System:
-        """The plan's single agent; policy and sampling are those of the team's last agent unless
-        the plan names others."""
-        last = self.spec.system.specs[-1]
-        own = {"policy": last.policy, "sampling": to_json(last.sampling), **self.plan.single_agent}
-        return Chain((from_json(AgentSpec, {"name": "agent", **own}, "single_agent"),))
-
-    @property
     def no_values(self) -> TeamState:
         return dataclasses.replace(self.state, values={})
 
     def _measured(self, episodes: Sequence[Episode]) -> Measurement:
         return of_episodes(episodes, self.metric, self.plan.seeds[0])
+
+
+def single_agent(plan: ComparisonPlan, team: System) -> System:
+    """The plan's single agent; policy and sampling are those of the team's last agent unless the
+    plan names others."""
+    last = team.specs[-1]
+    own = {"policy": last.policy, "sampling": to_json(last.sampling), **plan.single_agent}
+    return Chain((from_json(AgentSpec, {"name": "agent", **own}, "single_agent"),))
 
 
 def held_out(config: TeamConfig, seeds: Iterable[int]) -> list[Task]:

@@ -178,24 +178,20 @@ def _curves(results: Sequence[RunResult]) -> dict[str, dict[str, list[Point]]]:
 
 
 def headline(result: Mapping[str, Any]) -> str:
-    """What came out, in a sentence or two."""
+    """What came out, in three sentences."""
     arms = [row for row in result["rows"] if row["kind"] == "arm"]
     if not arms:
         return "No arm has a result."
-    counts = {
-        what: sum(row["effect"] == what for row in arms) for what in ("above", "not shown", "below")
-    }
-    votes = sum(
-        bool(row["against_votes"])
-        and all(shown == "above" for shown in row["against_votes"].values())
-        for row in arms
-    )
+    effects = [row["effect"] for row in arms]
+    votes = [set(row["against_votes"].values()) for row in arms]
+    above, below = effects.count("above"), effects.count("below")
+    better, worse = votes.count({"above"}), sum("below" in shown for shown in votes)
     total = len(arms)
     return (
-        f"Of {total} {'arm' if total == 1 else 'arms'}, {counts['above']} {_are(counts['above'])}"
-        f" shown to be above the team as it is, {counts['below']} below it; for"
-        f" {counts['not shown']} no difference is shown. {votes} {_are(votes)} shown to be above"
-        " self-consistency of both the team and the single agent at the tokens of the dearest arm."
+        f"Of {total} {'arm' if total == 1 else 'arms'}, {above} {_are(above)} shown to be above the"
+        f" team as it is, {below} below it; for {effects.count('not shown')} no difference is"
+        f" shown. At the tokens of the dearest arm, {better} {_are(better)} shown to be above"
+        f" self-consistency of both the team and the single agent, {worse} below one of them."
     )
 
 

@@ -138,6 +138,22 @@ def test_a_budget_below_one_evaluation_is_refused_before_any_arm(
     assert not started and not (tmp_path / "compare.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": [{"first.prompt": "x"}, {"third.prompt": "x"}]}, r"prompts\[1\]: .*third"),
+        ({"single_agent": {"promt": "x"}}, r"single_agent\.promt: .*did you mean 'prompt'"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused_before_anything_is_played(
+    model: Path, tmp_path: Path, started: list[str], changes: dict[str, Any], message: str
+) -> None:
+    plan = ComparisonPlan("p", plan_of(tmp_path, model, **changes))
+    with pytest.raises(SettingError, match=message):
+        comparison.compare_arms(plan, silent)
+    assert not started and not (tmp_path / "reference").exists()
+
+
 def test_a_budget_ends_a_run_and_is_never_exceeded(
     model: Path, tmp_path: Path, started: list[str]
 ) -> None:

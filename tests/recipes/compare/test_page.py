@@ -100,8 +100,8 @@ RESULT: dict[str, Any] = {
 def test_the_headline_counts_who_won_and_who_lost() -> None:
     assert headline(RESULT) == (
         "Of 2 arms, 1 is shown to be above the team as it is, 1 below it; for 0 no difference is"
-        " shown. 1 is shown to be above self-consistency of both the team and the single agent at"
-        " the tokens of the dearest arm."
+        " shown. At the tokens of the dearest arm, 1 is shown to be above self-consistency of both"
+        " the team and the single agent, 1 below one of them."
     )
     assert headline({"rows": [row(TEAM, 0.5)]}) == "No arm has a result."
 
