@@ -8,8 +8,8 @@ steps. Its tools are those of its agent (`agents.NAME.tools`): calls are run ins
 run ended stands in the episode's operation `workflow`: its text is the answer, its `error` why
 there is none; the operation `steps` names the steps that were taken.
 
-A designer may stand among the agents, for a method that trains it (`WorkflowDesign`); it does not
-speak when a task is played.
+A designer may stand among the agents, for a method that trains it; it does not speak when a
+task is played.
 
 Against the authors' code: one request a step, where there further ones select notes, look for a
 tool's name and pick the branch; a reply that names no branch ends the run with an error; a terminal
@@ -33,7 +33,6 @@ from ..transcript import Output
 from ..types import SettingError, Task, Turn, nearest
 from .restrictions import program_of
 from .steps import Step, Steps, StepsError, parse_steps
-from .workflow import reward_of
 
 WORKFLOW = "workflow"  # the name of the param, and of the operation
 MANUAL = """step 1:::process:::Work out the answer to the task, step by step.:::next::step 2
@@ -242,24 +241,3 @@ def key_in(reply: str, keys: Collection[str]) -> str:
         for match in re.finditer(rf"(?<!\w){re.escape(key)}(?!\w)", text)
     ]
     return max(found, default=(0, 0, ""))[2]
-
-
-@dataclass
-class WorkflowDesign(System):
-    """One agent, which is asked once for a workflow of `target`. Its turn's reward `valid` says
-    whether that can be followed, with the fault where it cannot."""
-
-    target: StepWorkflow | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.target is None:
-            raise SettingError("WorkflowDesign(target=...): expected a StepWorkflow")
-
-    async def run(self, task: Task, team: Team) -> Turn:
-        assert self.target is not None
-        (agent,) = team
-        turn = await agent.reply(task.prompt)
-        _, fault = self.target.read(turn.text)
-        team.rewards.append(reward_of(turn, "valid", float(not fault), fault))
-        return turn

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.programs.step_workflow import MANUAL, StepWorkflow, WorkflowDesign, key_in
+from marlora.agents.programs.step_workflow import MANUAL, StepWorkflow, key_in
 from marlora.agents.state import check_values
 from marlora.agents.team import Team
 from marlora.agents.testing import check_system, fake_team
 from marlora.agents.transcript import Output
-from marlora.agents.types import AgentSpec, Message, Reward, SettingError, Task
+from marlora.agents.types import AgentSpec, Message, SettingError, Task
 
 TASK = Task("t", "3 + 4", "7")
 LOOP = """try:::process:::Try it.:::next::ask
@@ -133,19 +133,6 @@ def test_a_designer_is_told_the_format_and_no_task() -> None:
 def test_what_a_designers_reply_holds(reply: str, tag: str, workflow: str, fault: str) -> None:
     text, why = system(tag=tag).read(reply)
     assert text.lower() == workflow.lower() and why.startswith(fault) and bool(text) != bool(why)
-
-
-def test_a_design_says_whether_it_is_valid() -> None:
-    made = system()
-    for reply, worth, told in (
-        (f"<workflow>{LOOP}</workflow>", 1.0, ""),
-        ("I cannot.", 0.0, "missing: the reply holds no workflow"),
-    ):
-        team = fake_team(["designer"], lambda agent, messages, reply=reply: reply)  # type: ignore[misc]
-        design = WorkflowDesign(["designer"], target=made)
-        turn = asyncio.run(design.run(Task("w", made.design_prompt()), team))
-        assert turn.text == reply
-        assert team.rewards == [Reward("valid", worth, told, "designer", 0, 0, "workflow")]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ....agents.programs.step_workflow import WORKFLOW, StepWorkflow, WorkflowDesign
+from ....agents.programs.step_workflow import WORKFLOW, StepWorkflow
 from ....agents.settings import setting
 from ....agents.state import TeamState
 from ....agents.types import AgentSpec, Message, Reward, Sampling, SettingError, Task
@@ -42,7 +42,6 @@ from ....rollouts.report.sections import stored, table_section
 from ....rollouts.rewards.builtin import workflow as reported
 from ....rollouts.types import Episode, Kind
 from ...config import RunConfig
-from ...credit.program_scores import invalid_kinds
 from ...credit.weights import CreditConfig
 from ...loop.step_result import StepResult
 from ...trainer import Trainer
@@ -52,6 +51,7 @@ from ...values.memory import Memory
 from ...values.parts import Part
 from ...values.search import Candidate, Search
 from .grpo import check_group_size, policy_gradient
+from .workflow_designs import ScoredWorkflow, WorkflowDesign, design_statistics, mean
 
 DESIGNER = "designer"  # the helper of the search in a chat
 SCORED = "The workflow scores {score:.4f} on tasks of this kind. Write a better one."
@@ -108,20 +108,6 @@ class AutoFlowConfig(RunConfig, CreditConfig, LossConfig):
             )
         if not self.in_context:
             check_group_size(self.num_generations, self.credit)
-
-
-@dataclass(frozen=True)
-class ScoredWorkflow:
-    """What a designer wrote and what it earned.
-
-    episode: in which it was written. text: the workflow in one spelling, "" with a `fault`.
-    reward: the mean score on training tasks, or `invalid_reward`; NaN if the episode failed.
-    """
-
-    episode: Episode
-    text: str
-    fault: str
-    reward: float
 
 
 class AutoFlowTrainer(Trainer[AutoFlowConfig]):
@@ -280,21 +266,11 @@ class AutoFlowTrainer(Trainer[AutoFlowConfig]):
             self.search.reject(new.id, verdict)
 
     def _row(self, written: Sequence[ScoredWorkflow]) -> dict[str, Any]:
-        """The step's workflows in numbers: `reward` is the mean, `score` that of valid ones."""
-        rewards = [each.reward for each in written if not math.isnan(each.reward)]
-        valid = [each for each in written if each.text]
-        told = [Reward("valid", float(bool(each.text)), each.fault) for each in written]
+        """The step's workflows in numbers, and the one in force with its score on validation
+        tasks."""
         current = self._current()
-        return {
-            "reward": _mean(rewards),
-            "score": _mean([each.reward for each in valid]),
-            "best": max((each.reward for each in valid), default=None),
-            "valid": len(valid) / len(written),
-            "distinct": len({each.text for each in valid}),
-            "invalid": invalid_kinds(told),
-            "in_force": current.id,
-            "in_force_score": current.mean,
-        }
+        row = design_statistics(written)
+        return {**row, "in_force": current.id, "in_force_score": current.mean}
 
     # learning
 
@@ -378,7 +354,7 @@ class AutoFlowTrainer(Trainer[AutoFlowConfig]):
         designs = self._designs("workflow", state, "eval", f"designs-{name}")
         texts = [self.target.read(episode.output or "")[0] for episode in designs]
         scores = {
-            text: _mean([*self._scores(text, self.spec.eval_tasks, "eval").values()]) or 0.0
+            text: mean([*self._scores(text, self.spec.eval_tasks, "eval").values()]) or 0.0
             for text in dict.fromkeys(filter(None, texts))
         }
         return {
@@ -386,7 +362,3 @@ class AutoFlowTrainer(Trainer[AutoFlowConfig]):
             "score": sum(scores.get(text, 0.0) for text in texts) / len(texts),
             "distinct": len(scores),
         }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None

@@ -7,6 +7,7 @@ test_autoflow_learning.py.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 from marlora.agents.patterns.chain import Chain
+from marlora.agents.programs.step_workflow import StepWorkflow
+from marlora.agents.testing import fake_team
 from marlora.agents.types import Message, Reward, SettingError, Task, Turn
 from marlora.recipes.cli.main import main
 from marlora.rollouts.episodes.store import Store
@@ -23,11 +26,8 @@ from marlora.rollouts.types import Episode
 from marlora.trainers.batching.samples import Denominators
 from marlora.trainers.credit.rules import credit
 from marlora.trainers.credit.weights import CreditConfig, RewardWeights, weighted_sum
-from marlora.trainers.methods.policy_gradient.autoflow import (
-    AutoFlowConfig,
-    AutoFlowTrainer,
-    ScoredWorkflow,
-)
+from marlora.trainers.methods.policy_gradient.autoflow import AutoFlowConfig, AutoFlowTrainer
+from marlora.trainers.methods.policy_gradient.workflow_designs import ScoredWorkflow, WorkflowDesign
 from marlora.trainers.update.losses.inputs import LossInputs
 from marlora.trainers.update.losses.policy_gradient import LossConfig, policy_loss
 from tests.trainers.autoflow_run import INVALID, config, flow, hashes, talker, team, trainer
@@ -120,6 +120,19 @@ def test_a_workflow_is_kept_when_it_is_strictly_better_than_the_best(
 
 
 # the policy gradient
+
+
+def test_a_design_says_whether_it_is_valid() -> None:
+    made = StepWorkflow(["designer", "reader"], designer="designer")
+    for reply, worth, told in (
+        (f"<workflow>{flow(1)}</workflow>", 1.0, ""),
+        ("I cannot.", 0.0, "missing: the reply holds no workflow"),
+    ):
+        team = fake_team(["designer"], lambda agent, messages, reply=reply: reply)  # type: ignore[misc]
+        design = WorkflowDesign(["designer"], target=made)
+        turn = asyncio.run(design.run(Task("w", made.design_prompt()), team))
+        assert turn.text == reply
+        assert team.rewards == [Reward("valid", worth, told, "designer", 0, 0, "workflow")]
 
 
 def test_what_is_trained_is_what_was_followed(

@@ -20,11 +20,8 @@ import yaml
 
 from marlora.agents.types import Task
 from marlora.rollouts.types import Episode
-from marlora.trainers.methods.policy_gradient.autoflow import (
-    AutoFlowConfig,
-    AutoFlowTrainer,
-    ScoredWorkflow,
-)
+from marlora.trainers.methods.policy_gradient.autoflow import AutoFlowConfig, AutoFlowTrainer
+from marlora.trainers.methods.policy_gradient.workflow_designs import ScoredWorkflow
 from tests.repository import ROOT
 from tests.trainers.reading import rows
 
