@@ -146,8 +146,9 @@ class ABADBOTrainer(Trainer[ABADBOConfig]):
         paths: dict[str, list[list[dict[str, Any]]]] = {}
         with run.trial():
             for number in range(args.num_local_runs):
-                for policy, kept in self.local.trained(step, sequences, number).items():
-                    paths.setdefault(policy, []).append(kept)
+                kept, updates = self.local.trained(step, sequences, number)
+                for policy, rows in kept.items():
+                    paths.setdefault(policy, []).append(rows)
         self.memory["paths"] = paths
         self.memory["tried"] = []
         ends = {
@@ -163,7 +164,7 @@ class ABADBOTrainer(Trainer[ABADBOConfig]):
         return StepResult(
             {
                 "targets": row,
-                "policies": self.rows({}, episodes),
+                "policies": self.rows(updates, episodes),  # of the last training run
                 "selection": selection.table(),
                 "dropped": counts,
             },

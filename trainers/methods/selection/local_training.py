@@ -16,7 +16,8 @@ from ....agents.types import SettingError
 from ...batching.samples import TrainingSequence
 from ...model.adapters import Adapters
 from ...update.learner import Learner
-from ...update.minibatches import minibatches
+from ...update.minibatches import merge_results, minibatches
+from ...update.optimizer_step import UpdateResult
 from ..imitation.imitation import by_policy, nll_loss
 from .loss_targets import Place
 
@@ -52,10 +53,12 @@ class LocalTraining:
 
     def trained(
         self, step: int, sequences: Sequence[TrainingSequence], run: int
-    ) -> dict[str, list[dict[str, Any]]]:
-        """Train every policy from its start, in the order that `run` draws; what was kept by
-        policy, the untrained adapter first: `loss` (mean of -log p over all its trained tokens, in
-        nats) and `sha256`."""
+    ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, UpdateResult]]:
+        """Train every policy from its start, in the order that `run` draws.
+
+        Returns by policy what was kept, the untrained adapter first, as `loss` (mean of -log p over
+        all its trained tokens, in nats) and `sha256`; and what the updates did, joined.
+        """
         learner, config = self.learner, self.config
         own = by_policy(sequences)
         learner.reset(own)
@@ -67,12 +70,13 @@ class LocalTraining:
             list(minibatches(mine, *sizes, derive_seed(seed, policy)))
             for policy, mine in own.items()
         ]
-        last = max(map(len, plans))
+        last, done = max(map(len, plans)), []
         for number, parts in enumerate(zip_longest(*plans, fillvalue=[]), 1):
-            learner.learn(step, [sample for part in parts for sample in part], nll_loss)
+            own_parts = [sample for part in parts for sample in part]
+            done.append(learner.learn(step, own_parts, nll_loss))
             if number % config.checkpoint_every == 0 or number == last:
                 self._keep(kept, sequences, run)
-        return kept
+        return kept, merge_results(done)
 
     def _keep(
         self,
