@@ -53,7 +53,7 @@ class Design:
         reply: what was sampled, taken apart.
         chat: the turn's prompt and this reply, then its repairs.
         candidate: its program in the archive, None if it has none. fault: why it cannot be used.
-        repairs: how many were asked for. reward: NaN as long as there is none.
+        repairs: how many were asked for. reward: None if it is not learnt from.
     """
 
     talk: Episode
@@ -199,6 +199,7 @@ class DesignRunner:
         return episode
 
     def turn(self, history: Sequence[Message], candidates: int) -> DesignTurn:
+        """The system that goes on with this chat."""
         return DesignTurn(
             [self.agent],
             target=self.target,
