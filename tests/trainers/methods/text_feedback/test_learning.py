@@ -31,7 +31,9 @@ NAMES = [name for name in METHODS if name not in OWN_TESTS]
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path):
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path
+) -> tuple[str, Any]:
     """The name of a method, and a finished run of it."""
     made = run_of(request.param, tmp_path_factory.mktemp("runs") / "run", model)
     made.train()
