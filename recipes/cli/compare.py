@@ -116,7 +116,7 @@ def submit(plan: ComparisonPlan, path: str, call: Callable[[list[str]], str] | N
 
 def printed(words: list[str]) -> str:
     """What a command prints. Raises `RunError` with its error."""
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = subprocess.run(words, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         raise RunError(f"{shlex.join(words)}: {done.stderr.strip()}")
     return done.stdout
