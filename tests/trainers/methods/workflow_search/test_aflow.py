@@ -147,8 +147,8 @@ def test_a_run_that_is_killed_in_a_round_comes_to_the_same(
     killed, calls = search(cut, model, larger_ensemble), list[int]()
 
     def cutting(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            answer = function(*args)
+        def call(*args: Any, **settings: Any) -> Any:
+            answer = function(*args, **settings)
             calls.append(at)
             if len(calls) == at:
                 raise Cut
@@ -156,8 +156,9 @@ def test_a_run_that_is_killed_in_a_round_comes_to_the_same(
 
         return call
 
-    monkeypatch.setattr(killed, "played", cutting(killed.played))
-    monkeypatch.setattr(killed.run.rollouts, "ask", cutting(killed.run.rollouts.ask))
+    for name in ("play", "ask"):
+        own = getattr(killed.run.rollouts, name)
+        monkeypatch.setattr(killed.run.rollouts, name, cutting(own))
     with pytest.raises(Cut):
         killed.train()
     search(cut, model, larger_ensemble, resume=True).train()
