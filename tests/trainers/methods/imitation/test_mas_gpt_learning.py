@@ -26,7 +26,13 @@ torch.set_num_threads(1)
 def run(folder: Path, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The step's numbers, and those of held-out queries as the team plays."""
     text = (ROOT / "recipes" / "mas_gpt.yaml").read_text(encoding="utf-8")
-    small = {"output_dir": str(folder), "num_eval_tasks": 60}
+    small = {
+        "output_dir": str(folder),
+        "tasks_per_step": 60,
+        "num_train_epochs": 18,
+        "num_val_tasks": 15,
+        "num_eval_tasks": 40,
+    }
     made = MASGPTTrainer(args=MASGPTConfig(**{**yaml.safe_load(text), **small, **changes}))
     told = made.train()["mas_gpt"]
     (row,) = rows(folder)
