@@ -1,5 +1,5 @@
-"""MASS: prompts of a team's blocks, the topology that they form, and prompts of the whole. No weight
-moves. Needs the extra `search`: pip install 'marlora[search]'
+"""MASS: prompts of a team's blocks, the topology that they form, and prompts of the whole. No
+weight moves. Needs the extra `search`: pip install 'marlora[search]'
 
 accelerate launch recipes/mass.py [--config recipes/mass.yaml] [--field value]
 """

@@ -224,12 +224,12 @@ class BuildingBlocks(System):
                 for answer, run in zip(given, runs, strict=True)
             )
             wrong = [
-                (at, told)
-                for at, told in zip(open_, feedback, strict=True)
-                if (inside(told.text, "CORRECT") or "").lower() != "yes"
+                (at, criticism)
+                for at, criticism in zip(open_, feedback, strict=True)
+                if (inside(criticism.text, "CORRECT") or "").lower() != "yes"
             ]
             revised = await gather(
-                self._revision(task, team, found[at], told, summary) for at, told in wrong
+                self._revision(task, team, found[at], criticism, summary) for at, criticism in wrong
             )
             open_ = [at for at, _ in wrong]
             for at, turn in zip(open_, revised, strict=True):
@@ -260,16 +260,16 @@ class BuildingBlocks(System):
         return await team[self.reflector].fresh().reply(text, reads=reads)
 
     async def _revision(
-        self, task: Task, team: Team, answer: Turn, told: Turn, summary: Turn | None
+        self, task: Task, team: Team, answer: Turn, criticism: Turn, summary: Turn | None
     ) -> Turn:
         fields = {
             "prompt": task.prompt,
             "summary": _quoted("SUMMARY", summary),
             "answer": block("ANSWER", answer.text),
-            "feedback": block("FEEDBACK", told.text),
+            "feedback": block("FEEDBACK", criticism.text),
         }
         text = render(self.revise, fields, setting="revise")
-        reads = [answer, told, *([summary] if summary else [])]
+        reads = [answer, criticism, *([summary] if summary else [])]
         return await team[self.predictor].fresh().reply(text, reads=reads)
 
     async def _weighed(

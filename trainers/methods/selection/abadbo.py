@@ -158,7 +158,7 @@ class ABADBOTrainer(Trainer[ABADBOConfig]):
         seed = derive_seed(args.seed, "teams", step)
         first = self._tried(START, {}, combinations(before, 1, seed))
         played = self._tried(FULL, {}, combinations(ends, args.teams_per_target, seed))
-        run.log.say("\n".join(self._told(row) for row in self.memory["tried"]))
+        run.log.say("\n".join(self._row_text(row) for row in self.memory["tried"]))
         counts = {f"{agent}: {reason}": n for (agent, reason), n in sorted(dropped.items())}
         row = {"limits": self._limits(), "rows": self.memory["tried"]}
         return StepResult(
@@ -193,7 +193,7 @@ class ABADBOTrainer(Trainer[ABADBOConfig]):
         teams = combinations(preimages(self._losses(), target), args.teams_per_target, seed)
         played = self._tried(f"target {step - 1}", target, teams, proposal)
         row = self.memory["tried"][-1]
-        run.log.say(self._told(row))
+        run.log.say(self._row_text(row))
         best = self.memory["tried"][self.memory["best"]]
         metrics = {**row, "best": best["name"], "best_score": best["score"], "of": len(tried) + 1}
         return StepResult({"target": metrics, "policies": self.rows({}, ())}, played)
@@ -291,7 +291,7 @@ class ABADBOTrainer(Trainer[ABADBOConfig]):
             row["error"] = abs(proposal["mean"] - row["score"])
         return row
 
-    def _told(self, row: Mapping[str, Any]) -> str:
+    def _row_text(self, row: Mapping[str, Any]) -> str:
         losses = ", ".join(
             f"{p} {row['target'][p]:.4f} ({loss:.4f})" for p, loss in row["achieved"].items()
         )

@@ -214,8 +214,8 @@ class GEPATrainer(Trainer[GEPAConfig]):
         front = self._front()
         for candidate in self.search.candidates:
             wins = front.get(candidate.id, 0)
-            told = f"Pareto front: best on {wins} of {len(tasks)} tasks" if wins else "dominated"
-            self.search.reject(candidate.id, told)
+            verdict = f"Pareto front: best on {wins} of {len(tasks)} tasks" if wins else "dominated"
+            self.search.reject(candidate.id, verdict)
 
     def _front(self) -> Mapping[str, int]:
         """The Pareto front: by candidate on how many validation tasks it is among the best."""
