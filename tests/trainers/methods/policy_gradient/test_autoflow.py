@@ -171,6 +171,8 @@ def test_what_is_trained_is_what_was_followed(
     assert summary["designs"]["base"]["valid"] < 1 and "report" in summary
     played = [e for e in Store(tmp_path / "run" / "episodes") if e.kind != "eval"]
     assert {e.kind for e in played} == {"train", "trial"}
+    names = {r.name for e in played if e.kind == "train" for r in e.rewards}
+    assert names == {"valid"}, "a design has no answer that the run's rewards could score"
     assert not any("exam " in shown(e) for e in played), "no step plays a held-out task"
 
 
