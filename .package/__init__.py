@@ -73,6 +73,8 @@ NAMES = {  # name: the module under `marlora` that defines it
     "PreferenceConfig": "trainers.methods.preference.sysdpo",
     "PreferenceTrainer": "trainers.methods.preference.sysdpo",
     "Program": "agents.programs.program",
+    "PromptsAndWeightsConfig": "trainers.methods.prompts.prompts_and_weights",
+    "PromptsAndWeightsTrainer": "trainers.methods.prompts.prompts_and_weights",
     "Refinement": "agents.patterns.refinement",
     "RevolveConfig": "trainers.methods.text_feedback.revolve",
     "RevolveTrainer": "trainers.methods.text_feedback.revolve",

@@ -36,6 +36,7 @@ class Identified:
         n: episodes per task.
         greedy: at temperature 0.
         bases: which base each policy is on, by the hash of its weights.
+        draws: names their random numbers: under another name they are other episodes.
     """
 
     runner: EpisodeRunner
@@ -46,6 +47,7 @@ class Identified:
     greedy: bool
     step: int
     bases: Mapping[str, str]
+    draws: str = ""
 
     @property
     def variant(self) -> Variant:
@@ -67,13 +69,14 @@ class Identified:
         """What to play. Equal tasks and samples draw equal random numbers in every state, so that
         differences are the states'. Those of a later `attempt` are other episodes of the same."""
         label = f"{self.kind}-{self.key}" + (f".{attempt}" if attempt else "")
+        label += f"/{self.draws}" if self.draws else ""
         return [
             EpisodeRequest(
                 task,
                 f"{label}/{task_digest(task)}/{task.id}",
                 k,
                 self.step,
-                draw=f"eval/{task.id}/{k}",
+                draw=f"{self.draws or 'eval'}/{task.id}/{k}",
                 kind=self.kind,
             )
             for task in self.tasks

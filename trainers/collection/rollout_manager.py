@@ -190,6 +190,7 @@ class RolloutManager:
         system: System | None = None,
         rewards: Sequence[RewardFn] | None = None,
         label: str = "",
+        draws: str = "",
     ) -> list[Episode]:
         """Scored episodes of these tasks, `n` of each, then their children. What was played before
         with the same state is taken from the store.
@@ -202,12 +203,13 @@ class RolloutManager:
             system: another system than the run's, played by the same policies. rewards: what its
                 episodes are scored by; None: the run's.
             label: under which `stored` and the report find them.
+            draws: names the random numbers; under another name the same state gives other episodes.
         """
 
         def played() -> list[Episode]:
             return self.play_or_find(
                 tasks, state, n=n, greedy=greedy, kind=kind, system=system, rewards=rewards,
-                label=label,
+                label=label, draws=draws,
             ).episodes  # fmt: skip
 
         return self.ranks.share(played, Episode)
@@ -300,6 +302,7 @@ class RolloutManager:
         system: System | None = None,
         rewards: Sequence[RewardFn] | None = None,
         label: str = "",
+        draws: str = "",
     ) -> CollectedStep:
         """As `play`, with how long it took."""
         chosen = self.sync.state if state is None else state
@@ -311,7 +314,7 @@ class RolloutManager:
         chosen = chosen.of(runner.policies_of(chosen))
         weights = weights_below(self.sync.learner)
         step = self.log.step + (kind == "train")  # trials and evaluations are of what is finished
-        asked = Identified(runner, chosen, tasks, kind, n, greedy, step, weights)
+        asked = Identified(runner, chosen, tasks, kind, n, greedy, step, weights, draws)
         known = find_stored(self.store, asked.requests, failures_count=kind == "trial")
         if not label or self.evaluations.add(label, asked):
             for episode in known.stored.values():
