@@ -1,12 +1,19 @@
 """Small runs of prompts and weights: one that searches prompts on an engine that says the digit of
-its prompt, and one that learns both on a tiny model."""
+its prompt, and one that learns both on a tiny model.
+
+`python -m tests.trainers.methods.prompts.prompts_and_weights_run FOLDER MODEL URL` plays the second
+on each rank, which writes what it ends with to FOLDER.rankN.json.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.state import TeamState
@@ -140,3 +147,28 @@ def both(
         system=system or rule_chain({"first": "first", "last": "last"}),
         args=PromptsAndWeightsConfig(**{**settings, **changes}),
     )
+
+
+def adapters(made: PromptsAndWeightsTrainer) -> dict[str, str]:
+    """Hash of every adapter."""
+    (base,) = made.run.learner.bases.values()
+    return {policy: base.adapters.sha256(policy) for policy in base.policies}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    made = both(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    made.train()
+    ended = {
+        "values": made.run.values,
+        "adapters": adapters(made),
+        "candidates": [dict(each.values) for each in made.search.candidates],
+        "memory": made.memory.state_dict(),
+    }
+    Path(f"{sys.argv[1]}.rank{made.run.ranks.rank}.json").write_text(
+        json.dumps(ended), encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,14 @@ from marlora.trainers.methods.prompts.prompts_and_weights import (
     shares,
     standings,
 )
-from tests.trainers.methods.prompts.prompts_and_weights_run import EPISODES, Cut, both, rows_of
+from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.methods.prompts.prompts_and_weights_run import (
+    EPISODES,
+    Cut,
+    adapters,
+    both,
+    rows_of,
+)
 from tests.trainers.outside import Outside
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,11 +128,6 @@ def test_what_is_trained_is_the_prompt_that_a_turn_was_sampled_under(
             assert policy["ratio"] == pytest.approx(1, abs=1e-4) and policy["clipped"] == 0
 
 
-def adapters(made: PromptsAndWeightsTrainer) -> dict[str, str]:
-    (base,) = made.run.learner.bases.values()
-    return {policy: base.adapters.sha256(policy) for policy in base.policies}
-
-
 def test_both_move_and_the_checkpoint_is_worth_what_the_run_said(
     whole: tuple[PromptsAndWeightsTrainer, Any], tmp_path: Path
 ) -> None:
@@ -165,6 +167,23 @@ def test_adapters_and_prompts_go_on_after_a_kill(
     again = both(tmp_path / "run", model, url, resume=True)
     again.train()
     assert again.run.values == whole[0].run.values and adapters(again) == adapters(whole[0])
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_two_ranks_search_and_train_the_same(
+    whole: tuple[PromptsAndWeightsTrainer, Any], url: str, tmp_path: Path
+) -> None:
+    program = "tests.trainers.methods.prompts.prompts_and_weights_run"
+    done = start([*TORCHRUN, "-m", program, str(tmp_path / "two"), str(whole[0].args.model), url])
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (
+        json.loads((tmp_path / f"two.rank{rank}.json").read_text(encoding="utf-8"))
+        for rank in (0, 1)
+    )
+    assert first == second and len(first["adapters"]) == 2
+    one = [dict(each.values) for each in whole[0].search.candidates]
+    assert first["candidates"][:2] == one[:2], "proposed before the first update: as one rank finds"
 
 
 @pytest.mark.parametrize(
