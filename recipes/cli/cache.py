@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 
 from marlora.agents.types import SettingError, nearest
 from marlora.recipes.launch.tables import table
-from marlora.trainers.model.local_models import SHORT, cache
+from marlora.trainers.model.local_models import TRAINED, cache
+
+# NAME-HASH (`pretraining.ToyModel`), adapters of one, and NAME-N
+OURS = re.compile(
+    rf"(?:{'|'.join(map(re.escape, TRAINED))})(?:-lora)?-[0-9a-f]{{12}}|smollm2-135m-instruct-\d+"
+)
 
 
 def models(root: Path) -> dict[str, Path]:
@@ -16,9 +22,8 @@ def models(root: Path) -> dict[str, Path]:
     else lies there is not ours."""
     if not root.is_dir():
         return {}
-    names = tuple(f"{short}-" for short in SHORT)
     found = sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())
-    return {path.name: path for path in found if path.name.startswith(names)}
+    return {path.name: path for path in found if OURS.fullmatch(path.name)}
 
 
 def cmd_cache(args: argparse.Namespace) -> None:

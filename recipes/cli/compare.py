@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from marlora.agents.types import SettingError
 from marlora.recipes.cli.team import say
+from marlora.recipes.launch.settings import import_from, import_from_here
 from marlora.rollouts import files
 from marlora.trainers.errors import RunError
 
@@ -46,6 +48,12 @@ def cmd_compare(args: argparse.Namespace) -> None:
     from marlora.recipes.compare.dry_run import dry_run
     from marlora.recipes.compare.plan import read_plan
 
+    # a team of one's own stands beside the plan, or here; the runs are processes of their own
+    folder = Path(args.plan).absolute().parent
+    import_from(folder)
+    import_from_here()
+    known = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), known]))
     plan = read_plan(args.plan)
     check_outputs(plan, args.json, args.markdown)
     if args.dry_run:

@@ -12,7 +12,7 @@ from marlora.agents.types import SettingError, nearest
 from marlora.recipes.launch.settings import config_file, import_from, read_yaml
 from marlora.recipes.launch.tables import table
 
-FOLDER = Path(__file__).parents[1]
+FOLDER = Path(__file__).resolve().parents[1]
 RECIPE = "recipe"  # the entry of a config that names what it is a config of
 
 
@@ -36,7 +36,7 @@ def recipe_of(config: Path) -> str:
     """The recipe that a config is for. Raises `SettingError` unless it names one."""
     known = recipes()
     name = read_yaml(config).get(RECIPE)
-    if name is None and config.parent == FOLDER:  # the name of ours begins with its recipe's
+    if name is None and config.resolve().parent == FOLDER:  # its name begins with the recipe's
         name = max((each for each in known if config.stem.startswith(each)), key=len)
     if name is None:
         raise SettingError(
@@ -76,7 +76,7 @@ def cmd_train(args: argparse.Namespace) -> None:
         raise SettingError(f"train {args.recipe}: it is a config, so leave --config out")
     if config is not None:
         given = ["--config", str(config), *given]
-        if config.parent != FOLDER:
+        if config.resolve().parent != FOLDER:
             import_from(config.parent)
     sys.argv = [f"marlora train {args.recipe}", *given]
     importlib.import_module(f"marlora.recipes.{name}").main()

@@ -31,9 +31,10 @@ def compare_arms(plan: ComparisonPlan, say: Say) -> dict[str, Any]:
     `check_complete`. Raises `SettingError` for a folder that holds another plan's comparison and
     for a budget below one evaluation.
     """
-    claim(plan)
+    claimed(plan)
     say("the team as it is, a single agent, the noise floor")
     references, noise = first_rows(plan)
+    claim(plan)  # not before: a budget that is too small may be changed
     outcomes = run_arms(plan, list(plan.runs()), say)
     return finished(plan, references, noise, outcomes, say)
 
@@ -60,7 +61,7 @@ def compare_part(plan: ComparisonPlan, number: int, say: Say) -> None:
 
 def measure_headroom(plan: ComparisonPlan) -> dict[str, Any]:
     """Make the headroom test and keep what came out for the page."""
-    claim(plan)
+    claimed(plan)
     result = headroom(plan)
     files.write_text(plan.folder / HEADROOM, json.dumps(result, indent=2) + "\n")
     return result
@@ -69,12 +70,20 @@ def measure_headroom(plan: ComparisonPlan) -> dict[str, Any]:
 def claim(plan: ComparisonPlan) -> None:
     """Raise `SettingError` if the plan's folder holds what another plan has measured; else write
     down this one's."""
-    path = plan.folder / PLAN
+    identity = claimed(plan)
+    files.write_text(plan.folder / PLAN, json.dumps(identity, indent=2) + "\n")
+
+
+def claimed(plan: ComparisonPlan) -> dict[str, Any]:
+    """The plan's identity, with the arms that its folder holds already. Raises `SettingError` if
+    that holds what another plan has measured."""
     identity = plan.identity()
-    if (before := read_json(path)) is not None:
+    if (before := read_json(plan.folder / PLAN)) is not None:
+        if not isinstance(before, dict) or not identity.keys() <= before.keys():
+            raise SettingError(f"{plan.folder / PLAN}: is no comparison's; name another output_dir")
         check_same(before, identity, str(plan.folder))
         identity["arms"] = {**before["arms"], **identity["arms"]}
-    files.write_text(path, json.dumps(identity, indent=2) + "\n")
+    return identity
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:

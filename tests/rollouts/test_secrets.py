@@ -63,6 +63,8 @@ TAKES: dict[str, Callable[[Any], Any]] = {
 # settings whose names sound like it, and that take none: a count, a file of addresses, numbers of
 # tokens
 TAKE_NONE = {"allow_open_server"} | {
+    "evaluator_tokens",
+    "inner_tokens",
     "max_proposal_tokens",
     "num_servers",
     "endpoints",
@@ -80,8 +82,9 @@ SOUNDS = re.compile(
 
 def configs() -> set[type]:
     """The settings of every recipe."""
-    for path in (ROOT / "trainers").glob("*.py"):
-        importlib.import_module(f"marlora.trainers.{path.stem}")
+    for path in [*(ROOT / "trainers").glob("*.py"), *(ROOT / "trainers/methods").rglob("*.py")]:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        importlib.import_module(f"marlora.{name}")
     found, queue = set[type](), [EngineConfig]
     while queue:
         cls = queue.pop()

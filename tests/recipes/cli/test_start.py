@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,8 @@ def test_a_config_names_its_recipe(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "grpo_team" in refused(capsys, "train", str(own))
     own.write_text("recipe: sysdpo\n", encoding="utf-8")
     assert chosen(str(own)) == ("sysdpo", own)
+    ours = os.path.relpath(ROOT / "recipes" / "scoreflow_gsm8k.yaml")
+    assert chosen(ours) == ("scoreflow", Path(ours))
     assert "leave --config out" in refused(capsys, "train", str(own), "--config", "other.yaml")
     assert "sirius" in refused(capsys, "train", "siriu")
     assert "expected a YAML file" in refused(capsys, "train", str(tmp_path / "none.yaml"))
@@ -79,19 +82,21 @@ def test_the_cache_is_shown_and_cleared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MARLORA_CACHE", str(tmp_path))
-    for name in ("tiny-0123", "tiny-talk-4567", "mine"):
+    own, other = "tiny-0123456789ab", "tiny-talk-ab0123456789"
+    for name in (own, other, "mine", "tiny-llama-1.1b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"0" * 1_000_000)
     (tmp_path / "tiny-link").symlink_to(tmp_path / "mine")
     main(["cache"])
     shown = capsys.readouterr().out
-    assert "tiny-0123" in shown and "1.0 MB" in shown
-    assert "mine" not in shown and "tiny-link" not in shown
-    assert "tiny-0123" in refused(capsys, "cache", "--clear", "tiny-012")
-    main(["cache", "--clear", "tiny-0123"])
-    assert {path.name for path in tmp_path.iterdir()} == {"tiny-talk-4567", "mine", "tiny-link"}
+    assert own in shown and "1.0 MB" in shown
+    assert "mine" not in shown and "tiny-link" not in shown and "llama" not in shown
+    assert own in refused(capsys, "cache", "--clear", "tiny-012")
+    main(["cache", "--clear", own])
+    left = {"mine", "tiny-link", "tiny-llama-1.1b"}
+    assert {path.name for path in tmp_path.iterdir()} == {other, *left}
     main(["cache", "--clear"])
-    assert {path.name for path in tmp_path.iterdir()} == {"mine", "tiny-link"}
+    assert {path.name for path in tmp_path.iterdir()} == left
 
 
 def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +110,7 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.slow
 @pytest.mark.process
 def test_a_folder_of_ones_own_trains_resumes_and_is_evaluated(tmp_path: Path) -> None:
-    """Its team, reward and rows are found from the config's folder, wherever the command is run."""
+    """Its team and reward are imported from the config's folder, wherever the command is run."""
     assert marlora(tmp_path, "init", "mine").returncode == 0
     again = marlora(tmp_path, "init", "mine")
     assert again.returncode == 2 and "exists already" in again.stderr
