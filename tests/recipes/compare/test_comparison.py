@@ -136,6 +136,11 @@ def test_a_budget_below_one_evaluation_is_refused_before_any_arm(
     with pytest.raises(SettingError, match=r"budget\.tokens: 30 is below one evaluation"):
         comparison.compare_arms(plan, silent)
     assert not started and not (tmp_path / "compare.json").exists()
+    # the folder is still free for the plan with another budget, and for no file that is not ours
+    comparison.claimed(ComparisonPlan("p", plan_of(tmp_path, model)))
+    (tmp_path / "plan.json").write_text('{"name": "app"}', encoding="utf-8")
+    with pytest.raises(SettingError, match="is no comparison's"):
+        comparison.claimed(ComparisonPlan("p", plan_of(tmp_path, model)))
 
 
 @pytest.mark.parametrize(
