@@ -147,6 +147,12 @@ def fenced_blocks(text: str) -> list[tuple[int, int]]:
     return [match.span(1) for match in _FENCED.finditer(text)]
 
 
+def closed(text: str) -> str:
+    """The text without a fenced block at its end that is not closed, such as one that was cut
+    off."""
+    return text[: text.rindex("```")].rstrip() if text.count("```") % 2 else text
+
+
 def answered(task: Task, text: str, tests: Sequence[str]) -> tuple[str, TestSuite]:
     """The program in an answer to a coding task, and the suite of these tests over the task's
     functions.

@@ -23,7 +23,7 @@ A role is sent its `template`, with the fields `about`, the names of its parts, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -209,13 +209,18 @@ def _check(value: Any, agents: Sequence[str]) -> None:
     """Raise `ValueError` unless this is a pipeline of these agents."""
     _check_keys("pipeline", value)
     states = _check_names("states", value["states"])
-    if value["begin"] not in states:
+    if not _is_one(value["begin"], states):
         raise ValueError(f"begin: no state {value['begin']!r:.60}; {nearest('', states)}")
     if END in states:
         raise ValueError(f"states.{END}: {END!r} ends the run; name the state otherwise")
     for name, state in states.items():
         _check_state(name, state, states, agents)
     _check_paths(value["begin"], states)
+
+
+def _is_one(name: Any, known: Container[str]) -> bool:
+    """Whether this is a name that is known; what a model writes may be no text at all."""
+    return isinstance(name, str) and name in known
 
 
 def _check_state(name: str, state: Any, states: Mapping[str, Any], agents: Sequence[str]) -> None:
@@ -225,21 +230,21 @@ def _check_state(name: str, state: Any, states: Mapping[str, Any], agents: Seque
     roles = _check_names(f"{where}.roles", state["roles"])
     for role, given in roles.items():
         _check_role(f"{where}.roles.{role}", given, agents)
-    if state["first"] not in roles:
+    if not _is_one(state["first"], roles):
         raise ValueError(f"{where}.first: no role {state['first']!r:.60}; {nearest('', roles)}")
-    if state["route"] not in ROUTES:
+    if not _is_one(state["route"], ROUTES):
         raise ValueError(f"{where}.route: expected one of {', '.join(ROUTES)}")
     following = state["next"]
     if not isinstance(following, list) or len(set(map(str, following))) < len(following):
         raise ValueError(f"{where}.next: expected a list of different states")
     for other in following:
-        if other != END and other not in states:
+        if other != END and not _is_one(other, states):
             raise ValueError(f"{where}.next: no state {other!r:.60}; {nearest(str(other), states)}")
 
 
 def _check_role(where: str, role: Any, agents: Sequence[str]) -> None:
     _check_keys("role", role, where)
-    if role["agent"] not in agents:
+    if not _is_one(role["agent"], agents):
         agent = role["agent"]
         raise ValueError(f"{where}.agent: no agent {agent!r:.60}; {nearest(str(agent), agents)}")
     parts = role["parts"]

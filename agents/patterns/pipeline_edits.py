@@ -113,6 +113,12 @@ def _add(things: Value, kind: str, name: Any, content: Value) -> None:
     things[name] = content
 
 
+def _names(given: Any) -> list[str]:
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise IllegalEdit(f"next: expected a list of names of states, got {given!r:.60}")
+    return given
+
+
 def _new_role(given: Mapping[str, Any]) -> Value:
     return role_of(given["agent"], given["about"], given.get("instruction", ""))
 
@@ -150,7 +156,7 @@ def _add_state(states: Value, state: str, given: Mapping[str, Any]) -> None:
         "roles": {name: _new_role(given)},
         "route": "order",
         "first": name,
-        "next": given["next"],
+        "next": _names(given["next"]),
     }
     _add(states, "state", name, made)
 
@@ -169,7 +175,7 @@ def _describe_state(states: Value, state: str, given: Mapping[str, Any]) -> None
 
 
 def _connect(states: Value, state: str, given: Mapping[str, Any]) -> None:
-    _existing(states, "state", given["state"])["next"] = given["next"]
+    _existing(states, "state", given["state"])["next"] = _names(given["next"])
 
 
 ON_STATE: Mapping[str, Edit] = {

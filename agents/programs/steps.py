@@ -46,10 +46,13 @@ class Step:
     def __str__(self) -> str:
         """Its line."""
         parts = [self.name, self.type, self.instruction]
-        parts.append(BRANCH.join(part for pair in self.branches.items() for part in pair))
+        pairs = [part for pair in self.branches.items() for part in pair]
+        colons = any(part[:1] == ":" or part[-1:] == ":" for part in pairs)
+        parts.append((f" {BRANCH} " if colons else BRANCH).join(pairs))
         while not parts[-1]:
             parts.pop()
-        return FIELD.join(parts)
+        colons = any(part[:1] == ":" or part[-1:] == ":" for part in parts)
+        return (f" {FIELD} " if colons else FIELD).join(parts)
 
 
 @dataclass(frozen=True)

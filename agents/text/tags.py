@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 
 _NAME = re.compile(r"[A-Z][A-Z0-9_]*")
-_TAG = re.compile(r"<(\\*)(\s*/?\s*[A-Z][A-Z0-9_]*\s*>)")
-_ESCAPED = re.compile(r"<\\(\\*)(\s*/?\s*[A-Z][A-Z0-9_]*\s*>)")
+# bounded white space: with any number of it, long runs of spaces would take quadratic time
+_TAG = re.compile(r"<(\\*)(\s{0,9}/?\s{0,9}[A-Z][A-Z0-9_]*\s{0,9}>)")
+_ESCAPED = re.compile(r"<\\(\\*)(\s{0,9}/?\s{0,9}[A-Z][A-Z0-9_]*\s{0,9}>)")
 
 
 def escape(text: str) -> str:
@@ -64,7 +65,7 @@ def numbered(reply: str, label: str, count: int) -> list[str | None]:
     """The texts of the lines `LABEL 1: text` to `LABEL count: text` of a reply, None where there
     is no such line; the last of several. A line that begins with another number, such as
     `LABEL 10`, is another line."""
-    pattern = rf"^\W*{re.escape(label)}\s+(\d+)\W*?:[ \t]*(.*)$"
+    pattern = rf"^[^\w\n]*{re.escape(label)}[ \t]{{1,9}}(\d{{1,4}})(?!\d)[^\w\n:]*:[ \t]*(.*)$"
     lines = {int(m[1]): m[2].strip() for m in re.finditer(pattern, reply, re.M | re.I)}
     return [unescape(lines[n]) if lines.get(n) else None for n in range(1, count + 1)]
 

@@ -179,7 +179,7 @@ def _result(reply: str) -> Any:
     text = inside(reply, "RESULT")
     try:
         return json.loads(text or "", strict=False)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # nested too deep
         raise IllegalEdit(NO_RESULT) from error
 
 

@@ -37,7 +37,7 @@ from typing import Any
 
 from ...agents.state import TeamState
 from ...agents.text.tags import shortened
-from ...agents.types import Task, to_json
+from ...agents.types import BASE, Task, to_json
 from ...rollouts.types import Episode
 from ..collection.rollout_manager import RolloutManager
 from ..loop.evaluator import Evaluator as RunEvaluator
@@ -119,7 +119,7 @@ class FeedbackLoop:
         self.rollouts, self.evaluator, self.log = rollouts, evaluator, log
         changed: Any = config.prompts
         self.helpers = Helpers(spec, rollouts, pieces.prompts, changed)
-        self.params = chosen_params(spec.system.params(), config.params)
+        self.params = chosen_params(spec.system.params(), config.params, (BASE, *spec.policies))
         self.history, self.search = History(), Search("candidates", spec.config.seed)
         for piece in (pieces.evaluator, pieces.propagator, pieces.rewriter):
             if hasattr(piece, "helper"):

@@ -249,7 +249,7 @@ def cast(given: Any, value: Any) -> Any:
         return {"true": True, "false": False}.get(given.strip().lower(), given)
     try:
         return json.loads(given)
-    except ValueError:
+    except (ValueError, RecursionError):
         return given
 
 
@@ -261,7 +261,7 @@ def json_object(reply: str, key: str) -> dict[str, Any] | None:
     while start >= 0:
         try:
             found, _ = decoder.raw_decode(reply, start)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if isinstance(found, dict) and key in found:
             return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...agents.state import Param
@@ -55,10 +55,20 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def chosen_params(params: Sequence[Param], names: Sequence[str]) -> list[Param]:
+def chosen_params(
+    params: Sequence[Param], names: Sequence[str], policies: Sequence[str] = ()
+) -> list[Param]:
     """The params of these names; of none the agents' prompts. Raises `SettingError` at a name that
-    is none, or of a kind that words cannot say."""
-    known = {param.name: param for param in params}
+    is none, or of a kind that words cannot say.
+
+    policies: those of the run, among which the values of `NAME.policy` are.
+    """
+    known = {
+        param.name: replace(param, options=tuple(policies))
+        if policies and param.name == f"{param.agent}.policy"
+        else param
+        for param in params
+    }
     for name in names:
         if name not in known:
             raise SettingError(f"params: no param {name!r}; {nearest(name, known)}")

@@ -126,6 +126,11 @@ def test_routes(route: str) -> None:
     [
         (lambda v: v.pop("begin"), "pipeline: expected a mapping with begin, states"),
         (lambda v: v.update(begin="nowhere"), "begin: no state 'nowhere'"),
+        (lambda v: v.update(begin=["write"]), "begin: no state ['write']"),
+        (lambda v: v["states"]["check"].update(next=[{"state": "write"}]), "next: no state {"),
+        (lambda v: v["states"]["check"].update(next=[["write"]]), "next: no state ["),
+        (lambda v: v["states"]["write"].update(first=["editor"]), "first: no role ["),
+        (lambda v: v["states"]["write"].update(route=["order"]), "route: expected one of"),
         (lambda v: v["states"].update(more=state("x")), "states.more: no way leads to it"),
         (lambda v: v["states"]["check"].update(next=["write"]), "no way leads from it to an end"),
         (lambda v: v["states"]["check"].update(next=["nowhere"]), "next: no state 'nowhere'"),
@@ -256,6 +261,9 @@ def test_operations_on_the_whole() -> None:
         ("write", [{"op": "add_role", "role": "editor", "about": ""}], "a name that is not taken"),
         ("", [{"op": "update_edges", "state": "nowhere", "next": []}], "no state 'nowhere'"),
         ("", [{"op": "delete_node", "state": ["write"]}], "no state"),
+        ("", [{"op": "update_edges", "state": "write", "next": None}], "a list of names"),
+        ("", [{"op": "update_edges", "state": "write", "next": [["check"]]}], "a list of names"),
+        ("", [{"op": "add_node", "state": "x", "about": "", "next": {}}], "a list of names"),
         ("", [{"op": "add_node", "state": "check", "about": "", "next": []}], "is not taken"),
     ],
 )

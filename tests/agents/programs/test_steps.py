@@ -119,3 +119,15 @@ def test_any_text_is_a_workflow_or_has_a_fault_of_one_line(text: str) -> None:
 
 def test_the_shipped_workflow_is_one() -> None:
     assert str(parse_steps(MANUAL)) == MANUAL
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a ::: process ::: Work through these points: ::: next::b\nb ::: terminal",
+        "a ::: decision ::: :is it so? ::: yes: :: b :: no :: b\nb ::: terminal ::: :end",
+    ],
+)
+def test_colons_at_the_end_of_a_field_stay(text: str) -> None:
+    flow = parse_steps(text)
+    assert parse_steps(str(flow)) == flow

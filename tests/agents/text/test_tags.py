@@ -93,3 +93,10 @@ def test_long_values_are_shortened() -> None:
     assert shortened(" ".join(words)) == expected
     assert shortened(" ".join(words[:20])) == " ".join(words[:20])
     assert shortened("a  b\nc") == "a  b\nc"
+
+
+def test_long_runs_of_white_space_are_read_in_linear_time() -> None:
+    """Models at their end repeat themselves; quadratic patterns would take minutes here."""
+    assert numbered("\n" * 300_000 + "Judge 1: good", "Judge", 1) == ["good"]
+    assert numbered("Judge " + "1" * 5000 + ": good", "Judge", 1) == [None]
+    assert escape("<" + " " * 300_000) == "<" + " " * 300_000

@@ -204,6 +204,8 @@ def test_json_objects_in_replies() -> None:
     assert json_object(said, "a") == {"a": {"b": 2}}
     assert json_object('{"text": "two\nlines"}', "text") == {"text": "two\nlines"}
     assert json_object("[1]", "a") is None and json_object("", "a") is None
+    assert json_object('{"a": ' + "[" * 100_000, "a") is None, "nested deeper than can be read"
+    assert cast("[" * 100_000, 2) == "[" * 100_000
 
 
 def test_what_values_may_be_is_said() -> None:

@@ -23,6 +23,13 @@ def test_the_prompts_of_agents_or_those_that_are_named() -> None:
     assert [p.name for p in chosen_params(PARAMS, names)] == ["program", "a.prompt"]
 
 
+def test_the_policies_of_a_run_are_the_options_of_a_seat() -> None:
+    """A model may name one that nobody serves."""
+    params = [*PARAMS, Param("a.policy", "a", "choice", "a")]
+    (seat,) = chosen_params(params, ["a.policy"], ("base", "a", "b"))
+    assert seat.problem("b") is None and "gpt-4" in (seat.problem("gpt-4") or "")
+
+
 @pytest.mark.parametrize(
     ("names", "words"),
     [

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from ....agents.execution import fenced_blocks, program_in
+from ....agents.execution import closed, fenced_blocks, program_in
 from ....agents.settings import Settings, setting
 from ....agents.team import Team
 from ....agents.text.templates import render
@@ -121,11 +121,12 @@ class DesignReply:
 
     def with_program(self, program: str) -> str:
         """The reply with another program in place of its own; one that has none gets it at its
-        end."""
+        end, in place of a block that was cut off."""
         if not self.fault:
             line = "\n" if self.text[self.start : self.end].endswith("\n") else ""
             return self.text[: self.start] + program + line + self.text[self.end :]
-        return f"{self.text}\n\n```python\n{program}\n```".lstrip() if self.fenced else program
+        text = f"{closed(self.text)}\n\n```python\n{program}\n```"
+        return text.lstrip() if self.fenced else program
 
 
 def read_reply(text: str, operators: Collection[str], reply_format: str) -> DesignReply:

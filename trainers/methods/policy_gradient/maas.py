@@ -222,6 +222,12 @@ def system_weights(episodes: Sequence[Episode], config: MaASConfig) -> dict[str,
         known = [e for e in group if not math.isnan(rewards[e.id])]
         scores, costs = [rewards[e.id] for e in known], [cost(e, config.cost_unit) for e in known]
         logprobs = [math.fsum(d.logprob for d in e.decisions) for e in known]
+        if config.weights in SHARES and any(score < 0 for score in scores):
+            raise SettingError(
+                f"weights: {config.weights} takes shares of the sum of the rewards, and task"
+                f" {known[0].task.id!r} has one of {min(scores):g}; give rewards of at least 0, or"
+                " weights: utility"
+            )
         values = WEIGHTS[config.weights](scores, costs, logprobs, config.cost_weight)
         found |= zip((e.id for e in known), values, strict=True)
     return found
@@ -249,6 +255,7 @@ def _of_paper(scores: Numbers, costs: Numbers, logprobs: Numbers, lam: float) ->
 
 
 # (scores [K], costs [K], log-probs [K], lambda) -> A [K], of the systems of one query
+SHARES = ("shares", "paper")  # rules that divide by the sum of the rewards
 WEIGHTS: Mapping[str, Callable[[Numbers, Numbers, Numbers, float], list[float]]] = {
     "shares": lambda scores, costs, _, lam: _centred(shares(scores, costs, lam)),
     "paper": _of_paper,

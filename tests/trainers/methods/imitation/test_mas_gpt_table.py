@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from marlora.agents.programs.program import PROGRAM, Program
+from marlora.agents.programs.restrictions import program_of
 from marlora.agents.testing import fake_team
 from marlora.agents.transcript import Operation
 from marlora.agents.types import Reward, SettingError, Task
@@ -25,7 +26,7 @@ from marlora.trainers.methods.imitation.mas_gpt.refinement import (
     structure,
 )
 from marlora.trainers.methods.imitation.mas_gpt.score_table import ScoreTable
-from marlora.trainers.methods.imitation.mas_gpt.triples import Triple, with_proposal
+from marlora.trainers.methods.imitation.mas_gpt.triples import Triple, reply_of, with_proposal
 from marlora.trainers.methods.workflow_search.proposals import Proposal
 from marlora.trainers.update.losses.nll import weighted_nll
 
@@ -196,3 +197,8 @@ def test_the_shipped_pool_holds_valid_systems() -> None:
         assert not team.fault(program) and structure(program), name
         made = fake_team(team.specs, lambda agent, messages: "1", execute=execute)
         assert asyncio.run(team.dry_run(program, made)) == "", name
+
+
+def test_reasoning_cannot_hide_the_program_behind_an_open_fence() -> None:
+    text = reply_of("{reasoning}\n```python\n{program}\n```", "First\n```python\nx = 1", "y = 2")
+    assert program_of(text, "```python") == "y = 2"

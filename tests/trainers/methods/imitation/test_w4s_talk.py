@@ -125,3 +125,11 @@ def test_a_turn_goes_on_from_the_chat_and_dry_runs_its_siblings() -> None:
 def test_settings_that_cannot_be(settings: dict[str, str], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         DesignTalkConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_repaired_program_stands_in_place_of_one_that_was_cut_off() -> None:
+    """What is learnt reads as the repaired program, not as the fragment."""
+    reply = read_reply("So:\n```python\nx = await custom('never clo", OPERATORS, "fenced")
+    assert reply.fault
+    text = reply.with_program(GOOD)
+    assert read_reply(text, OPERATORS, "fenced").program == GOOD and "never" not in text

@@ -90,6 +90,13 @@ def test_systems_are_compared_with_those_of_their_query() -> None:
     assert found == pytest.approx({"xe0": 0.0, "xe1": 0.0, "e0": 0.5, "e1": -0.5})
 
 
+@pytest.mark.parametrize("weights", ["shares", "paper"])
+def test_shares_of_negative_rewards_are_refused(weights: str) -> None:
+    """Of -1 and -2 the worse one would get the larger share of -3."""
+    with pytest.raises(SettingError, match="weights: utility"):
+        system_weights(group([-1.0, -2.0], [1, 1]), config(weights=weights, cost_weight=0.0))
+
+
 def test_failed_episodes_are_in_no_sum() -> None:
     played = group([1.0, 0.0, 1.0], [1, 3, 100])
     broken = [*played[:2], dataclasses.replace(played[2], error="the server is gone")]

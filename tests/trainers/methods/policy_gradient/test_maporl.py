@@ -159,6 +159,7 @@ def test_settings_say_all_that_is_played(tmp_path: Path):
     assert isinstance(spec.system, Collaboration) and spec.system.verifier == "calculator"
     write_config(spec)
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert written.pop("recipe") == spec.recipe  # which says whose settings they are
     assert written["rewards"] == made.rewards and written["system"]["verifier"] == "calculator"
     again = MAPoRLTrainer(args=MAPoRLConfig(**written), **tasks).spec
     assert again.config.rewards == made.rewards and again.system.arguments() == (

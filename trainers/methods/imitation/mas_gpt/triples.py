@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from .....agents.execution import closed
 from .....agents.programs.workflow import Workflow
 from .....agents.text.templates import render
 from .....agents.types import Message, Task, Turn
@@ -61,7 +62,7 @@ def with_proposal(triple: Triple, proposal: Proposal, score: int | None) -> Trip
 
 def reply_of(template: str, reasoning: str, program: str) -> str:
     """The text that the designer learns to write."""
-    fields = {"reasoning": reasoning, "program": program}
+    fields = {"reasoning": closed(reasoning), "program": program}
     return render(template, fields, setting="reply").strip("\n")
 
 
