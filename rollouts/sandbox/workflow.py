@@ -116,9 +116,7 @@ class Interpreter:
         except monty.MontyError as wrong:
             status, error = "error", _line(wrong)
         seconds = time.monotonic() - start
-        return ExecutionResult(
-            status, printed.output[: limits.output], error, value, seconds, line
-        )
+        return ExecutionResult(status, printed.output[: limits.output], error, value, seconds, line)
 
     async def close(self) -> None:
         if self._entered.done():

@@ -29,7 +29,20 @@ from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig, GRPOTraine
 from marlora.trainers.testbeds.tiny import tiny_chain, tiny_random_model
 from tests.repository import ROOT
 
-COMMANDS = ("train", "recipes", "init", "cache", "eval", "collect", "serve", "play", "report", "export", "bench", "doctor")
+COMMANDS = (
+    "train",
+    "recipes",
+    "init",
+    "cache",
+    "eval",
+    "collect",
+    "serve",
+    "play",
+    "report",
+    "export",
+    "bench",
+    "doctor",
+)
 HERE = ("--engine", "transformers")
 TRUST = (*HERE, "--trust_checkpoint")  # the run's reward is a function of these tests
 REWARD = "tests.trainers.small_run:bytes_mod_7"

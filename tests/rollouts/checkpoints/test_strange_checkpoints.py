@@ -104,7 +104,10 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "marlora.agents.programs.building_blocks:BuildingBlocks": {"reflector": "b", "reflect": 1},
     "marlora.agents.programs.program:Program": {"operators": ["custom"], "max_calls": 3},
     "marlora.agents.programs.mas_gpt:MASGPT": {"operators": ["custom"], "max_calls": 6},
-    "marlora.agents.programs.supernet:Supernet": {"layers": 2, "prompts": {"generate": "{problem}"}},
+    "marlora.agents.programs.supernet:Supernet": {
+        "layers": 2,
+        "prompts": {"generate": "{problem}"},
+    },
     "marlora.agents.programs.step_workflow:StepWorkflow": {"designer": "a", "max_rounds": 3},
     "marlora.agents.games.trade:Trade": {},
     "marlora.agents.games.exchange:Exchange": {},
@@ -119,10 +122,7 @@ def valid(cls: str) -> dict[str, Any]:
     system = build_system(
         {
             "class": cls,
-            "agents": [
-                AgentSpec("a", prompt="Add.", tools=tools),
-                *map(AgentSpec, others),
-            ],
+            "agents": [AgentSpec("a", prompt="Add.", tools=tools), *map(AgentSpec, others)],
             **SYSTEMS[cls],
         }
     )
