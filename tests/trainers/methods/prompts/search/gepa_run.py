@@ -8,9 +8,7 @@ the first example that it is shown to have failed.
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.scripted import Answer, ScriptedEngine
 from marlora.trainers.methods.prompts.search.gepa_prompts import GEPAConfig, GEPATrainer
 from tests.trainers.methods.prompts.search.mipro_run import MESSAGE
+from tests.trainers.methods.prompts.search.search_runs import play_one
 
 KINDS = "rstuv"
 KNOWN = {"a": 5, "b": 3}  # of an instruction's kinds the last ones, which an agent remembers
@@ -100,20 +99,5 @@ def trainer(
     )
 
 
-def end(made: GEPATrainer) -> dict[str, Any]:
-    """What a run ends with: the values, the archive, the record."""
-    state = {
-        "values": made.run.values,
-        "archive": made.search.state_dict(),
-        "memory": made.memory.state_dict(),
-    }
-    loaded: dict[str, Any] = json.loads(json.dumps(state))
-    return loaded
-
-
 if __name__ == "__main__":
-    made = trainer(Path(sys.argv[1]), Path(sys.argv[2]))
-    made.train()
-    Path(f"{sys.argv[1]}.rank{made.run.ranks.rank}.json").write_text(
-        json.dumps(end(made)), encoding="utf-8"
-    )
+    play_one(trainer)

@@ -7,9 +7,7 @@ proposer draws instructions.
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.scripted import Answer, ScriptedEngine
 from marlora.trainers.methods.prompts.search.mass import MASSConfig, MASSTrainer
 from tests.trainers.methods.prompts.search.mipro_run import MESSAGE, TASKS, unit
+from tests.trainers.methods.prompts.search.search_runs import play_one
 
 AGENTS = {"p": "solves", "r": "reflects", "d": "debates", "g": "aggregates"}
 START, INSTRUCTED = 0.3, 0.5  # share that the predictor solves at first, and by its instruction
@@ -101,20 +100,5 @@ def trainer(
     )
 
 
-def end(made: MASSTrainer) -> dict[str, Any]:
-    """What a run ends with: the values, the archive, what is remembered."""
-    state = {
-        "values": made.run.values,
-        "archive": made.search.state_dict(),
-        "memory": made.memory.state_dict(),
-    }
-    loaded: dict[str, Any] = json.loads(json.dumps(state))
-    return loaded
-
-
 if __name__ == "__main__":
-    made = trainer(Path(sys.argv[1]), Path(sys.argv[2]))
-    made.train()
-    Path(f"{sys.argv[1]}.rank{made.run.ranks.rank}.json").write_text(
-        json.dumps(end(made)), encoding="utf-8"
-    )
+    play_one(trainer)

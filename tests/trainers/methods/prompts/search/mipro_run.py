@@ -7,9 +7,7 @@ the right one; a scripted proposer draws instructions.
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from marlora.agents.types import AgentSpec, Sampling, Task
 from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.scripted import Answer, ScriptedEngine
 from marlora.trainers.methods.prompts.search.mipro import MIPROConfig, MIPROTrainer
+from tests.trainers.methods.prompts.search.search_runs import play_one
 
 MESSAGE = re.compile(r"<\|(system|user|assistant)\|>(.*?)(?:<\|end\|>|$)", re.S)
 # chance that a task is solved: at first, by an agent's instruction, by the number of its examples
@@ -105,15 +104,5 @@ def trainer(
     )
 
 
-def end(made: MIPROTrainer) -> dict[str, Any]:
-    """What a run ends with: the values, the archive, the trials."""
-    memory = made.memory.state_dict()
-    return {"values": made.run.values, "archive": made.search.state_dict(), "memory": memory}
-
-
 if __name__ == "__main__":
-    made = trainer(Path(sys.argv[1]), Path(sys.argv[2]))
-    made.train()
-    Path(f"{sys.argv[1]}.rank{made.run.ranks.rank}.json").write_text(
-        json.dumps(end(made)), encoding="utf-8"
-    )
+    play_one(trainer)

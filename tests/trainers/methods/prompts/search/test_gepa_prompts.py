@@ -3,7 +3,6 @@ what the reflector is shown, the record that makes a resumed run the same, and t
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,18 @@ from typing import Any
 import pytest
 
 from marlora.agents.types import Sampling, SettingError
-from marlora.recipes.cli.main import main
 from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
 from marlora.trainers.errors import RunError
 from marlora.trainers.methods.prompts.search.gepa_adapter import Record
 from marlora.trainers.methods.prompts.search.gepa_prompts import GEPAConfig, GEPATrainer
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
-from tests.trainers.methods.prompts.search.gepa_run import blind, end, team, trainer
+from tests.trainers.methods.prompts.search.gepa_run import blind, team, trainer
+from tests.trainers.methods.prompts.search.search_runs import (
+    end,
+    evaluated,
+    on_two_ranks,
+    summary_of,
+)
 from tests.trainers.reading import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,12 +33,6 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> GEPATrainer:
     made = trainer(tmp_path_factory.mktemp("whole") / "run", model)
     made.train()
     return made
-
-
-def summary_of(made: GEPATrainer) -> dict[str, Any]:
-    path = made.args.folder / "summary.json"
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary
 
 
 def test_prompts_evolve_and_the_best_is_in_force(whole: GEPATrainer) -> None:
@@ -156,13 +153,7 @@ def test_answers_come_from_the_record_while_there_are_some() -> None:
 @pytest.mark.process
 def test_two_ranks_find_what_one_finds(whole: GEPATrainer, tmp_path: Path) -> None:
     """In processes with hashes of their own."""
-    program = "tests.trainers.methods.prompts.search.gepa_run"
-    done = start([*TORCHRUN, "-m", program, str(tmp_path / "two"), str(whole.args.model)])
-    assert done.returncode == 0, done.stderr[-4000:]
-    first, second = (
-        json.loads((tmp_path / f"two.rank{rank}.json").read_text(encoding="utf-8"))
-        for rank in (0, 1)
-    )
+    first, second = on_two_ranks("tests.trainers.methods.prompts.search.gepa_run", whole, tmp_path)
     assert first == second == end(whole)
 
 
@@ -183,19 +174,7 @@ def test_the_runs_budget_is_never_exceeded(
 def test_a_checkpoint_is_worth_what_the_run_said(
     whole: GEPATrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from marlora.rollouts.checkpoints import team as teams
-
-    async def scripted(*args: Any, **settings: Any) -> ScriptedEngine:
-        return ScriptedEngine(team, context=16_384)
-
-    monkeypatch.setattr(teams, "start_engine", scripted)
-    summary = summary_of(whole)
-    checkpoint = whole.args.folder / "checkpoints" / "step-000013"
-    argv = ["eval", str(checkpoint), "--trust_checkpoint", "--output", str(tmp_path / "eval")]
-    assert main(argv) in (0, None)
-    found = json.loads((tmp_path / "eval" / "eval.json").read_text(encoding="utf-8"))["eval"]
-    for when in ("before", "after"):
-        assert found[when]["accuracy"] == summary["eval"][when]["accuracy"]
+    evaluated(whole, team, 13, tmp_path, monkeypatch)
 
 
 def cut_off(prompt: str, ref: ModelRef, sampling: Sampling, k: int) -> str:

@@ -3,7 +3,6 @@ its control does not find, the gate, and what becomes of a run that is cut off."
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,17 @@ import pytest
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.programs.building_blocks import BuildingBlocks
 from marlora.agents.types import Sampling, SettingError
-from marlora.recipes.cli.main import main
 from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
 from marlora.trainers.methods.prompts.search.mass import MASSConfig, MASSTrainer
 from marlora.trainers.methods.prompts.search.mipro import MIPROTrainer
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
-from tests.trainers.methods.prompts.search.mass_run import OPTIMIZER, end, team, trainer, useless
+from tests.trainers.methods.prompts.search.mass_run import OPTIMIZER, team, trainer, useless
+from tests.trainers.methods.prompts.search.search_runs import (
+    end,
+    evaluated,
+    on_two_ranks,
+    summary_of,
+)
 from tests.trainers.reading import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,12 +35,6 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> MASSTrainer:
     made = trainer(tmp_path_factory.mktemp("whole") / "run", model)
     made.train()
     return made
-
-
-def summary_of(made: MASSTrainer) -> dict[str, Any]:
-    path = made.args.folder / "summary.json"
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary
 
 
 def test_the_stages_come_in_order_and_search_prompts_once_each(whole: MASSTrainer) -> None:
@@ -164,13 +161,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
 @pytest.mark.slow
 @pytest.mark.process
 def test_two_ranks_find_what_one_finds(whole: MASSTrainer, tmp_path: Path) -> None:
-    program = "tests.trainers.methods.prompts.search.mass_run"
-    done = start([*TORCHRUN, "-m", program, str(tmp_path / "two"), str(whole.args.model)])
-    assert done.returncode == 0, done.stderr[-4000:]
-    first, second = (
-        json.loads((tmp_path / f"two.rank{rank}.json").read_text(encoding="utf-8"))
-        for rank in (0, 1)
-    )
+    first, second = on_two_ranks("tests.trainers.methods.prompts.search.mass_run", whole, tmp_path)
     assert first == second == end(whole)
 
 
@@ -188,19 +179,7 @@ def test_the_budget_ends_the_search_with_what_it_has(
 def test_a_checkpoint_is_worth_what_the_run_said(
     whole: MASSTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from marlora.rollouts.checkpoints import team as teams
-
-    async def scripted(*args: Any, **settings: Any) -> ScriptedEngine:
-        return ScriptedEngine(team, context=16_384)
-
-    monkeypatch.setattr(teams, "start_engine", scripted)
-    summary = summary_of(whole)
-    checkpoint = whole.args.folder / "checkpoints" / "step-000006"
-    argv = ["eval", str(checkpoint), "--trust_checkpoint", "--output", str(tmp_path / "eval")]
-    assert main(argv) in (0, None)
-    found = json.loads((tmp_path / "eval" / "eval.json").read_text(encoding="utf-8"))["eval"]
-    for when in ("before", "after"):
-        assert found[when]["accuracy"] == summary["eval"][when]["accuracy"]
+    evaluated(whole, team, 6, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(

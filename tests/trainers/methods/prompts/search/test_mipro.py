@@ -20,8 +20,13 @@ from marlora.rollouts.types import Episode
 from marlora.trainers.methods.prompts.search.mipro import MIPROConfig, MIPROTrainer
 from marlora.trainers.methods.prompts.search.mipro_proposer import TIPS
 from tests.repository import ROOT
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
-from tests.trainers.methods.prompts.search.mipro_run import end, team, trainer
+from tests.trainers.methods.prompts.search.mipro_run import team, trainer
+from tests.trainers.methods.prompts.search.search_runs import (
+    end,
+    evaluated,
+    on_two_ranks,
+    summary_of,
+)
 from tests.trainers.reading import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,12 +38,6 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> MIPROTrainer
     made = trainer(tmp_path_factory.mktemp("whole") / "run", model)
     made.train()
     return made
-
-
-def summary_of(made: MIPROTrainer) -> dict[str, Any]:
-    path = made.spec.config.folder / "summary.json"
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary
 
 
 def test_it_finds_the_right_instructions_of_both_agents(whole: MIPROTrainer) -> None:
@@ -237,14 +236,8 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
 @pytest.mark.slow
 @pytest.mark.process
 def test_two_ranks_find_what_one_finds(whole: MIPROTrainer, tmp_path: Path) -> None:
-    program = "tests.trainers.methods.prompts.search.mipro_run"
-    done = start([*TORCHRUN, "-m", program, str(tmp_path / "two"), str(whole.args.model)])
-    assert done.returncode == 0, done.stderr[-4000:]
-    first, second = (
-        json.loads((tmp_path / f"two.rank{rank}.json").read_text(encoding="utf-8"))
-        for rank in (0, 1)
-    )
-    assert first == second == json.loads(json.dumps(end(whole)))
+    first, second = on_two_ranks("tests.trainers.methods.prompts.search.mipro_run", whole, tmp_path)
+    assert first == second == end(whole)
 
 
 @pytest.mark.slow
@@ -265,20 +258,9 @@ def test_the_budget_ends_the_search_with_the_best_so_far(
 def test_a_checkpoint_is_worth_what_the_run_said(
     whole: MIPROTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from marlora.rollouts.checkpoints import team as teams
-
-    async def scripted(*args: Any, **settings: Any) -> ScriptedEngine:
-        return ScriptedEngine(team, context=16_384)
-
-    monkeypatch.setattr(teams, "start_engine", scripted)
     made = trainer(tmp_path / "run", Path(whole.args.model), num_trials=2, num_eval_tasks=20)
-    summary = made.train()
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-000003"
-    argv = ["eval", str(checkpoint), "--trust_checkpoint", "--output", str(tmp_path / "eval")]
-    assert main(argv) in (0, None)
-    found = json.loads((tmp_path / "eval" / "eval.json").read_text(encoding="utf-8"))["eval"]
-    for when in ("before", "after"):
-        assert found[when]["accuracy"] == summary["eval"][when]["accuracy"]
+    made.train()
+    found = evaluated(made, team, 3, tmp_path, monkeypatch)
     assert found["before"]["accuracy"] != found["after"]["accuracy"]
 
 
