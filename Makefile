@@ -29,8 +29,8 @@ fmt: setup  ## format and sort imports
 	@$(PY) -m ruff check --fix-only -q . && $(PY) -m ruff format .
 
 check: setup  ## ruff, types, layers
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
+	$(PY) -m ruff check --no-cache .
+	$(PY) -m ruff format --check --no-cache .
 	$(PY) -m mypy
 	$(PYTEST) -q tests/test_layout.py -m "not slow"
 

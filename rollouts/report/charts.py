@@ -68,9 +68,9 @@ class Curve(Shape):
             dot = ET.SubElement(
                 group, "circle", {"class": "dot" if few else "hidden", "cx": x, "cy": y}
             )
-            ET.SubElement(dot, "title").text = (
-                f"{self.unit} {number(step)}, {self.name + ' ' if self.name else ''}{number(value)}"
-            )
+            name = f"{self.name} " if self.name else ""
+            title = ET.SubElement(dot, "title")
+            title.text = f"{self.unit} {number(step)}, {name}{number(value)}"
         return group
 
 
