@@ -20,11 +20,17 @@ import pytest
 from marlora.recipes.cli.train import recipes
 from tests.repository import ROOT, ci_targets, clean_environment, copy_to, names_of_tests
 
-PAGES = ("README.md", "docs/training.md", "docs/programs.md", "docs/runs.md")  # for users
+PAGES = (
+    "README.md",
+    "docs/guides/training.md",
+    "docs/guides/programs.md",
+    "docs/guides/evaluation.md",
+)  # for users
 DOCUMENTS = (
     *PAGES,
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("cluster", "gpus", "layout", "methods", "speed")),
+    *(f"docs/guides/{name}.md" for name in ("cluster", "gpus", "speed")),
+    *(f"docs/{name}.md" for name in ("layout", "methods")),
 )
 
 RUN = "run here, in a copy of the repository"
