@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marlora.agents.types import SettingError
-from marlora.recipes.cli.team import say
+from marlora.recipes.cli.checkpoint.team import say
 from marlora.recipes.launch.settings import import_from, import_from_here
 from marlora.rollouts import files
 from marlora.trainers.errors import RunError

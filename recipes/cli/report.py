@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from marlora.agents.types import SettingError
-from marlora.recipes.cli.team import add_model, locate, say
+from marlora.recipes.cli.checkpoint.team import add_model, locate, say
 from marlora.recipes.launch.tables import spent_lines
 from marlora.rollouts.renderer import load_tokenizer
 from marlora.rollouts.report.episode_index import MAX_EPISODES, Pieces

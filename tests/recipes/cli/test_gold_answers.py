@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from marlora.agents.types import SettingError, Task
-from marlora.recipes.cli.evaluate import tasks_for
+from marlora.recipes.cli.checkpoint.evaluate import tasks_for
 from marlora.rollouts.rewards.builtin import correct
 
 

@@ -24,7 +24,7 @@ from marlora.trainers.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-HERE = "tests.recipes.cli.test_evaluate_values"
+HERE = "tests.recipes.cli.checkpoint.test_evaluate_values"
 
 
 @dataclass

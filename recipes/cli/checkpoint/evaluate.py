@@ -25,8 +25,8 @@ from typing import Any
 from marlora.agents.concurrency import run_steadily
 from marlora.agents.state import TeamState
 from marlora.agents.types import PolicySpec, SettingError, Task, from_json
-from marlora.recipes.cli.eval_tables import as_markdown, as_text
-from marlora.recipes.cli.team import (
+from marlora.recipes.cli.checkpoint.eval_tables import as_markdown, as_text
+from marlora.recipes.cli.checkpoint.team import (
     add_team,
     asked_for,
     chosen,

@@ -18,8 +18,8 @@ from typing import Any
 
 from marlora.agents.programs.program import PROGRAM
 from marlora.agents.types import SettingError
-from marlora.recipes.cli.eval_tables import row_of
-from marlora.recipes.cli.team import say
+from marlora.recipes.cli.checkpoint.eval_tables import row_of
+from marlora.recipes.cli.checkpoint.team import say
 from marlora.rollouts.checkpoints.needs import meta_flag, needed_flags
 from marlora.rollouts.checkpoints.reader import read_checkpoint, read_values
 from marlora.rollouts.episodes.store import Store

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from marlora.agents.types import SettingError, Task
-from marlora.recipes.cli.eval_tables import as_markdown, as_text
-from marlora.recipes.cli.evaluate import beside, marks_of
+from marlora.recipes.cli.checkpoint.eval_tables import as_markdown, as_text
+from marlora.recipes.cli.checkpoint.evaluate import beside, marks_of
 from marlora.recipes.cli.main import main
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.tasks.toy import tiny_tasks

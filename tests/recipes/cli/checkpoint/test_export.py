@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 import yaml
 
-from marlora.recipes.cli.export import card, speaking
+from marlora.recipes.cli.checkpoint.export import card, speaking
 from marlora.recipes.cli.main import main
 from marlora.rollouts.checkpoints.reader import read_checkpoint
 from marlora.trainers.testbeds.tiny import tiny_random_model
