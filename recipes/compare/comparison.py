@@ -14,9 +14,10 @@ from marlora.rollouts.rewards.builtin import resolve_rewards
 from marlora.trainers.errors import RunError
 from marlora.trainers.loop.summary import measured_name
 
+from .arms import Arm
 from .measured import run_result
 from .page import compare_page
-from .plan import Arm, ComparisonPlan, check_budget
+from .plan import ComparisonPlan, check_budget
 from .reference import PROMPTS, SINGLE, TEAM, Reference, headroom
 from .result import ArmRow, ReferenceRow, assembled
 from .runs import Outcome, Say, over_budget, run_arms

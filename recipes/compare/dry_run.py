@@ -13,7 +13,8 @@ from pathlib import Path
 
 from marlora.agents.types import SettingError
 
-from .plan import ComparisonPlan, PlannedRun
+from .arms import PlannedRun
+from .plan import ComparisonPlan
 from .runs import REFUSED, log_of, run_recipe, settings_file
 
 FLAGS = ("--dry_run", "true")

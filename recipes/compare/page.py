@@ -15,7 +15,8 @@ from .result import headline
 from .tables import AGAINST, Table, comparison_of, controls, costs, facts, noise, p_value, roles
 
 THOUSAND = 1000  # tokens of a unit of the curves: ticks of five digits have no room
-READING = """Every arm starts with the same team, sees the same training and validation tasks and
+READING = """Every arm starts with the same team, unless its row says
+that it has a system of its own, sees the same training and validation tasks and
 has the same budget; held-out tasks are never seen by a method. Intervals are 95 %, over tasks and,
 where there are several seeds, over seeds. With one seed they say nothing of other seeds.
 Differences are paired by task; p-values are corrected for the number of all comparisons of this
@@ -107,7 +108,8 @@ def _scores(result: Mapping[str, Any]) -> str:
 
 
 def _description(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """The recipe of an arm, whether the budget ended it, and whether it began as the team does."""
+    """The recipe of an arm, a system of its own, whether the budget ended it, and whether it began
+    as the team does."""
     if row["kind"] == "reference":
         return ""
     control = f", control of {row['control_of']}" if row["control_of"] else ""
@@ -116,7 +118,8 @@ def _description(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     noise = result["noise"]["greedy"]["largest_difference"]
     other = abs(row["starts_at"] - team) > noise + 1e-9
     start = f"; starts at {row['starts_at']:.3f}, so not as the team does" if other else ""
-    return f"{row['recipe']}{control}{ended}{start}"
+    own = f"; a system of its own, {row['system']}" if row.get("system") else ""
+    return f"{row['recipe']}{control}{own}{ended}{start}"
 
 
 def _differences(result: Mapping[str, Any]) -> str:

@@ -20,9 +20,7 @@ A plan is a YAML file:
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,76 +32,23 @@ from marlora.recipes.launch.settings import read_yaml
 from marlora.rollouts.budget import Budget
 from marlora.trainers.config import RunConfig
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # of an arm: it names a folder
-# settings that a run has from the plan, so that neither team nor arm may have them
-OF_THE_PLAN = {
-    "output_dir",
-    "seed",
-    "budget",
-    "resume",
-    "overwrite",
-    "serve_only",
-    "dry_run",
-    "episodes",  # learning from what another run has paid for is outside of every budget
-}
-# settings of the team that no arm may change: what is played and what is measured are the same
-OF_THE_TEAM = {
-    "model",
-    "init",
-    "system",
-    "values",
-    "tasks",
-    "task_args",
-    "rewards",
-    "num_eval_tasks",
-    "num_val_tasks",
-    "max_completion_length",
-    "chat_template_kwargs",
-}
-# what an arm may change of a policy, and of an agent: whether agents share weights is a method's
-OF_A_POLICY = ("trainable", "adapter", "learning_rate")
-OF_AN_AGENT = ("policy",)
+from .arms import (
+    NAME,
+    OF_A_SYSTEM,
+    OF_THE_PLAN,
+    Arm,
+    PlannedRun,
+    check_arm_settings,
+    known_keys,
+    recipe_of,
+    seeds_of,
+)
 
 
 class TeamConfig(RunConfig):
     """The settings of the team as it is: nothing is trained."""
 
     trains_weights: ClassVar[bool] = False
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A recipe with settings, run once for each seed.
-
-    control_of: the arm whose control it is, "" for none. folder: holds a run folder per seed.
-    """
-
-    name: str
-    recipe: str
-    settings: Mapping[str, Any]
-    seeds: tuple[int, ...]
-    control_of: str
-    folder: Path
-
-    def facts(self) -> dict[str, Any]:
-        """What a finished run of this arm depends on, beside the plan's team and budget."""
-        return {"recipe": self.recipe, "settings": to_json(dict(self.settings))}
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One arm with one seed."""
-
-    arm: Arm
-    seed: int
-
-    @property
-    def folder(self) -> Path:
-        return self.arm.folder / f"seed-{self.seed}"
-
-    @property
-    def name(self) -> str:
-        return f"{self.arm.name}, seed {self.seed}"
 
 
 @dataclass
@@ -158,7 +103,7 @@ class ComparisonPlan:
         settings = PlanSettings(**given)
         self.name, self.noise_repeats = name, settings.noise_repeats
         self.folder = Path(settings.output_dir or f"runs/{name}")
-        self.seeds = _seeds("seeds", settings.seeds)
+        self.seeds = seeds_of("seeds", settings.seeds)
         self.team = _team(mapping("team", settings.team))
         self.budget = _budget(settings.budget)
         self.single_agent = mapping("single_agent", settings.single_agent)
@@ -196,11 +141,13 @@ class ComparisonPlan:
 
     def settings_of(self, run: PlannedRun) -> dict[str, Any]:
         """The settings of a run: the team's, the arm's, and the plan's."""
-        own = dict(run.arm.settings)
+        own, team = dict(run.arm.settings), dict(self.team)
+        if run.arm.system:
+            team = {name: value for name, value in team.items() if name not in OF_A_SYSTEM}
         for name in ("policies", "helpers", "agents"):
-            own[name] = {**mapping(name, self.team.get(name)), **_merged(self.team, own, name)}
+            own[name] = {**mapping(name, team.get(name)), **_merged(team, own, name)}
         return {
-            **self.team,
+            **team,
             **{name: value for name, value in own.items() if value != {}},
             "output_dir": str(run.folder),
             "seed": run.seed,
@@ -242,13 +189,13 @@ class ComparisonPlan:
             )
         known_keys(f"{where}.", given, ["recipe", "settings", "seeds", "control_of", "output_dir"])
         settings = mapping(f"{where}.settings", given.get("settings"))
-        _check_arm_settings(where, settings)
+        check_arm_settings(where, settings)
         seeds = given.get("seeds")
         return Arm(
             name,
-            _recipe(where, given.get("recipe")),
+            recipe_of(where, given.get("recipe")),
             settings,
-            self.seeds if seeds is None else _seeds(f"{where}.seeds", seeds),
+            self.seeds if seeds is None else seeds_of(f"{where}.seeds", seeds),
             str(given.get("control_of") or ""),
             Path(given.get("output_dir") or self.folder / "runs" / name),
         )
@@ -303,13 +250,6 @@ def check_budget(budget: Budget, tasks: int, *, tokens: float, calls: float) -> 
             )
 
 
-def known_keys(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raise `SettingError` for a key that is not known."""
-    for key in given:
-        if key not in known:
-            raise SettingError(f"{where}{key}: unknown setting; {nearest(str(key), known)}")
-
-
 def _team(given: dict[str, Any]) -> dict[str, Any]:
     """The team's settings. The wrong ones raise `SettingError`."""
     known_keys("team.", given, [f.name for f in dataclasses.fields(RunConfig)])
@@ -326,47 +266,6 @@ def _budget(given: Any) -> Budget:
             "budget: missing; expected the most that a run may spend, such as {tokens: 200000}"
         )
     return budget
-
-
-def _seeds(where: str, given: Any) -> tuple[int, ...]:
-    if not isinstance(given, list) or not given:
-        raise SettingError(f"{where}: expected a list of whole numbers, got {given!r}")
-    for seed in given:
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise SettingError(f"{where}: expected whole numbers from 0, got {seed!r}")
-        if given.count(seed) > 1:
-            raise SettingError(f"{where}: {seed} is listed twice; a second run would be the first")
-    return tuple(given)
-
-
-def _recipe(where: str, name: Any) -> str:
-    """A recipe of marlora by name, or a file."""
-    text = str(name or "")
-    if text.endswith(".py"):
-        if Path(text).is_file():
-            return text
-        raise SettingError(f"{where}.recipe: no file {text!r}")
-    if re.fullmatch(r"\w+", text) and importlib.util.find_spec(f"marlora.recipes.{text}"):
-        return text
-    raise SettingError(f"{where}.recipe: no recipe {text!r}; {nearest(text, _recipes())}")
-
-
-def _recipes() -> list[str]:
-    folder = Path(__file__).parent.parent
-    return sorted(path.stem for path in folder.glob("*.py"))
-
-
-def _check_arm_settings(where: str, given: Mapping[str, Any]) -> None:
-    """Raise `SettingError` if an arm changes what is played or measured."""
-    for name in given:
-        if name in OF_THE_PLAN | OF_THE_TEAM:
-            owner = "team" if name in OF_THE_TEAM else "plan"
-            raise SettingError(
-                f"{where}.settings.{name}: is the {owner}'s, the same for every arm; leave it out"
-            )
-    for key, allowed in (("policies", OF_A_POLICY), ("agents", OF_AN_AGENT)):
-        for name, spec in mapping(f"{where}.settings.{key}", given.get(key)).items():
-            known_keys(f"{where}.settings.{key}.{name}.", mapping(name, spec), allowed)
 
 
 def _merged(team: Mapping[str, Any], own: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from .arms import Arm
 from .measured import Measurement, Point, RunResult, mean_of
-from .plan import Arm, ComparisonPlan
+from .plan import ComparisonPlan
 from .reference import SINGLE, TEAM, VOTES
 from .statistics import LEVEL, Pair, by_seed, mean, mean_interval, pair, share_below, tested
 
@@ -128,6 +129,7 @@ def _arm(
         "kind": "control" if row.arm.control_of else "arm",
         "recipe": row.arm.recipe,
         "control_of": row.arm.control_of,
+        "system": row.arm.system,
         **_measured(row.measurement),
         "starts_at": start,
         "share_below_team": share_below(base),

@@ -22,7 +22,8 @@ from marlora.rollouts.report.episode_index import json_lines
 from marlora.rollouts.report.run_data import read_json
 from marlora.trainers.collection.background import handled
 
-from .plan import ComparisonPlan, PlannedRun
+from .arms import PlannedRun
+from .plan import ComparisonPlan
 
 WAIT = 0.2  # seconds between two looks at a run
 LAST = 2000  # characters of the end of a log in which its error is looked for

@@ -24,6 +24,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     parts = [headline(result)]
     parts += [f"headroom: {result['headroom']['summary']}"] if result.get("headroom") else []
     parts += [table(*each, width=WIDTH) for each in tables(result)]
+    parts += own_systems(result)
     parts += [f"no result: {name}: {why}" for name, why in result["failed"].items()]
     return "\n".join(parts)
 
@@ -36,8 +37,18 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     for _, columns, rows in tables(result):
         lines += [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)])]
         lines += [*map(_line, rows), ""]
+    lines += [f"- {line}" for line in own_systems(result)]
     lines += [f"- no result: {name}: {why}" for name, why in result["failed"].items()]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def own_systems(result: Mapping[str, Any]) -> list[str]:
+    """A line for every arm that does not play the team's system."""
+    return [
+        f"{row['name']} has a system of its own: {row['system']}"
+        for row in result["rows"]
+        if row.get("system")
+    ]
 
 
 def facts(result: Mapping[str, Any]) -> str:

@@ -56,6 +56,7 @@ def arm(name: str, score: float, shown: str, control_of: str = "") -> dict[str, 
         seconds=9.0,
         steps=3.0,
         stopped=[],
+        system="",
     )
 
 
@@ -175,6 +176,9 @@ def test_the_page_names_what_it_measured() -> None:
     moved = copy.deepcopy(RESULT)
     moved["rows"][4]["starts_at"] = 0.53  # beyond the noise floor of .02
     assert "grpo_team; starts at 0.530, so not as the team does" in compare_page(moved)
+    moved["rows"][4]["system"] = "mine:Swarm"
+    assert "grpo_team; a system of its own, mine:Swarm; starts" in compare_page(moved)
+    assert "- good has a system of its own: mine:Swarm" in as_markdown(moved)
     assert "majority of 3 sampled answers" in page and "grpo_team, control of good" in page
     assert 'class="good">p &lt; .001' in page and 'class="bad">p 0.004' in page
     assert 'class="soft">p 1.000' in page

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from marlora.agents.types import AgentSpec, SettingError
+from marlora.recipes.compare.arms import PlannedRun
 from marlora.recipes.compare.comparison import claim
-from marlora.recipes.compare.plan import ComparisonPlan, PlannedRun, read_plan
+from marlora.recipes.compare.plan import ComparisonPlan, read_plan
 from tests.recipes.compare.plans import SFT, plan_of, written
 
 
@@ -56,6 +57,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (arm(settings={"episodes": "runs/x"}), "arms.sft.settings.episodes: is the plan's"),
     (arm(settings={"policies": {"first": {"base": "tiny"}}}), "policies.first.base: unknown"),
     (arm(settings={"agents": {"first": {"prompt": "x"}}}), "agents.first.prompt: unknown"),
+    (arm(settings={"values": {"first.prompt": "x"}}), "settings.values: are the team's"),
+    (arm(settings={"system": {"agents": ["a"]}}), "settings.system: expected the class"),
     ({"budget": {}}, "budget: missing"),
     ({"budget": {"tokens": 3}}, "budget.tokens: 3 is below one evaluation"),
     ({"budget": {"calls": 1}}, "budget.calls: 1 is below one evaluation"),
@@ -98,6 +101,24 @@ def test_a_run_gets_the_settings_of_team_arm_and_plan(tmp_path: Path) -> None:
     assert own["helpers"] == {"writer": {}} and own["seed"] == 5 and own["resume"] is True
     assert own["budget"] == {"tokens": 10000} and own["tasks"] == made.team["tasks"]
     assert own["output_dir"] == str(tmp_path / "runs" / "sft" / "seed-5")
+
+
+def test_an_arm_may_have_a_system_of_its_own(tmp_path: Path) -> None:
+    """Its agents and values are its own, what is asked and measured stays the team's."""
+    own = {
+        "system": {"class": "marlora.agents.patterns.swarm:Swarm", "agents": ["a", "b"]},
+        "agents": {"a": {"prompt": "x"}},
+    }
+    agents = {"first": {"prompt": "first"}}
+    of_team = team(agents=agents, values={"last.prompt": "y"}, policies={"pool": {"base": "tiny"}})
+    arms = {"swarm": {**SFT, "settings": own}, "sft": SFT}
+    made = plan(tmp_path, team=of_team, arms=arms)
+    swarm, sft = (made.settings_of(run) for run in made.runs())
+    assert swarm["system"] == own["system"] and swarm["agents"] == own["agents"]
+    assert "values" not in swarm and swarm["policies"] == {"pool": {"base": "tiny"}}
+    assert swarm["tasks"] == sft["tasks"] and swarm["rewards"] == sft["rewards"]
+    assert sft["agents"] == agents and sft["values"] == {"last.prompt": "y"}
+    assert made.arms["swarm"].system.endswith("Swarm") and not made.arms["sft"].system
 
 
 def test_the_team_as_it_is_trains_nothing(tmp_path: Path) -> None:
