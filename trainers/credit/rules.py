@@ -7,8 +7,11 @@ supervised training). What holds for every rule stands in `weights.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
+from ...agents.lookup import load_function
 from ...agents.types import SettingError
 from ...rollouts.types import Episode, TurnKey
 from .counterfactual import counterfactual
@@ -16,10 +19,11 @@ from .filtering import rejection_sampling
 from .group import at_grpo, dr_grpo, dr_mas, grpo, rloo
 from .rae import rae
 from .returns import agent, team, turn
-from .weights import Advantages, CreditConfig, RewardedEpisodes, State, team_rewards
+from .weights import Advantages, CreditConfig, RewardedEpisodes, State, key_of, team_rewards
 
 # the value of `credit` -> its rule; `weights.RULE_NAMES` lists the same names
-RULES: dict[str, Callable[[RewardedEpisodes, CreditConfig], Advantages]] = {
+Rule = Callable[[RewardedEpisodes, CreditConfig], Advantages]
+RULES: dict[str, Rule] = {
     "team": team,
     "agent": agent,
     "turn": turn,
@@ -33,6 +37,10 @@ RULES: dict[str, Callable[[RewardedEpisodes, CreditConfig], Advantages]] = {
     "counterfactual": counterfactual,
 }
 
+# those that compare a turn with others or with replays; of the other rules an advantage is a return
+# or a weight, and a low one says nothing against an agent
+COMPARING = ("grpo", "rloo", "dr_grpo", "dr_mas", "at_grpo", "rae", "counterfactual")
+
 
 def credit(
     episodes: Iterable[Episode],
@@ -40,7 +48,8 @@ def credit(
     state: State | None = None,
     without_signal: set[TurnKey] | None = None,
 ) -> Advantages:
-    """Advantages of a step's episodes by the rule `config.credit`.
+    """Advantages of a step's episodes by the rule `config.credit`: one of `RULES`, or the function
+    `(batch, settings) -> Advantages` that `module:function` names.
 
     `state` is changed in place by rules that remember (`rae`). To `without_signal` are added the
     turns of groups all of whose members earned the same: they have rewards and no advantage. Raises
@@ -69,4 +78,37 @@ def credit(
         {} if state is None else state,
         set() if without_signal is None else without_signal,
     )
-    return RULES[config.credit](batch, config)
+    rule: Rule = load_function("credit", config.credit, RULES)
+    advantages = rule(batch, config)
+    if config.credit not in RULES:
+        _check(advantages, episodes, config.credit)
+    return advantages
+
+
+def _check(advantages: Advantages, episodes: Iterable[Episode], name: str) -> None:
+    """Raise `SettingError` unless a rule of the user's own gave finite numbers to turns that are
+    there."""
+    known = {key_of(episode, turn) for episode in episodes for turn in episode.turns}
+    for key, value in advantages.items():
+        if key not in known or not math.isfinite(value):
+            raise SettingError(
+                f"credit {name!r}: gave {value!r} to {key}; expected a finite number by (episode"
+                " id, turn index, sibling) of a turn of the step's episodes; leave out what is not"
+                " to be trained on"
+            )
+
+
+def blame(episodes: Sequence[Episode], advantages: Advantages) -> dict[str, float]:
+    """By how much each agent's turns fell short of what a rule compared them with: the mean of
+    max(0, -A) over its turns that have an advantage A, by agent.
+
+    A rule that gives all agents of an episode one advantage (`grpo`) blames them alike where each
+    has as many turns. An agent without such a turn is left out.
+    """
+    shortfalls: dict[str, list[float]] = defaultdict(list)
+    for episode in episodes:
+        for each in episode.turns:
+            advantage = advantages.get(key_of(episode, each))
+            if advantage is not None:
+                shortfalls[each.agent].append(max(0.0, -advantage))
+    return {agent: sum(own) / len(own) for agent, own in shortfalls.items()}

@@ -13,7 +13,8 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ...agents.settings import Settings, setting
+from ...agents.lookup import object_named
+from ...agents.settings import Bounds, Settings, check_bounds, setting
 from ...agents.types import Reward, SettingError, Turn, nearest
 from ...rollouts.types import Episode, TurnKey, groups
 
@@ -76,10 +77,9 @@ class CreditConfig(RewardWeights):
     which rules read it."""
 
     credit: str = setting(
-        "rule: grpo, rloo, dr_grpo, dr_mas, at_grpo, rae, team, agent, turn, counterfactual, or"
-        " success (keep correct episodes)",
+        "rule: grpo, rloo, dr_grpo, dr_mas, at_grpo, rae, team, agent, turn, counterfactual,"
+        " success (keep correct episodes), or module:function of your own",
         "grpo",
-        choices=RULE_NAMES,
     )
     scale_rewards: str = setting(
         "grpo, dr_mas, at_grpo: divide by the standard deviation of the group, the batch, or none",
@@ -106,6 +106,22 @@ class CreditConfig(RewardWeights):
         "rae: decay of the running mean per task source and agent", 0.95, at_least=0, at_most=1
     )
     success_threshold: float = setting("success: team reward from which an episode is correct", 1.0)
+    counterfactual_baseline: str = setting(
+        "counterfactual: a turn is compared with replays in which it says nothing (default), with"
+        " the other answers sampled for its call (siblings), or the value after it with the value"
+        " before it (value)",
+        "default",
+        choices=("default", "siblings", "value"),
+    )
+    num_replays: int = setting(
+        "counterfactual: plays of an episode for each alternative", 1, at_least=1
+    )
+
+    def check(self) -> None:
+        if ":" in self.credit:
+            object_named("credit", self.credit)
+        else:
+            check_bounds("credit", str, Bounds(RULE_NAMES), self.credit)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from marlora.agents.types import Reward, SettingError, Task, Turn
 from marlora.rollouts.types import Episode
 from marlora.trainers.credit.group import leave_one_out
-from marlora.trainers.credit.rules import RULES, credit
+from marlora.trainers.credit.rules import COMPARING, RULES, blame, credit
 from marlora.trainers.credit.weights import RULE_NAMES, CreditConfig
 
 NAN = math.nan
@@ -452,3 +452,51 @@ def test_renaming_agents_permutes_credit_and_order_does_not_matter(data, rule):
 
 def test_the_settings_list_every_rule():
     assert set(RULE_NAMES) == set(RULES)
+
+
+def winner_takes_all(batch, settings):
+    """A rule of one's own: 1 for the turns of episodes above their group's mean."""
+    mean = sum(batch.known_rewards) / len(batch.known_rewards)
+    return {
+        (e.id, t.index, 0): 1.0
+        for e in batch.episodes
+        for t in e.turns
+        if batch.rewards[e.id] > mean
+    }
+
+
+def nowhere(batch, settings):
+    return {("nobody", 0, 0): 1.0}
+
+
+def without_end(batch, settings):
+    return {(batch.episodes[0].id, 0, 0): NAN}
+
+
+def test_a_rule_of_ones_own_is_named_by_module_and_function():
+    assert advantages(f"{__name__}:winner_takes_all", (1, 0, 0, 1)) == [1.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (f"{__name__}:nowhere", r"nowhere': gave 1\.0 to \('nobody', 0, 0\)"),
+        (f"{__name__}:without_end", r"gave nan to \('g0', 0, 0\)"),
+        (f"{__name__}:absent", "absent.*cannot be imported"),
+        (f"{__name__}:NAN", "expected a function, found a float"),
+        ("winner", "credit: expected one of team, agent"),
+    ],
+)
+def test_a_wrong_rule_of_ones_own_is_refused(rule, message):
+    with pytest.raises(SettingError, match=message):
+        advantages(rule, (1, 0))
+
+
+def test_an_agent_is_blamed_for_turns_that_fell_short():
+    """a: A -.5 and .3, so .25; b: -.2 alone, its other turn has no advantage; c is praised."""
+    turns = (Turn(0, "a"), Turn(1, "b"), Turn(2, "c"))
+    episodes = [Episode(id, "g", Task("t", "?"), seed=0, turns=turns) for id in "xy"]
+    advantages = {("x", 0, 0): -0.5, ("y", 0, 0): 0.3, ("x", 1, 0): -0.2, ("x", 2, 0): 0.4}
+    assert blame(episodes, advantages) == {"a": 0.25, "b": 0.2, "c": 0.0}
+    assert blame(episodes, {}) == {}
+    assert set(COMPARING) == set(RULES) - {"team", "agent", "turn", "success"}
