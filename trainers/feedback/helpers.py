@@ -17,9 +17,9 @@ from ..collection.rollout_manager import RolloutManager
 from ..loop.spec import RunSpec
 
 # what went wrong with replies and proposals, by name of the metric
-UNANSWERED, CUT, UNREADABLE, REFUSED, UNCHANGED, COPIED = (
+UNANSWERED, TRUNCATED, UNREADABLE, REFUSED, UNCHANGED, COPIED = (
     "unanswered",  # no reply: the question did not fit, the episode failed
-    "cut",  # a reply that was cut off at its max_tokens
+    "truncated",  # a reply that ended at its max_tokens
     "unreadable",  # a reply in another format
     "refused",  # a value that its param does not take, or that is too long
     "unchanged",  # a proposal of the value in force
@@ -113,7 +113,7 @@ class Helpers:
         for episode in asked:
             empty = episode.failed or not (episode.output or "").strip()
             self.counts[UNANSWERED] += empty
-            self.counts[CUT] += any(turn.finish_reason == "length" for turn in episode.turns)
+            self.counts[TRUNCATED] += any(turn.finish_reason == "length" for turn in episode.turns)
             replies.append(None if empty else episode.output)
         return replies
 

@@ -52,7 +52,7 @@ from .config import FeedbackConfig
 from .evaluators import Evaluator
 from .gates import Gate, Scorer
 from .graph import Graph
-from .helpers import COPIED, CUT, REFUSED, UNANSWERED, UNCHANGED, UNREADABLE, Helpers
+from .helpers import COPIED, REFUSED, TRUNCATED, UNANSWERED, UNCHANGED, UNREADABLE, Helpers
 from .history import ADOPTED, REJECTED, SAME, History, View, no_history
 from .propagators import Propagator
 from .rewriters import Proposal, Rewriter
@@ -60,7 +60,7 @@ from .targets import Target, as_text, chosen_params, copied_tasks
 
 RESPONSES = 3  # outputs of a step that the history keeps
 NOTE = 2000  # characters of feedback that stand with a candidate
-COUNTS = (UNANSWERED, CUT, UNREADABLE, REFUSED, UNCHANGED, COPIED)
+COUNTS = (UNANSWERED, TRUNCATED, UNREADABLE, REFUSED, UNCHANGED, COPIED)
 
 
 @dataclass(frozen=True)

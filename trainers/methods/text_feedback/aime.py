@@ -11,7 +11,7 @@ Calls of a step with a batch of 3, one agent, K roles: 3 of the team, 3 K of `ev
 `backward`, 1 of `optimizer`.
 
 Against the authors' code: each judge's text stands under its role (there they are run together);
-replies that were cut off at their share are counted (`cut`; there nothing tells); any list of roles
+replies that ended at their share are counted (`truncated`; there nothing tells); any list of roles
 works (there eight); the gate is on by default, and `gate: always` is theirs. Their programs for one
 problem are refined at test time by the system `agents/patterns/refinement.py` with `roles`
 (`recipes/aime_programs.yaml`); here the prompts of a team are learnt by the same judges.
