@@ -12,10 +12,10 @@ import sys
 import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
 from .text.secrecy import shown_value
-from .types import SettingError, closest
+from .types import SettingError, closest, nearest
 
 KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -109,14 +109,35 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+class InitSignature:
+    """The signature of a class as its `__init__` has it: what `inspect` and notebooks show of a class
+    that has a `__new__` too."""
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        whole = inspect.signature(owner.__init__)  # type: ignore[misc]
+        return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+
 class Settings:
     """Base of settings dataclasses. After construction every `setting` field is checked: its type,
     its choices, its bounds.
 
     A class may define `prepare`, which brings values of a file or command line into the form that
     the checks read, and `check`, which compares fields. Both run for every class that defines them,
-    bases first, so neither calls `super()`. Raises `SettingError` naming the setting.
+    bases first, so neither calls `super()`. A keyword that is no setting is an error that names the
+    nearest one, as it is in YAML. Raises `SettingError` naming the setting.
     """
+
+    __signature__ = InitSignature()
+
+    def __new__(cls, *given: Any, **named: Any) -> Self:
+        known = cls.__signature__.parameters
+        for name in named:
+            if name not in known:
+                raise SettingError(
+                    f"{cls.__name__}: unknown setting {name!r}; {nearest(name, sorted(known))}"
+                )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for each in _defined(type(self), "prepare"):

@@ -17,12 +17,12 @@ from marlora.recipes.cli.checkpoint.evaluate import add_eval, cmd_eval
 from marlora.recipes.cli.checkpoint.export import add_export, cmd_export
 from marlora.recipes.cli.checkpoint.play import add_play, cmd_play
 from marlora.recipes.cli.checkpoint.serve import cmd_serve
-from marlora.recipes.cli.checkpoint.team import add_model, add_team
+from marlora.recipes.cli.checkpoint.team import add_model, add_team, import_folders
 from marlora.recipes.cli.compare import add_compare, cmd_compare
 from marlora.recipes.cli.init import add_init, cmd_init
 from marlora.recipes.cli.report import add_report, cmd_report
 from marlora.recipes.cli.train import add_recipes, add_train, cmd_recipes, cmd_train
-from marlora.recipes.launch.settings import exit_with_code, import_from_here, run
+from marlora.recipes.launch.settings import exit_with_code, import_from, import_from_here, run
 from marlora.recipes.launch.tables import table
 from marlora.trainers.errors import RunError
 
@@ -121,6 +121,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SettingError(f"--json {args.json}: no such folder")
         if _names_code(args):
             import_from_here()
+        if getattr(args, "trust_checkpoint", False):
+            given = args.checkpoint if isinstance(args.checkpoint, list) else [args.checkpoint]
+            for folder in import_folders(given):
+                import_from(folder)
         args.run_command(args)
 
     exit_with_code(work, interrupted="stopped")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from marlora.agents.types import SettingError, nearest
-from marlora.recipes.launch.settings import config_file, import_from, read_yaml
+from marlora.recipes.launch.settings import config_file, read_yaml
 from marlora.recipes.launch.tables import table
 
 FOLDER = Path(__file__).resolve().parents[1]
@@ -76,8 +76,6 @@ def cmd_train(args: argparse.Namespace) -> None:
         raise SettingError(f"train {args.recipe}: it is a config, so leave --config out")
     if config is not None:
         given = ["--config", str(config), *given]
-        if config.resolve().parent != FOLDER:
-            import_from(config.parent)
     sys.argv = [f"marlora train {args.recipe}", *given]
     importlib.import_module(f"marlora.recipes.{name}").main()
 

@@ -2,7 +2,9 @@
 
 `python -m marlora.recipes.NAME [--config FILE] [--field value] [--agents.solver.prompt "..."]`: the
 default file is the YAML beside the recipe; flags win over the file; a dotted flag sets one entry of
-a mapping.
+a mapping. Modules in the folder of a config can be imported, and a relative path in it that exists
+in that folder is taken from there (`config_folder.py`); all other paths, and those of flags, begin
+in the current folder.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from marlora.agents.text.secrecy import MAY_HOLD_KEYS
 from marlora.agents.types import AgentSpec, PolicySpec, SettingError, nearest
+from marlora.recipes.launch.config_folder import beside
 
 T = TypeVar("T")
 
@@ -38,10 +41,13 @@ def parse(cls: type[T], recipe: str | Path, argv: Sequence[str] | None = None) -
     path, args = config_file(
         Path(recipe).with_suffix(".yaml"), list(sys.argv[1:] if argv is None else argv)
     )
-    settings = read_yaml(path)
-    named, own = settings.pop("recipe", None), Path(recipe)
+    settings, own = read_config(path), Path(recipe)
+    named = settings.pop("recipe", None)
     if named not in (None, own.stem) and own.with_stem(str(named)).is_file():
         raise SettingError(f"{path}: recipe: settings of {named!r}, but this is {own.stem!r}")
+    if path.resolve().parent != own.resolve().parent:  # a config of one's own
+        import_from(path.parent)
+        settings = beside(settings, path.parent)
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     for name in settings:
         if name not in known:
@@ -77,6 +83,15 @@ def config_file(default: Path, args: Sequence[str]) -> tuple[Path, list[str]]:
         else:
             rest.append(arg)
     return path, rest
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of a config. One that a run wrote also names the folders that its System and its
+    rewards came from (`imports`): their modules can be imported from then on."""
+    settings = read_yaml(path)
+    for folder in settings.pop("imports", None) or ():
+        import_from(Path(folder))
+    return settings
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

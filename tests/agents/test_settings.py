@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
-from dataclasses import dataclass
+import pickle
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -93,6 +96,17 @@ def test_a_wrong_value_is_an_error_that_names_the_setting(
 ) -> None:
     with pytest.raises(SettingError, match=message):
         Both(**values)
+
+
+def test_a_keyword_that_is_no_setting_names_the_nearest() -> None:
+    with pytest.raises(SettingError, match=r"^Both: unknown setting 'discont'; did you mean 'disc"):
+        Both(discont=0.5)  # type: ignore[call-arg]
+    with pytest.raises(SettingError, match="known: 'args', 'clip'"):
+        replace(Both(), quixotic=1)  # type: ignore[call-arg]
+    assert list(inspect.signature(Both).parameters)[:2] == ["steps", "devices"]
+    given = Both(credit="turn", discount=0.5)
+    kept = pickle.loads(pickle.dumps(copy.deepcopy(given)))
+    assert kept == given
 
 
 def test_values_within_their_bounds_are_taken_as_they_are() -> None:

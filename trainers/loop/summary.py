@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ...agents.state import TeamState
@@ -77,15 +80,35 @@ def resolved_settings(spec: RunSpec) -> dict[str, Any]:
 
 
 def write_config(spec: RunSpec) -> None:
-    """`config.yaml`: the recipe, where it has a name, and the resolved settings."""
+    """`config.yaml`: the recipe, where it has a name, the resolved settings, and the folders of
+    code of the user's own (`imports`), from which `marlora train RUN` and the commands that open a
+    checkpoint of the run import it again."""
     import yaml
 
-    recipe = {"recipe": spec.recipe} if spec.recipe else {}
-
+    own: dict[str, Any] = {"recipe": spec.recipe} if spec.recipe else {}
+    if folders := code_folders([type(spec.system), *spec.rewards]):
+        own["imports"] = folders
     files.write_text(
         spec.config.folder / "config.yaml",
-        yaml.safe_dump({**recipe, **resolved_settings(spec)}, sort_keys=False, allow_unicode=True),
+        yaml.safe_dump({**own, **resolved_settings(spec)}, sort_keys=False, allow_unicode=True),
     )
+
+
+def code_folders(things: Iterable[Any]) -> list[str]:
+    """The folders, absolute, that have to be on the import path for these classes and functions:
+    those outside marlora and outside what is installed."""
+    installed = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
+    found: dict[str, None] = {}
+    for thing in things:
+        top = thing.__module__.partition(".")[0]
+        module = sys.modules.get(top)
+        places = [*getattr(module, "__path__", ())] or [getattr(module, "__file__", None)]
+        if top in ("__main__", __name__.partition(".")[0]) or places[0] is None:
+            continue
+        folder = Path(places[0]).absolute().parent
+        if not installed & {folder, *folder.parents}:
+            found[str(folder)] = None
+    return list(found)
 
 
 def summary(

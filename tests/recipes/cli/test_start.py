@@ -110,7 +110,7 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.slow
 @pytest.mark.process
 def test_a_folder_of_ones_own_trains_resumes_and_is_evaluated(tmp_path: Path) -> None:
-    """Its team and reward are imported from the config's folder, wherever the command is run."""
+    """Its team, its reward and its data lie beside the config, wherever a command is run."""
     assert marlora(tmp_path, "init", "mine").returncode == 0
     again = marlora(tmp_path, "init", "mine")
     assert again.returncode == 2 and "exists already" in again.stderr
@@ -119,7 +119,7 @@ def test_a_folder_of_ones_own_trains_resumes_and_is_evaluated(tmp_path: Path) ->
     assert first.returncode == 0, first.stderr
     summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["recipe"] == "grpo_team" and summary["live_proof"]["failed"] == 0
-    elsewhere = ["--output_dir", str(folder / "run"), "--tasks", str(folder / "data")]
+    elsewhere = ["--output_dir", str(folder / "run")]
     more = ["--max_steps", "2", "--resume", "true"]
     second = marlora(tmp_path, "train", f"mine/{config}", *elsewhere, *more)
     assert second.returncode == 0, second.stderr
@@ -127,3 +127,10 @@ def test_a_folder_of_ones_own_trains_resumes_and_is_evaluated(tmp_path: Path) ->
     assert summary["steps"] == 2
     saved = yaml.safe_load((folder / "run" / config).read_text(encoding="utf-8"))
     assert saved["recipe"] == "grpo_team" and chosen(str(folder / "run"))[0] == "grpo_team"
+    checkpoint = str(folder / "run" / "checkpoints" / "step-000002")
+    engine = ["--engine", "transformers", "--num_tasks", "2"]
+    refused = marlora(tmp_path, "eval", checkpoint, "--system", "team:Sum", *engine)
+    assert refused.returncode == 2 and "--trust_checkpoint" in refused.stderr
+    flags = ["--system", "team:Sum", "--trust_checkpoint", *engine]
+    evaluated = marlora(tmp_path, "eval", checkpoint, *flags)
+    assert evaluated.returncode == 0, evaluated.stderr
