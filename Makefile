@@ -47,7 +47,7 @@ test-gpu: setup  ## tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu
 
 docs: setup  ## build the documentation site into build/site; a broken link ends it
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "docs: open build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict && echo "docs: open build/site/index.html"
 
 demo: setup  ## train and evaluate a team of two on a real model (MODEL=... for another), into runs/demo
 	@$(PY) -m marlora.recipes.demo --output_dir runs/demo --overwrite true $${MODEL:+--model "$$MODEL"} $(ARGS)

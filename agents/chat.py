@@ -72,6 +72,7 @@ class Agent:
 
     @property
     def name(self) -> str:
+        """The agent's name, unique in its team."""
         return self.spec.name
 
     def __repr__(self) -> str:

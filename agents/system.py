@@ -54,9 +54,11 @@ class System:
 
     @property
     def specs(self) -> tuple[AgentSpec, ...]:
+        """The agents, in the order of a team's iteration."""
         return self.agents  # type: ignore[return-value]
 
     def with_agents(self, agents: Sequence[AgentSpec]) -> System:
+        """The same system with other agents."""
         return dataclasses.replace(self, agents=tuple(agents))
 
     def arguments(self) -> dict[str, Any]:
@@ -74,6 +76,8 @@ class System:
         return agent_params(self.specs)
 
     async def run(self, task: Task, team: Team) -> Turn | Output | str:
+        """The episode: asks the agents of `team` in whatever order and returns the team's output.
+        `task` holds no answer."""
         raise TypeError(
             f"{type(self).__name__} has no run(task, team); write it as a coroutine that returns"
             " the output"

@@ -229,6 +229,7 @@ class PolicySpec:
 
     @property
     def has_adapter(self) -> bool:
+        """Whether it answers with a LoRA adapter: not the bare base, nor an outside model."""
         return self.name != BASE and self.url is None
 
 
@@ -347,6 +348,7 @@ class Turn:
 
     @property
     def completion(self) -> Completion:
+        """The reply as the engine returned it."""
         return Completion(
             self.text,
             self.prompt_ids,

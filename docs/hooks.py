@@ -61,8 +61,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         there = [p for each in patterns or ("*.md",) for p in (ROOT / "docs" / folder).glob(each)]
         rank = {name: number for number, name in enumerate(FIRST)}
         there.sort(key=lambda path: (rank.get(path.stem, len(rank)), path.stem))
-        return [page_of(f"docs/{folder}/{path.name}") for path in there]
+        return [page_of(str(path.relative_to(ROOT))) for path in there]
 
+    top = [name for name in pages("") if name not in ("methods.md", "api.md")]
     api = [f"reference/api/{name}.md" for name in api_sections()]
     project = [uri for source, uri in DOCUMENTS.items() if source in tracked()]
     nav: list[dict[str, Any]] = [
@@ -72,7 +73,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Methods": pages("methods")},
         {"Guides": pages("guides")},
         {"Tutorials": pages("tutorials", "*.md", "*.ipynb")},
-        {"Reference": [*pages("reference"), "settings.md", "layout.md", {"API": api}]},
+        {"Reference": [*pages("reference"), *top, {"API": api}]},
         {"Project": [*project[1:], *pages("project")]},
     ]
     config.nav = [entry for entry in nav if next(iter(entry.values()))]
@@ -93,7 +94,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
         files.remove(notebook)
         add(page_of(f"docs/{notebook.src_uri}"), notebook_page(ROOT / "docs" / notebook.src_uri))
-    for source in sorted({target for page in files.documentation_pages() for target in sources(page)}):
+    for source in sorted(
+        {target for page in files.documentation_pages() for target in sources(page)}
+    ):
         add(page_of(source), source_page(source))
     return files
 

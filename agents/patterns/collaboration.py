@@ -139,6 +139,7 @@ class Collaboration(System):
 
     @property
     def members(self) -> list[str]:
+        """Names of the members, without the suffix of a round."""
         first = self._suffixes[0]
         return [spec.name.removesuffix(first) for spec in self.specs if spec.name.endswith(first)]
 

@@ -189,6 +189,7 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
         return await gather(player.play(job, given=given) for job in again)
 
     def table(self, episodes: Sequence[Episode]) -> tuple[list[ScoredProgram], Counter[str]]:
+        """The scored programs of the episodes, and how many there are without a score, by reason."""
         return score_table(episodes, self.system.designer, self.args.num_runs, self.args, RUNS)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
@@ -296,6 +297,7 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
         }
 
     def group_loss(self, inputs: LossInputs) -> tuple[torch.Tensor, Stats]:
+        """The policy loss of `objective: grpo`, and its statistics."""
         return policy_loss(inputs, self.args.group)
 
 

@@ -215,6 +215,7 @@ class VerifierTrainer(Trainer[VerifierConfig]):
 
     @property
     def base(self) -> LearnerBase:
+        """The base model that carries the head."""
         return next(b for b in self.run.learner.bases.values() if NAME in b.heads)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:

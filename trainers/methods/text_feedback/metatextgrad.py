@@ -144,6 +144,7 @@ class MetaTextGradTrainer(Trainer[MetaTextGradConfig]):
 
     @property
     def val_ids(self) -> list[str]:
+        """Ids of the validation tasks."""
         return [task.id for task in self.spec.val_tasks]
 
     def step(self, step: int) -> StepResult:

@@ -1,0 +1,67 @@
+"""The documentation site builds, and refuses what would be broken on it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from docs.hooks import api_sections
+from marlora.agents.settings import Settings
+from marlora.rollouts.engines.base import Engine
+from marlora.trainers.values.parts import Part
+from tests.repository import ROOT, copy_to
+
+PUBLIC = sorted(name for names in api_sections().values() for name in names)
+
+
+def build(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """`mkdocs build --strict` of the repository in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
+        cwd=folder,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_a_broken_link_ends_it(tmp_path: Path) -> None:
+    done = build(ROOT, tmp_path / "site")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for page in ("index", "methods", "methods/grpo_team", "reference/api/teams", "project/results"):
+        assert (tmp_path / "site" / f"{page}.html").stat().st_size > 10_000, page
+    # a copy with a page whose link leads nowhere
+    copy = copy_to(tmp_path / "copy")
+    subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
+    for folder in ("methods", "tutorials", "reference"):
+        shutil.rmtree(copy / "docs" / folder, ignore_errors=True)
+    (copy / "docs" / "api.md").write_text("# Public names\n")
+    (copy / "docs" / "guides" / "wrong.md").write_text("# Wrong\n\n[nowhere](nowhere.md)\n")
+    refused = build(copy, tmp_path / "other")
+    assert refused.returncode != 0 and "nowhere.md" in refused.stderr
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_and_their_methods_have_docstrings(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute)
+    assert inspect.getdoc(found), f"{name}: no docstring"
+    for method, value in vars(found).items() if inspect.isclass(found) else ():
+        function = value.fget if isinstance(value, property) else value
+        if method.startswith("_") or not inspect.isfunction(inspect.unwrap(function)):
+            continue
+        documented = inspect.getdoc(value if isinstance(value, property) else function)
+        inherited = [getattr(c, method, None) for c in (*found.__mro__[1:], Part, Engine)]
+        if issubclass(found, Settings) and method in ("check", "prepare"):
+            continue  # the docstring of Settings says what they are
+        assert documented or any(map(inspect.getdoc, filter(None, inherited))), (
+            f"{name}.{method}: no docstring"
+        )
