@@ -30,6 +30,7 @@ from ..agents.types import SettingError, Task, to_json
 from ..rollouts.engines.base import Engine, EngineError
 from ..rollouts.evaluation.statistics import Evaluation, paired
 from ..rollouts.ledger import BudgetSpent
+from ..rollouts.report.html import text as escaped
 from ..rollouts.rewards.names import GIVEN, has_known_names, names_given
 from ..rollouts.rewards.scoring import RewardFn
 from ..rollouts.types import Episode, groups
@@ -39,6 +40,7 @@ from .errors import RunError, Stopped
 from .loop.run import TrainingRun
 from .loop.spec import RunSpec
 from .loop.step_result import StepResult
+from .monitoring.notebook import report_link
 from .update.optimizer_step import UpdateResult
 from .update.scalar_heads import HeadSpec
 from .values.parts import Part
@@ -100,6 +102,14 @@ class Trainer(Generic[C]):
         self._check_weights()
         if self.ratios:
             self._check_sampling()
+
+    def __repr__(self) -> str:
+        """The method, team, tasks and run folder, and how far the run has come."""
+        return f"{type(self).__name__}({self.spec.description()}, step={self.run.step})"
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook, with a link to the report once there is one."""
+        return f"<code>{escaped(repr(self))}</code>{report_link(self.spec.config.folder)}"
 
     def inside(self, method: type[T], config: RunConfig, values: Mapping[str, Any]) -> T:
         """A trainer of another method that takes its steps inside this run, begun with these

@@ -114,6 +114,22 @@ class RunSpec:
             tuple(warnings),
         )
 
+    def description(self) -> str:
+        """What the run is, in a line: model, team, tasks, rewards and folder."""
+        agents = ", ".join(
+            name if name == policy else f"{name}: {policy}"
+            for name, policy in ((agent.name, agent.policy) for agent in self.system.specs)
+        )
+        counts = [f"{len(self.tasks)} train"]
+        counts += [f"{len(self.val_tasks)} val"] if self.val_tasks else []
+        counts += [f"{len(self.eval_tasks)} eval"]
+        scores = ", ".join(map(reward_name, self.rewards))
+        return (
+            f"model={self.config.model!r}, system={type(self.system).__name__}[{agents}],"
+            f" tasks=[{', '.join(counts)}], rewards=[{scores}],"
+            f" output_dir={self.config.output_dir!r}, max_steps={self.config.max_steps}"
+        )
+
     @property
     def served_policies(self) -> dict[str, PolicySpec]:
         """The policies of the team and of its helpers."""

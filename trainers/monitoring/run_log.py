@@ -26,6 +26,7 @@ from ..update.losses.inputs import LossFn
 from ..update.optimizer_step import UpdateResult, sample_to_json
 from . import run_folder
 from .alarms import Alarms
+from .notebook import progress_here
 from .progress import Progress
 from .step_metrics import collection_row
 from .token_log import TokenLog
@@ -61,7 +62,7 @@ class RunLog:
 
     def open(self, main: bool, closing: contextlib.ExitStack) -> None:
         """Show progress from now on, if this is rank 0 (`main`)."""
-        self.main, self.progress = main, Progress(main)
+        self.main, self.progress = main, progress_here(main)
         closing.callback(self.progress.close)
 
     def keep_warnings(self) -> None:
