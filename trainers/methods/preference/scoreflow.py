@@ -189,7 +189,7 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
         return await gather(player.play(job, given=given) for job in again)
 
     def table(self, episodes: Sequence[Episode]) -> tuple[list[ScoredProgram], Counter[str]]:
-        """The scored programs of the episodes, and how many there are without a score, by reason."""
+        """The scored programs of the episodes, and how many have no score, by reason."""
         return score_table(episodes, self.system.designer, self.args.num_runs, self.args, RUNS)
 
     def learn(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
