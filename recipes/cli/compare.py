@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +62,8 @@ def cmd_compare(args: argparse.Namespace) -> None:
     elif args.headroom:
         print(comparison.measure_headroom(plan)["summary"])
     elif args.slurm:
-        submit(plan, args.plan)
+        outputs = [("--json", args.json), ("--markdown", args.markdown)]
+        submit(plan, args.plan, [word for flag in outputs if flag[1] for word in flag])
     elif args.part is not None:
         comparison.compare_part(plan, args.part, say)
     else:
@@ -104,21 +105,28 @@ def check_outputs(plan: ComparisonPlan, numbers: str, markdown: str) -> None:
     check_same(before, plan.identity(), f"--json {numbers}")
 
 
-def submit(plan: ComparisonPlan, path: str, call: Callable[[list[str]], str] | None = None) -> None:
+def submit(
+    plan: ComparisonPlan,
+    path: str,
+    outputs: Sequence[str] = (),
+    call: Callable[[list[str]], str] | None = None,
+) -> None:
     """Submit the array, and the job that writes the page once all of it has ended, well or not.
 
-    `call`: gives what sbatch prints for these words (tests). Raises `RunError` without Slurm, with
-    the commands.
+    `outputs`: --json and --markdown with their files, for that job. `call`: gives what sbatch
+    prints for these words (tests). Raises `RunError` without Slurm, with the commands.
     """
     last = len(list(plan.runs())) - 1
     array = ["sbatch", "--parsable", f"--array=0-{last}", ARRAY, path]
     if call is None and shutil.which("sbatch") is None:
         raise RunError(
             "--slurm: no sbatch on this machine; on a cluster's login node, in the repository:"
-            f" {shlex.join(array)}, then sbatch --dependency=afterany:JOB {WHOLE} {path}"
+            f" {shlex.join(array)}, then sbatch --dependency=afterany:JOB"
+            f" {shlex.join([WHOLE, path, *outputs])}"
         )
     job = (call or printed)(array).strip().partition(";")[0]
-    after = (call or printed)(["sbatch", "--parsable", f"--dependency=afterany:{job}", WHOLE, path])
+    whole_job = ["sbatch", "--parsable", f"--dependency=afterany:{job}", WHOLE, path, *outputs]
+    after = (call or printed)(whole_job)
     print(f"jobs {job} (runs 0 to {last}) and {after.strip()} (the page): {plan.folder}")
 
 

@@ -11,14 +11,24 @@ from marlora.agents.types import SettingError
 from marlora.rollouts import files
 from marlora.rollouts.report.run_data import RunData, read_json
 from marlora.rollouts.rewards.builtin import resolve_rewards
+from marlora.rollouts.rewards.scoring import fn_name
 from marlora.trainers.errors import RunError
 from marlora.trainers.loop.summary import measured_name
 
 from .arms import Arm
-from .measured import run_result
+from .measured import NOTHING, by_kind, run_result, stored_cost
 from .page import compare_page
 from .plan import ComparisonPlan, check_budget
-from .reference import PROMPTS, SINGLE, TEAM, Reference, headroom
+from .reference import (
+    LEAST_VOTE,
+    PROMPTS,
+    SINGLE,
+    TEAM,
+    Reference,
+    comparisons_of,
+    headroom,
+    shown_by,
+)
 from .result import ArmRow, ReferenceRow, assembled
 from .runs import Outcome, Say, over_budget, run_arms
 
@@ -64,8 +74,23 @@ def measure_headroom(plan: ComparisonPlan) -> dict[str, Any]:
     """Make the headroom test and keep what came out for the page."""
     claimed(plan)
     result = headroom(plan)
-    files.write_text(plan.folder / HEADROOM, json.dumps(result, indent=2) + "\n")
-    return result
+    kept = {"identity": plan.headroom_identity(), **result}
+    files.write_text(plan.folder / HEADROOM, json.dumps(kept, indent=2) + "\n")
+    return shown_by(result, comparisons_of(plan))
+
+
+def kept_headroom(plan: ComparisonPlan, say: Say) -> dict[str, Any] | None:
+    """What the headroom test has measured, if it was made with this plan."""
+    result: dict[str, Any] | None = read_json(plan.folder / HEADROOM)
+    if result is None:
+        return None
+    if result.pop("identity", None) != plan.headroom_identity():
+        say(
+            f"{plan.folder / HEADROOM}: was made with another team or other settings, so it is left"
+            " out; make it again with --headroom"
+        )
+        return None
+    return shown_by(result, comparisons_of(plan))
 
 
 def claim(plan: ComparisonPlan) -> None:
@@ -80,7 +105,7 @@ def claimed(plan: ComparisonPlan) -> dict[str, Any]:
     that holds what another plan has measured."""
     identity = plan.identity()
     if (before := read_json(plan.folder / PLAN)) is not None:
-        if not isinstance(before, dict) or not identity.keys() <= before.keys():
+        if not isinstance(before, dict) or not {"team", "budget", "arms"} <= before.keys():
             raise SettingError(f"{plan.folder / PLAN}: is no comparison's; name another output_dir")
         check_same(before, identity, str(plan.folder))
         identity["arms"] = {**before["arms"], **identity["arms"]}
@@ -90,6 +115,13 @@ def claimed(plan: ComparisonPlan) -> dict[str, Any]:
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """Raise `SettingError` unless two plans have the same team and budget, and the same recipes and
     settings in the arms that both have. `where`: what holds the earlier one."""
+    seeds = (before.get("first_seed", now["first_seed"]), now["first_seed"])
+    if seeds[0] != seeds[1]:
+        raise SettingError(
+            f"{where}: holds a comparison whose first seed is {seeds[0]}, with which the rows that"
+            f" need no arm were played; list seed {seeds[0]} first (others may be added after it),"
+            " or name another output_dir"
+        )
     for key in ("team", "budget"):
         if before[key] != now[key]:
             changed = sorted(
@@ -133,11 +165,22 @@ def vote_rows(plan: ComparisonPlan, tokens: float) -> list[ReferenceRow]:
             ReferenceRow(
                 name,
                 measurement,
-                f"majority of {samples} sampled {'answer' if samples == 1 else 'answers'}, at most"
-                f" {tokens:,.0f} tokens per task",
+                vote_note(samples, tokens),
+                samples=samples if samples >= LEAST_VOTE else 1,
             )
             for name, (samples, measurement) in reference.votes(tokens).items()
         ]
+
+
+def vote_note(samples: int, tokens: float) -> str:
+    """How a row of self-consistency came about."""
+    if samples >= LEAST_VOTE:
+        return f"majority of {samples} sampled answers, at most {tokens:,.0f} tokens per task"
+    return (
+        f"no vote: {tokens:,.0f} tokens per task pay for {samples} sampled"
+        f" {'answer' if samples == 1 else 'answers'}, a majority takes {LEAST_VOTE}; it answered"
+        " once, at temperature 0"
+    )
 
 
 def finished(
@@ -161,17 +204,37 @@ def finished(
         noise,
         failed=failures(plan, outcomes),
         metric=measured_name(resolve_rewards(plan.config.rewards)[0]),
-        headroom=read_json(plan.folder / HEADROOM),
+        headroom=kept_headroom(plan, say),
     )
+    result["bill"] = bill(plan)
     files.write_text(plan.folder / RESULT, json.dumps(result, indent=2) + "\n")
     files.write_text(plan.folder / PAGE, compare_page(result), errors="replace")
     return result
 
 
+def bill(plan: ComparisonPlan) -> list[dict[str, Any]]:
+    """What the whole comparison has taken, runs without a result included: calls, tokens, cost."""
+    rows = [
+        {"what": what, **stored_cost(plan.folder / name)}
+        for what, name in (("reference rows", "reference"), ("headroom test", "headroom"))
+        if (plan.folder / name / "episodes").is_dir()
+    ]
+    kinds = [
+        by_kind(RunData.read(run.folder).summary.get("ledger") or {})
+        for run in plan.runs()
+        if (run.folder / "config.yaml").is_file()
+    ]
+    for kind in ("learning", "evaluation"):
+        sums = {key: sum(own[kind][key] for own in kinds) for key in NOTHING}
+        rows.append({"what": f"runs of the arms, {kind}", **sums})
+    return rows
+
+
 def arm_row(plan: ComparisonPlan, arm: Arm, outcomes: Sequence[Outcome]) -> ArmRow | None:
     """What the finished runs of an arm came to; None if none has finished."""
     runs = [each.run for each in outcomes if each.run.arm is arm and not each.problem]
-    results = [run_result(RunData.read(run.folder), run.seed) for run in runs]
+    metric = fn_name(resolve_rewards(plan.config.rewards)[0])
+    results = [run_result(RunData.read(run.folder, metric=metric), run.seed) for run in runs]
     return ArmRow(arm, results) if results else None
 
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from marlora.agents.types import Usage
+from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.evaluation.measures import scored
 from marlora.rollouts.evaluation.statistics import majority_at_k
-from marlora.rollouts.report.episode_index import EpisodeRow
+from marlora.rollouts.report.episode_index import EpisodeRow, rows
 from marlora.rollouts.report.html import visible
-from marlora.rollouts.report.run_data import TEAM, VALIDATION, RunData
+from marlora.rollouts.report.run_data import TEAM, VALIDATION, RunData, ledger_of
 from marlora.rollouts.types import Episode
 
 PROMPT = 90  # characters of a task's prompt that stand in a row of the report
 Scores = dict[str, float]  # by task
+LedgerTable = Mapping[str, Mapping[str, Mapping[str, Any]]]  # by kind and agent
+EVALUATION = "eval"  # the kind of episodes that nothing is learnt from
+NOTHING = {"tokens": 0.0, "calls": 0.0, "cost": 0.0}
 Point = tuple[float, float]  # tokens spent on learning, score
 
 
@@ -166,11 +171,11 @@ def _evaluated(data: RunData, label: str, seed: int) -> Measurement:
     return measurement({seed: scores}, _spent([*own, *children]), len(scores))
 
 
-def _spent(rows: Iterable[EpisodeRow]) -> Usage:
+def _spent(played: Iterable[EpisodeRow]) -> Usage:
     return sum(
         (
             Usage(each["calls"], each["prompt_tokens"], each["sampled_tokens"])
-            for row in rows
+            for row in played
             for each in row.usage
         ),
         Usage(),
@@ -186,13 +191,34 @@ def _curve(data: RunData, points: Iterable[tuple[int, float, float, float]]) -> 
     return [(float(at.get(step, end)), mean) for step, mean, *_ in points]
 
 
-def _by_role(ledger: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
+def _by_role(ledger: LedgerTable) -> dict[str, dict[str, float]]:
     """Tokens, calls and cost of learning by agent: all kinds but evaluations."""
     table: dict[str, dict[str, float]] = {}
     for kind, agents in ledger.items():
-        for agent, row in agents.items() if kind != "eval" else ():
-            sums = table.setdefault(agent, {"tokens": 0, "calls": 0, "cost": 0})
-            sums["tokens"] += row["prompt_tokens"] + row["sampled_tokens"]
-            sums["calls"] += row["calls"]
-            sums["cost"] += row["cost"]
+        for agent, row in agents.items() if kind != EVALUATION else ():
+            _add(table.setdefault(agent, dict(NOTHING)), row)
     return table
+
+
+def by_kind(ledger: LedgerTable) -> dict[str, dict[str, float]]:
+    """Tokens, calls and cost of `learning` and of `evaluation`."""
+    table = {"learning": dict(NOTHING), "evaluation": dict(NOTHING)}
+    for kind, agents in ledger.items():
+        for row in agents.values():
+            _add(table["evaluation" if kind == EVALUATION else "learning"], row)
+    return table
+
+
+def stored_cost(folder: Path) -> dict[str, float]:
+    """Tokens, calls and cost of all episodes in the folder of a run."""
+    total = dict(NOTHING)
+    for own in by_kind(ledger_of(rows(Store(folder / "episodes"), ""), ())).values():
+        for key in total:
+            total[key] += own[key]
+    return total
+
+
+def _add(sums: dict[str, float], row: Mapping[str, Any]) -> None:
+    sums["tokens"] += row["prompt_tokens"] + row["sampled_tokens"]
+    sums["calls"] += row["calls"]
+    sums["cost"] += row["cost"]

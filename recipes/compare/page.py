@@ -12,7 +12,18 @@ from marlora.rollouts.report.tables import accuracy_with_interval, difference_wi
 
 from .reference import SINGLE, TEAM, VOTES
 from .result import headline
-from .tables import AGAINST, Table, comparison_of, controls, costs, facts, noise, p_value, roles
+from .tables import (
+    AGAINST,
+    Table,
+    bill,
+    comparison_of,
+    controls,
+    costs,
+    facts,
+    noise,
+    p_value,
+    roles,
+)
 
 THOUSAND = 1000  # tokens of a unit of the curves: ticks of five digits have no room
 READING = """Every arm starts with the same team, unless its row says
@@ -21,8 +32,9 @@ has the same budget; held-out tasks are never seen by a method. Intervals are 95
 where there are several seeds, over seeds. With one seed they say nothing of other seeds.
 Differences are paired by task; p-values are corrected for the number of all comparisons of this
 page (Holm), so one that stays below .05 stands among all of them. Self-consistency samples each
-task as often as the tokens per task of the dearest arm pay for, and takes the majority's answer. A
-difference below the noise floor is none."""
+task as often as the tokens per task of the dearest arm pay for, and takes the majority's answer;
+where they pay for fewer than three samples there is no vote, and its row says so. An arm is set
+against its control on the seeds that both have. A difference below the noise floor is none."""
 
 
 def compare_page(result: Mapping[str, Any]) -> str:
@@ -35,6 +47,7 @@ def compare_page(result: Mapping[str, Any]) -> str:
         _section(noise(result), "noise"),
         _section(costs(result), "costs"),
         _section(roles(result), "roles"),
+        _section(bill(result), "bill"),
         section(
             "Curves <small>score against tokens spent on learning</small>",
             _curves(result),

@@ -165,8 +165,14 @@ class ComparisonPlan:
         return {
             "team": to_json(self.team),
             "budget": self.limits(),
+            "first_seed": self.seeds[0],  # which the rows that need no arm are played with
             "arms": {name: arm.facts() for name, arm in self.arms.items()},
         }
+
+    def headroom_identity(self) -> dict[str, Any]:
+        """What the headroom test depends on, as plain JSON."""
+        settings = dataclasses.asdict(self.headroom)
+        return {"team": to_json(self.team), "first_seed": self.seeds[0], "headroom": settings}
 
     def _frozen_policies(self) -> dict[str, Any]:
         given = mapping("team.policies", self.team.get("policies"))

@@ -30,6 +30,7 @@ VOTES = {TEAM: "team, self-consistency", SINGLE: "single agent, self-consistency
 PROMPTS = "best hand-written prompts"
 OUTSIDE = "headroom_model"  # the policy that speaks in every seat
 COMPARED_WITH = 3  # reference rows that every arm is compared with
+LEAST_VOTE = 3  # answers that can have a majority: of two, one is as good as the other
 
 
 class ReferenceTrainer(Trainer[TeamConfig]):
@@ -121,15 +122,19 @@ class Reference:
 
     def votes(self, tokens: float) -> dict[str, tuple[int, Measurement]]:
         """Self-consistency of the team and of the single agent at no more than so many tokens per
-        task (one sample at least): by row, the number of samples and the measurement."""
+        task: by row, the number of samples that these pay for, and the measurement. Where they pay
+        for no vote (`LEAST_VOTE`), it is the one answer of temperature 0."""
         rows = {}
-        for name, system, state in (
-            (SINGLE, self.single_agent, self.no_values),
-            (TEAM, None, self.state),
+        for name, system, state, once in (
+            (SINGLE, self.single_agent, self.no_values, self.single),
+            (TEAM, None, self.state, self.team),
         ):
             what = VOTES[name]
             one = self.play(what, self.tasks, greedy=False, system=system, state=state)
             samples = samples_within(tokens, self._measured(one).tokens)
+            if samples < LEAST_VOTE:
+                rows[what] = samples, once()
+                continue
             episodes = self.play(
                 what, self.tasks, n=samples, greedy=False, system=system, state=state
             )
@@ -202,10 +207,11 @@ def samples_within(tokens: float, each: float) -> int:
 
 def headroom(plan: ComparisonPlan) -> dict[str, Any]:
     """What there is to gain, before anything is learnt: the best of n samples by the reward itself,
-    another model in every seat, and the smallest difference that the held-out tasks can show.
+    another model in every seat, and the smallest difference that the held-out tasks can show
+    (`shown_by`).
 
     Played on the validation tasks (or training ones), so that nothing is known of the held-out
-    ones. `summary` says it in a sentence.
+    ones.
     """
     settings = plan.headroom
     count = settings.samples
@@ -220,6 +226,7 @@ def headroom(plan: ComparisonPlan) -> dict[str, Any]:
             "tasks": len(tasks),
             "held_out_tasks": len(reference.tasks),
             "team": mean(greedy.scores),
+            "sampled": mean({n: play for n, play in enumerate(plays)}),
             "best_of": {"samples": count, "score": mean({0: best})},
         }
         if extra:
@@ -228,36 +235,40 @@ def headroom(plan: ComparisonPlan) -> dict[str, Any]:
                 "headroom, other model", tasks, state=reference.state.with_values(seats)
             )
             result["other_model"] = mean(of_episodes(other, metric).scores)
-    comparisons = comparisons_of(plan)
-    spread = spread_of_repeats(plays)
-    result["detectable"] = detectable(spread, result["held_out_tasks"], comparisons)
-    result["comparisons"] = comparisons
-    return {**result, "summary": headroom_sentence(result)}
+    return {**result, "spread": spread_of_repeats(plays)}
+
+
+def shown_by(result: dict[str, Any], comparisons: int) -> dict[str, Any]:
+    """The result of the headroom test with the smallest difference that can be shown among so many
+    comparisons, and a sentence that says both."""
+    least = detectable(result["spread"], result["held_out_tasks"], comparisons)
+    full = {**result, "comparisons": comparisons, "detectable": least}
+    return {**full, "summary": headroom_sentence(full)}
 
 
 def comparisons_of(plan: ComparisonPlan) -> int:
-    """How many differences the plan's page will test."""
+    """How many differences the plan's page will test at most."""
     controls = sum(bool(arm.control_of) for arm in plan.arms.values())
-    return COMPARED_WITH * len(plan.arms) + controls
+    return COMPARED_WITH * len(plan.arms) + controls + bool(plan.prompts)
 
 
 def headroom_sentence(result: dict[str, Any]) -> str:
-    """Whether the plan can show what there is to gain."""
-    tops = [result["best_of"]["score"]]
-    tops += [result["other_model"]] if "other_model" in result else []
-    room, least = max(tops) - result["team"], result["detectable"]
-    counts = f"{result['held_out_tasks']} held-out tasks and {result['comparisons']} comparisons"
+    """What there may be to gain, and whether the plan could show it."""
+    team, best, least = result["team"], result["best_of"], result["detectable"]
+    other = result.get("other_model", team)
+    room = max(best["score"], other) - team
     if room <= 0:
         return (
             "Nothing shows that there is something to gain: neither the best of the samples nor"
             " another model is above the team as it is; choose harder tasks or another metric."
         )
-    if room < least:
-        return (
-            f"{room:.3f} are shown to be there to gain, and with {counts} only differences from"
-            f" {least:.3f} on can be shown; hold out more tasks, or compare fewer arms."
-        )
+    counts = f"{result['held_out_tasks']} held-out tasks and {result['comparisons']} comparisons"
+    shown = f"with {counts} differences from {least:.3f} on can be shown"
+    too_few = "; hold out more tasks, or compare fewer arms" if room < least else ""
+    another = f"; another model in every seat has {other:.3f}" if "other_model" in result else ""
     return (
-        f"At least {room:.3f} are there to gain, and with {counts} differences from {least:.3f} on"
-        " can be shown."
+        f"The best of {best['samples']} samples, chosen by the reward itself, has"
+        f" {best['score']:.3f} where the team as it is has {team:.3f} and one sample"
+        f" {result['sampled']:.3f}: what such a choice adds is in part luck of sampling, so it is a"
+        f" bound and no promise{another}. {shown.capitalize()}{too_few}."
     )

@@ -11,20 +11,32 @@ from typing import Any
 from .arms import Arm
 from .measured import Measurement, Point, RunResult, mean_of
 from .plan import ComparisonPlan
-from .reference import SINGLE, TEAM, VOTES
-from .statistics import LEVEL, Pair, by_seed, mean, mean_interval, pair, share_below, tested
+from .reference import PROMPTS, SINGLE, TEAM, VOTES
+from .statistics import (
+    LEVEL,
+    Pair,
+    by_seed,
+    mean,
+    mean_interval,
+    pair,
+    pair_by_seed,
+    share_below,
+    tested,
+)
 
-VERSION = 1  # of the file's format
+VERSION = 2  # of the file's format
 
 
 @dataclass(frozen=True)
 class ReferenceRow:
-    """A row that every comparison has. note: how it was made. spent: tokens of choosing it."""
+    """A row that every comparison has. note: how it was made. spent: tokens of choosing it.
+    samples: answers of which the most frequent one counts; 1 is no vote."""
 
     name: str
     measurement: Measurement
     note: str = ""
     spent: float = 0.0
+    samples: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,7 @@ def assembled(
         "noise": dict(noise),
         "rows": [
             *(_reference(row) for row in references),
-            *(_arm(row, comparisons, pairs) for row in arms),
+            *(_arm(row, comparisons, pairs, voted_rows(references)) for row in arms),
         ],
         "comparisons": comparisons,
         "failed": dict(failed),
@@ -75,22 +87,30 @@ def assembled(
 
 def compared(references: Sequence[ReferenceRow], arms: Sequence[ArmRow]) -> list[Pair]:
     """Every arm against the team as it is and against self-consistency of the single agent and of
-    the team; and against its control."""
+    the team; hand-written prompts against the team; and arms against their controls."""
     known = {row.name: row.measurement.scores for row in references}
     own = {row.arm.name: row.measurement.scores for row in arms}
-    pairs = []
+    others = [TEAM, VOTES[SINGLE], VOTES[TEAM]]
+    if VOTES[TEAM] not in voted_rows(references):
+        others.remove(VOTES[TEAM])  # it is the team as it is
+    pairs = [
+        pair(other, name, known[other], scores)
+        for name, scores in own.items()
+        for other in others
+        if other in known
+    ]
+    if PROMPTS in known:
+        pairs.append(pair(TEAM, PROMPTS, known[TEAM], known[PROMPTS]))
     for row in arms:
-        name = row.arm.name
-        pairs += [
-            pair(other, name, known[other], own[name])
-            for other in (TEAM, VOTES[SINGLE], VOTES[TEAM])
-            if other in known
-        ]
-    for row in arms:
-        if row.arm.control_of in own:
-            name, control = row.arm.control_of, row.arm.name
-            pairs.append(pair(control, name, own[control], own[name]))
+        name, control = row.arm.control_of, row.arm.name
+        both = pair_by_seed(control, name, own[control], own[name]) if name in own else None
+        pairs += [both] if both else []
     return pairs
+
+
+def voted_rows(references: Sequence[ReferenceRow]) -> list[str]:
+    """The rows of self-consistency for which there are tokens to vote."""
+    return [row.name for row in references if row.name in VOTES.values() and row.samples > 1]
 
 
 def _reference(row: ReferenceRow) -> dict[str, Any]:
@@ -100,6 +120,7 @@ def _reference(row: ReferenceRow) -> dict[str, Any]:
         "note": row.note,
         **_measured(row.measurement),
         "spent": {"tokens": row.spent},
+        "samples": row.samples,
     }
 
 
@@ -118,7 +139,10 @@ def _measured(measurement: Measurement) -> dict[str, Any]:
 
 
 def _arm(
-    row: ArmRow, comparisons: Sequence[Mapping[str, Any]], pairs: Sequence[Pair]
+    row: ArmRow,
+    comparisons: Sequence[Mapping[str, Any]],
+    pairs: Sequence[Pair],
+    voted: Sequence[str],
 ) -> dict[str, Any]:
     name, results = row.arm.name, row.results
     base = next(each for each in pairs if (each.first, each.second) == (TEAM, name))
@@ -134,9 +158,7 @@ def _arm(
         "starts_at": start,
         "share_below_team": share_below(base),
         "effect": effect(effects[TEAM]),
-        "against_votes": {
-            other: effect(effects[other]) for other in VOTES.values() if other in effects
-        },
+        "against_votes": {other: effect(effects[other]) for other in voted if other in effects},
         "spent": {
             key: fmean(result.spent.get(key, 0) for result in results)
             for key in ("tokens", "calls", "cost")
@@ -185,15 +207,29 @@ def headline(result: Mapping[str, Any]) -> str:
     if not arms:
         return "No arm has a result."
     effects = [row["effect"] for row in arms]
-    votes = [set(row["against_votes"].values()) for row in arms]
     above, below = effects.count("above"), effects.count("below")
-    better, worse = votes.count({"above"}), sum("below" in shown for shown in votes)
     total = len(arms)
     return (
         f"Of {total} {'arm' if total == 1 else 'arms'}, {above} {_are(above)} shown to be above the"
         f" team as it is, {below} below it; for {effects.count('not shown')} no difference is"
-        f" shown. At the tokens of the dearest arm, {better} {_are(better)} shown to be above"
-        f" self-consistency of both the team and the single agent, {worse} below one of them."
+        f" shown. {_against_votes(result, arms)}"
+    )
+
+
+def _against_votes(result: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> str:
+    """How the arms stand against the rows of self-consistency that are a vote."""
+    names = {VOTES[TEAM]: "the team", VOTES[SINGLE]: "the single agent"}
+    of = {row["name"]: row["samples"] for row in result["rows"] if row["name"] in names}
+    voted = [names[name] for name in names if of.get(name, 1) > 1]
+    if not voted:
+        return "The tokens of the dearest arm pay for no vote of three answers."
+    shown = [set(row["against_votes"].values()) for row in arms]
+    better, worse = shown.count({"above"}), sum("below" in each for each in shown)
+    both = len(voted) == 2
+    return (
+        f"At the tokens of the dearest arm, {better} {_are(better)} shown to be above"
+        f" self-consistency of {'both ' * both}{' and '.join(voted)}, {worse} below"
+        f" {'one of them' if both else 'it'}{'' if both else '; there is no other vote'}."
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import yaml
 
@@ -21,12 +22,14 @@ from marlora.rollouts.engines.vllm import supervisor
 from marlora.rollouts.report.episode_index import json_lines
 from marlora.rollouts.report.run_data import read_json
 from marlora.trainers.collection.background import handled
+from marlora.trainers.loop.changed_settings import OF_ONE_CALL, changed, settings_of
 
 from .arms import PlannedRun
 from .plan import ComparisonPlan
 
 WAIT = 0.2  # seconds between two looks at a run
 LAST = 2000  # characters of the end of a log in which its error is looked for
+OTHER_RUN = "holds a run of other settings, which is neither taken for this one nor changed"
 REFUSED = "the recipe does not take the plan's team or settings"
 Say = Callable[[str], None]
 
@@ -37,6 +40,29 @@ class Outcome:
 
     run: PlannedRun
     problem: str = ""
+
+
+def other_settings(plan: ComparisonPlan, run: PlannedRun) -> str:
+    """How a run that stands in this run's folder differs from what the plan asks for, "" if it does
+    not, as far as its config.yaml says (where it stands there in another form, it says nothing)."""
+    own = settings_of(run.folder)
+    differ = [
+        f"{where} is {was!r} there, {now!r} in the plan"
+        for where, (now, was) in changed(plan.settings_of(run), own).items()
+        if where.partition(".")[0] not in OF_ONE_CALL and _of_one_form(now, was)
+    ]
+    recipe = own.get("recipe")
+    if recipe and not run.arm.recipe.endswith(".py") and recipe != run.arm.recipe:
+        differ.insert(0, f"recipe is {recipe!r} there, {run.arm.recipe!r} in the plan")
+    return "; ".join(differ)
+
+
+def _of_one_form(now: Any, was: Any) -> bool:
+    """Whether two values of a setting can be compared: both numbers, or texts, or lists of such."""
+    if isinstance(now, list) and isinstance(was, list):
+        return len(now) != len(was) or all(map(_of_one_form, now, was))
+    numbers = all(isinstance(each, (int, float)) for each in (now, was))
+    return numbers or (isinstance(now, str) and isinstance(was, str))
 
 
 def is_finished(run: PlannedRun) -> bool:
@@ -51,6 +77,10 @@ def run_arms(plan: ComparisonPlan, runs: Sequence[PlannedRun], say: Say) -> list
     outcomes = []
     for number, run in enumerate(runs, 1):
         head = f"[{number}/{len(runs)}] {run.name}"
+        if differs := other_settings(plan, run):
+            say(f"{head}: {OTHER_RUN}: {differs}")
+            outcomes.append(Outcome(run, f"{run.folder} {OTHER_RUN}: {differs}"))
+            continue
         if is_finished(run):
             say(f"{head}: finished before")
             outcomes.append(Outcome(run))

@@ -11,13 +11,17 @@ and both this is at least the variance of the mean (the effect of both is counte
 intervals are a little too wide rather than too narrow. With one seed it is the error over tasks,
 and nothing is said about other seeds. Quantiles are Student's, with the degrees of freedom of
 Welch and Satterthwaite: with three seeds that differ much, intervals are wide.
+
+Where (nearly) nothing varies, spreads say that nothing can: of scores from 0 to 1 an interval
+reaches at least z^2 / (T + z^2) to both sides, which is the upper end of Wilson's (1927) for 0 of
+T, and of Tango's (1998) for paired shares where no task differs.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, variance
 from typing import Any
@@ -68,11 +72,29 @@ def mean_interval(table: Table) -> tuple[float, float]:
     """95 % interval of the mean of scores: of one seed over tasks as evaluations have it (Wilson's
     for scores of 0 and 1), of several over tasks and seeds, and at least as wide: tasks that are
     all right with every seed have no spread, and still are a sample."""
-    tasks = interval(list(over_seeds(table).values()))
-    if len(table) == 1:
-        return tasks
-    both = around(mean(table), *standard_error(table))
-    return min(tasks[0], both[0]), max(tasks[1], both[1])
+    scores = list(over_seeds(table).values())
+    low, high = interval(scores)
+    if len(table) > 1:
+        both = around(mean(table), *standard_error(table))
+        low, high = min(low, both[0]), max(high, both[1])
+    if not are_shares(scores):
+        return low, high
+    if not all(score in (0.0, 1.0) for score in scores):  # of which Wilson's is honest already
+        least = least_half_width(len(scores))
+        low, high = min(low, mean(table) - least), max(high, mean(table) + least)
+    return max(low, 0.0), min(high, 1.0)
+
+
+def are_shares(scores: Iterable[float]) -> bool:
+    """Whether scores are from 0 to 1."""
+    return all(0.0 <= score <= 1.0 for score in scores)
+
+
+def least_half_width(tasks: int) -> float:
+    """How far a 95 % interval of shares over so many tasks reaches at least: see the head of this
+    file."""
+    z = NormalDist().inv_cdf(1 - LEVEL / 2)
+    return z * z / (tasks + z * z)
 
 
 def around(middle: float, error: float, freedom: float) -> tuple[float, float]:
@@ -118,28 +140,44 @@ def student_quantile(share: float, freedom: float) -> float:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two rows to compare: `first` is subtracted from `second`."""
+    """Two rows to compare: `first` is subtracted from `second`. shares: whether all scores of both
+    are from 0 to 1."""
 
     first: str
     second: str
     differences: Table
+    shares: bool = True
 
 
 def pair(first: str, second: str, before: Table, after: Table) -> Pair:
-    """The paired differences of two rows on the tasks that both were scored on. A reference has one
-    seed, which every seed of an arm is compared with; of two arms, each seed with the same seed's.
+    """The paired differences of an arm to a reference, which has one seed that every seed of the
+    arm is compared with, on the tasks that both were scored on.
 
     Raises `SettingError` if they share no task.
     """
+    scores = over_seeds(before)
+    return _pair(first, second, before, after, {seed: scores for seed in after})
+
+
+def pair_by_seed(first: str, second: str, before: Table, after: Table) -> Pair | None:
+    """The paired differences of two arms, each seed with the same seed's; None if they share no
+    seed. A seed that only one of them has counts nothing: a control of one seed says nothing of
+    how its others would have come out."""
+    return _pair(first, second, before, after, before) if before.keys() & after.keys() else None
+
+
+def _pair(first: str, second: str, before: Table, after: Table, beside: Table) -> Pair:
+    """Differences of the rows of `after` to those that `beside` has for their seeds."""
     differences: dict[int, Scores] = {}
     for seed, scores in after.items():
-        other = before.get(seed) or over_seeds(before)
+        other = beside.get(seed, {})
         own = {task: score - other[task] for task, score in scores.items() if task in other}
         if own:
             differences[seed] = own
     if not differences:
         raise SettingError(f"compare: {first!r} and {second!r} were scored on different tasks")
-    return Pair(first, second, differences)
+    known = (score for table in (before, after) for own in table.values() for score in own.values())
+    return Pair(first, second, differences, are_shares(known))
 
 
 def tested(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
@@ -156,12 +194,17 @@ def tested(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         p = sign_flip_p(list(tasks.values()))
         if len(each.differences) > 1 and error:
             p = max(p, student_tail(middle / error, freedom))
+        low, high = around(middle, error, freedom)
+        if each.shares:
+            least = least_half_width(len(tasks))
+            low, high = max(-1.0, min(low, middle - least)), min(1.0, max(high, middle + least))
         rows.append(
             {
                 "from": each.first,
                 "to": each.second,
                 "difference": middle,
-                "ci95": list(around(middle, error, freedom)),
+                "ci95": [low, high],
+                "num_tasks": len(tasks),
                 "gained": sum(d > 0 for d in tasks.values()),
                 "lost": sum(d < 0 for d in tasks.values()),
                 "by_seed": {str(s): d for s, d in by_seed(each.differences).items()},

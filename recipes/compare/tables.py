@@ -24,7 +24,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     parts = [headline(result)]
     parts += [f"headroom: {result['headroom']['summary']}"] if result.get("headroom") else []
     parts += [table(*each, width=WIDTH) for each in tables(result)]
-    parts += own_systems(result)
+    parts += [*notes(result), *own_systems(result)]
     parts += [f"no result: {name}: {why}" for name, why in result["failed"].items()]
     return "\n".join(parts)
 
@@ -32,6 +32,8 @@ def as_text(result: Mapping[str, Any]) -> str:
 def as_markdown(result: Mapping[str, Any]) -> str:
     """The tables as Markdown, with what was compared above them."""
     lines = [headline(result), "", facts(result), ""]
+    lines += [f"- {line}" for line in notes(result)]
+    lines += [""] if notes(result) else []
     if result.get("headroom"):
         lines += [f"Headroom: {result['headroom']['summary']}", ""]
     for _, columns, rows in tables(result):
@@ -40,6 +42,11 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     lines += [f"- {line}" for line in own_systems(result)]
     lines += [f"- no result: {name}: {why}" for name, why in result["failed"].items()]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """A line for every reference row that says how it was made."""
+    return [f"{row['name']}: {row['note']}" for row in result["rows"] if row.get("note")]
 
 
 def own_systems(result: Mapping[str, Any]) -> list[str]:
@@ -64,7 +71,8 @@ def facts(result: Mapping[str, Any]) -> str:
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """Every table that has a row."""
-    every = [scores(result), costs(result), roles(result), controls(result), noise(result)]
+    every = [scores(result), controls(result), noise(result)]
+    every += [costs(result), roles(result), bill(result)]
     return [each for each in every if each[2]]
 
 
@@ -120,15 +128,33 @@ def roles(result: Mapping[str, Any]) -> Table:
     return "Tokens to learn, by role", ("", *(name or "(none)" for name in names)), rows
 
 
+def bill(result: Mapping[str, Any]) -> Table:
+    """What the whole comparison has taken, the rows that need no arm included."""
+    entries = result.get("bill", ())
+    paid = any(entry["cost"] for entry in entries)
+    rows = [
+        [
+            entry["what"],
+            f"{entry['calls']:,.0f}",
+            f"{entry['tokens']:,.0f}",
+            *([f"{entry['cost']:.4g}"] if paid else []),
+        ]
+        for entry in entries
+    ]
+    columns = ("", "calls", "tokens", *(["money"] if paid else []))
+    return "The whole comparison", columns, rows
+
+
 def controls(result: Mapping[str, Any]) -> Table:
     """Arms against their controls."""
     of = {row["name"]: row["control_of"] for row in result["rows"] if row.get("control_of")}
     rows = [
-        [f"{each['to']} - {each['from']}", *_cells(each)]
+        [f"{each['to']} - {each['from']}", str(len(each["by_seed"])), *_cells(each)]
         for each in result["comparisons"]
         if of.get(each["from"]) == each["to"]
     ]
-    return "Arms against their controls", ("", "difference", "95 %", "p (Holm)"), rows
+    columns = ("", "seeds of both", "difference", "95 %", "p (Holm)")
+    return "Arms against their controls", columns, rows
 
 
 def noise(result: Mapping[str, Any]) -> Table:

@@ -14,6 +14,7 @@ from ...agents.types import SettingError
 from ..episodes.store import Store
 from ..evaluation.statistics import Evaluation, interval, paired
 from .episode_index import EpisodeRow, json_lines, rows
+from .metrics.names import current
 
 EVALUATIONS = "evaluations.json"  # {label: {kind, key, step, tasks, n}}
 TEAM = re.compile(r"before|after|step-\d+")  # labels of evaluations of the whole team
@@ -38,17 +39,21 @@ class RunData:
     evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by label
 
     @classmethod
-    def read(cls, folder: Path, name: str = "") -> RunData:
-        """Read a run's folder. Raises `SettingError` if it holds no run."""
+    def read(cls, folder: Path, name: str = "", metric: str = "") -> RunData:
+        """Read a run's folder. Raises `SettingError` if it holds no run.
+
+        `metric`: the reward whose mean is the accuracy, by the name that its function has; "" takes
+        the one that the settings name.
+        """
         if not (folder / "config.yaml").is_file():
             raise SettingError(f"{folder}: no config.yaml; expected the folder of a run")
         import yaml
 
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
-        metric = str((config.get("rewards") or [""])[0]).rpartition(":")[2]
+        metric = metric or str((config.get("rewards") or [""])[0]).rpartition(":")[2]
         episodes = rows(Store(folder / "episodes"), metric)
         evaluations = label_evaluations(episodes, read_json(folder / EVALUATIONS) or {})
-        metrics = list(json_lines(folder / "metrics.jsonl"))
+        metrics = [current(row) for row in json_lines(folder / "metrics.jsonl")]
         summary = read_json(folder / "summary.json")
         last_step = metrics[-1]["step"] if metrics else 0
         if summary is None or last_step > summary.get("steps", 0):  # it went on after an early end

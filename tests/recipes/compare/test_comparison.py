@@ -19,9 +19,10 @@ from marlora.recipes.compare import comparison, runs
 from marlora.recipes.compare.dry_run import dry_run
 from marlora.recipes.compare.measured import run_result
 from marlora.recipes.compare.plan import ComparisonPlan
-from marlora.recipes.compare.reference import PROMPTS, SINGLE, TEAM, VOTES
+from marlora.recipes.compare.reference import LEAST_VOTE, PROMPTS, SINGLE, TEAM, VOTES, Reference
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.report.run_data import RunData
+from marlora.trainers.errors import RunError
 from tests.recipes.compare.plans import SFT, plan_of, written
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,13 +98,18 @@ def test_a_comparison_has_all_rows_and_goes_on_where_it_was(
     assert (still["score"], still["tokens_per_task"]) == (team["score"], team["tokens_per_task"])
     assert still["starts_at"] == team["score"] and still["control_of"] == "sft"
     pairs = {(each["from"], each["to"]) for each in result["comparisons"]}
-    against = [TEAM, VOTES[SINGLE], VOTES[TEAM]]
-    assert pairs == {(a, b) for a in against for b in ("sft", "still")} | {("still", "sft")}
+    against = [TEAM, VOTES[SINGLE]]  # the team's tokens pay for no vote of the team
+    assert pairs == {(a, b) for a in against for b in ("sft", "still")} | {
+        ("still", "sft"),
+        (TEAM, PROMPTS),
+    }
 
-    # votes are paid for by the dearest arm
+    # votes are paid for by the dearest arm; what is no vote says so
     dearest = max(rows["sft"]["tokens_per_task"], still["tokens_per_task"])
     assert rows[VOTES[SINGLE]]["tokens_per_task"] <= dearest + 1e-9
-    assert f"at most {dearest:,.0f} tokens" in rows[VOTES[TEAM]]["note"]
+    assert rows[VOTES[TEAM]]["note"].startswith(f"no vote: {dearest:,.0f} tokens per task pay for")
+    assert rows[VOTES[TEAM]]["samples"] == 1 and rows[VOTES[TEAM]]["score"] == team["score"]
+    assert "- team, self-consistency: no vote" in markdown.read_text(encoding="utf-8")
     assert rows[PROMPTS]["spent"]["tokens"] > 0 and "chosen on validation" in rows[PROMPTS]["note"]
 
     # what learning took is what the run's ledger says, and within the budget
@@ -114,6 +120,17 @@ def test_a_comparison_has_all_rows_and_goes_on_where_it_was(
     )
     curve = result["curves"]["sft"]["held-out"]["0"]
     assert curve[0][0] == 0 and curve[-1][0] == rows["sft"]["spent"]["tokens"]
+
+    # the bill has everything: what was played for the rows, and the runs with their evaluations
+    bill = {entry["what"]: entry["tokens"] for entry in result["bill"]}
+    learnt = sum(rows[name]["spent"]["tokens"] for name in ("sft", "still"))
+    assert bill["runs of the arms, learning"] == pytest.approx(learnt)
+    ledger = summary["ledger"]["eval"].values()
+    assert bill["runs of the arms, evaluation"] >= sum(e["prompt_tokens"] for e in ledger) > 0
+    played = (e for e in Store(folder / "reference" / "episodes"))
+    usages = [usage for e in played for usage in e.usage.values()]
+    spent = sum(usage.prompt_tokens + usage.sampled_tokens for usage in usages)
+    assert bill["reference rows"] == pytest.approx(spent) and spent > 0
 
     # again, with one more arm: only that one and the one without a result are started
     stored = {e.id for e in Store(folder / "reference" / "episodes")}
@@ -188,6 +205,56 @@ def test_more_than_the_budget_is_a_failure(
     assert not runs.is_finished(run)
 
 
+def test_a_run_of_other_settings_is_not_taken_for_the_arms(
+    model: Path, tmp_path: Path, started: list[str]
+) -> None:
+    """Nor is it changed: a folder that an arm names may hold any run."""
+    own = {**SFT, "output_dir": str(tmp_path / "mine")}
+    plan = ComparisonPlan("p", plan_of(tmp_path / "a", model, arms={"sft": own}))
+    comparison.compare_part(plan, 0, silent)
+    assert runs.other_settings(plan, next(plan.runs())) == ""
+    other = {**own, "settings": {**SFT["settings"], "max_steps": 3, "select": "random"}}
+    changed = ComparisonPlan("p", plan_of(tmp_path / "b", model, arms={"sft": other}))
+    with pytest.raises(RunError, match=r"max_steps is 2 there, 3 in the plan; select is 'all'"):
+        comparison.compare_part(changed, 0, silent)
+    imitated = {"recipe": "grpo_team", "output_dir": own["output_dir"]}
+    by_another = ComparisonPlan("p", plan_of(tmp_path / "c", model, arms={"sft": imitated}))
+    assert runs.other_settings(by_another, next(by_another.runs())).startswith(
+        "recipe is 'sft_team' there, 'grpo_team' in the plan"
+    )
+    assert len(started) == 1
+
+
+def test_a_vote_takes_three_answers(model: Path, tmp_path: Path) -> None:
+    """Tokens of two samples pay for none: then the row is the one greedy answer."""
+    plan = ComparisonPlan("p", plan_of(tmp_path, model))
+    with Reference(plan, tmp_path / "reference") as reference:
+        team, single = reference.team(), reference.single()
+        few, many = reference.votes(2.5 * team.tokens), reference.votes(9 * team.tokens)
+    assert few[VOTES[TEAM]] == (2, team)
+    if few[VOTES[SINGLE]][0] < LEAST_VOTE:
+        assert few[VOTES[SINGLE]][1] == single
+    samples, measurement = many[VOTES[TEAM]]
+    assert samples >= 8 and measurement.calls == pytest.approx(samples * team.calls)
+    assert (
+        comparison.vote_note(9, 90.0) == "majority of 9 sampled answers, at most 90 tokens per task"
+    )
+    assert comparison.vote_note(2, 90.0).startswith("no vote: 90 tokens per task pay for 2 sampled")
+
+
+def test_arms_are_measured_by_the_reward_that_the_rows_are_measured_by(
+    model: Path, tmp_path: Path, started: list[str]
+) -> None:
+    """A reward function whose name is not that of its setting, and more than one reward: the first
+    one counts for arms as for rows."""
+    plan = plan_of(tmp_path, model)
+    plan["team"]["rewards"] = ["tests.recipes.compare.plans:first_judge", "length"]
+    result = comparison.compare_arms(ComparisonPlan("p", plan), silent)
+    rows = {row["name"]: row["score"] for row in result["rows"]}
+    assert rows["sft"] == rows[TEAM] == 0.25
+    assert result["curves"]["sft"]["held-out"]["0"][0][1] == 0.25
+
+
 def test_the_dry_run_says_what_each_arm_may_spend_and_who_refuses(
     model: Path, tmp_path: Path
 ) -> None:
@@ -217,8 +284,18 @@ def test_headroom_says_whether_there_is_anything_to_gain(model: Path, tmp_path: 
     """The other model is the same one: what it answers is what the team answers."""
     plan: Any = plan_of(tmp_path, model, headroom={"samples": 2, "model": {"base": str(model)}})
     result = comparison.measure_headroom(ComparisonPlan("p", plan))
+    assert 0 <= result["sampled"] <= result["best_of"]["score"]
     assert result["tasks"] == 2 and result["held_out_tasks"] == 4 and result["comparisons"] == 3
     assert result["other_model"] == result["team"] <= 1
     assert result["best_of"]["samples"] == 2 and result["detectable"] > 0
-    kept = json.loads((tmp_path / "headroom.json").read_text(encoding="utf-8"))
-    assert kept == result and not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs").exists()
+    # what is kept counts for this plan, with as many comparisons as it has by then; for no other
+    said: list[str] = []
+    assert comparison.kept_headroom(ComparisonPlan("p", plan), said.append) == result
+    more = ComparisonPlan("p", {**plan, "arms": {"sft": SFT, "more": SFT}})
+    kept = comparison.kept_headroom(more, said.append)
+    assert kept and kept["comparisons"] == 6 and kept["detectable"] > result["detectable"]
+    assert not said
+    for changes in ({"seeds": [1]}, {"headroom": {"samples": 3}}):
+        assert not comparison.kept_headroom(ComparisonPlan("p", {**plan, **changes}), said.append)
+    assert len(said) == 2 and "so it is left out" in said[0]

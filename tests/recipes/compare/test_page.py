@@ -32,6 +32,7 @@ def row(name: str, score: float, kind: str = "reference", **more: Any) -> dict[s
         "calls_per_task": 2.0,
         "prompt_tokens_per_call": 12.5,
         "spent": {"tokens": 0.0},
+        "samples": 1,
         **more,
     }
 
@@ -78,8 +79,8 @@ RESULT: dict[str, Any] = {
     "rows": [
         row(TEAM, 0.5),
         row(SINGLE, 0.4),
-        row(VOTES[SINGLE], 0.45, note="majority of 3 sampled answers"),
-        row(VOTES[TEAM], 0.55),
+        row(VOTES[SINGLE], 0.45, note="majority of 3 sampled answers", samples=3),
+        row(VOTES[TEAM], 0.55, samples=4),
         arm("good", 0.8, "above"),
         arm("lost", 0.2, "below"),
         arm("still", 0.5, "not shown", control_of="good"),
@@ -90,6 +91,7 @@ RESULT: dict[str, Any] = {
         against(TEAM, "still", 0.0, 1.0),
         against("still", "good", 0.3, 0.03),
     ],
+    "bill": [{"what": "reference rows", "calls": 40.0, "tokens": 900.0, "cost": 0.5}],
     "failed": {"edges, seed 0": "the recipe does not take the team: system has no edges"},
     "curves": {
         "good": {"held-out": {"0": [[0.0, 0.5], [1200.0, 0.8]]}},
@@ -107,6 +109,22 @@ def test_the_headline_counts_who_won_and_who_lost() -> None:
     assert headline({"rows": [row(TEAM, 0.5)]}) == "No arm has a result."
 
 
+def test_the_headline_knows_rows_that_are_no_vote() -> None:
+    """Without the team's vote there is the single agent's; without both there is none."""
+    result = copy.deepcopy(RESULT)
+    team = next(each for each in result["rows"] if each["name"] == VOTES[TEAM])
+    single = next(each for each in result["rows"] if each["name"] == VOTES[SINGLE])
+    team["samples"] = 1
+    for each in result["rows"]:
+        each.get("against_votes", {}).pop(VOTES[TEAM], None)
+    assert headline(result).endswith(
+        "At the tokens of the dearest arm, 2 are shown to be above self-consistency of the single"
+        " agent, 0 below it; there is no other vote."
+    )
+    single["samples"] = 1
+    assert headline(result).endswith("pay for no vote of three answers.")
+
+
 def test_an_effect_is_shown_at_five_percent_corrected() -> None:
     for p, difference, shown in ((0.049, 1, "above"), (0.049, -1, "below"), (0.05, 1, "not shown")):
         assert effect({"p_holm": p, "difference": difference}) == shown
@@ -120,7 +138,9 @@ def test_the_markdown_has_every_row_and_number() -> None:
     )
     assert "| good | 1,200 | 0.25 | 77 | 30.0 | 12.5 | 9 |" in lines
     assert "| good | 1,000 | 200 (0.25) |" in lines
-    assert "| good - still | +0.300 | +0.200 .. +0.400 | 0.030 |" in lines
+    assert "- single agent, self-consistency: majority of 3 sampled answers" in lines
+    assert "| reference rows | 40 | 900 | 0.5 |" in lines
+    assert "| good - still | 1 | +0.300 | +0.200 .. +0.400 | 0.030 |" in lines
     assert "| noise floor, greedy | 0.500 0.520 | 0.0141 | 0.020 |" in lines
     assert (
         "- no result: edges, seed 0: the recipe does not take the team: system has no edges"

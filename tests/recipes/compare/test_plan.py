@@ -144,6 +144,7 @@ def test_a_folder_is_one_plans(tmp_path: Path) -> None:
     claim(plan(tmp_path))  # what `more` ran stays there
     for changes, message in (
         ({"team": team(num_eval_tasks=5)}, r"another team \(num_eval_tasks\)"),
+        ({"seeds": [1, 0]}, r"whose first seed is 0.* list seed 0 first"),
         ({"budget": {"tokens": 20000}}, r"another budget \(tokens\)"),
         (arm(settings={**SFT["settings"], "max_steps": 3}), "arm 'sft' with another recipe"),
         ({"arms": {"more": {**SFT, "recipe": "grpo_team"}}}, "arm 'more' with another recipe"),

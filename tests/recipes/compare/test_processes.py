@@ -144,10 +144,18 @@ def test_the_array_has_a_job_for_every_run_and_one_for_the_page(
         calls.append(words)
         return f"{40 + len(calls)};cluster\n"
 
-    submit(plan, "plans/p.yaml", sbatch)
+    submit(plan, "plans/p.yaml", ["--json", "out/p.json"], sbatch)
     assert calls == [
         ["sbatch", "--parsable", "--array=0-5", ARRAY, "plans/p.yaml"],
-        ["sbatch", "--parsable", "--dependency=afterany:41", WHOLE, "plans/p.yaml"],
+        [
+            "sbatch",
+            "--parsable",
+            "--dependency=afterany:41",
+            WHOLE,
+            "plans/p.yaml",
+            "--json",
+            "out/p.json",
+        ],
     ]
     assert "jobs 41 (runs 0 to 5) and 42" in capsys.readouterr().out
     assert (ROOT / ARRAY).is_file() and (ROOT / WHOLE).is_file()

@@ -20,9 +20,12 @@ def test_means_and_errors_cover_tasks_and_seeds() -> None:
     assert st.mean(table) == 0.75
     error, freedom = st.standard_error(table)
     assert (error**2, freedom) == pytest.approx((1 / 8, 2))
-    low, high = st.mean_interval(table)
+    low, high = st.around(0.75, error, freedom)
     assert (low + high) / 2 == pytest.approx(0.75)
     assert (high - low) / 2 == pytest.approx(4.30265 * math.sqrt(1 / 8), rel=1e-5)
+    assert st.mean_interval(table) == (0.0, 1.0)  # no score is beyond
+    wider = {seed: {task: 2 * score for task, score in own.items()} for seed, own in table.items()}
+    assert st.mean_interval(wider) == pytest.approx((1.5 - 2 * (high - 0.75), 2 * high))
 
 
 def test_one_seed_has_the_interval_that_evaluations_have() -> None:
@@ -35,6 +38,18 @@ def test_tasks_that_are_always_right_are_still_a_sample() -> None:
     """Ten of ten: Wilson's .7225 .. 1, with one seed or several that agree."""
     scores = {str(n): 1.0 for n in range(10)}
     assert st.mean_interval({0: scores, 1: scores}) == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
+def test_scores_that_do_not_vary_are_still_a_sample() -> None:
+    """Half of everything with two seeds: no spread over tasks or seeds. z^2 / (96 + z^2) = .03848
+    to both sides; of 4 tasks .48990."""
+
+    def halves(tasks: int) -> dict[int, dict[str, float]]:
+        own = {str(n): 0.5 for n in range(tasks)}
+        return {0: own, 1: own}
+
+    assert st.mean_interval(halves(96)) == pytest.approx((0.5 - 0.03848, 0.5 + 0.03848), abs=1e-5)
+    assert st.mean_interval(halves(4)) == pytest.approx((0.0101, 0.9899), abs=1e-4)
 
 
 def test_seeds_that_were_scored_on_different_tasks() -> None:
@@ -84,8 +99,44 @@ def test_a_gain_of_one_seed_alone_is_no_gain_of_the_method() -> None:
     pair = st.Pair("team", "lucky", {0: many, 1: dict.fromkeys(many, 0.0)})
     (row,) = st.tested([pair])
     assert row["difference"] == 0.5 and row["p"] == pytest.approx(0.5)
-    assert row["ci95"] == pytest.approx([0.5 - 12.7062 / 2, 0.5 + 12.7062 / 2], rel=1e-4)
+    assert row["ci95"] == [-1.0, 1.0]  # .5 -+ 12.7 / 2, and no difference is beyond
     assert row["by_seed"] == {"0": 1.0, "1": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("differences", "low", "high"),
+    [
+        ([0.0] * 96, -0.03848, 0.03848),
+        ([1.0] * 96, 1 - 0.03848, 1.0),
+        ([-1.0] + [0.0] * 95, -1 / 96 - 0.03848, -1 / 96 + 0.03848),
+        ([0.0] * 4, -0.48990, 0.48990),
+    ],
+)
+def test_where_nothing_differs_the_interval_has_a_width(
+    differences: list[float], low: float, high: float
+) -> None:
+    """z^2 / (96 + z^2) = .03848: what Wilson's and Tango's intervals say of 0 of 96. Tango's of one
+    lost of 96 is -.0567 .. +.0285."""
+    (row,) = st.tested([st.Pair("a", "b", table_of(*differences))])
+    assert row["ci95"] == pytest.approx([low, high], abs=1e-5)
+    assert row["num_tasks"] == len(differences)
+
+
+def test_of_scores_that_are_no_shares_spreads_alone_are_known() -> None:
+    """Rewards of any size have no scale of their own, and no bound."""
+    pair = st.pair("a", "b", {0: {"x": 5.0, "y": 7.0}}, {0: {"x": 9.0, "y": 11.0}})
+    (row,) = st.tested([pair])
+    assert not pair.shares and row["ci95"] == [4.0, 4.0]
+
+
+def test_a_control_counts_only_with_the_seeds_that_both_have() -> None:
+    """The control has seed 0 alone; seed 1 of the arm is not set against it, although it has the
+    same tasks. With another seed alone there is nothing to compare."""
+    control = {0: {"a": 0.0, "b": 0.0}}
+    arm = {0: {"a": 1.0, "b": 0.0}, 1: {"a": 1.0, "b": 1.0}}
+    pair = st.pair_by_seed("control", "arm", control, arm)
+    assert pair is not None and pair.differences == {0: {"a": 1.0, "b": 0.0}}
+    assert st.pair_by_seed("control", "arm", {2: {"a": 0.0}}, arm) is None
 
 
 def test_pairs_are_taken_by_task_and_by_seed_where_both_have_it() -> None:
@@ -94,7 +145,8 @@ def test_pairs_are_taken_by_task_and_by_seed_where_both_have_it() -> None:
     against_team = st.pair("team", "arm", reference, arm)
     assert against_team.differences == {0: {"a": 0.0, "b": 1.0}, 1: {"a": -1.0, "b": 1.0}}
     control = {0: {"a": 1.0, "b": 0.0}, 1: {"a": 1.0, "b": 1.0}}
-    assert st.pair("control", "arm", control, arm).differences == {
+    pair = st.pair_by_seed("control", "arm", control, arm)
+    assert pair is not None and pair.differences == {
         0: {"a": 0.0, "b": 1.0},
         1: {"a": -1.0, "b": 0.0},
     }
