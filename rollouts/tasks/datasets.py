@@ -1,9 +1,8 @@
 """Loaders that turn rows of data sets into tasks: GSM8K, MATH, anything `datasets` loads, and
-JSONL, JSON and Parquet files."""
+files."""
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import logging
@@ -13,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...agents.text.answers import extract
 from ...agents.types import SettingError, Task, nearest
+from .final_answers import Answer, after_hashes, extractor, in_the_box
+from .table_files import HELD_OUT, read, split_files
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def of_split(
     key: Callable[[Task], str] = lambda task: task.prompt,
 ) -> Iterator[Task]:
     """The tasks that the hash of their `key` (their prompt) puts in this split."""
-    if not 0 < eval_fraction < 1:
+    if not isinstance(eval_fraction, (int, float)) or not 0 < eval_fraction < 1:
         raise SettingError(
             f"task_args.eval_fraction: expected a number between 0 and 1, got {eval_fraction!r}"
         )
@@ -55,7 +55,7 @@ def gsm8k(*, split: str, seed: int, path: str = "openai/gsm8k") -> Iterator[Task
     name, local copy, or a file."""
     rows = rows_of("gsm8k", path, split, "main")
     return _from_columns(
-        "gsm8k", rows, seed, {"prompt": "question", "answer": "answer"}, _after_hashes
+        "gsm8k", rows, seed, {"prompt": "question", "answer": "answer"}, after_hashes
     )
 
 
@@ -66,19 +66,28 @@ def math(
     solution's last `\boxed{}`."""
     rows = rows_of("math", path, split, None)
     return _from_columns(
-        "math", rows, seed, {"prompt": "problem", "answer": "solution"}, _in_the_box
+        "math", rows, seed, {"prompt": "problem", "answer": "solution"}, in_the_box
     )
 
 
 def hub(
-    path: str, *, split: str, seed: int, config: str | None = None, **columns: Any
+    path: str,
+    *,
+    split: str,
+    seed: int,
+    config: str | None = None,
+    fields: Mapping[str, str | None] | None = None,
+    public: Sequence[str] = (),
+    extract: str | None = None,
 ) -> Iterator[Task]:
     """A data set of the hub, or a local copy: its split `train`, and the first it has of `eval`,
     `test`, `validation`.
 
-    `columns`: `fields` and `public` as in `file`.
+    `config`: its configuration, where it has several. `fields`, `public`, `extract`: as in `file`.
     """
-    return _from_columns(path, rows_of(path, path, split, config), seed, **columns)
+    rows = rows_of(path, path, split, config)
+    answer = extractor(extract, answers_of(rows.rows.values(), fields))
+    return _from_columns(path, rows, seed, fields, answer, public)
 
 
 def file(
@@ -88,37 +97,39 @@ def file(
     seed: int,
     fields: Mapping[str, str | None] | None = None,
     public: Sequence[str] = (),
+    extract: str | None = None,
     eval_fraction: float = 0.2,
     num_eval: int | None = None,
 ) -> Iterator[Task]:
-    """Rows of a JSONL, JSON or Parquet file as tasks, or of a folder's files `train*` and `eval*`
-    (or `test*`).
+    """Rows of a JSONL, JSON, CSV or Parquet file as tasks, or of a folder's files `train*` and
+    `eval*` (else `test*`, else `validation*`).
 
     Args:
         fields: the columns that hold `prompt`, `answer` and `id`, where they are named otherwise;
             `answer: null` if there is none.
         public: columns that the team may see, as `task.meta[column]`. All others are private, as
             `task.meta["_column"]`.
+        extract: the final answer in an answer column of worked solutions: `gsm8k` (after `####`),
+            `boxed` (in the last `\\boxed{}`), a regular expression (its first group in the last
+            match), or `none`. Not given: `gsm8k` if every row has `####`.
         eval_fraction: share of a single file that is held out. `num_eval`: hold out just so many
             instead.
     """
     if path.is_dir():
-        parts = {each: _files(path, each) for each in SPLITS}
-        if not all(parts.values()):
-            raise SettingError(
-                f"tasks {str(path)!r}: expected files train* and eval* (or test*),"
-                f" {', '.join(READERS)}, in the folder"
-            )
         rows = {
-            each: [row for part in paths for row in read(part)] for each, paths in parts.items()
+            each: [row for part in paths for row in read(part)]
+            for each, paths in split_files(path).items()
         }
-        return _from_columns(str(path), Splits(rows, split), seed, fields, None, public)
-    tasks = list(_tasks(str(path), read(path), fields, None, public))
+        answer = extractor(extract, answers_of(rows.values(), fields))
+        return _from_columns(str(path), Splits(rows, split), seed, fields, answer, public)
+    table = read(path)
+    answer = extractor(extract, answers_of([table], fields))
+    tasks = list(_tasks(str(path), table, fields, answer, public))
     if num_eval is not None:
-        if not 0 < num_eval < len(tasks):
+        if type(num_eval) is not int or not 0 < num_eval < len(tasks):
             raise SettingError(
                 f"task_args.num_eval: expected 1 to {len(tasks) - 1} of the {len(tasks)} tasks, got"
-                f" {num_eval}"
+                f" {num_eval!r}"
             )
         ranked = sorted(
             {task.prompt for task in tasks}, key=lambda prompt: unit(f"split of {prompt}")
@@ -138,9 +149,6 @@ class Splits:
 
     rows: Mapping[str, list[dict[str, Any]]]
     split: str
-
-
-Answer = Callable[[str], "str | None"]
 
 
 def _from_columns(
@@ -186,6 +194,30 @@ def shuffled(tasks: Iterable[Task], seed: int) -> Iterator[Task]:
     return iter(ordered)
 
 
+def answers_of(
+    parts: Iterable[Iterable[Mapping[str, Any]]], fields: Mapping[str, str | None] | None
+) -> list[Any]:
+    """The answer column of all rows; None where a row has none."""
+    column = columns_of(fields)["answer"]
+    return [row.get(column) if column is not None else None for part in parts for row in part]
+
+
+def columns_of(fields: Mapping[str, str | None] | None) -> dict[str, str | None]:
+    """The columns of prompt, answer and id. Raises `SettingError` for other names."""
+    columns: dict[str, str | None] = {"prompt": "prompt", "answer": "answer", "id": "id"}
+    if fields is not None and not isinstance(fields, Mapping):
+        raise SettingError(
+            f"task_args.fields: expected columns by name, such as {{prompt: question}}, got"
+            f" {fields!r}"
+        )
+    for key in fields or {}:
+        if key not in columns:
+            raise SettingError(
+                f"task_args.fields.{key}: no such field of a task; {nearest(str(key), columns)}"
+            )
+    return columns | dict(fields or {})
+
+
 def _tasks(
     name: str,
     rows: Iterable[Mapping[str, Any]],
@@ -195,13 +227,9 @@ def _tasks(
 ) -> Iterator[Task]:
     """Rows as tasks. A row that stands twice is one task; ids are the rows' own, or a hash of
     prompt and answer."""
-    column = {"prompt": "prompt", "answer": "answer", "id": "id"}
-    for key in fields or {}:
-        if key not in column:
-            raise SettingError(
-                f"task_args.fields.{key}: no such field of a task; {nearest(key, column)}"
-            )
-    column |= dict(fields or {})  # type: ignore[arg-type]
+    column = columns_of(fields)
+    if isinstance(public, str):
+        raise SettingError(f"task_args.public: expected a list of columns, got {public!r}")
     seen: set[str] = set()
     for number, row in enumerate(rows, 1):
         expected = [
@@ -210,14 +238,9 @@ def _tasks(
             if c is not None
         ]
         if missing := [c for c in expected if c not in row]:
-            hint = (
-                "; name yours with task_args.fields.prompt, .answer"
-                if set(missing) & {"prompt", "answer"}
-                else ""
-            )
             raise SettingError(
                 f"tasks {name!r}, row {number}: no column {missing[0]!r}; found {sorted(row)},"
-                f" expected {expected}{hint}"
+                f" expected {expected}{_likely(missing, row)}"
             )
         prompt, gold = (
             row[column["prompt"]],
@@ -233,7 +256,7 @@ def _tasks(
         if answer is not None and (gold := answer(str(gold))) is None:
             raise SettingError(
                 f"tasks {name!r}, row {number}: no final answer in"
-                f" {row[str(column['answer'])]!r:.120}"
+                f" {row[str(column['answer'])]!r:.120}; task_args.extract says where it stands"
             )
         key = digest(prompt, gold)
         given = None if _is_nan(row.get(column["id"])) else row.get(column["id"])
@@ -244,6 +267,27 @@ def _tasks(
         extra = {c: value for c, value in row.items() if c not in column.values()}
         meta = {c if c in public else f"_{c}": jsonable(value) for c, value in extra.items()}
         yield Task(key if given is None else str(given), prompt, jsonable(gold), name, meta=meta)
+
+
+# what other data sets call these columns
+USUAL = {
+    "prompt": ("question", "problem", "instruction", "input", "query", "text"),
+    "answer": ("solution", "output", "target", "label", "response", "completion"),
+}
+
+
+def _likely(missing: Sequence[str], row: Mapping[str, Any]) -> str:
+    """How to name the missing columns of prompt and answer, by those that a row has."""
+    names = [field for field in USUAL if field in missing]
+    if not names:
+        return ""
+    likely = {
+        field: next((column for column in USUAL[field] if column in row), "COLUMN")
+        for field in names
+    }
+    pairs = ", ".join(f"{field}: {column}" for field, column in likely.items())
+    none = " (answer: null if there is none)" if "answer" in names else ""
+    return f"; name yours: task_args: {{fields: {{{pairs}}}}}{none}"
 
 
 def _is_nan(value: Any) -> bool:
@@ -257,14 +301,6 @@ def digest(*parts: Any) -> str:
 
 def jsonable(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
-
-
-def _after_hashes(text: str) -> str | None:
-    return text.rsplit("####", 1)[1].strip().replace(",", "") if "####" in text else None
-
-
-def _in_the_box(text: str) -> str | None:
-    return extract(text) if "\\boxed" in text or "\\fbox" in text else None
 
 
 # reading
@@ -287,88 +323,16 @@ def rows_of(name: str, path: str, split: str, config: str | None) -> Splits:
         loaded = datasets.load_dataset(str(local) if local.exists() else path, named)
     except Exception as error:  # no network, set or configuration: many types of the hub's errors
         reason = f"{type(error).__name__}: {str(error)[:300]}"
-        raise SettingError(
-            f"tasks {name!r}: {path} cannot be loaded ({reason}); task_args.path takes a local copy"
-        ) from error
-    held_out = next((each for each in ("eval", "test", "validation") if each in loaded), None)
+        todo = (
+            "task_args.config names one of its configurations; a local copy is named hub:FOLDER"
+            if name == path
+            else "task_args.path takes a local copy"
+        )
+        raise SettingError(f"tasks {name!r}: {path} cannot be loaded ({reason}); {todo}") from error
+    held_out = next((each for each in HELD_OUT if each in loaded), None)
     if "train" not in loaded or held_out is None:
         raise SettingError(
             f"tasks {name!r}: {path} has the splits {sorted(loaded)}; expected train, and eval,"
-            " test or validation"
+            " test or validation. Save the rows as one JSONL file, which is cut in two by itself"
         )
     return Splits({"train": list(loaded["train"]), "eval": list(loaded[held_out])}, split)
-
-
-def _files(folder: Path, split: str) -> list[Path]:
-    starts = ("train",) if split == "train" else ("eval", "test")
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.stem.startswith(starts) and path.suffix in READERS
-    ]
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    if path.suffix not in READERS:
-        raise SettingError(
-            f"tasks {str(path)!r}: cannot read {path.suffix!r}; expected {', '.join(READERS)}"
-        )
-    rows = READERS[path.suffix](path)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise SettingError(f"tasks {str(path)!r}: expected one mapping of columns per task")
-    if not rows:
-        raise SettingError(f"tasks {str(path)!r}: no rows; expected columns prompt and answer")
-    return rows
-
-
-def _text(path: Path) -> str:
-    """The text of a file of tasks in UTF-8, without a byte order mark."""
-    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    try:
-        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        before = data[: error.start]
-        line, byte = before.count(b"\n") + 1, len(before) - before.rfind(b"\n")
-        raise SettingError(
-            f"tasks {str(path)!r}, line {line}, byte {byte}: not UTF-8 (0x{data[error.start]:02x});"
-            " save the file as UTF-8"
-        ) from error
-
-
-def _read_jsonl(path: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise SettingError(
-                    f"tasks {str(path)!r}, line {number}: not JSON ({error})"
-                ) from error
-    return rows
-
-
-def _read_json(path: Path) -> list[Any]:
-    try:
-        return json.loads(_text(path))
-    except ValueError as error:
-        raise SettingError(
-            f"tasks {str(path)!r}: not JSON ({error}); one row per line is .jsonl"
-        ) from error
-
-
-def _read_parquet(path: Path) -> list[Any]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise SettingError(f"tasks {str(path)!r}: not Parquet ({error})") from error
-
-
-READERS: dict[str, Callable[[Path], list[Any]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}

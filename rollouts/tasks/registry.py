@@ -22,8 +22,9 @@ from ...agents.lookup import load_function
 from ...agents.types import SettingError, Task, nearest, to_json
 from ..json_values import plain
 from .code import humaneval, mbpp
-from .datasets import READERS, SPLITS, digest, file, gsm8k, hub, math, of_split
+from .datasets import SPLITS, digest, file, gsm8k, hub, math, of_split
 from .qa import drop, hotpotqa
+from .table_files import READERS
 
 NAMES = "abcdefgh"  # operands of `arithmetic`
 # level: operands, largest operand, signs
@@ -37,9 +38,9 @@ def load_tasks(
 
     Args:
         name: `arithmetic`, `gsm8k`, `math`, `humaneval`, `mbpp`, `hotpotqa`, `drop`,
-            `reasoning-gym:SET` (or `reasoning_gym/SET`), `hub:OWNER/NAME`, a JSONL, JSON or Parquet
-            file, a folder of such files named `train*` and `eval*` (or `test*`), or
-            `module:function`.
+            `reasoning-gym:SET` (or `reasoning_gym/SET`), `hub:OWNER/NAME`, a JSONL, JSON, CSV or
+            Parquet file, a folder of such files named `train*` and `eval*` (or `test*`,
+            `validation*`), or `module:function`.
         split: `train` or `eval`; tasks of one are never in the other.
         limit: at most so many.
         args: of the set's function: see `arithmetic`, `reasoning_gym`, `datasets.py`, `code.py`,
@@ -123,8 +124,8 @@ def _checked(name: str, split: str, drawn: Iterable[Task], limit: int | None) ->
             break
     if not tasks:
         raise SettingError(
-            f"tasks {name!r}: the {split} split is empty; it needs more tasks, or another"
-            " eval_fraction"
+            f"tasks {name!r}: the {split} split is empty; it needs more tasks, another"
+            " task_args.eval_fraction, or task_args.num_eval, the number to hold out"
         )
     return tasks
 

@@ -226,12 +226,12 @@ def test_broken_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "q", "answer": 1}\n{"prompt": ')
     (tmp_path / "b.parquet").write_text("nonsense")
     (tmp_path / "c.json").write_text('{"prompt": "q"}')
-    (tmp_path / "d.csv").write_text("prompt,answer\n")
+    (tmp_path / "d.xlsx").write_text("prompt,answer\n")
     for name, message in (
         ("a.jsonl", "line 2: not JSON"),
         ("b.parquet", "not Parquet"),
         ("c.json", "one mapping"),
-        ("d.csv", "cannot read"),
+        ("d.xlsx", "cannot read '.xlsx'; expected .jsonl, .json, .csv, .parquet; with pandas"),
     ):
         with pytest.raises(SettingError, match=message):
             load_tasks(str(tmp_path / name))
