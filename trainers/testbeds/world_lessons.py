@@ -5,8 +5,8 @@ Problems are those of `program_tasks`: `a472` asks for the last digit plus 1, `b
 plus 7 (mod 10).
 
 **Worker.** It goes by an instruction. A system prompt is what to add for each kind, `a1b4c7` where
-it is right. Under the system prompt `do` the instruction stands before the problem, a letter and
-`!` for care: `A`, `B` and `C` ask for a kind, whatever the problem says, `K` for the kind that the
+it is right. Under the system prompt `do` that stands before the problem, or else a letter and `!`
+for care: `A`, `B` and `C` ask for a kind, whatever the problem says, `K` for the kind that the
 problem says. In spite of a wrong instruction it strays to what is right in `STRAYS` of its answers,
 or more after worked examples that are right (`own_share`). It slips to one too many where the last
 digit is 5 or more, more often than not (`slip_share`); care helps up to 7, and not with 8 and 9.
@@ -213,12 +213,13 @@ class Lessons:
 
     def alone(self) -> Lesson:
         """A problem, by an instruction before it or in the system prompt."""
-        problem = self.problem()
-        if self.rng.random() < 0.4:
-            letter = self.letter()
-            return self.of(work(letter, problem, expert=self.expert), DO, letter + problem)
-        prompt = self.amounts()
-        return self.of(work(prompt, problem, expert=self.expert), prompt, problem)
+        problem, way = self.problem(), self.rng.random()
+        instruction = self.letter() if way < 0.4 else self.amounts()
+        replies = work(instruction, problem, expert=self.expert)
+        if way < 0.55:
+            head = "[worker/worker]\n" if 0.4 <= way < 0.45 else ""  # as in a pipeline
+            return self.of(replies, DO, head + instruction + problem)
+        return self.of(replies, instruction, problem)
 
     def after_examples(self) -> Lesson:
         """A problem after worked examples, all of them right or all wrong, or as they come."""
