@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from ...agents.lookup import load_function
 from ...agents.types import SettingError
@@ -98,17 +98,17 @@ def _check(advantages: Advantages, episodes: Iterable[Episode], name: str) -> No
             )
 
 
-def blame(episodes: Sequence[Episode], advantages: Advantages) -> dict[str, float]:
-    """By how much each agent's turns fell short of what a rule compared them with: the mean of
-    max(0, -A) over its turns that have an advantage A, by agent.
+def blame(episodes: Iterable[Episode], advantages: Advantages) -> dict[str, float]:
+    """By how much each agent's turns fell short of what a rule compared them with, in episodes that
+    went wrong: minus the mean advantage of its turns that have one, at least 0, by agent.
 
-    A rule that gives all agents of an episode one advantage (`grpo`) blames them alike where each
-    has as many turns. An agent without such a turn is left out.
+    The mean comes first, so that noise of single advantages is not taken for blame. A rule that
+    gives all agents of an episode one advantage (`grpo`) blames them alike.
     """
-    shortfalls: dict[str, list[float]] = defaultdict(list)
+    found: dict[str, list[float]] = defaultdict(list)
     for episode in episodes:
         for each in episode.turns:
             advantage = advantages.get(key_of(episode, each))
             if advantage is not None:
-                shortfalls[each.agent].append(max(0.0, -advantage))
-    return {agent: sum(own) / len(own) for agent, own in shortfalls.items()}
+                found[each.agent].append(advantage)
+    return {agent: max(0.0, -sum(own) / len(own)) for agent, own in found.items()}

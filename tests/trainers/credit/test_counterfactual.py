@@ -29,7 +29,11 @@ class Recorded:
     asked: list = field(default_factory=list)
 
     async def play(self, job, state=None, *, given=(), replace=None, decisions=(), seed=None):
-        ((index, completion),) = replace.items()
+        if replace is None:  # played anew from the turn after those given
+            index, said = len(tuple(given)), "anew"
+        else:
+            ((index, completion),) = replace.items()
+            said = completion.text
         self.asked.append(
             {
                 "job": job,
@@ -40,7 +44,7 @@ class Recorded:
                 "state": state,
             }
         )
-        score = self.scores[index, completion.text].pop(0)
+        score = self.scores[index, said].pop(0)
         error = "gone" if score is None else None
         return Episode(
             job.id,
@@ -63,8 +67,9 @@ def recorded(turns, reward, **fields):
     )
 
 
-def run(player, episode, **settings):
-    judged = asyncio.run(counterfactual_rewards(player, episode, CONFIG, **settings))
+def run(player, episode, default="", **changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    judged = asyncio.run(counterfactual_rewards(player, episode, config, default=default))
     assert (
         judged.turns == episode.turns and judged.rewards[: len(episode.rewards)] == episode.rewards
     )
@@ -106,10 +111,31 @@ def test_siblings_are_compared_by_what_follows_them():
         Turn(1, "b", text="end")
     ]
     player = Recorded({(0, "x"): [1, 0, 1], (0, "y"): [0, 1, 0, 0], (0, "z"): [1, 0, 1, 0]})
-    judged = run(player, recorded(turns, 1.0), baseline="siblings", num_replays=4)
+    judged = run(player, recorded(turns, 1.0), counterfactual_baseline="siblings", num_replays=4)
     found = credit([judged], CONFIG)
     assert [found["e", 0, k] for k in range(3)] == pytest.approx([0.375, -0.375, 0.0])
     assert ("e", 1, 0) not in found and len(player.asked) == 11
+
+
+def test_a_turn_is_worth_the_value_after_it_less_the_value_before_it():
+    """V before the turns .25, .5 and 1, and 0 at the end: A .25, .5 and -1, in sum R - V_0. All
+    replays have seeds of their own, since those with the episode's would be the episode."""
+    player = Recorded({(0, "anew"): [0, 0, 1, 0], (1, "anew"): [1, 1, 0, 0], (2, "anew"): [1] * 4})
+    turns = [Turn(i, a, text=f"said {a}") for i, a in enumerate("abc")]
+    judged = run(player, recorded(turns, 0.0), counterfactual_baseline="value", num_replays=4)
+    assert credit([judged], CONFIG) == {("e", 0, 0): 0.25, ("e", 1, 0): 0.5, ("e", 2, 0): -1.0}
+    assert [a["given"] for a in player.asked] == [
+        tuple(turns[:k]) for k in range(3) for _ in "1234"
+    ]
+    seeds = {a["seed"] for a in player.asked}
+    assert len(seeds) == 12 and 5 not in seeds and len({a["job"].id for a in player.asked}) == 12
+
+
+def test_a_turn_beside_a_value_that_is_not_known_has_no_credit():
+    player = Recorded({(0, "anew"): [0.0], (1, "anew"): [None], (2, "anew"): [1.0]})
+    turns = [Turn(i, a, text=f"said {a}") for i, a in enumerate("abc")]
+    judged = run(player, recorded(turns, 0.5), counterfactual_baseline="value")
+    assert credit([judged], CONFIG) == {("e", 2, 0): -0.5}
 
 
 def test_a_replay_that_cannot_be_scored_is_left_out(caplog):
@@ -128,8 +154,8 @@ def test_nothing_is_replayed_for_written_turns_gold_turns_and_unscorable_episode
         counterfactual_rewards(Recorded({}), recorded([Turn(0, "a")], math.nan), CONFIG)
     )
     assert len(unscorable.rewards) == 1
-    with pytest.raises(SettingError, match="baseline: expected default or siblings"):
-        run(Recorded({}), recorded([], 1.0), baseline="mean")
+    with pytest.raises(SettingError, match="counterfactual_baseline"):
+        CreditConfig(counterfactual_baseline="mean")
 
 
 # with real rollouts
@@ -185,11 +211,11 @@ def test_replays_of_siblings_play_each_of_them():
 
     player = rollouts(Best(["a"]), lambda agent, chat: "")
     player.completers = {"a": speak}
-    config = CreditConfig(reward_weights={"<lambda>": 1.0})
+    config = CreditConfig(reward_weights={"<lambda>": 1.0}, counterfactual_baseline="siblings")
 
     async def both():
         episode = await player.play(EpisodeRequest(Task("t", "2+2?", "4"), "g"))
-        return await counterfactual_rewards(player, episode, config, baseline="siblings")
+        return await counterfactual_rewards(player, episode, config)
 
     assert credit([asyncio.run(both())], CONFIG) == {
         ("g/0", 0, 0): -0.5,

@@ -17,9 +17,10 @@ A round ends with the first step, every `round_steps` steps after it, and with t
 another candidate then has a higher mean reward than the one in force, both are measured on the
 validation tasks, and it is put in force if it passes the gate. Then the helper `proposer` is shown
 episodes of the best and the worst candidate (`rollout_proposer.py`) and writes new prompts, each
-for an agent drawn at random; a new candidate takes the place of the worst of those in play, never
-of the one in force. Rewards of a round that is over count no longer, since the adapters have moved.
-The run ends with the prompts in force and the adapters.
+for an agent drawn at random, or by the blame of a credit rule (`agent_choice.py`); a new candidate
+takes the place of the worst of those in play, never of the one in force. Rewards of a round that is
+over count no longer, since the adapters have moved. The run ends with the prompts in force and the
+adapters.
 
 The nearest published method, BetterTogether (arXiv:2407.10930), spends separate episodes on
 prompts and on weights, in turn; GRPO is that of `policy_gradient/grpo.py`.
@@ -59,6 +60,7 @@ from ...values.memory import Memory
 from ...values.parts import Part
 from ...values.search import Candidate, Duplicate, Search
 from ..policy_gradient.grpo import policy_gradient
+from .agent_choice import AgentChoice, AgentChoiceConfig
 from .rollout_proposer import RolloutProposer, RolloutProposerConfig, Shown
 from .search.mipro_proposer import PROPOSER
 
@@ -66,9 +68,11 @@ Rewards = Mapping[str, Mapping[str, Sequence[float]]]  # by candidate, by task
 
 
 @dataclass
-class PromptsAndWeightsConfig(RunConfig, CreditConfig, LossConfig, RolloutProposerConfig):
-    """`RunConfig` with a credit rule (`CreditConfig`), a policy-gradient loss (`LossConfig`) and a
-    proposer (`RolloutProposerConfig`)."""
+class PromptsAndWeightsConfig(
+    RunConfig, CreditConfig, LossConfig, RolloutProposerConfig, AgentChoiceConfig
+):
+    """`RunConfig` with a credit rule (`CreditConfig`), a policy-gradient loss (`LossConfig`), a
+    proposer (`RolloutProposerConfig`) and whose prompt it is asked for (`AgentChoiceConfig`)."""
 
     collects: ClassVar[bool] = False
 
@@ -144,6 +148,7 @@ class PromptsAndWeightsTrainer(Trainer[PromptsAndWeightsConfig]):
         params = {param.name: param for param in self.spec.system.params()}
         self.prompts: list[Param] = [params[f"{name}.prompt"] for name in args.modules or names]
         self.proposer = RolloutProposer(self.run.rollouts, self.spec, args)
+        self.choice = AgentChoice(self.run.rollouts, args, args)
         if args.num_candidates > 1:
             self.spec.helper(PROPOSER)
         # scores are those of the last gate, on validation tasks
@@ -281,11 +286,9 @@ class PromptsAndWeightsTrainer(Trainer[PromptsAndWeightsConfig]):
         memory, most = self.memory, self.args.num_candidates
         in_force = self.search[memory["in_play"][0]]
         count = max(most - len(memory["in_play"]), 1)
-        rng = self.search.rng()
-        params = [
-            dataclasses.replace(param, value=in_force.values[param.name])
-            for param in (rng.choice(self.prompts) for _ in range(count))
-        ]
+        own = [e for e in episodes if self.candidate_of(e) == in_force.id]
+        chosen = self.choice.choose(self.prompts, count, own, self.search.rng())
+        params = [self._prompt_of(agent, in_force) for agent in chosen.agents]
         ids = list(ranked)
         shown = [self._shown(id, ranked[id], episodes) for id in dict.fromkeys((ids[0], ids[-1]))]
         found = self.proposer.propose(params, shown)
@@ -305,12 +308,21 @@ class PromptsAndWeightsTrainer(Trainer[PromptsAndWeightsConfig]):
         memory["asked"] = memory.get("asked", 0) + found.asked
         memory["dropped"] = dict(Counter(memory.get("dropped", {})) + found.dropped)
         memory["in_play"] = [*memory["in_play"][: most - len(fresh)], *fresh]
-        row["proposals"] = {"new": fresh, "dropped": dict(found.dropped)}
+        row["proposals"] = {
+            "new": fresh,
+            "dropped": dict(found.dropped),
+            "agents": list(chosen.agents),
+            "blame": dict(chosen.blame),
+        }
         if not fresh:
             self.run.log.warn(
                 f"step {step}: none of {found.asked} proposals of helpers.{PROPOSER} can be tried"
                 f" ({dict(found.dropped)}); the candidates in play stay"
             )
+
+    def _prompt_of(self, agent: str, candidate: Candidate) -> Param:
+        (param,) = (param for param in self.prompts if param.agent == agent)
+        return dataclasses.replace(param, value=candidate.values[param.name])
 
     def _shown(self, id: str, result: Evaluation, episodes: Sequence[Episode]) -> Shown:
         """A candidate of the round, with its episodes of the last step that have a reward."""
