@@ -12,7 +12,7 @@ import json
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .html import visible
 MAX_ROWS = 20_000  # episodes with a row in the list
 MAX_EPISODES = 2_000  # of them with their whole text
 MAX_BYTES = 12 << 20  # of that, as JSON
+MAX_KIND = 40  # characters of a value in a task's meta that may make a kind of task
 EACH = 3  # best and worst of every step and evaluation
 
 Pieces = Callable[
@@ -48,11 +49,14 @@ class EpisodeRow:
     rewards: Mapping[str, float | None]
     agents: tuple[str, ...]
     usage: Sequence[Mapping[str, Any]]  # `agent` and what its calls have cost
-    # f failed, u unscorable, c a reply was cut off, m several siblings, g an agent saw the answer,
-    # k played on behalf of another, or about it
+    # f failed, u unscorable, c a reply was truncated, m several siblings, g an agent saw the answer
+    # and k: played on behalf of another, or about it
     marks: str
     about: str  # the id of that other one
     child: bool  # has it a parent?
+    kinds: Mapping[str, str] = field(default_factory=dict)  # of its task, see `task_kinds`
+    speakers: Mapping[int, str] = field(default_factory=dict)  # who spoke each turn
+    own_rewards: Mapping[str, float] = field(default_factory=dict)  # by agent, those of its own
     evaluations: tuple[str, ...] = ()  # labels of those that it is an episode of
 
     @property
@@ -107,7 +111,30 @@ def episode_row(data: Mapping[str, Any], metric: str) -> EpisodeRow:
         marks=marks,
         about=about,
         child=bool(data["parent"]),
+        kinds=task_kinds(data["task"]),
+        speakers={t["index"]: t["agent"] for t in turns},
+        own_rewards=_own_rewards(data["rewards"]),
     )
+
+
+def task_kinds(task: Mapping[str, Any]) -> dict[str, str]:
+    """What a task may be counted by: its source, and the short values of its meta."""
+    meta = json.loads(task["meta"]) if task.get("meta") else {}  # packed as JSON
+    short = {
+        name: str(value)
+        for name, value in meta.items()
+        if isinstance(value, (str, int)) and len(str(value)) <= MAX_KIND
+    }
+    return {**({"source": task["source"]} if task.get("source") else {}), **short}
+
+
+def _own_rewards(rewards: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """By agent, the sum of the whole episode's rewards that are its own."""
+    found: dict[str, float] = {}
+    for reward in rewards:
+        if reward["agent"] and _whole(reward) and reward["value"] is not None:
+            found[reward["agent"]] = found.get(reward["agent"], 0.0) + reward["value"]
+    return found
 
 
 def _whole(reward: Mapping[str, Any]) -> bool:
@@ -160,16 +187,22 @@ class EpisodeIndex:
     size: int = 0
 
     def add(
-        self, run: Path, name: str, rows: Sequence[EpisodeRow], max_episodes: int = MAX_EPISODES
+        self,
+        run: Path,
+        name: str,
+        rows: Sequence[EpisodeRow],
+        max_episodes: int = MAX_EPISODES,
+        always: Collection[str] = (),
     ) -> None:
-        """Add a run's rows, and the whole text of at most `max_episodes` of its episodes."""
+        """Add a run's rows, and the whole text of at most `max_episodes` of its episodes, beside
+        those of the ids `always`."""
         number, store = len(self.runs), Store(run / "episodes")
         listed = rows if len(rows) <= MAX_ROWS else even(rows, MAX_ROWS)
-        ids = {row.id for row in most_telling(listed, max_episodes)}
+        ids = {row.id for row in most_telling(listed, max_episodes)} | set(always)
         learned = read_learned(run / "learned.jsonl", ids)
         whole = 0
         for episode in store.read(id=ids):
-            if self.size < MAX_BYTES:
+            if self.size < MAX_BYTES or episode.id in always:
                 packed = self.pack(episode, learned.get(episode.id, {}))
                 self.size += len(json.dumps(packed))
                 self.episodes[f"{number}:{episode.id}"] = packed
@@ -244,7 +277,7 @@ class EpisodeIndex:
             "n": len(turn.token_ids),
             "rewards": [self.reward(r) for r in own],
         }
-        marks = ["not taken"] * (not turn.taken) + ["cut off"] * (turn.finish_reason == "length")
+        marks = ["not taken"] * (not turn.taken) + ["truncated"] * (turn.finish_reason == "length")
         marks += ["saw the answer"] * turn.saw_gold + [turn.source] * (turn.source != "sampled")
         data |= {"marks": marks} if marks else {}
         data |= {"advantage": learned["advantage"]} if "advantage" in learned else {}

@@ -8,7 +8,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 ENDED = "the run ended"  # begins the warning that says why a run could not go on
-CUT_OFF = 0.95  # mean share of cut-off replies from which they are the cause
+ALL_TRUNCATED = 0.95  # mean share of truncated replies from which they are the cause
 
 
 def learnt_nothing(rows: Sequence[Row], config: Mapping[str, Any]) -> str:
@@ -115,9 +115,9 @@ def _learns_from_one_reward(config: Mapping[str, Any]) -> bool:
 def _cause(rows: Sequence[Row], own: Sequence[Row], config: Mapping[str, Any]) -> str:
     """Why a policy learnt nothing in any step, in a sentence that names a setting."""
     advice = settings_to_change(config)
-    cut_off = sum(row.get("truncated", 0.0) for row in own) / len(own)
-    if cut_off >= CUT_OFF:
-        return f"its replies were cut off (truncated {cut_off:.2f}): {advice['truncated']}."
+    truncated = sum(row.get("truncated", 0.0) for row in own) / len(own)
+    if truncated >= ALL_TRUNCATED:
+        return f"its replies were truncated (share {truncated:.2f}): {advice['truncated']}."
     updates = [row for row in own if row.get("tokens")]
     if updates and not any(row.get("applied", True) for row in updates):
         return (

@@ -103,12 +103,19 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def section(title: str, body: str, kind: str = "", name: str = "") -> str:
-    """A part of the page with a heading; "" if there is nothing in it. `name` makes it a target of
+    """A part of a group with a heading; "" if there is nothing in it. `name` makes it a target of
     links."""
     at = f' id="{name}"' if name else ""
     return (
-        f'<section{at}><h2>{title}</h2><div class="{kind}">{body}</div></section>' if body else ""
+        f'<section{at}><h3 class="part">{title}</h3><div class="{kind}">{body}</div></section>'
+        if body
+        else ""
     )
+
+
+def group(title: str, body: str, name: str) -> str:
+    """One of the page's groups of sections; "" if there is nothing in it."""
+    return f'<div class="group" id="{name}"><h2>{title}</h2>{body}</div>' if body else ""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:

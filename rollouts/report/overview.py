@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from .episode_index import EpisodeRow
 from .findings import ENDED, learnt_nothing
 from .html import number, text
-from .run_data import TEAM, RunData
+from .learning.before_after import examples
+from .run_data import RunData
 
 UNFINISHED = (
     '<p class="note">This run did not end, or has not yet: what follows is as far as it came.</p>'
@@ -50,9 +50,10 @@ def verdict(run: RunData, n: int) -> str:
         alone.append(f"<b>{text(name)}</b> alone {does} {change(entry['paired'])}")
     lines += [f"<p>By adapter: {'; '.join(alone)}.</p>"] if alone else []
     links = " · ".join(
-        f'<a href="#e={n}:{quote(row.id)}">{what}</a>' for what, row in examples(run)
+        f'<a href="#e={n}:{quote(change.after.id)}">one that {change.what}</a>'
+        for change in examples(run)
     )
-    return "".join(lines) + (f"<p>Read: {links}</p>" if links else "")
+    return "".join(lines) + (f"<p>Episodes to read: {links}</p>" if links else "")
 
 
 def problems(run: RunData) -> list[str]:
@@ -76,26 +77,6 @@ def change(paired: Mapping[str, Any]) -> str:
         f", {paired['gained']} tasks gained, {paired['lost']} lost" if "gained" in paired else ""
     )
     return f"({paired['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}{counts})"
-
-
-def examples(run: RunData) -> list[tuple[str, EpisodeRow]]:
-    """Up to three episodes of the last evaluation of the whole team: one that training corrected,
-    one that it broke, one that is still wrong."""
-    made = [label for label in run.evaluations if TEAM.fullmatch(label) and label != "before"]
-    own = [row for row in run.episodes if row.kind == "eval" and not row.child]
-    before = {r.task: r.worth or 0.0 for r in own if "before" in r.evaluations}
-    after = [
-        (r, (r.worth or 0.0) - before[r.task])
-        for r in own
-        if made and made[-1] in r.evaluations and r.task in before
-    ]
-    best = max((row.worth or 0.0 for row, _ in after), default=0.0)
-    kinds = (
-        ("an episode that training corrected", [r for r, gain in after if gain > 0]),
-        ("one that it broke", [r for r, gain in after if gain < 0]),
-        ("one that still fails", [r for r, gain in after if gain == 0 and (r.worth or 0.0) < best]),
-    )
-    return [(what, episodes[0]) for what, episodes in kinds if episodes]
 
 
 def facts(run: RunData) -> str:

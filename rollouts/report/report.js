@@ -4,7 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const S = data.strings || [], ROWS = data.rows || [], PAGE = 100;
 const [RUN, ID, LABELS, TASK, PROMPT, STEP, WORTH, AGENTS, TOKENS, MARKS, KIND, ABOUT] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
 const $ = (id) => document.getElementById(id);
-const MARK = { f: "failed", u: "unscorable", c: "cut off", m: "siblings", g: "saw the answer", k: "follows" };
+const MARK = { f: "failed", u: "unscorable", c: "truncated", m: "siblings", g: "saw the answer", k: "follows" };
 const FILTERS = ["q", "run", "kind", "label", "agent", "outcome", "low", "high"];
 const state = { found: [], page: 0, open: "", colour: "advantage", sort: null };
 

@@ -13,13 +13,15 @@ from pathlib import Path
 from ...agents.types import SettingError
 from ..files import write_text
 from .comparison import comparison
-from .curves import budget_curves, curves
+from .curves import group_curves
 from .episode_index import MAX_EPISODES, EpisodeIndex, Pieces
-from .html import page, section, text
+from .html import group, page, section, text
+from .learning.agent_credit import credit_table
+from .learning.before_after import ids_to_show, kinds_table, side_by_side
 from .overview import facts, verdict
 from .run_data import RunData, read_json
 from .sections import KEY, ledger_sections, sections_of
-from .tables import adapters, any_value, last_step, proofs, section_body, warnings
+from .tables import accuracy_table, adapters, any_value, last_step, proofs, section_body, warnings
 from .values.value_sections import value_sections
 
 PLACED_KEYS = (
@@ -83,9 +85,9 @@ def build(
     """The page as text, and the data of its episode browser."""
     index = EpisodeIndex(pieces or (lambda policy, ids: None))
     for run in runs:
-        index.add(run.folder, run.name, run.episodes, max_episodes // len(runs))
+        index.add(run.folder, run.name, run.episodes, max_episodes // len(runs), ids_to_show(run))
     parts = [comparison(runs)] if len(runs) > 1 else []
-    parts += [part for number, run in enumerate(runs) for part in parts_of(run, number)]
+    parts += [part for number, run in enumerate(runs) for part in parts_of(run, number, index)]
     title = (
         f"{runs[0].title}: {runs[0].name}"
         if len(runs) == 1
@@ -97,17 +99,16 @@ def build(
 
 
 def links(runs: Sequence[RunData], parts: Sequence[str]) -> list[tuple[str, str]]:
-    """(anchor, label) of the page's navigation, for the sections that the page holds."""
+    """(anchor, label) of the page's navigation, for what the page holds."""
     targets = (
         [("compare", "Runs"), *((f"run-{n}", text(r.name)) for n, r in enumerate(runs))]
         if len(runs) > 1
         else [
-            ("accuracy-0", "Accuracy"),
-            ("curves-0", "Curves"),
+            ("learning-0", "Learning"),
             ("values-0", "Values"),
             ("candidates-0", "Candidates"),
-            ("spent-0", "Spent"),
-            ("adapters-0", "Adapters"),
+            ("health-0", "Health"),
+            ("cost-0", "Time and tokens"),
         ]
     )
     present = [
@@ -127,43 +128,60 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     ]
 
 
-def parts_of(run: RunData, n: int) -> list[str]:
-    """The sections of run number `n`, without its episodes."""
+def parts_of(run: RunData, n: int, index: EpisodeIndex) -> list[str]:
+    """The head and the groups of run number `n`, without its episodes."""
     return [
         (
             f'<header id="run-{n}"><h1>{text(run.title)}'
-            f" <small>{text(run.name)}</small></h1>{verdict(run, n)}{facts(run)}</header>"
+            f" <small>{text(run.name)}</small></h1>{verdict(run, n)}"
+            f"{warnings(run.folder, run.metrics)}{facts(run)}</header>"
         ),
-        *curves(run, n),
-        *(section(text(each.title), section_body(each)) for each in sections_of(run.summary)),
-        *value_sections(run, n),
-        section("What was spent", spending(run), name=f"spent-{n}"),
-        *last_step(run.metrics),
-        section("Adapters", adapters(run.policies), name=f"adapters-{n}"),
-        section("Scalar heads", adapters(run.summary.get("heads") or {}, "head")),
-        section(
-            "Live proof",
-            proofs(
-                run.summary.get("live_proof") or {}, read_json(run.folder / "proofs.json") or []
-            ),
-        ),
-        *(
-            section(text(key.replace("_", " ")), any_value(value))
-            for key, value in run.summary.items()
-            if key not in PLACED_KEYS
-        ),
-        section("Warnings", warnings(run.folder, run.metrics)),
+        group("Does it learn?", learning(run, n, index), f"learning-{n}"),
+        group("Is it healthy?", health(run), f"health-{n}"),
+        group("Where did time and tokens go?", cost(run), f"cost-{n}"),
     ]
 
 
-def spending(run: RunData) -> str:
-    """Tables of what the run has spent, and its curve; "" for one that kept no ledger."""
-    tables = "".join(
-        (f"<h3>{text(each.title)}</h3>" * (number > 0)) + section_body(each)
-        for number, each in enumerate(ledger_sections(run.summary))
+def learning(run: RunData, n: int, index: EpisodeIndex) -> str:
+    """Accuracy, reward, tasks that moved, credit by agent, what the method adds, and values."""
+    return "".join(
+        [
+            section("Held-out accuracy", accuracy_table(run.summary)),
+            section("Over the steps", group_curves(run, "learning")),
+            section("The same task before and after", side_by_side(run, n, index)),
+            section("Which kinds of task moved", kinds_table(run)),
+            section("Credit by agent", credit_table(run)),
+            *(section(text(each.title), section_body(each)) for each in sections_of(run.summary)),
+            *value_sections(run, n),
+            *(
+                section(text(key.replace("_", " ")), any_value(value))
+                for key, value in run.summary.items()
+                if key not in PLACED_KEYS
+            ),
+            *last_step(run.metrics),
+        ]
     )
-    charts = budget_curves(run)
-    return tables + (f'<div class="grid top">{charts}</div>' if charts else "")
+
+
+def health(run: RunData) -> str:
+    """Curves of the updates, adapters, and the live proof."""
+    records = read_json(run.folder / "proofs.json") or []
+    return "".join(
+        [
+            section("Over the steps", group_curves(run, "health")),
+            section("Adapters", adapters(run.policies)),
+            section("Scalar heads", adapters(run.summary.get("heads") or {}, "head")),
+            section("Live proof", proofs(run.summary.get("live_proof") or {}, records)),
+        ]
+    )
+
+
+def cost(run: RunData) -> str:
+    """Curves of time and tokens, and tables of what the run has spent."""
+    tables = [
+        section(text(each.title), section_body(each)) for each in ledger_sections(run.summary)
+    ]
+    return "".join([section("Over the steps", group_curves(run, "cost")), *tables])
 
 
 BROWSER = """
@@ -176,7 +194,7 @@ BROWSER = """
 <label>outcome <select id="outcome"><option value="">all</option>
 <option value="right">right</option><option value="wrong">not right</option>
 <option value="f">failed</option><option value="u">unscorable</option>
-<option value="c">a reply cut off</option>
+<option value="c">a reply truncated</option>
 <option value="m">with siblings</option><option value="k">follows from another</option>
 <option value="t">whole text here</option></select></label>
 <label>reward from <input id="low" type="number" step="any"></label>

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .html import is_number, number, section, table, text, whisker
 from .sections import ReportSection
 
 MAX_PROOFS = 24
+MAX_UNFOLDED = 6  # warnings that are not folded
 # mappings in a row of metrics.jsonl that stand elsewhere on the page
 METRIC_KEYS_ELSEWHERE = {"policies", "proof", "seconds", "dropped", "budget"}
 
@@ -201,22 +203,51 @@ def _words(key: str) -> str:
 
 # warnings
 
+STEP = re.compile(r"step (\d+): ")
+NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
+
 
 def warnings(run: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lines of warnings.log; and from the metrics the episodes that failed or could not be scored,
-    and the turns that were not trained on."""
+    """A box of what went wrong: lines of warnings.log, those that differ by numbers only as one;
+    and from the metrics the episodes that failed or could not be scored, and the turns that were
+    not trained on."""
     path = run / "warnings.log"
-    lines = (
-        path.read_text(errors="replace", encoding="utf-8").splitlines() if path.is_file() else []
+    kept = path.read_text(errors="replace", encoding="utf-8").splitlines() if path.is_file() else []
+    lines = [*joined(kept), *_of_metrics(rows)]
+    if not lines:
+        return ""
+    head = f"{len(lines)} warning{'s' * (len(lines) > 1)}"
+    items = "".join(f"<li>{text(line)}</li>" for line in lines)
+    unfolded = " open" * (len(lines) <= MAX_UNFOLDED)
+    return (
+        f'<details class="warnings"{unfolded}><summary>{head}</summary><ul>{items}</ul></details>'
     )
+
+
+def joined(lines: Sequence[str]) -> list[str]:
+    """Warnings, of those that differ by numbers only the last one, with the steps it came in."""
+    alike: dict[str, list[str]] = {}
+    for line in lines:
+        alike.setdefault(NUMBER.sub("0", line), []).append(line)
+    return [_once(several) for several in alike.values()]
+
+
+def _once(several: Sequence[str]) -> str:
+    if len(several) == 1:
+        return several[0]
+    steps = [int(match[1]) for line in several if (match := STEP.match(line))]
+    when = f", steps {min(steps)} to {max(steps)}" if len(steps) == len(several) else ""
+    return f"{STEP.sub('', several[-1], count=1)} ({len(several)} times{when})"
+
+
+def _of_metrics(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for key, what in (
         ("failed", "episodes failed"),
         ("unscorable", "episodes could not be scored"),
     ):
         if count := sum(row.get(key) or 0 for row in rows):
-            lines.append(f"{count} of {sum(row.get('episodes') or 0 for row in rows)} {what}")
+            yield f"{count} of {sum(row.get('episodes') or 0 for row in rows)} {what}"
     dropped: Counter[str] = Counter()
     for row in rows:
         dropped.update(row.get("dropped") or {})
-    lines += [f"{count} turns not trained on, {reason}" for reason, count in dropped.items()]
-    return f"<ul>{''.join(f'<li>{text(line)}</li>' for line in lines)}</ul>" if lines else ""
+    yield from (f"{count} turns not trained on, {reason}" for reason, count in dropped.items())

@@ -1,5 +1,5 @@
 """Alarms of training metrics, per policy: mismatch of engine and trainer, entropy collapse, most
-tokens clipped, replies cut off, no signal.
+tokens clipped, replies truncated, constant groups.
 
 The engine's log-probs differ from the trainer's even with equal weights (bfloat16, kernels, batch
 sizes). How far is measured on the first step, where both hold the same weights; alarms compare with
@@ -82,7 +82,7 @@ def _shares(
     policy: str, row: Mapping[str, Any], trained: bool, advice: Mapping[str, str]
 ) -> list[str]:
     """Warnings of a policy's shares and entropy in one step. What describes an update is judged
-    only where there was one; cut-off replies and silent groups always, for at 1.0 they leave
+    only where there was one; truncated replies and constant groups always, for at 1.0 they leave
     nothing to update from."""
     warnings = []
     for name, limit in LIMITS.items():

@@ -11,23 +11,23 @@ Row = tuple[str, str, str] | tuple[str, str, str, Better]  # name, unit, help, w
 
 
 def _of(place: str, rows: Iterable[Row]) -> Iterator[Metric]:
-    """Metrics below one key, titled by their names."""
+    """Metrics below one key, titled by their names; those that are good in no direction are
+    detail."""
     for name, unit, help, *better in rows:
         title = name.replace("/*", "").replace("/", " ").replace("_", " ")
         path = f"{place}/{name}" if place else name
         way: Better = better[0] if better else ""
-        yield Metric(
-            path, f"{place} {title}".strip().replace("_", " "), unit, help, way, "learning"
-        )
+        said = f"{place} {title}".strip().replace("_", " ")
+        yield Metric(path, said, unit, help, way, "learning", detail=not way)
 
 
 PAIRS: tuple[Row, ...] = (
     ("pairs", "pairs", "pairs that were learnt from"),
     ("updates", "updates", "joint updates of the step"),
     ("loss", "", "preference loss, mean over the step's updates", "lower"),
-    ("first_loss", "", "preference loss before the step's first update", "lower"),
+    ("first_loss", "", "preference loss before the step's first update"),
     ("margin", "nat", "log-ratio of the chosen side less that of the rejected", "higher"),
-    ("margins/*", "nat", "an agent's part of the margin", "higher"),
+    ("margins/*", "nat", "an agent's part of the margin"),
     ("accuracy", "share", "of pairs whose margin is positive", "higher"),
 )
 SEARCHED: tuple[Row, ...] = (
@@ -173,10 +173,16 @@ METHOD_METRICS: tuple[Metric, ...] = (
         ("topology/*", "", "how often a block is used"),
     )),
     *_of("prompts", (
-        ("candidates/*", "", "mean reward of a candidate in play", "higher"),
+        ("reward/*", "", "mean reward of a candidate in play", "higher"),
+        ("round/*/accuracy", "", "mean of a candidate over the round so far", "higher"),
+        ("round/*/num_tasks", "tasks", "tasks of that mean"),
+        ("round/*/failed", "episodes", "its episodes that failed", "lower"),
+        ("round/*/paired/difference", "", "paired difference to the prompts in force", "higher"),
+        ("round/*/paired/gained", "tasks", "tasks on which it is better", "higher"),
+        ("round/*/paired/lost", "tasks", "tasks on which it is worse", "lower"),
+        ("gate/passed", "", "whether a candidate came in force"),
         ("proposals/dropped/*", "", "proposals that are not tried, by reason", "lower"),
         ("proposals/blame/*", "", "share of the loss that an agent is blamed for"),
-        ("*", "", "of the prompts in play"),
     )),
     *_of("program", (
         ("score", "", "mean of the new program", "higher"),
@@ -199,7 +205,12 @@ METHOD_METRICS: tuple[Metric, ...] = (
     *_of("symbolic_learning", (
         ("rolled_back", "", "whether the last change was taken back", "lower"),
     )),
+    *_of("llm_autodiff", (
+        ("chosen", "tasks", "tasks of the moving batch that feedback is asked about"),
+        ("kept", "tasks", "tasks of the moving batch"),
+    )),
     *_of("meta", (
+        ("unreadable", "replies", "of the meta-optimizer, in another format", "lower"),
         ("score", "", "mean of the best optimizer", "higher"),
         ("adopted", "", "whether a new one is in force"),
     )),
@@ -221,6 +232,8 @@ METHOD_METRICS: tuple[Metric, ...] = (
         ("predicted", "", "score that the Gaussian process expected"),
         ("deviation", "", "its standard deviation"),
         ("bound", "", "its upper confidence bound"),
+        ("team/*/run", "", "the training run whose adapter a policy has"),
+        ("team/*/at", "", "the step of that run"),
         ("error", "", "distance of prediction and score", "lower"),
     )),
     *_of("targets", (("limits/*/*", "nat", "range of losses that are searched"),)),

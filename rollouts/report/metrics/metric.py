@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 ANY = "*"  # stands in a name for a policy, an agent, or another name that a run chooses
 Group = Literal["learning", "health", "cost"]
@@ -41,6 +41,14 @@ class Metric:
         """The last part of its name."""
         return self.name.rpartition("/")[2]
 
+    @property
+    def note(self) -> str:
+        """Its help with unit and direction, as one line."""
+        said = f"share {self.help}" if self.unit == "share" else self.help
+        if self.unit not in ("", "share") and self.unit not in said:
+            said += f" ({self.unit})"
+        return f"{said}; {self.better} is better" if self.better else said
+
     def fits(self, path: Sequence[str]) -> bool:
         """Whether these keys lead to it."""
         parts = self.name.split("/")
@@ -59,7 +67,7 @@ def words(path: Iterable[str]) -> str:
     return " ".join(path).replace("_", " ")
 
 
-def renamed(row: Mapping[str, object], names: Mapping[str, str]) -> dict[str, object]:
+def renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """A row of an earlier version under today's names: `names` of keys by their earlier ones, at
     any depth."""
     return {

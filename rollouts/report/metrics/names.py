@@ -8,6 +8,7 @@ What a method writes beside these under its own name (`preference/margin`) stand
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .method_names import METHOD_METRICS
 from .metric import Metric, find, renamed
@@ -98,6 +99,8 @@ OF_POLICY = (
             better="lower", trl="clip_ratio/high_mean"),
     _policy("grad_norm", "gradient norm", "", "of the adapter, before clipping",
             trl="grad_norm"),
+    _policy("calls_per_episode", "calls per episode", "calls",
+            "how often the policy was called in an episode of the step, whoever spoke as it"),
     _policy(CONSTANT_GROUPS, "constant groups", "share",
             "of groups whose episodes all earned the same: they teach nothing", better="lower",
             trl="frac_reward_zero_std"),
@@ -107,6 +110,8 @@ OF_POLICY = (
             group="cost"),
     _policy("sequences", "trained sequences", "sequences", "in the step", group="cost",
             detail=True),
+    _policy("calls_per_episode", "calls per episode", "calls", "of its agents, mean",
+            group="cost"),
     _policy("learning_rate", "learning rate", "", "of the step", trl="learning_rate"),
     _policy("applied", "applied", "", "false: not finite, no update", detail=True),
     _policy("problem", "problem", "", "why it was not applied", detail=True),
@@ -185,6 +190,6 @@ def title_of(key: str) -> str:
     return key.replace("_", " ") if metric is None else metric.title
 
 
-def current(row: Mapping[str, object]) -> dict[str, object]:
+def current(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of `metrics.jsonl` under today's names, whichever version wrote it."""
     return renamed(row, RENAMED)

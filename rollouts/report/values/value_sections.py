@@ -166,7 +166,7 @@ def _numbers(history: ValueHistory, names: Sequence[str]) -> str:
 
 def _logits(history: ValueHistory, name: str) -> str:
     points = [(s, rows) for s, v in history.of(name) if (rows := as_logits(v)) is not None]
-    return f"<h3>{text(name)}</h3>{logits_over_steps(name, points)}"
+    return f"<h4>{text(name)}</h4>{logits_over_steps(name, points)}"
 
 
 def _text_changes(

@@ -19,7 +19,7 @@ CONFIG = {
     "credit": "grpo",
 }
 LEARNT = {"tokens": 9, "applied": True, "constant_groups": 0.5, "learning_rate": 1e-4}
-SILENT = {"tokens": 0, "truncated": 0.0, "constant_groups": 1.0}
+CONSTANT = {"tokens": 0, "truncated": 0.0, "constant_groups": 1.0}
 
 
 def row(low: float = 0.0, high: float = 1.0, **policies: Any) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def row(low: float = 0.0, high: float = 1.0, **policies: Any) -> dict[str, Any]:
 
 
 def test_one_step_with_a_signal_is_enough_and_no_step_is_no_finding() -> None:
-    assert learnt_nothing([row(a=SILENT), row(a=LEARNT)], CONFIG) == ""
+    assert learnt_nothing([row(a=CONSTANT), row(a=LEARNT)], CONFIG) == ""
     assert learnt_nothing([], CONFIG) == ""
     assert learnt_nothing([{"policies": {}}], CONFIG) == ""
     assert learnt_nothing([{"verifier": {"updates": 3}, **row(a={"tokens": 0})}], CONFIG) == ""
@@ -36,31 +36,35 @@ def test_one_step_with_a_signal_is_enough_and_no_step_is_no_finding() -> None:
 @pytest.mark.parametrize(
     ("rows", "changes", "why"),
     [
-        ([row(0, 0, a=SILENT)], {}, "every episode got reward 'exact': 0; the reward may not fit"),
         (
-            [row(1, 1, a=SILENT)] * 2,
+            [row(0, 0, a=CONSTANT)],
+            {},
+            "every episode got reward 'exact': 0; the reward may not fit",
+        ),
+        (
+            [row(1, 1, a=CONSTANT)] * 2,
             {},
             "every episode got reward 'exact': 1; the tasks may be too",
         ),
         (
-            [row(0, 0, a={**SILENT, "truncated": 1.0})],
+            [row(0, 0, a={**CONSTANT, "truncated": 1.0})],
             {},
-            "truncated 1.00): raise max_completion_length from 16",
+            "share 1.00): raise max_completion_length from 16",
         ),
         (
-            [row(0, 0, a={**SILENT, "truncated": 1.0})],
+            [row(0, 0, a={**CONSTANT, "truncated": 1.0})],
             {"agents": {"a": {"sampling": {"max_tokens": 4}}}},
             "agents.a.sampling.max_tokens from 4",
         ),
-        ([row(a=SILENT)], {}, "raise num_generations from 8 or temperature from 0.7"),
-        ([row(a=SILENT)], {"num_generations": 1}, "raise num_generations from 1"),
+        ([row(a=CONSTANT)], {}, "raise num_generations from 8 or temperature from 0.7"),
+        ([row(a=CONSTANT)], {"num_generations": 1}, "raise num_generations from 1"),
         ([row(a={**LEARNT, "learning_rate": 0.0})], {}, "learning_rate was 0"),
         ([row(a={**LEARNT, "applied": False})], {}, "no update was finite"),
         ([row(a={"tokens": 0, "truncated": 0.1})], {}, "success_threshold"),
-        # trained by its KL term only, or by PPO, which compares no groups: still no signal
+        # trained by its KL term only, or by PPO, which compares no groups: all groups constant
         ([row(a={**LEARNT, "constant_groups": 1.0})], {}, "raise num_generations"),
         ([row(0, 0, a={"tokens": 9})], {}, "reward 'exact': 0"),
-        ([row(0, 0, a=SILENT), row(1, 1, a=SILENT)], {}, "raise num_generations from 8"),
+        ([row(0, 0, a=CONSTANT), row(1, 1, a=CONSTANT)], {}, "raise num_generations from 8"),
     ],
 )
 def test_each_cause_names_its_setting(
@@ -77,8 +81,10 @@ def test_equal_metrics_do_not_hide_what_other_rewards_taught() -> None:
 
 
 def test_of_a_team_the_policy_that_learnt_nothing_is_named() -> None:
-    told = learnt_nothing([row(a=LEARNT, b={**SILENT, "truncated": 1.0})], CONFIG)
-    assert told.startswith("Part of the team learnt nothing: policy 'b': its replies were cut off")
+    told = learnt_nothing([row(a=LEARNT, b={**CONSTANT, "truncated": 1.0})], CONFIG)
+    assert told.startswith(
+        "Part of the team learnt nothing: policy 'b': its replies were truncated"
+    )
     assert "'a'" not in told
 
 

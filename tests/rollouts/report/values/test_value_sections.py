@@ -59,7 +59,7 @@ def test_links_lead_to_the_sections_and_to_every_candidate(run: Path) -> None:
     assert len(names) == len(set(names))
     links = {str(a["href"]) for tag, a in page.tags if tag == "a" and "=" not in str(a["href"])}
     assert {link.removeprefix("#") for link in links} <= set(names)
-    assert {"#values-0", "#candidates-0", "#spent-0", "#c0-0-2"} <= links
+    assert {"#values-0", "#candidates-0", "#cost-0", "#c0-0-2"} <= links
     trials = [a["href"] for _, a in page.tags if str(a.get("href")).startswith("#kind=trial")]
     assert trials == [f"#kind=trial&q=trial-{n:016d}/" for n in (1, 3)], "those with its values"
 
