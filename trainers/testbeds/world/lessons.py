@@ -25,8 +25,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...rollouts.tasks.toy import KINDS, digit
-from .tiny import chat_prompt, tiny_tokenizer
+from ....rollouts.tasks.toy import KINDS, digit
+from ..tiny import chat_prompt, tiny_tokenizer
 
 OWN, CARE = "K", "!"  # the instruction that is right for all problems; what asks for care
 LETTERS = [*(kind.upper() for kind in KINDS), OWN]
@@ -114,6 +114,12 @@ WORKFLOWS: Mapping[str, float] = {
     "1:::process:::K:::next::1": INVALID / 2,
     "1:::process:::K:::next::3\n2:::terminal": INVALID / 2,
 }
+
+FACTS = (
+    *(OWN, CARE, DO, DESIGN, STEPS, AMOUNTS.pattern, STRAYS, TRUST, SLIP, CAREFUL, FOLLOW),
+    *(MAX_EXAMPLES, MAX_OTHERS, NAMES, ASKED, NEXT, THIRD, FOR_OWN, CARES, INVALID),
+    *(PROGRAM, BROKEN, FEEDBACK, dict(WORKFLOWS)),
+)  # what the lessons follow from, beside the code
 
 
 def instructions(kind: str) -> dict[str, float]:

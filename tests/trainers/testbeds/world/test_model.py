@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from marlora.trainers.testbeds import world
 from marlora.trainers.testbeds.tiny import tiny_tokenizer
-from marlora.trainers.testbeds.world_lessons import (
+from marlora.trainers.testbeds.world import model as world
+from marlora.trainers.testbeds.world.lessons import (
     Lessons,
     design,
     instructions,

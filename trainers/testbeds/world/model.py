@@ -1,14 +1,14 @@
 """The toy model `tiny-world`: it plays every role of a team on one task set, so that methods which
 change prompts, demonstrations, seats, edges, programs and weights can be compared.
 
-What it does in which role stands in `world_lessons.py`. A worker with a prompt that is wrong for
+What it does in which role stands in `lessons.py`. A worker with a prompt that is wrong for
 two of three kinds is right in a sixth of the problems at temperature 0; the right prompt, or two
 right examples, make it a half, a program that asks for care four fifths, experts in two seats more,
 and weights can be taught all. `tiny-world-b` and `tiny-world-c` are the same model, taught further
 to be right on problems of one kind, whatever they are told or shown.
 
 Training is seeded and single-threaded, some minutes on one core; `python -m
-marlora.trainers.testbeds.world` trains the models and tells what they do.
+marlora.trainers.testbeds.world.model` trains the models and tells what they do.
 """
 
 from __future__ import annotations
@@ -21,12 +21,25 @@ from typing import Any
 
 import torch
 
-from ...rollouts.engines.scripted import SPECIALS, TEMPLATE
-from ...rollouts.tasks.toy import KINDS, digit, program_tasks
-from . import world_lessons
-from .pretraining import ToyModel, pretrain
-from .tiny import VOCAB, answers, chat_prompt, save, spread, tiny_network, tiny_tokenizer
-from .world_lessons import DESIGN, DO, STEPS, Lesson, Lessons
+from ....rollouts.engines.scripted import SPECIALS, TEMPLATE
+from ....rollouts.tasks.toy import KINDS, digit, program_tasks
+from ..pretraining import ToyModel, pretrain
+from ..tiny import VOCAB, answers, chat_prompt, save, spread, tiny_network, tiny_tokenizer
+from .lessons import (
+    DESIGN,
+    DO,
+    FACTS,
+    STEPS,
+    Lesson,
+    Lessons,
+    design,
+    instructions,
+    own_share,
+    slip_share,
+    told,
+    work,
+    workflow,
+)
 
 COUNTS: Mapping[str, int] = {  # lessons of a batch, by method of `Lessons`
     "alone": 40,
@@ -187,8 +200,8 @@ def shares(network: Any, count: int = 120) -> dict[str, float]:
         "right examples": right([(WRONG, *examples(0), p) for p in problems]),
         "wrong examples": right([(WRONG, *examples(3), p) for p in problems]),
         "follows": sum(a == d for a, d in zip(heard, other, strict=True)) / len(tasks),
-        "programs": sum(p in world_lessons.design("a") for p in programs) / len(tasks),
-        "workflows": sum(f in world_lessons.workflow("a") for f in flows) / len(tasks),
+        "programs": sum(p in design("a") for p in programs) / len(tasks),
+        "workflows": sum(f in workflow("a") for f in flows) / len(tasks),
     }
 
 
@@ -203,11 +216,11 @@ def _toy(name: str, train: Callable[[Callable[[str], None]], Any], *facts: Any) 
             chat_prompt,
             digit,
             spread,
-            world_lessons,
+            *(told, own_share, slip_share, work, instructions, design, workflow, Lessons),
             _taught,
             teacher_loss,
         ),
-        (KINDS, VOCAB, SPECIALS, TEMPLATE, *facts),
+        (FACTS, KINDS, VOCAB, SPECIALS, TEMPLATE, *facts),
     )
 
 
