@@ -248,15 +248,20 @@ class Trainer(Generic[C]):
         episodes: Sequence[Episode],
         advantages: Advantages | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """`policies` of the step's metrics: per trainable policy what its update did, and the
-        shares of its turns cut off or silent."""
+        """`policies` of the step's metrics: per trainable policy what its update did, how often it
+        was called, and the shares of its turns that were truncated and of constant groups."""
         spoken = self.run.learner.spoken_policies
+        agents = {
+            name: [agent for agent, policy in spoken.items() if policy == name]
+            for name in self.run.learner.trainable
+        }
         return {
             name: {
                 **metrics(done.get(name)),
-                **shares_of(episodes, [a for a, p in spoken.items() if p == name], advantages),
+                **calls_of(episodes, own),
+                **shares_of(episodes, own, advantages),
             }
-            for name in self.run.learner.trainable
+            for name, own in agents.items()
         }
 
     def contributions(self) -> dict[str, Any]:
@@ -296,11 +301,19 @@ def metrics(result: UpdateResult | None) -> Mapping[str, Any]:
     }
 
 
+def calls_of(episodes: Sequence[Episode], agents: Sequence[str]) -> dict[str, float]:
+    """How often the agents were called in an episode, its children included; nothing without
+    episodes."""
+    parents = sum(episode.parent is None for episode in episodes)
+    calls = {(e.id, turn.index) for e in episodes for turn in e.turns if turn.agent in agents}
+    return {"calls_per_episode": len(calls) / parents} if parents else {}
+
+
 def shares_of(
     episodes: Sequence[Episode], agents: Sequence[str], advantages: Advantages | None
 ) -> dict[str, float]:
-    """Share of the agents' turns that were cut off, and (given advantages) of groups whose
-    comparison taught them nothing."""
+    """Share of the agents' turns that were truncated, and (given advantages) of constant groups,
+    whose comparison taught them nothing."""
     turns = [turn for episode in episodes for turn in episode.turns if turn.agent in agents]
     compared = groups(episodes)
     shares = {
@@ -308,7 +321,7 @@ def shares_of(
     }
     if advantages is None:
         return shares
-    silent = sum(
+    constant = sum(
         not any(
             advantages.get((e.id, t.index, t.sibling))
             for e in group
@@ -317,4 +330,4 @@ def shares_of(
         )
         for group in compared.values()
     )
-    return {**shares, "constant_groups": silent / max(len(compared), 1)}
+    return {**shares, "constant_groups": constant / max(len(compared), 1)}

@@ -43,6 +43,7 @@ class Batch:
     target: [N] the sampled token.
     behaviour: [N] its log-probability when sampled.
     advantage, temperature: [N].
+    calls: [N] how often the policy was called in the term's episode.
     sequence: [N] number 0 .. S-1 of its turn within the batch; a turn is never split between
         batches.
     turns: S pairs (episode id, turn index), for messages and dumps.
@@ -63,6 +64,7 @@ class Batch:
     behaviour: torch.Tensor
     advantage: torch.Tensor
     temperature: torch.Tensor
+    calls: torch.Tensor
     sequence: torch.Tensor
     turns: tuple[tuple[str, int], ...]
     token_index: torch.Tensor
@@ -315,7 +317,7 @@ def _batch(policy: str, rows: list[_Row], starts: dict[int, list[int]]) -> Batch
     length = max(len(r.ids) for r in rows)
     shared = not rows[0].plain
     terms: list[tuple[int, int, int, int]] = []  # row, column, target, sequence
-    values: list[tuple[float, float, float]] = []  # behaviour, advantage, temperature
+    values: list[tuple[float, ...]] = []  # behaviour, advantage, temperature, calls
     turns: list[tuple[str, int]] = []
     token_index: list[int] = []
     for r, row in enumerate(rows):
@@ -331,10 +333,15 @@ def _batch(policy: str, rows: list[_Row], starts: dict[int, list[int]]) -> Batch
                         turns.append((sample.episode, turn))
                     terms.append((r, columns[i - 1], sample.ids[i], numbers[turn]))
                     values.append(
-                        (sample.logprobs[i], sample.advantages[i], sample.temperatures[i])
+                        (
+                            sample.logprobs[i],
+                            sample.advantages[i],
+                            sample.temperatures[i],
+                            sample.calls,
+                        )
                     )
     row_, column, target, sequence = torch.tensor(terms, dtype=torch.long).unbind(1)
-    behaviour, advantage, temperature = torch.tensor(values, dtype=torch.float32).unbind(1)
+    behaviour, advantage, temperature, calls = torch.tensor(values, dtype=torch.float32).unbind(1)
 
     def grid(get: Callable[[_Row], Sequence[int]]) -> torch.Tensor:
         return torch.tensor(
@@ -353,6 +360,7 @@ def _batch(policy: str, rows: list[_Row], starts: dict[int, list[int]]) -> Batch
         behaviour=behaviour,
         advantage=advantage,
         temperature=temperature,
+        calls=calls,
         sequence=sequence,
         turns=tuple(turns),
         token_index=torch.tensor(token_index),

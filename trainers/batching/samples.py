@@ -10,7 +10,7 @@ agent's policy sampled in turns that are trained; prompts, tools, other agents a
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,7 @@ class TrainingSequence:
     advantages: of the token's turn.
     temperatures: it was sampled at.
     sequence: index of its turn.
+    calls: how often the policy was called in the episode, whoever spoke as it.
     siblings: (turn index, sibling) of those trained turns that are not their call's first answer.
     """
 
@@ -41,6 +42,7 @@ class TrainingSequence:
     temperatures: tuple[float, ...]
     sequence: tuple[int, ...]
     siblings: tuple[tuple[int, int], ...] = ()
+    calls: int = 1
 
     @property
     def num_trained(self) -> int:
@@ -128,12 +130,13 @@ class _Segment:
         self.temperatures.append(temperature)
         self.sequence.append(sequence)
 
-    def sample(self) -> TrainingSequence:
+    def sample(self, calls: int) -> TrainingSequence:
         """The finished sample, without the tokens after the last trained one."""
         end = max(i for i, m in enumerate(self.mask) if m) + 1
         columns = ("ids", "mask", "logprobs", "advantages", "temperatures", "sequence")
         cut: dict[str, Any] = {name: tuple(getattr(self, name)[:end]) for name in columns}
-        return TrainingSequence(self.policy, self.episode, siblings=tuple(self.siblings), **cut)
+        siblings = tuple(self.siblings)
+        return TrainingSequence(self.policy, self.episode, siblings=siblings, calls=calls, **cut)
 
 
 def samples(
@@ -167,10 +170,12 @@ def samples(
     spoken = {*policy_of.values(), *learning} if ratios else set()
     for episode in episodes:
         open_by_agent: dict[str, list[_Segment]] = {}
+        calls: dict[str, set[int]] = defaultdict(set)  # of each policy: its turns
         for turn in episode.turns:
             policy = turn.policy if turn.policy in spoken else policy_of.get(turn.agent)
             if policy is None:
                 continue
+            calls[policy] |= {turn.index}
             key = (episode.id, turn.index, turn.sibling)
             advantage = advantages.get(key, 0.0)
             if not math.isfinite(advantage):
@@ -189,7 +194,10 @@ def samples(
                 dropped[turn.agent, reason] += 1
             segment.add_context(turn.token_ids)
         sequences += [
-            s.sample() for segments in open_by_agent.values() for s in segments if any(s.mask)
+            s.sample(len(calls[s.policy]))
+            for segments in open_by_agent.values()
+            for s in segments
+            if any(s.mask)
         ]
     return sequences, dropped
 

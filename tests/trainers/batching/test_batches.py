@@ -130,7 +130,7 @@ def left_padded(samples: list[TrainingSequence]) -> Batch:
         torch.cat([b.column + g for b, g in zip(rows, gaps, strict=True)]),
         *(
             torch.cat([getattr(b, n) for b in rows])
-            for n in ("target", "behaviour", "advantage", "temperature")
+            for n in ("target", "behaviour", "advantage", "temperature", "calls")
         ),
         torch.cat([b.sequence + o for b, o in zip(rows, offsets, strict=True)]),
         tuple(t for b in rows for t in b.turns),

@@ -258,3 +258,19 @@ def test_a_turn_of_another_policy_that_goes_on_from_the_answer_is_not_trained() 
         turn(1, "solver", [1, 2, 10, 4], [11], policy="solver"),
     )
     assert made == [] and dropped == {("solver", "saw the answer"): 2}
+
+
+def test_calls_are_those_of_the_policy_in_the_episode_whoever_spoke_as_it() -> None:
+    """Solver speaks twice and critic once; siblings are answers to one call; with one policy for
+    both, it was called three times. What is not trained was a call all the same."""
+    e = two_agents()
+    credits = {("e", 0, 0): 1.0, ("e", 1, 0): 1.0, ("e", 2, 0): 1.0}
+    own, _ = samples([e], credits, POLICY)
+    assert {s.policy: s.calls for s in own} == {"solver": 2, "critic": 1}
+    shared, _ = samples([e], credits, {"solver": "team", "critic": "team"})
+    assert [s.calls for s in shared] == [3, 3]
+    part, _ = samples([e], {("e", 0, 0): 1.0}, POLICY)
+    assert [s.calls for s in part] == [2]
+    fan = [turn(0, "solver", [1], [k], sibling=k, taken=k == 0) for k in range(3)]
+    answers, _ = both(*fan)
+    assert len(answers) == 3 and {s.calls for s in answers} == {1}

@@ -12,7 +12,7 @@ from marlora.rollouts.report.findings import settings_to_change
 from marlora.rollouts.types import Episode
 from marlora.trainers.config import RunConfig
 from marlora.trainers.monitoring.alarms import Alarms
-from marlora.trainers.trainer import shares_of
+from marlora.trainers.trainer import calls_of, shares_of
 
 GOOD = {
     "tokens": 9,
@@ -171,3 +171,17 @@ def test_a_mismatch_names_the_settings_to_change(config: dict[str, str], told: s
 def test_the_settings_that_a_mismatch_names_exist() -> None:
     fields = {field.name for field in dataclasses.fields(RunConfig)}
     assert {"layout", "dtype", "engine", "proof_every"} <= fields
+
+
+def test_calls_per_episode_by_hand() -> None:
+    """Two episodes: a speaks twice and once more in a child, b once with two siblings."""
+    turns = (Turn(0, "a"), Turn(1, "b"), Turn(1, "b", sibling=1), Turn(2, "a"))
+    episodes = [
+        Episode("e0", "g", Task("t", ""), turns=turns),
+        Episode("e0/child", "g", Task("t", ""), turns=(Turn(0, "a"),), parent="e0"),
+        Episode("e1", "g", Task("t", "")),
+    ]
+    assert calls_of(episodes, ["a"]) == {"calls_per_episode": 1.5}
+    assert calls_of(episodes, ["b"]) == {"calls_per_episode": 0.5}
+    assert calls_of(episodes, ["a", "b"]) == {"calls_per_episode": 2.0}
+    assert calls_of([], ["a"]) == {}

@@ -389,3 +389,52 @@ def test_what_is_not_finite_is_named(bad):
 def test_bad_settings(config, message):
     with pytest.raises(SettingError, match=message):
         LossConfig(**config)
+
+
+# a policy's calls in an episode
+
+
+def divided(calls: list[float], **config) -> tuple[float, list[float]]:
+    """Loss and d loss / d logp where nothing has moved, with terms of 2 calls and of 1."""
+    x = torch.tensor(OLD, requires_grad=True)
+    inputs = example().inputs(x, -x, TOTAL, torch.tensor(REF))
+    loss, _ = policy_loss(
+        dataclasses.replace(inputs, calls=torch.tensor(calls)),
+        LossConfig(**({"normalize_by_calls": True, "max_completion_length": 4} | config)),
+    )
+    loss.backward()
+    return loss.item(), x.grad.tolist()
+
+
+@pytest.mark.parametrize(
+    ("config", "loss", "gradient"),
+    [
+        # terms -1/2 three times and +1 twice: (-3/2 + 2) / 5
+        ({"loss_type": "dapo"}, 0.1, [-0.1] * 3 + [0.2] * 2),
+        # means of turns -1/2 and +1, over two turns
+        ({"loss_type": "grpo"}, 0.25, [-0.5 / 6] * 3 + [0.25] * 2),
+        # over two turns of four tokens
+        ({"loss_type": "dr_grpo"}, 0.0625, [-0.0625] * 3 + [0.125] * 2),
+        # -A x log-prob: (3.5 / 2 - 1.9) / 5
+        ({"loss_type": "cispo", "epsilon_high": 5.0}, -0.03, [-0.1] * 3 + [0.2] * 2),
+    ],
+)
+def test_terms_are_divided_by_the_calls_of_their_episode(
+    config: dict, loss: float, gradient: list[float]
+) -> None:
+    """The first turn's episode has two calls, the second one's one; by hand, ratio 1."""
+    value, found = divided([2.0, 2.0, 2.0, 1.0, 1.0], **config)
+    assert value == pytest.approx(loss, abs=1e-6) and found == pytest.approx(gradient, abs=1e-6)
+
+
+def test_kl_and_entropy_are_divided_too_and_one_call_changes_nothing() -> None:
+    """With twice the calls everywhere, loss and gradient are half of those with one."""
+    rich = {"beta": 0.3, "entropy_coef": 0.1}
+    once, twice = divided([1.0] * 5, **rich), divided([2.0] * 5, **rich)
+    assert twice[0] == pytest.approx(once[0] / 2, abs=1e-6)
+    assert twice[1] == pytest.approx([g / 2 for g in once[1]], abs=1e-6)
+    assert once == divided([1.0] * 5, **rich, normalize_by_calls=False)
+    assert once == divided([7.0] * 5, **rich, normalize_by_calls=False)
+    x = torch.tensor(OLD)
+    with pytest.raises(SettingError, match=r"normalize_by_calls: needs LossInputs\.calls"):
+        policy_loss(example().inputs(x, -x, TOTAL), LossConfig(normalize_by_calls=True))

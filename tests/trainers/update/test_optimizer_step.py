@@ -3,12 +3,14 @@ on."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 from marlora.agents.types import AdapterSpec, PolicySpec
+from marlora.trainers.batching.batches import pack, split_over_ranks
 from marlora.trainers.batching.samples import TrainingSequence
 from marlora.trainers.distributed.ranks import Ranks
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig
@@ -87,6 +89,31 @@ SAMPLES = [sample("a", k) for k in range(7)]
 def test_accumulation_does_not_change_the_gradient(tokens: int) -> None:
     whole = step(make(), SAMPLES)["a"]
     assert relative(step(make(tokens_per_batch=tokens), SAMPLES)["a"], whole) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [12, 30, 8192])
+def test_division_by_calls_does_not_depend_on_packing_or_ranks(tokens: int) -> None:
+    """It is the gradient of advantages divided by hand, however samples are packed; and what two
+    ranks have of the terms is all of them, each with the calls of its episode."""
+    called = [dataclasses.replace(s, calls=1 + k % 3) for k, s in enumerate(SAMPLES)]
+    divided = [
+        dataclasses.replace(s, advantages=tuple(a / (1 + k % 3) for a in s.advantages))
+        for k, s in enumerate(SAMPLES)
+    ]
+    whole = step(make(), divided)["a"]
+    found = step(make(tokens_per_batch=tokens, normalize_by_calls=True), called)["a"]
+    assert relative(found, whole) < 1e-6
+    assert relative(step(make(), called)["a"], whole) > 0.1
+    ranks = split_over_ranks(pack(called, max_tokens=tokens, parts=2), 2)
+    of = {s.episode: s.calls for s in called}
+    terms = [
+        (float(b.calls[n]), of[b.turns[int(b.sequence[n])][0]])
+        for share in ranks
+        for b in share
+        for n in range(b.num_terms)
+    ]
+    assert all(share for share in ranks) and len(terms) == sum(s.num_trained for s in called)
+    assert all(got == expected for got, expected in terms)
 
 
 def test_other_agents_do_not_change_the_gradient() -> None:

@@ -30,6 +30,7 @@ class LossInputs:
     policy: the policy that learns.
     token_index: [N] the term's number among all trained tokens of the step's sequences of this
         policy: indexes numbers that a method keeps per trained token.
+    calls: [N] how often the policy was called in the term's episode, whoever spoke as it.
     """
 
     logp: torch.Tensor
@@ -41,6 +42,7 @@ class LossInputs:
     reference: torch.Tensor | None = None
     policy: str = ""
     token_index: torch.Tensor | None = None
+    calls: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -62,6 +64,7 @@ class LossInputs:
             reference,
             batch.policy,
             batch.token_index,
+            batch.calls,
         )
 
 

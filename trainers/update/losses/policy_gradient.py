@@ -94,6 +94,12 @@ class LossConfig(Settings):
     entropy_coef: float = setting(
         "weight of the mean token entropy that is subtracted from the loss", 0.0
     )
+    normalize_by_calls: bool = setting(
+        "divide a policy's terms by how often it was called in their episode, so that an episode"
+        " with many calls weighs no more than one with few (Adam does not see a factor that all"
+        " episodes have)",
+        False,
+    )
 
     def check(self) -> None:
         if self.loss_type == "cispo" and self.epsilon_high is None:
@@ -140,9 +146,11 @@ def policy_loss(
             )  # one garbage token must not rule the KL
             kl = kl * (ratio if cap is None else ratio.clamp(max=cap))
         loss = loss + config.beta * kl
-    value = _reduce(loss, inputs.sequence, config, inputs.total)
+    share = _share_of_calls(inputs, config)
+    value = _reduce(loss * share, inputs.sequence, config, inputs.total)
     if config.entropy_coef:
-        value = value - config.entropy_coef * inputs.entropy.sum() / inputs.total.tokens
+        entropy = (inputs.entropy * share).sum()
+        value = value - config.entropy_coef * entropy / inputs.total.tokens
     stats |= mismatch_stats(
         logp.detach(), inputs.entropy.detach(), inputs.behaviour, inputs.sequence
     )
@@ -150,6 +158,18 @@ def policy_loss(
     return value, {
         key: item if key == "dlogp_histogram" else item.double() for key, item in stats.items()
     }
+
+
+def _share_of_calls(inputs: LossInputs, config: LossConfig) -> torch.Tensor:
+    """1 / calls of every term [N] with `normalize_by_calls`, else 1."""
+    if not config.normalize_by_calls:
+        return torch.ones_like(inputs.behaviour)
+    if inputs.calls is None:
+        raise SettingError(
+            "normalize_by_calls: needs LossInputs.calls, how often the policy was called in each"
+            " term's episode; `LossInputs.of` takes it from the batch"
+        )
+    return 1 / inputs.calls
 
 
 def _surrogate(
