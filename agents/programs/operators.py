@@ -152,7 +152,7 @@ class OperatorCall:
         turn = await agent.reply(text, reads=context.reads(quoted), sampling=sampling, index=index)
         context.turns.append(turn)
         self.turns.append(turn)
-        return turn.text
+        return whole_characters(turn.text)
 
     async def run(self, program: str) -> tuple[bool, str]:
         """Run plain Python in the sandbox: (did it end well, what it printed or why not)."""
@@ -226,7 +226,12 @@ def text_of(value: Any, name: str, longest: int) -> str:
         raise ProgramError(f"{name}: expected a text, got a {type(value).__name__}")
     if len(text := str(value)) > longest:
         raise ProgramError(f"{name}: a text of {len(text)} characters; at most {longest} are read")
-    return text.encode("utf-8", "replace").decode()  # lone surrogates
+    return whole_characters(text)
+
+
+def whole_characters(text: str) -> str:
+    """The text with `?` in place of lone surrogates, which a program cannot be given."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _listed(value: Any, name: str) -> Sequence[Any]:
