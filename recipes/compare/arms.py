@@ -38,7 +38,8 @@ OF_THE_TEAM = {
     "chat_template_kwargs",
 }
 # what an arm may change of a policy, and of an agent: whether agents share weights is a method's.
-# An arm with a system of its own (a method whose structure is new) has agents of its own.
+# An arm with a system of its own (a method whose structure is new) has agents of its own, and may
+# name the models that they are.
 OF_A_POLICY = ("trainable", "adapter", "learning_rate")
 OF_AN_AGENT = ("policy",)
 OF_A_SYSTEM = ("agents", "values")
@@ -121,7 +122,8 @@ def check_arm_settings(where: str, given: Mapping[str, Any]) -> None:
             " others"
         )
     of_an_agent = [("agents", OF_AN_AGENT)] if not own_system else []
-    for key, allowed in [("policies", OF_A_POLICY), *of_an_agent]:
+    of_a_policy = (*OF_A_POLICY, "base") if own_system else OF_A_POLICY
+    for key, allowed in [("policies", of_a_policy), *of_an_agent]:
         for name, spec in mapping(f"{where}.settings.{key}", given.get(key)).items():
             known_keys(f"{where}.settings.{key}.{name}.", mapping(name, spec), allowed)
 

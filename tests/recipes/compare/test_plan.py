@@ -108,6 +108,7 @@ def test_an_arm_may_have_a_system_of_its_own(tmp_path: Path) -> None:
     own = {
         "system": {"class": "marlora.agents.patterns.swarm:Swarm", "agents": ["a", "b"]},
         "agents": {"a": {"prompt": "x"}},
+        "policies": {"b": {"base": "tiny-first", "trainable": False}},
     }
     agents = {"first": {"prompt": "first"}}
     of_team = team(agents=agents, values={"last.prompt": "y"}, policies={"pool": {"base": "tiny"}})
@@ -115,7 +116,8 @@ def test_an_arm_may_have_a_system_of_its_own(tmp_path: Path) -> None:
     made = plan(tmp_path, team=of_team, arms=arms)
     swarm, sft = (made.settings_of(run) for run in made.runs())
     assert swarm["system"] == own["system"] and swarm["agents"] == own["agents"]
-    assert "values" not in swarm and swarm["policies"] == {"pool": {"base": "tiny"}}
+    assert "values" not in swarm
+    assert swarm["policies"] == {"pool": {"base": "tiny"}, **own["policies"]}
     assert swarm["tasks"] == sft["tasks"] and swarm["rewards"] == sft["rewards"]
     assert sft["agents"] == agents and sft["values"] == {"last.prompt": "y"}
     assert made.arms["swarm"].system.endswith("Swarm") and not made.arms["sft"].system
