@@ -46,7 +46,7 @@ COUNTS: Mapping[str, int] = {  # lessons of a batch, by method of `Lessons`
     "after_examples": 12,
     "among_others": 12,
     "program": 8,
-    "workflow": 2,
+    "workflow": 3,
 }
 WRONG, RIGHT = "a1b7c2", "a1b4c7"  # prompts of a worker
 EXPERT_COUNTS: Mapping[str, int] = {"alone": 24, "after_examples": 8, "among_others": 16}
@@ -61,8 +61,8 @@ class WorldConfig:
     matrices at the start.
     """
 
-    steps: int = 480
-    learning_rate: float = 4e-3
+    steps: int = 420
+    learning_rate: float = 3e-3
     warmup: int = 40
     max_excess: float = 0.18
     hidden_size: int = 128
@@ -112,8 +112,9 @@ def _taught(
 
 
 def teacher_loss(network: Any, lessons: Sequence[Lesson]) -> tuple[torch.Tensor, float]:
-    """Cross-entropy of the replies in nats per lesson, with the teacher's shares as targets at
-    every place; and by how much it exceeds their entropy."""
+    """Cross-entropy of the replies, with the teacher's shares as targets at every place: of each
+    reply its sum by the root of its length, so that long ones do not drown the others. And by how
+    much it exceeds the targets' entropy, in nats per reply."""
     width = max(len(each.prompt) + len(each.reply) for each in lessons)
     rows = [each.prompt + each.reply for each in lessons]
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
@@ -129,9 +130,11 @@ def teacher_loss(network: Any, lessons: Sequence[Lesson]) -> tuple[torch.Tensor,
     hidden = network.model(input_ids=ids).last_hidden_state
     at = hidden[[row for row, _, _ in places], [column for _, column, _ in places]]
     told = torch.log_softmax(network.lm_head(at), -1)
-    loss = -(targets * told).sum() / len(lessons)
-    entropy = -(targets * targets.clamp(min=1e-30).log()).sum() / len(lessons)
-    return loss, float(loss.detach() - entropy)
+    costs = -(targets * told).sum(-1)
+    entropies = -(targets * targets.clamp(min=1e-30).log()).sum(-1)
+    roots = torch.tensor([len(lessons[row].reply) ** 0.5 for row, _, _ in places])
+    loss = (costs / roots).sum() / len(lessons)
+    return loss, float((costs.detach() - entropies).sum()) / len(lessons)
 
 
 # experts
