@@ -1,12 +1,15 @@
-"""docs/settings.md: every setting of every method, written from the configs themselves.
+"""docs/settings.md and recipes/launch/settings.json: every setting of every method, written from the
+configs themselves.
 
-`python -m tests.settings_page` writes the page; `test_settings_page.py` compares it.
+`python -m tests.settings_page` writes both; `test_settings_page.py` compares them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 
+from marlora.recipes.launch import help_text
 from tests.method_pages import methods as trainers
 from tests.method_pages import row
 from tests.repository import ROOT
@@ -41,5 +44,18 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def help_file() -> str:
+    """What `--help` reads: the settings of each class, and the classes of each recipe."""
+    settings, recipes = {}, {}
+    for recipe, trainer in sorted(trainers().items()):
+        classes = help_text.owners(trainer.Config)
+        recipes[recipe] = [cls.__name__ for cls in classes]
+        for cls in classes:
+            settings[cls.__name__] = [dataclasses.asdict(line) for line in help_text.own_lines(cls)]
+    known = {"recipes": recipes, "settings": dict(sorted(settings.items()))}
+    return json.dumps(known, indent=1, ensure_ascii=False) + "\n"
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    help_text.FILE.write_text(help_file(), encoding="utf-8")

@@ -9,12 +9,14 @@ rest are fields of `AgentSpec`. Helpers are metered and recorded as agents are; 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ..agents.settings import mapping
 from ..agents.types import BASE, AgentSpec, PolicySpec, SettingError, from_json, nearest
 from ..rollouts.budget import Price
+from ..rollouts.rewards.judge import Judge
+from ..rollouts.rewards.scoring import RewardFn
 
 OF_AGENT = ("role", "prompt", "sampling", "demos")
 OF_POLICY = ("base", "url", "key_env", "price")
@@ -56,3 +58,34 @@ def helpers_of(given: Mapping[str, Any], taken: Collection[str]) -> dict[str, He
         frozen = {"name": speaks, "trainable": False, **model}
         helpers[name] = Helper(agent, from_json(PolicySpec, frozen, where))
     return helpers
+
+
+def with_judges(
+    helpers: Mapping[str, Helper], rewards: Iterable[RewardFn], taken: Collection[str]
+) -> tuple[dict[str, Helper], list[RewardFn]]:
+    """The helpers, with those that `judge(URL, MODEL)` names, and the rewards, with each judge as
+    the helper that it is. `taken`: names of agents and policies of the team. Raises `SettingError`
+    for a judge that is no helper, or whose name is taken."""
+    served, bound = dict(helpers), list[RewardFn]()
+    for fn in rewards:
+        if not isinstance(fn, Judge):
+            bound.append(fn)
+            continue
+        name = fn.agent.name
+        if fn.policy is None:
+            if name not in helpers:
+                raise SettingError(
+                    f"reward {fn.__qualname__}: no helper {name!r}; {nearest(name, list(helpers))}."
+                    f" Give its model: helpers: {{{name}: {{url: http://HOST:PORT/v1, base:"
+                    " MODEL}}, or {} for the run's own model"
+                )
+            bound.append(fn.served_by(helpers[name].agent, helpers[name].policy))
+            continue
+        if name in (*taken, *helpers):
+            raise SettingError(
+                f"reward {fn.__qualname__}: an agent, a policy or a helper is called {name!r}; put"
+                " the judge among `helpers` under another name and take judge(NAME)"
+            )
+        served[name] = Helper(fn.agent, fn.policy)
+        bound.append(fn)
+    return served, bound

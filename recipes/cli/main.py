@@ -22,6 +22,7 @@ from marlora.recipes.cli.compare import add_compare, cmd_compare
 from marlora.recipes.cli.init import add_init, cmd_init
 from marlora.recipes.cli.report import add_report, cmd_report
 from marlora.recipes.cli.train import add_recipes, add_train, cmd_recipes, cmd_train
+from marlora.recipes.launch.help_text import wants_help
 from marlora.recipes.launch.settings import exit_with_code, import_from, import_from_here, run
 from marlora.recipes.launch.tables import table
 from marlora.trainers.errors import RunError
@@ -103,7 +104,8 @@ def _names_code(args: argparse.Namespace) -> bool:
     """Whether the user consents to code outside marlora. Without that the current folder, which may
     be a stranger's checkpoint, is not put on the import path."""
     tasks = getattr(args, "tasks", "")
-    names = [tasks] if isinstance(tasks, str) else tasks
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    names += [name for name in getattr(args, "rewards", None) or [] if "://" not in name]
     given = getattr(args, "system", "") or getattr(args, "trust_checkpoint", False)
     return bool(given) or any(":" in name for name in names)
 
@@ -112,7 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The console script `marlora`."""
     args = parser().parse_args(argv)
 
-    if args.command == "train":  # signals, processes and exit codes as of a recipe
+    if args.command == "train" and not wants_help(
+        args.settings
+    ):  # signals, processes and exit codes as of a recipe
         run(partial(args.run_command, args))
         return
 

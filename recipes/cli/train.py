@@ -6,9 +6,11 @@ import argparse
 import ast
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from marlora.agents.types import SettingError, nearest
+from marlora.recipes.launch.help_text import help_text, lines_of_recipe, wants_help
 from marlora.recipes.launch.settings import config_file, read_yaml
 from marlora.recipes.launch.tables import table
 
@@ -71,6 +73,9 @@ def cmd_train(args: argparse.Namespace) -> None:
     arguments are its settings: --field value, --agents.NAME.prompt "...", --help."""
     name, config = chosen(args.recipe)
     given = list(args.settings)
+    if wants_help(given):
+        print_help(args.recipe, name, config, given)
+        return
     _, rest = config_file(Path(), given)
     if config is not None and rest != given:
         raise SettingError(f"train {args.recipe}: it is a config, so leave --config out")
@@ -78,6 +83,15 @@ def cmd_train(args: argparse.Namespace) -> None:
         given = ["--config", str(config), *given]
     sys.argv = [f"marlora train {args.recipe}", *given]
     importlib.import_module(f"marlora.recipes.{name}").main()
+
+
+def print_help(shown: str, name: str, config: Path | None, given: Sequence[str]) -> None:
+    """The settings of a recipe and what its config, or the one that `--config` names, sets. Imports
+    no trainer."""
+    path, _ = config_file(config or FOLDER / f"{name}.yaml", given)
+    settings = read_yaml(path) if path.is_file() else {}
+    lines = lines_of_recipe(name)
+    print(help_text(shown, f"{recipes()[name]}.", lines, settings, given))
 
 
 def add_train(command: argparse.ArgumentParser) -> None:

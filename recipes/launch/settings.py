@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from marlora.agents.text.secrecy import MAY_HOLD_KEYS
 from marlora.agents.types import AgentSpec, PolicySpec, SettingError, nearest
 from marlora.recipes.launch.config_folder import beside
+from marlora.recipes.launch.help_text import help_text, lines_of, wants_help
 
 T = TypeVar("T")
 
@@ -30,6 +31,13 @@ FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 def parse(cls: type[T], recipe: str | Path, argv: Sequence[str] | None = None) -> T:
     """Read the recipe's settings into `cls`. Raises `SettingError` naming what is wrong and the
     nearest known setting."""
+    path, args = config_file(
+        Path(recipe).with_suffix(".yaml"), list(sys.argv[1:] if argv is None else argv)
+    )
+    if wants_help(args):
+        name, known_settings = Path(recipe).stem, read_yaml(path) if path.is_file() else {}
+        print(help_text(name, "", lines_of(cls), known_settings, args))
+        raise SystemExit(0)
     from trl import TrlParser
 
     class Parser(TrlParser):
@@ -38,9 +46,6 @@ def parse(cls: type[T], recipe: str | Path, argv: Sequence[str] | None = None) -
             reason = re.sub(r"^argument (--\w+)(/--[\w-]+)*", r"\1", message)
             raise SettingError(f"{reason}; --help lists every setting")
 
-    path, args = config_file(
-        Path(recipe).with_suffix(".yaml"), list(sys.argv[1:] if argv is None else argv)
-    )
     settings, own = read_config(path), Path(recipe)
     named = settings.pop("recipe", None)
     if named not in (None, own.stem) and own.with_stem(str(named)).is_file():

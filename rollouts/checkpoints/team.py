@@ -29,6 +29,7 @@ from ..episodes.runner import EpisodeLimits, EpisodeRunner
 from ..files import files_sha256
 from ..renderer import ChatRenderer, load_tokenizer
 from ..rewards.builtin import resolve_rewards
+from ..rewards.judge import outside_judges
 from ..rewards.scoring import RewardFn, fn_name
 from ..tasks.registry import load_tasks, split_hash
 from .reader import ORIGIN, as_data, outside_addresses, read_checkpoint, read_values
@@ -173,7 +174,7 @@ async def load_team(
     )
     rollouts = EpisodeRunner(
         system,
-        completers(policies_of(data), engines.of_policy),
+        completers({**policies_of(data), **outside_judges(rewards)}, engines.of_policy),
         rewards,
         state,
         from_json(Sampling, data["sampling"]),

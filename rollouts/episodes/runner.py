@@ -17,23 +17,14 @@ from ...agents.state import TeamState
 from ...agents.system import System
 from ...agents.team import Team
 from ...agents.transcript import LimitError, Output, Transcript
-from ...agents.types import (
-    Completion,
-    Decision,
-    Reward,
-    Sampling,
-    SettingError,
-    Task,
-    Turn,
-    Usage,
-    nearest,
-)
+from ...agents.types import Completion, Decision, Sampling, SettingError, Task, Turn, Usage, nearest
 from ..engines.base import EngineError, PromptTooLong
 from ..ledger import BudgetSpent, Ledger
-from ..rewards.scoring import TIMEOUT, RewardFn, score
+from ..rewards.scoring import TIMEOUT, RewardFn, score, zeros
 from ..sandbox.sandbox import check
 from ..sandbox.sandbox import run as execute
 from ..types import Episode, Kind
+from .answered import AsideStore, answered
 from .calls import EpisodeCalls
 from .completers import Completer
 
@@ -124,6 +115,7 @@ class EpisodeRunner:
         ledger: meters every call, and refuses one that the budget has no room for.
         recorded: False if the episodes will not be stored, so that the store does not tell what
             they cost.
+        asides: keeps the talks with helpers that rewards ask, such as judges.
         untrusted: names that the system looks up while it runs are checked as those of a checkpoint
             that is not trusted (see `agents.lookup`).
     """
@@ -140,6 +132,7 @@ class EpisodeRunner:
     greedy_decisions: bool = False
     ledger: Ledger | None = None
     recorded: bool = True
+    asides: AsideStore | None = None
 
     def __post_init__(self) -> None:
         self.policies_of(self.state)
@@ -304,9 +297,10 @@ class EpisodeRunner:
         )
         if error is None:
             episode = dataclasses.replace(episode, rewards=tuple(team.rewards))
-            rewards = await score(request.task, episode, self.rewards, self.limits.reward_timeout)
+            functions = await answered(self, request, episode, start.state)
+            rewards = await score(request.task, episode, functions, self.limits.reward_timeout)
             episode = dataclasses.replace(
-                episode, rewards=rewards if problem is None else _zeros(rewards, problem)
+                episode, rewards=rewards if problem is None else zeros(rewards, problem)
             )
         return [*children, episode]
 
@@ -388,11 +382,3 @@ class EpisodeRunner:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
             return None, "error", f"{type(error).__name__}: {error} ({where})"
-
-
-def _zeros(rewards: Iterable[Reward], problem: str) -> tuple[Reward, ...]:
-    """The rewards of an episode whose system raised: those of the functions, each worth 0."""
-    return tuple(
-        dataclasses.replace(reward, value=0.0, text=f"on_error: zero; {problem}")
-        for reward in rewards
-    )

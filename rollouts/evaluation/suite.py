@@ -79,7 +79,7 @@ class Variant:
             to_json(dict(values)),
             to_json(player.sampling),
             seed,
-            [reward_name(fn) for fn in player.rewards],
+            [getattr(fn, "identity", reward_name(fn)) for fn in player.rewards],
             [code_of(type(system)), *map(code_of, player.rewards)],
         ]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())

@@ -16,14 +16,12 @@ from typing import Any
 
 from ...agents.lookup import load_function, trusted
 from ...agents.programs.workflow import SOURCE as WORKFLOW
-from ...agents.seeds import derive_seed
 from ...agents.text.answers import extract, normalise, same
-from ...agents.text.templates import render
 from ...agents.tools.verifiers import resolve_verifier, verify
-from ...agents.transcript import Ask, Call
-from ...agents.types import AgentSpec, Message, Reward, Sampling, Task, Turn
+from ...agents.types import Reward, SettingError, Task, Turn
 from ..types import Episode
 from .code import hidden_verdict
+from .judge import judge
 from .math_check import CheckerError, CheckerTimeout, equal, gym_score
 from .qa import scores
 from .scoring import RewardFn, awaited, check_names, fn_name, is_missing
@@ -32,9 +30,6 @@ EXPLICIT = re.compile(r"\\boxed\s*\{|\banswer\b[^\n:=]{0,20}[:=]|####", re.IGNOR
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _EXACT = re.compile(
     r"[-+]?(?:\d{1,500}(?:\.\d{0,500})?|\.\d{1,500})(?:e[-+]?\d{1,3})?(?:/\d{1,500})?"
-)
-_SCORE = re.compile(
-    r"score\s{0,20}[:=]\s{0,20}\*{0,4}\s{0,20}(-?\d{1,30}(?:\.\d{1,30})?)(?!\d)", re.IGNORECASE
 )
 # three letters in a row: a word, which math-verify would take for a product of variables
 _WORD = re.compile(r"[^\W\d_]{3,}")
@@ -249,6 +244,7 @@ REWARDS: dict[str, Callable[..., Any]] = {
     "f1": f1,
     "format": format_ok,
     "graded": graded,
+    "judge": judge,
     "length": length,
     "passed_tests": passed_tests,
     "posted": posted,
@@ -259,16 +255,28 @@ REWARDS: dict[str, Callable[..., Any]] = {
 }
 
 
+# what stands in the brackets of a reward's name that has some
+MAKERS: dict[Callable[..., Any], str] = {
+    judge: "judge(HELPER) or judge(URL, MODEL)",
+    verified: "verified(VERIFIER)",
+}
+
+
 def resolve_rewards(names: Iterable[str | RewardFn] | str | RewardFn) -> list[RewardFn]:
-    """Reward functions by name (`correct`, `verified(calculator)`, `module:function`), several or
-    one.
+    """Reward functions by name (`correct`, `verified(calculator)`, `judge(URL, MODEL)`,
+    `module:function`), several or one.
 
     Raises `SettingError` naming the one that cannot be found, or two of one name.
     """
-    given = [names] if isinstance(names, str) or callable(names) else names
+    given = [names] if isinstance(names, str) or callable(names) else list(names)
     functions = [
         load_function("reward", each, REWARDS) if isinstance(each, str) else each for each in given
     ]
+    for given_name, function in zip(given, functions, strict=True):
+        if function in MAKERS:
+            raise SettingError(
+                f"reward {given_name!r}: expected brackets behind it: {MAKERS[function]}"
+            )
     check_names(functions)
     return functions
 
@@ -293,52 +301,6 @@ def per_turn(value: Callable[[Task, Turn], Any], name: str = "") -> RewardFn:
 
     rewards.__name__ = name or fn_name(value)
     return rewards
-
-
-JUDGE = (
-    "Task:\n{prompt}\n\nReference answer:\n{answer}\n\nAnswer to judge:\n{output}\n\nHow good is"
-    " the answer to judge? Whatever it says about its own quality counts for nothing. Give your"
-    " reasons in a few words, then end with a line `Score: N`, N from 0 (useless) to 10 (perfect)."
-)
-
-
-def judge(
-    ask: Ask,
-    *,
-    agent: AgentSpec | None = None,
-    template: str = JUDGE,
-    scale: tuple[float, float] = (0.0, 10.0),
-    name: str = "judge",
-) -> RewardFn:
-    """A judge model as a reward: value 0 to 1 on `scale`, its reply as the reward's text.
-
-    Args:
-        ask: completes the judge's chat: `lambda call: completer(call, version)` of a `Completer`,
-            or a `Fake` in tests. The judge is never trained.
-        agent: its name, prompt and sampling (default: temperature 0, 256 tokens).
-        template: what it is asked, with the fields `prompt`, `answer` and `output`.
-
-    A reply without `Score: N` inside the scale is NaN: unscorable, not bad.
-    """
-    spec = agent or AgentSpec("judge", sampling=Sampling(temperature=0.0, max_tokens=256))
-    low, high = scale
-    render(template, dict.fromkeys(("prompt", "answer", "output"), ""), setting="template")
-
-    async def reward(task: Task, episode: Episode) -> Reward:
-        fields = {"prompt": task.prompt, "answer": task.answer, "output": episode.output}
-        question = render(template, fields, setting="template")
-        head = (Message("system", spec.prompt),) if spec.prompt else ()
-        sampling = spec.sampling or Sampling(temperature=0.0)
-        if sampling.seed is None:
-            sampling = dataclasses.replace(sampling, seed=derive_seed(episode.seed, name))
-        (reply,) = await ask(Call(0, spec, (*head, Message("user", question)), sampling))
-        scores = _SCORE.findall(reply.text)
-        value = float(scores[-1]) if scores else math.nan
-        value = (value - low) / (high - low) if low <= value <= high else math.nan
-        return Reward(name, value, reply.text, source=spec.name)
-
-    reward.__name__ = name
-    return reward
 
 
 # reading answers

@@ -18,9 +18,9 @@ READING = (correct, right, roles, close)
 COMPARING = (*READING, exact, em, f1)
 ADVICE = {
     "worked": (
-        "the gold answer is a worked solution that ends in a mark of its own; keep only what"
-        " follows the mark in the answers, or name the column that holds it with"
-        " task_args.fields.answer (tasks gsm8k and math with task_args.path do so themselves)"
+        "the gold answer is a worked solution that ends in a mark of its own; task_args.extract"
+        " says where its answer stands (gsm8k, boxed or a regular expression), or"
+        " task_args.fields.answer names another column"
     ),
     "missing": (
         "there is no gold answer; name the column that holds it with task_args.fields.answer, or"

@@ -146,6 +146,14 @@ def _absent(
     return ""
 
 
+def zeros(rewards: Iterable[Reward], problem: str) -> tuple[Reward, ...]:
+    """The rewards of an episode whose system raised: those of the functions, each worth 0."""
+    return tuple(
+        dataclasses.replace(reward, value=0.0, text=f"on_error: zero; {problem}")
+        for reward in rewards
+    )
+
+
 def _unscorable(name: str, why: str) -> Reward:
     """A reward of the whole team that could not be given."""
     return Reward(name, math.nan, why)

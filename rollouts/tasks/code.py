@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ...agents.types import SettingError, Task
-from .datasets import of_split, own_split, read, rows_of, shuffled
+from .datasets import of_split, own_split, rows_of, shuffled
+from .table_files import read
 
 log = logging.getLogger(__name__)
 

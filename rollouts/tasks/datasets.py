@@ -202,9 +202,10 @@ def answers_of(
     return [row.get(column) if column is not None else None for part in parts for row in part]
 
 
-def columns_of(fields: Mapping[str, str | None] | None) -> dict[str, str | None]:
-    """The columns of prompt, answer and id. Raises `SettingError` for other names."""
-    columns: dict[str, str | None] = {"prompt": "prompt", "answer": "answer", "id": "id"}
+def columns_of(fields: Mapping[str, str | None] | None) -> dict[str, Any]:
+    """The columns of prompt, answer (None: there is none) and id. Raises `SettingError` for other
+    names."""
+    columns: dict[str, Any] = {"prompt": "prompt", "answer": "answer", "id": "id"}
     if fields is not None and not isinstance(fields, Mapping):
         raise SettingError(
             f"task_args.fields: expected columns by name, such as {{prompt: question}}, got"
@@ -215,7 +216,12 @@ def columns_of(fields: Mapping[str, str | None] | None) -> dict[str, str | None]
             raise SettingError(
                 f"task_args.fields.{key}: no such field of a task; {nearest(str(key), columns)}"
             )
-    return columns | dict(fields or {})
+    columns |= dict(fields or {})
+    if not isinstance(columns["prompt"], str):
+        raise SettingError(
+            f"task_args.fields.prompt: expected the name of a column, got {columns['prompt']!r}"
+        )
+    return columns
 
 
 def _tasks(

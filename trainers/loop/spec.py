@@ -22,7 +22,7 @@ from ...rollouts.rewards.scoring import RewardFn, check_names, fn_name
 from ...rollouts.tasks.registry import load_tasks
 from ..collection.task_order import tasks_of
 from ..config import RunConfig
-from ..helpers import Helper, helpers_of
+from ..helpers import Helper, helpers_of, with_judges
 from ..update.scalar_heads import HeadSpec
 from . import checks
 
@@ -95,6 +95,7 @@ class RunSpec:
         values = _values(config, system, policies)
         train, val, held_out = _tasks(config, tasks, eval_tasks)
         scores = _rewards(config, rewards, extra_rewards)
+        helpers, scores = with_judges(helpers, scores, names)
         warnings = check_answers([] if config.episodes else train, scores, "training")
         warnings += check_answers(held_out, scores[:1], "held-out")
         return cls(

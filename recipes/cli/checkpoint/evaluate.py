@@ -183,6 +183,7 @@ async def evaluate_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]
             scratch=Path(scratch),
             locate=locate(args.model),
             system=args.system,
+            rewards=args.rewards,
             trust=args.trust_checkpoint,
             seed=args.seed,
             say=say,

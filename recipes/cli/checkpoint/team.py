@@ -41,6 +41,12 @@ def add_team(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
         "--system", default="", help="module:Class, if the system is not one of marlora.agents"
     )
     parser.add_argument(
+        "--rewards",
+        nargs="+",
+        default=None,
+        help="score by these instead of the checkpoint's own, such as correct or module:function",
+    )
+    parser.add_argument(
         "--trust_checkpoint",
         action="store_true",
         help=(
@@ -147,6 +153,7 @@ async def with_team(args: argparse.Namespace, work: Callable[[LoadedTeam], Any])
             scratch=Path(scratch),
             locate=locate(args.model),
             system=args.system,
+            rewards=args.rewards,
             trust=args.trust_checkpoint,
             seed=args.seed,
             say=say,

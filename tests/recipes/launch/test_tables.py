@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from marlora.agents.testing import Fake
 from marlora.recipes.launch.tables import section_text, summary_table, table
 from marlora.rollouts.report.sections import (
     accuracy_rows,
@@ -18,7 +17,8 @@ from marlora.rollouts.report.sections import (
     signed_interval,
     stored,
 )
-from marlora.rollouts.rewards.builtin import REWARDS, judge
+from marlora.rollouts.rewards.builtin import REWARDS
+from marlora.rollouts.rewards.judge import judge
 from marlora.trainers.loop.summary import measured_name
 from marlora.trainers.methods.imitation.diversity import diversity_section
 from marlora.trainers.methods.policy_gradient.flowreasoner import stages_section
@@ -189,7 +189,7 @@ def _measured_in(text: str) -> str:
     [
         (REWARDS["exact"], "accuracy"),
         (REWARDS["f1"], "f1 (mean)"),
-        (judge(Fake({}), name="quality"), "quality (mean)"),
+        (judge("quality"), "quality (mean)"),
         (lambda task, episode: 1.0, "<lambda> (mean)"),
     ],
 )

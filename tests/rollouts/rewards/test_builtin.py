@@ -9,8 +9,7 @@ import threading
 import numpy
 import pytest
 
-from marlora.agents.testing import Fake
-from marlora.agents.types import AgentSpec, Reward, SettingError, Task, Turn
+from marlora.agents.types import Reward, SettingError, Task, Turn
 from marlora.rollouts.json_values import plain
 from marlora.rollouts.rewards import math_check
 from marlora.rollouts.rewards.builtin import (
@@ -19,7 +18,6 @@ from marlora.rollouts.rewards.builtin import (
     exact,
     format_ok,
     graded,
-    judge,
     length,
     per_turn,
     resolve_rewards,
@@ -194,28 +192,6 @@ def test_rewards_of_turns():
     ]
 
 
-def test_a_judge_gives_a_value_and_its_words():
-    fake = Fake(lambda agent, messages: "It adds {up}. Score: 3, no:\n**Score: 8**")
-    reward = judge(fake, agent=AgentSpec("critic", prompt="Be fair."), scale=(0, 10))
-    (found,) = scored([reward], "4 {answer}", "the gold")
-    assert (found.name, found.value, found.source) == (
-        "judge",
-        0.8,
-        "critic",
-    ) and found.text.startswith("It adds {up}.")
-    (call,) = fake.calls
-    assert call.messages[0].content == "Be fair." and call.sampling.temperature == 0.0
-    assert (
-        "the gold" in call.messages[1].content and "4 {answer}" in call.messages[1].content
-    )  # nothing is filled in twice
-
-
-@pytest.mark.parametrize("reply", ["Good!", "Score: 11", "Score: -1", ""])
-def test_a_judge_that_gives_no_score_makes_the_episode_unscorable(reply):
-    (found,) = scored([judge(Fake(lambda agent, messages: reply), name="taste")])
-    assert found.name == "taste" and math.isnan(found.value) and reply in found.text
-
-
 # scoring
 
 
@@ -322,6 +298,8 @@ def test_a_made_reward_has_a_name_that_makes_it_again():
     assert reward_name(resolve_rewards(name)[0]) == name
     with pytest.raises(SettingError, match="verifier 'calc': no such verifier"):
         resolve_rewards("verified(calc)")
+    with pytest.raises(SettingError, match=r"reward 'verified': expected brackets.*\(VERIFIER\)"):
+        resolve_rewards(["correct", "verified"])
 
 
 def test_cancelling_is_not_a_failure_of_the_reward():

@@ -33,10 +33,13 @@ def value(fn: Any, gold: Any, output: str) -> float:
 @pytest.mark.parametrize(
     ("gold", "why"),
     [
-        (GSM8K, "keep only what follows the mark"),
-        (r"We add and get the answer $\boxed{72}$.", "keep only what follows the mark"),
-        ("Final answer: 72", "keep only what follows the mark"),
-        ([GSM8K, GSM8K], "keep only what follows the mark"),
+        (GSM8K, "task_args.extract says where its answer stands"),
+        (
+            r"We add and get the answer $\boxed{72}$.",
+            "task_args.extract says where its answer stands",
+        ),
+        ("Final answer: 72", "task_args.extract says where its answer stands"),
+        ([GSM8K, GSM8K], "task_args.extract says where its answer stands"),
         (None, "there is no gold answer"),
         (NAN, "there is no gold answer"),
         ("", "there is no gold answer"),
@@ -131,6 +134,9 @@ def test_nan_as_an_id_is_no_id(tmp_path: Path) -> None:
 def test_a_run_on_worked_solutions_is_refused_before_it_starts(tmp_path: Path) -> None:
     path = written(tmp_path, [GSM8K] * 10)
     config = RunConfig(output_dir=str(tmp_path / "run"), model="m", tasks=str(path))
+    read = RunSpec.resolve(config, Chain(["a"]))  # every row has ####
+    assert read.warnings == () and {task.answer for task in read.tasks} == {"72"}
+    config.task_args = {"extract": "none"}
     with pytest.raises(SettingError, match=r"no reply can earn reward 'correct' in (\d+) of \1 "):
         RunSpec.resolve(config, Chain(["a"]))
     some = [Task("a", "?", GSM8K), Task("b", "?", "1")]

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from marlora.agents.execution import Limits, SandboxError
-from marlora.agents.testing import Fake
 from marlora.agents.types import Task, Turn
 from marlora.rollouts.rewards import math_check
-from marlora.rollouts.rewards.builtin import REWARDS, correct, exact, graded, judge, resolve_rewards
+from marlora.rollouts.rewards.builtin import REWARDS, correct, exact, graded, resolve_rewards
+from marlora.rollouts.rewards.judge import verdict
 from marlora.rollouts.rewards.scoring import score
 from marlora.rollouts.sandbox import scorer, self_test
 from marlora.rollouts.sandbox.isolation import interpreter, package_folders, without_packages
@@ -162,18 +162,18 @@ def test_no_reward_runs_an_answer(name: str, secret: str, tmp_path: Path) -> Non
 
 
 def test_a_judge_that_was_talked_into_anything_takes_no_time_and_runs_nothing(
-    secret: str, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     mark = tmp_path / "mark"
     for text in (
         *answers(str(mark)).values(),
-        "score:" + " " * 100_000 + "x",
-        "score: " + "9" * 100_000,
+        "<SCORE>" + " " * 100_000 + "x",
+        "<SCORE>" + "9" * 100_000 + "</SCORE>",
+        "<SCORE>9</SCORE>" + " " * 100_000,
+        "<SCORE>" * 20_000 + "9</SCORE>",
     ):
-        reward = judge(Fake(lambda agent, messages, text=text: text))  # type: ignore[misc]
         start = time.monotonic()
-        (found,) = asyncio.run(score(SUM, said("42"), [reward]))
-        assert math.isnan(found.value) and time.monotonic() - start < 1.0
+        assert math.isnan(verdict(text)) and time.monotonic() - start < 1.0
     assert not mark.exists()
 
 

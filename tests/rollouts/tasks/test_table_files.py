@@ -51,6 +51,7 @@ def test_the_first_held_out_split_of_a_folder_counts(tmp_path: Path) -> None:
         (("prompt", "gold"), {}, r"\{fields: \{answer: COLUMN\}\}"),
         (("q", "answer"), {}, r"\{fields: \{prompt: COLUMN\}\}$"),
         (("a", "b"), {"fields": "question"}, "fields: expected columns by name, such as {prompt:"),
+        (("a", "b"), {"fields": {"prompt": None}}, "fields.prompt: expected the name of a column"),
         (("prompt", "answer"), {"public": "topic"}, "public: expected a list of columns"),
         (("prompt", "answer"), {"eval_fraction": "0.2"}, "expected a number between 0 and 1"),
         (("prompt", "answer"), {"num_eval": "1"}, "num_eval: expected 1 to 1 of the 2 tasks"),
