@@ -29,6 +29,7 @@ from ..distributed.ranks import Ranks
 from ..errors import RunError
 from ..monitoring.run_log import RunLog
 from ..weight_sync.sync import WeightSync
+from .aside_store import StoredAsides
 from .asides import AsideNumbers, Question, answers, aside_requests
 from .async_rollouts import AsyncCollector, CollectedStep
 from .background import BackgroundLoop, BackgroundTask, StopSignal
@@ -115,6 +116,7 @@ class RolloutManager:
             config.seed,
             version_policy=config.pin,
             ledger=self.ledger,
+            asides=StoredAsides(self.store, self.keep, again=self.engines.deterministic),
         )
         self.ledger.replay(self.store)
         self._label = training_label(self.runner, weights_below(self.sync.learner), config.folder)
