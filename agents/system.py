@@ -75,6 +75,11 @@ class System:
         values of its own adds them."""
         return agent_params(self.specs)
 
+    def conflict(self, values: Mapping[str, Any]) -> str | None:
+        """Why these values by name are refused together, though their params take each of them;
+        None if they are not."""
+        return None
+
     async def run(self, task: Task, team: Team) -> Turn | Output | str:
         """The episode: asks the agents of `team` in whatever order and returns the team's output.
         `task` holds no answer."""

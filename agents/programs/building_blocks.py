@@ -154,6 +154,14 @@ class BuildingBlocks(System):
         known = VALUES[name]
         return None if value in known else f"expected one of {known}, got {value!r:.60}"
 
+    def conflict(self, values: Mapping[str, Any]) -> str | None:
+        """Blocks that need one another."""
+        try:
+            self.shape(values)
+        except SettingError as error:
+            return str(error)
+        return None
+
     def shape(self, values: Mapping[str, Any]) -> dict[str, int]:
         """The integer of every block: of these values, else the system's own. Raises
         `SettingError`."""

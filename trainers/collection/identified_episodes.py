@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ...agents.state import TeamState, content_key
+from ...agents.system import System
 from ...agents.types import BASE, Task
 from ...rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from ...rollouts.episodes.store import Store
 from ...rollouts.evaluation.suite import Variant, task_digest
 from ...rollouts.files import files_sha256
+from ...rollouts.rewards.scoring import RewardFn
 from ...rollouts.types import Episode, Kind
 from .. import checkpoint as ckpt
 from ..update.learner import Learner
@@ -28,26 +30,50 @@ FILE = "evaluations.json"  # in the run folder
 
 
 @dataclasses.dataclass(frozen=True)
-class Identified:
-    """Tasks to play with one state.
+class Play:
+    """What `RolloutManager.play` is to play.
 
     Args:
-        kind: `eval` of held-out tasks, `trial` of others.
-        n: episodes per task.
-        greedy: at temperature 0.
+        tasks: `n` episodes of each.
+        state: None: the one in force.
+        greedy: at temperature 0, decisions by the likeliest option.
+        kind: `trial` of a candidate, `eval` of held-out tasks, which costs no budget, `train` of
+            what is learnt from.
+        system: another system than the run's, played by the same policies. rewards: what its
+            episodes are scored by; None: the run's.
+        label: under which `RolloutManager.stored` and the report find them.
+        draws: names the random numbers; under another name the same state gives other episodes.
+        failures_count: stored episodes are taken also where every one of them failed, as those of
+            a trial are: for what learns from errors, which would pay for them again after a kill.
+    """
+
+    tasks: Sequence[Task]
+    state: TeamState | None = None
+    n: int = 1
+    greedy: bool = False
+    kind: Kind = "trial"
+    system: System | None = None
+    rewards: Sequence[RewardFn] | None = None
+    label: str = ""
+    draws: str = ""
+    failures_count: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Identified:
+    """What is played with one state.
+
+    Args:
+        runner, state: who plays.
+        what: the tasks, how often, and as what.
         bases: which base each policy is on, by the hash of its weights.
-        draws: names their random numbers: under another name they are other episodes.
     """
 
     runner: EpisodeRunner
     state: TeamState
-    tasks: Sequence[Task]
-    kind: Kind
-    n: int
-    greedy: bool
+    what: Play
     step: int
     bases: Mapping[str, str]
-    draws: str = ""
 
     @property
     def variant(self) -> Variant:
@@ -58,29 +84,30 @@ class Identified:
     @property
     def key(self) -> str:
         """16 hex digits of what the answers to any task depend on."""
-        return self.variant.key(self.runner.seed, self.greedy)
+        return self.variant.key(self.runner.seed, self.what.greedy)
 
     @property
     def player(self) -> EpisodeRunner:
         """The runner that plays them."""
-        return self.variant.player(self.runner.seed, self.greedy)
+        return self.variant.player(self.runner.seed, self.what.greedy)
 
     def requests(self, attempt: int = 0) -> list[EpisodeRequest]:
         """What to play. Equal tasks and samples draw equal random numbers in every state, so that
         differences are the states'. Those of a later `attempt` are other episodes of the same."""
-        label = f"{self.kind}-{self.key}" + (f".{attempt}" if attempt else "")
-        label += f"/{self.draws}" if self.draws else ""
+        what = self.what
+        label = f"{what.kind}-{self.key}" + (f".{attempt}" if attempt else "")
+        label += f"/{what.draws}" if what.draws else ""
         return [
             EpisodeRequest(
                 task,
                 f"{label}/{task_digest(task)}/{task.id}",
                 k,
                 self.step,
-                draw=f"{self.draws or 'eval'}/{task.id}/{k}",
-                kind=self.kind,
+                draw=f"{what.draws or 'eval'}/{task.id}/{k}",
+                kind=what.kind,
             )
-            for task in self.tasks
-            for k in range(self.n)
+            for task in what.tasks
+            for k in range(what.n)
         ]
 
 
@@ -140,11 +167,11 @@ class Evaluations:
         a resumed run comes to it again."""
         entries = self.read()
         entry = {
-            "kind": asked.kind,
+            "kind": asked.what.kind,
             "key": asked.key,
             "step": asked.step,
-            "tasks": [task.id for task in asked.tasks],
-            "n": asked.n,
+            "tasks": [task.id for task in asked.what.tasks],
+            "n": asked.what.n,
         }
         if {**entries.get(label, {}), "step": asked.step} == entry:
             return False

@@ -35,7 +35,7 @@ from .async_rollouts import AsyncCollector, CollectedStep
 from .background import BackgroundLoop, BackgroundTask, StopSignal
 from .derived_episodes import Derivation, derive_missing, stored_children
 from .engines import EngineGroup
-from .identified_episodes import Evaluations, Identified, training_label, weights_below
+from .identified_episodes import Evaluations, Identified, Play, training_label, weights_below
 from .stored_episodes import OfflineEpisodes, PlannedEpisodes, find_stored, training
 from .task_order import tasks_of
 
@@ -193,28 +193,12 @@ class RolloutManager:
         rewards: Sequence[RewardFn] | None = None,
         label: str = "",
         draws: str = "",
+        failures_count: bool = False,
     ) -> list[Episode]:
         """Scored episodes of these tasks, `n` of each, then their children. What was played before
-        with the same state is taken from the store.
-
-        Args:
-            state: None: the one in force.
-            greedy: at temperature 0, decisions by the likeliest option.
-            kind: `trial` of a candidate, `eval` of held-out tasks, which costs no budget, `train`
-                of a teacher whose turns are learnt from.
-            system: another system than the run's, played by the same policies. rewards: what its
-                episodes are scored by; None: the run's.
-            label: under which `stored` and the report find them.
-            draws: names the random numbers; under another name the same state gives other episodes.
-        """
-
-        def played() -> list[Episode]:
-            return self.play_or_find(
-                tasks, state, n=n, greedy=greedy, kind=kind, system=system, rewards=rewards,
-                label=label, draws=draws,
-            ).episodes  # fmt: skip
-
-        return self.ranks.share(played, Episode)
+        with the same state is taken from the store. Arguments: see `Play`."""
+        what = Play(tasks, state, n, greedy, kind, system, rewards, label, draws, failures_count)
+        return self.ranks.share(lambda: self.play_or_find(what).episodes, Episode)
 
     def ask(self, system: System, task: Task, *, follows: str = "") -> Episode:
         """An optimizer's own talk: an episode of a system of helpers, of kind `aside`; the answer,
@@ -293,36 +277,25 @@ class RolloutManager:
         for: replays speak as the episode did."""
         return dataclasses.replace(self.runner, state=state or self.sync.named(self.sync.state))
 
-    def play_or_find(
-        self,
-        tasks: Sequence[Task],
-        state: TeamState | None = None,
-        *,
-        n: int = 1,
-        greedy: bool = False,
-        kind: Kind = "trial",
-        system: System | None = None,
-        rewards: Sequence[RewardFn] | None = None,
-        label: str = "",
-        draws: str = "",
-    ) -> CollectedStep:
+    def play_or_find(self, what: Play) -> CollectedStep:
         """As `play`, with how long it took."""
-        chosen = self.sync.state if state is None else state
+        chosen = self.sync.state if what.state is None else what.state
         runner = dataclasses.replace(
             self.runner,
-            system=system or self.runner.system,
-            rewards=self.runner.rewards if rewards is None else rewards,
+            system=what.system or self.runner.system,
+            rewards=self.runner.rewards if what.rewards is None else what.rewards,
         )
         chosen = chosen.of(runner.policies_of(chosen))
-        weights = weights_below(self.sync.learner)
-        step = self.log.step + (kind == "train")  # trials and evaluations are of what is finished
-        asked = Identified(runner, chosen, tasks, kind, n, greedy, step, weights, draws)
-        known = find_stored(self.store, asked.requests, failures_count=kind == "trial")
-        if not label or self.evaluations.add(label, asked):
+        weights, training = weights_below(self.sync.learner), what.kind == "train"
+        step = self.log.step + training  # trials and evaluations are of what is finished
+        asked = Identified(runner, chosen, what, step, weights)
+        keep = what.failures_count or what.kind == "trial"
+        known = find_stored(self.store, asked.requests, failures_count=keep)
+        if not what.label or self.evaluations.add(what.label, asked):
             for episode in known.stored.values():
                 self.ledger.cached(episode)
         with self.sync.hold(chosen.versions):
-            work = self.begin(label or asked.kind, known, asked.player, chosen)
+            work = self.begin(what.label or what.kind, known, asked.player, chosen)
             return work.result(self.stop)
 
     def begin(

@@ -15,6 +15,7 @@ from ...agents.types import Task
 from ...rollouts.evaluation.accuracy import evaluation
 from ...rollouts.evaluation.statistics import Evaluation
 from ...rollouts.types import Episode, Kind
+from ..collection.identified_episodes import Play
 from ..collection.rollout_manager import RolloutManager
 from ..monitoring.run_log import RunLog
 
@@ -118,9 +119,8 @@ class Evaluator:
         greedy: bool = True,
         label: str = "",
     ) -> Evaluation:
-        collected = self.rollouts.play_or_find(
-            tasks, state, n=n, greedy=greedy, kind=kind, label=label
-        )
+        what = Play(tasks, state, n, greedy, kind, label=label)
+        collected = self.rollouts.play_or_find(what)
         return evaluation(tasks, collected.episodes, self.metric)
 
     def _played_until(
@@ -131,9 +131,8 @@ class Evaluator:
         episodes: list[Episode] = []
         for end in range(portion, len(tasks) + portion, portion):
             played = tasks[:end]
-            collected = self.rollouts.play_or_find(
-                tasks[end - portion : end], state, n=n, greedy=greedy, kind="trial"
-            )
+            what = Play(tasks[end - portion : end], state, n, greedy)
+            collected = self.rollouts.play_or_find(what)
             episodes += collected.episodes
             result = evaluation(played, episodes, self.metric)
             most = max(1.0, max(result.scores.values()))

@@ -10,6 +10,7 @@ import pytest
 
 from marlora.agents.state import TeamState
 from marlora.agents.types import Task
+from marlora.trainers.collection.identified_episodes import Play
 from marlora.trainers.feedback.gates import Gate, Scorer, TwoStageGate, ValidationGate
 from marlora.trainers.loop.evaluator import Evaluator
 from marlora.trainers.values.acceptance import Verdict
@@ -40,12 +41,13 @@ class Played:
         self.config = SimpleNamespace(max_concurrency=1)
         self.ranks = SimpleNamespace(share=lambda work, cls: work())
 
-    def play_or_find(self, tasks: Sequence[Task], state: TeamState, **_: Any) -> Any:
-        value = state.values["p"]
-        self.ids.setdefault(value, []).extend(task.id for task in tasks)
+    def play_or_find(self, what: Play) -> Any:
+        assert what.state is not None
+        value = what.state.values["p"]
+        self.ids.setdefault(value, []).extend(task.id for task in what.tasks)
         played = [
             episode(turn(0, "a", "x"), task=task.id, score=self.scores[value][task.id])
-            for task in tasks
+            for task in what.tasks
         ]
         return SimpleNamespace(episodes=played)
 

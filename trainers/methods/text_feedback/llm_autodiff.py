@@ -152,7 +152,8 @@ class LLMAutoDiffTrainer(FeedbackTrainer[LLMAutoDiffConfig]):
         accept."""
         args, state, rollouts = self.args, self.run.state, self.run.rollouts
         tasks = self._kept(rollouts.tasks_of(step))
-        played = rollouts.play(tasks, state, n=args.num_generations, kind="train")
+        n = args.num_generations
+        played = rollouts.play(tasks, state, n=n, kind="train", failures_count=True)
         episodes = [episode for episode in played if episode.parent is None]
         scores = task_scores(episodes, self.spec.metric)
         chosen = list(scores)

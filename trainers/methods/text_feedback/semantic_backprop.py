@@ -129,7 +129,8 @@ class SemanticBackpropTrainer(FeedbackTrainer[SemanticBackpropConfig]):
         learn from them."""
         run, args = self.run, self.args
         pool = self.spec.tasks[: args.error_pool or None]
-        played = run.rollouts.play(pool, run.state, n=args.num_generations, kind="train")
+        n = args.num_generations
+        played = run.rollouts.play(pool, run.state, n=n, kind="train", failures_count=True)
         errors = [
             e for e in played if e.parent is None and score_of(e, self.spec.metric) < args.solved
         ]

@@ -191,7 +191,8 @@ class SymbolicLearningTrainer(FeedbackTrainer[SymbolicLearningConfig]):
     def _play(self, step: int, state: TeamState) -> list[Episode]:
         """The step's episodes of a state; what was played before is taken as it is."""
         rollouts, n = self.run.rollouts, self.args.num_generations
-        played = rollouts.play(rollouts.tasks_of(step), state, n=n, kind="train")
+        tasks = rollouts.tasks_of(step)
+        played = rollouts.play(tasks, state, n=n, kind="train", failures_count=True)
         return [episode for episode in played if episode.parent is None]
 
     def _better_before(self, step: int, episodes: Sequence[Episode]) -> TeamState | None:
