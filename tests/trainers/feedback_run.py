@@ -27,13 +27,7 @@ from marlora.agents.text.tags import inside
 from marlora.agents.types import Sampling, Task
 from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.scripted import Answer, ScriptedEngine
-from marlora.rollouts.types import Episode
-from marlora.trainers.feedback.backward import ByParam, without_text
 from marlora.trainers.feedback.config import FeedbackConfig
-from marlora.trainers.feedback.evaluators import Evaluator, Judgement
-from marlora.trainers.feedback.helpers import Helpers
-from marlora.trainers.feedback.loop import Pieces
-from marlora.trainers.feedback.propagators import Propagator
 from marlora.trainers.methods.text_feedback.aime import AIMETrainer
 from marlora.trainers.methods.text_feedback.llm_autodiff import LLMAutoDiffTrainer
 from marlora.trainers.methods.text_feedback.revolve import RevolveTrainer
@@ -218,63 +212,6 @@ def run_of(name: str, folder: Path, model: Path, **changes: Any) -> Any:
     cls, settings, says = METHODS[name]
     made = {"cls": cls, "config": cls.Config, "say": scripted(**says), **settings, **changes}
     return trainer(folder, model, **made)
-
-
-def with_pieces(cls: Any, change: Callable[[Pieces], Pieces]) -> Any:
-    """The same method of other pieces."""
-
-    class Changed(cls):  # type: ignore[misc]
-        def pieces(self) -> Pieces:
-            return change(super().pieces())
-
-    return Changed
-
-
-class Exchanged:
-    """An evaluator that says of each episode of a batch what it has to say of the next one."""
-
-    def __init__(self, evaluator: Evaluator) -> None:
-        self.evaluator = evaluator
-
-    def judge(self, helpers: Helpers, episodes: Sequence[Episode]) -> list[Judgement]:
-        judged = self.evaluator.judge(helpers, episodes)
-        return [
-            dataclasses.replace(own, text=other.text, conversation=_exchanged(own, other))
-            for own, other in zip(judged, [*judged[1:], *judged[:1]], strict=True)
-        ]
-
-
-def _exchanged(own: Judgement, other: Judgement) -> str:
-    """The conversation of one judgement with the result of another."""
-    for tag in ("<RESULT>", "<OUTPUT>"):
-        head, found, _ = own.conversation.partition(tag)
-        if found:
-            return head + found + other.conversation.partition(tag)[2]
-    return own.conversation
-
-
-class Nothing:
-    """A propagator that says nothing of any param, at the same calls."""
-
-    def __init__(self, propagator: Propagator) -> None:
-        self.propagator = propagator
-
-    def propagate(self, *args: Any) -> ByParam:
-        return without_text(self.propagator.propagate(*args))
-
-
-def shuffled(cls: Any) -> Any:
-    """Control: what is said of one task's output goes to another's run."""
-    return with_pieces(
-        cls, lambda pieces: dataclasses.replace(pieces, evaluator=Exchanged(pieces.evaluator))
-    )
-
-
-def silent(cls: Any) -> Any:
-    """Control: the optimizer is asked, and nothing is said to it."""
-    return with_pieces(
-        cls, lambda pieces: dataclasses.replace(pieces, propagator=Nothing(pieces.propagator))
-    )
 
 
 def at_random(name: str, seed: int) -> Answer:

@@ -38,6 +38,12 @@ class FeedbackConfig(Settings):
     show_answer: bool = setting(
         "helpers are shown the tasks' answers (their turns are then never trained on)", True
     )
+    feedback: str = setting(
+        "what the rewriter is told: own, or as a control at the same calls shuffled (of each output"
+        " what is said of the next one of the batch) or none (nothing)",
+        "own",
+        choices=("own", "shuffled", "none"),
+    )
     max_value_length: int = setting(
         "characters of a proposed value at most; a longer one is refused", 20_000, at_least=1
     )
@@ -68,4 +74,9 @@ class FeedbackConfig(Settings):
             raise SettingError(
                 f"gate: {self.gate} compares values on validation tasks; set num_val_tasks above 0,"
                 " or gate to always"
+            )
+        if self.feedback == "shuffled" and self.tasks_per_step < 2:
+            raise SettingError(
+                "feedback: shuffled gives one task's feedback to another one of the batch; set"
+                f" tasks_per_step to at least 2, not {self.tasks_per_step}"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ...agents.text.tags import block
@@ -144,6 +144,30 @@ class Judges:
         ]
         score = score_of(episode, self.metric)
         return Judgement(score, text, "\n".join(blocks), question.saw_gold, tuple(said))
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Control: says of each episode of a batch what another evaluator has to say of the next one;
+    scores stay where they are. The calls are the same."""
+
+    evaluator: Evaluator
+
+    def judge(self, helpers: Helpers, episodes: Sequence[Episode]) -> list[Judgement]:
+        judged = self.evaluator.judge(helpers, episodes)
+        return [
+            replace(own, text=other.text, conversation=_with_result_of(own, other))
+            for own, other in zip(judged, [*judged[1:], *judged[:1]], strict=True)
+        ]
+
+
+def _with_result_of(own: Judgement, other: Judgement) -> str:
+    """The conversation of one judgement with the result of another."""
+    for tag in ("<RESULT>", "<OUTPUT>"):
+        head, found, _ = own.conversation.partition(tag)
+        if found:
+            return head + found + other.conversation.partition(tag)[2]
+    return own.conversation
 
 
 def score_of(episode: Episode, metric: str) -> float:

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...agents.state import TeamState
@@ -49,12 +49,12 @@ from ..values.parts import Part
 from ..values.search import Candidate, Search
 from .backward import ByParam, Case
 from .config import FeedbackConfig
-from .evaluators import Evaluator
+from .evaluators import Evaluator, Shuffled
 from .gates import Gate, Scorer
 from .graph import Graph
 from .helpers import COPIED, REFUSED, TRUNCATED, UNANSWERED, UNCHANGED, UNREADABLE, Helpers
 from .history import ADOPTED, REJECTED, SAME, History, View, no_history
-from .propagators import Propagator
+from .propagators import Propagator, Silent
 from .rewriters import Proposal, Rewriter
 from .targets import Target, as_text, chosen_params, copied_tasks
 
@@ -115,7 +115,7 @@ class FeedbackLoop:
         evaluator: RunEvaluator,
         log: RunLog,
     ) -> None:
-        self.config, self.pieces, self.spec = config, pieces, spec
+        self.config, self.pieces, self.spec = config, controlled(pieces, config.feedback), spec
         self.rollouts, self.evaluator, self.log = rollouts, evaluator, log
         changed: Any = config.prompts
         self.helpers = Helpers(spec, rollouts, pieces.prompts, changed)
@@ -142,7 +142,7 @@ class FeedbackLoop:
         played before under the same values is taken as it is.
         """
         tasks, n = self.rollouts.tasks_of(step), self.config.num_generations
-        played = self.rollouts.play(tasks, state, n=n, kind="train")
+        played = self.rollouts.play(tasks, state, n=n, kind="train", failures_count=True)
         return self.learn(step, state, [episode for episode in played if episode.parent is None])
 
     def learn(self, step: int, state: TeamState, episodes: Sequence[Episode]) -> StepResult:
@@ -162,7 +162,7 @@ class FeedbackLoop:
         for number in range(pieces.num_proposals):
             proposal = pieces.rewriter.propose(self.helpers, targets, feedback, self._past, number)
             tried += 1
-            values = self._legal(proposal.values, targets)
+            values = self._legal(proposal.values, targets, state)
             if not values:
                 continue
             adopted, verdict = self._decide(batch, old, values, proposal, feedback)
@@ -207,9 +207,12 @@ class FeedbackLoop:
             return self.search.adopt(known.id, "in force")
         return known
 
-    def _legal(self, proposed: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Any]:
-        """The proposed values that their params take; the others are counted and warned of."""
-        values = {}
+    def _legal(
+        self, proposed: Mapping[str, Any], targets: Sequence[Target], state: TeamState
+    ) -> dict[str, Any]:
+        """The proposed values that their params take, and the system takes together; the others are
+        counted and warned of."""
+        values = dict[str, Any]()
         for target in targets:
             if target.name not in proposed:
                 continue
@@ -228,11 +231,17 @@ class FeedbackLoop:
                     f" word, such as {copied[0]!r}"
                 )
             if problem:
-                self.helpers.counts[REFUSED] += 1
-                self.log.warn(f"{target.name}: a proposed value is refused: {problem}")
+                self._refuse(target.name, problem)
             else:
                 values[target.name] = value
+        if conflict := self.spec.system.conflict({**state.values, **values}):
+            self._refuse(", ".join(values), conflict)
+            return {}
         return values
+
+    def _refuse(self, name: str, problem: str) -> None:
+        self.helpers.counts[REFUSED] += 1
+        self.log.warn(f"{name}: a proposed value is refused: {problem}")
 
     def _too_long(self, value: Any) -> str | None:
         length, most = len(as_text(value)), self.config.max_value_length
@@ -303,6 +312,15 @@ class FeedbackLoop:
             self.search.reject(new.id, verdict)
             return None, verdict
         return self.search.adopt(new.id, verdict), verdict
+
+
+def controlled(pieces: Pieces, feedback: str) -> Pieces:
+    """The pieces of a run with this setting `feedback`: `own`, `shuffled` or `none`."""
+    if feedback == "shuffled":
+        return replace(pieces, evaluator=Shuffled(pieces.evaluator))
+    if feedback == "none":
+        return replace(pieces, propagator=Silent(pieces.propagator))
+    return pieces
 
 
 def _moved_by(feedback: ByParam) -> str:

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from ...agents.text.tags import block, inside, nested, numbered, shortened
 from ...agents.types import Turn
-from .backward import Backward, ByParam, Case, Feedback
+from .backward import Backward, ByParam, Case, Feedback, without_text
 from .graph import Node
 from .helpers import UNREADABLE, Helpers, Question
 from .targets import Target
@@ -309,6 +309,19 @@ class WholeGraph:
                 for target in backward.reached(number):
                     backward.collect(target, case.feedback(case.judgement.text, context))
         return backward.of_params
+
+
+@dataclass(frozen=True)
+class Silent:
+    """Control: another propagator's feedback on each param, with nothing said. Its calls are made,
+    and the rewriter is asked."""
+
+    propagator: Propagator
+
+    def propagate(
+        self, helpers: Helpers, cases: Sequence[Case], targets: Sequence[Target]
+    ) -> ByParam:
+        return without_text(self.propagator.propagate(helpers, cases, targets))
 
 
 def texts(feedback: Iterable[Feedback]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from marlora.agents.patterns.chain import Chain
+from marlora.agents.programs.building_blocks import BuildingBlocks
 from marlora.agents.state import Param
 from marlora.agents.system import System
 from marlora.agents.team import Team
@@ -27,7 +29,7 @@ from marlora.trainers.feedback.loop import Pieces
 from marlora.trainers.feedback.propagators import PerNode, WholeGraph
 from marlora.trainers.feedback.rewriters import Jointly, PerParam
 from marlora.trainers.methods.text_feedback.feedback_trainer import FeedbackTrainer
-from tests.trainers.feedback_run import CHAT, signs, trainer
+from tests.trainers.feedback_run import CHAT, Cut, dies_in_round, signs, trainer
 from tests.trainers.reading import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,6 +63,10 @@ class Product(System):
 
     def params(self) -> tuple[Param, ...]:
         return (Param("x", 2, "number"), Param("flag", "off", "choice", options=("off", "on")))
+
+    def conflict(self, values: Mapping[str, Any]) -> str | None:
+        large = values.get("x", 2) > 10
+        return "x above 10 needs flag on" if large and values.get("flag") != "on" else None
 
     async def run(self, task: Task, team: Team) -> Output:
         x = team.values.get("x", 2)
@@ -135,6 +141,52 @@ def test_an_exception_is_feedback_and_refused_values_change_nothing(
     assert [row["refused"] for row in found] == [0, 2, 0, 0]
     assert [row["unreadable"] for row in found] == [0, 0, 1, 0]
     assert [row["adopted"] for row in found] == [True, False, False, True]
+
+
+def test_values_that_are_legal_alone_and_not_together_are_refused(
+    model: Path, tmp_path: Path
+) -> None:
+    """What a value needs of another one stands in `System.conflict`."""
+    replies = [
+        '{"suggestion": {"x": 11}}',
+        '{"suggestion": {"x": 11, "flag": "on"}}',
+        '{"suggestion": {"flag": "off"}}',
+    ]
+    made = joint(tmp_path / "run", model, replies)
+    made.train()
+    found = [row["text_feedback"] for row in rows(tmp_path / "run")]
+    assert [row["refused"] for row in found] == [1, 0, 1]
+    assert [row["adopted"] for row in found] == [False, True, False]
+    assert made.run.values == {"x": 11, "flag": "on"}
+    blocks = BuildingBlocks(["solver", "reader"], reflector="reader")
+    assert blocks.conflict({"reflect": 1, "execute": 1}) is None
+    assert "without reflect" in str(blocks.conflict({"execute": 1}))
+
+
+def test_a_step_in_which_every_episode_failed_is_paid_for_once(model: Path, tmp_path: Path) -> None:
+    """The second agent's prompt never fits; the run is killed in the backward pass."""
+
+    def failing(folder: Path, **changes: Any) -> Any:
+        system = Chain(["solver", "last"], views={"last": "long " * 4000 + "{previous}"})
+        agents = {name: {"policy": "base", "prompt": name} for name in ("solver", "last")}
+        own = {"system": system, "agents": agents, "gate": "always", "num_eval_tasks": 1}
+        return trainer(folder, model, **own, max_steps=1, **changes)
+
+    whole = failing(tmp_path / "whole").train()
+    assert whole["ledger"]["train"]["solver"]["calls"] == 3
+    assert [row["text_feedback"]["failed"] for row in rows(tmp_path / "whole")] == [3]
+    killed = failing(tmp_path / "run")
+    dies_in_round(killed, 1)
+    with pytest.raises(Cut):
+        killed.train()
+    again = failing(tmp_path / "run", resume=True).train()
+    assert again["ledger"]["train"]["solver"]["calls"] == 3
+    assert again["budget"]["spent"] == whole["budget"]["spent"]
+    played = [
+        [e.id for e in Store(tmp_path / n / "episodes").read(kind="train")]
+        for n in ("whole", "run")
+    ]
+    assert sorted(played[0]) == sorted(played[1]) and len(played[0]) == 3
 
 
 # several proposals and two stages (LLM-AutoDiff)
