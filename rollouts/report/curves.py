@@ -40,7 +40,9 @@ class MetricCurve:
 
     @property
     def constant(self) -> bool:
-        return all(map(is_constant, self.values))
+        """Has no line ever changed, but for rounding?"""
+        small = self.metric.rounding
+        return all(is_constant(line) or max(map(abs, line)) <= small for line in self.values)
 
     @property
     def folded(self) -> bool:

@@ -37,6 +37,7 @@ class RunData:
     metrics: Sequence[Mapping[str, Any]]
     episodes: Sequence[EpisodeRow]
     evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by label
+    metric: str = ""  # the reward that is its accuracy
 
     @classmethod
     def read(cls, folder: Path, name: str = "", metric: str = "") -> RunData:
@@ -59,7 +60,7 @@ class RunData:
         if summary is None or last_step > summary.get("steps", 0):  # it went on after an early end
             summary = unfinished(folder, config, metrics, episodes, evaluations)
         name = name or folder.resolve().name
-        return cls(folder, name, config, summary, metrics, episodes, evaluations)
+        return cls(folder, name, config, summary, metrics, episodes, evaluations, metric)
 
     @property
     def policies(self) -> dict[str, Mapping[str, Any]]:

@@ -177,9 +177,10 @@ def kinds_table(run: RunData) -> str:
     rows = [kind.row() for kind in sorted(kinds, key=lambda kind: -abs(kind.gain))]
     if not rows:
         return ""
-    more = rows[MOVED:]
-    folded = f"<details><summary>{len(more)} more</summary>{table(HEAD, more)}</details>"
-    return table(HEAD, rows[:MOVED]) + folded * bool(more)
+    moved_most = min(MOVED, sum(bool(kind.gain) for kind in kinds))
+    shown, more = rows[:moved_most], rows[moved_most:]
+    folded = f"<details><summary>{len(more)} more kinds</summary>{table(HEAD, more)}</details>"
+    return (table(HEAD, shown) if shown else "<p>None moved.</p>") + folded * bool(more)
 
 
 def _fields(moved: Sequence[Change]) -> Iterator[str]:

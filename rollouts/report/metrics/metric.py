@@ -25,6 +25,7 @@ class Metric:
         group: what it answers: does it learn, is it healthy, where did time and tokens go.
         detail: is it for developers? Then the report folds it away.
         trl: TRL's name for the same, "" if it has none.
+        rounding: values of at most this size are rounding, and as good as 0.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Metric:
     group: Group = "health"
     detail: bool = False
     trl: str = ""
+    rounding: float = 0.0
 
     @property
     def key(self) -> str:

@@ -82,15 +82,16 @@ OF_STEP = (
 # of each policy's update
 
 OF_POLICY = (
-    _policy("loss", "loss", "", "what the update minimises, in its last pass"),
+    _policy("loss", "loss", "", "what the update minimises, in its last pass",
+            rounding=1e-6),
     _policy("entropy", "entropy", "nat", "of the policy, mean over trained tokens; near 0 it hardly"
             " explores", trl="entropy"),
     _policy("mismatch_kl", "KL from the engine", "nat",
             "how far the trainer is from the policy that played, per trained token (k3 estimate),"
-            " in the update's last pass", better="lower"),
+            " in the update's last pass", better="lower", rounding=1e-6),
     _policy("first_mismatch_kl", "mismatch KL", "nat",
             "how far trainer and engine are apart per trained token (k3 estimate) before any"
-            " update, where both should hold one policy", better="lower"),
+            " update, where both should hold one policy", better="lower", rounding=1e-6),
     _policy("clipped", "clipped", "share", "of trained tokens whose ratio was clipped",
             better="lower", trl="clip_ratio/region_mean"),
     _policy("clip_low", "clipped below", "share", "of trained tokens", detail=True,
@@ -110,8 +111,6 @@ OF_POLICY = (
             group="cost"),
     _policy("sequences", "trained sequences", "sequences", "in the step", group="cost",
             detail=True),
-    _policy("calls_per_episode", "calls per episode", "calls", "of its agents, mean",
-            group="cost"),
     _policy("learning_rate", "learning rate", "", "of the step", trl="learning_rate"),
     _policy("applied", "applied", "", "false: not finite, no update", detail=True),
     _policy("problem", "problem", "", "why it was not applied", detail=True),
@@ -167,7 +166,8 @@ OF_CRITIC = (
 
 OF_PROOF = (
     _run("proof/*/residual", "proof residual", "",
-         "relative distance of served and trained adapter (live proof)", better="lower"),
+         "relative distance of served and trained adapter (live proof)", better="lower",
+         rounding=1e-3),
     _run("proof/*/status", "proof", "", "passed, untrained, failed or identity", detail=True),
 )  # fmt: skip
 
