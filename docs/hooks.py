@@ -33,7 +33,14 @@ DOCUMENTS = {  # of the repository, by their page on the site
     "AGENTS.md": "project/agents.md",
     "skills/marlora/SKILL.md": "project/skill.md",
 }
-FIRST = ("quick_start_cpu", "quick_start_gpu", "concepts", "training", "own_system")  # of a folder
+FIRST = (  # of a folder
+    "index",
+    "quick_start_cpu",
+    "quick_start_gpu",
+    "concepts",
+    "training",
+    "system",
+)
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"^```.*?^```\n?", re.DOTALL | re.MULTILINE)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".sbatch": "bash"}
@@ -57,15 +64,15 @@ def on_startup(command: str, dirty: bool) -> None:
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """The navigation: what is in each folder, a few pages first."""
 
-    def pages(folder: str, *patterns: str) -> list[str]:
+    def pages(folder: str, *patterns: str) -> list[dict[str, str]]:
         there = [p for each in patterns or ("*.md",) for p in (ROOT / "docs" / folder).glob(each)]
         rank = {name: number for number, name in enumerate(FIRST)}
         there.sort(key=lambda path: (rank.get(path.stem, len(rank)), path.stem))
-        return [page_of(str(path.relative_to(ROOT))) for path in there]
+        return [entry(str(path.relative_to(ROOT))) for path in there]
 
-    top = [name for name in pages("") if name not in ("methods.md", "api.md")]
+    top = [e for e in pages("") if not {"methods.md", "api.md"} & {*e.values()}]
     api = [f"reference/api/{name}.md" for name in api_sections()]
-    project = [uri for source, uri in DOCUMENTS.items() if source in tracked()]
+    project = [entry(source) for source in DOCUMENTS if source in tracked()]
     nav: list[dict[str, Any]] = [
         {"Home": "index.md"},
         {"Start": pages("start")},
@@ -76,8 +83,15 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Reference": [*pages("reference"), *top, {"API": api}]},
         {"Project": [*project[1:], *pages("project")]},
     ]
-    config.nav = [entry for entry in nav if next(iter(entry.values()))]
+    config.nav = [section for section in nav if next(iter(section.values()))]
     return config
+
+
+def entry(source: str) -> dict[str, str]:
+    """A page of the repository in the navigation, by its first heading."""
+    text = (ROOT / source).read_text(encoding="utf-8")
+    heading = re.search(r'^(?: *")?# (.+?)(?:\\n",?)?$', text, re.MULTILINE)
+    return {heading[1] if heading else PurePosixPath(source).stem: page_of(source)}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -207,9 +207,11 @@ def pages() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    texts = pages()
     (FOLDER / "images").mkdir(parents=True, exist_ok=True)
-    for path in (*FOLDER.glob("*.md"), *FOLDER.glob("images/*.svg")):
-        path.unlink()
-    for name, text in pages().items():
+    for name, text in texts.items():
         (FOLDER / name).write_text(text, encoding="utf-8")
+    for path in (*FOLDER.glob("*.md"), *FOLDER.glob("images/*.svg")):
+        if str(path.relative_to(FOLDER)) not in texts:
+            path.unlink()
     TABLE.write_text(with_table(TABLE.read_text(encoding="utf-8")), encoding="utf-8")
