@@ -15,7 +15,7 @@ unexport PYTHONPATH PYTHONHOME
 export MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt check docs test-fast test test-full test-gpu demo demo-tiny
+.PHONY: help setup fmt check docs pages test-fast test test-full test-gpu demo demo-tiny
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -45,6 +45,9 @@ test-full: check  ## what `make test` leaves out: checks and slow tests
 
 test-gpu: setup  ## tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu
+
+pages: setup  ## write the pages that come from the code: methods, settings, reference, metrics, llms.txt
+	@for page in method_pages settings_page reference_pages metrics_page llms_page; do $(PY) -m tests.$$page || exit 1; done
 
 docs: setup  ## build the documentation site into build/site; a broken link ends it
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict && echo "docs: open build/site/index.html"

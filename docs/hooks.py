@@ -103,6 +103,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, uri in DOCUMENTS.items():
         if source in tracked():
             add(uri, (ROOT / source).read_text(encoding="utf-8"))
+    add("llms.txt", (ROOT / "llms.txt").read_text(encoding="utf-8"))
     for name, names in api_sections().items():
         add(f"reference/api/{name}.md", api_page(name, names))
     for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:

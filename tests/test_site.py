@@ -16,6 +16,7 @@ from docs.hooks import api_sections
 from marlora.agents.settings import Settings
 from marlora.rollouts.engines.base import Engine
 from marlora.trainers.values.parts import Part
+from tests.llms_page import PAGE, page
 from tests.repository import ROOT, copy_to
 
 PUBLIC = sorted(name for names in api_sections().values() for name in names)
@@ -47,6 +48,10 @@ def test_the_site_builds_and_a_broken_link_ends_it(tmp_path: Path) -> None:
     (copy / "docs" / "guides" / "wrong.md").write_text("# Wrong\n\n[nowhere](nowhere.md)\n")
     refused = build(copy, tmp_path / "other")
     assert refused.returncode != 0 and "nowhere.md" in refused.stderr
+
+
+def test_llms_txt_is_todays() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run make pages"
 
 
 @pytest.mark.parametrize("name", PUBLIC)
