@@ -1,10 +1,19 @@
-# Sourced by every job here. Expects to run where `sbatch` was called: the repository, on a file system that all nodes see.
+# Sourced by every job here. Expects to run where `sbatch` was called: the folder with slurm/ in it (the repository, or where `marlora
+# slurm init` was run), on a file system that all nodes see.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 if [ -f slurm/site.env ]; then set -a; . slurm/site.env; set +a; fi
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-4}}
 python=${MARLORA_PYTHON:-.venv/bin/python}
 [ -x "$python" ] || { echo "no $python: run make setup here, or set MARLORA_PYTHON in slurm/site.env" >&2; exit 2; }
+
+# program RECIPE: sets `program` to the command that trains it: a file (recipes/grpo_team.py), or what `marlora train` takes (a name, a config).
+program() {
+    case $1 in
+        *.py) program=("$python" "$1") ;;
+        *) program=("$python" -m marlora.recipes.cli.main train "$1") ;;
+    esac
+}
 
 # A port of its own for every job, so that two on one node do not meet.
 free_port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }

@@ -230,7 +230,7 @@ def test_rooms_have_no_init_file() -> None:
 
 def test_packages_name_every_folder_with_code() -> None:
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {dotted(path.parent) for path in modules(*ROOMS)} | {"marlora"}
+    folders = {dotted(path.parent) for path in modules(*ROOMS)} | {"marlora", "marlora.slurm"}
     assert set(tool["packages"]) == folders == set(tool["package-dir"])
     for package, folder in tool["package-dir"].items():
         assert package == ("marlora" if folder == PACKAGE else dotted(Path(folder)))
@@ -267,9 +267,10 @@ def test_wheel_equals_tree(wheel: Path) -> None:
     assert packed == {
         str(path.relative_to(PACKAGE) if path.parts[0] == PACKAGE else path)
         for path in files()
-        if path.parts[0] in (*ROOMS, PACKAGE) and path.suffix != ".md"
+        if path.parts[0] in (*ROOMS, PACKAGE, "slurm") and path.suffix != ".md"
     }
-    assert any(name.endswith("licenses/LICENSE") for name in names)
+    for licence in ("LICENSE", "THIRD_PARTY.md"):
+        assert any(name.endswith(f"licenses/{licence}") for name in names)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from marlora.agents.types import SettingError, nearest
-from marlora.recipes.cli.checkpoint.team import write_json
+from marlora.recipes.cli.checkpoint.team import add_json, show, write_json
 from marlora.recipes.launch.tables import table
 
 
@@ -14,7 +14,7 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "suite", help="update, agents, serve, publish, loop, rollout, sandbox, proxy or ahead"
     )
-    command.add_argument("--json", default="", help="write the numbers here")
+    add_json(command)
     command.add_argument("--repeats", type=int, default=3, help="interleaved repeats")
     command.add_argument(
         "--size",
@@ -69,7 +69,7 @@ def cmd_bench(args: argparse.Namespace) -> None:
     )
     check_size(args.size)
     result = SUITES[args.suite](options)
-    print(table(result.pop("title"), result.pop("columns"), result.pop("rows")))
+    show(args.json, table(result.pop("title"), result.pop("columns"), result.pop("rows")))
     given = [
         f"--{name} {value}"
         for name in ("size", "repeats", "engine", "device")

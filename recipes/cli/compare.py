@@ -118,6 +118,8 @@ def submit(
     """
     last = len(list(plan.runs())) - 1
     array = ["sbatch", "--parsable", f"--array=0-{last}", ARRAY, path]
+    if call is None and not Path(ARRAY).is_file():
+        raise RunError(f"--slurm: no {ARRAY} here; marlora slurm init writes the job files")
     if call is None and shutil.which("sbatch") is None:
         raise RunError(
             "--slurm: no sbatch on this machine; on a cluster's login node, in the repository:"

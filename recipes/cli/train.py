@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from marlora.agents.types import SettingError, nearest
+from marlora.recipes.cli.checkpoint.team import add_json, show, write_json
 from marlora.recipes.launch.help_text import help_text, lines_of_recipe, wants_help
 from marlora.recipes.launch.settings import config_file, read_yaml
 from marlora.recipes.launch.tables import table
@@ -110,7 +111,10 @@ def cmd_recipes(args: argparse.Namespace) -> None:
         (name, f"settings of {recipe_of(p)}") for name, p in configs().items() if name not in known
     ]
     columns = ("marlora train ...", "what it does")
-    print(table("marlora recipes", columns, [*known.items(), *others], words=True))
+    show(args.json, table("marlora recipes", columns, [*known.items(), *others], words=True))
+    write_json(
+        args.json, {"recipes": known, "configs": {n: recipe_of(configs()[n]) for n, _ in others}}
+    )
 
 
 def copy(name: str, to: Path) -> None:
@@ -130,3 +134,4 @@ def copy(name: str, to: Path) -> None:
 def add_recipes(command: argparse.ArgumentParser) -> None:
     """Arguments of `marlora recipes`."""
     command.add_argument("--copy", default="", metavar="NAME", help="write NAME.yaml here")
+    add_json(command)

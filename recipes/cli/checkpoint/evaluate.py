@@ -27,6 +27,7 @@ from marlora.agents.state import TeamState
 from marlora.agents.types import PolicySpec, SettingError, Task, from_json
 from marlora.recipes.cli.checkpoint.eval_tables import as_markdown, as_text
 from marlora.recipes.cli.checkpoint.team import (
+    add_json,
     add_team,
     asked_for,
     chosen,
@@ -34,6 +35,7 @@ from marlora.recipes.cli.checkpoint.team import (
     locate,
     run_seed,
     say,
+    show,
     write_json,
 )
 from marlora.rollouts.checkpoints.reader import read_checkpoint
@@ -117,7 +119,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         default="",
         help="folder of episodes, eval.json and eval.md; default is eval/ in the first run",
     )
-    group.add_argument("--json", default="", help="write the numbers here too")
+    add_json(group)
     group.add_argument("--markdown", default="", help="write the tables here too")
 
 
@@ -131,7 +133,7 @@ def cmd_eval(args: argparse.Namespace) -> None:
     args.sampled = args.sampled or args.samples > 1 or len(args.seeds or ()) > 1
     folder = Path(args.output) if args.output else beside(Path(args.checkpoint[0]))
     result = run_steadily(evaluate_all(args, folder))
-    print(as_text(result))
+    show(args.json, as_text(result))
     write_json(args.json, result)
     write_json(str(folder / "eval.json"), result)
     for path in filter(None, (args.markdown, folder / "eval.md")):

@@ -190,6 +190,22 @@ async def play_all(
     return episodes
 
 
+def add_json(parser: argparse._ActionsContainer) -> None:
+    """The flag `--json FILE`."""
+    parser.add_argument(
+        "--json", default="", help="write the numbers here too; - prints them instead of tables"
+    )
+
+
+def show(json_path: str, text: str) -> None:
+    """Print a table; to stderr where stdout is for the numbers (`--json -`)."""
+    print(text, file=sys.stderr if json_path == "-" else sys.stdout)
+
+
 def write_json(path: str, value: Any) -> None:
-    if path:
-        Path(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Write numbers to a file; "-" is stdout, "" nowhere."""
+    text = json.dumps(value, indent=2) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+    elif path:
+        Path(path).write_text(text, encoding="utf-8")
