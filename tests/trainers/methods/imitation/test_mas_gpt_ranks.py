@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from marlora.rollouts.episodes.store import Store
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.forks import two_ranks
 from tests.trainers.mas_gpt_program import SETTINGS
 from tests.trainers.mas_gpt_run import words_put
 from tests.trainers.reading import rows
@@ -17,8 +17,7 @@ pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.usefixtures("on
 
 
 def test_two_ranks_learn_what_one_learns(tmp_path: Path, model: Path) -> None:
-    program = ["-m", "tests.trainers.mas_gpt_program", str(tmp_path / "two"), str(model)]
-    done = start([*TORCHRUN, *program])
+    done = two_ranks("tests.trainers.mas_gpt_program", tmp_path / "two", model)
     assert done.returncode == 0, done.stderr[-4000:]
     one = words_put(tmp_path / "one", model, **SETTINGS)
     summary = one.train()

@@ -28,7 +28,8 @@ from marlora.trainers.methods.imitation.sft import SFTConfig, SFTTrainer
 from marlora.trainers.methods.imitation.sirius import SiriusConfig, SiriusTrainer
 from marlora.trainers.update.learner import Learner
 from tests.repository import ROOT
-from tests.trainers.distributed.test_ranks import ACCELERATE, TORCHRUN, start
+from tests.trainers.distributed.test_ranks import ACCELERATE, start
+from tests.trainers.forks import two_ranks
 from tests.trainers.sirius_run import GOLD, learn, trainer
 
 pytestmark = pytest.mark.timeout(1800)
@@ -323,7 +324,7 @@ def test_the_recipe_runs_as_it_is_launched(tmp_path: Path) -> None:
 def test_two_ranks_learn_what_one_learns(tmp_path: Path, model: Path) -> None:
     """Mending, an experience library of two iterations, and the loss measured on it: shared by
     ranks, the same on both."""
-    done = start([*TORCHRUN, "-m", "tests.trainers.sirius_run", str(tmp_path / "two"), str(model)])
+    done = two_ranks("tests.trainers.sirius_run", tmp_path / "two", model)
     assert done.returncode == 0, done.stderr[-4000:]
     learn(tmp_path / "one", model)
     ranks = [json.loads(Path(f"{tmp_path / 'two'}.rank{rank}.json").read_text()) for rank in (0, 1)]

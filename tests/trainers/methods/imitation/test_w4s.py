@@ -22,7 +22,7 @@ from marlora.trainers.methods.imitation.w4s import W4SConfig, W4STrainer
 from marlora.trainers.methods.imitation.w4s_talk import DesignTalkConfig
 from marlora.trainers.testbeds.tiny import tiny_random_model
 from marlora.trainers.update.learner import Learner
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.forks import two_ranks
 from tests.trainers.outside import Outside
 from tests.trainers.searches import FIRST, executed, parts_of
 from tests.trainers.w4s_run import BROKEN, fenced, learned, put_words, trainer, vote, w4s
@@ -345,8 +345,7 @@ def test_a_checkpoint_is_evaluated_with_its_program(
 @pytest.mark.process
 def test_two_ranks_design_and_fit_what_one_does(tmp_path: Path) -> None:
     model = tiny_random_model(tmp_path / "model")
-    program = ["-m", "tests.trainers.w4s_run", str(tmp_path / "two"), str(model)]
-    done = start([*TORCHRUN, *program])
+    done = two_ranks("tests.trainers.w4s_run", tmp_path / "two", model)
     assert done.returncode == 0, done.stderr[-4000:]
     one = json.loads(json.dumps(learned(tmp_path / "one", model)))
     two = [

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainers.autoflow_run import trainer
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.forks import two_ranks
 from tests.trainers.reading import rows
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("one_thread")]
@@ -23,14 +23,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks_learn_what_one_learns(tmp_path: Path, model: Path) -> None:
-    program = [
-        *TORCHRUN,
-        "-m",
-        "tests.trainers.autoflow_program",
-        str(tmp_path / "two"),
-        str(model),
-    ]
-    done = start(program)
+    done = two_ranks("tests.trainers.autoflow_program", tmp_path / "two", model)
     assert done.returncode == 0, done.stderr[-4000:]
     one = trainer(tmp_path / "one", model)
     one.train()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from marlora.rollouts.episodes.store import Store
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.forks import two_ranks
 from tests.trainers.reading import rows
 from tests.trainers.swarms import trainer
 
@@ -16,8 +16,7 @@ pytestmark = pytest.mark.process
 
 
 def test_two_ranks_learn_what_one_learns(tmp_path: Path, model: Path) -> None:
-    program = [*TORCHRUN, "-m", "tests.trainers.swarm_program", str(tmp_path / "two"), str(model)]
-    done = start(program)
+    done = two_ranks("tests.trainers.swarm_program", tmp_path / "two", model)
     assert done.returncode == 0, done.stderr[-4000:]
     one = trainer(tmp_path / "one", model, max_steps=3, tasks_per_step=6, num_eval_tasks=4)
     summary = one.train()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from marlora.trainers.testbeds.tiny import tiny_random_model
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.forks import two_ranks
 from tests.trainers.ppo_program import learn
 from tests.trainers.reading import rows
 
@@ -30,7 +30,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_two_ranks_train_what_one_trains(tmp_path: Path) -> None:
     model = tiny_random_model(tmp_path / "model")
-    done = start([*TORCHRUN, "-m", "tests.trainers.ppo_program", str(tmp_path / "two"), str(model)])
+    done = two_ranks("tests.trainers.ppo_program", tmp_path / "two", model)
     assert done.returncode == 0, done.stderr[-4000:]
     learn(tmp_path / "one", model)
     hashes = [json.loads((tmp_path / f"two.rank{rank}.json").read_text()) for rank in (0, 1)]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from marlora.trainers.testbeds.tiny import tiny_random_model
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.forks import two_ranks
 from tests.trainers.preference_program import learn
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -27,9 +27,7 @@ def tensors(folder: Path, policy: str) -> torch.Tensor:
 def test_two_ranks_learn_what_one_learns(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     model = tiny_random_model(tmp_path / "model")
-    done = start(
-        [*TORCHRUN, "-m", "tests.trainers.preference_program", str(tmp_path / "two"), str(model)]
-    )
+    done = two_ranks("tests.trainers.preference_program", tmp_path / "two", model)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"two.rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second

@@ -27,7 +27,7 @@ from marlora.trainers.methods.prompts.bootstrapping.bootstrap_finetune import (
     BootstrapFinetuneTrainer,
 )
 from marlora.trainers.testbeds.rules import rule_chain
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.forks import two_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,8 +160,9 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
 def test_two_ranks_take_the_same_way_and_hold_the_same(
     whole: BetterTogetherTrainer, tmp_path: Path
 ) -> None:
-    program = "tests.trainers.methods.prompts.test_better_together"
-    done = start([*TORCHRUN, "-m", program, str(tmp_path / "two"), str(whole.args.model)])
+    done = two_ranks(
+        "tests.trainers.methods.prompts.test_better_together", tmp_path / "two", whole.args.model
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (
         json.loads((tmp_path / f"two.rank{rank}.json").read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ from marlora.trainers.methods.prompts.prompts_and_weights import (
     shares,
     standings,
 )
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.forks import two_ranks
 from tests.trainers.methods.prompts.prompts_and_weights_run import (
     EPISODES,
     Cut,
@@ -174,8 +174,12 @@ def test_adapters_and_prompts_go_on_after_a_kill(
 def test_two_ranks_search_and_train_the_same(
     whole: tuple[PromptsAndWeightsTrainer, Any], url: str, tmp_path: Path
 ) -> None:
-    program = "tests.trainers.methods.prompts.prompts_and_weights_run"
-    done = start([*TORCHRUN, "-m", program, str(tmp_path / "two"), str(whole[0].args.model), url])
+    done = two_ranks(
+        "tests.trainers.methods.prompts.prompts_and_weights_run",
+        tmp_path / "two",
+        whole[0].args.model,
+        url,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (
         json.loads((tmp_path / f"two.rank{rank}.json").read_text(encoding="utf-8"))

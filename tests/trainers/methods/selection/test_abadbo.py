@@ -15,7 +15,7 @@ from marlora.recipes.cli.main import main
 from marlora.trainers.errors import RunError
 from marlora.trainers.methods.selection.abadbo import ABADBOConfig, ABADBOTrainer
 from marlora.trainers.methods.selection.loss_targets import Place
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.forks import two_ranks
 from tests.trainers.methods.selection.abadbo_run import adapters, end, trainer
 from tests.trainers.reading import rows
 
@@ -160,8 +160,9 @@ def test_an_adapter_that_was_altered_is_not_tried(
 @pytest.mark.slow
 @pytest.mark.process
 def test_two_ranks_try_the_same_and_hold_the_same(whole: ABADBOTrainer, tmp_path: Path) -> None:
-    program = "tests.trainers.methods.selection.abadbo_run"
-    done = start([*TORCHRUN, "-m", program, str(tmp_path / "two"), str(whole.args.model)])
+    done = two_ranks(
+        "tests.trainers.methods.selection.abadbo_run", tmp_path / "two", whole.args.model
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (
         json.loads((tmp_path / f"two.rank{rank}.json").read_text(encoding="utf-8"))

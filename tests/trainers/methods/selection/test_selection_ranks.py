@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from marlora.trainers.testbeds.tiny import tiny_random_model
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.forks import two_ranks
 from tests.trainers.selection_program import select
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("one_thread")]
@@ -16,8 +16,7 @@ pytestmark = [pytest.mark.process, pytest.mark.usefixtures("one_thread")]
 
 def test_two_ranks_select_what_one_selects(tmp_path: Path) -> None:
     model = tiny_random_model(tmp_path / "model")
-    program = ["-m", "tests.trainers.selection_program", str(tmp_path / "two"), str(model)]
-    done = start([*TORCHRUN, *program])
+    done = two_ranks("tests.trainers.selection_program", tmp_path / "two", model)
     assert done.returncode == 0, done.stderr[-4000:]
     one = json.loads(json.dumps(select(tmp_path / "one", model)))
     two = [json.loads((tmp_path / f"two.rank{rank}.json").read_text()) for rank in (0, 1)]

@@ -15,8 +15,8 @@ from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.store import Store
 from marlora.trainers.feedback.helpers import Helpers
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
 from tests.trainers.feedback_methods import METHODS
+from tests.trainers.forks import two_ranks
 from tests.trainers.loop.test_state import facts
 from tests.trainers.outside import Outside
 
@@ -127,7 +127,7 @@ def test_a_budget_is_never_exceeded_and_the_run_ends_whole(
 def test_two_ranks_learn_what_one_learns(whole: Path, model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "two"
     folder.mkdir()
-    done = start([*TORCHRUN, "-m", "tests.trainers.feedback_methods", str(folder), str(model)])
+    done = two_ranks("tests.trainers.feedback_methods", folder, model)
     assert done.returncode == 0, done.stderr[-4000:]
     for name in METHODS:
         first, second = (

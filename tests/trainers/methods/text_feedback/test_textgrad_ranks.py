@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 
 from marlora.rollouts.episodes.store import Store
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
 from tests.trainers.feedback_run import trainer
+from tests.trainers.forks import two_ranks
 from tests.trainers.loop.test_state import facts
 
 pytestmark = pytest.mark.process
 
 
 def test_two_ranks_learn_what_one_learns(tmp_path: Path, model: Path) -> None:
-    program = [*TORCHRUN, "-m", "tests.trainers.feedback_run", str(tmp_path / "two"), str(model)]
-    done = start(program)
+    done = two_ranks("tests.trainers.feedback_run", tmp_path / "two", model)
     assert done.returncode == 0, done.stderr[-4000:]
     one = trainer(tmp_path / "one", model)
     one.train()

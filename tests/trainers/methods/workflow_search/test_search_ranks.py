@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from marlora.trainers.testbeds.tiny import tiny_random_model
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.forks import two_ranks
 from tests.trainers.search_program import searched
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("one_thread")]
@@ -16,8 +16,7 @@ pytestmark = [pytest.mark.process, pytest.mark.usefixtures("one_thread")]
 
 def test_two_ranks_search_what_one_searches(tmp_path: Path) -> None:
     model = tiny_random_model(tmp_path / "model")
-    program = ["-m", "tests.trainers.search_program", str(tmp_path / "two"), str(model)]
-    done = start([*TORCHRUN, *program])
+    done = two_ranks("tests.trainers.search_program", tmp_path / "two", model)
     assert done.returncode == 0, done.stderr[-4000:]
     one = json.loads(json.dumps(searched(tmp_path / "one", model)))
     two = [

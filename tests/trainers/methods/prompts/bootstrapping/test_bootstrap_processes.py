@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.repository import ROOT
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.forks import two_ranks
 from tests.trainers.methods.prompts.bootstrapping.finetune_run import two_steps
 from tests.trainers.methods.prompts.bootstrapping.rules_run import trainer
 
@@ -45,7 +45,7 @@ def test_a_killed_run_ends_as_the_whole_one(
 
 
 def test_two_ranks_find_what_one_finds(whole: tuple[str, str], model: Path, tmp_path: Path) -> None:
-    done = start([*TORCHRUN, "-m", PROGRAM, str(tmp_path / "two"), str(model)])
+    done = two_ranks(PROGRAM, tmp_path / "two", model)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"two.rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second == json.loads(whole[0])
@@ -53,8 +53,9 @@ def test_two_ranks_find_what_one_finds(whole: tuple[str, str], model: Path, tmp_
 
 @pytest.mark.slow
 def test_two_ranks_imitate_as_one(model: Path, tmp_path: Path) -> None:
-    program = "tests.trainers.methods.prompts.bootstrapping.finetune_run"
-    done = start([*TORCHRUN, "-m", program, str(tmp_path / "two"), str(model)])
+    done = two_ranks(
+        "tests.trainers.methods.prompts.bootstrapping.finetune_run", tmp_path / "two", model
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"two.rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and first["values"] == {"first.demos": [], "last.demos": []}

@@ -14,7 +14,7 @@ import pytest
 from marlora.recipes.cli.main import main
 from marlora.rollouts.checkpoints import team as teams
 from marlora.rollouts.engines.scripted import Answer, ScriptedEngine
-from tests.trainers.distributed.test_ranks import TORCHRUN, start
+from tests.trainers.forks import two_ranks
 
 
 def end(made: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def play_one(trainer: Callable[[Path, Path], Any]) -> None:
 
 def on_two_ranks(program: str, whole: Any, folder: Path) -> list[Any]:
     """The ends of such a program's run on two ranks."""
-    done = start([*TORCHRUN, "-m", program, str(folder / "two"), str(whole.args.model)])
+    done = two_ranks(program, folder / "two", whole.args.model)
     assert done.returncode == 0, done.stderr[-4000:]
     paths = [folder / f"two.rank{rank}.json" for rank in (0, 1)]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
