@@ -3,9 +3,11 @@ played or from the folder of a run."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from marlora.agents.types import Usage
@@ -20,6 +22,10 @@ from marlora.rollouts.types import Episode
 PROMPT = 90  # characters of a task's prompt that stand in a row of the report
 Scores = dict[str, float]  # by task
 LedgerTable = Mapping[str, Mapping[str, Mapping[str, Any]]]  # by kind and agent
+OF_A_POLICY = ("grad_norm", "calls_per_episode")  # metrics of its updates
+# evaluations whose state is that of their step; with `keep: best` the one after may be of a
+# checkpoint before
+DURING = re.compile(r"before|step-\d+")
 EVALUATION = "eval"  # the kind of episodes that nothing is learnt from
 NOTHING = {"tokens": 0.0, "calls": 0.0, "cost": 0.0}
 Point = tuple[float, float]  # tokens spent on learning, score
@@ -123,7 +129,8 @@ class RunResult:
     """What a finished run came to.
 
     after: of the state that it ends with. held_out, validation: curves. spent: tokens, calls and
-    cost of learning. by_role: the same by agent. seconds: wall time. trained: tokens in updates.
+    cost of learning. by_role: the same by agent. by_policy: means over the steps that trained it of
+    `OF_A_POLICY`. seconds: wall time. trained: tokens in updates.
     stopped: why the budget ended it, or "". key: of the final state.
     """
 
@@ -134,6 +141,7 @@ class RunResult:
     validation: Sequence[Point]
     spent: Mapping[str, float]
     by_role: Mapping[str, Mapping[str, float]]
+    by_policy: Mapping[str, Mapping[str, float]]
     seconds: float
     trained: int
     steps: int
@@ -148,10 +156,11 @@ def run_result(data: RunData, seed: int) -> RunResult:
         seed,
         _evaluated(data, "before", seed),
         _evaluated(data, "after", seed),
-        _curve(data, data.eval_points(TEAM)),
+        _curve(data, data.eval_points(DURING if data.config.get("keep") == "best" else TEAM)),
         _curve(data, data.eval_points(VALIDATION)),
         spent,
         _by_role(summary.get("ledger") or {}),
+        _by_policy(data),
         float(summary["seconds"]["total"]),
         int(summary["tokens"].get("trained", 0)),
         int(summary["steps"]),
@@ -198,6 +207,19 @@ def _by_role(ledger: LedgerTable) -> dict[str, dict[str, float]]:
         for agent, row in agents.items() if kind != EVALUATION else ():
             _add(table.setdefault(agent, dict(NOTHING)), row)
     return table
+
+
+def _by_policy(data: RunData) -> dict[str, dict[str, float]]:
+    """Of every policy that was trained the mean metrics of its updates."""
+    updates: dict[str, list[Mapping[str, Any]]] = {}
+    for row in data.metrics:
+        for name, own in (row.get("policies") or {}).items():
+            if own.get("tokens") and all(key in own for key in OF_A_POLICY):
+                updates.setdefault(name, []).append(own)
+    return {
+        name: {key: fmean(own[key] for own in trained) for key in OF_A_POLICY}
+        for name, trained in updates.items()
+    }
 
 
 def by_kind(ledger: LedgerTable) -> dict[str, dict[str, float]]:

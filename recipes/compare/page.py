@@ -19,9 +19,11 @@ from .tables import (
     comparison_of,
     controls,
     costs,
+    curves,
     facts,
     noise,
     p_value,
+    policies,
     roles,
 )
 
@@ -47,6 +49,8 @@ def compare_page(result: Mapping[str, Any]) -> str:
         _section(noise(result), "noise"),
         _section(costs(result), "costs"),
         _section(roles(result), "roles"),
+        _section(policies(result), "policies"),
+        _section(curves(result), "ends"),
         _section(bill(result), "bill"),
         section(
             "Curves <small>score against tokens spent on learning</small>",

@@ -164,6 +164,7 @@ def _arm(
             for key in ("tokens", "calls", "cost")
         },
         "by_role": _roles(results),
+        "by_policy": _policies(results),
         "tokens_trained": fmean(result.trained for result in results),
         "seconds": fmean(result.seconds for result in results),
         "steps": fmean(result.steps for result in results),
@@ -188,6 +189,16 @@ def _roles(results: Sequence[RunResult]) -> dict[str, dict[str, float]]:
         }
         for name in names
     }
+
+
+def _policies(results: Sequence[RunResult]) -> dict[str, dict[str, float]]:
+    """Metrics of every policy's updates, in the mean over the runs that trained it."""
+    names = dict.fromkeys(name for result in results for name in result.by_policy)
+    table: dict[str, dict[str, float]] = {}
+    for name in names:
+        own = [result.by_policy[name] for result in results if name in result.by_policy]
+        table[name] = {key: fmean(each[key] for each in own) for key in own[0]}
+    return table
 
 
 def _curves(results: Sequence[RunResult]) -> dict[str, dict[str, list[Point]]]:

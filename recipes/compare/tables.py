@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from statistics import fmean
 from typing import Any
 
 from marlora.recipes.launch.tables import table
@@ -72,7 +74,7 @@ def facts(result: Mapping[str, Any]) -> str:
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """Every table that has a row."""
     every = [scores(result), controls(result), noise(result)]
-    every += [costs(result), roles(result), bill(result)]
+    every += [costs(result), roles(result), policies(result), curves(result), bill(result)]
     return [each for each in every if each[2]]
 
 
@@ -126,6 +128,32 @@ def roles(result: Mapping[str, Any]) -> Table:
         [row["name"], *(_spending(row["by_role"].get(name, {})) for name in names)] for row in arms
     ]
     return "Tokens to learn, by role", ("", *(name or "(none)" for name in names)), rows
+
+
+def policies(result: Mapping[str, Any]) -> Table:
+    """How steep the updates of every policy were, and how often it was called."""
+    rows = [
+        [f"{row['name']}: {name}", f"{own['grad_norm']:.3g}", f"{own['calls_per_episode']:.2f}"]
+        for row in result["rows"]
+        for name, own in row.get("by_policy", {}).items()
+    ]
+    columns = ("arm: policy", "gradient norm", "calls per episode")
+    return "Updates by policy (means over steps and seeds)", columns, rows
+
+
+def curves(result: Mapping[str, Any]) -> Table:
+    """Where held-out curves of several points began, were highest and ended, in the mean over
+    seeds: a peak of many points is in part luck."""
+    rows = []
+    for name, kinds in result["curves"].items():
+        seeds = [[score for _, score in points] for points in kinds.get("held-out", {}).values()]
+        if min(map(len, seeds), default=0) > 2:
+            first, top, last = (
+                fmean(map(of, seeds)) for of in (itemgetter(0), max, itemgetter(-1))
+            )
+            rows.append([name, f"{first:.3f}", f"{top:.3f}", f"{last:.3f}", f"{last - top:+.3f}"])
+    columns = ("", "first", "highest", "last", "last - highest")
+    return "Held-out curves (means over seeds)", columns, rows
 
 
 def bill(result: Mapping[str, Any]) -> Table:

@@ -118,6 +118,12 @@ def test_a_comparison_has_all_rows_and_goes_on_where_it_was(
     assert sum(each["tokens"] for each in rows["sft"]["by_role"].values()) == pytest.approx(
         rows["sft"]["spent"]["tokens"]
     )
+    policies = rows["sft"]["by_policy"]
+    assert {name: row["calls_per_episode"] for name, row in policies.items()} == {
+        "first": 1.0,
+        "last": 1.0,
+    }
+    assert all(row["grad_norm"] > 0 for row in policies.values())
     curve = result["curves"]["sft"]["held-out"]["0"]
     assert curve[0][0] == 0 and curve[-1][0] == rows["sft"]["spent"]["tokens"]
 

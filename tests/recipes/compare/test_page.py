@@ -53,6 +53,7 @@ def arm(name: str, score: float, shown: str, control_of: str = "") -> dict[str, 
             "first": {"tokens": 1000.0, "cost": 0.0},
             "critic": {"tokens": 200.0, "cost": 0.25},
         },
+        by_policy={"first": {"grad_norm": 0.512, "calls_per_episode": 2.0}},
         tokens_trained=77.0,
         seconds=9.0,
         steps=3.0,
@@ -94,7 +95,12 @@ RESULT: dict[str, Any] = {
     "bill": [{"what": "reference rows", "calls": 40.0, "tokens": 900.0, "cost": 0.5}],
     "failed": {"edges, seed 0": "the recipe does not take the team: system has no edges"},
     "curves": {
-        "good": {"held-out": {"0": [[0.0, 0.5], [1200.0, 0.8]]}},
+        "good": {
+            "held-out": {
+                "0": [[0.0, 0.5], [600.0, 0.9], [1200.0, 0.8]],
+                "1": [[0.0, 0.5], [600.0, 0.7], [1200.0, 0.6]],
+            }
+        },
         "lost": {"held-out": {"0": [[0.0, 0.5], [1200.0, 0.2]]}},
     },
 }
@@ -138,6 +144,9 @@ def test_the_markdown_has_every_row_and_number() -> None:
     )
     assert "| good | 1,200 | 0.25 | 77 | 30.0 | 12.5 | 9 |" in lines
     assert "| good | 1,000 | 200 (0.25) |" in lines
+    assert "| good: first | 0.512 | 2.00 |" in lines
+    assert "| good | 0.500 | 0.800 | 0.700 | -0.100 |" in lines  # the peak of the curve, its end
+    assert not [line for line in lines if line.startswith("| lost | 0.500 |")]  # two points only
     assert "- single agent, self-consistency: majority of 3 sampled answers" in lines
     assert "| reference rows | 40 | 900 | 0.5 |" in lines
     assert "| good - still | 1 | +0.300 | +0.200 .. +0.400 | 0.030 |" in lines
@@ -187,7 +196,7 @@ def test_nothing_that_a_plan_or_model_wrote_is_markup() -> None:
     assert not re.findall(r'(?:src|href)="(?!#)', page)
     rows = [line for line in as_markdown(hostile()).splitlines() if line.startswith("|")]
     widths = [len(re.findall(r"(?<!\\)\|", line)) for line in rows if "img" in line]
-    assert widths == [8, 8, 4]  # a bar in a name opens no cell
+    assert widths == [8, 8, 4, 4, 6]  # a bar in a name opens no cell
 
 
 def test_the_page_names_what_it_measured() -> None:
