@@ -16,19 +16,11 @@ from tests.method_pages import (
     config_of,
     facts,
     methods,
+    numbers,
     pages,
     with_table,
     words,
 )
-
-NUMBER = re.compile(
-    r"(?<![\w.])(\d*\.\d+(?:e-?\d+)?|\d{1,3}(?:,\d{3})+)(?![\dM])"
-)  # 0.6M is a size
-
-
-def numbers(text: str) -> set[float]:
-    """Shares, differences and counts of a text, without their signs."""
-    return {float(number.replace(",", "")) for number in NUMBER.findall(text)}
 
 
 def section(where: str) -> str:

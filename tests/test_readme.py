@@ -18,13 +18,16 @@ from pathlib import Path
 import pytest
 
 from marlora.recipes.cli.train import recipes
-from tests.repository import ROOT, ci_targets, clean_environment, copy_to, names_of_tests
+from tests.method_pages import numbers
+from tests.repository import ROOT, ci_targets, clean_environment, copy_to, files, names_of_tests
 
 PAGES = (
     "README.md",
     "docs/guides/training.md",
     "docs/guides/programs.md",
     "docs/guides/evaluation.md",
+    "skills/marlora/SKILL.md",
+    "AGENTS.md",
 )  # for users
 DOCUMENTS = (
     *PAGES,
@@ -51,6 +54,8 @@ COVERED = {
     "make test": CI,
     "make test-full": CI,
     "make help": RUN,
+    "make docs": "tests/test_site.py::test_the_site_builds_and_a_broken_link_ends_it",
+    "make pages": "tests/test_method_pages.py::test_the_pages_are_todays",
     "make test-fast": "tests/test_setup.py::test_targets_do_their_own_set_up",
     # On the one node of a test's Slurm, with its sizes and a tiny model.
     "sbatch slurm/train.sbatch recipes/grpo_team.py --output_dir runs/mine": REQUEUED,
@@ -81,7 +86,7 @@ def commands(document: str) -> list[str]:
 
 def tried() -> list[str]:
     """The commands of the pages that are run one after the other, in their order."""
-    every = [command for page in PAGES for command in commands(page)]
+    every = dict.fromkeys(command for page in PAGES for command in commands(page))
     return [command for command in every if not command.startswith(("make ", "sbatch "))]
 
 
@@ -93,6 +98,25 @@ def test_every_method_has_its_line() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_every_page_with_code_is_run() -> None:
+    """By this file, or by tests/test_guides.py, which takes all of two folders."""
+    with_code = {
+        str(path)
+        for path in files()
+        if path.suffix == ".md" and (blocks(str(path), "bash") or blocks(str(path), "python"))
+    }
+    assert with_code <= {*DOCUMENTS} | {
+        name for name in with_code if name.startswith(("docs/guides/", "docs/start/"))
+    }
+
+
+def test_numbers_of_the_readme_are_those_of_the_results() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    measured = (ROOT / "recipes" / "RESULTS.md").read_text(encoding="utf-8")
+    assert not numbers(rows) - numbers(measured), "the README's tables quote recipes/RESULTS.md"
 
 
 def test_every_command_is_covered() -> None:

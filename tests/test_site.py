@@ -37,8 +37,8 @@ def build(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
 def test_the_site_builds_and_a_broken_link_ends_it(tmp_path: Path) -> None:
     done = build(ROOT, tmp_path / "site")
     assert done.returncode == 0, done.stderr[-3000:]
-    for page in ("index", "methods", "methods/grpo_team", "reference/api/teams", "project/results"):
-        assert (tmp_path / "site" / f"{page}.html").stat().st_size > 10_000, page
+    for name in ("index", "methods", "methods/grpo_team", "reference/api/teams", "project/results"):
+        assert (tmp_path / "site" / f"{name}.html").stat().st_size > 10_000, name
     # a copy with a page whose link leads nowhere
     copy = copy_to(tmp_path / "copy")
     subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
