@@ -155,6 +155,11 @@ class RolloutSettings(Settings):
     episodes: str = setting(
         "learn from these stored episodes (a run, or its episodes folder) instead of playing", ""
     )
+    thumbs: bool = setting(
+        "of the stored `episodes`, learn from those that people gave a thumb (marlora report"
+        " --follow): up is a reward of 1, down of 0, in place of what they earned",
+        False,
+    )
     tasks_per_step: int = setting("tasks played in a step", 16, at_least=1)
     num_generations: int = setting(
         "episodes per task: the group that credit compares", 8, at_least=1
@@ -342,6 +347,10 @@ class RunConfig(RunSettings, OptimizerSettings, AdapterSettings, RolloutSettings
             raise SettingError(
                 "max_staleness: with `episodes` nothing is played, so nothing can be played ahead;"
                 " leave it 0"
+            )
+        if self.thumbs and not self.episodes:
+            raise SettingError(
+                "thumbs: they are of stored episodes; name the run that was judged with `episodes`"
             )
         if self.pin == "call" and not self.max_staleness:
             raise SettingError(

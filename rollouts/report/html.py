@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 
 STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
+THUMBS = Path(__file__).with_name("thumbs.js").read_text(encoding="utf-8")  # of a live page
 MAX_TEXT = 4000  # characters of one message
 BIDI = (  # they turn the order of what follows
     "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -28,8 +29,10 @@ def page(
     hash, and nothing else.
 
     `data` goes in as JSON that the script reads; JSON is not run. `follow` lets the script ask the
-    server the page came from. `script`: "" for a page without any, whose policy allows none.
+    server the page came from, and give it thumbs. `script`: "" for a page without any, whose
+    policy allows none.
     """
+    script += THUMBS if follow else ""
     source = f"'{digest(script)}'" if script else "'none'"
     policy = (
         f"default-src 'none'; style-src '{digest(STYLE)}'; script-src {source}; base-uri"

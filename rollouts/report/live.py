@@ -3,7 +3,7 @@
 The address holds a token, and everything without it is a 404: other users of the machine, and pages
 in the same browser, cannot read what the models wrote. The page asks every two seconds whether
 files of the run have changed and then loads again; episodes that it does not hold are fetched by
-name.
+name. Thumbs that people give to training episodes are kept in the run's `thumbs.jsonl`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..episodes.store import Store
+from ..episodes.thumbs import give_thumb, read_thumbs
 from .episode_index import MAX_EPISODES, EpisodeIndex, Pieces, read_learned
 from .report import build, read_runs
 
@@ -31,6 +32,7 @@ WATCHED = (
     "learned.jsonl",
     "evaluations.json",
 )
+MAX_THUMB = 4096  # bytes of a thumb's request
 HEADERS = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
@@ -52,6 +54,7 @@ class LiveReport:
         self.token = secrets.token_urlsafe(24)
         self._runner: web.AppRunner | None = None
         self._page: tuple[str, str] = ("", "")  # version, page
+        self._judgeable: set[str] = set()  # names of the episodes that may have a thumb
         self._building = asyncio.Lock()
 
     def version(self) -> str:
@@ -69,10 +72,12 @@ class LiveReport:
         """The address, on loopback; port 0 takes a free one."""
         from aiohttp import web
 
-        app = web.Application()
+        app = web.Application(client_max_size=MAX_THUMB)
         app.router.add_get("/{token}/", self._guarded(self.report))
         app.router.add_get("/{token}/version", self._guarded(self.tell_version))
         app.router.add_get("/{token}/episode", self._guarded(self.episode))
+        app.router.add_get("/{token}/thumbs", self._guarded(self.thumbs))
+        app.router.add_post("/{token}/thumb", self._guarded(self.thumb))
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", port)
@@ -108,8 +113,14 @@ class LiveReport:
         )
 
     def _built(self) -> str:
-        page, _ = build(read_runs(self.folders), self.pieces, self.max_episodes, True)
-        return page
+        runs = read_runs(self.folders)
+        self._judgeable = {
+            f"{number}:{row.id}"
+            for number, run in enumerate(runs)
+            for row in run.episodes
+            if row.trains and "f" not in row.marks
+        }
+        return build(runs, self.pieces, self.max_episodes, True)[0]
 
     async def tell_version(self, request: web.Request) -> web.Response:
         from aiohttp import web
@@ -137,3 +148,40 @@ class LiveReport:
         if data is None:
             raise web.HTTPNotFound()
         return web.json_response(data)
+
+    async def thumbs(self, request: web.Request) -> web.Response:
+        """The thumbs of all runs, 1 or -1 by the name of the episode."""
+        from aiohttp import web
+
+        return web.json_response(await asyncio.to_thread(self._thumbs))
+
+    def _thumbs(self) -> dict[str, int]:
+        return {
+            f"{number}:{episode}": thumb
+            for number, run in enumerate(self.folders)
+            for episode, thumb in read_thumbs(run).items()
+        }
+
+    async def thumb(self, request: web.Request) -> web.Response:
+        """Keep a thumb, `{"name": "RUN:ID", "thumb": 1}`, and give all of them back. A 400 for what
+        is none, and for an episode that a page does not offer: what is held out, failed or played
+        for another one is not learnt from."""
+        from aiohttp import web
+
+        if request.content_type != "application/json":
+            raise web.HTTPBadRequest(text="a thumb is JSON")
+        try:
+            data = await request.json()
+        except ValueError as error:
+            raise web.HTTPBadRequest(text="a thumb is JSON") from error
+        fields = data if isinstance(data, dict) else {}
+        name, thumb = fields.get("name"), fields.get("thumb")
+        if type(thumb) is not int or thumb not in (1, -1, 0) or not self._offered(name):
+            raise web.HTTPBadRequest(text="no thumb of a training episode of this page")
+        number, _, episode = name.partition(":")
+        await asyncio.to_thread(give_thumb, self.folders[int(number)], episode, thumb)
+        return await self.thumbs(request)
+
+    def _offered(self, name: object) -> bool:
+        """May this episode have a thumb? Known of those that the page lists."""
+        return isinstance(name, str) and name in self._judgeable

@@ -60,6 +60,7 @@ function filter() {
   list();
 }
 
+const EXTRA = []; // more columns of the list: {head, cell: (row) => element}
 const HEADS = [["episode", ID], ["when", STEP], ["task", null], ["reward", WORTH], ["tokens", TOKENS], ["", null]];
 
 function list() {
@@ -79,13 +80,15 @@ function line(row) {
   const made = el("tr", key(row) === state.open ? "open" : "", null,
     el("td", "id", null, link), el("td", "", when), el("td", "task", S[row[PROMPT]]),
     el("td", "n " + (row[WORTH] === null ? "bad" : isRight(row) ? "good" : ""), num(row[WORTH])),
+    ...EXTRA.map((column) => el("td", "", null, column.cell(row))),
     el("td", "n", num(row[TOKENS])), el("td", "", null, ...marks, ...whole));
-  made.addEventListener("click", (event) => { if (event.target !== link) go(key(row)); });
+  made.addEventListener("click", (event) => { if (!event.target.closest("a, button")) go(key(row)); });
   return made;
 }
 
 function heads() {
-  $("heads").replaceChildren(...HEADS.map(([name, column]) => {
+  const extra = EXTRA.map((column) => [column.head, null]), at = HEADS.findIndex(([name]) => name === "tokens");
+  $("heads").replaceChildren(...HEADS.toSpliced(at, 0, ...extra).map(([name, column]) => {
     const head = el("th", column === WORTH || column === TOKENS ? "n" : "");
     head.scope = "col";
     if (column === null) { head.textContent = name; return head; }
@@ -266,7 +269,8 @@ async function show(name) {
   }
   const values = episode.rewards.flatMap(reward);
   const others = anchor("all episodes of this task", "#q=" + encodeURIComponent(S[episode.task]));
-  box.append(el("p", "", null, ...values, " ", others, ...family(episode, row)));
+  const extra = row ? EXTRA.map((column) => column.cell(row)) : [];
+  box.append(el("p", "", null, ...values, " ", ...extra, " ", others, ...family(episode, row)));
   box.append(el("p", "soft", `${episode.kind} episode; the team's state is ${episode.state}`));
   box.append(...field("task", episode.prompt), ...field("expected", episode.answer));
   const made = episode.from.length ? `, from ${episode.from.map((i) => "turn " + i).join(", ")}` : "";
@@ -397,4 +401,4 @@ function start() {
   document.documentElement.dataset.ready = "yes";
 }
 
-start();
+addEventListener("DOMContentLoaded", start); // after all of the page's script

@@ -6,12 +6,13 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...agents.types import AgentSpec, SettingError, Task, to_json
+from ...agents.types import AgentSpec, Reward, SettingError, Task, to_json
 from ...rollouts.episodes.runner import EpisodeRequest, episode_requests
 from ...rollouts.episodes.store import Store
+from ...rollouts.episodes.thumbs import FILE, UP, read_thumbs
 from ...rollouts.renderer import ChatRenderer
 from ...rollouts.types import Episode, groups
 from ..monitoring.step_metrics import unscorable
@@ -119,6 +120,7 @@ class OfflineEpisodes:
     def __init__(self, folder: str | Path, agents: Sequence[AgentSpec]) -> None:
         path = Path(folder)
         path = path / "episodes" if (path / "episodes").is_dir() else path
+        self.run = path.parent
         if not path.is_dir():
             raise SettingError(
                 f"episodes {str(folder)!r}: no such folder; expected a run or a store of episodes"
@@ -132,6 +134,22 @@ class OfflineEpisodes:
                 f"episodes {str(folder)!r}: its agents are {', '.join(sorted(spoke))}, this team's"
                 f" are {', '.join(names)}"
             )
+
+    def judge_by_thumbs(self, metric: str) -> None:
+        """Keep the episodes that people gave a thumb, which is their only reward from now on: 1 for
+        up, 0 for down, under the name `metric`. Raises `SettingError` if there are none."""
+        thumbs = read_thumbs(self.run)
+        judged = [
+            replace(e, rewards=(Reward(metric, float(thumbs[e.id] == UP), source="thumb"),))
+            for e in self.episodes
+            if e.id in thumbs
+        ]
+        if not judged:
+            raise SettingError(
+                f"thumbs: {self.run / FILE} holds none of a training episode; give some with"
+                f" `marlora report {self.run} --follow`"
+            )
+        self.episodes = judged
 
     def check_tokens(self, tokens_of: Mapping[str, ChatRenderer], count: int = 50) -> None:
         """Raise `SettingError` unless the first turns of every agent read the same in its own

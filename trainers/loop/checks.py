@@ -93,12 +93,16 @@ def offline_episodes(
     agents: Sequence[AgentSpec],
     eval_tasks: Sequence[Task],
     bases: Mapping[str, LearnerBase],
+    metric: str = "",
 ) -> OfflineEpisodes | None:
     """The episodes of another run to learn from (`episodes`), checked against this run's held-out
-    tasks, tokenizers and embeddings; None if this run plays."""
+    tasks, tokenizers and embeddings; None if this run plays. `metric`: the reward that `thumbs`
+    stand for."""
     if not config.episodes:
         return None
     offline = OfflineEpisodes(config.episodes, agents)
+    if config.thumbs:
+        offline.judge_by_thumbs(metric)
     check_tasks([e.task for e in offline.episodes], [], eval_tasks, config)
     tokens = {policy: base.tokens for base in bases.values() for policy in base.policies}
     check_ids(config.episodes, offline.episodes, agents, bases)

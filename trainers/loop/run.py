@@ -189,7 +189,7 @@ class TrainingRun:
         for warning in spec.warnings:
             self.log.warn(warning)
         offline = checks.offline_episodes(
-            spec.config, spec.system.specs, spec.eval_tasks, self.learner.bases
+            spec.config, spec.system.specs, spec.eval_tasks, self.learner.bases, spec.metric
         )
         self.rollouts.open(self._exit, offline)
         if spec.config.resume:

@@ -16,6 +16,7 @@ from marlora.agents.system import System
 from marlora.agents.team import Team
 from marlora.agents.types import BASE, SettingError, Task
 from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.episodes.thumbs import give_thumb
 from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode, TurnKey
 from marlora.trainers.batching.samples import samples
@@ -439,3 +440,54 @@ def test_best_of_n_is_told_of_the_untrained_team(tmp_path: Path, model: Path) ->
     told = trainer(tmp_path / "run", model, max_steps=0, best_of=4).train()
     assert told["best_of"]["n"] == 4 and told["best_of"]["num_tasks"] == 2
     assert told["best_of"]["accuracy"] > told["eval"]["before"]["accuracy"]
+
+
+def test_a_team_learns_from_thumbs_against_its_rewards(tmp_path: Path, model: Path) -> None:
+    """People like what the reward does not: the pairs are theirs, and held-out tasks are no part
+    of them."""
+    small_run.trainer(tmp_path / "grpo", model, max_steps=1).train()
+    stored = [e for e in Store(tmp_path / "grpo" / "episodes").read(kind="train")]
+    tasks = list(dict.fromkeys(e.task.id for e in stored))
+    judged = [e for e in stored if e.task.id == tasks[0]]
+    low, high = (f(e.reward("bytes_mod_7") for e in judged) for f in (min, max))
+    assert low < high
+    for episode in judged:
+        if (reward := episode.reward("bytes_mod_7")) in (low, high):
+            give_thumb(tmp_path / "grpo", episode.id, 1 if reward == low else -1)
+    settings = {"episodes": str(tmp_path / "grpo"), "thumbs": True, "max_steps": 3}
+    made = trainer(tmp_path / "run", model, **settings)
+    seen: list[tuple[float, float]] = []
+    learn = made.learner.learn
+
+    def noted(step: int, pairs: Any) -> Any:
+        true = {e.id: e.reward("bytes_mod_7") for e in stored}
+        seen.extend((true[p.chosen[0].id], true[p.rejected[0].id]) for p in pairs)
+        return learn(step, pairs)
+
+    made.learner.learn = noted  # type: ignore[method-assign]
+    made.train()
+    assert seen and set(seen) == {(low, high)}
+    told = [row["preference"] for row in rows(tmp_path / "run")]
+    assert told[-1]["loss"] < told[0]["first_loss"] and told[-1]["accuracy"] == 1.0, told
+    assert all(0 < row["reward"] < 1 for row in rows(tmp_path / "run")), "the share of thumbs up"
+
+
+def test_thumbs_that_say_nothing_are_told(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None, some of held-out tasks only, and then all up."""
+    played = tmp_path / "grpo"
+    small_run.trainer(played, model, max_steps=1).train()
+    for kind in ("eval", "train"):
+        made = trainer(tmp_path / kind, model, episodes=str(played), thumbs=True)
+        with pytest.raises(SettingError, match=r"thumbs\.jsonl holds none of a training episode"):
+            made.train()
+        for episode in Store(played / "episodes").read(kind=kind):
+            give_thumb(played, episode.id, 1)
+    trainer(tmp_path / "up", model, episodes=str(played), thumbs=True).train()
+    assert "no two episodes of a task differ" in capsys.readouterr().err
+
+
+def test_thumbs_are_of_stored_episodes(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(SettingError, match="name the run that was judged"):
+        trainer(tmp_path / "run", model, thumbs=True)
