@@ -78,17 +78,17 @@ def importable_here() -> Iterator[None]:
                 del sys.modules[name]
 
 
-def run_page(page: Path, *, commands: bool) -> int:
-    """Run the blocks of a page in the current folder, which `marlora init` made; how many there
-    were.
+def run_page(page: Path, *, commands: bool, bash: bool = True) -> None:
+    """Run the blocks of a page in the current folder, which `marlora init` made.
 
     A block that names a file is written there. Other Python is executed, the blocks of a page with
     the same names; YAML is put over `config.yaml` and resolved, as `marlora train` does before it
     loads anything. Commands are run if `commands`, with the Python that reads what they left;
-    else they are parsed, and the Python after the first command is compiled.
+    else they are parsed, and the Python after the first command is compiled. Without `bash` they
+    are another test's.
     """
     names: dict[str, Any] = {"__name__": "__main__"}
-    count, run = 0, True
+    run = True
     for block in blocks(page):
         where = f"{page.name}:{block.line}"
         if block.file:
@@ -105,15 +105,13 @@ def run_page(page: Path, *, commands: bool) -> int:
         elif block.language == "json":
             json.loads(block.text)
         elif block.language == "bash":
-            for command, code in block.commands:
+            for command, code in block.commands if bash else ():
                 check_command(command)
                 if commands:
                     run_command(command, code)
-            run = run and commands
+            run = run and (commands or not bash)
         else:
             raise AssertionError(f"{where}: a block of {block.language!r}, which nothing runs")
-        count += 1
-    return count
 
 
 def resolve(block: Block) -> RunSpec:
