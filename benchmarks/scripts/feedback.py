@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from marlora.trainers.testbeds.critic.runs import CONTROLS, METHODS, critic_run
+from marlora.trainers.testbeds.critic.runs import CONTROLS, METHODS, critic_run, teacher_engine
 
 OWN = "own"
 COLUMNS = ("method", OWN, *CONTROLS, "gain", "adopted of proposed", "team", "helpers", "steps")
@@ -35,6 +35,7 @@ def result_of(name: str, control: str, seed: int, args: argparse.Namespace) -> d
             seed=seed,
             budget={"tokens": args.tokens},
             overwrite=True,
+            engine=teacher_engine() if args.teacher else None,
             **settings,
         ).train()
     found: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
@@ -76,11 +77,12 @@ def row_of(name: str, runs: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
-    parser.add_argument("--tokens", type=int, default=12_000)
+    parser.add_argument("--tokens", type=int, default=5_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--controls", nargs="*", default=list(CONTROLS), choices=list(CONTROLS))
     parser.add_argument("--model", default="", help="a folder in place of tiny-critic")
+    parser.add_argument("--teacher", action="store_true", help="its teacher answers, no model")
     args = parser.parse_args()
     table: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in args.only}
     for seed in args.seeds:  # whole rows for one seed first

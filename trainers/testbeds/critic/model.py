@@ -45,13 +45,13 @@ class CriticConfig:
     `max_excess`: as of `ProgramsConfig`, in nats per reply.
     """
 
-    steps: int = 400
-    worked: int = 48
-    judged: int = 8
-    said: int = 40
-    edited: int = 32
-    edited_by_two: int = 6
-    learning_rate: float = 5e-3
+    steps: int = 700
+    worked: int = 32
+    judged: int = 6
+    said: int = 24
+    edited: int = 18
+    edited_by_two: int = 4
+    learning_rate: float = 6e-3
     warmup: int = 40
     max_excess: float = 0.2
     hidden_size: int = 96

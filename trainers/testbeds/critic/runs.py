@@ -1,8 +1,11 @@
 """Runs of the eight methods of feedback in words on the toy model `tiny-critic`, and their
-controls: feedback that is shuffled between tasks, no feedback, and proposals that are drawn."""
+controls: feedback that is shuffled between tasks, no feedback, and proposals that are drawn. The
+model's teacher can answer in its place."""
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,9 @@ from typing import Any
 from ....agents.patterns.pipeline import Pipeline
 from ....agents.system import System
 from ....agents.types import AgentSpec, Sampling
+from ....rollouts.engines.base import ModelRef
+from ....rollouts.engines.scripted import ScriptedEngine
+from ....rollouts.renderer import ChatRenderer
 from ...methods.text_feedback.aime import AIMETrainer
 from ...methods.text_feedback.llm_autodiff import LLMAutoDiffTrainer
 from ...methods.text_feedback.metatextgrad import MetaTextGradTrainer
@@ -19,9 +25,9 @@ from ...methods.text_feedback.symbolic_learning import SymbolicLearningTrainer
 from ...methods.text_feedback.textgrad import TextGradTrainer
 from ...methods.text_feedback.trace_opto import TraceTrainer
 from ...trainer import Trainer
-from .lessons import NAME
+from .lessons import NAME, critic_tokenizer
 from .model import critic_chain
-from .teacher import GUESS, JUDGE, META, ROLES, SAY, START
+from .teacher import GUESS, JUDGE, META, ROLES, SAY, START, replies
 
 GRADIENT = {
     "backward_system": SAY,
@@ -63,7 +69,7 @@ METHODS: Mapping[str, Method] = {
         SemanticBackpropTrainer,
         {"prompts": SEMANTIC, "error_pool": 12, "gate": "strictly_better"},
     ),
-    "metatextgrad": (MetaTextGradTrainer, {"prompts": OF_META, "inner_steps": 4}),
+    "metatextgrad": (MetaTextGradTrainer, {"prompts": OF_META, "inner_steps": 3}),
     "symbolic_learning": (
         SymbolicLearningTrainer,
         {"prompts": SYMBOLIC, "kinds": ["prompt"], "loss": "rule", "params": ["pipeline"]},
@@ -74,7 +80,23 @@ CONTROLS: Mapping[str, Mapping[str, Any]] = {  # by name: the settings in which 
     "none": {"feedback": "none"},
     "drawn": {"helpers": {"optimizer": {"prompt": GUESS}}},
 }
+CHAT = re.compile(r"<\|(system|user)\|>(.*?)<\|end\|>", re.S)
 HELPER = {"sampling": {"temperature": 1.0, "max_tokens": 100}}
+
+
+def teacher_engine() -> ScriptedEngine:
+    """The teacher in place of the model, with the model's tokens: its likeliest reply at
+    temperature 0, else one that is drawn."""
+
+    def answer(prompt: str, ref: ModelRef, sampling: Sampling, k: int) -> str:
+        messages = dict(CHAT.findall(prompt))
+        shares = replies(messages.get("system", ""), messages["user"])
+        if sampling.temperature == 0:
+            return max(shares, key=lambda reply: shares[reply])
+        rng = random.Random(f"{sampling.seed} {k} {prompt}")
+        return rng.choices([*shares], [*shares.values()])[0]
+
+    return ScriptedEngine(answer, tokens=ChatRenderer(critic_tokenizer()), context=512)
 
 
 def critic_pipeline() -> Pipeline:

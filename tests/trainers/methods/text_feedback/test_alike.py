@@ -11,9 +11,10 @@ import pytest
 
 from marlora.agents.types import Sampling
 from marlora.recipes.cli.main import main
-from marlora.rollouts.engines.base import ModelRef
+from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.http import RetryPolicy
 from marlora.trainers.feedback.helpers import Helpers
 from tests.trainers.feedback_methods import METHODS
 from tests.trainers.forks import two_ranks
@@ -89,24 +90,36 @@ def test_evaluating_the_checkpoint_gives_what_the_run_says(
 
 @pytest.mark.slow
 @every_method
-def test_an_outside_model_helps(name: str, whole: Path, model: Path, tmp_path: Path) -> None:
-    method = METHODS[name]
+def test_an_outside_model_helps_goes_down_and_is_up_again(
+    name: str, whole: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run ends when the model is gone at its second question; the resumed one asks what
+    is left and comes to what one run comes to."""
+    method, up, answered = METHODS[name], False, 0
     say = method.say()
+    monkeypatch.setattr(RetryPolicy, "pause", lambda policy, number: 0.001)
 
     def answer(body: dict[str, Any]) -> str:
+        nonlocal answered
+        if answered == 1 and not up:
+            raise ConnectionError("the outside model is gone")
+        answered += 1
         texts = [f"<|{m['role']}|>{m['content']}<|end|>" for m in body["messages"]]
         return say("".join(texts), ModelRef("big"), Sampling(), 0)
 
     with Outside(answer) as outside:
         own = {**method.helpers[method.outside], "url": outside.url, "base": "big"}
         helpers = {**method.helpers, method.outside: own}
-        summary = method.make(tmp_path / "run", model, helpers=helpers).train()
-        asked = len(outside.bodies)
+        with pytest.raises(EngineError, match="500"):
+            method.make(tmp_path / "run", model, helpers=helpers).train()
+        assert answered == 1
+        up = True
+        summary = method.make(tmp_path / "run", model, helpers=helpers, resume=True).train()
     expected = summary_of(whole / name)
     assert summary["eval"] == expected["eval"]
     assert summary["state"]["values"] == expected["state"]["values"]
     calls = summary["ledger"]["aside"][method.outside]["calls"]
-    assert calls == expected["ledger"]["aside"][method.outside]["calls"] == asked
+    assert calls == expected["ledger"]["aside"][method.outside]["calls"] == answered
 
 
 @pytest.mark.slow

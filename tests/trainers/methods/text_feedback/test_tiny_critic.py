@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 
 from marlora.trainers.testbeds.critic.model import tiny_critic_model
-from marlora.trainers.testbeds.critic.runs import CONTROLS, METHODS, critic_run
-from tests.trainers.critic_engine import teacher_engine
+from marlora.trainers.testbeds.critic.runs import CONTROLS, METHODS, critic_run, teacher_engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def taught(recipe: str, folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
     """A run whose answers are the teacher's, not the model's."""
-    own = {"max_steps": 4, "num_val_tasks": 15, "num_eval_tasks": 30, "seed": 1}
+    own = {"max_steps": 6, "num_val_tasks": 9, "num_eval_tasks": 30, "seed": 2}
     return critic_run(
         recipe, folder, engine=teacher_engine(), model=str(model), **{**own, **changes}
     ).train()
@@ -32,7 +31,7 @@ def test_the_teacher_teaches_by_feedback_alone(model: Path, tmp_path: Path) -> N
     assert before == 0 and after >= 0.6
     assert found["none"]["eval"]["after"]["accuracy"] <= after - 0.3
     calls = [s["ledger"]["aside"]["optimizer"]["calls"] for s in found.values()]
-    assert calls[0] == calls[1] == 4
+    assert calls[0] == calls[1] == 6
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ has learnt."""
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ from marlora.trainers.testbeds.critic.model import (
     on_circles,
     tiny_critic_model,
 )
-from marlora.trainers.testbeds.critic.runs import METHODS, critic_run
+from marlora.trainers.testbeds.critic.runs import METHODS, critic_run, teacher_engine
 from marlora.trainers.testbeds.critic.teacher import ANSWER, EXPECTED, START, replies
-from tests.trainers.critic_engine import form, teacher_engine
 
+DIGITS, KIND = re.compile(r"\d+(?:\.\d+)?"), re.compile(r"[abc](?=0)")
 TEXTGRAD = "<VARIABLE>\na4b7c1\n</VARIABLE>\n"
 
 
@@ -29,6 +30,11 @@ def said(words: str, number: int = 1) -> str:
     turn = "<INPUT>\nc472\n</INPUT>\n<OUTPUT>\n3\n</OUTPUT>"
     inner = f"<CONVERSATION>\n{turn}\n</CONVERSATION>\n<TEXT>\n{words}\n</TEXT>"
     return f"<FEEDBACK_{number}>\n{inner}\n</FEEDBACK_{number}>"
+
+
+def form(question: tuple[str, str]) -> str:
+    """A question with `0` for all numbers and `?` for the kinds before them."""
+    return KIND.sub("?", DIGITS.sub("0", " | ".join(question)))
 
 
 def near(shares: dict[str, float]) -> object:
@@ -99,7 +105,13 @@ def test_its_tokenizer_knows_tags_and_amounts_as_words() -> None:
 def test_what_a_method_asks_is_what_it_is_taught(recipe: str, model: Path, tmp_path: Path) -> None:
     """Every question of a run has the form of a lesson, numbers and kinds aside."""
     questions = Questions(random.Random(0))
-    makers = (questions.worked, questions.judged, questions.said, questions.edited)
+    makers = (
+        questions.worked,
+        questions.judged,
+        questions.said,
+        questions.edited,
+        questions.edited_by_two,
+    )
     known = {form(make()) for make in makers for _ in range(3000)}
     folder = tmp_path / "run"
     critic_run(
