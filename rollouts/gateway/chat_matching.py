@@ -18,8 +18,8 @@ from ...agents.team import Team
 from ...agents.text.answers import stands_in
 from ...agents.tools.tools import schemas_prompt
 from ...agents.types import Message, Turn
-from .chat_api import Request, shown
-from .fields import BadRequest, loaded
+from .api.chat import Request, shown
+from .api.fields import BadRequest, loaded
 
 
 class ChatMatcher:

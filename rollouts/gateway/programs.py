@@ -29,7 +29,7 @@ from ...agents.lookup import load_function, needs_trust
 from ...agents.system import System
 from ...agents.team import Team
 from ...agents.types import SettingError, Task, to_json
-from .fields import BadRequest
+from .api.fields import BadRequest
 from .process import ProcessLimits, ProgramError, run_command
 from .server import REWARD_TOKEN, GatewayServer
 from .session import Session
@@ -161,10 +161,10 @@ class Command(ExternalProgram):
     """Any command, one process per episode; it need not be Python, nor this one.
 
     It reads the task as JSON from stdin (id, prompt, source, split, meta; no answer) and finds
-    `OPENAI_BASE_URL`, `OPENAI_API_KEY` and `MARLORA_EPISODE` in its environment. The last line of
-    its stdout is the output if it is a JSON object with an `output` (and perhaps a `reward`); else
-    all of stdout is. Another exit code than 0 makes a failed episode, with the end of stderr as its
-    error.
+    `OPENAI_BASE_URL`, `OPENAI_API_KEY`, the same for Anthropic's client, and `MARLORA_EPISODE` in
+    its environment. The last line of its stdout is the output if it is a JSON object with an
+    `output` (and perhaps a `reward`); else all of stdout is. Another exit code than 0 makes a
+    failed episode, with the end of stderr as its error.
 
     As many run at once as the run's `max_concurrency` says. It is not a sandbox: the command runs
     with your rights.
@@ -220,6 +220,9 @@ class Command(ExternalProgram):
                 "TMPDIR": scratch,
                 "OPENAI_BASE_URL": session.base_url,
                 "OPENAI_API_KEY": session.key,
+                # its clients append /v1 themselves
+                "ANTHROPIC_BASE_URL": session.base_url.removesuffix("/v1"),
+                "ANTHROPIC_API_KEY": session.key,
                 "MARLORA_EPISODE": session.id,
             }
             bounds = ProcessLimits(self.timeout, self.memory, self.cpu_seconds)

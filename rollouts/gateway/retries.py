@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ...agents.types import Turn
-from .chat_api import Request
-from .fields import BadRequest
+from .api.chat import Request
+from .api.fields import BadRequest
 
 
 class Connection(Protocol):

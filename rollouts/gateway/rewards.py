@@ -8,7 +8,7 @@ from typing import Any
 
 from ...agents.team import Team
 from ...agents.types import Reward, Turn, nearest
-from .fields import MAX_ITEMS, BadRequest, brief, number, only, optional_text, wrong
+from .api.fields import MAX_ITEMS, BadRequest, brief, number, only, optional_text, wrong
 
 KNOWN = ("value", "name", "text", "agent", "turn", "sibling")
 

@@ -1,4 +1,5 @@
-"""The gateway: an OpenAI-compatible server with an address per episode, answered by the team.
+"""The gateway: an OpenAI-compatible server with an address per episode, answered by the team. It
+speaks Anthropic's Messages API too.
 
     async with GatewayServer().open_session(team) as session:
         ...  # a program asks session.base_url with session.key; model="solver" is that agent
@@ -6,8 +7,8 @@
 The server runs while any session is open. It listens on loopback, at a free port. Every episode has
 an address and a key of its own, so requests need no tag and no episode can write into another. It
 serves `/chat/completions` (streamed or not, `n`, tools, stop, log-probs, structured output),
-`/responses` as far as it is a chat, and `/models`; and `/rewards` for holders of the reward token,
-which programs do not get.
+`/responses` and Anthropic's `/messages` as far as they are chats, `/completions`, and `/models`;
+and `/rewards` for holders of the reward token, which programs do not get.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from aiohttp import web
 
 from ...agents.team import Team
 from ...agents.types import SettingError
-from .chat_api import Request, chat_chunks, chat_completion, read_chat, shown
-from .fields import BadRequest, parse_body
-from .responses_api import read_response, response, response_events
+from .api import messages
+from .api.chat import Request, chat_chunks, chat_completion, read_chat, shown
+from .api.completions import completion, completion_chunks, read_completion
+from .api.fields import BadRequest, parse_body
+from .api.responses import read_response, response, response_events
 from .retries import PendingCall, disconnected
 from .session import Session
 
@@ -116,7 +119,9 @@ class Listener:
                 web.get("/episodes/{episode}/v1/models", self._models),
                 web.get("/episodes/{episode}/v1/models/{model}", self._models),
                 web.post("/episodes/{episode}/v1/chat/completions", self._chat),
+                web.post("/episodes/{episode}/v1/completions", self._completions),
                 web.post("/episodes/{episode}/v1/responses", self._responses),
+                web.post("/episodes/{episode}/v1/messages", self._messages),
                 web.post("/episodes/{episode}/rewards", self._rewards),
             ]
         )
@@ -151,7 +156,8 @@ class Listener:
     async def _errors(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Check Host and Origin; answer errors as OpenAI does."""
+        """Check Host and Origin; answer errors as OpenAI does, or Anthropic where the path is its
+        own."""
         try:
             if request.headers.get("Host") not in self._hosts:  # DNS rebinding
                 raise BadRequest(403, "Host: not an address of this server", "forbidden")
@@ -159,10 +165,9 @@ class Listener:
                 raise BadRequest(403, "Origin: browsers are not served", "forbidden")
             return await handler(request)
         except BadRequest as error:
-            return web.json_response(error.body(), status=error.status)
+            return _refusal(request, error)
         except web.HTTPException as error:
-            answer = BadRequest(error.status, error.reason)
-            return web.json_response(answer.body(), status=error.status, headers=_allow(error))
+            return _refusal(request, BadRequest(error.status, error.reason), _allow(error))
 
     def _session(self, request: web.Request) -> Session:
         """The `Session` at the address, if the request has its key. Without the key, an episode
@@ -215,6 +220,28 @@ class Listener:
         if call.request.stream:
             return await self._send_events(request, call, chat_chunks(head, call.request, turns))
         return await self._send_json(request, call, chat_completion(head, call.request, turns))
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        session = self._session(request)
+        body = await self._body(request)
+        call = self._ask(session, request, body, read_completion(body))
+        turns = await self._answer(call, request)
+        head = {"id": f"cmpl-{session.id}-{turns[0].index}", "created": call.created}
+        if call.request.stream:
+            return await self._send_events(
+                request, call, completion_chunks(head, call.request, turns)
+            )
+        return await self._send_json(request, call, completion(head, call.request, turns))
+
+    async def _messages(self, request: web.Request) -> web.StreamResponse:
+        session = self._session(request)
+        body = await self._body(request)
+        call = self._ask(session, request, body, messages.read_request(body))
+        turns = await self._answer(call, request)
+        reply = messages.reply_body(f"msg_{session.id}_{turns[0].index}", call.request, turns)
+        if call.request.stream:
+            return await self._send_events(request, call, messages.reply_events(reply))
+        return await self._send_json(request, call, reply)
 
     async def _responses(self, request: web.Request) -> web.StreamResponse:
         session = self._session(request)
@@ -296,8 +323,21 @@ class Listener:
         return web.json_response({"rewards": len(session.team.rewards)})
 
 
+def _refusal(
+    request: web.Request, error: BadRequest, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    """The error reply, in the words of the API that was asked."""
+    own = request.path.endswith("/v1/messages")
+    body = messages.error_body(error) if own else error.body()
+    return web.json_response(body, status=error.status, headers=headers)
+
+
 def _has_key(request: web.Request, key: str) -> bool:
-    given = request.headers.getall("Authorization", [])
+    """The key stands in one header: as OpenAI's clients send it, or as Anthropic's do."""
+    given = [
+        *request.headers.getall("Authorization", []),
+        *(f"Bearer {each}" for each in request.headers.getall("x-api-key", [])),
+    ]
     if len(given) != 1:
         return False
     raw = given[0].encode("utf-8", "surrogateescape")  # headers may hold any bytes

@@ -17,9 +17,9 @@ from ...agents.team import Team
 from ...agents.transcript import LimitError
 from ...agents.types import Message, Sampling, SettingError, Turn, nearest
 from ..engines.base import PromptTooLong
-from .chat_api import Request
+from .api.chat import Request
+from .api.fields import BadRequest, wrong
 from .chat_matching import ChatMatcher, engine_message, opening, read_turns
-from .fields import BadRequest, wrong
 from .retries import Connection, PendingCall, RetryCache, body_hash
 from .rewards import read_rewards
 

@@ -10,7 +10,7 @@ import pytest
 from marlora.agents.tools.calls import call_spans
 from marlora.agents.tools.tools import MAX_CALLS, parse_calls
 from marlora.agents.types import Turn
-from marlora.rollouts.gateway.chat_api import Request, shown
+from marlora.rollouts.gateway.api.chat import Request, shown
 
 
 def call(name: str, **arguments: object) -> str:

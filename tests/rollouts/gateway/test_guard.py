@@ -192,7 +192,7 @@ def test_browsers_other_names_and_other_routes_are_refused() -> None:
             "/",
             "/metrics",
             f"/episodes/{asker.visit.id}",
-            f"/episodes/{asker.visit.id}/v1/completions",
+            f"/episodes/{asker.visit.id}/v1/embeddings",
         ):
             status, error = await asker.post(url + path, {})
             assert status == 404 and "error" in error

@@ -175,6 +175,8 @@ def test_only_named_variables_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> 
     script = "print(json.dumps({'output': json.dumps(sorted(os.environ))}))"
     seen = json.loads(str(one(command(script, environment=["PATH", "MINE"])).output))
     assert set(seen) - {"LC_CTYPE", "PWD", "SHLVL", "_"} == {
+        "ANTHROPIC_API_KEY",
+        "ANTHROPIC_BASE_URL",
         "MARLORA_EPISODE",
         "MINE",
         "OPENAI_API_KEY",

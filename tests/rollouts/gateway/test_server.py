@@ -14,7 +14,7 @@ from marlora.agents.types import AgentSpec, Message, Sampling, Turn, Usage
 from marlora.rollouts.engines.base import EngineError
 from marlora.rollouts.engines.scripted import Fault, ScriptedEngine
 from marlora.rollouts.episodes.runner import EpisodeLimits
-from marlora.rollouts.gateway.chat_api import usage
+from marlora.rollouts.gateway.api.chat import usage
 from tests.rollouts.asking import Asker, chat, numbered, play, played
 
 CALC = {

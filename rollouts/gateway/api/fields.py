@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from ...agents.types import nearest
+from ....agents.types import nearest
 
 MAX_DEPTH = 64  # brackets inside brackets
 MAX_ITEMS = 4096  # messages, parts, tools, calls: what one list of a body holds

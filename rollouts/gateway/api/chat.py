@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...agents.tools.calls import call_spans
-from ...agents.tools.tools import parse_calls
-from ...agents.types import Message, Turn
-from .chat_tools import call_json, read_call, read_choice, read_grammar, read_tools
+from ....agents.tools.calls import call_spans
+from ....agents.tools.tools import parse_calls
+from ....agents.types import Message, Turn
 from .fields import (
     MAX_ITEMS,
     BadRequest,
@@ -33,6 +32,7 @@ from .fields import (
     whole,
     wrong,
 )
+from .tools import call_json, read_call, read_choice, read_grammar, read_tools
 
 MAX_N = 64  # answers of one call
 # `seed`: an episode's randomness follows from its own seed, or the episodes of a group would all be
@@ -102,7 +102,7 @@ TOKEN_ID = re.compile("[0-9]{1,10}")
 
 @dataclass(frozen=True)
 class Request:
-    """One request of a program, of either API.
+    """One request of a program, of any API.
 
     Args:
         model: the name it gave.
@@ -218,16 +218,16 @@ def plain_text(content: Any, where: str) -> str:
     return "".join(texts)
 
 
-def read_stop(value: Any) -> tuple[str, ...]:
-    """Stop strings."""
+def read_stop(value: Any, field: str = "stop") -> tuple[str, ...]:
+    """Stop strings of a field."""
     if value is None:
         return ()
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MAX_STOPS:
-        raise wrong("stop", f"expected a text or at most {MAX_STOPS} of them, none empty")
+        raise wrong(field, f"expected a text or at most {MAX_STOPS} of them, none empty")
     for i, each in enumerate(stops):
         if not isinstance(each, str) or not each:
-            where = "stop" if isinstance(value, str) else f"stop[{i}]"
+            where = field if isinstance(value, str) else f"{field}[{i}]"
             raise wrong(where, f"expected a text that is not empty, got {brief(each)}")
     return tuple(stops)
 

@@ -10,8 +10,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...agents.types import Message, Turn
-from .chat_api import (
+from ....agents.types import Message, Turn
+from .chat import (
     NUMBERS,
     WITHOUT_EFFECT,
     Request,
@@ -22,7 +22,6 @@ from .chat_api import (
     shown,
     usage,
 )
-from .chat_tools import read_choice, read_form, read_function
 from .fields import (
     BadRequest,
     brief,
@@ -36,6 +35,7 @@ from .fields import (
     whole,
     wrong,
 )
+from .tools import read_choice, read_form, read_function
 
 KNOWN = (
     "model",

@@ -13,7 +13,7 @@ import pytest
 
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.runner import EpisodeLimits
-from marlora.rollouts.gateway.fields import MAX_DEPTH, MAX_ITEMS, loaded
+from marlora.rollouts.gateway.api.fields import MAX_DEPTH, MAX_ITEMS, loaded
 from marlora.rollouts.gateway.session import Session
 from tests.rollouts.asking import Asker, chat, numbered, played
 
