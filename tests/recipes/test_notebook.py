@@ -55,6 +55,9 @@ def test_ten_lines_through_nbconvert(tmp_path: Path) -> None:
     cells = nbformat.read(tmp_path / "done.ipynb", 4).cells
     printed = "".join(output.get("text", "") for output in cells[0].outputs)
     assert "'accuracy'" in printed and "'num_tasks': 3" in printed
+    shown = [output["data"]["text/html"] for output in cells[0].outputs if "data" in output]
+    assert len(shown) == 2, "one display of the training, one of the evaluation"
+    assert "step 1 of 1" in shown[0] and "first/report.html</a>" in shown[0]
     assert "'num_tasks': 2" in cells[1].outputs[-1]["data"]["text/plain"]
     assert json.loads((run / "summary.json").read_text())["steps"] == 1
     assert "<svg viewBox=" in (run / "report.html").read_text(encoding="utf-8")
