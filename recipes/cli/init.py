@@ -37,7 +37,7 @@ def right_sum(task: Task, episode: Episode) -> float:
     """1 if the output is the sum, else 0."""
     return float((episode.output or "").strip() == task.answer)
 '''
-CONFIG = """# marlora train config.yaml                 (in this folder; a minute on two CPU cores)
+CONFIG = """# marlora train                             (in this folder; a minute on two CPU cores)
 # marlora train config.yaml --dry_run true  (the plan alone)
 # marlora train config.yaml --help          (every setting)
 recipe: grpo_team               # marlora recipes lists the others
@@ -74,7 +74,7 @@ def cmd_init(args: argparse.Namespace) -> None:
         files[f"data/{split}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    print(f"{folder}: {', '.join(files)}\nnow: cd {folder} && marlora train config.yaml")
+    print(f"{folder}: {', '.join(files)}\nnow: cd {folder} && marlora train")
 
 
 def add_init(command: argparse.ArgumentParser) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +31,7 @@ from marlora.recipes.cli.compare import add_compare, cmd_compare
 from marlora.recipes.cli.init import add_init, cmd_init
 from marlora.recipes.cli.report import add_report, cmd_report
 from marlora.recipes.cli.slurm import add_slurm, cmd_slurm
-from marlora.recipes.cli.train import add_recipes, add_train, cmd_recipes, cmd_train
+from marlora.recipes.cli.train import add_recipes, add_train, cmd_recipes, cmd_train, with_recipe
 from marlora.recipes.launch.help_text import wants_help
 from marlora.recipes.launch.settings import exit_with_code, import_from, import_from_here, run
 from marlora.recipes.launch.tables import table
@@ -123,14 +125,31 @@ def _names_code(args: argparse.Namespace) -> bool:
     return bool(given) or any(":" in name for name in names)
 
 
+@contextlib.contextmanager
+def _code_of_the_run(args: argparse.Namespace) -> Iterator[None]:
+    """Let code be imported from where the runs of the checkpoints had it, if they are trusted; if
+    not, say where that is when it is missing."""
+    given = getattr(args, "checkpoint", [])
+    checkpoints = given if isinstance(given, list) else [given]
+    trusted = getattr(args, "trust_checkpoint", False)
+    for folder in import_folders(checkpoints) if trusted else ():
+        import_from(folder)
+    try:
+        yield
+    except SettingError as error:
+        if trusted or "cannot be imported" not in str(error):
+            raise
+        where = " and ".join(map(str, import_folders(checkpoints)))
+        hint = f". The run had it from {where}: go there, or give --trust_checkpoint"
+        raise SettingError(f"{error}{hint if where else ''}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script `marlora`."""
-    args = parser().parse_args(argv)
+    args = parser().parse_args(with_recipe(sys.argv[1:] if argv is None else argv))
 
-    if args.command == "train" and not wants_help(
-        args.settings
-    ):  # signals, processes and exit codes as of a recipe
-        run(partial(args.run_command, args))
+    if args.command == "train" and not wants_help(args.settings):
+        run(partial(args.run_command, args))  # signals, processes and exit codes as of a recipe
         return
 
     def work() -> None:
@@ -138,11 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SettingError(f"--json {args.json}: no such folder")
         if _names_code(args):
             import_from_here()
-        if getattr(args, "trust_checkpoint", False):
-            given = args.checkpoint if isinstance(args.checkpoint, list) else [args.checkpoint]
-            for folder in import_folders(given):
-                import_from(folder)
-        args.run_command(args)
+        with _code_of_the_run(args):
+            args.run_command(args)
 
     exit_with_code(work, interrupted="stopped")
 

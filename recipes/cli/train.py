@@ -16,6 +16,7 @@ from marlora.recipes.launch.settings import config_file, read_yaml
 from marlora.recipes.launch.tables import table
 
 FOLDER = Path(__file__).resolve().parents[1]
+HERE = "config.yaml"  # what is trained in a folder of one's own
 RECIPE = "recipe"  # the entry of a config that names what it is a config of
 
 
@@ -72,6 +73,11 @@ def chosen(name: str) -> tuple[str, Path | None]:
 def cmd_train(args: argparse.Namespace) -> None:
     """Train by a recipe (`marlora recipes` lists them) or by a config that names one; further
     arguments are its settings: --field value, --agents.NAME.prompt "...", --help."""
+    if args.recipe == HERE and not Path(HERE).is_file():
+        raise SettingError(
+            f"train: name a recipe (`marlora recipes` lists them) or a config; there is no {HERE}"
+            " in this folder"
+        )
     name, config = chosen(args.recipe)
     given = list(args.settings)
     if wants_help(given):
@@ -95,9 +101,19 @@ def print_help(shown: str, name: str, config: Path | None, given: Sequence[str])
     print(help_text(shown, f"{recipes()[name]}.", lines, settings, given))
 
 
+def with_recipe(argv: Sequence[str]) -> list[str]:
+    """The arguments of `marlora`; `train` without a recipe means the config of this folder."""
+    command, first = list(argv[:1]), argv[1:2]
+    unnamed = not first or (first[0].startswith("-") and not wants_help(first))
+    return ["train", HERE, *argv[1:]] if command == ["train"] and unnamed else list(argv)
+
+
 def add_train(command: argparse.ArgumentParser) -> None:
     """Arguments of `marlora train`."""
-    command.add_argument("recipe", help="name of a recipe, a YAML file, or a run folder")
+    command.add_argument(
+        "recipe",
+        help=f"name of a recipe, a YAML file, or a run folder; {HERE} of this folder if not given",
+    )
     command.add_argument("settings", nargs=argparse.REMAINDER, help="settings of the recipe")
 
 

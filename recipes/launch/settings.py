@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -94,9 +94,17 @@ def read_config(path: Path) -> dict[str, Any]:
     """The settings of a config. One that a run wrote also names the folders that its System and its
     rewards came from (`imports`): their modules can be imported from then on."""
     settings = read_yaml(path)
-    for folder in settings.pop("imports", None) or ():
-        import_from(Path(folder))
+    for folder in noted_imports(settings):
+        import_from(folder)
+    settings.pop("imports", None)
     return settings
+
+
+def noted_imports(settings: Mapping[str, Any]) -> list[Path]:
+    """The folders of code of one's own that the config of a run notes, as far as they are there."""
+    noted = settings.get("imports")
+    folders = noted if isinstance(noted, list) else []
+    return [Path(each) for each in folders if isinstance(each, str) and Path(each).is_dir()]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

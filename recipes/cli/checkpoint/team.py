@@ -15,7 +15,7 @@ from typing import Any
 from marlora.agents.state import TeamState
 from marlora.agents.text.secrecy import not_shown
 from marlora.agents.types import SettingError
-from marlora.recipes.launch.settings import read_yaml
+from marlora.recipes.launch.settings import noted_imports, read_yaml
 from marlora.rollouts.checkpoints.reader import read_checkpoint
 from marlora.rollouts.checkpoints.team import LoadedTeam, LoadOptions, load_team
 from marlora.rollouts.engines.config import EngineConfig
@@ -90,12 +90,8 @@ def _json(text: str) -> Any:
 def import_folders(checkpoints: Sequence[str]) -> list[Path]:
     """The folders of the user's own code that the runs of these checkpoints have noted
     (`config.yaml`, `imports`), as far as they are there. For a reader who trusts them."""
-    found = []
-    for checkpoint in checkpoints:
-        config = Path(checkpoint).resolve().parent.parent / "config.yaml"
-        if config.is_file():
-            found += [Path(folder) for folder in read_yaml(config).get("imports") or ()]
-    return [folder for folder in found if folder.is_dir()]
+    configs = [Path(each).resolve().parent.parent / "config.yaml" for each in checkpoints]
+    return [each for path in configs if path.is_file() for each in noted_imports(read_yaml(path))]
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

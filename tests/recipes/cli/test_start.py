@@ -57,6 +57,20 @@ def test_a_config_names_its_recipe(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "expected a YAML file" in refused(capsys, "train", str(tmp_path / "none.yaml"))
 
 
+def test_the_config_of_this_folder_is_meant_if_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([], ["--max_steps", "1"]):
+        assert "there is no config.yaml in this folder" in refused(capsys, "train", *arguments)
+    main(["train", "--help"])
+    assert "usage: marlora train" in capsys.readouterr().out
+    (tmp_path / "config.yaml").write_text("recipe: sysdpo\nmax_stps: 1\n", encoding="utf-8")
+    assert "config.yaml: unknown setting 'max_stps'" in refused(capsys, "train", "--seed", "2")
+    main(["train", "config.yaml", "--help"])
+    assert capsys.readouterr().out.startswith("marlora train config.yaml [--config FILE]")
+
+
 def test_settings_of_another_recipe_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,7 +129,7 @@ def test_a_folder_of_ones_own_trains_resumes_and_is_evaluated(tmp_path: Path) ->
     again = marlora(tmp_path, "init", "mine")
     assert again.returncode == 2 and "exists already" in again.stderr
     folder, config = tmp_path / "mine", "config.yaml"
-    first = marlora(folder, "train", config, "--max_steps", "1", "--save_every", "1")
+    first = marlora(folder, "train", "--max_steps", "1", "--save_every", "1")
     assert first.returncode == 0, first.stderr
     summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["recipe"] == "grpo_team" and summary["live_proof"]["failed"] == 0
@@ -130,7 +144,7 @@ def test_a_folder_of_ones_own_trains_resumes_and_is_evaluated(tmp_path: Path) ->
     checkpoint = str(folder / "run" / "checkpoints" / "step-000002")
     engine = ["--engine", "transformers", "--num_tasks", "2"]
     refused = marlora(tmp_path, "eval", checkpoint, "--system", "team:Sum", *engine)
-    assert refused.returncode == 2 and "--trust_checkpoint" in refused.stderr
+    assert refused.returncode == 2 and f"had it from {folder}: go there" in refused.stderr
     flags = ["--system", "team:Sum", "--trust_checkpoint", *engine]
     evaluated = marlora(tmp_path, "eval", checkpoint, *flags)
     assert evaluated.returncode == 0, evaluated.stderr

@@ -12,7 +12,7 @@ import yaml
 
 from marlora.agents.types import Task
 from marlora.recipes.launch.config_folder import beside
-from marlora.recipes.launch.settings import parse
+from marlora.recipes.launch.settings import noted_imports, parse
 from marlora.trainers.loop.summary import code_folders
 
 
@@ -110,3 +110,5 @@ def test_a_run_notes_the_folders_of_code_of_ones_own(folder: Path) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     parse(Config, "recipes/x.py", ["--config", str(folder / "config.yaml")])
     assert str(folder / "data") in sys.path
+    for odd in (5, "data", [5], {"a": "b"}, ["/nowhere"], None):
+        assert noted_imports({"imports": odd}) == []
