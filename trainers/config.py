@@ -82,6 +82,11 @@ class RunSettings(Settings):
         " signal",
         False,
     )
+    verbose: bool = setting(
+        "after each step also show what developers read (loss, KL, gradient norm, tokens per"
+        " second, live proof), and the libraries' own progress bars",
+        False,
+    )
     dry_run: bool = setting(
         "print the plan (policies, devices, memory, first prompt) and stop", False
     )

@@ -55,7 +55,7 @@ class EpisodeRow:
     about: str  # the id of that other one
     child: bool  # has it a parent?
     kinds: Mapping[str, str] = field(default_factory=dict)  # of its task, see `task_kinds`
-    speakers: Mapping[int, str] = field(default_factory=dict)  # who spoke each turn
+    agent_of: Mapping[int, str] = field(default_factory=dict)  # by turn
     own_rewards: Mapping[str, float] = field(default_factory=dict)  # by agent, those of its own
     evaluations: tuple[str, ...] = ()  # labels of those that it is an episode of
 
@@ -112,7 +112,7 @@ def episode_row(data: Mapping[str, Any], metric: str) -> EpisodeRow:
         about=about,
         child=bool(data["parent"]),
         kinds=task_kinds(data["task"]),
-        speakers={t["index"]: t["agent"] for t in turns},
+        agent_of={t["index"]: t["agent"] for t in turns},
         own_rewards=_own_rewards(data["rewards"]),
     )
 

@@ -22,9 +22,9 @@ LINES = 200  # of the log, the newest
 SIZE = (240, 48)  # of the curve, in pixels
 
 
-def progress_here(show: bool) -> Progress:
+def progress_here(show: bool, verbose: bool = False) -> Progress:
     """What shows a run where it runs: in a notebook one HTML display, elsewhere `Progress`."""
-    return NotebookProgress() if show and in_notebook() else Progress(show)
+    return NotebookProgress(verbose) if show and in_notebook() else Progress(show, verbose)
 
 
 def in_notebook() -> bool:
@@ -36,8 +36,8 @@ def in_notebook() -> bool:
 class NotebookProgress(Progress):
     """One output of the cell that runs, changed in place. The first thing to show makes it."""
 
-    def __init__(self) -> None:
-        super().__init__(show=False)
+    def __init__(self, verbose: bool = False) -> None:
+        super().__init__(show=False, verbose=verbose)
         self._lines: list[str] = []
         self._warnings: list[str] = []
         self._rewards: list[tuple[int, float]] = []

@@ -26,6 +26,7 @@ from ..update.losses.inputs import LossFn
 from ..update.optimizer_step import UpdateResult, sample_to_json
 from . import run_folder
 from .alarms import Alarms
+from .library_output import silence_libraries
 from .notebook import progress_here
 from .progress import Progress
 from .step_metrics import collection_row
@@ -62,7 +63,9 @@ class RunLog:
 
     def open(self, main: bool, closing: contextlib.ExitStack) -> None:
         """Show progress from now on, if this is rank 0 (`main`)."""
-        self.main, self.progress = main, progress_here(main)
+        self.main, self.progress = main, progress_here(main, self.config.verbose)
+        if not self.config.verbose:
+            silence_libraries()
         closing.callback(self.progress.close)
 
     def keep_warnings(self) -> None:

@@ -34,14 +34,14 @@ class Credit:
 
 def agent_credit(run: RunData) -> dict[str, Credit]:
     """By agent, in the order of the policies first: its credit over the whole run."""
-    found: dict[str, Credit] = defaultdict(Credit)
-    speakers = {row.id: row for row in run.episodes if row.kind == "train"}
-    _add_advantages(found, run.folder / "learned.jsonl", speakers)
-    for row in speakers.values():
+    credit: dict[str, Credit] = defaultdict(Credit)
+    episodes = {row.id: row for row in run.episodes if row.kind == "train"}
+    _add_advantages(credit, run.folder / "learned.jsonl", episodes)
+    for row in episodes.values():
         for agent, value in row.own_rewards.items():
-            found[agent].own[row.step].append(value)
+            credit[agent].own[row.step].append(value)
     order = list(run.policies)
-    return dict(sorted(found.items(), key=lambda each: _place(order, each[0])))
+    return dict(sorted(credit.items(), key=lambda each: _place(order, each[0])))
 
 
 def _place(order: Sequence[str], name: str) -> int:
@@ -49,14 +49,14 @@ def _place(order: Sequence[str], name: str) -> int:
 
 
 def _add_advantages(
-    found: dict[str, Credit], path: Path, speakers: Mapping[str, EpisodeRow]
+    credit: dict[str, Credit], path: Path, episodes: Mapping[str, EpisodeRow]
 ) -> None:
     """The advantages in a run's token log, by the agent that spoke the turn."""
     for data in json_lines(path):
-        row = speakers.get(data["episode"])
-        agent = data["policy"] if row is None else row.speakers.get(data["turn"], data["policy"])
+        row = episodes.get(data["episode"])
+        agent = data["policy"] if row is None else row.agent_of.get(data["turn"], data["policy"])
         if (advantage := mean_advantage(data["advantage"])) is not None:
-            found[agent].add(advantage)
+            credit[agent].add(advantage)
 
 
 def mean_advantage(advantage: Any) -> float | None:
