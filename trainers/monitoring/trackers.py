@@ -2,8 +2,9 @@
 trackio, mlflow]`).
 
 Rank 0 logs every number of a step's row under its path (`policies/solver/loss`), and every
-evaluation. What a tracker writes to disk goes to `tracking/` in the run folder; where the others
-send it is their own configuration (environment variables, login).
+evaluation; what each number is stands in TensorBoard's tab of texts, elsewhere in the
+configuration (`help/policies/NAME/loss`). What a tracker writes to disk goes to `tracking/` in the
+run folder; where the others send it is their own configuration (environment variables, login).
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ...rollouts.report.metrics.metric import ANY
+from ...rollouts.report.metrics.names import SHARED_METRICS
 
 PROJECT = "marlora"
 
@@ -34,7 +38,12 @@ class Trackers:
             )
             tracker.start()
             self.open.append(tracker)
-            tracker.store_init_configuration(dict(plain(config)))
+            settings = dict(plain(config))
+            if name == "tensorboard":
+                tracker.store_init_configuration(settings)
+                tracker.log({"metrics": help_table()}, step=0)
+            else:
+                tracker.store_init_configuration({**settings, **help_texts()})
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
         """Every number of a row, under its path."""
@@ -46,6 +55,18 @@ class Trackers:
         for tracker in self.open:
             tracker.finish()
         self.open = []
+
+
+def help_texts() -> dict[str, str]:
+    """What each metric is, under `help/` and its path; `NAME` stands for a policy or such."""
+    return {f"help/{metric.name.replace(ANY, 'NAME')}": metric.note for metric in SHARED_METRICS}
+
+
+def help_table() -> str:
+    """What each metric is, as a table in Markdown."""
+    lines = ["| metric | called | what it is |", "|---|---|---|"]
+    lines += [f"| `{each.name}` | {each.title} | {each.note} |" for each in SHARED_METRICS]
+    return "\n".join(lines)
 
 
 def numbers(row: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:

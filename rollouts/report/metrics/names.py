@@ -171,7 +171,8 @@ OF_PROOF = (
     _run("proof/*/status", "proof", "", "passed, untrained, failed or identity", detail=True),
 )  # fmt: skip
 
-METRICS: tuple[Metric, ...] = (*OF_STEP, *OF_POLICY, *OF_CRITIC, *OF_PROOF, *METHOD_METRICS)
+SHARED_METRICS: tuple[Metric, ...] = (*OF_STEP, *OF_POLICY, *OF_CRITIC, *OF_PROOF)
+METRICS: tuple[Metric, ...] = (*SHARED_METRICS, *METHOD_METRICS)
 
 
 def metric_of(path: Sequence[str]) -> Metric | None:

@@ -70,13 +70,18 @@ def test_every_tracker_is_opened_told_and_closed(
     made = Trackers([name], tmp_path, {"seed": 0, "system": {"class": "x"}, "rewards": ["a"]})
     made.log({"reward": 1.0}, 2)
     made.close()
-    expected = [
-        "start",
-        {"seed": 0, "system/class": "x", "rewards": "['a']"},
-        (2, {"reward": 1.0}),
-        "finish",
-    ]
-    assert Kept.made[-1].told == expected and Kept.made[-1].project == "marlora"
+    start, configuration, *logged = Kept.made[-1].told
+    assert start == "start" and Kept.made[-1].project == "marlora"
+    told = {key: value for key, value in configuration.items() if not key.startswith("help/")}
+    assert told == {"seed": 0, "system/class": "x", "rewards": "['a']"}
+    *help, reward, finish = logged
+    assert reward == (2, {"reward": 1.0}) and finish == "finish"
+    clipped = "share of trained tokens whose ratio was clipped; lower is better"
+    if name == "tensorboard":
+        ((step, texts),) = help
+        assert step == 0 and f"| `policies/*/clipped` | clipped | {clipped} |" in texts["metrics"]
+    else:
+        assert help == [] and configuration["help/policies/NAME/clipped"] == clipped
 
 
 def test_a_run_fills_tensorboard(tmp_path: Path) -> None:
@@ -92,6 +97,7 @@ def test_a_run_fills_tensorboard(tmp_path: Path) -> None:
     found = EventAccumulator(str(tmp_path / "run" / "tracking" / "marlora"))
     found.Reload()
     tags = set(found.Tags()["scalars"])
+    assert "metrics/text_summary" in found.Tags()["tensors"], "help, in the tab of texts"
     assert {
         "reward",
         "policies/first/loss",
