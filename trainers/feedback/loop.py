@@ -46,7 +46,7 @@ from ..loop.step_result import StepResult
 from ..monitoring.run_log import RunLog
 from ..values.acceptance import Verdict, mean_over
 from ..values.parts import Part
-from ..values.search import Candidate, Search
+from ..values.search import Candidate, Search, Select
 from .backward import ByParam, Case
 from .config import FeedbackConfig
 from .evaluators import Evaluator, Shuffled
@@ -85,6 +85,8 @@ class Pieces:
         prompts: the method's prompts by name; the setting `prompts` stands in for some.
         evaluator, propagator, rewriter, view, gate: one of each.
         num_proposals: of a step, at most; the first that passes the gate ends the step.
+        start: which candidates' values are rewritten, by the proposals of a step in turn; None:
+            those in force. It chooses among candidates that all validation tasks were played with.
     """
 
     prompts: Mapping[str, str]
@@ -94,6 +96,7 @@ class Pieces:
     gate: Gate
     view: View = no_history
     num_proposals: int = 1
+    start: Select | None = None
 
 
 class FeedbackLoop:
@@ -160,7 +163,8 @@ class FeedbackLoop:
         feedback = pieces.propagator.propagate(self.helpers, cases, targets)
         adopted, verdicts, tried = None, list[str](), 0
         for number in range(pieces.num_proposals):
-            proposal = pieces.rewriter.propose(self.helpers, targets, feedback, self._past, number)
+            shown = self._rewritten(targets, number)
+            proposal = pieces.rewriter.propose(self.helpers, shown, feedback, self._past, number)
             tried += 1
             values = self._legal(proposal.values, targets, state)
             if not values:
@@ -206,6 +210,15 @@ class FeedbackLoop:
             known = self.search.add(Candidate(values, proposer=proposer))
             return self.search.adopt(known.id, "in force")
         return known
+
+    def _rewritten(self, targets: Sequence[Target], number: int) -> Sequence[Target]:
+        """The params with the values that the proposal of this number begins with."""
+        ids = [task.id for task in self.spec.val_tasks]
+        if self.pieces.start is None or not ids or not self.search.pool(ids):
+            return targets
+        chosen = self.search.select(self.pieces.start, ids)
+        values = chosen[number % len(chosen)].values
+        return [replace(target, value=values[target.name]) for target in targets]
 
     def _legal(
         self, proposed: Mapping[str, Any], targets: Sequence[Target], state: TeamState

@@ -80,6 +80,33 @@ def soft_mixed_probabilities(
     return [uniform / len(scores) + (1 - uniform) * power / total for power in powers]
 
 
+def gumbel_top(
+    count: int = 3, kept: int = 5, temperature: float = 0.6, noise: float = 0.4
+) -> Select:
+    """`count` of the last `kept` candidates, by `gumbel_order` of their mean scores (TSGD-M,
+    arXiv:2506.00400; the defaults are those of its code)."""
+
+    def select(pool: Pool, rng: random.Random) -> tuple[Candidate, ...]:
+        last = pool[-kept:]
+        draws = [rng.random() for _ in last]
+        order = gumbel_order([c.mean for c in last], draws, temperature, noise)
+        return tuple(last[place] for place in order[:count])
+
+    return select
+
+
+def gumbel_order(
+    scores: Sequence[float], draws: Sequence[float], temperature: float, noise: float
+) -> list[int]:
+    """Places of the scores s [n], largest key first: s / temperature - noise log(-log u), with
+    `draws` u [n] from between 0 and 1, so that the second part is Gumbel noise."""
+    keys = [
+        score / temperature - noise * math.log(-math.log(min(max(draw, 1e-12), 1 - 1e-12)))
+        for score, draw in zip(scores, draws, strict=True)
+    ]
+    return sorted(range(len(keys)), key=lambda place: -keys[place])
+
+
 def pareto(pool: Pool, rng: random.Random) -> tuple[Candidate, ...]:
     """One of the candidates that are best on some task, drawn in proportion to the number of such
     tasks (GEPA, arXiv:2507.19457, algorithm 2)."""

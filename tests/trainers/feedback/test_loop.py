@@ -249,6 +249,35 @@ def test_the_first_of_several_proposals_that_passes_ends_the_step(
     assert "minibatch" in updates[0]["why"]
 
 
+class FromTheStart(Several):
+    def own(self) -> dict[str, Any]:
+        changed = {"gate": ValidationGate("not_worse"), "num_proposals": 1}
+        return {**super().own(), **changed, "start": lambda pool, rng: (pool[0],)}
+
+
+def test_a_proposal_may_begin_with_earlier_values(model: Path, tmp_path: Path) -> None:
+    """What it begins with is chosen among candidates that were measured; at first none is. It is
+    compared with the values in force all the same."""
+    from tests.trainers.feedback_run import scripted
+
+    count = iter(range(9))
+    say = scripted(optimizer=lambda q: f"<IMPROVED_VARIABLE>no {next(count)}</IMPROVED_VARIABLE>")
+    made = trainer(
+        tmp_path / "run",
+        model,
+        cls=FromTheStart,
+        config=PagedConfig,
+        say=say,
+        max_steps=3,
+        num_val_tasks=3,
+        num_eval_tasks=3,
+    )
+    made.train()
+    assert made.run.values == {"solver.prompt": "no 2"}, "equal scores pass"
+    asked = [e for e in Store(tmp_path / "run" / "episodes") if e.kind == "aside"]
+    assert ["<VARIABLE>\nWork it out." in e.task.prompt for e in asked] == [True] * 3
+
+
 # per node, jointly rewritten (semantic backpropagation)
 
 

@@ -12,6 +12,8 @@ from marlora.trainers.values.search import Candidate
 from marlora.trainers.values.selection import (
     best,
     current,
+    gumbel_order,
+    gumbel_top,
     pareto,
     pareto_wins,
     soft_mixed,
@@ -132,3 +134,19 @@ def test_the_generator_decides(select):
         return [select(found, rng)[0].id for _ in range(20)]
 
     assert drawn(0) == drawn(0) != drawn(1)
+
+
+def test_gumbel_order_adds_noise_to_scores():
+    """Fact U5 of LLM-AutoDiff: scores .5 to .9, draws of numpy's default_rng(42), temperature 0.6,
+    noise 0.4: the order is 2, 3, 0. Without noise the highest score comes first."""
+    scores, draws = [0.5, 0.6, 0.7, 0.8, 0.9], [0.77396, 0.43888, 0.8586, 0.69737, 0.09418]
+    assert gumbel_order(scores, draws, 0.6, 0.4)[:3] == [2, 3, 0]
+    assert gumbel_order(scores, draws, 0.6, 0.0) == [4, 3, 2, 1, 0]
+
+
+def test_gumbel_top_takes_some_of_the_last_candidates():
+    candidates = pool(*[tasks(score) for score in (1.0, 0.1, 0.2, 0.3)])
+    chosen = gumbel_top(2, kept=3, noise=0.0)(candidates, random.Random(0))
+    assert [c.mean for c in chosen] == [0.3, 0.2], "the best is too old"
+    drawn = {gumbel_top(1)(candidates, random.Random(n))[0].id for n in range(40)}
+    assert len(drawn) > 1

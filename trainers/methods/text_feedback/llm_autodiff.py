@@ -18,7 +18,9 @@ order, lowest scores first; scores in the history are of the validation tasks; v
 soon as the old score cannot be exceeded (there one task later, when it cannot be reached); the old
 values are scored on the chosen tasks at temperature 0, as the new ones are; the newest tasks stay
 when `moving_batch` is full (there drawn ones). Not taken over: one call for all predecessors of a
-node, demonstrations of a teacher (`bootstrap_few_shot.py` finds some), momentum over past prompts.
+node, demonstrations of a teacher (`bootstrap_few_shot.py` finds some). With `momentum` proposals
+rewrite earlier values, drawn by their scores (TSGD-M, arXiv:2506.00400); they are still compared
+with those in force, on all validation tasks.
 
 accelerate launch recipes/llm_autodiff.py [--config recipes/llm_autodiff.yaml] [--field value]
 """
@@ -48,6 +50,7 @@ from ...loop.step_result import StepResult
 from ...values.acceptance import GATES
 from ...values.memory import Memory
 from ...values.parts import Part
+from ...values.selection import gumbel_top
 from .feedback_trainer import FeedbackTrainer
 from .textual_gradient import TEXTUAL_GRADIENT, GradientConfig
 
@@ -112,6 +115,12 @@ class LLMAutoDiffConfig(GradientConfig, FeedbackConfig, RunConfig):
     )
     best_shown: int = setting("best values that the optimizer is shown", 3, at_least=0)
     failed_shown: int = setting("failed proposals that the optimizer is shown", 5, at_least=0)
+    momentum: int = setting(
+        "last values that passed or failed the second gate, of which proposals rewrite three drawn"
+        " ones in turn (TSGD-M); 0: the values in force are rewritten",
+        0,
+        at_least=0,
+    )
     tasks_per_step: int = setting("tasks that a step plays", 4, at_least=1)
 
     def check(self) -> None:
@@ -140,6 +149,7 @@ class LLMAutoDiffTrainer(FeedbackTrainer[LLMAutoDiffConfig]):
             ),
             gate=TwoStageGate(args.first_gate, args.gate),
             num_proposals=args.num_proposals,
+            start=gumbel_top(kept=args.momentum) if args.momentum else None,
         )
 
     def parts(self) -> Sequence[Part]:

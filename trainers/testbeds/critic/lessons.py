@@ -9,10 +9,22 @@ from typing import Any
 
 from ....agents.text.tags import block, nested
 from ....rollouts.engines.scripted import SPECIALS, TEMPLATE
-from ....rollouts.tasks.toy import KINDS
 from ...feedback.backward import Feedback
 from ...feedback.rewriters import feedback_blocks
-from .teacher import CARELESS, EXPECTED, GUESS, JUDGE, META, OK, ROLES, SAY, replies
+from .teacher import (
+    AMOUNTS,
+    CARELESS,
+    EXPECTED,
+    GUESS,
+    JUDGE,
+    KIND,
+    META,
+    OK,
+    ROLES,
+    SAY,
+    VALUES,
+    replies,
+)
 
 TAGS = (
     "CONVERSATION", "TASK", "PREDICTION", "RESULT", "EXPECTED", "SYSTEM", "INPUT", "OUTPUT",
@@ -48,7 +60,14 @@ PHRASES = (
     *(name for name in (*CARELESS, GUESS, SAY, JUDGE, META, OK, "prompt\n")),
 )
 NAME = "worker"  # of the agent
-AMOUNTS = [f"{kind}{amount}" for kind in KINDS for amount in range(10)]
+# words that hold a digit, one token for each digit; values come first
+NUMBERED = (
+    VALUES,
+    AMOUNTS,
+    [f"{EXPECTED}{digit}" for digit in range(10)],
+    [f"\n{EXPECTED}{digit}" for digit in range(10)],
+    [f"<EXPECTED>\n{digit}" for digit in range(10)],
+)
 ZERO = 0.4  # share of zeros besides those that are drawn
 
 
@@ -59,11 +78,12 @@ def critic_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = whole_words()
-    pattern = "|".join([*map(re.escape, words), r"[abc]\d(?!\d)"])  # not the start of a problem
+    # a value, but not the beginning of a problem; longer words first
+    pattern = "|".join([*map(re.escape, words), rf"{KIND}\d(?!\d)"])
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     spelled = [level.pre_tokenize_str(word)[0][0] for word in words]
-    pieces = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *spelled, *AMOUNTS]
+    pieces = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *spelled, *VALUES]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     core = Tokenizer(models.BPE(vocabulary, merges=[], ignore_merges=True))
     core.pre_tokenizer = pre_tokenizers.Sequence([split, level])
@@ -79,12 +99,13 @@ def critic_tokenizer() -> Any:
 
 
 def whole_words() -> list[str]:
-    """What is one token: tags, with and without a new line, and phrases; longer ones first."""
+    """What is one token besides values: tags, with and without a new line, phrases, and words that
+    hold a digit; longer ones first."""
     tags = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")]
-    escaped = [
-        f"<\\{slash}{tag}>" for tag in ("TASK", "PREDICTION", "EXPECTED") for slash in ("", "/")
-    ]
-    words = [*tags, *escaped, *(f"{tag}\n" for tag in (*tags, *escaped)), *PHRASES]
+    quoted = ("TASK", "PREDICTION", "EXPECTED")  # by a judge's conversation
+    escaped = [f"<\\{slash}{tag}>" for tag in quoted for slash in ("", "/")]
+    numbered = [word for words in NUMBERED[1:] for word in words]
+    words = [*tags, *escaped, *(f"{tag}\n" for tag in (*tags, *escaped)), *PHRASES, *numbered]
     return sorted(dict.fromkeys(words), key=lambda word: (-len(word), word))
 
 
@@ -102,10 +123,10 @@ class Questions:
         self.piped = 0.3
 
     def value(self) -> str:
-        return "".join(f"{kind}{self.often_zero()}" for kind in KINDS)
+        return KIND + self.often_zero()
 
     def problem(self) -> str:
-        return f"{self.rng.choice([*KINDS])}{self.rng.randrange(100):02}{self.often_zero()}"
+        return f"{KIND}{self.rng.randrange(100):02}{self.often_zero()}"
 
     def digit(self) -> str:
         return str(self.rng.randrange(10))
@@ -124,7 +145,7 @@ class Questions:
 
     def amount(self) -> str:
         """What a critic says."""
-        return OK if self.rng.random() < 0.15 else self.rng.choice([*KINDS]) + self.digit()
+        return OK if self.rng.random() < 0.15 else self.rng.choice(AMOUNTS)
 
     def worked(self) -> Asked:
         if self.rng.random() < self.piped:  # in a pipeline

@@ -10,6 +10,7 @@ trains the model and tells what it does.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import shutil
@@ -25,36 +26,38 @@ from ....agents.patterns.chain import Chain
 from ....agents.text import tags
 from ....agents.types import AgentSpec, Sampling
 from ....rollouts.engines.scripted import SPECIALS, TEMPLATE
-from ....rollouts.tasks.toy import KINDS
 from ...feedback.rewriters import feedback_blocks
 from ..pretraining import ToyModel, pretrain
 from ..tiny import chat_prompt, spread, tiny_network
 from . import lessons, teacher
-from .lessons import NAME, Asked, Questions, critic_tokenizer, drawn
+from .lessons import NAME, NUMBERED, Asked, Questions, critic_tokenizer, drawn
 from .teacher import START, replies
 
 LONGEST = 20  # tokens of a reply, its end included
+ROLES = ("worked", "judged", "said", "edited", "edited_by_two")  # methods of `Questions`
 CIRCLES = 0.6  # radius of the circles on which the digits stand at the start
 
 
 @dataclass(frozen=True)
 class CriticConfig:
     """How the model is trained: AdamW with warm-up, then linear decay, on batches of so many
-    answers of workers, judges and critics, and of rewritten values.
+    answers of workers, judges and critics, and of values rewritten by one feedback and by two.
 
-    `max_excess`: as of `ProgramsConfig`, in nats per reply.
+    before_edits: steps before values are rewritten: the gradients of replies of ten tokens would
+    drown those of a digit. max_excess: as of `ProgramsConfig`, in nats per reply.
     """
 
-    steps: int = 700
+    steps: int = 400
+    before_edits: int = 0
     worked: int = 32
-    judged: int = 6
-    said: int = 24
-    edited: int = 18
-    edited_by_two: int = 4
-    learning_rate: float = 6e-3
+    judged: int = 12
+    said: int = 32
+    edited: int = 24
+    edited_by_two: int = 6
+    learning_rate: float = 5e-3
     warmup: int = 40
-    max_excess: float = 0.2
-    hidden_size: int = 96
+    max_excess: float = 0.4
+    hidden_size: int = 64
     layers: int = 3
     init_std: float = 0.12
     seed: int = 0
@@ -82,21 +85,21 @@ def train(config: CriticConfig, say: Callable[[str], None]) -> Any:
     from its teacher."""
     network = critic_network(config)
     tokenizer, rng = critic_tokenizer(), random.Random(config.seed)
-    questions = Questions(rng)
-    kinds = [
+    questions, steps = Questions(rng), itertools.count()
+    first = [
         (questions.worked, config.worked),
         (questions.judged, config.judged),
         (questions.said, config.said),
-        (questions.edited, config.edited),
-        (questions.edited_by_two, config.edited_by_two),
     ]
+    edits = [(questions.edited, config.edited), (questions.edited_by_two, config.edited_by_two)]
 
     def loss_of() -> tuple[torch.Tensor, float]:
+        kinds = first if next(steps) < config.before_edits else [*first, *edits]
         parts = [
             reply_loss(network, tokenizer, [make() for _ in range(count)], rng)
             for make, count in kinds
         ]
-        return sum((loss for loss, _ in parts), torch.zeros(())), max(e for _, e in parts)
+        return torch.stack([loss for loss, _ in parts]).sum(), max(e for _, e in parts)
 
     return pretrain(
         network, config, loss_of, config.max_excess, say, "tiny critic, nat from its teacher"
@@ -110,15 +113,13 @@ def critic_network(config: CriticConfig) -> Any:
     network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     spread(network, config.init_std, config.seed)
     circles = CIRCLES * torch.tensor(on_circles())
-    weights, ids = network.model.embed_tokens.weight, tokenizer.get_vocab()
+    weights = network.model.embed_tokens.weight
     with torch.no_grad():
-        for digit, point in enumerate(circles):
-            weights[ids[str(digit)], :10] = point
-            for kind in KINDS:  # an amount is its kind and its digit
-                weights[ids[f"{kind}{digit}"], :10] = point
-                weights[ids[f"{kind}{digit}"], 10:] = weights[ids[kind], 10:]
-        for kind in KINDS:
-            weights[ids[kind], :10] = 0.0
+        for words in ([*map(str, range(10))], *NUMBERED):
+            ids = [tokenizer.encode(word)[0] for word in words]
+            weights[ids, :10] = circles
+            if words in NUMBERED:  # what kind of word it is, and its digit
+                weights[ids, 10:] = weights[ids[0], 10:]
     return network.train()
 
 
@@ -171,7 +172,7 @@ def abilities(network: Any, count: int = 150) -> dict[str, float]:
     """Of each role: the mean of log teacher(reply) - log model(reply) over replies of the teacher,
     in nats (0 is the teacher itself), and the share of sampled replies that the teacher gives."""
     tokenizer, found = critic_tokenizer(), {}
-    for role in ("worked", "judged", "said", "edited"):
+    for role in ROLES:
         rng = random.Random(1)
         questions = Questions(rng)
         asked = [getattr(questions, role)() for _ in range(count)]
@@ -215,7 +216,7 @@ MODEL = ToyModel(
         prompt_ids,
         train,
     ),
-    (CriticConfig(), KINDS, CIRCLES, SPECIALS, TEMPLATE),
+    (CriticConfig(), CIRCLES, SPECIALS, TEMPLATE),
 )
 
 

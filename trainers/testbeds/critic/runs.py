@@ -27,7 +27,7 @@ from ...methods.text_feedback.trace_opto import TraceTrainer
 from ...trainer import Trainer
 from .lessons import NAME, critic_tokenizer
 from .model import critic_chain
-from .teacher import GUESS, JUDGE, META, ROLES, SAY, START, replies
+from .teacher import GUESS, JUDGE, KIND, META, ROLES, SAY, START, replies
 
 GRADIENT = {
     "backward_system": SAY,
@@ -133,6 +133,7 @@ def critic_run(
         "model": "tiny-critic",
         "engine": "transformers",
         "tasks": "marlora.rollouts.tasks.toy:program_tasks",
+        "task_args": {"kinds": KIND},
         "rewards": ["exact"],
         "helpers": helpers,
         "metric_purpose": "",

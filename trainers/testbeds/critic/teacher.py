@@ -1,21 +1,20 @@
 """What the roles of the toy model `tiny-critic` are asked and say: one distribution over replies to
 a chat's system message and message. It can also answer for a scripted engine.
 
-The tasks are those of `tiny-programs`: `c472` asks for the last digit plus an amount that belongs
-to the kind `c`. All texts are in the form in which the methods of feedback in words put them
+The tasks are those of `tiny-programs` of one kind: `c472` asks for the last digit plus an amount,
+which nobody tells. All texts are in the form in which the methods of feedback in words put them
 (`runs.py` has the prompts), so a method reads them with its own parser.
 
-- **Worker** (system prompt `a4b7c1`: the amount that it adds for each kind). Told `c472` it gives
-  the last digit plus 1 in `STEADY` of its samples, else one more.
+- **Worker** (system prompt `c1`: the amount that it adds). Told `c472` it gives the last digit plus
+  1 in `STEADY` of its samples, else one more.
 - **Judge** (`judge`): told what to look at, a task, a prediction and the expected output. Looking
-  at `amounts` it names the amount that the kind should have, `c7`; looking at anything else it says
-  `ok`.
+  at `amounts` it names the amount that was wanted, `+7`; looking at anything else it says `ok`.
 - **Critic** (`say`): told a task and the metric's words on its output, it names the amount, right
   in `RIGHT` of its samples, else one too much. It says `ok` of a right output, and guesses if it is
   not told what was expected. Told what was said of an output, it repeats it.
-- **Editor** (`edit`): told a value and feedback, it puts the amounts that the feedback names into
-  the value, each one too much in the share of `CARELESS` that belongs to its system prompt. Told
-  nothing, or as `guess` whatever it is told, it draws one amount of one kind.
+- **Editor** (`edit`): told a value and feedback, it gives the value that the feedback names, one of
+  several, and one too much in the share of `CARELESS` that belongs to its system prompt. Told
+  nothing, or as `guess` whatever it is told, it draws a value.
 - **Meta** (`meta`): asked for another system prompt of the editor, it draws one.
 """
 
@@ -24,10 +23,11 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ....agents.text.tags import between, inside
-from ....rollouts.tasks.toy import KINDS
+
+KIND = "c"  # of all problems
 
 STEADY, RIGHT = 0.9, 0.7
 CARELESS = {"edit": 0.3, "edit!": 0.0, "edit?": 0.6}  # system prompts of an editor
@@ -35,10 +35,10 @@ GUESS, SAY, JUDGE, META = "guess", "say", "judge", "meta"  # other system prompt
 PROPOSED = {"edit!": 0.5, "edit": 0.25, "edit?": 0.25}  # what `meta` makes of an editor's prompt
 OK = "ok"
 ROLES = ("amounts", "wording")  # what judges look at
-START = "a4b7c1"  # all wrong
-ANSWER = "a1b4c7"
-VALUE = re.compile(r"a\db\dc\d")
-AMOUNT = re.compile(r"[abc]\d")
+START, ANSWER = "c1", "c7"  # the first prompt of a worker, and the one that is right
+VALUE, AMOUNT = re.compile(rf"{KIND}\d"), re.compile(r"\+\d")
+VALUES = [f"{KIND}{amount}" for amount in range(10)]  # prompts of a worker
+AMOUNTS = [f"+{amount}" for amount in range(10)]  # what critics name
 EXPECTED = "The expected output is: "
 
 
@@ -48,9 +48,9 @@ Replies = Mapping[str, float]  # replies and their shares
 def replies(system: str, text: str) -> Replies:
     """The replies to a message, and their shares. Raises `ValueError` at a chat that none of the
     roles is asked."""
-    worked = re.fullmatch(rf"(?:\[\w+/\w+\]\n)?({VALUE.pattern})?([abc])\d\d(\d)", text)
+    worked = re.fullmatch(rf"(?:\[\w+/\w+\]\n)?({VALUE.pattern})?{KIND}\d\d(\d)", text)
     if worked and (VALUE.fullmatch(system) or worked[1]):
-        return _worked(worked[1] or system, worked[2], int(worked[3]))
+        return _worked(worked[1] or system, int(worked[2]))
     if system == META:
         return {f"<IMPROVED_VARIABLE>{name}</IMPROVED_VARIABLE>": p for name, p in PROPOSED.items()}
     if system == JUDGE:
@@ -62,14 +62,9 @@ def replies(system: str, text: str) -> Replies:
     raise ValueError(f"nobody is asked this: {system!r}, {text!r}")
 
 
-def _worked(value: str, kind: str, last: int) -> Replies:
-    right = (last + amounts(value)[kind]) % 10
+def _worked(value: str, last: int) -> Replies:
+    right = (last + int(value[1])) % 10
     return {str(right): STEADY, str((right + 1) % 10): 1 - STEADY}
-
-
-def amounts(value: str) -> dict[str, int]:
-    """The amounts of a value, or those that a text names, by kind; of several the last."""
-    return {named[0]: int(named[1]) for named in AMOUNT.findall(value)}
 
 
 def named(problem: str, words: str) -> Replies:
@@ -78,9 +73,9 @@ def named(problem: str, words: str) -> Replies:
         return {OK: 1.0}
     told = re.search(rf"{EXPECTED}(\d)", words)
     if told is None:
-        return {f"{problem[0]}{amount}": 0.1 for amount in range(10)}
+        return dict.fromkeys(AMOUNTS, 0.1)
     right = (int(told[1]) - int(problem[-1])) % 10
-    return {f"{problem[0]}{right}": RIGHT, f"{problem[0]}{(right + 1) % 10}": 1 - RIGHT}
+    return {AMOUNTS[right]: RIGHT, AMOUNTS[(right + 1) % 10]: 1 - RIGHT}
 
 
 def _judged(text: str) -> Replies:
@@ -107,51 +102,38 @@ def _said(text: str) -> Replies:
 
 
 def _edited(system: str, text: str) -> Replies:
-    value, (head, tail), direct = _form(text)
+    value, (head, tail), reasons = _form(text)
     said = _feedback(text)
     if system == GUESS or not said:
-        drawn = {f"{kind}{amount}": 1 / 30 for kind in KINDS for amount in range(10)}
-        if direct is None:
-            return _sum(_put(value, [each], head, tail, share) for each, share in drawn.items())
-        return _sum(
-            _put(value, [each], direct.replace("R", each) + head, tail, share)
-            for each, share in drawn.items()
-        )
-    if direct is not None:  # it names the amounts first
-        found: dict[str, float] = {}
-        for each in itertools.product(*(named(problem, words).items() for problem, words in said)):
-            share = math.prod(p for _, p in each)
-            reason = direct.replace("R", "".join(name for name, _ in each))
-            for reply, p in _put(value, [name for name, _ in each], reason + head, tail).items():
-                found[reply] = found.get(reply, 0.0) + share * p
-        return found
-    return _put(value, [words for _, words in said], head, tail, slips=CARELESS[system])
+        return {
+            f"{_reason(reasons, [amount])}{head}{value}{tail}": 0.1
+            for amount, value in zip(AMOUNTS, VALUES, strict=True)
+        }
+    if reasons is None:
+        shares = _put(value, [words for _, words in said], CARELESS[system])
+        return {f"{head}{new}{tail}": share for new, share in shares.items()}
+    found: dict[str, float] = {}  # it names the amounts first
+    for each in itertools.product(*(named(problem, words).items() for problem, words in said)):
+        names, share = [name for name, _ in each], math.prod(p for _, p in each)
+        for new, p in _put(value, names).items():
+            reply = f"{_reason(reasons, names)}{head}{new}{tail}"
+            found[reply] = found.get(reply, 0.0) + share * p
+    return found
 
 
-def _put(
-    value: str, said: Sequence[str], head: str, tail: str, share: float = 1.0, slips: float = 0.0
-) -> dict[str, float]:
-    """The value with the amounts that were said; of several of one kind any."""
-    options: list[list[tuple[str, float]]] = []
-    for kind, amount in amounts(value).items():
-        own = [int(each[1]) for each in said if each[0] == kind and AMOUNT.fullmatch(each)]
-        chances: dict[int, float] = {} if own else {amount: 1.0}
-        for each in own:
-            for put, p in ((each, 1 - slips), ((each + 1) % 10, slips)):
-                chances[put] = chances.get(put, 0.0) + p / len(own)
-        options.append([(f"{kind}{put}", p) for put, p in chances.items() if p])
-    return {
-        f"{head}{''.join(text for text, _ in each)}{tail}": share * math.prod(p for _, p in each)
-        for each in itertools.product(*options)
-    }
+def _put(value: str, said: Sequence[str], slips: float = 0.0) -> dict[str, float]:
+    """New values by what was said; the old one if nothing was."""
+    named = [int(each[1]) for each in said if AMOUNT.fullmatch(each)]
+    chances: dict[str, float] = {} if named else {value: 1.0}
+    for amount in named:
+        for put, share in ((amount, 1 - slips), ((amount + 1) % 10, slips)):
+            if share:
+                chances[VALUES[put]] = chances.get(VALUES[put], 0.0) + share / len(named)
+    return chances
 
 
-def _sum(parts: Iterator[Mapping[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for part in parts:
-        for reply, share in part.items():
-            total[reply] = total.get(reply, 0.0) + share
-    return total
+def _reason(form: str | None, names: Sequence[str]) -> str:
+    return "" if form is None else form.replace("R", "".join(names))
 
 
 def _form(text: str) -> tuple[str, tuple[str, str], str | None]:

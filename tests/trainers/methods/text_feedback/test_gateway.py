@@ -15,7 +15,7 @@ from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.gateway.programs import Function
 from tests.trainers.feedback_run import scripted, trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 CARRY = "Mind the carry."
 
 
@@ -52,7 +52,8 @@ def run(folder: Path, model: Path, **changes: Any) -> Any:
         tasks="marlora.rollouts.tasks.toy:tiny_tasks",
         agents={name: {"policy": "base"} for name in ("first", "last")},
         params=["first.prompt"],
-        num_val_tasks=12,
+        num_val_tasks=6,
+        num_eval_tasks=8,
         **{"max_steps": 2, **changes},
     )
 

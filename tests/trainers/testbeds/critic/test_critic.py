@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from marlora.agents.types import Task
 from marlora.rollouts.episodes.store import Store
 from marlora.trainers.testbeds.critic.lessons import Questions, critic_tokenizer, drawn
 from marlora.trainers.testbeds.critic.model import (
+    ROLES,
     abilities,
     critic_chain,
     on_circles,
@@ -22,7 +22,7 @@ from marlora.trainers.testbeds.critic.runs import METHODS, critic_run, teacher_e
 from marlora.trainers.testbeds.critic.teacher import ANSWER, EXPECTED, START, replies
 
 DIGITS, KIND = re.compile(r"\d+(?:\.\d+)?"), re.compile(r"[abc](?=0)")
-TEXTGRAD = "<VARIABLE>\na4b7c1\n</VARIABLE>\n"
+TEXTGRAD = "<VARIABLE>\nc1\n</VARIABLE>\n"
 
 
 def said(words: str, number: int = 1) -> str:
@@ -44,36 +44,38 @@ def near(shares: dict[str, float]) -> object:
 def test_the_worker_goes_by_its_prompt() -> None:
     assert replies(START, "c472") == near({"3": 0.9, "4": 0.1})
     assert replies(ANSWER, "c472") == near({"9": 0.9, "0": 0.1})
-    assert replies("", f"[worker/worker]\n{ANSWER}a009") == near({"0": 0.9, "1": 0.1})
+    assert replies("", f"[worker/worker]\n{ANSWER}c002") == near({"9": 0.9, "0": 0.1})
     with pytest.raises(ValueError, match="nobody is asked"):
         replies("solve", "c472")
+    (spec,) = critic_chain().specs
+    assert spec.prompt == START and spec.policy == "base"
+    assert max(replies(START, "c472")) != max(replies(ANSWER, "c472")), "wrong at the start"
 
 
 def test_the_critic_names_the_amount_that_was_wanted() -> None:
     case = "<CONVERSATION>\n<TASK>\nc472\n</TASK>\n<RESULT>\n{}\n</RESULT>\n</CONVERSATION>"
     wrong, right = f"exact: 0\n{EXPECTED}9", f"exact: 1\n{EXPECTED}9"
-    assert replies("say", case.format(wrong)) == near({"c7": 0.7, "c8": 0.3})
+    assert replies("say", case.format(wrong)) == near({"+7": 0.7, "+8": 0.3})
     assert replies("say", case.format(right)) == {"ok": 1.0}
     assert len(replies("say", case.format("exact: 0"))) == 10, "it guesses"
-    assert replies("say", f"{case}\n<FEEDBACK>\nc8\n</FEEDBACK>") == {"c8": 1.0}
+    assert replies("say", f"{case}\n<FEEDBACK>\n+8\n</FEEDBACK>") == {"+8": 1.0}
     judged = "amounts\n<TASK>\nc472\n</TASK>\n<PREDICTION>\n3\n</PREDICTION>\n<EXPECTED>\n9\n"
-    assert replies("judge", f"{judged}</EXPECTED>") == near({"c7": 0.7, "c8": 0.3})
+    assert replies("judge", f"{judged}</EXPECTED>") == near({"+7": 0.7, "+8": 0.3})
     assert replies("judge", f"{judged}</EXPECTED>".replace("amounts", "wording")) == {"ok": 1.0}
 
 
 def test_the_editor_puts_in_what_it_is_told() -> None:
     tags = "<IMPROVED_VARIABLE>{}</IMPROVED_VARIABLE>"
-    assert replies("edit!", TEXTGRAD + said("c7")) == {tags.format("a4b7c7"): 1.0}
-    assert replies("edit", TEXTGRAD + said("c7")) == near(
-        {tags.format("a4b7c7"): 0.7, tags.format("a4b7c8"): 0.3}
-    )
-    both = replies("edit!", f"{TEXTGRAD}{said('c7')}\n{said('c2', 2)}")
-    assert both == near({tags.format("a4b7c7"): 0.5, tags.format("a4b7c2"): 0.5})
+    assert replies("edit!", TEXTGRAD + said("+7")) == {tags.format("c7"): 1.0}
+    slips = {tags.format("c7"): 0.7, tags.format("c8"): 0.3}
+    assert replies("edit", TEXTGRAD + said("+7")) == near(slips)
+    both = replies("edit!", f"{TEXTGRAD}{said('+7')}\n{said('+2', 2)}")
+    assert both == near({tags.format("c7"): 0.5, tags.format("c2"): 0.5})
     assert replies("edit", TEXTGRAD + said("ok")) == {tags.format(START): 1.0}
-    for guessed in (replies("edit", TEXTGRAD), replies("guess", TEXTGRAD + said("c7"))):
-        assert len(guessed) == 28 and guessed[tags.format(START)] == pytest.approx(0.1)
+    for guessed in (replies("edit", TEXTGRAD), replies("guess", TEXTGRAD + said("+7"))):
+        assert guessed == near({tags.format(f"c{amount}"): 0.1 for amount in range(10)})
     direct = replies("edit", f"prompt\n{TEXTGRAD}{said(f'exact: 0{chr(10)}{EXPECTED}9')}")
-    assert direct == near({"c7<PROMPT>a4b7c7</PROMPT>": 0.7, "c8<PROMPT>a4b7c8</PROMPT>": 0.3})
+    assert direct == near({"+7<PROMPT>c7</PROMPT>": 0.7, "+8<PROMPT>c8</PROMPT>": 0.3})
 
 
 def test_digits_begin_where_sums_modulo_ten_are_products() -> None:
@@ -86,9 +88,9 @@ def test_digits_begin_where_sums_modulo_ten_are_products() -> None:
 
 def test_its_tokenizer_knows_tags_and_amounts_as_words() -> None:
     tokenizer = critic_tokenizer()
-    assert len(tokenizer.encode(f"<VARIABLE>\n{START}\n</VARIABLE>")) == 6
+    assert len(tokenizer.encode(f"<VARIABLE>\n{START}\n</VARIABLE>")) == 4
     assert len(tokenizer.encode("c472")) == 4, "the problem's first digit is none of an amount"
-    assert len(tokenizer.encode(f"{ANSWER}c472")) == 7
+    assert len(tokenizer.encode(f"{ANSWER}c472")) == 5
     questions, rng = Questions(random.Random(0)), random.Random(1)
     for _ in range(50):
         for make in (questions.worked, questions.judged, questions.said, questions.edited):
@@ -128,15 +130,6 @@ def test_what_a_method_asks_is_what_it_is_taught(recipe: str, model: Path, tmp_p
     assert any(each.startswith("edit") for each in asked) and len(asked) >= 2
 
 
-def test_its_worker_is_wrong_at_the_start() -> None:
-    (spec,) = critic_chain().specs
-    assert spec.prompt == START and spec.policy == "base"
-    tasks = [Task(f"{kind}111", f"{kind}111", "") for kind in "abc"]
-    assert [max(replies(START, t.prompt).items(), key=lambda r: r[1])[0] for t in tasks] != [
-        max(replies(ANSWER, t.prompt).items(), key=lambda r: r[1])[0] for t in tasks
-    ]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_it_has_learnt_them() -> None:
@@ -144,6 +137,6 @@ def test_it_has_learnt_them() -> None:
 
     found = abilities(AutoModelForCausalLM.from_pretrained(tiny_critic_model()), 100)
     print(found)
-    for role in ("worked", "judged", "said", "edited"):
+    for role in ROLES:
         assert found[f"{role}, nats"] < 0.4, found
         assert found[f"{role}, known"] > 0.85, found
