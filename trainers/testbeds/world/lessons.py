@@ -4,14 +4,14 @@ prompts as they occur in play.
 Problems are those of `program_tasks`: `a472` asks for the last digit plus 1, `b472` plus 4, `c472`
 plus 7 (mod 10).
 
-**Worker.** It goes by an instruction. A system prompt is what to add for each kind, `a1b4c7` where
-it is right. Under the system prompt `do` that stands before the problem, or else a letter and `!`
-for care: `A`, `B` and `C` ask for a kind, whatever the problem says, `K` for the kind that the
-problem says. In spite of a wrong instruction it strays to what is right in `STRAYS` of its answers,
-or more after worked examples that are right (`own_share`). It slips to one too many where the last
-digit is 5 or more, more often than not (`slip_share`); care helps up to 7, and not with 8 and 9.
-Shown what others answered, it says in `FOLLOW` of its answers what most of them say, right or
-wrong.
+**Worker.** It goes by an instruction, a letter and `!` for care: `A`, `B` and `C` ask for a kind,
+whatever the problem says, `K` for the kind that the problem says. That is its system prompt, or
+stands before the problem under the system prompt `do`. Or the instruction is what to add for each
+kind, `a1b4c7` where it is right; this is learnt only in part. In spite of a wrong instruction it
+strays to what is right in `STRAYS` of its answers, or more after worked examples that are right
+(`own_share`). It slips to one too many where the last digit is 5 or more, more often than not
+(`slip_share`); care helps up to 7, and not with 8 and 9. Shown what others answered, it says in
+`FOLLOW` of its answers what most of them say, right or wrong.
 
 **Designers.** Of programs (`design`) and of workflows of steps (`steps`): they ask a worker for
 something, mostly for the wrong thing, and some of what they write cannot be run.
@@ -185,10 +185,15 @@ class Lesson:
 
 
 class Lessons:
-    """Prompts of every role, drawn without end. `expert`: of a worker, as of `work`."""
+    """Prompts of every role, drawn without end.
 
-    def __init__(self, rng: random.Random, expert: str = "") -> None:
-        self.rng, self.expert, self.tokenizer = rng, expert, tiny_tokenizer()
+    expert: of a worker, as of `work`. letters: share of a worker's system prompts that are a
+    letter.
+    """
+
+    def __init__(self, rng: random.Random, expert: str = "", letters: float = 0.0) -> None:
+        self.rng, self.expert, self.letters = rng, expert, letters
+        self.tokenizer = tiny_tokenizer()
 
     def of(self, replies: Answers, *texts: str) -> Lesson:
         """A lesson; `texts`: the system prompt, then user and assistant in turn."""
@@ -212,15 +217,22 @@ class Lessons:
         return self.rng.choice(LETTERS) + self.rng.choice(["", CARE])
 
     def amounts(self) -> str:
-        """A worker's system prompt; a part of the amounts is right."""
+        """What to add for each kind; a part of it is right."""
         rng, share = self.rng, self.rng.random()
         drawn = (right if rng.random() < share else rng.randrange(10) for right in KINDS.values())
         return "".join(f"{kind}{amount}" for kind, amount in zip(KINDS, drawn, strict=True))
 
+    def prompt(self) -> str:
+        """A worker's system prompt."""
+        if self.letters and self.rng.random() < self.letters:
+            return self.letter()
+        return self.amounts()
+
     def alone(self) -> Lesson:
         """A problem, by an instruction before it or in the system prompt."""
         problem, way = self.problem(), self.rng.random()
-        instruction = self.letter() if way < 0.4 else self.amounts()
+        said = self.letter if way < 0.4 else self.amounts if way < 0.55 else self.prompt
+        instruction = said()
         replies = work(instruction, problem, expert=self.expert)
         if way < 0.55:
             head = "[worker/worker]\n" if 0.4 <= way < 0.45 else ""  # as in a pipeline
@@ -239,14 +251,14 @@ class Lessons:
                 said = str((int(said) + rng.randrange(1, 10)) % 10)
             examples.append((problem, said))
             texts += [problem, said]
-        problem, prompt = self.problem(), self.amounts()
+        problem, prompt = self.problem(), self.prompt()
         replies = work(prompt, problem, examples=examples, expert=self.expert)
         return self.of(replies, prompt, *texts, problem)
 
     def among_others(self) -> Lesson:
         """A problem with what others answered: in one message, or in the next one after an answer
         of its own, which then counts as one of them."""
-        rng, problem, prompt = self.rng, self.problem(), self.amounts()
+        rng, problem, prompt = self.rng, self.problem(), self.prompt()
         second = rng.random() < 0.4
         names = sorted(rng.sample(NAMES, rng.randint(1, 2 if second else MAX_OTHERS)))
         pool = [*work(self.amounts(), problem)] if rng.random() < 0.7 else [*map(str, range(10))]

@@ -1,10 +1,10 @@
 """The toy model `tiny-world`: it plays every role of a team on one task set, so that methods which
 change prompts, demonstrations, seats, edges, programs and weights can be compared.
 
-What it does in which role stands in `lessons.py`. A worker with a prompt that is wrong for
-two of three kinds is right in a sixth of the problems at temperature 0; the right prompt, or two
-right examples, make it a half, a program that asks for care four fifths, experts in two seats more,
-and weights can be taught all. `tiny-world-b` and `tiny-world-c` are the same model, taught further
+What it does in which role stands in `lessons.py`. Told `A`, a worker is right in a sixth of the
+problems at temperature 0 (it strays in its samples); `K` makes it a half, care four fifths, two
+right examples a half, experts in two seats more, and weights can be taught all.
+`tiny-world-b` and `tiny-world-c` are the same model, taught further
 to be right on problems of one kind, whatever they are told or shown.
 
 Training is seeded and single-threaded, some minutes on one core; `python -m
@@ -48,7 +48,7 @@ COUNTS: Mapping[str, int] = {  # lessons of a batch, by method of `Lessons`
     "program": 8,
     "workflow": 3,
 }
-WRONG, RIGHT = "a1b7c2", "a1b4c7"  # prompts of a worker
+WRONG, RIGHT, CAREFUL = "A", "K", "K!"  # prompts of a worker
 EXPERT_COUNTS: Mapping[str, int] = {"alone": 24, "after_examples": 8, "among_others": 16}
 
 
@@ -64,7 +64,7 @@ class WorldConfig:
     steps: int = 420
     learning_rate: float = 3e-3
     warmup: int = 40
-    max_excess: float = 0.18
+    max_excess: float = 0.8
     hidden_size: int = 128
     layers: int = 3
     init_std: float = 0.06
@@ -72,7 +72,10 @@ class WorldConfig:
 
 
 CONFIG = WorldConfig()
-EXPERT = WorldConfig(steps=80, learning_rate=1e-3, warmup=5, max_excess=0.18)
+# then with letters as prompts, which are learnt soon by who knows what they ask for
+SECOND = WorldConfig(steps=140, learning_rate=2e-3, warmup=10, max_excess=0.6)
+LETTERS_AS_PROMPTS = 0.8  # share, in the second part
+EXPERT = WorldConfig(steps=80, learning_rate=1e-3, warmup=5, max_excess=0.6)
 
 
 def tiny_world_model(
@@ -84,13 +87,15 @@ def tiny_world_model(
 
 
 def train(config: WorldConfig, say: Callable[[str], None]) -> Any:
-    """Train the network in all roles. Raises `RuntimeError` if it stays further than `max_excess`
-    from its teacher."""
+    """Train the network in all roles, in two parts. Raises `RuntimeError` if it stays further than
+    `max_excess` from its teacher."""
     network = tiny_network(
         hidden_size=config.hidden_size, layers=config.layers, seed=config.seed
     ).train()
     spread(network, config.init_std, config.seed)
-    return _taught(network, config, Lessons(random.Random(config.seed)), COUNTS, say)
+    _taught(network, config, Lessons(random.Random(config.seed)), COUNTS, say)
+    lessons = Lessons(random.Random(config.seed + 1), letters=LETTERS_AS_PROMPTS)
+    return _taught(network.train(), SECOND, lessons, COUNTS, say)
 
 
 def _taught(
@@ -160,7 +165,9 @@ def teach_expert(kind: str, say: Callable[[str], None]) -> Any:
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(tiny_world_model()).train()
-    return _taught(network, EXPERT, Lessons(random.Random(1), kind), EXPERT_COUNTS, say)
+    return _taught(
+        network, EXPERT, Lessons(random.Random(1), kind, LETTERS_AS_PROMPTS), EXPERT_COUNTS, say
+    )
 
 
 # what they do
@@ -198,6 +205,7 @@ def shares(network: Any, count: int = 120) -> dict[str, float]:
     return {
         "wrong prompt": right([(WRONG, p) for p in problems]),
         "right prompt": right([(RIGHT, p) for p in problems]),
+        "careful prompt": right([(CAREFUL, p) for p in problems]),
         "careless": right([(DO, f"K{p}") for p in problems]),
         "careful": right([(DO, f"K!{p}") for p in problems]),
         "right examples": right([(WRONG, *examples(0), p) for p in problems]),
@@ -227,7 +235,9 @@ def _toy(name: str, train: Callable[[Callable[[str], None]], Any], *facts: Any) 
     )
 
 
-MODEL = _toy("tiny-world", lambda say: train(CONFIG, say), CONFIG, COUNTS)
+MODEL = _toy(
+    "tiny-world", lambda say: train(CONFIG, say), CONFIG, COUNTS, SECOND, LETTERS_AS_PROMPTS
+)
 EXPERTS = {
     "b": _toy("tiny-world-b", lambda say: teach_expert("b", say), EXPERT, MODEL.recipe_hash()),
     "c": _toy("tiny-world-c", lambda say: teach_expert("c", say), EXPERT, MODEL.recipe_hash()),

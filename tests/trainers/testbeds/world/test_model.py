@@ -81,7 +81,7 @@ def test_designers() -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_lessons_are_distributions(role: str) -> None:
     """Every token of the reply that was drawn may stand where it stands."""
-    lessons = Lessons(random.Random(3))
+    lessons = Lessons(random.Random(3), letters=0.5)
     for _ in range(20):
         lesson = getattr(lessons, role)()
         assert len(lesson.reply) == len(lesson.targets)
@@ -113,6 +113,7 @@ def test_it_has_learnt_them() -> None:
     assert found["wrong prompt"] < 0.3 and found["wrong examples"] < 0.3, found
     assert found["right prompt"] == pytest.approx(0.5, abs=0.12), found
     assert found["right examples"] == pytest.approx(0.5, abs=0.12), found
+    assert found["careful prompt"] == pytest.approx(0.8, abs=0.12), found
     assert found["careful"] == pytest.approx(0.8, abs=0.12) and found["careless"] < 0.65, found
     assert found["follows"] == pytest.approx(0.65, abs=0.15), found
     assert found["programs"] > 0.9 and found["workflows"] > 0.9, found

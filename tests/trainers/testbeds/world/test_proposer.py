@@ -1,4 +1,4 @@
-"""The toy model that proposes prompts: its shares by hand, and that it keeps to them."""
+"""The toy model that proposes prompts: its lessons, and that it keeps to them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,9 @@ import re
 import pytest
 
 from marlora.trainers.testbeds.tiny import answers, chat_prompt, tiny_tokenizer
-from marlora.trainers.testbeds.world.proposer import (
-    HEAD,
-    TAIL,
-    amount_shares,
-    lesson,
-    tiny_proposer_model,
-)
+from marlora.trainers.testbeds.world.proposer import HEAD, TAIL, lesson, tiny_proposer_model
 
-PROMPT = re.compile(rf"{HEAD}a(\d)b(\d)c(\d){TAIL}")
-
-
-def test_an_amount_is_right_in_more_than_its_share() -> None:
-    """.4 and a tenth of .6 for the right one, 4 for kind b; .06 for each of the others."""
-    shares = amount_shares("b")
-    assert shares["4"] == pytest.approx(0.46) and shares["5"] == pytest.approx(0.06)
-    assert sum(shares.values()) == pytest.approx(1)
+PROMPT = re.compile(rf"{HEAD}([ABCK])(!?){TAIL}")
 
 
 def test_a_lesson_is_a_prompt_between_tags() -> None:
@@ -38,14 +25,14 @@ def test_a_lesson_is_a_prompt_between_tags() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_it_has_learnt_to_propose() -> None:
-    """Of 200 proposals to a question that it has not seen, all are prompts; 9 in 20 of their
-    amounts are right."""
+    """Of 200 proposals to a question that it has not seen, nearly all are prompts; a quarter are
+    `K`, half ask for care."""
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(tiny_proposer_model())
     asked = chat_prompt(tiny_tokenizer(), "You propose.", "Write a better instruction. " * 6)
-    said = answers(network, [asked] * 200, 1.0, 1, len(HEAD) + len(TAIL) + 8)
+    said = answers(network, [asked] * 200, 1.0, 1, len(HEAD) + len(TAIL) + 3)
     found = [match for text in said if (match := PROMPT.fullmatch(text))]
     assert len(found) > 180
-    right = sum(a == b for match in found for a, b in zip(match.groups(), "147", strict=True))
-    assert right / (3 * len(found)) == pytest.approx(0.46, abs=0.1)
+    assert sum(match[1] == "K" for match in found) / len(found) == pytest.approx(0.25, abs=0.12)
+    assert sum(match[2] == "!" for match in found) / len(found) == pytest.approx(0.5, abs=0.15)
