@@ -81,7 +81,7 @@ CONTROLS: Mapping[str, Mapping[str, Any]] = {  # by name: the settings in which 
     "drawn": {"helpers": {"optimizer": {"prompt": GUESS}}},
 }
 CHAT = re.compile(r"<\|(system|user)\|>(.*?)<\|end\|>", re.S)
-HELPER = {"sampling": {"temperature": 1.0, "max_tokens": 100}}
+HELPER = {"sampling": {"temperature": 1.0, "max_tokens": 20}}
 
 
 def teacher_engine() -> ScriptedEngine:
@@ -96,7 +96,7 @@ def teacher_engine() -> ScriptedEngine:
         rng = random.Random(f"{sampling.seed} {k} {prompt}")
         return rng.choices([*shares], [*shares.values()])[0]
 
-    return ScriptedEngine(answer, tokens=ChatRenderer(critic_tokenizer()), context=512)
+    return ScriptedEngine(answer, tokens=ChatRenderer(critic_tokenizer()), context=16_384)
 
 
 def critic_pipeline() -> Pipeline:
@@ -137,8 +137,8 @@ def critic_run(
         "rewards": ["exact"],
         "helpers": helpers,
         "metric_purpose": "",
-        "num_val_tasks": 30,
-        "num_eval_tasks": 90,
+        "num_val_tasks": 15,
+        "num_eval_tasks": 60,
         "tasks_per_step": 2,
         "max_steps": 100,
         "save_every": 100,
