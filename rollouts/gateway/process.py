@@ -1,14 +1,16 @@
-"""Running a user's command in a process of its own: bounded in time, memory and output, and ended
-with every process it started."""
+"""Running a user's command in a process of its own, for one task or for many: bounded in time,
+memory and output, and ended with every process it started."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...agents.concurrency import gather
 
@@ -47,22 +49,7 @@ async def run_command(
 ) -> str:
     """Run a command and return its stdout. Raises `ProgramError` with the end of stderr if it
     failed or exceeded a bound."""
-    limits = (str(bounds.memory * 1024), str(bounds.cpu_seconds))
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        "/bin/sh",
-        "-c",
-        LIMITED,
-        "sh",
-        *limits,
-        *command,
-        stdin=pipe,
-        stdout=pipe,
-        stderr=pipe,
-        env=dict(environment),
-        cwd=folder,
-        start_new_session=True,
-    )
+    process = await _started(command, environment, folder, bounds)
     output, errors = bytearray(), bytearray()
     try:
         async with asyncio.timeout(bounds.timeout) as clock:
@@ -77,13 +64,101 @@ async def run_command(
     finally:
         await _end(process)
     if process.returncode:
-        how = (
-            f"ended by signal {-process.returncode}"
-            if process.returncode < 0
-            else f"exit code {process.returncode}"
-        )
-        raise ProgramError(f"{_name(command)}: {how}: {_last_line_first(_text(errors))}")
+        raise _failure(command, process.returncode, errors)
     return _text(output)
+
+
+class WorkerProcess:
+    """A command that plays one task after the other: it reads a line of JSON per task, and writes a
+    line of JSON, an object with `output` or `error`, when it is done with it. What else it writes
+    to stdout is passed over.
+
+    async with WorkerProcess(command, environment, folder, bounds) as worker:
+        result = await worker.result(order)
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        folder: str | None,
+        bounds: ProcessLimits,
+    ) -> None:
+        self.command, self.environment = command, environment
+        self.folder, self.bounds = folder, bounds
+        self._errors = bytearray()
+
+    async def __aenter__(self) -> WorkerProcess:
+        self._process = await _started(self.command, self.environment, self.folder, self.bounds)
+        self._tail = asyncio.ensure_future(_tail(self._process.stderr, self._errors))
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await _end(self._process)
+        self._tail.cancel()
+        await asyncio.gather(self._tail, return_exceptions=True)
+
+    async def result(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """What it says of one task. Raises `ProgramError` if it ends, is not done in time, or
+        writes a line that is too long; then it is of no more use."""
+        try:
+            async with asyncio.timeout(self.bounds.timeout) as clock:
+                return await self._ask(json.dumps(order) + "\n")
+        except TimeoutError as error:
+            if not clock.expired():
+                raise
+            raise ProgramError(
+                f"{_name(self.command)}: not done after {self.bounds.timeout:g} s (system.timeout)"
+            ) from error
+
+    async def _ask(self, line: str) -> dict[str, Any]:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its end says more
+            stdin.write(line.encode())
+            await stdin.drain()
+        while True:
+            try:
+                said = await stdout.readline()
+            except ValueError as error:
+                raise ProgramError(
+                    f"the program wrote a line of more than {MAX_STDOUT} bytes to stdout"
+                ) from error
+            if not said:
+                await _exited(self._process)
+                await asyncio.gather(self._tail, return_exceptions=True)
+                raise _failure(self.command, self._process.returncode or 0, self._errors)
+            with contextlib.suppress(ValueError, RecursionError):
+                result = json.loads(said)
+                if isinstance(result, dict) and ("output" in result or "error" in result):
+                    return result
+
+
+async def _started(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    folder: str | None,
+    bounds: ProcessLimits,
+) -> asyncio.subprocess.Process:
+    limits = (str(bounds.memory * 1024), str(bounds.cpu_seconds))
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(
+        *("/bin/sh", "-c", LIMITED, "sh"),
+        *limits,
+        *command,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        limit=MAX_STDOUT,
+        env=dict(environment),
+        cwd=folder,
+        start_new_session=True,
+    )
+
+
+def _failure(command: Sequence[str], code: int, stderr: bytes | bytearray) -> ProgramError:
+    how = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+    return ProgramError(f"{_name(command)}: {how}: {_last_line_first(_text(stderr))}")
 
 
 def _last_line_first(stderr: str) -> str:

@@ -6,6 +6,8 @@ scored and trained.
     system: {class: "marlora.rollouts.gateway.programs:Command", agents: [solver, critic], command:
         [python, my_script.py]}
 
+`workers.py` has a third kind, commands that play many tasks each.
+
 The program calls `model="solver"` and gets that agent's reply. Temperature, adapters and seeds are
 the run's. Its calls are turns like those of any other system, in the order in which they arrive; so
 a program that calls several agents at once, or depends on the clock, is not replayed turn for turn
@@ -211,13 +213,9 @@ class Command(ExternalProgram):
             raise SettingError(f"folder {self.folder!r}: no such folder")
 
     async def play(self, task: Task, session: Session) -> Any:
-        public = {key: value for key, value in to_json(task).items() if key != "answer"}
         with tempfile.TemporaryDirectory(prefix="marlora-program-") as scratch:
             environment = {
-                name: os.environ[name] for name in self.environment if name in os.environ
-            }
-            environment |= {
-                "TMPDIR": scratch,
+                **self.passed_on(scratch),
                 "OPENAI_BASE_URL": session.base_url,
                 "OPENAI_API_KEY": session.key,
                 # its clients append /v1 themselves
@@ -225,9 +223,12 @@ class Command(ExternalProgram):
                 "ANTHROPIC_API_KEY": session.key,
                 "MARLORA_EPISODE": session.id,
             }
-            bounds = ProcessLimits(self.timeout, self.memory, self.cpu_seconds)
             stdout = await run_command(
-                list(self.command), json.dumps(public), environment, self.folder or None, bounds
+                list(self.command),
+                json.dumps(public(task)),
+                environment,
+                self.folder or None,
+                self.bounds,
             )
         last = stdout.strip().rpartition("\n")[2]
         try:
@@ -235,3 +236,18 @@ class Command(ExternalProgram):
         except (ValueError, RecursionError):
             return stdout.strip()
         return result if isinstance(result, dict) and "output" in result else stdout.strip()
+
+    @property
+    def bounds(self) -> ProcessLimits:
+        """Of a process."""
+        return ProcessLimits(self.timeout, self.memory, self.cpu_seconds)
+
+    def passed_on(self, scratch: str) -> dict[str, str]:
+        """The variables of every process: those that are passed on, and its own TMPDIR."""
+        named = {name: os.environ[name] for name in self.environment if name in os.environ}
+        return {**named, "TMPDIR": scratch}
+
+
+def public(task: Task) -> dict[str, Any]:
+    """A task as a command reads it: without its answer."""
+    return {key: value for key, value in to_json(task).items() if key != "answer"}

@@ -355,16 +355,15 @@ def test_with_trust_it_is_imported(kind: str, world: Path, tmp_path: Path) -> No
     assert world.exists()
 
 
-@pytest.mark.parametrize("cls", ["Command", "Function"])
+@pytest.mark.parametrize("cls", ["programs:Command", "workers:Workers", "programs:Function"])
 def test_a_program_runs_only_with_trust(cls: str, world: Path, tmp_path: Path) -> None:
     """Naming the class with --system agrees to the class, not to the command that the checkpoint
     gives it."""
-    data, name = (
-        valid("marlora.agents.patterns.vote:Vote"),
-        f"marlora.rollouts.gateway.programs:{cls}",
-    )
+    data, name = (valid("marlora.agents.patterns.vote:Vote"), f"marlora.rollouts.gateway.{cls}")
     told: dict[str, Any] = (
-        {"command": ["touch", str(world)]} if cls == "Command" else {"main": "evil_in_cwd:run"}
+        {"main": "evil_in_cwd:run"}
+        if cls == "programs:Function"
+        else {"command": ["touch", str(world)]}
     )
     data["system"] = {"class": name, "arguments": told}
     (tmp_path / "system.json").write_text(json.dumps(data))
@@ -481,7 +480,7 @@ def test_every_system_of_ours_is_marked_and_nothing_else_is() -> None:
     programs = {
         f"marlora.rollouts.gateway.programs:{name}"
         for name in ("ExternalProgram", "Function", "Command")
-    }
+    } | {"marlora.rollouts.gateway.workers:Workers"}
     assert {name for name, marked in names.items() if marked} == set(SYSTEMS)
     assert {name for name, marked in names.items() if not marked} == abstract | programs
 
