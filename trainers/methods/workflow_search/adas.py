@@ -21,7 +21,7 @@ accelerate launch recipes/adas.py [--config recipes/adas.yaml] [--field value]
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ....agents.programs.program import PROGRAM
@@ -33,8 +33,8 @@ from ...values.search import Candidate
 from ...values.selection import whole_archive
 from .fitness import fitness
 from .measurement import MeasurementConfig
-from .proposals import Proposal
-from .reflection import FORMAT, Reflection, Repair, read_talk
+from .proposals import Proposal, prompts_of
+from .reflection import FORMAT, MISTAKES, NOVELTY, Reflection, Repair, read_talk
 from .seeds import NEEDS, SEEDS
 from .workflow_search import WorkflowSearchConfig, WorkflowSearchTrainer
 
@@ -68,6 +68,7 @@ Think about where it went wrong, also in the light of earlier mistakes of this k
 again.
 {format}
 Put your thoughts on the error under the key "debug_thought"."""
+PROMPTS = {"invent": INVENT, "repair": REPAIR, "novelty": NOVELTY, "mistakes": MISTAKES}
 
 
 @dataclass
@@ -88,6 +89,15 @@ class ADASConfig(WorkflowSearchConfig, MeasurementConfig, RunConfig):
     )
     attempts: int = setting("measurements of a generation, repairs included", 3, at_least=1)
     min_score: float = setting("a lower score is a mistake to be repaired", 0.01, at_least=0)
+    prompts: dict | str | None = setting(
+        "by name: prompts that stand in for the method's own: invent (fields: role, operators,"
+        " archive, best, max_nodes, format), repair (role, operators, program, fault, max_nodes,"
+        " format), novelty and mistakes (no fields)",
+        factory=dict,
+    )
+
+    def check(self) -> None:
+        prompts_of(PROMPTS, self.prompts)
 
 
 class ADASTrainer(WorkflowSearchTrainer[ADASConfig]):
@@ -116,7 +126,13 @@ class ADASTrainer(WorkflowSearchTrainer[ADASConfig]):
     def propose(self, step: int) -> Candidate | None:
         """A generation: a proposal, and its repairs."""
         archive = self.search.select(whole_archive)
-        talk = Reflection([self.helper("proposer")], target=self.target)
+        prompts = prompts_of(PROMPTS, self.args.prompts)
+        talk = Reflection(
+            [self.helper("proposer")],
+            target=self.target,
+            novelty=prompts["novelty"],
+            mistakes=prompts["mistakes"],
+        )
         asked = Task(f"generation-{step}", self._invented(archive))
         proposal = read_talk(self.run.rollouts.ask(talk, asked))
         candidate = self.enter(proposal, archive, step, "proposer")
@@ -141,12 +157,17 @@ class ADASTrainer(WorkflowSearchTrainer[ADASConfig]):
         return self.search.lose(candidate.id, why)
 
     def _invented(self, archive: Sequence[Candidate]) -> str:
-        fields = {**self._fields(), "archive": self.shown(archive)}
-        return render(INVENT, fields, setting="archive")
+        best = str(self.search.best().values[PROGRAM])
+        fields = {**self._fields(), "archive": self.shown(archive), "best": best}
+        return self._prompt("invent", fields)
 
     def _repaired(self, candidate: Candidate) -> str:
         values = {"program": candidate.values[PROGRAM], "fault": candidate.fault}
-        return render(REPAIR, {**self._fields(), **values}, setting="repair")
+        return self._prompt("repair", {**self._fields(), **values})
+
+    def _prompt(self, name: str, fields: Mapping[str, str]) -> str:
+        template = prompts_of(PROMPTS, self.args.prompts)[name]
+        return render(template, fields, setting=f"prompts.{name}")
 
     def _fields(self) -> dict[str, str]:
         return {

@@ -60,6 +60,12 @@ The negative side:
 {negative}
 
 Which proposal is the better one? Reply with one word: affirmative or negative."""
+PROMPTS: Mapping[str, str] = {
+    "disagree": DISAGREE,
+    "again": AGAIN,
+    "compare": COMPARE,
+    "decide": DECIDE,
+}
 
 
 def verdict(reply: str, decisive: bool = False) -> str:
@@ -80,10 +86,12 @@ class Debate(ProgramTalk):
     Args:
         rounds: further rounds of both sides after the first, while the moderator goes on.
         fields: of the prompts: `rules` (what a reply looks like) and `failures`.
+        prompts: by name, see `PROMPTS`.
     """
 
     rounds: int = setting("further rounds of both sides after the first", 2, at_least=0)
     fields: Mapping[str, str] = field(default_factory=dict)
+    prompts: Mapping[str, str] = field(default_factory=lambda: PROMPTS)
 
     async def run(self, task: Task, team: Team) -> Output:
         latest: dict[str, Turn] = {}
@@ -95,9 +103,9 @@ class Debate(ProgramTalk):
             sound = [side for side in SIDES if not faults[side]]
             if len(sound) == 1:  # a broken proposal loses
                 return self._end(sound[0], latest, team)
-            if winner := verdict(str(await self._ask("moderator", COMPARE, latest, team))):
+            if winner := verdict(str(await self._ask("moderator", "compare", latest, team))):
                 return self._end(winner, latest, team)
-        winner = verdict(str(await self._ask("judge", DECIDE, latest, team)), decisive=True)
+        winner = verdict(str(await self._ask("judge", "decide", latest, team)), decisive=True)
         return self._end(winner or AFFIRMATIVE, latest, team)
 
     async def _speak(
@@ -107,13 +115,15 @@ class Debate(ProgramTalk):
         if side == AFFIRMATIVE and not number:
             return await team[side].fresh().reply(task.prompt, saw_gold=True)
         other = latest[NEGATIVE if side == AFFIRMATIVE else AFFIRMATIVE]
-        template = AGAIN if number else DISAGREE
-        text = render(template, {**self.fields, "other": other.text}, setting="debate")
+        name = "again" if number else "disagree"
+        text = self._prompt(name, {"other": other.text})
         return await team[side].fresh().reply(text, reads=[other], saw_gold=True)
 
-    async def _ask(self, agent: str, template: str, latest: Mapping[str, Turn], team: Team) -> Turn:
-        fields = {**self.fields, **{side: turn.text for side, turn in latest.items()}}
-        text = render(template, fields, setting="debate")
+    def _prompt(self, name: str, fields: Mapping[str, str]) -> str:
+        return render(self.prompts[name], {**self.fields, **fields}, setting=f"prompts.{name}")
+
+    async def _ask(self, agent: str, prompt: str, latest: Mapping[str, Turn], team: Team) -> Turn:
+        text = self._prompt(prompt, {side: turn.text for side, turn in latest.items()})
         return await team[agent].fresh().reply(text, reads=[*latest.values()], saw_gold=True)
 
     def _end(self, winner: str, latest: Mapping[str, Turn], team: Team) -> Output:

@@ -28,9 +28,9 @@ from ....agents.types import Task
 from ...config import RunConfig
 from ...values.search import Candidate
 from .aflow import EditSearchConfig, EditSearchTrainer
-from .debate import AFFIRMATIVE, NEGATIVE, SIDES, Debate, outcome
+from .debate import AFFIRMATIVE, NEGATIVE, PROMPTS, SIDES, Debate, outcome
 from .measurement import MeasurementConfig
-from .proposals import Proposal
+from .proposals import Proposal, prompts_of
 
 HELPERS = (*SIDES, "moderator", "judge")
 RULES = """The program calls these functions of language models:
@@ -62,6 +62,14 @@ class DebFlowConfig(EditSearchConfig, MeasurementConfig, RunConfig):
         2,
         at_least=0,
     )
+    prompts: dict | str | None = setting(
+        "by name: prompts that stand in for the debate's own: disagree, again (fields: rules,"
+        " failures, other), compare, decide (rules, failures, affirmative, negative)",
+        factory=dict,
+    )
+
+    def check(self) -> None:
+        prompts_of(PROMPTS, self.prompts)
 
 
 class DebFlowTrainer(EditSearchTrainer[DebFlowConfig]):
@@ -91,6 +99,7 @@ class DebFlowTrainer(EditSearchTrainer[DebFlowConfig]):
                 "rules": render(RULES, fields, setting="rules"),
                 "failures": fields["failures"],
             },
+            prompts=prompts_of(PROMPTS, self.args.prompts),
         )
         winner, proposals = outcome(self.run.rollouts.ask(talk, Task(label, prompt)))
         loser = proposals.get(NEGATIVE if winner == AFFIRMATIVE else AFFIRMATIVE)

@@ -182,3 +182,19 @@ def test_it_learns_and_its_control_does_not(model: Path, tmp_path: Path) -> None
         summary = adas(tmp_path / name, model, generations(*codes), **sizes).train()
         gains[name] = summary["eval"]["paired"]["ci95"][0]
     assert gains["votes"] > 0.05 and gains["words"] < 0.05, gains
+
+
+def test_its_prompts_can_be_changed(model: Path, tmp_path: Path) -> None:
+    prompts = {"invent": "Better than {best}?", "novelty": "New?", "mistakes": "{sure}?"}
+    folder = tmp_path / "run"
+    sizes = {"num_val_tasks": 2, "num_eval_tasks": 2, "seeds": []}
+    adas(folder, model, generations(VOTE), prompts=prompts, **sizes).train()
+    (talk,) = [e for e in Store(folder / "episodes") if e.kind == "aside"]
+    asked = [turn.messages[-1].content for turn in talk.turns]
+    assert asked == ['Better than await custom("Think.")?', "New?", "{sure}?"]
+    for wrong, words in (
+        ({"invents": "x"}, "prompts.invents: no prompt of this method"),
+        ({"invent": 7}, "prompts.invent: expected a text"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            ADASConfig(prompts=wrong)

@@ -4,7 +4,7 @@ that come to AFlow's tree where the moderator always sides with the first."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ import pytest
 from marlora.agents.programs.program import Program
 from marlora.agents.team import Team
 from marlora.agents.testing import fake_team
-from marlora.agents.types import Task
+from marlora.agents.types import SettingError, Task
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.sandbox.sandbox import run as execute
-from marlora.trainers.methods.workflow_search.debate import Debate, verdict
+from marlora.trainers.methods.workflow_search.debate import PROMPTS, Debate, verdict
 from marlora.trainers.methods.workflow_search.debflow import HELPERS, DebFlowConfig, DebFlowTrainer
 from tests.trainers.reading import rows
 from tests.trainers.searches import larger_ensemble, random_words, reply_with, search
@@ -44,7 +44,9 @@ def test_a_verdict_is_its_one_keyword(reply: str, side: str) -> None:
     assert verdict("No, the affirmative", decisive=True) == "affirmative"
 
 
-def debate(verdicts: Sequence[str], rounds: int = 2, **replies: str) -> tuple[str, Team]:
+def debate(
+    verdicts: Sequence[str], rounds: int = 2, prompts: Mapping[str, str] = PROMPTS, **replies: str
+) -> tuple[str, Team]:
     """The winner, and the team, of a debate whose moderator says these words in turn."""
     given = iter(verdicts)
 
@@ -58,6 +60,7 @@ def debate(verdicts: Sequence[str], rounds: int = 2, **replies: str) -> tuple[st
         target=Program(["executor"], seconds=0.2),
         rounds=rounds,
         fields={"rules": "THE RULES", "failures": "THE FAILURES"},
+        prompts=prompts,
     )
     team = fake_team(system.specs, answer, execute=execute)
     output = asyncio.run(system.run(Task("t", "the first prompt with EXPERIENCE"), team))
@@ -98,6 +101,16 @@ def test_each_sees_what_it_may() -> None:
     assert "negative edit" in fourth[1] and "affirmative edit" not in fourth[1]
     assert all(turn.saw_gold for turn in team.turns)
     assert [turn.reads for turn in team.turns[:3]] == [(), (0,), (0, 2)]  # 1 is a dry run
+
+
+def test_its_prompts_can_be_changed() -> None:
+    changed = {"disagree": "{other} NO", "compare": "{affirmative} OR {negative}"}
+    _, team = debate(["affirmative"], prompts={**PROMPTS, **changed})
+    _, second, third = (turn.messages[-1].content for turn in team.turns)
+    assert second == f"{GOOD['affirmative']} NO"
+    assert third == f"{GOOD['affirmative']} OR {GOOD['negative']}"
+    with pytest.raises(SettingError, match=r"prompts\.judge: no prompt of this method"):
+        DebFlowConfig(prompts={"judge": "x"})
 
 
 @pytest.mark.parametrize(
