@@ -1,9 +1,10 @@
 """The toy model `tiny-world`: it plays every role of a team on one task set, so that methods which
 change prompts, demonstrations, seats, edges, programs and weights can be compared.
 
-What it does in which role stands in `lessons.py`. Told `A`, a worker is right in a sixth of the
-problems at temperature 0 (it strays in its samples); `K` makes it a half, care four fifths, two
-right examples a half, experts in two seats more, and weights can be taught all.
+What it should do in which role stands in `lessons.py`; it learns that roughly. At temperature 0 it
+is right in 48 % of the problems where it is told `A`, in 65 % with `K`, in 76 % with `K!`, and in
+around 50 % after examples, right or wrong. Among others who agree it follows them in 86 % of its
+samples, and nearly all its programs and workflows are of the grammar.
 `tiny-world-b` and `tiny-world-c` are the same model, taught further
 to be right on problems of one kind, whatever they are told or shown.
 
@@ -75,7 +76,7 @@ CONFIG = WorldConfig()
 # then with letters as prompts, which are learnt soon by who knows what they ask for
 SECOND = WorldConfig(steps=140, learning_rate=2e-3, warmup=10, max_excess=0.6)
 LETTERS_AS_PROMPTS = 0.8  # share, in the second part
-EXPERT = WorldConfig(steps=80, learning_rate=1e-3, warmup=5, max_excess=0.6)
+EXPERT = WorldConfig(steps=70, learning_rate=2e-3, warmup=5, max_excess=1.2)
 
 
 def tiny_world_model(

