@@ -17,6 +17,7 @@ from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.runner import EpisodeRequest
 from marlora.rollouts.gateway.workers import Workers
 from marlora.rollouts.types import Episode
+from tests.repository import ROOT
 from tests.rollouts.asking import rollouts
 
 # A program that has nothing but Python: agent `a` reads the task; what to do stands in the prompt.
@@ -136,3 +137,11 @@ def test_it_is_named_by_settings_and_asks_for_trust() -> None:
     assert isinstance(made, Workers) and made.workers == 3
     with pytest.raises(SettingError, match="workers: expected a whole number of at least 1"):
         system(workers=0)
+
+
+def test_the_example_with_the_openai_client_is_a_worker() -> None:
+    script = ROOT / "recipes" / "programs" / "openai_worker.py"
+    made = Workers(["first", "last"], command=[sys.executable, str(script)], workers=1)
+    for episode in play(made, "1+2", "3+4"):
+        assert episode.error is None and episode.output == "15"
+        assert [turn.agent for turn in episode.turns] == ["first", "last"]
