@@ -50,7 +50,7 @@ pages: setup  ## write the pages that come from the code: methods, settings, ref
 	@for page in method_pages settings_page reference_pages metrics_page llms_page; do $(PY) -m tests.$$page || exit 1; done
 
 docs: setup  ## build the documentation site into build/site; a broken link ends it
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict && echo "docs: open build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict && echo "docs: build/site/index.html; with the search: python3 -m http.server -d build/site"
 
 demo: setup  ## train and evaluate a team of two on a real model (MODEL=... for another), into runs/demo
 	@$(PY) -m marlora.recipes.demo --output_dir runs/demo --overwrite true $${MODEL:+--model "$$MODEL"} $(ARGS)

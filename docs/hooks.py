@@ -67,8 +67,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     def pages(folder: str, *patterns: str) -> list[dict[str, str]]:
         there = [p for each in patterns or ("*.md",) for p in (ROOT / "docs" / folder).glob(each)]
         rank = {name: number for number, name in enumerate(FIRST)}
-        there.sort(key=lambda path: (rank.get(path.stem, len(rank)), path.stem))
-        return [entry(str(path.relative_to(ROOT))) for path in there]
+        found = [
+            (rank.get(path.stem, len(rank)), entry(str(path.relative_to(ROOT)))) for path in there
+        ]
+        found.sort(key=lambda item: (item[0], next(iter(item[1])).lower()))
+        return [page for _, page in found]
 
     top = [e for e in pages("") if not {"methods.md", "api.md"} & {*e.values()}]
     api = [f"reference/api/{name}.md" for name in api_sections()]

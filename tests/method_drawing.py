@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-WIDTH, HEIGHT, LINE = 172, 112, 15  # of a box; between lines of its text
+WIDTH, HEIGHT, LOW, LINE = 172, 112, 70, 15  # of a box; of one below; between lines of its text
 LEFT, TOP, STEP = 10, 14, 204  # of the first box; from one box to the next
 LETTERS = 27  # of a line
 EDGE, INK, PALE = "#57606a", "#1f2328", "#57606a"
@@ -84,7 +84,7 @@ def text_of(box: Box, x: float, y: float, width: float, letters: int) -> str:
         f' fill="{PALE}">{html.escape(line)}</text>'
         for n, line in enumerate(lines)
     ]
-    height = HEIGHT if width == WIDTH else 58
+    height = HEIGHT if width == WIDTH else LOW
     frame = (
         f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height}" rx="8" fill="{box.fill}"'
         f' stroke="{EDGE}" stroke-width="1.4"/>'
@@ -107,7 +107,7 @@ def drawing(name: str, changes: str, config: dict[str, Any], trains: bool) -> st
     parts.append(text_of(state, LEFT + STEP, lower, STEP + WIDTH, 60))
     arrows = [f"M{LEFT + STEP * n + WIDTH} {TOP + HEIGHT / 2:g}h28" for n in range(4)]
     middle = LEFT + STEP * 4 + WIDTH / 2
-    start = lower + 29
+    start = lower + LOW / 2
     if helpers.lines:
         parts.append(text_of(helpers, LEFT + STEP * 3, lower, STEP + WIDTH, 60))
         arrows += [
@@ -115,7 +115,7 @@ def drawing(name: str, changes: str, config: dict[str, Any], trains: bool) -> st
             f"M{middle - 30:g} {lower}V{TOP + HEIGHT + 4}",
         ]
     else:
-        arrows.append(f"M{middle:g} {TOP + HEIGHT}V{start}H{LEFT + STEP * 2 + WIDTH + 4}")
+        arrows.append(f"M{middle:g} {TOP + HEIGHT}V{start:g}H{LEFT + STEP * 2 + WIDTH + 4}")
     if helpers.lines:  # from the method's corner, between the helpers and the row
         bend = TOP + HEIGHT + 23
         corner, onto = LEFT + STEP * 4 + 24, LEFT + STEP * 2 + WIDTH / 2
@@ -123,12 +123,12 @@ def drawing(name: str, changes: str, config: dict[str, Any], trains: bool) -> st
     arrows.append(f"M{LEFT + STEP + WIDTH / 2:g} {lower}V{TOP + HEIGHT + 4}")
     title = f"The way of the data through {name}"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {full} {lower + 70}"'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {full} {lower + LOW + 12}"'
         f' font-family="system-ui, sans-serif" font-size="13" role="img">\n'
         f"<title>{html.escape(title)}</title>\n"
         '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7"'
         f' orient="auto"><path d="M0 0 8 4 0 8z" fill="{EDGE}"/></marker></defs>\n'
-        f'<rect width="{full}" height="{lower + 70}" rx="8" fill="#ffffff"/>\n'
+        f'<rect width="{full}" height="{lower + LOW + 12}" rx="8" fill="#ffffff"/>\n'
         f'<g text-anchor="middle">{chr(10).join(parts)}</g>\n'
         f'<g stroke="{EDGE}" stroke-width="1.4" fill="none" marker-end="url(#a)">'
         + "".join(f'<path d="{arrow}"/>' for arrow in arrows)
