@@ -15,7 +15,7 @@ from typing import Any
 
 from ...rollouts.report.html import text as escaped
 from ...rollouts.types import Episode
-from .progress import Progress
+from .progress import Progress, time_left
 
 PAUSE = 0.2  # seconds between two updates of the display, at least
 LINES = 200  # of the log, the newest
@@ -44,7 +44,7 @@ class NotebookProgress(Progress):
         self._playing: dict[str, tuple[int, int]] = {}  # what is played: (done, total)
         self._folder: Path | None = None
         self._done = 0
-        self._steps = ""  # the last step in a line
+        self._last = ""  # the last step in a line
         self._display: str | None = None
         self._shown = 0.0
         self._lock = threading.Lock()  # episodes are counted in another thread
@@ -91,9 +91,11 @@ class NotebookProgress(Progress):
         if reward is not None and math.isfinite(reward):
             self._rewards.append((step, float(reward)))
         self._done, spent = step, (row.get("budget") or {}).get("tokens")
-        self._steps = f"step {step} of {self._total}"
-        self._steps += f", reward {reward:.3f}" if reward is not None else ""
-        self._steps += f", {spent:,} tokens spent" if spent else ""
+        self._last = f"step {step} of {self._total}"
+        self._last += f", reward {reward:.3f}" if reward is not None else ""
+        self._last += f", {spent:,} tokens spent" if spent else ""
+        left = time_left(self._ended, self._total - step)
+        self._last += f", {left} left" if left else ""
         self._show(now=True)
 
     def sample(self, policy: str, pieces: Sequence[tuple[str, bool]]) -> None:
@@ -121,14 +123,14 @@ class NotebookProgress(Progress):
 
     def _text(self) -> str:
         """What a viewer without HTML shows."""
-        last = [self._steps] if self._steps else self._lines[-1:]
+        last = [self._last] if self._last else self._lines[-1:]
         return "\n".join([*last, *(f"warning: {warning}" for warning in self._warnings)])
 
     def _html(self) -> str:
         parts = []
         if self._total:
             parts.append(f'<progress value="{self._done}" max="{self._total}"></progress>')
-        parts.append(escaped(self._steps or (self._lines[-1] if self._lines else "")))
+        parts.append(escaped(self._last or (self._lines[-1] if self._lines else "")))
         parts += [
             f"<small>{escaped(what)} {done}/{total}</small>"
             for what, (done, total) in list(self._playing.items())
