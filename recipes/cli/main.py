@@ -36,6 +36,7 @@ from marlora.recipes.launch.help_text import wants_help
 from marlora.recipes.launch.settings import exit_with_code, import_from, import_from_here, run
 from marlora.recipes.launch.tables import table
 from marlora.trainers.errors import RunError
+from marlora.trainers.monitoring.library_output import silence_libraries
 
 
 def cmd_doctor(args: argparse.Namespace) -> None:
@@ -155,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def work() -> None:
         if getattr(args, "json", "") and not Path(args.json).absolute().parent.is_dir():
             raise SettingError(f"--json {args.json}: no such folder")
+        silence_libraries()
         if _names_code(args):
             import_from_here()
         with _code_of_the_run(args):

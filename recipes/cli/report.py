@@ -7,17 +7,18 @@ import asyncio
 import contextlib
 import functools
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from marlora.agents.types import SettingError
-from marlora.recipes.cli.checkpoint.team import add_model, locate, say
-from marlora.recipes.launch.tables import spent_lines
+from marlora.recipes.cli.checkpoint.team import add_json, add_model, locate, say, show, write_json
+from marlora.recipes.launch.tables import spent_lines, table
 from marlora.rollouts.renderer import load_tokenizer
 from marlora.rollouts.report.episode_index import MAX_EPISODES, Pieces
 from marlora.rollouts.report.live import LiveReport
-from marlora.rollouts.report.report import read_runs, write_report
+from marlora.rollouts.report.report import numbers_of, read_runs, write_report
+from marlora.rollouts.report.sections import signed_interval
 from marlora.trainers.model.local_models import SHORT
 
 
@@ -40,6 +41,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
         help="serve the page on this machine while the run goes on; Ctrl-C ends",
     )
     parser.add_argument("--port", type=int, default=0, help="of --follow; 0 takes a free one")
+    add_json(parser)
 
 
 def cmd_report(args: argparse.Namespace) -> None:
@@ -63,10 +65,32 @@ def cmd_report(args: argparse.Namespace) -> None:
         max_episodes=args.max_episodes,
         runs=runs,
     )
+    numbers = numbers_of(runs)
     for run in runs:
         for part in spent_lines(run.summary):
-            print(part if len(runs) == 1 else f"{run.name}: {part}")
-    print(page)
+            show(args.json, part if len(runs) == 1 else f"{run.name}: {part}")
+    if numbers["paired"]:
+        show(args.json, tests_table(numbers["paired"]))
+    show(args.json, str(page))
+    write_json(args.json, {"page": str(page), **numbers})
+
+
+def tests_table(tests: Sequence[Mapping[str, Any]]) -> str:
+    """The paired tests of runs against the first one, as a table."""
+    columns = ("run", "tasks", "difference", "95 % interval", "gained", "lost", "p")
+    rows = [
+        (
+            test["run"],
+            str(test["tasks"]),
+            f"{test['difference']:+.3f}",
+            signed_interval(test["ci95"]),
+            str(test["gained"]),
+            str(test["lost"]),
+            f"{test['p']:.3g}",
+        )
+        for test in tests
+    ]
+    return table(f"against {tests[0]['against']}, on the same tasks", columns, rows)
 
 
 async def serve(follow: LiveReport, port: int) -> None:

@@ -9,19 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ...agents.types import SettingError
 from ..files import write_text
-from .comparison import comparison
+from .comparison import comparison, paired_tests
 from .curves import group_curves
 from .episode_index import MAX_EPISODES, EpisodeIndex, Pieces
 from .html import group, page, section, text
 from .learning.agent_credit import credit_table
 from .learning.before_after import ids_to_show, kinds_table, side_by_side
-from .overview import facts, verdict
+from .overview import facts, problems, verdict
 from .run_data import RunData, read_json
 from .sections import KEY, ledger_sections, sections_of
-from .tables import accuracy_table, adapters, any_value, last_step, proofs, section_body, warnings
+from .tables import (
+    accuracy_table,
+    adapters,
+    any_value,
+    last_step,
+    proofs,
+    section_body,
+    warning_lines,
+    warnings,
+)
 from .values.value_sections import value_sections
 
 PLACED_KEYS = (
@@ -182,6 +192,29 @@ def cost(run: RunData) -> str:
         section(text(each.title), section_body(each)) for each in ledger_sections(run.summary)
     ]
     return "".join([section("Over the steps", group_curves(run, "cost")), *tables])
+
+
+def numbers_of(runs: Sequence[RunData]) -> dict[str, Any]:
+    """What the page says in numbers, as JSON: of every run its accuracies, problems, warnings and
+    what it has spent; `paired`: the tests against the first run."""
+    return {
+        "runs": [
+            {
+                "name": run.name,
+                "folder": str(run.folder),
+                "recipe": run.summary.get("recipe", ""),
+                "steps": run.summary.get("steps"),
+                "unfinished": bool(run.summary.get("unfinished")),
+                "eval": run.summary.get("eval") or {},
+                "problems": problems(run),
+                "warnings": warning_lines(run.folder, run.metrics),
+                "ledger": run.summary.get("ledger") or {},
+                "budget": run.summary.get("budget") or {},
+            }
+            for run in runs
+        ],
+        "paired": paired_tests(runs),
+    }
 
 
 BROWSER = """

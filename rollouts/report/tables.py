@@ -207,13 +207,18 @@ STEP = re.compile(r"step (\d+): ")
 NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 
 
-def warnings(run: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A box of what went wrong: lines of warnings.log, those that differ by numbers only as one;
-    and from the metrics the episodes that failed or could not be scored, and the turns that were
-    not trained on."""
+def warning_lines(run: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What went wrong: lines of warnings.log, those that differ by numbers only as one; and from
+    the metrics the episodes that failed or could not be scored, and the turns that were not trained
+    on."""
     path = run / "warnings.log"
     kept = path.read_text(errors="replace", encoding="utf-8").splitlines() if path.is_file() else []
-    lines = [*joined(kept), *_of_metrics(rows)]
+    return [*joined(kept), *_of_metrics(rows)]
+
+
+def warnings(run: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A box of what went wrong (`warning_lines`); "" if nothing did."""
+    lines = warning_lines(run, rows)
     if not lines:
         return ""
     head = f"{len(lines)} warning{'s' * (len(lines) > 1)}"

@@ -621,6 +621,12 @@ def test_a_run_ends_with_its_report_and_it_can_be_written_again(
     told = capsys.readouterr().out.strip().splitlines()
     assert "What was spent" in told[0] and told[-1] == str(run / "report.html")
     assert (run / "report.html").read_text() == first
+    assert marlora("report", run, "--json", "-") == 0
+    printed = capsys.readouterr()
+    numbers = json.loads(printed.out)
+    assert numbers["page"] == str(run / "report.html") and numbers["paired"] == []
+    assert [each["name"] for each in numbers["runs"]] == [run.name]
+    assert "What was spent" in printed.err
     assert "config.yaml" in refused(capsys, "report", run.parent)
 
 

@@ -26,9 +26,9 @@ from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.report.charts import Line, chart
 from marlora.rollouts.report.episode_index import EpisodeIndex, crc, episode_row, even, most_telling
 from marlora.rollouts.report.html import number, text, visible
-from marlora.rollouts.report.report import write_report
+from marlora.rollouts.report.report import numbers_of, read_runs, write_report
 from marlora.rollouts.report.run_data import VALIDATION, RunData
-from marlora.rollouts.report.tables import adapters, any_value, proofs
+from marlora.rollouts.report.tables import adapters, any_value, joined, proofs
 from marlora.rollouts.types import Episode
 
 EVIL = (
@@ -557,6 +557,31 @@ def test_data_cannot_end_its_script(run: Path) -> None:
     (raw,) = re.findall(r'id="data">(.*?)</script>', source, re.DOTALL)
     assert not set("<>&\u2028") & set(raw)
     assert any("</script><!--<script>&amp;" in each for each in data["strings"])
+
+
+def test_the_numbers_are_those_of_the_page(run: Path) -> None:
+    other = run / "other"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("other"))
+    summary = json.loads((run / "summary.json").read_text())
+    numbers = json.loads(json.dumps(numbers_of(read_runs([run, other]))))
+    first, second = numbers["runs"]
+    assert (first["name"], second["name"], first["recipe"]) == (run.name, "other", "grpo_team")
+    assert first["eval"] == summary["eval"] and first["steps"] == 3 and not first["unfinished"]
+    assert "6 of 12 episodes failed" in first["warnings"]
+    assert first["problems"] and all(each in words_of(read(run)[1]) for each in first["problems"])
+    (test,) = numbers["paired"]
+    assert (test["run"], test["against"], test["tasks"]) == ("other", run.name, 9)
+    assert test["difference"] == 0.0 and test["p"] == 1.0
+
+
+def test_warnings_that_differ_by_numbers_are_one() -> None:
+    lines = [f"step {step}: policy 'a': truncated 0.{step} (above 0.5)" for step in (6, 7, 9)]
+    assert joined([*lines, "step 2: other", "alone"]) == [
+        "policy 'a': truncated 0.9 (above 0.5) (3 times, steps 6 to 9)",
+        "step 2: other",
+        "alone",
+    ]
+    assert joined(["lost 1", "lost 2"]) == ["lost 2 (2 times)"]
 
 
 def test_several_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
