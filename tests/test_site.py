@@ -16,6 +16,7 @@ from docs.hooks import api_sections
 from marlora.agents.settings import Settings
 from marlora.rollouts.engines.base import Engine
 from marlora.trainers.values.parts import Part
+from tests.demo_page import IMAGES, LARGEST_PICTURE, LARGEST_REPORT, REPORT, VIEWS
 from tests.llms_page import PAGE, page
 from tests.repository import ROOT, copy_to
 
@@ -39,6 +40,7 @@ def test_the_site_builds_and_a_broken_link_ends_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("index", "methods", "methods/grpo_team", "reference/api/teams", "project/results"):
         assert (tmp_path / "site" / f"{name}.html").stat().st_size > 10_000, name
+    assert (tmp_path / "site" / "demo" / "report.html").read_bytes() == REPORT.read_bytes()
     # a copy with a page whose link leads nowhere
     copy = copy_to(tmp_path / "copy")
     subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
@@ -48,6 +50,14 @@ def test_the_site_builds_and_a_broken_link_ends_it(tmp_path: Path) -> None:
     (copy / "docs" / "guides" / "wrong.md").write_text("# Wrong\n\n[nowhere](nowhere.md)\n")
     refused = build(copy, tmp_path / "other")
     assert refused.returncode != 0 and "nowhere.md" in refused.stderr
+
+
+def test_the_live_example_and_its_pictures_are_small() -> None:
+    assert REPORT.stat().st_size <= LARGEST_REPORT
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "docs/demo/report.html" in readme and "docs/images/report_learning.png" in readme
+    for name in VIEWS:
+        assert (IMAGES / f"{name}.png").stat().st_size <= LARGEST_PICTURE
 
 
 def test_llms_txt_is_todays() -> None:
