@@ -10,7 +10,6 @@ trains the model and tells what it does.
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import shutil
@@ -43,20 +42,18 @@ class CriticConfig:
     """How the model is trained: AdamW with warm-up, then linear decay, on batches of so many
     answers of workers, judges and critics, and of values rewritten by one feedback and by two.
 
-    before_edits: steps before values are rewritten: the gradients of replies of ten tokens would
-    drown those of a digit. max_excess: as of `ProgramsConfig`, in nats per reply.
+    `max_excess`: as of `ProgramsConfig`, in nats per reply.
     """
 
-    steps: int = 400
-    before_edits: int = 0
-    worked: int = 32
-    judged: int = 12
-    said: int = 32
+    steps: int = 650
+    worked: int = 24
+    judged: int = 14
+    said: int = 36
     edited: int = 24
     edited_by_two: int = 6
     learning_rate: float = 5e-3
     warmup: int = 40
-    max_excess: float = 0.4
+    max_excess: float = 2.0
     hidden_size: int = 64
     layers: int = 3
     init_std: float = 0.12
@@ -85,16 +82,10 @@ def train(config: CriticConfig, say: Callable[[str], None]) -> Any:
     from its teacher."""
     network = critic_network(config)
     tokenizer, rng = critic_tokenizer(), random.Random(config.seed)
-    questions, steps = Questions(rng), itertools.count()
-    first = [
-        (questions.worked, config.worked),
-        (questions.judged, config.judged),
-        (questions.said, config.said),
-    ]
-    edits = [(questions.edited, config.edited), (questions.edited_by_two, config.edited_by_two)]
+    questions = Questions(rng)
+    kinds = [(getattr(questions, role), getattr(config, role)) for role in ROLES]
 
     def loss_of() -> tuple[torch.Tensor, float]:
-        kinds = first if next(steps) < config.before_edits else [*first, *edits]
         parts = [
             reply_loss(network, tokenizer, [make() for _ in range(count)], rng)
             for make, count in kinds
