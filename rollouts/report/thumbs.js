@@ -6,7 +6,7 @@ const mayHave = (row) => S[row[KIND]] === "train" && !row[MARKS].includes("f") &
 function thumb(row) {
   const made = el("span", "thumbs"), name = key(row), known = thumbs.of[name] || 0;
   if (!mayHave(row)) return made;
-  for (const [value, label, sign] of [[1, "thumb up", "👍"], [-1, "thumb down", "👎"]]) {
+  for (const [value, label, sign] of [[1, "thumb up (u)", "▲"], [-1, "thumb down (d)", "▼"]]) {
     const button = el("button", "", sign);
     button.type = "button";
     button.title = label;

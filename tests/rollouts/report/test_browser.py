@@ -16,6 +16,7 @@ import yaml
 
 from marlora.agents.types import Message, Reward, Task, Turn
 from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.episodes.thumbs import read_thumbs
 from marlora.rollouts.report.episode_index import crc
 from marlora.rollouts.report.live import LiveReport
 from marlora.rollouts.report.report import write_report
@@ -329,6 +330,70 @@ def test_ten_thousand_episodes_stay_small(run: Path, tmp_path: Path) -> None:
     look(work, tmp_path)
 
 
+async def thumbs_are_given(page: Browser, run: Path) -> None:
+    """Up in the list, down by a key for the open episode, and back again; none for what failed."""
+    pressed = (
+        '[...document.querySelectorAll("#rows tr")].map((row) => [row.querySelector("a").textContent,'
+        ' [...row.querySelectorAll(".thumbs button")].map((b) => b.getAttribute("aria-pressed"))])'
+    )
+
+    async def standing() -> dict[str, list[str]]:
+        return dict(await page.run(pressed))
+
+    await page.until('document.querySelectorAll("#rows .thumbs button").length === 18')
+    assert (await standing())["train-000002/t9/0"] == [], "it failed"
+    button = '[...document.querySelectorAll("#rows tr")][0].querySelector(".thumbs button")'
+    await page.run(f"{button}.click()")
+    await page.until(f'{button}.getAttribute("aria-pressed") === "true"')
+    assert await page.run("location.hash") == "#e=0:train-000001/t2/0", "no episode was opened"
+    await page.press("d")
+    await page.until('document.querySelector("#thumbs").textContent.includes("1 up, 1 down")')
+    assert read_thumbs(run) == {"train-000001/t0/0": 1, "train-000001/t2/0": -1}
+    await page.press("d")
+    await page.until('document.querySelector("#thumbs").textContent.includes("1 up, 0 down")')
+    assert read_thumbs(run) == {"train-000001/t0/0": 1}
+    known = await standing()
+    assert known["train-000001/t0/0"] == ["true", "false"]
+    assert known["train-000001/t2/0"] == ["false", "false"]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_three_groups_fit_every_screen(tmp_path: Path, dark: bool) -> None:
+    """Long words of a model, wide tables and warnings scroll or break; the page does not move
+    sideways."""
+    folder = write_run(tmp_path / "run", evil=EVIL + "x" * 3000)
+    (folder / "warnings.log").write_text("step 1: " + "y" * 3000 + "\n")
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    told = [{**row, "policies": {EVIL: {"entropy": row["step"], "clipped": 0.0}}} for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    path = write_report(folder)
+    heads = '[...document.querySelectorAll(".group > h2")].map((h) => h.textContent)'
+    columns = 'getComputedStyle(document.querySelector(".sides")).gridTemplateColumns.split(" ")'
+
+    async def work(page: Browser) -> None:
+        await page.dark(dark)
+        for width, sides in ((390, 1), (1440, 2)):
+            screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 700}
+            await page.call("Emulation.setDeviceMetricsOverride", **screen)
+            await page.open(path.as_uri())
+            assert await page.run(heads) == [
+                "Does it learn?",
+                "Is it healthy?",
+                "Where did time and tokens go?",
+            ]
+            await page.run(
+                'document.querySelectorAll("details").forEach((d) => { d.open = true; })'
+            )
+            assert await page.run("document.documentElement.scrollWidth") <= width
+            assert await page.run(f"{columns}.length") == sides
+            assert await page.run('document.querySelector(".warnings li").scrollWidth') < width
+            assert await page.run('document.querySelectorAll("main img").length') == 0
+            background = await page.run("getComputedStyle(document.body).backgroundColor")
+            assert background == ("rgb(20, 23, 26)" if dark else "rgb(251, 251, 250)")
+
+    look(work, tmp_path)
+
+
 def test_a_running_run_is_followed_behind_its_token(run: Path, tmp_path: Path) -> None:
     async def go() -> None:
         follow = LiveReport([run], lambda policy, ids: [f"<{i}>" for i in ids], max_episodes=3)
@@ -363,6 +428,7 @@ def test_a_running_run_is_followed_behind_its_token(run: Path, tmp_path: Path) -
                     store.append(episode(2, 5))
                 await page.until(f"{ROWS} === 10", "the new episode")
                 assert await page.run("location.hash") == "#e=0:train-000001/t2/0"
+                await thumbs_are_given(page, run)
                 assert page.errors == []
         finally:
             await follow.close()
