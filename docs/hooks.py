@@ -78,7 +78,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     project = [entry(source) for source in DOCUMENTS if source in tracked()]
     nav: list[dict[str, Any]] = [
         {"Home": "index.md"},
-        {"Start": pages("start")},
+        {"Start": [*pages("start"), *pages("demo")]},
         {"Which method when": "methods.md"},
         {"Methods": pages("methods")},
         {"Guides": pages("guides")},

@@ -21,17 +21,8 @@ IMAGES = ROOT / "docs" / "images"
 LARGEST_REPORT, LARGEST_PICTURE = 400_000, 150_000  # bytes
 RUN = "runs/demo-report"  # below a temporary folder: the report names it
 SETTINGS = (
-    *("--max_steps", "10", "--tasks_per_step", "5", "--num_generations", "5"),
-    *(
-        "--learning_rate",
-        "4e-3",
-        "--num_eval_tasks",
-        "40",
-        "--num_iterations",
-        "3",
-        "--ablate_adapters",
-        "false",
-    ),
+    *("--max_steps", "5", "--tasks_per_step", "20", "--num_generations", "2"),
+    *("--num_eval_tasks", "60", "--ablate_adapters", "false"),
 )
 COLORS = 128  # of a picture: a page of text and lines needs no more
 VIEWS = {  # picture: width, height, dark, and what is done on the page first
@@ -43,7 +34,7 @@ VIEWS = {  # picture: width, height, dark, and what is done on the page first
 
 def train(folder: Path) -> Path:
     """Train in a folder; the report's path. Raises `CalledProcessError` if that fails."""
-    command = [sys.executable, "-m", "marlora.recipes.grpo_team", "--output_dir", RUN, *SETTINGS]
+    command = [sys.executable, "-m", "marlora.recipes.sft_team", "--output_dir", RUN, *SETTINGS]
     subprocess.run(command, cwd=folder, env=clean_environment(), check=True)
     return folder / RUN / "report.html"
 

@@ -12,7 +12,7 @@ from tests.repository import ROOT
 
 PAGE = ROOT / "llms.txt"
 SECTIONS = (  # heading, and patterns of its pages
-    ("Start", ("docs/start/*.md", "AGENTS.md", "skills/marlora/SKILL.md")),
+    ("Start", ("docs/start/*.md", "docs/demo/*.md", "AGENTS.md", "skills/marlora/SKILL.md")),
     ("Methods", ("docs/methods.md", "docs/methods/*.md")),
     ("Guides", ("docs/guides/*.md",)),
     ("Tutorials", ("docs/tutorials/*.ipynb",)),

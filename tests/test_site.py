@@ -55,7 +55,7 @@ def test_the_site_builds_and_a_broken_link_ends_it(tmp_path: Path) -> None:
 def test_the_live_example_and_its_pictures_are_small() -> None:
     assert REPORT.stat().st_size <= LARGEST_REPORT
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "docs/demo/report.html" in readme and "docs/images/report_learning.png" in readme
+    assert "docs/demo/index.md" in readme and "docs/images/report_learning.png" in readme
     for name in VIEWS:
         assert (IMAGES / f"{name}.png").stat().st_size <= LARGEST_PICTURE
 
