@@ -49,7 +49,8 @@ OF_A_SYSTEM = ("agents", "values")
 class Arm:
     """A recipe with settings, run once for each seed.
 
-    control_of: the arm whose control it is, "" for none. folder: holds a run folder per seed.
+    control_of: the arm whose control it is, "" for none. compared_with: another arm that it is set
+    against, seed by seed. folder: holds a run folder per seed.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Arm:
     seeds: tuple[int, ...]
     control_of: str
     folder: Path
+    compared_with: str = ""
 
     @property
     def system(self) -> str:

@@ -44,6 +44,8 @@ from .arms import (
     seeds_of,
 )
 
+ARM_KEYS = ("recipe", "settings", "seeds", "control_of", "compared_with", "output_dir")
+
 
 class TeamConfig(RunConfig):
     """The settings of the team as it is: nothing is trained."""
@@ -75,7 +77,9 @@ class PlanSettings(Settings):
     team: dict | None = setting("settings that every arm has", factory=dict)
     budget: dict | None = setting("most that one run may spend on learning", factory=dict)
     seeds: list | None = setting("a run of every arm for each", factory=lambda: [0])
-    arms: dict | None = setting("by name: recipe, settings, seeds, control_of", factory=dict)
+    arms: dict | None = setting(
+        "by name: recipe, settings, seeds, control_of, compared_with", factory=dict
+    )
     single_agent: dict | None = setting(
         "fields of the AgentSpec of the row `single agent`; its policy and sampling are by default"
         " those of the team's last agent",
@@ -193,7 +197,7 @@ class ComparisonPlan:
                 f"{where}: expected a name of letters, digits, '.', '-' and '_', since a folder"
                 " has it too"
             )
-        known_keys(f"{where}.", given, ["recipe", "settings", "seeds", "control_of", "output_dir"])
+        known_keys(f"{where}.", given, ARM_KEYS)
         settings = mapping(f"{where}.settings", given.get("settings"))
         check_arm_settings(where, settings)
         seeds = given.get("seeds")
@@ -204,6 +208,7 @@ class ComparisonPlan:
             self.seeds if seeds is None else seeds_of(f"{where}.seeds", seeds),
             str(given.get("control_of") or ""),
             Path(given.get("output_dir") or self.folder / "runs" / name),
+            str(given.get("compared_with") or ""),
         )
 
     def _check(self) -> None:
@@ -218,11 +223,13 @@ class ComparisonPlan:
                     )
             folders[own] = arm.name
             rest = [name for name in self.arms if name != arm.name]
-            if arm.control_of and arm.control_of not in rest:
-                raise SettingError(
-                    f"arms.{arm.name}.control_of: no other arm {arm.control_of!r};"
-                    f" {nearest(arm.control_of, rest)}"
-                )
+            named = {"control_of": arm.control_of, "compared_with": arm.compared_with}
+            for key, other_arm in named.items():
+                if other_arm and other_arm not in rest:
+                    raise SettingError(
+                        f"arms.{arm.name}.{key}: no other arm {other_arm!r};"
+                        f" {nearest(other_arm, rest)}"
+                    )
         if self.prompts and not self.config.num_val_tasks:
             raise SettingError(
                 "prompts: the best one is chosen on validation tasks; set team.num_val_tasks"

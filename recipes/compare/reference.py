@@ -248,8 +248,9 @@ def shown_by(result: dict[str, Any], comparisons: int) -> dict[str, Any]:
 
 def comparisons_of(plan: ComparisonPlan) -> int:
     """How many differences the plan's page will test at most."""
-    controls = sum(bool(arm.control_of) for arm in plan.arms.values())
-    return COMPARED_WITH * len(plan.arms) + controls + bool(plan.prompts)
+    arms = plan.arms.values()
+    among = sum(bool(arm.control_of) + bool(arm.compared_with) for arm in arms)
+    return COMPARED_WITH * len(plan.arms) + among + bool(plan.prompts)
 
 
 def headroom_sentence(result: dict[str, Any]) -> str:

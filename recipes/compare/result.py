@@ -87,7 +87,8 @@ def assembled(
 
 def compared(references: Sequence[ReferenceRow], arms: Sequence[ArmRow]) -> list[Pair]:
     """Every arm against the team as it is and against self-consistency of the single agent and of
-    the team; hand-written prompts against the team; and arms against their controls."""
+    the team; hand-written prompts against the team; and arms against their controls and against
+    those that they name."""
     known = {row.name: row.measurement.scores for row in references}
     own = {row.arm.name: row.measurement.scores for row in arms}
     others = [TEAM, VOTES[SINGLE], VOTES[TEAM]]
@@ -102,9 +103,11 @@ def compared(references: Sequence[ReferenceRow], arms: Sequence[ArmRow]) -> list
     if PROMPTS in known:
         pairs.append(pair(TEAM, PROMPTS, known[TEAM], known[PROMPTS]))
     for row in arms:
-        name, control = row.arm.control_of, row.arm.name
-        both = pair_by_seed(control, name, own[control], own[name]) if name in own else None
-        pairs += [both] if both else []
+        arm = row.arm
+        for first, second in ((arm.name, arm.control_of), (arm.compared_with, arm.name)):
+            if first in own and second in own:
+                both = pair_by_seed(first, second, own[first], own[second])
+                pairs += [both] if both else []
     return pairs
 
 

@@ -174,15 +174,15 @@ def bill(result: Mapping[str, Any]) -> Table:
 
 
 def controls(result: Mapping[str, Any]) -> Table:
-    """Arms against their controls."""
-    of = {row["name"]: row["control_of"] for row in result["rows"] if row.get("control_of")}
+    """Arms against their controls, and against arms that they name."""
+    arms = {row["name"] for row in result["rows"] if row["kind"] != "reference"}
     rows = [
         [f"{each['to']} - {each['from']}", str(len(each["by_seed"])), *_cells(each)]
         for each in result["comparisons"]
-        if of.get(each["from"]) == each["to"]
+        if {each["from"], each["to"]} <= arms
     ]
     columns = ("", "seeds of both", "difference", "95 %", "p (Holm)")
-    return "Arms against their controls", columns, rows
+    return "Arms against their controls and each other", columns, rows
 
 
 def noise(result: Mapping[str, Any]) -> Table:

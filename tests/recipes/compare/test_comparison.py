@@ -140,7 +140,7 @@ def test_a_comparison_has_all_rows_and_goes_on_where_it_was(
 
     # again, with one more arm: only that one and the one without a result are started
     stored = {e.id for e in Store(folder / "reference" / "episodes")}
-    arms = {**ARMS, "more": {**SFT, "recipe": "sft_team"}}
+    arms = {**ARMS, "more": {**SFT, "recipe": "sft_team", "compared_with": "sft"}}
     written(path, {**plan, "arms": arms})
     del started[:]
     with pytest.raises(SystemExit):
@@ -148,6 +148,8 @@ def test_a_comparison_has_all_rows_and_goes_on_where_it_was(
     assert started == ["edges-seed-0", "more-seed-0"]
     again = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     assert again["rows"][: len(result["rows"])] == result["rows"]
+    (among,) = (e for e in again["comparisons"] if (e["from"], e["to"]) == ("sft", "more"))
+    assert among["difference"] == 0 and list(among["by_seed"]) == ["0"]
     assert {e.id for e in Store(folder / "reference" / "episodes")} == stored
 
 

@@ -48,6 +48,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         },
         "arms.b: shares the output folder",
     ),
+    ({"arms": {"a": {**SFT, "compared_with": "b"}}}, "arms.a.compared_with: no other arm 'b'"),
     ({"seeds": [0, 1, 0]}, "seeds: 0 is listed twice"),
     ({"seeds": []}, "seeds: expected a list"),
     ({"seeds": [True]}, "seeds: expected whole numbers"),
