@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from marlora.trainers.testbeds.tiny import tiny_tokenizer
+from marlora.trainers.testbeds.tiny import tiny_network, tiny_tokenizer
 from marlora.trainers.testbeds.world import model as world
 from marlora.trainers.testbeds.world.lessons import (
     Lessons,
@@ -95,7 +95,7 @@ def test_the_loss_of_a_network_that_knows_nothing() -> None:
     Of a certain reply of two tokens that is 2 ln 264 = 11.152; the loss is that by root two."""
     import torch
 
-    network = world.tiny_network(hidden_size=32, layers=1)
+    network = tiny_network(hidden_size=32, layers=1)
     with torch.no_grad():
         network.lm_head.weight.zero_()
     lesson = Lessons(random.Random(0)).of({"7": 1.0}, "a1b4c7", "a476")
