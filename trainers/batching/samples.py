@@ -10,7 +10,7 @@ agent's policy sampled in turns that are trained; prompts, tools, other agents a
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,12 +170,8 @@ def samples(
     spoken = {*policy_of.values(), *learning} if ratios else set()
     for episode in episodes:
         open_by_agent: dict[str, list[_Segment]] = {}
-        calls: dict[str, set[int]] = defaultdict(set)  # of each policy: its turns
-        for turn in episode.turns:
-            policy = turn.policy if turn.policy in spoken else policy_of.get(turn.agent)
-            if policy is None:
-                continue
-            calls[policy] |= {turn.index}
+        turns = _with_policies(episode, policy_of, spoken)
+        for turn, policy in turns:
             key = (episode.id, turn.index, turn.sibling)
             advantage = advantages.get(key, 0.0)
             if not math.isfinite(advantage):
@@ -193,13 +189,36 @@ def samples(
             if key in advantages:
                 dropped[turn.agent, reason] += 1
             segment.add_context(turn.token_ids)
+        calls = _calls(turns)
         sequences += [
-            s.sample(len(calls[s.policy]))
+            s.sample(calls.get(s.policy, 1))
             for segments in open_by_agent.values()
             for s in segments
             if any(s.mask)
         ]
     return sequences, dropped
+
+
+def _with_policies(
+    episode: Episode, policy_of: Mapping[str, str], spoken: Collection[str]
+) -> list[tuple[Turn, str]]:
+    """The turns that a policy may learn from, each with that policy."""
+    named = (
+        (turn, turn.policy if turn.policy in spoken else policy_of.get(turn.agent))
+        for turn in episode.turns
+    )
+    return [(turn, policy) for turn, policy in named if policy is not None]
+
+
+def _calls(turns: Iterable[tuple[Turn, str]]) -> Counter[str]:
+    """How often each policy was called: siblings are answers to one call, and what was written was
+    none."""
+    return Counter(
+        policy
+        for _, policy in {
+            (turn.index, policy) for turn, policy in turns if turn.source == "sampled"
+        }
+    )
 
 
 def _place(segments: list[_Segment], turn: Turn, policy: str, episode: str) -> _Segment:

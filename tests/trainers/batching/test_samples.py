@@ -271,6 +271,9 @@ def test_calls_are_those_of_the_policy_in_the_episode_whoever_spoke_as_it() -> N
     assert [s.calls for s in shared] == [3, 3]
     part, _ = samples([e], {("e", 0, 0): 1.0}, POLICY)
     assert [s.calls for s in part] == [2]
+    written = [turn(0, "solver", [1], [5], source="written"), turn(1, "solver", [2], [6])]
+    assert [s.calls for s in both(*written)[0]] == [1]
+    assert [s.calls for s in both(written[0], ratios=False)[0]] == [1]
     fan = [turn(0, "solver", [1], [k], sibling=k, taken=k == 0) for k in range(3)]
     answers, _ = both(*fan)
     assert len(answers) == 3 and {s.calls for s in answers} == {1}
