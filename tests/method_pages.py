@@ -178,7 +178,7 @@ def page(recipe: str, trainer: type[Trainer[Any]], fact: dict[str, Any]) -> str:
 def table() -> str:
     """The table of all methods, for docs/methods.md."""
     trainers, group = methods(), ""
-    head = ("Method", "Changes", "Needs", "GPU", "Costs", "Our result, held out", "Paper", "Recipe")
+    head = ("Method", "Changes", "Our result, held out", "Needs", "GPU", "Costs", "Paper", "Recipe")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for recipe, fact in facts().items():
         if fact["group"] != group:
@@ -186,8 +186,8 @@ def table() -> str:
             lines.append(f"| **{group}** " + "| " * (len(head) - 1) + "|")
         cells = [
             f"[{fact['name']}](methods/{recipe}.md)",
-            *(fact["changes"], fact["needs"], gpu(trainers[recipe]), fact["cost"]),
-            *(fact.get("result", NO_MODEL), paper(fact), f"`{recipe}`"),
+            *(fact["changes"], fact.get("result", NO_MODEL), fact["needs"], gpu(trainers[recipe])),
+            *(fact["cost"], paper(fact), f"`{recipe}`"),
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join([*lines, ""])
