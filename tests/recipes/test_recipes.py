@@ -18,6 +18,11 @@ NEEDS_A_NETWORK = {
     "scoreflow_gsm8k": ["--tasks", "arithmetic"],
     "mas_gpt_gsm8k": ["--tasks", "arithmetic"],
 }
+HELPERS = {  # whose model is a toy model of their own, which is not trained for a plan
+    "aflow_tiny": ["proposer"],
+    "adas_tiny": ["proposer"],
+    "debflow_tiny": ["affirmative", "negative", "moderator", "judge"],
+}
 
 # recipes whose method trains no policy
 NO_WEIGHTS = {
@@ -68,6 +73,8 @@ def test_a_recipe_plans_what_its_settings_say(
         "--output_dir",
         str(tmp_path / "run"),
     ]
+    for helper in HELPERS.get(settings.stem, []):
+        here += [f"--helpers.{helper}.base", str(model)]
     flags = [*here, *NEEDS_A_NETWORK.get(settings.stem, []), "--dry_run", "true"]
     monkeypatch.setattr("sys.argv", [f"{recipe_of(settings)}.py", *flags])
     importlib.import_module(f"marlora.recipes.{recipe_of(settings)}").main()

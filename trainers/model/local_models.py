@@ -31,7 +31,7 @@ TRAINED = {  # on this machine, at first use
     "tiny-pair": "marlora.trainers.testbeds.pair:tiny_pair_model",
     "tiny-programs": "marlora.trainers.testbeds.programs:tiny_programs_model",
     "tiny-steps": "marlora.trainers.testbeds.steps:tiny_steps_model",
-    "tiny-edits": "marlora.trainers.testbeds.edit_lessons:tiny_edits_model",
+    "tiny-edits": "marlora.trainers.testbeds.edits:tiny_edits_model",
     "tiny-rules": "marlora.trainers.testbeds.rules:tiny_rules_model",
     "tiny-critic": "marlora.trainers.testbeds.critic.model:tiny_critic_model",
     "tiny-world": "marlora.trainers.testbeds.world.model:tiny_world_model",
