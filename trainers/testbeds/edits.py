@@ -16,7 +16,7 @@ nothing, and some do harm.
 the first that puts in the right letter; without one the moderator goes on, the judge guesses.
 
 **Inventor** (`invent`). Told a program alone, it replies with another in ADAS's JSON; 40 % of its
-edits put in the letter that the kind wants. Asked again it repeats itself, with broken calls mended.
+edits put in the letter that the kind wants. Asked again it repeats itself, broken calls mended.
 
 These are the shares of its teacher, whose distribution itself is the target wherever there is a
 choice. All texts of a kind are of one length: this is easier to copy from. Training is seeded and
