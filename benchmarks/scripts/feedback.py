@@ -77,7 +77,7 @@ def row_of(name: str, runs: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
-    parser.add_argument("--tokens", type=int, default=2_500)
+    parser.add_argument("--tokens", type=int, default=2_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--controls", nargs="*", default=list(CONTROLS), choices=list(CONTROLS))

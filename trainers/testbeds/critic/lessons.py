@@ -159,7 +159,9 @@ class Questions:
         return JUDGE, "\n".join([role, *blocks, block("EXPECTED", expected)])
 
     def said(self) -> Asked:
-        kind = self.rng.choice(("base", "base", "chain", "judged", "state", "state"))
+        kind = self.rng.choice(
+            ("base", "base", "base", "base", "chain", "judged", "state", "state")
+        )
         task, output = block("TASK", self.problem()), self.digit()
         if kind == "base":
             blocks = [task, block("PREDICTION", output), block("RESULT", self.words())]

@@ -45,13 +45,13 @@ class CriticConfig:
     `max_excess`: as of `ProgramsConfig`, in nats per reply.
     """
 
-    steps: int = 650
-    worked: int = 24
-    judged: int = 14
+    steps: int = 600
+    worked: int = 20
+    judged: int = 12
     said: int = 36
     edited: int = 24
     edited_by_two: int = 6
-    learning_rate: float = 5e-3
+    learning_rate: float = 6e-3
     warmup: int = 40
     max_excess: float = 2.0
     hidden_size: int = 64

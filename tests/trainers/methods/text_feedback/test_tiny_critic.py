@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from marlora.trainers.testbeds.critic.model import tiny_critic_model
-from marlora.trainers.testbeds.critic.runs import CONTROLS, METHODS, critic_run, teacher_engine
+from marlora.trainers.testbeds.critic.runs import METHODS, critic_run, teacher_engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+TOKENS = 1200
 
 
 def taught(recipe: str, folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
     """A run whose answers are the teacher's, not the model's."""
-    own = {"max_steps": 6, "num_val_tasks": 9, "num_eval_tasks": 30, "seed": 2}
+    own = {"max_steps": 3, "num_val_tasks": 6, "num_eval_tasks": 20}
     return critic_run(
         recipe, folder, engine=teacher_engine(), model=str(model), **{**own, **changes}
     ).train()
@@ -28,48 +29,38 @@ def test_the_teacher_teaches_by_feedback_alone(model: Path, tmp_path: Path) -> N
         for control in ("", "none")
     }
     before, after = (found[""]["eval"][when]["accuracy"] for when in ("before", "after"))
-    assert before == 0 and after >= 0.6
-    assert found["none"]["eval"]["after"]["accuracy"] <= after - 0.3
+    assert before == 0 and after == 1
+    assert found["none"]["eval"]["after"]["accuracy"] == 0
     calls = [s["ledger"]["aside"]["optimizer"]["calls"] for s in found.values()]
-    assert calls[0] == calls[1] == 6
+    assert calls[0] == calls[1] == 3
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Summaries of a run of each method on the model, of the same tokens."""
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_tiny_models_words_teach_more_than_drawn_values(tmp_path: Path) -> None:
+    """All methods whose steps fit the budget, with the tiny model as worker and helper: right
+    answers after the run, summed over the methods, against the same runs whose optimizer guesses."""
     tiny_critic_model()
-    folder = tmp_path_factory.mktemp("critic")
-    return {name: critic_run(name, folder / name, **EQUAL).train() for name in METHODS}
-
-
-EQUAL: dict[str, Any] = {"budget": {"tokens": 2500}, "seed": 0}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_methods_learn_from_a_tiny_models_words(trained: dict[str, dict[str, Any]]) -> None:
-    gains = {
-        name: summary["eval"]["after"]["accuracy"] - summary["eval"]["before"]["accuracy"]
-        for name, summary in trained.items()
-    }
-    print(gains)
-    assert all(s["budget"]["spent"]["tokens"] <= 2500 for s in trained.values())
-    assert all(gain >= 0 for gain in gains.values()), gains
-    assert sum(gain >= 0.25 for gain in gains.values()) >= 6, gains
-    assert sum(gains.values()) / len(gains) >= 0.4, gains
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_controls_of_the_same_tokens_do_worse(
-    trained: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    own = trained["textgrad_prompts"]["eval"]["after"]["accuracy"]
+    names = [name for name in METHODS if name != "metatextgrad"]  # an inner run costs more
     found = {
-        control: critic_run(
-            "textgrad_prompts", tmp_path / control, control=control, **EQUAL
-        ).train()["eval"]["after"]["accuracy"]
-        for control in CONTROLS
+        control: {
+            name: critic_run(
+                name,
+                tmp_path / f"{name}-{control}",
+                control=control,
+                budget={"tokens": TOKENS},
+                num_eval_tasks=30,
+            ).train()
+            for name in names
+        }
+        for control in ("", "drawn")
     }
-    print(own, found)
-    assert max(found.values()) < own, (own, found)
+    spent = [s["budget"]["spent"]["tokens"] for each in found.values() for s in each.values()]
+    assert max(spent) <= TOKENS
+    own, drawn = (
+        {name: s["eval"]["after"]["accuracy"] for name, s in each.items()}
+        for each in found.values()
+    )
+    print(own, drawn)
+    assert all(s["eval"]["before"]["accuracy"] < 0.1 for s in found[""].values())
+    assert sum(own.values()) >= 4 and sum(own.values()) >= sum(drawn.values()) + 1.5, (own, drawn)
