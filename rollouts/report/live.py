@@ -176,12 +176,9 @@ class LiveReport:
             raise web.HTTPBadRequest(text="a thumb is JSON") from error
         fields = data if isinstance(data, dict) else {}
         name, thumb = fields.get("name"), fields.get("thumb")
-        if type(thumb) is not int or thumb not in (1, -1, 0) or not self._offered(name):
+        offered = isinstance(name, str) and name in self._judgeable
+        if type(thumb) is not int or thumb not in (1, -1, 0) or not offered:
             raise web.HTTPBadRequest(text="no thumb of a training episode of this page")
-        number, _, episode = name.partition(":")
+        number, _, episode = str(name).partition(":")
         await asyncio.to_thread(give_thumb, self.folders[int(number)], episode, thumb)
         return await self.thumbs(request)
-
-    def _offered(self, name: object) -> bool:
-        """May this episode have a thumb? Known of those that the page lists."""
-        return isinstance(name, str) and name in self._judgeable

@@ -41,7 +41,7 @@ _FOLDERS = {
 }
 _FILES = (
     "config.yaml metrics.jsonl learned.jsonl proofs.json warnings.log evaluations.json"
-    " rollouts.json summary.json report.html"
+    " rollouts.json summary.json report.html thumbs.jsonl"
 )
 _FILE = re.compile(
     "|".join(

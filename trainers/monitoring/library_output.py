@@ -20,7 +20,7 @@ def silence_libraries() -> None:
     for name in BARS:
         os.environ.setdefault(name, "1")
     if "huggingface_hub" in sys.modules:
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
     if "transformers" in sys.modules:

@@ -79,9 +79,10 @@ def side_by_side(run: RunData, n: int, index: EpisodeIndex) -> str:
     strings = list(index.strings)
     folds: list[str] = []
     for change in examples(run):
-        sides = [index.episodes.get(f"{n}:{row.id}") for row in (change.before, change.after)]
-        if None not in sides:
-            folds.append(_fold(change, n, sides, strings, unfolded=not folds))  # type: ignore[arg-type]
+        names = [f"{n}:{row.id}" for row in (change.before, change.after)]
+        sides = [index.episodes[name] for name in names if name in index.episodes]
+        if len(sides) == len(names):
+            folds.append(_fold(change, n, sides, strings, unfolded=not folds))
     return "".join(folds)
 
 

@@ -17,16 +17,16 @@ TRUNCATED, CONSTANT_GROUPS = "truncated", "constant_groups"
 RENAMED = {"cut": TRUNCATED}  # today's names of keys that earlier versions wrote
 
 
-def _run(name: str, title: str, unit: str, help: str, **more: object) -> Metric:
-    return Metric(name, title, unit, help, **more)  # type: ignore[arg-type]
+def _run(name: str, title: str, unit: str, help: str, **more: Any) -> Metric:
+    return Metric(name, title, unit, help, **more)
 
 
-def _policy(name: str, title: str, unit: str, help: str, **more: object) -> Metric:
-    return Metric(f"policies/*/{name}", title, unit, help, **more)  # type: ignore[arg-type]
+def _policy(name: str, title: str, unit: str, help: str, **more: Any) -> Metric:
+    return Metric(f"policies/*/{name}", title, unit, help, **more)
 
 
-def _critic(name: str, title: str, unit: str, help: str, **more: object) -> Metric:
-    return Metric(f"critics/*/{name}", title, unit, help, detail=True, **more)  # type: ignore[arg-type]
+def _critic(name: str, title: str, unit: str, help: str, **more: Any) -> Metric:
+    return Metric(f"critics/*/{name}", title, unit, help, detail=True, **more)
 
 
 # of the step's episodes

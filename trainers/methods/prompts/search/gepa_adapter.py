@@ -46,7 +46,7 @@ class ReflectionConfig(Settings):
         "training tasks on which a candidate is reflected on and first compared", 3, at_least=1
     )
     max_proposal_tokens: int = setting(
-        "tokens of a reflector's reply at most; an instruction that is cut off is dropped",
+        "tokens of a reflector's reply at most; a truncated instruction is dropped",
         1024,
         at_least=1,
     )
