@@ -39,7 +39,8 @@ def result_of(name: str, control: str, seed: int, args: argparse.Namespace) -> d
             **settings,
         ).train()
     found: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = folder / "metrics.jsonl"  # missing where the budget ended the run in its first step
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
     rows = [json.loads(line).get("text_feedback", {}) for line in lines]
     found["adopted"] = sum(bool(row.get("adopted")) for row in rows)
     found["proposed"] = sum(len(row.get("verdicts", ())) for row in rows)

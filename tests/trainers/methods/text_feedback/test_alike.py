@@ -117,7 +117,9 @@ def test_an_outside_model_helps_goes_down_and_is_up_again(
         summary = method.make(tmp_path / "run", model, helpers=helpers, resume=True).train()
     assert summary["eval"] == expected["eval"]
     assert summary["state"]["values"] == expected["state"]["values"]
-    assert summary["ledger"]["aside"][method.outside]["calls"] == calls <= answered
+    assert calls <= answered
+    made = summary["ledger"]["aside"][method.outside]["calls"]
+    assert calls <= made <= calls + 2, "calls that failed or were cut off may be counted"
 
 
 @pytest.mark.slow

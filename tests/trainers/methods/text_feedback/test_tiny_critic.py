@@ -12,7 +12,7 @@ from marlora.trainers.testbeds.critic.model import tiny_critic_model
 from marlora.trainers.testbeds.critic.runs import METHODS, critic_run, teacher_engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TOKENS = 1200
+TOKENS = 2000
 
 
 def taught(recipe: str, folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
