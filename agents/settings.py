@@ -110,8 +110,8 @@ def setting(
 
 
 class InitSignature:
-    """The signature of a class as its `__init__` has it: what `inspect` and notebooks show of a class
-    that has a `__new__` too."""
+    """The signature of a class as its `__init__` has it: what `inspect` and notebooks show of a
+    class that has a `__new__` too."""
 
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
         whole = inspect.signature(owner.__init__)  # type: ignore[misc]

@@ -189,13 +189,8 @@ def samples(
             if key in advantages:
                 dropped[turn.agent, reason] += 1
             segment.add_context(turn.token_ids)
-        calls = _calls(turns)
-        sequences += [
-            s.sample(calls.get(s.policy, 1))
-            for segments in open_by_agent.values()
-            for s in segments
-            if any(s.mask)
-        ]
+        calls, found = _calls(turns), [s for each in open_by_agent.values() for s in each]
+        sequences += [s.sample(calls.get(s.policy, 1)) for s in found if any(s.mask)]
     return sequences, dropped
 
 

@@ -119,7 +119,7 @@ class Failure:
         )
 
     @property
-    def mend(self) -> str:
+    def fix(self) -> str:
         """The edit that mends it."""
         return f"{self.problem[0]}={self.problem[0].upper()}"
 
@@ -139,7 +139,7 @@ def edits(failure: Failure | None) -> dict[str, float]:
     if failure is None:
         return unread()
     shares = {edit: (1 - MENDS) * share for edit, share in unread().items()}
-    shares[failure.mend] += MENDS
+    shares[failure.fix] += MENDS
     return shares
 
 
@@ -238,7 +238,7 @@ def verdict_lesson(rng: random.Random) -> Lesson:
     failure, letters = some_failure(rng), some_letters(rng)
     pair = [drawn(rng, edits(failure)) for _ in range(2)]
     decisive = rng.random() < 0.3
-    shares = verdicts([edit == failure.mend for edit in pair], decisive)
+    shares = verdicts([edit == failure.fix for edit in pair], decisive)
     word = drawn(rng, shares)
     firsts = {each[0]: share for each, share in shares.items()}
     shown = "\n".join([str(failure), *(reply_of(e, edited(letters, e)[1]) for e in pair)])
@@ -318,7 +318,7 @@ def shares_loss(network: Any, lessons: Sequence[Lesson]) -> tuple[torch.Tensor, 
 # what it does
 
 
-def shares(network: Any, count: int = 200) -> dict[str, float]:
+def shares(network: Any, count: int = 30) -> dict[str, float]:
     """Of sampled replies: an editor's that are one of the grammar, and that mend the failure; the
     same without one to read, by chance; an inventor's that are one of the grammar, and that mend
     what does not exist; moderators that name the one side which mends."""
@@ -336,7 +336,7 @@ def shares(network: Any, count: int = 200) -> dict[str, float]:
     invented = ask(2, [(INVENT, program(each)) for each in letters])
     inventions = [{invention(e, edited(each, e)[1]) for e in unread()} for each in letters]
     again = ask(3, [(INVENT, f"{MEND}\n{edited(each, BROKEN)[1]}") for each in letters])
-    pairs = [[f.mend, BROKEN] if rng.random() < 0.5 else [BROKEN, f.mend] for f in failed]
+    pairs = [[f.fix, BROKEN] if rng.random() < 0.5 else [BROKEN, f.fix] for f in failed]
     debates = [
         "\n".join([str(f), *(reply_of(e, edited(each, e)[1]) for e in pair)])
         for f, pair, each in zip(failed, pairs, letters, strict=True)
@@ -346,8 +346,8 @@ def shares(network: Any, count: int = 200) -> dict[str, float]:
     count_of = Counter[str]()
     for at in range(count):
         count_of["edits in grammar"] += read[at] in known[at]
-        count_of["mend"] += known[at].get(read[at]) == failed[at].mend
-        count_of["mend by chance"] += known[at].get(blind[at]) == failed[at].mend
+        count_of["mend"] += known[at].get(read[at]) == failed[at].fix
+        count_of["mend by chance"] += known[at].get(blind[at]) == failed[at].fix
         count_of["inventions in grammar"] += invented[at] in inventions[at]
         count_of["mended calls"] += again[at] == invention(BROKEN, program(letters[at]))
         count_of["moderator"] += named[at] == sides[at]

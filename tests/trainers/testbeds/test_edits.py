@@ -97,7 +97,7 @@ def test_the_teacher() -> None:
     assert sum(unread().values()) == pytest.approx(1) == sum(unread(0.4).values())
     assert unread()["b=B"] == pytest.approx((1 - BREAKS) / 9) and unread(1.0)["b=A"] == 0
     failure = Failure("b472", 6, 3)
-    assert failure.mend == "b=B"
+    assert failure.fix == "b=B"
     assert edits(failure)["b=B"] == pytest.approx(MENDS + (1 - MENDS) * (1 - BREAKS) / 9)
     assert sum(edits(failure).values()) == pytest.approx(1) and edits(None) == unread()
     assert verdicts([True, True], False) == {
@@ -127,7 +127,7 @@ def test_lessons_are_prompts_of_play() -> None:
     failures = [some_failure(rng) for _ in range(200)]
     assert all(failure.right != failure.said for failure in failures)
     assert all(digit(f.problem[0], f.problem) == str(f.right) for f in failures)
-    assert {f.mend for f in failures} == {f"{kind}={kind.upper()}" for kind in KINDS}
+    assert {f.fix for f in failures} == {f"{kind}={kind.upper()}" for kind in KINDS}
 
 
 def test_the_loss_is_that_of_its_targets() -> None:

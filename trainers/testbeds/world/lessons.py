@@ -47,7 +47,7 @@ Answers = Mapping[str, float]  # replies and their shares
 # worker
 
 
-def told(instruction: str, problem: str) -> str:
+def asked_answer(instruction: str, problem: str) -> str:
     """The answer that an instruction asks for."""
     if amounts := AMOUNTS.fullmatch(instruction):
         return str((int(problem[3]) + int(amounts["abc".index(problem[0]) + 1])) % 10)
@@ -86,7 +86,7 @@ def work(
         return {digit(expert, problem): 1.0}
     shares: dict[str, float] = dict.fromkeys(map(str, range(10)), 0.0)
     own, slip = own_share(examples), slip_share(instruction, problem)
-    meant = ((digit(problem[0], problem), own), (told(instruction, problem), 1 - own))
+    meant = ((digit(problem[0], problem), own), (asked_answer(instruction, problem), 1 - own))
     for answer, share in meant:
         shares[answer] += share * (1 - slip)
         shares[str((int(answer) + 1) % 10)] += share * slip

@@ -12,10 +12,10 @@ from marlora.trainers.testbeds.tiny import tiny_network, tiny_tokenizer
 from marlora.trainers.testbeds.world import model as world
 from marlora.trainers.testbeds.world.lessons import (
     Lessons,
+    asked_answer,
     design,
     instructions,
     own_share,
-    told,
     work,
     workflow,
 )
@@ -25,8 +25,8 @@ ROLES = [*world.COUNTS]
 
 def test_what_an_instruction_asks_for() -> None:
     """472: 2 + 7 = 9 as of kind c; 2 + 4 by `B`; 2 + 2 by a prompt that is wrong for c."""
-    assert [told(i, "c472") for i in ("C", "K!", "B", "a1b4c2")] == ["9", "9", "6", "4"]
-    assert told("a1b7c2", "a479") == "0", "the sum is mod 10"
+    assert [asked_answer(i, "c472") for i in ("C", "K!", "B", "a1b4c2")] == ["9", "9", "6", "4"]
+    assert asked_answer("a1b7c2", "a479") == "0", "the sum is mod 10"
 
 
 def test_a_worker_alone() -> None:
