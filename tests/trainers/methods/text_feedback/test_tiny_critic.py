@@ -1,5 +1,5 @@
-"""The methods of feedback in words on the toy model `tiny-critic`, which is worker and helper: they
-learn from feedback, and not from that of other tasks, from none, or from drawn proposals."""
+"""The methods of feedback in words on the toy model `tiny-critic` and on its teacher, which are
+worker and helper: they learn from feedback more than from drawn values."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 
 from marlora.trainers.testbeds.critic.model import tiny_critic_model
 from marlora.trainers.testbeds.critic.runs import METHODS, critic_run, teacher_engine
+from tests.trainers.reading import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TOKENS = 2000
+TOKENS = 1200
 
 
 def taught(recipe: str, folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
@@ -35,32 +36,41 @@ def test_the_teacher_teaches_by_feedback_alone(model: Path, tmp_path: Path) -> N
     assert calls[0] == calls[1] == 3
 
 
+NAMES = [name for name in METHODS if name != "metatextgrad"]  # an inner run costs more
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_tiny_models_words_teach_more_than_drawn_values(tmp_path: Path) -> None:
-    """All methods whose steps fit the budget, with the tiny model as worker and helper: right
-    answers after the run, summed over the methods, against the same runs whose optimizer guesses."""
-    tiny_critic_model()
-    names = [name for name in METHODS if name != "metatextgrad"]  # an inner run costs more
-    found = {
-        control: {
-            name: critic_run(
+def test_words_teach_more_than_drawn_values_of_the_same_tokens(tmp_path: Path) -> None:
+    """Right answers after a run, summed over the methods, with the teacher as worker and helper and
+    the model's tokens: against the same runs whose optimizer guesses."""
+    model = tiny_critic_model()
+    own, drawn = (
+        {
+            name: taught(
                 name,
                 tmp_path / f"{name}-{control}",
+                model,
                 control=control,
+                max_steps=100,
                 budget={"tokens": TOKENS},
-                num_eval_tasks=30,
-            ).train()
-            for name in names
+            )
+            for name in NAMES
         }
         for control in ("", "drawn")
-    }
-    spent = [s["budget"]["spent"]["tokens"] for each in found.values() for s in each.values()]
-    assert max(spent) <= TOKENS
-    own, drawn = (
-        {name: s["eval"]["after"]["accuracy"] for name, s in each.items()}
-        for each in found.values()
     )
-    print(own, drawn)
-    assert all(s["eval"]["before"]["accuracy"] < 0.1 for s in found[""].values())
-    assert sum(own.values()) >= 4 and sum(own.values()) >= sum(drawn.values()) + 1.5, (own, drawn)
+    spent = [s["budget"]["spent"]["tokens"] for s in (*own.values(), *drawn.values())]
+    assert max(spent) <= TOKENS
+    after = [sum(s["eval"]["after"]["accuracy"] for s in each.values()) for each in (own, drawn)]
+    print(after)
+    assert after[0] >= 4 and after[0] >= after[1] + 2, after
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("recipe", NAMES)
+def test_the_tiny_model_speaks_every_methods_format(recipe: str, tmp_path: Path) -> None:
+    """Values are proposed and judged, and next to no reply is unreadable."""
+    critic_run(recipe, tmp_path / "run", max_steps=3, num_eval_tasks=4).train()
+    found = [row["text_feedback"] for row in rows(tmp_path / "run")]
+    assert sum(row["unreadable"] + row["unanswered"] + row["refused"] for row in found) <= 1
+    assert any(row["verdicts"] for row in found)
