@@ -21,7 +21,7 @@ FILE = Path(__file__).with_name("settings.json")
 HELP, ENGINE = ("-h", "--help"), "--help-engine"
 LEARNING = "learning"  # where a setting that no group names belongs
 GROUPS: dict[str, str] = {
-    "task": "tasks task_args rewards reward_timeout num_val_tasks num_eval_tasks episodes",
+    "task": "tasks task_args rewards reward_timeout num_val_tasks num_eval_tasks episodes thumbs",
     "team": "system agents values helpers chat_template_kwargs",
     "policies": "model policies init lora_r lora_alpha lora_target_modules",
     LEARNING: "",
@@ -36,7 +36,7 @@ GROUPS: dict[str, str] = {
     ),
     "keeping": (
         "output_dir seed budget save_every save_total_limit keep eval_every ablate_adapters"
-        " proof_every report_to resume overwrite serve_only dry_run"
+        " proof_every report_to resume verbose overwrite serve_only dry_run"
     ),
 }
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names.split()}

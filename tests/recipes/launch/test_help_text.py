@@ -85,7 +85,11 @@ def test_help_imports_neither_torch_nor_a_trainer(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("recipe: sysdpo\nmax_steps: 3\n", encoding="utf-8")
     code = f"""
 import sys
-sys.modules.update(dict.fromkeys({HEAVY!r}))
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HEAVY!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
 from marlora.recipes.cli.main import main
 main(["train", "own.yaml", "--help"])
 main(["train", "grpo_team", "--help-engine"])
