@@ -33,11 +33,11 @@ from .lessons import (
     STEPS,
     Lesson,
     Lessons,
+    asked_answer,
     design,
     instructions,
     own_share,
     slip_share,
-    told,
     work,
     workflow,
 )
@@ -135,8 +135,8 @@ def teacher_loss(network: Any, lessons: Sequence[Lesson]) -> tuple[torch.Tensor,
             targets[number, token] = share
     hidden = network.model(input_ids=ids).last_hidden_state
     at = hidden[[row for row, _, _ in places], [column for _, column, _ in places]]
-    told = torch.log_softmax(network.lm_head(at), -1)
-    costs = -(targets * told).sum(-1)
+    log_shares = torch.log_softmax(network.lm_head(at), -1)
+    costs = -(targets * log_shares).sum(-1)
     entropies = -(targets * targets.clamp(min=1e-30).log()).sum(-1)
     roots = torch.tensor([len(lessons[row].reply) ** 0.5 for row, _, _ in places])
     loss = (costs / roots).sum() / len(lessons)
@@ -228,7 +228,7 @@ def _toy(name: str, train: Callable[[Callable[[str], None]], Any], *facts: Any) 
             chat_prompt,
             digit,
             spread,
-            *(told, own_share, slip_share, work, instructions, design, workflow, Lessons),
+            *(asked_answer, own_share, slip_share, work, instructions, design, workflow, Lessons),
             _taught,
             teacher_loss,
         ),
