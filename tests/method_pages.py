@@ -76,7 +76,7 @@ def row(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
         value = field.default
     else:
-        value = field.default_factory()  # type: ignore[misc]
+        value = field.default_factory()  # type: ignore[operator]
     default = "none" if value is None else f"`{value!r}`" if value != "" else "empty"
     if len(default) > 80:
         default = f"{type(value).__name__}, see the code"
