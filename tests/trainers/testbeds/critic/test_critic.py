@@ -12,7 +12,6 @@ import pytest
 from marlora.rollouts.episodes.store import Store
 from marlora.trainers.testbeds.critic.lessons import Questions, critic_tokenizer, drawn
 from marlora.trainers.testbeds.critic.model import (
-    ROLES,
     abilities,
     critic_chain,
     on_circles,
@@ -137,6 +136,7 @@ def test_it_has_learnt_them() -> None:
 
     found = abilities(AutoModelForCausalLM.from_pretrained(tiny_critic_model()), 100)
     print(found)
-    for role in ROLES:
-        assert found[f"{role}, nats"] < 0.4, found
-        assert found[f"{role}, known"] > 0.85, found
+    assert found["worked, nats"] < 0.2 and found["worked, known"] > 0.95, found
+    for role in ("judged", "said", "edited"):  # a critic's sums are harder for it than a worker's
+        assert found[f"{role}, nats"] < 1.1 and found[f"{role}, known"] > 0.5, found
+    assert found["edited_by_two, nats"] < 2.2, found
