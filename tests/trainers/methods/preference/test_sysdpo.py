@@ -17,6 +17,8 @@ from marlora.agents.team import Team
 from marlora.agents.types import BASE, SettingError, Task
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.episodes.thumbs import give_thumb
+from marlora.rollouts.report.curves import numbers
+from marlora.rollouts.report.metrics.names import metric_of
 from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode, TurnKey
 from marlora.trainers.batching.samples import samples
@@ -442,6 +444,12 @@ def test_best_of_n_is_told_of_the_untrained_team(tmp_path: Path, model: Path) ->
     assert told["best_of"]["accuracy"] > told["eval"]["before"]["accuracy"]
 
 
+def unlisted(folder: Path) -> set[str]:
+    """The numbers of a run that are not in the list of metrics."""
+    written = {path for row in rows(folder) for path, _ in numbers(row)}
+    return {"/".join(path) for path in written - {("step",)} if metric_of(path) is None}
+
+
 def test_a_team_learns_from_thumbs_against_its_rewards(tmp_path: Path, model: Path) -> None:
     """People like what the reward does not: the pairs are theirs, and held-out tasks are no part
     of them."""
@@ -470,6 +478,7 @@ def test_a_team_learns_from_thumbs_against_its_rewards(tmp_path: Path, model: Pa
     told = [row["preference"] for row in rows(tmp_path / "run")]
     assert told[-1]["loss"] < told[0]["first_loss"] and told[-1]["accuracy"] == 1.0, told
     assert all(0 < row["reward"] < 1 for row in rows(tmp_path / "run")), "the share of thumbs up"
+    assert unlisted(tmp_path / "grpo") == unlisted(tmp_path / "run") == set()
 
 
 def test_thumbs_that_say_nothing_are_told(
