@@ -32,10 +32,8 @@ from marlora.trainers.testbeds.edits import (
     invention,
     program,
     reply_of,
-    shares,
     shares_loss,
     some_failure,
-    tiny_edits_model,
     unread,
     verdicts,
 )
@@ -135,16 +133,3 @@ def test_the_loss_is_that_of_its_targets() -> None:
     network, ids = tiny_network(hidden_size=32, layers=1), tiny_tokenizer().encode("ab")
     loss, excess = shares_loss(network, [(ids, {0: {5: 0.5, 6: 0.5}})])
     assert excess == pytest.approx(loss.item() - 0.693147, abs=1e-5) and excess > 0
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_it_has_learnt_them() -> None:
-    from transformers import AutoModelForCausalLM
-
-    found = shares(AutoModelForCausalLM.from_pretrained(tiny_edits_model()))
-    print(found)
-    for name in ("edits in grammar", "inventions in grammar", "mended calls"):
-        assert found[name] > 0.9, found
-    assert found["mend"] > 0.55 and found["mend by chance"] < 0.2, found
-    assert found["moderator"] > 0.6, found
