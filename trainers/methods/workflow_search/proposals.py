@@ -19,9 +19,9 @@ from ....rollouts.types import Episode
 DRY_RUN = "dry run"  # the operation that says why a proposal cannot be run
 
 
-def prompts_of(own: Mapping[str, str], changed: Mapping[str, Any] | None) -> dict[str, str]:
-    """A method's prompts by name, `changed` in place of some. Raises `SettingError` at a name that
-    the method has no prompt of, and at a prompt that is no text."""
+def prompts_of(own: Mapping[str, str], changed: Any) -> dict[str, str]:
+    """A method's prompts by name, those of the mapping `changed` in place of some. Raises
+    `SettingError` at a name that the method has no prompt of, and at a prompt that is no text."""
     for name, text in (changed or {}).items():
         if name not in own:
             raise SettingError(f"prompts.{name}: no prompt of this method; {nearest(name, own)}")

@@ -163,7 +163,7 @@ def _value(text: str) -> str:
 
 def _feedback(text: str) -> list[tuple[str, str]]:
     """(problem, what was said) of each feedback that an editor is shown."""
-    found = []
+    found: list[tuple[str, str]] = []
     for number in itertools.count(1):
         given = between(text, f"FEEDBACK_{number}")
         if given is None:
