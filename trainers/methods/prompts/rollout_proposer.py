@@ -39,9 +39,7 @@ class RolloutProposerConfig(Settings):
         at_least=1,
     )
     max_proposal_tokens: int = setting(
-        "tokens of a proposer's reply at most; a truncated instruction is dropped",
-        512,
-        at_least=1,
+        "tokens of a proposer's reply at most; a truncated instruction is dropped", 512, at_least=1
     )
     max_instruction_chars: int = setting(
         "characters of an instruction at most; a longer one is dropped", 2000, at_least=1
