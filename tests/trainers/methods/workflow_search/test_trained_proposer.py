@@ -1,4 +1,4 @@
-"""Searches whose proposer is a model, on tiny-edits: a proposer that reads what failed finds better
+"""Searches whose proposer is a model, on tiny-edits: AFlow's proposer that reads what failed finds better
 programs than one that does not, for as many tokens; so do programs than votes on the first one. In
 `make test` its teacher stands for the model."""
 
@@ -16,9 +16,7 @@ from marlora.agents.system import build_system
 from marlora.agents.types import Sampling
 from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.scripted import ScriptedEngine
-from marlora.trainers.methods.workflow_search.adas import ADASConfig, ADASTrainer
 from marlora.trainers.methods.workflow_search.aflow import AFlowConfig, AFlowTrainer
-from marlora.trainers.methods.workflow_search.debflow import DebFlowConfig, DebFlowTrainer
 from marlora.trainers.testbeds.edits import (
     BEST,
     EDIT,
@@ -35,19 +33,13 @@ from tests.trainers.searches import parts_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-METHODS: dict[str, tuple[Any, Any]] = {
-    "aflow": (AFlowTrainer, AFlowConfig),
-    "debflow": (DebFlowTrainer, DebFlowConfig),
-    "adas": (ADASTrainer, ADASConfig),
-}
+METHODS: dict[str, tuple[Any, Any]] = {"aflow": (AFlowTrainer, AFlowConfig)}
 UNREAD: dict[str, dict[str, Any]] = {  # the same search, whose proposer is shown nothing new
-    "aflow": {"max_failures": 0},
-    "debflow": {"max_failures": 0},
-    "adas": {"prompts": {"invent": FIRST, "novelty": "new?", "mistakes": "sure?"}},
+    "aflow": {"max_failures": 0}
 }
 
 
-ROUNDS = {"aflow": 4, "debflow": 3, "adas": 6}  # of the searches with a trained proposer
+ROUNDS = {"aflow": 4}  # of the searches with a trained proposer
 VOTES = f"""from collections import Counter
 answers = [{FIRST} for n in range(5)]
 Counter(answers).most_common(1)[0][0]"""
