@@ -1,4 +1,4 @@
-"""Searches whose proposer is a model, on tiny-edits: AFlow's proposer that reads what failed finds better
+"""Searches whose proposer is a model, on tiny-edits: a proposer that reads what failed finds better
 programs than one that does not, for as many tokens; so do programs than votes on the first one. In
 `make test` its teacher stands for the model."""
 
@@ -17,6 +17,7 @@ from marlora.agents.types import Sampling
 from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.trainers.methods.workflow_search.aflow import AFlowConfig, AFlowTrainer
+from marlora.trainers.methods.workflow_search.debflow import DebFlowConfig, DebFlowTrainer
 from marlora.trainers.testbeds.edits import (
     BEST,
     EDIT,
@@ -39,7 +40,7 @@ UNREAD: dict[str, dict[str, Any]] = {  # the same search, whose proposer is show
 }
 
 
-ROUNDS = {"aflow": 4}  # of the searches with a trained proposer
+ROUNDS = {"aflow": 4, "debflow": 3}  # of the searches with a trained proposer
 VOTES = f"""from collections import Counter
 answers = [{FIRST} for n in range(5)]
 Counter(answers).most_common(1)[0][0]"""
