@@ -34,12 +34,12 @@ from tests.trainers.searches import parts_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-METHODS: dict[str, tuple[Any, Any]] = {"aflow": (AFlowTrainer, AFlowConfig)}
-UNREAD: dict[str, dict[str, Any]] = {  # the same search, whose proposer is shown nothing new
-    "aflow": {"max_failures": 0}
+METHODS: dict[str, tuple[Any, Any]] = {
+    "aflow": (AFlowTrainer, AFlowConfig),
+    "debflow": (DebFlowTrainer, DebFlowConfig),
 }
-
-
+# settings of the same search, whose proposer is shown no failure
+UNREAD: dict[str, dict[str, Any]] = {name: {"max_failures": 0} for name in METHODS}
 ROUNDS = {"aflow": 4, "debflow": 3}  # of the searches with a trained proposer
 VOTES = f"""from collections import Counter
 answers = [{FIRST} for n in range(5)]
