@@ -26,11 +26,11 @@ GROUPS: dict[str, str] = {
     "policies": "model policies init lora_r lora_alpha lora_target_modules",
     LEARNING: "",
     "rollouts": (
-        "tasks_per_step num_generations oversample temperature max_completion_length"
+        "engine tasks_per_step num_generations oversample temperature max_completion_length"
         " max_concurrency episode_timeout on_error max_staleness pin"
     ),
     "engine": (
-        "engine engine_args engine_dtype server_urls server_key router_url endpoints num_servers"
+        "engine_args engine_dtype server_urls server_key router_url endpoints num_servers"
         " server_host server_port server_memory server_devices server_timeout max_model_len"
         " allow_open_server"
     ),

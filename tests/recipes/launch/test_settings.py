@@ -356,6 +356,10 @@ def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         parse(GRPOConfig, RECIPE, ["--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
+    assert "  --engine " in shown and "--server_urls" not in shown
+    with pytest.raises(SystemExit):
+        parse(GRPOConfig, RECIPE, ["--help-engine"])
+    shown += capsys.readouterr().out
     for field in dataclasses.fields(GRPOConfig):
         assert f"--{field.name}" in shown
     assert "peak learning rate" in shown

@@ -144,7 +144,8 @@ def attack(
 
 
 def test_every_reward_that_reads_an_answer_is_attacked() -> None:
-    assert {name.split("(")[0] for name in READERS} | {"graded"} | READ_NOTHING == set(REWARDS)
+    elsewhere = {"graded", "judge"}  # `judge` asks a model; below is what its reply may do
+    assert {name.split("(")[0] for name in READERS} | elsewhere | READ_NOTHING == set(REWARDS)
     assert len(CODE) + len(LOADS) >= 60
 
 

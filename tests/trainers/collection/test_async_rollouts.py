@@ -429,7 +429,7 @@ def test_a_run_ahead_repeats_itself_and_says_how_old_its_episodes_were(
     assert weights(synchronous) != found[0], "else nothing was played ahead"
     assert "staleness" not in rows(tmp_path / "sync")[0]
     told = {
-        name: "versions behind" in (tmp_path / name / "report.html").read_text()
+        name: "mean age of the versions" in (tmp_path / name / "report.html").read_text()
         for name in ("one", "two", "sync")
     }
     assert told == {"one": True, "two": True, "sync": False}, "the report draws it"

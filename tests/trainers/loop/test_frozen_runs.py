@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from marlora.agents.types import SettingError
-from marlora.recipes.cli import main as cli
+from marlora.recipes.cli.checkpoint import serve
 from marlora.recipes.cli.main import main
 from marlora.recipes.launch.tables import summary_table
 from marlora.rollouts.engines.scripted import ScriptedEngine
@@ -165,7 +165,7 @@ def test_a_team_of_outside_models_works_to_the_end(
         assert found["eval"]["after"]["accuracy"] == again["eval"]["after"]["accuracy"]
         last = str(folder / "checkpoints" / "step-000003")
         refused(capsys, "--trust_checkpoint", "eval", last)
-        monkeypatch.setattr(cli, "choose_engine", lambda config: ("vllm", "as set"))
+        monkeypatch.setattr(serve, "choose_engine", lambda config: ("vllm", "as set"))
         refused(capsys, "nothing to serve here", "serve", last, *TRUST)
         main(["report", str(folder)])
         assert "tokens are not shown" not in capsys.readouterr().err

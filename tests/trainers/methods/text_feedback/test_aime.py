@@ -76,7 +76,7 @@ def test_a_judge_that_is_cut_off_is_counted(model: Path, tmp_path: Path) -> None
     """Upstream nothing tells."""
     say = scripted(evaluator=lambda q: "word " * 50)
     run_of("aime", tmp_path / "run", model, say=say, evaluator_tokens=20, **ONE_STEP).train()
-    assert row_of(tmp_path / "run")["cut"] == 6
+    assert row_of(tmp_path / "run")["truncated"] == 6
 
 
 @pytest.mark.slow

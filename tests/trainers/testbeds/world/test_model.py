@@ -4,11 +4,12 @@ models have learnt them."""
 from __future__ import annotations
 
 import random
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from marlora.trainers.testbeds.tiny import tiny_network, tiny_tokenizer
+from marlora.rollouts.tasks.toy import program_tasks
+from marlora.trainers.testbeds.tiny import answers, chat_prompt, tiny_network, tiny_tokenizer
 from marlora.trainers.testbeds.world import model as world
 from marlora.trainers.testbeds.world.lessons import (
     Lessons,
@@ -121,14 +122,26 @@ def test_it_has_learnt_them() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_expert_has_learnt_its_kind() -> None:
-    """Under the wrong prompt it is right in more problems than the model that it was taught from."""
+    """Under the wrong prompt it is right in more problems of its kind than the model that it was
+    taught from."""
     before, after = (
-        _shares(model()) for model in (world.tiny_world_model, world.tiny_world_c_model)
+        _right(model(), "c") for model in (world.tiny_world_model, world.tiny_world_c_model)
     )
-    assert after["wrong prompt"] > before["wrong prompt"] + 0.08, (before, after)
+    assert after > before + 0.08, (before, after)
 
 
-def _shares(folder: Any) -> dict[str, float]:
+def _right(folder: Path, kind: str) -> float:
+    """The share of problems of a kind that are answered right at temperature 0 under the prompt
+    that is wrong for them."""
+    from transformers import AutoModelForCausalLM
+
+    tasks = [task for task in program_tasks("eval") if task.prompt[0] == kind]
+    prompts = [chat_prompt(tiny_tokenizer(), world.WRONG, task.prompt) for task in tasks]
+    said = answers(AutoModelForCausalLM.from_pretrained(folder), prompts, 0.0, 1, 2)
+    return sum(a == task.answer for a, task in zip(said, tasks, strict=True)) / len(tasks)
+
+
+def _shares(folder: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     return world.shares(AutoModelForCausalLM.from_pretrained(folder))
