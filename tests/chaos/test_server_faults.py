@@ -155,6 +155,24 @@ def test_a_reply_that_comes_again_is_not_the_next_ones() -> None:
     ]
 
 
+def test_after_a_reply_that_came_again_no_later_one_is_off_by_one() -> None:
+    """The copy comes before the second request's own reply, which takes longer: once the copy is
+    refused, that reply is still to come on the connection, where the third would take it."""
+    with FakeVLLM(**SERVED, faults=["again", "slow", "slow", "", ""]) as fake:
+
+        async def go() -> list[Any]:
+            engine, made = on(fake), []
+            for seed in (1, 2, 3, 4, 5):
+                made += await engine.generate([3, 9, 4], BASE, Sampling(max_tokens=6, seed=seed))
+            await engine.close()
+            return made
+
+        made = asyncio.run(go())
+    assert [one.token_ids for one in made] == [
+        tuple(sampled("served-base", [3, 9, 4], seed, 6)) for seed in (1, 2, 3, 4, 5)
+    ]
+
+
 def test_a_busy_server_is_waited_for(undisturbed: dict[str, Episode], tmp_path: Path) -> None:
     """For several times the patience with a silent one: tokens are being generated."""
     policy = ReplicaPolicy(retries=1, backoff=0.01, request=60.0, stall=0.2, probe=0.1)

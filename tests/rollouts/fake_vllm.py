@@ -194,7 +194,7 @@ class FakeVLLM:
             while True:
                 await response.write(b" ")
                 await asyncio.sleep(0.02)
-        reply = self._reply(body)
+        reply = self._reply(body, request.headers.get("X-Request-Id") or uuid.uuid4().hex)
         spoil(reply, fault)
         text = json.dumps(reply)
         if fault == "reset":
@@ -225,7 +225,7 @@ class FakeVLLM:
             content_type="application/json",
         )
 
-    def _reply(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _reply(self, body: dict[str, Any], name: str) -> dict[str, Any]:
         choices = []
         for k in range(body.get("n", 1)):
             tokens = sampled(
@@ -248,7 +248,7 @@ class FakeVLLM:
             )
         self.tokens += sum(len(choice["token_ids"]) for choice in choices)
         return {
-            "id": f"cmpl-{uuid.uuid4().hex}",
+            "id": f"cmpl-{name}",
             "model": body["model"],
             "choices": choices[::-1],
         }  # order is not promised

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -21,6 +22,8 @@ from .auth import read_key
 T = TypeVar("T")
 
 COMPLETION_IDS = 4096  # ids of completions that are remembered
+REQUEST_ID = "X-Request-Id"
+MARK = "marlora-"  # begins the ids of our requests
 ORDER_SECONDS = 60.0  # loading or unloading an adapter may take this long
 GROWTH = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:request_success_total")
 
@@ -83,23 +86,25 @@ class ReplicaClient:
         headers: Mapping[str, str] | None = None,
     ) -> T:
         """One try; `read` gets the reply and may raise `Transient`."""
+        asked = MARK + uuid.uuid4().hex
         return await send(
             self._session,
             method,
             self.url + path,
-            lambda response: read(self._reply(method, path, response)),
+            lambda response: read(self._reply(method, path, response, asked)),
             body=body,
             key=self.key,
-            headers=headers,
+            headers={**(headers or {}), REQUEST_ID: asked},
             seconds=seconds,
         )
 
-    def _reply(self, method: str, path: str, response: Response) -> Any:
+    def _reply(self, method: str, path: str, response: Response, asked: str) -> Any:
         """The reply as JSON, or as text where the route answers in plain text.
 
-        A completion whose id came before is rejected: a server or proxy that sends one twice leaves
-        it on the open connection, where it would answer the next request, and a sibling's request
-        differs from it in nothing but the seed.
+        A completion whose id came before, or is that of another request of ours, is rejected: a
+        server or proxy that sends one twice leaves it on the open connection, where it would answer
+        the next request, whose own reply would answer the one after it; and a sibling's request
+        differs in nothing but the seed. vLLM makes a completion's id of the request's.
         """
         status, raw = response.status, response.body
         if response.may_pass:
@@ -116,6 +121,8 @@ class ReplicaClient:
             raise Transient(f"the reply is no JSON: {raw[:80]!r}") from error
         name = reply.get("id") if isinstance(reply, dict) else None
         if name and isinstance(name, str):
+            if MARK in name and asked not in name:
+                raise Transient(f"reply {name!r} is another request's, this one is {asked!r}")
             if name in self._completion_ids:
                 raise Transient(f"reply {name!r} came a second time")
             self._completion_ids[name] = None
