@@ -27,6 +27,19 @@ UNANSWERED, TRUNCATED, UNREADABLE, REFUSED, UNCHANGED, COPIED = (
 )
 
 
+def prompts_of(own: Mapping[str, str], changed: Any) -> dict[str, str]:
+    """A method's prompts by name, those of the mapping `changed` in place of some. Raises
+    `SettingError` at a name that the method has no prompt of, and at a prompt that is no text."""
+    for name, text in (changed or {}).items():
+        if name not in own:
+            raise SettingError(
+                f"prompts.{name}: this method has no such prompt; {nearest(name, own)}"
+            )
+        if not isinstance(text, str):
+            raise SettingError(f"prompts.{name}: expected a text, got {text!r:.60}")
+    return {**own, **(changed or {})}
+
+
 @dataclass
 class Reply(System):
     """One helper that answers the task's prompt.
@@ -86,12 +99,7 @@ class Helpers:
         changed: Mapping[str, Any] | None = None,
     ) -> None:
         self.spec, self.rollouts = spec, rollouts
-        for name in changed or {}:
-            if name not in prompts:
-                raise SettingError(
-                    f"prompts.{name}: this method has no such prompt; {nearest(name, prompts)}"
-                )
-        self.prompts: dict[str, Any] = {**prompts, **(changed or {})}
+        self.prompts = prompts_of(prompts, changed)
         self.counts: Counter[str] = Counter()
 
     def check(self, *names: str) -> None:

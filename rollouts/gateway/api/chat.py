@@ -17,15 +17,14 @@ from ....agents.tools.tools import parse_calls
 from ....agents.types import Message, Turn
 from .fields import (
     MAX_ITEMS,
-    BadRequest,
     brief,
+    check_body,
     flag,
     inside,
     items,
     mapping,
     number,
     one_of,
-    only,
     optional_mapping,
     optional_text,
     text,
@@ -130,9 +129,7 @@ class Request:
 
 def read_chat(body: Any) -> Request:
     """The request of a body of `/chat/completions`."""
-    if not isinstance(body, dict):
-        raise BadRequest(400, f"expected a JSON object, got {brief(body)}")
-    only(body, KNOWN)
+    check_body(body, KNOWN)
     check_unused(body)
     messages = items(body.get("messages"), "messages")
     if not messages:

@@ -24,7 +24,7 @@ from .chat import (
     shown,
     usage,
 )
-from .fields import BadRequest, brief, flag, only, optional_mapping, text, whole, wrong
+from .fields import brief, check_body, flag, optional_mapping, text, whole, wrong
 
 KNOWN = (
     "model",
@@ -47,9 +47,7 @@ USUAL_TOKENS = 16  # what the API samples where `max_tokens` is not given
 
 def read_completion(body: Any) -> Request:
     """The request of a body of `/completions`."""
-    if not isinstance(body, dict):
-        raise BadRequest(400, f"expected a JSON object, got {brief(body)}")
-    only(body, KNOWN)
+    check_body(body, KNOWN)
     check_unused(body)
     n = whole(body.get("n"), "n", 1, MAX_N) or 1
     _check_refused(body, n)

@@ -181,6 +181,13 @@ def loaded(document: str) -> Any:
 # single fields
 
 
+def check_body(body: Any, known: Collection[str]) -> None:
+    """Raise `BadRequest` unless the body is an object of known keys."""
+    if not isinstance(body, dict):
+        raise BadRequest(400, f"expected a JSON object, got {brief(body)}")
+    only(body, known)
+
+
 def only(body: Mapping[str, Any], known: Collection[str], where: str = "") -> None:
     """Raise `BadRequest` for an unknown key, with the nearest known one."""
     for key in map(str, body):  # a program in this process may return keys of any type

@@ -15,12 +15,12 @@ from .chat import Request, read_sampling, read_stop, shown, usage
 from .fields import (
     BadRequest,
     brief,
+    check_body,
     flag,
     items,
     loaded,
     mapping,
     one_of,
-    only,
     optional_mapping,
     optional_text,
     text,
@@ -51,9 +51,7 @@ CHOICES = ("auto", "any", "tool", "none")
 
 def read_request(body: Any) -> Request:
     """The request of a body of `/messages`."""
-    if not isinstance(body, dict):
-        raise BadRequest(400, f"expected a JSON object, got {brief(body)}")
-    only(body, KNOWN)
+    check_body(body, KNOWN)
     _check_unused(body)
     given = items(body.get("messages"), "messages")
     if not given:

@@ -25,10 +25,10 @@ from .chat import (
 from .fields import (
     BadRequest,
     brief,
+    check_body,
     flag,
     items,
     mapping,
-    only,
     optional_mapping,
     optional_text,
     text,
@@ -59,9 +59,7 @@ KNOWN = (
 def read_response(body: Any, chat_of: Callable[[str], tuple[Message, ...]]) -> Request:
     """The request of a body of `/responses`. `chat_of`: from a `previous_response_id` to its
     chat."""
-    if not isinstance(body, dict):
-        raise BadRequest(400, f"expected a JSON object, got {brief(body)}")
-    only(body, KNOWN)
+    check_body(body, KNOWN)
     check_unused(body)
     _check_ignored(body)
     before = optional_text(body.get("previous_response_id"), "previous_response_id")

@@ -4,7 +4,6 @@ where the plan says it runs. Nothing is played, and of Qwen3 there are sizes but
 from __future__ import annotations
 
 import functools
-import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -115,9 +114,6 @@ def test_shared_and_separate_differ_in_who_speaks_as_whom_alone(stem: str) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(("stem", "arms"), SHOWN.items())
 def test_the_arms_of_a_plan_take_its_team(stem: str, arms: tuple[str, ...], tmp_path: Path) -> None:
-    needed = "reasoning_gym" if stem == "smollm2_gcd" else "vllm"
-    if importlib.util.find_spec(needed) is None:
-        pytest.skip(f"{needed} is not installed")
     plan, name = plan_of(stem, tmp_path)
     for arm in [plan.arms[name] for name in arms or plan.arms]:
         lines = recipe_plan(plan, PlannedRun(arm, 0))

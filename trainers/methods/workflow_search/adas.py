@@ -29,11 +29,12 @@ from ....agents.settings import setting
 from ....agents.text.templates import render
 from ....agents.types import SettingError, Task
 from ...config import RunConfig
+from ...feedback.helpers import prompts_of
 from ...values.search import Candidate
 from ...values.selection import whole_archive
 from .fitness import fitness
 from .measurement import MeasurementConfig
-from .proposals import Proposal, prompts_of
+from .proposals import Proposal
 from .reflection import FORMAT, MISTAKES, NOVELTY, Reflection, Repair, read_talk
 from .seeds import NEEDS, SEEDS
 from .workflow_search import WorkflowSearchConfig, WorkflowSearchTrainer

@@ -26,11 +26,12 @@ from ....agents.settings import setting
 from ....agents.text.templates import render
 from ....agents.types import Task
 from ...config import RunConfig
+from ...feedback.helpers import prompts_of
 from ...values.search import Candidate
 from .aflow import EditSearchConfig, EditSearchTrainer
 from .debate import AFFIRMATIVE, NEGATIVE, PROMPTS, SIDES, Debate, outcome
 from .measurement import MeasurementConfig
-from .proposals import Proposal, prompts_of
+from .proposals import Proposal
 
 HELPERS = (*SIDES, "moderator", "judge")
 RULES = """The program calls these functions of language models:

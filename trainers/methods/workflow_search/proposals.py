@@ -4,30 +4,17 @@ sandbox, never in this process."""
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ....agents.execution import program_in
 from ....agents.programs.program import Program
 from ....agents.programs.restrictions import parsed
 from ....agents.system import System
 from ....agents.team import Team
-from ....agents.types import SettingError, Task, Turn, nearest
+from ....agents.types import SettingError, Task, Turn
 from ....rollouts.types import Episode
 
 DRY_RUN = "dry run"  # the operation that says why a proposal cannot be run
-
-
-def prompts_of(own: Mapping[str, str], changed: Any) -> dict[str, str]:
-    """A method's prompts by name, those of the mapping `changed` in place of some. Raises
-    `SettingError` at a name that the method has no prompt of, and at a prompt that is no text."""
-    for name, text in (changed or {}).items():
-        if name not in own:
-            raise SettingError(f"prompts.{name}: no prompt of this method; {nearest(name, own)}")
-        if not isinstance(text, str):
-            raise SettingError(f"prompts.{name}: expected a text, got {text!r:.60}")
-    return {**own, **(changed or {})}
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def test_its_prompts_can_be_changed(model: Path, tmp_path: Path) -> None:
     asked = [turn.messages[-1].content for turn in talk.turns]
     assert asked == ['Better than await custom("Think.")?', "New?", "{sure}?"]
     for wrong, words in (
-        ({"invents": "x"}, "prompts.invents: no prompt of this method"),
+        ({"invents": "x"}, "prompts.invents: this method has no such prompt"),
         ({"invent": 7}, "prompts.invent: expected a text"),
     ):
         with pytest.raises(SettingError, match=words):

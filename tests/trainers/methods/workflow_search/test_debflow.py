@@ -109,7 +109,7 @@ def test_its_prompts_can_be_changed() -> None:
     _, second, third = (turn.messages[-1].content for turn in team.turns)
     assert second == f"{GOOD['affirmative']} NO"
     assert third == f"{GOOD['affirmative']} OR {GOOD['negative']}"
-    with pytest.raises(SettingError, match=r"prompts\.judge: no prompt of this method"):
+    with pytest.raises(SettingError, match=r"prompts\.judge: this method has no such prompt"):
         DebFlowConfig(prompts={"judge": "x"})
 
 
