@@ -32,14 +32,14 @@ from marlora.recipes.cli.checkpoint.team import (
     asked_for,
     chosen,
     engine_config,
-    locate,
+    load_options,
     run_seed,
     say,
     show,
     write_json,
 )
 from marlora.rollouts.checkpoints.reader import read_checkpoint
-from marlora.rollouts.checkpoints.team import LoadedTeam, LoadOptions, load_team
+from marlora.rollouts.checkpoints.team import LoadedTeam, load_team
 from marlora.rollouts.evaluation.statistics import paired
 from marlora.rollouts.evaluation.suite import (
     Measured,
@@ -181,16 +181,7 @@ async def evaluate_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]
     ]
     with tempfile.TemporaryDirectory(prefix="marlora-") as scratch:
         teams: dict[str, LoadedTeam] = {}
-        options = LoadOptions(
-            scratch=Path(scratch),
-            locate=locate(args.model),
-            system=args.system,
-            rewards=args.rewards,
-            trust=args.trust_checkpoint,
-            seed=args.seed,
-            say=say,
-            guests=guests,
-        )
+        options = load_options(args, scratch, guests)
         try:
             for mark, checkpoint in zip(marks, args.checkpoint, strict=True):
                 teams[mark] = await load_team(

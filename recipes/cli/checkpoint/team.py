@@ -14,7 +14,7 @@ from typing import Any
 
 from marlora.agents.state import TeamState
 from marlora.agents.text.secrecy import not_shown
-from marlora.agents.types import SettingError
+from marlora.agents.types import PolicySpec, SettingError
 from marlora.recipes.launch.settings import noted_imports, read_yaml
 from marlora.rollouts.checkpoints.reader import read_checkpoint
 from marlora.rollouts.checkpoints.team import LoadedTeam, LoadOptions, load_team
@@ -137,6 +137,23 @@ def run_seed(asked: int | None, data: Mapping[str, Any]) -> int:
     return int(data["tasks"]["seed"]) if asked is None else asked
 
 
+def load_options(
+    args: argparse.Namespace, scratch: str, guests: Sequence[PolicySpec] = ()
+) -> LoadOptions:
+    """How a command's flags load a checkpoint. `guests`: policies of other teams that
+    will be loaded beside it."""
+    return LoadOptions(
+        scratch=Path(scratch),
+        locate=locate(args.model),
+        system=args.system,
+        rewards=args.rewards,
+        trust=args.trust_checkpoint,
+        seed=args.seed,
+        say=say,
+        guests=guests,
+    )
+
+
 async def with_team(args: argparse.Namespace, work: Callable[[LoadedTeam], Any]) -> Any:
     """Open the checkpoint's team, work with it, close it."""
     data = read_checkpoint(Path(args.checkpoint))
@@ -145,15 +162,7 @@ async def with_team(args: argparse.Namespace, work: Callable[[LoadedTeam], Any])
         args.adapters, [name for name, entry in adapters.items() if entry.get("trained")]
     )  # before a server starts
     with tempfile.TemporaryDirectory(prefix="marlora-") as scratch:
-        options = LoadOptions(
-            scratch=Path(scratch),
-            locate=locate(args.model),
-            system=args.system,
-            rewards=args.rewards,
-            trust=args.trust_checkpoint,
-            seed=args.seed,
-            say=say,
-        )
+        options = load_options(args, scratch)
         team = await load_team(args.checkpoint, engine_config(args), options)
         try:
             return await work(team)
