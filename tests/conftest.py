@@ -15,12 +15,26 @@ from tests.live_server import Live, SharedServer, start
 os.environ.pop("COLUMNS", None)
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a file stay on one worker, for they share fixtures; those of the server all on one,
     for there is one server."""
     for item in items:
         group = "server" if item.get_closest_marker("server") else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse to begin where pytest-xdist did not take the groups: two workers would run halves of
+    a file, such as the demos, in one folder."""
+    if getattr(session.config.option, "loadgroup", False):
+        torn = [item.nodeid for item in session.items if "@" not in item.nodeid]
+        if torn:
+            raise pytest.UsageError(
+                f"--dist loadgroup without groups, for {len(torn)} tests (first: {torn[0]}):"
+                " this pytest and this pytest-xdist do not go together; make setup installs two"
+                " that do"
+            )
 
 
 @pytest.fixture
