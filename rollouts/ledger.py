@@ -262,6 +262,12 @@ class Ledger:
             for key, usage in self._open.pop(episode_id, {}).items():
                 _book(self._unstored, key, usage)
 
+    def spent_elsewhere(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Book calls that another process made for an episode that came to nothing: the `unstored`
+        rows of its ledger."""
+        with self._lock:
+            _book_rows(self._unstored, rows)
+
     def cached(self, episode: Episode) -> None:
         """An episode was recalled instead of played: its tokens are booked as cached ones, and
         nothing else. If a resumed run comes to one that it had played before it was cut off, this
@@ -364,13 +370,18 @@ class Ledger:
         stopped stays so unless the budget was changed."""
         with self._lock:
             self._unstored = {}
-            for row in state["unstored"]:
-                usage = dict(row)
-                key = usage.pop("kind"), usage.pop("agent"), usage.pop("policy")
-                _book(self._unstored, key, Usage(**usage))
+            _book_rows(self._unstored, state["unstored"])
             self._known, self._replayed = state["stored"], dict.fromkeys(state["replayed"], Usage())
             self.stopped = state["stopped"] if state["limit"] == self._limits() else ""
 
 
 def _book(booked: Booked, key: Key, usage: Usage) -> None:
     booked[key] = booked.get(key, Usage()) + usage
+
+
+def _book_rows(booked: Booked, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Book the `unstored` rows of a ledger's state."""
+    for row in rows:
+        usage = dict(row)
+        key = usage.pop("kind"), usage.pop("agent"), usage.pop("policy")
+        _book(booked, key, Usage(**usage))

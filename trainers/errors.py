@@ -10,3 +10,7 @@ class RunError(RuntimeError):
 class Stopped(KeyboardInterrupt):
     """The user or the cluster asked to stop, noticed where the last finished step can be saved as
     it is."""
+
+
+class RankLost(RunError):
+    """Another process of the run has ended while this one waited for it."""

@@ -27,11 +27,12 @@ def check_files(folder: Path) -> None:
 class AdapterRegistry:
     """The adapter versions of one engine, named in errors.
 
-    Counts open requests per version, so that none is retired while a request uses it.
+    Counts open requests per version, so that none is retired while a request uses it. `foreign`:
+    another process publishes, so that any name of a version may be asked for.
     """
 
-    def __init__(self, engine: str) -> None:
-        self.engine = engine
+    def __init__(self, engine: str, foreign: bool = False) -> None:
+        self.engine, self.foreign = engine, foreign
         self.folders: dict[str, Path] = {}
         self.closed = False
         self._policies: dict[str, str] = {}
@@ -43,7 +44,7 @@ class AdapterRegistry:
         policy."""
         if self.closed:
             raise EngineError(f"{self.engine} engine: it is closed")
-        if not ref.version:
+        if not ref.version or self.foreign:
             return
         if ref.version not in self.folders:
             reason = (

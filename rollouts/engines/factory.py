@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ...agents.types import PolicySpec, SettingError
+from ...agents.types import PolicySpec, SettingError, from_json
 from ..renderer import ChatRenderer
 from .base import Engine
 from .config import EngineConfig
@@ -83,4 +84,37 @@ async def start_engine(
         folder=folder,
         say=say,
         staleness=staleness,
+    )
+
+
+def address_of(engine: Engine) -> dict[str, Any] | None:
+    """What another process needs to ask the servers of this engine, as JSON; None if it has none
+    that could be asked."""
+    from .vllm.engine import VLLMEngine
+
+    return engine.address() if isinstance(engine, VLLMEngine) else None
+
+
+def attach_engine(
+    address: Mapping[str, Any], tokens: ChatRenderer, config: EngineConfig, folder: Path
+) -> Engine:
+    """An engine that asks the servers of another process's engine (`address_of`), which alone
+    publishes and retires.
+
+    Args:
+        folder: the run's. Raises `SettingError` or `EngineError` for a server that cannot be
+            asked from here.
+    """
+    from .vllm.discovery import Endpoint, key_from
+    from .vllm.engine import VLLMEngine
+
+    return VLLMEngine(
+        [from_json(Endpoint, server) for server in address["servers"]],
+        tokens,
+        adapter_root=folder / "versions",
+        key=key_from(config.server_key),
+        allow_open_server=config.allow_open_server,
+        dtype=address["dtype"],
+        router=address["router_url"],
+        foreign=True,
     )

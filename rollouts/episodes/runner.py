@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,13 @@ def episode_requests(
         for task in tasks
         for k in range(num_generations)
     ]
+
+
+# Plays a request with a state somewhere, or calls the function, which plays it here; gives the
+# episode after its children.
+Spread = Callable[
+    [EpisodeRequest, TeamState, Callable[[], Awaitable[list[Episode]]]], Awaitable[list[Episode]]
+]
 
 
 @dataclass(frozen=True)
@@ -195,6 +203,7 @@ class EpisodeRunner:
         plan: Sequence[EpisodeRequest],
         state: TeamState | Callable[[], TeamState] | None = None,
         slots: asyncio.Semaphore | None = None,
+        spread: Spread | None = None,
     ) -> AsyncIterator[Episode]:
         """Play all requests, at most `limits.concurrency` at once; yields episodes as they end,
         children before their parent.
@@ -202,18 +211,20 @@ class EpisodeRunner:
         Every episode keeps the state it began with; a function as `state` is called whenever one
         begins (with `version_policy` "call" at every call of a policy too, for its adapter
         versions; turns record the versions that sampled them). `slots`: shared with other plans
-        that are played at the same time. Closing the iterator cancels open episodes. An
-        `EngineError`, `SettingError` or `BudgetSpent` cancels them too, and is raised once every
-        episode that had ended is yielded.
+        that are played at the same time. `spread`: may play episodes in other processes; not with
+        `version_policy` "call", since a state that changes meanwhile is known here only. Closing
+        the iterator cancels open episodes. An `EngineError`, `SettingError` or `BudgetSpent`
+        cancels them too, and is raised once every episode that had ended is yielded.
         """
         slots = slots or asyncio.Semaphore(self.limits.concurrency)
 
         async def one(request: EpisodeRequest) -> list[Episode]:
             async with slots:
-                now = state() if callable(state) else state
+                now = (state() if callable(state) else state) or self.state
                 in_flight = callable(state) and self.version_policy == "call"
                 latest = state if callable(state) and in_flight else None
-                return await self._play(request, _Start(now or self.state, latest))
+                here = functools.partial(self._play, request, _Start(now, latest))
+                return await (here() if spread is None or latest else spread(request, now, here))
 
         tasks = [asyncio.create_task(one(request), name=request.id) for request in plan]
         try:

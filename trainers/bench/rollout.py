@@ -6,32 +6,61 @@ from a seed), so every way waits for the same replies. With a barrier, as traine
 over all episodes have it, a turn takes as long as its slowest reply. `oversampled` begins a quarter
 more episodes of every task and drops the last: other episodes than the first two, so it passes no
 gate, and what it dropped is given with it.
+
+With `--ranks` also: calls per second and processor time per call where several ranks play
+(`rank_players.py`). Each count is a `torchrun` of this file, whose ranks play the same episodes,
+each with an engine of its own, so that what is measured is the cost of playing: rendering,
+recording, scoring, sending, and storing, which rank 0 does. The gate: every count plays the
+episodes of the first.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
+import hashlib
+import json
 import math
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ...agents.patterns.chain import Chain
+from ...agents.state import TeamState
 from ...agents.types import Completion, Sampling, Task
 from ...rollouts.engines.base import ModelRef
 from ...rollouts.engines.scripted import ScriptedEngine
 from ...rollouts.episodes.completers import EngineCompleter
 from ...rollouts.episodes.oversampling import CancelledEpisode, drop_statistics, first_finished
-from ...rollouts.episodes.runner import EpisodeLimits, EpisodeRunner, episode_requests
+from ...rollouts.episodes.runner import (
+    EpisodeLimits,
+    EpisodeRequest,
+    EpisodeRunner,
+    episode_requests,
+)
+from ...rollouts.episodes.store import Store
+from ...rollouts.ledger import Ledger
 from ...rollouts.types import Episode
-from .measure import Options, Way, machine, race, same, table
+from ..collection.background import BackgroundLoop
+from ..collection.player_service import SAMPLED, PlayerService
+from ..collection.rank_players import RankPlayers
+from ..distributed.ranks import Ranks
+from ..errors import RunError
+
+if TYPE_CHECKING:  # a rank of a launch needs no model, and is quicker without its libraries
+    from .measure import Options
 
 AGENTS = ("planner", "solver", "reviewer", "editor")
 TASKS, GROUP, EXTRA = 8, 8, 2
+MANY = 256  # episodes that several ranks play
 MEDIAN = {"tiny": 0.002}  # seconds of a reply; of other sizes 0.05
 SIGMA = 1.0  # of its logarithm: one reply in twenty takes five times the median
 
@@ -77,6 +106,8 @@ def _release(turn: Sequence[asyncio.Future[None]]) -> None:
 
 def rollout(options: Options) -> dict[str, Any]:
     """Seconds to play a step's episodes both ways, and over-sampled."""
+    from .measure import Way, machine, race, same, table
+
     median = MEDIAN.get(options.size, 0.05)
     dropped: list[CancelledEpisode] = []
     kept: list[Episode] = []
@@ -123,6 +154,7 @@ def rollout(options: Options) -> dict[str, Any]:
         "seconds": seconds,
         "ratios": joined,
         "oversampled": {"begun": TASKS * (GROUP + EXTRA), **lengths},
+        "ranks": rank_rollouts(options.ranks, options.repeats) if options.ranks else {},
         **table(
             f"rollout: {TASKS * GROUP} episodes of {len(AGENTS)} turns",
             ["way", "median, s", "over ours"],
@@ -161,3 +193,108 @@ async def _play(
 
 def _record(episodes: Sequence[Episode]) -> list[tuple[str, str]]:
     return sorted((episode.id, str([turn.text for turn in episode.turns])) for episode in episodes)
+
+
+# several ranks
+
+
+def rank_rollouts(counts: Sequence[int], repeats: int) -> dict[str, dict[str, float]]:
+    """{"RANKS": seconds, calls_per_second, cpu_ms_per_call (of all ranks), cpu_ms_of_rank_0},
+    medians. The counts are taken in turns. Raises `RunError` if one played other episodes."""
+    laps: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
+    for _ in range(repeats):
+        for count in counts:
+            laps[count].append(_launch(count))
+    first = laps[counts[0]][0]["played"]
+    for count, own in laps.items():
+        if any(lap["played"] != first for lap in own):
+            raise RunError(f"bench rollout: {count} ranks played other episodes; no numbers")
+    columns = ("seconds", "calls_per_second", "cpu_ms_per_call", "cpu_ms_of_rank_0")
+    return {
+        str(count): {name: statistics.median(lap[name] for lap in own) for name in columns}
+        for count, own in laps.items()
+    }
+
+
+def _launch(count: int) -> dict[str, Any]:
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    done = subprocess.run(
+        [*argv, str(count), "-m", "marlora.trainers.bench.rollout"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    if done.returncode:
+        raise RunError(f"bench rollout: {count} ranks failed; no numbers\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _runner() -> EpisodeRunner:
+    engine = Sleepy(MEDIAN["tiny"])
+    speakers = {name: EngineCompleter(engine, engine.tokens, name) for name in AGENTS}
+    return EpisodeRunner(Chain(list(AGENTS)), speakers, sampling=Sampling(seed=0))
+
+
+def _plan(label: str, tasks: int) -> list[EpisodeRequest]:
+    return episode_requests([Task(str(k), f"task {k}") for k in range(tasks)], label=label)
+
+
+async def _play_on_ranks(
+    runner: EpisodeRunner, players: RankPlayers, plan: Sequence[EpisodeRequest], store: Store
+) -> list[Episode]:
+    episodes = []
+    slots = asyncio.Semaphore(runner.limits.concurrency)
+    spread = functools.partial(players.play, SAMPLED)
+    async for episode in runner.collect(plan, TeamState(), slots, spread):
+        store.append(episode)
+        episodes.append(episode)
+    return episodes
+
+
+async def _publish(versions: Mapping[str, str]) -> None:
+    """The base alone is asked: there is nothing to publish."""
+
+
+def _digest(episodes: Sequence[Episode]) -> str:
+    rows = sorted((e.id, e.seed, [(t.text, t.logprobs) for t in e.turns]) for e in episodes)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def main() -> None:
+    """One rank of a launch; rank 0 prints what was measured as JSON."""
+    ranks, background, runner = Ranks(), BackgroundLoop(), _runner()
+    if ranks.main:
+        peers = range(1, ranks.size)
+        players = RankPlayers(ranks, peers, background, Ledger(), print)
+        episodes, seconds, before = [], 0.0, 0.0
+        with tempfile.TemporaryDirectory() as folder, Store(Path(folder)) as store:
+            background.run(_play_on_ranks(runner, players, _plan("warm", 16), store))
+            before = ranks.gather(time.process_time())[0]
+            start = time.perf_counter()
+            episodes = background.run(_play_on_ranks(runner, players, _plan("bench", MANY), store))
+            seconds = time.perf_counter() - start
+        own = time.process_time() - before
+    else:
+        players = PlayerService(ranks, background, runner, _publish)  # type: ignore[assignment]
+        before = ranks.gather(time.process_time())[ranks.rank]
+        own = 0.0
+    ranks.barrier()
+    cpu = ranks.gather(own or time.process_time() - before)
+    calls = MANY * len(AGENTS)
+    if ranks.main:
+        found = {
+            "seconds": seconds,
+            "calls_per_second": calls / seconds,
+            "cpu_ms_per_call": 1000 * sum(cpu) / calls,
+            "cpu_ms_of_rank_0": 1000 * cpu[0] / calls,
+            "played": _digest(episodes),
+        }
+        print(json.dumps(found))
+    players.close()
+    background.close()
+
+
+if __name__ == "__main__":
+    main()

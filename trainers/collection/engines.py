@@ -1,14 +1,15 @@
-"""The engines of a run, one per base model (rank 0)."""
+"""The engines of a run, one per base model: started by rank 0, asked by every rank that plays."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...agents.types import BASE, PolicySpec
-from ...rollouts.engines.base import Engine
-from ...rollouts.engines.factory import start_engine
+from ...rollouts.engines.base import Engine, EngineError
+from ...rollouts.engines.factory import address_of, attach_engine, start_engine
 from ...rollouts.episodes.completers import Completer, completers
 from ..config import RunConfig
 from ..model.memory_estimate import with_server_memory
@@ -26,12 +27,13 @@ class EngineGroup:
         given: a running engine to use instead of starting one; it serves every base and outlives
             `close`.
 
-    `of`: engine by base, once open.
+    `of`: engine by base, once open; on another rank than 0, once attached.
     """
 
     def __init__(self, config: RunConfig, learner: Learner, given: Engine | None = None) -> None:
         self.config, self.learner, self.given = config, learner, given
         self.of: dict[str, Engine] = {}
+        self._known: dict[str, asyncio.Task[Any]] = {}  # adapter versions, of a given engine
 
     def open(
         self, background: BackgroundLoop, say: Callable[[str], None], closing: contextlib.ExitStack
@@ -56,6 +58,41 @@ class EngineGroup:
             )
             closing.callback(self._close, background, engine)
             self.of[base.name] = engine
+
+    def addresses(self) -> dict[str, dict[str, Any] | None]:
+        """By base, what other ranks need to ask the same servers; None where each has an engine of
+        its own that was given to it."""
+        return {name: address_of(engine) for name, engine in self.of.items()}
+
+    def attach(
+        self,
+        addresses: Mapping[str, Mapping[str, Any] | None],
+        background: BackgroundLoop,
+        closing: contextlib.ExitStack,
+    ) -> None:
+        """On another rank than 0: ask the engines of rank 0 from now on. Raises `SettingError` or
+        `EngineError` if they cannot be asked from here."""
+        for name, address in addresses.items():
+            if address is not None:
+                base, folder = self.learner.bases[name], self.config.folder
+                engine = attach_engine(address, base.tokens, self.config, folder)
+                closing.callback(self._close, background, engine)
+                self.of[name] = engine
+            elif self.given is None:
+                raise EngineError("the engine was given to rank 0 alone")
+            else:
+                self.of[name] = self.given
+
+    async def publish(self, versions: Mapping[str, str]) -> None:
+        """On another rank than 0: let a given engine know the versions that rank 0 has published.
+        Servers know them."""
+        for policy, version in versions.items():
+            if self.given is None or not version or address_of(self.given) is not None:
+                continue
+            if version not in self._known:
+                folder = self.config.folder / "versions" / version
+                self._known[version] = asyncio.ensure_future(self.given.publish({policy: folder}))
+            await self._known[version]
 
     def _with_memory(self, say: Callable[[str], None]) -> Any:
         """The settings with the share of memory that servers may take beside this trainer."""

@@ -1,7 +1,8 @@
 """The rollout manager: the episodes of a step, played, stored or read from a store.
 
-Rank 0 plays and stores; `collect`, `play`, `ask`, `derive`, `earlier` and `stored` give every rank
-the same episodes (`Ranks.share`), so every rank has to call them. The other methods are rank 0's.
+Rank 0 plays, with the others where that can be shared (`rank_players.py`), and stores; `collect`,
+`play`, `ask`, `derive`, `earlier` and `stored` give every rank the same episodes (`Ranks.share`),
+so every rank has to call them. The other methods are rank 0's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -18,6 +20,7 @@ from ...agents.concurrency import gather
 from ...agents.state import TeamState
 from ...agents.system import System
 from ...agents.types import SettingError, Task
+from ...rollouts.episodes.aside_store import StoredAsides
 from ...rollouts.episodes.oversampling import CancelledEpisode, drop_statistics, first_finished
 from ...rollouts.episodes.runner import EpisodeRunner
 from ...rollouts.episodes.store import Store
@@ -29,13 +32,14 @@ from ..distributed.ranks import Ranks
 from ..errors import RunError
 from ..monitoring.run_log import RunLog
 from ..weight_sync.sync import WeightSync
-from .aside_store import StoredAsides
 from .asides import AsideNumbers, Question, answers, aside_requests
 from .async_rollouts import AsyncCollector, CollectedStep
 from .background import BackgroundLoop, BackgroundTask, StopSignal
 from .derived_episodes import Derivation, derive_missing, stored_children
 from .engines import EngineGroup
 from .identified_episodes import Evaluations, Identified, Play, training_label, weights_below
+from .player_service import GREEDY, SAMPLED, serve
+from .rank_players import RankPlayers
 from .stored_episodes import OfflineEpisodes, PlannedEpisodes, find_stored, training
 from .task_order import tasks_of
 
@@ -65,6 +69,7 @@ class RolloutManager:
     runner: EpisodeRunner
     ahead: AsyncCollector
     offline: OfflineEpisodes | None = None
+    players: RankPlayers | None = None
     _label = "train-{step:06d}"
 
     def __init__(
@@ -106,15 +111,9 @@ class RolloutManager:
         self.engines.open(self.background, self.log.say, closing)
         self.sync.open(self.engines.of, self.background.run, self.log.step, closing)
         config = self.config
-        self.runner = EpisodeRunner(
-            self.system,
-            self.engines.completers(),
-            self.rewards,
-            TeamState(values=self.sync.state.values),
-            config.sampling(),
-            config.limits(),
-            config.seed,
-            version_policy=config.pin,
+        self.runner = dataclasses.replace(
+            self._plain_runner(),
+            state=TeamState(values=self.sync.state.values),
             ledger=self.ledger,
             asides=StoredAsides(self.store, self.keep, again=self.engines.deterministic),
         )
@@ -128,6 +127,24 @@ class RolloutManager:
         self.start()
         closing.callback(self.ahead.close)
 
+    def _plain_runner(self) -> EpisodeRunner:
+        """What plays the run's system with the engines that are open."""
+        given, config = (self.system, self.engines.completers(), self.rewards), self.config
+        how = {"sampling": config.sampling(), "limits": config.limits(), "seed": config.seed}
+        return EpisodeRunner(*given, **how, version_policy=config.pin)
+
+    def open_players(self, closing: contextlib.ExitStack) -> None:
+        """Let the other ranks play too, if that can be shared. After `open`; on every rank."""
+        if self.ranks.size == 1:
+            return
+        if not self.ranks.main:
+            serve(self.ranks, self.engines, self._plain_runner, closing)
+            return
+        self.players = RankPlayers.opened(
+            self.ranks, self.engines, self.runner, self.background, self.log, closing
+        )
+        closing.callback(self.ahead.close)  # first: what the others still play is called off
+
     def start(self) -> None:
         """Be ready to play, ahead of the trainer too, with the parts that are open."""
         self._one_at_a_time = asyncio.Lock()
@@ -137,7 +154,7 @@ class RolloutManager:
             self.store,
             self.tasks_of,
             lambda label, known, state, room, oversample: self.begin(
-                label, known, self.runner, state, room, oversample
+                label, known, self.runner, state, room, oversample, SAMPLED
             ),
             label=self._label,
             deterministic=self.engines.deterministic,
@@ -294,8 +311,10 @@ class RolloutManager:
         if not what.label or self.evaluations.add(what.label, asked):
             for episode in known.stored.values():
                 self.ledger.cached(episode)
+        how = GREEDY if what.greedy else SAMPLED
+        shared = how if what.system is None and what.rewards is None else ""
         with self.sync.hold(chosen.versions):
-            work = self.begin(what.label or what.kind, known, asked.player, chosen)
+            work = self.begin(what.label or what.kind, known, asked.player, chosen, how=shared)
             return work.result(self.stop)
 
     def begin(
@@ -306,12 +325,16 @@ class RolloutManager:
         state: TeamState | Callable[[], TeamState],
         room: asyncio.Semaphore | None = None,
         oversample: int = 0,
+        how: str = "",
     ) -> BackgroundTask[CollectedStep]:
         """Let these episodes be played beside the caller, as `EpisodeRunner.collect` plays, and
         stored; known ones are taken as they are.
 
         `oversample`: so many of each task are more than is needed, and the slowest are dropped.
+        `how` the runner differs from the run's, as `RankPlayers.play` names it; "": in other ways,
+        so that rank 0 plays all.
         """
+        spread = functools.partial(self.players.play, how) if self.players and how else None
         plan, episodes = known.plan, dict(known.stored)
         for episode in episodes.values():
             self.ledger.stored(episode)
@@ -329,7 +352,7 @@ class RolloutManager:
                 playing = (
                     first_finished(runner, todo, state, needed, dropped, room)
                     if oversample
-                    else runner.collect(todo, state, room)
+                    else runner.collect(todo, state, room, spread)
                 )
                 total, done = len(plan) - oversample * len(needed), len(plan) - len(todo)
                 with self.log.progress.episodes(label, total, done, self.metric) as tick:

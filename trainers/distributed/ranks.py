@@ -20,6 +20,7 @@ import torch.distributed as dist
 from ...agents.types import from_json, to_json
 from ...rollouts.ledger import BudgetSpent
 from ..errors import Stopped
+from .messages import Connection
 from .watchdog import Watchdog
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ class Ranks:
         self._state = PartialState(cpu=cpu, timeout=slack)
         self.rank, self.size = self._state.process_index, self._state.num_processes
         self.device = self._state.device
-        self._control = None
+        self._control = self._messages = None
         # is a base split over the ranks, so that all have to make the same passes through it?
         self.lockstep = False
         self.joined: dict[
@@ -79,9 +80,9 @@ class Ranks:
         )
         self.hours, self.seconds, self._watchdog = hours, seconds, None
         if self.size > 1:
-            self._control = dist.new_group(
-                backend="gloo", timeout=datetime.timedelta(hours=hours) + slack
-            )
+            long = datetime.timedelta(hours=hours) + slack
+            self._control = dist.new_group(backend="gloo", timeout=long)
+            self._messages = dist.new_group(backend="gloo", timeout=long)
             Ranks._made += 1
             self._watchdog = Watchdog(
                 f"watchdog-{Ranks._made}", self.rank, self.size, max(seconds, 60.0)
@@ -141,7 +142,10 @@ class Ranks:
         except BaseException as error:
             name = type(error).__name__
             problem = f"{name}: {error}" if name in PASSED_ON else f"rank 0: {name}: {error}"
-            self.broadcast((None, problem, None))
+            try:
+                self.broadcast((None, problem, None))
+            except RuntimeError as gone:  # it must not hide what has gone wrong here
+                error.add_note(f"the other ranks could not be told: {gone}")
             raise
         return self.broadcast((value, "", None))[0]
 
@@ -180,6 +184,13 @@ class Ranks:
             json.loads(part.numpy().tobytes()[: int(size)])
             for part, size in zip(parts, sizes, strict=True)
         ]
+
+    def connection(
+        self, peer: int, received: Callable[[Any], None], lost: Callable[[str], None]
+    ) -> Connection:
+        """A connection to another rank, for messages beside the collectives; both ranks make
+        one."""
+        return Connection(self._messages, peer, received, lost)
 
     def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Add the tensors over all ranks, in place, as one flat float32 vector."""

@@ -142,8 +142,7 @@ class TrainingRun:
         """Check the folder, load the bases, restore a checkpoint if asked, start engines, publish
         what is there. Idempotent.
 
-        A closed run may be opened again: it goes on with the adapters it has, on engines started
-        anew.
+        A closed run may be opened again: it goes on with its adapters, on engines started anew.
         """
         if self._opened:
             return self
@@ -165,6 +164,7 @@ class TrainingRun:
             if not self._loaded:
                 self._load()
             self.ranks.on_main(self._open_main)
+            self.rollouts.open_players(self._exit)
         except BaseException:
             self.close()
             raise

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from ....agents.types import BASE, Completion, PolicySpec, Sampling, SettingError
+from ....agents.types import BASE, Completion, PolicySpec, Sampling, SettingError, to_json
 from ..adapter_versions import FILES, AdapterRegistry
 from ..base import EngineError, EngineInfo, ModelRef, PromptTooLong, TeamVersion
 from ..config import EngineConfig
@@ -56,6 +56,7 @@ class VLLMEngine:
         dtype: of weights served by URL, which servers do not report; our own servers' is known.
         router: URL of a router before the servers ("" = none): it is asked to generate, they
             themselves for all else.
+        foreign: another process publishes and retires; this one only asks.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class VLLMEngine:
         dtype: str = "bfloat16",
         router: str = "",
         retry: ReplicaPolicy | None = None,
+        foreign: bool = False,
     ) -> None:
         if not servers:
             raise SettingError("engine vllm: expected at least one server or URL")
@@ -90,9 +92,9 @@ class VLLMEngine:
                 dtype = served_dtype(server.settings)
         self.context, self.dtype = min(contexts), dtype
         self.base = self.base or next(iter(self.replicas.values())).base
-        self.fleet = ReplicaPool(self.replicas)
+        self.fleet = ReplicaPool(self.replicas, foreign=foreign)
         self.router = self._routed_by(router, policy) if router else None
-        self._versions = AdapterRegistry("vllm")
+        self._versions = AdapterRegistry("vllm", foreign)
         self._routes = Routes()
         self._draw = random.SystemRandom()
 
@@ -265,6 +267,16 @@ class VLLMEngine:
         return EngineInfo(
             "vllm", self.base, self.context, self.dtype, self.max_rank, present, settings=settings
         )
+
+    def address(self) -> dict[str, Any]:
+        """What another process needs to ask the same servers, as JSON (see `attach_engine`): of a
+        key the file that holds it."""
+        servers = [
+            Endpoint(r.url, str(r.server.key_file) if r.server else r.client.key_file)
+            for r in self.replicas.values()
+        ]
+        router = self.router.url if self.router is not None else ""
+        return {"servers": to_json(servers), "router_url": router, "dtype": self.dtype}
 
     async def close(self) -> None:
         """Close connections and stop the servers that were started here. Safe to call twice."""

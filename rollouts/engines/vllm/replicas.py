@@ -144,10 +144,13 @@ class ReplicaPool:
     should have.
 
     A single replica is never passed over: requests wait for it while it is started again.
+    `foreign`: another process loads and unloads, so that a replica comes back as it is.
     """
 
-    def __init__(self, replicas: Mapping[str, Replica], progress: Progress = say) -> None:
-        self.replicas, self.progress = dict(replicas), progress
+    def __init__(
+        self, replicas: Mapping[str, Replica], progress: Progress = say, *, foreign: bool = False
+    ) -> None:
+        self.replicas, self.progress, self.foreign = dict(replicas), progress, foreign
         self.lost: dict[str, str] = {}  # name -> why
         self.adapters: dict[str, str] = {}
         self._returns: dict[str, asyncio.Task[None]] = {}
@@ -229,7 +232,7 @@ class ReplicaPool:
 
         async def one(replica: Replica) -> None:
             listed = await replica.listed()
-            if listed != self.adapters:
+            if listed != self.adapters and not self.foreign:
                 self.lose(
                     replica,
                     f"it lists {len(listed)} adapters, not the {len(self.adapters)} that it should",
@@ -292,7 +295,8 @@ class ReplicaPool:
         while True:
             try:
                 await replica.health.rise()
-                await replica.health.equip(self.adapters)
+                if not self.foreign:
+                    await replica.health.equip(self.adapters)
             except (Transient, RequestRefused) as error:
                 self.lost[replica.name] = str(error)
                 await asyncio.sleep(pause)

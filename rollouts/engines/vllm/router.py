@@ -85,6 +85,7 @@ class Router:
         self, url: str, key: str, base: str, fleet: ReplicaPool, policy: ReplicaPolicy
     ) -> None:
         self.fleet, self.base, self.policy = fleet, base, policy
+        self.url = url
         self._front = Replica(ReplicaClient(url, url, key, base), policy)
 
     async def complete(self, chat: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
