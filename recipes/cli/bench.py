@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from marlora.agents.types import SettingError, nearest
 from marlora.recipes.cli.checkpoint.team import add_json, show, write_json
@@ -12,14 +13,17 @@ from marlora.recipes.launch.tables import table
 def add_bench(command: argparse.ArgumentParser) -> None:
     """Arguments of `marlora bench`."""
     command.add_argument(
-        "suite", help="update, agents, serve, publish, loop, rollout, sandbox, proxy or ahead"
+        "suite", help="update, agents, serve, publish, loop, rollout, sandbox, proxy, ahead or gpu"
     )
     add_json(command)
     command.add_argument("--repeats", type=int, default=3, help="interleaved repeats")
     command.add_argument(
         "--size",
         default="135m",
-        help="geometry of the model: tiny, 135m, or on a GPU qwen3-0.6b, qwen3-4b, qwen3-8b",
+        help=(
+            "geometry of the model: tiny, 135m, or on a GPU qwen3-0.6b, qwen3-1.7b, qwen3-4b,"
+            " qwen3-8b"
+        ),
     )
     command.add_argument(
         "--engine",
@@ -47,6 +51,13 @@ def add_bench(command: argparse.ArgumentParser) -> None:
             " a temporary folder"
         ),
     )
+    command.add_argument(
+        "--ranks",
+        nargs="*",
+        type=int,
+        default=[],
+        help="of rollout: also with so many ranks that play, one launch each",
+    )
 
 
 def cmd_bench(args: argparse.Namespace) -> None:
@@ -54,6 +65,7 @@ def cmd_bench(args: argparse.Namespace) -> None:
     from marlora.trainers.bench.geometry import check_size
     from marlora.trainers.bench.measure import Options
     from marlora.trainers.bench.suites import SUITES
+    from marlora.trainers.errors import RunError
 
     if args.suite not in SUITES:
         raise SettingError(f"bench {args.suite!r}: no such suite; {nearest(args.suite, SUITES)}")
@@ -67,8 +79,10 @@ def cmd_bench(args: argparse.Namespace) -> None:
         tuple(args.rho),
         *([args.device] if args.device else []),
     )
+    options = replace(options, json=args.json, ranks=tuple(args.ranks))
     check_size(args.size)
     result = SUITES[args.suite](options)
+    failed = result.pop("failed", [])
     show(args.json, table(result.pop("title"), result.pop("columns"), result.pop("rows")))
     given = [
         f"--{name} {value}"
@@ -77,6 +91,7 @@ def cmd_bench(args: argparse.Namespace) -> None:
     ]
     given += [f"--rho {' '.join(f'{rho:g}' for rho in args.rho)}"] if args.rho else []
     given += [f"--opponents {' '.join(args.opponents)}"] if args.opponents else []
+    given += [f"--ranks {' '.join(map(str, args.ranks))}"] if args.ranks else []
     write_json(
         args.json,
         {
@@ -85,3 +100,5 @@ def cmd_bench(args: argparse.Namespace) -> None:
             **result,
         },
     )
+    if failed:
+        raise RunError(f"bench {args.suite}: {', '.join(failed)} failed; the others stand as shown")

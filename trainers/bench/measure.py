@@ -33,7 +33,9 @@ EQUAL = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 class Options:
     """`repeats` of every way; `size` of the models; `engine` of suites that serve ("": all that are
     here); `opponents` of the update (none: those of the case), and of the loop that have to be
-    installed first; `rho` and `device` of the update (no rho: all of them).
+    installed first; `rho` and `device` of the update (no rho: all of them); `json`: where a suite
+    of several parts writes what it has after every part ("": nowhere); `ranks`: how many play, of
+    rollouts (none: one process, without the launcher).
     """
 
     repeats: int = 3
@@ -42,6 +44,8 @@ class Options:
     opponents: tuple[str, ...] = ()
     rho: tuple[float, ...] = ()
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    json: str = ""
+    ranks: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
