@@ -27,18 +27,10 @@ SHOWS = ("demo", "own_program")  # recipes that show something; their method is 
 NOTE = "<!-- written from the code by `python -m tests.method_pages` -->"
 BEGIN, END = "<!-- table of methods -->", "<!-- end of the table -->"
 NO_MODEL = "with scripted helpers only, so far"  # the result of a method that no model has run
-NUMBER = re.compile(
-    r"(?<![\w.])(\d*\.\d+(?:e-?\d+)?|\d{1,3}(?:,\d{3})+)(?![\dM])"
-)  # 0.6M is a size
 SPLIT = re.compile(
     r"Against\s+the\s+(?:paper|authors'\s+code)|Authors'\s+code:"
     r"|There\s+is\s+no\s+code\s+by\s+the\s+authors|The\s+library\s+has\s+its\s+own\s+loop"
 )
-
-
-def numbers(text: str) -> set[float]:
-    """Shares, differences and counts of a text, without their signs."""
-    return {float(number.replace(",", "")) for number in NUMBER.findall(text)}
 
 
 def methods() -> dict[str, type[Trainer[Any]]]:

@@ -16,11 +16,11 @@ from tests.method_pages import (
     config_of,
     facts,
     methods,
-    numbers,
     pages,
     with_table,
     words,
 )
+from tests.results_tables import numbers
 
 
 def section(where: str) -> str:

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from marlora.recipes.cli.train import recipes
-from tests.method_pages import numbers
 from tests.repository import ROOT, ci_targets, clean_environment, copy_to, files, names_of_tests
+from tests.results_tables import numbers
 
 PAGES = (
     "README.md",
