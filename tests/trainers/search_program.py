@@ -12,7 +12,8 @@ import torch
 
 from marlora.trainers.distributed.ranks import Ranks
 from marlora.trainers.methods.workflow_search.adas import ADASConfig, ADASTrainer
-from tests.trainers.searches import larger_ensemble, search
+from marlora.trainers.methods.workflow_search.debflow import HELPERS, DebFlowConfig, DebFlowTrainer
+from tests.trainers.searches import Propose, larger_ensemble, random_words, search
 
 
 def inventing(role: str, prompt: str) -> str:
@@ -23,8 +24,14 @@ def inventing(role: str, prompt: str) -> str:
     return json.dumps({"thought": "vote", "name": "vote", "code": code})
 
 
+def debating(role: str, prompt: str) -> str:
+    """Sides of which one knows more, and a moderator who sides with that one."""
+    sides: dict[str, Propose] = {"affirmative": larger_ensemble, "negative": random_words}
+    return sides[role](role, prompt) if role in sides else "affirmative"
+
+
 def searched(folder: Path, model: Path) -> dict[str, Any]:
-    """AFlow's and ADAS's runs: archive, memory and the values in force."""
+    """A run of each search: archive, memory and the values in force."""
     edited = search(folder / "aflow", model, larger_ensemble, pick_tasks=4, pick_rounds=2)
     edited.train()
     invented = search(
@@ -36,12 +43,21 @@ def searched(folder: Path, model: Path) -> dict[str, Any]:
         seeds=["chain of thought"],
         max_steps=1,
     )
-    invented.train()
+    debated = search(
+        folder / "debflow",
+        model,
+        debating,
+        cls=DebFlowTrainer,
+        config=DebFlowConfig,
+        helpers=HELPERS,
+        max_steps=1,
+    )
+    runs = (edited, invented, debated)
+    for each in (invented, debated):
+        each.train()
     return {
-        "values": [dict(each.run.values) for each in (edited, invented)],
-        "parts": [
-            part.state_dict() for each in (edited, invented) for part in (each.search, each.memory)
-        ],
+        "values": [dict(each.run.values) for each in runs],
+        "parts": [part.state_dict() for each in runs for part in (each.search, each.memory)],
     }
 
 

@@ -24,7 +24,7 @@ def test_two_ranks_search_what_one_searches(tmp_path: Path) -> None:
         for rank in (0, 1)
     ]
     assert two[0] == two[1] == one
-    for name in ("aflow", "adas"):
+    for name in ("aflow", "adas", "debflow"):
         mine, theirs = (
             json.loads((tmp_path / count / name / "summary.json").read_text(encoding="utf-8"))
             for count in ("one", "two")
