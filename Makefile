@@ -7,7 +7,7 @@ PY := .venv/bin/python
 # Two tests at a time with one thread each: twice as fast as one with two on a small model. The tests of a file stay together.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
-PARALLEL := -n $(WORKERS) --dist loadgroup
+PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 # Set by module systems of clusters; they would put other packages before those of .venv.
 unexport PYTHONPATH PYTHONHOME
@@ -15,7 +15,7 @@ unexport PYTHONPATH PYTHONHOME
 export MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt check docs pages test-fast test test-full test-gpu demo demo-tiny
+.PHONY: help setup fmt check docs pages test-fast test test-full test-gpu bench-gpu demo demo-tiny
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -44,10 +44,13 @@ test-full: check  ## what `make test` leaves out: checks and slow tests
 	$(PYTEST) $(PARALLEL) -m "slow and not gpu"
 
 test-gpu: setup  ## tests that need an NVIDIA GPU
-	$(PYTEST) -m gpu
+	$(PYTEST) -m gpu tests/test_gpu.py
 
-pages: setup  ## write the pages that come from the code: methods, settings, reference, metrics, llms.txt
-	@for page in method_pages settings_page reference_pages metrics_page llms_page; do $(PY) -m tests.$$page || exit 1; done
+bench-gpu: setup  ## at most ten minutes of one H100 or H200, after the GPU's tests: benchmarks/gpu.json
+	$(PY) -m marlora.recipes.cli.main bench gpu --size qwen3-4b --repeats 5 --json benchmarks/gpu.json
+
+pages: setup  ## write the pages that come from the code and the numbers: results, methods, settings, reference, metrics, llms.txt
+	@for page in results_tables method_pages settings_page reference_pages metrics_page llms_page; do $(PY) -m tests.$$page || exit 1; done
 
 docs: setup  ## build the documentation site into build/site; a broken link ends it
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict && echo "docs: build/site/index.html; with the search: python3 -m http.server -d build/site"

@@ -144,6 +144,7 @@ def test_targets_do_their_own_set_up() -> None:
         "test",
         "test-full",
         "test-gpu",
+        "bench-gpu",
         "demo",
         "demo-tiny",
     ):

@@ -3,6 +3,7 @@ step on them cannot do without."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from ..batching.batches import pack
 from ..batching.samples import TrainingSequence
 from ..model.base.lora_targets import linear_names
 from ..model.local_models import local_model
-from ..testbeds.tiny import tiny_network, tiny_random_model
+from ..testbeds.tiny import tiny_network, tiny_random_model, tiny_tokenizer
 
 
 def _qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
@@ -48,6 +49,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
     },
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, True),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, True),
     "qwen3-4b": _qwen3(2560, 9728, 36, 32, True),
     "qwen3-8b": _qwen3(4096, 12288, 36, 32, False),
 }
@@ -78,15 +80,31 @@ def network(size: str, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
     return model
 
 
-def served_folder(size: str, folder: Path) -> str:
-    """A model that an engine can load: weights and a tokenizer that fits them."""
+def served_folder(size: str, folder: Path, device: str = "cpu") -> str:
+    """A model that an engine can load: weights and a tokenizer that fits them. Those of Qwen3's
+    geometries are random, drawn on `device`, in bfloat16."""
+    check_size(size)
     if size == "tiny":
         return str(tiny_random_model(folder / "model", hidden_size=128, layers=3))
     if size == "135m":
         return local_model("smollm2-135m")
-    raise SettingError(
-        f"--size {size}: suites that serve know tiny and 135m, whose tokenizers are here"
-    )
+    model = network(size, device, torch.bfloat16)
+    model.config.use_cache = True
+    model.save_pretrained(folder / "model")
+    byte_tokenizer(SIZES[size]["vocab_size"]).save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def byte_tokenizer(vocabulary: int) -> Any:
+    """`tiny_tokenizer`, whose vocabulary is filled up to this size: text is read as bytes, and any
+    token that a random model samples has a text."""
+    from tokenizers import Tokenizer
+
+    tokenizer = tiny_tokenizer()
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["model"]["vocab"] |= {f"<{n}>": n for n in range(len(tokenizer), vocabulary)}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(core))
+    return tokenizer
 
 
 @dataclass(frozen=True)

@@ -136,10 +136,9 @@ async def _measure(
     optimizers = Optimizers(adapters, GRPOConfig(learning_rate=RATE))
     engine: Engine = await start()
     publisher = Publisher(folder / "versions", adapters, engine)
-    trainer = _timed(publisher)
     try:
         laps = [
-            await _lap(engine, tokens, publisher, optimizers, trainer, step)
+            await lap(engine, tokens, publisher, optimizers, step, POLICIES)
             for step in range(1, repeats + 2)
         ]
         return laps[1:]  # the first one warms up
@@ -147,24 +146,26 @@ async def _measure(
         await engine.close()
 
 
-async def _lap(
+async def lap(
     engine: Engine,
     tokens: ChatRenderer,
     publisher: Publisher,
     optimizers: Optimizers,
-    trainer: list[float],
     step: int,
+    policies: Sequence[str],
 ) -> dict[str, float]:
-    """Seconds of the parts of one step: learn, publish, sample one token, verify. Raises `RunError`
-    if a verification does not pass."""
+    """Seconds of the parts of one step of these policies: learn, publish, sample one token, verify.
+    Raises `RunError` if a verification does not pass."""
     prompts = [
         tokens.prompt([Message("user", ASKED.format(a=step, b=k + 3, c=step + k))])
         for k in range(TURNS)
     ]
-    learnt, probes = await _turns(engine, publisher, prompts)
-    update(optimizers, learnt, lambda inputs: policy_loss(inputs, LOSS), step, Ranks())
+    learnt, probes = await _turns(engine, publisher, prompts, policies)
+    ranks = Ranks()
+    ranks.device = optimizers.adapters.device
+    update(optimizers, learnt, lambda inputs: policy_loss(inputs, LOSS), step, ranks)
     start = time.perf_counter()
-    await publisher.publish(step, POLICIES)
+    await publisher.publish(step, policies)
     published = time.perf_counter()
     await asyncio.gather(
         *(
@@ -173,10 +174,10 @@ async def _lap(
         )
     )
     spoke = time.perf_counter()
-    trainer.clear()
-    proofs = await publisher.verify(step, probes, final=True)  # a failed proof raises
+    with _timed(publisher) as trainer:
+        proofs = await publisher.verify(step, probes, final=True)  # a failed proof raises
     proven = time.perf_counter()
-    if len(proofs) != len(POLICIES) or any(proof.status != "passed" for proof in proofs):
+    if len(proofs) != len(policies) or any(proof.status != "passed" for proof in proofs):
         raise RunError(f"bench publish: a proof did not pass ({proofs}); no time is given")
     return {
         "publish": published - start,
@@ -190,13 +191,13 @@ async def _lap(
 
 
 async def _turns(
-    engine: Engine, publisher: Publisher, prompts: Sequence[Any]
+    engine: Engine, publisher: Publisher, prompts: Sequence[Any], policies: Sequence[str]
 ) -> tuple[list[TrainingSequence], dict[str, list[Probe]]]:
     """Turns of the current versions, sampled for every policy: what a step learns from, and the
     windows that verify it."""
     probes: dict[str, list[Probe]] = {}
     learnt: list[TrainingSequence] = []
-    for number, name in enumerate(POLICIES):
+    for number, name in enumerate(policies):
         ref = ModelRef(name, publisher.versions.get(name, ""))
         sampling = Sampling(max_tokens=REPLY, seed=number)
         completions = await asyncio.gather(
@@ -231,8 +232,9 @@ def _sample(policy: str, number: int, reply: Completion) -> TrainingSequence:
     )
 
 
-def _timed(publisher: Publisher) -> list[float]:
-    """The seconds of every forward pass of the trainer's that the publisher will ask for."""
+@contextlib.contextmanager
+def _timed(publisher: Publisher) -> Iterator[list[float]]:
+    """The seconds of every forward pass of the trainer's that the publisher asks for meanwhile."""
     seconds: list[float] = []
     ask = publisher.verifier.forward
 
@@ -243,4 +245,7 @@ def _timed(publisher: Publisher) -> list[float]:
         return scores
 
     publisher.verifier.forward = timed
-    return seconds
+    try:
+        yield seconds
+    finally:
+        publisher.verifier.forward = ask

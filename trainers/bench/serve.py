@@ -123,17 +123,27 @@ async def _measure(start: Any, folder: Path, model: str, repeats: int) -> dict[s
 
 
 async def measured(
-    engine: Engine, refs: Sequence[ModelRef], callers: int, repeats: int
+    engine: Engine,
+    refs: Sequence[ModelRef],
+    callers: int,
+    repeats: int,
+    *,
+    numbers: Sequence[int] = (),
+    reply: int = REPLY,
 ) -> dict[str, Any]:
-    """What this engine gives with the first 0, 1, 2 ... of these adapters, in turns, after one
-    round that does not count."""
-    numbers = [n for n in ADAPTERS if n <= len(refs)]
+    """What this engine gives with the first 0, 1, 2 ... of these adapters (`numbers`; none:
+    `ADAPTERS`), in turns, after one round that does not count."""
+    numbers = [n for n in numbers or ADAPTERS if n <= len(refs)]
     rates: dict[str, list[float]] = {str(n): [] for n in numbers}
     waits: dict[str, list[float]] = {"miss": [], "hit": []}
     for lap in range(repeats + 1):
         for n in numbers:
             seconds, tokens = await _wave(
-                engine, list(refs[:n]) or [ModelRef("base")], callers, seed=100 * lap + n
+                engine,
+                list(refs[:n]) or [ModelRef("base")],
+                callers,
+                seed=100 * lap + n,
+                reply=reply,
             )
             rates[str(n)] += [tokens / seconds] if lap else []
         prefix = recorded(Case(1, PREFIX, 1), seed=10_000 + lap)[0].ids[:PREFIX]
@@ -148,7 +158,7 @@ async def measured(
 
 
 async def _wave(
-    engine: Engine, refs: Sequence[ModelRef], callers: int, seed: int
+    engine: Engine, refs: Sequence[ModelRef], callers: int, *, seed: int, reply: int
 ) -> tuple[float, int]:
     """(seconds, sampled tokens) of as many requests at once, with prompts of no earlier request."""
     prompts = [
@@ -159,7 +169,7 @@ async def _wave(
     begun = time.perf_counter()
     replies = await asyncio.gather(
         *(
-            engine.generate(p, refs[k % len(refs)], Sampling(max_tokens=REPLY, seed=seed + k))
+            engine.generate(p, refs[k % len(refs)], Sampling(max_tokens=reply, seed=seed + k))
             for k, p in enumerate(prompts)
         )
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from .agents import agents
 from .ahead import ahead
+from .gpu.hour import gpu
 from .loop import loop
 from .measure import Options
 from .proxy import proxy
@@ -27,4 +28,5 @@ SUITES: dict[str, Callable[[Options], dict[str, Any]]] = {
     "sandbox": sandbox,
     "proxy": proxy,
     "ahead": ahead,
+    "gpu": gpu,
 }

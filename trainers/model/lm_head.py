@@ -41,6 +41,7 @@ def score(
     *,
     entropy_grad: bool,
     chunk: int | None = None,
+    fuse: bool = True,
 ) -> Scores:
     """log p(target) and entropy [N], float32, of terms with these hidden states [N, H], at their
     temperatures [N].
@@ -51,6 +52,7 @@ def score(
         cap: `final_logit_softcapping` of the logits.
         entropy_grad: let gradients flow through the entropy as well.
         chunk: terms whose logits exist at the same time; None: as many as `chunk_of` says.
+        fuse: take TRL's kernel where it runs.
     """
     chunk = chunk or chunk_of(head.weight.shape[0], hidden.device.type)
     if not _frozen_linear(head):
@@ -61,7 +63,7 @@ def score(
             )
         ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    fused = fused_head(hidden.device)
+    fused = fused_head(hidden.device) if fuse else None
     if fused is not None:
         return _by_temperature(fused, head, cap, hidden, target, temperature, entropy_grad)
     return _Frozen.apply(
