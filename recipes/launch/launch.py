@@ -3,7 +3,7 @@ out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,6 @@ from marlora.recipes.launch.settings import parse
 from marlora.recipes.launch.tables import summary_table
 from marlora.rollouts.checkpoints.needs import meta_flag, needed_flags
 from marlora.rollouts.checkpoints.reader import read_checkpoint
-from marlora.rollouts.rewards.builtin import reward_name
-from marlora.rollouts.rewards.judge import Judge
-from marlora.rollouts.rewards.scoring import RewardFn
 from marlora.trainers.loop.dry_run import print_plan
 from marlora.trainers.loop.serve_only import serve
 from marlora.trainers.loop.spec import RunSpec
@@ -41,17 +38,8 @@ def _flags(spec: RunSpec, summary: Mapping[str, Any]) -> tuple[list[str], list[s
     data = read_checkpoint(folder)
     engine = ["--engine", spec.config.engine] if spec.config.engine != "auto" else []
     meta = meta_flag(data, spec.eval_tasks[0].public().meta)
-    flags = [*needed_flags(data, type(spec.system)), *reward_flags(spec.rewards), *engine]
+    flags = [*needed_flags(data, type(spec.system)), *engine]
     return flags, meta
-
-
-def reward_flags(rewards: Sequence[RewardFn]) -> list[str]:
-    """The words `--rewards ...` without which a checkpoint cannot be evaluated: if a judge among
-    its rewards is a helper, of whom only the run knows."""
-    if not any(isinstance(fn, Judge) and not fn.of_checkpoints for fn in rewards):
-        return []
-    names = [fn.outside_name if isinstance(fn, Judge) else reward_name(fn) for fn in rewards]
-    return ["--rewards", *(list(filter(None, names)) or ["correct"])]
 
 
 def launch(trainer: type[Trainer[Any]], file: str) -> None:

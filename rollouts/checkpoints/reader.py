@@ -17,9 +17,10 @@ from typing import Any
 
 from ...agents.lookup import AGREE, Untrusted, only_trusted
 from ...agents.text.secrecy import shown_key_name, shown_url
-from ...agents.types import AgentSpec, PolicySpec, Sampling, SettingError, from_json
+from ...agents.types import AgentSpec, PolicySpec, Sampling, SettingError, from_json, nearest
 from ..engines.adapter_versions import FILES
 from ..files import adapter_sha256, file_sha256
+from ..rewards.helpers import Helper, helpers_of
 
 SCHEMA = 1
 DAMAGE = (
@@ -118,6 +119,22 @@ def _check_parts(data: Any) -> None:
     _check_bases(data)
     _check_values(data)
     from_json(Sampling, data["sampling"], "sampling")
+    read_helpers(data)
+
+
+def read_helpers(data: Mapping[str, Any]) -> dict[str, Helper]:
+    """The helpers that the checkpoint's rewards ask, by name. Raises `SettingError` for one that
+    takes the name of an agent or a policy, or stands on no base of the checkpoint."""
+    taken = {*data["policies"], *(agent["name"] for agent in data["agents"])}
+    helpers = helpers_of(data.get("helpers", {}), taken)  # 0.1 wrote none
+    for name, helper in helpers.items():
+        base = helper.policy.base or data["base"]["name"]
+        if not helper.policy.url and base not in data["bases"]:
+            raise SettingError(
+                f"helpers.{name}.base: {base!r} is no base of the checkpoint;"
+                f" {nearest(base, list(data['bases']))}"
+            )
+    return helpers
 
 
 def _check_agents(data: Mapping[str, Any]) -> None:
@@ -326,6 +343,6 @@ def outside_addresses(data: Mapping[str, Any]) -> list[str]:
     would be sent, as text for the user to agree to."""
     return [
         f"the model at {shown_url(p['url'])} as {name} with {shown_key_name(p.get('key_env'))}"
-        for name, p in data["policies"].items()
+        for name, p in [*data["policies"].items(), *data.get("helpers", {}).items()]
         if p.get("url")
     ]

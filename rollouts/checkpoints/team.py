@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ from ..episodes.runner import EpisodeLimits, EpisodeRunner
 from ..files import files_sha256
 from ..renderer import ChatRenderer, load_tokenizer
 from ..rewards.builtin import resolve_rewards
-from ..rewards.judge import outside_judges
+from ..rewards.helpers import served
+from ..rewards.judge import asked_policies
 from ..rewards.scoring import RewardFn, fn_name
 from ..tasks.registry import load_tasks, split_hash
-from .reader import ORIGIN, as_data, outside_addresses, read_checkpoint, read_values
+from .reader import ORIGIN, as_data, outside_addresses, read_checkpoint, read_helpers, read_values
 
 
 @dataclasses.dataclass
@@ -116,14 +117,15 @@ class CheckpointBase:
         path: where it lies now.
         key: tells it from other bases (see `base_of`).
         policies: those with adapters on it.
-        base_policy: whether it is the one that policy `base`, which has no adapter, speaks with.
+        without_adapter: names of policies that speak with it and have none: `base`, and those of
+            helpers.
     """
 
     path: str
     renderer: ChatRenderer
     key: str
     policies: tuple[PolicySpec, ...]
-    base_policy: bool
+    without_adapter: tuple[str, ...]
 
 
 @dataclasses.dataclass
@@ -164,7 +166,7 @@ async def load_team(
     folder = Path(checkpoint)
     data = read_checkpoint(folder)
     system, rewards = resolve_names(folder, data, options)
-    bases = locate_bases(data, options)
+    bases = locate_bases(data, options, set(asked_policies(rewards)))
     engines_by_base = {key: each for other in beside for key, each in other.loaded_engines.items()}
     engines = await start_engines(folder, data, bases, engines_by_base, config, options)
     state = TeamState(
@@ -174,7 +176,7 @@ async def load_team(
     )
     rollouts = EpisodeRunner(
         system,
-        completers({**policies_of(data), **outside_judges(rewards)}, engines.of_policy),
+        completers({**policies_of(data), **asked_policies(rewards)}, engines.of_policy),
         rewards,
         state,
         from_json(Sampling, data["sampling"]),
@@ -193,10 +195,11 @@ def resolve_names(
     if (outside := outside_addresses(data)) and not options.trust:
         raise SettingError(f"{folder}: the checkpoint names {', '.join(outside)}; {AGREE}")
     system = checkpoint_system(folder, data, options.system, options.trust)
+    helpers = read_helpers(data)
     if options.rewards is not None:
-        return system, resolve_rewards(options.rewards)
+        return system, served(resolve_rewards(options.rewards), helpers)
     with as_data(folder, data, options.trust):
-        return system, resolve_rewards(data["rewards"])
+        return system, served(resolve_rewards(data["rewards"]), helpers)
 
 
 def policies_of(data: Mapping[str, Any]) -> dict[str, PolicySpec]:
@@ -204,16 +207,27 @@ def policies_of(data: Mapping[str, Any]) -> dict[str, PolicySpec]:
     return {name: from_json(PolicySpec, spec) for name, spec in data["policies"].items()}
 
 
-def locate_bases(data: Mapping[str, Any], options: LoadOptions) -> list[CheckpointBase]:
-    """The base check: each base of a checkpoint, found by `options.locate` and checked to have the
-    files and the chat template that the run was trained with."""
-    policies = policies_of(data)
-    base_of_base = (data["policies"].get(BASE) or {}).get("base") or data["base"]["name"]
+def locate_bases(
+    data: Mapping[str, Any], options: LoadOptions, asked: Collection[str] = ()
+) -> list[CheckpointBase]:
+    """The base check: each base of a checkpoint that is needed, found by `options.locate` and
+    checked to have the files and the chat template that the run was trained with. `asked`: the
+    policies of helpers that are asked; the others need no base."""
+    policies, default = policies_of(data), data["base"]["name"]
+    bare = {
+        helper.policy.name: helper.policy.base or default
+        for helper in read_helpers(data).values()
+        if helper.policy.name in asked and not helper.policy.url
+    }
+    bare[BASE] = (data["policies"].get(BASE) or {}).get("base") or default
     bases = []
-    for name, path in {name: options.locate(name) for name in data["bases"]}.items():
-        renderer, key = base_of(name, path, data)
-        own = tuple(policies[policy] for policy in data["bases"][name]["policies"])
-        bases.append(CheckpointBase(path, renderer, key, own, name == base_of_base))
+    for name, entry in data["bases"].items():
+        own = tuple(policies[policy] for policy in entry["policies"])
+        without_adapter = tuple(policy for policy, base in bare.items() if base == name)
+        if own or without_adapter:
+            path = options.locate(name)
+            renderer, key = base_of(name, path, data)
+            bases.append(CheckpointBase(path, renderer, key, own, without_adapter))
     return bases
 
 
@@ -243,7 +257,7 @@ async def start_engines(
                 engines.by_base[base.key] = LoadedEngine(engine)
             loaded = engines.by_base[base.key]
             engines.used.append(loaded.engine)
-            names = [policy.name for policy in base.policies] + [BASE] * base.base_policy
+            names = [*(policy.name for policy in base.policies), *base.without_adapter]
             engines.of_policy |= dict.fromkeys(names, (loaded.engine, base.renderer))
             engines.versions |= await loaded.load(folder, base.policies, data, options.scratch)
     except BaseException:

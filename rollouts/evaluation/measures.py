@@ -13,6 +13,7 @@ from typing import Any
 from ...agents.system import System
 from ...agents.text.answers import extract, normalise, same
 from ...agents.types import Reward, Usage
+from ..rewards.judge import Judge
 from ..rewards.scoring import RewardFn, score
 from ..types import Episode
 from .rounds import answers_by_round, transitions
@@ -136,10 +137,13 @@ async def changes_by_round(
 ) -> dict[str, Any] | None:
     """What rounds do to answers (`rounds.py`): every taken turn is scored as if it were the
     team's output. None for a system without rounds (one that does not say which member each agent
-    is, `member_of`: its turns need not be answers), and if no member has two turns."""
+    is, `member_of`: its turns need not be answers), if no member has two turns, and for a reward
+    that asks a judge, who is asked about outputs alone."""
     member_of = getattr(system, "member_of", None)
-    if not member_of or not any(
-        len(answers_by_round(episode, member_of)) > 1 for episode in episodes
+    if (
+        not member_of
+        or isinstance(reward, Judge)
+        or not any(len(answers_by_round(episode, member_of)) > 1 for episode in episodes)
     ):
         return None
     known: dict[tuple[str, str], float] = {}

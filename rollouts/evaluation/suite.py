@@ -21,6 +21,7 @@ from typing import Any
 
 from ...agents.state import TeamState
 from ...agents.types import SettingError, Task, to_json
+from ..episodes.aside_store import StoredAsides
 from ..episodes.runner import EpisodeRequest, EpisodeRunner
 from ..episodes.store import Store
 from ..rewards.builtin import reward_name
@@ -165,7 +166,7 @@ async def play(
     variant: Variant, plan: Plan, folder: Path, show_progress: ShowProgress
 ) -> list[Episode]:
     """Its episodes in the order of the plan, then their children; those stored in `folder/KEY` are
-    read, the others played and stored."""
+    read, the others played and stored. Talks with judges are stored there too, and not counted."""
     episodes: list[Episode] = []
     children: list[Episode] = []
     for seed in plan.seeds:
@@ -174,7 +175,9 @@ async def play(
             stored = {e.id: e for e in store}
             missing = [request for request in requests if request.id not in stored]
             with show_progress(variant.name, len(requests), len(requests) - len(missing)) as tick:
-                player = variant.player(seed, plan.greedy)
+                player = dataclasses.replace(
+                    variant.player(seed, plan.greedy), asides=StoredAsides(store, store.extend)
+                )
                 async for episode in player.collect(missing, variant.state):
                     store.append(episode)
                     stored[episode.id] = episode
@@ -182,7 +185,9 @@ async def play(
         episodes += [stored[request.id] for request in requests]
         parents = tuple(f"{request.id}/" for request in requests)
         children += [
-            e for e in stored.values() if e.parent is not None and e.id.startswith(parents)
+            e
+            for e in stored.values()
+            if e.parent is not None and e.id.startswith(parents) and not e.follows
         ]
     return episodes + children
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from ...agents.lookup import needs_trust, trusted
 from ...agents.patterns.chain import Chain
 from ...agents.system import System
 from ...agents.text.secrecy import check_url
@@ -66,18 +67,10 @@ class Judge:
         return json.dumps([self.__qualname__, to_json(self.agent), to_json(self.policy)])
 
     @property
-    def outside_name(self) -> str | None:
-        """The name of a reward that asks the same model without the run's settings; None if it is
-        no outside model."""
-        if self.policy is None or not self.policy.url:
-            return None
-        parts = filter(None, (self.policy.url, self.policy.base, self.policy.key_env))
-        return f"judge({', '.join(parts)})"
-
-    @property
-    def of_checkpoints(self) -> bool:
-        """Whether its name alone says whom it asks, so that a checkpoint can."""
-        return self.outside_name == self.__qualname__
+    def of_helper(self) -> bool:
+        """Whether its name is that of a helper, whose model stands elsewhere: in the run's settings
+        or in the checkpoint."""
+        return "," not in self._text
 
     def served_by(self, agent: AgentSpec, policy: PolicySpec) -> Judge:
         """The judge as a run's settings describe the helper of its name."""
@@ -88,8 +81,8 @@ class Judge:
         for a helper whose model is not known."""
         if not self.known:
             raise SettingError(
-                f"reward {self.__qualname__}: helper {self.agent.name!r} is not known here (a"
-                " checkpoint holds no helpers); name its model: --rewards 'judge(URL, MODEL)'"
+                f"reward {self.__qualname__}: helper {self.agent.name!r} is not known here (the"
+                " checkpoint does not name it); name its model: --rewards 'judge(URL, MODEL)'"
             )
         if not (episode.output or "").strip():
             return None
@@ -126,10 +119,11 @@ def verdict(reply: str) -> float:
     return float(found[1]) / HIGHEST
 
 
+@trusted("reward maker")
 def judge(text: str) -> Judge:
     """The judge that a reward's name describes. `text`: the name of one of the run's `helpers`, or
     `URL, MODEL` of an outside model, then perhaps `, KEY_ENV`, the environment variable with its
-    key. Raises `SettingError`."""
+    key. Raises `SettingError`; a checkpoint that names an outside model needs consent."""
     parts = [part.strip() for part in text.split(",")]
     if len(parts) == 1 and parts[0] and "/" not in parts[0]:
         return Judge(AgentSpec(parts[0]), None, parts[0], known=False)
@@ -140,12 +134,13 @@ def judge(text: str) -> Judge:
         )
     url, model, key_env = (*parts, "")[:3]
     check_url("reward judge(URL, MODEL): URL", url)
+    needs_trust("reward", f"judge({text})")
     fields: dict[str, Any] = {"base": model, "url": url, "key_env": key_env}
     policy = PolicySpec(NAME, trainable=False, **fields)
     return Judge(AgentSpec(NAME, policy=NAME), policy, ", ".join(parts), known=True)
 
 
-def outside_judges(rewards: Iterable[RewardFn]) -> dict[str, PolicySpec]:
-    """By name, the outside models that judges among these rewards speak with."""
+def asked_policies(rewards: Iterable[RewardFn]) -> dict[str, PolicySpec]:
+    """By name, the policies that judges among these rewards speak with."""
     policies = [fn.policy for fn in rewards if isinstance(fn, Judge)]
     return {policy.name: policy for policy in policies if policy is not None}

@@ -10,7 +10,7 @@ import pytest
 from marlora.agents.types import PolicySpec, SettingError, Usage
 from marlora.rollouts.budget import Budget, Price, prices_of
 from marlora.rollouts.ledger import Ledger
-from marlora.trainers.helpers import helpers_of
+from marlora.rollouts.rewards.helpers import helpers_of
 
 USD = Price("USD", prompt=3.0, sampled=15.0, cached=0.3)
 

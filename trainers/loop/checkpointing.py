@@ -16,6 +16,7 @@ from ...rollouts.checkpoints.reader import ORIGIN, VALUES, read_values
 from ...rollouts.files import files_sha256
 from ...rollouts.ledger import NOTHING_SPENT, Ledger
 from ...rollouts.rewards.builtin import reward_name
+from ...rollouts.rewards.helpers import asked_helpers
 from .. import checkpoint as ckpt
 from ..errors import RunError
 from ..model.base_models import versions
@@ -126,10 +127,13 @@ class Checkpointer:
 
     def system_json(self) -> dict[str, Any]:
         """All that `marlora eval` needs: base, system, agents, policies, values, adapters by hash,
-        tasks, rewards, versions."""
+        tasks, rewards and the helpers they ask (of whose keys only the variables' names stand
+        there), versions."""
         spec, config, bases = self.spec, self.spec.config, self.learner.bases
         hashes = self.learner.base_hashes
         cls = type(spec.system)
+        helpers = asked_helpers(spec.rewards)
+        spoken = {*spec.policies, *(helper.policy.name for helper in helpers.values())}
         return {
             "schema": ckpt.SCHEMA,
             "recipe": spec.recipe,
@@ -144,7 +148,7 @@ class Checkpointer:
                     "policies": [p for p in b.policies if p in spec.policies],
                 }
                 for n, b in bases.items()
-                if n == config.model or any(p in spec.policies for p in b.policies)
+                if n == config.model or any(p in spoken for p in b.policies)
             },
             "system": {
                 "class": f"{cls.__module__}:{cls.__qualname__}",
@@ -161,6 +165,7 @@ class Checkpointer:
             },
             "tasks": split_of(spec),
             "rewards": [reward_name(r) for r in spec.rewards],
+            "helpers": {name: helper.settings() for name, helper in helpers.items()},
             "sampling": to_json(config.sampling()),
             "versions": versions(),
         }

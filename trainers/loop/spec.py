@@ -18,11 +18,11 @@ from ...agents.types import BASE, AgentSpec, PolicySpec, SettingError, Task, nea
 from ...rollouts.checkpoints.reader import read_checkpoint, read_values
 from ...rollouts.rewards.builtin import resolve_rewards, reward_name
 from ...rollouts.rewards.gold import check_answers
+from ...rollouts.rewards.helpers import Helper, helpers_of, with_judges
 from ...rollouts.rewards.scoring import RewardFn, check_names, fn_name
 from ...rollouts.tasks.registry import load_tasks
 from ..collection.task_order import tasks_of
 from ..config import RunConfig
-from ..helpers import Helper, helpers_of, with_judges
 from ..update.scalar_heads import HeadSpec
 from . import checks
 

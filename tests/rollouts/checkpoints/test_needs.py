@@ -21,6 +21,8 @@ OURS: dict[str, Any] = {
     },
     "agents": [{"name": "first", "policy": "first"}, {"name": "last", "policy": "last"}],
     "policies": {"first": {"name": "first"}, "last": {"name": "last"}},
+    "base": {"name": "the-base"},
+    "bases": {"the-base": {}},
     "rewards": ["exact"],
     "tasks": {"name": "arithmetic", "args": {}, "seed": 0, "num_eval_tasks": 2, "eval": ""},
 }
@@ -52,6 +54,18 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         [*SYSTEM, *TRUST],
     ),
     "a program": ({"system": PROGRAM}, ["--system", PROGRAM["class"], *TRUST]),
+    "a judge on the checkpoint's own base": (
+        {"rewards": ["judge(critic)"], "helpers": {"critic": {"prompt": "Judge."}}},
+        [],
+    ),
+    "a judge elsewhere": (
+        {
+            "rewards": ["judge(critic)"],
+            "helpers": {"critic": {"url": "http://x/v1", "base": "m", "key_env": "HOME"}},
+        },
+        TRUST,
+    ),
+    "a judge elsewhere, by its address": ({"rewards": ["judge(http://x/v1, m)"]}, TRUST),
     "a model elsewhere, with a key": (
         {
             "policies": {

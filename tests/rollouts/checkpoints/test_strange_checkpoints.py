@@ -149,6 +149,7 @@ def valid(cls: str) -> dict[str, Any]:
             "eval": split_hash(tasks),
         },
         "rewards": ["exact", "verified(calculator)"],
+        "helpers": {"critic": {"prompt": "Judge.", "role": "judge"}},
         "sampling": json.loads(json.dumps(to_json(Sampling(max_tokens=40)))),
         "versions": {},
     }
@@ -384,6 +385,34 @@ def test_a_name_that_is_looked_up_late_is_judged_too(world: Path, tmp_path: Path
     assert not world.exists()
 
 
+@pytest.mark.parametrize(
+    ("helper", "message"),
+    [
+        ({"url": "http://elsewhere/v1"}, "elsewhere/v1 as critic with .*--trust_checkpoint"),
+        ({"tools": ["calculator"]}, "helpers.critic.tools: unknown field of a helper"),
+        ({"init": "/etc"}, "helpers.critic.init: unknown field of a helper"),
+        ({"base": "another"}, "helpers.critic.base: 'another' is no base of the checkpoint"),
+        ("critic", "helpers.critic: expected a mapping"),
+        (["critic"], "helpers.critic: expected a mapping"),
+    ],
+)
+def test_a_helper_is_data_and_asked_with_consent(
+    helper: Any, message: str, world: Path, tmp_path: Path
+) -> None:
+    data = valid("marlora.agents.patterns.vote:Vote")
+    data["rewards"] = ["judge(critic)"]
+    (tmp_path / "system.json").write_text(json.dumps(data))
+    asyncio.run(work(tmp_path))
+    data["helpers"] = {"critic": helper}
+    (tmp_path / "system.json").write_text(json.dumps(data))
+    with pytest.raises(SettingError, match=message):
+        asyncio.run(work(tmp_path))
+    data["helpers"] = {"a": {"prompt": "Judge."}}
+    (tmp_path / "system.json").write_text(json.dumps(data))
+    with pytest.raises(SettingError, match=r"helpers\.a: the team has an agent or a"):
+        asyncio.run(work(tmp_path))
+
+
 def test_an_outside_model_is_not_asked_and_its_key_not_shown(world: Path, tmp_path: Path) -> None:
     data = valid("marlora.agents.patterns.vote:Vote")
     data["policies"]["a"]["url"] = "http://user:sesame-secret@elsewhere/v1?key=sesame-secret"
@@ -508,6 +537,7 @@ def test_a_mark_is_the_objects_own() -> None:
     [
         "exact",
         "verified(calculator)",
+        "judge(critic)",
         "marlora.rollouts.rewards.builtin:exact",
         "marlora.rollouts.rewards.games:won",
     ],
@@ -524,6 +554,7 @@ def test_rewards_of_ours_need_no_trust(name: str) -> None:
         "marlora.rollouts.rewards.scoring:fn_name(x)",
         "marlora.rollouts.rewards.builtin:resolve_verifier",
         "verified(calculator(x))",
+        "judge(http://elsewhere/v1, m)",
     ],
 )
 def test_what_is_ours_but_not_marked_for_it_is_refused(name: str) -> None:

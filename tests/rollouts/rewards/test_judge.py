@@ -8,7 +8,7 @@ import pytest
 
 from marlora.agents.types import AgentSpec, PolicySpec, Sampling, SettingError, Task
 from marlora.rollouts.rewards.builtin import resolve_rewards, reward_name
-from marlora.rollouts.rewards.judge import PROMPT, SAMPLING, judge, outside_judges, verdict
+from marlora.rollouts.rewards.judge import PROMPT, SAMPLING, asked_policies, judge, verdict
 from marlora.rollouts.types import Episode
 
 OUTSIDE = "judge(http://127.0.0.1:9/v1, gpt-x, GPT_KEY)"
@@ -78,12 +78,12 @@ def test_a_name_that_makes_it_again() -> None:
     assert name == f"marlora.rollouts.rewards.judge:{OUTSIDE}"
     again = resolve_rewards(name)
     assert reward_name(again[0]) == name
-    assert outside_judges([fn, *resolve_rewards("exact")]) == {
+    assert asked_policies([fn, *resolve_rewards("exact")]) == {
         "judge": PolicySpec(
             "judge", base="gpt-x", url="http://127.0.0.1:9/v1", key_env="GPT_KEY", trainable=False
         )
     }
-    assert outside_judges(resolve_rewards("judge(critic)")) == {}
+    assert asked_policies(resolve_rewards("judge(critic)")) == {}
 
 
 def test_what_its_verdicts_depend_on_identifies_it() -> None:

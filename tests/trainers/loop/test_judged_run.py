@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ import pytest
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.types import SettingError
 from marlora.recipes.cli.main import main
-from marlora.recipes.launch.launch import reward_flags
+from marlora.rollouts.checkpoints import team
+from marlora.rollouts.checkpoints.needs import needed_flags
 from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.scripted import ScriptedEngine
 from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.rewards.helpers import asked_helpers
 from marlora.rollouts.types import Episode
 from marlora.trainers.config import RunConfig
 from marlora.trainers.loop.step_result import StepResult
 from marlora.trainers.trainer import Trainer
+from tests.trainers.outside import Outside
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,7 +89,6 @@ def facts(folder: Path) -> Any:
 def test_a_judge_is_served_recorded_and_metered(model: Path, tmp_path: Path) -> None:
     made = collector(tmp_path / "run", model)
     summary = made.train()
-    assert reward_flags(made.spec.rewards) == ["--rewards", "correct"]
     rows = summary["ledger"]
     assert rows["train"]["solver"]["calls"] == 8 and rows["aside"]["critic"]["calls"] == 8
     assert rows["eval"]["critic"]["calls"] == rows["eval"]["solver"]["calls"] > 0
@@ -127,23 +130,115 @@ def test_a_budget_holds_for_the_judge_too(model: Path, tmp_path: Path) -> None:
     assert summary["done"] == "the budget is spent"
 
 
-def test_its_checkpoint_is_evaluated_by_another_reward_or_an_outside_judge(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from marlora.rollouts.checkpoints import team
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The bases for which the command line starts an engine, in order; scripted ones."""
+    started = list[str]()
 
-    async def start(*args: Any, **settings: Any) -> ScriptedEngine:
+    async def start(path: str, *args: Any, **settings: Any) -> ScriptedEngine:
+        started.append(path)
         return ScriptedEngine(said)
 
     monkeypatch.setattr(team, "start_engine", start)
-    collector(tmp_path / "run", model).train()
-    checkpoint = str(tmp_path / "run" / "checkpoints" / "step-000002")
-    argv = ["eval", checkpoint, "--trust_checkpoint", "--output", str(tmp_path / "eval")]
+    return started
+
+
+def evaluated(run: Path, folder: Path, *flags: str) -> dict[str, Any]:
+    """What `marlora eval` says of a run's last checkpoint."""
+    checkpoint = str(run / "checkpoints" / "step-000002")
+    main(["eval", checkpoint, "--output", str(folder), *flags])
+    result: dict[str, Any] = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    return result
+
+
+def system_json(run: Path) -> dict[str, Any]:
+    path = run / "checkpoints" / "step-000002" / "system.json"
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return data
+
+
+def test_its_checkpoint_remembers_the_judge_and_its_talks_are_kept(
+    model: Path, tmp_path: Path, engines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = collector(tmp_path / "run", model).train()
+    assert system_json(tmp_path / "run")["helpers"] == {"critic": {"prompt": "You judge."}}
+    tasks = ["--trust_checkpoint"]  # of the task set, which is the tests'
+    result = evaluated(tmp_path / "run", tmp_path / "eval", *tasks)
+    assert result["metric"] == "critic" and len(engines) == 1
+    (measured,) = result["sets"].values()
+    row = measured["contestants"]["base team"]
+    assert row["accuracy"] == summary["eval"]["after"]["accuracy"] > 0
+    assert row["cost"]["calls"] == 1, "a judge's calls are no cost of the team"
+    (store,) = (path for path in (tmp_path / "eval").iterdir() if path.is_dir())
+    kept = list(Store(store))
+    talks = [episode for episode in kept if episode.follows]
+    assert len(talks) * 2 == len(kept) and all(t.parent == t.follows for t in talks)
+
+    def silent(*_: Any) -> str:
+        raise AssertionError("all of this was asked before")
+
+    monkeypatch.setattr(ScriptedEngine, "generate", silent)
+    assert evaluated(tmp_path / "run", tmp_path / "eval", *tasks)["sets"] == result["sets"]
+
+
+def test_a_judge_on_another_base_is_served_where_it_is_asked(
+    model: Path, tmp_path: Path, engines: list[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    with (other / "config.json").open("a", encoding="utf-8") as file:
+        file.write("\n")  # other files: another base
+    run = tmp_path / "run"
+    collector(run, model, helpers={"critic": {"base": str(other)}}).train()
+    assert system_json(run)["helpers"] == {"critic": {"base": str(other)}}
+    assert evaluated(run, tmp_path / "eval", "--trust_checkpoint")["metric"] == "critic"
+    assert sorted(engines) == sorted([str(model), str(other)])
+    engines.clear()
+    evaluated(run, tmp_path / "exact", "--trust_checkpoint", "--rewards", "exact")
+    assert engines == [str(model)]
+
+
+def test_an_outside_judge_is_asked_with_consent_and_its_key_stays_outside(
+    model: Path,
+    tmp_path: Path,
+    engines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CRITIC_KEY", "sk-secret-0123456789")
+    run, tasks = tmp_path / "run", ["--tasks", "tests.trainers.state_tasks:digits"]
+    with Outside(lambda body: "<SCORE>7</SCORE>") as outside:
+        spec = {"url": outside.url, "base": "m", "key_env": "CRITIC_KEY"}
+        collector(run, model, helpers={"critic": spec}).train()
+        asked = len(outside.bodies)
+        assert system_json(run)["helpers"] == {"critic": spec} and asked
+        assert "sk-secret" not in json.dumps(system_json(run))
+        assert needed_flags(system_json(run)) == ["--trust_checkpoint"]
+        with pytest.raises(SystemExit):
+            evaluated(run, tmp_path / "eval", *tasks)
+        said_no = capsys.readouterr().err
+        assert "as critic with the key in CRITIC_KEY" in said_no and "--trust_che" in said_no
+        assert len(outside.bodies) == asked
+        result = evaluated(run, tmp_path / "eval", "--trust_checkpoint")
+    (measured,) = result["sets"].values()
+    assert measured["contestants"]["base team"]["accuracy"] == pytest.approx(0.7)
+
+
+def test_a_checkpoint_that_does_not_name_its_judge(
+    model: Path, tmp_path: Path, engines: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As 0.1 wrote it. Another reward can stand in."""
+    run = tmp_path / "run"
+    collector(run, model).train()
+    data = system_json(run)
+    del data["helpers"]
+    checkpoint = run / "checkpoints" / "step-000002"
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "system.json").write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(SystemExit):
-        main(argv)
+        evaluated(run, tmp_path / "eval", "--trust_checkpoint")
     assert "--rewards 'judge(URL, MODEL)'" in capsys.readouterr().err
-    main([*argv, "--rewards", "exact"])
-    result = json.loads((tmp_path / "eval" / "eval.json").read_text(encoding="utf-8"))
+    result = evaluated(run, tmp_path / "eval", "--trust_checkpoint", "--rewards", "exact")
     assert result["metric"] == "exact"
 
 
@@ -172,8 +267,4 @@ def test_an_outside_judge_is_a_helper_by_itself(model: Path, tmp_path: Path) -> 
     made = collector(tmp_path / "run", model, rewards=["judge(http://127.0.0.1:9/v1, m)"])
     policy = made.spec.served_policies["judge"]
     assert (policy.url, policy.base) == ("http://127.0.0.1:9/v1", "m") and not policy.trainable
-    assert reward_flags(made.spec.rewards) == []
-    outside = {"critic": {"url": "http://127.0.0.1:9/v1", "base": "m", "key_env": "PATH"}}
-    made = collector(tmp_path / "run", model, helpers=outside, rewards=["judge(critic)", "exact"])
-    name = "judge(http://127.0.0.1:9/v1, m, PATH)"
-    assert reward_flags(made.spec.rewards) == ["--rewards", name, "exact"]
+    assert asked_helpers(made.spec.rewards) == {}, "its name says whom it asks"

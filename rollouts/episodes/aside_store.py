@@ -1,25 +1,26 @@
-"""Talks with the helpers that rewards ask, kept in a run's store and found there on resume."""
+"""Talks with the helpers that rewards ask, kept in the store of a run or of an evaluation and
+found there when it goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ...rollouts.episodes.store import Store
-from ...rollouts.types import Episode
+from ..types import Episode
+from .store import Store
 
 
 class StoredAsides:
     """The talks about episodes, by id.
 
     Args:
-        store: holds those of earlier processes of the run.
+        store: holds those of earlier processes.
         keep: stores new ones.
         again: every talk is had again, so that replayed rollouts are decoded in the same batches;
             stored ones stay as they are.
     """
 
     def __init__(
-        self, store: Store, keep: Callable[[Sequence[Episode]], None], *, again: bool = False
+        self, store: Store, keep: Callable[[Sequence[Episode]], object], *, again: bool = False
     ) -> None:
         self._store, self._keep, self._again = store, keep, again
         self._earlier: dict[str, Episode] | None = None

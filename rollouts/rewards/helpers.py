@@ -2,8 +2,8 @@
 
 A setting `helpers: {NAME: {...}}` gives each its model: `url` (with `key_env` and `price`) of an
 outside one, `base` of one that is served here, or neither: the run's model without an adapter. The
-rest are fields of `AgentSpec`. Helpers are metered and recorded as agents are; they stand in
-`config.yaml` and never in a checkpoint's `system.json`.
+rest are fields of `AgentSpec`. Helpers are metered and recorded as agents are. They stand in
+`config.yaml`; a checkpoint's `system.json` names those that its rewards ask, and no others.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from ..agents.settings import mapping
-from ..agents.types import BASE, AgentSpec, PolicySpec, SettingError, from_json, nearest
-from ..rollouts.budget import Price
-from ..rollouts.rewards.judge import Judge
-from ..rollouts.rewards.scoring import RewardFn
+from ...agents.settings import mapping
+from ...agents.types import BASE, AgentSpec, PolicySpec, SettingError, from_json, nearest, to_json
+from ..budget import Price
+from .judge import Judge
+from .scoring import RewardFn
 
 OF_AGENT = ("role", "prompt", "sampling", "demos")
 OF_POLICY = ("base", "url", "key_env", "price")
@@ -28,6 +28,13 @@ class Helper:
 
     agent: AgentSpec
     policy: PolicySpec
+
+    def settings(self) -> dict[str, Any]:
+        """What `helpers_of` makes it again from: the fields that differ from their defaults."""
+        given, plain = to_json(self.agent), to_json(AgentSpec(self.agent.name))
+        own = {key: given[key] for key in OF_AGENT if given[key] != plain[key]}
+        given, plain = to_json(self.policy), to_json(PolicySpec(self.policy.name))
+        return own | {key: given[key] for key in OF_POLICY if given[key] != plain[key]}
 
 
 def helpers_of(given: Mapping[str, Any], taken: Collection[str]) -> dict[str, Helper]:
@@ -89,3 +96,24 @@ def with_judges(
         served[name] = Helper(fn.agent, fn.policy)
         bound.append(fn)
     return served, bound
+
+
+def asked_helpers(rewards: Iterable[RewardFn]) -> dict[str, Helper]:
+    """The helpers that judges among these rewards name (`judge(HELPER)`), as far as their models
+    are known. A `judge(URL, MODEL)` says itself whom it asks."""
+    return {
+        fn.agent.name: Helper(fn.agent, fn.policy)
+        for fn in rewards
+        if isinstance(fn, Judge) and fn.of_helper and fn.policy is not None
+    }
+
+
+def served(rewards: Iterable[RewardFn], helpers: Mapping[str, Helper]) -> list[RewardFn]:
+    """The rewards, with each judge of one of these helpers as that helper. A judge of another
+    raises when it is to be asked."""
+    return [
+        fn.served_by(helpers[fn.agent.name].agent, helpers[fn.agent.name].policy)
+        if isinstance(fn, Judge) and fn.of_helper and fn.agent.name in helpers
+        else fn
+        for fn in rewards
+    ]
