@@ -126,7 +126,8 @@ def run_it(recipe: str, fact: dict[str, Any]) -> list[str]:
     if "result" not in fact:
         return [*lines, f"Measured {NO_MODEL}: no trained model has run it.", ""]
     where = ", ".join(section_link(each, "../../") for each in fact["where"])
-    lines += [f"Expected, held out: {fact['result']}. Sections of the results: {where}.", ""]
+    got = f"Measured by `{fact['measured']}`" if "measured" in fact else "Expected, held out"
+    lines += [f"{got}: {fact['result']}. Sections of the results: {where}.", ""]
     return [*lines, "## What did not work", "", fact["failed"], ""]
 
 
