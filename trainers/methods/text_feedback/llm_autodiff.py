@@ -18,9 +18,12 @@ order, lowest scores first; scores in the history are of the validation tasks; v
 soon as the old score cannot be exceeded (there one task later, when it cannot be reached); the old
 values are scored on the chosen tasks at temperature 0, as the new ones are; the newest tasks stay
 when `moving_batch` is full (there drawn ones). Not taken over: one call for all predecessors of a
-node, demonstrations of a teacher (`bootstrap_few_shot.py` finds some). With `momentum` proposals
-rewrite earlier values, drawn by their scores (TSGD-M, arXiv:2506.00400); they are still compared
-with those in force, on all validation tasks.
+node, demonstrations without a run. With `num_demos` a step also proposes, after the texts,
+demonstrations from runs of a `teacher` (values in which it differs from the team), drawn by how
+much better it is than the team (`teacher_demos.py`); they have to be strictly better on the
+validation tasks, and only successful runs are shown (there failed ones too). With `momentum`
+proposals rewrite earlier values, drawn by their scores (TSGD-M, arXiv:2506.00400); they are still
+compared with those in force, on all validation tasks.
 
 accelerate launch recipes/llm_autodiff.py [--config recipes/llm_autodiff.yaml] [--field value]
 """
@@ -32,6 +35,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ....agents.seeds import derive_seed
 from ....agents.settings import setting
@@ -52,6 +56,7 @@ from ...values.memory import Memory
 from ...values.parts import Part
 from ...values.selection import gumbel_top
 from .feedback_trainer import FeedbackTrainer
+from .teacher_demos import TeacherDemos, TeacherDemosConfig
 from .textual_gradient import TEXTUAL_GRADIENT, GradientConfig
 
 BOLD_AFTER = 3  # steps without success after which the optimizer is asked to be bolder
@@ -81,8 +86,9 @@ PROMPTS = {
 
 
 @dataclass
-class LLMAutoDiffConfig(GradientConfig, FeedbackConfig, RunConfig):
-    """`RunConfig` with feedback and a loss in words, proposals, and what a step learns from."""
+class LLMAutoDiffConfig(TeacherDemosConfig, GradientConfig, FeedbackConfig, RunConfig):
+    """`RunConfig` with feedback and a loss in words, proposals, what a step learns from, and
+    demonstrations."""
 
     output_dir: str = setting(
         "run folder: config, episodes, metrics, checkpoints, report", "runs/llm_autodiff"
@@ -129,6 +135,7 @@ class LLMAutoDiffConfig(GradientConfig, FeedbackConfig, RunConfig):
                 "num_val_tasks: 0, but the second stage of the gate compares values on validation"
                 " tasks; expected at least 1"
             )
+        self.check_demos()
 
 
 class LLMAutoDiffTrainer(FeedbackTrainer[LLMAutoDiffConfig]):
@@ -155,13 +162,16 @@ class LLMAutoDiffTrainer(FeedbackTrainer[LLMAutoDiffConfig]):
     def parts(self) -> Sequence[Part]:
         self.moving = Memory("moving_batch")
         self.moving["tasks"], self.moving["steps_without_success"] = [], 0
-        return (*super().parts(), self.moving)
+        run = self.run
+        self.demos = TeacherDemos(self.args, self.spec, run.rollouts, run.evaluator)
+        return (*super().parts(), self.moving, self.demos.pool)
 
     def step(self, step: int) -> StepResult:
         """Play the batch, choose what to learn from, and let the loop judge, propagate, rewrite and
         accept."""
         args, state, rollouts = self.args, self.run.state, self.run.rollouts
-        tasks = self._kept(rollouts.tasks_of(step))
+        batch = rollouts.tasks_of(step)
+        tasks = self._kept(batch)
         n = args.num_generations
         played = rollouts.play(tasks, state, n=n, kind="train", failures_count=True)
         episodes = [episode for episode in played if episode.parent is None]
@@ -174,10 +184,13 @@ class LLMAutoDiffTrainer(FeedbackTrainer[LLMAutoDiffConfig]):
         result = self.feedback.learn(step, state, own)
         self._remember(tasks, scores, success=result.state is not None)
         mean = math.fsum(scores.values()) / len(scores) if scores else None
-        facts = {"kept": len(self.moving["tasks"]), "chosen": len(chosen)}
-        return dataclasses.replace(
-            result, metrics={**result.metrics, "reward": mean, "llm_autodiff": facts}
-        )
+        facts: dict[str, Any] = {"kept": len(self.moving["tasks"]), "chosen": len(chosen)}
+        new = result.state
+        if args.num_demos:
+            shown, facts["demos"] = self.demos.propose(step, new or state, batch, scores)
+            new = shown or new
+        metrics = {**result.metrics, "reward": mean, "llm_autodiff": facts}
+        return dataclasses.replace(result, metrics=metrics, state=new)
 
     def _kept(self, batch: Sequence[Task]) -> list[Task]:
         """The tasks since the last success, then this batch, each once; what was played before is
