@@ -79,14 +79,16 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str, errors: str = "strict") -> None:
+def write_text(path: Path, text: str, errors: str = "strict", *, durable: bool = True) -> None:
     """Replace a file's content atomically, in UTF-8: a reader sees the old content or the new,
-    never half of it, also after a crash. `errors`: of the encoding, as in `open`."""
+    never half of it, also after a crash (not `durable`: of the process, not of the machine).
+    `errors`: of the encoding, as in `open`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         staged.write_text(text, encoding="utf-8", errors=errors)
-        fsync(staged)
+        if durable:
+            fsync(staged)
         staged.replace(path)
     except BaseException:
         staged.unlink(missing_ok=True)
@@ -148,6 +150,7 @@ class AppendLog:
         self.is_whole, self.max_bytes, self.fsync = is_whole, max_bytes, fsync
         self._lock: int | None = None
         self._file: int | None = None
+        self._unflushed = False  # were lines appended without a flush?
         self._path = self._numbered(0)
 
     def _numbered(self, number: int) -> Path:
@@ -176,8 +179,9 @@ class AppendLog:
             self.close()
             raise
 
-    def append(self, lines: bytes) -> None:
-        """Write whole lines at the end, all or none of them; they are on disk when it returns."""
+    def append(self, lines: bytes, *, flush: bool = True) -> None:
+        """Write whole lines at the end, all or none of them; they are on disk when it returns, or
+        (not `flush`) after the next `flush`."""
         self.open()
         file = self._current()
         size = os.fstat(file).st_size
@@ -185,7 +189,7 @@ class AppendLog:
             rest = memoryview(lines)
             while rest:
                 rest = rest[os.write(file, rest) :]
-            if self.fsync:
+            if flush and self.fsync:
                 os.fsync(file)
         except BaseException:
             try:
@@ -193,10 +197,23 @@ class AppendLog:
             finally:
                 self.close()  # the next append reads the folder again
             raise
+        self._unflushed = not flush
+
+    def flush(self) -> None:
+        """Bring to disk what was appended without. If the disk refuses (`OSError`), the lines stay
+        for those who read, and the log is closed."""
+        if self._unflushed and self.fsync and self._file is not None:
+            try:
+                os.fsync(self._file)
+            except BaseException:
+                self.close()
+                raise
+        self._unflushed = False
 
     def _current(self) -> int:
         """The descriptor of the file that takes the next line."""
         if self._file is not None and os.fstat(self._file).st_size >= self.max_bytes:
+            self.flush()
             os.close(self._file)
             self._file = None
         if self._file is None:

@@ -27,9 +27,9 @@ class CheckpointError(SettingError):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Replace a JSON file atomically (see `files.write_text`)."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n", durable=durable)
 
 
 def write_tensors(

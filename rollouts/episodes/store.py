@@ -114,9 +114,10 @@ class Store:
         already."""
         return self.extend([episode]) == 1
 
-    def extend(self, episodes: Sequence[Episode]) -> int:
+    def extend(self, episodes: Sequence[Episode], *, flush: bool = True) -> int:
         """Write several with one flush to disk; returns how many were new. All or none of them in
-        case of an error."""
+        case of an error. Without `flush` a crash of this process loses none of them, but one of the
+        machine may, until `flush` is called."""
         with self._writing:
             known = self._open()
             new = {e.id: e for e in reversed(episodes) if e.id not in known}
@@ -125,12 +126,21 @@ class Store:
                 try:
                     for episode in new.values():
                         self._keep_state(episode.state)
-                    self._log.append(b"".join(lines))
+                    self._log.append(b"".join(lines), flush=flush)
                 except BaseException:
                     self.close()
                     raise
             known.update(new)
             return len(lines)
+
+    def flush(self) -> None:
+        """Bring to disk what was written without. Raises its `OSError`."""
+        with self._writing:
+            try:
+                self._log.flush()
+            except BaseException:
+                self.close()
+                raise
 
     def ids(self) -> set[str]:
         """Ids of all stored episodes."""

@@ -29,9 +29,9 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...agents.patterns.chain import Chain
 from ...agents.state import TeamState
@@ -58,6 +58,7 @@ from ..errors import RunError
 if TYPE_CHECKING:  # a rank of a launch needs no model, and is quicker without its libraries
     from .measure import Options
 
+T = TypeVar("T")
 AGENTS = ("planner", "solver", "reviewer", "editor")
 TASKS, GROUP, EXTRA = 8, 8, 2
 MANY = 256  # episodes that several ranks play
@@ -200,11 +201,12 @@ def _record(episodes: Sequence[Episode]) -> list[tuple[str, str]]:
 
 def rank_rollouts(counts: Sequence[int], repeats: int) -> dict[str, dict[str, float]]:
     """{"RANKS": seconds, calls_per_second, cpu_ms_per_call (of all ranks), cpu_ms_of_rank_0},
-    medians. The counts are taken in turns. Raises `RunError` if one played other episodes."""
+    medians over `repeats` launches of each, in turns. Raises `RunError` if one played other
+    episodes."""
     laps: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
     for _ in range(repeats):
         for count in counts:
-            laps[count].append(_launch(count))
+            laps[count].append(_launch(count, MANY))
     first = laps[counts[0]][0]["played"]
     for count, own in laps.items():
         if any(lap["played"] != first for lap in own):
@@ -216,10 +218,10 @@ def rank_rollouts(counts: Sequence[int], repeats: int) -> dict[str, dict[str, fl
     }
 
 
-def _launch(count: int) -> dict[str, Any]:
+def _launch(count: int, episodes: int) -> dict[str, Any]:
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     done = subprocess.run(
-        [*argv, str(count), "-m", "marlora.trainers.bench.rollout"],
+        [*argv, str(count), "-m", "marlora.trainers.bench.rollout", str(episodes)],
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -248,8 +250,9 @@ async def _play_on_ranks(
     slots = asyncio.Semaphore(runner.limits.concurrency)
     spread = functools.partial(players.play, SAMPLED)
     async for episode in runner.collect(plan, TeamState(), slots, spread):
-        store.append(episode)
+        store.extend([episode], flush=False)
         episodes.append(episode)
+    store.flush()
     return episodes
 
 
@@ -262,28 +265,26 @@ def _digest(episodes: Sequence[Episode]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def main() -> None:
-    """One rank of a launch; rank 0 prints what was measured as JSON."""
+def main(many: int) -> None:
+    """One rank of a launch that plays so many episodes; rank 0 prints what was measured as
+    JSON."""
     ranks, background, runner = Ranks(), BackgroundLoop(), _runner()
-    if ranks.main:
-        peers = range(1, ranks.size)
-        players = RankPlayers(ranks, peers, background, Ledger(), print)
-        episodes, seconds, before = [], 0.0, 0.0
-        with tempfile.TemporaryDirectory() as folder, Store(Path(folder)) as store:
-            background.run(_play_on_ranks(runner, players, _plan("warm", 16), store))
-            before = ranks.gather(time.process_time())[0]
-            start = time.perf_counter()
-            episodes = background.run(_play_on_ranks(runner, players, _plan("bench", MANY), store))
-            seconds = time.perf_counter() - start
-        own = time.process_time() - before
+    if not ranks.main:
+        service = PlayerService(ranks, background, runner, _publish)
+        _, cpu = _measured(ranks, lambda: None)
+        service.close()
     else:
-        players = PlayerService(ranks, background, runner, _publish)  # type: ignore[assignment]
-        before = ranks.gather(time.process_time())[ranks.rank]
-        own = 0.0
-    ranks.barrier()
-    cpu = ranks.gather(own or time.process_time() - before)
-    calls = MANY * len(AGENTS)
-    if ranks.main:
+        players = RankPlayers(ranks, range(1, ranks.size), background, Ledger(), print)
+        with tempfile.TemporaryDirectory() as folder, Store(Path(folder)) as store:
+
+            def play(plan: Sequence[EpisodeRequest]) -> list[Episode]:
+                return background.run(_play_on_ranks(runner, players, plan, store))
+
+            play(_plan("warm", 16))
+            start = time.perf_counter()
+            episodes, cpu = _measured(ranks, lambda: play(_plan("bench", many)))
+            seconds = time.perf_counter() - start
+        calls = many * len(AGENTS)
         found = {
             "seconds": seconds,
             "calls_per_second": calls / seconds,
@@ -292,9 +293,18 @@ def main() -> None:
             "played": _digest(episodes),
         }
         print(json.dumps(found))
-    players.close()
+        players.close()
     background.close()
 
 
+def _measured(ranks: Ranks, work: Callable[[], T]) -> tuple[T, list[float]]:
+    """What `work` gives on this rank, and every rank's processor seconds until all are done."""
+    ranks.barrier()
+    before = time.process_time()
+    result = work()
+    ranks.barrier()
+    return result, ranks.gather(time.process_time() - before)
+
+
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

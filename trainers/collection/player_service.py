@@ -20,7 +20,7 @@ from ...rollouts.episodes.codec import pack
 from ...rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
 from ...rollouts.ledger import Ledger
 from ..distributed.ranks import Ranks
-from .background import BackgroundLoop
+from .background import BackgroundLoop, unless_gone
 
 if TYPE_CHECKING:  # what plays needs no model
     from .engines import EngineGroup
@@ -79,6 +79,16 @@ class PlayerService:
         self.connection.open()
 
     def close(self) -> None:
+        """Call off what is still played, and end the connection."""
+
+        async def end() -> None:
+            playing = list(self._playing.values())
+            for task in playing:
+                task.cancel()
+            await asyncio.gather(*playing, return_exceptions=True)
+
+        with unless_gone():
+            self.background.run(end())
         self.connection.close()
 
     def _take(self, message: Mapping[str, Any]) -> None:

@@ -306,8 +306,8 @@ class RolloutManager:
         weights, training = weights_below(self.sync.learner), what.kind == "train"
         step = self.log.step + training  # trials and evaluations are of what is finished
         asked = Identified(runner, chosen, what, step, weights)
-        keep = what.failures_count or what.kind == "trial"
-        known = find_stored(self.store, asked.requests, failures_count=keep)
+        failed = what.failures_count or what.kind == "trial"
+        known = find_stored(self.store, asked.requests, failures_count=failed)
         if not what.label or self.evaluations.add(what.label, asked):
             for episode in known.stored.values():
                 self.ledger.cached(episode)
@@ -331,8 +331,7 @@ class RolloutManager:
         stored; known ones are taken as they are.
 
         `oversample`: so many of each task are more than is needed, and the slowest are dropped.
-        `how` the runner differs from the run's, as `RankPlayers.play` names it; "": in other ways,
-        so that rank 0 plays all.
+        `how` the runner differs from the run's, see `RankPlayers.play`; "": rank 0 plays all.
         """
         spread = functools.partial(self.players.play, how) if self.players and how else None
         plan, episodes = known.plan, dict(known.stored)
@@ -356,11 +355,14 @@ class RolloutManager:
                 )
                 total, done = len(plan) - oversample * len(needed), len(plan) - len(todo)
                 with self.log.progress.episodes(label, total, done, self.metric) as tick:
-                    async for episode in playing:
-                        if episode.id not in episodes:
-                            self.keep([episode])
-                            episodes[episode.id] = episode
-                        tick(episode)
+                    try:
+                        async for episode in playing:
+                            if episode.id not in episodes:
+                                self.keep([episode], flush=False)
+                                episodes[episode.id] = episode
+                            tick(episode)
+                    finally:
+                        self.store.flush()  # once, before anything is learnt from them
             order = {request.id: number for number, request in enumerate(plan)}
             in_order = sorted(episodes.values(), key=lambda e: (order.get(e.id, len(order)), e.id))
             parents = [e for e in in_order if e.parent is None]
@@ -384,10 +386,10 @@ class RolloutManager:
         decoded together must not depend on chance."""
         return self._one_at_a_time if self.engines.deterministic else contextlib.nullcontext()
 
-    def keep(self, episodes: Sequence[Episode]) -> None:
-        """Store these episodes: all or none of them."""
+    def keep(self, episodes: Sequence[Episode], *, flush: bool = True) -> None:
+        """Store these episodes: all or none of them (without `flush`: see `Store.extend`)."""
         try:
-            self.store.extend(episodes)
+            self.store.extend(episodes, flush=flush)
             for episode in episodes:
                 self.ledger.stored(episode)
         except OSError as error:

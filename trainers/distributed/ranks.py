@@ -1,4 +1,4 @@
-"""Process group of one training run: rank 0 plays and stores, every rank trains.
+"""Process group of one training run: rank 0 decides and stores, every rank plays and trains.
 
 Control traffic (JSON, flags) goes through a gloo group of its own with a long time-out, because
 rank 0 may play for an hour while the others wait. Adapter gradients are small: they are summed

@@ -62,7 +62,7 @@ class TrainingRun:
         engine: a running engine to use instead of starting one (tests); it serves every base.
 
     Of what it holds, `learner` and `log` work on every rank, as do `rollouts` and `evaluator`,
-    which share what rank 0 plays; `engines`, `sync`, `ledger` and `checkpointer` are rank 0's.
+    which share what rank 0 collects; `engines`, `sync`, `ledger` and `checkpointer` are rank 0's.
     `values`: what a team sees of the run's state. `origin`: the state that the run began with.
     `parts`: what the method learns beside weights. `ranks`, and `lock` (of the run folder, rank
     0's), exist once it was opened.

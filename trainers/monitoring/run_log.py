@@ -215,8 +215,9 @@ class RunLog:
         return learnt_nothing(rows, dataclasses.asdict(self.config))
 
     def record_verification(self, records: list[dict[str, object]]) -> None:
-        """Write `proofs.json`: every verification of the run so far (rank 0)."""
-        ckpt.write_json(self.config.folder / "proofs.json", records)
+        """Write `proofs.json`: every verification of the run so far (rank 0). A checkpoint holds
+        them too, so that they need not outlast a crash of the machine here."""
+        ckpt.write_json(self.config.folder / "proofs.json", records, durable=False)
 
     def drop_rows_after_step(self) -> None:
         """Of a run that was cut off: drop rows of steps that are done again (rank 0)."""

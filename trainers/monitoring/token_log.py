@@ -44,20 +44,20 @@ class TokenLog:
 
         def watched(inputs: LossInputs) -> tuple[torch.Tensor, Stats]:
             assert inputs.token_index is not None, "inputs of a batch have their token numbers"
-            noted[inputs.policy][inputs.token_index.cpu()] = (
-                (inputs.logp.detach() - inputs.behaviour).exp().float().cpu()
-            )
+            # on the device until all are there: a copy per batch would wait for each of them
+            own = noted[inputs.policy] = noted[inputs.policy].to(inputs.logp.device)
+            own[inputs.token_index] = (inputs.logp.detach() - inputs.behaviour).exp().float()
             return loss_fn(inputs)
 
         return watched, noted
 
     def add(self, samples: Sequence[TrainingSequence], noted: dict[str, torch.Tensor]) -> None:
         """Put down the turns of these samples."""
-        start = dict.fromkeys(noted, 0)
+        start, ratios_of = dict.fromkeys(noted, 0), {p: own.tolist() for p, own in noted.items()}
         for sample in samples:
-            ratios = noted[sample.policy][
+            ratios = ratios_of[sample.policy][
                 start[sample.policy] : start[sample.policy] + sample.num_trained
-            ].tolist()
+            ]
             start[sample.policy] += sample.num_trained
             for turn, ids, advantages, own in turns_of(sample, ratios):
                 flat = len(set(advantages)) == 1

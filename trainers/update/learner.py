@@ -159,9 +159,14 @@ class Learner:
 
     # what learns
 
-    def hashes(self) -> dict[str, str]:
-        """sha256 of every policy's adapter."""
-        return {p: b.adapters.sha256(p) for b in self.bases.values() for p in b.policies}
+    def hashes(self, without: Collection[str] = ()) -> dict[str, str]:
+        """sha256 of every policy's adapter, `without` those that may move."""
+        return {
+            p: b.adapters.sha256(p)
+            for b in self.bases.values()
+            for p in b.policies
+            if p not in without
+        }
 
     def check_bases(self) -> None:
         """Raise `RunError` if a base's own weights are not those that were loaded."""
@@ -229,15 +234,17 @@ class Learner:
         A loss or gradient that is not finite changes nothing; the log dumps its samples. Raises
         `RunError` if an adapter without sequences moved.
         """
-        start, self.unfinished, before = time.perf_counter(), True, self.hashes()
+        start, self.unfinished = time.perf_counter(), True
+        moving = {s.policy for s in sequences}.intersection(self.trainable)
+        before = self.hashes(without=moving)
         options = dataclasses.replace(options, measure=step == 1 and not self._measured)
         self._measured = True
         loss, ratios = self.log.watch(sequences, loss)
         results: dict[str, UpdateResult] = {}
         for base in self.bases.values():
             results |= update(base.optimizers, sequences, loss, step, self.ranks, options)
-        for policy, sha256 in self.hashes().items():
-            if policy not in results and sha256 != before[policy]:
+        for policy, sha256 in self.hashes(without=moving).items():
+            if sha256 != before[policy]:
                 raise RunError(f"step {step}: adapter {policy!r} moved without samples of its own")
         self.log.updated(step, results, sequences, ratios)
         self.log.spend("train", time.perf_counter() - start)

@@ -99,14 +99,14 @@ class Publisher:
         """Load the adapters that changed on every replica and flip the team version. Prove them
         with `verify` before they are trusted."""
         changed: dict[str, Path] = {}
-        for policy in policies:
-            digest = self.adapters.sha256(policy)
+        digests = {policy: self.adapters.sha256(policy) for policy in policies}
+        for policy, digest in digests.items():
             if self._loaded.get(self.versions.get(policy, "")) != (policy, digest):
                 changed[policy] = self.write_version(policy, step, digest)
         # one that something still plays with is loaded under its name
         new = {p: folder for p, folder in changed.items() if folder.name not in self._loaded}
         if new:
-            self._loaded |= {f.name: (p, self.adapters.sha256(p)) for p, f in new.items()}
+            self._loaded |= {f.name: (p, digests[p]) for p, f in new.items()}
             await self.engine.publish(new)
         self.versions = {**self.versions, **{p: folder.name for p, folder in changed.items()}}
         self._retired = [

@@ -384,6 +384,46 @@ def test_a_full_disk_is_an_error_and_earlier_lines_stay_whole(tmp_path, monkeypa
     assert store.append(chat_episode("e1")) and [e.id for e in store] == ["e0", "e1"]
 
 
+def test_many_are_written_with_one_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers see them at once, and a file that is full is flushed before the next one begins."""
+    real, flushed = os.fsync, []
+
+    def fsync(handle: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Store(tmp_path, max_bytes=1) as store:
+        store.extend([chat_episode("e1"), chat_episode("e2")], flush=False)
+        assert store.ids() == {"e1", "e2"} == {e.id for e in Store(tmp_path).read()}
+        assert "episodes-00000.jsonl" not in flushed
+        store.extend([chat_episode("e3")], flush=False)
+        assert flushed.count("episodes-00000.jsonl") == 1
+        store.flush()
+        store.flush()
+        assert flushed.count("episodes-00001.jsonl") == 1
+        store.append(chat_episode("e4"))
+        assert flushed.count("episodes-00002.jsonl") == 1
+
+
+def test_a_flush_that_fails_is_an_error_and_the_lines_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Store(tmp_path) as store:
+        store.extend([chat_episode("e1")])
+        store.extend([chat_episode("e2")], flush=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match="No space"):
+                store.flush()
+        assert store.append(chat_episode("e2")) is False
+        assert store.append(chat_episode("e3")) is True
+        assert [e.id for e in store] == ["e1", "e2", "e3"]
+
+
 def test_what_is_not_json_is_an_error_that_names_the_episode(tmp_path):
     store = Store(tmp_path)
     with pytest.raises(StoreError, match="'e1' is not made of JSON values"):

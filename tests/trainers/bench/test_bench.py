@@ -293,6 +293,17 @@ def test_rollouts_play_the_same_with_and_without_a_barrier(monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+@pytest.mark.process
+def test_ranks_that_play_are_counted_by_what_a_call_costs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rollout, "MANY", 24)
+    found = rollout.rank_rollouts((1, 2), 1)
+    assert set(found) == {"1", "2"}
+    for row in found.values():
+        assert row["cpu_ms_per_call"] >= row["cpu_ms_of_rank_0"] > 0 < row["calls_per_second"]
+    assert found["2"]["cpu_ms_per_call"] > found["2"]["cpu_ms_of_rank_0"]
+
+
+@pytest.mark.slow
 def test_steps_are_counted_at_every_bound_of_staleness(monkeypatch: pytest.MonkeyPatch):
     for name, value in dict(BOUNDS=(0, 1), STEPS=4, TASKS=2, SAMPLES=2, MEDIAN=0.02).items():
         monkeypatch.setattr(ahead, name, value)

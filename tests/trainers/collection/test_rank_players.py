@@ -73,9 +73,11 @@ class Room:
             self.ledger,
             self.warnings.append,
         )
-        for rank in range(1, ranks):
-            ends = SimpleNamespace(connection=lambda peer, *does, r=rank: self._to_rank_0(r, *does))
-            PlayerService(ends, self.loops[rank], self.runners[rank], self._publish)  # type: ignore[arg-type]
+        self.services = [self._service(rank) for rank in range(1, ranks)]
+
+    def _service(self, rank: int) -> PlayerService:
+        ends = SimpleNamespace(connection=lambda peer, *does: self._to_rank_0(rank, *does))
+        return PlayerService(ends, self.loops[rank], self.runners[rank], self._publish)  # type: ignore[arg-type]
 
     async def _publish(self, versions: Mapping[str, str]) -> None: ...
 
@@ -115,6 +117,8 @@ class Room:
         return [found[id_] for id_ in sorted(found)]
 
     def close(self) -> None:
+        for service in self.services:
+            service.close()
         for loop in self.loops:
             loop.close()
 

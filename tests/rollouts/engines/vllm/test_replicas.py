@@ -4,6 +4,7 @@ without a model."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import pytest
 
 from marlora.agents.types import PolicySpec
 from marlora.rollouts.engines.base import EngineError, ModelRef, ReplicaLost
+from marlora.rollouts.engines.config import EngineConfig
+from marlora.rollouts.engines.factory import address_of, attach_engine
 from marlora.rollouts.engines.vllm import server as vllm_server
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from marlora.rollouts.engines.vllm.health import ReplicaPolicy
@@ -81,6 +84,41 @@ def test_the_others_answer_for_a_lost_server_which_comes_back_with_the_right_ada
                 assert len(again.completions()) > before
 
         play(engine_on(one, two, root=tmp_path), work)
+
+
+def test_another_process_asks_the_same_servers_and_loads_nothing(tmp_path: Path) -> None:
+    """A version that it never published is asked for by name; a server that was lost comes back as
+    it is, although this process knows of no adapter; no key is sent in the address."""
+    (tmp_path / "versions").mkdir()
+    folder = adapter(tmp_path / "versions", "solver-v1-aa")
+    key = tmp_path / "key"
+    key.write_text(KEY, encoding="utf-8")
+    key.chmod(0o600)
+    config = EngineConfig(server_key=str(key))
+    with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two:
+        port = int(two.url.rsplit(":", 1)[1])
+
+        async def work(engine: VLLMEngine) -> None:
+            await engine.publish({"solver": folder})
+            address = json.loads(json.dumps(address_of(engine)))
+            assert KEY not in str(address)
+            other = await asyncio.to_thread(attach_engine, address, Tokens(), config, tmp_path)  # type: ignore[arg-type]
+            assert isinstance(other, VLLMEngine)
+            ref = ModelRef("solver", "solver-v1-aa")
+            await many(other, ref)
+            asked = [path for path, _, _ in one.requests]
+            two.stop()
+            await many(other, ref)
+            assert list(other.fleet.lost) == [two.url]
+            with FakeVLLM(key=KEY, port=port) as again:
+                again.loaded["solver-v1-aa"] = str(folder)
+                await until(lambda: not other.fleet.lost, other)
+                assert again.loaded == {"solver-v1-aa": str(folder)}
+                await many(other, ref)
+            assert asked.count("/v1/load_lora_adapter") == 1
+            await other.close()
+
+        play(engine_on(one, two, root=tmp_path / "versions"), work)
 
 
 def test_a_silent_server_is_lost_while_its_health_is_fine() -> None:
