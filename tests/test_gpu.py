@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,14 @@ def test_one_adapter_learns_and_nothing_else_moves(device: torch.device) -> None
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 
-def test_a_run_of_the_tiny_team_proves_its_adapters(device: torch.device, tmp_path: Path) -> None:
+def test_a_run_of_the_tiny_team_proves_its_adapters(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sampled, learnt, published and proven on the same GPU."""
     argv = "--engine transformers --max_steps 2 --num_eval_tasks 4 --tasks_per_step 2"
-    grpo_team.main([*argv.split(), "--output_dir", str(tmp_path / "run")])
+    command = ["grpo_team", *argv.split(), "--output_dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", command)
+    grpo_team.main()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["live_proof"]["passed"] >= 2 and summary["live_proof"]["failed"] == 0
     assert all(p["sha256_before"] != p["sha256_after"] for p in summary["policies"].values())
