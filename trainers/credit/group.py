@@ -94,7 +94,7 @@ def per_group(batch: RewardedEpisodes, rule: Callable[[list[float]], list[float]
         rewards = [batch.rewards[e.id] for e in scored]
         keys = [trainable_keys(e, selected_turns(e)) for e in scored]
         if constant(rewards):
-            batch.without_signal.update(key for own in keys for key in own)
+            batch.in_constant_groups.update(key for own in keys for key in own)
             continue
         for own, advantage in zip(keys, rule(rewards), strict=True):
             advantages |= dict.fromkeys(own, advantage)
@@ -112,7 +112,7 @@ def per_rows(
     for group in rows.values():
         rewards = list(group.values())
         if constant(rewards):
-            batch.without_signal.update(group)
+            batch.in_constant_groups.update(group)
         else:
             advantages |= zip(group, standardise(rewards, settings, batch_std), strict=True)
     return advantages

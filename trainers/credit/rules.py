@@ -46,13 +46,13 @@ def credit(
     episodes: Iterable[Episode],
     config: CreditConfig,
     state: State | None = None,
-    without_signal: set[TurnKey] | None = None,
+    in_constant_groups: set[TurnKey] | None = None,
 ) -> Advantages:
     """Advantages of a step's episodes by the rule `config.credit`: one of `RULES`, or the function
     `(batch, settings) -> Advantages` that `module:function` names.
 
-    `state` is changed in place by rules that remember (`rae`). To `without_signal` are added the
-    turns of groups all of whose members earned the same: they have rewards and no advantage. Raises
+    `state` is changed in place by rules that remember (`rae`). `in_constant_groups` gets the turns
+    of groups all of whose members earned the same: they have rewards and no advantage. Raises
     `SettingError` if no reward of the episodes has a weight, `ValueError` if two episodes have one
     id.
     """
@@ -76,7 +76,7 @@ def credit(
         episodes,
         rewards,
         {} if state is None else state,
-        set() if without_signal is None else without_signal,
+        set() if in_constant_groups is None else in_constant_groups,
     )
     rule: Rule = load_function("credit", config.credit, RULES)
     advantages = rule(batch, config)

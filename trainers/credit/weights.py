@@ -131,13 +131,14 @@ class RewardedEpisodes:
     Args:
         rewards: the team's reward by episode id, NaN where it is unknown (`team_rewards`).
         state: of rules that remember between steps; changed in place.
-        without_signal: turns of groups that have no signal, which a rule that compares adds here.
+        in_constant_groups: turns of groups whose episodes all earned the same, which a rule that
+            compares adds here.
     """
 
     episodes: Sequence[Episode]
     rewards: Mapping[str, float]
     state: State = field(default_factory=dict)
-    without_signal: set[TurnKey] = field(default_factory=set)
+    in_constant_groups: set[TurnKey] = field(default_factory=set)
 
     @property
     def known_rewards(self) -> list[float]:

@@ -15,7 +15,7 @@ from .optimizer_step import UpdateOptions
 def policy_batch(
     episodes: Sequence[Episode],
     advantages: Mapping[TurnKey, float],
-    without_signal: Iterable[TurnKey],
+    in_constant_groups: Iterable[TurnKey],
     policy_of: Mapping[str, str],
     config: LossConfig,
     learning: Collection[str] = (),
@@ -24,11 +24,11 @@ def policy_batch(
     fed. `policy_of` and `learning`: see `samples`.
 
     As in TRL's GRPOTrainer the loss is divided by all tokens (or turns) that were compared, also
-    those of advantage 0 and those of groups `without_signal`. They have no gradient and are left
+    those of advantage 0 and those `in_constant_groups`. They have no gradient and are left
     out of the forward pass, unless `beta` or `entropy_coef` give them one.
     """
     episodes = list(episodes)
-    everything = {**dict.fromkeys(without_signal, 0.0), **advantages}
+    everything = {**dict.fromkeys(in_constant_groups, 0.0), **advantages}
     sequences, dropped = samples(
         episodes, everything, policy_of, keep_zeros=True, learning=learning
     )

@@ -109,7 +109,7 @@ def test_the_batch_spread_is_over_all_rewards_and_the_mean_is_still_the_group_s(
 
 @pytest.mark.parametrize("rule", ["grpo", "rloo", "dr_grpo", "dr_mas"])
 @pytest.mark.parametrize("rewards", [(1,), (0.1, 0.1, 0.1), (1, NAN), (NAN, NAN)])
-def test_a_group_without_signal_is_left_out(rule, rewards):
+def test_a_constant_group_is_left_out(rule, rewards):
     found = credit(group(rewards), CreditConfig(credit=rule))
     assert found == {}
 

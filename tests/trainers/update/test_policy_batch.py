@@ -1,5 +1,5 @@
 """The loss of a whole step, from rewards to gradients, against TRL's over the same completions:
-turns of advantage 0 and groups without signal count in what it is divided by, and have their KL
+turns of advantage 0 and constant groups count in what it is divided by, and have their KL
 and entropy."""
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ LENGTHS = (3, 1, 5, 2)
 GROUPS = {
     "one in the middle": [(0.0, 0.5, 1.0)],
     "one in the middle, up to rounding": [(0.1, 0.2, 0.3)],
-    "a group without signal": [(1.0, 0.0, 0.0, 1.0), (1.0, 1.0, 1.0)],
-    "a group without signal, up to rounding": [(1.0, 0.0), (0.1 + 0.2, 0.3, 0.3)],
-    "no signal at all": [(0.0, 0.0), (0.7, 0.7, 0.7)],
+    "a constant group": [(1.0, 0.0, 0.0, 1.0), (1.0, 1.0, 1.0)],
+    "a constant group, up to rounding": [(1.0, 0.0), (0.1 + 0.2, 0.3, 0.3)],
+    "constant groups alone": [(0.0, 0.0), (0.7, 0.7, 0.7)],
 }
 Step = tuple[list[Episode], dict[TurnKey, tuple[torch.Tensor, torch.Tensor]]]
 
@@ -140,8 +140,8 @@ def test_an_advantage_that_goes_to_zero_moves_nothing() -> None:
 
 @pytest.mark.parametrize("rule", [r for r in RULE_NAMES if r not in ("counterfactual", "success")])
 def test_every_rule_names_the_turns_it_compared(rule: str) -> None:
-    """Known rewards, all equal: each turn has an advantage or is named as without signal; turns of
-    failed and unscored episodes are neither."""
+    """Known rewards, all equal: each turn has an advantage or is named as one of a constant group;
+    turns of failed and unscored episodes are neither."""
     good = [
         Episode(
             f"e{n}",

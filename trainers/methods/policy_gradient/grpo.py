@@ -92,10 +92,10 @@ def policy_gradient(
 ) -> dict[str, Any]:
     """Credit for a step's episodes, one update of every policy from it, and the step's metrics."""
     learner, config = trainer.run.learner, trainer.args
-    without_signal: set[TurnKey] = set()
-    advantages = credit(episodes, config, learner.credit_state, without_signal)
+    in_constant_groups: set[TurnKey] = set()
+    advantages = credit(episodes, config, learner.credit_state, in_constant_groups)
     found, dropped, how = policy_batch(
-        episodes, advantages, without_signal, learner.policy_of, config, learner.trainable
+        episodes, advantages, in_constant_groups, learner.policy_of, config, learner.trainable
     )
     if step == 1 and found:
         learner.show(found)

@@ -258,12 +258,12 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
             dataclasses.replace(row.as_lesson, rewards=(Reward("score", row.score),))
             for row in rows
         ]
-        without_signal: set[TurnKey] = set()
+        in_constant_groups: set[TurnKey] = set()
         advantages: Advantages = credit(
             designs,
             dataclasses.replace(group, reward_weights={}),
             learner.credit_state,
-            without_signal,
+            in_constant_groups,
         )
         played = [
             dataclasses.replace(
@@ -279,10 +279,10 @@ class ScoreFlowTrainer(Trainer[ScoreFlowConfig]):
                 played,
                 dataclasses.replace(group, reward_weights=self.args.reward_weights),
                 learner.credit_state,
-                without_signal,
+                in_constant_groups,
             )
         found, dropped, how = policy_batch(
-            [*designs, *played], advantages, without_signal, learner.policy_of, group
+            [*designs, *played], advantages, in_constant_groups, learner.policy_of, group
         )
         if step == 1 and found:
             learner.show(found)
