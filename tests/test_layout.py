@@ -23,7 +23,13 @@ from tests.repository import ROOMS, ROOT, clean_environment, copy_to, dotted, fi
 
 HEAVY = ("torch", "peft", "trl", "accelerate", "vllm")
 # files that import torch in functions
-TORCH_ENGINE = ("transformers", "transformers_sampler", "transformers_exactness")
+TORCH_ENGINE = (
+    "transformers",
+    "transformers_sampler",
+    "transformers_exactness",
+    "transformers_prompts",
+    "transformers_batch",
+)
 LARGEST = 1_000_000  # bytes of one file in the repository
 
 

@@ -2,9 +2,14 @@
 tests and for determinism.
 
 Requests that wait at the same time are decoded together, in an order that depends on nothing but
-themselves: the engine waits until the event loop brings no more requests, sorts them, and decodes
-batches of fixed size in one worker thread (transformers_sampler.py). So a run that waits for
+themselves: the engine waits until the event loop brings no more requests, sorts them behind those
+that came before, and decodes in one worker thread. What their prompts have in common is read once
+(transformers_prompts.py), replies that end leave the batch, and requests that wait enter it
+(transformers_batch.py) when enough rows have ended, whatever the time. So a run that waits for
 nothing outside the process is reproduced bit for bit by the same number of threads.
+
+Models whose cache cannot be cut and joined decode a wave in batches of
+fixed size, each to its longest reply, and answer all of the wave at once.
 """
 
 from __future__ import annotations
@@ -22,11 +27,22 @@ from ...agents.types import Completion, Sampling, SettingError
 from ..renderer import ChatRenderer, load_tokenizer
 from .adapter_versions import AdapterRegistry
 from .base import EngineError, EngineInfo, ModelRef, PromptTooLong, TeamVersion
+from .transformers_batch import CACHE, ContinuousBatch
 from .transformers_exactness import fix_rotary
 from .transformers_sampler import Sampler, SampleRequest, load_model
 
 T = TypeVar("T")
+Replies = dict[SampleRequest, "asyncio.Future[Completion]"]
 QUIET = 20  # turns of the event loop without a new request before a wave starts
+
+
+def _answer(reply: asyncio.Future[Completion], result: Completion | EngineError) -> None:
+    if reply.done():  # its caller went away
+        return
+    if isinstance(result, EngineError):
+        reply.set_exception(result)
+    else:
+        reply.set_result(result)
 
 
 class TransformersEngine:
@@ -38,6 +54,8 @@ class TransformersEngine:
         dtype: of the weights: auto (the model's own), float32, bfloat16. Adapters are cast to it.
         device: auto takes the GPU if there is one.
         max_batch: replies decoded at once.
+        max_cache: tokens of prompts and replies decoded at once, padding included; a reply that
+            needs more is decoded alone.
         threads: CPU threads of the worker; None leaves torch's setting.
         max_adapters: versions loaded at once, a guard against a run that never retires.
         tokens: the renderer of the model's tokenizer, if the caller has it already.
@@ -54,6 +72,7 @@ class TransformersEngine:
         dtype: str = "float32",
         device: str = "auto",
         max_batch: int = 64,
+        max_cache: int = CACHE,
         threads: int | None = None,
         max_adapters: int = 64,
         tokens: ChatRenderer | None = None,
@@ -61,8 +80,9 @@ class TransformersEngine:
     ) -> None:
         import torch
 
-        if max_batch < 1:
-            raise SettingError(f"max_batch: expected at least 1, got {max_batch}")
+        for name, value in (("max_batch", max_batch), ("max_cache", max_cache)):
+            if value < 1:
+                raise SettingError(f"{name}: expected at least 1, got {value}")
         self.tokens = tokens or ChatRenderer(load_tokenizer(model))
         self.device = (
             ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -73,13 +93,14 @@ class TransformersEngine:
         self._vocabulary = loaded.get_input_embeddings().num_embeddings
         self._base, self._dtype = str(model), str(loaded.dtype).removeprefix("torch.")
         self.sampler = Sampler(loaded, self.tokens, self.device)
-        self.max_batch, self.threads, self.max_adapters = max_batch, threads, max_adapters
+        self.max_batch, self.max_cache = max_batch, max_cache
+        self.threads, self.max_adapters = threads, max_adapters
         limit: Callable[[], None] | None = (
             partial(torch.set_num_threads, threads) if threads else None
         )
         self._worker = ThreadPoolExecutor(1, "marlora-engine", limit)
         self._versions = AdapterRegistry("transformers")
-        self._waiting: dict[SampleRequest, asyncio.Future[Completion]] = {}
+        self._waiting: Replies = {}
         self._wave: asyncio.Task[None] | None = None
 
     # the contract
@@ -124,7 +145,7 @@ class TransformersEngine:
             }
             self._waiting |= replies
             if self._wave is None or self._wave.done():
-                self._wave = asyncio.create_task(self._run_waves(), name="transformers engine")
+                self._wave = asyncio.create_task(self._run(), name="transformers engine")
             return list(await asyncio.gather(*replies.values()))
 
     def _check_ids(self, ids: Sequence[int]) -> None:
@@ -215,19 +236,61 @@ class TransformersEngine:
         except Exception as error:
             raise EngineError(f"transformers engine: {type(error).__name__}: {error}") from error
 
+    async def _run(self) -> None:
+        """Decode what waits, until nothing does."""
+        await (self._run_batches() if self.sampler.shares else self._run_waves())
+
+    async def _quiet(self) -> None:
+        """Wait until the event loop brings no more requests."""
+        quiet = 0
+        while quiet < QUIET:
+            seen = len(self._waiting)
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if len(self._waiting) == seen else 0
+
+    def _take(self) -> tuple[list[SampleRequest], Replies]:
+        """The requests that wait, in their order, and where their replies go."""
+        replies, self._waiting = self._waiting, {}
+        open_ = (request for request, reply in replies.items() if not reply.done())
+        return sorted(open_, key=lambda request: request.order), replies
+
+    async def _run_batches(self) -> None:
+        """Decode what waits in one batch after another; the rows of a batch come and go."""
+        queue: list[SampleRequest] = []
+        replies: Replies = {}
+        batch = self._batch(ModelRef(""))
+        while self._waiting or queue or batch.rows:
+            await self._quiet()
+            new, more = self._take()
+            queue, replies = queue + new, replies | more
+            queue = [request for request in queue if not replies[request].done()]
+            if not batch.rows and queue and queue[0].ref != batch.ref:
+                batch = self._batch(queue[0].ref)
+            entering = batch.entering(queue)
+            queue = queue[len(entering) :]
+            held = [*batch.rows, *entering]
+            if not held:
+                continue
+            try:
+                if self._versions.closed:
+                    raise EngineError("transformers engine: it was closed while requests were open")
+                ended = await self._work(partial(batch.advance, entering))
+            except EngineError as error:
+                batch = self._batch(batch.ref)
+                for request in held:
+                    _answer(replies.pop(request), error)
+                continue
+            for request in ended:
+                _answer(replies.pop(request), self._completion(request))
+
+    def _batch(self, ref: ModelRef) -> ContinuousBatch:
+        return ContinuousBatch(self.sampler, ref, self.max_batch, self.max_cache)
+
     async def _run_waves(self) -> None:
         """Decode what waits, wave by wave; a wave is sorted and cut into batches."""
         while self._waiting:
-            quiet = 0
-            while quiet < QUIET:
-                seen = len(self._waiting)
-                await asyncio.sleep(0)
-                quiet = quiet + 1 if len(self._waiting) == seen else 0
-            replies, self._waiting = self._waiting, {}
-            wave = sorted(
-                (request for request, reply in replies.items() if not reply.done()),
-                key=lambda request: request.order,
-            )
+            await self._quiet()
+            wave, replies = self._take()
             results: list[tuple[SampleRequest, Completion | EngineError]] = []
             while wave:
                 size = min(self._together(wave), self.max_batch)
@@ -235,13 +298,7 @@ class TransformersEngine:
                 results += await self._decode(batch)
             # all at once, so that the requests that follow from them can be decoded together too
             for request, result in results:
-                reply = replies[request]
-                if reply.done():
-                    continue
-                if isinstance(result, EngineError):
-                    reply.set_exception(result)
-                else:
-                    reply.set_result(result)
+                _answer(replies[request], result)
 
     def _together(self, wave: Sequence[SampleRequest]) -> int:
         """How many requests, from the first, can be decoded in one batch."""

@@ -7,6 +7,7 @@ engine's one worker thread. torch and peft are imported inside functions only.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ from ...agents.types import Sampling, SettingError
 from ..renderer import ChatRenderer
 from .base import ModelRef
 from .transformers_exactness import padding_is_exact, use_exact_attention
+from .transformers_prompts import why_not_shared
+
+log = logging.getLogger(__name__)
+BLOCK = 256  # tokens of the vocabulary whose probabilities are added up together
 
 
 @dataclass(eq=False)
@@ -30,10 +35,14 @@ class SampleRequest:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""
+    noise: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.noise = random.Random(self.seed)
 
     @property
-    def batch(self) -> tuple[Any, ...]:
-        """Requests of equal value can be decoded together."""
+    def shape(self) -> tuple[Any, ...]:
+        """Logits of requests of equal value are shaped together."""
         s = self.sampling
         settings = (
             s.temperature,
@@ -44,7 +53,12 @@ class SampleRequest:
             s.presence_penalty,
             s.frequency_penalty,
         )
-        return (self.ref, settings, tuple(sorted(s.logit_bias.items())), s.max_tokens, s.stop)
+        return (settings, tuple(sorted(s.logit_bias.items())))
+
+    @property
+    def batch(self) -> tuple[Any, ...]:
+        """Requests of equal value can be decoded together."""
+        return (self.ref, *self.shape, self.sampling.max_tokens, self.sampling.stop)
 
     @property
     def order(self) -> tuple[Any, ...]:
@@ -88,6 +102,16 @@ class Sampler:
         self._active: str | None = None
         # may prompts of several lengths be padded to one batch?
         self.pads = padding_is_exact(model)
+        # may prompts be read as trees, and rows come and go? Else batches are decoded to their end
+        why = why_not_shared(model)
+        self.shares = not why
+        if why:
+            log.warning(
+                "%s: prompts are read row by row, and replies wait for the longest of their batch:"
+                " %s",
+                type(model).__name__,
+                why,
+            )
 
     def load(self, folder: Path) -> None:
         """Load an adapter folder; its name becomes the adapter's. Raises what PEFT raises."""
@@ -172,7 +196,6 @@ class Sampler:
                 logits_to_keep=1,
             )
             rows = list(batch)
-            noise = {id(request): random.Random(request.seed) for request in batch}
             selected = torch.tensor(
                 [prompts.index(request.ids) for request in batch], device=self.device
             )
@@ -180,7 +203,7 @@ class Sampler:
             if len(prompts) < len(batch):
                 cache.reorder_cache(selected)
             while True:
-                tokens = self._draw(rows, logits, [noise[id(request)].random() for request in rows])
+                tokens = self.draw(rows, logits)
                 unfinished = [i for i, request in enumerate(rows) if not request.finish_reason]
                 if not unfinished:
                     return
@@ -199,9 +222,22 @@ class Sampler:
                 )
                 cache, logits = out.past_key_values, out.logits[:, -1]
 
-    def _draw(self, rows: list[SampleRequest], logits: Any, uniform: list[float]) -> Any:
+    def draw(self, rows: Sequence[SampleRequest], logits: Any) -> Any:
         """Draw a token [B] for each row from logits [B, V]; append it to the rows that have not
         ended."""
+        import torch
+
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for row, request in enumerate(rows):
+            kinds.setdefault(request.shape, []).append(row)
+        tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
+        for kind in kinds.values():
+            at = torch.tensor(kind, device=logits.device)
+            tokens[at] = self._draw([rows[row] for row in kind], logits[at])
+        return tokens
+
+    def _draw(self, rows: list[SampleRequest], logits: Any) -> Any:
+        """The same for rows whose logits are shaped alike."""
         import torch
 
         sampling = rows[0].sampling
@@ -212,14 +248,8 @@ class Sampler:
         if sampling.temperature == 0:
             tokens = shaped.argmax(-1)
         else:
-            cumulative = logprobs.double().exp().cumsum(-1)
-            points = (
-                torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None]
-                * cumulative[:, -1:]
-            )
-            tokens = torch.searchsorted(cumulative, points, right=True)[:, 0].clamp(
-                max=logits.shape[-1] - 1
-            )
+            uniform = [request.noise.random() for request in rows]
+            tokens = draw_tokens(logprobs, torch.tensor(uniform, dtype=torch.float64))
         drawn = logprobs.gather(1, tokens[:, None])[:, 0]
         for request, token, logprob in zip(rows, tokens.tolist(), drawn.tolist(), strict=True):
             if not request.finish_reason:
@@ -240,6 +270,28 @@ class Sampler:
             if any(s in self.tokens.decode(tail) for s in stop):
                 return "stop"
         return "length" if len(request.token_ids) >= request.sampling.max_tokens else ""
+
+
+def draw_tokens(logprobs: Any, uniform: Any) -> Any:
+    """The tokens [B] at these points [B] of the cumulative distributions [B, V], both in [0, 1).
+
+    Blocks of the vocabulary are added up first, so only the block that a point lies in is
+    accumulated in double precision.
+    """
+    import torch
+
+    missing = -logprobs.shape[1] % BLOCK
+    blocks = torch.nn.functional.pad(logprobs.exp(), (0, missing)).unflatten(1, (-1, BLOCK))
+    sums = blocks.sum(-1).double()
+    before = sums.cumsum(-1)
+    below = 1 - 2.0**-40  # so that rounding never comes to the end of a sum
+    points = uniform.to(before.device)[:, None] * below * before[:, -1:]
+    block = torch.searchsorted(before, points, right=True)
+    inside = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0].double().cumsum(-1)
+    rest = points - before.gather(1, block) + sums.gather(1, block)
+    # sums of single precision differ from `inside` in their last bits
+    rest = torch.minimum(rest.clamp(min=0), below * inside[:, -1:])
+    return (block * BLOCK + torch.searchsorted(inside, rest, right=True))[:, 0]
 
 
 def shape_logits(
