@@ -93,8 +93,10 @@ def words(trainer: type[Trainer[Any]]) -> tuple[str, str]:
     text = inspect.getdoc(importlib.import_module(trainer.__module__)) or ""
     text = re.split(r"\n\n(?=accelerate launch)", text)[0]
     text = re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
-    # what stands further in is a formula or a drawing
-    text = re.sub(r"((?:^(?: {2,}\S.*)\n?(?:\n(?= {2}))?)+)", r"```\n\1```\n", text, flags=re.M)
+    # a paragraph that stands further in is a formula or a drawing
+    text = re.sub(
+        r"(?<=\n\n)((?:^(?: {2,}\S.*)\n?(?:\n(?= {2}))?)+)", r"```\n\1```\n", text, flags=re.M
+    )
     found = SPLIT.search(text)
     return (text[: found.start()].strip(), text[found.start() :]) if found else (text, "")
 
@@ -136,7 +138,8 @@ def page(recipe: str, trainer: type[Trainer[Any]], fact: dict[str, Any]) -> str:
     module = trainer.__module__.removeprefix("marlora.").replace(".", "/")
     names = [p.name for p in sorted((ROOT / "recipes").glob(f"{recipe}*.yaml"))]
     configs = ", ".join(f"[{name}](../../recipes/{name})" for name in names)
-    idea, differences = words(trainer)
+    detail, differences = words(trainer)
+    idea = fact.get("idea", detail).strip()
     name = fact["name"]
     title = name if re.match("[a-z]+[A-Z]", name) else name[0].upper() + name[1:]
     about = [
@@ -155,6 +158,7 @@ def page(recipe: str, trainer: type[Trainer[Any]], fact: dict[str, Any]) -> str:
         *run_it(recipe, fact),
         f"Configs: {configs}. Code: [{module}.py](../../{module}.py).",
         "",
+        *(["## In detail", "", detail, ""] if "idea" in fact else []),
         *(["## Differences from the paper", "", differences, ""] if differences else []),
         "## Settings",
         "",

@@ -50,13 +50,19 @@ def test_every_method_has_its_facts() -> None:
 def test_numbers_are_those_of_the_results(recipe: str) -> None:
     """What a page says was measured stands in the section of RESULTS.md that it names."""
     fact = facts()[recipe]
-    known = {"name", "group", "changes", "needs", "paper", "formula", "cost"}
+    known = {"name", "group", "changes", "needs", "formula", "cost"}
     measured = {"result", "command", "failed", "where"}
-    assert fact.keys() <= known | measured | {"measured"} and known - {"paper"} <= fact.keys()
+    assert known <= fact.keys() <= known | measured | {"measured", "paper", "idea"}
     assert not fact.keys() & measured or measured <= fact.keys(), "a result says where it stands"
     text = " ".join(section(where) for where in fact.get("where", ()))
     missing = numbers(f"{fact.get('result', '')} {fact.get('failed', '')}") - numbers(text)
     assert not missing, f"docs/methods.yaml, {recipe}: {missing} do not stand in {fact['where']}"
+
+
+def test_an_idea_is_five_sentences() -> None:
+    for recipe, fact in facts().items():
+        sentences = re.findall(r"[.?](?=\s|$)", fact.get("idea", ". . . . ."))
+        assert len(sentences) == 5, f"{recipe}: {len(sentences)} sentences"
 
 
 def test_a_docstring_is_split_into_idea_and_differences() -> None:

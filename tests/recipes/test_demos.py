@@ -102,7 +102,7 @@ def test_make_demo_tiny(tiny_demo: dict[str, Any]) -> None:
 @pytest.mark.timeout(1800)
 def test_commands_of_the_pages(tiny_demo: dict[str, Any]) -> None:
     shutil.rmtree(ROOT / "runs" / "mine", ignore_errors=True)  # the README makes it
-    lines, begun = tried(), set()
+    lines, begun = tried(), set[str]()
     assert len(lines) >= 20
     for line in lines:
         name = line.split()[0]
