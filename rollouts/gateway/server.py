@@ -294,12 +294,12 @@ class Listener:
         reply = web.StreamResponse(headers={"Content-Type": kind, "Cache-Control": "no-store"})
         if disconnected(request):
             return reply
+        body = text.encode()
         if kind == "application/json":
-            reply.content_length = len(text.encode())
+            reply.content_length = len(body)
         with contextlib.suppress(ConnectionError):
             await reply.prepare(request)
-            await reply.write(text.encode())
-            await reply.write_eof()
+            await reply.write_eof(body)  # head and body in one packet wake the program once
             call.delivered = True
         return reply
 
