@@ -7,7 +7,7 @@ python -m marlora.recipes.own_program --dry_run true          (the plan: policie
 
 The program is an async function `main(task, base_url, api_key)` or, with `system.class`
 marlora.rollouts.gateway.programs:Command, any command in any environment. `recipes/programs/` has
-two roles written with `openai`, LangGraph, AG2, the OpenAI Agents SDK and DSPy.
+two roles written with `openai`, `recipes/programs/frameworks/` with twelve frameworks.
 """
 
 from __future__ import annotations

@@ -60,15 +60,15 @@ def clean_environment(**settings: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")} | settings
 
 
-def throw_away(packages: Sequence[str], *, atop: bool = False) -> Path:
+def throw_away(packages: Sequence[str], *, atop: bool = False, by_uv: bool = False) -> Path:
     """The Python of a throw-away environment with these packages; kept in the temporary folder
     while they are the same.
 
-    `atop`: it sees the packages of this environment too, and installs what they lack.
+    `atop`: it sees the packages of this environment too, and installs what they lack. `by_uv`: uv
+    installs them, which chooses among many packages' versions in a small part of pip's time.
     """
-    name = hashlib.sha256(repr((sys.version, packages, atop and sys.path)).encode()).hexdigest()[
-        :10
-    ]
+    what = repr((sys.version, packages, atop and sys.path))
+    name = hashlib.sha256(what.encode()).hexdigest()[:10]
     folder = Path(tempfile.gettempdir()) / f"marlora-programs-{name}"
     with Path(f"{folder}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -82,17 +82,14 @@ def throw_away(packages: Sequence[str], *, atop: bool = False) -> Path:
                 Path(here, "atop.pth").write_text(
                     "".join(f"import site; site.addsitedir({path!r})\n" for path in found)
                 )
-            install = [
-                str(folder / "bin/python"),
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--no-compile",
-                *packages,
-            ]
-            done = subprocess.run(install, env=clean_environment(), capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-2000:]
+            python = str(folder / "bin/python")
+            pip = [python, "-m", "pip", "install", "--quiet", "--no-compile"]
+            uv = [str(folder / "bin/uv"), "pip", "install", "--quiet", "--python", python]
+            for install in ([*pip, "uv"], [*uv, *packages]) if by_uv else ([*pip, *packages],):
+                done = subprocess.run(
+                    install, env=clean_environment(), capture_output=True, text=True
+                )
+                assert done.returncode == 0, done.stderr[-2000:]
             (folder / "done").touch()
     return folder / "bin/python"
 

@@ -172,9 +172,8 @@ def test_imports_point_down(path: Path) -> None:
         assert room is None or ROOMS.index(room) <= mine, (
             f"{path} imports {name}: the arrow is {' <- '.join(ROOMS)}"
         )
-        foreign = path.parent == Path(
-            "recipes/programs"
-        )  # written for other packages, one of which is called `agents`
+        # written for other packages, one of which is called `agents`
+        foreign = path.parent == Path("recipes/programs/frameworks")
         assert foreign or name.split(".")[0] not in (*ROOMS, "tests"), (
             f"{path} imports {name}: our rooms are imported as marlora.*"
         )
@@ -316,7 +315,8 @@ WITH_SETTINGS = [
 ]
 
 
-SCRIPT_FOLDERS = (Path("recipes"), Path("recipes/programs"))  # their files are started by path
+# their files are started by path
+SCRIPT_FOLDERS = tuple(map(Path, ("recipes", "recipes/programs", "recipes/programs/frameworks")))
 
 
 @pytest.mark.parametrize(

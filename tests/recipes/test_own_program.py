@@ -1,14 +1,13 @@
-"""Programs of other people's making are trained as they are: plain `openai`, LangGraph, AG2, the
-OpenAI Agents SDK, DSPy.
+"""Programs of other people's making are trained as they are: plain `openai`, and twelve frameworks.
 
-The slow tests install the real packages into a throw-away environment that knows nothing of
-marlora.
+The slow tests install the real packages into throw-away environments that know nothing of marlora.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from marlora.rollouts.checkpoints.team import LoadOptions, load_team
 from marlora.rollouts.engines.config import EngineConfig
 from marlora.rollouts.episodes.runner import EpisodeRequest
 from marlora.rollouts.episodes.store import Store
+from marlora.rollouts.report.episode_index import json_lines
+from marlora.rollouts.tasks.toy import tiny_tasks
 from marlora.rollouts.types import Episode
 from marlora.trainers.methods.policy_gradient.grpo import GRPOConfig, GRPOTrainer
 from marlora.trainers.testbeds.tiny import tiny_random_model
@@ -29,15 +30,46 @@ from tests.trainers.small_run import bytes_mod_7
 
 torch.set_num_threads(1)
 
-PACKAGES = (
-    "openai>=2",
-    "langgraph>=1,<2",
-    "langchain-openai>=1,<2",
-    "ag2>=1.2,<2",
-    "openai-agents>=0.24,<1",
-    "dspy>=3.4,<4",
+# Those of one tuple share an environment: frameworks that want another major version of `openai`
+# than the first ones cannot be installed beside them.
+ENVIRONMENTS = (
+    (
+        "openai>=3,<4",
+        "langgraph>=1,<2",
+        "langchain-openai>=1,<2",
+        "ag2>=1.2,<2",
+        "openai-agents>=0.24,<1",
+        "dspy>=3.4,<4",
+        "pydantic-ai-slim[openai]>=2.66,<3",
+        "autogen-agentchat==0.7.5",
+        "autogen-ext[openai]==0.7.5",
+    ),
+    (
+        "openai>=2,<3",
+        "crewai>=1.15,<2",
+        "llama-index-core>=0.14,<0.15",
+        "llama-index-llms-openai-like>=0.8,<1",
+        "haystack-ai>=3.4,<4",
+        "smolagents[openai]>=1.26,<2",
+        "agno>=3.1,<4",
+        "strands-agents[openai]>=1.62,<2",
+    ),
 )
-PROGRAMS = ("openai_roles", "langgraph_roles", "ag2_roles", "agents_sdk_roles", "dspy_roles")
+PROGRAMS = {  # by name: its environment
+    "openai_roles": 0,
+    "frameworks/langgraph_roles": 0,
+    "frameworks/ag2_roles": 0,
+    "frameworks/agents_sdk_roles": 0,
+    "frameworks/dspy_roles": 0,
+    "frameworks/pydantic_ai_roles": 0,
+    "frameworks/autogen_roles": 0,
+    "frameworks/crewai_roles": 1,
+    "frameworks/llama_index_roles": 1,
+    "frameworks/haystack_roles": 1,
+    "frameworks/smolagents_roles": 1,
+    "frameworks/agno_roles": 1,
+    "frameworks/strands_roles": 1,
+}
 
 
 def never_zero(task: Task, episode: Episode) -> float:
@@ -46,10 +78,14 @@ def never_zero(task: Task, episode: Episode) -> float:
     return 1 + bytes_mod_7(task, episode)
 
 
-def trainer(folder: Path, rewards: Any = None, **changes: Any) -> GRPOTrainer:
+def trainer(
+    folder: Path, rewards: Any = None, tasks: Any = None, eval_tasks: Any = None, **changes: Any
+) -> GRPOTrainer:
     settings = yaml.safe_load((ROOT / "recipes" / "own_program.yaml").read_text())
     return GRPOTrainer(
         args=GRPOConfig(**{**settings, "output_dir": str(folder), **changes}),
+        tasks=tasks,
+        eval_tasks=eval_tasks,
         rewards=rewards,
         recipe="own_program",
     )
@@ -154,33 +190,62 @@ def test_a_plain_program_learns(tmp_path: Path, seed: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def python() -> Path:
-    return throw_away(PACKAGES)
+def framework_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step, in which the program of each framework plays a task as it is and every
+    episode is trained on."""
+    pythons = [str(throw_away(packages, by_uv=True)) for packages in ENVIRONMENTS]
+    commands = {
+        name: [pythons[number], str(ROOT / "recipes" / "programs" / f"{name}.py")]
+        for name, number in PROGRAMS.items()
+    }
+    tasks = [
+        replace(task, id=name, meta={"command": commands[name]})
+        for task, name in zip(tiny_tasks(), PROGRAMS, strict=False)
+    ]
+    held_out = [replace(tiny_tasks("eval")[0], meta={"command": commands["openai_roles"]})]
+    changes: dict[str, Any] = {
+        "system": {
+            "class": "tests.recipes.each_framework:EachFramework",
+            "agents": ["first", "last"],
+        },
+        "max_steps": 1,
+        "tasks_per_step": len(tasks),
+        "num_generations": 1,
+        "num_eval_tasks": 1,
+        "credit": "team",
+        "learning_rate": 1e-2,
+        "max_concurrency": 4,
+    }
+    folder = tmp_path_factory.mktemp("frameworks")
+    run = trainer(folder, [never_zero], tasks=tasks, eval_tasks=held_out, **changes)
+    check_trained(run.train(), 1)
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_of_each_framework_is_trained_as_it_is(
-    program: str, python: Path, tmp_path: Path
-) -> None:
-    system = {
-        "class": "marlora.rollouts.gateway.programs:Command",
-        "agents": ["first", "last"],
-        "command": [str(python), str(ROOT / "recipes" / "programs" / f"{program}.py")],
-    }
-    changes: dict[str, Any] = {
-        "system": system,
-        "max_steps": 2,
-        "tasks_per_step": 1,
-        "num_generations": 2,
-        "num_eval_tasks": 1,
-        "credit": "team",
-        "learning_rate": 1e-2,
-        "max_concurrency": 2,
-    }
-    check_trained(trainer(tmp_path / "run", [never_zero], **changes).train(), 2)
-    episodes = list(Store(tmp_path / "run" / "episodes").read())
-    assert len(episodes) == 6
-    for episode in episodes:
+def test_a_program_of_each_framework_is_trained_as_it_is(program: str, framework_run: Path) -> None:
+    (episode,) = Store(framework_run / "episodes").read(task=program, split="train")
+    if "crewai" in program:
+        check_wrapped(episode)
+    else:
         check_turns(episode)
+    rows = json_lines(framework_run / "learned.jsonl")
+    learnt = [row for row in rows if row["episode"] == episode.id]
+    assert len(learnt) == 2, "both turns were trained on"
+
+
+def check_wrapped(episode: Episode) -> None:
+    """Two turns, of a framework that puts role and task into prompts of its own."""
+    assert episode.error is None, episode.error
+    first, last = episode.turns
+    third = episode.task.prompt.split("+")[-1]
+    for turn, role, asked in (
+        (first, "first", episode.task.prompt),
+        (last, "last", f"{first.text}+{third}"),
+    ):
+        system, user = turn.messages
+        assert turn.agent == role and len(turn.token_ids) == len(turn.logprobs) > 0
+        assert role in system.content and asked in user.content
+    assert episode.output == last.text.strip()
