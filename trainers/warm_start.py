@@ -36,18 +36,22 @@ def checkpoint_policy(checkpoint: str, policy: str) -> dict[str, str]:
 
 def adapter_shape(init: Any, given: Mapping[str, Any], setting: str) -> dict[str, Any]:
     """`r`, `alpha` and `targets` as the `adapter_config.json` of `init` says them; {} for a fresh
-    adapter, and for a folder that cannot be read, which is refused when its weights are.
+    adapter.
 
     `given`: what the user has set of them, under the YAML name `setting`. Raises `SettingError`
-    with both values where these differ.
+    with both values where these differ, and for a folder that holds no adapter.
     """
     if not isinstance(init, str) or init == "fresh":
         return {}
     path = init_folder(init) / FILES[0]
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    except (OSError, ValueError) as error:
+        raise SettingError(
+            f"{setting.removesuffix('adapter')}init: {init!r}: no adapter can be read there"
+            f" ({error}); expected fresh, a PEFT folder, or CHECKPOINT#POLICY such as"
+            " RUN/checkpoints/step-000010#solver"
+        ) from error
     shape: dict[str, Any] = {}
     for field, key in SHAPE.items():
         value: Any = config.get(key) if isinstance(config, dict) else None

@@ -75,3 +75,21 @@ def test_a_checkpoints_policy_is_read_alike(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
     adapter = specs(warm={"init": f"{tmp_path}#solver"})["warm"].adapter
     assert (adapter.r, adapter.alpha, adapter.targets) == (6, 12.0, ("q_proj",))
+
+
+@pytest.mark.parametrize("config", [None, "{", '"\xff'])
+def test_what_is_not_there_is_said_before_anything_is_loaded(
+    config: str | None, tmp_path: Path
+) -> None:
+    """So `--dry_run true` says it too. A checkpoint without the policy is such a place."""
+    folder = tmp_path / "adapters" / "solver"
+    folder.mkdir(parents=True)
+    if config is not None:
+        (folder / "adapter_config.json").write_bytes(config.encode("latin-1"))
+    for init in (str(folder), f"{tmp_path}#solver"):
+        with pytest.raises(SettingError, match=r"policies\.warm\.init: .*expected fresh, a PEFT"):
+            specs(warm={"init": init})
+    with pytest.raises(SettingError, match=r"policies\.warm\.init: 'nowhere': no adapter"):
+        specs(warm={"init": "nowhere"})
+    with pytest.raises(SettingError, match="nowhere"):
+        RunConfig(init="nowhere/checkpoints/step-000004").policy_specs(AGENTS)
