@@ -9,7 +9,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ class Progress:
                     style="yellow",
                     markup=False,
                 )
+
+    def go_on(self, rewards: Iterable[float]) -> None:
+        """The trend goes on from the rewards of these steps, of a run that is resumed."""
+        self._earned = list(rewards)
 
     def start(self, done: int, total: int) -> None:
         self._total = total

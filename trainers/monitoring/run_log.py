@@ -220,9 +220,12 @@ class RunLog:
         ckpt.write_json(self.config.folder / "proofs.json", records, durable=False)
 
     def drop_rows_after_step(self) -> None:
-        """Of a run that was cut off: drop rows of steps that are done again (rank 0)."""
+        """Of a run that was cut off: drop rows of steps that are done again (rank 0). The trend
+        that is shown goes on from those that are left."""
         for name in ("metrics.jsonl", "learned.jsonl"):
             run_folder.drop_rows_after(self.config.folder / name, self.step)
+        rows = json_lines(self.config.folder / "metrics.jsonl")
+        self.progress.go_on(float(row["reward"]) for row in rows if row.get("reward") is not None)
 
     # checkpoints
 

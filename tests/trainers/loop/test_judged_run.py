@@ -108,7 +108,9 @@ def test_a_judge_is_served_recorded_and_metered(model: Path, tmp_path: Path) -> 
     assert summary["budget"]["spent"]["tokens"] == learning
 
 
-def test_a_killed_run_comes_to_the_same_and_asks_nothing_twice(model: Path, tmp_path: Path) -> None:
+def test_a_killed_run_comes_to_the_same_and_asks_nothing_twice(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     collector(whole, model).train()
     killed = collector(cut, model)
@@ -120,8 +122,11 @@ def test_a_killed_run_comes_to_the_same_and_asks_nothing_twice(model: Path, tmp_
     killed.hook = hook  # type: ignore[method-assign]
     with pytest.raises(Cut):
         killed.train()
+    capsys.readouterr()
     collector(cut, model, resume=True).train()
     assert facts(cut) == facts(whole)
+    (line,) = (text for text in capsys.readouterr().err.splitlines() if "step 2/2" in text)
+    assert " in 2 steps" in line, "the trend goes on from what the killed run had written"
 
 
 def test_a_budget_holds_for_the_judge_too(model: Path, tmp_path: Path) -> None:
