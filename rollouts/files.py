@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import logging
 import os
@@ -57,12 +58,20 @@ def digest_of(tensors: Iterable[tuple[str, str, tuple[int, ...], bytes | memoryv
 
 
 def files_sha256(model: str) -> str | None:
-    """SHA-256 of a local model's tensor files, by name and content; None for a name of the hub."""
+    """SHA-256 of a local model's tensor files, by name and content; None for a name of the hub. The
+    files are read again only if one was written since."""
     folder = Path(model)
     if not folder.is_dir():
         return None
+    stats = ((path, path.stat()) for path in sorted(folder.glob("*.safetensors")))
+    return _files_sha256(tuple((path, s.st_ino, s.st_size, s.st_mtime_ns) for path, s in stats))
+
+
+@functools.lru_cache(maxsize=64)
+def _files_sha256(files: tuple[tuple[Path, int, int, int], ...]) -> str:
+    """Of these files, each with what tells that it was written."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path, *_ in files:
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):
