@@ -23,7 +23,7 @@ from .demos import (
     Demos,
     DemoSets,
     DemoTemplate,
-    bootstrap,
+    bootstrap_sets,
     demo_values,
     demos_of,
     drawn_size,
@@ -105,18 +105,32 @@ class Bootstrapper:
     def candidate(self, number: int, state: TeamState) -> tuple[dict[str, list[Demo]], int]:
         """The set of this number (see `demos.candidate_numbers`), by agent, and how many successful
         runs it is made of. `state`: the one in force."""
-        successes = [] if number in (ZERO_SHOT, LABELED) else self.successes(number, state)
-        return self._set(number, successes), len(successes)
+        return self.candidates([number], state)[0]
 
-    def successes(self, number: int, state: TeamState, size: int | None = None) -> list[Demos]:
-        """The demonstrations of the first successful runs in this candidate's order of tasks.
+    def candidates(
+        self, numbers: Sequence[int], state: TeamState
+    ) -> list[tuple[dict[str, list[Demo]], int]]:
+        """Several, as `candidate` gives each; their runs are played side by side."""
+        bootstrapped = [number for number in numbers if number not in (ZERO_SHOT, LABELED)]
+        found = dict(zip(bootstrapped, self._successes(bootstrapped, state), strict=True))
+        return [(self._set(n, found.get(n, ())), len(found.get(n, ()))) for n in numbers]
 
-        `size`: how many runs; None draws it as `demos.drawn_size` does.
-        """
+    def successes(self, number: int, state: TeamState, size: int) -> list[Demos]:
+        """The demonstrations of the first `size` successful runs in this candidate's order of
+        tasks."""
+        return self._successes([number], state, size)[0]
+
+    def _successes(
+        self, numbers: Sequence[int], state: TeamState, size: int | None = None
+    ) -> list[list[Demos]]:
+        """For each candidate, of as many runs as `size` says, or as `demos.drawn_size` draws."""
         config, seed = self.config, self.spec.config.seed
-        return bootstrap(
-            drawn_tasks(self.spec.tasks, number, seed),
-            drawn_size(config.max_bootstrapped_demos, number, seed) if size is None else size,
+
+        def wanted(number: int) -> int:
+            return drawn_size(config.max_bootstrapped_demos, number, seed) if size is None else size
+
+        return bootstrap_sets(
+            [(drawn_tasks(self.spec.tasks, n, seed), wanted(n)) for n in numbers],
             config.max_rounds,
             functools.partial(self._attempt, state),
         )

@@ -94,30 +94,38 @@ def one_call(agent: str, calls: Sequence[Demo]) -> Demo:
     return rng.choice(calls[:-1]) if rng.random() < 0.5 else calls[-1]
 
 
-def bootstrap(tasks: Sequence[Task], count: int, rounds: int, attempt: Attempt) -> list[Demos]:
-    """Demonstrations of the first `count` tasks whose run succeeds, each tried up to `rounds`
-    times.
+def bootstrap_sets(
+    orders: Sequence[tuple[Sequence[Task], int]], rounds: int, attempt: Attempt
+) -> list[list[Demos]]:
+    """For each order of tasks, the demonstrations of its first `count` tasks whose run succeeds,
+    each tried up to `rounds` times.
 
     Args:
+        orders: tasks, and how many successes are wanted of them.
         attempt: plays tasks for the given time (0: the first) and gives each run's demonstrations,
             none for a run that failed.
 
-    As many tasks are tried at once as successes are missing, so none is tried that would not be if
-    they were tried one after the other.
+    All orders go on side by side, and as many tasks of an order are tried at once as successes are
+    missing, so none is tried that would not be if they were tried one after the other.
     """
-    successes: list[Demos] = []
-    place = 0
-    while len(successes) < count and place < len(tasks):
-        chunk = tasks[place : place + count - len(successes)]
-        place += len(chunk)
-        done: dict[int, Demos] = {}
+    successes: list[list[Demos]] = [[] for _ in orders]
+    places = [0] * len(orders)
+    while True:
+        chunks: list[Sequence[Task]] = []
+        for at, (tasks, count) in enumerate(orders):
+            chunks.append(tasks[places[at] : places[at] + max(count - len(successes[at]), 0)])
+            places[at] += len(chunks[at])
+        if not any(chunks):
+            return successes
+        done: dict[str, Demos] = {}
         for number in range(rounds):
-            left = [at for at in range(len(chunk)) if at not in done]
+            every = {task.id: task for chunk in chunks for task in chunk}
+            left = [task for task in every.values() if task.id not in done]
             if left:
-                runs = attempt([chunk[at] for at in left], number)
-                done |= {at: demos for at, demos in zip(left, runs, strict=True) if demos}
-        successes += [done[at] for at in sorted(done)]
-    return successes
+                runs = attempt(left, number)
+                done |= {t.id: demos for t, demos in zip(left, runs, strict=True) if demos}
+        for own, chunk in zip(successes, chunks, strict=True):
+            own += [done[task.id] for task in chunk if task.id in done]
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ the trial that stands for it; equal options count once; an instruction that was 
 or refused is dropped, and counted; none is asked for that the present one would overwrite; tasks
 that candidates are compared on are never bootstrapped from; a full evaluation that would repeat an
 earlier one is left out; what was played before with the same state costs nothing. Where the
-proposer gives no usable instruction at all, the run ends. Presets there are numbers here: light 6
-candidates and 100 validation tasks, medium 12 and 300, heavy 18 and 1000. Not taken over: all
-validation tasks for every trial where there are at most 50 (set `minibatch_size: 0`).
+proposer gives no usable instruction at all, demonstrations are searched alone; without these the
+run ends. Presets there are numbers here: light 6 candidates and 100 validation tasks, medium 12 and
+300, heavy 18 and 1000. Not taken over: all validation tasks for every trial where there are at most
+50 (set `minibatch_size: 0`).
 
 accelerate launch recipes/mipro.py [--config recipes/mipro.yaml] [--field value]
 """
@@ -229,7 +230,7 @@ class MIPROTrainer(Trainer[MIPROConfig]):
         if args.max_bootstrapped_demos:
             numbers += [UNSHUFFLED, *range(args.num_candidates)]
         state, chosen = self.start, numbers[: args.num_candidates - 1]
-        return [demos.candidate(number, state)[0] for number in chosen]
+        return [own for own, _ in demos.candidates(chosen, state)]
 
     def _proposals(self, sets: Sequence[Mapping[str, Sequence[Demo]]]) -> Proposals:
         count = self.args.instructions - 1
@@ -249,18 +250,20 @@ class MIPROTrainer(Trainer[MIPROConfig]):
             self.run.log.say(f"instructions dropped: {counts(proposals.dropped)}")
 
     def _hopeless(self, options: Mapping[str, Sequence[Any]], proposals: Proposals) -> str:
-        """Why there is nothing to search; "" if there is."""
+        """Why there is nothing to search; "" if there is. Without a usable instruction the
+        demonstrations are searched alone, and the log says so."""
+        none = ""
         if proposals.asked and not proposals.usable:
-            return (
+            none = (
                 f"helpers.{PROPOSER}: none of {proposals.asked} instructions is usable"
                 f" ({counts(proposals.dropped)}); give the helper a stronger model, or raise"
                 " max_proposal_tokens or max_instruction_chars"
             )
         if all(len(own) == 1 for own in options.values()):
-            return "nothing to search: no agent has a second option (no run succeeded)"
+            return none or "nothing to search: no agent has a second option (no run succeeded)"
+        if none:
+            self.run.log.warn(f"{none}. Demonstrations alone are searched")
         return ""
-
-    # a trial
 
     def _trial(self, number: int) -> StepResult:
         args, options = self.args, self.memory["options"]

@@ -15,7 +15,7 @@ from marlora.trainers.methods.prompts.bootstrapping.demos import (
     Demos,
     DemoSets,
     DemoTemplate,
-    bootstrap,
+    bootstrap_sets,
     candidate_name,
     candidate_numbers,
     demo_values,
@@ -105,7 +105,7 @@ def test_tasks_are_tried_in_order_until_enough_have_succeeded() -> None:
         tried.append([task.id for task in tasks])
         return [made(int(t.id[1:]))[0] if int(t.id[1:]) % 2 == 0 else {} for t in tasks]
 
-    found = bootstrap(TASKS, 4, 1, attempt)
+    (found,) = bootstrap_sets([(TASKS, 4)], 1, attempt)
     assert [run["a"].task for run in found] == ["t0", "t2", "t4", "t6"]
     assert tried == [["t0", "t1", "t2", "t3"], ["t4", "t5"], ["t6"]]
 
@@ -118,10 +118,25 @@ def test_a_failed_task_is_tried_again_up_to_the_rounds() -> None:
         tries.update(task.id for task in tasks)
         return [made(int(t.id[1:]))[0] if int(t.id[1:]) == number else {} for t in tasks]
 
-    found = bootstrap(TASKS[:4], 4, 3, attempt)
+    (found,) = bootstrap_sets([(TASKS[:4], 4)], 3, attempt)
     assert [run["a"].task for run in found] == ["t0", "t1", "t2"]
     assert tries == {"t0": 1, "t1": 2, "t2": 3, "t3": 3}
-    assert bootstrap(TASKS[:4], 4, 1, lambda tasks, number: [{}] * len(tasks)) == []
+    assert bootstrap_sets([(TASKS[:4], 4)], 1, lambda tasks, number: [{}] * len(tasks)) == [[]]
+
+
+def test_several_orders_go_on_side_by_side() -> None:
+    """Even tasks succeed: each order finds what it finds alone, and no task is tried for it that
+    would not be then; a task of two orders is tried once at a time."""
+    tried: list[list[str]] = []
+
+    def attempt(tasks: Sequence[Task], number: int) -> list[Demos]:
+        tried.append([task.id for task in tasks])
+        return [made(int(t.id[1:]))[0] if int(t.id[1:]) % 2 == 0 else {} for t in tasks]
+
+    orders = [(TASKS, 2), (TASKS[2:], 1), (TASKS[1:4], 3), (TASKS, 0)]
+    found = bootstrap_sets(orders, 1, attempt)
+    assert [[run["a"].task for run in own] for own in found] == [["t0", "t2"], ["t2"], ["t2"], []]
+    assert tried == [["t0", "t1", "t2", "t3"], ["t2"]]
 
 
 # sets

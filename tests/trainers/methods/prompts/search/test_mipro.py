@@ -185,6 +185,25 @@ def test_a_proposer_without_a_usable_instruction_ends_the_run(model: Path, tmp_p
     assert "truncated" in summary["done"] and made.run.values == {}
 
 
+def test_without_a_usable_instruction_demonstrations_are_searched(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = trainer(
+        tmp_path / "run",
+        model,
+        say=proposals("<INSTRUCTION>cut of"),
+        num_trials=2,
+        num_eval_tasks=2,
+        num_val_tasks=10,
+    )
+    summary = made.train()
+    options = made.memory["options"]
+    assert [len(options[f"{name}.prompt"]) for name in "ab"] == [1, 1]
+    assert max(len(options[f"{name}.demos"]) for name in "ab") > 1
+    assert summary["steps"] == 3 and "usable" not in summary.get("done", "")
+    assert "Demonstrations alone are searched" in "".join(capsys.readouterr())
+
+
 def test_instructions_alone_are_searched_without_demonstrations(
     model: Path, tmp_path: Path
 ) -> None:
