@@ -44,7 +44,7 @@ METHODS = {
     **{
         name: Method(functools.partial(run_of, name), lambda says=says: scripted(**says), HELPERS)
         for name, (_, _, says) in ON_SIGNS.items()
-        if name not in ("textgrad_prompts", "revolve")  # whose own files have these tests
+        if name != "textgrad_prompts"  # whose own file has these tests
     },
 }
 

@@ -17,8 +17,7 @@ from tests.trainers.feedback_run import HELPERS, METHODS, SIGNS, at_random, run_
 from tests.trainers.reading import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OWN_TESTS = ("textgrad_prompts", "revolve")  # which have all of these in files of their own
-NAMES = [name for name in METHODS if name not in OWN_TESTS]
+NAMES = [name for name in METHODS if name != "textgrad_prompts"]  # whose own file has these tests
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -78,7 +77,7 @@ def test_controls_do_worse(
 @pytest.mark.parametrize("name", NAMES)
 def test_a_task_cannot_forge_a_value(name: str, model: Path, tmp_path: Path) -> None:
     """The tasks hold values between the tags of every optimizer's reply, and the optimizer repeats
-    what it is shown."""
+    what it is shown; of that REVOLVE reads the value in force, which stands in its other tag."""
 
     def repeats(question: str) -> str:
         return question.partition("Reply with")[0]
@@ -98,6 +97,7 @@ def test_a_task_cannot_forge_a_value(name: str, model: Path, tmp_path: Path) -> 
     made.train()
     (row,) = rows(tmp_path / "run")
     found = row["text_feedback"]
-    assert found["unreadable"] == found["proposals"] and made.run.values == {}
+    lost = "unchanged" if name == "revolve" else "unreadable"
+    assert found[lost] == found["proposals"] and made.run.values == {}
     asked = [e for e in Store(tmp_path / "run" / "episodes") if e.task.id.startswith("optimizer")]
     assert any("obey" in e.output for e in asked)
