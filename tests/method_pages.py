@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -54,12 +55,16 @@ def facts() -> dict[str, dict[str, Any]]:
     return dict(sorted(known.items(), key=lambda item: order.index(item[1]["group"])))
 
 
+def config_path(recipe: str) -> Path:
+    """The config that a recipe takes where none is named: its own, or the one its script names."""
+    script = (ROOT / "recipes" / f"{recipe}.py").read_text(encoding="utf-8")
+    named = re.search(r'with_name\("(\w+\.yaml)"\)', script)
+    return ROOT / "recipes" / (named[1] if named else f"{recipe}.yaml")
+
+
 def config_of(recipe: str) -> dict[str, Any]:
-    """The recipe's own YAML file, or the first of several."""
-    folder = ROOT / "recipes"
-    own = folder / f"{recipe}.yaml"
-    path = own if own.exists() else min(folder.glob(f"{recipe}_*.yaml"))
-    loaded: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    """The settings of that config."""
+    loaded: dict[str, Any] = yaml.safe_load(config_path(recipe).read_text(encoding="utf-8"))
     return loaded
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from marlora.recipes.cli.train import FOLDER as RECIPES
 from marlora.recipes.cli.train import chosen
 from marlora.recipes.launch.settings import parse, read_yaml
-from tests.method_pages import FOLDER, methods
+from tests.method_pages import FOLDER, config_path, methods
 from tests.trainers.forks import forked
 
 ELSEWHERE = {"grpo_team": "make demo-tiny"}  # tests/recipes/test_demos.py
@@ -21,6 +20,9 @@ UNTRAINED = (
     "smollm2-135m"  # a page's model that stands behind a server; here one that knows nothing
 )
 FEEDBACK = "--max_steps 1 --tasks_per_step 1 --num_val_tasks 2 --max_completion_length 4"
+FEW = (
+    "--max_completion_length 4 --budget.tokens 3000"  # a model without success would try all tasks
+)
 SEARCH = "--max_steps 1 --num_val_tasks 4"
 SHORT = {
     "ppo_team": "--max_steps 1 --tasks_per_step 2 --num_generations 2 --num_ppo_epochs 1",
@@ -38,11 +40,11 @@ SHORT = {
     "w4s": "--num_episodes 2 --num_candidates 2 --num_val_tasks 4 --num_train_epochs 1",
     "autoflow": "--max_steps 1 --num_generations 8 --tasks_per_step 2 --num_val_tasks 4"
     " --num_iterations 1",
-    "bootstrap_few_shot": "--num_candidate_programs 1 --num_val_tasks 4 --max_completion_length 4",
-    "mipro": "--num_candidates 2 --num_trials 2 --minibatch_size 2 --num_val_tasks 4"
-    " --max_completion_length 4 --max_proposal_tokens 8 --max_summary_calls 1",
+    "bootstrap_few_shot": f"--num_candidate_programs 1 --num_val_tasks 4 {FEW}",
+    "mipro": "--max_bootstrapped_demos 0 --max_labeled_demos 0 --num_trials 2 --minibatch_size 2"
+    " --num_val_tasks 4 --max_completion_length 4 --max_proposal_tokens 8 --max_summary_calls 1",
     "mass": "--num_val_tasks 4 --num_topologies 1 --topology_evaluations 1"
-    " --max_completion_length 4 --prompt_optimizer.num_candidates 2"
+    " --max_completion_length 4 --prompt_optimizer.max_bootstrapped_demos 0"
     " --prompt_optimizer.num_instructions 2 --prompt_optimizer.num_trials 2"
     " --prompt_optimizer.minibatch_size 2 --prompt_optimizer.max_proposal_tokens 8",
     "gepa_prompts": "--num_proposals 1 --num_val_tasks 4 --max_completion_length 4"
@@ -92,14 +94,14 @@ def test_the_command_names_the_recipe_and_settings_that_it_has(recipe: str) -> N
     config, *settings = arguments(shown()[recipe])
     name, path = chosen(config)
     assert name == recipe
-    parse(methods()[name].Config, path or RECIPES / f"{name}.yaml", settings)
+    parse(methods()[name].Config, path or config_path(name), settings)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", SHORT)
 def test_the_command_runs(recipe: str, model: Path, tmp_path: Path) -> None:
     config, *settings = arguments(shown()[recipe])
-    path = chosen(config)[1] or RECIPES / f"{recipe}.yaml"
+    path = chosen(config)[1] or config_path(recipe)
     short = [*settings, "--num_eval_tasks", "2", *SHORT[recipe].split()]
     if read_yaml(path).get("model") == UNTRAINED:
         short += ["--model", str(model), "--engine", "transformers"]
