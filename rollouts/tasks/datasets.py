@@ -329,11 +329,7 @@ def rows_of(name: str, path: str, split: str, config: str | None) -> Splits:
         loaded = datasets.load_dataset(str(local) if local.exists() else path, named)
     except Exception as error:  # no network, set or configuration: many types of the hub's errors
         reason = f"{type(error).__name__}: {str(error)[:300]}"
-        todo = (
-            "task_args.config names one of its configurations; a local copy is named hub:FOLDER"
-            if name == path
-            else "task_args.path takes a local copy"
-        )
+        todo = _how_to_load(path, isinstance(error, ConnectionError), own=name == path)
         raise SettingError(f"tasks {name!r}: {path} cannot be loaded ({reason}); {todo}") from error
     held_out = next((each for each in HELD_OUT if each in loaded), None)
     if "train" not in loaded or held_out is None:
@@ -342,3 +338,16 @@ def rows_of(name: str, path: str, split: str, config: str | None) -> Splits:
             " test or validation. Save the rows as one JSONL file, which is cut in two by itself"
         )
     return Splits({"train": list(loaded["train"]), "eval": list(loaded[held_out])}, split)
+
+
+def _how_to_load(path: str, unreachable: bool, own: bool) -> str:
+    """What to do about a data set that cannot be loaded. `unreachable`: the hub did not answer.
+    `own`: the user has named the set, so that a configuration may be missing."""
+    copy = "tasks: hub:FOLDER" if own else "task_args: {path: FOLDER}"
+    if unreachable:
+        return (
+            f"where there is a network, `hf download {path} --repo-type dataset --local-dir FOLDER`"
+            f" makes a copy; then {copy}"
+        )
+    config = "task_args.config names one of its configurations; " if own else ""
+    return f"{config}a local copy is named by {copy}"

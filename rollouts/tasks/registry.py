@@ -89,7 +89,12 @@ def _source(name: str) -> tuple[Callable[..., Iterable[Task]], tuple[Any, ...]]:
     if path.exists():
         return file, (path,)
     if path.suffix in READERS or path.is_absolute():
-        raise SettingError(f"tasks {name!r}: no such file")
+        whole = f"; a folder of such files is named itself: {path.parent}" if "*" in name else ""
+        raise SettingError(f"tasks {name!r}: no such file{whole}")
+    if "/" in name and ":" not in name:
+        raise SettingError(
+            f"tasks {name!r}: no such file or folder; a data set of the hub is named hub:{name}"
+        )
     return load_function("tasks", name, SOURCES), ()
 
 

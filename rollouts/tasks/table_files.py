@@ -28,6 +28,11 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
         "eval": next((found for found in map(named, HELD_OUT) if found), []),
     }
     if not all(parts.values()):
+        if not files and any(path.suffix in READERS for path in folder.rglob("*")):
+            raise SettingError(
+                f"tasks {str(folder)!r}: its files are in folders of their own, as in a copy of a"
+                f" data set of the hub; name that hub:{folder}"
+            )
         raise SettingError(
             f"tasks {str(folder)!r}: expected files train* and eval* (or test*, validation*),"
             f" {', '.join(READERS)}, in the folder; found"
