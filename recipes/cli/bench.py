@@ -13,7 +13,11 @@ from marlora.recipes.launch.tables import table
 def add_bench(command: argparse.ArgumentParser) -> None:
     """Arguments of `marlora bench`."""
     command.add_argument(
-        "suite", help="update, agents, serve, publish, loop, rollout, sandbox, proxy, ahead or gpu"
+        "suite",
+        help=(
+            "update, agents, serve, publish, loop, rollout, sandbox, proxy, ahead, fleet, store or"
+            " gpu"
+        ),
     )
     add_json(command)
     command.add_argument("--repeats", type=int, default=3, help="interleaved repeats")

@@ -9,6 +9,7 @@ from typing import Any
 from .agents import agents
 from .ahead import ahead
 from .gpu.hour import gpu
+from .load.fleet import fleet
 from .loop import loop
 from .measure import Options
 from .proxy import proxy
@@ -29,4 +30,5 @@ SUITES: dict[str, Callable[[Options], dict[str, Any]]] = {
     "proxy": proxy,
     "ahead": ahead,
     "gpu": gpu,
+    "fleet": fleet,
 }

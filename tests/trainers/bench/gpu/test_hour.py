@@ -132,6 +132,7 @@ def test_parts_that_find_no_time_are_not_begun(monkeypatch: pytest.MonkeyPatch) 
     assert report["parts"]["adapters"]["status"] == "not begun" or limits[-1] < PARTS[-1].limit
 
 
+@pytest.mark.slow  # a process that imports everything
 def test_a_part_in_its_own_process_says_that_there_is_no_gpu() -> None:
     """The real command line; its tests need a GPU."""
     found = hour.run_part(PARTS[0], TINY, 300.0)
