@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ....agents.text.tags import block, nested
 from ....rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ...feedback.backward import Feedback
 from ...feedback.rewriters import feedback_blocks
+from ..tiny import chat_prompt
 from .teacher import (
     AMOUNTS,
     CARELESS,
@@ -68,6 +71,7 @@ NUMBERED = (
     [f"\n{EXPECTED}{digit}" for digit in range(10)],
     [f"<EXPECTED>\n{digit}" for digit in range(10)],
 )
+PROBLEMS = [f"{KIND}{number:03}" for number in range(1000)]  # a token each
 ZERO = 0.4  # share of zeros besides those that are drawn
 
 
@@ -78,12 +82,12 @@ def critic_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = whole_words()
-    # a value, but not the beginning of a problem; longer words first
-    pattern = "|".join([*map(re.escape, words), rf"{KIND}\d(?!\d)"])
+    # longer words first; a value is not the beginning of a problem
+    pattern = "|".join([*map(re.escape, words), rf"{KIND}\d{{3}}", rf"{KIND}\d(?!\d)"])
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     spelled = [level.pre_tokenize_str(word)[0][0] for word in words]
-    pieces = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *spelled, *VALUES]
+    pieces = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *spelled, *VALUES, *PROBLEMS]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     core = Tokenizer(models.BPE(vocabulary, merges=[], ignore_merges=True))
     core.pre_tokenizer = pre_tokenizers.Sequence([split, level])
@@ -144,8 +148,12 @@ class Questions:
         return "exact: 0" if chance < 0.2 else f"exact: 0\n{EXPECTED}{self.digit()}"
 
     def amount(self) -> str:
-        """What a critic says."""
-        return OK if self.rng.random() < 0.15 else self.rng.choice(AMOUNTS)
+        """What a critic says, or repeats."""
+        chance = self.rng.random()
+        if chance < 0.15:
+            return OK
+        head = f"{self.digit()}>{self.digit()}" if chance < 0.5 else ""
+        return head + self.rng.choice(AMOUNTS)
 
     def worked(self) -> Asked:
         if self.rng.random() < self.piped:  # in a pipeline
@@ -158,23 +166,24 @@ class Questions:
         blocks = [block("TASK", self.problem()), block("PREDICTION", said)]
         return JUDGE, "\n".join([role, *blocks, block("EXPECTED", expected)])
 
-    def said(self) -> Asked:
-        kind = self.rng.choice(
-            ("base", "base", "base", "base", "chain", "judged", "state", "state")
-        )
-        task, output = block("TASK", self.problem()), self.digit()
-        if kind == "base":
-            blocks = [task, block("PREDICTION", output), block("RESULT", self.words())]
-            return SAY, nested("CONVERSATION", "\n".join(blocks))
-        if kind == "judged":
+    def criticised(self) -> Asked:
+        """A critic, told what the metric says of an output."""
+        return criticism(self.problem(), self.words(), self.digit())
+
+    def required(self) -> Asked:
+        """A critic of a pipeline's state, told the same."""
+        blocks = [block("TASK", self.problem()), block("OUTPUT", self.digit())]
+        return SAY, "\n".join([*blocks, block("FEEDBACK", self.words())])
+
+    def repeated(self) -> Asked:
+        """A critic, told what was said of an output: by judges, or of a worker's turn."""
+        if self.rng.random() < 0.4:
             system, text = self.judged()
             names = f"{ROLES[0]}: {self.amount()}\n\n{ROLES[1]}: {OK}"
             blocks = [block("SYSTEM", system), block("INPUT", text), block("OUTPUT", names)]
             return SAY, nested("CONVERSATION", "\n".join(blocks))
-        if kind == "chain":
-            turn = nested("CONVERSATION", "\n".join(self.turn(self.value())))
-            return SAY, f"{turn}\n{block('FEEDBACK', self.amount())}"
-        return SAY, "\n".join([task, block("OUTPUT", output), block("FEEDBACK", self.words())])
+        turn = nested("CONVERSATION", "\n".join(self.turn(self.value())))
+        return SAY, f"{turn}\n{block('FEEDBACK', self.amount())}"
 
     def turn(self, value: str, piped: bool = False) -> list[str]:
         """A worker's turn as blocks."""
@@ -183,30 +192,37 @@ class Questions:
         return [*system, block("INPUT", text), block("OUTPUT", self.digit())]
 
     def edited(self, count: int | None = None) -> Asked:
-        """`count`: of the feedback; None: none or one."""
-        form = self.rng.choice(("gradient", "gradient", "direct", "graph", "pipeline"))
-        system = self.rng.choice([*CARELESS, "edit", "edit"]) if form == "gradient" else "edit"
-        if self.rng.random() < 0.1:
-            system = GUESS
-        value = self.value()
-        told = (self.rng.random() < 0.85) if count is None else count
-        shown = feedback_blocks(
-            [self.feedback(form, value) for _ in range(told)],
-            form == "gradient" and self.rng.random() < 0.2,
-        )
-        if form == "pipeline":
+        """An editor, told amounts. `count`: of the feedback; None: none or one."""
+        system, value = self.editor(CARELESS), self.value()
+        if self.rng.random() < 0.4:
             role = f'{{"template": "{{instruction}}{{prompt}}", "instruction": "{value}"}}'
-            return system, f"{block('ROLE', role)}\n{shown}"
-        if form == "graph":
-            named = f"{NAME}.prompt: the text '{NAME}.prompt' of the agent '{NAME}'; a text"
-            variables = nested("VARIABLES", f"{named}\n{block('VALUE', value)}")
-            return system, f"{variables}\n{shown}"
-        if form == "direct":
-            return system, f"prompt\n{block('VARIABLE', value)}\n{shown}"
+            return system, f"{block('ROLE', role)}\n{self.shown('pipeline', value, count)}"
+        shown = self.shown("gradient", value, count)
         return system, f"{block('VARIABLE', value)}\n{shown}{self.history()}"
+
+    def reasoned(self, count: int | None = None) -> Asked:
+        """An editor, told the metric's words, which names amounts before it puts one in."""
+        system, value = self.editor(["edit"]), self.value()
+        if self.rng.random() < 0.5:
+            return system, f"prompt\n{block('VARIABLE', value)}\n{self.shown('', value, count)}"
+        named = f"{NAME}.prompt: the text '{NAME}.prompt' of the agent '{NAME}'; a text"
+        variables = nested("VARIABLES", f"{named}\n{block('VALUE', value)}")
+        return system, f"{variables}\n{self.shown('graph', value, count)}"
 
     def edited_by_two(self) -> Asked:
         return self.edited(2)
+
+    def reasoned_by_two(self) -> Asked:
+        return self.reasoned(2)
+
+    def editor(self, prompts: Iterable[str]) -> str:
+        return GUESS if self.rng.random() < 0.1 else self.rng.choice([*prompts])
+
+    def shown(self, form: str, value: str, count: int | None) -> str:
+        """Feedback as an editor is shown it."""
+        told = (self.rng.random() < 0.85) if count is None else count
+        turns = form == "gradient" and self.rng.random() < 0.2
+        return feedback_blocks([self.feedback(form, value) for _ in range(told)], turns)
 
     def feedback(self, form: str, value: str) -> Feedback:
         told = {"gradient": self.amount, "pipeline": self.amount}.get(form, self.words)()
@@ -239,8 +255,61 @@ class Questions:
         return "\n" + block("PAST_ITERATIONS", "\n".join(lines))
 
 
-def drawn(asked: Asked, rng: random.Random) -> tuple[str, float]:
-    """A reply of the teacher to a question, and its share."""
-    shares = replies(*asked)
-    (reply,) = rng.choices([*shares], [*shares.values()])
-    return reply, shares[reply]
+def criticism(problem: str, words: str, output: str = "0") -> Asked:
+    """What a critic is asked of an output, by the metric's words on it."""
+    blocks = [block("TASK", problem), block("PREDICTION", output), block("RESULT", words)]
+    return SAY, nested("CONVERSATION", "\n".join(blocks))
+
+
+def rewriting(value: str, problem: str, critique: str) -> Asked:
+    """What an editor is asked of a value, by what was said of it; "": nothing was."""
+    turn = [block("SYSTEM", value), block("INPUT", problem), block("OUTPUT", "0")]
+    told = [Feedback(critique, problem, "", 0.0, "\n".join(turn))] if critique else []
+    return "edit", f"{block('VARIABLE', value)}\n{feedback_blocks(told)}\n"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A chat's prompt, a reply drawn from the teacher's, and the shares of the tokens that the
+    teacher may have at each place of the reply."""
+
+    prompt: list[int]
+    reply: list[int]
+    targets: list[Mapping[int, float]]
+
+
+class Lessons:
+    """Questions and replies as tokens."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng, self.tokenizer = rng, critic_tokenizer()
+        self.known: dict[str, tuple[int, ...]] = {}
+
+    def of(self, asked: Asked) -> Lesson:
+        shares = {self.reply(text): share for text, share in replies(*asked).items()}
+        (drawn,) = self.rng.choices([*shares], [*shares.values()])
+        targets = [_next_tokens(shares, drawn[:n]) for n in range(len(drawn))]
+        return Lesson(self.prompt(asked), [*drawn], targets)
+
+    def prompt(self, asked: Asked) -> list[int]:
+        """Token ids of a chat's prompt; without a system message where that is empty."""
+        texts = (text for text in asked if text)
+        return chat_prompt(self.tokenizer, *texts, system=bool(asked[0]))
+
+    def reply(self, text: str) -> tuple[int, ...]:
+        """Token ids of a reply with its end."""
+        if text not in self.known:
+            self.known[text] = tuple(self.tokenizer.encode(text + "<|end|>"))
+        return self.known[text]
+
+
+def _next_tokens(
+    shares: Mapping[tuple[int, ...], float], beginning: tuple[int, ...]
+) -> dict[int, float]:
+    """Shares of the tokens that come next in the replies that begin so."""
+    found: dict[int, float] = {}
+    for ids, share in shares.items():
+        if ids[: len(beginning)] == beginning:
+            found[ids[len(beginning)]] = found.get(ids[len(beginning)], 0.0) + share
+    total = sum(found.values())
+    return {token: share / total for token, share in found.items()}

@@ -13,47 +13,67 @@ from __future__ import annotations
 import math
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ....agents.patterns.chain import Chain
 from ....agents.text import tags
+from ....agents.text.tags import inside
 from ....agents.types import AgentSpec, Sampling
 from ....rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ...feedback.rewriters import feedback_blocks
 from ..pretraining import ToyModel, pretrain
 from ..tiny import chat_prompt, spread, tiny_network
 from . import lessons, teacher
-from .lessons import NAME, NUMBERED, Asked, Questions, critic_tokenizer, drawn
-from .teacher import START, replies
+from .lessons import (
+    NAME,
+    NUMBERED,
+    PROBLEMS,
+    Asked,
+    Lesson,
+    Lessons,
+    Questions,
+    critic_tokenizer,
+    criticism,
+    rewriting,
+)
+from .teacher import AMOUNTS, EXPECTED, START, VALUES, replies
 
 LONGEST = 20  # tokens of a reply, its end included
-ROLES = ("worked", "judged", "said", "edited", "edited_by_two")  # methods of `Questions`
+COUNTS: Mapping[str, int] = {  # lessons of a batch, by method of `Questions`
+    "worked": 4,
+    "judged": 5,
+    "criticised": 8,
+    "required": 5,
+    "repeated": 4,
+    "edited": 6,
+    "edited_by_two": 4,
+    "reasoned": 6,
+    "reasoned_by_two": 4,
+}
+ALIKE = (  # lessons of about one length, which are read together
+    ("worked", "judged", "criticised", "required"),
+    ("repeated", "edited", "reasoned"),
+    ("edited_by_two", "reasoned_by_two"),
+)
 CIRCLES = 0.6  # radius of the circles on which the digits stand at the start
 
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """How the model is trained: AdamW with warm-up, then linear decay, on batches of so many
-    answers of workers, judges and critics, and of values rewritten by one feedback and by two.
+    """How the model is trained: AdamW with warm-up, then linear decay, on batches of `COUNTS`.
 
     `max_excess`: as of `ProgramsConfig`, in nats per reply.
     """
 
-    steps: int = 600
-    worked: int = 20
-    judged: int = 12
-    said: int = 36
-    edited: int = 24
-    edited_by_two: int = 6
-    learning_rate: float = 6e-3
+    steps: int = 500
+    learning_rate: float = 5e-3
     warmup: int = 40
-    max_excess: float = 2.0
+    max_excess: float = 1.6
     hidden_size: int = 64
     layers: int = 3
     init_std: float = 0.12
@@ -80,17 +100,17 @@ def critic_chain() -> Chain:
 def train(config: CriticConfig, say: Callable[[str], None]) -> Any:
     """Train the network on all roles. Raises `RuntimeError` if it stays further than `max_excess`
     from its teacher."""
-    network = critic_network(config)
-    tokenizer, rng = critic_tokenizer(), random.Random(config.seed)
-    questions = Questions(rng)
-    kinds = [(getattr(questions, role), getattr(config, role)) for role in ROLES]
+    network, rng = critic_network(config), random.Random(config.seed)
+    questions, made = Questions(rng), Lessons(rng)
 
     def loss_of() -> tuple[torch.Tensor, float]:
-        parts = [
-            reply_loss(network, tokenizer, [make() for _ in range(count)], rng)
-            for make, count in kinds
-        ]
-        return torch.stack([loss for loss, _ in parts]).sum(), max(e for _, e in parts)
+        losses, excesses = [], []
+        for names in ALIKE:
+            asked = [getattr(questions, name)() for name in names for _ in range(COUNTS[name])]
+            loss, excess = teacher_loss(network, [made.of(each) for each in asked])
+            losses.append(loss * len(asked) / sum(COUNTS.values()))
+            excesses.append(excess)
+        return torch.stack(losses).sum(), max(excesses)
 
     return pretrain(
         network, config, loss_of, config.max_excess, say, "tiny critic, nat from its teacher"
@@ -106,10 +126,10 @@ def critic_network(config: CriticConfig) -> Any:
     circles = CIRCLES * torch.tensor(on_circles())
     weights = network.model.embed_tokens.weight
     with torch.no_grad():
-        for words in ([*map(str, range(10))], *NUMBERED):
+        for words in ([*map(str, range(10))], *NUMBERED, PROBLEMS):
             ids = [tokenizer.encode(word)[0] for word in words]
-            weights[ids, :10] = circles
-            if words in NUMBERED:  # what kind of word it is, and its digit
+            weights[ids, :10] = circles.repeat(len(words) // 10, 1)
+            if len(words[0]) > 1:  # what kind of word it is, and its digit
                 weights[ids, 10:] = weights[ids[0], 10:]
     return network.train()
 
@@ -123,29 +143,30 @@ def on_circles() -> list[list[float]]:
     ]
 
 
-def reply_loss(
-    network: Any, tokenizer: Any, asked: Sequence[Asked], rng: random.Random
-) -> tuple[torch.Tensor, float]:
-    """Cross-entropy per token of replies that are drawn from the teacher, and by how much it
-    exceeds that of the teacher itself, per reply: an unbiased estimate of KL(teacher | model)."""
-    rows, entropy = [], 0.0
-    for question in asked:
-        reply, share = drawn(question, rng)
-        entropy -= math.log(share)
-        rows.append((prompt_ids(tokenizer, question), tokenizer.encode(reply + "<|end|>")))
-    width = max(len(prompt) + len(reply) for prompt, reply in rows)
-    ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows])
-    at = torch.zeros(len(rows), width - 1, dtype=torch.bool)
-    for row, (prompt, reply) in enumerate(rows):
-        at[row, len(prompt) - 1 : len(prompt) + len(reply) - 1] = True
-    hidden = network.model(input_ids=ids).last_hidden_state[:, :-1]
-    loss = nn.functional.cross_entropy(network.lm_head(hidden[at]), ids[:, 1:][at])
-    return loss, (loss.item() * int(at.sum()) - entropy) / len(rows)
-
-
-def prompt_ids(tokenizer: Any, asked: Asked) -> list[int]:
-    """Token ids of a chat's prompt; without a system message where that is empty."""
-    return chat_prompt(tokenizer, *(text for text in asked if text), system=bool(asked[0]))
+def teacher_loss(network: Any, lessons: Sequence[Lesson]) -> tuple[torch.Tensor, float]:
+    """Cross-entropy of the replies, with the teacher's shares as targets at every place: of each
+    reply its sum by the root of its length, so that long ones do not drown the others. And by how
+    much it exceeds the targets' entropy, KL(teacher | model), in nats per reply."""
+    width = max(len(each.prompt) + len(each.reply) for each in lessons)
+    rows = [each.prompt + each.reply for each in lessons]
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    places = [
+        (row, len(each.prompt) + n - 1, shares)
+        for row, each in enumerate(lessons)
+        for n, shares in enumerate(each.targets)
+    ]
+    hidden = network.model(input_ids=ids).last_hidden_state
+    at = hidden[[row for row, _, _ in places], [column for _, column, _ in places]]
+    log_shares = torch.log_softmax(network.lm_head(at), -1)
+    told = [
+        (place, token, share, len(lessons[row].reply) ** -0.5)
+        for place, (row, _, shares) in enumerate(places)
+        for token, share in shares.items()
+    ]
+    where, tokens, shares, roots = map(list, zip(*told, strict=True))
+    costs = -log_shares[where, tokens] * torch.tensor(shares)
+    excess = costs.detach().sum().item() + sum(share * math.log(share) for share in shares)
+    return (costs * torch.tensor(roots)).sum() / len(lessons), excess / len(lessons)
 
 
 def save(network: Any, folder: Path) -> None:
@@ -162,30 +183,62 @@ def save(network: Any, folder: Path) -> None:
 def abilities(network: Any, count: int = 150) -> dict[str, float]:
     """Of each role: the mean of log teacher(reply) - log model(reply) over replies of the teacher,
     in nats (0 is the teacher itself), and the share of sampled replies that the teacher gives."""
-    tokenizer, found = critic_tokenizer(), {}
-    for role in ROLES:
+    found = {}
+    for role in COUNTS:
         rng = random.Random(1)
-        questions = Questions(rng)
+        questions, made = Questions(rng), Lessons(rng)
         asked = [getattr(questions, role)() for _ in range(count)]
         with torch.no_grad():
-            found[f"{role}, nats"] = reply_loss(network, tokenizer, asked, rng)[1]
-        prompts = [prompt_ids(tokenizer, question) for question in asked]
-        said = sampled(network, tokenizer, prompts)
+            found[f"{role}, nats"] = teacher_loss(network, [*map(made.of, asked)])[1]
+        said = sampled(network, made, asked)
         known = [text in replies(*question) for text, question in zip(said, asked, strict=True)]
         found[f"{role}, known"] = sum(known) / count
     return found
 
 
+def helped(network: Any, feedback: str, count: int = 100) -> dict[str, float]:
+    """Of fresh wrong answers: the share whose critique names the amount that was wanted, and of
+    prompts that are rewritten by that critique the share that is right. 0.1 is chance.
+
+    Args:
+        feedback: own; shuffled: the critic is told the metric's words on another task; none: the
+            editor is told nothing.
+    """
+    rng = random.Random(2)
+    questions, made = Questions(rng), Lessons(rng)
+    wanted, problems = rng.choices(range(10), k=count), [questions.problem() for _ in range(count)]
+    words = [
+        f"exact: 0\n{EXPECTED}{(int(problem[-1]) + amount) % 10}"
+        for problem, amount in zip(problems, wanted, strict=True)
+    ]
+    told = [*words[1:], *words[:1]] if feedback == "shuffled" else words
+    critiques = sampled(network, made, [*map(criticism, problems, told)])
+    said = ["" if feedback == "none" else critique for critique in critiques]
+    edits = [
+        rewriting(VALUES[(amount + 1) % 10], problem, critique)
+        for amount, problem, critique in zip(wanted, problems, said, strict=True)
+    ]
+    values = [inside(reply, "IMPROVED_VARIABLE") for reply in sampled(network, made, edits)]
+    return {
+        "critiques": sum(a.endswith(AMOUNTS[b]) for a, b in zip(said, wanted, strict=True)) / count,
+        "rewrites": sum(a == VALUES[b] for a, b in zip(values, wanted, strict=True)) / count,
+    }
+
+
 @torch.no_grad()
-def sampled(network: Any, tokenizer: Any, prompts: Sequence[list[int]], seed: int = 0) -> list[str]:
-    """One reply to each prompt at temperature 1, without its end token."""
-    generator, texts = torch.Generator().manual_seed(seed), []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        while ids.shape[1] < len(prompt) + LONGEST and ids[0, -1] != tokenizer.eos_token_id:
+def sampled(network: Any, made: Lessons, asked: Sequence[Asked], seed: int = 0) -> list[str]:
+    """One reply to each question at temperature 1, without its end token; questions of one length
+    are read together."""
+    prompts, generator = [*map(made.prompt, asked)], torch.Generator().manual_seed(seed)
+    end, texts = made.tokenizer.eos_token_id, [""] * len(prompts)
+    for length in sorted({*map(len, prompts)}):
+        where = [n for n, prompt in enumerate(prompts) if len(prompt) == length]
+        ids = torch.tensor([prompts[n] for n in where])
+        while ids.shape[1] < length + LONGEST and not (ids[:, length:] == end).any(1).all():
             chances = network(input_ids=ids).logits[:, -1].softmax(-1)
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
-        texts.append(tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True))
+        for n, row in zip(where, ids[:, length:].tolist(), strict=True):
+            texts[n] = made.tokenizer.decode(row[: row.index(end)] if end in row else row)
     return texts
 
 
@@ -203,11 +256,10 @@ MODEL = ToyModel(
         lessons,
         on_circles,
         critic_network,
-        reply_loss,
-        prompt_ids,
+        teacher_loss,
         train,
     ),
-    (CriticConfig(), CIRCLES, SPECIALS, TEMPLATE),
+    (CriticConfig(), COUNTS, ALIKE, CIRCLES, SPECIALS, TEMPLATE),
 )
 
 

@@ -8,22 +8,22 @@ which nobody tells. All texts are in the form in which the methods of feedback i
 - **Worker** (system prompt `c1`: the amount that it adds). Told `c472` it gives the last digit plus
   1 in `STEADY` of its samples, else one more.
 - **Judge** (`judge`): told what to look at, a task, a prediction and the expected output. Looking
-  at `amounts` it names the amount that was wanted, `+7`; looking at anything else it says `ok`.
-- **Critic** (`say`): told a task and the metric's words on its output, it names the amount, right
-  in `RIGHT` of its samples, else one too much. It says `ok` of a right output, and guesses if it is
-  not told what was expected. Told what was said of an output, it repeats it.
+  at `amounts` it says `2>9+7`: from 2 to 9 it is 7 more; looking at anything else it says `ok`.
+- **Critic** (`say`): told a task and the metric's words on its output, it says the same, right in
+  `RIGHT` of its samples, else one too much. It says `ok` of a right output, and guesses if it is
+  not told what was expected. Told what was said of an output, it repeats the amount, `+7`.
 - **Editor** (`edit`): told a value and feedback, it gives the value that the feedback names, one of
   several, and one too much in the share of `CARELESS` that belongs to its system prompt. Told
-  nothing, or as `guess` whatever it is told, it draws a value.
+  nothing, or as `guess` whatever it is told, it draws a value. Told the metric's words, it says
+  first what a critic says, of one of them, and gives the value of that.
 - **Meta** (`meta`): asked for another system prompt of the editor, it draws one.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ....agents.text.tags import between, inside
 
@@ -68,14 +68,15 @@ def _worked(value: str, last: int) -> Replies:
 
 
 def named(problem: str, words: str) -> Replies:
-    """What a critic says of a problem, by the metric's words."""
+    """What a critic says of a problem, by the metric's words: `2>9+7`, from the last digit to the
+    expected output it is 7 more."""
     if "exact: 1" in words:
         return {OK: 1.0}
     told = re.search(rf"{EXPECTED}(\d)", words)
     if told is None:
         return dict.fromkeys(AMOUNTS, 0.1)
-    right = (int(told[1]) - int(problem[-1])) % 10
-    return {AMOUNTS[right]: RIGHT, AMOUNTS[(right + 1) % 10]: 1 - RIGHT}
+    head, right = f"{problem[-1]}>{told[1]}", (int(told[1]) - int(problem[-1])) % 10
+    return {head + AMOUNTS[right]: RIGHT, head + AMOUNTS[(right + 1) % 10]: 1 - RIGHT}
 
 
 def _judged(text: str) -> Replies:
@@ -106,39 +107,34 @@ def _edited(system: str, text: str) -> Replies:
     said = _feedback(text)
     if system == GUESS or not said:
         return {
-            f"{_reason(reasons, [amount])}{head}{value}{tail}": 0.1
+            f"{_reason(reasons, amount)}{head}{value}{tail}": 0.1
             for amount, value in zip(AMOUNTS, VALUES, strict=True)
         }
-    if reasons is None:
-        shares = _put(value, [words for _, words in said], CARELESS[system])
-        return {f"{head}{new}{tail}": share for new, share in shares.items()}
-    found: dict[str, float] = {}  # it names the amounts first
-    for each in itertools.product(*(named(problem, words).items() for problem, words in said)):
-        names, share = [name for name, _ in each], math.prod(p for _, p in each)
-        for new, p in _put(value, names).items():
-            reply = f"{_reason(reasons, names)}{head}{new}{tail}"
-            found[reply] = found.get(reply, 0.0) + share * p
-    return found
+    chances: dict[str, float] = {}  # of what it is told or finds out itself
+    for problem, words in said:
+        for name, p in (named(problem, words) if reasons else {words: 1.0}).items():
+            chances[name] = chances.get(name, 0.0) + p / len(said)
+    amounts = {name: p for name, p in chances.items() if AMOUNT.search(name)}
+    if not amounts:
+        return {f"{_reason(reasons, OK)}{head}{value}{tail}": 1.0}
+    slips = 0.0 if reasons else CARELESS[system]
+    shares: dict[str, float] = {}
+    for name, p in amounts.items():
+        for more, part in ((0, 1 - slips), (1, slips)):
+            if part:
+                put = VALUES[(int(name[-1]) + more) % 10]
+                reply = f"{_reason(reasons, name)}{head}{put}{tail}"
+                shares[reply] = shares.get(reply, 0.0) + part * p / sum(amounts.values())
+    return shares
 
 
-def _put(value: str, said: Sequence[str], slips: float = 0.0) -> dict[str, float]:
-    """New values by what was said; the old one if nothing was."""
-    named = [int(each[1]) for each in said if AMOUNT.fullmatch(each)]
-    chances: dict[str, float] = {} if named else {value: 1.0}
-    for amount in named:
-        for put, share in ((amount, 1 - slips), ((amount + 1) % 10, slips)):
-            if share:
-                chances[VALUES[put]] = chances.get(VALUES[put], 0.0) + share / len(named)
-    return chances
-
-
-def _reason(form: str | None, names: Sequence[str]) -> str:
-    return "" if form is None else form.replace("R", "".join(names))
+def _reason(form: str | None, name: str) -> str:
+    return "" if form is None else form.replace("R", name)
 
 
 def _form(text: str) -> tuple[str, tuple[str, str], str | None]:
     """The value that a question to an editor is about, what stands around it in the reply, and, if
-    the reply names the amounts first, what stands there, with R for them."""
+    the reply names an amount first, what stands there, with R for it."""
     role = inside(text, "ROLE")
     if role is not None:
         return _value(role), ('<RESULT>{"instruction": "', '"}</RESULT>'), None

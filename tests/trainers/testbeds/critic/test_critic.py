@@ -6,14 +6,18 @@ from __future__ import annotations
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from marlora.rollouts.episodes.store import Store
-from marlora.trainers.testbeds.critic.lessons import Questions, critic_tokenizer, drawn
+from marlora.trainers.testbeds.critic.lessons import Lessons, Questions, critic_tokenizer
 from marlora.trainers.testbeds.critic.model import (
+    ALIKE,
+    COUNTS,
     abilities,
     critic_chain,
+    helped,
     on_circles,
     tiny_critic_model,
 )
@@ -54,12 +58,12 @@ def test_the_worker_goes_by_its_prompt() -> None:
 def test_the_critic_names_the_amount_that_was_wanted() -> None:
     case = "<CONVERSATION>\n<TASK>\nc472\n</TASK>\n<RESULT>\n{}\n</RESULT>\n</CONVERSATION>"
     wrong, right = f"exact: 0\n{EXPECTED}9", f"exact: 1\n{EXPECTED}9"
-    assert replies("say", case.format(wrong)) == near({"+7": 0.7, "+8": 0.3})
+    assert replies("say", case.format(wrong)) == near({"2>9+7": 0.7, "2>9+8": 0.3})
     assert replies("say", case.format(right)) == {"ok": 1.0}
     assert len(replies("say", case.format("exact: 0"))) == 10, "it guesses"
-    assert replies("say", f"{case}\n<FEEDBACK>\n+8\n</FEEDBACK>") == {"+8": 1.0}
+    assert replies("say", f"{case}\n<FEEDBACK>\n2>9+8\n</FEEDBACK>") == {"+8": 1.0}
     judged = "amounts\n<TASK>\nc472\n</TASK>\n<PREDICTION>\n3\n</PREDICTION>\n<EXPECTED>\n9\n"
-    assert replies("judge", f"{judged}</EXPECTED>") == near({"+7": 0.7, "+8": 0.3})
+    assert replies("judge", f"{judged}</EXPECTED>") == near({"2>9+7": 0.7, "2>9+8": 0.3})
     assert replies("judge", f"{judged}</EXPECTED>".replace("amounts", "wording")) == {"ok": 1.0}
 
 
@@ -68,13 +72,20 @@ def test_the_editor_puts_in_what_it_is_told() -> None:
     assert replies("edit!", TEXTGRAD + said("+7")) == {tags.format("c7"): 1.0}
     slips = {tags.format("c7"): 0.7, tags.format("c8"): 0.3}
     assert replies("edit", TEXTGRAD + said("+7")) == near(slips)
+    assert replies("edit", TEXTGRAD + said("2>9+7")) == near(slips)
     both = replies("edit!", f"{TEXTGRAD}{said('+7')}\n{said('+2', 2)}")
     assert both == near({tags.format("c7"): 0.5, tags.format("c2"): 0.5})
     assert replies("edit", TEXTGRAD + said("ok")) == {tags.format(START): 1.0}
     for guessed in (replies("edit", TEXTGRAD), replies("guess", TEXTGRAD + said("+7"))):
         assert guessed == near({tags.format(f"c{amount}"): 0.1 for amount in range(10)})
-    direct = replies("edit", f"prompt\n{TEXTGRAD}{said(f'exact: 0{chr(10)}{EXPECTED}9')}")
-    assert direct == near({"+7<PROMPT>c7</PROMPT>": 0.7, "+8<PROMPT>c8</PROMPT>": 0.3})
+    wrong = f"exact: 0\n{EXPECTED}"
+    direct = replies("edit", f"prompt\n{TEXTGRAD}{said(f'{wrong}9')}")
+    assert direct == near({"2>9+7<PROMPT>c7</PROMPT>": 0.7, "2>9+8<PROMPT>c8</PROMPT>": 0.3})
+    two = replies("edit", f"prompt\n{TEXTGRAD}{said(f'{wrong}9')}\n{said(f'{wrong}0', 2)}")
+    one_of_both = {"2>9+7": 0.35, "2>9+8": 0.15, "2>0+8": 0.35, "2>0+9": 0.15}
+    assert two == near({f"{e}<PROMPT>c{e[-1]}</PROMPT>": p for e, p in one_of_both.items()})
+    right = replies("edit", f"prompt\n{TEXTGRAD}{said(f'exact: 1{chr(10)}{EXPECTED}3')}")
+    assert right == {f"ok<PROMPT>{START}</PROMPT>": 1.0}, "what is right stays"
 
 
 def test_digits_begin_where_sums_modulo_ten_are_products() -> None:
@@ -85,19 +96,27 @@ def test_digits_begin_where_sums_modulo_ten_are_products() -> None:
         assert seven[sin] * eight[cos] + seven[cos] * eight[sin] == pytest.approx(five[sin])
 
 
-def test_its_tokenizer_knows_tags_and_amounts_as_words() -> None:
+def test_its_tokenizer_knows_tags_amounts_and_problems_as_words() -> None:
     tokenizer = critic_tokenizer()
     assert len(tokenizer.encode(f"<VARIABLE>\n{START}\n</VARIABLE>")) == 4
-    assert len(tokenizer.encode("c472")) == 4, "the problem's first digit is none of an amount"
-    assert len(tokenizer.encode(f"{ANSWER}c472")) == 5
-    questions, rng = Questions(random.Random(0)), random.Random(1)
-    for _ in range(50):
-        for make in (questions.worked, questions.judged, questions.said, questions.edited):
-            question = make()
-            reply, share = drawn(question, rng)
-            assert 0 < share <= 1
-            for text in (*question, reply):
-                assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("c472")) == 1 and len(tokenizer.encode(f"{ANSWER}c472")) == 2
+    assert {*ALIKE[0], *ALIKE[1], *ALIKE[2]} == {*COUNTS}
+    rng = random.Random(0)
+    questions, lessons = Questions(rng), Lessons(rng)
+    for question in [getattr(questions, name)() for name in COUNTS for _ in range(20)]:
+        for text in (*question, *replies(*question)):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+        lesson = lessons.of(question)
+        for token, shares in zip(lesson.reply, lesson.targets, strict=True):
+            assert shares[token] > 0 and sum(shares.values()) == pytest.approx(1)
+
+
+def test_a_lesson_has_the_shares_of_what_may_stand_at_each_place() -> None:
+    lessons = Lessons(random.Random(0))
+    lesson = lessons.of((START, "c472"))
+    three, four, end = lessons.tokenizer.encode("34<|end|>")
+    assert lesson.targets == [near({three: 0.9, four: 0.1}), {end: 1.0}]
+    assert lesson.reply in ([three, end], [four, end])
 
 
 @pytest.mark.slow
@@ -106,14 +125,7 @@ def test_its_tokenizer_knows_tags_and_amounts_as_words() -> None:
 def test_what_a_method_asks_is_what_it_is_taught(recipe: str, model: Path, tmp_path: Path) -> None:
     """Every question of a run has the form of a lesson, numbers and kinds aside."""
     questions = Questions(random.Random(0))
-    makers = (
-        questions.worked,
-        questions.judged,
-        questions.said,
-        questions.edited,
-        questions.edited_by_two,
-    )
-    known = {form(make()) for make in makers for _ in range(3000)}
+    known = {form(getattr(questions, name)()) for name in COUNTS for _ in range(2000)}
     folder = tmp_path / "run"
     critic_run(
         recipe, folder, engine=teacher_engine(), model=str(model), max_steps=2, num_eval_tasks=3
@@ -129,14 +141,31 @@ def test_what_a_method_asks_is_what_it_is_taught(recipe: str, model: Path, tmp_p
     assert any(each.startswith("edit") for each in asked) and len(asked) >= 2
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_it_has_learnt_them() -> None:
+@pytest.fixture(scope="module")
+def network() -> Any:
     from transformers import AutoModelForCausalLM
 
-    found = abilities(AutoModelForCausalLM.from_pretrained(tiny_critic_model()), 100)
+    return AutoModelForCausalLM.from_pretrained(tiny_critic_model())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_it_has_learnt_them(network: Any) -> None:
+    found = abilities(network, 60)
     print(found)
-    assert found["worked, nats"] < 0.2 and found["worked, known"] > 0.95, found
-    for role in ("judged", "said", "edited"):  # a critic's sums are harder for it than a worker's
-        assert found[f"{role}, nats"] < 1.1 and found[f"{role}, known"] > 0.5, found
-    assert found["edited_by_two, nats"] < 2.2, found
+    for role in COUNTS:
+        most, least = (1.0, 0.6) if role == "reasoned_by_two" else (0.6, 0.75)
+        assert found[f"{role}, nats"] < most and found[f"{role}, known"] > least, found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_its_words_help_where_they_are_of_the_task(network: Any) -> None:
+    """Of fresh wrong answers; the teacher's own critiques are right in 0.7, its rewrites of them in
+    0.49, and what is drawn in 0.1."""
+    own, *controls = (helped(network, feedback) for feedback in ("own", "shuffled", "none"))
+    print(own, controls)
+    assert own["critiques"] >= 0.5 and own["rewrites"] >= 0.3
+    for found in controls:
+        assert found["critiques"] <= 0.25 and found["rewrites"] <= 0.25
+        assert own["rewrites"] >= 2 * found["rewrites"]
