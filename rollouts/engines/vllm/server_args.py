@@ -276,10 +276,13 @@ def environment(
 
 PARSE = """
 import json, sys
-try:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+try:  # 0.33
+    from vllm.entrypoints.common.cli_args import make_arg_parser
 except ImportError:
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    try:  # 0.29 to 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = make_arg_parser(FlexibleArgumentParser())
 print("OPTIONS", json.dumps(sorted(parser._option_string_actions)), flush=True)
