@@ -139,7 +139,9 @@ def take(table: str, runs: Sequence[str], section: str, command: str) -> None:
     """Write the rows of FILE.NAME from run folders. The section of a file that is there stays."""
     file, _, name = table.partition(".")
     there = (FOLDER / f"{file}.json").exists()
-    content = read(file) if there else {"section": section, "tables": {}, "quoted": {}}
+    content: dict[str, Any] = (
+        read(file) if there else {"section": section, "tables": {}, "quoted": {}}
+    )
     if not content["section"]:
         raise SystemExit(f"{file}.json is new: say with --section how the section's heading begins")
     named = [each.rpartition("=")[::2] for each in runs]
