@@ -11,6 +11,8 @@ sibling (the same index) the prompt is the same. [-1, 0]: nothing is shared.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -89,6 +91,21 @@ def _extended(turn: Turn, earlier: Iterable[Turn]) -> Turn | None:
     return best
 
 
+def _unpack_sampling(text: str) -> Sampling:
+    """Turns of a run differ in nothing but the seed: the rest is read once."""
+    before, name, rest = text.partition('"seed": ')
+    seed, comma, after = rest.partition(", ")
+    if not comma:
+        return _sampling_of(text)
+    drawn = None if seed == "null" else int(seed)
+    return dataclasses.replace(_sampling_of(f"{before}{name}null, {after}"), seed=drawn)
+
+
+@functools.lru_cache(maxsize=256)
+def _sampling_of(text: str) -> Sampling:
+    return from_json(Sampling, json.loads(text))
+
+
 def _pack_turn(turn: Turn, earlier: Iterable[Turn]) -> dict[str, Any]:
     base = _extended(turn, earlier)
     ids, messages = _after(base, base.index == turn.index) if base else ((), ())
@@ -138,7 +155,7 @@ def _unpack_turn(data: Mapping[str, Any], earlier: Mapping[tuple[int, int], Turn
         prompt_ids=ids + tuple(data["prompt_ids"]),
         token_ids=tuple(data["token_ids"]),
         logprobs=tuple(math.nan if x is None else x for x in data["logprobs"]),
-        sampling=from_json(Sampling, json.loads(data["sampling"])),
+        sampling=_unpack_sampling(data["sampling"]),
         usage=from_json(Usage, json.loads(data["usage"])) if data.get("usage") else None,
     )
 

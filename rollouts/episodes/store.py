@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -44,7 +44,8 @@ class StoreError(RuntimeError):
     what to do."""
 
 
-def _encode(episode: Episode) -> bytes:
+def encode(episode: Episode) -> bytes:
+    """The line of an episode, with its line feed. Raises `StoreError` for what is not JSON."""
     try:
         line = (
             json.dumps(pack(episode), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -114,24 +115,32 @@ class Store:
         already."""
         return self.extend([episode]) == 1
 
-    def extend(self, episodes: Sequence[Episode], *, flush: bool = True) -> int:
+    def extend(
+        self,
+        episodes: Sequence[Episode],
+        *,
+        flush: bool = True,
+        lines: Mapping[str, bytes] | None = None,
+    ) -> int:
         """Write several with one flush to disk; returns how many were new. All or none of them in
         case of an error. Without `flush` a crash of this process loses none of them, but one of the
-        machine may, until `flush` is called."""
+        machine may, until `flush` is called. `lines`: what `encode` gives, by id, of those that
+        are encoded already."""
         with self._writing:
             known = self._open()
             new = {e.id: e for e in reversed(episodes) if e.id not in known}
-            lines = [_encode(e) for e in episodes if new.get(e.id) is e]
-            if lines:
+            given = lines or {}
+            written = [given.get(e.id) or encode(e) for e in episodes if new.get(e.id) is e]
+            if written:
                 try:
                     for episode in new.values():
                         self._keep_state(episode.state)
-                    self._log.append(b"".join(lines), flush=flush)
+                    self._log.append(b"".join(written), flush=flush)
                 except BaseException:
                     self.close()
                     raise
             known.update(new)
-            return len(lines)
+            return len(written)
 
     def flush(self) -> None:
         """Bring to disk what was written without. Raises its `OSError`."""

@@ -250,7 +250,7 @@ async def _play_on_ranks(
     slots = asyncio.Semaphore(runner.limits.concurrency)
     spread = functools.partial(players.play, SAMPLED)
     async for episode in runner.collect(plan, TeamState(), slots, spread):
-        store.extend([episode], flush=False)
+        store.extend([episode], flush=False, lines=players.lines_of([episode]))
         episodes.append(episode)
     store.flush()
     return episodes

@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...agents.state import TeamState
 from ...agents.types import SettingError, from_json, to_json
 from ...rollouts.engines.base import EngineError
-from ...rollouts.episodes.codec import pack
+from ...rollouts.episodes.codec import pack, unpack
 from ...rollouts.episodes.runner import EpisodeRequest, EpisodeRunner
+from ...rollouts.episodes.store import encode
 from ...rollouts.ledger import Ledger
+from ...rollouts.types import Episode
 from ..distributed.ranks import Ranks
 from .background import BackgroundLoop, unless_gone
 
@@ -48,6 +50,18 @@ class StateExchange:
         known = {self._received.key: self._received, **new}
         self._received = known[next(reversed(new), self._received.key)]
         return known
+
+
+def share_episodes(ranks: Ranks, produce: Callable[[], Sequence[Episode]]) -> list[Episode]:
+    """What rank 0 alone produces on every rank, as the store packs it: a third of the time that
+    plain JSON takes."""
+    states = StateExchange()
+    return ranks.share(
+        produce,
+        Episode,
+        lambda episode: [pack(episode), states.to_send([episode.state])],
+        lambda data: unpack(data[0], states.receive(data[1]).__getitem__),
+    )
 
 
 class PlayerService:
@@ -111,7 +125,7 @@ class PlayerService:
         try:
             await self.publish(state.versions)
             episodes = [episode async for episode in runner.collect([request], state)]
-            answer["episodes"] = [pack(episode) for episode in episodes]
+            answer["episodes"] = [encode(episode).decode() for episode in episodes]
             answer["states"] = self._states.to_send(episode.state for episode in episodes)
         except asyncio.CancelledError:
             answer["problem"] = ["CancelledError", ""]
@@ -126,15 +140,7 @@ class PlayerService:
             del self._playing[number]
             if answer["problem"] is not None:
                 answer["spent"] = ledger.state_dict()["unstored"]
-            self._answer(answer)
-
-    def _answer(self, answer: Mapping[str, Any]) -> None:
-        try:
             self.connection.send(answer)
-        except (TypeError, ValueError) as error:
-            problem = ["", f"an episode is not made of JSON values ({error})"]
-            refused = {"episodes": [], "states": {}, "problem": problem, "spent": []}
-            self.connection.send({**answer, **refused})
 
 
 def serve(

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,8 @@ class RankPlayers:
         ledger: books what episodes of theirs cost that come to nothing.
         warn: is given a line about a rank that plays no more.
 
-    `here`: how many of the shared episodes rank 0 plays itself at the moment.
+    `here`: how many of the shared episodes rank 0 plays itself at the moment. `lines`: of episodes
+    that came from another rank and are not stored yet, as the store encodes them.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class RankPlayers:
         warn: Callable[[str], None],
     ) -> None:
         self.ledger, self.warn, self.here = ledger, warn, 0
+        self.lines: dict[str, bytes] = {}
         self._loop = background.loop
         self._numbers = itertools.count()
         self._peers = {peer: self._connected(ranks, peer) for peer in peers}
@@ -145,7 +148,10 @@ class RankPlayers:
             return await self._play_here(here)
         answer = await self._asked(number, how, request, state)
         if answer["problem"] is None:
-            return self._episodes(answer, request)
+            episodes = self._episodes(answer, request)
+            for episode, line in zip(episodes, answer["episodes"], strict=True):
+                self.lines[episode.id] = line.encode()
+            return episodes
         self.ledger.spent_elsewhere(answer["spent"])
         kind, text = answer["problem"]
         if kind != "EngineError":
@@ -194,7 +200,8 @@ class RankPlayers:
             del peer.open[number]
 
     def _episodes(self, answer: Mapping[str, Any], request: EpisodeRequest) -> list[Episode]:
-        *children, episode = (unpack(e, answer["states"].__getitem__) for e in answer["episodes"])
+        states = answer["states"].__getitem__
+        *children, episode = (unpack(json.loads(line), states) for line in answer["episodes"])
         return [*children, dataclasses.replace(episode, task=request.task)]
 
     def _waste(self, answer: Mapping[str, Any], request: EpisodeRequest) -> None:
@@ -224,6 +231,10 @@ class RankPlayers:
         for answer in peer.open.values():
             if not answer.done():
                 answer.set_exception(RankLost(peer.lost))
+
+    def lines_of(self, episodes: Sequence[Episode]) -> dict[str, bytes]:
+        """The lines of these that came from other ranks, which are given once."""
+        return {e.id: self.lines.pop(e.id) for e in episodes if e.id in self.lines}
 
     def close(self) -> None:
         for peer in self._peers.values():

@@ -1,8 +1,8 @@
 """The rollout manager: the episodes of a step, played, stored or read from a store.
 
-Rank 0 plays, with the others where that can be shared (`rank_players.py`), and stores; `collect`,
-`play`, `ask`, `derive`, `earlier` and `stored` give every rank the same episodes (`Ranks.share`),
-so every rank has to call them. The other methods are rank 0's.
+Rank 0 plays, with the others where it can be shared (`rank_players.py`), and stores. `collect`,
+`play`, `ask`, `derive`, `earlier` and `stored` give every rank the same episodes, so every rank has
+to call them. The other methods are rank 0's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .background import BackgroundLoop, BackgroundTask, StopSignal
 from .derived_episodes import Derivation, derive_missing, stored_children
 from .engines import EngineGroup
 from .identified_episodes import Evaluations, Identified, Play, training_label, weights_below
-from .player_service import GREEDY, SAMPLED, serve
+from .player_service import GREEDY, SAMPLED, serve, share_episodes
 from .rank_players import RankPlayers
 from .stored_episodes import OfflineEpisodes, PlannedEpisodes, find_stored, training
 from .task_order import tasks_of
@@ -129,9 +129,9 @@ class RolloutManager:
 
     def _plain_runner(self) -> EpisodeRunner:
         """What plays the run's system with the engines that are open."""
-        given, config = (self.system, self.engines.completers(), self.rewards), self.config
-        how = {"sampling": config.sampling(), "limits": config.limits(), "seed": config.seed}
-        return EpisodeRunner(*given, **how, version_policy=config.pin)
+        own, config = (self.system, self.engines.completers(), self.rewards), self.config
+        how = {"limits": config.limits(), "seed": config.seed, "version_policy": config.pin}
+        return EpisodeRunner(*own, sampling=config.sampling(), **how)  # type: ignore[arg-type]
 
     def open_players(self, closing: contextlib.ExitStack) -> None:
         """Let the other ranks play too, if that can be shared. After `open`; on every rank."""
@@ -194,7 +194,7 @@ class RolloutManager:
                 episodes = self.run_rollouts(gather([after(episode) for episode in episodes]))
             return episodes
 
-        episodes = self.ranks.share(play, Episode)
+        episodes = share_episodes(self.ranks, play)
         self.log.collected(step, episodes, self.metric, time.perf_counter() - start, row)
         return episodes
 
@@ -215,7 +215,7 @@ class RolloutManager:
         """Scored episodes of these tasks, `n` of each, then their children. What was played before
         with the same state is taken from the store. Arguments: see `Play`."""
         what = Play(tasks, state, n, greedy, kind, system, rewards, label, draws, failures_count)
-        return self.ranks.share(lambda: self.play_or_find(what).episodes, Episode)
+        return share_episodes(self.ranks, lambda: self.play_or_find(what).episodes)
 
     def ask(self, system: System, task: Task, *, follows: str = "") -> Episode:
         """An optimizer's own talk: an episode of a system of helpers, of kind `aside`; the answer,
@@ -246,7 +246,7 @@ class RolloutManager:
             by_id = {**known.stored, **{episode.id: episode for episode in given}}
             return [by_id[each.id] for each in known.plan]
 
-        return self.ranks.share(work, Episode)
+        return share_episodes(self.ranks, work)
 
     def derive(
         self, step: int, episodes: Sequence[Episode], kind: str, make: Derivation
@@ -274,18 +274,18 @@ class RolloutManager:
                 )
             return [child for e in episodes for child in children.get(e.id, ())]
 
-        derived = self.ranks.share(play, Episode)
+        derived = share_episodes(self.ranks, play)
         self.log.spend("rollout", time.perf_counter() - start)
         self.log.sampled(derived)
         return derived
 
     def earlier(self, step: int) -> list[Episode]:
         """The training episodes of steps before this one."""
-        return self.ranks.share(lambda: [e for e in training(self.store) if e.step < step], Episode)
+        return share_episodes(self.ranks, lambda: training(self.store, before=step))
 
     def stored(self, label: str) -> list[Episode]:
         """The episodes that were played under this label (see `play`), also before a resume."""
-        return self.ranks.share(lambda: self.evaluations.episodes(label, self.store), Episode)
+        return share_episodes(self.ranks, lambda: self.evaluations.episodes(label, self.store))
 
     # on rank 0
 
@@ -331,8 +331,7 @@ class RolloutManager:
         stored; known ones are taken as they are.
 
         `oversample`: so many of each task are more than is needed, and the slowest are dropped.
-        `how` the runner differs from the run's, see `RankPlayers.play`; "": rank 0 plays all.
-        """
+        `how` the runner differs from the run's: see `RankPlayers.play`; "": rank 0 plays all."""
         spread = functools.partial(self.players.play, how) if self.players and how else None
         plan, episodes = known.plan, dict(known.stored)
         for episode in episodes.values():
@@ -389,7 +388,8 @@ class RolloutManager:
     def keep(self, episodes: Sequence[Episode], *, flush: bool = True) -> None:
         """Store these episodes: all or none of them (without `flush`: see `Store.extend`)."""
         try:
-            self.store.extend(episodes, flush=flush)
+            lines = self.players.lines_of(episodes) if self.players else {}
+            self.store.extend(episodes, flush=flush, lines=lines)
             for episode in episodes:
                 self.ledger.stored(episode)
         except OSError as error:

@@ -4,6 +4,7 @@ off, and those of another run."""
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,10 +102,10 @@ def _children(store: Store, parents: Collection[str]) -> dict[str, Episode]:
     return {e.id: e for e in store.read(id=found)} | _children(store, found)
 
 
-def training(store: Store) -> list[Episode]:
-    """The episodes of a store that may be learnt from: not evaluations, which stay held out, nor
-    trials of candidates, nor what an optimizer said."""
-    return list(store.read(kind="train"))
+def training(store: Store, before: float = math.inf) -> list[Episode]:
+    """The episodes of a store that may be learnt from, of steps `before` this one: not evaluations,
+    which stay held out, nor trials of candidates, nor what an optimizer said."""
+    return [episode for episode in store.read(kind="train") if episode.step < before]
 
 
 class OfflineEpisodes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -149,17 +150,25 @@ class Ranks:
             raise
         return self.broadcast((value, "", None))[0]
 
-    def share(self, produce: Callable[[], Sequence[T]], kind: type[T]) -> list[T]:
+    def share(
+        self,
+        produce: Callable[[], Sequence[T]],
+        kind: type[T],
+        encode: Callable[[T], Any] = to_json,
+        decode: Callable[[Any], T] | None = None,
+    ) -> list[T]:
         """What rank 0 alone produces, a list of dataclasses of this kind, on every rank. If it
-        fails there, every rank raises, see `on_main`."""
+        fails there, every rank raises, see `on_main`. `encode` and `decode`: one of them to JSON
+        and back, in their order; as `to_json` and `from_json` do if not given."""
         produced: list[T] = []
 
         def work() -> list[Any]:
             produced.extend(produce())
-            return [to_json(value) for value in produced] if self.size > 1 else []
+            return [encode(value) for value in produced] if self.size > 1 else []
 
         sent = self.on_main(work)
-        return produced if self.main else [from_json(kind, value) for value in sent]
+        decode = decode or functools.partial(from_json, kind)
+        return produced if self.main else [decode(value) for value in sent]
 
     def together(self, name: str, *args: Any) -> Any:
         """Inside the work of `on_main`: let every rank do `joined[name]` with these JSON arguments,

@@ -149,6 +149,17 @@ def test_a_template_that_rewrites_history_is_stored_whole():
     assert restored(pack(episode), episode) == episode
 
 
+@pytest.mark.parametrize("stop", [(), ('"seed": 5, ',), ("\\",)])
+@pytest.mark.parametrize("seed", [None, 0, 2**62])
+def test_sampling_is_read_whole_although_only_its_seed_differs(seed, stop):
+    for temperature in (1, 0.5):
+        sampling = Sampling(temperature=temperature, seed=seed, stop=stop, logit_bias={"7": 1.5})
+        turn = dataclasses.replace(chat_episode().turns[0], sampling=sampling)
+        episode = dataclasses.replace(chat_episode(), turns=(turn,))
+        (read,) = unpack(pack(episode), {episode.state.key: episode.state}.__getitem__).turns
+        assert read == turn and type(read.sampling.temperature) is float
+
+
 def test_nan_is_kept_apart_from_zero(tmp_path):
     Store(tmp_path).append(
         chat_episode(

@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,14 +20,23 @@ from marlora.agents.types import PolicySpec, Sampling, SettingError, Task, to_js
 from marlora.rollouts.budget import Budget
 from marlora.rollouts.engines.base import EngineError, ModelRef
 from marlora.rollouts.engines.scripted import ScriptedEngine
+from marlora.rollouts.episodes import store
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import EpisodeRunner, episode_requests
+from marlora.rollouts.episodes.store import Store, encode
 from marlora.rollouts.ledger import Ledger
 from marlora.rollouts.rewards.judge import Judge
 from marlora.rollouts.types import Episode
 from marlora.trainers.collection.background import BackgroundLoop
-from marlora.trainers.collection.player_service import GREEDY, SAMPLED, PlayerService, StateExchange
+from marlora.trainers.collection.player_service import (
+    GREEDY,
+    SAMPLED,
+    PlayerService,
+    StateExchange,
+    share_episodes,
+)
 from marlora.trainers.collection.rank_players import RankPlayers, why_alone
+from marlora.trainers.distributed.ranks import Ranks
 from marlora.trainers.errors import RankLost
 
 PLAN = episode_requests([Task(str(n), f"task {n}", 7) for n in range(6)], label="t", step=1)
@@ -171,6 +181,39 @@ def test_children_come_with_their_parents(room: Callable[..., Room]) -> None:
     alone = record(made.play(spread=False))
     assert len(alone) == 2 * len(PLAN)
     assert record(made.play()) == alone
+
+
+def test_what_another_rank_has_played_is_stored_as_it_came(
+    room: Callable[..., Room], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not encoded a second time, and the line is the one that it would have."""
+    made = room()
+    episodes = made.play()
+    expected = [encode(episode) for episode in episodes]
+    lines = made.players.lines_of(episodes)
+    assert 0 < len(lines) < len(episodes)
+    assert made.players.lines_of(episodes) == {}, "given once"
+    encoded: list[str] = []
+    monkeypatch.setattr(store, "encode", lambda e: encoded.append(e.id) or encode(e))
+    with Store(tmp_path) as written:
+        assert written.extend(episodes, lines=lines) == len(episodes)
+    assert sorted(encoded) == sorted({e.id for e in episodes} - lines.keys())
+    (path,) = written.files()
+    assert path.read_bytes() == b"".join(expected)
+
+
+def test_every_rank_gets_the_episodes_that_rank_0_has(room: Callable[..., Room]) -> None:
+    """Each as it is, with its state, whatever order the states come in."""
+    made, sent = room(), list[Any]()
+    episodes = made.play(spread=False)
+    other = TeamState({"a": "a-v1"})
+    episodes = [dataclasses.replace(e, state=other) if n % 3 else e for n, e in enumerate(episodes)]
+    main, others = Ranks.__new__(Ranks), Ranks.__new__(Ranks)
+    main.rank, main.size, others.rank, others.size = 0, 2, 1, 2
+    main.on_main = lambda work: sent.extend(json.loads(json.dumps(work())))  # type: ignore[method-assign]
+    others.on_main = lambda work: sent  # type: ignore[method-assign]
+    assert share_episodes(main, lambda: episodes) == episodes
+    assert share_episodes(others, lambda: []) == episodes
 
 
 def test_a_state_is_told_once(room: Callable[..., Room]) -> None:
