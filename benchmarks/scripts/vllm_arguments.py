@@ -4,8 +4,8 @@
     python -m pip download --no-deps vllm==0.33.0    # for each version; then unpack the wheels
     python -m benchmarks.scripts.vllm_arguments MODEL FOLDER/0.20.0 ... FOLDER/0.33.0
 
-Nothing of vLLM is imported, so neither torch nor a GPU is needed. MODEL is a model folder; the others
-are named by their version.
+Nothing of vLLM is imported, so neither torch nor a GPU is needed. MODEL is a model folder; the
+others are named by their version.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from .agents import agents
 from .ahead import ahead
 from .gpu.hour import gpu
 from .load.fleet import fleet
+from .load.store import store
 from .loop import loop
 from .measure import Options
 from .proxy import proxy
@@ -31,4 +32,5 @@ SUITES: dict[str, Callable[[Options], dict[str, Any]]] = {
     "ahead": ahead,
     "gpu": gpu,
     "fleet": fleet,
+    "store": store,
 }
