@@ -85,11 +85,12 @@ class PlayerService:
         self.runners = {SAMPLED: runner, GREEDY: runner.greedy()}
         self._states = StateExchange()
         self._playing: dict[int, asyncio.Task[None]] = {}
-        loop = background.loop
+
+        def received(message: Mapping[str, Any]) -> None:
+            background.loop.call_soon_threadsafe(self._take, message)
+
         # a lost rank 0 is noticed by the main thread, which waits for it or trains with it
-        self.connection = ranks.connection(
-            0, lambda message: loop.call_soon_threadsafe(self._take, message), lambda why: None
-        )
+        self.connection = ranks.connection(0, received, lambda why: None)
         self.connection.open()
 
     def close(self) -> None:

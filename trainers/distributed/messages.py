@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -74,7 +75,7 @@ class Connection:
                     self._send(messages)
             self._send([])
         except RuntimeError as error:
-            self._lost(str(error))
+            self._lost(first_sentence(error))
 
     def _send(self, messages: Sequence[str]) -> None:
         data = bytearray(f"[{','.join(messages)}]".encode())
@@ -90,7 +91,7 @@ class Connection:
                 content = torch.empty(int(size), dtype=torch.uint8)
                 dist.recv(content, self.peer, group=self._group)
             except RuntimeError as error:
-                self._lost(str(error))
+                self._lost(first_sentence(error))
                 return
             messages = json.loads(content.numpy().tobytes())
             if not messages:
@@ -99,3 +100,8 @@ class Connection:
                 return
             for message in messages:
                 self._received(message)
+
+
+def first_sentence(error: RuntimeError) -> str:
+    """What gloo says, without the line of its source and its guesses."""
+    return re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". ")[0]

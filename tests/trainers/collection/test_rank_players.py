@@ -36,6 +36,7 @@ from marlora.trainers.collection.player_service import (
     share_episodes,
 )
 from marlora.trainers.collection.rank_players import RankPlayers, why_alone
+from marlora.trainers.distributed.messages import first_sentence
 from marlora.trainers.distributed.ranks import Ranks
 from marlora.trainers.errors import RankLost
 
@@ -300,6 +301,12 @@ def test_episodes_that_are_called_off_end_on_their_rank_too(room: Callable[..., 
     made.loops[0].run(work())
     assert [m["what"] for m in made.wires[1].sent] == ["play", "cancel"]
     assert made.ledger.spent().calls == 1
+
+
+def test_what_gloo_says_is_cut_to_what_has_happened() -> None:
+    said = "[/w/gloo/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:36481. This is typic"
+    assert first_sentence(RuntimeError(said)) == "Connection closed by peer [127.0.0.1]:36481"
+    assert first_sentence(RuntimeError("Timed out")) == "Timed out"
 
 
 def test_what_is_kept_in_one_process_is_played_there(room: Callable[..., Room]) -> None:
