@@ -28,7 +28,7 @@ from ..agents.types import Usage, nearest, to_json
 from .budget import Budget, Price, amounts, common_currency
 from .engines.base import EngineError, PromptTooLong
 from .types import Episode, Kind
-from .usage import Booked, Key, total, usage_by_policy
+from .usage import Booked, Key, book, book_rows, less, total, usage_by_policy
 
 KINDS: tuple[str, ...] = get_args(Kind)
 UNLIMITED = "eval"  # metered; the budget is for learning
@@ -125,6 +125,9 @@ class Ledger:
         self._replayed: dict[str, Usage] = {}
         self._known = 0  # stored episodes at the time of the state that was loaded
         self._in_flight: set[MeteredCall] = set()
+        # Sums that are asked for before every call: the most of those in flight, and what those
+        # of `_open` have cost that the budget counts.
+        self._reserved = self._open_spent = Usage()
         self._waiting: deque[tuple[MeteredCall, asyncio.Future[None]]] = deque()
 
     def limited(self, kind: str) -> bool:
@@ -192,7 +195,7 @@ class Ledger:
                 if turn.done() and not turn.cancelled():
                     turn.exception()  # looked at, so that asyncio does not warn
                 self._waiting = deque(w for w in self._waiting if w[0] is not call)
-                self._in_flight.discard(call)
+                self._land(call)
                 self._admit()
             raise
 
@@ -213,13 +216,20 @@ class Ledger:
                 turn.set_exception(BudgetSpent(self.stopped))
             else:
                 self._in_flight.add(call)
+                self._reserved += call.most
                 turn.set_result(None)
+
+    def _land(self, call: MeteredCall) -> None:
+        if call in self._in_flight:
+            self._in_flight.remove(call)
+            self._reserved = less(self._reserved, call.most) if self._in_flight else Usage()
 
     def _limit_exceeded(self, call: MeteredCall) -> str:
         if not self._limits():
             return ""
-        reserved = total([call.most, *(other.most for other in self._in_flight)])
-        return self.budget.exceeded(self.spent() + reserved)
+        closed = [*self._stored.items(), *self._unstored.items()]
+        spent = [usage for key, usage in closed if key[0] != UNLIMITED]
+        return self.budget.exceeded(total([call.most, self._reserved, self._open_spent, *spent]))
 
     def _refusal(self, limit: str, call: MeteredCall) -> str:
         (kind, agent, _), most = call.key, call.most
@@ -242,8 +252,10 @@ class Ledger:
             late = not call.episode or call.episode in self._ids
             booked = self._unstored if late else self._open.setdefault(call.episode, {})
             if not call.recorded:
-                _book(booked, call.key, call.usage)
-            self._in_flight.discard(call)
+                book(booked, call.key, call.usage)
+                if not late and call.key[0] != UNLIMITED:
+                    self._open_spent += call.usage
+            self._land(call)
             self._admit()
 
     # episodes
@@ -259,14 +271,22 @@ class Ledger:
         """An episode comes to nothing (cancelled, not needed, refused by the budget): what it has
         cost so far stays, outside the store."""
         with self._lock:
-            for key, usage in self._open.pop(episode_id, {}).items():
-                _book(self._unstored, key, usage)
+            for key, usage in self._close(episode_id).items():
+                book(self._unstored, key, usage)
+
+    def _close(self, episode_id: str) -> Booked:
+        booked = self._open.pop(episode_id, {})
+        parts = [usage for key, usage in booked.items() if key[0] != UNLIMITED]
+        self._open_spent = less(self._open_spent, total([Usage(), *parts]))
+        if not self._open:  # and no rest of rounding
+            self._open_spent = Usage()
+        return booked
 
     def spent_elsewhere(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Book calls that another process made for an episode that came to nothing: the `unstored`
         rows of its ledger."""
         with self._lock:
-            _book_rows(self._unstored, rows)
+            book_rows(self._unstored, rows)
 
     def cached(self, episode: Episode) -> None:
         """An episode was recalled instead of played: its tokens are booked as cached ones, and
@@ -277,7 +297,7 @@ class Ledger:
                 return
             for key, usage in usage_by_policy(episode).items():
                 tokens = usage.prompt_tokens + usage.sampled_tokens
-                _book(self._unstored, key, Usage(cached_tokens=tokens))
+                book(self._unstored, key, Usage(cached_tokens=tokens))
 
     def replay(self, episodes: Iterable[Episode]) -> None:
         """Book the episodes that earlier processes of the run have stored: all of them, in the
@@ -294,9 +314,9 @@ class Ledger:
         if episode.id in self._ids:
             return False
         self._ids.add(episode.id)
-        self._open.pop(episode.id, None)
+        self._close(episode.id)
         for key, usage in usage_by_policy(episode).items():
-            _book(self._stored, key, usage)
+            book(self._stored, key, usage)
         return True
 
     # what was spent
@@ -370,18 +390,6 @@ class Ledger:
         stopped stays so unless the budget was changed."""
         with self._lock:
             self._unstored = {}
-            _book_rows(self._unstored, state["unstored"])
+            book_rows(self._unstored, state["unstored"])
             self._known, self._replayed = state["stored"], dict.fromkeys(state["replayed"], Usage())
             self.stopped = state["stopped"] if state["limit"] == self._limits() else ""
-
-
-def _book(booked: Booked, key: Key, usage: Usage) -> None:
-    booked[key] = booked.get(key, Usage()) + usage
-
-
-def _book_rows(booked: Booked, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Book the `unstored` rows of a ledger's state."""
-    for row in rows:
-        usage = dict(row)
-        key = usage.pop("kind"), usage.pop("agent"), usage.pop("policy")
-        _book(booked, key, Usage(**usage))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
-from operator import attrgetter
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter, sub
 from typing import Any
 
 from ..agents.types import Turn, Usage, to_json
@@ -19,6 +19,11 @@ _NUMBERS = attrgetter(*(field.name for field in dataclasses.fields(Usage)))
 def total(usages: Iterable[Usage]) -> Usage:
     """The sum, quick enough to be taken before every call."""
     return Usage(*map(sum, zip(*map(_NUMBERS, usages), strict=True)))
+
+
+def less(whole: Usage, part: Usage) -> Usage:
+    """What is left of a sum without one of its parts."""
+    return Usage(*map(sub, _NUMBERS(whole), _NUMBERS(part)))
 
 
 def usage_by_policy(episode: Episode) -> Booked:
@@ -68,3 +73,16 @@ def _part(total: Any, weight: Any, whole: Any) -> Any:
     if isinstance(total, int):
         return (2 * total * weight + whole) // (2 * whole)
     return total * weight / whole
+
+
+def book(booked: Booked, key: Key, usage: Usage) -> None:
+    """Add a usage to what is booked under this key."""
+    booked[key] = booked.get(key, Usage()) + usage
+
+
+def book_rows(booked: Booked, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Book the `unstored` rows of a ledger's state."""
+    for row in rows:
+        usage = dict(row)
+        key = usage.pop("kind"), usage.pop("agent"), usage.pop("policy")
+        book(booked, key, Usage(**usage))

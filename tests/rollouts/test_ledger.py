@@ -537,3 +537,41 @@ def test_what_is_spent_so_far_leaves_out_what_a_resumed_run_has_not_come_to_agai
     assert again.spent_so_far()["tokens"] == 30 and again.spent().sampled_tokens == 70
     again.stored(earlier[2])
     assert again.spent_so_far() == again.to_json()["spent"]
+
+
+@in_loop
+async def test_a_call_is_admitted_in_the_same_time_however_many_are_open() -> None:
+    """What is asked before every call are running sums: they are those of all entries, and no
+    entry of an open episode is looked at."""
+    rng, ledger = random.Random(0), Ledger(Budget(tokens=10**9))
+    for number in range(300):
+        kind: Kind = rng.choice(["train", "eval", "trial"])
+        await ask(ledger, rng.randrange(9), 5, kind=kind, episode=f"e{rng.randrange(40)}")
+        if number % 7 == 0:
+            ledger.dropped(f"e{rng.randrange(40)}")
+        open_ = [u for b in ledger._open.values() for key, u in b.items() if key[0] != "eval"]
+        counted = {name: sum(getattr(u, name) for u in open_) for name in TOKENS}
+        assert {name: getattr(ledger._open_spent, name) for name in TOKENS} == counted
+        assert ledger._reserved == Usage()
+    for name in list(ledger._open):
+        ledger.dropped(name)
+    assert ledger._open_spent == Usage()
+    seen: list[int] = []
+    ledger._open = dict.fromkeys(map(str, range(1000)), Watched(seen))  # type: ignore[arg-type]
+    await ask(ledger, 1, 1, episode="another")
+    assert seen == []
+
+
+TOKENS = ("calls", "prompt_tokens", "sampled_tokens")
+
+
+class Watched(dict[Any, Any]):
+    """Usage of an open episode that notes when it is looked at."""
+
+    def __init__(self, seen: list[int]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def items(self) -> Any:
+        self.seen.append(1)
+        return super().items()
