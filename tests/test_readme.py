@@ -53,6 +53,7 @@ COVERED = {
     "make check": CI,
     "make test": CI,
     "make test-full": CI,
+    "make bench-gpu": "tests/trainers/bench/gpu/test_hour.py::test_a_failure_a_hang_and_a_missing_vllm_leave_the_others",
     "make help": RUN,
     "make docs": "tests/test_site.py::test_the_site_builds",
     "make pages": "tests/test_method_pages.py::test_the_pages_are_todays",
