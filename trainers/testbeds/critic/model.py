@@ -55,6 +55,17 @@ COUNTS: Mapping[str, int] = {  # lessons of a batch, by method of `Questions`
     "reasoned": 6,
     "reasoned_by_two": 4,
 }
+SECOND_COUNTS: Mapping[str, int] = {  # of the second part: more of what the first leaves unlearnt
+    "worked": 14,
+    "judged": 10,
+    "criticised": 4,
+    "required": 3,
+    "repeated": 2,
+    "edited": 4,
+    "edited_by_two": 4,
+    "reasoned": 4,
+    "reasoned_by_two": 9,
+}
 ALIKE = (  # lessons of about one length, which are read together
     ("worked", "judged", "criticised", "required"),
     ("repeated", "edited", "reasoned"),
@@ -65,7 +76,7 @@ CIRCLES = 0.6  # radius of the circles on which the digits stand at the start
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """How the model is trained: AdamW with warm-up, then linear decay, on batches of `COUNTS`.
+    """How the model is trained: AdamW with warm-up, then linear decay.
 
     `max_excess`: as of `ProgramsConfig`, in nats per reply.
     """
@@ -78,6 +89,9 @@ class CriticConfig:
     layers: int = 3
     init_std: float = 0.12
     seed: int = 0
+
+
+SECOND = CriticConfig(steps=200, learning_rate=3e-3, warmup=10)
 
 
 def tiny_critic_model(
@@ -98,17 +112,27 @@ def critic_chain() -> Chain:
 
 
 def train(config: CriticConfig, say: Callable[[str], None]) -> Any:
-    """Train the network on all roles. Raises `RuntimeError` if it stays further than `max_excess`
-    from its teacher."""
-    network, rng = critic_network(config), random.Random(config.seed)
+    """Train the network on all roles, in two parts. Raises `RuntimeError` if it stays further than
+    `max_excess` from its teacher."""
+    network = _taught(critic_network(config), config, COUNTS, random.Random(config.seed), say)
+    return _taught(network.train(), SECOND, SECOND_COUNTS, random.Random(config.seed + 1), say)
+
+
+def _taught(
+    network: Any,
+    config: CriticConfig,
+    counts: Mapping[str, int],
+    rng: random.Random,
+    say: Callable[[str], None],
+) -> Any:
     questions, made = Questions(rng), Lessons(rng)
 
     def loss_of() -> tuple[torch.Tensor, float]:
         losses, excesses = [], []
         for names in ALIKE:
-            asked = [getattr(questions, name)() for name in names for _ in range(COUNTS[name])]
+            asked = [getattr(questions, name)() for name in names for _ in range(counts[name])]
             loss, excess = teacher_loss(network, [made.of(each) for each in asked])
-            losses.append(loss * len(asked) / sum(COUNTS.values()))
+            losses.append(loss * len(asked) / sum(counts.values()))
             excesses.append(excess)
         return torch.stack(losses).sum(), max(excesses)
 
@@ -258,8 +282,9 @@ MODEL = ToyModel(
         critic_network,
         teacher_loss,
         train,
+        _taught,
     ),
-    (CriticConfig(), COUNTS, ALIKE, CIRCLES, SPECIALS, TEMPLATE),
+    (CriticConfig(), COUNTS, SECOND, SECOND_COUNTS, ALIKE, CIRCLES, SPECIALS, TEMPLATE),
 )
 
 
