@@ -140,5 +140,5 @@ def _append(episodes: Store, count: int) -> None:
         episodes.extend([sample(f"more-{start}/{k}", start) for k in batch])
 
 
-def _count(found: Iterator[Episode]) -> int:
-    return sum(1 for _ in found)
+def _count(episodes: Iterator[Episode]) -> int:
+    return sum(1 for _ in episodes)
