@@ -28,7 +28,7 @@ SHORT = {
     "ppo_team": "--max_steps 1 --tasks_per_step 2 --num_generations 2 --num_ppo_epochs 1",
     "maporl": "--max_steps 1 --tasks_per_step 2 --num_ppo_epochs 1 --num_eval_samples 1",
     "sft_team": "--max_steps 1 --tasks_per_step 16 --num_generations 1",
-    "sirius": "--tasks_per_step 32 --num_generations 4 --max_regenerations 1",
+    "sirius": "--tasks_per_step 16 --num_generations 1 --max_regenerations 1",
     "multiagent_finetuning": "--max_iterations 1 --tasks_per_step 16 --num_eval_samples 1",
     "bootstrap_finetune": "--tasks_per_step 32",
     "sysdpo": "--max_steps 1 --tasks_per_step 4 --max_pairs_per_task 1",
