@@ -9,11 +9,18 @@ from typing import Any
 import pytest
 
 from marlora.trainers.testbeds.critic.model import tiny_critic_model
-from marlora.trainers.testbeds.critic.runs import METHODS, critic_run, teacher_engine
+from marlora.trainers.testbeds.critic.runs import (
+    CONTROLS,
+    GRADIENT,
+    METHODS,
+    critic_run,
+    teacher_engine,
+)
 from tests.trainers.reading import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TOKENS = 1200
+TOKENS = 850
+OWN_TOKENS, SEEDS = 600, 12
 
 
 def taught(recipe: str, folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
@@ -74,3 +81,31 @@ def test_the_tiny_model_speaks_every_methods_format(recipe: str, tmp_path: Path)
     found = [row["text_feedback"] for row in rows(tmp_path / "run")]
     assert sum(row["unreadable"] + row["unanswered"] + row["refused"] for row in found) <= 1
     assert any(row["verdicts"] for row in found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_tiny_model_learns_from_its_own_feedback(tmp_path: Path) -> None:
+    """The model is worker and helper: of so many TextGrad runs of the same tokens most end right
+    with the feedback on each task, and few with that on another task, none, or drawn values."""
+
+    def right(control: str, seed: int) -> float:
+        summary = critic_run(
+            "textgrad_prompts",
+            tmp_path / f"{control}-{seed}",
+            control=control,
+            seed=seed,
+            prompts={**GRADIENT, "rewrite_system": "edit!"},
+            budget={"tokens": OWN_TOKENS},
+            num_val_tasks=4,
+            num_eval_tasks=10,
+        ).train()
+        assert summary["budget"]["spent"]["tokens"] <= OWN_TOKENS
+        return float(summary["eval"]["after"]["accuracy"])
+
+    own, *controls = (
+        sum(right(control, seed) for seed in range(SEEDS)) / SEEDS for control in ("", *CONTROLS)
+    )
+    print(own, dict(zip(CONTROLS, controls, strict=True)))
+    assert own >= 0.5 and own >= sum(controls) / len(controls) + 0.25
+    assert own > max(controls)
