@@ -1,4 +1,5 @@
-"""Two agents of CrewAI. It wraps role and task in prompts of its own."""
+"""Two agents of CrewAI. It wraps role and task in prompts of its own, and prints what it does: the
+output is the last line."""
 
 import json
 import os
@@ -16,4 +17,5 @@ def ask(role: str, text: str) -> str:
 
 
 prompt = json.load(sys.stdin)["prompt"]
-print(ask("last", ask("first", prompt) + "+" + prompt.split("+")[-1]))
+output = ask("last", ask("first", prompt) + "+" + prompt.split("+")[-1])
+print(json.dumps({"output": output}))

@@ -37,7 +37,10 @@ class TwoRoles(Workflow):
 
 
 async def main() -> str:
-    return str(await TwoRoles().run(prompt=json.load(sys.stdin)["prompt"]))
+    workflow = TwoRoles(
+        timeout=600
+    )  # seconds; an agent's reply may wait for those of many episodes
+    return str(await workflow.run(prompt=json.load(sys.stdin)["prompt"]))
 
 
 print(asyncio.run(main()))
