@@ -143,13 +143,16 @@ class Store:
             return len(written)
 
     def flush(self) -> None:
-        """Bring to disk what was written without. Raises its `OSError`."""
+        """Bring to disk what was written without. Raises `StoreError` if the disk refuses."""
         with self._writing:
             try:
                 self._log.flush()
-            except BaseException:
+            except OSError as error:
                 self.close()
-                raise
+                raise StoreError(
+                    f"{self.folder}: what was written last could not be flushed to disk ({error});"
+                    " it is there for those who read, but would not outlast a crash of the machine"
+                ) from error
 
     def ids(self) -> set[str]:
         """Ids of all stored episodes."""

@@ -386,7 +386,7 @@ class RolloutManager:
         return self._one_at_a_time if self.engines.deterministic else contextlib.nullcontext()
 
     def keep(self, episodes: Sequence[Episode], *, flush: bool = True) -> None:
-        """Store these episodes: all or none of them (without `flush`: see `Store.extend`)."""
+        """Store these episodes: all or none of them (`flush`: see `Store.extend`)."""
         try:
             lines = self.players.lines_of(episodes) if self.players else {}
             self.store.extend(episodes, flush=flush, lines=lines)

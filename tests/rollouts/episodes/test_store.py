@@ -410,6 +410,7 @@ def test_many_are_written_with_one_flush(tmp_path: Path, monkeypatch: pytest.Mon
         assert "episodes-00000.jsonl" not in flushed
         store.extend([chat_episode("e3")], flush=False)
         assert flushed.count("episodes-00000.jsonl") == 1
+        assert flushed.count("episodes-00001.jsonl") == 0
         store.flush()
         store.flush()
         assert flushed.count("episodes-00001.jsonl") == 1
@@ -428,7 +429,7 @@ def test_a_flush_that_fails_is_an_error_and_the_lines_stay(
         store.extend([chat_episode("e2")], flush=False)
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
-            with pytest.raises(OSError, match="No space"):
+            with pytest.raises(StoreError, match=r"flushed to disk .*No space left"):
                 store.flush()
         assert store.append(chat_episode("e2")) is False
         assert store.append(chat_episode("e3")) is True

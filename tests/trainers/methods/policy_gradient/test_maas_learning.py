@@ -90,11 +90,11 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
         else:
             kept, extend = [0], Store.extend
 
-            def count(self: Store, episodes: Any) -> None:
+            def count(self: Store, episodes: Any, **how: Any) -> None:
                 kept[0] += 1
                 if kept[0] > 4 + 2 * 8 + 3:  # in the middle of step 3
                     raise Killed
-                extend(self, episodes)
+                extend(self, episodes, **how)
 
             patched.setattr(Store, "extend", count)
         with pytest.raises(Killed):

@@ -270,11 +270,11 @@ def test_a_run_that_was_killed_inside_a_measurement_goes_on(
     settings = {**CUT, "save_every": save_every}
     kept, extend = [0], Store.extend
 
-    def count(self: Store, episodes: Any) -> None:
+    def count(self: Store, episodes: Any, **how: Any) -> None:
         kept[0] += 1
         if kept[0] > episode:
             raise Killed
-        extend(self, episodes)
+        extend(self, episodes, **how)
 
     with monkeypatch.context() as patched:
         patched.setattr(Store, "extend", count)
