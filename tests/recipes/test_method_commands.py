@@ -16,13 +16,10 @@ from tests.method_pages import FOLDER, config_path, methods
 from tests.trainers.forks import forked
 
 ELSEWHERE = {"grpo_team": "make demo-tiny"}  # tests/recipes/test_demos.py
-UNTRAINED = (
-    "smollm2-135m"  # a page's model that stands behind a server; here one that knows nothing
-)
+UNTRAINED = "smollm2-135m"  # where a page has it, a model that knows nothing plays here
 FEEDBACK = "--max_steps 1 --tasks_per_step 1 --num_val_tasks 2 --max_completion_length 4"
-FEW = (
-    "--max_completion_length 4 --budget.tokens 3000"  # a model without success would try all tasks
-)
+# a model without any success tries all tasks, so there are only 27
+FEW = "--num_val_tasks 4 --max_completion_length 4 --task_args.largest 2"
 SEARCH = "--max_steps 1 --num_val_tasks 4"
 SHORT = {
     "ppo_team": "--max_steps 1 --tasks_per_step 2 --num_generations 2 --num_ppo_epochs 1",
@@ -40,13 +37,12 @@ SHORT = {
     "w4s": "--num_episodes 2 --num_candidates 2 --num_val_tasks 4 --num_train_epochs 1",
     "autoflow": "--max_steps 1 --num_generations 8 --tasks_per_step 2 --num_val_tasks 4"
     " --num_iterations 1",
-    "bootstrap_few_shot": f"--num_candidate_programs 1 --num_val_tasks 4 {FEW}",
-    "mipro": "--max_bootstrapped_demos 0 --max_labeled_demos 0 --num_trials 2 --minibatch_size 2"
-    " --num_val_tasks 4 --max_completion_length 4 --max_proposal_tokens 8 --max_summary_calls 1",
-    "mass": "--num_val_tasks 4 --num_topologies 1 --topology_evaluations 1"
-    " --max_completion_length 4 --prompt_optimizer.max_bootstrapped_demos 0"
-    " --prompt_optimizer.num_instructions 2 --prompt_optimizer.num_trials 2"
-    " --prompt_optimizer.minibatch_size 2 --prompt_optimizer.max_proposal_tokens 8",
+    "bootstrap_few_shot": f"--num_candidate_programs 1 --max_rounds 1 {FEW}",
+    "mipro": f"--max_bootstrapped_demos 0 --max_labeled_demos 0 --num_candidates 2 --num_trials 2"
+    f" --minibatch_size 2 --max_summary_calls 1 --max_proposal_tokens 8 --max_rounds 1 {FEW}",
+    "mass": "--num_topologies 1 --topology_evaluations 1 --prompt_optimizer.max_bootstrapped_demos 0"
+    " --prompt_optimizer.num_candidates 2 --prompt_optimizer.num_trials 2"
+    f" --prompt_optimizer.minibatch_size 2 --prompt_optimizer.max_proposal_tokens 8 {FEW}",
     "gepa_prompts": "--num_proposals 1 --num_val_tasks 4 --max_completion_length 4"
     " --max_proposal_tokens 8",
     "better_together": "--tasks_per_step 32 --num_val_tasks 4",
