@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,14 @@ import pytest
 
 from marlora.rollouts.episodes.store import Store
 from marlora.trainers.testbeds.tiny import tiny_random_model
-from tests.repository import ROOT, clean_environment
+from tests.trainers.forks import two_ranks
 from tests.trainers.play_program import trainer
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def start(folder: Path, model: Path, fault: str = "") -> subprocess.CompletedProcess[str]:
-    env = clean_environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT))
-    command = [*TORCHRUN, "-m", "tests.trainers.play_program", str(folder), str(model), fault]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+def start(folder: Path, model: Path, fault: str) -> subprocess.CompletedProcess[str]:
+    return two_ranks("tests.trainers.play_program", folder, model, fault)
 
 
 def played(folder: Path) -> list[list[str]]:
