@@ -9,7 +9,7 @@ import pytest
 
 from tests.repository import ROOT, names_of_tests
 
-NUMBERS = [*range(1, 65)]
+NUMBERS = [*range(1, 66)]
 OPEN = "open"
 
 
