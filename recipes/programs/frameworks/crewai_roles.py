@@ -5,7 +5,8 @@ import json
 import os
 import sys
 
-os.environ["OTEL_SDK_DISABLED"] = "true"  # before the import: no telemetry
+os.environ["OTEL_SDK_DISABLED"] = "true"  # before the import: no telemetry,
+os.environ["CREWAI_TRACING_ENABLED"] = "false"  # nor a question whether to share traces
 
 from crewai import LLM, Agent
 
