@@ -54,6 +54,7 @@ PLACED_KEYS = (
     "done",  # among the facts
     "state",  # its values have sections
     "supernet",
+    "programs",  # the candidates of an archive
     "ledger",
     "ledger_by_policy",
     "budget",

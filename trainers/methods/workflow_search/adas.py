@@ -20,6 +20,7 @@ accelerate launch recipes/adas.py [--config recipes/adas.yaml] [--field value]
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ class ADASTrainer(WorkflowSearchTrainer[ADASConfig]):
         )
         asked = Task(f"generation-{step}", self._invented(archive))
         proposal = read_talk(self.run.rollouts.ask(talk, asked))
-        candidate = self.enter(proposal, archive, step, "proposer")
+        candidate = self.enter(proposal, archive, step)
         for attempt in range(1, self.args.attempts + 1):
             if candidate is None or not candidate.values:
                 return candidate
@@ -146,7 +147,8 @@ class ADASTrainer(WorkflowSearchTrainer[ADASConfig]):
             repair = Repair([self.helper("proposer")], target=self.target)
             asked = Task(f"generation-{step}-repair-{attempt}", self._repaired(candidate))
             proposal = read_talk(self.run.rollouts.ask(repair, asked))
-            candidate = self.enter(proposal, [candidate], step, "repair")
+            proposal = dataclasses.replace(proposal, proposer="repair")
+            candidate = self.enter(proposal, [candidate], step)
         return candidate
 
     def _judged(self, candidate: Candidate) -> Candidate:

@@ -131,7 +131,7 @@ class EditSearchTrainer(WorkflowSearchTrainer[C]):
         if proposal.program and any(same_edit(proposal.note, c.note) for c in tried):
             self.search.duplicates += 1
             return None
-        return self.enter(proposal, [parent], step, "proposer")
+        return self.enter(proposal, [parent], step)
 
     def instructed(self, parent: Candidate, refused: Sequence[str] = ()) -> str:
         """What the proposer is asked."""

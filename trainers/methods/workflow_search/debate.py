@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -142,8 +143,10 @@ def outcome(episode: Episode) -> tuple[str, dict[str, Proposal]]:
     winner = next((o.text for o in episode.operations if o.name == VERDICT), "")
     if episode.error is not None or not winner:
         fault = f"reply: {episode.error or 'no verdict'}"
-        return AFFIRMATIVE, {AFFIRMATIVE: Proposal("", fault=fault)}
+        return AFFIRMATIVE, {AFFIRMATIVE: Proposal("", fault=fault, proposer=AFFIRMATIVE)}
     last = {turn.agent: turn.text for turn in episode.turns}
+    proposals = (checked(read_edit(last[side]), episode, dry_run_of(side)) for side in SIDES)
     return winner, {
-        side: checked(read_edit(last[side]), episode, dry_run_of(side)) for side in SIDES
+        side: dataclasses.replace(proposal, proposer=side)
+        for side, proposal in zip(SIDES, proposals, strict=True)
     }

@@ -112,8 +112,7 @@ class DebFlowTrainer(EditSearchTrainer[DebFlowConfig]):
         """Keep the losing proposal, unless its program is in the archive."""
         values = {PROGRAM: loser.program}
         if self.search.find(values) is None:
-            kept = Candidate(
-                values, "debate", loser.note, loser.fault, parents=(parent.id,), round=step
-            )
+            by, note, fault = loser.proposer, loser.note, loser.fault
+            kept = Candidate(values, by, note, fault, parents=(parent.id,), round=step)
             kept = self.search.add(kept)
             self.search.reject(kept.id, "lost the debate")

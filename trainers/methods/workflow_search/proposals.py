@@ -25,11 +25,13 @@ class Proposal:
         note: what it changes, in the helper's words; of a reply that cannot be read its beginning.
         program: prompts as constants, then the calls; "" if the reply held none.
         fault: why it is lost, "" if it can be run.
+        proposer: the helper.
     """
 
     note: str
     program: str = ""
     fault: str = ""
+    proposer: str = "proposer"
 
 
 @dataclass

@@ -172,13 +172,14 @@ class WorkflowSearchTrainer(Trainer[C]):
     # candidates
 
     def enter(
-        self, proposal: Proposal, parents: Sequence[Candidate], step: int, proposer: str
+        self, proposal: Proposal, parents: Sequence[Candidate], step: int
     ) -> Candidate | None:
         """Put a proposal into the archive; None, and counted, if its program is there already. One
         that was kept without a measurement is taken up."""
         values = {PROGRAM: proposal.program} if proposal.program else {}
         ids = tuple(each.id for each in parents)
-        new = Candidate(values, proposer, proposal.note, proposal.fault, parents=ids, round=step)
+        by, note, fault = proposal.proposer, proposal.note, proposal.fault
+        new = Candidate(values, by, note, fault, parents=ids, round=step)
         known = self.search.find(values) if values else None
         if known is not None and not known.fault and not known.scores:
             return known

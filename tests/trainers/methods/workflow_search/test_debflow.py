@@ -191,6 +191,7 @@ def test_a_loser_is_kept_and_taken_up_when_it_wins(model: Path, tmp_path: Path) 
     _, second, first = made.search.candidates
     assert (first.values["program"], second.values["program"]) == (word, vote)
     assert first.scores and second.scores and second.note == "E:other"
+    assert (first.proposer, second.proposer) == ("affirmative", "negative")
     found = [row["program"] for row in rows(made.args.folder)]
     assert [row["id"] for row in found] == ["2", "1"] and found[1]["duplicates"] == 0
 

@@ -16,17 +16,29 @@ from marlora.agents.system import build_system
 from marlora.agents.types import Sampling
 from marlora.rollouts.engines.base import ModelRef
 from marlora.rollouts.engines.scripted import ScriptedEngine
+from marlora.trainers.methods.workflow_search.adas import ADASConfig, ADASTrainer
 from marlora.trainers.methods.workflow_search.aflow import AFlowConfig, AFlowTrainer
 from marlora.trainers.methods.workflow_search.debflow import DebFlowConfig, DebFlowTrainer
 from marlora.trainers.testbeds.edits import (
     BEST,
+    BROKEN,
+    COMPARE,
+    DECIDE,
     EDIT,
     FIRST,
+    INVENT,
+    KNOWS,
+    MEND,
     Failure,
+    drawn,
     edited,
     edits,
+    invention,
+    program,
     reply_of,
     tiny_edits_model,
+    unread,
+    verdicts,
 )
 from marlora.trainers.testbeds.programs import execute, tiny_programs_model
 from tests.repository import ROOT
@@ -35,12 +47,17 @@ from tests.trainers.searches import parts_of
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 METHODS: dict[str, tuple[Any, Any]] = {
+    "adas": (ADASTrainer, ADASConfig),
     "aflow": (AFlowTrainer, AFlowConfig),
     "debflow": (DebFlowTrainer, DebFlowConfig),
 }
-# settings of the same search, whose proposer is shown no failure
-UNREAD: dict[str, dict[str, Any]] = {name: {"max_failures": 0} for name in METHODS}
-ROUNDS = {"aflow": 4, "debflow": 3}  # of the searches with a trained proposer
+# settings of the same search, whose proposer is shown no failure; an inventor: always the first
+# program instead of the best
+UNREAD: dict[str, dict[str, Any]] = {
+    "adas": {"prompts": {"invent": FIRST}},
+    "aflow": {"max_failures": 0},
+    "debflow": {"max_failures": 0},
+}
 VOTES = f"""from collections import Counter
 answers = [{FIRST} for n in range(5)]
 Counter(answers).most_common(1)[0][0]"""
@@ -54,9 +71,12 @@ def searching(
     answer: Any = None,
     **changes: Any,
 ) -> Any:
-    """A run of `recipes/NAME_tiny.yaml` with other settings."""
+    """A run of `recipes/NAME_tiny.yaml` with other settings; of its prompts these are changed."""
     text = (ROOT / "recipes" / f"{name}_tiny.yaml").read_text(encoding="utf-8")
-    settings = {**yaml.safe_load(text), "output_dir": str(folder), "model": str(model), **changes}
+    own = yaml.safe_load(text)
+    settings = {**own, "output_dir": str(folder), "model": str(model), **changes}
+    if "prompts" in own:
+        settings["prompts"] = {**own["prompts"], **changes.get("prompts", {})}
     for helper in settings["helpers"].values():
         helper["base"] = str(proposer or model)
     trainer, config = METHODS[name]
@@ -75,15 +95,37 @@ def spent(summary: dict[str, Any]) -> int:
 def taught(prompt: str, ref: ModelRef, sampling: Sampling, k: int) -> str:
     """The teachers of both models as an engine."""
     role, text = parts_of(prompt)
-    if role != EDIT:
+    rng = random.Random(f"{sampling.seed} {prompt}")
+    if role == INVENT:
+        return invented(prompt, text, rng)
+    if role not in (EDIT, COMPARE, DECIDE):
         said = execute(text[:-4], text[-4:])
         return max(said, key=said.__getitem__)
-    letters = re.findall(r"custom\('([ABC]{3})'", text)[-1]
     told = re.search(r"Question: (\w+)\nRight answer: (\d)\nAnswer of the program: (\d)", text)
-    shares = edits(Failure(told[1], int(told[2]), int(told[3])) if told else None)
-    rng = random.Random(f"{sampling.seed} {prompt}")
-    edit = rng.choices([*shares], [*shares.values()])[0]
-    return reply_of(edit, edited(letters, edit)[1])
+    failure = Failure(told[1], int(told[2]), int(told[3])) if told else None
+    if role != EDIT:
+        pair = re.findall(r"<modification>(.{3})</modification>", text)
+        mends = [failure is not None and edit == failure.fix for edit in pair]
+        return drawn(rng, verdicts(mends, decisive=role == DECIDE))
+    edit = drawn(rng, edits(failure))
+    return reply_of(edit, edited(letters_in(text), edit)[1])
+
+
+def invented(prompt: str, text: str, rng: random.Random) -> str:
+    """An inventor's reply: a program; asked again, the same without broken calls."""
+    said = re.findall(r"<\|assistant\|>(.+?)<\|end\|>", prompt, re.DOTALL)
+    if said:
+        return str(said[-1]).replace("wizard", "custom")
+    letters = letters_in(text)
+    if text.startswith(MEND):
+        return invention(BROKEN, program(letters))
+    edit = drawn(rng, unread(KNOWS))
+    return invention(edit, edited(letters, edit)[1])
+
+
+def letters_in(text: str) -> str:
+    """The letters of the last program in a text."""
+    return str(re.findall(r"(?:custom|wizard)\('([ABC]{3})'", text)[-1])
 
 
 def mean_gains(name: str, folder: Path, seeds: int, **settings: Any) -> tuple[float, float]:
@@ -123,22 +165,25 @@ def test_a_proposer_that_reads_failures_finds_more_than_copies(model: Path, tmp_
 
 
 @pytest.mark.slow
-def test_a_teacher_that_reads_failures_finds_more_than_one_that_guesses(
-    model: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "seeds", "rounds"), [("aflow", 3, 3), ("debflow", 1, 8), ("adas", 1, 20)]
+)
+def test_a_teacher_that_reads_finds_more_than_one_that_guesses(
+    name: str, seeds: int, rounds: int, model: Path, tmp_path: Path
 ) -> None:
-    sizes = {"num_val_tasks": 12, "num_eval_tasks": 16, "max_steps": 3}
-    read, unread = mean_gains("aflow", tmp_path, 4, model=model, answer=taught, **sizes)
+    sizes = {"num_val_tasks": 12, "num_eval_tasks": 16, "max_steps": rounds}
+    read, unread = mean_gains(name, tmp_path, seeds, model=model, answer=taught, **sizes)
     assert read > 0.35 and read > unread + 0.15, (read, unread)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ROUNDS)
+@pytest.mark.parametrize(("name", "rounds"), [("aflow", 4), ("debflow", 3)])
 def test_a_trained_proposer_learns_and_one_that_reads_nothing_finds_less(
-    name: str, tmp_path: Path
+    name: str, rounds: int, tmp_path: Path
 ) -> None:
     models = {"model": tiny_programs_model(), "proposer": tiny_edits_model()}
-    read, unread = mean_gains(name, tmp_path, 1, **models, max_steps=ROUNDS[name])
+    read, unread = mean_gains(name, tmp_path, 1, **models, max_steps=rounds)
     assert read > 0.25 and read > unread, (read, unread)
 
 
