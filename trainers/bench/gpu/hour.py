@@ -1,8 +1,9 @@
 """`marlora bench gpu`: what has published neighbours, in at most ten minutes of one H100 or H200,
 with random weights and no network.
 
-Every part has a process and a time limit of its own, and the JSON is written after each: a part
-that fails, hangs or runs out of time takes nothing with it but what it had not yet measured.
+Every part has a process and a time limit of its own (and what earlier parts left of theirs), and
+the JSON is written after each: a part that fails, hangs or runs out of time takes nothing with it
+but what it had not yet measured.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ def gpu(options: Options) -> dict[str, Any]:
     work_of(options)  # raises before anything runs
     end = time.monotonic() + MOST
     report: dict[str, Any] = {"suite": "gpu", "size": options.size, **machine(), "parts": {}}
-    for part in PARTS:
+    for number, part in enumerate(PARTS):
         left = end - time.monotonic()
+        later = sum(other.limit for other in PARTS[number + 1 :])
         report["parts"][part.name] = (
-            run_part(part, options, min(part.limit, left))
+            run_part(part, options, max(min(part.limit, left), left - later))
             if left > GRACE
             else {"status": "not begun", "seconds": 0.0, "results": {}, "error": "no time was left"}
         )

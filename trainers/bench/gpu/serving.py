@@ -32,6 +32,7 @@ from ..measure import Options
 from ..publish import lap, say
 from ..serve import POLICIES, measured
 from ..update import disturb
+from .training import free_memory
 from .work import Work
 
 Results = Iterator[tuple[str, dict[str, Any]]]
@@ -52,6 +53,7 @@ def adapters_part(options: Options, work: Work) -> Results:
     with tempfile.TemporaryDirectory(prefix="marlora-bench-") as scratch:
         folder = Path(scratch)
         model = served_folder(work.served, folder, options.device)
+        free_memory()  # for the server
         tokens = ChatRenderer(load_tokenizer(model))
         config = EngineConfig(
             engine="vllm", max_model_len=512, server_memory=MEMORY[options.device]
@@ -140,8 +142,10 @@ def loop_part(options: Options, work: Work) -> Results:
     tasks = [Task(str(k), f"{k} + {k + 3}", split="train") for k in range(tasks_per_step * steps)]
     with tempfile.TemporaryDirectory(prefix="marlora-bench-") as scratch:
         folder = Path(scratch)
+        model = served_folder(work.served, folder, options.device)
+        free_memory()  # for the server
         trainer = _Steps(
-            model=served_folder(work.served, folder, options.device),
+            model=model,
             system=Chain(["solver", "critic"]),
             tasks=tasks,
             eval_tasks=[Task("held-out", "1 + 1", split="eval")],

@@ -66,7 +66,7 @@ say("second", says="two")
     monkeypatch.setattr(
         hour,
         "PARTS",
-        tuple(dataclasses.replace(p, limit=5.0 if p.name == "trees" else 60.0) for p in PARTS),
+        tuple(dataclasses.replace(p, limit=6.0 if p.name == "trees" else 1000.0) for p in PARTS),
     )
     report = hour.gpu(dataclasses.replace(TINY, json=str(tmp_path / "gpu.json")))
     found = {
@@ -78,8 +78,8 @@ say("second", says="two")
         "head": ("failed", ["first"]),
         "update": ("done", both),
         "trees": ("out of time", ["first"]),
-        "loop": ("done", both),
         "adapters": ("left out", ["first"]),
+        "loop": ("done", both),
     }
     assert "ValueError: a kernel" in report["parts"]["head"]["error"]
     assert report["failed"] == ["head", "trees"]
@@ -116,20 +116,32 @@ def test_what_was_measured_is_written_after_every_part(
     assert seen == [names[:k] for k in range(1, len(names))]
 
 
-def test_parts_that_find_no_time_are_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [1.0, 0.5, 2.0])
+def test_a_part_has_its_limit_and_what_others_left(
+    monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """Of its limit every part takes this share (more: it would not end)."""
     limits: list[float] = []
+    clock = [0.0]
 
     def run(part: Part, options: Options, limit: float) -> dict[str, Any]:
         limits.append(limit)
-        clock[0] += limit
+        clock[0] += share * (limit if share > 1 else part.limit)
         return {"status": "out of time", "seconds": limit, "results": {}, "error": "late"}
 
-    clock = [0.0]
     monkeypatch.setattr(hour, "run_part", run)
     monkeypatch.setattr(hour.time, "monotonic", lambda: clock[0])
     report = hour.gpu(TINY)
-    assert sum(limits) <= hour.MOST <= 600
-    assert report["parts"]["adapters"]["status"] == "not begun" or limits[-1] < PARTS[-1].limit
+    own = [part.limit for part in PARTS]
+    assert sum(own) <= hour.MOST <= 600
+    spare = hour.MOST - sum(own)
+    if share == 1.0:
+        assert limits == [limit + spare for limit in own]
+    elif share == 0.5:
+        assert limits[-1] == own[-1] + spare + sum(own[:-1]) / 2
+    else:
+        left = [name for name, part in report["parts"].items() if part["status"] == "not begun"]
+        assert left == [part.name for part in PARTS[len(limits) :]] != []
 
 
 @pytest.mark.slow  # a process that imports everything
