@@ -85,8 +85,10 @@ def command(part: Part, options: Options) -> list[str]:
 
 def options_of(text: str) -> Options:
     """Options from their JSON."""
-    values = json.loads(text)
-    return Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values: dict[str, Any] = json.loads(text)
+    for name in ("opponents", "rho"):
+        values[name] = tuple(values[name])
+    return Options(**values)
 
 
 if __name__ == "__main__":
