@@ -153,7 +153,7 @@ def copying(prompt: str, ref: ModelRef, sampling: Sampling, k: int) -> str:
 
 def test_a_proposer_that_reads_failures_finds_more_than_copies(model: Path, tmp_path: Path) -> None:
     """At equal tokens: the best of several copies of the first program is the first program."""
-    sizes = {"num_val_tasks": 12, "num_eval_tasks": 24}
+    sizes: dict[str, Any] = {"num_val_tasks": 12, "num_eval_tasks": 24}
     read = searching("aflow", tmp_path / "read", model, answer=taught, max_steps=4, **sizes).train()
     budget = {"tokens": spent(read)}
     copies = searching(
