@@ -85,9 +85,10 @@ def command(part: Part, options: Options) -> list[str]:
 
 def options_of(text: str) -> Options:
     """Options from their JSON."""
-    values: dict[str, Any] = json.loads(text)
-    for name in ("opponents", "rho"):
-        values[name] = tuple(values[name])
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in json.loads(text).items()
+    }
     return Options(**values)
 
 

@@ -100,7 +100,7 @@ class Fleet(ScriptedEngine):
         reason = "length" if cut else "stop"
         return [
             Completion(
-                text=self.tokens.tokenizer.decode(own),
+                text=self.tokens.decode(own),
                 prompt_ids=tuple(ids),
                 token_ids=own,
                 logprobs=(-1.0,) * len(own),
@@ -116,7 +116,7 @@ class Fleet(ScriptedEngine):
         answer: asyncio.Future[None] = loop.create_future()
         times = min(math.exp(self.rng.gauss(0.0, SIGMA)), LONGEST)  # the median
         due = loop.time() + times * self.load.median
-        timer = loop.call_at(due, lambda: answer.done() or answer.set_result(None))
+        timer = loop.call_at(due, _set, answer)
         replica.calls.add(answer)
         try:
             await answer
@@ -137,6 +137,11 @@ class Fleet(ScriptedEngine):
                     call.set_exception(ReplicaDown())
             await asyncio.sleep(self.load.median)
             replica.down = False
+
+
+def _set(answer: asyncio.Future[None]) -> None:
+    if not answer.done():
+        answer.set_result(None)
 
 
 def judged(task: Task, episode: Episode) -> float:
