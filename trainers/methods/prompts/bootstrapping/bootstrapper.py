@@ -126,11 +126,11 @@ class Bootstrapper:
         """For each candidate, of as many runs as `size` says, or as `demos.drawn_size` draws."""
         config, seed = self.config, self.spec.config.seed
 
-        def wanted(number: int) -> int:
+        def count(number: int) -> int:
             return drawn_size(config.max_bootstrapped_demos, number, seed) if size is None else size
 
         return bootstrap_sets(
-            [(drawn_tasks(self.spec.tasks, n, seed), wanted(n)) for n in numbers],
+            [(drawn_tasks(self.spec.tasks, n, seed), count(n)) for n in numbers],
             config.max_rounds,
             functools.partial(self._attempt, state),
         )
