@@ -47,6 +47,7 @@ NAMES = [name for name in METHODS if name != "metatextgrad"]  # an inner run cos
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_words_teach_more_than_drawn_values_of_the_same_tokens(tmp_path: Path) -> None:
     """Right answers after a run, summed over the methods, with the teacher as worker and helper and
     the model's tokens: against the same runs whose optimizer guesses."""
