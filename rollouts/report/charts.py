@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
@@ -154,8 +155,9 @@ def _scale(low: float, high: float) -> Any:
 
 
 def _domain(values: Sequence[float], alone: float) -> tuple[float, float]:
-    """Smallest and largest; a single value stands in the middle, nothing but 0 at the bottom."""
+    """Smallest and largest; a single value stands in the middle, nothing but 0 at the bottom.
+    Values that differ by rounding are one: there are no ticks between them."""
     low, high = min(values), max(values)
-    if low == high:
+    if math.isclose(low, high, rel_tol=1e-6):
         return (low - alone, high + alone) if low else (0.0, 1.0)
     return low, high

@@ -421,6 +421,8 @@ def test_a_chart_by_hand() -> None:
     )
     assert "style=" not in made and chart("x", "", {"a": Line([])}, {"a": "c0"}) == ""
     assert "polyline" in chart("one point", "", {"a": Line([(4, 0.0)])}, {"a": "c0"})
+    rounded = Line([(1, 0.7), (2, math.nextafter(0.7, 0))])  # no ticks fit between these
+    assert "polyline" in chart("equal but for rounding", "", {"a": rounded}, {"a": "c0"})
 
 
 def test_the_browser_has_every_episode(run: Path) -> None:

@@ -191,8 +191,7 @@ def test_a_judge_on_another_base_is_served_where_it_is_asked(
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(model, other)
-    with (other / "config.json").open("a", encoding="utf-8") as file:
-        file.write("\n")  # other files: another base
+    (other / "more.safetensors").write_bytes(b"")  # other files: another base
     run = tmp_path / "run"
     collector(run, model, helpers={"critic": {"base": str(other)}}).train()
     assert system_json(run)["helpers"] == {"critic": {"base": str(other)}}
