@@ -275,7 +275,7 @@ class Lesson:
 
     prompt: list[int]
     reply: list[int]
-    targets: list[Mapping[int, float]]
+    targets: list[dict[int, float]]
 
 
 class Lessons:
