@@ -31,6 +31,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     for name, help in (
         ("dry_run", "print what each arm may spend and whether its recipe takes the team"),
         ("headroom", "only measure what there is to gain, and whether so many tasks can show it"),
+        ("so_far", "start no run: write the page of those that have ended"),
         ("slurm", "submit the runs as an array of Slurm jobs, and the page as a job after them"),
     ):
         what.add_argument(f"--{name}", action="store_true", help=help)
@@ -74,7 +75,7 @@ def whole(plan: ComparisonPlan, args: argparse.Namespace) -> None:
     """Compare, print and write the tables. Raises `RunError` at the end if a run has no result."""
     from marlora.recipes.compare import comparison, tables
 
-    result = comparison.compare_arms(plan, say)
+    result = comparison.compare_arms(plan, say, args.so_far)
     print(tables.as_text(result))
     for path, content in (
         (args.json, lambda: json.dumps(result, indent=2) + "\n"),

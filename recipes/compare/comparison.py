@@ -30,13 +30,14 @@ from .reference import (
     shown_by,
 )
 from .result import ArmRow, ReferenceRow, assembled
-from .runs import Outcome, Say, over_budget, run_arms
+from .runs import Outcome, Say, outcomes_so_far, over_budget, run_arms
 
 PLAN, RESULT, PAGE, HEADROOM = "plan.json", "compare.json", "compare.html", "headroom.json"
 
 
-def compare_arms(plan: ComparisonPlan, say: Say) -> dict[str, Any]:
+def compare_arms(plan: ComparisonPlan, say: Say, so_far: bool = False) -> dict[str, Any]:
     """Everything a plan asks for, as far as it is not there already; what stands in compare.json.
+    With `so_far` no run is started: those that have not ended have no result.
 
     A run that fails does not keep the others from running: see `failed` of the result, and
     `check_complete`. Raises `SettingError` for a folder that holds another plan's comparison and
@@ -46,7 +47,7 @@ def compare_arms(plan: ComparisonPlan, say: Say) -> dict[str, Any]:
     say("the team as it is, a single agent, the noise floor")
     references, noise = first_rows(plan)
     claim(plan)  # not before: a budget that is too small may be changed
-    outcomes = run_arms(plan, list(plan.runs()), say)
+    outcomes = outcomes_so_far(plan) if so_far else run_arms(plan, list(plan.runs()), say)
     return finished(plan, references, noise, outcomes, say)
 
 

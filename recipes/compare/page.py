@@ -25,6 +25,7 @@ from .tables import (
     p_value,
     policies,
     roles,
+    without_result,
 )
 
 THOUSAND = 1000  # tokens of a unit of the curves: ticks of five digits have no room
@@ -189,5 +190,8 @@ def _curves(result: Mapping[str, Any]) -> str:
 
 
 def _failed(failed: Mapping[str, str]) -> str:
-    rows = [(text(name), f'<span class="why">{text(why)}</span>') for name, why in failed.items()]
-    return table(("run", "why"), rows) if rows else ""
+    rows = [
+        (text(names), f'<span class="why">{text(why)}</span>')
+        for names, why in without_result(failed)
+    ]
+    return table(("runs", "why"), rows) if rows else ""

@@ -30,6 +30,7 @@ from .plan import ComparisonPlan
 WAIT = 0.2  # seconds between two looks at a run
 LAST = 2000  # characters of the end of a log in which its error is looked for
 OTHER_RUN = "holds a run of other settings, which is neither taken for this one nor changed"
+NOT_RUN = "not run to its end yet"
 REFUSED = "the recipe does not take the plan's team or settings"
 Say = Callable[[str], None]
 
@@ -77,19 +78,28 @@ def run_arms(plan: ComparisonPlan, runs: Sequence[PlannedRun], say: Say) -> list
     outcomes = []
     for number, run in enumerate(runs, 1):
         head = f"[{number}/{len(runs)}] {run.name}"
-        if differs := other_settings(plan, run):
-            say(f"{head}: {OTHER_RUN}: {differs}")
-            outcomes.append(Outcome(run, f"{run.folder} {OTHER_RUN}: {differs}"))
-            continue
-        if is_finished(run):
-            say(f"{head}: finished before")
-            outcomes.append(Outcome(run))
+        if outcome := stands(plan, run):
+            say(f"{head}: {outcome.problem or 'finished before'}")
+            outcomes.append(outcome)
             continue
         say(f"{head}: {run.arm.recipe}, into {run.folder}")
         problem = run_recipe(plan, run)
         say(f"{head}: {problem or 'finished'}")
         outcomes.append(Outcome(run, problem))
     return outcomes
+
+
+def outcomes_so_far(plan: ComparisonPlan) -> list[Outcome]:
+    """What became of all runs of the plan up to now; none is started."""
+    return [stands(plan, run) or Outcome(run, NOT_RUN) for run in plan.runs()]
+
+
+def stands(plan: ComparisonPlan, run: PlannedRun) -> Outcome | None:
+    """What stands in a run's folder, if that has ended or is another run's; None if there is
+    something to run."""
+    if differs := other_settings(plan, run):
+        return Outcome(run, f"{run.folder} {OTHER_RUN}: {differs}")
+    return Outcome(run) if is_finished(run) else None
 
 
 def run_recipe(plan: ComparisonPlan, run: PlannedRun, *flags: str) -> str:

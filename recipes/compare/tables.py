@@ -27,7 +27,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     parts += [f"headroom: {result['headroom']['summary']}"] if result.get("headroom") else []
     parts += [table(*each, width=WIDTH) for each in tables(result)]
     parts += [*notes(result), *own_systems(result)]
-    parts += [f"no result: {name}: {why}" for name, why in result["failed"].items()]
+    parts += [f"no result: {names}: {why}" for names, why in without_result(result["failed"])]
     return "\n".join(parts)
 
 
@@ -42,8 +42,16 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         lines += [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)])]
         lines += [*map(_line, rows), ""]
     lines += [f"- {line}" for line in own_systems(result)]
-    lines += [f"- no result: {name}: {why}" for name, why in result["failed"].items()]
+    lines += [f"- no result: {names}: {why}" for names, why in without_result(result["failed"])]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def without_result(failed: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(runs, why): the runs that have no result, those of one reason together."""
+    names: dict[str, list[str]] = {}
+    for name, why in failed.items():
+        names.setdefault(why, []).append(name)
+    return [("; ".join(own), why) for why, own in names.items()]
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:

@@ -144,6 +144,11 @@ def test_a_comparison_has_all_rows_and_goes_on_where_it_was(
     written(path, {**plan, "arms": arms})
     del started[:]
     with pytest.raises(SystemExit):
+        main([*words, "--so_far"])
+    so_far = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    assert not started and so_far["rows"] == result["rows"], "no run is started"
+    assert so_far["failed"] == {f"{name}, seed 0": runs.NOT_RUN for name in ("edges", "more")}
+    with pytest.raises(SystemExit):
         main(words)
     assert started == ["edges-seed-0", "more-seed-0"]
     again = json.loads((folder / "compare.json").read_text(encoding="utf-8"))

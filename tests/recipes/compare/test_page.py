@@ -158,6 +158,16 @@ def test_the_markdown_has_every_row_and_number() -> None:
     assert "corrected for 4 comparisons (Holm)" in as_markdown(RESULT)
 
 
+def test_runs_without_a_result_for_one_reason_stand_together() -> None:
+    failed = {"a, seed 0": "late", "b, seed 0": "no edges", "a, seed 1": "late"}
+    lines = as_markdown({**RESULT, "failed": failed}).splitlines()
+    assert lines[-2:] == [
+        "- no result: a, seed 0; a, seed 1: late",
+        "- no result: b, seed 0: no edges",
+    ]
+    assert "a, seed 0; a, seed 1" in compare_page({**RESULT, "failed": failed})
+
+
 def test_the_text_has_the_same_rows() -> None:
     shown = as_text(RESULT)
     assert (
