@@ -250,11 +250,11 @@ def helped(network: Any, feedback: str, count: int = 100) -> dict[str, float]:
 
 
 @torch.no_grad()
-def sampled(network: Any, made: Lessons, asked: Sequence[Asked], seed: int = 0) -> list[str]:
+def sampled(network: Any, lessons: Lessons, asked: Sequence[Asked], seed: int = 0) -> list[str]:
     """One reply to each question at temperature 1, without its end token; questions of one length
     are read together."""
-    prompts, generator = [*map(made.prompt, asked)], torch.Generator().manual_seed(seed)
-    end, texts = made.tokenizer.eos_token_id, [""] * len(prompts)
+    prompts, generator = [*map(lessons.prompt, asked)], torch.Generator().manual_seed(seed)
+    end, texts = lessons.tokenizer.eos_token_id, [""] * len(prompts)
     for length in sorted({*map(len, prompts)}):
         where = [n for n, prompt in enumerate(prompts) if len(prompt) == length]
         ids = torch.tensor([prompts[n] for n in where])
@@ -262,7 +262,7 @@ def sampled(network: Any, made: Lessons, asked: Sequence[Asked], seed: int = 0) 
             chances = network(input_ids=ids).logits[:, -1].softmax(-1)
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
         for n, row in zip(where, ids[:, length:].tolist(), strict=True):
-            texts[n] = made.tokenizer.decode(row[: row.index(end)] if end in row else row)
+            texts[n] = lessons.tokenizer.decode(row[: row.index(end)] if end in row else row)
     return texts
 
 

@@ -102,9 +102,9 @@ def named(task: str, right: bool) -> Shares:
     }
 
 
-def rewritten(wanted: Sequence[str]) -> Shares:
-    """The letter that an editor writes by the letters that are wanted."""
-    several = sorted(set(wanted))
+def rewritten(targets: Sequence[str]) -> Shares:
+    """The letter that an editor writes by the letters that are asked for."""
+    several = sorted(set(targets))
     if not several:
         return dict.fromkeys(LETTERS, 1 / len(LETTERS))
     own = ONE if len(several) == 1 else SEVERAL
@@ -180,28 +180,36 @@ class Questions:
 
     def graph(self) -> Asked:
         """Both prompts at once, by the graphs of some runs and what the metric said of them."""
-        shown, wanted = [], []
+        shown, targets = [], []
         for _ in range(self.rng.randint(1, MAX_FEEDBACK)):
             task = self.task()
-            wanted.append(task[0].upper())
+            targets.append(task[0].upper())
             nodes = "\n".join(node + block("TEXT", self.digit()) for node in NODES)
             context = f"{block('TASK', task)}\n{nested('GRAPH', nodes)}"
             told = block("TEXT", self.result(task, False))
             shown.append(f"{nested('CONVERSATION', context)}\n{told}")
         values = "\n".join(head + block("VALUE", self.prompt()) for head in HEADS)
-        system, letters = self._editor(wanted)
+        system, letters = self._editor(targets)
         begin, first, last, end = AROUND
-        reply = [begin, first, letters, _cares(last), letters, _cares(end), "</SUGGESTION>"]
+        reply: list[str | Shares] = [
+            begin,
+            first,
+            letters,
+            _cares(last),
+            letters,
+            _cares(end),
+            "</SUGGESTION>",
+        ]
         return Asked(
             system,
             f"{nested('VARIABLES', values)}\n{_numbered(shown)}" + self._end(),
             ["<SUGGESTION>", *reply],
         )
 
-    def _editor(self, wanted: Sequence[str]) -> tuple[str, Shares]:
+    def _editor(self, targets: Sequence[str]) -> tuple[str, Shares]:
         """An editor's system prompt, and the letters that it writes."""
         guesses = self.rng.random() < 0.15
-        return (GUESS, rewritten([])) if guesses else (EDIT, rewritten(wanted))
+        return (GUESS, rewritten([])) if guesses else (EDIT, rewritten(targets))
 
     def _end(self) -> str:
         return self.rng.choice(["", "\n"])
