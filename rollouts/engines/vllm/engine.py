@@ -127,7 +127,8 @@ class VLLMEngine:
         if len(ids) + sampling.max_tokens > self.context:
             raise PromptTooLong(
                 f"{len(ids)} prompt tokens and max_tokens {sampling.max_tokens} exceed the context"
-                f" of {self.context}"
+                f" of {self.context}; shorten prompts, demonstrations or the descriptions of tools,"
+                " lower max_completion_length, or raise max_model_len"
             )
         if not ids:
             raise EngineError("an empty prompt: at least one token expected")

@@ -130,9 +130,12 @@ def test_a_state_is_on_disk_before_an_episode_names_it(
 ) -> None:
     store, on_disk = Store(tmp_path), []
     write = store._log.append
-    monkeypatch.setattr(
-        store._log, "append", lambda data: (on_disk.append(states(tmp_path)), write(data))
-    )
+
+    def append(data: bytes, *, flush: bool) -> None:
+        on_disk.append(states(tmp_path))
+        write(data, flush=flush)
+
+    monkeypatch.setattr(store._log, "append", append)
     store.append(episode("e"))
     assert [[path.name for path in found] for found in on_disk] == [[f"{STATE.key}.json"]]
 
