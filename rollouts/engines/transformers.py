@@ -134,8 +134,8 @@ class TransformersEngine:
             raise PromptTooLong(
                 f"transformers engine: {len(ids)} prompt tokens and"
                 f" max_tokens={sampling.max_tokens} do not fit the {self._context} tokens of"
-                f" {self._base}; shorten prompts, demonstrations or the descriptions of tools, lower"
-                " max_completion_length, or take a model that reads more"
+                f" {self._base}; shorten prompts, demonstrations or the descriptions of tools,"
+                " lower max_completion_length, or take a model that reads more"
             )
         seed = random.getrandbits(62) if sampling.seed is None else sampling.seed
         loop, plain = asyncio.get_running_loop(), replace(sampling, seed=None)

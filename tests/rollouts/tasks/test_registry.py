@@ -328,7 +328,7 @@ def test_math_from_a_local_copy(tmp_path, offline):
 def test_a_data_set_that_cannot_be_loaded(tmp_path, offline):
     with pytest.raises(
         SettingError,
-        match=r"tasks 'gsm8k': .* cannot be loaded .* task_args.path takes a local copy",
+        match=r"tasks 'gsm8k': .* cannot be loaded .* a local copy is named by task_args",
     ):
         load_tasks("gsm8k", path=str(tmp_path))
     with pytest.raises(SettingError, match="is one file"):
