@@ -35,6 +35,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "mine"
 
 
+@pytest.fixture
+def trained(folder: Path) -> None:
+    """What settings of a run read of the checkpoint that the pages begin with."""
+    adapter = folder / "run" / "checkpoints" / "step-000020" / "adapters" / "first"
+    adapter.mkdir(parents=True)
+    adapter.joinpath("adapter_config.json").write_text("{}", encoding="utf-8")
+
+
+@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_python_runs_and_settings_hold(page: Path, folder: Path) -> None:
     with importable_here():

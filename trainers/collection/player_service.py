@@ -91,7 +91,7 @@ class PlayerService:
 
         # a lost rank 0 is noticed by the main thread, which waits for it or trains with it
         self.connection = ranks.connection(0, received, lambda why: None)
-        self.connection.open()
+        self.connection.begin()
 
     def close(self) -> None:
         """Call off what is still played, and end the connection."""

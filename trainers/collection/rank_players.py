@@ -130,7 +130,7 @@ class RankPlayers:
             self._loop.call_soon_threadsafe(self._lose, number, why)
 
         connection = ranks.connection(number, received, lost)
-        connection.open()
+        connection.begin()
         return _Peer(connection)
 
     async def play(

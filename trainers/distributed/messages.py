@@ -44,7 +44,7 @@ class Connection:
             for name, work in (("send", self._send_all), ("receive", self._receive_all))
         ]
 
-    def open(self) -> None:
+    def begin(self) -> None:
         """Send and receive from now on."""
         for thread in self._threads:
             thread.start()
