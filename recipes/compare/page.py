@@ -132,9 +132,8 @@ def _description(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         return ""
     control = f", control of {row['control_of']}" if row["control_of"] else ""
     ended = "; the budget ended it" if row["stopped"] else ""
-    team = next(each["score"] for each in result["rows"] if each["name"] == TEAM)
     noise = result["noise"]["greedy"]["largest_difference"]
-    other = abs(row["starts_at"] - team) > noise + 1e-9
+    other = abs(row["starts_at"] - row["team_there"]) > noise + 1e-9
     start = f"; starts at {row['starts_at']:.3f}, so not as the team does" if other else ""
     own = f"; a system of its own, {row['system']}" if row.get("system") else ""
     return f"{row['recipe']}{control}{own}{ended}{start}"

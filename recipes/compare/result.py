@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from .arms import Arm
-from .measured import Measurement, Point, RunResult, mean_of
+from .measured import Measurement, Point, RunResult, Scores, mean_of
 from .plan import ComparisonPlan
 from .reference import PROMPTS, SINGLE, TEAM, VOTES
 from .statistics import (
@@ -141,6 +141,15 @@ def _measured(measurement: Measurement) -> dict[str, Any]:
     }
 
 
+def _team_there(scores: Mapping[int, Scores], base: Pair) -> float:
+    """What the team as it is scores on the tasks of an arm, whose seeds hold out others: the mean
+    over seeds."""
+    return fmean(
+        fmean(scores[seed][task] - difference for task, difference in own.items())
+        for seed, own in base.differences.items()
+    )
+
+
 def _arm(
     row: ArmRow,
     comparisons: Sequence[Mapping[str, Any]],
@@ -159,6 +168,7 @@ def _arm(
         "system": row.arm.system,
         **_measured(row.measurement),
         "starts_at": start,
+        "team_there": _team_there(row.measurement.scores, base),
         "share_below_team": share_below(base),
         "effect": effect(effects[TEAM]),
         "against_votes": {other: effect(effects[other]) for other in voted if other in effects},

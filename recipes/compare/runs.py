@@ -50,7 +50,9 @@ def other_settings(plan: ComparisonPlan, run: PlannedRun) -> str:
     differ = [
         f"{where} is {was!r} there, {now!r} in the plan"
         for where, (now, was) in changed(plan.settings_of(run), own).items()
-        if where.partition(".")[0] not in OF_ONE_CALL and _of_one_form(now, was)
+        if where.partition(".")[0] not in OF_ONE_CALL
+        and _of_one_form(now, was)
+        and not (where == "rewards" and was[: len(now)] == now)  # its trainer scores more
     ]
     recipe = own.get("recipe")
     if recipe and not run.arm.recipe.endswith(".py") and recipe != run.arm.recipe:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from marlora.agents.types import SettingError
 from marlora.recipes.cli.main import main
@@ -226,6 +227,16 @@ def test_a_run_of_other_settings_is_not_taken_for_the_arms(
     plan = ComparisonPlan("p", plan_of(tmp_path / "a", model, arms={"sft": own}))
     comparison.compare_part(plan, 0, silent)
     assert runs.other_settings(plan, next(plan.runs())) == ""
+    kept = next(plan.runs()).folder / "config.yaml"
+    settings = yaml.safe_load(kept.read_text(encoding="utf-8"))
+    settings["rewards"].append("rated")  # as a trainer does that scores more than it was told
+    kept.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert runs.other_settings(plan, next(plan.runs())) == ""
+    settings["rewards"][0] = "numeric"
+    kept.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert runs.other_settings(plan, next(plan.runs())).startswith(
+        "rewards is ['numeric', 'rated']"
+    )
     other = {**own, "settings": {**SFT["settings"], "max_steps": 3, "select": "random"}}
     changed = ComparisonPlan("p", plan_of(tmp_path / "b", model, arms={"sft": other}))
     with pytest.raises(RunError, match=r"max_steps is 2 there, 3 in the plan; select is 'all'"):
