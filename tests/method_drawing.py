@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-WIDTH, HEIGHT, LOW, LINE = 172, 112, 70, 15  # of a box; of one below; between lines of its text
+WIDTH, HEIGHT, LOW, LINE = 172, 112, 78, 15  # of a box; of one below; between lines of its text
 LEFT, TOP, STEP = 10, 14, 204  # of the first box; from one box to the next
 LETTERS = 27  # of a line
 EDGE, INK, PALE = "#57606a", "#1f2328", "#57606a"
