@@ -1,5 +1,5 @@
-"""Two agents of CrewAI. It wraps role and task in prompts of its own, and prints what it does: the
-output is the last line."""
+"""Two agents of CrewAI. It wraps role and task in prompts of its own, and prints what it does, also
+when it has ended: that goes to stderr, so that stdout is the output."""
 
 import json
 import os
@@ -10,6 +10,8 @@ os.environ["CREWAI_TRACING_ENABLED"] = "false"  # nor a question whether to shar
 
 from crewai import LLM, Agent
 
+stdout, sys.stdout = sys.stdout, sys.stderr
+
 
 def ask(role: str, text: str) -> str:
     llm = LLM(model=f"openai/{role}", base_url=os.environ["OPENAI_BASE_URL"])
@@ -18,5 +20,4 @@ def ask(role: str, text: str) -> str:
 
 
 prompt = json.load(sys.stdin)["prompt"]
-output = ask("last", ask("first", prompt) + "+" + prompt.split("+")[-1])
-print(json.dumps({"output": output}))
+print(ask("last", ask("first", prompt) + "+" + prompt.split("+")[-1]), file=stdout)
