@@ -4,16 +4,15 @@ methods of feedback in words, drawn without end."""
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ....agents.text.tags import block, nested
-from ....rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ...feedback.backward import Feedback
 from ...feedback.rewriters import feedback_blocks
 from ..tiny import chat_prompt
+from ..word_tokenizer import word_tokenizer
 from .teacher import (
     AMOUNTS,
     CARELESS,
@@ -76,30 +75,10 @@ ZERO = 0.4  # share of zeros besides those that are drawn
 
 
 def critic_tokenizer() -> Any:
-    """Bytes, tags and phrases, and five special tokens, as a fast tokenizer built in memory, with
-    the template of the other toy models."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = whole_words()
+    """Bytes, tags and phrases, values, problems, and five special tokens."""
     # longer words first; a value is not the beginning of a problem
-    pattern = "|".join([*map(re.escape, words), rf"{KIND}\d{{3}}", rf"{KIND}\d(?!\d)"])
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    spelled = [level.pre_tokenize_str(word)[0][0] for word in words]
-    pieces = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *spelled, *VALUES, *PROBLEMS]
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    core = Tokenizer(models.BPE(vocabulary, merges=[], ignore_merges=True))
-    core.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        padding_side="left",
-        chat_template=TEMPLATE,
-    )
+    split_off = (rf"{KIND}\d{{3}}", rf"{KIND}\d(?!\d)")
+    return word_tokenizer(whole_words(), split_off, [*VALUES, *PROBLEMS])
 
 
 def whole_words() -> list[str]:

@@ -28,6 +28,7 @@ from ....rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ...feedback.rewriters import feedback_blocks
 from ..pretraining import ToyModel, pretrain
 from ..tiny import chat_prompt, spread, tiny_network
+from ..word_tokenizer import word_tokenizer
 from . import lessons, teacher
 from .lessons import (
     NAME,
@@ -274,6 +275,7 @@ MODEL = ToyModel(
         tiny_network,
         spread,
         chat_prompt,
+        word_tokenizer,
         tags,
         feedback_blocks,
         teacher,

@@ -19,7 +19,6 @@ marlora.trainers.testbeds.world.critic` trains the model and tells what it does.
 from __future__ import annotations
 
 import random
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from ....rollouts.engines.scripted import SPECIALS, TEMPLATE
 from ....rollouts.tasks.toy import KINDS, digit
 from ..pretraining import ToyModel, pretrain
 from ..tiny import chat_prompt, spread, tiny_network
+from ..word_tokenizer import word_tokenizer
 from .lessons import CARE, LETTERS, OWN
 
 SAY, EDIT, GUESS, OK = "say", "edit", "guess", "ok"
@@ -65,27 +65,8 @@ def words() -> list[str]:
 
 
 def critic_tokenizer() -> Any:
-    """Bytes, `words()` and five special tokens, as a fast tokenizer built in memory, with the
-    template of the other toy models."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    split = pre_tokenizers.Split(Regex("|".join(map(re.escape, words()))), "isolated")
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    spelled = [level.pre_tokenize_str(word)[0][0] for word in words()]
-    pieces = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *spelled]
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    core = Tokenizer(models.BPE(vocabulary, merges=[], ignore_merges=True))
-    core.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        padding_side="left",
-        chat_template=TEMPLATE,
-    )
+    """Bytes, `words()` and five special tokens."""
+    return word_tokenizer(words())
 
 
 # the teacher
@@ -333,6 +314,7 @@ MODEL = ToyModel(
     (
         *(words, critic_tokenizer, named, rewritten, Asked, Questions, _numbered, lesson),
         *(lessons_loss, train, block, nested, digit, tiny_network, chat_prompt, spread),
+        word_tokenizer,
     ),
     (CONFIG, FACTS, TAGS, PHRASES, SPECIALS, TEMPLATE),
 )
