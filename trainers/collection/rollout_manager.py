@@ -109,8 +109,8 @@ class RolloutManager:
         self.store = Store(self.config.folder / "episodes")
         closing.callback(self.store.close)
         self.engines.open(self.background, self.log.say, closing)
-        self.sync.open(self.engines.of, self.background.run, self.log.step, closing)
-        config = self.config
+        config, perform = self.config, self.background.run
+        self.sync.open(self.engines.of, perform, self.log.step, closing, alone=self._alone)
         self.runner = dataclasses.replace(
             self._plain_runner(),
             state=TeamState(values=self.sync.state.values),
@@ -264,9 +264,8 @@ class RolloutManager:
             children = stored_children(self.store, episodes, kind)
             for child in itertools.chain.from_iterable(children.values()):
                 self.ledger.stored(child)
-            # Played alone, the missing ones would be decoded in other batches: right, but not to
-            # the last bit.
             missing = [e for e in episodes if e.id not in children]
+            # alone, the missing ones would be decoded in other batches
             todo = list(episodes) if missing and self.engines.deterministic else missing
             with self.sync.hold(self.sync.current):
                 self.run_rollouts(
@@ -338,9 +337,7 @@ class RolloutManager:
             self.ledger.stored(episode)
         todo = [request for request in plan if request.id not in episodes]
         if todo and self.engines.deterministic and not oversample:
-            # Played alone, the missing ones would be decoded in other batches: right, but not to
-            # the last bit.
-            todo = plan
+            todo = plan  # as in `derive`
         needed = known.needed(oversample)
         dropped: list[CancelledEpisode] = []
 
@@ -374,15 +371,18 @@ class RolloutManager:
         """The result of other rollouts: replays, drafts, corrections. Ends with `Stopped` when the
         user or the cluster asks."""
 
-        async def play() -> T:
+        return self._alone(work, self.stop)
+
+    def _alone(self, work: Coroutine[Any, Any, T], stop: StopSignal | None = None) -> T:
+        async def perform() -> T:
             async with self.exclusive():
                 return await work
 
-        return self.background.run(play(), self.stop)
+        return self.background.run(perform(), stop)
 
     def exclusive(self) -> contextlib.AbstractAsyncContextManager[Any]:
-        """With deterministic engines one set of rollouts plays after the other: which requests are
-        decoded together must not depend on chance."""
+        """With deterministic engines one set of rollouts plays after the other, and weights are
+        verified between them: which requests are decoded together must not depend on chance."""
         return self._one_at_a_time if self.engines.deterministic else contextlib.nullcontext()
 
     def keep(self, episodes: Sequence[Episode], *, flush: bool = True) -> None:

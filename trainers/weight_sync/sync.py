@@ -64,10 +64,11 @@ class WeightSync:
         perform: Perform,
         step: int,
         closing: contextlib.ExitStack,
+        alone: Perform | None = None,
     ) -> None:
         """Publish what is there after `step` on the engines (by base). `closing` will release what
-        is held."""
-        self._perform = perform
+        is held. `alone`: performs what asks for replies that must not be decoded with others."""
+        self._perform, self._alone = perform, alone or perform
         for name, base in self.learner.bases.items():
             if name in self.publishers and self.publishers[name].engine is engines[name]:
                 continue  # opened again: the engine has kept what was published
@@ -210,7 +211,7 @@ class WeightSync:
                 policy: probes(episodes, policy) for policy in self.learner.bases[name].policies
             }
             try:
-                records = self._perform(publisher.verify(step, turns, final=final or start))
+                records = self._alone(publisher.verify(step, turns, final=final or start))
             finally:
                 self.record([r for p in self.publishers.values() for r in p.to_json()])
             self.verified |= {

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -17,6 +19,7 @@ from marlora.agents.patterns.chain import Chain
 from marlora.agents.state import TeamState
 from marlora.agents.transcript import Call
 from marlora.agents.types import Completion, SettingError, Task, Turn
+from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import EpisodeLimits, EpisodeRunner
 from marlora.rollouts.episodes.store import Store
 from marlora.rollouts.types import Episode
@@ -26,6 +29,7 @@ from marlora.trainers.collection.rollout_manager import RolloutManager
 from marlora.trainers.collection.stored_episodes import find_stored, training_requests
 from marlora.trainers.methods.policy_gradient.grpo import GRPOTrainer
 from marlora.trainers.monitoring.run_log import RunLog
+from marlora.trainers.weight_sync.publisher import Publisher
 from marlora.trainers.weight_sync.sync import WeightSync
 from marlora.trainers.weight_sync.team_states import TeamStates
 from tests.trainers.reading import rows
@@ -433,6 +437,32 @@ def test_a_run_ahead_repeats_itself_and_says_how_old_its_episodes_were(
         for name in ("one", "two", "sync")
     }
     assert told == {"one": True, "two": True, "sync": False}, "the report draws it"
+
+
+def test_weights_are_verified_while_nothing_else_is_decoded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked to verify step 1 waits for the slow episodes of step 2, which else would be
+    decoded with it or without it as chance has it."""
+    open_calls, met = Counter[str](), list[int]()
+    speak, verify = EngineCompleter.__call__, Publisher.verify
+
+    async def slowly(self: EngineCompleter, *args: Any, **kwargs: Any) -> Any:
+        open_calls["now"] += 1
+        try:
+            await asyncio.sleep(0.2)
+            return await speak(self, *args, **kwargs)
+        finally:
+            open_calls["now"] -= 1
+
+    async def watched(self: Publisher, *args: Any, **kwargs: Any) -> Any:
+        met.append(open_calls["now"])
+        return await verify(self, *args, **kwargs)
+
+    monkeypatch.setattr(EngineCompleter, "__call__", slowly)
+    monkeypatch.setattr(Publisher, "verify", watched)
+    trainer(tmp_path / "run", model, max_staleness=1, max_steps=2, proof_every=1).train()
+    assert met == [0, 0, 0]  # of what the run began with, of step 1, of step 2
 
 
 def test_settings_that_cannot_work(model: Path, tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ def sync_of(folder: Path, bound: int) -> tuple[WeightSync, FakePublisher, list[A
     config = RunConfig(output_dir=str(folder), max_staleness=bound)
     sync = WeightSync(config, learner, {}, written.append)  # type: ignore[arg-type]
     publisher = FakePublisher()
-    sync.publishers["m"], sync._perform = publisher, run  # type: ignore[assignment]
+    sync.publishers["m"] = publisher  # type: ignore[assignment]
+    sync._perform = sync._alone = run  # type: ignore[assignment]
     return sync, publisher, written
 
 
