@@ -67,7 +67,7 @@ def ended(process: subprocess.Popen[str], number: int) -> tuple[int, str, str]:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.3)
         process.send_signal(number)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=120)
         return process.returncode, out, err
     finally:
         if process.poll() is None:

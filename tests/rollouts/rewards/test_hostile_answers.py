@@ -173,8 +173,8 @@ def test_a_judge_that_was_talked_into_anything_takes_no_time_and_runs_nothing(
         "<SCORE>9</SCORE>" + " " * 100_000,
         "<SCORE>" * 20_000 + "9</SCORE>",
     ):
-        start = time.monotonic()
-        assert math.isnan(verdict(text)) and time.monotonic() - start < 1.0
+        start = time.process_time()
+        assert math.isnan(verdict(text)) and time.process_time() - start < 1.0
     assert not mark.exists()
 
 

@@ -340,7 +340,7 @@ def test_the_second_signal_ends_the_process(first: str, second: str) -> None:
         time.sleep(1.3)
         assert process.poll() is None
         process.send_signal(getattr(signal, second))
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=120)
         assert process.returncode != 0 and b"stopping:" in said
     finally:
         process.kill()
