@@ -197,10 +197,11 @@ def finished(
     dearest = max(
         (row.measurement.tokens for row in arms), default=references[0].measurement.tokens
     )
-    say(f"self-consistency at {dearest:,.0f} tokens per task")
+    tokens = max(dearest, plan.vote_tokens)
+    say(f"self-consistency at {tokens:,.0f} tokens per task")
     result = assembled(
         plan,
-        [*references, *vote_rows(plan, dearest)],
+        [*references, *vote_rows(plan, tokens)],
         arms,
         noise,
         failed=failures(plan, outcomes),
@@ -208,6 +209,8 @@ def finished(
         headroom=kept_headroom(plan, say),
     )
     result["bill"] = bill(plan)
+    if plan.vote_tokens > dearest:
+        result["vote_tokens"] = plan.vote_tokens
     files.write_text(plan.folder / RESULT, json.dumps(result, indent=2) + "\n")
     files.write_text(plan.folder / PAGE, compare_page(result), errors="replace")
     return result

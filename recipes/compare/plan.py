@@ -93,6 +93,12 @@ class PlanSettings(Settings):
     noise_repeats: int = setting(
         "times that the same state is measured again for the noise floor", 4, at_least=2
     )
+    vote_tokens: int = setting(
+        "tokens per task that self-consistency may take at least, such as what learning took per"
+        " held-out task; it has those of the dearest arm where these are more",
+        0,
+        at_least=0,
+    )
     headroom: dict | None = setting("how --headroom tests", factory=dict)
 
 
@@ -106,6 +112,7 @@ class ComparisonPlan:
         known_keys("", given, [f.name for f in dataclasses.fields(PlanSettings)])
         settings = PlanSettings(**given)
         self.name, self.noise_repeats = name, settings.noise_repeats
+        self.vote_tokens = settings.vote_tokens
         self.folder = Path(settings.output_dir or f"runs/{name}")
         self.seeds = seeds_of("seeds", settings.seeds)
         self.team = _team(mapping("team", settings.team))

@@ -245,13 +245,15 @@ def _against_votes(result: Mapping[str, Any], arms: Sequence[Mapping[str, Any]])
     names = {VOTES[TEAM]: "the team", VOTES[SINGLE]: "the single agent"}
     of = {row["name"]: row["samples"] for row in result["rows"] if row["name"] in names}
     voted = [names[name] for name in names if of.get(name, 1) > 1]
+    tokens = result.get("vote_tokens")
+    paid = f"{tokens:,} tokens per task" if tokens else "the tokens of the dearest arm"
     if not voted:
-        return "The tokens of the dearest arm pay for no vote of three answers."
+        return f"{paid[0].upper()}{paid[1:]} pay for no vote of three answers."
     shown = [set(row["against_votes"].values()) for row in arms]
     better, worse = shown.count({"above"}), sum("below" in each for each in shown)
     both = len(voted) == 2
     return (
-        f"At the tokens of the dearest arm, {better} {_are(better)} shown to be above"
+        f"At {paid}, {better} {_are(better)} shown to be above"
         f" self-consistency of {'both ' * both}{' and '.join(voted)}, {worse} below"
         f" {'one of them' if both else 'it'}{'' if both else '; there is no other vote'}."
     )

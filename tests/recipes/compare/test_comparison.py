@@ -139,6 +139,16 @@ def test_a_comparison_has_all_rows_and_goes_on_where_it_was(
     spent = sum(usage.prompt_tokens + usage.sampled_tokens for usage in usages)
     assert bill["reference rows"] == pytest.approx(spent) and spent > 0
 
+    # a vote may take more than the dearest arm does
+    written(path, {**plan, "vote_tokens": 200})
+    with pytest.raises(SystemExit):
+        main([*words, "--so_far"])
+    dear = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    votes = {row["name"]: row for row in dear["rows"] if row["name"] in VOTES.values()}
+    assert all(LEAST_VOTE <= row["samples"] for row in votes.values())
+    assert all(100 < row["tokens_per_task"] <= 200 for row in votes.values())
+    assert dear["vote_tokens"] == 200 and "vote_tokens" not in result
+
     # again, with one more arm: only that one and the one without a result are started
     stored = {e.id for e in Store(folder / "reference" / "episodes")}
     arms = {**ARMS, "more": {**SFT, "recipe": "sft_team", "compared_with": "sft"}}

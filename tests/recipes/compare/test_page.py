@@ -128,6 +128,7 @@ def test_the_headline_knows_rows_that_are_no_vote() -> None:
         "At the tokens of the dearest arm, 2 are shown to be above self-consistency of the single"
         " agent, 0 below it; there is no other vote."
     )
+    assert " At 1,000 tokens per task, 2 are" in headline({**result, "vote_tokens": 1000})
     single["samples"] = 1
     assert headline(result).endswith("pay for no vote of three answers.")
 
