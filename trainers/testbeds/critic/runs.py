@@ -113,17 +113,25 @@ def critic_pipeline() -> Pipeline:
 
 
 def critic_run(
-    recipe: str, folder: Path, *, control: str = "", engine: Any = None, **settings: Any
+    recipe: str,
+    folder: Path,
+    *,
+    control: str = "",
+    system: System | None = None,
+    engine: Any = None,
+    **settings: Any,
 ) -> Trainer[Any]:
     """A run of the method of this recipe.
 
     Args:
         folder: of the run.
         control: one of `CONTROLS`, "" for the method itself.
-        engine: answers in place of the model. settings: of the method that differ.
+        system: in place of the team of one worker. engine: answers in place of the model.
+        settings: of the method that differ.
     """
     cls, own = METHODS[recipe]
-    system: System = critic_pipeline() if recipe == "symbolic_learning" else critic_chain()
+    if system is None:
+        system = critic_pipeline() if recipe == "symbolic_learning" else critic_chain()
     helpers = {name: HELPER for name in ("evaluator", "backward", "optimizer", "meta")}
     changed = {**CONTROLS[control]} if control else {}
     for name, fields in changed.pop("helpers", {}).items():
