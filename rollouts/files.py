@@ -188,9 +188,9 @@ class AppendLog:
             self.close()
             raise
 
-    def append(self, lines: bytes, *, flush: bool = True) -> None:
+    def append(self, lines: bytes, *, flush: bool = True) -> tuple[Path, int]:
         """Write whole lines at the end, all or none of them; they are on disk when it returns, or
-        (not `flush`) after the next `flush`."""
+        (not `flush`) after the next `flush`. Returns the file and where in it they begin."""
         self.open()
         file = self._current()
         size = os.fstat(file).st_size
@@ -207,6 +207,7 @@ class AppendLog:
                 self.close()  # the next append reads the folder again
             raise
         self._unflushed = not flush
+        return self._path, size
 
     def flush(self) -> None:
         """Bring to disk what was appended without. If the disk refuses (`OSError`), the lines stay

@@ -10,6 +10,7 @@ is not, needs its `features`.)
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import threading
@@ -92,7 +93,8 @@ class Store:
         self.folder = Path(folder)
         self._log = AppendLog(self.folder, series, lock, _is_line, max_bytes=max_bytes, fsync=fsync)
         self._writing = threading.RLock()
-        self._ids: set[str] | None = None  # ids on disk, known to the writer only
+        # id -> where its line begins: known to the writer only
+        self._places: dict[str, tuple[Path, int]] | None = None
         self._states: dict[str, TeamState] = {}  # those on disk, as far as they were met
         if writer and not writer.isalnum():
             raise SettingError(f"store writer {writer!r}: letters and digits expected")
@@ -127,19 +129,21 @@ class Store:
         machine may, until `flush` is called. `lines`: what `encode` gives, by id, of those that
         are encoded already."""
         with self._writing:
-            known = self._open()
-            new = {e.id: e for e in reversed(episodes) if e.id not in known}
+            places = self._open()
+            new = {e.id: e for e in reversed(episodes) if e.id not in places}
             given = lines or {}
-            written = [given.get(e.id) or encode(e) for e in episodes if new.get(e.id) is e]
+            written = {e.id: given.get(e.id) or encode(e) for e in episodes if new.get(e.id) is e}
             if written:
                 try:
                     for episode in new.values():
                         self._keep_state(episode.state)
-                    self._log.append(b"".join(written), flush=flush)
+                    path, begin = self._log.append(b"".join(written.values()), flush=flush)
                 except BaseException:
                     self.close()
                     raise
-            known.update(new)
+                for name, line in written.items():
+                    places[name] = path, begin
+                    begin += len(line)
             return len(written)
 
     def flush(self) -> None:
@@ -157,20 +161,21 @@ class Store:
     def ids(self) -> set[str]:
         """Ids of all stored episodes."""
         with self._writing:
-            return (
-                set(self._ids) if self._ids is not None else {data["id"] for data in self.lines()}
-            )
+            known = self._places
+            return set(known) if known is not None else {data["id"] for data in self.lines()}
 
     def read(self, **filters: Any) -> Iterator[Episode]:
         """Stored episodes in order. Filters are columns; all must hold: `step=3`, `split=("eval",
-        "test")`, `task="a task's id"`."""
+        "test")`, `task="a task's id"`.
+
+        The writer finds episodes by their `id` without reading the others."""
         for name in filters:
             if name not in FILTERS:
                 raise SettingError(f"read({name}=...): no such filter; {nearest(name, FILTERS)}")
         choices = {
             name: value if _is_choice(value) else (value,) for name, value in filters.items()
         }
-        for data in self.lines():
+        for data in self._lines_of(choices["id"]) if "id" in choices else self.lines():
             row = filter_row(data)
             if all(row.get(name) in values for name, values in choices.items()):
                 yield unpack(data, self.state)
@@ -216,7 +221,7 @@ class Store:
     def close(self) -> None:
         """Give the lock back. The store opens again at the next append."""
         self._log.close()
-        self._ids = None
+        self._places = None
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Every line as JSON, packed as it is; a torn last line of a writer's last file is left
@@ -224,23 +229,41 @@ class Store:
 
         What another thread appends through this store meanwhile is not seen.
         """
+        return (data for _, _, data in self._placed_lines())
+
+    def _lines_of(self, ids: Collection[str]) -> Iterator[dict[str, Any]]:
+        """The lines of these ids, in order; all lines where it is not known which these are."""
+        with self._writing:
+            places = self._places or {}
+            found = sorted((*places[name], name) for name in set(ids) if name in places)
+        if len(found) < len(set(ids)):
+            yield from self.lines()  # another process may have written them
+            return
+        for path, of_path in itertools.groupby(found, lambda place: place[0]):
+            with path.open("rb") as file:
+                for _, begin, name in of_path:
+                    file.seek(begin)
+                    data, where = _parse(file.readline()), f"{path}, byte {begin}"
+                    if data is None or data["id"] != name:
+                        raise StoreError(
+                            f"{where}: expected episode {name!r}; the file was altered while this"
+                            " process writes it; restore it"
+                        )
+                    yield _checked(data, where)
+
+    def _placed_lines(self) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+        """`lines`, with the file and the byte where each begins."""
         with self._writing:
             sizes = {path: path.stat().st_size for path in self.files()}
         last = {series_of(path): path for path in sizes}.values()
         for path, size in sizes.items():
             with path.open("rb") as file:
-                line, number = file.readline(size), 1
+                line, number, begin = file.readline(size), 1, 0
                 while line:
                     following = file.readline(size - file.tell())
                     data = _parse(line)
                     if data is not None:
-                        if data["schema"] not in READABLE:
-                            what = (
-                                f"schema {data['schema']!r}, this version of marlora reads up to"
-                                f" {SCHEMA}"
-                            )
-                            raise StoreError(f"{path}, line {number}: {what}; install a newer one")
-                        yield data
+                        yield path, begin, _checked(data, f"{path}, line {number}")
                     elif following or path not in last:
                         raise StoreError(
                             f"{path}, line {number}: not an episode; restore the file, or delete"
@@ -248,12 +271,13 @@ class Store:
                         )
                     else:
                         log.warning("%s, line %d: torn by a crash, left out", path, number)
+                    begin += len(line)
                     line, number = following, number + 1
 
-    def _open(self) -> set[str]:
-        """Take the folder's lock and read the stored ids; nothing if it is open."""
-        if self._ids is not None:
-            return self._ids
+    def _open(self) -> dict[str, tuple[Path, int]]:
+        """Take the folder's lock and find the stored episodes; nothing if it is open."""
+        if self._places is not None:
+            return self._places
         try:
             self._log.open()
         except LogLocked:
@@ -261,11 +285,21 @@ class Store:
                 f"{self.folder}: another process or Store is writing here; one folder, one writer"
             ) from None
         try:
-            self._ids = {data["id"] for data in self.lines()}
+            self._places = {data["id"]: (path, at) for path, at, data in self._placed_lines()}
         except BaseException:
             self.close()
             raise
-        return self._ids
+        return self._places
+
+
+def _checked(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """The line, if this version can read it."""
+    if data["schema"] not in READABLE:
+        raise StoreError(
+            f"{where}: schema {data['schema']!r}, this version of marlora reads up to {SCHEMA};"
+            " install a newer one"
+        )
+    return data
 
 
 def _is_choice(value: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 from collections.abc import Awaitable, Callable, Sequence
 
 from ...agents.concurrency import gather
@@ -26,8 +27,14 @@ def stored_children(
     store: Store, episodes: Sequence[Episode], kind: str
 ) -> dict[str, list[Episode]]:
     """The derived episodes of this kind that are stored, by their parent's id."""
-    children: dict[str, list[Episode]] = {}
-    for child in store.read(parent={e.id for e in episodes}) if episodes else ():
+    parents, children = {e.id for e in episodes}, dict[str, list[Episode]]()
+    between = re.compile(f"/{re.escape(kind)}/")
+    named = {
+        id_
+        for id_ in store.ids()
+        if any(id_[: found.start()] in parents for found in between.finditer(id_))
+    }
+    for child in store.read(id=named, parent=parents):
         if is_derived(child, kind):
             children.setdefault(str(child.parent), []).append(child)
     return children

@@ -159,7 +159,8 @@ class Evaluations:
         if entry is None:
             return []
         groups = re.compile(rf"{entry['kind']}-{entry['key']}(\.\d+)?/")
-        played = (e for e in store.read(kind=entry["kind"]) if groups.match(e.group))
+        ids = filter(groups.match, store.ids())
+        played = store.read(id=set(ids), kind=entry["kind"])
         return [episode for episode in played if episode.task.id in entry["tasks"]]
 
     def add(self, label: str, asked: Identified) -> bool:

@@ -22,6 +22,7 @@ from marlora.agents.types import (
     Turn,
     Usage,
 )
+from marlora.rollouts.episodes import store as store_module
 from marlora.rollouts.episodes.codec import pack, unpack
 from marlora.rollouts.episodes.store import Store, StoreError
 from marlora.rollouts.types import Episode
@@ -298,6 +299,41 @@ def test_an_id_is_stored_once(tmp_path):
     again = Store(tmp_path)
     assert not again.append(chat_episode("e1", output="other"))
     assert again.ids() == {"e1", "e2"} and [e.output for e in again] == ["2", "2"]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["the writer", "opened again"])
+def test_the_writer_finds_episodes_by_id_without_reading_others(
+    again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 3 * len(json.dumps(pack(chat_episode("e0"))))
+    store = Store(tmp_path, max_bytes=size)
+    store.extend([chat_episode(f"e{n}", output="\N{SNOWMAN}") for n in range(4)])
+    for n in range(4, 9):
+        store.append(chat_episode(f"e{n}", step=n))
+    if again:
+        store.close()
+        assert not store.append(chat_episode("e3"))
+    assert len(store.files()) > 1
+    expected = list(Store(tmp_path).read(id=["e7", "e2", "e5"]))
+    parsed: list[bytes] = []
+    plain = store_module._parse
+    monkeypatch.setattr(store_module, "_parse", lambda line: (parsed.append(line), plain(line))[1])
+    assert list(store.read(id=["e7", "e2", "e5"])) == expected and len(parsed) == 3
+    assert [e.id for e in expected] == ["e2", "e5", "e7"]
+    assert [e.id for e in store.read(id=["e7", "e2"], step=7)] == ["e7"] and len(parsed) == 5
+    assert list(store.read(id=set())) == [] and len(parsed) == 5
+    with Store(tmp_path, writer="b") as other:
+        other.append(chat_episode("b1"))
+    assert [e.id for e in store.read(id=["b1", "e1"])] == ["e1", "b1"], "not known: all are read"
+
+
+def test_a_file_that_was_altered_beside_its_writer_is_an_error(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.extend([chat_episode("e0"), chat_episode("e1")])
+        (path,) = store.files()
+        path.write_bytes(path.read_bytes()[7:])
+        with pytest.raises(StoreError, match="expected episode 'e1'; the file was altered"):
+            list(store.read(id="e1"))
 
 
 def test_files_are_rotated_by_size_and_appending_goes_on_in_the_last(tmp_path):
