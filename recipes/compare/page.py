@@ -36,8 +36,9 @@ where there are several seeds, over seeds. With one seed they say nothing of oth
 Differences are paired by task; p-values are corrected for the number of all comparisons of this
 page (Holm), so one that stays below .05 stands among all of them. Self-consistency samples each
 task as often as the tokens per task of the dearest arm pay for, or those that the plan names where
-these are more, and takes the majority's answer; where they pay for fewer than three samples there is no vote, and its row says so. An arm is set
-against its control on the seeds that both have. A difference below the noise floor is none."""
+these are more, and takes the majority's answer; where they pay for fewer than three samples there
+is no vote, and its row says so. An arm is set against its control on the seeds that both have. A
+difference below the noise floor is none."""
 
 
 def compare_page(result: Mapping[str, Any]) -> str:
