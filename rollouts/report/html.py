@@ -122,12 +122,13 @@ def group(title: str, body: str, name: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Cells are HTML already."""
+    """Cells are HTML already; without any text in `head` the table has none."""
     cells = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    heads = "".join(f'<th scope="col">{h}</th>' for h in head)
+    names = "".join(f'<th scope="col">{h}</th>' for h in head)
+    heads = f"<thead><tr>{names}</tr></thead>" if any(head) else ""
     return (
-        '<div class="scroll" tabindex="0"><table'
-        f' class="{kind}"><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
+        f'<div class="scroll" tabindex="0"><table class="{kind}">{heads}<tbody>{cells}</tbody>'
+        "</table></div>"
     )
 
 

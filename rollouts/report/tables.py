@@ -165,8 +165,8 @@ def last_step(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def any_value(value: Any) -> str:
-    """A value of any shape: numbers as a list, rows and mappings of numbers as a table, the rest as
-    JSON."""
+    """A value of any shape: numbers as a list, rows and mappings of numbers as a table, without the
+    rows that hold nothing, the rest as JSON."""
     if isinstance(value, Mapping) and value and all(isinstance(v, Mapping) for v in value.values()):
         heads = list(dict.fromkeys(k for v in value.values() for k in v))
         return table(
@@ -177,7 +177,8 @@ def any_value(value: Any) -> str:
         heads = list(dict.fromkeys(k for v in value for k in v))
         return table(list(map(text, heads)), [[_cell(v.get(k)) for k in heads] for v in value])
     if isinstance(value, Mapping) and value:
-        return table(("", ""), [(_words(k), _cell(v)) for k, v in value.items()])
+        said = [(_words(k), _cell(v)) for k, v in value.items() if v not in (None, "", [], {})]
+        return table(("", ""), said) if said else ""
     return "" if value in (None, {}, []) else f"<p>{_cell(value)}</p>"
 
 

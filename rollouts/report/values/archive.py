@@ -17,6 +17,7 @@ from .texts import text_diff, whole_text
 
 MAX_CANDIDATES = 200  # of an archive that are shown
 MAX_VALUES = 8  # of a candidate that are shown one by one
+MAX_TRIED = 20  # candidates made from another one that it lists
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ def reasons(candidate: ArchivedCandidate) -> str:
 def candidate_details(
     candidate: ArchivedCandidate, archive: Archive, anchor: str, trials: str = ""
 ) -> str:
-    """A candidate to unfold: where it comes from, its score, and what it changes in its first
-    parent. `trials`: what finds its trials among the episodes."""
+    """A candidate to unfold: where it comes from, its score, what it changes in its first parent,
+    and what was tried from it. `trials`: what finds its trials among the episodes."""
     parents = ", ".join(candidate.parents)
     facts = [
         f"round {candidate.round}" if candidate.round else "",
@@ -147,8 +148,22 @@ def candidate_details(
     return (
         f'<details id="{anchor}" class="candidate {candidate.standing}"><summary><b>'
         f"{text(candidate.id)}</b> <small>{head}</small></summary>{reasons(candidate)}{read}"
-        f"{_values(candidate, parent)}</details>"
+        f"{_values(candidate, parent)}{_tried_from(candidate, archive)}</details>"
     )
+
+
+def _tried_from(candidate: ArchivedCandidate, archive: Archive) -> str:
+    """What was made from this candidate alone, with what came of it; a proposer is told this as
+    its experience."""
+    children = [each for each in archive.values() if each.parents == (candidate.id,)]
+    rows = [
+        f"<li><b>{text(child.id)}</b> {text(child.note, 120)} <small>"
+        f"{'lost: ' + text(child.fault, 120) if child.fault else scores_of(child)}</small></li>"
+        for child in children[:MAX_TRIED]
+    ]
+    more = len(children) - len(rows)
+    rows += [f'<li class="soft">{more} more</li>'] if more else []
+    return f"<h4>tried from it</h4><ul>{''.join(rows)}</ul>" if rows else ""
 
 
 def _values(candidate: ArchivedCandidate, parent: ArchivedCandidate | None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from marlora.rollouts.report.values.archive import (
     MAX_CANDIDATES,
+    MAX_TRIED,
     ArchivedCandidate,
     archive_of,
     candidate_details,
@@ -75,6 +76,23 @@ def test_details_say_what_changed_against_the_parent_who_proposed_it_and_why() -
     made = candidate_details(found["2"], found, "c0-2")
     assert "candidate lost" in made and "<b>lost" not in made and "&lt;b&gt;lost" in made
     assert PROMPTS[0] in candidate_details(found["0"], found, "c0-0"), "the whole of the first one"
+
+
+def test_details_list_what_was_tried_from_a_candidate_with_what_came_of_it() -> None:
+    """Of another parent alone: what has many parents was no edit of one."""
+    made = {
+        "0": ArchivedCandidate("0", {}, scores={"t": 0.5}),
+        "1": ArchivedCandidate("1", {}, ("0",), note="<i>vote</i>", scores={"t": 1.0}),
+        "2": ArchivedCandidate("2", {}, ("0",), note="wizard", fault="call: no operator"),
+        "3": ArchivedCandidate("3", {}, ("0", "1"), note="both", scores={"t": 1.0}),
+    }
+    shown = candidate_details(made["0"], made, "c0-0")
+    assert "<b>1</b> &lt;i&gt;vote&lt;/i&gt; <small>1.000 on 1 task</small>" in shown
+    assert "<b>2</b> wizard <small>lost: call: no operator</small>" in shown
+    assert "both" not in shown and "tried from it" not in candidate_details(made["1"], made, "c")
+    many = {f"{n}": ArchivedCandidate(f"{n}", {}, ("0",) * (n > 0)) for n in range(30)}
+    shown = candidate_details(many["0"], many, "c0-0")
+    assert shown.count("<li>") == MAX_TRIED and f"{29 - MAX_TRIED} more" in shown
 
 
 def test_a_large_archive_shows_the_adopted_and_the_best_with_what_they_came_from() -> None:
