@@ -3,9 +3,11 @@ at equal tokens: python -m benchmarks.scripts.feedback FOLDER [--tokens N] [--se
 [--json FILE]
 
 Every run has a folder of its own in FOLDER; what is finished there is read and not run again. The
-table says the accuracy on held-out tasks after the run, seed by seed, and as means over the seeds
-the gain, how many values were adopted of those that the gate saw, and the tokens that the team and
-the helpers took. FILE gets it as a table of `benchmarks/results/`.
+table says how many runs end right (a value of the worker has ten forms, so held-out accuracy ends
+near 0 or near 1), and as means over the seeds the gain, how many values were adopted of those that
+the gate saw, and the tokens that the team and the helpers took. Its last row has, for each control,
+the p of a sign-flip test over the seeds: runs of one seed share their tasks, so the runs of a seed
+count as one. FILE gets it as a table of `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from marlora.rollouts.evaluation.statistics import sign_flip_p
 from marlora.trainers.testbeds.critic.runs import CONTROLS, METHODS, critic_run, teacher_engine
 
 OWN = "own"
@@ -63,17 +66,14 @@ def row_of(name: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[A
     """The cells of a method's row, in the order of HEAD; `runs`: by control, seed by seed."""
     own = runs[OWN]
 
-    def after(run: Mapping[str, Any]) -> float:
-        return float(run["eval"]["after"]["accuracy"])
-
     def mean(numbers: Iterable[float]) -> float:
         return statistics.mean(numbers)
 
-    gain = mean(after(run) - run["eval"]["before"]["accuracy"] for run in own)
+    gain = mean(run["eval"]["after"]["accuracy"] - run["eval"]["before"]["accuracy"] for run in own)
     adopted, judged = (mean(run[key] for run in own) for key in ("adopted", "judged"))
     return [
         f"`{name}`",
-        *(" ".join(f"{after(run):.2f}" for run in runs.get(w, [])) for w in (OWN, *CONTROLS)),
+        *(share(runs[which]) for which in (OWN, *CONTROLS)),
         f"{gain:+.2f}",
         f"{adopted:.1f} of {judged:.1f}",
         round(mean(tokens_of(run, ("train", "trial")) for run in own)),
@@ -82,20 +82,39 @@ def row_of(name: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[A
     ]
 
 
-def ended_right(table: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> list[Any]:
-    """A last row: how many of the runs of each column end with at least half of the tasks right."""
-    cells = []
+def right(run: Mapping[str, Any]) -> bool:
+    """Whether it ends with at least half of the held-out tasks right."""
+    return float(run["eval"]["after"]["accuracy"]) >= 0.5
+
+
+def share(runs: Sequence[Mapping[str, Any]]) -> str:
+    """How many of these runs end right, "" of none."""
+    return f"{sum(map(right, runs))} of {len(runs)}" if runs else ""
+
+
+def last_rows(table: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> list[list[Any]]:
+    """All methods together, and for each control the p of a sign-flip test over the seeds: of how
+    many more methods end right without it, among those that were run with it."""
+    totals, tests = list[Any](), list[Any]([""])
     for which in (OWN, *CONTROLS):
-        after = [r["eval"]["after"]["accuracy"] for runs in table.values() for r in runs[which]]
-        cells.append(f"{sum(score >= 0.5 for score in after)} of {len(after)}")
-    return ["runs that end right", *cells, *[""] * (len(HEAD) - 1 - len(cells))]
+        totals.append(share([run for runs in table.values() for run in runs[which]]))
+    for which in CONTROLS:
+        differences = [
+            [right(a) - right(b) for a, b in zip(runs[OWN], runs[which], strict=True)]
+            for runs in table.values()
+            if runs[which]
+        ]
+        by_seed = [statistics.mean(of_a_seed) for of_a_seed in zip(*differences, strict=True)]
+        tests.append(round(sign_flip_p(by_seed), 4) if differences else "")
+    rest = [""] * (len(HEAD) - 1 - len(totals))
+    return [["runs that end right", *totals, *rest], ["p, against own", *tests, *rest]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("--json", default="", help="a file for the table")
-    parser.add_argument("--tokens", type=int, default=2_000)
+    parser.add_argument("--tokens", type=int, default=1_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--controls", nargs="*", default=list(CONTROLS), choices=list(CONTROLS))
@@ -113,7 +132,7 @@ def main() -> None:
                 runs = table[name][which]
                 runs.append(result_of(name, which, seed, args))
                 print(name, which, seed, runs[-1]["eval"]["after"]["accuracy"], flush=True)
-    rows = [*(row_of(name, runs) for name, runs in table.items()), ended_right(table)]
+    rows = [*(row_of(name, runs) for name, runs in table.items()), *last_rows(table)]
     for cells in (HEAD, ["---"] * len(HEAD), *rows):
         print(f"| {' | '.join(map(str, cells))} |")
     if args.json:
