@@ -15,8 +15,9 @@ nothing, and some do harm.
 **Moderator** (`compare`) and **judge** (`decide`). Told a failure and two edits they name, in 90 %,
 the first that puts in the right letter; without one the moderator goes on, the judge guesses.
 
-**Inventor** (`invent`). Told a program alone, it replies with another in ADAS's JSON; 40 % of its
-edits put in the letter that the kind wants. Asked again it repeats itself, broken calls mended.
+**Inventor** (`invent`). Told a program alone, it replies with another in ADAS's JSON; it knows of
+40 % of its letters that the kind wants them, for ADAS shows it no task to read that from. Asked
+again it repeats itself, broken calls mended.
 
 These are the shares of its teacher, whose distribution itself is the target wherever there is a
 choice. All texts of a kind are of one length: this is easier to copy from. Training is seeded and
@@ -45,10 +46,13 @@ from .tiny import VOCAB, answers, chat_prompt, save, spread, tiny_network, tiny_
 
 LETTERS = [kind.upper() for kind in KINDS]
 MENDS, KNOWS, JUDGES = 0.65, 0.4, 0.9
+COPY = "copy"  # the system prompt of lessons in copying
 BROKEN, BREAKS = "!!!", 0.1  # the edit that calls what does not exist, and its share
 UNEDITED = "---"  # stands for an edit where a program is shown that nobody has edited
 EDIT, COMPARE, DECIDE, INVENT = "edit", "compare", "decide", "invent"  # system prompts
-NEW, SURE, MEND = "new?", "sure?", "mend"  # what an inventor is asked again
+# what an inventor is asked below a program, and then in the same chat; see `asked`
+ANOTHER, MEND = "Invent a new program", "Mend the broken call"
+NEW, SURE = "Is the program new?", "Is there a mistake?"
 LONGEST = 130  # tokens of a reply, its end included
 Shares = Mapping[str, float]
 
@@ -80,12 +84,12 @@ class EditsConfig:
     matrices at the start.
     """
 
-    steps: int = 320
-    batch: tuple[int, ...] = (14, 2, 4, 6, 2)
-    weights: tuple[float, ...] = (1, 0.2, 0.5, 0.5, 0.2)
+    steps: int = 360
+    batch: tuple[int, ...] = (10, 2, 4, 5, 3, 4)
+    weights: tuple[float, ...] = (1, 0.2, 0.5, 0.5, 0.5, 0.2)
     learning_rate: float = 4e-3
     warmup: int = 20
-    max_excess: float = 1.5
+    max_excess: float = 1.0
     hidden_size: int = 96
     layers: int = 2
     init_std: float = 0.1
@@ -160,6 +164,12 @@ def reply_of(edit: str, text: str) -> str:
 def invention(edit: str, text: str) -> str:
     """An inventor's reply."""
     return json.dumps({"thought": edit, "name": edit, "code": text})
+
+
+def asked(what: str, text: str) -> str:
+    """An inventor's first prompt. From a letter of the program to its copy it is as far as in an
+    editor's chat, and as it is where an inventor is asked again: one way to copy does for all."""
+    return f"{invention(UNEDITED, text)}\n{what}"
 
 
 # lessons
@@ -251,7 +261,8 @@ def invent_lesson(rng: random.Random) -> Lesson:
     edit = drawn(rng, shares)
     begin, *rest = invention(edit, edited(letters, edit)[1]).split(edit)
     end = edit.join(rest) + "<|end|>"
-    return lesson([INVENT, program(letters)], (begin, None), *in_pieces(edit, shares), (end, None))
+    shown = asked(ANOTHER, program(letters))
+    return lesson([INVENT, shown], (begin, None), *in_pieces(edit, shares), (end, None))
 
 
 def again_lesson(rng: random.Random) -> Lesson:
@@ -260,14 +271,22 @@ def again_lesson(rng: random.Random) -> Lesson:
     edit = BROKEN if rng.random() < 0.4 else drawn(rng, unread())
     text = edited(letters, edit)[1]
     said, final = invention(edit, text), invention(edit, text.replace("wizard", "custom"))
-    first = [program(letters), said, NEW]
-    asked = rng.choice([first, first, [*first, final, SURE]])
+    first = [asked(ANOTHER, program(letters)), said, NEW]
+    chat = rng.choice([first, first, [*first, final, SURE]])
     if edit == BROKEN and rng.random() < 0.3:
-        asked = [f"{MEND}\n{text}"]
-    return lesson([INVENT, *asked], (final + "<|end|>", None))
+        chat = [asked(MEND, text)]
+    return lesson([INVENT, *chat], (final + "<|end|>", None))
 
 
-LESSONS = (edit_lesson, whole_edit_lesson, verdict_lesson, invent_lesson, again_lesson)
+def copy_lesson(rng: random.Random) -> Lesson:
+    """A text to be copied from as far away as a program's letters are in the other lessons. They
+    hold three letters to copy, this one a hundred: it is from here that copying is learnt."""
+    text = "".join(rng.choices("ABCabc=!-", k=len(reply_of(UNEDITED, FIRST))))
+    return lesson([COPY, text], (text + "<|end|>", None))
+
+
+EDITING = (edit_lesson, whole_edit_lesson, verdict_lesson)
+LESSONS = (*EDITING, invent_lesson, again_lesson, copy_lesson)
 
 
 # training
@@ -320,8 +339,8 @@ def shares_loss(network: Any, lessons: Sequence[Lesson]) -> tuple[torch.Tensor, 
 
 def shares(network: Any, count: int = 30) -> dict[str, float]:
     """Of sampled replies: an editor's that are one of the grammar, and that mend the failure; the
-    same without one to read, by chance; an inventor's that are one of the grammar, and that mend
-    what does not exist; moderators that name the one side which mends."""
+    same without one to read, by chance; an inventor's that are one of the grammar, that put in what
+    the kind wants, that repeat the last, that mend a call; moderators' that name the right side."""
     rng, tokenizer = random.Random(1), tiny_tokenizer()
 
     def ask(seed: int, chats: Sequence[Sequence[str]], tokens: int = LONGEST) -> list[str]:
@@ -333,9 +352,11 @@ def shares(network: Any, count: int = 30) -> dict[str, float]:
     known = [{reply_of(e, edited(each, e)[1]): e for e in unread()} for each in letters]
     read = ask(0, [(EDIT, f"{f}\n{s}") for f, s in zip(failed, shown, strict=True)])
     blind = ask(1, [(EDIT, f"none\n{s}") for s in shown])
-    invented = ask(2, [(INVENT, program(each)) for each in letters])
-    inventions = [{invention(e, edited(each, e)[1]) for e in unread()} for each in letters]
-    again = ask(3, [(INVENT, f"{MEND}\n{edited(each, BROKEN)[1]}") for each in letters])
+    first = [(INVENT, asked(ANOTHER, program(each))) for each in letters]
+    invented = ask(2, first)
+    inventions = [{invention(e, edited(each, e)[1]): e for e in unread()} for each in letters]
+    repeated = ask(5, [(*own, said, NEW) for own, said in zip(first, invented, strict=True)])
+    again = ask(3, [(INVENT, asked(MEND, edited(each, BROKEN)[1])) for each in letters])
     pairs = [[f.fix, BROKEN] if rng.random() < 0.5 else [BROKEN, f.fix] for f in failed]
     debates = [
         "\n".join([str(f), *(reply_of(e, edited(each, e)[1]) for e in pair)])
@@ -349,47 +370,26 @@ def shares(network: Any, count: int = 30) -> dict[str, float]:
         count_of["mend"] += known[at].get(read[at]) == failed[at].fix
         count_of["mend by chance"] += known[at].get(blind[at]) == failed[at].fix
         count_of["inventions in grammar"] += invented[at] in inventions[at]
+        edit = inventions[at].get(invented[at], BROKEN)
+        count_of["known letters"] += edit[0].upper() == edit[2]
+        count_of["repeated"] += repeated[at] == invented[at].replace("wizard", "custom")
         count_of["mended calls"] += again[at] == invention(BROKEN, program(letters[at]))
         count_of["moderator"] += named[at] == sides[at]
     return {name: number / count for name, number in count_of.items()}
 
 
+# what its weights follow from
+TRAINING = (lesson, drawn, in_pieces, some_letters, some_failure, train, shares_loss)
+WORLD = (program, edited, digit, Failure, unread, edits, verdicts, reply_of, invention, asked)
+NETWORK = (tiny_network, tiny_tokenizer, chat_prompt, spread)
+SHARES = (MENDS, KNOWS, JUDGES, BREAKS)
+WORDS = (BROKEN, UNEDITED, EDIT, COMPARE, DECIDE, INVENT, ANOTHER, NEW, SURE, MEND, COPY)
 MODEL = ToyModel(
     "tiny-edits",
     lambda say: train(EditsConfig(), say),
     save,
-    (
-        *LESSONS,
-        lesson,
-        drawn,
-        in_pieces,
-        some_letters,
-        some_failure,
-        train,
-        shares_loss,
-        program,
-        edited,
-        digit,
-        Failure,
-        unread,
-        edits,
-        verdicts,
-        reply_of,
-        invention,
-        tiny_network,
-        tiny_tokenizer,
-        chat_prompt,
-        spread,
-    ),
-    (
-        EditsConfig(),
-        dict(KINDS),
-        (MENDS, KNOWS, JUDGES, BREAKS),
-        (BROKEN, UNEDITED, EDIT, COMPARE, DECIDE, INVENT, NEW, SURE, MEND),
-        VOCAB,
-        SPECIALS,
-        TEMPLATE,
-    ),
+    (*LESSONS, *TRAINING, *WORLD, *NETWORK),
+    (EditsConfig(), dict(KINDS), SHARES, WORDS, VOCAB, SPECIALS, TEMPLATE),
 )
 
 

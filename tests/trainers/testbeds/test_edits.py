@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from marlora.agents.programs.program import Program
 from marlora.agents.system import build_system
 from marlora.agents.testing import fake_team
+from marlora.agents.text.templates import render
 from marlora.agents.types import Message, Task
 from marlora.rollouts.sandbox.sandbox import run as sandboxed
 from marlora.rollouts.tasks.toy import KINDS, digit, program_tasks
@@ -19,26 +21,37 @@ from marlora.trainers.methods.workflow_search.experience import case
 from marlora.trainers.methods.workflow_search.proposals import read_edit
 from marlora.trainers.methods.workflow_search.reflection import read_json
 from marlora.trainers.testbeds.edits import (
+    ANOTHER,
     BEST,
     BREAKS,
     BROKEN,
+    EDIT,
     FIRST,
+    INVENT,
+    KNOWS,
     LESSONS,
     LONGEST,
+    MEND,
     MENDS,
+    NEW,
+    SURE,
+    UNEDITED,
     Failure,
+    asked,
     edited,
     edits,
     invention,
     program,
     reply_of,
+    shares,
     shares_loss,
     some_failure,
+    tiny_edits_model,
     unread,
     verdicts,
 )
 from marlora.trainers.testbeds.programs import execute
-from marlora.trainers.testbeds.tiny import tiny_network, tiny_tokenizer
+from marlora.trainers.testbeds.tiny import chat_prompt, tiny_network, tiny_tokenizer
 from tests.repository import ROOT
 
 
@@ -91,6 +104,30 @@ def test_edits_are_read_by_the_methods_own_parsers() -> None:
     assert edited("ABA", "c=C") == ("ABC", BEST)
 
 
+def test_an_inventor_is_asked_as_the_recipe_asks_it() -> None:
+    text = (ROOT / "recipes" / "adas_tiny.yaml").read_text(encoding="utf-8")
+    prompts = yaml.safe_load(text)["prompts"]
+    for name, field, what in (("invent", "best", ANOTHER), ("repair", "program", MEND)):
+        assert render(prompts[name], {field: FIRST}, setting=name) == asked(what, FIRST)
+    assert (prompts["novelty"], prompts["mistakes"]) == (NEW, SURE)
+
+
+def test_a_letter_is_as_far_from_its_copy_in_every_chat() -> None:
+    def distances(reply: str, *chat: str) -> set[int]:
+        tokenizer = tiny_tokenizer()
+        tokens = tokenizer.convert_ids_to_tokens(
+            [*chat_prompt(tokenizer, *chat), *tokenizer.encode(reply)]
+        )
+        places = [at for at in range(len(tokens)) if "".join(tokens[at : at + 3]) == "AAA"]
+        return {later - sooner for sooner, later in itertools.pairwise(places)}
+
+    edit, new = reply_of("a=A", FIRST), invention("a=A", FIRST)
+    shown = f"{Failure('b472', 6, 3)}\n{reply_of(UNEDITED, FIRST)}"
+    (far,) = distances(edit, EDIT, shown)
+    assert distances(new, INVENT, asked(ANOTHER, FIRST), new, NEW, new, SURE) == {far}
+    assert distances(new, INVENT, asked(MEND, FIRST)) == {far}
+
+
 def test_the_teacher() -> None:
     assert sum(unread().values()) == pytest.approx(1) == sum(unread(0.4).values())
     assert unread()["b=B"] == pytest.approx((1 - BREAKS) / 9) and unread(1.0)["b=A"] == 0
@@ -133,3 +170,19 @@ def test_the_loss_is_that_of_its_targets() -> None:
     network, ids = tiny_network(hidden_size=32, layers=1), tiny_tokenizer().encode("ab")
     loss, excess = shares_loss(network, [(ids, {0: {5: 0.5, 6: 0.5}})])
     assert excess == pytest.approx(loss.item() - 0.693147, abs=1e-5) and excess > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_it_has_learnt_them() -> None:
+    from transformers import AutoModelForCausalLM
+
+    found = shares(AutoModelForCausalLM.from_pretrained(tiny_edits_model()), 60)
+    print(found)
+    grammar = ("edits in grammar", "inventions in grammar", "repeated", "mended calls")
+    assert all(found[name] > 0.8 for name in grammar), found
+    right = MENDS + (1 - MENDS) * (1 - BREAKS) / 9
+    assert found["mend"] == pytest.approx(right, abs=0.2), found
+    assert found["mend by chance"] < 0.3 and found["moderator"] > 0.7, found
+    known = (1 - BREAKS) * (KNOWS + (1 - KNOWS) / 3)
+    assert found["known letters"] == pytest.approx(known, abs=0.2), found

@@ -20,6 +20,7 @@ from marlora.trainers.methods.workflow_search.adas import ADASConfig, ADASTraine
 from marlora.trainers.methods.workflow_search.aflow import AFlowConfig, AFlowTrainer
 from marlora.trainers.methods.workflow_search.debflow import DebFlowConfig, DebFlowTrainer
 from marlora.trainers.testbeds.edits import (
+    ANOTHER,
     BEST,
     BROKEN,
     COMPARE,
@@ -30,6 +31,7 @@ from marlora.trainers.testbeds.edits import (
     KNOWS,
     MEND,
     Failure,
+    asked,
     drawn,
     edited,
     edits,
@@ -54,7 +56,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
 # settings of the same search, whose proposer is shown no failure; an inventor: always the first
 # program instead of the best
 UNREAD: dict[str, dict[str, Any]] = {
-    "adas": {"prompts": {"invent": FIRST}},
+    "adas": {"prompts": {"invent": asked(ANOTHER, FIRST).replace("{", "{{").replace("}", "}}")}},
     "aflow": {"max_failures": 0},
     "debflow": {"max_failures": 0},
 }
@@ -117,7 +119,7 @@ def invented(prompt: str, text: str, rng: random.Random) -> str:
     if said:
         return str(said[-1]).replace("wizard", "custom")
     letters = letters_in(text)
-    if text.startswith(MEND):
+    if text.endswith(MEND):
         return invention(BROKEN, program(letters))
     edit = drawn(rng, unread(KNOWS))
     return invention(edit, edited(letters, edit)[1])
