@@ -4,30 +4,24 @@ was stopped and is not run again once it has a summary."""
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
 
 from marlora.rollouts import files
 from marlora.rollouts.budget import ROUNDING
-from marlora.rollouts.engines.vllm import supervisor
 from marlora.rollouts.report.episode_index import json_lines
 from marlora.rollouts.report.run_data import read_json
-from marlora.trainers.collection.background import handled
 from marlora.trainers.loop.changed_settings import OF_ONE_CALL, changed, settings_of
 
 from .arms import PlannedRun
 from .plan import ComparisonPlan
+from .processes import Forks, Start, supervised
 
-WAIT = 0.2  # seconds between two looks at a run
 LAST = 2000  # characters of the end of a log in which its error is looked for
 OTHER_RUN = "holds a run of other settings, which is neither taken for this one nor changed"
 NOT_RUN = "not run to its end yet"
@@ -78,16 +72,18 @@ def is_finished(run: PlannedRun) -> bool:
 def run_arms(plan: ComparisonPlan, runs: Sequence[PlannedRun], say: Say) -> list[Outcome]:
     """Run these one after the other; one that fails does not keep the others from running."""
     outcomes = []
-    for number, run in enumerate(runs, 1):
-        head = f"[{number}/{len(runs)}] {run.name}"
-        if outcome := stands(plan, run):
-            say(f"{head}: {outcome.problem or 'finished before'}")
-            outcomes.append(outcome)
-            continue
-        say(f"{head}: {run.arm.recipe}, into {run.folder}")
-        problem = run_recipe(plan, run)
-        say(f"{head}: {problem or 'finished'}")
-        outcomes.append(Outcome(run, problem))
+    with contextlib.closing(Forks(supervised)) as forks:
+        start = forks if len(runs) > 1 else supervised
+        for number, run in enumerate(runs, 1):
+            head = f"[{number}/{len(runs)}] {run.name}"
+            if outcome := stands(plan, run):
+                say(f"{head}: {outcome.problem or 'finished before'}")
+                outcomes.append(outcome)
+                continue
+            say(f"{head}: {run.arm.recipe}, into {run.folder}")
+            problem = run_recipe(plan, run, start=start)
+            say(f"{head}: {problem or 'finished'}")
+            outcomes.append(Outcome(run, problem))
     return outcomes
 
 
@@ -104,8 +100,11 @@ def stands(plan: ComparisonPlan, run: PlannedRun) -> Outcome | None:
     return Outcome(run) if is_finished(run) else None
 
 
-def run_recipe(plan: ComparisonPlan, run: PlannedRun, *flags: str) -> str:
-    """Run a recipe to its end in a process of its own; returns why it failed, "" if it did not.
+def run_recipe(
+    plan: ComparisonPlan, run: PlannedRun, *flags: str, start: Start | None = None
+) -> str:
+    """Run a recipe to its end in a process of its own, which `start` starts (`supervised` by
+    default); returns why it failed, "" if it did not.
 
     Raises `KeyboardInterrupt` on Ctrl-C, SIGTERM and SIGUSR1 (which clusters send before the time
     limit), once the run has saved its last finished step.
@@ -114,12 +113,12 @@ def run_recipe(plan: ComparisonPlan, run: PlannedRun, *flags: str) -> str:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {run.arm.recipe} {' '.join(flags)}\n")
-        start = file.tell()
-    code = supervised([*command(plan, run), *flags], log)
+        begins = file.tell()
+    code = (start or supervised)([*command(plan, run), *flags], log)
     if code == 0:
         return ""
     kind = REFUSED if code == 2 else f"failed (exit code {code})"
-    return f"{kind}: {error_in(log, start)}"
+    return f"{kind}: {error_in(log, begins)}"
 
 
 def command(plan: ComparisonPlan, run: PlannedRun) -> list[str]:
@@ -139,36 +138,6 @@ def settings_file(plan: ComparisonPlan, run: PlannedRun) -> Path:
 def log_of(plan: ComparisonPlan, run: PlannedRun) -> Path:
     """What a run prints."""
     return plan.folder / "logs" / f"{run.arm.name}-seed-{run.seed}.log"
-
-
-def supervised(words: Sequence[str], log: Path) -> int:
-    """The exit code of a command whose output is appended to `log`, and which ends when this
-    process ends, however that ends."""
-    stopping: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopping.append(number)
-
-    start = [sys.executable, "-P", str(Path(supervisor.__file__)), str(os.getpid()), str(log)]
-    with handled(stop, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)):
-        process = subprocess.Popen(
-            [*start, *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # signals are handled here
-        )
-        try:
-            while not stopping and process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(WAIT)
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()  # the supervisor ends the run, which saves its last step
-            code = process.wait()
-    if stopping:
-        raise KeyboardInterrupt
-    return code
 
 
 def error_in(log: Path, start: int) -> str:

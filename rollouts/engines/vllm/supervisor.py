@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Protocol
 
 GRACE = 10.0  # seconds between asking the server to end and ending it
 POLL = 0.2
@@ -43,7 +44,16 @@ def group_alive(group: int) -> bool:
     return True
 
 
-def end(server: subprocess.Popen[bytes]) -> None:
+class Process(Protocol):
+    """What a process is ended by: a `subprocess.Popen`, or a fork."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
+
+
+def end(server: Process) -> None:
     """End the server's process group: SIGTERM, wait, then SIGKILL. Its id is that of a process
     started here."""
     deadline = time.monotonic() + GRACE

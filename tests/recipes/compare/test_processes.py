@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 
 from marlora.agents.types import SettingError
 from marlora.recipes.cli.compare import ARRAY, WHOLE, check_outputs, submit
-from marlora.recipes.compare import comparison, runs
+from marlora.recipes.compare import comparison, processes, runs
 from marlora.recipes.compare.plan import ComparisonPlan
 from marlora.recipes.compare.result import VERSION
 from marlora.trainers.errors import RunError
@@ -93,6 +95,125 @@ def test_a_stopped_comparison_stops_its_run(tmp_path: Path) -> None:
     assert mark.exists() and not running(str(recipe))
 
 
+MINE = """
+import os, pathlib, signal, sys, time
+
+def main():
+    task, folder = sys.argv[1:]
+    print(task, sys.argv[0], flush=True)
+    if task == "fail":
+        raise SystemExit(2)
+    if task == "die":
+        os.kill(os.getpid(), 9)
+    if task == "wait":
+        def save(*_):
+            pathlib.Path(folder, "saved").touch()
+            sys.exit(1)
+
+        signal.signal(signal.SIGTERM, save)
+        pathlib.Path(folder, "pid.new").write_text(str(os.getpid()), encoding="utf-8")
+        os.rename(pathlib.Path(folder, "pid.new"), pathlib.Path(folder, "pid"))
+        time.sleep(1000)
+"""
+
+
+IMPORTS = ("marlora.recipes.launch.processes", "marlora.trainers.distributed.ranks")  # of `run`
+
+
+@pytest.fixture
+def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """The command of a recipe `mine`, by its task."""
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(processes, "IMPORTS", IMPORTS)
+    return lambda task: [sys.executable, "-m", "mine", task, str(tmp_path)]
+
+
+def not_forked(words: Sequence[str], log: Path) -> int:
+    raise AssertionError(f"{words} was not forked")
+
+
+@pytest.mark.process
+def test_forked_runs_end_as_processes_of_their_own_do(
+    tmp_path: Path, forked: Callable[[str], list[str]]
+) -> None:
+    """Exit codes and logs, one after the other from one process; where that is killed the run in it
+    dies too, and the next one has another."""
+    log = tmp_path / "log"
+    with contextlib.closing(processes.Forks(not_forked)) as start:
+        codes = [start(forked(task), log) for task in ("fail", "die", "pass")]
+        assert codes == [2, 137, 0]
+        server = start._server
+        assert server is not None
+
+        def kill() -> None:
+            until((tmp_path / "pid").is_file, "it waits")
+            server.kill()
+
+        watcher = threading.Thread(target=kill)
+        watcher.start()
+        assert start(forked("wait"), log) == 137
+        watcher.join()
+        run = int((tmp_path / "pid").read_text(encoding="utf-8"))
+        until(lambda: not Path(f"/proc/{run}").exists(), "the run dies with it")
+        assert start(forked("pass"), log) == 0 and start._server is not server
+    lines = log.read_text(encoding="utf-8").splitlines()
+    module = str(tmp_path / "mine.py")
+    tasks = ("fail", "die", "pass", "wait", "pass")
+    assert lines == [f"{task} {module}" for task in tasks]
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_a_stopped_comparison_stops_its_forked_run(
+    tmp_path: Path, forked: Callable[[str], list[str]]
+) -> None:
+    """As one that is a process of its own: the run saves, then the comparison is interrupted."""
+    program = (
+        "import contextlib; from pathlib import Path\n"
+        "from marlora.recipes.compare import processes\n"
+        f"processes.IMPORTS = {IMPORTS}\n"
+        "with contextlib.closing(processes.Forks(processes.supervised)) as start:\n"
+        f"    start({forked('wait')!r}, Path({str(tmp_path / 'log')!r}))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    until((tmp_path / "pid").is_file, "the run starts")
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode != 0 and "KeyboardInterrupt" in error
+    assert (tmp_path / "saved").exists()
+    assert not running(f"{processes.__name__} {process.pid}")
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_what_cannot_be_forked_is_a_process_of_its_own(
+    tmp_path: Path, forked: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe in a file; and every run once imports have left a thread."""
+    started: list[str] = []
+
+    def other(words: Sequence[str], log: Path) -> int:
+        started.append(words[-2])
+        return 7
+
+    (tmp_path / "threads.py").write_text(
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(processes, "IMPORTS", (*IMPORTS, "threads"))
+    with contextlib.closing(processes.Forks(other)) as start:
+        assert start([sys.executable, "mine.py", "file", ""], tmp_path / "log") == 7
+        assert start._server is None
+        assert start(forked("first"), tmp_path / "log") == 7
+        assert start.refused == "imports have left 2 threads"
+        assert start(forked("second"), tmp_path / "log") == 7
+    assert started == ["file", "first", "second"]
+
+
 def facts(folder: Path) -> dict[str, Any]:
     """What a run came to: everything but times."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -101,15 +222,20 @@ def facts(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("several", [False, True])
 def test_a_comparison_that_was_killed_goes_on_where_it_was(
-    model: Path, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+    several: bool, model: Path, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL of the command ends the run's process too; a second call finishes it, step for step
-    and token for token as one that was not killed, within the same budget."""
+    """SIGKILL of the command ends the run's process too, and one that was forked as well; a second
+    call finishes it, step for step and token for token as one that was not killed, within the same
+    budget."""
     arms = {"sft": {**SFT, "settings": {**SFT["settings"], "max_steps": 10}}}
+    if several:
+        arms["more"] = SFT
     plan = plan_of(tmp_path / "cut", model, arms=arms)
     path = written(tmp_path / "plan.yaml", plan)
-    words = [sys.executable, "-m", "marlora.recipes.cli.main", "compare", str(path), "--part", "0"]
+    words = [sys.executable, "-m", "marlora.recipes.cli.main", "compare", str(path)]
+    words += [] if several else ["--part", "0"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
     folder = tmp_path / "cut" / "runs" / "sft" / "seed-0"
@@ -121,6 +247,8 @@ def test_a_comparison_that_was_killed_goes_on_where_it_was(
         process.wait()
     settings = str(tmp_path / "cut" / "settings")
     until(lambda: not running(settings), "the run ends with the command")
+    forks = f"{processes.__name__} {process.pid}"
+    until(lambda: not running(forks), "the run ends with the command")
     assert not (folder / "summary.json").exists(), "it was killed too late to show anything"
     monkeypatch.setattr(runs, "supervised", in_process)
     comparison.compare_part(ComparisonPlan("p", plan), 0, lambda line: None)
