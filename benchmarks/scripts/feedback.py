@@ -50,10 +50,20 @@ def result_of(name: str, control: str, seed: int, args: argparse.Namespace) -> d
     found: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
     metrics = folder / "metrics.jsonl"  # missing where the budget ended the run in its first step
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    rows = [json.loads(line).get("text_feedback", {}) for line in lines]
-    found["adopted"] = sum(bool(row.get("adopted")) for row in rows)
-    found["judged"] = sum(len(row.get("verdicts", ())) for row in rows)
+    verdicts = [verdicts_of(json.loads(line)) for line in lines]
+    found["adopted"] = sum(adopted for _, adopted in verdicts)
+    found["judged"] = sum(judged for judged, _ in verdicts)
     return found
+
+
+def verdicts_of(row: Mapping[str, Any]) -> tuple[int, bool]:
+    """How many values (of metaTextGrad: optimizers) were judged in a step, and whether one was
+    adopted; a step that found no error to learn from judges none."""
+    if "meta" in row:
+        return 1, bool(row["meta"]["adopted"])
+    if "text_feedback" in row:
+        return len(row["text_feedback"]["verdicts"]), bool(row["text_feedback"]["adopted"])
+    return 0, False
 
 
 def tokens_of(summary: dict[str, Any], kinds: Sequence[str]) -> int:
@@ -105,7 +115,7 @@ def last_rows(table: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) ->
             if runs[which]
         ]
         by_seed = [statistics.mean(of_a_seed) for of_a_seed in zip(*differences, strict=True)]
-        tests.append(round(sign_flip_p(by_seed), 4) if differences else "")
+        tests.append(round(sign_flip_p(by_seed), 3) if differences else "")
     rest = [""] * (len(HEAD) - 1 - len(totals))
     return [["runs that end right", *totals, *rest], ["p, against own", *tests, *rest]]
 
