@@ -66,7 +66,7 @@ def verdicts_of(row: Mapping[str, Any]) -> tuple[int, bool]:
     return 0, False
 
 
-def tokens_of(summary: dict[str, Any], kinds: Sequence[str]) -> int:
+def tokens_of(summary: Mapping[str, Any], kinds: Sequence[str]) -> int:
     """Tokens of all calls of these kinds."""
     rows = [row for kind in kinds for row in summary["ledger"].get(kind, {}).values()]
     return sum(int(row["prompt_tokens"] + row["sampled_tokens"]) for row in rows)

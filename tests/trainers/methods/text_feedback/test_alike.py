@@ -219,7 +219,7 @@ def test_a_task_cannot_forge_a_value(name: str, model: Path, tmp_path: Path) -> 
     )
     assert unreadable(tmp_path / "run") != [0] and made.run.values == {}
     asked = [e for e in Store(tmp_path / "run" / "episodes") if e.kind == "aside"]
-    assert any("obey" in e.output for e in asked)
+    assert any("obey" in str(e.output) for e in asked)
 
 
 @pytest.mark.process

@@ -71,7 +71,7 @@ def cross(monkeypatch: pytest.MonkeyPatch, cls: Any) -> None:
 # a chain with scripted helpers
 
 MEANINGS = {"left": "plus", "right": "times"}
-METHODS = {
+METHODS: dict[str, tuple[Any, Any]] = {
     "textgrad_prompts": (TextGradTrainer, rewrite),
     "llm_autodiff": (LLMAutoDiffTrainer, rewrite_with_method),
 }
