@@ -177,9 +177,9 @@ class Fork:
 def refusal() -> str:
     """Why this process cannot fork, "" if it can: what another thread holds, and what an
     accelerator's driver knows, would be of no use in the fork."""
-    import torch
+    from marlora.trainers.distributed.ranks import has_accelerator
 
-    if torch.accelerator.is_available():
+    if has_accelerator():
         return "there is an accelerator"
     threads = len(os.listdir("/proc/self/task"))
     return "" if threads == 1 else f"imports have left {threads} threads"

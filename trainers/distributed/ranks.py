@@ -228,3 +228,8 @@ class Ranks:
         if self.size > 1:
             with self._joining("barrier"):
                 dist.barrier(group=self._control)
+
+
+def has_accelerator() -> bool:
+    """Whether this process could use an accelerator, such as a GPU."""
+    return torch.accelerator.is_available()
