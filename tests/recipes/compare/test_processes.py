@@ -125,6 +125,7 @@ def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], l
     """The command of a recipe `mine`, by its task."""
     (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else numpy's import leaves threads: no fork
     monkeypatch.setattr(processes, "IMPORTS", IMPORTS)
     return lambda task: [sys.executable, "-m", "mine", task, str(tmp_path)]
 
