@@ -226,7 +226,7 @@ class Questions:
         return self._rewritten(f"\n{shown}", past)
 
     def _rewritten(self, end: str, past: Sequence[str]) -> Asked:
-        said, shown = self._told(self.turn)
+        said, shown = self._feedback(self.turn)
         system, letters = self._editor(said)
         reply = self._prompt(letters, "</IMPROVED_VARIABLE>", past if system == EDIT else [])
         text = f"{block('VARIABLE', self.prompt())}\n{_numbered(shown)}{end}"
@@ -253,7 +253,7 @@ class Questions:
         def turn(task: str) -> str:
             return _turn(DO, f"{PLACE}{self.prompt()}{task}", self.digit())
 
-        said, shown = self._told(turn)
+        said, shown = self._feedback(turn)
         system, letters = self._editor(said)
         text = f"{block('ROLE', self.prompt().join(ROLE))}\n{_numbered(shown)}"
         reply = self._prompt(letters, '"}</RESULT>')
@@ -283,7 +283,7 @@ class Questions:
         written = {EDIT: 0.5, GUESS: 0.5} if system == META else {GUESS: 1.0}
         return Asked(system, text, ["<IMPROVED_VARIABLE>", written, "</IMPROVED_VARIABLE>"])
 
-    def _told(self, turn: Callable[[str], str]) -> tuple[list[str], list[str]]:
+    def _feedback(self, turn: Callable[[str], str]) -> tuple[list[str], list[str]]:
         """The letters that were said of some turns, and these turns with what was said."""
         said = [self.words() for _ in range(self.rng.randint(0, MAX_FEEDBACK))]
         shown = [_shown(turn(self.task()), each) for each in said]
@@ -326,9 +326,9 @@ def _turn(system: str, text: str, output: str) -> str:
     return _blocks(SYSTEM=system, INPUT=text, OUTPUT=output)
 
 
-def _shown(context: str, told: str) -> str:
+def _shown(context: str, said: str) -> str:
     """A conversation with what was said of it."""
-    return f"{nested('CONVERSATION', context)}\n{block('TEXT', told)}"
+    return f"{nested('CONVERSATION', context)}\n{block('TEXT', said)}"
 
 
 def _numbered(shown: Sequence[str]) -> str:

@@ -168,7 +168,7 @@ def test_a_proposer_that_reads_failures_finds_more_than_copies(model: Path, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "seeds", "rounds"), [("aflow", 3, 3), ("debflow", 1, 8), ("adas", 1, 20)]
+    ("name", "seeds", "rounds"), [("aflow", 3, 3), ("debflow", 1, 8), ("adas", 4, 20)]
 )
 def test_a_teacher_that_reads_finds_more_than_one_that_guesses(
     name: str, seeds: int, rounds: int, model: Path, tmp_path: Path
