@@ -131,9 +131,9 @@ def test_a_state_is_on_disk_before_an_episode_names_it(
     store, on_disk = Store(tmp_path), []
     write = store._log.append
 
-    def append(data: bytes, *, flush: bool) -> None:
+    def append(data: bytes, *, flush: bool) -> tuple[Path, int]:
         on_disk.append(states(tmp_path))
-        write(data, flush=flush)
+        return write(data, flush=flush)
 
     monkeypatch.setattr(store._log, "append", append)
     store.append(episode("e"))
