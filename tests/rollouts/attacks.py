@@ -72,7 +72,7 @@ def _files() -> list[Attack]:
         Attack("write over Python itself", "open(os.__file__, 'r+').close()"),
         Attack(
             "files left open",
-            "for fd in range(3, 64):\n    try:\n        os.fstat(fd)\n        break\n    except"
+            "for fd in range(3, 1 << 16):\n    try:\n        os.fstat(fd)\n        break\n    except"
             " OSError:\n        pass\nelse:\n    raise SystemExit",
             True,
         ),
