@@ -4,7 +4,7 @@ names are used up."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -102,6 +102,10 @@ class AdapterRegistry:
             await asyncio.wait(self._open[ref.version])
         self._open.pop(ref.version, None)
 
+    def asked(self) -> set[str]:
+        """The versions that open requests need."""
+        return {version for version, requests in self._open.items() if version and requests}
+
     @contextmanager
     def request(self, ref: ModelRef) -> Iterator[None]:
         """Count a request for this version as open. Raises like `check`."""
@@ -115,7 +119,7 @@ class AdapterRegistry:
             ended.set_result(None)
             requests.discard(ended)
 
-    def listed(self, replica: str, loaded: Mapping[str, object] | None = None) -> dict[str, str]:
+    def listed(self, replica: str, loaded: Collection[str] | None = None) -> dict[str, str]:
         """{version: folder}, of those in `loaded` (None: of all). Raises `EngineError` for another
         replica than `local`."""
         if replica != "local":

@@ -101,13 +101,19 @@ def attach_engine(
     """An engine that asks the servers of another process's engine (`address_of`), which alone
     publishes and retires.
 
+    A server that is started again there is waited for until it lists the adapters that are asked
+    for here, for as long as a start may take (`server_timeout`) and a minute; it is found at its
+    new address.
+
     Args:
         folder: the run's. Raises `SettingError` or `EngineError` for a server that cannot be
             asked from here.
     """
     from .vllm.discovery import Endpoint, key_from
     from .vllm.engine import VLLMEngine
+    from .vllm.health import ReplicaPolicy
 
+    policy = ReplicaPolicy()
     return VLLMEngine(
         [from_json(Endpoint, server) for server in address["servers"]],
         tokens,
@@ -116,5 +122,15 @@ def attach_engine(
         allow_open_server=config.allow_open_server,
         dtype=address["dtype"],
         router=address["router_url"],
+        retry=replace(policy, gone=policy.gone + config.server_timeout),
         foreign=True,
     )
+
+
+async def revive_servers(engine: Engine) -> None:
+    """Start again what this process has started for the engine and has died since. Raises
+    `EngineError` for one that died too often."""
+    from .vllm.engine import VLLMEngine
+
+    if isinstance(engine, VLLMEngine):
+        await engine.fleet.revive()

@@ -176,32 +176,25 @@ class TransformersEngine:
             return await self._work(partial(self.sampler.score, tuple(ids), ref))
 
     async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
-        """Raises `SettingError` for a folder that holds no adapter or whose name PEFT cannot
-        take."""
+        """Raises `SettingError` for a folder that holds no adapter."""
         if len(self._versions.folders) + len(adapters) > self.max_adapters:
             raise EngineError(
                 f"transformers engine: more than max_adapters={self.max_adapters} versions; retire"
                 " some"
             )
-        for folder in adapters.values():
-            if "." in Path(folder).name:
-                raise SettingError(
-                    f"adapter {folder}: PEFT takes no '.' in the name of an adapter; rename the"
-                    " folder"
-                )
         folders = self._versions.reserve(adapters)
         for policy, folder in folders.items():
-            await self._work(partial(self.sampler.load, folder))
+            await self._work(partial(self.sampler.adapters.load, folder))
             self._versions.add(policy, folder)
         return {policy: folder.name for policy, folder in folders.items()}
 
     async def retire(self, ref: ModelRef) -> None:
         await self._versions.forget(ref)
-        await self._work(partial(self.sampler.unload, ref.version))
+        await self._work(partial(self.sampler.adapters.unload, ref.version))
 
     async def adapters(self, replica: str) -> Mapping[str, str]:
         return self._versions.listed(
-            replica, await self._work(lambda: getattr(self.sampler.model, "peft_config", {}))
+            replica, await self._work(lambda: self.sampler.adapters.versions)
         )
 
     def info(self) -> EngineInfo:

@@ -1,8 +1,8 @@
-"""Sampler of the in-process engine: decoding, scoring and LoRA adapters of one model, in torch.
+"""Sampler of the in-process engine: decoding and scoring by one model, in torch.
 
 A token is the inverse of the cumulative distribution at a uniform number drawn from the request's
 own seed, so that a batch gives the same tokens whenever it is decoded. Everything here runs in the
-engine's one worker thread. torch and peft are imported inside functions only.
+engine's one worker thread. torch is imported inside functions only.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ...agents.types import Sampling, SettingError
 from ..renderer import ChatRenderer
 from .base import ModelRef
+from .transformers_adapters import LoadedAdapters
 from .transformers_exactness import padding_is_exact, use_exact_attention
 from .transformers_prompts import why_not_shared
 
@@ -88,8 +88,8 @@ def load_model(model: str, dtype: str, device: str) -> Any:
 class Sampler:
     """A causal language model with switchable LoRA adapters.
 
-    Adapters are never merged: the base stays what it was. At temperature 0 the log-probabilities
-    are those at temperature 1; otherwise those of the distribution the token was drawn from.
+    At temperature 0 the log-probabilities are those at temperature 1; otherwise those of the
+    distribution the token was drawn from.
 
     Args:
         model: on its device, frozen, in eval mode.
@@ -97,9 +97,8 @@ class Sampler:
     """
 
     def __init__(self, model: Any, tokens: ChatRenderer, device: str) -> None:
-        self.model, self.tokens, self.device = model, tokens, device
-        # the version that is switched on, "" for the bare base, None if unknown
-        self._active: str | None = None
+        self.tokens, self.device = tokens, device
+        self.adapters = LoadedAdapters(model, device)
         # may prompts of several lengths be padded to one batch?
         self.pads = padding_is_exact(model)
         # may prompts be read as trees, and rows come and go? Else batches are decoded to their end
@@ -113,53 +112,14 @@ class Sampler:
                 why,
             )
 
-    def load(self, folder: Path) -> None:
-        """Load an adapter folder; its name becomes the adapter's. Raises what PEFT raises."""
-        from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
-
-        self._active = None
-        config = PeftConfig.from_pretrained(str(folder))
-        config.inference_mode = True
-        if isinstance(self.model, PeftModel):
-            self.model.add_adapter(folder.name, config, autocast_adapter_dtype=False)
-        else:
-            self.model = PeftModel(self.model, config, folder.name, autocast_adapter_dtype=False)
-        try:
-            weights = load_peft_weights(str(folder), device=self.device)
-            keys = set_peft_model_state_dict(self.model, weights, adapter_name=folder.name)
-            missing = [key for key in keys.missing_keys if f".{folder.name}." in key]
-            if missing or keys.unexpected_keys:
-                raise ValueError(
-                    f"{folder} does not fit the model: missing {missing[:3]}, unknown"
-                    f" {keys.unexpected_keys[:3]}"
-                )
-        except Exception:
-            self.unload(folder.name)
-            raise
-        self.model.eval()
-
-    def unload(self, version: str) -> None:
-        self._active = None
-        others = [name for name in self.model.peft_config if name != version]
-        if others:
-            self.model.set_adapter(others[0])  # PEFT keeps one active
-            self.model.delete_adapter(version)
-        else:
-            self.model = self.model.unload()  # the base as it was; nothing was ever merged
-        self.model.requires_grad_(False)
+    @property
+    def model(self) -> Any:
+        """With the adapters that are loaded."""
+        return self.adapters.model
 
     def activate(self, ref: ModelRef) -> None:
-        """Switch to this version's adapter, or to the bare base. Only if needed: PEFT's switches
-        cost as much as a token."""
-        if self._active == ref.version:
-            return
-        if ref.version:
-            self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(ref.version)
-            self.model.requires_grad_(False)  # PEFT turns the gradients of the active adapter on
-        elif hasattr(self.model, "peft_config"):
-            self.model.base_model.disable_adapter_layers()
-        self._active = ref.version
+        """Switch to this version's adapter, or to the bare base."""
+        self.adapters.activate(ref.version)
 
     def score(self, ids: tuple[int, ...], ref: ModelRef) -> list[float]:
         """Log-probabilities [len(ids) - 1] of ids[1:] at temperature 1."""

@@ -9,13 +9,15 @@ from typing import Any
 
 from ...agents.types import BASE, PolicySpec
 from ...rollouts.engines.base import Engine, EngineError
-from ...rollouts.engines.factory import address_of, attach_engine, start_engine
+from ...rollouts.engines.factory import address_of, attach_engine, revive_servers, start_engine
 from ...rollouts.episodes.completers import Completer, completers
 from ..config import RunConfig
 from ..model.memory_estimate import with_server_memory
 from ..update.learner import Learner
 from ..update.learner_base import LearnerBase
 from .background import BackgroundLoop, unless_gone
+
+POLL = 5.0  # seconds between two looks at servers that other ranks ask
 
 
 class EngineGroup:
@@ -63,6 +65,19 @@ class EngineGroup:
         """By base, what other ranks need to ask the same servers; None where each has an engine of
         its own that was given to it."""
         return {name: address_of(engine) for name, engine in self.of.items()}
+
+    async def look_after(self, warn: Callable[[str], None]) -> None:
+        """On rank 0, while other ranks ask its engines: start servers that die again, also while
+        this rank asks for nothing. Ends, with a warning, when one has died too often; whoever asks
+        it next gets the error."""
+        while True:
+            await asyncio.sleep(POLL)
+            try:
+                for engine in self.of.values():
+                    await revive_servers(engine)
+            except EngineError as error:
+                warn(f"servers are looked after no more: {error}")
+                return
 
     def attach(
         self,

@@ -120,6 +120,7 @@ class RankPlayers:
         peers = [rank for rank, problem in enumerate(problems) if rank and not problem]
         players = cls(ranks, peers, background, ledger, log.warn)
         closing.callback(players.close)
+        closing.callback(background.start(engines.look_after(log.warn)).cancel)
         return players
 
     def _connected(self, ranks: Ranks, number: int) -> _Peer:
@@ -140,7 +141,8 @@ class RankPlayers:
         with `here`, if that has fewer. `how`: `sampled` or `greedy`.
 
         Raises `RankLost` if that rank ends. One whose engine fails is asked no more, and what it
-        was asked for is played here.
+        was asked for is played here. A server that rank 0 starts again is no failure: the others
+        wait for it (`attach_engine`).
         """
         awake = {number: peer for number, peer in self._peers.items() if not peer.resting}
         number = min(awake, key=lambda n: len(awake[n].open), default=0)

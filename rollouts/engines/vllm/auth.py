@@ -17,6 +17,8 @@ from typing import Any
 
 # environment variable with the path of the key file; the key itself is in no environment
 KEY_FILE = "MARLORA_KEY_FILE"
+# ending of the file beside it that holds the server's URL
+URL_FILE = ".url"
 
 OPEN = {("GET", "/health")}
 ROUTES = {

@@ -11,13 +11,14 @@ import json
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
 
 from ...http import Response, Transient, open_session, send
 from ..base import EngineError
-from .auth import read_key
+from .auth import URL_FILE, read_key
 
 T = TypeVar("T")
 
@@ -43,7 +44,8 @@ class ReplicaClient:
         name: of the replica; its URL for a server that was not started here.
         url, key: where it listens, and the bearer token it asks for ("" = none).
         base: name under which it serves the base model.
-        key_file: where a new key is read after the server was started again elsewhere ("" = never).
+        key_file: where another process that starts the server again writes its new key, with its
+            URL in a file beside it ("" = nowhere).
     """
 
     def __init__(self, name: str, url: str, key: str, base: str, key_file: str = "") -> None:
@@ -157,10 +159,12 @@ class ReplicaClient:
             float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(GROWTH)
         )
 
-    async def read_new_key(self) -> None:
-        """Read the key file again: a server that was started again has a new key."""
+    async def read_address(self) -> None:
+        """Read key and URL again: a server that was started again has a new key, and another port
+        if somebody had taken its own."""
         if self.key_file:
             self.key = await asyncio.to_thread(fresh_key, self.key_file)
+            self.url = await asyncio.to_thread(fresh_url, self.key_file) or self.url
 
 
 def fresh_key(path: str) -> str:
@@ -172,6 +176,18 @@ def fresh_key(path: str) -> str:
         raise Transient(
             f"key file {path}: {error.strerror if isinstance(error, OSError) else error}"
         ) from error
+
+
+def fresh_url(key_file: str) -> str:
+    """The URL in the file beside the key file; "" if there is none: only servers that were started
+    by marlora have one. Raises `Transient` while it cannot be read."""
+    path = Path(key_file).with_suffix(URL_FILE)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise Transient(f"file {path}: {error.strerror}") from error
 
 
 def adapters_of(reply: Any) -> dict[str, str]:

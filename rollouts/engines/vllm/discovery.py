@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def serve_endpoints(
     settings: Sequence[ServerSettings], path: Path, say: Callable[[str], None]
 ) -> None:
     """Start servers on this node (one set per base), write their endpoints, start dead ones again,
-    until an exception comes.
+    until an exception comes: at their old ports, if nobody has taken those.
 
     Raises `EngineError` when a server may not be started again. When this ends, the file and the
     servers are gone.
@@ -122,7 +122,7 @@ def serve_endpoints(
         write_endpoints(path, [_endpoint_of(server) for server in servers])
         while True:
             time.sleep(POLL)
-            for number, server in enumerate(servers):
+            for server in servers:
                 if not server.alive:
                     restarts[server.name] = restarts.get(server.name, 0) + 1
                     if restarts[server.name] > server.settings.max_restarts:
@@ -131,21 +131,13 @@ def serve_endpoints(
                             f" {server.log}:\n{server.tail()}"
                         )
                     say(f"{server.name} is dead; starting it again\n{server.tail()}")
-                    servers[number] = _replacement(server).start()
+                    server.stop()
+                    server.start()
                     write_endpoints(path, [_endpoint_of(server) for server in servers])
     finally:
         path.unlink(missing_ok=True)
         for server in servers:
             server.stop()
-
-
-def _replacement(server: VLLMServer) -> VLLMServer:
-    """A server in the place of a dead one, at the same address, with a new key."""
-    server.stop()
-    port = int(server.url.rsplit(":", 1)[1])
-    return VLLMServer(
-        replace(server.settings, port=port - server.index), server.index, server.progress
-    )
 
 
 def _endpoint_of(server: VLLMServer) -> Endpoint:

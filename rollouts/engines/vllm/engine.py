@@ -56,7 +56,7 @@ class VLLMEngine:
         dtype: of weights served by URL, which servers do not report; our own servers' is known.
         router: URL of a router before the servers ("" = none): it is asked to generate, they
             themselves for all else.
-        foreign: another process publishes and retires; this one only asks.
+        foreign: another process starts servers again, publishes and retires; this one only asks.
     """
 
     def __init__(
@@ -92,9 +92,9 @@ class VLLMEngine:
                 dtype = served_dtype(server.settings)
         self.context, self.dtype = min(contexts), dtype
         self.base = self.base or next(iter(self.replicas.values())).base
-        self.fleet = ReplicaPool(self.replicas, foreign=foreign)
-        self.router = self._routed_by(router, policy) if router else None
         self._versions = AdapterRegistry("vllm", foreign)
+        self.fleet = ReplicaPool(self.replicas, asked=self._versions.asked if foreign else None)
+        self.router = self._routed_by(router, policy) if router else None
         self._routes = Routes()
         self._draw = random.SystemRandom()
 
@@ -271,7 +271,7 @@ class VLLMEngine:
 
     def address(self) -> dict[str, Any]:
         """What another process needs to ask the same servers, as JSON (see `attach_engine`): of a
-        key the file that holds it."""
+        key the file that holds it, beside which a server of ours keeps its URL of the moment."""
         servers = [
             Endpoint(r.url, str(r.server.key_file) if r.server else r.client.key_file)
             for r in self.replicas.values()

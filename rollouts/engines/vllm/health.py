@@ -10,7 +10,7 @@ that were open are sent again with their seeds, so the result is the one they wo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -49,8 +49,8 @@ class ReplicaHealth:
 
     `server` is None for a server that is given by URL: it cannot be started again from here.
     `adapters` (version -> folder) are loaded again after a restart. `alone`: there is no other
-    replica, so requests wait while it is started again; else they raise `ReplicaLost`, and
-    `ReplicaPool` brings it back.
+    replica and nobody else starts it again, so requests wait while it is; else they raise
+    `ReplicaLost`, and `ReplicaPool` brings it back.
     """
 
     def __init__(
@@ -197,9 +197,18 @@ class ReplicaHealth:
         await self.attach()
         if self.server is not None and (self._dead or not self.server.alive):
             await self._restart(self.server)
-        await self.client.read_new_key()
+        await self.client.read_address()
         await self.client.adapters(self.policy.probe)
         self._dead = ""
+
+    async def expect(self, versions: Callable[[], Iterable[str]]) -> None:
+        """Raises `Transient` unless the server generates a token and lists these versions, which
+        another process loads."""
+        await self.client.generate_one(self.client.base, self.policy.probe)
+        listed = await self.client.adapters(self.policy.probe)
+        missing = set(versions()) - listed.keys()
+        if missing:
+            raise Transient(f"{self.client} does not list {', '.join(sorted(missing))} again yet")
 
     async def equip(self, adapters: Mapping[str, str]) -> None:
         """Load and unload until the server lists exactly `adapters` (version -> folder), which may

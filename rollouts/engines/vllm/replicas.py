@@ -1,9 +1,10 @@
 """Several vLLM servers as one: a lost replica is passed over, brought back with exactly the
 adapters it should have, and used again.
 
-A server that was started here is started again; one by URL is asked until it answers. Meanwhile
-requests go to the others, and versions are loaded and retired there. A replica comes back only when
-it lists what the others serve and has generated a token.
+A server that was started here is started again; one by URL is asked until it answers, at the
+address that the files of its key and URL have then. Meanwhile requests go to the others, and
+versions are loaded and retired there. A replica comes back only when it lists what the others serve
+and has generated a token.
 """
 
 from __future__ import annotations
@@ -144,19 +145,26 @@ class ReplicaPool:
     should have.
 
     A single replica is never passed over: requests wait for it while it is started again.
-    `foreign`: another process loads and unloads, so that a replica comes back as it is.
+
+    Args:
+        asked: given where another process starts the servers again, loads and unloads: the versions
+            that requests need now. A replica, a single one too, comes back when it lists these.
     """
 
     def __init__(
-        self, replicas: Mapping[str, Replica], progress: Progress = say, *, foreign: bool = False
+        self,
+        replicas: Mapping[str, Replica],
+        progress: Progress = say,
+        *,
+        asked: Callable[[], set[str]] | None = None,
     ) -> None:
-        self.replicas, self.progress, self.foreign = dict(replicas), progress, foreign
+        self.replicas, self.progress, self.asked = dict(replicas), progress, asked
         self.lost: dict[str, str] = {}  # name -> why
         self.adapters: dict[str, str] = {}
         self._returns: dict[str, asyncio.Task[None]] = {}
         self._given_up: set[str] = set()
         for replica in self.replicas.values():
-            replica.health.alone = len(self.replicas) == 1
+            replica.health.alone = len(self.replicas) == 1 and asked is None
 
     @property
     def present(self) -> dict[str, Replica]:
@@ -176,9 +184,33 @@ class ReplicaPool:
         while True:
             replica = choose(await self._some())
             try:
-                return await work(replica)
+                try:
+                    return await work(replica)
+                except RequestRefused as error:
+                    if not await self._started_anew(replica, error):
+                        raise
+                    raise ReplicaLost(f"{replica} was started again: {error}") from error
             except ReplicaLost as error:
                 self.lose(replica, str(error))
+
+    async def _started_anew(self, replica: Replica, refusal: RequestRefused) -> bool:
+        """Does another process's server refuse a request because it has been started again, and has
+        a new key (401) or not all adapters yet (404)?"""
+        if self.asked is None or refusal.status not in (401, 404):
+            return False
+        return refusal.status == 401 or not self._whole(await replica.listed())
+
+    def _whole(self, listed: Mapping[str, str]) -> bool:
+        """Are these adapters all that a replica should list?"""
+        return listed == self.adapters if self.asked is None else self.asked() <= listed.keys()
+
+    async def revive(self) -> None:
+        """Start again those of our servers whose process has ended, though nobody asks them here:
+        only other processes may be asking."""
+        dead = [r for r in self.present.values() if r.server is not None and not r.server.alive]
+        await self._each(dead, _list)
+        if dead:
+            await self._some()
 
     async def everywhere(self, work: Callable[[Replica], Awaitable[None]]) -> None:
         """`work` on every replica present; those that get lost over it are brought up to date when
@@ -232,10 +264,11 @@ class ReplicaPool:
 
         async def one(replica: Replica) -> None:
             listed = await replica.listed()
-            if listed != self.adapters and not self.foreign:
+            if not self._whole(listed):
+                should = self.adapters if self.asked is None else self.asked()
                 self.lose(
                     replica,
-                    f"it lists {len(listed)} adapters, not the {len(self.adapters)} that it should",
+                    f"it lists {len(listed)} adapters, not the {len(should)} that it should",
                 )
 
         await self._each(self.present.values(), one)
@@ -295,8 +328,10 @@ class ReplicaPool:
         while True:
             try:
                 await replica.health.rise()
-                if not self.foreign:
+                if self.asked is None:
                     await replica.health.equip(self.adapters)
+                else:
+                    await replica.health.expect(self.asked)
             except (Transient, RequestRefused) as error:
                 self.lost[replica.name] = str(error)
                 await asyncio.sleep(pause)
@@ -308,5 +343,9 @@ class ReplicaPool:
                 return
             else:
                 del self.lost[replica.name]
-                self.progress(f"{replica} is back with {len(self.adapters)} adapters")
+                self.progress(f"{replica} is back with {len(replica.adapters)} adapters")
                 return
+
+
+async def _list(replica: Replica) -> None:
+    await replica.listed()

@@ -92,14 +92,16 @@ class Router:
         """The reply to a completion of this chat.
 
         A server that has lost its adapters (it was started again) answers 404 for the model: then
-        all servers are inspected, those that do not list what they should get it again, and the
-        request is sent again. Raises `EngineError` after the last try.
+        all servers are inspected, those that do not list what they should get it again, here or
+        from the process that publishes, and the request is sent again. Raises `EngineError` after
+        the last try.
         """
         for _ in range(self.policy.retries):
             try:
                 return await self._send(chat, body, read)
             except RequestRefused as error:
-                if error.status != 404 or str(body["model"]) not in self.fleet.adapters:
+                asked = self.fleet.adapters if self.fleet.asked is None else self.fleet.asked()
+                if error.status != 404 or str(body["model"]) not in asked:
                     raise
                 await self.fleet.inspect()
         return await self._send(chat, body, read)

@@ -19,6 +19,7 @@ from pathlib import Path
 from ....agents.types import SettingError
 from ...http import fetch
 from ..base import EngineError
+from .auth import URL_FILE
 from .cpu_lora import MARK
 from .server_args import (
     CPU_LORA,
@@ -85,8 +86,12 @@ class VLLMServer:
     `ready()` until it is true.
 
     The process is ended by `stop`, when this object's process ends in any way, or with the group's
-    first process. Only processes started here are ever ended. The log is `folder/NAME.log`; the
-    key, new for each start, is in `folder/NAME.key`, mode 0600.
+    first process. Only processes started here are ever ended. The log is `folder/NAME.log`.
+
+    Other processes find it by two files of mode 0600, which are there from start to stop:
+    `folder/NAME.key` holds the key, `folder/NAME.url` the URL. Started again, it has its old port
+    unless somebody has taken that, and a new key: those who ask while it is away send the old one
+    to whoever may listen there now.
     """
 
     def __init__(self, settings: ServerSettings, index: int = 0, progress: Progress = say) -> None:
@@ -94,6 +99,7 @@ class VLLMServer:
         self.name = f"{settings.label}-{index}"
         self.folder = Path(settings.folder).resolve()
         self.log, self.key_file = self.folder / f"{self.name}.log", self.folder / f"{self.name}.key"
+        self.url_file = self.key_file.with_suffix(URL_FILE)
         self.url, self.key, self.context = "", "", 0
         self.version, self.on_cpu = vllm_version()
         self._supervisor: subprocess.Popen[bytes] | None = None
@@ -116,22 +122,10 @@ class VLLMServer:
         self._launch()
 
     def _launch(self) -> None:
-        settings = self.settings
-        port = settings.port + self.index if settings.port else free_port(settings.host)
-        if settings.port and not port_is_free(settings.host, port):
-            raise SettingError(
-                f"server_port: {port} on {settings.host} is in use; choose another, or 0 for a"
-                " free one"
-            )
+        settings, port = self.settings, self._port()
         argv = command(settings, port, self.on_cpu)
-        self.key = secrets.token_hex(32)
-        self.key_file.unlink(missing_ok=True)
-        with os.fdopen(
-            os.open(self.key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600),
-            "w",
-            encoding="utf-8",
-        ) as file:
-            file.write(self.key)
+        self.url, self.key = f"http://{settings.host}:{port}", secrets.token_hex(32)
+        self._write_files()
         with self.log.open("a", encoding="utf-8") as log:
             log.write(f"$ {' '.join(argv)}\n")
             self._log_start = log.tell()
@@ -152,9 +146,38 @@ class VLLMServer:
             env=environment(settings, self.key_file, self.on_cpu, devices),
             start_new_session=True,  # Ctrl-C is handled by this process
         )
-        self.url = f"http://{settings.host}:{port}"
         self._launched = self._reported = time.monotonic()
         self._tries += 1
+
+    def _port(self) -> int:
+        """The port that is set; else the one of the last start, if that is free; else a free one.
+        Raises `SettingError` if the one that is set is taken."""
+        host, first = self.settings.host, self.settings.port
+        if first:
+            if not port_is_free(host, first + self.index):
+                raise SettingError(
+                    f"server_port: {first + self.index} on {host} is in use; choose another, or 0"
+                    " for a free one"
+                )
+            return first + self.index
+        if self.url and not self._tries:
+            last = int(self.url.rsplit(":", 1)[1])
+            if port_is_free(host, last):
+                return last
+        return free_port(host)
+
+    def _write_files(self) -> None:
+        """The URL before the key: who reads them the other way round sends no new key to an old
+        address."""
+        self._remove_files()
+        for path, text in ((self.url_file, self.url), (self.key_file, self.key)):
+            number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(number, "w", encoding="utf-8") as file:
+                file.write(text)
+
+    def _remove_files(self) -> None:
+        self.key_file.unlink(missing_ok=True)
+        self.url_file.unlink(missing_ok=True)
 
     def ready(self) -> bool:
         """Does the starting server answer? Raises `EngineError` if it died or took too long (then
@@ -228,7 +251,7 @@ class VLLMServer:
                 f"{self.name}: its supervisor, process {supervisor.pid}, does not end; see"
                 f" {self.log}"
             ) from error
-        self.key_file.unlink(missing_ok=True)
+        self._remove_files()
 
     def _log_text(self) -> str:
         """The log since the server was last started."""

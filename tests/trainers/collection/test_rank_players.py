@@ -27,6 +27,7 @@ from marlora.rollouts.episodes.store import Store, encode
 from marlora.rollouts.ledger import Ledger
 from marlora.rollouts.rewards.judge import Judge
 from marlora.rollouts.types import Episode
+from marlora.trainers.collection import engines as engine_group
 from marlora.trainers.collection.background import BackgroundLoop
 from marlora.trainers.collection.player_service import (
     GREEDY,
@@ -253,6 +254,25 @@ def test_a_rank_whose_engine_fails_plays_no_more(room: Callable[..., Room]) -> N
     made.asked.clear()
     made.play()
     assert set(made.asked) == {0}
+
+
+def test_servers_are_looked_after_until_one_has_died_too_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks, warnings = list[Any](), list[str]()
+
+    async def revive(engine: Any) -> None:
+        looks.append(engine)
+        if len(looks) == 4:
+            raise EngineError("dead")
+
+    monkeypatch.setattr(engine_group, "POLL", 0.001)
+    monkeypatch.setattr(engine_group, "revive_servers", revive)
+    group = engine_group.EngineGroup.__new__(engine_group.EngineGroup)
+    group.of = {"a": "one", "b": "two"}  # type: ignore[dict-item]
+    asyncio.run(group.look_after(warnings.append))
+    assert looks == ["one", "two", "one", "two"]
+    assert warnings == ["servers are looked after no more: dead"]
 
 
 def test_a_failure_of_another_rank_names_it(room: Callable[..., Room]) -> None:

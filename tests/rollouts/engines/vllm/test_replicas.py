@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import pytest
 from marlora.agents.types import PolicySpec
 from marlora.rollouts.engines.base import EngineError, ModelRef, ReplicaLost
 from marlora.rollouts.engines.config import EngineConfig
-from marlora.rollouts.engines.factory import address_of, attach_engine
+from marlora.rollouts.engines.factory import address_of, attach_engine, revive_servers
 from marlora.rollouts.engines.vllm import server as vllm_server
+from marlora.rollouts.engines.vllm.client import RequestRefused
+from marlora.rollouts.engines.vllm.discovery import Endpoint
 from marlora.rollouts.engines.vllm.engine import VLLMEngine
 from marlora.rollouts.engines.vllm.health import ReplicaPolicy
 from marlora.rollouts.engines.vllm.replicas import CAPS, capped
@@ -86,9 +89,12 @@ def test_the_others_answer_for_a_lost_server_which_comes_back_with_the_right_ada
         play(engine_on(one, two, root=tmp_path), work)
 
 
-def test_another_process_asks_the_same_servers_and_loads_nothing(tmp_path: Path) -> None:
+def test_another_process_asks_the_same_servers_and_loads_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A version that it never published is asked for by name; a server that was lost comes back as
     it is, although this process knows of no adapter; no key is sent in the address."""
+    monkeypatch.setattr("marlora.rollouts.engines.vllm.replicas.PAUSES", (0.01, 0.02))
     (tmp_path / "versions").mkdir()
     folder = adapter(tmp_path / "versions", "solver-v1-aa")
     key = tmp_path / "key"
@@ -120,6 +126,100 @@ def test_another_process_asks_the_same_servers_and_loads_nothing(tmp_path: Path)
             await other.close()
 
         play(engine_on(one, two, root=tmp_path / "versions"), work)
+
+
+class Told:
+    """The files by which another process finds a server that is started again."""
+
+    def __init__(self, folder: Path, fake: FakeVLLM) -> None:
+        self.key_file = folder / "vllm-0.key"
+        self.tell(fake)
+        self.endpoint = Endpoint(fake.url, str(self.key_file))
+
+    def tell(self, fake: FakeVLLM) -> None:
+        self.key_file.with_suffix(".url").write_text(fake.url, encoding="utf-8")
+        self.key_file.write_text(fake.key, encoding="utf-8")
+        self.key_file.chmod(0o600)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_another_process_follows_a_server_to_its_new_address_and_waits_for_its_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    """Whether it is the only one or not. No key is sent to where the server was before."""
+    monkeypatch.setattr("marlora.rollouts.engines.vllm.replicas.PAUSES", (0.01, 0.02))
+    ref, new = ModelRef("solver", "solver-v1-aa"), "n" * 20
+    with FakeVLLM(key=KEY) as first, FakeVLLM(key=KEY) as second:
+        port = int(first.url.rsplit(":", 1)[1])
+        for fake in (first, second):
+            fake.loaded[ref.version] = "/versions/solver-v1-aa"
+        told = Told(tmp_path, first)
+        (tmp_path / "second").mkdir()
+        rest = [Told(tmp_path / "second", second).endpoint][:others]
+        engine = VLLMEngine(
+            [told.endpoint, *rest], Tokens(), adapter_root=tmp_path, retry=QUICK, foreign=True
+        )
+
+        async def work(engine: VLLMEngine) -> None:
+            await many(engine, ref)
+            first.stop()
+            with FakeVLLM(key=KEY, port=port) as stranger, FakeVLLM(key=new) as again:
+                stranger.key = "s" * 20
+                asking = asyncio.create_task(many(engine, ref))
+                while not stranger.requests:
+                    await asyncio.sleep(0.01)
+                told.tell(again)
+                while not again.requests or (not others and not asked_one(again, "/v1/models")):
+                    await asyncio.sleep(0.01)
+                if not others:  # it answers, but has not got the adapter yet
+                    await asyncio.sleep(0.1)
+                    assert not asking.done() and engine.fleet.lost
+                again.loaded[ref.version] = "/versions/solver-v1-aa"
+                await asking
+                await until(lambda: not engine.fleet.lost, engine)
+                before = len(again.completions())
+                await many(engine, ref)
+                assert len(again.completions()) > before
+                assert f"Bearer {new}" not in {key for _, key, _ in stranger.requests}
+                assert not any(path.endswith("_lora_adapter") for path, _, _ in again.requests)
+
+        play(engine, work)
+
+
+def asked_one(fake: FakeVLLM, route: str) -> bool:
+    return any(path == route for path, _, _ in fake.requests)
+
+
+def test_a_server_that_got_a_new_key_or_lost_its_adapters_unnoticed_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """401 and 404 say so to a process that did not start it. Any other refusal is one, as is a 404
+    for what its server has."""
+    monkeypatch.setattr("marlora.rollouts.engines.vllm.replicas.PAUSES", (0.01, 0.02))
+    ref = ModelRef("solver", "solver-v1-aa")
+    with FakeVLLM(key=KEY) as fake:
+        told = Told(tmp_path, fake)
+        policy = replace(QUICK, gone=0.3)
+        engine = VLLMEngine(
+            [told.endpoint], Tokens(), adapter_root=tmp_path, retry=policy, foreign=True
+        )
+
+        async def work(engine: VLLMEngine) -> None:
+            fake.loaded[ref.version] = "/versions/solver-v1-aa"
+            fake.key = "n" * 20
+            told.tell(fake)
+            await many(engine, ref)
+            for status in ("400", "404"):
+                fake.faults.append(status)
+                with pytest.raises(RequestRefused, match=f"HTTP {status}: scripted"):
+                    await engine.generate([2, 3], ref, DRAW)
+            fake.loaded.clear()
+            with pytest.raises(EngineError, match=r"gone .*does not list solver-v1-aa again yet"):
+                await engine.generate([2, 3], ref, DRAW)
+            fake.loaded[ref.version] = "/versions/solver-v1-aa"
+            await many(engine, ref)
+
+        play(engine, work)
 
 
 def test_a_silent_server_is_lost_while_its_health_is_fine() -> None:
@@ -179,18 +279,19 @@ def test_a_version_cannot_be_published_to_nobody(tmp_path: Path) -> None:
         play(engine_on(one, two, root=tmp_path, retry=policy), work)
 
 
-def servers(
-    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, restarts: int
+def ours(
+    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, count: int = 2
 ) -> list[VLLMServer]:
-    """Two of ours, of which a program that only pretends plays vLLM."""
+    """Servers of ours, of which a program that only pretends plays vLLM; each is started again
+    once."""
     started: list[VLLMServer] = []
     monkeypatch.setattr(vllm_server, "vllm_version", lambda: ("0.0", True))
-    for index in range(2):
+    for index in range(count):
         settings = ServerSettings(
             str(model),
             folder,
             policies=[PolicySpec("solver")],
-            max_restarts=restarts,
+            max_restarts=1,
             label="vllm",
             devices=("", ""),
         )
@@ -207,7 +308,7 @@ def servers(
 def test_one_of_ours_is_started_again_behind_the_others_back(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = servers(model, tmp_path, monkeypatch, restarts=1)
+    one, two = ours(model, tmp_path, monkeypatch)
     engine = VLLMEngine(
         [one, two],
         Tokens(),
@@ -232,6 +333,47 @@ def test_one_of_ours_is_started_again_behind_the_others_back(
 
     play(engine, work)
     assert not one.alive and not two.alive
+
+
+def test_one_of_ours_that_only_another_process_asks_is_started_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That process waits for it, and for its adapters; what died too often is an error."""
+    monkeypatch.setattr("marlora.rollouts.engines.vllm.replicas.PAUSES", (0.01, 0.02))
+    server, ref = ours(model, tmp_path, monkeypatch, 1)[0], ModelRef("solver", "solver-v1-aa")
+    engine = VLLMEngine([server], Tokens(), adapter_root=tmp_path / "versions", retry=QUICK)
+    folder = adapter(tmp_path / "versions", "solver-v1-aa")
+
+    async def work(engine: VLLMEngine) -> None:
+        await engine.publish({"solver": folder})
+        await revive_servers(engine)
+        assert engine.replicas[server.name].health.restarts == 0, "it lives"
+        other = await asyncio.to_thread(
+            attach_engine,
+            address_of(engine) or {},
+            Tokens(),  # type: ignore[arg-type]
+            EngineConfig(),
+            tmp_path,
+        )
+        os.kill(group_of(server)[0], signal.SIGKILL)
+        asking = asyncio.create_task(other.generate([2, 3], ref, DRAW))
+        await until_dead(server)
+        await revive_servers(engine)
+        assert [reply.token_ids for reply in await asking] == [
+            tuple(sampled(ref.version, [2, 3], 100, 6))
+        ]
+        os.kill(group_of(server)[0], signal.SIGKILL)
+        await until_dead(server)
+        with pytest.raises(EngineError, match="started again 1 times"):
+            await revive_servers(engine)
+        await other.close()
+
+    play(engine, work)
+
+
+async def until_dead(server: VLLMServer) -> None:
+    while server.alive:
+        await asyncio.sleep(0.01)
 
 
 def test_with_other_servers_to_ask_waits_are_short() -> None:

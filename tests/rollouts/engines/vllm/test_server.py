@@ -223,6 +223,38 @@ def test_start_and_stop_leave_no_process_and_no_key(
     assert gone(pid) and not server.alive and not server.key_file.exists()
 
 
+def modes(server: VLLMServer) -> list[int]:
+    return [path.stat().st_mode & 0o777 for path in (server.key_file, server.url_file)]
+
+
+def test_a_restart_keeps_the_port_unless_somebody_took_it_and_says_where_it_is(
+    model: Path, tmp_path: Path, pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+):
+    """The key is a new one each time. Both files are gone when it is stopped."""
+    pretend(fake_program)
+    look, free = vllm_server.port_is_free, list[bool]()
+    monkeypatch.setattr(vllm_server, "port_is_free", lambda *at: free.append(look(*at)) or free[-1])
+    server = VLLMServer(ServerSettings(str(model), tmp_path), progress=quiet).start()
+    url, key = server.url, server.key
+    assert (server.key_file.read_text(), server.url_file.read_text()) == (key, url)
+    assert modes(server) == [0o600, 0o600]
+    server.stop()
+    assert not server.key_file.exists() and not server.url_file.exists()
+    server.start()
+    assert (server.url == url) == free.pop(), "another program may have taken it in between"
+    assert server.url_file.read_text() == server.url and server.key != key
+    server.stop()
+    url = server.url
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+        listener.listen()
+        server.start()
+        assert server.url != url and server.url_file.read_text() == server.url
+        assert vllm_server.served_base(server.url, server.key)[0] == "served-base"
+    server.stop()
+
+
 def test_a_server_that_dies_at_start_shows_the_end_of_its_log(
     model: Path, tmp_path: Path, pretend: Callable[..., None]
 ):
