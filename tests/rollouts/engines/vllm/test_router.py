@@ -189,6 +189,27 @@ def test_a_server_that_was_started_again_behind_the_router_gets_its_adapters_aga
         play(tmp_path, router.url, [one, two], work)
 
 
+def test_a_server_behind_the_router_is_given_time_to_get_its_adapters_from_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("marlora.rollouts.engines.vllm.replicas.PAUSES", (0.01, 5.0))
+    ref = ModelRef("solver", "solver-v1-aa")
+    with FakeVLLM(key=KEY) as one, FakeVLLM(key=KEY) as two, FakeRouter(one.url, two.url) as router:
+        one.loaded[ref.version] = "/versions/solver-v1-aa"
+
+        async def work(engine: VLLMEngine) -> None:
+            asking = asyncio.gather(*(engine.generate([2, k], ref, DRAW) for k in range(8)))
+            while not engine.fleet.lost:
+                await asyncio.sleep(0.01)
+            two.loaded[ref.version] = "/versions/solver-v1-aa"
+            assert [r.token_ids for (r,) in await asking] == [
+                tuple(sampled(ref.version, [2, k], 100, 6)) for k in range(8)
+            ]
+            assert not any("lora_name" in (body or {}) for _, _, body in two.requests)
+
+        play(tmp_path, router.url, [one, two], work, foreign=True)
+
+
 def test_a_version_is_retired_when_no_request_is_on_its_way_through_the_router(
     tmp_path: Path,
 ) -> None:
