@@ -29,6 +29,7 @@ TORCH_ENGINE = (
     "transformers_exactness",
     "transformers_prompts",
     "transformers_batch",
+    "transformers_adapters",
 )
 LARGEST = 1_000_000  # bytes of one file in the repository
 

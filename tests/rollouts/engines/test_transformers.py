@@ -261,16 +261,13 @@ def test_errors_name_bad_models_and_adapters(
         TransformersEngine(tmp_path / "empty", tokens=tokens)
     other = tiny_random_model(tmp_path / "wide", hidden_size=64)
     wrong = adapter_maker(other, tmp_path)("solver-v1-0000", 0)
-    dotted = adapter_maker(model, tmp_path)("solver-v1.5", 0)
 
     async def work() -> None:
         engine = TransformersEngine(model, tokens=tokens, max_adapters=1)
         with pytest.raises(EngineError, match="size mismatch"):
             await engine.publish({"solver": wrong})
-        with pytest.raises(SettingError, match=r"no '\.'"):
-            await engine.publish({"solver": dotted})
-        right = adapter_maker(model, tmp_path)("solver-v2-0000", 0)
-        assert await engine.publish({"solver": right}) == {"solver": "solver-v2-0000"}
+        right = adapter_maker(model, tmp_path)("solver-v2.5-0000", 0)
+        assert await engine.publish({"solver": right}) == {"solver": "solver-v2.5-0000"}
         with pytest.raises(EngineError, match="max_adapters=1"):
             await engine.publish({"solver": right})
         assert engine.info().replicas == ("local",) and engine.info().context == 512
