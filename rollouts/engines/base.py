@@ -47,7 +47,8 @@ class EngineInfo:
     `replicas`: places a version must reach, those that are there now.
 
     `deterministic`: the same requests, all sent again, get the same replies to the last bit; some
-    of them sent alone may not (another batch rounds differently).
+    of them sent alone may not (another batch rounds differently). `prefix_cache`: a prompt may be
+    answered from what an earlier request has left of it.
     """
 
     kind: str
@@ -57,6 +58,7 @@ class EngineInfo:
     max_rank: int = 0
     replicas: tuple[str, ...] = ("local",)
     deterministic: bool = False
+    prefix_cache: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -36,7 +36,7 @@ Replies = dict[SampleRequest, "asyncio.Future[Completion]"]
 QUIET = 20  # turns of the event loop without a new request before a wave starts
 
 
-def _answer(reply: asyncio.Future[Completion], result: Completion | EngineError) -> None:
+def _answer(reply: asyncio.Future[T], result: T | EngineError) -> None:
     if reply.done():  # its caller went away
         return
     if isinstance(result, EngineError):
@@ -102,6 +102,9 @@ class TransformersEngine:
         self._versions = AdapterRegistry("transformers")
         self._waiting: Replies = {}
         self._wave: asyncio.Task[None] | None = None
+        self._unscored: dict[ModelRef, list[tuple[tuple[int, ...], asyncio.Future[list[float]]]]]
+        self._unscored = {}
+        self._scoring: set[asyncio.Task[None]] = set()
 
     # the contract
 
@@ -173,7 +176,26 @@ class TransformersEngine:
                 f" {self._base}"
             )
         with self._versions.request(ref):
-            return await self._work(partial(self.sampler.score, tuple(ids), ref))
+            scores: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+            rows = self._unscored.setdefault(ref, [])
+            rows.append((tuple(ids), scores))
+            if len(rows) == 1:
+                task = asyncio.create_task(self._score(ref), name="transformers engine: scores")
+                self._scoring.add(task)
+                task.add_done_callback(self._scoring.discard)
+            return await scores
+
+    async def _score(self, ref: ModelRef) -> None:
+        """Score what was asked of these weights in this turn of the event loop."""
+        rows = self._unscored.pop(ref)
+        try:
+            results = await self._work(partial(self.sampler.score, [ids for ids, _ in rows], ref))
+        except EngineError as error:
+            for _, scores in rows:
+                _answer(scores, error)
+        else:
+            for (_, scores), result in zip(rows, results, strict=True):
+                _answer(scores, result)
 
     async def publish(self, adapters: Mapping[str, Path]) -> TeamVersion:
         """Raises `SettingError` for a folder that holds no adapter."""
@@ -205,6 +227,7 @@ class TransformersEngine:
             self._context,
             self._dtype,
             deterministic=True,
+            prefix_cache=False,
             settings=settings,
         )
 

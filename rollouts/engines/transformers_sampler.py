@@ -21,6 +21,7 @@ from .transformers_exactness import padding_is_exact, use_exact_attention
 from .transformers_prompts import why_not_shared
 
 log = logging.getLogger(__name__)
+SCORED = 1024  # tokens that are scored together, but for a row that is longer
 BLOCK = 256  # tokens of the vocabulary whose probabilities are added up together
 
 
@@ -121,15 +122,30 @@ class Sampler:
         """Switch to this version's adapter, or to the bare base."""
         self.adapters.activate(ref.version)
 
-    def score(self, ids: tuple[int, ...], ref: ModelRef) -> list[float]:
-        """Log-probabilities [len(ids) - 1] of ids[1:] at temperature 1."""
+    def score(self, rows: Sequence[tuple[int, ...]], ref: ModelRef) -> list[list[float]]:
+        """Of each row the log-probabilities [len(row) - 1] of row[1:] at temperature 1."""
         import torch
 
+        together: list[list[tuple[int, ...]]] = []
+        for row in rows:
+            last = together[-1] if together else []
+            if last and self.pads and max(map(len, (*last, row))) * (len(last) + 1) <= SCORED:
+                last.append(row)
+            else:
+                together.append([row])
         with torch.inference_mode():
             self.activate(ref)
-            tensor = torch.tensor([ids], device=self.device)
-            logits = self.model(input_ids=tensor, use_cache=False).logits[0, :-1].float()
-            return torch.log_softmax(logits, -1).gather(1, tensor[0, 1:, None])[:, 0].tolist()
+            return [scores for batch in together for scores in self._score(batch)]
+
+    def _score(self, rows: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        """The same of one batch, padded behind its rows: no token sees what follows it."""
+        import torch
+
+        width = max(map(len, rows))
+        ids = torch.tensor([row + (0,) * (width - len(row)) for row in rows], device=self.device)
+        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        scores = torch.log_softmax(logits, -1).gather(2, ids[:, 1:, None])[..., 0].tolist()
+        return [one[: len(row) - 1] for one, row in zip(scores, rows, strict=True)]
 
     def decode(self, batch: Sequence[SampleRequest]) -> None:
         """Fill in tokens, log-probs and finish reason of each request. All have the same ref and

@@ -112,7 +112,6 @@ class Adapters:
         config = _config(self.model, spec, self.base_name)
         self.aside[name] = spec
         self._insert(name, config)
-        self.refresh()
         self._fresh(name)
         self.declare()
 
@@ -133,6 +132,7 @@ class Adapters:
                     if isinstance(layer, LoraLayer) and name in layer.lora_A:
                         layer.lora_A[name].to_empty(device="cpu")
                         layer.lora_B[name].to_empty(device="cpu")
+        self.refresh()
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -148,12 +148,7 @@ class Adapters:
         """The adapter's tensors by the key they have in a saved file, sorted. Optimizers take their
         lists from here."""
         self._spec(name)
-        parameters = {}
-        for full, parameter in self.model.named_parameters():
-            match = _LORA.match(full)
-            if match and match["adapter"] == name:
-                parameters[f"{match['module']}.weight"] = parameter
-        return dict(sorted(parameters.items()))
+        return dict(self._tensors.get(name, {}))
 
     @contextlib.contextmanager
     def active(self, name: str) -> Iterator[Any]:
@@ -172,21 +167,22 @@ class Adapters:
 
     def declare(self) -> None:
         """Set `requires_grad` of every parameter to the declared table."""
-        for parameter, learns in self._table:
+        for parameter, learns in self._table.values():
             if parameter.requires_grad != learns:
                 parameter.requires_grad_(learns)
 
     def check(self) -> None:
-        """Raise RuntimeError if any `requires_grad` differs from the declared table."""
-        wrong = [
-            full
-            for full, p in self.model.named_parameters()
-            if p.requires_grad != self._declared(full)
-        ]
+        """Raise RuntimeError if any `requires_grad` differs from the declared table, or if the
+        model holds other adapter tensors than `parameters` gives."""
+        wrong = []
+        for full, parameter in self.model.named_parameters():
+            known, learns = self._table.get(full, (parameter, False))
+            if parameter.requires_grad != learns or (parameter is not known and _LORA.match(full)):
+                wrong.append(full)
         if wrong:
             raise RuntimeError(
-                f"requires_grad of {len(wrong)} parameters differs from the policies' table, first:"
-                f" {wrong[0]}"
+                f"requires_grad of {len(wrong)} parameters differs from the policies' table, or"
+                f" they were replaced, first: {wrong[0]}"
             )
 
     def checkpoint_activations(self) -> None:
@@ -253,8 +249,9 @@ class Adapters:
         return self._read_sha256()
 
     def refresh(self) -> None:
-        """To be called when the base's parameters were replaced by others of the same names."""
-        self.__dict__.pop("_table", None)
+        """To be called when parameters were replaced by others of the same names, or added."""
+        for kept in ("_table", "_tensors", "_layers"):
+            self.__dict__.pop(kept, None)
 
     def is_trained(self, name: str) -> bool:
         """False while B is zero: the adapter is the bare base to the last bit."""
@@ -263,7 +260,7 @@ class Adapters:
     @contextlib.contextmanager
     def amplified(self, name: str, factor: float) -> Iterator[None]:
         """The adapter's scaling times `factor`, as if `lora_alpha` were; `base` has none."""
-        layers = [m for m in self.model.modules() if isinstance(m, LoraLayer) and name in m.scaling]
+        layers = [layer for layer in self._layers if name in layer.scaling]
         before = [layer.scaling[name] for layer in layers]
         try:
             for layer, scaling in zip(layers, before, strict=True):
@@ -277,13 +274,29 @@ class Adapters:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    # kept, because walking a model costs as much as a small forward pass
+
     @functools.cached_property
-    def _table(self) -> list[tuple[nn.Parameter, bool]]:
-        """Every parameter and whether it is declared to learn. Kept, because walking a model costs
-        as much as a small forward pass."""
-        return [
-            (parameter, self._declared(full)) for full, parameter in self.model.named_parameters()
-        ]
+    def _table(self) -> dict[str, tuple[nn.Parameter, bool]]:
+        """Every parameter and whether it is declared to learn."""
+        return {
+            full: (parameter, self._declared(full))
+            for full, parameter in self.model.named_parameters()
+        }
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, dict[str, nn.Parameter]]:
+        """`parameters` of every adapter."""
+        found: dict[str, dict[str, nn.Parameter]] = {}
+        for full, (parameter, _) in self._table.items():
+            if match := _LORA.match(full):
+                found.setdefault(match["adapter"], {})[f"{match['module']}.weight"] = parameter
+        return {name: dict(sorted(tensors.items())) for name, tensors in found.items()}
+
+    @functools.cached_property
+    def _layers(self) -> list[LoraLayer]:
+        """Those that adapters stand on."""
+        return [module for module in self.model.modules() if isinstance(module, LoraLayer)]
 
     def _spec(self, name: str) -> PolicySpec:
         spec = self.policies.get(name) or self.aside.get(name)
@@ -303,15 +316,12 @@ class Adapters:
         return spec is not None and spec.trainable
 
     def _switch(self, names: tuple[str, ...]) -> None:
-        now = active_adapters(self.model)
-        if not isinstance(self.model, PeftModel) or names == now:
+        if names == active_adapters(self.model):
             return
-        if names:
-            if not now:
-                self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(names[0])
-        else:
-            self.model.base_model.disable_adapter_layers()
+        for layer in self._layers:
+            layer.enable_adapters(bool(names))
+            if names:
+                layer.set_adapter(names[0], inference_mode=True)
         self.declare()
 
     def _fresh(self, name: str) -> None:

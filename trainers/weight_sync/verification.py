@@ -10,8 +10,8 @@ replica.
    decide.) Levels prove nothing: one step at lr 1e-5 moves a token by less than bfloat16's noise,
    and adapters one step apart correlate at 0.98;
 3. decoding: tokens sampled at the run's temperature after a prompt just served (so that the prefix
-   cache is hit) have the trainer's log-probabilities. Scoring, which the twin is judged by, meets
-   neither prefix cache nor penalties.
+   cache is hit, where the engine has one) have the trainer's log-probabilities. Scoring, which the
+   twin is judged by, meets neither prefix cache nor penalties.
 
 How small is small follows the noise, measured with every adapter off when a replica is first
 verified: where engine and trainer agree to six digits, the version of one step ago differs even
@@ -314,14 +314,15 @@ class WeightVerifier:
             )
             return [one for (one,) in replies]
 
-        async def twice(replica: str) -> list[Completion]:
-            await decode(replica, 1)  # so that the next requests meet the prefix cache
+        async def answers(replica: str) -> list[Completion]:
+            if self.engine.info().prefix_cache:
+                await decode(replica, 1)  # so that the next requests meet it
             return await decode(replica, SAMPLED)
 
         replies = dict(
             zip(
                 proofs,
-                await gather(_unless_lost(twice(replica)) for replica in proofs),
+                await gather(_unless_lost(answers(replica)) for replica in proofs),
                 strict=True,
             )
         )

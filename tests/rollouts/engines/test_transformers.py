@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from marlora.agents.patterns.chain import Chain
 from marlora.agents.state import TeamState
 from marlora.agents.types import BASE, AgentSpec, Completion, Message, Sampling, SettingError, Task
-from marlora.rollouts.engines.base import EngineError, ModelRef
+from marlora.rollouts.engines.base import EngineError, ModelRef, PromptTooLong
 from marlora.rollouts.engines.transformers import TransformersEngine
 from marlora.rollouts.engines.transformers_batch import ContinuousBatch
-from marlora.rollouts.engines.transformers_sampler import shape_logits
+from marlora.rollouts.engines.transformers_sampler import Sampler, shape_logits
 from marlora.rollouts.episodes.completers import EngineCompleter
 from marlora.rollouts.episodes.runner import EpisodeRunner, episode_requests
 from marlora.rollouts.renderer import ChatRenderer, load_tokenizer
@@ -216,6 +216,51 @@ def test_requests_of_the_same_moment_share_a_batch(
         (prompt, ModelRef(BASE), Sampling(max_tokens=3, seed=1)),
     )
     assert sum(entered) == 11 and entered[0] == 4 and max(entered) == 4
+
+
+def test_scores_of_the_same_moment_are_those_of_each_alone(
+    model: Path, tokens: ChatRenderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of one adapter share a pass, up to a number of tokens; whoever goes away, and a row that
+    is too long, take nobody with them."""
+    folder = adapter_maker(model, tmp_path)("solver-v1-0000", 0)
+    adapted, bare = ModelRef("solver", folder.name), ModelRef(BASE)
+    rows = [tuple(range(1 + k, 1 + k + length)) for k, length in enumerate((9, 3, 30, 1))]
+    passes: list[int] = []
+    score = Sampler._score
+
+    def count(sampler: Sampler, some: list[tuple[int, ...]]) -> list[list[float]]:
+        passes.append(len(some))
+        return score(sampler, some)
+
+    monkeypatch.setattr(Sampler, "_score", count)
+
+    async def work() -> None:
+        engine = TransformersEngine(model, tokens=tokens)
+        await engine.publish({"solver": folder})
+        alone = {
+            (row, ref): await engine.score(row, ref) for row in rows for ref in (adapted, bare)
+        }
+        assert passes == [1] * 8
+        gone = asyncio.create_task(engine.score(rows[0], adapted))
+        asked = [asyncio.create_task(engine.score(*key)) for key in alone]
+        refused = asyncio.create_task(engine.score([1] * 600, adapted))
+        await asyncio.sleep(0)
+        gone.cancel()
+        for (row, ref), scores in zip(alone, await asyncio.gather(*asked), strict=True):
+            assert len(scores) == len(row) - 1
+            assert scores == pytest.approx(alone[row, ref], abs=1e-5)
+        assert passes[8:] == [5, 4]
+        with pytest.raises(PromptTooLong):
+            await refused
+        monkeypatch.setattr("marlora.rollouts.engines.transformers_sampler.SCORED", 20)
+        await asyncio.gather(*(engine.score(row, bare) for row in rows))
+        assert passes[10:] == [2, 1, 1]
+        await engine.close()
+        with pytest.raises(EngineError, match="closed"):
+            await engine.score(rows[0], bare)
+
+    asyncio.run(work())
 
 
 def test_a_caller_that_goes_away_takes_nobody_with_it(model: Path, tokens: ChatRenderer) -> None:

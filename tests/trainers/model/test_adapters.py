@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from marlora.agents.types import AdapterSpec, PolicySpec, SettingError
@@ -136,6 +137,20 @@ def test_requires_grad_is_the_table_after_every_call(tmp_path):
     model.set_adapter("c")
     with pytest.raises(RuntimeError, match="requires_grad of"):
         adapters.check()
+
+
+def test_a_tensor_that_was_replaced_is_seen_and_taken_after_refresh():
+    """Optimizers keep the tensors that `parameters` gave them."""
+    adapters = make()
+    layer = next(layer for layer in adapters.model.modules() if isinstance(layer, LoraLayer))
+    old = layer.lora_A["a"].weight
+    layer.lora_A["a"].weight = torch.nn.Parameter(old.detach().clone())
+    assert any(p is old for p in adapters.parameters("a").values())
+    with pytest.raises(RuntimeError, match="they were replaced"):
+        adapters.check()
+    adapters.refresh()
+    adapters.check()
+    assert any(p is layer.lora_A["a"].weight for p in adapters.parameters("a").values())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

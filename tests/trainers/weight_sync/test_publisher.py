@@ -31,7 +31,7 @@ from marlora.trainers.weight_sync.probes import (
     trainer_logprobs,
 )
 from marlora.trainers.weight_sync.publisher import Publisher
-from marlora.trainers.weight_sync.verification import VerificationRecord
+from marlora.trainers.weight_sync.verification import SAMPLED, VerificationRecord
 from tests.trainers.publishing import (
     PROMPTS,
     BareBase,
@@ -221,6 +221,43 @@ class StalePrefix(Liar):
 def test_a_reload_in_place_fails_the_proof(model: Path, tmp_path: Path):
     made = proofs(model, tmp_path, StalePrefix, learning_rate=1e-2, steps=(3, 1))
     assert [proof.reason.partition(":")[0] for proof in made] == ["decoding", "decoding"]
+
+
+class Cached(Honest):
+    """Says that it keeps prompts, and counts what it is asked for."""
+
+    def __init__(self, true: Any) -> None:
+        super().__init__(true)
+        self.lengths: list[int] = []
+
+    def info(self) -> EngineInfo:
+        return replace(super().info(), prefix_cache=True)
+
+    async def generate(
+        self, ids: Sequence[int], ref: ModelRef, sampling: Sampling, *args: Any, **more: Any
+    ) -> list[Completion]:
+        self.lengths.append(sampling.max_tokens)
+        return await super().generate(ids, ref, sampling, *args, **more)
+
+
+class NothingKept(Cached):
+    def info(self) -> EngineInfo:
+        return replace(super().info(), prefix_cache=False)
+
+
+@pytest.mark.parametrize(("kind", "times"), [(Cached, 2), (NothingKept, 1)])
+def test_prompts_are_served_before_where_they_are_kept(
+    model: Path, tmp_path: Path, kind: type[Cached], times: int
+):
+    """Decoding is proven behind the prefix cache; where there is none, once is enough."""
+    engines: list[Cached] = []
+
+    def wrap(true: TransformersEngine) -> Cached:
+        engines.append(kind(true))
+        return engines[0]
+
+    assert [proof.status for proof in proofs(model, tmp_path, wrap)] == ["passed", "passed"]
+    assert sorted(engines[0].lengths[-4 * times :]) == [1] * 4 * (times - 1) + [SAMPLED] * 4
 
 
 class TwoReplicas(Liar):
