@@ -226,16 +226,18 @@ class EpisodeRunner:
                 here = functools.partial(self._play, request, _Start(now, latest))
                 return await (here() if spread is None or latest else spread(request, now, here))
 
-        tasks = [asyncio.create_task(one(request), name=request.id) for request in plan]
+        # of episodes not yet yielded: a task holds its result for as long as it is held itself
+        tasks = dict.fromkeys(asyncio.create_task(one(each), name=each.id) for each in plan)
         try:
             ended: asyncio.Queue[asyncio.Task[list[Episode]]] = asyncio.Queue()
             for task in tasks:
                 task.add_done_callback(ended.put_nowait)
             failed: asyncio.Task[list[Episode]] | None = None
-            for _ in tasks:
+            for _ in plan:
                 if failed is not None and ended.empty():
                     break
                 task = await ended.get()
+                del tasks[task]
                 if task.cancelled() or task.exception() is not None:
                     failed = failed or task
                     await asyncio.sleep(0)  # others may have ended in this very turn of the loop

@@ -4,7 +4,9 @@ replay, concurrency."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -439,6 +441,27 @@ def test_closing_the_iterator_cancels_what_is_open() -> None:
         return len(asyncio.all_tasks())
 
     assert asyncio.run(go()) == 1 and cancelled == ["t2"]
+
+
+def test_an_episode_that_was_yielded_is_not_kept() -> None:
+    """A plan may be as long as a store; what has been stored need not stay in memory."""
+
+    async def collected() -> list[int]:
+        engine = ScriptedEngine(echo)
+        rollouts = play_with(Chain(["a"]), engine, limits=EpisodeLimits(concurrency=2))
+        plan = episode_requests([Task(str(k), f"{k}?") for k in range(20)], label="many")
+        yielded: list[weakref.ref[Episode]] = []
+        alive = []
+        async for episode in rollouts.collect(plan):
+            yielded.append(weakref.ref(episode))
+            del episode
+            gc.collect()
+            alive.append(sum(each() is not None for each in yielded))
+        assert len(yielded) == 20
+        return alive
+
+    # the iterator holds the one it gave last
+    assert max(asyncio.run(collected())) <= 2
 
 
 def test_concurrency_is_bounded() -> None:
