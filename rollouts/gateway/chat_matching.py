@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...agents.chat import Agent
@@ -22,30 +23,42 @@ from .api.chat import Request, shown
 from .api.fields import BadRequest, loaded
 
 
+@dataclass(frozen=True)
+class KnownChat:
+    """What is known of a request's chat: the turn that ends its longest known beginning, and how
+    many messages that beginning has; None and 0 for a new chat. `whole`: the hash of all of its
+    messages."""
+
+    turn: Turn | None
+    count: int
+    whole: hashlib._Hash
+
+
 class ChatMatcher:
     """The chats of one episode, by a hash of agent, tools and messages, and by the ids of
     responses."""
 
     def __init__(self) -> None:
-        self._last_turns: dict[str, Turn] = {}  # hash of a chat that ends with an answer -> turn
+        self._last_turns: dict[bytes, Turn] = {}  # hash of a chat that ends with an answer -> turn
         self._responses: dict[str, tuple[Message, ...]] = {}  # response id -> its chat
 
-    def previous(self, agent: str, request: Request) -> tuple[Turn | None, int]:
-        """The turn that ends the longest known beginning of the request's chat, and how many
-        messages that beginning has; (None, 0) for a new chat."""
+    def find(self, agent: str, request: Request) -> KnownChat:
+        """The chat that a request continues."""
         turn, count = None, 0
-        digests = chat_digests(agent, request.tools, request.messages)
-        for number, (message, digest) in enumerate(digests, 1):
-            if message.role == "assistant" and digest in self._last_turns:
-                turn, count = self._last_turns[digest], number
-        return turn, count
+        whole = hashlib.sha256(json.dumps([agent, request.tools], sort_keys=True).encode())
+        for number, message in enumerate(request.messages, 1):
+            whole.update(_for_hash(message))
+            if message.role == "assistant":
+                known = self._last_turns.get(whole.digest())
+                turn, count = (known, number) if known else (turn, count)
+        return KnownChat(turn, count, whole)
 
-    def remember(self, agent: str, request: Request, turns: Sequence[Turn]) -> None:
-        """The chats that these answers to a request end."""
+    def remember(self, chat: KnownChat, request: Request, turns: Sequence[Turn]) -> None:
+        """The chats that these answers to a request end; `chat` is what `find` gave for it."""
         for turn in turns:
-            messages = (*request.messages, shown(turn, request))
-            *_, (_, digest) = chat_digests(agent, request.tools, messages)
-            self._last_turns.setdefault(digest, turn)
+            answered = chat.whole.copy()
+            answered.update(_for_hash(shown(turn, request)))
+            self._last_turns.setdefault(answered.digest(), turn)
 
     def remember_response(self, name: str, messages: tuple[Message, ...]) -> None:
         """Keep the chat of a response for a later `previous_response_id`."""
@@ -63,18 +76,11 @@ class ChatMatcher:
         return len(self._last_turns), len(self._responses)
 
 
-def chat_digests(
-    agent: str, tools: Sequence[Any], messages: Sequence[Message]
-) -> list[tuple[Message, str]]:
-    """For each message, a hash of the chat up to it. The ids of tool calls do not count, nor how a
-    program spells their arguments."""
-    digest = hashlib.sha256(json.dumps([agent, tools], sort_keys=True).encode())
-    digests = []
-    for message in messages:
-        calls = [(call["name"], _same_json(call["arguments"])) for call in message.tool_calls]
-        digest.update(json.dumps([message.role, message.content, message.name, calls]).encode())
-        digests.append((message, digest.copy().hexdigest()))
-    return digests
+def _for_hash(message: Message) -> bytes:
+    """What a chat's hash takes of a message: the ids of tool calls do not count, nor how a program
+    spells their arguments."""
+    calls = [(call["name"], _same_json(call["arguments"])) for call in message.tool_calls]
+    return json.dumps([message.role, message.content, message.name, calls]).encode()
 
 
 def _same_json(text: str) -> str:

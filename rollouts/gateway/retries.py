@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from ...agents.types import Turn
 from .api.chat import Request
@@ -29,7 +28,7 @@ class Connection(Protocol):
 @dataclass(eq=False)
 class PendingCall:
     """A call and its answer, shared by all requests that send it. `body` is a hash of the request,
-    `key` its Idempotency-Key."""
+    `key` its Idempotency-Key, `connections` those that wait for the answer."""
 
     body: str
     key: str
@@ -45,6 +44,12 @@ class PendingCall:
             self.answer.cancelled() or self.answer.exception() is not None
         )
 
+    def deliver(self) -> None:
+        """Its answer was sent. Its connections are let go: an open HTTP request is dozens of
+        objects, which every full garbage collection in the episode would visit."""
+        self.delivered = True
+        self.connections.clear()
+
     @property
     def abandoned(self) -> bool:
         """Every connection that asked for it broke before the reply was sent."""
@@ -56,9 +61,10 @@ def disconnected(connection: Connection) -> bool:
     return connection.transport is None or connection.transport.is_closing()
 
 
-def body_hash(data: Any) -> str:
-    """Hash of a request's path and body, by which a request that is sent again is recognised."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+def request_hash(path: str, body: bytes) -> str:
+    """Hash of a request's path and body, by which a request that is sent again is recognised: byte
+    for byte, as clients send it."""
+    return hashlib.sha256(path.encode() + b"\0" + body).hexdigest()
 
 
 class RetryCache:
@@ -86,7 +92,7 @@ class RetryCache:
         open and the request does not declare itself new (`retries` 0).
 
         Args:
-            body: `body_hash` of the request.
+            body: `request_hash` of the request.
             key: its Idempotency-Key; "" if it has none.
             retries: its X-Stainless-Retry-Count; None if it has none.
         """

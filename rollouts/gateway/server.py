@@ -25,13 +25,13 @@ from typing import Any
 from aiohttp import web
 
 from ...agents.team import Team
-from ...agents.types import SettingError
+from ...agents.types import SettingError, Turn
 from .api import messages
 from .api.chat import Request, chat_chunks, chat_completion, read_chat, shown
 from .api.completions import completion, completion_chunks, read_completion
 from .api.fields import BadRequest, parse_body
 from .api.responses import read_response, response, response_events
-from .retries import PendingCall, disconnected
+from .retries import PendingCall, disconnected, request_hash
 from .session import Session
 
 # environment variable of the run and of the process that posts rewards; never given to a program
@@ -116,12 +116,13 @@ class Listener:
         app = web.Application(client_max_size=gateway.max_body, middlewares=[self._errors])
         app.add_routes(
             [
-                web.get("/episodes/{episode}/v1/models", self._models),
-                web.get("/episodes/{episode}/v1/models/{model}", self._models),
+                # tried in this order
                 web.post("/episodes/{episode}/v1/chat/completions", self._chat),
-                web.post("/episodes/{episode}/v1/completions", self._completions),
                 web.post("/episodes/{episode}/v1/responses", self._responses),
                 web.post("/episodes/{episode}/v1/messages", self._messages),
+                web.post("/episodes/{episode}/v1/completions", self._completions),
+                web.get("/episodes/{episode}/v1/models", self._models),
+                web.get("/episodes/{episode}/v1/models/{model}", self._models),
                 web.post("/episodes/{episode}/rewards", self._rewards),
             ]
         )
@@ -179,19 +180,21 @@ class Listener:
             )
         return session
 
-    async def _body(self, request: web.Request) -> Any:
+    async def _raw(self, request: web.Request) -> bytes:
+        """The body, as it was sent."""
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise BadRequest(
                 400, "Content-Encoding: expected none, bodies are read as they are sent"
             )
+        if request.content.is_eof():  # it came with the head, as short ones do
+            return await request.read()
         try:
             async with asyncio.timeout(self.gateway.body_timeout):
-                raw = await request.read()
+                return await request.read()
         except TimeoutError as error:
             raise BadRequest(
                 408, f"the request was not sent whole in {self.gateway.body_timeout:g} s", "timeout"
             ) from error
-        return parse_body(raw)
 
     # the endpoints
 
@@ -213,9 +216,9 @@ class Listener:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         session = self._session(request)
-        body = await self._body(request)
-        call = self._ask(session, request, body, read_chat(body))
-        turns = await self._answer(call, request)
+        raw = await self._raw(request)
+        call = self._ask(session, request, raw, read_chat(parse_body(raw)))
+        turns = await self._answer(call)
         head = {"id": f"chatcmpl-{session.id}-{turns[0].index}", "created": call.created}
         if call.request.stream:
             return await self._send_events(request, call, chat_chunks(head, call.request, turns))
@@ -223,9 +226,9 @@ class Listener:
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         session = self._session(request)
-        body = await self._body(request)
-        call = self._ask(session, request, body, read_completion(body))
-        turns = await self._answer(call, request)
+        raw = await self._raw(request)
+        call = self._ask(session, request, raw, read_completion(parse_body(raw)))
+        turns = await self._answer(call)
         head = {"id": f"cmpl-{session.id}-{turns[0].index}", "created": call.created}
         if call.request.stream:
             return await self._send_events(
@@ -235,9 +238,9 @@ class Listener:
 
     async def _messages(self, request: web.Request) -> web.StreamResponse:
         session = self._session(request)
-        body = await self._body(request)
-        call = self._ask(session, request, body, messages.read_request(body))
-        turns = await self._answer(call, request)
+        raw = await self._raw(request)
+        call = self._ask(session, request, raw, messages.read_request(parse_body(raw)))
+        turns = await self._answer(call)
         reply = messages.reply_body(f"msg_{session.id}_{turns[0].index}", call.request, turns)
         if call.request.stream:
             return await self._send_events(request, call, messages.reply_events(reply))
@@ -245,9 +248,11 @@ class Listener:
 
     async def _responses(self, request: web.Request) -> web.StreamResponse:
         session = self._session(request)
-        body = await self._body(request)
-        call = self._ask(session, request, body, read_response(body, session.chats.response_chat))
-        turns = await self._answer(call, request)
+        raw = await self._raw(request)
+        call = self._ask(
+            session, request, raw, read_response(parse_body(raw), session.chats.response_chat)
+        )
+        turns = await self._answer(call)
         reply = response(f"resp_{session.id}_{turns[0].index}", call.created, call.request, turns)
         chat = (*call.request.messages, shown(turns[0], call.request))
         session.chats.remember_response(reply["id"], chat)
@@ -255,26 +260,25 @@ class Listener:
             return await self._send_events(request, call, response_events(reply))
         return await self._send_json(request, call, reply)
 
-    def _ask(self, session: Session, request: web.Request, body: Any, chat: Request) -> PendingCall:
+    def _ask(
+        self, session: Session, request: web.Request, raw: bytes, chat: Request
+    ) -> PendingCall:
         if session.closed:  # while the body came in
             raise BadRequest(401, "the episode is over", "invalid_api_key")
         count = request.headers.get("x-stainless-retry-count", "")
         retries = int(count) if RETRIES.fullmatch(count) else None
         key = request.headers.get("Idempotency-Key", "")
-        return session.ask([request.path, body], chat, request, key=key, retries=retries)
+        body = request_hash(request.path, raw)
+        return session.ask(body, chat, request, key=key, retries=retries)
 
-    async def _answer(self, call: PendingCall, request: web.Request) -> Any:
-        try:
-            async with asyncio.timeout(self.gateway.call_timeout):
-                return await asyncio.shield(call.answer)
-        except TimeoutError as error:
-            raise BadRequest(
-                504, f"no answer in {self.gateway.call_timeout:g} s", "timeout"
-            ) from error
-        except asyncio.CancelledError:
-            if call.answer.cancelled():
-                raise BadRequest(401, "the episode is over", "invalid_api_key") from None
-            raise
+    async def _answer(self, call: PendingCall) -> tuple[Turn, ...]:
+        """The answer, which goes on if this request is given up."""
+        await asyncio.wait([call.answer], timeout=self.gateway.call_timeout)
+        if not call.answer.done():
+            raise BadRequest(504, f"no answer in {self.gateway.call_timeout:g} s", "timeout")
+        if call.answer.cancelled():
+            raise BadRequest(401, "the episode is over", "invalid_api_key")
+        return call.answer.result()
 
     async def _send_json(
         self, request: web.Request, call: PendingCall, reply: Mapping[str, Any]
@@ -300,7 +304,7 @@ class Listener:
         with contextlib.suppress(ConnectionError):
             await reply.prepare(request)
             await reply.write_eof(body)  # head and body in one packet wake the program once
-            call.delivered = True
+            call.deliver()
         return reply
 
     async def _rewards(self, request: web.Request) -> web.StreamResponse:
@@ -319,7 +323,7 @@ class Listener:
                 "no such episode, it is over, or this is not the reward token",
                 "invalid_api_key",
             )
-        session.reward(await self._body(request), "posted")
+        session.reward(parse_body(await self._raw(request)), "posted")
         return web.json_response({"rewards": len(session.team.rewards)})
 
 

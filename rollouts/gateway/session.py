@@ -19,8 +19,8 @@ from ...agents.types import Message, Sampling, SettingError, Turn, nearest
 from ..engines.base import PromptTooLong
 from .api.chat import Request
 from .api.fields import BadRequest, wrong
-from .chat_matching import ChatMatcher, engine_message, opening, read_turns
-from .retries import Connection, PendingCall, RetryCache, body_hash
+from .chat_matching import ChatMatcher, KnownChat, engine_message, opening, read_turns
+from .retries import Connection, PendingCall, RetryCache
 from .rewards import read_rewards
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ class Session:
 
     def ask(
         self,
-        data: Any,
+        body: str,
         request: Request,
         connection: Connection,
         *,
@@ -86,30 +86,30 @@ class Session:
         retries: int | None = None,
     ) -> PendingCall:
         """The call of a request: a new one, whose turn's index is assigned now, or an earlier one
-        that is sent again (see `RetryCache.find`)."""
-        body = body_hash(data)
+        that is sent again (see `RetryCache.find`). `body`: its `request_hash`."""
         call = self.calls.find(body, key, retries)
         if call is None:
             agent = self.agent(request.model)
+            chat = self.chats.find(agent.name, request)
             try:
-                numbered = self._call(agent, request)
+                numbered = self._call(agent, request, chat)
             except LimitError as error:
                 self.fail(error)
                 raise BadRequest(429, str(error), "episode_over") from error
             answer = asyncio.ensure_future(self._answer(numbered))
             call = PendingCall(body, key, request, answer)
-            answer.add_done_callback(lambda done: self._remember(agent, call, done))
+            answer.add_done_callback(lambda done: self._remember(chat, call, done))
             self.calls.add(call)
         call.connections.append(connection)
         return call
 
-    def _call(self, agent: Agent, request: Request) -> Awaitable[Turn]:
+    def _call(self, agent: Agent, request: Request, chat: KnownChat) -> Awaitable[Turn]:
         """Number the call; awaiting it gives the taken turn."""
         if request.forced and not self.unforced_tools:
             problem = "a call cannot be forced here; system.unforced_tools takes it for auto"
             raise wrong("tool_choice", problem)
-        previous, known = self.chats.previous(agent.name, request)
-        new = tuple(engine_message(message) for message in request.messages[known:])
+        previous = chat.turn
+        new = tuple(engine_message(message) for message in request.messages[chat.count :])
         if previous is None:
             messages = opening(self.team, agent, new, request.tools)
         else:
@@ -140,7 +140,8 @@ class Session:
                 raise wrong("top_p", "expected a number above 0, got 0")
             fields |= request.sampling
             fields["top_k"] = max(0, int(fields.get("top_k", base.top_k)))  # vLLM's -1 is "off"
-        return replace(base, **fields)
+        changed = {name: value for name, value in fields.items() if value != getattr(base, name)}
+        return replace(base, **changed) if changed else base
 
     async def _answer(self, call: Awaitable[Turn]) -> tuple[Turn, ...]:
         """All siblings of a call. Errors of the run or the episode end the episode; the others are
@@ -196,10 +197,10 @@ class Session:
                     self.team.select(turn, taken=False)
 
     def _remember(
-        self, agent: Agent, call: PendingCall, done: asyncio.Task[tuple[Turn, ...]]
+        self, chat: KnownChat, call: PendingCall, done: asyncio.Task[tuple[Turn, ...]]
     ) -> None:
         if not call.failed:
-            self.chats.remember(agent.name, call.request, done.result())
+            self.chats.remember(chat, call.request, done.result())
 
     def reward(self, data: Any, source: str) -> None:
         """Record rewards of `source` "returned" or "posted": a number, an object, or a list of

@@ -11,6 +11,7 @@ import pytest
 
 from marlora.agents.testing import fake_team
 from marlora.agents.types import SettingError
+from marlora.rollouts.gateway.retries import request_hash
 from marlora.rollouts.gateway.server import GatewayServer
 from tests.rollouts.asking import Asker, chat, numbered, play, played
 
@@ -38,6 +39,20 @@ def test_a_call_sent_again_is_the_same_turn() -> None:
         assert (await asker.ask("a", "same"))["id"] != six["id"]  # nothing says that it is a retry
 
     assert [t.index for t in played(body, numbered()).turns] == [0, 1, 2, 3, 4]
+
+
+def test_a_call_that_was_answered_holds_no_request_and_is_told_again() -> None:
+    """Byte for byte the same body: one that is written otherwise is another request."""
+
+    async def body(asker: Asker) -> None:
+        one = await again(asker, 0)
+        (call,) = asker.visit.calls
+        assert call.delivered and call.connections == []
+        assert await again(asker, 1) == one and len(asker.visit.calls) == 1
+        assert request_hash("/a", b"{}") != request_hash("/a", b"{ }")
+        assert request_hash("/a", b"{}") != request_hash("/b", b"{}")
+
+    assert len(played(body, numbered()).turns) == 1
 
 
 def test_equal_calls_at_the_same_time_are_one_unless_they_say_they_are_new() -> None:
