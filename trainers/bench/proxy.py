@@ -167,7 +167,7 @@ async def _through() -> AsyncIterator[Ask]:
             for text in texts:
                 await _post(client, f"{visit.base_url}/chat/completions", visit.key, text)
 
-    # a session that nobody asks keeps the server up
+    # an episode that nobody plays keeps the server up
     async with gateway.open_session(_team()), _http() as client:
         yield ask
 
