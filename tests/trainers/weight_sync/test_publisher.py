@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from marlora.agents.types import Completion, Sampling, Task, Turn
 from marlora.rollouts.engines.base import EngineInfo, ModelRef, ReplicaLost, TeamVersion
 from marlora.rollouts.engines.transformers import TransformersEngine
+from marlora.rollouts.engines.transformers_adapters import LoadedAdapters
 from marlora.rollouts.types import Episode
 from marlora.trainers.model.adapters import Adapters
 from marlora.trainers.weight_sync.probes import (
@@ -221,6 +222,23 @@ class StalePrefix(Liar):
 def test_a_reload_in_place_fails_the_proof(model: Path, tmp_path: Path):
     made = proofs(model, tmp_path, StalePrefix, learning_rate=1e-2, steps=(3, 1))
     assert [proof.reason.partition(":")[0] for proof in made] == ["decoding", "decoding"]
+
+
+def test_an_adapter_that_is_not_copied_into_its_place_fails_the_proof(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In process an adapter takes the place of one that left: with the old tensors in it, that one
+    is served. (A twin that is right hides no version: `PreviousButTwins`.)"""
+    fill = LoadedAdapters._fill
+    monkeypatch.setattr(
+        LoadedAdapters, "_fill", lambda adapters, slot, alpha, _: fill(adapters, slot, alpha, {})
+    )
+    made = proofs(model, tmp_path, learning_rate=1e-3, steps=(3, 1))
+    assert [(proof.policy, proof.status) for proof in made] == [
+        ("reviewer", "failed"),
+        ("solver", "failed"),
+    ]
+    assert all(proof.reason.startswith("weights: ") for proof in made)
 
 
 class Cached(Honest):
