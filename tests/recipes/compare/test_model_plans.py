@@ -43,7 +43,7 @@ SHOWN = {
     "qwen3_sums": (),  # all
     "qwen3_policies": ("shared",),
     "smollm2_sums": ("sirius",),
-    "smollm2_gcd": ("grpo",),
+    "smollm2_letters": ("grpo",),
     "smollm2_seats": (),
 }
 OF_THE_MEMORY = ("lora_r", "lora_alpha", "lora_target_modules", "tokens_per_batch")
@@ -144,4 +144,5 @@ def test_seats_are_chosen_among_checkpoints_that_the_other_plan_leaves() -> None
         assert folder == str(arm.folder / "seed-0") and 0 in arm.seeds
         step, _, agent = checkpoint.partition("#")
         steps = arm.settings.get("max_steps") or arm.settings["max_iterations"]
-        assert int(step) == steps and agent in seats.team["agents"]
+        # the budget ends a run before its last step; how far it came stands in its summary
+        assert 0 < int(step) <= steps and agent in seats.team["agents"]

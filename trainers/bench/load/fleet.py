@@ -51,7 +51,7 @@ class Load:
 
 
 LOADS = {"tiny": Load(8, 100, 300, 0.02)}
-USUAL = Load(64, 10_000, 25_000, 30.0)  # about ten minutes
+USUAL = Load(64, 10_000, 25_000, 30.0)  # about twenty minutes
 LONGEST = 12.0  # medians: a reply has most tokens, so it has a longest time
 
 
