@@ -32,7 +32,7 @@ REFUSED = {
     "gallery": "index",
 }
 # Names that are another library's, or pinned.
-EXCEPTIONS = frozenset({"connection_made"})  # a name of asyncio.Protocol
+EXCEPTIONS: frozenset[str] = frozenset()
 
 
 def words(name: str) -> set[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import socket
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -191,35 +192,48 @@ async def _client() -> AsyncIterator[Ask]:
     async with gateway.open_session(_team()) as visit, _http() as client:
         url = f"{visit.base_url}/chat/completions"
         reply, key, path = await _post(client, url, visit.key, "one"), visit.key, url
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Canned(reply), "127.0.0.1", 0, backlog=4096)
-    port = server.sockets[0].getsockname()[1]
-    url = f"http://127.0.0.1:{port}/{path.split('/', 3)[3]}"
 
     async def ask(team: Team, texts: Sequence[str]) -> None:
         for text in texts:
-            await _post(client, url, key, text)
+            await _post(client, f"http://127.0.0.1:{port}/{path.split('/', 3)[3]}", key, text)
 
-    async with server, _http() as client:
+    async with _canned(reply) as port, _http() as client:
         yield ask
 
 
-class Canned(asyncio.Protocol):
-    """Sends one reply, `LATENCY` seconds after each request has come whole."""
+@contextlib.asynccontextmanager
+async def _canned(body: bytes) -> AsyncIterator[int]:
+    """The port of a server that sends this, `LATENCY` seconds after each request."""
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    reply = head.encode() + b"\r\n\r\n" + body
 
-    def __init__(self, body: bytes) -> None:
-        head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        self.reply, self.received = head.encode() + b"\r\n\r\n" + body, b""
-        self.loop = asyncio.get_running_loop()
+    async def accept(listener: socket.socket) -> None:
+        async with asyncio.TaskGroup() as answers:
+            while True:
+                connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+                answers.create_task(_answer(connection, reply))
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
+        listener.setblocking(False)
+        accepting = asyncio.create_task(accept(listener))
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            accepting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await accepting
 
-    def data_received(self, data: bytes) -> None:
-        self.received += data
-        head, end, body = self.received.partition(b"\r\n\r\n")
-        length = LENGTH.search(head)
-        if end and length and len(body) == int(length[1]):
-            self.received = b""
-            self.loop.call_later(LATENCY, self.transport.write, self.reply)
+
+async def _answer(connection: socket.socket, reply: bytes) -> None:
+    """Send the reply to each request that has come whole, until the client closes."""
+    loop, received = asyncio.get_running_loop(), b""
+    with connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while data := await loop.sock_recv(connection, 1 << 16):
+            received += data
+            head, end, body = received.partition(b"\r\n\r\n")
+            length = LENGTH.search(head)
+            if end and length and len(body) == int(length[1]):
+                received = b""
+                await asyncio.sleep(LATENCY)
+                await loop.sock_sendall(connection, reply)
