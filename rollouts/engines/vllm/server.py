@@ -35,7 +35,7 @@ TAIL = 30  # lines of the log that an error shows
 # what the CPU build prints as it exits
 NOISE = re.compile(r"nanobind|^ - |^/.*resource_tracker|warnings\.warn\(")
 TRIES = 3  # of finding a free port
-STOP = 30.0  # seconds for a supervisor to end its server; it forces after 10
+STOP = 120.0  # seconds for a supervisor to end its server, which it forces to after 10
 PROGRESS = 15.0  # seconds between two progress lines
 
 Progress = Callable[[str], None]
