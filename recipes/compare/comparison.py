@@ -154,7 +154,7 @@ def first_rows(plan: ComparisonPlan) -> tuple[list[ReferenceRow], dict[str, Any]
         rows = [ReferenceRow(TEAM, team), ReferenceRow(SINGLE, reference.single())]
         if chosen := reference.hand_prompts():
             number, spent, measurement = chosen
-            note = f"number {number} of {len(plan.prompts)}, chosen on validation tasks"
+            note = f"number {number + 1} of {len(plan.prompts)}, chosen on validation tasks"
             rows.append(ReferenceRow(PROMPTS, measurement, note, spent))
         return rows, reference.noise()
 
