@@ -32,7 +32,7 @@ from marlora.rollouts.types import Episode
 from marlora.trainers.testbeds.tiny import tiny_chain
 from tests.chaos.ledger import balance
 from tests.rollouts.engines.vllm.test_engine import BASE, KEY, engine_on
-from tests.rollouts.engines.vllm.test_replicas import servers
+from tests.rollouts.engines.vllm.test_replicas import ours
 from tests.rollouts.engines.vllm.test_server import group_of
 from tests.rollouts.engines.vllm.test_server import model as folder_of_config
 from tests.rollouts.fake_vllm import FakeVLLM, sampled
@@ -227,7 +227,7 @@ def test_sigkill_of_a_server_of_ours(
 ) -> None:
     """Of two: before the first request, or in the middle of them. The other one goes on, or the
     killed one is started again."""
-    made: list[VLLMServer] = servers(folder_of_config, tmp_path, monkeypatch, restarts=2)
+    made: list[VLLMServer] = ours(folder_of_config, tmp_path, monkeypatch, restarts=2)
     engine = VLLMEngine(
         made,
         ChatRenderer(ByteTokenizer()),

@@ -280,10 +280,10 @@ def test_a_version_cannot_be_published_to_nobody(tmp_path: Path) -> None:
 
 
 def ours(
-    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, count: int = 2
+    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, count: int = 2, restarts: int = 1
 ) -> list[VLLMServer]:
-    """Servers of ours, of which a program that only pretends plays vLLM; each is started again
-    once."""
+    """Servers of ours, of which a program that only pretends plays vLLM; each is started again so
+    often."""
     started: list[VLLMServer] = []
     monkeypatch.setattr(vllm_server, "vllm_version", lambda: ("0.0", True))
     for index in range(count):
@@ -291,7 +291,7 @@ def ours(
             str(model),
             folder,
             policies=[PolicySpec("solver")],
-            max_restarts=1,
+            max_restarts=restarts,
             label="vllm",
             devices=("", ""),
         )
