@@ -306,7 +306,8 @@ def test_sampled_log_probs_are_those_of_the_plain_row(family: str) -> None:
     model.set_attn_implementation("eager")
     for request in requests:
         row = (*request.ids, *request.token_ids)
-        scores = sampler.score(row, ModelRef("a"))[len(request.ids) - 1 :]
+        (scored,) = sampler.score([row], ModelRef("a"))
+        scores = scored[len(request.ids) - 1 :]
         assert request.logprobs == pytest.approx(scores, abs=2e-5) and len(scores) == 9
 
 
